@@ -1,0 +1,42 @@
+# Everything a checkout needs, with nothing but python3 (with pip and venv) and make: `make test`.
+
+PYTHON ?= python3
+# Test processes; 0 runs the tests in pytest's own process, with torch's own number of threads.
+WORKERS ?= 2
+# More for pytest, as in: make test PYTEST_ARGS='-k joins -x'
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Touched when the environment holds what pyproject.toml and constraints.txt ask for.
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help venv check test format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## create or update .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+check: $(INSTALLED) ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy backprompt
+
+# One thread a process: two processes that each start a thread a core get in each other's way.
+test: check ## check, then run the tests
+	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+format: $(INSTALLED) ## rewrite the code as the formatter and the fixable lints want it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find backprompt tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""The errors of backprompt: one small family, each also a built-in kind.
+
+Every message says what was given, what was needed and what to do instead. `except BackpromptError` catches them
+all; `except ValueError` and the like keep working for callers who do not know this library.
+"""
+
+
+class BackpromptError(Exception):
+    """Base of every error that backprompt raises on purpose."""
+
+
+class TextTypeError(BackpromptError, TypeError):
+    """Something that is neither a `str` nor a `Text` was used as one."""
+
+
+class MixedModelsError(BackpromptError, ValueError):
+    """Texts of two different `LM` objects met in one text."""
+
+
+class UnboundTextError(BackpromptError, ValueError):
+    """A text without a model was asked for something that only a model or a tokenizer can tell."""
+
+
+class EmptyTextError(BackpromptError, ValueError):
+    """A text of zero tokens was evaluated; nothing predicts from nothing."""
+
+
+class TextTooLongError(BackpromptError, ValueError):
+    """A text has more tokens than the model has positions."""
+
+
+class TokenIdError(BackpromptError, IndexError):
+    """A token id that the model's embedding does not have."""
+
+
+class TokenizerError(BackpromptError, ValueError):
+    """The tokenizer cannot encode what it was given in the way that was asked for."""
+
+
+class JoinError(BackpromptError, ValueError):
+    """Under `joins="error"`: joining two segments changed their tokens."""
+
+
+class UnsupportedModelError(BackpromptError, NotImplementedError):
+    """The model cannot be evaluated in packed passes with the numbers of its plain call."""
+
+
+class NonFiniteError(BackpromptError, ArithmeticError):
+    """The model returned NaN."""
+
+
+class StaleRepresentationError(BackpromptError, RuntimeError):
+    """A `ModelRepr` was read after the weights that it was computed with had changed."""
+
+
+class ModelLoadError(BackpromptError, OSError):
+    """A model or its tokenizer could not be loaded."""
+
+
+class NotPicklableError(BackpromptError, TypeError):
+    """An `LM` was pickled; it holds a model, a lock and a cache of tensors."""

@@ -1,0 +1,248 @@
+"""The evaluator: everything computed with one state of a model's weights.
+
+It holds the forest of spans, the executor that computes them, and the pool of logit rows. When the weights change,
+the `LM` drops its evaluator, with all of this, and makes a new one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from backprompt.cache import Block, LogitPool, gather, rows_of
+from backprompt.executor import Executor
+from backprompt.plan import cut_into_passes, missing_spans
+from backprompt.probe import probe
+from backprompt.radix import Forest, Span
+
+Item = TypeVar("Item")
+
+DEFAULT_TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 2048, "cuda": 8192}
+"""Larger passes cost activation memory and win nothing: on the CPU packs of 512 to 1,024 tokens measured best."""
+
+
+@dataclass
+class Counters:
+    """Work done so far; `LM.stats` is a frozen copy."""
+
+    tokens_requested: int = 0
+    tokens_computed: int = 0
+    forward_passes: int = 0
+    logit_rows: int = 0
+    seconds: float = 0.0
+
+
+class Evaluator:
+    """Computes spans, and from their hidden states logits and log-probabilities, each once."""
+
+    def __init__(
+        self, model: nn.Module, counters: Counters, max_tokens_per_forward: int | None, max_result_bytes: int
+    ) -> None:
+        self._model = model
+        self.executor = Executor(model)
+        self.forest = Forest()
+        self._counters = counters
+        self._max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
+        self._pool = LogitPool(max_result_bytes)
+        self._blocks: WeakSet[Block] = WeakSet()
+        self._is_probed = False
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of keys, values, hidden states and log-probabilities that are alive."""
+        return sum(block.num_bytes for block in self._blocks)
+
+    @property
+    def result_bytes_held(self) -> int:
+        return self._pool.num_bytes
+
+    def clear(self) -> None:
+        """Forget all that was computed."""
+        self.forest.clear()
+        self._pool.clear()
+
+    def evaluate(self, texts: Sequence[tuple[int, ...]]) -> list[Span]:
+        """Compute what is missing of texts given by their token ids, and return the spans at which they end.
+
+        If a pass fails, the passes before it stay computed and the rest leaves no trace.
+        """
+        self._probe_once()
+        ends: list[Span] = []
+        try:
+            ends += map(self.forest.insert, texts)
+            self._compute(ends)
+        except BaseException:
+            self.forest.prune()
+            raise
+        return ends
+
+    def last_logits(self, ends: Sequence[Span]) -> Tensor:
+        """Return the next-token logits after the first of `ends`, `(vocab,)`, computing those of all if it must.
+
+        Rows go to the pool in the order of `ends`, as many as fit.
+        """
+        row = self._pool.get(ends[0])
+        if row is not None:
+            return row.clone()
+        missing = [end for end in dict.fromkeys(ends) if self._pool.get(end) is None]
+        missing = missing[: max(1, self._pool.max_bytes // self.executor.logit_row_bytes)]
+        first: Tensor | None = None
+        for group in _slices(missing, self.executor.rows_in_a_slice):
+            logits = self._logits(torch.stack([_last_hidden(end) for end in group]))
+            first = logits[0].clone() if first is None else first
+            for end, row in zip(group, logits, strict=True):
+                self._pool.put(end, row)
+        assert first is not None
+        return first
+
+    def all_logits(self, end: Span, start: int, stop: int) -> Tensor:
+        """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`."""
+        hidden = self.hidden_states(end)[start:stop]
+        rows = [self._logits(piece) for piece in hidden.split(self.executor.rows_in_a_slice)]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def hidden_states(self, end: Span) -> Tensor:
+        """Return a copy of the text's final hidden states, `(tokens, hidden)`."""
+        return gather(end.path(), lambda block: block.hidden, dim=0)
+
+    def keys_values(self, end: Span) -> tuple[list[Tensor], list[Tensor]]:
+        """Return copies of the text's keys and values, for each layer `(kv_heads, tokens, head_dim)`."""
+        path = end.path()
+        num_layers = len(rows_of(end).block.keys)
+        keys = [gather(path, lambda block, i=i: block.keys[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
+        values = [gather(path, lambda block, i=i: block.values[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
+        return keys, values
+
+    def num_bytes(self, end: Span) -> int:
+        """Return the bytes that the text's rows take, shared ones included."""
+        located = [rows_of(span) for span in end.path()]
+        return sum(rows.block.num_bytes * (rows.stop - rows.start) // rows.block.num_rows for rows in located)
+
+    def token_logprobs(self, ends: Sequence[Span]) -> Tensor:
+        """Return the first text's log-probabilities, `(tokens,)`, computing those of all texts if it must."""
+        path = ends[0].path()
+        if not all(_is_scored(span) for span in path):
+            self._score({span: None for end in ends for span in end.path() if not _is_scored(span)})
+        return gather(path, lambda block: block.logprobs, dim=0)
+
+    def _compute(self, ends: Iterable[Span]) -> None:
+        for spans in cut_into_passes(self.forest, missing_spans(ends), self._max_tokens):
+            started = time.perf_counter()
+            self.executor.compute(spans)
+            self._blocks.add(rows_of(spans[0]).block)
+            self._counters.forward_passes += 1
+            self._counters.tokens_computed += sum(len(span.token_ids) for span in spans)
+            self._counters.seconds += time.perf_counter() - started
+
+    def _probe_once(self) -> None:
+        if not self._is_probed:
+            probe(self._model, self.executor)
+            self._is_probed = True
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Apply the head to `(rows, hidden)`, and count the rows."""
+        started = time.perf_counter()
+        logits = self.executor.logits(hidden)
+        self._counters.logit_rows += hidden.shape[0]
+        self._counters.seconds += time.perf_counter() - started
+        return logits
+
+    def _score(self, spans: Iterable[Span]) -> None:
+        """Compute the log-probabilities of all tokens of `spans`; each row that predicts several is computed once."""
+        predictions = _Predictions()
+        for span in spans:
+            predictions.add(span)
+        for rows, targets in predictions.slices(self.executor.rows_in_a_slice):
+            logits = self._logits(rows).float()  # (rows, vocab)
+            normalizers = logits.logsumexp(dim=-1)
+            row_idx = torch.tensor([target.row_idx for target in targets], device=logits.device)
+            token_ids = torch.tensor([target.token_id for target in targets], device=logits.device)
+            logprobs = logits[row_idx, token_ids] - normalizers[row_idx]
+            _write_logprobs(targets, logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A token to be scored: by which row of the slice, and where its log-probability goes."""
+
+    row_idx: int
+    token_id: int
+    block: Block
+    block_row: int
+
+
+@dataclass
+class _Predictions:
+    """Rows of hidden states that predict tokens, each once, with all that they predict."""
+
+    _rows: dict[tuple[Block, int], list[tuple[int, Block, int]]] = field(default_factory=dict)
+
+    def add(self, span: Span) -> None:
+        """Add all tokens of a computed span; the first is predicted by the last row of what it continues."""
+        rows = rows_of(span)
+        assert span.parent is not None
+        if span.parent.parent is None:
+            rows.block.logprobs[rows.start] = torch.nan  # nothing predicts a first token
+            rows.block.has_logprobs[rows.start] = True
+        else:
+            before = rows_of(span.parent)
+            self._add(before.block, before.stop - 1, span.token_ids[0], rows.block, rows.start)
+        for block_row, token_id in enumerate(span.token_ids[1:], rows.start + 1):
+            self._add(rows.block, block_row - 1, token_id, rows.block, block_row)
+
+    def _add(self, block: Block, row: int, token_id: int, target_block: Block, target_row: int) -> None:
+        self._rows.setdefault((block, row), []).append((token_id, target_block, target_row))
+
+    def slices(self, rows_in_a_slice: int) -> Iterable[tuple[Tensor, list[_Target]]]:
+        """Yield hidden states `(rows, hidden)` and what they predict."""
+        for group in _slices(list(self._rows), rows_in_a_slice):
+            targets = [
+                _Target(row_idx, token_id, block, block_row)
+                for row_idx, row in enumerate(group)
+                for token_id, block, block_row in self._rows[row]
+            ]
+            yield _hidden_rows(group), targets
+
+
+def _hidden_rows(rows: Sequence[tuple[Block, int]]) -> Tensor:
+    """Return the hidden states of the rows, in their order, `(rows, hidden)`."""
+    by_block: dict[Block, list[int]] = {}
+    for idx, (block, _) in enumerate(rows):
+        by_block.setdefault(block, []).append(idx)
+    first = rows[0][0].hidden
+    hidden = first.new_empty((len(rows), first.shape[1]))
+    for block, indices in by_block.items():
+        source = torch.tensor([rows[idx][1] for idx in indices], device=hidden.device)
+        hidden[torch.tensor(indices, device=hidden.device)] = block.hidden[source]
+    return hidden
+
+
+def _write_logprobs(targets: Sequence[_Target], logprobs: Tensor) -> None:
+    by_block: dict[Block, list[int]] = {}
+    for idx, target in enumerate(targets):
+        by_block.setdefault(target.block, []).append(idx)
+    for block, indices in by_block.items():
+        rows = torch.tensor([targets[idx].block_row for idx in indices])
+        block.logprobs[rows.to(logprobs.device)] = logprobs[torch.tensor(indices, device=logprobs.device)]
+        block.has_logprobs[rows] = True
+
+
+def _is_scored(span: Span) -> bool:
+    rows = rows_of(span)
+    return bool(rows.block.has_logprobs[rows.start : rows.stop].all())
+
+
+def _last_hidden(end: Span) -> Tensor:
+    rows = rows_of(end)
+    return rows.block.hidden[rows.stop - 1]
+
+
+def _slices(items: list[Item], size: int) -> Iterator[list[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

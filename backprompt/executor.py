@@ -1,0 +1,290 @@
+"""Runs passes on a model: the only file that knows transformers' forward call.
+
+Each executor registers one attention function and one mask function under a name of its own, and switches its private
+copy of the model to that name. While a pass runs, the mask function finds out what the model's mask means (causal, or
+causal within a window) and hands the layers a marker for it; the attention function takes the layer's keys and
+values, copies them into the pass's block, and attends over the forest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+from backprompt import skeleton
+from backprompt.attention import ChosenKernel, PackedAttention, Scoring, choose_kernel, clear_kernel
+from backprompt.cache import Block, BlockRows
+from backprompt.errors import NonFiniteError, UnsupportedModelError
+from backprompt.plan import TILE_TOKENS, Pass, plan_pass
+from backprompt.radix import Span
+
+HEAD_SLICE_BYTES = 64 << 20
+"""Logit rows are computed in slices of at most this size, never for a whole forest at once."""
+
+_names = itertools.count()
+
+# What models pass along that means nothing to packed attention. Anything else that is not None is refused by name.
+_MEANINGLESS_KEYWORDS = frozenset(
+    "cache_position output_attentions output_hidden_states output_router_logits position_embeddings position_ids "
+    "return_dict use_cache".split()
+)
+
+
+class Executor:
+    """Private copies of one model, and how to run them.
+
+    Raises:
+        UnsupportedModelError: for what `skeleton.check_supported` refuses.
+
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        skeleton.check_supported(model)
+        self.device = skeleton.model_device(model)
+        self.limits = skeleton.limits_of(model)
+        self.logit_row_bytes = skeleton.logit_row_bytes(model)
+        self.kernel_name = "none yet"
+        self._model_name = type(model).__name__
+        name = f"backprompt-{next(_names)}"
+        self._body = skeleton.make_body(model, name)
+        self._head = skeleton.make_head(model)
+        self._config: Any = self._head.config
+        self._in_flight: _InFlight | None = None
+        _register(name, self)
+
+    def compute(self, spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> None:
+        """Forward depth-first spans in one pass: all of them are computed when it returns, none if it raises."""
+        pass_ = plan_pass(spans, tile_tokens)
+        block = self.forward(pass_)
+        start = 0
+        for span in pass_.spans:
+            stop = start + len(span.token_ids)
+            span.rows = BlockRows(block, start, stop)
+            start = stop
+
+    @torch.no_grad()
+    def forward(self, pass_: Pass) -> Block:
+        """Forward all tokens of a pass and return their representations.
+
+        Raises:
+            NonFiniteError: a hidden state is NaN.
+            UnsupportedModelError: the model's attention does something that is not implemented here.
+
+        """
+        token_ids = torch.tensor([pass_.token_ids], device=self.device)  # (1, tokens)
+        positions = torch.tensor([pass_.positions], device=self.device)
+        in_flight = self._in_flight = _InFlight(pass_, max_position=max(pass_.positions))
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                output = self._body(
+                    input_ids=token_ids,
+                    position_ids=positions,
+                    attention_mask=torch.ones_like(token_ids),
+                    use_cache=False,
+                )
+        finally:
+            self._in_flight = None
+        if not in_flight.keys:
+            raise UnsupportedModelError(
+                f"{self._model_name} does not go through transformers' attention interface, so its attention cannot be "
+                "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+            )
+        hidden = output.last_hidden_state[0].clone()  # (tokens, hidden)
+        if bool(torch.isnan(hidden).any()):
+            raise NonFiniteError(
+                f"{self._model_name} returned NaN hidden states. Check its weights for NaN; in float16, load it in "
+                "bfloat16 or float32 instead."
+            )
+        num_tokens = hidden.shape[0]
+        return Block(
+            keys=in_flight.keys,
+            values=in_flight.values,
+            hidden=hidden,
+            logprobs=torch.zeros(num_tokens, dtype=torch.float32, device=self.device),
+            has_logprobs=torch.zeros(num_tokens, dtype=torch.bool),
+        )
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
+
+        Raises:
+            NonFiniteError: a logit is NaN.
+
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        if bool(torch.isnan(logits.sum(dim=-1)).any()) and bool(torch.isnan(logits).any()):
+            raise NonFiniteError(
+                f"{self._model_name} returned NaN logits. Check the weights of its output head for NaN; in float16, "
+                "load it in bfloat16 or float32 instead."
+            )
+        return logits
+
+    @property
+    def rows_in_a_slice(self) -> int:
+        """How many logit rows one call of `logits` should compute at most."""
+        return max(1, HEAD_SLICE_BYTES // self.logit_row_bytes)
+
+    def dynamic_cache(self, keys: list[Tensor], values: list[Tensor]) -> DynamicCache:
+        """Return a cache for `model(..., past_key_values=...)` made of each layer's `(kv_heads, tokens, head_dim)`."""
+        cache = DynamicCache(config=self._config)
+        for layer_idx, (key, value) in enumerate(zip(keys, values, strict=True)):
+            cache.update(key[None], value[None], layer_idx)
+        return cache
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **keywords: object,
+    ) -> tuple[Tensor, None]:
+        """Attend over the forest of the pass in flight; transformers' attention interface.
+
+        Shapes: query `(1, heads, tokens, head_dim)`, key and value `(1, kv_heads, tokens, head_dim)`; returns
+        `(1, tokens, heads, head_dim)`.
+        """
+        in_flight = self._in_flight
+        assert in_flight is not None, "attention outside of Executor.forward"
+        self._refuse_unknown(keywords, dropout, is_causal)
+        window = in_flight.window_of(attention_mask, self._model_name)
+        if window is None and sliding_window is not None and in_flight.max_position >= sliding_window:
+            raise UnsupportedModelError(
+                f"{self._model_name} asks its attention for a sliding window of {sliding_window} positions, but its mask "
+                "does not say so. Keep texts within the window."
+            )
+        scoring = Scoring(
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        # Copied: a model's key may be a view of queries, keys and values together, and those must not be kept.
+        layer_idx = in_flight.add_layer(_copy(key[0]), _copy(value[0]))
+        attention = in_flight.attention
+        if attention is None:
+            chosen = self._choose_kernel(query, key, value)
+            self.kernel_name = chosen.name
+            attention = PackedAttention(in_flight.pass_, chosen.kernel, query.dtype, query.device)
+            in_flight.attention = attention
+        output = attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
+        return output[None], None
+
+    def mark_mask(
+        self, *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **keywords: object
+    ) -> Tensor | None:
+        """Return a marker for a mask that is causal, or causal within a window; transformers' mask interface."""
+        in_flight = self._in_flight
+        assert in_flight is not None, "a mask outside of Executor.forward"
+        last = in_flight.max_position
+        # A window shows as many keys at the last two positions; a mask of chunks, or one that looks ahead, does not.
+        seen = [None, None] if use_vmap else [_num_visible(mask_function, p, self.device) for p in (last - 1, last)]
+        if seen == [last, last + 1]:
+            return in_flight.add_marker(None, self.device)
+        if seen[0] is not None and seen[0] == seen[1]:
+            return in_flight.add_marker(seen[1], self.device)
+        raise UnsupportedModelError(
+            f"{self._model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "
+            f"{last + 1} tokens), which packed evaluation does not implement. Shorter texts may work."
+        )
+
+    def _refuse_unknown(self, keywords: dict[str, object], dropout: float, is_causal: bool | None) -> None:
+        unknown = [name for name, value in keywords.items() if value is not None and name not in _MEANINGLESS_KEYWORDS]
+        if dropout:
+            unknown.append("dropout")
+        if is_causal is False:
+            unknown.append("is_causal=False")
+        if unknown:
+            raise UnsupportedModelError(
+                f"{self._model_name} passes {', '.join(unknown)} to its attention, which packed attention does not "
+                "implement; ignoring it would give other numbers."
+            )
+
+    def _choose_kernel(self, query: Tensor, key: Tensor, value: Tensor) -> ChosenKernel:
+        if key.shape[-1] != value.shape[-1]:
+            return ChosenKernel("clear (keys and values differ in size)", clear_kernel)
+        return choose_kernel(query.device, query.dtype, query.shape[1], key.shape[1], key.shape[-1])
+
+
+@dataclass
+class _InFlight:
+    """The state of one forward call: what has been collected layer by layer."""
+
+    pass_: Pass
+    max_position: int
+    attention: PackedAttention | None = None
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    _markers: list[tuple[Tensor, int | None]] = field(default_factory=list)
+
+    def add_layer(self, key: Tensor, value: Tensor) -> int:
+        self.keys.append(key)
+        self.values.append(value)
+        return len(self.keys) - 1
+
+    def add_marker(self, window: int | None, device: torch.device) -> Tensor:
+        marker = torch.empty(0, device=device)
+        self._markers.append((marker, window))
+        return marker
+
+    def window_of(self, mask: Tensor | None, model_name: str) -> int | None:
+        for marker, window in self._markers:
+            if mask is marker:
+                return window
+        raise UnsupportedModelError(
+            f"{model_name} makes its attention mask without transformers' mask interface, so what it hides is unknown. "
+            "Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+        )
+
+
+def _num_visible(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
+    """Return how many keys a query at `position` sees, or None where they are not the last ones up to itself."""
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    keys = torch.arange(position + 2, device=device)  # one more than a causal mask shows
+    visible = mask_function(zero, zero, torch.tensor(position, device=device), keys)
+    num_visible = int(visible.sum())
+    are_last = bool(visible[position + 1 - num_visible : position + 1].all()) if num_visible <= position + 1 else False
+    return num_visible if are_last else None
+
+
+def _register(name: str, executor: Executor) -> None:
+    """Register the executor's functions for as long as it lives."""
+    reference = weakref.ref(executor)
+
+    def attend(*args: Any, **keywords: Any) -> tuple[Tensor, None]:
+        alive = reference()
+        assert alive is not None
+        return alive.attend(*args, **keywords)
+
+    def mark_mask(**keywords: Any) -> Tensor | None:
+        alive = reference()
+        assert alive is not None
+        return alive.mark_mask(**keywords)
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mark_mask)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        # The interface offers no way to unregister a global name.
+        weakref.finalize(executor, interface._global_mapping.pop, name, None)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy with storage of its own."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

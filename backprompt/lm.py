@@ -1,0 +1,404 @@
+"""LM: a model and its tokenizer, and all that was computed with them.
+
+    texts --Encoder--> token ids --Forest, plan--> passes --Executor--> blocks of rows --> ModelRepr
+
+One lock guards all of it, so one `LM` may be used from many threads; the model itself is never touched, so it may be
+called by others meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, overload
+from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from backprompt.errors import (
+    EmptyTextError,
+    ModelLoadError,
+    NotPicklableError,
+    TextTooLongError,
+    TextTypeError,
+    TokenIdError,
+    UnboundTextError,
+    UnsupportedModelError,
+)
+from backprompt.evaluator import Counters, Evaluator
+from backprompt.identity import root_key
+from backprompt.representation import Batch, Evaluated, ModelRepr
+from backprompt.skeleton import unwrap
+from backprompt.text import Text
+from backprompt.tokenizer import PrivateTokenizer
+from backprompt.tokens import JOINS, Encoder, Join, Joins
+from backprompt.weights import WeightsMonitor, content_hash
+
+MAX_RESULT_BYTES = 256 << 20
+"""Bound of the pool of logit rows, which are large (200 kB in GPT-2) and cheap to compute again."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an `LM` has done so far and what it holds; `after - before` is what happened in between.
+
+    Attributes:
+        tokens_requested: sum of the texts' tokens over all evaluations.
+        tokens_computed: tokens forwarded through the model.
+        tokens_reused: requested and not forwarded, because they were cached or shared.
+        forward_passes: packed forward passes.
+        logit_rows: rows of logits computed by the output head.
+        seconds: time in forward passes and in the output head.
+        bytes_held: keys, values, hidden states and log-probabilities held now.
+        result_bytes_held: rows of logits held now, in a bounded pool of their own.
+        kernel: the attention kernel that serves.
+
+    """
+
+    tokens_requested: int
+    tokens_computed: int
+    tokens_reused: int
+    forward_passes: int
+    logit_rows: int
+    seconds: float
+    bytes_held: int
+    result_bytes_held: int
+    kernel: str
+
+    def __sub__(self, before: Stats) -> Stats:
+        differences = {
+            f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self) if f.name != "kernel"
+        }
+        return Stats(**differences, kernel=self.kernel)
+
+
+class LM:
+    """A causal language model of transformers with its tokenizer; starts with an empty cache.
+
+    The model is left as found: evaluation runs on a private copy that shares its weights, in eval mode, without
+    gradients. Copying an `LM` returns the same object.
+
+    Args:
+        model: any causal LM of transformers whose attention goes through transformers' attention interface.
+        tokenizer: its tokenizer.
+        joins: what happens where two strings of a text meet. "exact" encodes the whole string; "split" encodes every
+            segment on its own; "error" raises where the two differ.
+        add_special_tokens: whether to add what the tokenizer adds to a whole string, once a text.
+        max_tokens_per_forward: how many tokens one packed pass forwards at most; by default chosen by device.
+        beyond_trained_length: let texts through that are longer than a rotary model was trained for.
+
+    Raises:
+        UnsupportedModelError: the model cannot be evaluated exactly; names the reason. Some reasons show only on
+            the first evaluation.
+        TokenizerError: `tokenizer` is not one.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        joins: Joins = "exact",
+        add_special_tokens: bool = True,
+        max_tokens_per_forward: int | None = None,
+        beyond_trained_length: bool = False,
+    ) -> None:
+        if joins not in JOINS:
+            raise ValueError(f"joins must be one of {', '.join(map(repr, JOINS))}, not {joins!r}.")
+        if max_tokens_per_forward is not None and max_tokens_per_forward < 1:
+            raise ValueError(f"max_tokens_per_forward must be at least 1, not {max_tokens_per_forward}.")
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(
+                f"An LM wraps a model of transformers, not {type(model).__name__}. "
+                "To load one by its name or path use backprompt.load(name)."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self._joins = joins
+        self._add_special_tokens = add_special_tokens
+        self._max_tokens_per_forward = max_tokens_per_forward
+        self._beyond_trained_length = beyond_trained_length
+        self._lock = threading.RLock()
+        self._counters = Counters()
+        self._content_hash: str | None = None
+        self._evaluator = self._make_evaluator()
+        self._monitor = WeightsMonitor(model)
+        self._encoder = self._make_encoder()
+        self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        return f"LM({type(self.model).__name__}, {type(self.tokenizer).__name__}, joins={self._joins!r})"
+
+    def __copy__(self) -> LM:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LM:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise NotPicklableError(
+            "An LM cannot be pickled: it holds a model, a lock and a cache. Pickle texts without a model or their "
+            "strings, and build the LM again where they are loaded (backprompt.load(name))."
+        )
+
+    @property
+    def stats(self) -> Stats:
+        """What was done so far and what is held now."""
+        with self._lock:
+            counters = self._counters
+            return Stats(
+                tokens_requested=counters.tokens_requested,
+                tokens_computed=counters.tokens_computed,
+                tokens_reused=counters.tokens_requested - counters.tokens_computed,
+                forward_passes=counters.forward_passes,
+                logit_rows=counters.logit_rows,
+                seconds=counters.seconds,
+                bytes_held=self._evaluator.bytes_held,
+                result_bytes_held=self._evaluator.result_bytes_held,
+                kernel=self._evaluator.executor.kernel_name,
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, of the model's weights, configuration, adapters and dtype, and of the tokenizer.
+
+        The root of all keys. The first use, and the first after a change, hashes every weight.
+        """
+        with self._lock:
+            self._current()
+            if self._content_hash is None:
+                self._content_hash = content_hash(self.model)
+            dtype = str(next(unwrap(self.model).parameters()).dtype)
+            tokenizer = self._private_tokenizer.fingerprint()
+            return root_key(model=self._content_hash, dtype=dtype, tokenizer=tokenizer).hex()
+
+    def evaluate(self, texts: Sequence[Text]) -> list[ModelRepr]:
+        """Compute what is missing of the texts, in as few packed passes as possible; one `ModelRepr` a text.
+
+        Raises:
+            TextTypeError, UnboundTextError: an element is not a text of this `LM`.
+            EmptyTextError, TextTooLongError, TokenIdError, JoinError, TokenizerError: a text that cannot be
+                evaluated, named in the message; raised before anything is computed.
+            NonFiniteError: the model returned NaN.
+            StaleRepresentationError, UnsupportedModelError: see the class.
+
+        """
+        for idx, text in enumerate(texts):
+            self._check_is_own(text, idx)
+        with self._lock:
+            evaluator = self._current()
+            known = [self._evaluated.get(text) for text in texts]
+            is_missing = [evaluated is None or not evaluated.is_computed for evaluated in known]
+            missing = list(dict.fromkeys(text for text, m in zip(texts, is_missing, strict=True) if m))
+            if missing:
+                self._evaluate_missing(evaluator, missing)
+            found = [self._evaluated[text] for text in texts]
+            self._counters.tokens_requested += sum(len(evaluated.token_ids) for evaluated in found)
+            return [ModelRepr(self, evaluated) for evaluated in found]
+
+    def tokens(self, text: Text) -> tuple[int, ...]:
+        """Return the token ids of a text; see `Text.tokens`."""
+        with self._lock:
+            self._current()
+            return self._encoder.encode([text])[0]
+
+    def joins(self, text: Text) -> list[Join]:
+        """Return the joins of a text that change tokens; see `Text.joins`."""
+        with self._lock:
+            self._current()
+            return self._encoder.joins(text)
+
+    def string(self, text: Text) -> str:
+        """Return the string of a text with segments of token ids; see `Text.string`."""
+        with self._lock:
+            self._current()
+            return self._encoder.string(text)
+
+    def clear(self) -> None:
+        """Drop everything that was computed. Texts and representations stay valid and are recomputed when asked."""
+        with self._lock:
+            self._evaluator.clear()
+
+    def refresh(self) -> None:
+        """Hash every weight and the tokenizer again, and drop what was computed if they have changed.
+
+        Needed only after changes that the quick look before each evaluation cannot see: writes through `.data` to a
+        few elements, or settings of modules that are neither parameters nor buffers.
+        """
+        with self._lock:
+            before = self._content_hash
+            if before is None or content_hash(self.model) != before:
+                self._renew()
+
+    def _check_is_own(self, text: object, idx: int) -> None:
+        if not isinstance(text, Text):
+            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
+        if text.lm is None:
+            raise UnboundTextError(
+                f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that has one."
+            )
+        if text.lm is not self:
+            raise UnboundTextError(f"texts[{idx}], {text!r}, belongs to another LM; use backprompt.evaluate(texts).")
+
+    def _evaluate_missing(self, evaluator: Evaluator, texts: list[Text]) -> None:
+        encoded = self._encoder.encode(texts)
+        for text, token_ids in zip(texts, encoded, strict=True):
+            self._check_can_be_evaluated(evaluator, text, token_ids)
+        ends = evaluator.evaluate(encoded)
+        batch = Batch()
+        for idx, (text, token_ids, end) in enumerate(zip(texts, encoded, ends, strict=True)):
+            evaluated = Evaluated(token_ids, evaluator, end, batch, idx)
+            batch.evaluated.append(evaluated)
+            self._evaluated[text] = evaluated
+
+    def _check_can_be_evaluated(self, evaluator: Evaluator, text: Text, token_ids: tuple[int, ...]) -> None:
+        limits = evaluator.executor.limits
+        if not token_ids:
+            raise EmptyTextError(
+                f"{text!r} has no tokens, so there is nothing to evaluate. Add a string to it, or start it with a token "
+                "such as the tokenizer's BOS: Text.from_tokens([tokenizer.bos_token_id], lm)."
+            )
+        if min(token_ids) < 0 or max(token_ids) >= limits.num_embeddings:
+            position, token_id = next((p, t) for p, t in enumerate(token_ids) if not 0 <= t < limits.num_embeddings)
+            raise TokenIdError(
+                f"{text!r} has token id {token_id} at position {position}, but the model's embedding has ids 0 to "
+                f"{limits.num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
+            )
+        if limits.max_tokens is None or len(token_ids) <= limits.max_tokens:
+            return
+        too_long = f"{text!r} has {len(token_ids)} tokens, but the model has {limits.max_tokens} positions"
+        if limits.why_hard is not None:
+            raise TextTooLongError(
+                f"{too_long}: {limits.why_hard}. Shorten the text by {len(token_ids) - limits.max_tokens}."
+            )
+        if not self._beyond_trained_length:
+            raise TextTooLongError(
+                f"{too_long} that it was trained for. Shorten the text by {len(token_ids) - limits.max_tokens}, or let it "
+                "through at your own risk with LM(..., beyond_trained_length=True)."
+            )
+
+    def _current(self) -> Evaluator:
+        """Return the evaluator of the weights as they are now; the lock must be held."""
+        if self._monitor.has_changed() or self._private_tokenizer.has_changed():
+            self._renew()
+        return self._evaluator
+
+    def _renew(self) -> None:
+        """Start over with the model and the tokenizer as they are now."""
+        evaluator = self._make_evaluator()
+        monitor = WeightsMonitor(self.model)
+        encoder = self._make_encoder()
+        self._evaluator.clear()
+        self._evaluator, self._monitor, self._encoder = evaluator, monitor, encoder
+        self._evaluated = WeakKeyDictionary()
+        self._content_hash = None
+
+    def _make_evaluator(self) -> Evaluator:
+        model = unwrap(self.model)
+        evaluator = Evaluator(model, self._counters, self._max_tokens_per_forward, MAX_RESULT_BYTES)
+        finalize(self, evaluator.clear).atexit = False  # spans refer to each other: do not wait for the cycle collector
+        return evaluator
+
+    def _make_encoder(self) -> Encoder:
+        self._private_tokenizer = PrivateTokenizer(self.tokenizer)
+        return Encoder(self._private_tokenizer, self._joins, self._add_special_tokens)
+
+
+_SHARED: WeakValueDictionary[tuple[int, int], LM] = WeakValueDictionary()
+_SHARED_LOCK = threading.Lock()
+
+
+def shared_lm(model: nn.Module, tokenizer: Any) -> LM:
+    """Return the one `LM` of this pair of objects, for as long as anything refers to it."""
+    with _SHARED_LOCK:
+        lm = _SHARED.get((id(model), id(tokenizer)))  # ids stay taken while the LM holds both objects
+        if lm is None:
+            lm = _SHARED[id(model), id(tokenizer)] = LM(model, tokenizer)
+        return lm
+
+
+@overload
+def evaluate(texts: Text) -> ModelRepr: ...
+
+
+@overload
+def evaluate(texts: Iterable[Text]) -> list[ModelRepr]: ...
+
+
+def evaluate(texts: Text | Iterable[Text]) -> ModelRepr | list[ModelRepr]:
+    """Evaluate a text, or many texts with one plan for all of them.
+
+    Each distinct token that is not cached is forwarded exactly once. Texts of several `LM` objects are evaluated
+    an `LM` at a time.
+
+    Returns:
+        A `ModelRepr` for a text, or a list of them in the order of `texts`.
+
+    Raises:
+        See `LM.evaluate`.
+
+    """
+    if isinstance(texts, Text):
+        return texts.model_repr
+    if isinstance(texts, str):
+        raise TextTypeError(f"evaluate takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
+    listed = list(texts)
+    by_lm: dict[int, list[int]] = {}
+    for idx, text in enumerate(listed):
+        if not isinstance(text, Text):
+            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
+        if text.lm is None:
+            raise UnboundTextError(
+                f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that has one."
+            )
+        by_lm.setdefault(id(text.lm), []).append(idx)
+    reprs: dict[int, ModelRepr] = {}
+    for indices in by_lm.values():
+        lm = listed[indices[0]]._require_lm("a representation")
+        reprs.update(zip(indices, lm.evaluate([listed[idx] for idx in indices]), strict=True))
+    return [reprs[idx] for idx in range(len(listed))]
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    **lm_options: Any,
+) -> LM:
+    """Load a causal LM and its tokenizer by hub id or local path.
+
+    Args:
+        name: what `from_pretrained` of transformers takes.
+        device: "cuda", "mps", "cpu" ...; by default the first of these that there is.
+        dtype: of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
+        **lm_options: what `LM` takes.
+
+    Raises:
+        ModelLoadError: the model or the tokenizer cannot be found or downloaded.
+        UnsupportedModelError: see `LM`.
+
+    """
+    chosen = torch.device(device) if device is not None else _default_device()
+    if dtype is None:
+        dtype = torch.float32 if chosen.type == "cpu" else "auto"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"Could not load {str(name)!r}: {error}\nIf the model hub cannot be reached, download the model elsewhere and "
+            "pass the path of its folder: backprompt.load('path/to/model')."
+        ) from error
+    return LM(model.to(chosen), tokenizer, **lm_options)
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,240 @@
+"""The plan: which spans to forward, packed in what order, and which attention calls each pass makes. Pure Python.
+
+All spans that the wanted texts need and that are not computed are laid out depth first in one row of tokens, cut
+into *passes*. In that order the descendants of a span are one contiguous slice of the row, so a pass needs only
+two kinds of attention calls, each on contiguous slices:
+
+- `Own`: rows that attend to themselves. Either a causal run (a long span, with the first child that continues it),
+  or a *tile*: consecutive small sibling subtrees, attended to densely under a tree mask.
+- `Cross`: rows that all descend from the same earlier span and attend to all of its keys, unmasked.
+
+Example: an instruction of 300 tokens, cached; under it two prompts of 200 tokens, each with two completions of 3:
+
+    rows    0..200  prompt a   Own(0, 200)         Cross(rows 0..412, keys of the instruction)
+    rows  200..206  its two    Own(200, 206, tile) Cross(rows 200..206, keys 0..200 of this pass)
+    rows  206..406  prompt b   Own(206, 406)
+    rows  406..412  its two    Own(406, 412, tile) Cross(rows 406..412, keys 206..406 of this pass)
+
+The partial results of one row are joined by their log-sum-exp, which is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from backprompt.radix import Forest, Span
+
+TILE_TOKENS = 128
+"""Subtrees up to this many tokens are attended to densely under a tree mask (measured: benchmarks/README.md)."""
+
+MIN_CUT_TOKENS = 32
+"""A span is cut at the end of a pass only where at least this many tokens of it still fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Rows `start..stop` of the pass attend to themselves.
+
+    `visible_until` is None for a causal run. For a tile it holds, for each row, the row at which the last descendant
+    of its span ends: row q sees row k when `k <= q < visible_until[k - start]`.
+    """
+
+    start: int
+    stop: int
+    visible_until: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cross:
+    """Rows `start..stop` of the pass attend to all rows `key_start..key_stop` of a block of keys and values.
+
+    `block` is None for the pass itself. The first key is at position `key_position`; the others follow it.
+    """
+
+    start: int
+    stop: int
+    block: object | None
+    key_start: int
+    key_stop: int
+    key_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One packed forward pass: the spans to compute, in row order, and how their rows attend."""
+
+    spans: tuple[Span, ...]
+    own: tuple[Own, ...]
+    cross: tuple[Cross, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(span.token_ids) for span in self.spans)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token_id for span in self.spans for token_id in span.token_ids]
+
+    @property
+    def positions(self) -> list[int]:
+        return [p for span in self.spans for p in range(span.position, span.position + len(span.token_ids))]
+
+
+def missing_spans(ends: Iterable[Span]) -> list[Span]:
+    """Return the spans on the way to `ends` that are not computed, depth first; each before what continues it."""
+    wanted_children: dict[Span, list[Span]] = {}
+    root: Span | None = None
+    for end in ends:
+        child: Span | None = None
+        span: Span | None = end
+        while span is not None:
+            is_known = span in wanted_children
+            children = wanted_children.setdefault(span, [])
+            if child is not None:
+                children.append(child)
+            if is_known:
+                break
+            child, span = span, span.parent
+            root = child if span is None else root
+    order: list[Span] = []
+    stack = [] if root is None else [root]
+    while stack:
+        span = stack.pop()
+        if span.parent is not None and span.rows is None:
+            order.append(span)
+        stack += reversed(wanted_children[span])
+    return order
+
+
+def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> list[tuple[Span, ...]]:
+    """Group depth-first `spans` into passes of at most `max_tokens` tokens and about equal size.
+
+    A span that does not fit is split in the forest, which changes no result: the cut-off part sees the first part's
+    keys as it sees any ancestor's.
+    """
+    num_tokens = sum(len(span.token_ids) for span in spans)
+    num_passes = -(-num_tokens // max_tokens)
+    target = -(-num_tokens // num_passes) if num_passes else 0
+    passes: list[tuple[Span, ...]] = []
+    current: list[Span] = []
+    num_current = 0
+    for span in spans:
+        while num_current + len(span.token_ids) > max_tokens:
+            room = target - num_current
+            if room >= MIN_CUT_TOKENS or not current:
+                current.append(forest.split(span, room))
+            passes.append(tuple(current))
+            current, num_current = [], 0
+        current.append(span)
+        num_current += len(span.token_ids)
+        if num_current >= target:
+            passes.append(tuple(current))
+            current, num_current = [], 0
+    if current:
+        passes.append(tuple(current))
+    return passes
+
+
+def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
+    """Lay depth-first `spans` out in one row and return the attention calls that they need.
+
+    Ancestors that are not among `spans` must be computed: an earlier pass, or an earlier evaluation, holds their keys.
+    """
+    layout = _Layout(spans)
+    own: list[Own] = []
+    reach: dict[Span, list[int]] = {}  # ancestor -> [first row, last row + 1] of the rows that see it by a Cross
+    causal_run: list[Span] = []
+    idx = 0
+    while idx < len(spans):
+        start = layout.starts[idx]
+        next_idx = layout.end_of_tile(idx, tile_tokens)
+        path = _ancestors(spans[idx])
+        if next_idx > idx:
+            stop = layout.starts[next_idx]
+            own.append(Own(start, stop, layout.visible_until(idx, next_idx)))
+            causal_run = []
+        else:
+            next_idx, stop = idx + 1, layout.starts[idx + 1]
+            if causal_run and spans[idx].parent is causal_run[-1]:
+                # The first child of a long span continues its causal run: no join for its rows.
+                own[-1] = Own(own[-1].start, stop)
+                path = path[: len(path) - len(causal_run)]
+                causal_run.append(spans[idx])
+            else:
+                own.append(Own(start, stop))
+                causal_run = [spans[idx]]
+        for ancestor in path:
+            reach.setdefault(ancestor, [start, stop])[1] = stop
+        idx = next_idx
+    return Pass(tuple(spans), tuple(own), tuple(_merge_crosses(reach, layout)))
+
+
+class _Layout:
+    """Where each span of a pass lies in its row: span `i` at rows `starts[i]..starts[i + 1]`."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
+        self.starts = [0]
+        for span in spans:
+            self.starts.append(self.starts[-1] + len(span.token_ids))
+        self.idx_of = {span: idx for idx, span in enumerate(spans)}
+        self.subtree_ends = list(range(1, len(spans) + 1))  # idx after the last descendant in this pass
+        for idx in range(len(spans) - 1, -1, -1):
+            parent_idx = self.idx_of.get(_parent(spans[idx]))
+            if parent_idx is not None:
+                self.subtree_ends[parent_idx] = max(self.subtree_ends[parent_idx], self.subtree_ends[idx])
+
+    def end_of_tile(self, idx: int, tile_tokens: int) -> int:
+        """Return the idx after the sibling subtrees from `idx` on that fit into one tile together; `idx` if none."""
+        parent = self.spans[idx].parent
+        end = idx
+        while end < len(self.spans) and self.spans[end].parent is parent:
+            subtree_end = self.subtree_ends[end]
+            if self.starts[subtree_end] - self.starts[idx] > tile_tokens:
+                break
+            end = subtree_end
+        return end
+
+    def visible_until(self, idx: int, end: int) -> tuple[int, ...] | None:
+        """Return the tile's `Own.visible_until`; None where the tile is one chain, which is plainly causal."""
+        if all(self.spans[i].parent is self.spans[i - 1] for i in range(idx + 1, end)):
+            return None
+        return tuple(
+            self.starts[self.subtree_ends[i]]
+            for i in range(idx, end)
+            for _ in range(self.starts[i], self.starts[i + 1])
+        )
+
+
+def _merge_crosses(reach: dict[Span, list[int]], layout: _Layout) -> list[Cross]:
+    """Return one Cross an ancestor; ancestors that follow each other in memory and are seen by the same rows share one."""
+    crosses: list[Cross] = []
+    for span, (start, stop) in reach.items():
+        idx = layout.idx_of.get(span)
+        if idx is not None:
+            block, key_start, key_stop = None, layout.starts[idx], layout.starts[idx + 1]
+        else:
+            assert span.rows is not None, f"{span!r} is neither in the pass nor computed"
+            block, key_start, key_stop = span.rows.block, span.rows.start, span.rows.stop
+        last = crosses[-1] if crosses else None
+        if (
+            last is not None
+            and (last.start, last.stop) == (start, stop)
+            and last.block is block
+            and last.key_stop == key_start
+            and last.key_position + last.key_stop - last.key_start == span.position
+        ):
+            crosses[-1] = Cross(start, stop, block, last.key_start, key_stop, last.key_position)
+        else:
+            crosses.append(Cross(start, stop, block, key_start, key_stop, span.position))
+    return crosses
+
+
+def _ancestors(span: Span) -> list[Span]:
+    return span.path()[:-1]
+
+
+def _parent(span: Span) -> Span:
+    assert span.parent is not None
+    return span.parent

@@ -1,0 +1,146 @@
+"""The forest of token spans: a radix tree, pure Python, no tensors.
+
+Each `Span` is a run of token ids that every text through it shares; its children differ in their first token. A span
+may be *computed* (its `rows` say where its representation lies) or not yet. Because attention is causal, the
+representation of a token depends on the tokens before it only, so two texts with a common beginning share spans.
+
+    (root) -- "the cat" --+-- " sat"
+                          +-- " ran" --+-- " off"
+                                       +-- " home"
+
+Splitting a span leaves the object in place as the *lower* part (a new span becomes the upper one), so whoever holds
+the span at which a text ends still holds the end of that text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+
+class Rows(Protocol):
+    """Where a computed span lies: consecutive rows of a block of tensors that this module never looks into."""
+
+    @property
+    def block(self) -> object: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+    def split(self, num_tokens: int) -> tuple[Rows, Rows]:
+        """Return the first `num_tokens` rows and the others; both share the block."""
+        ...
+
+
+class Span:
+    """A run of token ids, the position of its first one, what it continues and what continues it."""
+
+    __slots__ = ("children", "parent", "position", "rows", "token_ids")
+
+    def __init__(self, token_ids: tuple[int, ...], position: int, parent: Span | None) -> None:
+        self.token_ids = token_ids
+        self.position = position
+        self.parent = parent
+        self.children: dict[int, Span] = {}
+        self.rows: Rows | None = None
+
+    def __repr__(self) -> str:
+        state = "computed" if self.rows is not None else "not computed"
+        return f"Span({len(self.token_ids)} tokens at {self.position}, {len(self.children)} children, {state})"
+
+    def path(self) -> list[Span]:
+        """Return the spans from the first below the root down to this one."""
+        spans: list[Span] = []
+        span: Span = self
+        while span.parent is not None:
+            spans.append(span)
+            span = span.parent
+        spans.reverse()
+        return spans
+
+
+class Forest:
+    """All spans, under one empty root."""
+
+    def __init__(self) -> None:
+        self.root = Span((), 0, None)
+
+    def insert(self, token_ids: Sequence[int]) -> Span:
+        """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed."""
+        ids = tuple(token_ids)
+        span, num_matched = self.root, 0
+        while num_matched < len(ids):
+            child = span.children.get(ids[num_matched])
+            if child is None:
+                child = Span(ids[num_matched:], num_matched, span)
+                span.children[ids[num_matched]] = child
+                return child
+            num_common = _common_length(child.token_ids, ids, num_matched)
+            if num_common < len(child.token_ids):
+                child = self.split(child, num_common)
+            span, num_matched = child, num_matched + num_common
+        return span
+
+    def num_computed(self, token_ids: Sequence[int]) -> int:
+        """Return how many of the first of `token_ids` are computed; changes nothing."""
+        ids = tuple(token_ids)
+        span, num_matched = self.root, 0
+        while num_matched < len(ids):
+            child = span.children.get(ids[num_matched])
+            if child is None or child.rows is None:
+                break
+            num_common = _common_length(child.token_ids, ids, num_matched)
+            num_matched += num_common
+            if num_common < len(child.token_ids):
+                break
+            span = child
+        return num_matched
+
+    def split(self, span: Span, num_tokens: int) -> Span:
+        """Cut `span` after `num_tokens` and return the new upper part; `span` itself becomes the lower part."""
+        assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
+        upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
+        span.parent.children[upper.token_ids[0]] = upper
+        span.token_ids = span.token_ids[num_tokens:]
+        span.position += num_tokens
+        span.parent = upper
+        upper.children[span.token_ids[0]] = span
+        if span.rows is not None:
+            upper.rows, span.rows = span.rows.split(num_tokens)
+        return upper
+
+    def prune(self) -> None:
+        """Remove the spans that are not computed; those below a span that is not computed go with it."""
+        for span in list(self.spans()):
+            if span.rows is None and span.parent is not None:
+                span.parent.children.pop(span.token_ids[0], None)
+
+    def clear(self) -> None:
+        """Forget everything: no span is computed any more, and none is found any more."""
+        for span in self.spans():
+            span.rows = None
+        self.root.children = {}
+
+    def spans(self) -> Iterator[Span]:
+        """Yield every span below the root, each before what continues it, depth first."""
+        stack = list(reversed(self.root.children.values()))
+        while stack:
+            span = stack.pop()
+            yield span
+            stack += reversed(span.children.values())
+
+
+def _common_length(span_ids: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
+    """Return how many of `span_ids` equal `ids` from `offset` on."""
+    window = ids[offset : offset + len(span_ids)]
+    if window == span_ids:
+        return len(span_ids)
+    num_common = 0
+    for a, b in zip(span_ids, window, strict=False):
+        if a != b:
+            break
+        num_common += 1
+    return num_common

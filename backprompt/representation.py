@@ -1,0 +1,153 @@
+"""ModelRepr: what a model knows of one text.
+
+A `ModelRepr` is thin: it names a text's token ids and where they end in the forest. Tensors lie with the `LM`, are
+copied out when asked for, and are recomputed if they are gone. What can be had from hidden states (logits,
+log-probabilities) is computed on first use, for this text and, reading ahead, for those evaluated together with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from backprompt.errors import StaleRepresentationError
+from backprompt.evaluator import Evaluator
+from backprompt.identity import extend_key
+from backprompt.radix import Span
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+    from backprompt.lm import LM
+
+
+@dataclass(eq=False)
+class Batch:
+    """The texts that one `evaluate` computed together, and how far to read ahead in them.
+
+    One logit row alone costs as much as a hundred together, since the head's weights are read once. So the first
+    text asked for gets its own rows, and each further one twice as many of those behind it as the one before: whoever
+    reads one text pays for one, and whoever reads all of them pays for few calls.
+    """
+
+    evaluated: list[Evaluated] = field(default_factory=list)
+    num_asked: dict[str, int] = field(default_factory=dict)
+
+    def ahead_of(self, idx: int, what: str) -> list[Evaluated]:
+        """Return the text at `idx` and those whose `what` to compute along with its own."""
+        num_asked = self.num_asked.get(what, 0)
+        self.num_asked[what] = num_asked + 1
+        return self.evaluated[idx : idx + (1 << min(num_asked, 20))]
+
+
+@dataclass(eq=False)
+class Evaluated:
+    """A text's token ids, the evaluator that computed them, and the span at which they end."""
+
+    token_ids: tuple[int, ...]
+    evaluator: Evaluator
+    end: Span
+    batch: Batch
+    batch_idx: int
+
+    @property
+    def is_computed(self) -> bool:
+        return self.end.rows is not None
+
+
+class ModelRepr:
+    """The representation of one text by one model.
+
+    All tensors are detached copies on the model's device: changing them changes nothing that is cached. Reading
+    anything but `num_tokens` and `input_ids` raises `StaleRepresentationError` once the model's weights have changed.
+    """
+
+    def __init__(self, lm: LM, evaluated: Evaluated) -> None:
+        self._lm = lm
+        self._evaluated = evaluated
+
+    def __repr__(self) -> str:
+        return f"ModelRepr({self.num_tokens} tokens)"
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the text has, special tokens included."""
+        return len(self._evaluated.token_ids)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids, `(tokens,)`, int64."""
+        return torch.tensor(self._evaluated.token_ids, device=self._evaluated.evaluator.executor.device)
+
+    @property
+    def key(self) -> str:
+        """The SHA-256, as hex, that names this representation by content: model, adapter, dtype, tokenizer and ids.
+
+        The first use hashes the model's weights.
+        """
+        with self._lm._lock:
+            self._computed()
+            return extend_key(bytes.fromhex(self._lm.fingerprint), 0, self._evaluated.token_ids).hex()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the text's keys, values, hidden states and log-probabilities take; shared ones included."""
+        with self._lm._lock:
+            return self._computed().num_bytes(self._evaluated.end)
+
+    @property
+    def logits(self) -> Tensor:
+        """Next-token logits, `(vocab,)`, in the model's dtype."""
+        with self._lm._lock:
+            return self._computed().last_logits(self._read_ahead("logits"))
+
+    @property
+    def token_logprobs(self) -> Tensor:
+        """Log-probability of each token given those before it, `(tokens,)`, nats, float32; nan for the first."""
+        with self._lm._lock:
+            return self._computed().token_logprobs(self._read_ahead("token_logprobs"))
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """Final hidden states, which the output head reads, `(tokens, hidden)`, in the model's dtype."""
+        with self._lm._lock:
+            return self._computed().hidden_states(self._evaluated.end)
+
+    def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the logits after each of the tokens `start..stop`, `(tokens, vocab)`.
+
+        Row i holds the scores of what follows token `start + i`. Indices are those of Python's slices. A whole text's
+        logits are large (tokens x vocab): ask for the rows that you need.
+        """
+        start, stop, _ = slice(start, stop).indices(self.num_tokens)
+        with self._lm._lock:
+            return self._computed().all_logits(self._evaluated.end, start, stop)
+
+    def past_key_values(self) -> DynamicCache:
+        """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
+
+        The cache covers every token of the text: `model(new_ids, past_key_values=...)` takes the ids after it,
+        `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids.
+        """
+        with self._lm._lock:
+            evaluator = self._computed()
+            return evaluator.executor.dynamic_cache(*evaluator.keys_values(self._evaluated.end))
+
+    def _computed(self) -> Evaluator:
+        """Return the evaluator, with this text computed in it again if it was dropped. The lock must be held."""
+        evaluated = self._evaluated
+        if self._lm._current() is not evaluated.evaluator:
+            raise StaleRepresentationError(
+                f"The model's weights (or its tokenizer) have changed since this representation of {self.num_tokens} "
+                "tokens was computed. Evaluate the text again: evaluate(text), or text.model_repr."
+            )
+        if not evaluated.is_computed:
+            (evaluated.end,) = evaluated.evaluator.evaluate([evaluated.token_ids])
+        return evaluated.evaluator
+
+    def _read_ahead(self, what: str) -> list[Span]:
+        ahead = self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
+        return [evaluated.end for evaluated in ahead if evaluated.is_computed]

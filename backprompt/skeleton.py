@@ -1,0 +1,213 @@
+"""A private copy of somebody's model: all of its weights, none of its modes.
+
+`copy.deepcopy` with a memo that maps every parameter to itself takes milliseconds and shares all weights. The copy
+is in eval mode and has a configuration of its own, so that switching its attention implementation cannot be seen by
+the user's model, not even from another thread in the middle of a plain call.
+
+Three copies are made: `body` (the decoder, attention switched to ours), `head` (the causal model around a decoder
+that returns what it is given, so that scaling or capping of logits is the model's own code), and, for the probe,
+`plain_copy` (the model with its own attention).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.utils import ModelOutput
+
+from backprompt.errors import UnsupportedModelError
+
+SHARED_BUFFER_BYTES = 1 << 16
+"""Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
+
+_CAPTURING_HOOKS = "transformers.utils.output_capturing"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a text may ask of a model.
+
+    Attributes:
+        num_embeddings: token ids must be below this.
+        max_tokens: how many positions the model was made for, or None where it does not say.
+        why_hard: why `max_tokens` cannot be exceeded; None where it can, at the caller's risk.
+
+    """
+
+    num_embeddings: int
+    max_tokens: int | None
+    why_hard: str | None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the causal language model inside `torch.compile` and peft wrappers.
+
+    Raises:
+        UnsupportedModelError: the adapter changes the input instead of the layers (prompt or prefix tuning).
+
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            adapters: Any = model.peft_config
+            for name, adapter in adapters.items():
+                if getattr(adapter, "is_prompt_learning", False):
+                    raise UnsupportedModelError(
+                        f"The adapter {name!r} ({adapter.peft_type}) puts virtual tokens before the prompt, which packed "
+                        "evaluation does not model. Use an adapter that changes layers, such as LoRA."
+                    )
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, naming the reason, for what can be told without running the model."""
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise UnsupportedModelError(f"{name} is not a transformers model; backprompt runs causal LMs of transformers.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; backprompt runs decoder-only causal LMs.")
+    output_embeddings = model.get_output_embeddings()  # type: ignore[operator]
+    if output_embeddings is None or model.get_decoder() is model:  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"{name} has no language-model head. Load it with AutoModelForCausalLM, or name a causal LM checkpoint."
+        )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise UnsupportedModelError(
+            f"{name} has parameters on the meta device, which hold no numbers. Load its weights, or .to_empty() and "
+            "initialise it, before wrapping it."
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{name} is spread over several devices or offloaded ({sorted(map(str, devices))}). Load it onto one device, "
+            "without device_map."
+        )
+    hooked = _first_hooked_module(model)
+    if hooked is not None:
+        raise UnsupportedModelError(
+            f"{name} has a forward hook on its module {hooked!r}, which would see packed rows of many texts. Remove the "
+            "hook (handle.remove()) before wrapping the model."
+        )
+
+
+def limits_of(model: nn.Module) -> Limits:
+    """Return what the model's configuration says of ids and positions."""
+    config: Any = model.get_decoder().config  # type: ignore[operator]
+    num_embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    max_tokens: int | None = getattr(config, "max_position_embeddings", None)
+    for rope in _rope_parameters(config):
+        kind = str(rope.get("rope_type", "default"))
+        if "dynamic" in kind or kind == "longrope":
+            original = rope.get("original_max_position_embeddings") or max_tokens
+            why = f"its {kind} rotary scaling changes all positions of a call that has a longer one"
+            return Limits(num_embeddings, original, why)
+    is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
+    return Limits(
+        num_embeddings, max_tokens, None if is_rotary else "its position embeddings are learned, one a position"
+    )
+
+
+def make_body(model: nn.Module, attention_name: str) -> nn.Module:
+    """Return a copy of the decoder whose attention is the registered function `attention_name`."""
+    body = _private_copy(model.get_decoder())  # type: ignore[operator]
+    for config in _configs(body):
+        config._attn_implementation = attention_name
+    _fuse_gelu(body)
+    return body
+
+
+def make_head(model: nn.Module) -> nn.Module:
+    """Return a copy of the model that takes hidden states as `inputs_embeds` and only applies its head to them."""
+    return _private_copy(model, {id(model.get_decoder()): _GivenHiddenStates()})  # type: ignore[operator]
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy that computes what the plain call in eval mode computes."""
+    return _private_copy(model)
+
+
+class _GivenHiddenStates(nn.Module):
+    """Stands where the decoder stood, and returns as its last hidden state what it was given."""
+
+    def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _DecoderOutput:
+        return _DecoderOutput(last_hidden_state=inputs_embeds)
+
+
+@dataclass
+class _DecoderOutput(ModelOutput):
+    """A decoder's output with nothing but hidden states; whatever else a model reads from its decoder is None."""
+
+    last_hidden_state: Tensor
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = None) -> nn.Module:
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    memo |= {id(buffer): buffer for buffer in model.buffers() if buffer.nbytes > SHARED_BUFFER_BYTES}
+    memo |= replacements or {}
+    private: nn.Module = copy.deepcopy(model, memo).eval()
+    for config in _configs(private):
+        config.return_dict = True
+        config.output_hidden_states = config.output_attentions = config.use_cache = False
+    return private
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return list(configs.values())
+
+
+def _fuse_gelu(body: nn.Module) -> None:
+    """Replace GPT-2's tanh GELU, six elementwise passes, by torch's fused form of the same function."""
+    for module in body.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def _first_hooked_module(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if getattr(hook, "__module__", None) != _CAPTURING_HOOKS:
+                return name or type(module).__name__
+    return None
+
+
+def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rotary parameters; models with several kinds of layers have one set a kind."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        yield parameters
+    else:
+        yield from (value for value in parameters.values() if isinstance(value, dict))
+
+
+def is_rewritten_in_place(module: nn.Module) -> bool:
+    """Return whether a module rewrites its own buffers while it runs, as rotary tables that look at lengths do."""
+    kinds = getattr(module, "rope_type", None)
+    names = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(name is not None and ("dynamic" in name or name == "longrope") for name in names)
+
+
+def logit_row_bytes(model: nn.Module) -> int:
+    """Return the bytes of one row of logits."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight.shape[0] * weight.element_size()
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the one device that `check_supported` made sure of."""
+    return next(model.parameters()).device

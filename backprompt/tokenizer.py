@@ -1,0 +1,269 @@
+"""A private copy of somebody's tokenizer, and what can be told about it.
+
+Whole strings are encoded exactly as the user's tokenizer does. Beyond that, two things are needed that its interface
+does not offer: encoding a string as a *continuation* (no special tokens, no dummy prefix space), and knowing where a
+string can be cut so that its halves, encoded apart, give the ids of the whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer as Backend
+
+from backprompt.errors import TokenizerError
+
+# Splitting patterns in which no alternative matches a letter followed by a space, none looks behind, and a letter run
+# takes at most one space along, the one before it. So " " between two ASCII letters is a boundary in any context.
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_CUTTABLE_PATTERNS = frozenset({_GPT2_PATTERN, _LLAMA3_PATTERN, _QWEN2_PATTERN})
+
+_SAMPLE = "It's 7 o'clock:  Zoë's naïve   “test”\n\n#42 , don't\tre-fund 1234567 🤝🏽 日本 x"
+"""Encoded now and then to notice that a tokenizer was changed; full of what rules and merges act on."""
+
+
+class EncodesStrings(Protocol):
+    """What encoding texts needs of a tokenizer."""
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+
+    def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]: ...
+
+    def cut(self, string: str) -> int: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class PrivateTokenizer:
+    """A copy of `tokenizer` that nobody else changes or locks.
+
+    Attributes:
+        prefix_ids: what the tokenizer puts before every string (a BOS token, or nothing).
+        suffix_ids: what it puts behind every string.
+
+    Raises:
+        TokenizerError: `tokenizer` is not a tokenizer of transformers.
+
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise TokenizerError(
+                f"An LM needs a tokenizer of transformers, not {type(tokenizer).__name__}. "
+                "Load one with AutoTokenizer.from_pretrained(...)."
+            )
+        self._original = tokenizer
+        self._private: Any = copy.deepcopy(tokenizer)
+        self._words = _sample_words(tokenizer)
+        self._state = _quick_state(tokenizer, self._words)
+        self._description = _describe(tokenizer)
+        self._backend: Backend | None = None
+        self._continuing: Backend | None = None
+        if self._description is not None:
+            self._backend = _make_backend(self._description, tokenizer, is_continuation=False)
+            self._continuing = _make_backend(self._description, tokenizer, is_continuation=True)
+            if list(self._backend.encode(_SAMPLE, add_special_tokens=False).ids) != self._call([_SAMPLE])[0]:
+                self._backend = None  # the tokenizer does something of its own around its backend
+        self._can_cut = self._backend is not None and _is_cuttable(self._description)
+        self.prefix_ids, self.suffix_ids = self._special_ids()
+
+    def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
+        """Return the ids of each string, without special tokens around it.
+
+        Raises:
+            TokenizerError: a string that no tokenizer can take, or a continuation for a tokenizer without a backend.
+
+        """
+        for string in strings:
+            _check_encodable(string)
+        backend = self._continuing if is_continuation else self._backend
+        if backend is not None:
+            return [tuple(encoding.ids) for encoding in backend.encode_batch_fast(strings, add_special_tokens=False)]
+        if is_continuation:
+            raise TokenizerError(
+                f"{type(self._original).__name__} has no `tokenizers` backend, so a string cannot be encoded as a "
+                'continuation of token ids or of another segment. Use its fast version, or joins="exact" with strings only.'
+            )
+        return [tuple(ids) for ids in self._call(list(strings))]
+
+    def cut(self, string: str) -> int:
+        """Return the last place at which `string` can be cut without changing its ids, whatever follows; else 0.
+
+        The ids of the whole are those of `string[:cut]` followed by those of `string[cut:]` as a continuation. That is
+        so at a space between two ASCII letters, for byte-level BPE with one of the known splitting patterns.
+        """
+        if not self._can_cut:
+            return 0
+        end = len(string) - 1
+        while (end := string.rfind(" ", 1, end)) > 0:
+            before, after = string[end - 1], string[end + 1]
+            if before.isascii() and before.isalpha() and after.isascii() and after.isalpha():
+                return end
+        return 0
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the string of `token_ids`, special tokens included, nothing cleaned up."""
+        decoded: str = self._private.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+    def has_changed(self) -> bool:
+        """Return whether the user's tokenizer differs from this copy, as far as a quick look can tell."""
+        return _quick_state(self._original, self._words) != self._state
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all that decides about ids, as hex."""
+        described = self._description
+        if described is None:  # no backend: the vocabulary and the settings that transformers saves
+            described = {"vocab": self._private.get_vocab(), "init": repr(sorted(self._private.init_kwargs.items()))}
+        parts = [json.dumps(described, sort_keys=True), repr(self._state)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _call(self, strings: list[str]) -> list[list[int]]:
+        encoded: list[list[int]] = self._private(strings, add_special_tokens=False)["input_ids"]
+        return encoded
+
+    def _special_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return what the tokenizer puts before and behind a string."""
+        without = self._call(["a"])[0]
+        with_special: list[int] = self._private(["a"])["input_ids"][0]
+        for start in range(len(with_special) - len(without) + 1):
+            if with_special[start : start + len(without)] == without:
+                return tuple(with_special[:start]), tuple(with_special[start + len(without) :])
+        raise TokenizerError(
+            f"{type(self._original).__name__} changes a string's own tokens when it adds special ones, so texts cannot be "
+            "composed with it. Pass add_special_tokens=False to the LM and write the special tokens into the text."
+        )
+
+
+def _describe(tokenizer: Any) -> dict[str, Any] | None:
+    """Return the backend's own JSON, without padding and truncation; None for a tokenizer without a backend."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Backend):
+        return None
+    description: dict[str, Any] = json.loads(backend.to_str())
+    description["padding"] = description["truncation"] = None
+    return description
+
+
+def _make_backend(description: dict[str, Any], tokenizer: Any, *, is_continuation: bool) -> Backend:
+    if is_continuation:
+        description = {
+            **description,
+            "normalizer": _without_prepend(description["normalizer"]),
+            "pre_tokenizer": _without_dummy_prefix(description["pre_tokenizer"]),
+            "post_processor": None,
+        }
+    backend = Backend.from_str(json.dumps(description))
+    backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+    return backend
+
+
+def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a normalizer that does not put the dummy prefix space of SentencePiece before a string."""
+    if normalizer is None or normalizer["type"] == "Prepend":
+        return None
+    if normalizer["type"] == "Sequence":
+        kept = [_without_prepend(part) for part in normalizer["normalizers"]]
+        return {**normalizer, "normalizers": [part for part in kept if part is not None]}
+    return normalizer
+
+
+def _without_dummy_prefix(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    if pre_tokenizer is None:
+        return None
+    if pre_tokenizer["type"] == "Sequence":
+        return {**pre_tokenizer, "pretokenizers": [_without_dummy_prefix(p) for p in pre_tokenizer["pretokenizers"]]}
+    if pre_tokenizer["type"] == "Metaspace":
+        return {**pre_tokenizer, "prepend_scheme": "never"}
+    if pre_tokenizer["type"] == "ByteLevel":
+        return {**pre_tokenizer, "add_prefix_space": False}
+    return pre_tokenizer
+
+
+def _is_cuttable(description: dict[str, Any] | None) -> bool:
+    """Return whether a space between two ASCII letters is provably a boundary of this tokenizer."""
+    if description is None:
+        return False
+    model, normalizer = description["model"], description["normalizer"]
+    if model["type"] != "BPE" or model.get("dropout"):
+        return False
+    if normalizer is not None and normalizer["type"] != "NFC":  # NFC never composes across a space
+        return False
+    return _splits_at_spaces(description["pre_tokenizer"]) and all(map(_leaves_spaces, description["added_tokens"]))
+
+
+def _splits_at_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
+    if pre_tokenizer is None:
+        return False
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    splits = False
+    for part in parts:
+        if part["type"] == "ByteLevel":
+            splits |= part["use_regex"]
+        elif part["type"] == "Split":
+            is_known = part["pattern"].get("Regex") in _CUTTABLE_PATTERNS
+            if not is_known or part["behavior"] != "Isolated" or part["invert"]:
+                return False
+            splits = True
+        elif part["type"] != "Digits":  # which only cuts around digits
+            return False
+    return splits
+
+
+def _leaves_spaces(added_token: dict[str, Any]) -> bool:
+    """Return whether an added token can neither contain nor swallow a space between two letters."""
+    content: str = added_token["content"]
+    swallows = (added_token["lstrip"] and content[:1].isalpha()) or (added_token["rstrip"] and content[-1:].isalpha())
+    return not swallows and not any(character.isspace() for character in content)
+
+
+def _sample_words(tokenizer: Any) -> list[str]:
+    """Return the sample as the tokenizer's model sees it: normalized and split."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Backend):
+        return []
+    normalized = _SAMPLE if backend.normalizer is None else backend.normalizer.normalize_str(_SAMPLE)
+    if backend.pre_tokenizer is None:
+        return [normalized]
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
+
+
+def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
+    """Return a cheap summary: settings, sizes, and the ids of a sample, in which a changed rule or merge shows.
+
+    The sample goes to the backend's model, not through the backend, which another thread may be reconfiguring.
+    """
+    parts: list[object] = [
+        type(tokenizer).__qualname__,
+        len(tokenizer),
+        getattr(tokenizer, "split_special_tokens", False),
+    ]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Backend):
+        components = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
+        parts += (None if part is None else part.__getstate__() for part in components)
+        model = backend.model
+        parts += (tuple(token.id for token in model.tokenize(word)) for word in words)
+    else:
+        parts.append(tuple(tokenizer(_SAMPLE)["input_ids"]))
+    return tuple(parts)
+
+
+def _check_encodable(string: str) -> None:
+    try:
+        string.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"The text holds a lone surrogate at character {error.start}, which is half of a UTF-16 pair and not a "
+            "character. Decode its source as UTF-8, or replace it: string.encode('utf-16', 'surrogatepass')."
+            "decode('utf-16', 'replace')."
+        ) from error

@@ -1,0 +1,262 @@
+"""From texts to token ids: joins, special tokens, and what a join changed.
+
+The segments of a text form *runs*: strings side by side are one run, and a segment of token ids stands alone, with a
+hard boundary on both sides. The first run is encoded as a whole string would be; a run after a hard boundary is
+encoded as a continuation (no special tokens, no dummy prefix space).
+
+    "the ref" + "und" + <5, 9> + " is due"     runs: "the refund", <5, 9>, " is due"
+
+Under `joins="exact"` a run is encoded as one string. Texts that share a beginning share the work: their segments are
+arranged as a trie, and what a node adds is encoded once, up to the last place where the string can provably be cut.
+Under `joins="split"` every segment is encoded on its own, the later ones as continuations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+from backprompt.errors import JoinError
+from backprompt.text import Segment, Text
+from backprompt.tokenizer import EncodesStrings
+
+Joins: TypeAlias = Literal["exact", "split", "error"]
+JOINS: tuple[Joins, ...] = ("exact", "split", "error")
+
+
+@dataclass(frozen=True)
+class Join:
+    """A place where two strings meet and the tokens around it depend on that.
+
+    Attributes:
+        segment_idx: index, in `Text.segments`, of the segment that begins here.
+        left: the string of the run before the join.
+        right: the segment after it.
+        split_tokens: the ids around the join if both sides are encoded apart; the common ids at both ends left out.
+        joined_tokens: the ids that take their place in the string of both.
+
+    """
+
+    segment_idx: int
+    left: str
+    right: str
+    split_tokens: tuple[int, ...]
+    joined_tokens: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"segment {self.segment_idx}: ...{self.left[-20:]!r} + {self.right[:20]!r}: tokens "
+            f"{list(self.split_tokens)} become {list(self.joined_tokens)}"
+        )
+
+
+class Encoder:
+    """Encodes texts; remembers each text's ids for as long as the text lives."""
+
+    def __init__(self, tokenizer: EncodesStrings, joins: Joins, add_special_tokens: bool) -> None:
+        self.tokenizer = tokenizer
+        self._joins = joins
+        self._prefix_ids = tokenizer.prefix_ids if add_special_tokens else ()
+        self._suffix_ids = tokenizer.suffix_ids if add_special_tokens else ()
+        self._encoded: WeakKeyDictionary[Text, tuple[int, ...]] = WeakKeyDictionary()
+
+    def encode(self, texts: Sequence[Text]) -> list[tuple[int, ...]]:
+        """Return the token ids of each text; texts not seen before are encoded together.
+
+        Raises:
+            JoinError: under `joins="error"`, tokens change where two segments of a text meet.
+            TokenizerError: a string that the tokenizer cannot take.
+
+        """
+        ids = [self._encoded.get(text) for text in texts]
+        new = [text for text, known in zip(texts, ids, strict=True) if known is None]
+        if not new:
+            return [known for known in ids if known is not None]
+        for text, token_ids in zip(new, self._encode_new(new), strict=True):
+            self._encoded[text] = token_ids
+        return [self._encoded[text] for text in texts]
+
+    def joins(self, text: Text) -> list[Join]:
+        """Return every join of a text at which joining changes tokens, from left to right."""
+        return list(self._changed_joins(text.segments))
+
+    def string(self, text: Text) -> str:
+        """Return the text's string, token ids decoded: each such segment adds what it adds to the decoding so far."""
+        string, segments = "", text.segments
+        for idx, segment in enumerate(segments):
+            if isinstance(segment, str):
+                string += segment
+            else:
+                (before,) = self._trie_encode([segments[:idx]], split=self._joins == "split", is_whole=False)
+                string += _added(self.tokenizer.decode(before), self.tokenizer.decode(before + segment))
+        return string
+
+    def _encode_new(self, texts: list[Text]) -> list[tuple[int, ...]]:
+        segments = [text.segments for text in texts]
+        encoded = self._trie_encode(segments, split=self._joins == "split")
+        if self._joins == "error":
+            for text, joined, split in zip(texts, encoded, self._trie_encode(segments, split=True), strict=True):
+                if joined != split:
+                    self._raise_join_error(text)
+        return encoded
+
+    def _raise_join_error(self, text: Text) -> None:
+        joins = "\n  ".join(map(str, self.joins(text)))
+        raise JoinError(
+            f"{text!r}: tokens change where its segments meet:\n  {joins}\n"
+            'Move the join to a place where no token spans it (often before a space), or use joins="exact" or "split".'
+        )
+
+    def _trie_encode(
+        self, texts: Sequence[Sequence[Segment]], *, split: bool, is_whole: bool = True
+    ) -> list[tuple[int, ...]]:
+        """Encode texts given by their segments, each distinct piece of string once; not `is_whole`: more follows."""
+        pieces = _Pieces(self.tokenizer)
+        root = _TrieNode()
+        ends = [root.descend(segments, pieces, split=split) for segments in texts]
+        pieces.encode()
+        return [
+            self._with_special_tokens(end.ids(pieces), segments, is_whole)
+            for end, segments in zip(ends, texts, strict=True)
+        ]
+
+    def _with_special_tokens(
+        self, ids: tuple[int, ...], segments: Sequence[Segment], is_whole: bool
+    ) -> tuple[int, ...]:
+        if segments and not isinstance(segments[0], str):
+            return ids
+        if ids[: len(self._prefix_ids)] != self._prefix_ids:
+            ids = self._prefix_ids + ids
+        if is_whole and self._suffix_ids and all(isinstance(segment, str) for segment in segments):
+            ids = ids + self._suffix_ids
+        return ids
+
+    def _changed_joins(self, segments: Sequence[Segment]) -> Iterator[Join]:
+        run, is_continuation = "", False
+        for idx, segment in enumerate(segments):
+            if not isinstance(segment, str):
+                run, is_continuation = "", True
+                continue
+            if run:
+                (left,) = self.tokenizer.encode([run], is_continuation=is_continuation)
+                (right,) = self.tokenizer.encode([segment], is_continuation=True)
+                (joined,) = self.tokenizer.encode([run + segment], is_continuation=is_continuation)
+                if joined != left + right:
+                    yield Join(idx, run, segment, *_differing_middles(left + right, joined))
+            run += segment
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A string that is encoded by itself."""
+
+    string: str
+    is_continuation: bool
+
+
+class _Pieces:
+    """All pieces of one call of the encoder, and their ids once encoded."""
+
+    def __init__(self, tokenizer: EncodesStrings) -> None:
+        self.tokenizer = tokenizer
+        self._ids: dict[_Piece, tuple[int, ...]] = {}
+
+    def add(self, piece: _Piece) -> None:
+        self._ids[piece] = ()
+
+    def encode(self) -> None:
+        for is_continuation in (False, True):
+            pieces = [piece for piece in self._ids if piece.is_continuation is is_continuation]
+            strings = [piece.string for piece in pieces]
+            encoded = self.tokenizer.encode(strings, is_continuation=is_continuation) if strings else []
+            self._ids.update(zip(pieces, encoded, strict=True))
+
+    def ids(self, piece: _Piece) -> tuple[int, ...]:
+        return self._ids[piece]
+
+
+@dataclass(eq=False)
+class _TrieNode:
+    """The state after some segments: what is settled, and the tail whose tokens may still change.
+
+    The ids of the text up to here are those of `parent.settled_ids`, then of `settled` (a piece, or token ids as they
+    are), then of the tail.
+    """
+
+    parent: _TrieNode | None = None
+    settled: tuple[_Piece | tuple[int, ...], ...] = ()
+    tail: str = ""
+    tail_is_continuation: bool = False
+    children: dict[Segment, _TrieNode] = field(default_factory=dict)
+    _settled_ids: tuple[int, ...] | None = None
+
+    def descend(self, segments: Sequence[Segment], pieces: _Pieces, *, split: bool) -> _TrieNode:
+        """Return the node after `segments`, adding what is new to the trie and to `pieces`."""
+        node = self
+        for segment in segments:
+            child = node.children.get(segment)
+            if child is None:
+                child = (
+                    node._extend_string(segment, pieces, split)
+                    if isinstance(segment, str)
+                    else node._extend_ids(segment)
+                )
+                for settled in child.settled:
+                    if isinstance(settled, _Piece):
+                        pieces.add(settled)
+                node.children[segment] = child
+            node = child
+        if node.tail:
+            pieces.add(node._tail_piece())
+        return node
+
+    def ids(self, pieces: _Pieces) -> tuple[int, ...]:
+        """Return the ids of the text that ends here, without special tokens."""
+        return self._all_settled_ids(pieces) + (pieces.ids(self._tail_piece()) if self.tail else ())
+
+    def _extend_string(self, segment: str, pieces: _Pieces, split: bool) -> _TrieNode:
+        if split:
+            settled = (self._tail_piece(),) if self.tail else ()
+            return _TrieNode(self, settled, segment, self.tail_is_continuation or bool(self.tail))
+        tail = self.tail + segment
+        cut = pieces.tokenizer.cut(tail)
+        if cut == 0:
+            return _TrieNode(self, (), tail, self.tail_is_continuation)
+        return _TrieNode(self, (_Piece(tail[:cut], self.tail_is_continuation),), tail[cut:], True)
+
+    def _extend_ids(self, token_ids: tuple[int, ...]) -> _TrieNode:
+        settled = (self._tail_piece(), token_ids) if self.tail else (token_ids,)
+        return _TrieNode(self, settled, "", True)
+
+    def _tail_piece(self) -> _Piece:
+        return _Piece(self.tail, self.tail_is_continuation)
+
+    def _all_settled_ids(self, pieces: _Pieces) -> tuple[int, ...]:
+        chain: list[_TrieNode] = []
+        node: _TrieNode | None = self
+        while node is not None and node._settled_ids is None:
+            chain.append(node)
+            node = node.parent
+        ids = list(node._settled_ids) if node is not None and node._settled_ids is not None else []
+        for node in reversed(chain):
+            for settled in node.settled:
+                ids += pieces.ids(settled) if isinstance(settled, _Piece) else settled
+            if len(node.children) > 1:  # remembered only where it is read again: a chain would cost its length squared
+                node._settled_ids = tuple(ids)
+        return tuple(ids)
+
+
+def _differing_middles(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what is left of both after their common beginning and then their common end are taken away."""
+    shortest = min(len(a), len(b))
+    start = next((i for i in range(shortest) if a[i] != b[i]), shortest)
+    end = next((i for i in range(shortest - start) if a[-1 - i] != b[-1 - i]), shortest - start)
+    return a[start : len(a) - end], b[start : len(b) - end]
+
+
+def _added(before: str, after: str) -> str:
+    """Return what `after` adds to `before`; a character that was incomplete in `before` counts as added."""
+    common = before.rstrip("\N{REPLACEMENT CHARACTER}") if not after.startswith(before) else before
+    return after[len(common) :] if after.startswith(common) else after

@@ -1,0 +1,25 @@
+"""What holds for all tests: no downloads, the same examples each time, `cuda` tests only where CUDA is."""
+
+import os
+
+# Read when transformers and tokenizers are imported, so set before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# deadline: an example's first run may build a model. derandomize: a failure is there again on the next run.
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50, print_blob=True)
+# HYPOTHESIS_PROFILE=thorough draws other examples each time, to look for what the fixed ones miss.
+settings.register_profile("thorough", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
