@@ -8,6 +8,7 @@ log-probabilities) is computed on first use, for this text and, reading ahead, f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,8 +62,9 @@ class Evaluated:
 class ModelRepr:
     """The representation of one text by one model.
 
-    All tensors are detached copies on the model's device: changing them changes nothing that is cached. Reading
-    anything but `num_tokens` and `input_ids` raises `StaleRepresentationError` once the model's weights have changed.
+    All tensors are detached copies on the model's device: changing them changes nothing that is cached. Once the
+    model's weights have changed, reading anything but `num_tokens` and `input_ids` raises `StaleRepresentationError`;
+    what was already computed may be read until an evaluation notices the change.
     """
 
     def __init__(self, lm: LM, evaluated: Evaluated) -> None:
@@ -89,7 +91,7 @@ class ModelRepr:
         The first use hashes the model's weights.
         """
         with self._lm._lock:
-            self._computed()
+            self._check_current()
             return extend_key(bytes.fromhex(self._lm.fingerprint), 0, self._evaluated.token_ids).hex()
 
     @property
@@ -102,13 +104,13 @@ class ModelRepr:
     def logits(self) -> Tensor:
         """Next-token logits, `(vocab,)`, in the model's dtype."""
         with self._lm._lock:
-            return self._computed().last_logits(self._read_ahead("logits"))
+            return self._computed().last_logits(self._evaluated.end, partial(self._read_ahead, "logits"))
 
     @property
     def token_logprobs(self) -> Tensor:
         """Log-probability of each token given those before it, `(tokens,)`, nats, float32; nan for the first."""
         with self._lm._lock:
-            return self._computed().token_logprobs(self._read_ahead("token_logprobs"))
+            return self._computed().token_logprobs(self._evaluated.end, partial(self._read_ahead, "token_logprobs"))
 
     @property
     def hidden_states(self) -> Tensor:
@@ -124,6 +126,7 @@ class ModelRepr:
         """
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
         with self._lm._lock:
+            self._check_current()
             return self._computed().all_logits(self._evaluated.end, start, stop)
 
     def past_key_values(self) -> DynamicCache:
@@ -139,15 +142,25 @@ class ModelRepr:
     def _computed(self) -> Evaluator:
         """Return the evaluator, with this text computed in it again if it was dropped. The lock must be held."""
         evaluated = self._evaluated
-        if self._lm._current() is not evaluated.evaluator:
+        self._check_evaluator(self._lm._evaluator)
+        if not evaluated.is_computed:
+            self._check_current()
+            (evaluated.end,) = evaluated.evaluator.evaluate([evaluated.token_ids])
+        return evaluated.evaluator
+
+    def _check_current(self) -> None:
+        """Look whether the weights have changed, before something is computed with them."""
+        self._check_evaluator(self._lm._current())
+
+    def _check_evaluator(self, current: Evaluator) -> None:
+        if current is not self._evaluated.evaluator:
             raise StaleRepresentationError(
                 f"The model's weights (or its tokenizer) have changed since this representation of {self.num_tokens} "
                 "tokens was computed. Evaluate the text again: evaluate(text), or text.model_repr."
             )
-        if not evaluated.is_computed:
-            (evaluated.end,) = evaluated.evaluator.evaluate([evaluated.token_ids])
-        return evaluated.evaluator
 
     def _read_ahead(self, what: str) -> list[Span]:
+        """Return the ends of the texts to compute `what` for along with this one; something must be computed."""
+        self._check_current()
         ahead = self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
         return [evaluated.end for evaluated in ahead if evaluated.is_computed]
