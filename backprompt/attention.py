@@ -30,9 +30,13 @@ WINDOW_CHUNK_ROWS = 512
 
 
 class Kernel(Protocol):
+    """The contract of a kernel; shapes are at the top of this file."""
+
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, is_causal: bool, mask: Tensor | None
-    ) -> KernelOutput: ...
+    ) -> KernelOutput:
+        """Attend `query` to `key` and `value`."""
+        ...
 
 
 class KeysValues(Protocol):
@@ -190,7 +194,7 @@ class _Joined:
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where `visible` (rows, keys) and -inf elsewhere; its rows lie 16 elements aligned, as CUDA wants them."""
+    """Return 0 where `visible` (rows, keys) and -inf elsewhere; rows lie aligned to 16 elements, for CUDA."""
     rows, keys = visible.shape
     mask = torch.zeros((rows, -(-keys // 16) * 16), dtype=dtype, device=visible.device)[:, :keys]
     return mask.masked_fill_(~visible, -math.inf)

@@ -38,10 +38,12 @@ class Block:
 
     @property
     def num_rows(self) -> int:
+        """How many tokens it represents."""
         return self.hidden.shape[0]
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
         tensors = [*self.keys, *self.values, self.hidden, self.logprobs, self.has_logprobs]
         return sum(tensor.nbytes for tensor in tensors)
 

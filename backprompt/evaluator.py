@@ -66,6 +66,7 @@ class Evaluator:
 
     @property
     def result_bytes_held(self) -> int:
+        """Bytes of the rows of logits in the pool."""
         return self._pool.num_bytes
 
     def clear(self) -> None:
@@ -107,7 +108,7 @@ class Evaluator:
     def all_logits(self, end: Span, start: int, stop: int) -> Tensor:
         """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`."""
         hidden = self.hidden_states(end)[start:stop]
-        rows = [self._logits(piece) for piece in hidden.split(self.executor.rows_in_a_slice)]
+        rows = [self._logits(piece) for piece in torch.split(hidden, self.executor.rows_in_a_slice)]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def hidden_states(self, end: Span) -> Tensor:

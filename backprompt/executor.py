@@ -32,8 +32,16 @@ _names = itertools.count()
 
 # What models pass along that means nothing to packed attention. Anything else that is not None is refused by name.
 _MEANINGLESS_KEYWORDS = frozenset(
-    "cache_position output_attentions output_hidden_states output_router_logits position_embeddings position_ids "
-    "return_dict use_cache".split()
+    {
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
 )
 
 
@@ -167,8 +175,8 @@ class Executor:
         window = in_flight.window_of(attention_mask, self._model_name)
         if window is None and sliding_window is not None and in_flight.max_position >= sliding_window:
             raise UnsupportedModelError(
-                f"{self._model_name} asks its attention for a sliding window of {sliding_window} positions, but its mask "
-                "does not say so. Keep texts within the window."
+                f"{self._model_name} asks its attention for a sliding window of {sliding_window} positions, but its "
+                "mask does not say so. Keep texts within the window."
             )
         scoring = Scoring(
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,

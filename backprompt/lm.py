@@ -189,7 +189,10 @@ class LM:
 
         """
         for idx, text in enumerate(texts):
-            self._check_is_own(text, idx)
+            if _lm_of(text, idx) is not self:
+                raise UnboundTextError(
+                    f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
+                )
         with self._lock:
             evaluator = self._current()
             known = [self._evaluated.get(text) for text in texts]
@@ -235,16 +238,6 @@ class LM:
             if before is None or content_hash(self.model) != before:
                 self._renew()
 
-    def _check_is_own(self, text: object, idx: int) -> None:
-        if not isinstance(text, Text):
-            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
-        if text.lm is None:
-            raise UnboundTextError(
-                f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that has one."
-            )
-        if text.lm is not self:
-            raise UnboundTextError(f"texts[{idx}], {text!r}, belongs to another LM; use backprompt.evaluate(texts).")
-
     def _evaluate_missing(self, evaluator: Evaluator, texts: list[Text]) -> None:
         encoded = self._encoder.encode(texts)
         for text, token_ids in zip(texts, encoded, strict=True):
@@ -260,8 +253,8 @@ class LM:
         limits = evaluator.executor.limits
         if not token_ids:
             raise EmptyTextError(
-                f"{text!r} has no tokens, so there is nothing to evaluate. Add a string to it, or start it with a token "
-                "such as the tokenizer's BOS: Text.from_tokens([tokenizer.bos_token_id], lm)."
+                f"{text!r} has no tokens, so there is nothing to evaluate. Add a string to it, or start it with a "
+                "token such as the tokenizer's BOS: Text.from_tokens([tokenizer.bos_token_id], lm)."
             )
         if min(token_ids) < 0 or max(token_ids) >= limits.num_embeddings:
             position, token_id = next((p, t) for p, t in enumerate(token_ids) if not 0 <= t < limits.num_embeddings)
@@ -278,8 +271,8 @@ class LM:
             )
         if not self._beyond_trained_length:
             raise TextTooLongError(
-                f"{too_long} that it was trained for. Shorten the text by {len(token_ids) - limits.max_tokens}, or let it "
-                "through at your own risk with LM(..., beyond_trained_length=True)."
+                f"{too_long} that it was trained for. Shorten the text by {len(token_ids) - limits.max_tokens}, or let "
+                "it through at your own risk with LM(..., beyond_trained_length=True)."
             )
 
     def _current(self) -> Evaluator:
@@ -348,20 +341,25 @@ def evaluate(texts: Text | Iterable[Text]) -> ModelRepr | list[ModelRepr]:
     if isinstance(texts, str):
         raise TextTypeError(f"evaluate takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
     listed = list(texts)
-    by_lm: dict[int, list[int]] = {}
+    by_lm: dict[LM, list[int]] = {}
     for idx, text in enumerate(listed):
-        if not isinstance(text, Text):
-            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
-        if text.lm is None:
-            raise UnboundTextError(
-                f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that has one."
-            )
-        by_lm.setdefault(id(text.lm), []).append(idx)
+        by_lm.setdefault(_lm_of(text, idx), []).append(idx)
     reprs: dict[int, ModelRepr] = {}
-    for indices in by_lm.values():
-        lm = listed[indices[0]]._require_lm("a representation")
+    for lm, indices in by_lm.items():
         reprs.update(zip(indices, lm.evaluate([listed[idx] for idx in indices]), strict=True))
     return [reprs[idx] for idx in range(len(listed))]
+
+
+def _lm_of(text: object, idx: int) -> LM:
+    """Return the `LM` of an element of `texts`."""
+    if not isinstance(text, Text):
+        raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
+    if text.lm is None:
+        raise UnboundTextError(
+            f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that "
+            "has one."
+        )
+    return text.lm
 
 
 def load(
@@ -392,10 +390,11 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelLoadError(
-            f"Could not load {str(name)!r}: {error}\nIf the model hub cannot be reached, download the model elsewhere and "
-            "pass the path of its folder: backprompt.load('path/to/model')."
+            f"Could not load {str(name)!r}: {error}\nIf the model hub cannot be reached, download the model elsewhere "
+            "and pass the path of its folder: backprompt.load('path/to/model')."
         ) from error
-    return LM(model.to(chosen), tokenizer, **lm_options)
+    model = model.to(chosen)  # type: ignore[arg-type]  # PreTrainedModel.to is wrapped without its types
+    return LM(model, tokenizer, **lm_options)
 
 
 def _default_device() -> torch.device:

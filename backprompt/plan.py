@@ -70,14 +70,17 @@ class Pass:
 
     @property
     def num_tokens(self) -> int:
+        """How many tokens the pass forwards: the length of its row."""
         return sum(len(span.token_ids) for span in self.spans)
 
     @property
     def token_ids(self) -> list[int]:
+        """The row: all spans' ids, one after the other."""
         return [token_id for span in self.spans for token_id in span.token_ids]
 
     @property
     def positions(self) -> list[int]:
+        """The position of each token of the row in its own text."""
         return [p for span in self.spans for p in range(span.position, span.position + len(span.token_ids))]
 
 
@@ -208,7 +211,7 @@ class _Layout:
 
 
 def _merge_crosses(reach: dict[Span, list[int]], layout: _Layout) -> list[Cross]:
-    """Return one Cross an ancestor; ancestors that follow each other in memory and are seen by the same rows share one."""
+    """Return one Cross an ancestor; neighbours in memory that the same rows see share one."""
     crosses: list[Cross] = []
     for span, (start, stop) in reach.items():
         idx = layout.idx_of.get(span)

@@ -57,14 +57,14 @@ def probe(model: nn.Module, executor: Executor) -> None:
         gap = float((logits.float() - plain.float()).nan_to_num().abs().max())
         if not gap <= TOLERANCE[logits.dtype] * scale:
             raise UnsupportedModelError(
-                f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more than "
-                f"{TOLERANCE[logits.dtype] * scale:.0e} for {logits.dtype}. Something in it mixes tokens outside "
+                f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
+                f"than {TOLERANCE[logits.dtype] * scale:.0e} for {logits.dtype}. Something in it mixes tokens outside "
                 "attention, so its texts cannot share a pass."
             )
 
 
 def _token_ids(path: str, num_embeddings: int) -> tuple[int, ...]:
-    """Spread the probe's tokens over the vocabulary; equal paths get equal ids, and no two tokens of a path are equal."""
+    """Spread the probe's tokens over the vocabulary; equal paths get equal ids."""
     return tuple((31 * idx + 7 * ord(letter) + 11) % num_embeddings for idx, letter in enumerate(path))
 
 

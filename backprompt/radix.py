@@ -22,13 +22,19 @@ class Rows(Protocol):
     """Where a computed span lies: consecutive rows of a block of tensors that this module never looks into."""
 
     @property
-    def block(self) -> object: ...
+    def block(self) -> object:
+        """The block, by identity."""
+        ...
 
     @property
-    def start(self) -> int: ...
+    def start(self) -> int:
+        """The first row."""
+        ...
 
     @property
-    def stop(self) -> int: ...
+    def stop(self) -> int:
+        """The row after the last."""
+        ...
 
     def split(self, num_tokens: int) -> tuple[Rows, Rows]:
         """Return the first `num_tokens` rows and the others; both share the block."""

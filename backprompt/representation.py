@@ -56,6 +56,7 @@ class Evaluated:
 
     @property
     def is_computed(self) -> bool:
+        """Whether its rows are still there."""
         return self.end.rows is not None
 
 

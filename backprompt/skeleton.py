@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from backprompt.errors import UnsupportedModelError
 
@@ -60,8 +60,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             for name, adapter in adapters.items():
                 if getattr(adapter, "is_prompt_learning", False):
                     raise UnsupportedModelError(
-                        f"The adapter {name!r} ({adapter.peft_type}) puts virtual tokens before the prompt, which packed "
-                        "evaluation does not model. Use an adapter that changes layers, such as LoRA."
+                        f"The adapter {name!r} ({adapter.peft_type}) puts virtual tokens before the prompt, which "
+                        "packed evaluation does not model. Use an adapter that changes layers, such as LoRA."
                     )
             model = model.get_base_model()  # type: ignore[operator]
         else:
@@ -89,14 +89,14 @@ def check_supported(model: nn.Module) -> None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UnsupportedModelError(
-            f"{name} is spread over several devices or offloaded ({sorted(map(str, devices))}). Load it onto one device, "
-            "without device_map."
+            f"{name} is spread over several devices or offloaded ({sorted(map(str, devices))}). Load it onto one "
+            "device, without device_map."
         )
     hooked = _first_hooked_module(model)
     if hooked is not None:
         raise UnsupportedModelError(
-            f"{name} has a forward hook on its module {hooked!r}, which would see packed rows of many texts. Remove the "
-            "hook (handle.remove()) before wrapping the model."
+            f"{name} has a forward hook on its module {hooked!r}, which would see packed rows of many texts. Remove "
+            "the hook (handle.remove()) before wrapping the model."
         )
 
 

@@ -20,7 +20,10 @@ from backprompt.errors import TokenizerError
 # Splitting patterns in which no alternative matches a letter followed by a space, none looks behind, and a letter run
 # takes at most one space along, the one before it. So " " between two ASCII letters is a boundary in any context.
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _CUTTABLE_PATTERNS = frozenset({_GPT2_PATTERN, _LLAMA3_PATTERN, _QWEN2_PATTERN})
 
@@ -34,11 +37,17 @@ class EncodesStrings(Protocol):
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
 
-    def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]: ...
+    def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
+        """Return the ids of each string, without special tokens."""
+        ...
 
-    def cut(self, string: str) -> int: ...
+    def cut(self, string: str) -> int:
+        """Return a place where the string can be cut without changing its ids, or 0."""
+        ...
 
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the string of the ids."""
+        ...
 
 
 class PrivateTokenizer:
@@ -89,7 +98,8 @@ class PrivateTokenizer:
         if is_continuation:
             raise TokenizerError(
                 f"{type(self._original).__name__} has no `tokenizers` backend, so a string cannot be encoded as a "
-                'continuation of token ids or of another segment. Use its fast version, or joins="exact" with strings only.'
+                "continuation of token ids or of another segment. Use its fast version, or joins='exact' with "
+                "strings only."
             )
         return [tuple(ids) for ids in self._call(list(strings))]
 
@@ -139,8 +149,8 @@ class PrivateTokenizer:
             if with_special[start : start + len(without)] == without:
                 return tuple(with_special[:start]), tuple(with_special[start + len(without) :])
         raise TokenizerError(
-            f"{type(self._original).__name__} changes a string's own tokens when it adds special ones, so texts cannot be "
-            "composed with it. Pass add_special_tokens=False to the LM and write the special tokens into the text."
+            f"{type(self._original).__name__} changes a string's own tokens when it adds special ones, so texts cannot "
+            "be composed with it. Pass add_special_tokens=False to the LM and write the special tokens into the text."
         )
 
 

@@ -90,14 +90,16 @@ def content_hash(model: nn.Module) -> str:
     for _, _, tensor in _places(causal_model):
         model_hash.update(repr((names[id(tensor)], tuple(tensor.shape), str(tensor.dtype))).encode())
         data = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
-        model_hash.update(memoryview(data))
+        model_hash.update(data.data)
     return model_hash.hexdigest()
 
 
 def _places(model: nn.Module) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:
     """Yield where each parameter and buffer hangs; tables that the model itself rewrites while it runs are left out."""
     for module in model.modules():
-        tables = [module._parameters] if is_rewritten_in_place(module) else [module._parameters, module._buffers]
+        tables: list[Mapping[str, Tensor | None]] = (
+            [module._parameters] if is_rewritten_in_place(module) else [module._parameters, module._buffers]
+        )
         for table in tables:
             yield from ((table, name, tensor) for name, tensor in table.items() if tensor is not None)
 
