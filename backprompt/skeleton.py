@@ -12,6 +12,7 @@ that returns what it is given, so that scaling or capping of logits is the model
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,11 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{name} is not a transformers model; backprompt runs causal LMs of transformers.")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; backprompt runs decoder-only causal LMs.")
+    if not _uses_attention_interface(model):
+        raise UnsupportedModelError(
+            f"{name} does not go through transformers' attention interface, so its attention cannot be packed. Use a "
+            "family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+        )
     output_embeddings = model.get_output_embeddings()  # type: ignore[operator]
     if output_embeddings is None or model.get_decoder() is model:  # type: ignore[operator]
         raise UnsupportedModelError(
@@ -176,6 +182,13 @@ def _fuse_gelu(body: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def _uses_attention_interface(model: nn.Module) -> bool:
+    """Return whether the model says so, or its code uses the interface though it does not say so (StableLM)."""
+    return getattr(model, "_supports_attention_backend", False) or hasattr(
+        sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"
+    )
 
 
 def _first_hooked_module(model: nn.Module) -> str | None:
