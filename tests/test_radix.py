@@ -1,0 +1,275 @@
+"""The forest of spans spells what was inserted, shares every common beginning, and loses no row when it splits."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backprompt.cache import BlockRows
+from backprompt.radix import Forest, Span
+
+Ids = tuple[int, ...]
+
+# Three token ids, so that texts share their beginnings, end inside one another and repeat.
+texts = st.lists(st.integers(0, 2), max_size=8).map(tuple)
+batches = st.lists(texts, max_size=12)
+
+
+def prefixes(batch: Iterable[Ids]) -> set[Ids]:
+    """All non-empty beginnings of all texts: the distinct tokens, each named by what leads to it."""
+    return {ids[:stop] for ids in batch for stop in range(1, len(ids) + 1)}
+
+
+def spelled(span: Span) -> Ids:
+    """The token ids from the root to the end of `span`, found by following parents."""
+    ids: Ids = ()
+    while span.parent is not None:
+        ids = span.token_ids + ids
+        span = span.parent
+    return ids
+
+
+def all_spans(forest: Forest) -> Iterator[Span]:
+    """Every span below the root, found by following children."""
+    unseen = list(forest.root.children.values())
+    while unseen:
+        span = unseen.pop()
+        yield span
+        unseen += span.children.values()
+
+
+def check_is_radix_tree(forest: Forest) -> None:
+    assert (forest.root.token_ids, forest.root.position, forest.root.parent) == ((), 0, None)
+    for span in [forest.root, *all_spans(forest)]:
+        for first_id, child in span.children.items():
+            assert child.parent is span
+            assert child.token_ids, "an empty span"
+            assert child.token_ids[0] == first_id
+            assert child.position == span.position + len(span.token_ids)
+
+
+def held(forest: Forest) -> list[Ids]:
+    """What leads to each token that the forest holds; a token that is held twice is here twice."""
+    return [
+        spelled(span)[: span.position + num_tokens]
+        for span in all_spans(forest)
+        for num_tokens in range(1, len(span.token_ids) + 1)
+    ]
+
+
+class Computed:
+    """Marks texts as computed, one block a text, and remembers which token each row of each block stands for."""
+
+    def __init__(self, forest: Forest) -> None:
+        self._forest = forest
+        self._token_at: dict[tuple[object, int], Ids] = {}
+
+    def add(self, ids: Ids) -> None:
+        end = self._forest.insert(ids)
+        block, num_rows = object(), 7  # the rows before these are another text's
+        for span in path_to(end):
+            if span.rows is None:
+                stop = num_rows + len(span.token_ids)
+                span.rows = BlockRows(block, num_rows, stop)
+                for row in range(num_rows, stop):
+                    self._token_at[block, row] = spelled(span)[: span.position + row - num_rows + 1]
+                num_rows = stop
+
+    def tokens_of(self, span: Span) -> list[Ids]:
+        """What leads to the tokens that the rows of `span` stand for."""
+        rows = span.rows
+        assert rows is not None
+        return [self._token_at[rows.block, row] for row in range(rows.start, rows.stop)]
+
+    def tokens(self) -> set[Ids]:
+        return {token for span in all_spans(self._forest) if span.rows is not None for token in self.tokens_of(span)}
+
+
+def path_to(end: Span) -> list[Span]:
+    """The spans from the first below the root to `end`, found by following parents."""
+    path: list[Span] = []
+    while end.parent is not None:
+        path.insert(0, end)
+        end = end.parent
+    return path
+
+
+def filled(batch: Sequence[Ids]) -> Forest:
+    forest = Forest()
+    for ids in batch:
+        forest.insert(ids)
+    return forest
+
+
+def test_the_example_of_the_module() -> None:
+    """(root) -- 1 2 --+-- 3
+    +-- 4 --+-- 5
+            +-- 6"""
+    forest = Forest()
+    sat, off, home = forest.insert((1, 2, 3)), forest.insert((1, 2, 4, 5)), forest.insert([1, 2, 4, 6])
+    (the_cat,) = forest.root.children.values()
+    ran = the_cat.children[4]
+    assert (the_cat.token_ids, the_cat.position) == ((1, 2), 0)
+    assert (the_cat.children, ran.children) == ({3: sat, 4: ran}, {5: off, 6: home})
+    assert (ran.token_ids, ran.position, home.token_ids, home.position) == ((4,), 2, (6,), 3)
+    assert home.path() == [the_cat, ran, home]
+    assert list(forest.spans()) == [the_cat, sat, ran, off, home]
+    assert repr(ran) == "Span(1 tokens at 2, 2 children, not computed)"
+
+
+@given(batches)
+def test_every_text_is_spelled_by_the_path_to_its_end_also_after_later_inserts(batch: list[Ids]) -> None:
+    forest = Forest()
+    ends = [forest.insert(ids) for ids in batch]
+    for ids, end in zip(batch, ends, strict=True):
+        assert spelled(end) == ids
+        assert end.path() == path_to(end)
+        assert tuple(token_id for span in end.path() for token_id in span.token_ids) == ids
+        assert forest.insert(ids) is end
+
+
+@given(batches)
+def test_each_distinct_token_is_held_once(batch: list[Ids]) -> None:
+    forest = filled(batch)
+    check_is_radix_tree(forest)
+    assert sorted(held(forest)) == sorted(prefixes(batch))
+
+
+@given(batches, st.randoms())
+def test_the_order_of_inserts_does_not_matter(batch: list[Ids], random) -> None:
+    def cuts(forest: Forest) -> set[tuple[Ids, int]]:
+        return {(spelled(span), span.position) for span in all_spans(forest)}
+
+    shuffled = random.sample(batch, len(batch))
+    assert cuts(filled(batch)) == cuts(filled(shuffled))
+
+
+@given(batches)
+def test_spans_yields_every_span_once_depth_first(batch: list[Ids]) -> None:
+    forest = filled(batch)
+    order = list(forest.spans())
+    assert len(order) == len(set(order))
+    assert set(order) == set(all_spans(forest))
+    for before, span in pairwise([forest.root, *order]):
+        # Depth first: what continues a span stands right behind it, or behind its last descendant.
+        assert span.parent is before or span.parent in path_to(before) or span.parent is forest.root
+        assert not before.children or before.children[span.token_ids[0]] is span
+
+
+@given(batches, batches)
+def test_a_split_keeps_every_row_with_its_token(computed_batch: list[Ids], batch: list[Ids]) -> None:
+    forest = Forest()
+    computed = Computed(forest)
+    for ids in computed_batch:
+        computed.add(ids)
+    for ids in batch:
+        forest.insert(ids)
+    for span in all_spans(forest):
+        if span.rows is not None:
+            ids = spelled(span)
+            assert computed.tokens_of(span) == [ids[: stop + 1] for stop in range(span.position, len(ids))]
+    assert computed.tokens() == prefixes(computed_batch)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3])
+def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
+    """5 --+-- 6 7 8 9 -- 10      ->      5 --+-- 6 .. (upper) -- .. 9 (the same object) -- 10
+    +-- 1                              +-- 1"""
+    forest = Forest()
+    below, sibling, span = forest.insert((5, 6, 7, 8, 9, 10)), forest.insert((5, 1)), forest.insert((5, 6, 7, 8, 9))
+    parent, block = span.parent, object()
+    span.rows = BlockRows(block, 20, 24)
+    upper = forest.split(span, num_tokens)
+    assert parent is not None
+    assert parent.children == {6: upper, 1: sibling}
+    assert (upper.parent, span.parent, below.parent) == (parent, upper, span)
+    assert (upper.children, span.children) == ({span.token_ids[0]: span}, {10: below})
+    assert (upper.token_ids, span.token_ids) == ((6, 7, 8, 9)[:num_tokens], (6, 7, 8, 9)[num_tokens:])
+    assert (upper.position, span.position) == (1, 1 + num_tokens)
+    assert upper.rows == BlockRows(block, 20, 20 + num_tokens)
+    assert span.rows == BlockRows(block, 20 + num_tokens, 24)
+    check_is_radix_tree(forest)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3, 4])
+def test_a_split_that_leaves_a_part_empty_is_refused(num_tokens: int) -> None:
+    forest = Forest()
+    span = forest.insert((1, 2, 3))
+    with pytest.raises(AssertionError):
+        forest.split(span, num_tokens)
+    assert held(forest) == [(1,), (1, 2), (1, 2, 3)]
+
+
+@given(batches, batches, texts)
+def test_num_computed_is_the_longest_computed_beginning(computed_batch: list[Ids], batch: list[Ids], ids: Ids) -> None:
+    forest = Forest()
+    computed = Computed(forest)
+    for computed_ids in computed_batch:
+        computed.add(computed_ids)
+    for other in batch:
+        forest.insert(other)
+    spans = list(all_spans(forest))
+    known = prefixes(computed_batch)
+    assert forest.num_computed(ids) == sum(ids[:stop] in known for stop in range(1, len(ids) + 1))
+    assert list(all_spans(forest)) == spans
+
+
+@given(batches, batches)
+def test_prune_leaves_what_is_computed(computed_batch: list[Ids], batch: list[Ids]) -> None:
+    forest = Forest()
+    computed = Computed(forest)
+    for ids in computed_batch:
+        computed.add(ids)
+    for ids in batch:
+        forest.insert(ids)
+    forest.prune()
+    check_is_radix_tree(forest)
+    assert sorted(held(forest)) == sorted(prefixes(computed_batch))
+    assert computed.tokens() == prefixes(computed_batch)
+
+
+def test_prune_takes_what_stands_below_a_span_that_is_not_computed() -> None:
+    """1 (computed) -- 2 (not) -- 3 (computed)"""
+    forest = Forest()
+    spans = [forest.insert(ids) for ids in ((1,), (1, 2), (1, 2, 3))]
+    spans[0].rows, spans[2].rows = BlockRows(object(), 0, 1), BlockRows(object(), 0, 1)
+    forest.prune()
+    assert list(all_spans(forest)) == [spans[0]]
+
+
+@given(batches)
+def test_clear_forgets_every_span_also_for_those_who_hold_one(batch: list[Ids]) -> None:
+    forest = Forest()
+    computed = Computed(forest)
+    for ids in batch:
+        computed.add(ids)
+    ends = [forest.insert(ids) for ids in batch]
+    spans = list(all_spans(forest))
+    forest.clear()
+    assert list(all_spans(forest)) == []
+    assert [span.rows for span in spans] == [None] * len(spans)
+    assert [spelled(end) for end in ends] == batch
+    assert [forest.num_computed(ids) for ids in batch] == [0] * len(batch)
+
+
+def test_a_chain_of_ten_thousand_spans() -> None:
+    """0 -- 1 -- 2 -- ... -- 9999, one token a span: no walk recurses."""
+    ids = tuple(range(10_000))
+    forest = Forest()
+    end = forest.insert(ids)
+    for _ in ids[1:]:
+        forest.split(end, 1)
+    assert [span.token_ids for span in end.path()] == [(token_id,) for token_id in ids]
+    assert list(forest.spans()) == end.path()
+    assert forest.insert(ids) is end
+    for span in end.path():
+        span.rows = BlockRows(object(), 0, 1)
+    branch = forest.insert((*ids, 1))
+    assert branch.parent is end
+    assert forest.num_computed((*ids, 1)) == len(ids)
+    forest.prune()
+    assert list(forest.spans()) == end.path()
+    forest.clear()
+    assert list(forest.spans()) == []
