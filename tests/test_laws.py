@@ -8,7 +8,7 @@ A forest is drawn as a list of texts, each a list of segments from a small alpha
 """
 
 import itertools
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -44,6 +44,8 @@ SEGMENTS = [
 LAW_FAMILIES = ["gpt2", "llama", "gemma2", "gpt_oss", "mistral_sliding", "opt"]
 
 segment = st.sampled_from(SEGMENTS) | st.text(max_size=6) | st.lists(st.integers(0, 319), max_size=4).map(tuple)
+PASS_SIZES = st.sampled_from([1, 5, 17, 1000])
+TILE_SIZES = st.sampled_from([1, 4, 128])
 string_segment = st.sampled_from(SEGMENTS) | st.text(max_size=6)
 
 
@@ -66,6 +68,14 @@ def family(name: str) -> PreTrainedModel:
 @cache
 def tokenizer(name: str):
     return TOKENIZERS[name]()
+
+
+def small_lm(name: str, tokenizer_name: str, max_tokens: int, tile_tokens: int, **options) -> LM:
+    """An LM whose passes and tiles are so small that short texts need many of both."""
+    lm = LM(family(name), tokenizer(tokenizer_name), max_tokens_per_forward=max_tokens, **options)
+    executor = lm._evaluator.executor
+    executor.compute = partial(executor.compute, tile_tokens=tile_tokens)
+    return lm
 
 
 def leaf(segment: str | tuple[int, ...], lm: LM) -> Text:
@@ -96,12 +106,12 @@ def num_distinct_tokens(texts: list[Text]) -> int:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@given(segments=forests(), max_tokens=st.sampled_from([1, 5, 17, 1000]))
+@given(segments=forests(), max_tokens=PASS_SIZES, tile_tokens=TILE_SIZES)
 @settings(max_examples=8)
-@example(segments=[["The cat", " sat"], ["The cat", "s"]], max_tokens=3)
-def test_p1_same_numbers_as_the_plain_call(name: str, segments: list[list], max_tokens: int) -> None:
+@example(segments=[["The cat", " sat"], ["The cat", "s"]], max_tokens=3, tile_tokens=1)
+def test_p1_same_numbers_as_the_plain_call(name: str, segments: list[list], max_tokens: int, tile_tokens: int) -> None:
     model = family(name)
-    lm = LM(model, tokenizer("byte_level_bpe"), max_tokens_per_forward=max_tokens)
+    lm = small_lm(name, "byte_level_bpe", max_tokens, tile_tokens)
     limit = 32 if name == "phi3_longrope" else LIMIT
     texts = [text for text in usable([compose(s, lm) for s in segments]) if len(text.tokens) <= limit]
     evaluate(texts)
@@ -125,15 +135,14 @@ def test_p1_ids_are_those_of_the_whole_string(tokenizer_name: str, segments: lis
 def test_p2_order_and_size_of_passes_and_what_was_cached_do_not_matter(
     segments: list[list], joins: str, data: st.DataObject
 ) -> None:
-    model = family(data.draw(st.sampled_from(LAW_FAMILIES)))
-    max_tokens = data.draw(st.integers(1, 40))
-    reference = LM(model, tokenizer("llama3_bpe"), joins=joins)
+    name = data.draw(st.sampled_from(LAW_FAMILIES))
+    reference = LM(family(name), tokenizer("llama3_bpe"), joins=joins)
     expected = {
         tuple(s): (text.model_repr.all_logits(), text.token_logprobs)
         for s in segments
         if usable([text := compose(s, reference)])
     }
-    lm = LM(model, tokenizer("llama3_bpe"), joins=joins, max_tokens_per_forward=max_tokens)
+    lm = small_lm(name, "llama3_bpe", data.draw(st.integers(1, 40)), data.draw(TILE_SIZES), joins=joins)
     order = data.draw(st.permutations([s for s in segments if tuple(s) in expected]))
     num_first = data.draw(st.integers(0, len(order)))
     evaluate([compose(s, lm) for s in order[:num_first]])
@@ -248,8 +257,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.lm.clear()
         assert (self.lm.stats.bytes_held, self.lm.stats.result_bytes_held) == (0, 0)
 
-    @rule(how=st.sampled_from(["in place", "through .data", "replaced"]), data=st.data())
-    def change_a_weight(self, how: str, data: st.DataObject) -> None:
+    @rule(text=texts, how=st.sampled_from(["in place", "through .data", "replaced"]), data=st.data())
+    def change_a_weight(self, text: Text, how: str, data: st.DataObject) -> None:
+        self.read_logprobs(text)
+        self.perturb(how, data)
+        self.read_logprobs(text)
+
+    def perturb(self, how: str, data: st.DataObject) -> None:
         module_name, name = data.draw(st.sampled_from(self.weight_names())).rsplit(".", 1)
         module = self.model.get_submodule(module_name)
         weight = getattr(module, name)

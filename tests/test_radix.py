@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -104,9 +105,12 @@ def filled(batch: Sequence[Ids]) -> Forest:
 
 
 def test_the_example_of_the_module() -> None:
-    """(root) -- 1 2 --+-- 3
-    +-- 4 --+-- 5
-            +-- 6"""
+    """Three texts share 1 2, two of them 4 as well.
+
+    (root) -- 1 2 --+-- 3
+                    +-- 4 --+-- 5
+                            +-- 6
+    """
     forest = Forest()
     sat, off, home = forest.insert((1, 2, 3)), forest.insert((1, 2, 4, 5)), forest.insert([1, 2, 4, 6])
     (the_cat,) = forest.root.children.values()
@@ -138,7 +142,7 @@ def test_each_distinct_token_is_held_once(batch: list[Ids]) -> None:
 
 
 @given(batches, st.randoms())
-def test_the_order_of_inserts_does_not_matter(batch: list[Ids], random) -> None:
+def test_the_order_of_inserts_does_not_matter(batch: list[Ids], random: Random) -> None:
     def cuts(forest: Forest) -> set[tuple[Ids, int]]:
         return {(spelled(span), span.position) for span in all_spans(forest)}
 
@@ -155,7 +159,7 @@ def test_spans_yields_every_span_once_depth_first(batch: list[Ids]) -> None:
     for before, span in pairwise([forest.root, *order]):
         # Depth first: what continues a span stands right behind it, or behind its last descendant.
         assert span.parent is before or span.parent in path_to(before) or span.parent is forest.root
-        assert not before.children or before.children[span.token_ids[0]] is span
+        assert not before.children or before.children.get(span.token_ids[0]) is span
 
 
 @given(batches, batches)
@@ -175,8 +179,11 @@ def test_a_split_keeps_every_row_with_its_token(computed_batch: list[Ids], batch
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3])
 def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
-    """5 --+-- 6 7 8 9 -- 10      ->      5 --+-- 6 .. (upper) -- .. 9 (the same object) -- 10
-    +-- 1                              +-- 1"""
+    """Whoever holds the span at which 5 6 7 8 9 ends still does.
+
+    5 --+-- 6 7 8 9 -- 10     ->     5 --+-- 6 (new) -- 7 8 9 (the same object) -- 10
+        +-- 1                            +-- 1
+    """
     forest = Forest()
     below, sibling, span = forest.insert((5, 6, 7, 8, 9, 10)), forest.insert((5, 1)), forest.insert((5, 6, 7, 8, 9))
     parent, block = span.parent, object()

@@ -1,0 +1,403 @@
+"""Packed attention against attention written out by hand, in float64, one row at a time."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from backprompt import attention
+from backprompt.attention import (
+    Kernel,
+    KernelOutput,
+    PackedAttention,
+    Scoring,
+    additive_mask,
+    choose_kernel,
+    clear_kernel,
+)
+from backprompt.cache import Block, BlockRows
+from backprompt.plan import Pass, cut_into_passes, missing_spans, plan_pass
+from backprompt.radix import Forest, Span
+
+Ids = tuple[int, ...]
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+# Inputs are standard normal, so outputs and log-sum-exps are below 8 and their last bit is below 8 * eps. Sums in
+# float32 and float64 lose a few bits more; the shorter dtypes lose that bit in each partial result and in the whole.
+ATOL = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def attend_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, visible: Tensor | None = None
+) -> KernelOutput:
+    """A softmax over the visible keys and the sinks, in float64: the shapes of a kernel, `visible` is (rows, keys)."""
+    group = query.shape[0] // key.shape[0]
+    key, value = (tensor.double().repeat_interleave(group, dim=0) for tensor in (key, value))
+    scores = torch.einsum("hrd,hkd->hrk", query.double(), key) * scoring.scaling
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    weights = scores.exp() if visible is None else scores.exp() * visible
+    total = weights.sum(dim=-1)  # (heads, rows)
+    if scoring.sinks is not None:
+        total = total + scoring.sinks.double().exp()[:, None]
+    output = torch.einsum("hrk,hkd->hrd", weights, value) / total.where(total > 0, 1.0)[..., None]
+    return output.transpose(0, 1), total.log().transpose(0, 1)
+
+
+def check_close(result: KernelOutput, expected: KernelOutput, dtype: torch.dtype) -> None:
+    for tensor, wanted in zip(result, expected, strict=True):
+        torch.testing.assert_close(tensor.double().cpu(), wanted.double().cpu(), atol=ATOL[dtype], rtol=0)
+
+
+def draw(heads: int, rows: int, dim: int, seed: int) -> Tensor:
+    """Standard normal `(heads, rows, dim)`, laid out as models do: the heads of a row lie together."""
+    return torch.randn((rows, heads, dim), generator=torch.Generator().manual_seed(seed)).transpose(0, 1)
+
+
+# The clear kernel
+
+
+@pytest.mark.parametrize("dtype", list(ATOL))
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
+@pytest.mark.parametrize("kind", ["causal", "unmasked", "masked"])
+def test_the_clear_kernel_is_a_softmax(
+    kind: str, heads: int, kv_heads: int, softcap: float | None, dtype: torch.dtype
+) -> None:
+    rows, keys = 7, 7 if kind == "causal" else 11
+    tensors = draw(heads, rows, 8, seed=0), draw(kv_heads, keys, 8, seed=1), draw(kv_heads, keys, 6, seed=2)
+    query, key, value = (tensor.to(dtype) for tensor in tensors)
+    visible = {
+        "causal": torch.ones(rows, keys).tril().bool(),
+        "unmasked": torch.ones(rows, keys).bool(),
+        "masked": torch.rand(rows, keys, generator=torch.Generator().manual_seed(3)) < 0.6,
+    }[kind]
+    mask = additive_mask(visible, dtype) if kind == "masked" else None
+    result = clear_kernel(query, key, value, 0.4, kind == "causal", mask, softcap=softcap)
+    check_close(result, attend_by_hand(query, key, value, Scoring(0.4, softcap=softcap), visible), dtype)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_clear_kernel_is_torchs_attention(is_causal: bool) -> None:
+    query, key, value = draw(6, 9, 8, seed=0), draw(2, 9, 8, seed=1), draw(2, 9, 8, seed=2)
+    output, _ = clear_kernel(query, key, value, 0.4, is_causal, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query[None], key[None], value[None], is_causal=is_causal, scale=0.4, enable_gqa=True
+    )
+    torch.testing.assert_close(output, expected[0].transpose(0, 1), atol=ATOL[torch.float32], rtol=0)
+
+
+def test_a_row_that_sees_nothing_gets_nothing() -> None:
+    visible = torch.tensor([[True, False, True], [False, False, False]])
+    query, key, value = draw(4, 2, 8, seed=0), draw(2, 3, 8, seed=1), draw(2, 3, 8, seed=2)
+    output, lse = clear_kernel(query, key, value, 0.4, False, additive_mask(visible, torch.float32))
+    assert output[1].eq(0).all()
+    assert lse[1].eq(-math.inf).all()
+    check_close((output, lse), attend_by_hand(query, key, value, Scoring(0.4), visible), torch.float32)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.sampled_from(list(ATOL)))
+def test_partial_results_join_to_attention_over_all_keys(part_of_key: list[int], dtype: torch.dtype) -> None:
+    """Whichever way the keys are dealt out, and in whichever order the parts are joined."""
+    num_keys = len(part_of_key)
+    tensors = draw(4, 5, 8, seed=0), draw(2, num_keys, 8, seed=1), draw(2, num_keys, 6, seed=2)
+    query, key, value = (tensor.to(dtype) for tensor in tensors)
+    joined, rows = attention._Joined(query, value), slice(0, 5)
+    for i, part in enumerate(dict.fromkeys(part_of_key)):
+        keys = [idx for idx, other in enumerate(part_of_key) if other == part]
+        partial_result = clear_kernel(query, key[:, keys], value[:, keys], 0.4, False, None)
+        (joined.add if i else joined.start_with)(rows, *partial_result)
+    result = joined.result(sinks=None), joined._lse
+    check_close(result, attend_by_hand(query, key, value, Scoring(0.4)), dtype)
+
+
+# The fast kernels
+
+
+def as_gpt2_makes_them(heads: int, rows: int, dim: int, seed: int) -> Tensor:
+    """A view of one row of queries, keys and values together, in the middle of more rows."""
+    return draw(3 * heads, rows + 5, dim, seed)[heads : 2 * heads, 2 : rows + 2]
+
+
+LAYOUTS: dict[str, Callable[[int, int, int, int], Tensor]] = {
+    "interleaved": draw,
+    "gpt2": as_gpt2_makes_them,
+    "contiguous": lambda heads, rows, dim, seed: draw(heads, rows, dim, seed).contiguous(),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(1, 1, 8), (4, 2, 16), (12, 12, 64), (32, 1, 40), (3, 3, 20), (8, 2, 80)]
+)
+def test_a_fast_kernel_is_the_clear_one(
+    heads: int, kv_heads: int, dim: int, layout: str, dtype: torch.dtype, device: str
+) -> None:
+    name, kernel = attention._FAST_KERNELS[device]
+    chosen = choose_kernel(torch.device(device), dtype, heads, kv_heads, dim)
+    if chosen.name != name:
+        pytest.skip(f"not used here: {chosen.name}")
+    for rows, keys in ((1, 1), (1, 37), (5, 1), (33, 33), (70, 129)):
+        drawn = [LAYOUTS[layout](n, m, dim, n + m) for n, m in ((heads, rows), (kv_heads, keys), (kv_heads, keys + 9))]
+        query, key, value = (tensor.to(device, dtype) for tensor in drawn)
+        value = value[:, 9:]
+        visible = torch.rand((rows, keys), generator=torch.Generator().manual_seed(rows)) < 0.5
+        visible[:, 0] = True
+        for is_causal, mask in ((True, None), (False, None), (False, additive_mask(visible.to(device), dtype))):
+            if not is_causal or rows == keys:
+                expected = clear_kernel(query, key, value, dim**-0.5, is_causal, mask)
+                check_close(kernel(query, key, value, dim**-0.5, is_causal, mask), expected, dtype)
+
+
+# Which kernel serves
+
+
+@pytest.fixture
+def fast_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[str, Kernel]]]:
+    """A table of fast kernels to write to; nothing that was chosen by another table is remembered."""
+    table: dict[str, tuple[str, Kernel]] = {}
+    monkeypatch.setattr(attention, "_FAST_KERNELS", table)
+    choose_kernel.cache_clear()
+    yield table
+    choose_kernel.cache_clear()
+
+
+def chosen_name(device: str = "cpu", heads: int = 4, kv_heads: int = 2) -> str:
+    chosen = choose_kernel(torch.device(device), torch.float32, heads, kv_heads, 64)
+    assert (chosen.kernel is clear_kernel) == chosen.name.startswith("clear")
+    return chosen.name
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 12), (9, 3), (8, 1)])
+def test_the_fast_kernel_serves_common_sizes_on_the_cpu(heads: int, kv_heads: int) -> None:
+    assert chosen_name("cpu", heads, kv_heads) == "flash_cpu"
+
+
+def call_a_missing_op(*_: object) -> KernelOutput:
+    return torch.ops.aten._an_op_that_is_not_there()
+
+
+def refuse(*_: object) -> KernelOutput:
+    raise RuntimeError("head size not supported\nException raised from somewhere.cpp")
+
+
+def refuse_in_silence(*_: object) -> KernelOutput:
+    raise NotImplementedError
+
+
+def off_in_outputs(*args: object) -> KernelOutput:
+    output, lse = clear_kernel(*args)
+    return output + 1e-3, lse
+
+
+def off_in_lse(*args: object) -> KernelOutput:
+    output, lse = clear_kernel(*args)
+    return output, lse.where(torch.arange(len(lse))[:, None] < 4, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (call_a_missing_op, "clear (fast failed: '_OpNamespace' 'aten' object has no attribute"),
+        (refuse, "clear (fast failed: head size not supported)"),
+        (refuse_in_silence, "clear (fast failed: "),
+        (off_in_outputs, "clear (fast was off by 1.0e-03)"),
+        (off_in_lse, "clear (fast was off by nan)"),
+    ],
+)
+def test_the_clear_kernel_serves_for_one_that_fails_and_says_why(
+    fast_kernels: dict[str, tuple[str, Kernel]], kernel: Kernel, reason: str
+) -> None:
+    fast_kernels["cpu"] = ("fast", kernel)
+    assert chosen_name().startswith(reason)
+
+
+def test_a_kernel_that_agrees_serves_and_other_devices_get_the_clear_one(
+    fast_kernels: dict[str, tuple[str, Kernel]],
+) -> None:
+    fast_kernels["cpu"] = ("fast", lambda *args: clear_kernel(*args))
+    assert chosen_name() == "fast"
+    assert chosen_name("meta") == "clear"
+
+
+# A forest in passes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+    value_dim: int = 8
+
+
+class Layers:
+    """Queries, keys and values of every token in two layers; a token is named by the ids that lead to it."""
+
+    def __init__(self, texts: Iterable[Ids], sizes: Sizes, dtype: torch.dtype, device: str, seed: int) -> None:
+        names = {ids[: stop + 1] for ids in texts for stop in range(len(ids))}
+        self.idx_of = {name: idx for idx, name in enumerate(sorted(names))}
+        shapes = ((sizes.heads, sizes.head_dim), (sizes.kv_heads, sizes.head_dim), (sizes.kv_heads, sizes.value_dim))
+        self.tensors = [
+            [draw(heads, len(names), dim, 6 * seed + 3 * layer + i).to(device, dtype) for i, (heads, dim) in shaped]
+            for layer, shaped in enumerate([list(enumerate(shapes))] * 2)
+        ]
+
+    def rows(self, layer_idx: int, names: Sequence[Ids]) -> list[Tensor]:
+        """The layer's query, key and value of these tokens, in this order, laid out as models do."""
+        at = torch.tensor([self.idx_of[name] for name in names], device=self.tensors[0][0].device)
+        return [tensor.transpose(0, 1)[at].transpose(0, 1) for tensor in self.tensors[layer_idx]]
+
+    def block(self, names: Sequence[Ids]) -> Block:
+        """What a pass over these tokens leaves behind, as far as attention reads it."""
+        nothing = torch.empty(len(names), 0)
+        keys, values = ([self.rows(layer_idx, names)[i].contiguous() for layer_idx in (0, 1)] for i in (1, 2))
+        return Block(keys, values, hidden=nothing, logprobs=nothing, has_logprobs=nothing)
+
+    def expected(self, layer_idx: int, name: Ids, scoring: Scoring) -> Tensor:
+        """Attention of one token over what leads to it within the window, itself included, `(heads, value_dim)`."""
+        window = len(name) if scoring.window is None else scoring.window
+        seen = [name[: stop + 1] for stop in range(len(name)) if len(name) - 1 - stop < window]
+        query, _, _ = self.rows(layer_idx, [name])
+        _, key, value = self.rows(layer_idx, seen)
+        return attend_by_hand(query, key, value, scoring)[0][0]
+
+
+def tokens_of(spans: Iterable[Span]) -> list[Ids]:
+    """The name of each token of `spans`, in order."""
+    spelled = [(span, tuple(token_id for s in span.path() for token_id in s.token_ids)) for span in spans]
+    return [ids[: stop + 1] for span, ids in spelled for stop in range(span.position, len(ids))]
+
+
+def passes_over(
+    batches: Iterable[Sequence[Ids]], layers: Layers, tile_tokens: int, max_tokens: int
+) -> Iterator[tuple[Pass, list[Ids]]]:
+    """Yield the passes that compute one batch of texts after the other, and the token of each row."""
+    forest = Forest()
+    for batch in batches:
+        for group in cut_into_passes(forest, missing_spans([forest.insert(ids) for ids in batch]), max_tokens):
+            names = tokens_of(group)
+            yield plan_pass(group, tile_tokens), names
+            block, start = layers.block(names), 0
+            for span in group:
+                span.rows = BlockRows(block, start, start + len(span.token_ids))
+                start += len(span.token_ids)
+
+
+KERNELS = {"clear": clear_kernel, **dict(attention._FAST_KERNELS.values())}
+PIECES: tuple[Ids, ...] = ((0,), (1,), (0, 1, 2), (2,) * 6, (1, 2) * 8)
+
+texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map(lambda pieces: sum(pieces, ()))
+batches = st.lists(st.lists(texts, max_size=4), max_size=3)
+scorings = st.builds(
+    Scoring,
+    scaling=st.just(0.4),
+    window=st.sampled_from([None, 1, 2, 3, 7, 100]),
+    softcap=st.sampled_from([None, None, 0.7]),
+    sinks=st.none() | st.just(torch.tensor([-1.0, 0.0, 0.5, 3.0])),
+)
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel", "dtype"),
+    [
+        *[("cpu", "clear", dtype) for dtype in ATOL],
+        *[("cpu", "flash_cpu", dtype) for dtype in ATOL],
+        *[
+            pytest.param("cuda", "efficient_cuda", dtype, marks=pytest.mark.cuda)
+            for dtype in ATOL
+            if dtype.itemsize < 8
+        ],
+    ],
+)
+@settings(max_examples=25)
+@given(
+    batches=batches,
+    scoring_of_layer=st.tuples(scorings, scorings),
+    tile_tokens=st.sampled_from([1, 2, 5, 128]),
+    max_tokens=st.integers(1, 60),
+    chunk_rows=st.sampled_from([1, 3, 512]),
+)
+def test_every_row_attends_to_what_leads_to_it_within_the_window(
+    device: str,
+    kernel: str,
+    dtype: torch.dtype,
+    batches: list[list[Ids]],
+    scoring_of_layer: tuple[Scoring, Scoring],
+    tile_tokens: int,
+    max_tokens: int,
+    chunk_rows: int,
+) -> None:
+    sizes = Sizes(value_dim=6) if kernel == "clear" else Sizes()
+    layers = Layers((ids for batch in batches for ids in batch), sizes, dtype, device, seed=max_tokens)
+    for pass_, names in passes_over(batches, layers, tile_tokens, max_tokens):
+        packed = PackedAttention(pass_, KERNELS[kernel], dtype, torch.device(device))
+        for layer_idx, scoring in enumerate(scoring_of_layer):
+            scoring = replace(scoring, sinks=None if scoring.sinks is None else scoring.sinks.to(device))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(attention, "WINDOW_CHUNK_ROWS", chunk_rows)
+                output = packed.attend(layer_idx, *layers.rows(layer_idx, names), scoring)
+            expected = torch.stack([layers.expected(layer_idx, name, scoring) for name in names])
+            assert output.dtype == dtype
+            check_close((output,), (expected,), dtype)
+
+
+class CountingKernel:
+    """The clear kernel; remembers how many rows and keys each call was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def __call__(self, query: Tensor, key: Tensor, *args: object) -> KernelOutput:
+        self.calls.append((query.shape[1], key.shape[1]))
+        return clear_kernel(query, key, *args)
+
+
+def attend_last_pass(batches: Sequence[Sequence[Ids]], window: int | None) -> list[tuple[int, int]]:
+    """The rows and keys of each kernel call of the last pass over `batches`; nothing it was given is written to."""
+    layers = Layers((ids for batch in batches for ids in batch), Sizes(), torch.float32, "cpu", seed=0)
+    pass_, names = list(passes_over(batches, layers, tile_tokens=128, max_tokens=4096))[-1]
+    kernel = CountingKernel()
+    rows = layers.rows(1, names)
+    blocks = [cross.block for cross in pass_.cross if cross.block is not None]
+    given = [*rows, *(tensor for block in blocks for tensor in (*block.keys, *block.values))]
+    before = [tensor.clone() for tensor in given]
+    PackedAttention(pass_, kernel, torch.float32, torch.device("cpu")).attend(1, *rows, Scoring(0.4, window))
+    assert all(map(torch.equal, given, before))
+    return kernel.calls
+
+
+PROMPT = tuple(range(300))
+
+
+def test_a_layer_is_one_kernel_call_for_each_call_of_the_plan() -> None:
+    """300 (cached) -- 200 --+-- 1
+    +-- 1"""
+    stem = (*PROMPT, *range(200))
+    assert attend_last_pass([[PROMPT], [(*stem, 1000), (*stem, 2000)]], None) == [
+        (200, 200),
+        (2, 2),
+        (202, 300),
+        (2, 200),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("window", "calls"), [(1, []), (2, [(3, 1)]), (7, [(3, 6)]), (303, [(3, 300)]), (999, [(3, 300)])]
+)
+def test_keys_that_no_row_of_a_call_sees_are_not_read(window: int, calls: list[tuple[int, int]]) -> None:
+    """300 (cached) -- 3, of which the first sees `window` - 1 of what is cached"""
+    assert attend_last_pass([[PROMPT], [(*PROMPT, 7, 8, 9)]], window) == [(3, 3), *calls]
+
+
+def test_a_long_run_under_a_window_is_attended_to_in_chunks() -> None:
+    calls = attend_last_pass([[tuple(range(1300))]], window=10)
+    assert calls == [(512, 512), (512, 521), (276, 285)]

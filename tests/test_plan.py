@@ -1,0 +1,315 @@
+"""A plan forwards each missing token once and shows each row its ancestors and itself, once each; no tensors here.
+
+Every token is named by the token ids that lead to it, itself included. That name follows a token into the rows of the
+blocks and of the passes, whatever was split meanwhile, so what a row must see is known without the forest: a text's
+token sees every beginning of that text up to itself.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backprompt.cache import BlockRows
+from backprompt.plan import Cross, Own, Pass, cut_into_passes, missing_spans, plan_pass
+from backprompt.radix import Forest, Span
+
+Ids = tuple[int, ...]
+
+# Texts are made of pieces, short ones and ones that exceed a tile, which share beginnings within a piece too.
+PIECES: tuple[Ids, ...] = ((0,), (1,), (0, 1, 2), (0, 1, 1, 1), (2,) * 6, (1, 2) * 20, (1, 2) * 15 + (0,) * 40)
+TILE_TOKENS = (1, 2, 5, 128)
+
+texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map(lambda pieces: sum(pieces, ()))
+
+
+def prefixes(batch: Iterable[Ids]) -> set[Ids]:
+    """All non-empty beginnings of all texts: the distinct tokens."""
+    return {ids[:stop] for ids in batch for stop in range(1, len(ids) + 1)}
+
+
+def spelled(span: Span) -> Ids:
+    """The token ids from the root to the end of `span`."""
+    ids: Ids = ()
+    while span.parent is not None:
+        ids = span.token_ids + ids
+        span = span.parent
+    return ids
+
+
+def tokens_of(spans: Iterable[Span]) -> list[Ids]:
+    """The name of each token of `spans`, in order."""
+    return [ids[: stop + 1] for span in spans for ids in [spelled(span)] for stop in range(span.position, len(ids))]
+
+
+class World:
+    """A forest of which some batches of texts are computed, and which token lies in which row of which block."""
+
+    def __init__(self, computed_batches: Iterable[Iterable[Ids]] = ()) -> None:
+        self.forest = Forest()
+        self.blocks: list[object] = []
+        self.token_at: dict[tuple[object, int], Ids] = {}
+        for batch in computed_batches:
+            self.compute(span for ids in batch for span in self.forest.insert(ids).path())
+
+    def compute(self, spans: Iterable[Span]) -> None:
+        """Put those of `spans` that are not computed into a new block, one behind the other."""
+        block, start = object(), 0
+        self.blocks.append(block)
+        for span in spans:
+            if span.rows is None:
+                tokens = tokens_of([span])
+                self.token_at |= {(block, start + row): token for row, token in enumerate(tokens)}
+                span.rows = BlockRows(block, start, start + len(tokens))
+                start += len(tokens)
+
+    @property
+    def computed(self) -> set[Ids]:
+        return set(self.token_at.values())
+
+
+computed_batches = st.lists(st.lists(texts, max_size=3), max_size=3)
+wanted_texts = st.lists(texts, max_size=8)
+
+
+def planned(world: World, wanted: Sequence[Ids], tile_tokens: int, max_tokens: int) -> Iterator[Pass]:
+    """Yield the plan of each pass; its spans are computed before the next one is planned."""
+    spans = missing_spans([world.forest.insert(ids) for ids in wanted])
+    for group in cut_into_passes(world.forest, spans, max_tokens):
+        pass_ = plan_pass(group, tile_tokens)
+        yield pass_
+        world.compute(group)
+
+
+def seen_by_each_row(pass_: Pass, token_at: dict[tuple[object, int], Ids]) -> list[Counter[Ids]]:
+    """For each row of the pass how often its calls show it each token: what `Own` and `Cross` say they mean."""
+    row_tokens = tokens_of(pass_.spans)
+    seen: list[Counter[Ids]] = [Counter() for _ in row_tokens]
+    for own in pass_.own:
+        for row in range(own.start, own.stop):
+            for key in range(own.start, row + 1):
+                if own.visible_until is None or row < own.visible_until[key - own.start]:
+                    seen[row][row_tokens[key]] += 1
+    for cross in pass_.cross:
+        keys = range(cross.key_start, cross.key_stop)
+        tokens = [row_tokens[key] if cross.block is None else token_at[cross.block, key] for key in keys]
+        assert [len(token) - 1 for token in tokens] == [cross.key_position + i for i in range(len(tokens))]
+        for row in range(cross.start, cross.stop):
+            seen[row].update(tokens)
+    return seen
+
+
+def check_calls(pass_: Pass, token_at: dict[tuple[object, int], Ids]) -> None:
+    """THE LAW: a row sees each token on the way to it once, and nothing else."""
+    for token, seen in zip(tokens_of(pass_.spans), seen_by_each_row(pass_, token_at), strict=True):
+        assert seen == Counter(token[:stop] for stop in range(1, len(token) + 1))
+    # Each row has exactly one call of its own, which is what the others are joined to.
+    assert [row for own in pass_.own for row in range(own.start, own.stop)] == list(range(pass_.num_tokens))
+
+
+# Which spans
+
+
+@given(computed_batches, wanted_texts)
+def test_missing_spans_are_what_is_wanted_and_not_computed(computed: list[list[Ids]], wanted: list[Ids]) -> None:
+    world = World(computed)
+    spans = missing_spans([world.forest.insert(ids) for ids in wanted])
+    assert sorted(tokens_of(spans)) == sorted(prefixes(wanted) - world.computed)
+    assert all(span.rows is None for span in spans)
+
+
+@given(computed_batches, wanted_texts)
+def test_missing_spans_stand_depth_first(computed: list[list[Ids]], wanted: list[Ids]) -> None:
+    """Parents before children, and each subtree contiguous, also one whose root is computed."""
+    world = World(computed)
+    spans = missing_spans([world.forest.insert(ids) for ids in wanted])
+    idx_of = {span: idx for idx, span in enumerate(spans)}
+    assert all(idx_of[span.parent] < idx for idx, span in enumerate(spans) if span.parent in idx_of)
+    for ancestor in world.forest.spans():
+        below = [idx for idx, span in enumerate(spans) if ancestor in span.path()]
+        assert below == list(range(below[0], below[0] + len(below)) if below else ())
+
+
+def test_nothing_is_missing_of_nothing() -> None:
+    assert missing_spans([]) == []
+    assert missing_spans([Forest().insert(())]) == []
+    assert cut_into_passes(Forest(), [], max_tokens=4) == []
+
+
+# Into which passes
+
+
+@given(computed_batches, wanted_texts, st.integers(1, 300))
+def test_passes_hold_every_token_once_in_order_within_the_bound(
+    computed: list[list[Ids]], wanted: list[Ids], max_tokens: int
+) -> None:
+    world = World(computed)
+    ends = [world.forest.insert(ids) for ids in wanted]
+    spans = missing_spans(ends)
+    tokens = tokens_of(spans)
+    passes = cut_into_passes(world.forest, spans, max_tokens)
+    assert [token for group in passes for token in tokens_of(group)] == tokens
+    assert all(1 <= len(tokens_of(group)) <= max_tokens for group in passes)
+    assert all(span.token_ids for group in passes for span in group)
+    assert [spelled(end) for end in ends] == wanted
+
+
+@pytest.mark.parametrize(("max_tokens", "sizes"), [(1000, [1000]), (999, [500, 500]), (300, [250, 250, 250, 250])])
+def test_a_long_text_is_cut_into_equal_passes(max_tokens: int, sizes: list[int]) -> None:
+    forest = Forest()
+    end = forest.insert(range(1000))
+    passes = cut_into_passes(forest, missing_spans([end]), max_tokens)
+    assert [len(tokens_of(group)) for group in passes] == sizes
+    assert passes[-1] == (end,)
+
+
+# With which calls
+
+
+@pytest.mark.parametrize("tile_tokens", TILE_TOKENS)
+@given(computed_batches, wanted_texts, st.integers(1, 300))
+def test_every_row_sees_what_leads_to_it_once_and_nothing_else(
+    tile_tokens: int, computed: list[list[Ids]], wanted: list[Ids], max_tokens: int
+) -> None:
+    world = World(computed)
+    missing = prefixes(wanted) - world.computed
+    forwarded = []
+    for pass_ in planned(world, wanted, tile_tokens, max_tokens):
+        check_calls(pass_, world.token_at)
+        forwarded += tokens_of(pass_.spans)
+    assert sorted(forwarded) == sorted(missing)
+
+
+@given(computed_batches, wanted_texts, st.sampled_from(TILE_TOKENS))
+def test_the_row_of_a_pass_is_its_tokens_at_their_positions(
+    computed: list[list[Ids]], wanted: list[Ids], tile_tokens: int
+) -> None:
+    world = World(computed)
+    for pass_ in planned(world, wanted, tile_tokens, max_tokens=100):
+        tokens = tokens_of(pass_.spans)
+        assert pass_.token_ids == [token[-1] for token in tokens]
+        assert pass_.positions == [len(token) - 1 for token in tokens]
+        assert pass_.num_tokens == len(tokens)
+
+
+@given(computed_batches, wanted_texts, st.sampled_from(TILE_TOKENS))
+def test_tiles_hold_several_branches_and_no_more_tokens_than_allowed(
+    computed: list[list[Ids]], wanted: list[Ids], tile_tokens: int
+) -> None:
+    world = World(computed)
+    for pass_ in planned(world, wanted, tile_tokens, max_tokens=600):
+        for own in pass_.own:
+            if own.visible_until is not None:
+                assert len(own.visible_until) == own.stop - own.start <= tile_tokens
+                assert set(own.visible_until) != {own.stop}, "a chain is plainly causal"
+
+
+def test_the_example_of_the_module() -> None:
+    """Two prompts of 200 tokens under an instruction of 300 that is cached, two completions of 3 under each.
+
+    instruction --+-- prompt a --+-- 3
+                  |              +-- 3
+                  +-- prompt b --+-- 3
+                                 +-- 3
+    """
+    instruction = tuple(range(300))
+    prompts = [(*instruction, first, *range(199)) for first in (1000, 2000)]
+    wanted = [(*prompt, first, 7, 8) for prompt in prompts for first in (3000, 4000)]
+    world = World([[instruction]])
+    (block,) = world.blocks
+    (pass_,) = planned(world, wanted, tile_tokens=128, max_tokens=1024)
+    assert pass_.own == (
+        Own(0, 200),
+        Own(200, 206, (203, 203, 203, 206, 206, 206)),
+        Own(206, 406),
+        Own(406, 412, (409, 409, 409, 412, 412, 412)),
+    )
+    assert set(pass_.cross) == {
+        Cross(0, 412, block, 0, 300, key_position=0),
+        Cross(200, 206, None, 0, 200, key_position=300),
+        Cross(406, 412, None, 206, 406, key_position=300),
+    }
+
+
+@given(computed_batches, wanted_texts, st.sampled_from(TILE_TOKENS), st.integers(1, 300))
+def test_a_span_has_one_call_of_each_kind_at_most(
+    computed: list[list[Ids]], wanted: list[Ids], tile_tokens: int, max_tokens: int
+) -> None:
+    world = World(computed)
+    for pass_ in planned(world, wanted, tile_tokens, max_tokens):
+        ancestors = {ancestor for span in pass_.spans for ancestor in span.path() if ancestor is not span}
+        assert len(pass_.own) <= len(pass_.spans)
+        assert len(pass_.cross) <= len(ancestors)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 50, 500])
+@pytest.mark.parametrize("tile_tokens", TILE_TOKENS)
+def test_a_single_text_is_one_causal_call(num_tokens: int, tile_tokens: int) -> None:
+    pass_ = plan_pass([Forest().insert(range(num_tokens))], tile_tokens)
+    assert (pass_.own, pass_.cross) == ((Own(0, num_tokens),), ())
+
+
+@pytest.mark.parametrize("tile_tokens", TILE_TOKENS)
+def test_a_chain_is_one_causal_call(tile_tokens: int) -> None:
+    """200 -- 100 -- 50 -- 3: one text, cut where others end."""
+    forest = Forest()
+    end = forest.insert(range(353))
+    spans = [forest.split(end, num_tokens) for num_tokens in (200, 100, 50)]
+    pass_ = plan_pass([*spans, end], tile_tokens)
+    assert (pass_.own, pass_.cross) == ((Own(0, 353),), ())
+
+
+@pytest.mark.parametrize("tile_tokens", TILE_TOKENS)
+def test_a_chain_that_continues_a_cached_text_is_two_calls(tile_tokens: int) -> None:
+    """200 (cached) -- 100 (cached, same block) -- 50 -- 3: neighbours in memory are attended to together."""
+    world = World([[tuple(range(200)), tuple(range(300))]])
+    (block,) = world.blocks
+    (pass_,) = planned(world, [tuple(range(350)), tuple(range(353))], tile_tokens, max_tokens=1024)
+    assert pass_.own == (Own(0, 53),)
+    assert pass_.cross == (Cross(0, 53, block, 0, 300, key_position=0),)
+
+
+def test_what_lies_apart_in_memory_is_attended_to_apart() -> None:
+    """20 (rows 5..25) -- 10 (rows 25..35 of another block, or 0..10 of the same): never one Cross."""
+    for block_of_second, start in ((object(), 25), (None, 0)):
+        forest = Forest()
+        first, second, end = (forest.insert(range(num_tokens)) for num_tokens in (20, 30, 33))
+        first.rows = BlockRows(block := object(), 5, 25)
+        second.rows = BlockRows(block_of_second or block, start, start + 10)
+        assert plan_pass([end]).cross == (
+            Cross(0, 3, block, 5, 25, key_position=0),
+            Cross(0, 3, block_of_second or block, start, start + 10, key_position=20),
+        )
+
+
+@pytest.mark.parametrize("num_cached", [0, 1, 300])
+def test_many_short_leaves_take_few_calls(num_cached: int) -> None:
+    """A prompt of 300 tokens, of which `num_cached` are, and 77 labels of 3 tokens: two tiles under one Cross."""
+    prompt = tuple(range(300))
+    world = World([[prompt[:num_cached]]])
+    (pass_,) = planned(world, [(*prompt, 1000 + label, 1, 2) for label in range(77)], 128, max_tokens=1024)
+    check_calls(pass_, world.token_at)
+    assert pass_.num_tokens == 300 - num_cached + 231
+    assert len(pass_.own) + len(pass_.cross) <= 5
+
+
+def test_an_ancestor_that_nobody_computed_is_noticed() -> None:
+    forest = Forest()
+    forest.insert((1, 2))
+    end = forest.insert((1, 2, 3))
+    with pytest.raises(AssertionError, match="neither in the pass nor computed"):
+        plan_pass([end])
+
+
+def test_a_chain_of_two_thousand_spans_is_planned_without_recursion() -> None:
+    forest = Forest()
+    end = forest.insert(range(2000))
+    for _ in range(1999):
+        forest.split(end, 1)
+    spans = missing_spans([end])
+    assert spans == end.path()
+    pass_ = plan_pass(spans)
+    assert (pass_.num_tokens, pass_.own[0].start, pass_.own[-1].stop) == (2000, 0, 2000)
+    assert [len(group) for group in cut_into_passes(forest, spans, max_tokens=500)] == [500] * 4
