@@ -7,26 +7,16 @@ handed to `model(...)` and `model.generate(...)`.
 
 import pytest
 import torch
-from reference import plain_ids, plain_logits, plain_token_logprobs
-from tiny_models import FAMILIES, LONGROPE_ORIGINAL_POSITIONS, MAX_POSITIONS, OTHERS, SLIDING_WINDOW, VOCAB_SIZE
-from tiny_tokenizers import byte_level_bpe
-from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    JambaConfig,
-    Lfm2Config,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
     MixtralConfig,
-    ModernBertDecoderConfig,
     Qwen2MoeConfig,
-    Qwen3NextConfig,
 )
-from transformers.models.llama.modeling_llama import LlamaAttention
 
-from backprompt import LM, Text, TextTooLongError, UnsupportedModelError, evaluate
+from backprompt import LM, Text, TextTooLongError, evaluate
+from reference import plain_ids, plain_logits, plain_token_logprobs
+from tiny_models import FAMILIES, LONGROPE_ORIGINAL_POSITIONS, MAX_POSITIONS, SLIDING_WINDOW, VOCAB_SIZE
+from tiny_tokenizers import byte_level_bpe
 
 ATOL = {
     # The same products summed in another order. Largest gap measured over all families: 1.0e-5, logits up to 10.
