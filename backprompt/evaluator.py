@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class Evaluator:
         self._pool = LogitPool(max_result_bytes)
         self._blocks: WeakSet[Block] = WeakSet()
         self._is_probed = False
+        # Spans refer to each other: without this, their tensors would wait for the cycle collector.
+        finalize(self, self.forest.clear).atexit = False
 
     @property
     def bytes_held(self) -> int:

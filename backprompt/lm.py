@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, overload
-from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
@@ -126,9 +126,10 @@ class LM:
         self._lock = threading.RLock()
         self._counters = Counters()
         self._content_hash: str | None = None
-        self._evaluator = self._make_evaluator()
+        self._tokenizer_copy = PrivateTokenizer(tokenizer)
+        self._encoder = Encoder(self._tokenizer_copy, joins, add_special_tokens)
+        self._evaluator = Evaluator(unwrap(model), self._counters, max_tokens_per_forward, MAX_RESULT_BYTES)
         self._monitor = WeightsMonitor(model)
-        self._encoder = self._make_encoder()
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
@@ -174,7 +175,7 @@ class LM:
             if self._content_hash is None:
                 self._content_hash = content_hash(self.model)
             dtype = str(next(unwrap(self.model).parameters()).dtype)
-            tokenizer = self._private_tokenizer.fingerprint()
+            tokenizer = self._tokenizer_copy.fingerprint()
             return root_key(model=self._content_hash, dtype=dtype, tokenizer=tokenizer).hex()
 
     def evaluate(self, texts: Sequence[Text]) -> list[ModelRepr]:
@@ -234,9 +235,12 @@ class LM:
         few elements, or settings of modules that are neither parameters nor buffers.
         """
         with self._lock:
-            before = self._content_hash
-            if before is None or content_hash(self.model) != before:
-                self._renew()
+            weights = content_hash(self.model)
+            tokenizer = PrivateTokenizer(self.tokenizer).fingerprint()
+            if (weights, tokenizer) != (self._content_hash, self._tokenizer_copy.fingerprint()):
+                self._renew_encoder()
+                self._renew_evaluator()
+                self._content_hash = weights
 
     def _evaluate_missing(self, evaluator: Evaluator, texts: list[Text]) -> None:
         encoded = self._encoder.encode(texts)
@@ -277,29 +281,27 @@ class LM:
 
     def _current(self) -> Evaluator:
         """Return the evaluator of the weights as they are now; the lock must be held."""
-        if self._monitor.has_changed() or self._private_tokenizer.has_changed():
-            self._renew()
+        if self._tokenizer_copy.has_changed():
+            self._renew_encoder()
+            self._renew_evaluator()
+        elif self._monitor.has_changed():
+            self._renew_evaluator()
         return self._evaluator
 
-    def _renew(self) -> None:
-        """Start over with the model and the tokenizer as they are now."""
-        evaluator = self._make_evaluator()
-        monitor = WeightsMonitor(self.model)
-        encoder = self._make_encoder()
-        self._evaluator.clear()
-        self._evaluator, self._monitor, self._encoder = evaluator, monitor, encoder
-        self._evaluated = WeakKeyDictionary()
-        self._content_hash = None
+    def _renew_encoder(self) -> None:
+        """Start over with the tokenizer as it is now."""
+        self._tokenizer_copy = PrivateTokenizer(self.tokenizer)
+        self._encoder = Encoder(self._tokenizer_copy, self._joins, self._add_special_tokens)
 
-    def _make_evaluator(self) -> Evaluator:
+    def _renew_evaluator(self) -> None:
+        """Start over with the model as it is now; nothing changes if it can no longer be evaluated."""
         model = unwrap(self.model)
         evaluator = Evaluator(model, self._counters, self._max_tokens_per_forward, MAX_RESULT_BYTES)
-        finalize(self, evaluator.clear).atexit = False  # spans refer to each other: do not wait for the cycle collector
-        return evaluator
-
-    def _make_encoder(self) -> Encoder:
-        self._private_tokenizer = PrivateTokenizer(self.tokenizer)
-        return Encoder(self._private_tokenizer, self._joins, self._add_special_tokens)
+        monitor = WeightsMonitor(self.model)
+        self._evaluator.clear()
+        self._evaluator, self._monitor = evaluator, monitor
+        self._evaluated = WeakKeyDictionary()
+        self._content_hash = None
 
 
 _SHARED: WeakValueDictionary[tuple[int, int], LM] = WeakValueDictionary()

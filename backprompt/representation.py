@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Batch:
     """The texts that one `evaluate` computed together, and how far to read ahead in them.
 
-    One logit row alone costs as much as a hundred together, since the head's weights are read once. So the first
-    text asked for gets its own rows, and each further one twice as many of those behind it as the one before: whoever
+    The head's weights are read once a call, so a row of logits alone costs as much as a dozen in company. The first text
+    asked for gets its own rows only, each further one twice as many of those that follow it as the one before: whoever
     reads one text pays for one, and whoever reads all of them pays for few calls.
     """
 
@@ -41,7 +41,7 @@ class Batch:
         """Return the text at `idx` and those whose `what` to compute along with its own."""
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
-        return self.evaluated[idx : idx + (1 << min(num_asked, 20))]
+        return (self.evaluated[idx:] + self.evaluated[:idx])[: 1 << min(num_asked, 20)]
 
 
 @dataclass(eq=False)

@@ -299,7 +299,7 @@ scorings = st.builds(
     batches=st.lists(st.lists(texts, max_size=4), max_size=3),
     scoring_of_layer=st.tuples(scorings, scorings),
     tile_tokens=st.sampled_from([1, 2, 5, 128]),
-    max_tokens=st.integers(1, 60),
+    max_tokens=st.sampled_from([1000, 50, 6]),
     chunk_rows=st.sampled_from([1, 3, 512]),
 )
 def test_every_row_attends_to_what_leads_to_it_within_the_window(

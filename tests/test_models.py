@@ -7,16 +7,26 @@ handed to `model(...)` and `model.generate(...)`.
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    MixtralConfig,
-    Qwen2MoeConfig,
-)
-
-from backprompt import LM, Text, TextTooLongError, evaluate
 from reference import plain_ids, plain_logits, plain_token_logprobs
-from tiny_models import FAMILIES, LONGROPE_ORIGINAL_POSITIONS, MAX_POSITIONS, SLIDING_WINDOW, VOCAB_SIZE
+from tiny_models import FAMILIES, LONGROPE_ORIGINAL_POSITIONS, MAX_POSITIONS, OTHERS, SLIDING_WINDOW, VOCAB_SIZE
 from tiny_tokenizers import byte_level_bpe
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    JambaConfig,
+    Lfm2Config,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MixtralConfig,
+    ModernBertDecoderConfig,
+    Qwen2MoeConfig,
+    Qwen3NextConfig,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from backprompt import LM, Text, TextTooLongError, UnsupportedModelError, evaluate
 
 ATOL = {
     # The same products summed in another order. Largest gap measured over all families: 1.0e-5, logits up to 10.
@@ -30,6 +40,20 @@ ATOL = {
     torch.float16: 0.04,
 }
 
+TINY = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITIONS,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+"""Of families that tiny_models does not build."""
+
 PASS_SIZES = [None, 16]  # one pass for all of a forest; and many, in which spans are cut and tiles are split
 
 
@@ -38,11 +62,11 @@ def tokenizer():
     return byte_level_bpe()
 
 
-def random_model(config):
+def random_model(config, build=AutoModelForCausalLM.from_config):
     """A model of this configuration whose weights are as far from their constructor's as those of tiny_models."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
+        model = build(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -190,25 +214,17 @@ def test_rotary_scaling_by_length_is_right_up_to_the_original_length_and_refused
     model, original = rotary_scaled_by_length(kind)
     lm = LM(model, tokenizer, beyond_trained_length=True, max_tokens_per_forward=16)
     ids = plain_ids(tokenizer, "Question: What is 12 + 34? Hello there. General Kenobi! You are a bold one...")
-    longest = Text.from_tokens(ids[:original], lm)
-    assert_close_rows(model, [longest, *short_forest(lm)])
+    within = Text.from_tokens(ids[:original], lm)
+    beyond = Text.from_tokens(ids[: original + 1], lm)
+    assert_equals_plain(model, tokenizer, short_forest(lm), ATOL[torch.float32])
+    logits = plain_logits(model, within.tokens)
+    torch.testing.assert_close(within.model_repr.all_logits(), logits, rtol=0, atol=ATOL[torch.float32])
 
-    too_long = Text.from_tokens(ids[: original + 1], lm)
     message = rf"33 tokens.* {original} positions.*{kind} rotary scaling.*Shorten the text by 1\."
     with pytest.raises(TextTooLongError, match=message):
-        evaluate([longest, too_long])
-    # Why: the first row alone is another one in a call that has a longer position.
-    gap = plain_logits(model, too_long.tokens)[0] - plain_logits(model, longest.tokens)[0]
-    assert gap.abs().max() > 1e-2 or kind == "dynamic"  # a first position is not rotated, whatever the frequencies
-    gap = plain_logits(model, too_long.tokens)[20] - plain_logits(model, longest.tokens)[20]
-    assert gap.abs().max() > 1e-2
-
-
-def assert_close_rows(model, texts):
-    """For texts of token ids, which no string can be asked for."""
-    for text in texts:
-        logits = text.model_repr.all_logits()
-        torch.testing.assert_close(logits, plain_logits(model, text.tokens), rtol=0, atol=ATOL[torch.float32])
+        evaluate([within, beyond])
+    # Why: in a call that has a longer position, the rows of what stands before it are others.
+    assert (plain_logits(model, beyond.tokens)[:-1] - logits).abs().max() > 1e-2
 
 
 # Experts, heads
@@ -217,32 +233,251 @@ def assert_close_rows(model, texts):
 @pytest.mark.parametrize(
     "config",
     [
-        MixtralConfig(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-        Qwen2MoeConfig(
-            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=32
-        ),
+        MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2),
+        Qwen2MoeConfig(**TINY, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=32),
     ],
     ids=lambda config: config.model_type,
 )
 def test_mixtures_of_experts_equal_their_plain_call(config, tokenizer):
-    model = random_model(tiny(config))
+    model = random_model(config)
     texts = forest(LM(model, tokenizer, max_tokens_per_forward=16))
     assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
 
 
-def tiny(config):
-    """The configuration with the sizes of tiny_models, in place."""
-    config.update(
-        {
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": MAX_POSITIONS,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-        }
-    )
-    return config
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_heads_tied_to_the_embedding_and_heads_of_their_own(family, is_tied, tokenizer):
+    model = random_model(config_like(family, tie_word_embeddings=is_tied))
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == is_tied
+    assert_equals_plain(model, tokenizer, forest(LM(model, tokenizer)), ATOL[torch.float32])
+
+
+# Refused, each by an error that names the reason
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mamba", "MambaForCausalLM does not go through transformers' attention interface"),
+        ("t5", "T5ForConditionalGeneration is an encoder-decoder"),
+        ("bloom", "BloomForCausalLM does not go through transformers' attention interface"),
+        ("falcon", "FalconForCausalLM does not go through transformers' attention interface"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(family, reason, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        LM(OTHERS[family](), tokenizer)
+
+
+HYBRIDS = {
+    "jamba": lambda: JambaConfig(
+        **{**TINY, "num_hidden_layers": 4},
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
+    "qwen3_next": lambda: Qwen3NextConfig(
+        **TINY,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+    "lfm2": lambda: Lfm2Config(**TINY, layer_types=["conv", "full_attention"], conv_L_cache=3),
+    # Where attention comes first, keys and values are right, and only the final hidden states are wrong.
+    "lfm2, convolution last": lambda: Lfm2Config(**TINY, layer_types=["full_attention", "conv"], conv_L_cache=3),
+}
+
+
+@pytest.mark.parametrize("hybrid", HYBRIDS)
+def test_hybrids_whose_other_layers_mix_tokens_are_refused(hybrid, tokenizer):
+    model = random_model(HYBRIDS[hybrid]())
+    reason = "ForCausalLM (does not go through transformers' attention interface|.* mixes tokens outside attention)"
+    with pytest.raises(UnsupportedModelError, match=reason):
+        evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+
+
+def llama4_config(**changes):
+    """Three layers of chunked attention, one of full attention without positions."""
+    sizes = {**TINY, "num_hidden_layers": 4, "intermediate_size_mlp": 64, "head_dim": 8, "num_local_experts": 2}
+    return Llama4TextConfig(**sizes, attention_chunk_size=24, **changes)
+
+
+class Llama4WithDecoder(Llama4ForCausalLM):
+    """Llama 4 whose decoder is found, so that its attention is reached."""
+
+    def get_decoder(self):
+        return self.model
+
+
+def test_a_causal_model_is_not_said_to_have_no_head(tokenizer):
+    """Llama 4's decoder is not found under the name that its class gives; whatever is said of it must be so."""
+    model = random_model(llama4_config())
+    assert model.get_output_embeddings() is not None
+    with pytest.raises(UnsupportedModelError, match=r"Llama4ForCausalLM (?!has no language-model head)"):
+        evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+
+
+def test_chunked_attention_is_right_within_the_chunk_and_refused_beyond(tokenizer):
+    model = random_model(llama4_config(), Llama4WithDecoder)
+    lm = LM(model, tokenizer, max_tokens_per_forward=8)
+    texts = short_forest(lm)
+    assert max(len(text.tokens) for text in texts) < 24
+    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+
+    with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
+        evaluate(texts[-1] + " The cat sat on the mat, and the other cat didn't.")
+    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+
+
+def test_queries_scaled_by_the_row_of_the_call_are_refused_or_right(tokenizer):
+    """Llama 4 tunes its temperature by where a row stands in the call, which in a packed call is not its position."""
+    model = random_model(llama4_config(floor_scale=16), Llama4WithDecoder)
+    text = Text("Question: 12 + 34? cats", LM(model, tokenizer, max_tokens_per_forward=16))
+    assert 16 < len(text.tokens) < 24
+    plain = plain_logits(model, text.tokens)[-1]
+    try:
+        logits = text.logits
+    except UnsupportedModelError:
+        logits = plain
+    torch.testing.assert_close(logits, plain, rtol=0, atol=ATOL[torch.float32])
+
+
+def test_a_decoder_that_is_called_otherwise_is_right_or_refused(tokenizer):
+    """ModernBERT's head is called `decoder`, which is what transformers then takes for its decoder."""
+    config = ModernBertDecoderConfig(**TINY, cls_token_id=None, sep_token_id=None)
+    model = random_model(config)
+    with pytest.raises(UnsupportedModelError, match="ModernBertDecoderForCausalLM"):
+        evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+
+
+class BiasedAttention(LlamaAttention):
+    """Attention that asks its implementation for a bias a position."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, position_bias=torch.ones(1), **kwargs)
+
+
+def test_a_keyword_that_attention_does_not_implement_is_refused_by_name(tokenizer):
+    model = FAMILIES["llama"]()
+    model.model.layers[1].self_attn.__class__ = BiasedAttention
+    lm = LM(model, tokenizer)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM passes position_bias to its attention"):
+        evaluate(Text("The cat", lm))
+    assert lm.stats.bytes_held == 0
+
+
+def on_the_meta_device():
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_like("llama"))
+
+
+def partly_on_the_meta_device():
+    model = FAMILIES["llama"]()
+    model.model.norm.weight = nn.Parameter(torch.empty(32, device="meta"))
+    return model
+
+
+def offloaded():
+    model = FAMILIES["gpt2"]()
+    model.transformer.h[1]._hf_hook = object()  # what accelerate's dispatch leaves on a module
+    return model
+
+
+def hooked(register, where):
+    model = FAMILIES["llama"]()
+    getattr(model.get_submodule(where), register)(lambda *args: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: AutoModel.from_config(config_like("gpt2")), "GPT2Model has no language-model head"),
+        (lambda: AutoModel.from_config(config_like("llama")), "LlamaModel has no language-model head"),
+        (
+            lambda: AutoModelForSequenceClassification.from_config(config_like("llama")),
+            "LlamaForSequenceClassification has no language-model head",
+        ),
+        (lambda: nn.Linear(2, 2), "Linear is not a transformers model"),
+        (lambda: "gpt2", r"not str\. To load one by its name or path use backprompt\.load"),
+        (byte_level_bpe, "An LM wraps a model of transformers, not TokenizersBackend"),
+        (on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),
+        (partly_on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),
+        (offloaded, "GPT2LMHeadModel is spread over several devices or offloaded"),
+        (lambda: hooked("register_forward_hook", "model.layers.1"), "forward hook on its module 'model.layers.1'"),
+        (lambda: hooked("register_forward_pre_hook", "lm_head"), "forward hook on its module 'lm_head'"),
+        (lambda: hooked("register_forward_hook", ""), "forward hook on its module 'LlamaForCausalLM'"),
+    ],
+)
+def test_what_is_no_whole_causal_model_is_refused_by_name(make, reason, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        LM(make(), tokenizer)
+
+
+# Compiled models. Nothing is compiled: the model's own code runs
+
+
+@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "its decoder", "a layer"])
+def test_compiled_models_run_as_they_were_written(how, tokenizer):
+    plain = FAMILIES["llama"]()
+    model = FAMILIES["llama"]()
+    if how == "torch.compile(model)":
+        model = torch.compile(model, backend=refuse_to_compile)
+    else:
+        module = {"model.compile()": model, "its decoder": model.model, "a layer": model.model.layers[0]}[how]
+        module.compile(backend=refuse_to_compile)
+    texts = forest(LM(model, tokenizer))
+    assert_equals_plain(plain, tokenizer, texts, ATOL[torch.float32])
+
+
+def refuse_to_compile(graph, inputs):
+    raise AssertionError("compiled")
+
+
+# past_key_values
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_call_continues_from_past_key_values(family, tokenizer):
+    model = FAMILIES[family]()
+    lm = LM(model, tokenizer, max_tokens_per_forward=16)
+    text = forest_for(family, lm)[1]
+    next_ids = plain_ids(tokenizer, " and it")
+    with torch.no_grad():
+        cache = text.model_repr.past_key_values()
+        logits = model(input_ids=torch.tensor([next_ids]), past_key_values=cache).logits[0]
+    plain = plain_logits(model, [*text.tokens, *next_ids])[-len(next_ids) :]
+    torch.testing.assert_close(logits, plain, rtol=0, atol=ATOL[torch.float32])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral_sliding"])
+def test_generation_continues_from_past_key_values_and_changes_nothing(family, tokenizer):
+    model = FAMILIES[family]()
+    lm = LM(model, tokenizer, max_tokens_per_forward=16)
+    texts = forest(lm)
+    evaluate(texts)
+    held = lm.stats.bytes_held
+    for text in (texts[0], texts[1]):
+        ids = torch.tensor([[*text.tokens, *plain_ids(tokenizer, " and it")]])
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
+        plain = model.generate(ids, **options)
+        cache = text.model_repr.past_key_values()
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options), plain)
+        assert cache.get_seq_length() == ids.shape[1] + 7  # it grew: all but the last token were forwarded
+    # A new branch sees the same keys and values as before.
+    before = lm.stats
+    branch = texts[1] + " and it"
+    assert_equals_plain(model, tokenizer, [*texts, branch], ATOL[torch.float32])
+    assert (lm.stats - before).tokens_computed == len(branch.tokens) - len(texts[1].tokens)
+    assert before.bytes_held == held

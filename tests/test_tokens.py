@@ -1,0 +1,592 @@
+"""From texts to token ids: by default those of the whole string, whatever the places where it was put together."""
+
+import gc
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AddedToken, PreTrainedTokenizer, PreTrainedTokenizerFast
+
+import backprompt as bp
+from backprompt import LM, Text
+from backprompt.text import Segment
+from backprompt.tokenizer import PrivateTokenizer
+from backprompt.tokens import Encoder
+from tiny_models import build
+from tiny_tokenizers import TOKENIZERS, TRAINING_LINES, byte_level_bpe, llama3_bpe, sentencepiece_bpe
+
+# https://huggingface.co/Qwen/Qwen2-0.5B/blob/main/tokenizer.json
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def with_parts(normalizer: Any = None, pre_tokenizer: Any = None, added_token: Any = None) -> PreTrainedTokenizerFast:
+    """byte_level_bpe with another normalizer or pre-tokenizer, or one token more."""
+    tokenizer = byte_level_bpe()
+    if normalizer is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    if added_token is not None:
+        tokenizer.add_tokens([added_token])
+    return tokenizer
+
+
+def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def starcoder_like() -> PreTrainedTokenizerFast:
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return with_parts(pre_tokenizer=pre_tokenizers.Sequence([digits, byte_level]))
+
+
+CUTTABLE = {
+    "byte_level_bpe": byte_level_bpe,
+    "llama3_bpe": llama3_bpe,
+    "qwen2_like": lambda: with_parts(normalizers.NFC(), split_by(_QWEN2_PATTERN)),
+    "starcoder_like": starcoder_like,
+    "added word": lambda: with_parts(added_token=AddedToken("cat")),
+    "added single word": lambda: with_parts(added_token=AddedToken("the", single_word=True)),
+    "added mark": lambda: with_parts(added_token=AddedToken("<x>", lstrip=True, rstrip=True)),
+}
+NOT_CUTTABLE = {
+    "sentencepiece_bpe": sentencepiece_bpe,
+    "unigram": TOKENIZERS["unigram"],
+    "added words": lambda: with_parts(added_token=AddedToken("the cat")),
+    "added word with its space": lambda: with_parts(added_token=AddedToken(" cat")),
+    "swallows a space before": lambda: with_parts(added_token=AddedToken("cat", lstrip=True)),
+    "swallows a space behind": lambda: with_parts(added_token=AddedToken("the", rstrip=True)),
+    "unknown pattern": lambda: with_parts(pre_tokenizer=split_by(r"\w+ \w+")),
+    "lower case": lambda: with_parts(normalizers.Lowercase()),
+}
+# Every string gets a space in front, and so does what follows a special token.
+PREFIX_SPACE = {"prefix space": lambda: with_parts(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True))}
+BUILDERS = {**CUTTABLE, **NOT_CUTTABLE, **PREFIX_SPACE}
+
+FRAGMENTS = [
+    *("'s", "'ll", "don't", " I'd've ", " can'T", "the", " cat", " a b c ", "the cat", "Kenobi", "re", "fund", "x"),
+    *(" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u00a0", "\u3000", "▁", ", ", "...", "1", "234", " 56"),
+    *("é", "e\u0301", "\u0301", "\u200d", "\U0001f468\u200d\U0001f469", "👍🏽", "🏽", "🇫🇷", "東京は", " 日", "\ufffd"),
+    *("<s>", "</s>", "<unk>", "<|endoftext|>", "<|begin_of_text|>", "<x>", " <x> "),
+]
+fragments = st.sampled_from(FRAGMENTS) | st.sampled_from(TRAINING_LINES) | st.text(max_size=4)
+strings = st.lists(fragments, max_size=6).map("".join)
+token_ids = st.lists(st.integers(0, 319), min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def cut_strings(draw) -> list[str]:
+    """A string in pieces, cut anywhere: also inside words, emoji and pairs of spaces, and twice at one place."""
+    string = draw(strings)
+    cuts = sorted(draw(st.lists(st.integers(0, len(string)), max_size=5)))
+    return [string[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(string)], strict=True)]
+
+
+segment_lists = st.lists(cut_strings() | token_ids.map(lambda ids: [ids]), max_size=4).map(lambda parts: sum(parts, []))
+
+
+# What the ids should be, by hand
+
+
+@cache
+def plain(name: str) -> PreTrainedTokenizerFast:
+    return BUILDERS[name]()
+
+
+@cache
+def continuing(name: str) -> Tokenizer:
+    """The tokenizer without its dummy prefix space."""
+    backend = Tokenizer.from_str(plain(name).backend_tokenizer.to_str())
+    if name == "sentencepiece_bpe":
+        backend.normalizer = normalizers.Replace(" ", "▁")
+    if name == "unigram":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    return backend
+
+
+def string_ids(name: str, string: str, is_continuation: bool) -> list[int]:
+    if is_continuation:
+        return list(continuing(name).encode(string, add_special_tokens=False).ids)
+    return plain(name)(string, add_special_tokens=False)["input_ids"]
+
+
+def reference_ids(name: str, segments: Sequence[Segment], joins: str = "exact") -> tuple[int, ...]:
+    """Strings side by side as one string (under "split": apart), what comes later as a continuation, special tokens."""
+    runs: list[Segment] = []
+    for segment in filter(len, segments):
+        if joins == "exact" and runs and isinstance(runs[-1], str) and isinstance(segment, str):
+            runs[-1] += segment
+        else:
+            runs.append(segment)
+    ids: list[int] = []
+    for idx, run in enumerate(runs):
+        ids += string_ids(name, run, is_continuation=idx > 0) if isinstance(run, str) else run
+    if runs and not isinstance(runs[0], str):
+        return tuple(ids)
+    bos = [plain(name).bos_token_id] if name in ("llama3_bpe", "sentencepiece_bpe") else []
+    eos = [plain(name).eos_token_id] if name == "unigram" and all(isinstance(run, str) for run in runs) else []
+    return tuple((bos if ids[:1] != bos else []) + ids + eos)
+
+
+@cache
+def lm(name: str, **options: Any) -> LM:
+    """An LM whose tokenizer no test changes."""
+    return LM(_model(), BUILDERS[name](), **options)
+
+
+@cache
+def _model():
+    return build("gpt2")
+
+
+def text_of(segments: Sequence[Segment], lm: LM) -> Text:
+    texts = [Text(part, lm) if isinstance(part, str) else Text.from_tokens(part, lm) for part in segments]
+    return sum(texts, Text("", lm))
+
+
+# joins="exact"
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@given(pieces=cut_strings())
+@example(pieces=["hello there<|endoftext|>", "you"])
+@example(pieces=["\U0001f468", "\u200d", "\U0001f469", "e", "\u0301", " ", " x"])
+def test_tokens_are_those_of_the_whole_string(name, pieces):
+    string, tokenizer = "".join(pieces), plain(name)
+    adds_bos = tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+    assume(not (adds_bos and string.startswith(tokenizer.bos_token)))
+    assert text_of(pieces, lm(name)).tokens == tuple(tokenizer(string)["input_ids"])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(
+    pool=st.lists(strings | token_ids, min_size=1, max_size=5),
+    choices=st.lists(st.lists(st.integers(0, 4), max_size=6), min_size=1, max_size=8),
+    random=st.randoms(use_true_random=False),
+)
+def test_texts_that_share_beginnings_are_encoded_together_in_any_order(name, pool, choices, random):
+    """/- pool[0] - pool[1]
+    pool[2] -
+            \\- pool[2] ...
+    """
+    texts = [text_of([pool[choice % len(pool)] for choice in path], lm(name)) for path in choices]
+    expected = [reference_ids(name, text.segments) for text in texts]
+    for _ in range(2):
+        encoder = Encoder(PRIVATE[name], "exact", add_special_tokens=True)
+        assert encoder.encode(texts) == expected
+        shuffled = random.sample(range(len(texts)), len(texts))
+        texts, expected = [texts[idx] for idx in shuffled], [expected[idx] for idx in shuffled]
+
+
+PRIVATE = {name: PrivateTokenizer(builder()) for name, builder in BUILDERS.items()}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(pieces=cut_strings())
+def test_without_special_tokens(name, pieces):
+    string = "".join(pieces)
+    tokens = text_of(pieces, lm(name, add_special_tokens=False)).tokens
+    assert tokens == tuple(plain(name)(string, add_special_tokens=False)["input_ids"])
+
+
+# Where a string can be cut
+
+
+@pytest.mark.parametrize("name", [*CUTTABLE, *PREFIX_SPACE])
+@given(start=strings, between=st.sampled_from(["e c", "the cat", "x y z"]), end=strings, extension=strings)
+@example(start="", between="e c", end="<|endoftext|>x", extension="")
+def test_a_cut_changes_no_ids_whatever_follows(name, start, between, end, extension):
+    private, string = PRIVATE[name], start + between + end
+    cut = private.cut(string)
+    assert cut >= len(start) + 1 or name == "prefix space"
+    string += extension
+    for is_continuation in (False, True):
+        (whole,) = private.encode([string], is_continuation=is_continuation)
+        (left,) = private.encode([string[:cut]], is_continuation=is_continuation)
+        (right,) = private.encode([string[cut:]], is_continuation=is_continuation or cut > 0)
+        assert whole == left + right
+
+
+@pytest.mark.parametrize("name", NOT_CUTTABLE)
+def test_some_tokenizers_are_never_cut(name):
+    assert [PRIVATE[name].cut(line) for line in TRAINING_LINES] == [0] * len(TRAINING_LINES)
+    assert PRIVATE[name].cut("the cat sat on the mat") == 0
+
+
+@pytest.mark.parametrize("name", CUTTABLE)
+def test_encoding_leaves_passes_each_character_about_once(name):
+    """1,000 leaves on 200 branches on one long prefix; their whole strings are 20 million characters."""
+    texts, distinct_characters = [], 0
+    context = Text("a long context with words in it; " * 600, lm(name))
+    for branch_idx in range(200):
+        branch = context + f"and branch {branch_idx} of all of them "
+        texts += [branch + f"has leaf {leaf_idx} on it" for leaf_idx in range(5)]
+        distinct_characters += len(branch.string) - len(context.string) + 5 * len("has leaf 0 on it")
+    distinct_characters += len(context.string)
+    counting = CountingTokenizer(BUILDERS[name]())
+    Encoder(counting, "exact", add_special_tokens=True).encode(texts)
+    assert distinct_characters < counting.num_characters + 100
+    assert counting.num_characters <= 2 * distinct_characters
+
+
+class CountingTokenizer(PrivateTokenizer):
+    num_characters = 0
+
+    def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
+        self.num_characters += sum(map(len, strings))
+        return super().encode(strings, is_continuation=is_continuation)
+
+
+@pytest.mark.parametrize("segment", ["words and words ", "12, 3. "], ids=["cut", "nowhere to cut"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_work_on_a_chain_grows_with_its_length(name, segment):
+    """Counted in calls of functions: twice the segments, twice the calls."""
+    num_calls = [_calls_of_encoding([segment] * num_segments, name) for num_segments in (300, 600)]
+    assert num_calls[1] < 2.5 * num_calls[0]
+
+
+def _calls_of_encoding(segments: list[str], name: str) -> int:
+    text, encoder = text_of(segments, lm(name)), Encoder(PRIVATE[name], "exact", add_special_tokens=True)
+    num_calls = 0
+
+    def count(frame, event, argument):
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        encoder.encode([text])
+    finally:
+        sys.setprofile(None)
+    return num_calls
+
+
+def test_ids_do_not_get_lost_when_an_equal_text_dies_meanwhile(monkeypatch):
+    """Ids are remembered for as long as a text lives; another thread may drop it at any moment."""
+    model, tokenizer = LM(_model(), byte_level_bpe()), byte_level_bpe()
+    equal = [Text("remembered", model)]
+    assert equal[0].tokens
+    encode = model._encoder.tokenizer.encode
+
+    def encode_and_drop(strings, *, is_continuation):
+        equal.clear()
+        gc.collect()
+        return encode(strings, is_continuation=is_continuation)
+
+    monkeypatch.setattr(model._encoder.tokenizer, "encode", encode_and_drop)
+    encoded = model._encoder.encode([Text("remembered", model), Text("new", model)])
+    assert encoded == [tuple(tokenizer(string)["input_ids"]) for string in ("remembered", "new")]
+
+
+# Hard boundaries
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(segments=segment_lists)
+def test_token_ids_stay_as_they_are_and_strings_behind_them_are_continuations(name, segments):
+    assert text_of(segments, lm(name)).tokens == reference_ids(name, segments)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_ref_and_und_make_refund(name):
+    """SentencePiece would put a dummy space before "und"."""
+    ref = Text.from_tokens(string_ids(name, "ref", is_continuation=False), lm(name))
+    assert plain(name).decode((ref + "und").tokens) == "refund"
+    assert (ref + "und").string == "refund"
+    assert (ref + " und").string == "ref und"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_around_ids(name):
+    tokenizer, ids = plain(name), Text.from_tokens([7, 8], lm(name))
+    assert ids.tokens == (ids + "").tokens == (Text("") + ids).tokens == (7, 8)
+    assert (ids + "a").tokens == (7, 8, *string_ids(name, "a", is_continuation=True))
+    with_eos = tuple(tokenizer("a")["input_ids"])
+    assert (Text("a") + ids).tokens == (*with_eos[: -1 if name == "unigram" else None], 7, 8)
+
+
+@pytest.mark.parametrize("name", ["llama3_bpe", "sentencepiece_bpe"])
+def test_a_string_that_begins_with_bos_gets_no_second_one(name):
+    bos, tokenizer = plain(name).bos_token, plain(name)
+    expected = tuple(tokenizer(bos + "a cat", add_special_tokens=False)["input_ids"])
+    for cut in range(len(bos) + 3):
+        string = bos + "a cat"
+        assert (Text(string[:cut], lm(name)) + string[cut:]).tokens == expected
+    assert expected.count(tokenizer.bos_token_id) == 1
+    assert Text("a" + bos, lm(name)).tokens[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(string=st.sampled_from(["👍🏽 refund", "Zoë's", " two  spaces ", *TRAINING_LINES]), data=st.data())
+@example(string="東👍", data=None)
+def test_the_string_of_ids_is_what_they_decode_to_however_they_are_cut(name, string, data):
+    """Also between the bytes of one character, as generating token by token does."""
+    ids = string_ids(name, string, is_continuation=False)
+    every_one = list(range(1, len(ids)))
+    cuts = every_one if data is None else sorted(data.draw(st.sets(st.sampled_from([0, *every_one]), max_size=4)))
+    segments = [tuple(ids[start:stop]) for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
+    assert text_of(segments, lm(name)).string == plain(name).decode(ids)
+
+
+@pytest.mark.parametrize("name", ["byte_level_bpe", "llama3_bpe", "sentencepiece_bpe"])
+@given(start=strings, middle=strings.filter(len), end=strings)
+@example(start="\ufffd", middle="\ufffd", end="\ufffd")
+@example(start="ref", middle=" ", end="und")
+def test_ids_between_strings_add_their_own_string(name, start, middle, end):
+    """Tokenizers that read back what they wrote; unigram loses characters."""
+    ids = tuple(string_ids(name, middle, is_continuation=bool(start)))
+    assert text_of([start, ids, end], lm(name)).string == start + middle + end
+
+
+# joins="split", joins="error", joins()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(segments=segment_lists)
+def test_split_encodes_every_segment_on_its_own(name, segments):
+    assert text_of(segments, lm(name, joins="split")).tokens == reference_ids(name, segments, joins="split")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(segments=segment_lists)
+@example(segments=["x ", " ", "y"])
+def test_error_refuses_exactly_what_exact_and_split_encode_differently(name, segments):
+    exact, split = reference_ids(name, segments), reference_ids(name, segments, joins="split")
+    text = text_of(segments, lm(name, joins="error"))
+    if exact == split:
+        assert text.tokens == exact
+    else:
+        first = text.joins()[0].segment_idx
+        with pytest.raises(bp.JoinError, match=f"segment {first}: ") as raised:
+            _ = text.tokens
+        assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(segments=segment_lists)
+def test_joins_names_each_place_where_tokens_change(name, segments):
+    """Going from left to right: the strings up to a join as one, and what joining the next one changes."""
+    text = text_of(segments, lm(name))
+    joins = {join.segment_idx: join for join in text.joins()}
+    run, is_continuation = "", False
+    for idx, segment in enumerate(text.segments):
+        if not isinstance(segment, str):
+            assert idx not in joins
+            run, is_continuation = "", True
+            continue
+        joined = string_ids(name, run + segment, is_continuation)
+        apart = string_ids(name, run, is_continuation) + string_ids(name, segment, is_continuation or bool(run))
+        assert (idx in joins) is (bool(run) and joined != apart)
+        if idx in joins:
+            assert (joins[idx].left, joins[idx].right) == (run, segment)
+            _check_exchanged(apart, joined, list(joins[idx].split_tokens), list(joins[idx].joined_tokens))
+        run += segment
+
+
+def _check_exchanged(before: list[int], after: list[int], taken: list[int], given: list[int]) -> None:
+    """`after` is `before` with `taken` exchanged for `given` somewhere, and no more than has to be."""
+    assert any(
+        before[start : start + len(taken)] == taken and before[:start] + given + before[start + len(taken) :] == after
+        for start in range(len(before) + 1)
+    )
+    assert taken[:1] != given[:1] or not taken
+    assert taken[-1:] != given[-1:] or not taken
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(segments=segment_lists)
+@example(segments=["x ", " ", "y"])
+def test_no_join_is_reported_exactly_where_split_is_exact(name, segments):
+    """In "x " + " " + "y" the two spaces become one token, and the "y" takes them apart again."""
+    is_exact = reference_ids(name, segments) == reference_ids(name, segments, joins="split")
+    assert (text_of(segments, lm(name)).joins() == []) is is_exact
+
+
+def test_an_error_shows_the_join_and_its_tokens():
+    text = Text("the ref", lm("sentencepiece_bpe", joins="error")) + "er"
+    with pytest.raises(bp.JoinError, match=r"segment 1: \.\.\.'the ref' \+ 'er': tokens \[.*\] become \[.*\]"):
+        _ = text.tokens
+
+
+# Tokenizers without a backend
+
+
+class CharacterTokenizer(PreTrainedTokenizer):
+    """Written in Python: a token a character, <s> in front, and none for what it does not know."""
+
+    def __init__(self) -> None:
+        self._ids = {character: idx for idx, character in enumerate(["<s>", "<unk>", *"abcdefghijklm ,."])}
+        super().__init__(bos_token="<s>", unk_token="<unk>", special_tokens_pattern="bos")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self._ids, **self.added_tokens_encoder}
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids.get(token, 1)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return list(self._ids)[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+@given(pieces=st.lists(st.text("abc ,z", max_size=3), max_size=4))
+def test_a_tokenizer_in_python_encodes_strings(pieces):
+    tokenizer = python_lm().tokenizer
+    assert text_of(pieces, python_lm()).tokens == tuple(tokenizer("".join(pieces))["input_ids"])
+
+
+@cache
+def python_lm(joins: str = "exact") -> LM:
+    return LM(_model(), CharacterTokenizer(), joins=joins)
+
+
+def test_a_tokenizer_in_python_encodes_no_continuations():
+    ids = Text.from_tokens([3, 4], python_lm())
+    assert ((Text("ab") + ids).tokens, (Text("ab") + ids).string) == ((0, 2, 3, 3, 4), "abbc")
+    for ask in (
+        lambda: (ids + "a").tokens,
+        lambda: (ids + "a").logits,
+        lambda: (Text("a", python_lm()) + "b").joins(),
+        lambda: (Text("a", python_lm("split")) + "b").tokens,
+        lambda: (Text("a", python_lm("error")) + "b").tokens,
+    ):
+        with pytest.raises(bp.TokenizerError, match="CharacterTokenizer has no `tokenizers` backend"):
+            ask()
+    assert Text("ab", python_lm("split")).tokens == (0, 2, 3)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_lone_surrogate_is_refused_before_anything_is_computed(name):
+    asked, before = lm(name), lm(name).stats
+    good, bad = Text("good", asked), Text("some good words and \ud83d", asked) + "\ude00"
+    with pytest.raises(bp.TokenizerError, match=f"at character {bad.string.index(chr(0xD83D))}"):
+        bp.evaluate([good, bad])
+    assert (asked.stats - before).tokens_computed == 0
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [None, "gpt2", byte_level_bpe().backend_tokenizer], ids=["None", "str", "backend"]
+)
+def test_only_tokenizers_of_transformers_are_taken(tokenizer):
+    with pytest.raises(bp.TokenizerError, match="needs a tokenizer of transformers"):
+        LM(_model(), tokenizer)
+
+
+@pytest.mark.parametrize("token_ids", [[-1], [1 << 40]], ids=str)
+def test_ids_that_no_tokenizer_has_cannot_be_decoded(token_ids):
+    with pytest.raises((bp.TokenIdError, bp.TokenizerError)):
+        _ = Text.from_tokens(token_ids, lm("byte_level_bpe")).string
+
+
+# The user's tokenizer is left as found, and looked at
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_tokenizer_is_left_as_found(name):
+    """Padding on the left and truncation, which are states of a tokenizer, reach no text and stay as they are."""
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side = tokenizer.eos_token, "left", "left"
+    tokenizer(["a b c d e f"], truncation=True, padding="max_length", max_length=4)
+    before = (tokenizer.backend_tokenizer.to_str(), dict(vars(tokenizer)), tokenizer.init_kwargs.copy())
+    assert '"max_length":4' in before[0]
+    text = Text("a longer text than ", LM(_model(), tokenizer)) + "four tokens"
+    assert text.tokens == tuple(plain(name)(text.string)["input_ids"])
+    assert text.logits.isfinite().all()
+    assert text.joins() == Text("a longer text than ", lm(name)).__add__("four tokens").joins()
+    assert (text + Text.from_tokens([5], text.lm)).string.startswith(text.string)
+    assert (tokenizer.backend_tokenizer.to_str(), dict(vars(tokenizer)), tokenizer.init_kwargs) == before
+
+
+def test_another_thread_may_truncate_with_the_tokenizer_meanwhile():
+    tokenizer, num_calls, stopped, wrong = byte_level_bpe(), 0, threading.Event(), []
+    tokenizer.pad_token = tokenizer.eos_token
+    strings = ["a long string for a thread to work on while others work too"] * 20
+
+    def truncate() -> None:
+        nonlocal num_calls
+        while not stopped.is_set():
+            truncated = tokenizer(strings, truncation=True, padding="max_length", max_length=3)["input_ids"]
+            wrong.extend(ids for ids in truncated if len(ids) != 3)
+            num_calls += 1
+
+    thread = threading.Thread(target=truncate)
+    thread.start()
+    try:
+        for idx in range(300):
+            if idx % 50 == 0:
+                asked = LM(_model(), tokenizer)
+            text = Text(f"text {idx} is not truncated", asked) + " by anybody"
+            assert text.tokens == tuple(plain("byte_level_bpe")(text.string)["input_ids"])
+    finally:
+        stopped.set()
+        thread.join()
+    assert num_calls > 5
+    assert wrong == []
+
+
+def without_merge(tokenizer: PreTrainedTokenizerFast, *merge: str) -> None:
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [tuple(kept) for kept in model["merges"] if tuple(kept) != merge]
+    assert len(merges) == len(model["merges"]) - 1
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=model["vocab"], merges=merges)
+
+
+def with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+
+
+CHANGES = {
+    "merge": lambda tokenizer: without_merge(tokenizer, "i", "n"),
+    "added token": lambda tokenizer: tokenizer.add_tokens(["thing"]),
+    "post-processor": with_eos,
+    "normalizer": lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+    "pre-tokenizer": lambda tokenizer: setattr(
+        tokenizer.backend_tokenizer, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ),
+    "special tokens as text": lambda tokenizer: setattr(tokenizer, "split_special_tokens", True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_tokenizer_is_noticed(change):
+    tokenizer = byte_level_bpe()
+    text = Text("The same thing in", LM(_model(), tokenizer)) + "teresting<|endoftext|>"
+    tokens, fingerprint = text.tokens, text.lm.fingerprint
+    change(tokenizer)
+    assert text.tokens == tuple(tokenizer(text.string)["input_ids"]) != tokens
+    assert text.lm.fingerprint != fingerprint
+
+
+def test_refresh_finds_a_change_that_a_quick_look_does_not_see():
+    """ "Hash every weight and the tokenizer again", says refresh."""
+    tokenizer = byte_level_bpe()
+    text = Text("the cat", LM(_model(), tokenizer))
+    tokens, fingerprint = text.tokens, text.lm.fingerprint
+    without_merge(tokenizer, "Ġ", "c")
+    text.lm.refresh()
+    assert text.tokens == tuple(tokenizer(text.string)["input_ids"]) != tokens
+    assert text.lm.fingerprint != fingerprint
