@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Batch:
     """The texts that one `evaluate` computed together, and how far to read ahead in them.
 
-    The head's weights are read once a call, so a row of logits alone costs as much as a dozen in company. The first text
-    asked for gets its own rows only, each further one twice as many of those that follow it as the one before: whoever
+    The head's weights are read once a call, so a row of logits alone costs as much as a dozen in company. The first
+    text asked for gets its own rows only, each further one twice as many of those that follow it as the one before: whoever
     reads one text pays for one, and whoever reads all of them pays for few calls.
     """
 
