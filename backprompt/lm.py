@@ -246,12 +246,9 @@ class LM:
         encoded = self._encoder.encode(texts)
         for text, token_ids in zip(texts, encoded, strict=True):
             self._check_can_be_evaluated(evaluator, text, token_ids)
-        ends = evaluator.evaluate(encoded)
-        batch = Batch()
-        for idx, (text, token_ids, end) in enumerate(zip(texts, encoded, ends, strict=True)):
-            evaluated = Evaluated(token_ids, evaluator, end, batch, idx)
-            batch.evaluated.append(evaluated)
-            self._evaluated[text] = evaluated
+        batch = Batch(evaluator, evaluator.evaluate(encoded))
+        for idx, (text, token_ids) in enumerate(zip(texts, encoded, strict=True)):
+            self._evaluated[text] = Evaluated(token_ids, batch, idx)
 
     def _check_can_be_evaluated(self, evaluator: Evaluator, text: Text, token_ids: tuple[int, ...]) -> None:
         limits = evaluator.executor.limits

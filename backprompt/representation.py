@@ -27,37 +27,51 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Batch:
-    """The texts that one `evaluate` computed together, and how far to read ahead in them.
+    """The texts that one `evaluate` computed together: where each ends, and how far to read ahead in them.
 
     The head's weights are read once a call, so a row of logits alone costs as much as a dozen in company. The first
-    text asked for gets its own rows only, each further one twice as many of those that follow it as the one before: whoever
-    reads one text pays for one, and whoever reads all of them pays for few calls.
+    text asked for gets its own rows only, each further one twice as many of those that follow it as the one before:
+    whoever reads one text pays for one, and whoever reads all of them pays for few calls.
     """
 
-    evaluated: list[Evaluated] = field(default_factory=list)
+    evaluator: Evaluator
+    ends: list[Span]
     num_asked: dict[str, int] = field(default_factory=dict)
 
-    def ahead_of(self, idx: int, what: str) -> list[Evaluated]:
-        """Return the text at `idx` and those whose `what` to compute along with its own."""
+    def ahead_of(self, idx: int, what: str) -> list[Span]:
+        """Return the ends of the texts whose `what` to compute along with that of the text at `idx`."""
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
-        return (self.evaluated[idx:] + self.evaluated[:idx])[: 1 << min(num_asked, 20)]
+        ahead = (self.ends[idx:] + self.ends[:idx])[: 1 << min(num_asked, 20)]
+        return [end for end in ahead if end.rows is not None]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, frozen=True)
 class Evaluated:
-    """A text's token ids, the evaluator that computed them, and the span at which they end."""
+    """A text's token ids, and its place in the batch that it was computed in."""
 
     token_ids: tuple[int, ...]
-    evaluator: Evaluator
-    end: Span
     batch: Batch
     batch_idx: int
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """What computed it."""
+        return self.batch.evaluator
+
+    @property
+    def end(self) -> Span:
+        """The span at which the text ends."""
+        return self.batch.ends[self.batch_idx]
 
     @property
     def is_computed(self) -> bool:
         """Whether its rows are still there."""
         return self.end.rows is not None
+
+    def compute(self) -> None:
+        """Compute it again."""
+        (self.batch.ends[self.batch_idx],) = self.evaluator.evaluate([self.token_ids])
 
 
 class ModelRepr:
@@ -146,7 +160,7 @@ class ModelRepr:
         self._check_evaluator(self._lm._evaluator)
         if not evaluated.is_computed:
             self._check_current()
-            (evaluated.end,) = evaluated.evaluator.evaluate([evaluated.token_ids])
+            evaluated.compute()
         return evaluated.evaluator
 
     def _check_current(self) -> None:
@@ -163,5 +177,4 @@ class ModelRepr:
     def _read_ahead(self, what: str) -> list[Span]:
         """Return the ends of the texts to compute `what` for along with this one; something must be computed."""
         self._check_current()
-        ahead = self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
-        return [evaluated.end for evaluated in ahead if evaluated.is_computed]
+        return self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
