@@ -292,7 +292,8 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
     try:
         gap = _largest_gap(kernel, device, dtype, heads, kv_heads, head_dim)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
-        return ChosenKernel(f"clear ({name} failed: {str(error).splitlines()[0]})", clear_kernel)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return ChosenKernel(f"clear ({name} failed: {reason})", clear_kernel)
     if not gap <= 32 * torch.finfo(dtype).eps:
         return ChosenKernel(f"clear ({name} was off by {gap:.1e})", clear_kernel)
     return ChosenKernel(name, kernel)

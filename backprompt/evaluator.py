@@ -53,7 +53,7 @@ class Evaluator:
         self._model = model
         self.executor = Executor(model)
         self.forest = Forest()
-        self._counters = counters
+        self.counters = counters
         self._max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
         self._pool = LogitPool(max_result_bytes)
         self._blocks: WeakSet[Block] = WeakSet()
@@ -143,9 +143,9 @@ class Evaluator:
             started = time.perf_counter()
             self.executor.compute(spans)
             self._blocks.add(rows_of(spans[0]).block)
-            self._counters.forward_passes += 1
-            self._counters.tokens_computed += sum(len(span.token_ids) for span in spans)
-            self._counters.seconds += time.perf_counter() - started
+            self.counters.forward_passes += 1
+            self.counters.tokens_computed += sum(len(span.token_ids) for span in spans)
+            self.counters.seconds += time.perf_counter() - started
 
     def _probe_once(self) -> None:
         if not self._is_probed:
@@ -156,8 +156,8 @@ class Evaluator:
         """Apply the head to `(rows, hidden)`, and count the rows."""
         started = time.perf_counter()
         logits = self.executor.logits(hidden)
-        self._counters.logit_rows += hidden.shape[0]
-        self._counters.seconds += time.perf_counter() - started
+        self.counters.logit_rows += hidden.shape[0]
+        self.counters.seconds += time.perf_counter() - started
         return logits
 
     def _score(self, spans: Iterable[Span]) -> None:
@@ -188,20 +188,27 @@ class _Predictions:
     _rows: dict[tuple[Block, int], list[tuple[int, Block, int]]] = field(default_factory=dict)
 
     def add(self, span: Span) -> None:
-        """Add all tokens of a computed span; the first is predicted by the last row of what it continues."""
+        """Add what is not scored yet of a computed span; its first token is predicted by what it continues.
+
+        The row before a branching predicts the first tokens of all its branches, so they are added together.
+        """
         rows = rows_of(span)
+        is_scored = rows.block.has_logprobs[rows.start : rows.stop].tolist()
         assert span.parent is not None
         if span.parent.parent is None:
             rows.block.logprobs[rows.start] = torch.nan  # nothing predicts a first token
             rows.block.has_logprobs[rows.start] = True
-        else:
-            before = rows_of(span.parent)
-            self._add(before.block, before.stop - 1, span.token_ids[0], rows.block, rows.start)
-        for block_row, token_id in enumerate(span.token_ids[1:], rows.start + 1):
-            self._add(rows.block, block_row - 1, token_id, rows.block, block_row)
+        elif not is_scored[0]:
+            self._add_branches(span.parent)
+        for idx in range(1, len(is_scored)):
+            if not is_scored[idx]:
+                block_row = rows.start + idx
+                self._rows[rows.block, block_row - 1] = [(span.token_ids[idx], rows.block, block_row)]
 
-    def _add(self, block: Block, row: int, token_id: int, target_block: Block, target_row: int) -> None:
-        self._rows.setdefault((block, row), []).append((token_id, target_block, target_row))
+    def _add_branches(self, parent: Span) -> None:
+        before = rows_of(parent)
+        branches = [(span.token_ids[0], rows_of(span)) for span in parent.children.values() if span.rows is not None]
+        self._rows[before.block, before.stop - 1] = [(token_id, rows.block, rows.start) for token_id, rows in branches]
 
     def slices(self, rows_in_a_slice: int) -> Iterable[tuple[Tensor, list[_Target]]]:
         """Yield hidden states `(rows, hidden)` and what they predict."""

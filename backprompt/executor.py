@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +46,24 @@ _MEANINGLESS_KEYWORDS = frozenset(
 )
 
 
+@contextmanager
+def plain_surroundings(device: torch.device) -> Iterator[None]:
+    """No gradients, autocast, inference mode or default device of the caller's: whatever is made inside is plain.
+
+    Everything that makes or changes tensors runs in it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
 class Executor:
-    """Private copies of one model, and how to run them.
+    """Private copies of one model, and how to run them; to be used in `plain_surroundings`.
 
     Raises:
         UnsupportedModelError: for what `skeleton.check_supported` refuses.
@@ -77,7 +94,6 @@ class Executor:
             span.rows = BlockRows(block, start, stop)
             start = stop
 
-    @torch.no_grad()
     def forward(self, pass_: Pass) -> Block:
         """Forward all tokens of a pass and return their representations.
 
@@ -90,13 +106,12 @@ class Executor:
         positions = torch.tensor([pass_.positions], device=self.device)
         in_flight = self._in_flight = _InFlight(pass_, max_position=max(pass_.positions))
         try:
-            with torch.autocast(self.device.type, enabled=False):
-                output = self._body(
-                    input_ids=token_ids,
-                    position_ids=positions,
-                    attention_mask=torch.ones_like(token_ids),
-                    use_cache=False,
-                )
+            output = self._body(
+                input_ids=token_ids,
+                position_ids=positions,
+                attention_mask=torch.ones_like(token_ids),
+                use_cache=False,
+            )
         finally:
             self._in_flight = None
         if not in_flight.keys:
@@ -119,7 +134,6 @@ class Executor:
             has_logprobs=torch.zeros(num_tokens, dtype=torch.bool),
         )
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
 
@@ -127,8 +141,7 @@ class Executor:
             NonFiniteError: a logit is NaN.
 
         """
-        with torch.autocast(self.device.type, enabled=False):
-            logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         if bool(torch.isnan(logits.sum(dim=-1)).any()) and bool(torch.isnan(logits).any()):
             raise NonFiniteError(
                 f"{self._model_name} returned NaN logits. Check the weights of its output head for NaN; in float16, "

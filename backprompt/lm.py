@@ -9,7 +9,8 @@ called by others meanwhile.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, overload
@@ -30,6 +31,7 @@ from backprompt.errors import (
     UnsupportedModelError,
 )
 from backprompt.evaluator import Counters, Evaluator
+from backprompt.executor import plain_surroundings
 from backprompt.identity import root_key
 from backprompt.representation import Batch, Evaluated, ModelRepr
 from backprompt.skeleton import unwrap
@@ -110,8 +112,10 @@ class LM:
     ) -> None:
         if joins not in JOINS:
             raise ValueError(f"joins must be one of {', '.join(map(repr, JOINS))}, not {joins!r}.")
-        if max_tokens_per_forward is not None and max_tokens_per_forward < 1:
-            raise ValueError(f"max_tokens_per_forward must be at least 1, not {max_tokens_per_forward}.")
+        if max_tokens_per_forward is not None and not (
+            isinstance(max_tokens_per_forward, int) and max_tokens_per_forward >= 1
+        ):
+            raise ValueError(f"max_tokens_per_forward must be an int of at least 1, not {max_tokens_per_forward!r}.")
         if not isinstance(model, nn.Module):
             raise UnsupportedModelError(
                 f"An LM wraps a model of transformers, not {type(model).__name__}. "
@@ -150,7 +154,7 @@ class LM:
     @property
     def stats(self) -> Stats:
         """What was done so far and what is held now."""
-        with self._lock:
+        with self._exclusive():
             counters = self._counters
             return Stats(
                 tokens_requested=counters.tokens_requested,
@@ -170,7 +174,7 @@ class LM:
 
         The root of all keys. The first use, and the first after a change, hashes every weight.
         """
-        with self._lock:
+        with self._exclusive():
             self._current()
             if self._content_hash is None:
                 self._content_hash = content_hash(self.model)
@@ -178,7 +182,7 @@ class LM:
             tokenizer = self._tokenizer_copy.fingerprint()
             return root_key(model=self._content_hash, dtype=dtype, tokenizer=tokenizer).hex()
 
-    def evaluate(self, texts: Sequence[Text]) -> list[ModelRepr]:
+    def evaluate(self, texts: Iterable[Text]) -> list[ModelRepr]:
         """Compute what is missing of the texts, in as few packed passes as possible; one `ModelRepr` a text.
 
         Raises:
@@ -189,66 +193,64 @@ class LM:
             StaleRepresentationError, UnsupportedModelError: see the class.
 
         """
+        texts = list(texts)
         for idx, text in enumerate(texts):
             if _lm_of(text, idx) is not self:
                 raise UnboundTextError(
                     f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
                 )
-        with self._lock:
+        with self._exclusive():
             evaluator = self._current()
-            known = [self._evaluated.get(text) for text in texts]
-            is_missing = [evaluated is None or not evaluated.is_computed for evaluated in known]
-            missing = list(dict.fromkeys(text for text, m in zip(texts, is_missing, strict=True) if m))
+            encoded = self._encoder.encode(texts)
+            known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
+            missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
+            for text, token_ids in missing.items():
+                self._check_can_be_evaluated(evaluator, text, token_ids)
+            self._counters.tokens_requested += sum(map(len, encoded))
             if missing:
-                self._evaluate_missing(evaluator, missing)
-            found = [self._evaluated[text] for text in texts]
-            self._counters.tokens_requested += sum(len(evaluated.token_ids) for evaluated in found)
-            return [ModelRepr(self, evaluated) for evaluated in found]
+                batch = Batch(evaluator, evaluator.evaluate(list(missing.values())))
+                new = {text: Evaluated(ids, batch, idx) for idx, (text, ids) in enumerate(missing.items())}
+                self._evaluated.update(new)
+                known |= new
+            return [ModelRepr(self, known[text]) for text in texts]
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
-        with self._lock:
+        with self._exclusive():
             self._current()
             return self._encoder.encode([text])[0]
 
     def joins(self, text: Text) -> list[Join]:
         """Return the joins of a text that change tokens; see `Text.joins`."""
-        with self._lock:
+        with self._exclusive():
             self._current()
             return self._encoder.joins(text)
 
     def string(self, text: Text) -> str:
         """Return the string of a text with segments of token ids; see `Text.string`."""
-        with self._lock:
+        with self._exclusive():
             self._current()
             return self._encoder.string(text)
 
     def clear(self) -> None:
         """Drop everything that was computed. Texts and representations stay valid and are recomputed when asked."""
-        with self._lock:
+        with self._exclusive():
             self._evaluator.clear()
 
     def refresh(self) -> None:
         """Hash every weight and the tokenizer again, and drop what was computed if they have changed.
 
         Needed only after changes that the quick look before each evaluation cannot see: writes through `.data` to a
-        few elements, or settings of modules that are neither parameters nor buffers.
+        few elements, or settings of modules that are neither parameters nor buffers. Without an earlier use of
+        `fingerprint` there is nothing to compare with, and everything is dropped.
         """
-        with self._lock:
+        with self._exclusive():
             weights = content_hash(self.model)
             tokenizer = PrivateTokenizer(self.tokenizer).fingerprint()
             if (weights, tokenizer) != (self._content_hash, self._tokenizer_copy.fingerprint()):
                 self._renew_encoder()
                 self._renew_evaluator()
                 self._content_hash = weights
-
-    def _evaluate_missing(self, evaluator: Evaluator, texts: list[Text]) -> None:
-        encoded = self._encoder.encode(texts)
-        for text, token_ids in zip(texts, encoded, strict=True):
-            self._check_can_be_evaluated(evaluator, text, token_ids)
-        batch = Batch(evaluator, evaluator.evaluate(encoded))
-        for idx, (text, token_ids) in enumerate(zip(texts, encoded, strict=True)):
-            self._evaluated[text] = Evaluated(token_ids, batch, idx)
 
     def _check_can_be_evaluated(self, evaluator: Evaluator, text: Text, token_ids: tuple[int, ...]) -> None:
         limits = evaluator.executor.limits
@@ -275,6 +277,12 @@ class LM:
                 f"{too_long} that it was trained for. Shorten the text by {len(token_ids) - limits.max_tokens}, or let "
                 "it through at your own risk with LM(..., beyond_trained_length=True)."
             )
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Keep other threads out, and the caller's torch settings too."""
+        with self._lock, plain_surroundings(self._evaluator.executor.device):
+            yield
 
     def _current(self) -> Evaluator:
         """Return the evaluator of the weights as they are now; the lock must be held."""

@@ -154,19 +154,18 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
         next_idx = layout.end_of_tile(idx, tile_tokens)
         path = _ancestors(spans[idx])
         if next_idx > idx:
-            stop = layout.starts[next_idx]
-            own.append(Own(start, stop, layout.visible_until(idx, next_idx)))
-            causal_run = []
+            visible_until = layout.visible_until(idx, next_idx)
         else:
-            next_idx, stop = idx + 1, layout.starts[idx + 1]
-            if causal_run and spans[idx].parent is causal_run[-1]:
-                # The first child of a long span continues its causal run: no join for its rows.
-                own[-1] = Own(own[-1].start, stop)
-                path = path[: len(path) - len(causal_run)]
-                causal_run.append(spans[idx])
-            else:
-                own.append(Own(start, stop))
-                causal_run = [spans[idx]]
+            next_idx, visible_until = idx + 1, None
+        stop = layout.starts[next_idx]
+        if visible_until is None and causal_run and spans[idx].parent is causal_run[-1]:
+            # What directly continues a causal run, as its only or first child, joins it: no Cross for its rows.
+            own[-1] = Own(own[-1].start, stop)
+            path = path[: len(path) - len(causal_run)]
+            causal_run += spans[idx:next_idx]
+        else:
+            own.append(Own(start, stop, visible_until))
+            causal_run = [] if visible_until is not None else list(spans[idx:next_idx])
         for ancestor in path:
             reach.setdefault(ancestor, [start, stop])[1] = stop
         idx = next_idx

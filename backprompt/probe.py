@@ -22,14 +22,16 @@ from backprompt.executor import Executor
 from backprompt.plan import missing_spans
 from backprompt.radix import Forest
 
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
-"""Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design.md, "Exactness"."""
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
+"""Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design.md, "Exactness".
+
+In float64 many models still take their softmax in float32.
+"""
 
 _PATHS = ("aaaabbbcc", "aaaabbbd", "aaaaee")
 _TILE_TOKENS = 3
 
 
-@torch.no_grad()
 def probe(model: nn.Module, executor: Executor) -> None:
     """Compare packed evaluation with the plain call.
 
@@ -73,9 +75,9 @@ def _packed_logits(executor: Executor, texts: list[tuple[int, ...]]) -> list[Ten
     forest = Forest()
     ends = [forest.insert(ids) for ids in texts]
     spans = missing_spans(ends)
-    for part in (spans[:1], spans[1:]):
-        executor.compute(part, tile_tokens=_TILE_TOKENS)
-    logits = []
-    for end in ends:
-        logits.append(executor.logits(gather(end.path(), lambda block: block.hidden, dim=0)))
-    return logits
+    try:
+        for part in (spans[:1], spans[1:]):
+            executor.compute(part, tile_tokens=_TILE_TOKENS)
+        return [executor.logits(gather(end.path(), lambda block: block.hidden, dim=0)) for end in ends]
+    finally:
+        forest.clear()  # spans refer to each other: without this, their tensors would wait for the cycle collector

@@ -71,6 +71,7 @@ class Evaluated:
 
     def compute(self) -> None:
         """Compute it again."""
+        self.evaluator.counters.tokens_requested += len(self.token_ids)
         (self.batch.ends[self.batch_idx],) = self.evaluator.evaluate([self.token_ids])
 
 
@@ -105,32 +106,32 @@ class ModelRepr:
 
         The first use hashes the model's weights.
         """
-        with self._lm._lock:
+        with self._lm._exclusive():
             self._check_current()
             return extend_key(bytes.fromhex(self._lm.fingerprint), 0, self._evaluated.token_ids).hex()
 
     @property
     def num_bytes(self) -> int:
         """Bytes that the text's keys, values, hidden states and log-probabilities take; shared ones included."""
-        with self._lm._lock:
+        with self._lm._exclusive():
             return self._computed().num_bytes(self._evaluated.end)
 
     @property
     def logits(self) -> Tensor:
         """Next-token logits, `(vocab,)`, in the model's dtype."""
-        with self._lm._lock:
+        with self._lm._exclusive():
             return self._computed().last_logits(self._evaluated.end, partial(self._read_ahead, "logits"))
 
     @property
     def token_logprobs(self) -> Tensor:
         """Log-probability of each token given those before it, `(tokens,)`, nats, float32; nan for the first."""
-        with self._lm._lock:
+        with self._lm._exclusive():
             return self._computed().token_logprobs(self._evaluated.end, partial(self._read_ahead, "token_logprobs"))
 
     @property
     def hidden_states(self) -> Tensor:
         """Final hidden states, which the output head reads, `(tokens, hidden)`, in the model's dtype."""
-        with self._lm._lock:
+        with self._lm._exclusive():
             return self._computed().hidden_states(self._evaluated.end)
 
     def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -140,7 +141,7 @@ class ModelRepr:
         logits are large (tokens x vocab): ask for the rows that you need.
         """
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
-        with self._lm._lock:
+        with self._lm._exclusive():
             self._check_current()
             return self._computed().all_logits(self._evaluated.end, start, stop)
 
@@ -150,7 +151,7 @@ class ModelRepr:
         The cache covers every token of the text: `model(new_ids, past_key_values=...)` takes the ids after it,
         `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids.
         """
-        with self._lm._lock:
+        with self._lm._exclusive():
             evaluator = self._computed()
             return evaluator.executor.dynamic_cache(*evaluator.keys_values(self._evaluated.end))
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.utils.generic import ModelOutput
 
@@ -26,8 +27,6 @@ from backprompt.errors import UnsupportedModelError
 
 SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
-
-_CAPTURING_HOOKS = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,11 @@ def unwrap(model: nn.Module) -> nn.Module:
                         f"The adapter {name!r} ({adapter.peft_type}) puts virtual tokens before the prompt, which "
                         "packed evaluation does not model. Use an adapter that changes layers, such as LoRA."
                     )
+                if getattr(adapter, "alora_invocation_tokens", None):
+                    raise UnsupportedModelError(
+                        f"The adapter {name!r} is an activated LoRA, which looks for its invocation tokens in the "
+                        "whole call, so its texts cannot share a pass. Use an ordinary LoRA."
+                    )
             model = model.get_base_model()  # type: ignore[operator]
         else:
             return model
@@ -82,10 +86,14 @@ def check_supported(model: nn.Module) -> None:
             f"{name} does not go through transformers' attention interface, so its attention cannot be packed. Use a "
             "family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
         )
-    output_embeddings = model.get_output_embeddings()  # type: ignore[operator]
-    if output_embeddings is None or model.get_decoder() is model:  # type: ignore[operator]
+    if model.get_output_embeddings() is None or decoder_of(model) is None:  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{name} has no language-model head. Load it with AutoModelForCausalLM, or name a causal LM checkpoint."
+        )
+    if getattr(config, "attn_temperature_tuning", False):
+        raise UnsupportedModelError(
+            f"{name} scales its queries by the row of the call instead of the position (attn_temperature_tuning), so "
+            "its texts cannot share a pass."
         )
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise UnsupportedModelError(
@@ -106,10 +114,20 @@ def check_supported(model: nn.Module) -> None:
         )
 
 
+def decoder_of(model: nn.Module) -> PreTrainedModel | None:
+    """Return the model without its head, or None where there is no such part.
+
+    `get_decoder` looks for attributes by name, and finds the head of ModernBERT's decoder and nothing in Llama 4.
+    """
+    candidates = (model.get_decoder(), model.base_model, getattr(model, "model", None))  # type: ignore[operator]
+    return next((c for c in candidates if isinstance(c, PreTrainedModel) and c is not model), None)
+
+
 def limits_of(model: nn.Module) -> Limits:
     """Return what the model's configuration says of ids and positions."""
-    config: Any = model.get_decoder().config  # type: ignore[operator]
-    num_embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    config: Any = _decoder(model).config
+    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    num_embeddings = embeddings.shape[0]
     max_tokens: int | None = getattr(config, "max_position_embeddings", None)
     for rope in _rope_parameters(config):
         kind = str(rope.get("rope_type", "default"))
@@ -125,7 +143,7 @@ def limits_of(model: nn.Module) -> Limits:
 
 def make_body(model: nn.Module, attention_name: str) -> nn.Module:
     """Return a copy of the decoder whose attention is the registered function `attention_name`."""
-    body = _private_copy(model.get_decoder())  # type: ignore[operator]
+    body = _private_copy(_decoder(model))
     for config in _configs(body):
         config._attn_implementation = attention_name
     _fuse_gelu(body)
@@ -134,7 +152,7 @@ def make_body(model: nn.Module, attention_name: str) -> nn.Module:
 
 def make_head(model: nn.Module) -> nn.Module:
     """Return a copy of the model that takes hidden states as `inputs_embeds` and only applies its head to them."""
-    return _private_copy(model, {id(model.get_decoder()): _GivenHiddenStates()})  # type: ignore[operator]
+    return _private_copy(model, {id(_decoder(model)): _GivenHiddenStates()})
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -191,10 +209,21 @@ def _uses_attention_interface(model: nn.Module) -> bool:
     )
 
 
+def is_foreign(hook: object) -> bool:
+    """Return whether a hook is not one of transformers' own, which capture outputs only where they are asked to."""
+    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+def _decoder(model: nn.Module) -> PreTrainedModel:
+    decoder = decoder_of(model)
+    assert decoder is not None, "check_supported refuses a model without one"
+    return decoder
+
+
 def _first_hooked_module(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if getattr(hook, "__module__", None) != _CAPTURING_HOOKS:
+            if is_foreign(hook):
                 return name or type(module).__name__
     return None
 

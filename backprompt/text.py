@@ -118,7 +118,7 @@ class Text:
         return _concatenate(self, _as_text(other, "+"))
 
     def __radd__(self, other: Text | str) -> Text:
-        if other == 0 and not isinstance(other, (str, Text)):
+        if isinstance(other, int) and other == 0:
             raise TextTypeError("sum() of texts needs a text to start from: sum(texts, Text('')).")
         return _concatenate(_as_text(other, "+"), self)
 
@@ -128,7 +128,7 @@ class Text:
         for item in texts:
             text = _as_text(item, "join")
             joined = text if joined is None else _concatenate(_concatenate(joined, self), text)
-        return Text("", self._lm) if joined is None else joined
+        return Text("", self._lm) if joined is None else _concatenate(Text("", self._lm), joined)
 
     # Reading, without a model
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
 
-from backprompt.errors import TokenizerError
+from backprompt.errors import TokenIdError, TokenizerError
 
 # Splitting patterns in which no alternative matches a letter followed by a space, none looks behind, and a letter run
 # takes at most one space along, the one before it. So " " between two ASCII letters is a boundary in any context.
@@ -41,8 +41,8 @@ class EncodesStrings(Protocol):
         """Return the ids of each string, without special tokens."""
         ...
 
-    def cut(self, string: str) -> int:
-        """Return a place where the string can be cut without changing its ids, or 0."""
+    def cut(self, string: str, start: int = 0) -> int:
+        """Return a place from `start` on where the string can be cut without changing its ids, or 0."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -87,11 +87,9 @@ class PrivateTokenizer:
         """Return the ids of each string, without special tokens around it.
 
         Raises:
-            TokenizerError: a string that no tokenizer can take, or a continuation for a tokenizer without a backend.
+            TokenizerError: a continuation, for a tokenizer without a backend.
 
         """
-        for string in strings:
-            _check_encodable(string)
         backend = self._continuing if is_continuation else self._backend
         if backend is not None:
             return [tuple(encoding.ids) for encoding in backend.encode_batch_fast(strings, add_special_tokens=False)]
@@ -103,23 +101,31 @@ class PrivateTokenizer:
             )
         return [tuple(ids) for ids in self._call(list(strings))]
 
-    def cut(self, string: str) -> int:
-        """Return the last place at which `string` can be cut without changing its ids, whatever follows; else 0.
+    def cut(self, string: str, start: int = 0) -> int:
+        """Return the last place from `start` on where `string` can be cut without changing ids, whatever follows; or 0.
 
-        The ids of the whole are those of `string[:cut]` followed by those of `string[cut:]` as a continuation. That is
-        so at a space between two ASCII letters, for byte-level BPE with one of the known splitting patterns.
+        The ids of the whole are those of `string[:cut]` followed by those of `string[cut:]`. That is so at a space
+        between two ASCII letters, for byte-level BPE with one of the known splitting patterns.
         """
         if not self._can_cut:
             return 0
         end = len(string) - 1
-        while (end := string.rfind(" ", 1, end)) > 0:
+        while (end := string.rfind(" ", max(start, 1), end)) > 0:
             before, after = string[end - 1], string[end + 1]
             if before.isascii() and before.isalpha() and after.isascii() and after.isalpha():
                 return end
         return 0
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the string of `token_ids`, special tokens included, nothing cleaned up."""
+        """Return the string of `token_ids`, special tokens included, nothing cleaned up.
+
+        Raises:
+            TokenIdError: an id that is negative or beyond all vocabularies.
+
+        """
+        for token_id in token_ids:
+            if not 0 <= token_id < 1 << 32:
+                raise TokenIdError(f"No tokenizer has the token id {token_id}; ids count from 0.")
         decoded: str = self._private.decode(
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -266,14 +272,3 @@ def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
     else:
         parts.append(tuple(tokenizer(_SAMPLE)["input_ids"]))
     return tuple(parts)
-
-
-def _check_encodable(string: str) -> None:
-    try:
-        string.encode()
-    except UnicodeEncodeError as error:
-        raise TokenizerError(
-            f"The text holds a lone surrogate at character {error.start}, which is half of a UTF-16 pair and not a "
-            "character. Decode its source as UTF-8, or replace it: string.encode('utf-16', 'surrogatepass')."
-            "decode('utf-16', 'replace')."
-        ) from error

@@ -13,12 +13,13 @@ Under `joins="split"` every segment is encoded on its own, the later ones as con
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
-from backprompt.errors import JoinError
+from backprompt.errors import JoinError, TokenizerError
 from backprompt.text import Segment, Text
 from backprompt.tokenizer import EncodesStrings
 
@@ -70,13 +71,13 @@ class Encoder:
             TokenizerError: a string that the tokenizer cannot take.
 
         """
-        ids = [self._encoded.get(text) for text in texts]
-        new = [text for text, known in zip(texts, ids, strict=True) if known is None]
-        if not new:
-            return [known for known in ids if known is not None]
-        for text, token_ids in zip(new, self._encode_new(new), strict=True):
-            self._encoded[text] = token_ids
-        return [self._encoded[text] for text in texts]
+        known = {text: ids for text in texts if (ids := self._encoded.get(text)) is not None}
+        new = list(dict.fromkeys(text for text in texts if text not in known))
+        if new:
+            encoded = dict(zip(new, self._encode_new(new), strict=True))
+            self._encoded.update(encoded)
+            known |= encoded
+        return [known[text] for text in texts]
 
     def joins(self, text: Text) -> list[Join]:
         """Return every join of a text at which joining changes tokens, from left to right."""
@@ -84,17 +85,29 @@ class Encoder:
 
     def string(self, text: Text) -> str:
         """Return the text's string, token ids decoded: each such segment adds what it adds to the decoding so far."""
-        string, segments = "", text.segments
-        for idx, segment in enumerate(segments):
-            if isinstance(segment, str):
-                string += segment
+        string = ""
+        before: list[Segment] = []
+        for is_string, side_by_side in itertools.groupby(text.segments, key=lambda segment: isinstance(segment, str)):
+            run = list(side_by_side)
+            if is_string:
+                string += "".join(map(str, run))
             else:
-                (before,) = self._trie_encode([segments[:idx]], split=self._joins == "split", is_whole=False)
-                string += _added(self.tokenizer.decode(before), self.tokenizer.decode(before + segment))
+                ids_before = self._ids_before(before)
+                ids = ids_before + tuple(int(token_id) for segment in run for token_id in segment)
+                string += _added(self.tokenizer.decode(ids_before), self.tokenizer.decode(ids))
+            before += run
         return string
+
+    def _ids_before(self, segments: list[Segment]) -> tuple[int, ...]:
+        """Return the ids of these segments where more follows."""
+        if not segments:
+            return ()
+        return self._trie_encode([segments], split=self._joins == "split", is_whole=False)[0]
 
     def _encode_new(self, texts: list[Text]) -> list[tuple[int, ...]]:
         segments = [text.segments for text in texts]
+        for text, its_segments in zip(texts, segments, strict=True):
+            _check_encodable(text, its_segments)
         encoded = self._trie_encode(segments, split=self._joins == "split")
         if self._joins == "error":
             for text, joined, split in zip(texts, encoded, self._trie_encode(segments, split=True), strict=True):
@@ -134,18 +147,26 @@ class Encoder:
         return ids
 
     def _changed_joins(self, segments: Sequence[Segment]) -> Iterator[Join]:
-        run, is_continuation = "", False
-        for idx, segment in enumerate(segments):
-            if not isinstance(segment, str):
-                run, is_continuation = "", True
-                continue
-            if run:
-                (left,) = self.tokenizer.encode([run], is_continuation=is_continuation)
-                (right,) = self.tokenizer.encode([segment], is_continuation=True)
-                (joined,) = self.tokenizer.encode([run + segment], is_continuation=is_continuation)
-                if joined != left + right:
-                    yield Join(idx, run, segment, *_differing_middles(left + right, joined))
-            run += segment
+        numbered = enumerate(segments)
+        for is_string, side_by_side in itertools.groupby(numbered, key=lambda place: isinstance(place[1], str)):
+            if is_string:
+                yield from self._changed_joins_of_run([(idx, str(segment)) for idx, segment in side_by_side])
+
+    def _changed_joins_of_run(self, strings: list[tuple[int, str]]) -> list[Join]:
+        """Return the joins of one run, whose strings come with their segment indices; none if its ids stay the same.
+
+        They may: in "x " + " " + "y" the "y" takes apart what the spaces had become.
+        """
+        (first_idx, run), *rest = strings
+        (ids,) = self.tokenizer.encode([run], is_continuation=first_idx > 0)
+        ids_apart, joins = ids, []
+        for idx, string in rest:
+            (right,) = self.tokenizer.encode([string], is_continuation=True)
+            (joined,) = self.tokenizer.encode([run + string], is_continuation=first_idx > 0)
+            if joined != ids + right:
+                joins.append(Join(idx, run, string, *_differing_middles(ids + right, joined)))
+            run, ids, ids_apart = run + string, joined, ids_apart + right
+        return joins if ids != ids_apart else []
 
 
 @dataclass(frozen=True)
@@ -220,11 +241,11 @@ class _TrieNode:
         if split:
             settled = (self._tail_piece(),) if self.tail else ()
             return _TrieNode(self, settled, segment, self.tail_is_continuation or bool(self.tail))
-        tail = self.tail + segment
-        cut = pieces.tokenizer.cut(tail)
+        tail, is_continuation = self.tail + segment, self.tail_is_continuation
+        cut = pieces.tokenizer.cut(tail, len(self.tail) - 1)  # the tail was searched before
         if cut == 0:
-            return _TrieNode(self, (), tail, self.tail_is_continuation)
-        return _TrieNode(self, (_Piece(tail[:cut], self.tail_is_continuation),), tail[cut:], True)
+            return _TrieNode(self, (), tail, is_continuation)
+        return _TrieNode(self, (_Piece(tail[:cut], is_continuation),), tail[cut:], is_continuation)
 
     def _extend_ids(self, token_ids: tuple[int, ...]) -> _TrieNode:
         settled = (self._tail_piece(), token_ids) if self.tail else (token_ids,)
@@ -257,6 +278,24 @@ def _differing_middles(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[in
 
 
 def _added(before: str, after: str) -> str:
-    """Return what `after` adds to `before`; a character that was incomplete in `before` counts as added."""
-    common = before.rstrip("\N{REPLACEMENT CHARACTER}") if not after.startswith(before) else before
-    return after[len(common) :] if after.startswith(common) else after
+    """Return what `after` adds to `before`, from where they first differ."""
+    if after.startswith(before):
+        return after[len(before) :]
+    return after[next(idx for idx, pair in enumerate(zip(before, after + "\0", strict=False)) if pair[0] != pair[1]) :]
+
+
+def _check_encodable(text: Text, segments: Sequence[Segment]) -> None:
+    """Raise TokenizerError for a lone surrogate, which is half of a UTF-16 pair and no character."""
+    num_before = 0
+    for segment in segments:
+        if not isinstance(segment, str):
+            continue
+        try:
+            _ = segment.isascii() or segment.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"{text!a} holds a lone surrogate at character {num_before + error.start} of its strings: half of a "
+                "UTF-16 pair, which is no character. Decode the source as UTF-8, or replace it with "
+                "string.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+            ) from error
+        num_before += len(segment)

@@ -15,15 +15,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from backprompt.skeleton import is_rewritten_in_place, unwrap
+from backprompt.skeleton import is_foreign, is_rewritten_in_place, unwrap
 
 SAMPLES_PER_TENSOR = 16
 
 _ADAPTER_STATE = ("_active_adapter", "merged_adapters", "_disable_adapters", "scaling")
 _UNIMPORTANT_CONFIG = frozenset(
-    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict", "output_attentions"}
+    {
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
 )
+_UNIMPORTANT_SETTINGS = frozenset({"gradient_checkpointing", "training"})
 
 
 class WeightsMonitor:
@@ -35,6 +47,7 @@ class WeightsMonitor:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._children = [(module._modules, list(module._modules.values())) for module in modules]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._tables = [(table, len(table)) for module in modules for table in (module._parameters, module._buffers)]
         self._tensors = [_TensorState.of(*place) for place in _places(model)]
         self._adapted = [module for module in modules if "merged_adapters" in module.__dict__]
@@ -46,6 +59,7 @@ class WeightsMonitor:
         """Return whether a quick look sees a difference to the state at construction."""
         return (
             any(list(children.values()) != before for children, before in self._children)
+            or any(any(map(is_foreign, hooks.values())) for hooks in self._hooks if hooks)
             or any(len(table) != num_before for table, num_before in self._tables)
             or any(state.has_changed() for state in self._tensors)
             or list(map(_adapter_state, self._adapted)) != self._adapter_states
@@ -85,7 +99,8 @@ def content_hash(model: nn.Module) -> str:
     config: Any = causal_model.config
     described = sorted((key, repr(value)) for key, value in config.to_dict().items() if key not in _UNIMPORTANT_CONFIG)
     adapters = [_adapter_state(module) for module in model.modules() if "merged_adapters" in module.__dict__]
-    model_hash.update(repr((type(causal_model).__qualname__, described, adapters)).encode())
+    settings = [_settings(module) for module in causal_model.modules() if not isinstance(module, PreTrainedModel)]
+    model_hash.update(repr((type(causal_model).__qualname__, described, adapters, settings)).encode())
     names = {id(tensor): name for name, tensor in (*causal_model.named_parameters(), *causal_model.named_buffers())}
     for _, _, tensor in _places(causal_model):
         model_hash.update(repr((names[id(tensor)], tuple(tensor.shape), str(tensor.dtype))).encode())
@@ -107,6 +122,15 @@ def _places(model: nn.Module) -> Iterator[tuple[Mapping[str, Tensor | None], str
 def _adapter_state(module: nn.Module) -> str:
     """Return which adapters of a layer are active or merged, and how they are scaled."""
     return repr([(name, module.__dict__.get(name)) for name in _ADAPTER_STATE])
+
+
+def _settings(module: nn.Module) -> list[tuple[str, object]]:
+    """Return a module's plain attributes: what its code reads besides tensors, such as a scaling."""
+    return sorted(
+        (name, value)
+        for name, value in module.__dict__.items()
+        if isinstance(value, (bool, int, float, str)) and name[0] != "_" and name not in _UNIMPORTANT_SETTINGS
+    )
 
 
 def _sample_views(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -175,7 +175,8 @@ def test_p3_each_distinct_token_is_forwarded_once(segments: list[list], max_toke
     lm = LM(family("llama"), tokenizer("byte_level_bpe"), max_tokens_per_forward=max_tokens)
     forwarded: list[int] = []
     forward = lm._evaluator.executor.forward
-    lm._evaluator._probe_once()
+    with lm._exclusive():
+        lm._evaluator._probe_once()
     lm._evaluator.executor.forward = lambda pass_: forwarded.append(pass_.num_tokens) or forward(pass_)
     texts = usable([compose(s, lm) for s in segments])
     split_at = data.draw(st.integers(0, len(texts)))
