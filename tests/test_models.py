@@ -7,17 +7,10 @@ handed to `model(...)` and `model.generate(...)`.
 
 import pytest
 import torch
-from reference import plain_ids, plain_logits, plain_token_logprobs
-from tiny_models import FAMILIES, LONGROPE_ORIGINAL_POSITIONS, MAX_POSITIONS, OTHERS, SLIDING_WINDOW, VOCAB_SIZE
-from tiny_tokenizers import byte_level_bpe
-from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     JambaConfig,
     Lfm2Config,
-    Llama4ForCausalLM,
     Llama4TextConfig,
     MixtralConfig,
     ModernBertDecoderConfig,
@@ -27,6 +20,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from backprompt import LM, Text, TextTooLongError, UnsupportedModelError, evaluate
+from reference import plain_ids, plain_logits, plain_token_logprobs
+from tiny_models import FAMILIES, LONGROPE_ORIGINAL_POSITIONS, MAX_POSITIONS, OTHERS, SLIDING_WINDOW, VOCAB_SIZE
+from tiny_tokenizers import byte_level_bpe
 
 ATOL = {
     # The same products summed in another order. Largest gap measured over all families: 1.0e-5, logits up to 10.
@@ -173,8 +169,8 @@ def test_float64_equals_the_plain_call(family, tokenizer):
     assert_equals_plain(model, tokenizer, texts, ATOL[torch.float64])
 
 
-def test_a_model_whose_own_attention_rounds_to_float32_in_float64_is_not_refused(tokenizer):
-    """Gemma 2's plain softmax is float32 whatever its dtype; ours is float64, and closer to the truth."""
+def test_a_model_whose_own_attention_rounds_to_float32_is_not_refused_in_float64(tokenizer):
+    """Gemma 2's plain softmax is float32 whatever its dtype; ours is float64. Measured: 7e-7 apart."""
     model = FAMILIES["gemma2"]().double()
     assert_equals_plain(model, tokenizer, forest(LM(model, tokenizer)), atol=1e-5)
 
@@ -307,29 +303,14 @@ def test_hybrids_whose_other_layers_mix_tokens_are_refused(hybrid, tokenizer):
         evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
 
 
-def llama4_config(**changes):
+def llama4(**changes):
     """Three layers of chunked attention, one of full attention without positions."""
     sizes = {**TINY, "num_hidden_layers": 4, "intermediate_size_mlp": 64, "head_dim": 8, "num_local_experts": 2}
-    return Llama4TextConfig(**sizes, attention_chunk_size=24, **changes)
-
-
-class Llama4WithDecoder(Llama4ForCausalLM):
-    """Llama 4 whose decoder is found, so that its attention is reached."""
-
-    def get_decoder(self):
-        return self.model
-
-
-def test_a_causal_model_is_not_said_to_have_no_head(tokenizer):
-    """Llama 4's decoder is not found under the name that its class gives; whatever is said of it must be so."""
-    model = random_model(llama4_config())
-    assert model.get_output_embeddings() is not None
-    with pytest.raises(UnsupportedModelError, match=r"Llama4ForCausalLM (?!has no language-model head)"):
-        evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+    return random_model(Llama4TextConfig(**sizes, attention_chunk_size=24, **changes))
 
 
 def test_chunked_attention_is_right_within_the_chunk_and_refused_beyond(tokenizer):
-    model = random_model(llama4_config(), Llama4WithDecoder)
+    model = llama4(attn_temperature_tuning=False)
     lm = LM(model, tokenizer, max_tokens_per_forward=8)
     texts = short_forest(lm)
     assert max(len(text.tokens) for text in texts) < 24
@@ -340,25 +321,21 @@ def test_chunked_attention_is_right_within_the_chunk_and_refused_beyond(tokenize
     assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
 
 
-def test_queries_scaled_by_the_row_of_the_call_are_refused_or_right(tokenizer):
-    """Llama 4 tunes its temperature by where a row stands in the call, which in a packed call is not its position."""
-    model = random_model(llama4_config(floor_scale=16), Llama4WithDecoder)
-    text = Text("Question: 12 + 34? cats", LM(model, tokenizer, max_tokens_per_forward=16))
-    assert 16 < len(text.tokens) < 24
-    plain = plain_logits(model, text.tokens)[-1]
-    try:
-        logits = text.logits
-    except UnsupportedModelError:
-        logits = plain
-    torch.testing.assert_close(logits, plain, rtol=0, atol=ATOL[torch.float32])
+def test_queries_scaled_by_the_row_of_the_call_are_refused(tokenizer):
+    """Llama 4 tunes its temperature by where a row stands in the call, which in a packed call is not its position.
+
+    The probe's twelve tokens do not show it: by default the first change comes after 8,192 rows.
+    """
+    with pytest.raises(UnsupportedModelError, match="Llama4ForCausalLM scales its queries by the row of the call"):
+        evaluate(Text("The cat sat on the mat.", LM(llama4(), tokenizer)))
 
 
-def test_a_decoder_that_is_called_otherwise_is_right_or_refused(tokenizer):
+def test_a_decoder_under_another_name_is_found(tokenizer):
     """ModernBERT's head is called `decoder`, which is what transformers then takes for its decoder."""
-    config = ModernBertDecoderConfig(**TINY, cls_token_id=None, sep_token_id=None)
-    model = random_model(config)
-    with pytest.raises(UnsupportedModelError, match="ModernBertDecoderForCausalLM"):
-        evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+    special = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
+    model = random_model(ModernBertDecoderConfig(**{**TINY, **dict.fromkeys(special, 0)}))
+    texts = forest(LM(model, tokenizer, max_tokens_per_forward=16))
+    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
 
 
 class BiasedAttention(LlamaAttention):
@@ -375,54 +352,6 @@ def test_a_keyword_that_attention_does_not_implement_is_refused_by_name(tokenize
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM passes position_bias to its attention"):
         evaluate(Text("The cat", lm))
     assert lm.stats.bytes_held == 0
-
-
-def on_the_meta_device():
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config_like("llama"))
-
-
-def partly_on_the_meta_device():
-    model = FAMILIES["llama"]()
-    model.model.norm.weight = nn.Parameter(torch.empty(32, device="meta"))
-    return model
-
-
-def offloaded():
-    model = FAMILIES["gpt2"]()
-    model.transformer.h[1]._hf_hook = object()  # what accelerate's dispatch leaves on a module
-    return model
-
-
-def hooked(register, where):
-    model = FAMILIES["llama"]()
-    getattr(model.get_submodule(where), register)(lambda *args: None)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: AutoModel.from_config(config_like("gpt2")), "GPT2Model has no language-model head"),
-        (lambda: AutoModel.from_config(config_like("llama")), "LlamaModel has no language-model head"),
-        (
-            lambda: AutoModelForSequenceClassification.from_config(config_like("llama")),
-            "LlamaForSequenceClassification has no language-model head",
-        ),
-        (lambda: nn.Linear(2, 2), "Linear is not a transformers model"),
-        (lambda: "gpt2", r"not str\. To load one by its name or path use backprompt\.load"),
-        (byte_level_bpe, "An LM wraps a model of transformers, not TokenizersBackend"),
-        (on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),
-        (partly_on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),
-        (offloaded, "GPT2LMHeadModel is spread over several devices or offloaded"),
-        (lambda: hooked("register_forward_hook", "model.layers.1"), "forward hook on its module 'model.layers.1'"),
-        (lambda: hooked("register_forward_pre_hook", "lm_head"), "forward hook on its module 'lm_head'"),
-        (lambda: hooked("register_forward_hook", ""), "forward hook on its module 'LlamaForCausalLM'"),
-    ],
-)
-def test_what_is_no_whole_causal_model_is_refused_by_name(make, reason, tokenizer):
-    with pytest.raises(UnsupportedModelError, match=reason):
-        LM(make(), tokenizer)
 
 
 # Compiled models. Nothing is compiled: the model's own code runs

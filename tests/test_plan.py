@@ -5,24 +5,44 @@ blocks and of the passes, whatever was split meanwhile, so what a row must see i
 token sees every beginning of that text up to itself.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt.cache import BlockRows
-from backprompt.plan import Cross, Own, Pass, cut_into_passes, missing_spans, plan_pass
+from backprompt.plan import MIN_CUT_TOKENS, Cross, Own, Pass, cut_into_passes, missing_spans, plan_pass
 from backprompt.radix import Forest, Span
 
 Ids = tuple[int, ...]
+Scene = tuple[list[list[Ids]], list[Ids]]
 
-# Texts are made of pieces, short ones and ones that exceed a tile, which share beginnings within a piece too.
-PIECES: tuple[Ids, ...] = ((0,), (1,), (0, 1, 2), (0, 1, 1, 1), (2,) * 6, (1, 2) * 20, (1, 2) * 15 + (0,) * 40)
 TILE_TOKENS = (1, 2, 5, 128)
 
-texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map(lambda pieces: sum(pieces, ()))
+
+def scene(seed: int, num_texts: int) -> Scene:
+    """Two batches of texts that are computed, one after the other, and the texts that are wanted now.
+
+    A text is another one, of any batch, and some tokens more: half of them one of the first three, which so get many
+    branches, the others any. (Drawn token by token, most examples would be small.)
+    """
+    random = Random(seed)
+    texts: list[Ids] = [()]
+    batches: tuple[list[Ids], ...] = ([], [], [])
+    for _ in range(num_texts):
+        num_more = random.choice((1, 1, 1, 2, 3, 6, 70))
+        base = random.choice(texts[: random.choice((3, 40))])
+        texts.append((*base, random.randrange(8), *[0] * (num_more - 1)))
+        batches[random.choice((0, 1, 2, 2, 2, 2))].append(texts[-1])
+    return [*batches[:2]], batches[2]
+
+
+scenes = st.builds(scene, seed=st.integers(0, 2**32 - 1), num_texts=st.integers(1, 40))
+max_tokens_of_a_pass = st.sampled_from([4096, 300, 60, 7])
 
 
 def prefixes(batch: Iterable[Ids]) -> set[Ids]:
@@ -70,10 +90,6 @@ class World:
         return set(self.token_at.values())
 
 
-computed_batches = st.lists(st.lists(texts, max_size=3), max_size=3)
-wanted_texts = st.lists(texts, max_size=8)
-
-
 def planned(world: World, wanted: Sequence[Ids], tile_tokens: int, max_tokens: int) -> Iterator[Pass]:
     """Yield the plan of each pass; its spans are computed before the next one is planned."""
     spans = missing_spans([world.forest.insert(ids) for ids in wanted])
@@ -112,17 +128,19 @@ def check_calls(pass_: Pass, token_at: dict[tuple[object, int], Ids]) -> None:
 # Which spans
 
 
-@given(computed_batches, wanted_texts)
-def test_missing_spans_are_what_is_wanted_and_not_computed(computed: list[list[Ids]], wanted: list[Ids]) -> None:
+@given(scenes)
+def test_missing_spans_are_what_is_wanted_and_not_computed(scene: Scene) -> None:
+    computed, wanted = scene
     world = World(computed)
     spans = missing_spans([world.forest.insert(ids) for ids in wanted])
     assert sorted(tokens_of(spans)) == sorted(prefixes(wanted) - world.computed)
     assert all(span.rows is None for span in spans)
 
 
-@given(computed_batches, wanted_texts)
-def test_missing_spans_stand_depth_first(computed: list[list[Ids]], wanted: list[Ids]) -> None:
+@given(scenes)
+def test_missing_spans_stand_depth_first(scene: Scene) -> None:
     """Parents before children, and each subtree contiguous, also one whose root is computed."""
+    computed, wanted = scene
     world = World(computed)
     spans = missing_spans([world.forest.insert(ids) for ids in wanted])
     idx_of = {span: idx for idx, span in enumerate(spans)}
@@ -141,18 +159,21 @@ def test_nothing_is_missing_of_nothing() -> None:
 # Into which passes
 
 
-@given(computed_batches, wanted_texts, st.integers(1, 300))
-def test_passes_hold_every_token_once_in_order_within_the_bound(
-    computed: list[list[Ids]], wanted: list[Ids], max_tokens: int
-) -> None:
+@given(scenes, max_tokens_of_a_pass)
+def test_passes_hold_every_token_once_in_order_within_the_bound(scene: Scene, max_tokens: int) -> None:
+    computed, wanted = scene
     world = World(computed)
     ends = [world.forest.insert(ids) for ids in wanted]
     spans = missing_spans(ends)
     tokens = tokens_of(spans)
     passes = cut_into_passes(world.forest, spans, max_tokens)
     assert [token for group in passes for token in tokens_of(group)] == tokens
-    assert all(1 <= len(tokens_of(group)) <= max_tokens for group in passes)
     assert all(span.token_ids for group in passes for span in group)
+    sizes = [len(tokens_of(group)) for group in passes]
+    assert all(1 <= size <= max_tokens for size in sizes)
+    if passes:  # as few and as equal as can be, but no span is cut for less than MIN_CUT_TOKENS
+        equal_size = math.ceil(len(tokens) / math.ceil(len(tokens) / max_tokens))
+        assert all(size > equal_size - MIN_CUT_TOKENS for size in sizes[:-1])
     assert [spelled(end) for end in ends] == wanted
 
 
@@ -169,10 +190,9 @@ def test_a_long_text_is_cut_into_equal_passes(max_tokens: int, sizes: list[int])
 
 
 @pytest.mark.parametrize("tile_tokens", TILE_TOKENS)
-@given(computed_batches, wanted_texts, st.integers(1, 300))
-def test_every_row_sees_what_leads_to_it_once_and_nothing_else(
-    tile_tokens: int, computed: list[list[Ids]], wanted: list[Ids], max_tokens: int
-) -> None:
+@given(scenes, max_tokens_of_a_pass)
+def test_every_row_sees_what_leads_to_it_once_and_nothing_else(tile_tokens: int, scene: Scene, max_tokens: int) -> None:
+    computed, wanted = scene
     world = World(computed)
     missing = prefixes(wanted) - world.computed
     forwarded = []
@@ -182,10 +202,9 @@ def test_every_row_sees_what_leads_to_it_once_and_nothing_else(
     assert sorted(forwarded) == sorted(missing)
 
 
-@given(computed_batches, wanted_texts, st.sampled_from(TILE_TOKENS))
-def test_the_row_of_a_pass_is_its_tokens_at_their_positions(
-    computed: list[list[Ids]], wanted: list[Ids], tile_tokens: int
-) -> None:
+@given(scenes, st.sampled_from(TILE_TOKENS))
+def test_the_row_of_a_pass_is_its_tokens_at_their_positions(scene: Scene, tile_tokens: int) -> None:
+    computed, wanted = scene
     world = World(computed)
     for pass_ in planned(world, wanted, tile_tokens, max_tokens=100):
         tokens = tokens_of(pass_.spans)
@@ -194,10 +213,9 @@ def test_the_row_of_a_pass_is_its_tokens_at_their_positions(
         assert pass_.num_tokens == len(tokens)
 
 
-@given(computed_batches, wanted_texts, st.sampled_from(TILE_TOKENS))
-def test_tiles_hold_several_branches_and_no_more_tokens_than_allowed(
-    computed: list[list[Ids]], wanted: list[Ids], tile_tokens: int
-) -> None:
+@given(scenes, st.sampled_from(TILE_TOKENS))
+def test_tiles_hold_several_branches_and_no_more_tokens_than_allowed(scene: Scene, tile_tokens: int) -> None:
+    computed, wanted = scene
     world = World(computed)
     for pass_ in planned(world, wanted, tile_tokens, max_tokens=600):
         for own in pass_.own:
@@ -233,10 +251,9 @@ def test_the_example_of_the_module() -> None:
     }
 
 
-@given(computed_batches, wanted_texts, st.sampled_from(TILE_TOKENS), st.integers(1, 300))
-def test_a_span_has_one_call_of_each_kind_at_most(
-    computed: list[list[Ids]], wanted: list[Ids], tile_tokens: int, max_tokens: int
-) -> None:
+@given(scenes, st.sampled_from(TILE_TOKENS), max_tokens_of_a_pass)
+def test_a_span_has_one_call_of_each_kind_at_most(scene: Scene, tile_tokens: int, max_tokens: int) -> None:
+    computed, wanted = scene
     world = World(computed)
     for pass_ in planned(world, wanted, tile_tokens, max_tokens):
         ancestors = {ancestor for span in pass_.spans for ancestor in span.path() if ancestor is not span}

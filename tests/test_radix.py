@@ -5,7 +5,7 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backprompt.cache import BlockRows
@@ -210,6 +210,7 @@ def test_a_split_that_leaves_a_part_empty_is_refused(num_tokens: int) -> None:
 
 
 @given(batches, batches, texts)
+@example([(0, 1), (0, 1, 2)], [], (0, 2))  # leaves a span in its middle, with the token that continues its end
 def test_num_computed_is_the_longest_computed_beginning(computed_batch: list[Ids], batch: list[Ids], ids: Ids) -> None:
     forest = Forest()
     computed = Computed(forest)

@@ -169,8 +169,15 @@ def test_a_text_equals_no_other_kind_of_object():
 
 def test_the_lm_is_part_of_identity(lm, other_lm):
     texts = [Text("a"), Text("a", lm), Text("a", other_lm)]
+    assert [[text == other for other in texts] for text in texts] == np.eye(3, dtype=bool).tolist()
+    assert len({hash(text) for text in texts}) == 3
+
+
+def test_texts_of_one_hash_are_told_apart(monkeypatch):
+    monkeypatch.setattr(backprompt.text, "_PRIME", 1)
+    texts = [Text("a") + "b", Text("b") + "a", Text("c") + "d"]
+    assert len({hash(text) for text in texts}) == 1
     assert len(set(texts)) == 3
-    assert Text("a", lm) == Text("a", lm)
 
 
 # Which LM
@@ -419,7 +426,7 @@ def test_token_ids_are_ints(lm, token_ids):
         Text.from_tokens(token_ids, lm)
 
 
-@pytest.mark.parametrize("bad_lm", ["gpt2", 1, (build,), [1, 2]], ids=str)
+@pytest.mark.parametrize("bad_lm", ["gpt2", 1, (build,), [1, 2]], ids=["a name", "an int", "a tuple of one", "a list"])
 def test_a_text_is_bound_to_nothing_but_an_lm(bad_lm):
     with pytest.raises(bp.TextTypeError, match=r"an LM or to a \(model, tokenizer\) tuple"):
         Text("a", bad_lm)

@@ -1,0 +1,711 @@
+"""P6 and P7: what belongs to the user stays as it was found, and what the user changes is noticed.
+
+A plain call of the model as it is at that moment is the yardstick, for other threads too.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Model
+
+from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load
+from reference import plain_ids, plain_logits, plain_token_logprobs
+from tiny_models import FAMILIES
+from tiny_tokenizers import byte_level_bpe, llama3_bpe
+
+ATOL = 5e-5  # float32: tests/test_models.py says what was measured
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_level_bpe()
+
+
+@pytest.fixture
+def model():
+    return FAMILIES["llama"]()
+
+
+def forest(lm):
+    root = Text("Question: 12 + 34?", lm)
+    return [root, *(root + twig + leaf for twig in (" The", " cat") for leaf in (" sat", "!")), Text("One.", lm)]
+
+
+def read(texts):
+    """All results of each text."""
+    return [(text.logits, text.token_logprobs, text.model_repr.all_logits()) for text in texts]
+
+
+def plain(model, texts):
+    """The same, by the plain call."""
+    return [
+        (
+            plain_logits(model, text.tokens)[-1],
+            plain_token_logprobs(model, text.tokens),
+            plain_logits(model, text.tokens),
+        )
+        for text in texts
+    ]
+
+
+def assert_close(results, expected, atol=ATOL):
+    for result, plain_result in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, plain_result, rtol=0, atol=atol, equal_nan=True)
+
+
+def assert_equals_plain(model, texts, atol=ATOL):
+    assert_close(read(texts), plain(model, texts), atol)
+
+
+# P6: left as found
+
+
+def state_of(model, tokenizer):
+    """Everything of the user's, and of the process, that evaluation has no business with."""
+    modules = dict(model.named_modules())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "tensors": {name: hashlib.sha256(bytes(t.detach().numpy().tobytes())).digest() for name, t in tensors.items()},
+        "identities": {name: (id(t), t._version, t.requires_grad) for name, t in tensors.items()},
+        "gradients": {name: None if t.grad is None else t.grad.sum().item() for name, t in tensors.items()},
+        "modes": {name: module.training for name, module in modules.items()},
+        "attributes": {name: set(module.__dict__) for name, module in modules.items()},
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
+        "configuration": copy.deepcopy(model.config.to_dict()),
+        "attention": model.config._attn_implementation,
+        "generation": model.generation_config.to_dict(),
+        "tokenizer": (tokenizer.backend_tokenizer.to_str(), tokenizer.padding_side, repr(tokenizer.init_kwargs)),
+        "random": (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()),
+        "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_is_left_as_found(family, tokenizer):
+    model = FAMILIES[family]()
+    plain_logits(model, [1, 2, 3])  # transformers sets up some things of its own on the first call
+    model.train()
+    next(model.children()).eval()
+    next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+    tokenizer(["a cat", "The mat and more"], truncation=True, max_length=3)  # which the backend remembers
+    before = state_of(model, tokenizer)
+
+    lm = LM(model, tokenizer, max_tokens_per_forward=8)
+    texts = forest(lm)
+    read(texts)
+    evaluate(texts)[0].past_key_values()
+    assert len(lm.fingerprint) == 64
+    lm.refresh()
+    lm.clear()
+    read(texts)
+    after = state_of(model, tokenizer)
+    for what, value in before.items():
+        assert after[what] == value, what
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3_longrope"])
+def test_plain_calls_of_another_thread_get_their_usual_numbers(family, tokenizer):
+    """To the bit, while LMs are made, probe, evaluate and start over."""
+    model = FAMILIES[family]()
+    ids = torch.tensor([plain_ids(tokenizer, "Question: 12 + 34? The cat")])
+    usual = plain_logits(model, ids[0].tolist())
+    stop, calls, wrong = threading.Event(), [], []
+
+    def call_plainly():
+        while not stop.is_set():
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0]
+            calls.append(1)
+            if not torch.equal(logits, usual):
+                wrong.append((logits - usual).abs().max())
+
+    thread = threading.Thread(target=call_plainly)
+    thread.start()
+    try:
+        results = []
+        for _ in range(3):
+            lm = LM(model, tokenizer, max_tokens_per_forward=8)
+            texts = forest(lm)
+            results.append(read(texts))
+            lm.clear()
+            results.append(read(texts))
+    finally:
+        stop.set()
+        thread.join()
+    assert wrong == []
+    assert len(calls) > 10
+    for result in results:
+        assert_close(result, plain(model, texts))
+
+
+def in_threads(num_threads, work):
+    """Run `work(idx)` in each thread at once; errors are raised here."""
+    errors = []
+
+    def run(idx):
+        try:
+            work(idx)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(idx,)) for idx in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_one_lm_from_eight_threads_gives_right_numbers_and_computes_each_token_once(model, tokenizer):
+    lm = LM(model, tokenizer, max_tokens_per_forward=16)
+    strings = [f"Question: {a} + {b}? The cat" for a in range(4) for b in range(6)]
+    expected = {string: plain_logits(model, plain_ids(tokenizer, string)) for string in strings}
+
+    def work(idx):
+        for string in random.Random(idx).sample(strings, len(strings)):
+            text = Text(string[:9], lm) + string[9:]
+            torch.testing.assert_close(text.logits, expected[string][-1], rtol=0, atol=ATOL)
+            assert text.token_logprobs.shape == (len(text.tokens),)
+            torch.testing.assert_close(text.model_repr.all_logits(), expected[string], rtol=0, atol=ATOL)
+
+    in_threads(8, work)
+    texts = [plain_ids(tokenizer, string) for string in strings]
+    assert lm.stats.tokens_computed == len({tuple(ids[:end]) for ids in texts for end in range(1, len(ids) + 1)})
+
+
+def test_threads_that_clear_and_start_over_meanwhile(model, tokenizer):
+    lm = LM(model, tokenizer, max_tokens_per_forward=16)
+    strings = [f"Question: {a} + 34? The cat" for a in range(6)]
+    expected = {string: plain_logits(model, plain_ids(tokenizer, string))[-1] for string in strings}
+
+    def work(idx):
+        for round_ in range(20):
+            string = strings[(idx + round_) % len(strings)]
+            torch.testing.assert_close(Text(string, lm).logits, expected[string], rtol=0, atol=ATOL)
+            if idx == 0:
+                lm.clear()
+            if idx == 1 and round_ % 5 == 0:
+                lm.refresh()
+
+    assert lm.fingerprint == lm.fingerprint
+    in_threads(4, work)
+
+
+def test_an_equal_text_may_go_while_another_one_is_evaluated(tokenizer, monkeypatch):
+    """As it does when another thread drops the text that it evaluated earlier."""
+    model = FAMILIES["gpt2"]()
+    lm = LM(model, tokenizer)
+    earlier = [Text("The cat", lm)]
+    evaluate(earlier)
+    forward = GPT2Model.forward
+
+    def forward_and_drop(self, *args, **kwargs):
+        earlier.clear()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2Model, "forward", forward_and_drop)
+    texts = [Text("The cat", lm), Text("One.", lm)]
+    evaluate(texts)
+    assert earlier == []
+    assert_equals_plain(model, texts)
+
+
+# Hostile surroundings: the results are those of the plain call in eval mode, outside of all this
+
+
+@contextlib.contextmanager
+def set_default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def configured(model, **values):
+    for name, value in values.items():
+        setattr(model.config, name, value)
+    yield
+
+
+@contextlib.contextmanager
+def padding_left(tokenizer):
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    tokenizer(["a cat", "The mat and more"], padding=True, truncation=True, max_length=3)
+    yield
+
+
+@contextlib.contextmanager
+def training(model, checkpointing=False):
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    yield
+
+
+HOSTILE = {
+    "training mode, dropout one half": lambda model, tokenizer: training(model),
+    "training mode, gradient checkpointing": lambda model, tokenizer: training(model, checkpointing=True),
+    "left padding": lambda model, tokenizer: padding_left(tokenizer),
+    "use_cache=False": lambda model, tokenizer: configured(model, use_cache=False),
+    "return_dict=False": lambda model, tokenizer: configured(model, return_dict=False),
+    "output_hidden_states=True": lambda model, tokenizer: configured(model, output_hidden_states=True),
+    "eager attention": lambda model, tokenizer: configured(model, _attn_implementation="eager"),
+    "autocast": lambda model, tokenizer: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference_mode": lambda model, tokenizer: torch.inference_mode(),
+    "enable_grad": lambda model, tokenizer: torch.enable_grad(),
+    "float64 by default": lambda model, tokenizer: set_default_dtype(torch.float64),
+    "another device by default": lambda model, tokenizer: torch.device("meta"),
+}
+
+
+def with_dropout(family):
+    """Any dropout that takes place changes the logits beyond recognition."""
+    config = FAMILIES[family]().config
+    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.5)
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(FAMILIES[family]().state_dict())
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "inside"), [("gpt2", "all of it"), *(("llama", step) for step in ("building", "evaluating", "reading"))]
+)
+@pytest.mark.parametrize("surroundings", HOSTILE)
+def test_hostile_surroundings_change_nothing(family, surroundings, inside, tokenizer):
+    model = with_dropout(family)
+    texts = forest(LM(model, tokenizer))
+    expected = plain(model, texts)
+
+    def hostile(step):
+        is_inside = inside in ("all of it", step)
+        return HOSTILE[surroundings](model, tokenizer) if is_inside else contextlib.nullcontext()
+
+    with hostile("building"):
+        texts = forest(LM(model, tokenizer, max_tokens_per_forward=8))
+    with hostile("evaluating"):
+        evaluate(texts)
+    with hostile("reading"):
+        results = read(texts)
+    assert_close(results, expected)
+    assert_close(read(texts), expected)
+    assert not any(tensor.is_inference() or tensor.requires_grad for result in read(texts) for tensor in result)
+
+
+# P7: what changes is noticed
+
+
+def step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1
+
+
+def through_data(model):
+    model.model.layers[0].self_attn.k_proj.weight.data.mul_(1.5)
+
+
+def data_replaced(model):
+    model.model.norm.weight.data = model.model.norm.weight.data * 2
+
+
+def parameter_replaced(model):
+    model.model.layers[0].self_attn.v_proj.weight = nn.Parameter(-model.model.layers[0].self_attn.v_proj.weight)
+
+
+def module_replaced(model):
+    model.lm_head = copy.deepcopy(model.lm_head)
+    model.lm_head.weight.data.neg_()
+
+
+def buffer_changed(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def head_tied(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+CHANGES = {
+    "a step of an optimizer": step,
+    "one element, in place": in_place,
+    "a matrix, through .data": through_data,
+    ".data replaced": data_replaced,
+    "a parameter replaced": parameter_replaced,
+    "a module replaced": module_replaced,
+    "a buffer": buffer_changed,
+    "the head tied to the embedding": head_tied,
+    "load_state_dict": lambda model: model.load_state_dict(FAMILIES["llama"](seed=1).state_dict()),
+    "load_state_dict, assign": lambda model: model.load_state_dict(FAMILIES["llama"](seed=1).state_dict(), assign=True),
+    "an embedding resized": lambda model: model.resize_token_embeddings(330, mean_resizing=False),
+    "a layer taken away": lambda model: model.model.layers.__delitem__(1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_noticed(change, model, tokenizer):
+    lm = LM(model, tokenizer, max_tokens_per_forward=16)
+    texts = forest(lm)
+    old = evaluate(texts)
+    read(texts)
+    before, fingerprint, key = plain(model, texts), lm.fingerprint, old[0].key
+
+    CHANGES[change](model)
+    stats = lm.stats
+    assert_equals_plain(model, texts)
+    assert read(texts)[0][2].shape != before[0][2].shape or (read(texts)[0][2] - before[0][2]).abs().max() > 1e-3
+    assert (lm.stats - stats).tokens_computed == stats.tokens_computed  # all of it again, once
+    for stale in (lambda: old[0].logits, lambda: old[1].token_logprobs, lambda: old[1].past_key_values()):
+        with pytest.raises(StaleRepresentationError, match=r"have changed since.*Evaluate the text again"):
+            stale()
+    assert old[0].num_tokens == len(texts[0].tokens)
+    assert lm.fingerprint != fingerprint
+    assert evaluate(texts[0]).key != key
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.3), (torch.float16, 0.04), (torch.float64, 5e-5)])
+def test_another_dtype_is_noticed(dtype, atol, model, tokenizer):
+    """The tolerances are those of tests/test_models.py; log-probabilities are float32 from whichever dtype."""
+    texts = forest(LM(model, tokenizer))
+    evaluate(texts)
+    model.to(dtype)
+    assert_equals_plain(model, texts, atol)
+    assert texts[0].logits.dtype == texts[0].model_repr.hidden_states.dtype == dtype
+
+
+def test_each_of_many_changes_is_noticed(model, tokenizer):
+    texts = forest(LM(model, tokenizer))
+    for idx in range(5):
+        in_place(model)
+        model.lm_head.weight.data[idx] *= 2
+        assert_equals_plain(model, texts)
+
+
+def test_a_hook_added_later_is_refused_like_one_that_was_there(model, tokenizer):
+    """A steering vector, say: plain calls have changed."""
+    text = Text("The cat", LM(model, tokenizer))
+    before = text.logits
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(UnsupportedModelError, match=r"forward hook on its module 'model.layers.0'"):
+        text.logits  # noqa: B018
+    handle.remove()
+    torch.testing.assert_close(text.logits, before, rtol=0, atol=ATOL)
+
+
+def data_of_one_element(model):
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 100
+
+
+def setting_of_a_module(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 2
+
+
+@pytest.mark.parametrize("ask_before", [True, False])
+@pytest.mark.parametrize("change", [data_of_one_element, setting_of_a_module])
+def test_refresh_notices_what_a_quick_look_cannot_see(change, ask_before, model, tokenizer):
+    lm = LM(model, tokenizer)
+    texts = forest(lm)
+    evaluate(texts)
+    if ask_before:
+        assert lm.fingerprint == lm.fingerprint
+    change(model)
+    lm.refresh()
+    assert_equals_plain(model, texts)
+
+
+def test_refresh_drops_nothing_where_nothing_has_changed(model, tokenizer):
+    lm = LM(model, tokenizer)
+    texts = forest(lm)
+    representations = evaluate(texts)
+    assert lm.fingerprint == lm.fingerprint
+    before = lm.stats
+    lm.refresh()
+    read(texts)
+    assert representations[0].logits.isfinite().all()
+    assert (lm.stats - before).tokens_computed == 0
+
+
+def test_refresh_drops_everything_where_it_has_nothing_to_compare_with(model, tokenizer):
+    lm = LM(model, tokenizer)
+    representation = evaluate(Text("The cat", lm))
+    lm.refresh()
+    assert lm.stats.bytes_held == 0
+    with pytest.raises(StaleRepresentationError):
+        representation.logits  # noqa: B018
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_of_the_users_own_do_not_drop_the_cache(family, tokenizer):
+    """Not of a longer text either, for which phi3_longrope rewrites its frequencies in place."""
+    model = FAMILIES[family]()
+    lm = LM(model, tokenizer)
+    texts = forest(lm)
+    representations = evaluate(texts)
+    expected = read(texts)
+    before = lm.stats
+    plain_logits(model, [idx % 300 for idx in range(100)])
+    ids = torch.tensor([[5, 6, 7]])
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=True)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+    model.requires_grad_(False).eval()
+
+    assert_close(read(texts), expected, atol=0)
+    assert_close([(representations[0].logits, expected[0][1], expected[0][2])], expected[:1], atol=0)
+    longer = texts[0] + " sat"
+    logits = longer.logits
+    torch.testing.assert_close(logits, plain_logits(model, longer.tokens)[-1], rtol=0, atol=ATOL)
+    assert (lm.stats - before).tokens_computed == len(longer.tokens) - len(texts[0].tokens)
+
+
+def test_a_changed_tokenizer_is_noticed(model, tokenizer):
+    lm = LM(model, tokenizer)
+    text = Text("The cat", lm) + " sat"
+    old, fingerprint = evaluate(text), lm.fingerprint
+    tokenizer.add_tokens(["cat sa"])
+    assert len(tokenizer) > 320
+    tokenizer.add_tokens(["he c"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    assert text.tokens == tuple(plain_ids(tokenizer, "The cat sat"))
+    assert len(text.tokens) != old.num_tokens
+    assert_equals_plain(model, [text])
+    assert lm.fingerprint != fingerprint
+    with pytest.raises(StaleRepresentationError, match="tokenizer"):
+        old.logits  # noqa: B018
+
+
+# Fingerprints
+
+
+def fingerprint_of(family="llama", change=None, tokenizer_of=byte_level_bpe):
+    model = FAMILIES[family]()
+    if change is not None:
+        change(model)
+    return LM(model, tokenizer_of()).fingerprint
+
+
+def without_its_last_merge():
+    tokenizer = byte_level_bpe()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"].pop()
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    return tokenizer
+
+
+def test_a_fingerprint_changes_with_what_decides_about_numbers():
+    changes = [None, in_place, data_of_one_element, buffer_changed, head_tied, lambda m: m.double(), set_epsilon]
+    changes += [lambda m: m.bfloat16(), lambda m: m.load_state_dict(FAMILIES["llama"](seed=1).state_dict())]
+    fingerprints = [fingerprint_of(change=change) for change in changes]
+    fingerprints += [
+        fingerprint_of("gpt2"),
+        fingerprint_of("mistral"),
+        fingerprint_of(tokenizer_of=without_its_last_merge),
+    ]
+    fingerprints += [fingerprint_of(tokenizer_of=llama3_bpe)]
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+def set_epsilon(model):
+    model.config.rms_norm_eps = 0.1
+
+
+def test_a_fingerprint_is_content(model, tokenizer):
+    """Another object, another mode, compiled or called before: the same."""
+    fingerprint = LM(model, tokenizer).fingerprint
+    assert LM(copy.deepcopy(model).train(), copy.deepcopy(tokenizer)).fingerprint == fingerprint
+    assert LM(model.requires_grad_(False), tokenizer, joins="split").fingerprint == fingerprint
+    assert LM(torch.compile(model), byte_level_bpe()).fingerprint == fingerprint
+    plain_logits(model, [1, 2, 3])
+    assert LM(model, tokenizer).fingerprint == fingerprint
+
+
+def test_saving_a_model_does_not_change_its_fingerprint_and_what_is_loaded_has_it(model, tokenizer, tmp_path):
+    lm = LM(model, tokenizer)
+    fingerprint = lm.fingerprint
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm.refresh()
+    assert lm.fingerprint == fingerprint
+    assert load(tmp_path, device="cpu").fingerprint == fingerprint
+
+
+FINGERPRINTS = """
+import json
+from backprompt import LM, Text
+from tiny_models import FAMILIES
+from tiny_tokenizers import byte_level_bpe
+lms = {family: LM(FAMILIES[family](), byte_level_bpe()) for family in ("gpt2", "gemma2", "phi3_longrope")}
+print(json.dumps({family: [lm.fingerprint, Text("The cat", lm).model_repr.key] for family, lm in lms.items()}))
+"""
+
+
+def test_fingerprints_and_keys_are_the_same_in_another_process():
+    """Whose hashes of strings, and so the orders of its sets, are others."""
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "PYTHONHASHSEED": "1234"}
+    command = [sys.executable, "-c", FINGERPRINTS]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    expected = json.loads(printed.splitlines()[-1])
+    assert len(expected) == 3
+    for family, (fingerprint, key) in expected.items():
+        lm = LM(FAMILIES[family](), byte_level_bpe())
+        assert lm.fingerprint == fingerprint
+        assert evaluate(Text("The cat", lm)).key == key
+
+
+# Adapters
+
+
+def lora(model, name="first", seed=0, **options):
+    """The model with a LoRA adapter whose weights are random, so that it matters."""
+    config = peft.LoraConfig(r=4, **{"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(model, peft.PeftModel):
+            model.add_adapter(name, config)
+            return model
+        return peft.get_peft_model(model, config, adapter_name=name).eval()
+
+
+ADAPTERS = {
+    "LoRA": lora,
+    "DoRA": lambda model: lora(model, use_dora=True, init_lora_weights=True, target_modules=["q_proj", "up_proj"]),
+    "LoRA of the embedding and the head": lambda model: lora(model, target_modules=["embed_tokens", "lm_head"]),
+    "LoRA and a head of its own": lambda model: lora(model, modules_to_save=["lm_head"]),
+    "LoRA and some embeddings of its own": lambda model: lora(model, trainable_token_indices=[5, 262]),
+    "IA3": lambda model: peft.get_peft_model(
+        model,
+        peft.IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_model_with_an_adapter_equals_its_plain_call(kind, model, tokenizer):
+    adapted = ADAPTERS[kind](model)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if any(part in name for part in ("lora_", "ia3_", "modules_to_save", "trainable_tokens")):
+                parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
+    texts = forest(LM(adapted, tokenizer, max_tokens_per_forward=8))
+    assert_equals_plain(adapted, texts)
+    base = plain(FAMILIES["llama"](), texts)
+    assert all((text.logits - logits).abs().max() > 1e-2 for text, (logits, _, _) in zip(texts, base, strict=True))
+
+    # Switched off for a while, and on again.
+    with adapted.disable_adapter():
+        assert_close(read(texts), base)
+    assert_equals_plain(adapted, texts)
+
+
+def test_adapters_are_never_mixed(model, tokenizer):
+    """Switching, stacking, scaling, merging: the plain call each time; what was there before has its own key."""
+    adapted = lora(lora(model), "second", seed=1)
+    lm = LM(adapted, tokenizer)
+    texts = forest(lm)
+    fingerprints = []
+    for change in (
+        lambda: adapted.set_adapter("first"),
+        lambda: adapted.set_adapter("second"),
+        lambda: adapted.base_model.set_adapter(["first", "second"]),
+        lambda: [layer.scale_layer(0.5) for layer in adapted.modules() if hasattr(layer, "scale_layer")],
+        lambda: adapted.set_adapter("first"),  # still scaled
+        adapted.merge_adapter,
+        adapted.unmerge_adapter,  # which does not give back every last bit
+    ):
+        change()
+        adapted.eval()
+        assert_equals_plain(adapted, texts)
+        fingerprints.append(lm.fingerprint)
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+def test_an_adapter_that_comes_back_has_its_fingerprint_back(model, tokenizer):
+    adapted = lora(lora(model), "second", seed=1)
+    lm = LM(adapted, tokenizer)
+    first = lm.fingerprint
+    adapted.set_adapter("second")
+    second = lm.fingerprint
+    adapted.set_adapter("first")
+    assert lm.fingerprint == first != second
+
+
+def test_a_representation_of_another_adapter_is_stale(model, tokenizer):
+    adapted = lora(lora(model), "second", seed=1)
+    text = Text("The cat", LM(adapted, tokenizer))
+    old = evaluate(text)
+    adapted.set_adapter("second")
+    evaluate(text)
+    with pytest.raises(StaleRepresentationError, match="Evaluate the text again"):
+        old.logits  # noqa: B018
+
+
+def test_an_adapter_added_to_the_wrapped_model_is_noticed(model, tokenizer):
+    """In two ways: peft changes the layers of the model it is given, and transformers can do so, too."""
+    texts = forest(LM(model, tokenizer))
+    before = read(texts)
+    lora(model)
+    assert_equals_plain(model, texts)
+    assert (texts[0].logits - before[0][0]).abs().max() > 1e-2
+
+    other = FAMILIES["llama"]()
+    texts = forest(LM(other, tokenizer))
+    evaluate(texts)
+    other.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    assert_equals_plain(other, texts)
+    other.disable_adapters()
+    assert_close(read(texts), before)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+    ids=["prompt tuning", "prefix tuning"],
+)
+def test_adapters_that_put_tokens_before_the_prompt_are_refused(config, model, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=r"'default' .*virtual tokens before the prompt.* LoRA"):
+        LM(peft.get_peft_model(model, config), tokenizer)
+
+
+def test_an_adapter_that_looks_for_tokens_of_the_prompt_is_refused_or_right(model, tokenizer):
+    """An activated LoRA acts on the tokens after its invocation, which the PeftModel looks for in `input_ids`."""
+    adapted = lora(model, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    ids = (9, 10, 5, 6, 7, 8)
+    expected = plain_logits(adapted, ids)[-1]
+    try:
+        logits = Text.from_tokens(ids, LM(adapted, tokenizer)).logits
+    except UnsupportedModelError:
+        logits = expected
+    torch.testing.assert_close(logits, expected, rtol=0, atol=ATOL)
