@@ -200,59 +200,62 @@ class _Pieces:
 
 @dataclass(eq=False)
 class _TrieNode:
-    """The state after some segments: what is settled, and the tail whose tokens may still change.
+    """The state after some segments: what is settled, and a tail of string whose tokens may still change.
 
-    The ids of the text up to here are those of `parent.settled_ids`, then of `settled` (a piece, or token ids as they
-    are), then of the tail.
+    The ids of the text up to here are those of its ancestors' `settled` (pieces, or token ids as they are), of its own,
+    and of the tail. A node holds only what it adds to the tail of its parent, or the whole tail where it `begins_tail`:
+    whole tails at every node of a long chain would take the square of its length.
     """
 
     parent: _TrieNode | None = None
     settled: tuple[_Piece | tuple[int, ...], ...] = ()
-    tail: str = ""
-    tail_is_continuation: bool = False
+    added: str = ""
+    begins_tail: bool = True
+    is_continuation: bool = False
     children: dict[Segment, _TrieNode] = field(default_factory=dict)
     _settled_ids: tuple[int, ...] | None = None
 
     def descend(self, segments: Sequence[Segment], pieces: _Pieces, *, split: bool) -> _TrieNode:
         """Return the node after `segments`, adding what is new to the trie and to `pieces`."""
-        node = self
+        node, tail = self, ""
         for segment in segments:
             child = node.children.get(segment)
             if child is None:
-                child = (
-                    node._extend_string(segment, pieces, split)
-                    if isinstance(segment, str)
-                    else node._extend_ids(segment)
-                )
+                child = node._extend(segment, tail, pieces, split)
                 for settled in child.settled:
                     if isinstance(settled, _Piece):
                         pieces.add(settled)
                 node.children[segment] = child
-            node = child
-        if node.tail:
-            pieces.add(node._tail_piece())
+            node, tail = child, child.added if child.begins_tail else tail + child.added
+        if tail:
+            pieces.add(_Piece(tail, node.is_continuation))
         return node
 
     def ids(self, pieces: _Pieces) -> tuple[int, ...]:
         """Return the ids of the text that ends here, without special tokens."""
-        return self._all_settled_ids(pieces) + (pieces.ids(self._tail_piece()) if self.tail else ())
+        tail = self._tail()
+        return self._all_settled_ids(pieces) + (pieces.ids(_Piece(tail, self.is_continuation)) if tail else ())
 
-    def _extend_string(self, segment: str, pieces: _Pieces, split: bool) -> _TrieNode:
+    def _extend(self, segment: Segment, tail: str, pieces: _Pieces, split: bool) -> _TrieNode:
+        settled_tail = (_Piece(tail, self.is_continuation),) if tail else ()
+        if not isinstance(segment, str):
+            return _TrieNode(self, (*settled_tail, segment), is_continuation=True)
         if split:
-            settled = (self._tail_piece(),) if self.tail else ()
-            return _TrieNode(self, settled, segment, self.tail_is_continuation or bool(self.tail))
-        tail, is_continuation = self.tail + segment, self.tail_is_continuation
-        cut = pieces.tokenizer.cut(tail, len(self.tail) - 1)  # the tail was searched before
+            return _TrieNode(self, settled_tail, segment, is_continuation=self.is_continuation or bool(tail))
+        longer = tail + segment
+        cut = pieces.tokenizer.cut(longer, len(tail) - 1)  # the tail was searched before
         if cut == 0:
-            return _TrieNode(self, (), tail, is_continuation)
-        return _TrieNode(self, (_Piece(tail[:cut], is_continuation),), tail[cut:], is_continuation)
+            return _TrieNode(self, (), segment, begins_tail=False, is_continuation=self.is_continuation)
+        piece = _Piece(longer[:cut], self.is_continuation)
+        return _TrieNode(self, (piece,), longer[cut:], is_continuation=self.is_continuation)
 
-    def _extend_ids(self, token_ids: tuple[int, ...]) -> _TrieNode:
-        settled = (self._tail_piece(), token_ids) if self.tail else (token_ids,)
-        return _TrieNode(self, settled, "", True)
-
-    def _tail_piece(self) -> _Piece:
-        return _Piece(self.tail, self.tail_is_continuation)
+    def _tail(self) -> str:
+        parts: list[str] = []
+        node: _TrieNode | None = self
+        while node is not None:
+            parts.append(node.added)
+            node = None if node.begins_tail else node.parent
+        return "".join(reversed(parts))
 
     def _all_settled_ids(self, pieces: _Pieces) -> tuple[int, ...]:
         chain: list[_TrieNode] = []
