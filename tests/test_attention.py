@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -182,26 +183,30 @@ def test_the_fast_kernel_serves_common_sizes_on_the_cpu(heads: int, kv_heads: in
     assert chosen_name("cpu", heads, kv_heads) == "flash_cpu"
 
 
-def call_a_missing_op(*_: object) -> KernelOutput:
+def call_a_missing_op(*_: Any) -> KernelOutput:
     return torch.ops.aten._an_op_that_is_not_there()
 
 
-def refuse(*_: object) -> KernelOutput:
+def refuse(*_: Any) -> KernelOutput:
     raise RuntimeError("head size not supported\nException raised from somewhere.cpp")
 
 
-def refuse_in_silence(*_: object) -> KernelOutput:
+def refuse_in_silence(*_: Any) -> KernelOutput:
     raise NotImplementedError
 
 
-def off_in_outputs(*args: object) -> KernelOutput:
-    output, lse = clear_kernel(*args)
-    return output + 1e-3, lse
+def off_when(wanted_kind: str) -> Kernel:
+    def kernel(*args: Any) -> KernelOutput:
+        output, lse = clear_kernel(*args)
+        kind = "causal" if args[4] else "unmasked" if args[5] is None else "masked"
+        return output + (1e-3 if kind == wanted_kind else 0), lse
+
+    return kernel
 
 
-def off_in_lse(*args: object) -> KernelOutput:
+def nan_in_the_last_lse(*args: Any) -> KernelOutput:
     output, lse = clear_kernel(*args)
-    return output, lse.where(torch.arange(len(lse))[:, None] < 4, math.nan)
+    return output, lse.index_fill(0, torch.tensor(len(lse) - 1), math.nan)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +214,11 @@ def off_in_lse(*args: object) -> KernelOutput:
     [
         (call_a_missing_op, "clear (fast failed: '_OpNamespace' 'aten' object has no attribute"),
         (refuse, "clear (fast failed: head size not supported)"),
-        (refuse_in_silence, "clear (fast failed: "),
-        (off_in_outputs, "clear (fast was off by 1.0e-03)"),
-        (off_in_lse, "clear (fast was off by nan)"),
+        (refuse_in_silence, "clear (fast failed: NotImplementedError)"),
+        (off_when("causal"), "clear (fast was off by 1.0e-03)"),
+        (off_when("unmasked"), "clear (fast was off by 1.0e-03)"),
+        (off_when("masked"), "clear (fast was off by 1.0e-03)"),
+        (nan_in_the_last_lse, "clear (fast was off by nan)"),
     ],
 )
 def test_the_clear_kernel_serves_for_one_that_fails_and_says_why(
@@ -349,7 +356,7 @@ def attend_last_pass(batches: Sequence[Sequence[Ids]], window: int | None) -> li
     pass_, names = list(passes_over(batches, layers, tile_tokens=128, max_tokens=4096))[-1]
     calls: list[tuple[int, int]] = []
 
-    def kernel(query: Tensor, key: Tensor, *args: object) -> KernelOutput:
+    def kernel(query: Tensor, key: Tensor, *args: Any) -> KernelOutput:
         calls.append((query.shape[1], key.shape[1]))
         return clear_kernel(query, key, *args)
 

@@ -43,9 +43,7 @@ from tiny_tokenizers import byte_level_bpe
 
 ATOL = 5e-5  # float32: tests/test_models.py says what was measured
 ROW_BYTES = VOCAB_SIZE * 4  # of logits
-TOKEN_BYTES = (
-    2 * 2 * 32 * 4 + 32 * 4 + 4 + 1
-)  # two layers' keys and values, hidden state, log-probability, whether known
+TOKEN_BYTES = 2 * (2 * 32 * 4) + 32 * 4 + 4 + 1  # keys and values, hidden state, log-probability, whether known
 
 
 @pytest.fixture(scope="module")

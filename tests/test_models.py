@@ -1,14 +1,18 @@
 """Every family of models gives the numbers of its plain call, or is refused by an error that names the reason.
 
 Each model of tiny_models evaluates the same forest, in one pass and in many, and every row of it is compared with the
-plain call. Then the edges: windows, positions a model was not made for, low precision, heads, wrappers, and caches
-handed to `model(...)` and `model.generate(...)`.
+plain call. Then the edges: low precision, windows, positions a model was not made for, heads, refusals, adapters,
+compiled models, and caches handed to `model(...)` and `model.generate(...)`.
 """
 
+import peft
 import pytest
 import torch
+from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     JambaConfig,
     Lfm2Config,
     Llama4TextConfig,
@@ -354,6 +358,103 @@ def test_a_keyword_that_attention_does_not_implement_is_refused_by_name(tokenize
     assert lm.stats.bytes_held == 0
 
 
+def on_the_meta_device():
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_like("llama"))
+
+
+def partly_on_the_meta_device():
+    model = FAMILIES["llama"]()
+    model.model.norm.weight = nn.Parameter(torch.empty(32, device="meta"))
+    return model
+
+
+def offloaded():
+    model = FAMILIES["gpt2"]()
+    model.transformer.h[1]._hf_hook = object()  # what accelerate's dispatch leaves on a module
+    return model
+
+
+def hooked(register, where):
+    model = FAMILIES["llama"]()
+    getattr(model.get_submodule(where), register)(lambda *args: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: AutoModel.from_config(config_like("gpt2")), "GPT2Model has no language-model head"),
+        (lambda: AutoModel.from_config(config_like("llama")), "LlamaModel has no language-model head"),
+        (
+            lambda: AutoModelForSequenceClassification.from_config(config_like("llama")),
+            "LlamaForSequenceClassification has no language-model head",
+        ),
+        (lambda: nn.Linear(2, 2), "Linear is not a transformers model"),
+        (lambda: "gpt2", r"not str\. To load one by its name or path use backprompt\.load"),
+        (byte_level_bpe, "An LM wraps a model of transformers, not TokenizersBackend"),
+        (on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),
+        (partly_on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),
+        (offloaded, "GPT2LMHeadModel is spread over several devices or offloaded"),
+        (lambda: hooked("register_forward_hook", "model.layers.1"), "forward hook on its module 'model.layers.1'"),
+        (lambda: hooked("register_forward_pre_hook", "lm_head"), "forward hook on its module 'lm_head'"),
+        (lambda: hooked("register_forward_hook", ""), "forward hook on its module 'LlamaForCausalLM'"),
+    ],
+)
+def test_what_is_no_whole_causal_model_is_refused_by_name(make, reason, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        LM(make(), tokenizer)
+
+
+# Adapters of peft
+
+ADAPTERS = {
+    "LoRA": peft.LoraConfig(target_modules=["q_proj", "v_proj"]),
+    "DoRA": peft.LoraConfig(target_modules=["q_proj", "up_proj"], use_dora=True),
+    "LoRA of the embedding and the head": peft.LoraConfig(target_modules=["embed_tokens", "lm_head"]),
+    "LoRA and a head of its own": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "LoRA and some embeddings of its own": peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 262]),
+    "IA3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_model_with_an_adapter_equals_its_plain_call(kind, tokenizer):
+    model = peft.get_peft_model(FAMILIES["llama"](), ADAPTERS[kind]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the adapter's own, which start as the identity
+                parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
+    texts = forest(LM(model, tokenizer, max_tokens_per_forward=16))
+    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+    base = plain_logits(FAMILIES["llama"](), texts[0].tokens)[-1]
+    assert (texts[0].logits - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            "virtual tokens before the prompt.* LoRA",
+        ),
+        (
+            peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            "virtual tokens before the prompt.* LoRA",
+        ),
+        (
+            # It acts on the tokens after its invocation, which the PeftModel looks for in all of `input_ids`.
+            peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
+            "activated LoRA.* ordinary LoRA",
+        ),
+    ],
+    ids=["prompt tuning", "prefix tuning", "activated LoRA"],
+)
+def test_adapters_that_look_at_the_whole_call_are_refused(config, reason, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=f"The adapter 'default' .*{reason}"):
+        LM(peft.get_peft_model(FAMILIES["llama"](), config), tokenizer)
+
+
 # Compiled models. Nothing is compiled: the model's own code runs
 
 
@@ -410,3 +511,18 @@ def test_generation_continues_from_past_key_values_and_changes_nothing(family, t
     assert_equals_plain(model, tokenizer, [*texts, branch], ATOL[torch.float32])
     assert (lm.stats - before).tokens_computed == len(branch.tokens) - len(texts[1].tokens)
     assert before.bytes_held == held
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral_sliding"])
+def test_a_text_itself_is_generated_on_from_a_cache_of_all_but_its_last_token(family, tokenizer):
+    """Something must be left to forward: given a cache of all its ids, `generate` forwards all of them once more."""
+    model = FAMILIES[family]()
+    lm = LM(model, tokenizer)
+    text = forest(lm)[0]
+    evaluate(text)
+    before = lm.stats
+    ids = torch.tensor([text.tokens])
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
+    cache = Text.from_tokens(text.tokens[:-1], lm).model_repr.past_key_values()
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))
+    assert (lm.stats - before).tokens_computed == 0

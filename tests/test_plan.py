@@ -177,13 +177,26 @@ def test_passes_hold_every_token_once_in_order_within_the_bound(scene: Scene, ma
     assert [spelled(end) for end in ends] == wanted
 
 
-@pytest.mark.parametrize(("max_tokens", "sizes"), [(1000, [1000]), (999, [500, 500]), (300, [250, 250, 250, 250])])
-def test_a_long_text_is_cut_into_equal_passes(max_tokens: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("text_sizes", "max_tokens", "pass_sizes"),
+    [
+        ([1000], 1000, [1000]),
+        ([1000], 999, [500, 500]),
+        ([1000], 300, [250, 250, 250, 250]),
+        ([60, 80, 60], 100, [100, 100]),
+        ([68, 80, 52], 100, [100, 100]),  # MIN_CUT_TOKENS of the second text still fit
+        ([69, 80, 51], 100, [69, 80, 51]),
+        ([80, 80, 40], 100, [80, 80, 40]),
+    ],
+)
+def test_passes_are_equal_where_enough_of_a_text_fits(
+    text_sizes: list[int], max_tokens: int, pass_sizes: list[int]
+) -> None:
     forest = Forest()
-    end = forest.insert(range(1000))
-    passes = cut_into_passes(forest, missing_spans([end]), max_tokens)
-    assert [len(tokens_of(group)) for group in passes] == sizes
-    assert passes[-1] == (end,)
+    ends = [forest.insert([text_idx] * size) for text_idx, size in enumerate(text_sizes)]
+    passes = cut_into_passes(forest, missing_spans(ends), max_tokens)
+    assert [len(tokens_of(group)) for group in passes] == pass_sizes
+    assert [span for group in passes for span in group if not span.children] == ends
 
 
 # With which calls
@@ -259,6 +272,26 @@ def test_a_span_has_one_call_of_each_kind_at_most(scene: Scene, tile_tokens: int
         ancestors = {ancestor for span in pass_.spans for ancestor in span.path() if ancestor is not span}
         assert len(pass_.own) <= len(pass_.spans)
         assert len(pass_.cross) <= len(ancestors)
+
+
+def test_a_small_tree_is_one_tile() -> None:
+    """Each row is seen until its last descendant.
+
+    1 --+-- 2 --+-- 3
+        |       +-- 4
+        +-- 5
+    """
+    (pass_,) = planned(World(), [(1, 2, 3), (1, 2, 4), (1, 5)], tile_tokens=5, max_tokens=100)
+    assert (pass_.own, pass_.cross) == ((Own(0, 5, (5, 4, 3, 4, 5)),), ())
+
+
+def test_a_tile_ends_a_causal_run() -> None:
+    """7 tokens, and under them 1, 2, 6, 1 and 2 more, in this order: two tiles with a run between them."""
+    stem = (0,) * 7
+    wanted = [(*stem, first, *range(num_tokens - 1)) for first, num_tokens in enumerate((1, 2, 6, 1, 2), 1)]
+    (pass_,) = planned(World(), wanted, tile_tokens=5, max_tokens=100)
+    assert pass_.own == (Own(0, 7), Own(7, 10, (8, 10, 10)), Own(10, 16), Own(16, 19, (17, 19, 19)))
+    assert pass_.cross == (Cross(7, 19, None, 0, 7, key_position=0),)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 50, 500])

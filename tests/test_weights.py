@@ -461,24 +461,31 @@ def test_refresh_drops_everything_where_it_has_nothing_to_compare_with(model, to
         representation.logits  # noqa: B018
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def dynamic_rope():
+    """A model that, like phi3_longrope, rewrites its frequencies in place when a call is long or short again."""
+    config = FAMILIES["llama"]().config
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    config.max_position_embeddings = 32
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "dynamic_rope"])
 def test_calls_of_the_users_own_do_not_drop_the_cache(family, tokenizer):
-    """Not of a longer text either, for which phi3_longrope rewrites its frequencies in place."""
-    model = FAMILIES[family]()
+    model = dynamic_rope() if family == "dynamic_rope" else FAMILIES[family]()
     lm = LM(model, tokenizer)
     texts = forest(lm)
     representations = evaluate(texts)
-    expected = read(texts)
-    before = lm.stats
-    plain_logits(model, [idx % 300 for idx in range(100)])
+    expected, before, fingerprint = read(texts), lm.stats, lm.fingerprint
     ids = torch.tensor([[5, 6, 7]])
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=True)
     model.train()(input_ids=ids, labels=ids).loss.backward()
     model.zero_grad()
     model.requires_grad_(False).eval()
+    plain_logits(model, [idx % 300 for idx in range(100)])
 
     assert_close(read(texts), expected, atol=0)
     assert_close([(representations[0].logits, expected[0][1], expected[0][2])], expected[:1], atol=0)
+    assert LM(model, tokenizer).fingerprint == fingerprint
     longer = texts[0] + " sat"
     logits = longer.logits
     torch.testing.assert_close(logits, plain_logits(model, longer.tokens)[-1], rtol=0, atol=ATOL)
@@ -580,56 +587,25 @@ def test_fingerprints_and_keys_are_the_same_in_another_process():
         assert evaluate(Text("The cat", lm)).key == key
 
 
-# Adapters
+# Adapters, whose layers change what the model computes without a weight of it changing
 
 
-def lora(model, name="first", seed=0, **options):
-    """The model with a LoRA adapter whose weights are random, so that it matters."""
-    config = peft.LoraConfig(r=4, **{"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if isinstance(model, peft.PeftModel):
-            model.add_adapter(name, config)
-            return model
-        return peft.get_peft_model(model, config, adapter_name=name).eval()
-
-
-ADAPTERS = {
-    "LoRA": lora,
-    "DoRA": lambda model: lora(model, use_dora=True, init_lora_weights=True, target_modules=["q_proj", "up_proj"]),
-    "LoRA of the embedding and the head": lambda model: lora(model, target_modules=["embed_tokens", "lm_head"]),
-    "LoRA and a head of its own": lambda model: lora(model, modules_to_save=["lm_head"]),
-    "LoRA and some embeddings of its own": lambda model: lora(model, trainable_token_indices=[5, 262]),
-    "IA3": lambda model: peft.get_peft_model(
-        model,
-        peft.IA3Config(
-            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_a_model_with_an_adapter_equals_its_plain_call(kind, model, tokenizer):
-    adapted = ADAPTERS[kind](model)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if any(part in name for part in ("lora_", "ia3_", "modules_to_save", "trainable_tokens")):
-                parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
-    texts = forest(LM(adapted, tokenizer, max_tokens_per_forward=8))
-    assert_equals_plain(adapted, texts)
-    base = plain(FAMILIES["llama"](), texts)
-    assert all((text.logits - logits).abs().max() > 1e-2 for text, (logits, _, _) in zip(texts, base, strict=True))
-
-    # Switched off for a while, and on again.
-    with adapted.disable_adapter():
-        assert_close(read(texts), base)
-    assert_equals_plain(adapted, texts)
+def with_two_adapters(model):
+    """LoRA adapters "first", which is active, and "second", with random weights, so that they matter."""
+    for seed, name in enumerate(("first", "second")):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if name == "first":
+                adapted = peft.get_peft_model(model, config, adapter_name=name)
+            else:
+                adapted.add_adapter(name, config)
+    return adapted.eval()
 
 
 def test_adapters_are_never_mixed(model, tokenizer):
-    """Switching, stacking, scaling, merging: the plain call each time; what was there before has its own key."""
-    adapted = lora(lora(model), "second", seed=1)
+    """Switching, stacking, scaling, merging: the plain call each time, and a fingerprint of its own."""
+    adapted = with_two_adapters(model)
     lm = LM(adapted, tokenizer)
     texts = forest(lm)
     fingerprints = []
@@ -643,14 +619,13 @@ def test_adapters_are_never_mixed(model, tokenizer):
         adapted.unmerge_adapter,  # which does not give back every last bit
     ):
         change()
-        adapted.eval()
         assert_equals_plain(adapted, texts)
         fingerprints.append(lm.fingerprint)
     assert len(set(fingerprints)) == len(fingerprints)
 
 
 def test_an_adapter_that_comes_back_has_its_fingerprint_back(model, tokenizer):
-    adapted = lora(lora(model), "second", seed=1)
+    adapted = with_two_adapters(model)
     lm = LM(adapted, tokenizer)
     first = lm.fingerprint
     adapted.set_adapter("second")
@@ -659,21 +634,22 @@ def test_an_adapter_that_comes_back_has_its_fingerprint_back(model, tokenizer):
     assert lm.fingerprint == first != second
 
 
-def test_a_representation_of_another_adapter_is_stale(model, tokenizer):
-    adapted = lora(lora(model), "second", seed=1)
-    text = Text("The cat", LM(adapted, tokenizer))
-    old = evaluate(text)
-    adapted.set_adapter("second")
-    evaluate(text)
-    with pytest.raises(StaleRepresentationError, match="Evaluate the text again"):
-        old.logits  # noqa: B018
+def test_an_adapter_that_is_switched_off_for_a_while_is_noticed(model, tokenizer):
+    adapted = with_two_adapters(model)
+    texts = forest(LM(adapted, tokenizer))
+    old = evaluate(texts[0])
+    with adapted.disable_adapter():
+        assert_close(read(texts), plain(FAMILIES["llama"](), texts))
+        with pytest.raises(StaleRepresentationError, match="Evaluate the text again"):
+            old.logits  # noqa: B018
+    assert_equals_plain(adapted, texts)
 
 
 def test_an_adapter_added_to_the_wrapped_model_is_noticed(model, tokenizer):
     """In two ways: peft changes the layers of the model it is given, and transformers can do so, too."""
     texts = forest(LM(model, tokenizer))
     before = read(texts)
-    lora(model)
+    with_two_adapters(model)
     assert_equals_plain(model, texts)
     assert (texts[0].logits - before[0][0]).abs().max() > 1e-2
 
@@ -684,28 +660,3 @@ def test_an_adapter_added_to_the_wrapped_model_is_noticed(model, tokenizer):
     assert_equals_plain(other, texts)
     other.disable_adapters()
     assert_close(read(texts), before)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    ],
-    ids=["prompt tuning", "prefix tuning"],
-)
-def test_adapters_that_put_tokens_before_the_prompt_are_refused(config, model, tokenizer):
-    with pytest.raises(UnsupportedModelError, match=r"'default' .*virtual tokens before the prompt.* LoRA"):
-        LM(peft.get_peft_model(model, config), tokenizer)
-
-
-def test_an_adapter_that_looks_for_tokens_of_the_prompt_is_refused_or_right(model, tokenizer):
-    """An activated LoRA acts on the tokens after its invocation, which the PeftModel looks for in `input_ids`."""
-    adapted = lora(model, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
-    ids = (9, 10, 5, 6, 7, 8)
-    expected = plain_logits(adapted, ids)[-1]
-    try:
-        logits = Text.from_tokens(ids, LM(adapted, tokenizer)).logits
-    except UnsupportedModelError:
-        logits = expected
-    torch.testing.assert_close(logits, expected, rtol=0, atol=ATOL)
