@@ -147,25 +147,22 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
     layout = _Layout(spans)
     own: list[Own] = []
     reach: dict[Span, list[int]] = {}  # ancestor -> [first row, last row + 1] of the rows that see it by a Cross
-    causal_run: list[Span] = []
+    run_end: Span | None = None  # the last span of the causal run that `own` ends with, if it ends with one
+    path: list[Span] = []  # what the rows at hand see by a Cross
     idx = 0
     while idx < len(spans):
         start = layout.starts[idx]
         next_idx = layout.end_of_tile(idx, tile_tokens)
-        path = _ancestors(spans[idx])
-        if next_idx > idx:
-            visible_until = layout.visible_until(idx, next_idx)
-        else:
-            next_idx, visible_until = idx + 1, None
+        visible_until = layout.visible_until(idx, next_idx)
+        next_idx = max(next_idx, idx + 1)
         stop = layout.starts[next_idx]
-        if visible_until is None and causal_run and spans[idx].parent is causal_run[-1]:
+        if visible_until is None and spans[idx].parent is run_end:
             # What directly continues a causal run, as its only or first child, joins it: no Cross for its rows.
             own[-1] = Own(own[-1].start, stop)
-            path = path[: len(path) - len(causal_run)]
-            causal_run += spans[idx:next_idx]
         else:
             own.append(Own(start, stop, visible_until))
-            causal_run = [] if visible_until is not None else list(spans[idx:next_idx])
+            path = _ancestors(spans[idx])
+        run_end = spans[next_idx - 1] if visible_until is None else None
         for ancestor in path:
             reach.setdefault(ancestor, [start, stop])[1] = stop
         idx = next_idx
