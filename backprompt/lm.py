@@ -241,8 +241,9 @@ class LM:
         """Hash every weight and the tokenizer again, and drop what was computed if they have changed.
 
         Needed only after changes that the quick look before each evaluation cannot see: writes through `.data` to a
-        few elements, or settings of modules that are neither parameters nor buffers. Without an earlier use of
-        `fingerprint` there is nothing to compare with, and everything is dropped.
+        few elements, settings of modules that are neither parameters nor buffers, or single merges replaced within
+        the tokenizer. Without an earlier use of `fingerprint` there is nothing to compare with, and everything is
+        dropped.
         """
         with self._exclusive():
             weights = content_hash(self.model)

@@ -99,7 +99,11 @@ def content_hash(model: nn.Module) -> str:
     config: Any = causal_model.config
     described = sorted((key, repr(value)) for key, value in config.to_dict().items() if key not in _UNIMPORTANT_CONFIG)
     adapters = [_adapter_state(module) for module in model.modules() if "merged_adapters" in module.__dict__]
-    settings = [_settings(module) for module in causal_model.modules() if not isinstance(module, PreTrainedModel)]
+    settings = [
+        _settings(module)
+        for module in causal_model.modules()
+        if not isinstance(module, PreTrainedModel) and not is_rewritten_in_place(module)
+    ]
     model_hash.update(repr((type(causal_model).__qualname__, described, adapters, settings)).encode())
     names = {id(tensor): name for name, tensor in (*causal_model.named_parameters(), *causal_model.named_buffers())}
     for _, _, tensor in _places(causal_model):

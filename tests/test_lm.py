@@ -399,15 +399,20 @@ def test_a_failed_probe_is_done_again(model, tokenizer, monkeypatch):
     assert_equals_plain(model, [text])
 
 
-def test_nan_in_an_embedding_is_an_error_for_the_texts_that_use_it(model, tokenizer):
+def test_nan_in_an_embedding_is_an_error_for_the_texts_that_use_it(tokenizer):
+    model = FAMILIES["llama"]()
     lm = LM(model, tokenizer)
-    good, bad = Text("The cat", lm), Text("The cat sat on the mat", lm)
+    good = Text("The cat", lm)
+    bad = good + " sat on the mat?"
+    assert bad.tokens[-1] not in bad.tokens[:-1]
     with torch.no_grad():
-        model.transformer.wte.weight[bad.tokens[-1]] = torch.nan
-    assert bad.tokens[-1] not in good.tokens
-    with pytest.raises(NonFiniteError, match="GPT2LMHeadModel returned NaN"):
+        model.model.embed_tokens.weight[bad.tokens[-1]] = torch.nan
+    evaluate(good)
+    held = lm.stats.bytes_held
+    with pytest.raises(NonFiniteError, match="LlamaForCausalLM returned NaN hidden states"):
         evaluate([good, bad])
-    assert lm.stats.bytes_held == 0
+    assert lm.stats.bytes_held == held > 0
+    assert_equals_plain(model, [good, Text.from_tokens(bad.tokens[:-1], lm)])
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj", "lm_head"])

@@ -113,6 +113,8 @@ def continuing(name: str) -> Tokenizer:
         backend.normalizer = normalizers.Replace(" ", "▁")
     if name == "unigram":
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    if name == "prefix space":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return backend
 
 
@@ -301,7 +303,7 @@ def test_results_do_not_get_lost_when_an_equal_text_dies_meanwhile(ask, monkeypa
 # Hard boundaries
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", [*TOKENIZERS, "prefix space"])
 @given(segments=segment_lists)
 def test_token_ids_stay_as_they_are_and_strings_behind_them_are_continuations(name, segments):
     assert text_of(segments, lm(name)).tokens == reference_ids(name, segments)
