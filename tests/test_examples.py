@@ -1,0 +1,269 @@
+"""The examples run offline with a tiny model and count what they say they count; their data is what they say it is.
+
+Numbers that depend on a real model (accuracy, seconds) are not looked at here.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from backprompt import Text, load
+from reference import ATOL, plain_logits, plain_token_logprobs
+from tiny_models import build
+from tiny_tokenizers import byte_level_bpe
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ATOL_FLOAT32 = ATOL[torch.float32]
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports an example by its name, as a module of another name: one is called as a package that others import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(EXAMPLES)])
+
+        def load_example(name: str) -> ModuleType:
+            spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
+            spec.loader.exec_module(module)
+            return module
+
+        yield load_example
+        for name in ("demo_model", "plain"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose tokens are little more than bytes, with positions enough for the manual."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = build("llama")
+    model.config.max_position_embeddings = 8192  # rotary positions: no weight depends on it
+    model.save_pretrained(folder)
+    byte_level_bpe().save_pretrained(folder)
+    return folder
+
+
+def num_distinct(texts: Sequence[Text]) -> int:
+    """Distinct tokens of the forest: each is known by all that stands before it."""
+    prefixes = set()
+    for text in texts:
+        prefix = 0
+        for token_id in text.tokens:
+            prefix = hash((prefix, token_id))
+            prefixes.add(prefix)
+    return len(prefixes)
+
+
+# hello_there.py
+
+
+def test_hello_there(
+    example: Callable[[str], ModuleType], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example("hello_there").main(["--model", str(model_folder)])
+    printed = capsys.readouterr().out
+    context = Text("Hello there.", load(model_folder))
+    texts = [context + name + end for name in (" Senator", " General") for end in (" Amidala", " Kenobi...")]
+    num_tokens = sum(len(text.tokens) for text in texts)
+    assert "tokens computed so far: 0" in printed
+    assert all(repr(text.string) in printed for text in texts)
+    assert f"Tokens in all strings: {num_tokens}; computed: {num_distinct(texts)}." in printed
+    assert f"{num_distinct([*texts, context + ' General' + ' Grievous']) - num_distinct(texts)} more." in printed
+
+
+# requests.py
+
+
+def test_requests_share_the_manual(
+    example: Callable[[str], ModuleType], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = example("requests")
+    lm = load(model_folder)
+    questions = [f"\n\nQuestion: {question}\nAnswer:" for question in requests.QUESTIONS[:6]]
+    runs = requests.run_all(lm, questions)
+    plain, one_at_a_time, together = runs.values()
+    texts = [Text(requests.MANUAL, lm) + question for question in questions]
+    assert plain.tokens_computed == sum(len(text.tokens) for text in texts)
+    assert together.tokens_computed == one_at_a_time.tokens_computed == num_distinct(texts)
+    assert together.bytes_held == one_at_a_time.bytes_held == lm.stats.bytes_held
+    expected = torch.stack([plain_logits(lm.model, text.tokens)[-1] for text in texts])
+    for run in (plain, one_at_a_time, together):
+        torch.testing.assert_close(run.logits, expected, atol=ATOL_FLOAT32, rtol=0)
+
+    requests.print_table(lm, questions, runs)
+    printed = capsys.readouterr().out
+    assert f"{together.tokens_computed:,}" in printed
+    assert f"{together.bytes_held:,} bytes" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_there_are_twenty_requests(example: Callable[[str], ModuleType]) -> None:
+    requests = example("requests")
+    assert len(set(requests.QUESTIONS)) == 20
+    assert 400 <= len(requests.MANUAL.split()) <= 1000
+
+
+# intents.py
+
+
+def test_intents_tree_is_scored_as_plain_calls_would(example: Callable[[str], ModuleType], model_folder: Path) -> None:
+    intents = example("intents")
+    lm = load(model_folder)
+    questions = intents.read_questions(EXAMPLES / "data" / "questions.tsv")[:3]
+    tree = intents.build_tree(lm, intents.SHOTS, questions)
+    assert len(tree.leaves) == 3 * 12
+    assert lm.stats.tokens_computed == 0
+
+    scored = intents.score_tree(lm, tree)
+    assert scored.stats.tokens_requested == sum(len(text.tokens) for text in tree.leaves)
+    assert scored.stats.tokens_computed == num_distinct(tree.leaves)
+    logprobs = scored.logprobs.flatten()
+    for leaf_idx in (0, 17, 35):
+        prompt, leaf = tree.prompts[leaf_idx // 12], tree.leaves[leaf_idx]
+        assert leaf.tokens[: len(prompt.tokens)] == prompt.tokens
+        expected = plain_token_logprobs(lm.model, leaf.tokens)[len(prompt.tokens) :]
+        torch.testing.assert_close(logprobs[leaf_idx], expected.sum(), atol=len(expected) * ATOL_FLOAT32, rtol=0)
+    torch.testing.assert_close(scored.probabilities.sum(dim=1), torch.ones(3))
+    assert intents.largest_gap(lm, tree.leaves[::12]) <= ATOL_FLOAT32
+
+
+def test_plain_batches_score_what_single_calls_score(example: Callable[[str], ModuleType], model_folder: Path) -> None:
+    intents = example("intents")
+    import plain  # found where `example` put the examples
+
+    lm = load(model_folder)
+    questions = intents.read_questions(EXAMPLES / "data" / "questions.tsv")[:2]
+    tree = intents.build_tree(lm, intents.SHOTS[:1], questions)
+    texts = intents.continue_prompts(tree, lm.evaluate(tree.leaves))
+    batches = plain.sorted_batches(texts, batch_size=5)
+    assert sorted(text.token_ids for batch in batches for text in batch) == sorted(text.tokens for text in tree.leaves)
+    for batch in batches:
+        for text, scored in zip(batch, plain.score_batch(lm.model, batch), strict=True):
+            expected = plain_token_logprobs(lm.model, text.token_ids)[text.start :]
+            torch.testing.assert_close(scored, expected.sum(), atol=len(expected) * ATOL_FLOAT32, rtol=0)
+    estimate = plain.estimate_seconds(lm.model, batches, batches_run=2)
+    assert (estimate.batches_run, estimate.batches) == (2, 5)
+    assert estimate.seconds > estimate.seconds_run > 0
+
+
+def test_intents_prints_what_is_recomputed(
+    example: Callable[[str], ModuleType], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    intents = example("intents")
+    lines = (EXAMPLES / "data" / "questions.tsv").read_text(encoding="utf-8").splitlines()[:4]
+    few_questions = tmp_path / "questions.tsv"
+    few_questions.write_text("\n".join(lines), encoding="utf-8")
+    intents.main(["--model", str(model_folder), "--questions", str(few_questions), "--plain-batches", "1"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+
+    lm = load(model_folder)
+    questions = intents.read_questions(few_questions)
+    tree = intents.build_tree(lm, intents.SHOTS, questions)
+    shots = [*intents.SHOTS[:4], intents.CHANGED_SHOT, *intents.SHOTS[5:]]
+    changed = intents.build_tree(lm, shots, questions)
+    first, both = num_distinct(tree.leaves), num_distinct(tree.leaves + changed.leaves)
+    kept = num_distinct(changed.leaves) - (both - first)
+    rest_of_shots = len(changed.context.tokens) - kept
+    assert "8 shots, 4 questions, 12 intents: 48 texts." in printed
+    assert f" {first:,}  1 in " in printed
+    assert f" {kept:,}  the instruction, the shots before it" in printed
+    assert f" {rest_of_shots:,}  the rest of it" in printed
+    assert f" {both - first - rest_of_shots:,}  questions and intents" in printed
+    assert " 0  in 0 forward passes" in printed
+
+
+def test_unknown_intents_are_refused(example: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    (tmp_path / "questions.tsv").write_text("where is it\tfind it\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="not find it"):
+        example("intents").read_questions(tmp_path / "questions.tsv")
+
+
+def test_intents_data(example: Callable[[str], ModuleType]) -> None:
+    intents = example("intents")
+    questions = intents.read_questions(EXAMPLES / "data" / "questions.tsv")
+    tuning_questions = intents.read_questions(EXAMPLES / "data" / "tuning_questions.tsv")
+    shots = [*intents.SHOTS, intents.CHANGED_SHOT]
+    assert (len(questions), len(intents.INTENTS), len(intents.SHOTS)) == (40, 12, 8)
+    assert {question.intent for question in questions} == set(intents.INTENTS)
+    assert {shot.intent for shot in shots} <= set(intents.INTENTS)
+    assert sum(question.intent == "none of these" for question in questions) == 2
+
+    strings = [question.string.casefold() for question in [*questions, *tuning_questions, *shots]]
+    assert len(set(strings)) == len(strings), "the shots, the questions and those the prompt was chosen on are apart"
+    completions = [f" {keywords}\n" for keywords in intents.INTENTS.values()]
+    assert len(set(completions)) == len(completions)
+    assert intents.SHOTS[intents.CHANGED_SHOT_IDX] != intents.CHANGED_SHOT
+    assert all(len(name.split()) > 1 for name in intents.INTENTS)
+
+
+# demo_model.py
+
+
+class _Saved:
+    """Stands for AutoTokenizer and AutoModelForCausalLM; what it loads saves itself as an empty file."""
+
+    def __init__(self, file_name: str, error: BaseException | None = None) -> None:
+        self._file_name, self._error = file_name, error
+
+    def from_pretrained(self, *args: object, **options: object) -> "_Saved":
+        return self
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / self._file_name).touch()
+        if self._error is not None:
+            raise self._error
+
+
+def test_the_demo_model_appears_complete_or_not_at_all(
+    example: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo_model = example("demo_model")
+    monkeypatch.setattr(demo_model, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(demo_model, "_gguf_folder", lambda: tmp_path)
+    monkeypatch.setattr(demo_model, "AutoTokenizer", _Saved("tokenizer.json"))
+    monkeypatch.setattr(demo_model, "AutoModelForCausalLM", _Saved("model", error=KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        demo_model.demo_model_folder()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+    monkeypatch.setattr(demo_model, "AutoModelForCausalLM", _Saved("model"))
+    folder = demo_model.demo_model_folder()
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "tokenizer.json"]
+
+    monkeypatch.setattr(demo_model, "AutoTokenizer", None)  # not asked a second time
+    assert demo_model.demo_model_folder() == folder
+
+
+def test_a_missing_demo_model_says_how_to_get_it(
+    example: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo_model = example("demo_model")
+    monkeypatch.setattr(demo_model, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="make demo"):
+        demo_model.load_model(None)
+
+
+# draw_meme.py
+
+
+def test_the_meme_is_what_its_script_draws(example: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    from PIL import ImageChops, ImageStat
+
+    example("draw_meme").main(["--output", str(tmp_path / "meme.jpg")])
+    with image.open(tmp_path / "meme.jpg") as drawn, image.open(EXAMPLES.parent / "meme.jpg") as committed:
+        assert drawn.size == committed.size
+        assert max(ImageStat.Stat(ImageChops.difference(drawn, committed)).mean) < 2  # of 255
