@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from backprompt.radix import Forest, Span
 
 TILE_TOKENS = 128
-"""Subtrees up to this many tokens are attended to densely under a tree mask (measured: benchmarks/README.md)."""
+"""Subtrees up to this many tokens are attended to densely under a tree mask."""
 
 MIN_CUT_TOKENS = 32
 """A span is cut at the end of a pass only where at least this many tokens of it still fit."""

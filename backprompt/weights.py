@@ -41,7 +41,7 @@ _UNIMPORTANT_SETTINGS = frozenset({"gradient_checkpointing", "training"})
 class WeightsMonitor:
     """The state of a model's weights at one moment, and whether they still are in it.
 
-    Looking costs some 0.2 ms for GPT-2, so it can be done before every evaluation.
+    Looking costs about 1 ms for a model of 272 tensors, so it can be done before every evaluation.
     """
 
     def __init__(self, model: nn.Module) -> None:
