@@ -132,11 +132,35 @@ class Evaluator:
 
     def token_logprobs(self, end: Span, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
-        path = end.path()
-        if not all(map(_is_scored, path)):
-            spans = dict.fromkeys(span for other in (end, *ahead()) for span in other.path())
-            self._score([span for span in spans if not _is_scored(span)])
-        return gather(path, lambda block: block.logprobs, dim=0)
+        if not all(map(_is_scored, end.path())):
+            self.score([(other, 0) for other in (end, *ahead())])
+        return self.logprobs_from(end, 0)
+
+    def score(self, texts: Iterable[tuple[Span, int]]) -> None:
+        """Compute the log-probabilities of computed texts, given by their ends, from a token of each on.
+
+        Each row that predicts several tokens is computed once, and none that predicts only tokens before the start.
+        """
+        first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
+        for end, start in texts:
+            for span in _path_from(end, start):
+                first_row = max(0, start - span.position)
+                first_rows[span] = min(first_row, first_rows.get(span, first_row))
+        predictions = _Predictions()
+        for span, first_row in first_rows.items():
+            if not _is_scored(span, first_row):
+                predictions.add(span, first_row)
+        for rows, targets in predictions.slices(self.executor.rows_in_a_slice):
+            row_idx = torch.tensor([target.row_idx for target in targets])
+            token_ids = torch.tensor([target.token_id for target in targets])
+            _write_logprobs(targets, _picked_logprobs(self._logits(rows), row_idx, token_ids))
+
+    def logprobs_from(self, end: Span, start: int) -> Tensor:
+        """Return a copy of a scored text's log-probabilities from token `start` on, `(tokens - start,)`."""
+        spans = _path_from(end, start)
+        if not spans:
+            return rows_of(end).block.logprobs.new_empty(0)
+        return gather(spans, lambda block: block.logprobs, dim=0)[max(0, start - spans[0].position) :]
 
     def _compute(self, ends: Iterable[Span]) -> None:
         for spans in cut_into_passes(self.forest, missing_spans(ends), self._max_tokens):
@@ -160,16 +184,6 @@ class Evaluator:
         self.counters.seconds += time.perf_counter() - started
         return logits
 
-    def _score(self, spans: Iterable[Span]) -> None:
-        """Compute the log-probabilities of all tokens of `spans`; each row that predicts several is computed once."""
-        predictions = _Predictions()
-        for span in spans:
-            predictions.add(span)
-        for rows, targets in predictions.slices(self.executor.rows_in_a_slice):
-            row_idx = torch.tensor([target.row_idx for target in targets])
-            token_ids = torch.tensor([target.token_id for target in targets])
-            _write_logprobs(targets, _picked_logprobs(self._logits(rows), row_idx, token_ids))
-
 
 @dataclass(frozen=True, slots=True)
 class _Target:
@@ -187,20 +201,22 @@ class _Predictions:
 
     _rows: dict[tuple[Block, int], list[tuple[int, Block, int]]] = field(default_factory=dict)
 
-    def add(self, span: Span) -> None:
-        """Add what is not scored yet of a computed span; its first token is predicted by what it continues.
+    def add(self, span: Span, first_row: int) -> None:
+        """Add what is not scored yet of a computed span from `first_row` on.
 
-        The row before a branching predicts the first tokens of all its branches, so they are added together.
+        Its first token is predicted by what it continues. The row before a branching predicts the first tokens of all
+        its branches, so they are added together.
         """
         rows = rows_of(span)
         is_scored = rows.block.has_logprobs[rows.start : rows.stop].tolist()
         assert span.parent is not None
-        if span.parent.parent is None:
-            rows.block.logprobs[rows.start] = torch.nan  # nothing predicts a first token
-            rows.block.has_logprobs[rows.start] = True
-        elif not is_scored[0]:
-            self._add_branches(span.parent)
-        for idx in range(1, len(is_scored)):
+        if first_row == 0 and not is_scored[0]:
+            if span.parent.parent is None:
+                rows.block.logprobs[rows.start] = torch.nan  # nothing predicts a first token
+                rows.block.has_logprobs[rows.start] = True
+            else:
+                self._add_branches(span.parent)
+        for idx in range(max(1, first_row), len(is_scored)):
             if not is_scored[idx]:
                 block_row = rows.start + idx
                 self._rows[rows.block, block_row - 1] = [(span.token_ids[idx], rows.block, block_row)]
@@ -259,9 +275,20 @@ def _write_logprobs(targets: Sequence[_Target], logprobs: Tensor) -> None:
         block.has_logprobs[rows] = True
 
 
-def _is_scored(span: Span) -> bool:
+def _is_scored(span: Span, first_row: int = 0) -> bool:
     rows = rows_of(span)
-    return bool(rows.block.has_logprobs[rows.start : rows.stop].all())
+    return bool(rows.block.has_logprobs[rows.start + first_row : rows.stop].all())
+
+
+def _path_from(end: Span, start: int) -> list[Span]:
+    """Return the spans of a text, in order, that hold tokens from `start` on."""
+    spans: list[Span] = []
+    span = end
+    while span.parent is not None and span.position + len(span.token_ids) > start:
+        spans.append(span)
+        span = span.parent
+    spans.reverse()
+    return spans
 
 
 def _last_hidden(end: Span) -> Tensor:

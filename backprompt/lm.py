@@ -9,7 +9,7 @@ called by others meanwhile.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -193,26 +193,35 @@ class LM:
             StaleRepresentationError, UnsupportedModelError: see the class.
 
         """
-        texts = list(texts)
-        for idx, text in enumerate(texts):
-            if _lm_of(text, idx) is not self:
-                raise UnboundTextError(
-                    f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
-                )
+        texts = self._own_texts(texts)
         with self._exclusive():
-            evaluator = self._current()
-            encoded = self._encoder.encode(texts)
-            known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
-            missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
-            for text, token_ids in missing.items():
-                self._check_can_be_evaluated(evaluator, text, token_ids)
-            self._counters.tokens_requested += sum(map(len, encoded))
-            if missing:
-                batch = Batch(evaluator, evaluator.evaluate(list(missing.values())))
-                new = {text: Evaluated(ids, batch, idx) for idx, (text, ids) in enumerate(missing.items())}
-                self._evaluated.update(new)
-                known |= new
-            return [ModelRepr(self, known[text]) for text in texts]
+            return [ModelRepr(self, evaluated) for evaluated in self._evaluate(texts)]
+
+    def token_logprobs(self, texts: Iterable[Text], starts: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Evaluate texts and return the log-probabilities of their tokens, from `starts[i]` on in text i.
+
+        Rows of the output head that predict only tokens before the start are not computed. To score what follows a
+        prompt, let the prompt's number of tokens be the start, where its tokens are a beginning of the whole text's.
+
+        Returns:
+            A tensor a text, `(tokens - start,)`, float32, nats; nan for a first token, which nothing predicts.
+
+        Raises:
+            ValueError: `starts` has another length than `texts`, or a start is negative or beyond its text's end.
+            What `evaluate` raises.
+
+        """
+        texts = self._own_texts(texts)
+        starts = [0] * len(texts) if starts is None else list(starts)
+        if len(starts) != len(texts):
+            raise ValueError(f"starts has {len(starts)} elements for {len(texts)} texts; give one start a text.")
+        with self._exclusive():
+            evaluated = self._evaluate(texts, starts)
+            if not evaluated:
+                return []
+            scored = [(found.end, start) for found, start in zip(evaluated, starts, strict=True)]
+            self._evaluator.score(scored)
+            return [self._evaluator.logprobs_from(end, start) for end, start in scored]
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
@@ -252,6 +261,34 @@ class LM:
                 self._renew_encoder()
                 self._renew_evaluator()
                 self._content_hash = weights
+
+    def _own_texts(self, texts: Iterable[Text]) -> list[Text]:
+        texts = list(texts)
+        for idx, text in enumerate(texts):
+            if _lm_of(text, idx) is not self:
+                raise UnboundTextError(
+                    f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
+                )
+        return texts
+
+    def _evaluate(self, texts: Sequence[Text], starts: Sequence[int] = ()) -> list[Evaluated]:
+        """Compute what is missing of the texts, after checking them and `starts`; the lock must be held."""
+        evaluator = self._current()
+        encoded = self._encoder.encode(texts)
+        for text, token_ids, start in zip(texts, encoded, starts, strict=False):
+            if not 0 <= start <= len(token_ids):
+                raise ValueError(f"{text!r} has {len(token_ids)} tokens, so its start must be in 0 to that, not {start}.")
+        known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
+        missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
+        for text, token_ids in missing.items():
+            self._check_can_be_evaluated(evaluator, text, token_ids)
+        self._counters.tokens_requested += sum(map(len, encoded))
+        if missing:
+            batch = Batch(evaluator, evaluator.evaluate(list(missing.values())))
+            new = {text: Evaluated(ids, batch, idx) for idx, (text, ids) in enumerate(missing.items())}
+            self._evaluated.update(new)
+            known |= new
+        return [known[text] for text in texts]
 
     def _check_can_be_evaluated(self, evaluator: Evaluator, text: Text, token_ids: tuple[int, ...]) -> None:
         limits = evaluator.executor.limits

@@ -109,11 +109,10 @@ class Scored:
 
 def score_tree(lm: LM, tree: Tree) -> Scored:
     before, begin = lm.stats, time.perf_counter()
-    reprs = evaluate(tree.leaves)
+    continuations = continue_prompts(tree, evaluate(tree.leaves))
     stats = lm.stats - before
-    continuations = continue_prompts(tree, reprs)
-    logprobs = [r.token_logprobs[text.start :].sum() for r, text in zip(reprs, continuations, strict=True)]
-    by_question = torch.stack(logprobs).view(len(tree.prompts), len(INTENTS))
+    logprobs = lm.token_logprobs(tree.leaves, [text.start for text in continuations])
+    by_question = torch.stack([completion.sum() for completion in logprobs]).view(len(tree.prompts), len(INTENTS))
     return Scored(continuations, by_question, time.perf_counter() - begin, stats)
 
 

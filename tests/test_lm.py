@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -279,6 +281,34 @@ def test_the_row_that_predicts_many_first_tokens_is_computed_once(lm, model, cal
         logprobs = plain_token_logprobs(model, text.tokens)
         torch.testing.assert_close(text.token_logprobs, logprobs, rtol=0, atol=ATOL, equal_nan=True)
     assert sum(calls.heads) == len({text.tokens[:end] for text in texts for end in range(1, len(text.tokens))})
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_tokens_are_scored_from_a_start_on_and_no_other_rows_are_computed(data, lm, model):
+    """Any texts, any starts, in two calls: the plain numbers; rows are the distinct beginnings before wanted tokens."""
+    lm.clear()
+    texts = forest(lm)
+    evaluate(texts)
+    rows: set[tuple[int, ...]] = set()
+    before = lm.stats
+    for _ in range(2):
+        chosen = data.draw(st.lists(st.sampled_from(texts), max_size=6))
+        starts = [data.draw(st.integers(0, len(text.tokens))) for text in chosen]
+        for text, start, logprobs in zip(chosen, starts, lm.token_logprobs(chosen, starts), strict=True):
+            expected = plain_token_logprobs(model, text.tokens)[start:]
+            torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+            rows |= {text.tokens[:end] for end in range(max(1, start), len(text.tokens))}
+    assert (lm.stats - before).logit_rows == len(rows)
+
+
+def test_starts_that_fit_no_text_are_refused_before_anything_runs(lm, calls):
+    texts = forest(lm)[:2]
+    for starts, message in [([0], "1 elements for 2"), ([0, -1], "not -1"), ([0, len(texts[1].tokens) + 1], "must be")]:
+        with pytest.raises(ValueError, match=message):
+            lm.token_logprobs(texts, starts)
+    assert calls.bodies == []
+    assert lm.token_logprobs([]) == []
 
 
 @pytest.mark.parametrize("what", ["logits", "token_logprobs"])
