@@ -277,7 +277,9 @@ class LM:
         encoded = self._encoder.encode(texts)
         for text, token_ids, start in zip(texts, encoded, starts, strict=False):
             if not 0 <= start <= len(token_ids):
-                raise ValueError(f"{text!r} has {len(token_ids)} tokens, so its start must be in 0 to that, not {start}.")
+                raise ValueError(
+                    f"{text!r} has {len(token_ids)} tokens, so its start must be in 0 to that, not {start}."
+                )
         known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
         missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
         for text, token_ids in missing.items():

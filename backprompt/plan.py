@@ -85,7 +85,11 @@ class Pass:
 
 
 def missing_spans(ends: Iterable[Span]) -> list[Span]:
-    """Return the spans on the way to `ends` that are not computed, depth first; each before what continues it."""
+    """Return the spans on the way to `ends` that are not computed, depth first; each before what continues it.
+
+    Texts that share nothing come as asked for. Of several continuations of one span the one with the most tokens to
+    compute comes first: it joins the causal run of what it continues, and the small ones lie side by side behind it.
+    """
     wanted_children: dict[Span, list[Span]] = {}
     root: Span | None = None
     for end in ends:
@@ -100,14 +104,36 @@ def missing_spans(ends: Iterable[Span]) -> list[Span]:
                 break
             child, span = span, span.parent
             root = child if span is None else root
+    if root is None:
+        return []
+    num_missing = _num_missing(root, wanted_children)
     order: list[Span] = []
-    stack = [] if root is None else [root]
+    stack = [root]
     while stack:
         span = stack.pop()
-        if span.parent is not None and span.rows is None:
+        if _is_missing(span):
             order.append(span)
-        stack += reversed(wanted_children[span])
+        children = wanted_children[span]
+        if span is not root:
+            children = sorted(children, key=num_missing.__getitem__, reverse=True)
+        stack += reversed(children)
     return order
+
+
+def _num_missing(root: Span, children: dict[Span, list[Span]]) -> dict[Span, int]:
+    """Return, for each span, how many tokens are to be computed of it and of what continues it."""
+    top_down = [root]
+    for span in top_down:
+        top_down += children[span]
+    num_missing: dict[Span, int] = {}
+    for span in reversed(top_down):
+        own = len(span.token_ids) if _is_missing(span) else 0
+        num_missing[span] = own + sum(map(num_missing.__getitem__, children[span]))
+    return num_missing
+
+
+def _is_missing(span: Span) -> bool:
+    return span.parent is not None and span.rows is None
 
 
 def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> list[tuple[Span, ...]]:

@@ -285,13 +285,25 @@ def test_a_small_tree_is_one_tile() -> None:
     assert (pass_.own, pass_.cross) == ((Own(0, 5, (5, 4, 3, 4, 5)),), ())
 
 
-def test_a_tile_ends_a_causal_run() -> None:
-    """7 tokens, and under them 1, 2, 6, 1 and 2 more, in this order: two tiles with a run between them."""
+def test_the_largest_continuation_joins_the_run_and_the_small_ones_make_tiles() -> None:
+    """7 tokens, and under them 1, 2, 6, 1 and 2 more: laid out as 7 + 6, 2 + 2 + 1, 1."""
     stem = (0,) * 7
     wanted = [(*stem, first, *range(num_tokens - 1)) for first, num_tokens in enumerate((1, 2, 6, 1, 2), 1)]
     (pass_,) = planned(World(), wanted, tile_tokens=5, max_tokens=100)
-    assert pass_.own == (Own(0, 7), Own(7, 10, (8, 10, 10)), Own(10, 16), Own(16, 19, (17, 19, 19)))
-    assert pass_.cross == (Cross(7, 19, None, 0, 7, key_position=0),)
+    assert [span.token_ids[0] for span in pass_.spans] == [0, 3, 2, 5, 1, 4]
+    assert pass_.own == (Own(0, 13), Own(13, 18, (15, 15, 17, 17, 18)), Own(18, 19))
+    assert pass_.cross == (Cross(13, 19, None, 0, 7, key_position=0),)
+
+
+def test_a_comb_is_one_causal_run_with_its_teeth_behind_it() -> None:
+    """A chain of 20 times 10 tokens, with 2 tokens hanging from each: as many calls as parts, not as pairs of parts."""
+    chain = tuple(range(200))
+    wanted = [(*chain[:end], 1000 + end, 0) for end in range(10, 201, 10)]
+    (pass_,) = planned(World(), wanted, tile_tokens=8, max_tokens=1024)
+    assert pass_.own[0] == Own(0, 202)
+    assert len(pass_.own) <= 20
+    assert len(pass_.cross) == 19
+    assert all(cross.start == 202 for cross in pass_.cross)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 50, 500])

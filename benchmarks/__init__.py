@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks`. Everything comes from a seed; nothing is downloaded."""

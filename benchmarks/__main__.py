@@ -1,0 +1,54 @@
+"""`python -m benchmarks`: measure, and write `benchmarks/results.json`, the tables and the plots.
+
+python -m benchmarks                       everything, about half an hour on two cores with nothing else running
+python -m benchmarks --only five others    these suites; the others stay as they were measured before
+python -m benchmarks --report              no measuring: tables and plots from results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.bench import Bench, describe_machine
+from benchmarks.report import draw_plots, table, write_tables
+from benchmarks.workloads import SUITES
+
+RESULTS = Path(__file__).parent / "results.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=[suite.name for suite in SUITES], help="suites to measure")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write tables and plots")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        _measure(arguments.results, arguments.only)
+    results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    if arguments.results == RESULTS:
+        write_tables(results)
+    draw_plots(results, arguments.results.parent / "plots")
+
+
+def _measure(path: Path, only: list[str] | None) -> None:
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"lines": []}
+    bench = Bench()
+    results["machine"] = describe_machine(bench.lm)
+    for suite in SUITES:
+        if only and suite.name not in only:
+            continue
+        lines = []
+        for make in suite.workloads:
+            lines.append(asdict(bench.measure(suite, make())))
+            print(table(lines[-1:]), flush=True)
+        results["lines"] = [line for line in results["lines"] if line["suite"] != suite.name] + lines
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")  # a suite that is done is kept
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Seconds, peak memory and the yardsticks that seconds are held against."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GPT2LMHeadModel
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one quantity."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    @classmethod
+    def of_ratios(cls, numerators: list[float], denominators: list[float]) -> Spread:
+        return cls.of([n / d for n, d in zip(numerators, denominators, strict=True)])
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def peak_bytes_of(work: Callable[[], object]) -> int | None:
+    """By how much the process grows at most while `work` runs; None where the system does not tell.
+
+    The peak can be reset on Linux only, and not in every container.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back, so that using it again shows
+        CLEAR_REFS.write_text("5")  # resets the peak
+    except (OSError, AttributeError):
+        return None
+    before = _status_bytes("VmRSS")
+    work()
+    return _status_bytes("VmHWM") - before
+
+
+def matmul_seconds(model: GPT2LMHeadModel, pass_sizes: list[int], num_logit_rows: int, rows_in_a_slice: int) -> float:
+    """The matrix products of linear layers and output head alone, as large as in the run: the limit.
+
+    Attention's own products are left out, so a fraction of this limit is a little pessimistic.
+    """
+    layers = [(_matrix(m), m.bias) for block in model.transformer.h for m in _linear_layers(block)]
+    sizes = {size for weight, _ in layers for size in weight.shape}
+    buffers = {n: {size: torch.randn(n, size) for size in sizes} for n in set(pass_sizes)}
+    outputs = {n: {size: torch.empty(n, size) for size in sizes} for n in set(pass_sizes)}
+    head = model.lm_head.weight.T  # (inputs, vocab)
+    slices = _slices(num_logit_rows, rows_in_a_slice)
+    hidden, logits = torch.randn(max(slices), head.shape[0]), torch.empty(max(slices), head.shape[1])
+
+    def work() -> None:
+        for num_tokens in pass_sizes:
+            for weight, bias in layers:
+                num_in, num_out = weight.shape
+                torch.addmm(bias, buffers[num_tokens][num_in], weight, out=outputs[num_tokens][num_out])
+        for rows in slices:
+            torch.mm(hidden[:rows], head, out=logits[:rows])
+
+    with torch.no_grad():
+        return seconds_of(work)
+
+
+def dense_seconds(model: GPT2LMHeadModel, num_tokens: int, num_logit_rows: int, rows_in_a_slice: int) -> float:
+    """The plain model's own dense forward of as many tokens, in rows of 512, and its head for as many rows."""
+    ids = torch.zeros((1, 512), dtype=torch.long)
+    hidden = torch.randn(rows_in_a_slice, model.config.n_embd)
+
+    def work() -> None:
+        for rows in _slices(num_tokens, 512):
+            model.transformer(input_ids=ids[:, :rows], use_cache=False)
+        for rows in _slices(num_logit_rows, rows_in_a_slice):
+            model.lm_head(hidden[:rows])
+
+    with torch.no_grad():
+        return seconds_of(work)
+
+
+def _linear_layers(block: nn.Module) -> list[nn.Module]:
+    return [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
+
+
+def _matrix(layer: nn.Module) -> torch.Tensor:
+    return layer.weight  # Conv1D of GPT-2: (inputs, outputs)
+
+
+def _slices(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+def _status_bytes(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024

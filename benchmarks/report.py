@@ -1,0 +1,243 @@
+"""Tables and plots from `results.json`. README tables stand between markers and are rewritten in place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+Line = dict[str, Any]
+
+RIVAL_HEADINGS = {
+    "plain padded": "plain padded",
+    "cache recipe (deepcopy)": "cache recipe",
+    "CAPPr's way": "CAPPr's way",
+    "original toy": "original toy",
+    "generating 1 token": "generating 1 token",
+    "generating 4 tokens": "generating 4 tokens",
+}
+
+
+def table(lines: list[Line]) -> str:
+    """All measured columns, a Markdown row a workload."""
+    rivals = [name for name in RIVAL_HEADINGS if any(name in line["seconds"] for line in lines)]
+    headings = [
+        "workload",
+        "tokens in all strings",
+        "computed",
+        "seconds (lowest to highest)",
+        "control",
+        "of the matmul limit",
+        "of the dense forward",
+        *(RIVAL_HEADINGS[name] for name in rivals),
+        "peak MB",
+        *(f"{RIVAL_HEADINGS[name]}, MB" for name in rivals),
+    ]
+    rows = []
+    for line in lines:
+        ours, seconds = line["seconds"]["backprompt"], line["seconds"]
+        rows.append(
+            [
+                line["workload"],
+                f"{line['tokens_in_strings']:,}",
+                f"{line['tokens_computed']:,}",
+                f"{ours['median']:.2f} ({ours['lowest']:.2f} to {ours['highest']:.2f})",
+                f"{seconds['control']['median']:.2f}",
+                _spread(line["fraction_of_matmul_limit"]),
+                _spread(line["fraction_of_dense_forward"]),
+                *(_seconds(line, name) for name in rivals),
+                _megabytes(line, "backprompt"),
+                *(_megabytes(line, name) for name in rivals),
+            ]
+        )
+    return _markdown(headings, rows)
+
+
+def summary(lines: list[Line]) -> str:
+    """What the README shows: seconds, and how many times faster than each rival."""
+    rivals = ("plain padded", "cache recipe (deepcopy)", "CAPPr's way", "original toy")
+    headings = [
+        "seconds",
+        "tokens in all strings",
+        "distinct",
+        "backprompt",
+        *(RIVAL_HEADINGS[name] for name in rivals),
+    ]
+    rows = []
+    for line in lines:
+        ours = line["seconds"]["backprompt"]["median"]
+        cells = []
+        for name in rivals:
+            theirs = line["seconds"].get(name, {}).get("median")
+            cells.append("" if theirs is None else f"{_seconds(line, name)} ({theirs / ours:.1f}x)")
+        rows.append(
+            [line["workload"], f"{line['tokens_in_strings']:,}", f"{line['tokens_computed']:,}", f"{ours:.1f}", *cells]
+        )
+    return _markdown(headings, rows)
+
+
+def write_tables(results: dict[str, Any]) -> None:
+    """Rewrite what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README files."""
+    tables = tables_of(results)
+    for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def tables_of(results: dict[str, Any]) -> dict[str, str]:
+    """Every table by its marker's name."""
+    suites: dict[str, list[Line]] = {}
+    for line in results["lines"]:
+        suites.setdefault(line["suite"], []).append(line)
+    tables = {f"table {name}": table(lines) for name, lines in suites.items()}
+    tables["summary"] = summary(suites.get("five", []) + suites.get("others", []))
+    tables["machine"] = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    return tables
+
+
+def with_tables(page: str, tables: dict[str, str]) -> str:
+    """The page with every marked part replaced.
+
+    Raises:
+        KeyError: a marker names no table.
+
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{tables[match[1]]}\n<!-- /{match[1]} -->"
+
+    return re.sub(r"<!-- ((?:table )?\w+) -->\n.*?<!-- /\1 -->", replace, page, flags=re.DOTALL)
+
+
+# Plots
+
+
+def draw_plots(results: dict[str, Any], folder: Path) -> None:
+    """Write each plot for light and for dark pages."""
+    from matplotlib.figure import Figure  # only plots need it
+
+    folder.mkdir(exist_ok=True)
+    for theme, ink in (("light", "#24292f"), ("dark", "#e6edf3")):
+        for name, (suite, draw) in PLOTS.items():
+            if not _of(results["lines"], suite):
+                continue
+            figure = Figure(figsize=(8.2, 3.6), layout="constrained")
+            figure.patch.set_alpha(0)
+            axes = figure.subplots()
+            axes.patch.set_alpha(0)
+            draw(axes, results["lines"])
+            _paint(axes, ink)
+            figure.savefig(folder / f"{name}-{theme}.svg", metadata={"Date": None})
+
+
+OURS = "#d9480f"
+RIVAL_COLOURS = {
+    "plain padded": "#868e96",
+    "cache recipe (deepcopy)": "#4c8fd6",
+    "CAPPr's way": "#2f9e6e",
+    "original toy": "#a78bfa",
+    "generating 1 token": "#4c8fd6",
+    "generating 4 tokens": "#a78bfa",
+}
+
+
+def _of(lines: list[Line], *suites: str) -> list[Line]:
+    return [line for line in lines if line["suite"] in suites]
+
+
+def _bars(axes: Any, lines: list[Line]) -> None:
+    chosen = _of(lines, "five", "others")[::-1]
+    names = ("backprompt", "plain padded", "cache recipe (deepcopy)", "CAPPr's way", "original toy")
+    height = 0.84 / len(names)
+    for name_idx, name in enumerate(names):
+        seconds = [line["seconds"].get(name, {}).get("median") for line in chosen]
+        places = [idx + 0.42 - (name_idx + 0.5) * height for idx, s in enumerate(seconds) if s is not None]
+        axes.barh(places, [s for s in seconds if s is not None], height, label=name, color=_colour(name))
+    axes.set_yticks(range(len(chosen)), [line["workload"] for line in chosen], fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds, log scale; shorter is better")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.figure.set_size_inches(8.2, 4.6)
+
+
+def _curves(axes: Any, lines: list[Line], xs: list[float], names: tuple[str, ...]) -> None:
+    for name in names:
+        points = [
+            (x, line["seconds"][name]["median"]) for x, line in zip(xs, lines, strict=True) if name in line["seconds"]
+        ]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=_colour(name))
+    axes.set_ylabel("seconds")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _classes(axes: Any, lines: list[Line]) -> None:
+    chosen = _of(lines, "classes")
+    xs = [line["num_texts"] / 96 for line in chosen]
+    _curves(axes, chosen, xs, ("backprompt", "CAPPr's way", "generating 1 token", "generating 4 tokens"))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, [f"{x:.0f}" for x in xs])
+    axes.set_xlabel("number of classes; 96 inputs")
+
+
+def _prefix(axes: Any, lines: list[Line]) -> None:
+    chosen = _of(lines, "prefix")
+    xs = [line["tokens_shared"] for line in chosen]
+    _curves(axes, chosen, xs, ("backprompt", "plain padded", "cache recipe (deepcopy)"))
+    axes.set_xlabel("tokens that all 8 prompts share; about 100 of their own each")
+
+
+def _depth(axes: Any, lines: list[Line]) -> None:
+    chosen = _of(lines, "depth")
+    xs = [line["num_texts"] for line in chosen]
+    _curves(axes, chosen, xs, ("backprompt", "plain padded", "dense forward"))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, [f"{x:.0f}" for x in xs])
+    axes.set_xlabel("depth of the tree: a chain of that many parts, a leaf hanging from each; about equal tokens")
+
+
+PLOTS = {
+    "workloads": ("five", _bars),
+    "classes": ("classes", _classes),
+    "prefix": ("prefix", _prefix),
+    "depth": ("depth", _depth),
+}
+
+
+def _colour(name: str) -> str:
+    return OURS if name == "backprompt" else RIVAL_COLOURS.get(name, "#868e96")
+
+
+def _paint(axes: Any, ink: str) -> None:
+    axes.tick_params(colors=ink, which="both", labelsize=8)
+    axes.xaxis.label.set_color(ink)
+    axes.yaxis.label.set_color(ink)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(ink)
+    for text in axes.get_legend().get_texts():
+        text.set_color(ink)
+
+
+# Cells
+
+
+def _markdown(headings: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, ["---"] * len(headings), *rows])
+
+
+def _spread(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['lowest']:.2f} to {spread['highest']:.2f})"
+
+
+def _seconds(line: Line, name: str) -> str:
+    spread = line["seconds"].get(name)
+    if spread is None:
+        return ""
+    return ("~" if name in line["sampled"] else "") + f"{spread['median']:.1f}"
+
+
+def _megabytes(line: Line, name: str) -> str:
+    num_bytes = line["peak_bytes"].get(name)
+    return "" if num_bytes is None else f"{num_bytes / 1e6:,.0f}"
