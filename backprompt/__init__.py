@@ -2,13 +2,17 @@
 
 from backprompt.errors import (
     BackpromptError,
+    DamagedEntryError,
     EmptyTextError,
     JoinError,
+    MemoryBudgetError,
     MixedModelsError,
     ModelLoadError,
     NonFiniteError,
+    NoStoreError,
     NotPicklableError,
     StaleRepresentationError,
+    StoreVersionError,
     TextTooLongError,
     TextTypeError,
     TokenIdError,
@@ -17,7 +21,8 @@ from backprompt.errors import (
     UnsupportedModelError,
 )
 from backprompt.lm import LM, Stats, evaluate, load
-from backprompt.representation import ModelRepr
+from backprompt.representation import ModelRepr, Pin
+from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager
 from backprompt.tokens import Join
 
@@ -26,16 +31,24 @@ __version__ = "0.1.0"
 __all__ = [
     "LM",
     "BackpromptError",
+    "DamagedEntryError",
+    "DiskStore",
     "EmptyTextError",
     "Join",
     "JoinError",
+    "MemoryBudgetError",
+    "MemoryStore",
     "MixedModelsError",
     "ModelLoadError",
     "ModelRepr",
+    "NoStoreError",
     "NonFiniteError",
     "NotPicklableError",
+    "Pin",
     "StaleRepresentationError",
     "Stats",
+    "Store",
+    "StoreVersionError",
     "Text",
     "TextTooLongError",
     "TextTypeError",

@@ -1,15 +1,18 @@
 """Where representations lie: blocks of computed rows, and a pool of logit rows.
 
-A pass leaves one `Block`: for each layer the keys and values of all its rows, their final hidden states, and their
-log-probabilities once asked for. A computed span holds `BlockRows`, a range of rows of a block, so that splitting a
-span moves nothing and spans of one pass share one allocation; a block is freed with the last span that refers to it.
+A pass leaves two blocks: `KeysValues`, for each layer the keys and values of all its rows, and `States`, their final
+hidden states and log-probabilities. A computed span holds `BlockRows` of each, a range of rows, so that splitting a
+span moves nothing and spans of one pass share one allocation. A block is freed with the last span that refers to it;
+one of which only some rows are still referred to is made smaller in place (`compact`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,24 +20,75 @@ from torch import Tensor
 from backprompt.radix import Span
 
 
+class Block(ABC):
+    """Rows of tensors, one row a token. Nothing in it is a view of anything larger."""
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """How many tokens it represents."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
+
+    @abstractmethod
+    def keep(self, pieces: Sequence[slice]) -> None:
+        """Keep only these rows, in this order. Each tensor is copied and the old one freed before the next."""
+
+
 @dataclass(eq=False)
-class Block:
-    """The representation of consecutive rows. Nothing in it is a view of anything larger.
+class KeysValues(Block):
+    """Keys and values of consecutive rows.
 
     Attributes:
         keys: for each layer `(kv_heads, rows, head_dim)`, positions already encoded.
         values: for each layer `(kv_heads, rows, value_dim)`.
+
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def num_rows(self) -> int:
+        """How many tokens it represents."""
+        return self.keys[0].shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def keep(self, pieces: Sequence[slice]) -> None:
+        """Keep only these rows, in this order."""
+        for tensors in (self.keys, self.values):
+            for layer_idx, tensor in enumerate(tensors):
+                tensors[layer_idx] = torch.cat([tensor[:, piece] for piece in pieces], dim=1)
+
+
+@dataclass(eq=False)
+class States(Block):
+    """What logits and log-probabilities of rows are read off.
+
+    Attributes:
         hidden: what the output head reads, `(rows, hidden)`.
         logprobs: `(rows,)`, float32, nats; of a row's own token given those before it.
         has_logprobs: `(rows,)`, on the CPU; which of `logprobs` were computed.
 
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
     hidden: Tensor
     logprobs: Tensor
     has_logprobs: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor) -> States:
+        """Return states without log-probabilities."""
+        num_rows = hidden.shape[0]
+        logprobs = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
+        return cls(hidden, logprobs, torch.zeros(num_rows, dtype=torch.bool))
 
     @property
     def num_rows(self) -> int:
@@ -44,35 +98,54 @@ class Block:
     @property
     def num_bytes(self) -> int:
         """Bytes of all its tensors."""
-        tensors = [*self.keys, *self.values, self.hidden, self.logprobs, self.has_logprobs]
-        return sum(tensor.nbytes for tensor in tensors)
+        return self.hidden.nbytes + self.logprobs.nbytes + self.has_logprobs.nbytes
+
+    def keep(self, pieces: Sequence[slice]) -> None:
+        """Keep only these rows, in this order."""
+        self.hidden = torch.cat([self.hidden[piece] for piece in pieces])
+        self.logprobs = torch.cat([self.logprobs[piece] for piece in pieces])
+        self.has_logprobs = torch.cat([self.has_logprobs[piece] for piece in pieces])
+
+
+BlockType = TypeVar("BlockType", bound=Block)
 
 
 @dataclass(frozen=True)
-class BlockRows:
+class BlockRows(Generic[BlockType]):
     """Rows `start..stop` of a block: what a computed span refers to."""
 
-    block: Block
+    block: BlockType
     start: int
     stop: int
 
-    def split(self, num_tokens: int) -> tuple[BlockRows, BlockRows]:
+    @property
+    def num_bytes(self) -> int:
+        """Their share of the block's bytes."""
+        return self.block.num_bytes * (self.stop - self.start) // self.block.num_rows
+
+    def split(self, num_tokens: int) -> tuple[BlockRows[BlockType], BlockRows[BlockType]]:
         """Return the first `num_tokens` rows and the others; nothing is copied."""
         middle = self.start + num_tokens
         return BlockRows(self.block, self.start, middle), BlockRows(self.block, middle, self.stop)
 
 
-def rows_of(span: Span) -> BlockRows:
-    """Return where a computed span lies."""
+def keys_values_of(span: Span) -> BlockRows[KeysValues]:
+    """Return where the keys and values of a span lie that holds them."""
     rows = span.rows
     assert isinstance(rows, BlockRows), span
     return rows
 
 
-def gather(path: Sequence[Span], pick: Callable[[Block], Tensor], dim: int) -> Tensor:
-    """Return the rows of a path of computed spans as one new tensor; `pick` chooses a block's tensor."""
-    located = [rows_of(span) for span in path]
-    return torch.cat([pick(rows.block).narrow(dim, rows.start, rows.stop - rows.start) for rows in located], dim=dim)
+def states_of(span: Span) -> BlockRows[States]:
+    """Return where the states of a span lie that holds them."""
+    states = span.states
+    assert isinstance(states, BlockRows), span
+    return states
+
+
+def gather(places: Iterable[BlockRows[BlockType]], pick: Callable[[BlockType], Tensor], dim: int) -> Tensor:
+    """Return rows of several blocks as one new tensor; `pick` chooses a block's tensor."""
+    return torch.cat([pick(rows.block).narrow(dim, rows.start, rows.stop - rows.start) for rows in places], dim=dim)
 
 
 class LogitPool:

@@ -49,6 +49,22 @@ class NonFiniteError(BackpromptError, ArithmeticError):
     """The model returned NaN."""
 
 
+class MemoryBudgetError(BackpromptError, MemoryError):
+    """What was asked to be held does not fit the `LM`'s `memory_bytes`."""
+
+
+class DamagedEntryError(BackpromptError, ValueError):
+    """A stored entry is not what was written. Stores catch it: they report it, set the file aside, and go on."""
+
+
+class StoreVersionError(BackpromptError, ValueError):
+    """A store was written by another version of backprompt, in a format that this one does not read."""
+
+
+class NoStoreError(BackpromptError, RuntimeError):
+    """Something was to be stored, but the `LM` has no store."""
+
+
 class StaleRepresentationError(BackpromptError, RuntimeError):
     """A `ModelRepr` was read after the weights that it was computed with had changed."""
 

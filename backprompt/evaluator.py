@@ -7,16 +7,20 @@ the `LM` drops its evaluator, with all of this, and makes a new one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
-from weakref import WeakSet, finalize
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
-from backprompt.cache import Block, LogitPool, gather, rows_of
+from backprompt.archive import Archive
+from backprompt.cache import LogitPool, States, gather, keys_values_of, states_of
+from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
+from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
 from backprompt.probe import probe
 from backprompt.radix import Forest, Span
@@ -29,6 +33,9 @@ DEFAULT_TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 
 LOG_SOFTMAX_BYTES = 4 << 20
 
+MAX_EMPTY_SPANS = 10_000
+"""Spans of which nothing is held any more stay in the forest up to this number, to tell what is computed again."""
+
 ReadAhead: TypeAlias = "Callable[[], list[Span]]"
 """Returns the ends of other texts that will probably be asked for next; called only if something must be computed."""
 
@@ -39,6 +46,8 @@ class Counters:
 
     tokens_requested: int = 0
     tokens_computed: int = 0
+    tokens_recomputed: int = 0
+    tokens_loaded: int = 0
     forward_passes: int = 0
     logit_rows: int = 0
     seconds: float = 0.0
@@ -48,7 +57,13 @@ class Evaluator:
     """Computes spans, and from their hidden states logits and log-probabilities, each once."""
 
     def __init__(
-        self, model: nn.Module, counters: Counters, max_tokens_per_forward: int | None, max_result_bytes: int
+        self,
+        model: nn.Module,
+        counters: Counters,
+        max_tokens_per_forward: int | None,
+        memory_bytes: int,
+        max_result_bytes: int,
+        archive: Archive | None = None,
     ) -> None:
         self._model = model
         self.executor = Executor(model)
@@ -56,15 +71,12 @@ class Evaluator:
         self.counters = counters
         self._max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
         self._pool = LogitPool(max_result_bytes)
-        self._blocks: WeakSet[Block] = WeakSet()
+        self.memory = Memory(memory_bytes, self.executor.hidden_size)
+        self._archive = archive
+        self._pinned: dict[Span, int] = {}  # the ends of pinned texts, and how often each is
         self._is_probed = False
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
         finalize(self, self.forest.clear).atexit = False
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of keys, values, hidden states and log-probabilities that are alive."""
-        return sum(block.num_bytes for block in self._blocks)
 
     @property
     def result_bytes_held(self) -> int:
@@ -72,30 +84,93 @@ class Evaluator:
         return self._pool.num_bytes
 
     def clear(self) -> None:
-        """Forget all that was computed."""
+        """Forget all that was computed, pinned texts included."""
         self.forest.clear()
         self._pool.clear()
+        self._pinned.clear()
 
     def evaluate(self, texts: Sequence[tuple[int, ...]]) -> list[Span]:
         """Compute what is missing of texts given by their token ids, and return the spans at which they end.
 
-        If a pass fails, the passes before it stay computed and the rest leaves no trace.
+        Over the budget, results are dropped again: `held` brings one back. If a pass fails, the passes before it stay
+        computed and the rest leaves no trace.
         """
-        self._probe_once()
-        ends: list[Span] = []
-        try:
-            ends += map(self.forest.insert, texts)
+        with self._inserted(texts) as ends:
             self._compute(ends)
-        except BaseException:
-            self.forest.prune()
-            raise
         return ends
+
+    @contextmanager
+    def held(self, token_ids: tuple[int, ...], end: Span, *, with_keys: bool = False) -> Iterator[Span]:
+        """Keep a text's states (`with_keys`: and its keys and values) for as long as the context lasts.
+
+        What was dropped of them is computed again. Yields the span at which the text ends; `end` is the last one known.
+        """
+        if _is_held(end, with_keys):
+            end.num_pins += 1
+            try:
+                yield end
+            finally:
+                end.num_pins -= 1
+            return
+        self.counters.tokens_requested += len(token_ids)
+        with self._inserted([token_ids]) as (end,):
+            end.num_pins += 1
+            try:
+                self._compute([end], with_keys=with_keys)
+                yield end
+            finally:
+                end.num_pins -= 1
+                self._make_room()
+
+    def pin(self, token_ids: tuple[int, ...]) -> Span:
+        """Compute a text and hold all of it until `unpin`.
+
+        Raises:
+            MemoryBudgetError: it does not fit the budget, beside what is pinned already.
+
+        """
+        with self._inserted([token_ids]) as (end,):
+            pinned = {span for other in (*self._pinned, end) for span in other.path()}
+            num_bytes = sum(len(span.token_ids) for span in pinned) * self.executor.token_bytes
+            if num_bytes > self.memory.max_bytes:
+                raise MemoryBudgetError(
+                    f"With this text of {len(token_ids)} tokens pins would hold {num_bytes:,} bytes, more than the "
+                    f"LM's budget of {self.memory.max_bytes:,}. Release other pins, or give the LM more: "
+                    "LM(..., memory_bytes=...)."
+                )
+            end.num_pins += 1
+            try:
+                self._compute([end], with_keys=True)
+            except BaseException:
+                end.num_pins -= 1
+                raise
+            self._pinned[end] = self._pinned.get(end, 0) + 1
+        return end
+
+    def save(self, token_ids: tuple[int, ...], end: Span) -> None:
+        """Write a text to the store, computed again if it was dropped."""
+        assert self._archive is not None
+        with self.held(token_ids, end, with_keys=True) as held:
+            self._archive.save(held)
+
+    def unpin(self, end: Span) -> None:
+        """Undo one `pin`."""
+        if end in self._pinned:  # nothing is pinned any more after clear()
+            end.num_pins -= 1
+            self._pinned[end] -= 1
+            if not self._pinned[end]:
+                del self._pinned[end]
+            self._make_room()
+
+    def pooled_logits(self, end: Span) -> Tensor | None:
+        """Return a copy of the next-token logits after `end`, `(vocab,)`, if they were computed and are still held."""
+        row = self._pool.get(end)
+        return None if row is None else row.clone()
 
     def last_logits(self, end: Span, ahead: ReadAhead) -> Tensor:
         """Return the next-token logits after `end`, `(vocab,)`; those of `ahead()` are computed along with it."""
-        row = self._pool.get(end)
-        if row is not None:
-            return row.clone()
+        if (pooled := self.pooled_logits(end)) is not None:
+            return pooled
         missing = [other for other in dict.fromkeys([end, *ahead()]) if self._pool.get(other) is None]
         missing = missing[: max(1, self._pool.max_bytes // self.executor.logit_row_bytes)]
         first: Tensor | None = None
@@ -115,20 +190,15 @@ class Evaluator:
 
     def hidden_states(self, end: Span) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`."""
-        return gather(end.path(), lambda block: block.hidden, dim=0)
+        return gather(map(states_of, end.path()), lambda states: states.hidden, dim=0)
 
     def keys_values(self, end: Span) -> tuple[list[Tensor], list[Tensor]]:
         """Return copies of the text's keys and values, for each layer `(kv_heads, tokens, head_dim)`."""
-        path = end.path()
-        num_layers = len(rows_of(end).block.keys)
-        keys = [gather(path, lambda block, i=i: block.keys[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
-        values = [gather(path, lambda block, i=i: block.values[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
+        places = [keys_values_of(span) for span in end.path()]
+        num_layers = len(places[0].block.keys)
+        keys = [gather(places, lambda block, i=i: block.keys[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
+        values = [gather(places, lambda block, i=i: block.values[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
         return keys, values
-
-    def num_bytes(self, end: Span) -> int:
-        """Return the bytes that the text's rows take, shared ones included."""
-        located = [rows_of(span) for span in end.path()]
-        return sum(rows.block.num_bytes * (rows.stop - rows.start) // rows.block.num_rows for rows in located)
 
     def token_logprobs(self, end: Span, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
@@ -159,17 +229,103 @@ class Evaluator:
         """Return a copy of a scored text's log-probabilities from token `start` on, `(tokens - start,)`."""
         spans = _path_from(end, start)
         if not spans:
-            return rows_of(end).block.logprobs.new_empty(0)
-        return gather(spans, lambda block: block.logprobs, dim=0)[max(0, start - spans[0].position) :]
+            return states_of(end).block.logprobs.new_empty(0)
+        return gather(map(states_of, spans), lambda states: states.logprobs, dim=0)[max(0, start - spans[0].position) :]
 
-    def _compute(self, ends: Iterable[Span]) -> None:
-        for spans in cut_into_passes(self.forest, missing_spans(ends), self._max_tokens):
-            started = time.perf_counter()
-            self.executor.compute(spans)
-            self._blocks.add(rows_of(spans[0]).block)
-            self.counters.forward_passes += 1
-            self.counters.tokens_computed += sum(len(span.token_ids) for span in spans)
-            self.counters.seconds += time.perf_counter() - started
+    def token_logprobs_of(self, texts: Sequence[tuple[tuple[int, ...], int]]) -> list[Tensor]:
+        """Evaluate texts and return the log-probabilities of their tokens, from a token of each on."""
+        found: dict[int, Tensor] = {}
+        with self._inserted([token_ids for token_ids, _ in texts]) as ends:
+            asked = [(idx, end, start) for idx, (end, (_, start)) in enumerate(zip(ends, texts, strict=True))]
+
+            def collect() -> None:
+                """Read off what is there, before any of it is dropped."""
+                ready = [text for text in asked if text[0] not in found and text[1].states is not None]
+                self.score((end, start) for _, end, start in ready)
+                found.update((idx, self.logprobs_from(end, start)) for idx, end, start in ready)
+
+            self._compute(ends, before_eviction=collect)
+            collect()
+        return [found[idx] for idx in range(len(texts))]
+
+    @contextmanager
+    def _inserted(self, texts: Sequence[tuple[int, ...]]) -> Iterator[list[Span]]:
+        """Yield the ends of texts in the forest; after an error, what holds nothing leaves it."""
+        self._probe_once()
+        ends: list[Span] = []
+        try:
+            ends += map(self.forest.insert, texts)
+            self.memory.touch(ends)
+            yield ends
+        except BaseException:
+            self.forest.prune()
+            raise
+        if self.memory.num_empty_spans > MAX_EMPTY_SPANS:
+            self.forest.prune()
+            self.memory.num_empty_spans = 0
+
+    def _compute(
+        self, ends: Iterable[Span], *, with_keys: bool = False, before_eviction: Callable[[], None] | None = None
+    ) -> None:
+        """Forward what is missing, pass by pass, within the budget.
+
+        What is dropped although a later pass needs it is planned and forwarded again.
+        """
+        ends = list(ends)
+        waiting = dict.fromkeys(end for end in ends if not _is_held(end, with_keys))
+        while waiting:
+            if self._archive is not None:
+                self._load(waiting, with_keys=with_keys)
+            passes = cut_into_passes(self.forest, missing_spans(waiting, with_keys=with_keys), self._max_tokens)
+            last_uses = _last_uses(passes)
+            for pass_idx, spans in enumerate(passes):
+                if _is_cut_off(spans):
+                    break
+                self._forward(spans)
+                for span in spans:
+                    waiting.pop(span, None)
+                if self.memory.is_exceeded:
+                    if before_eviction is not None:
+                        before_eviction()
+                    following = passes[pass_idx + 1] if pass_idx + 1 < len(passes) else ()
+                    self._evict(last_uses, pass_idx + 1, following)
+            if not passes and self.memory.is_exceeded:  # by what was loaded
+                if before_eviction is not None:
+                    before_eviction()
+                self._make_room()
+
+    def _load(self, waiting: dict[Span, None], *, with_keys: bool) -> None:
+        """Take from the store what it has, and from `waiting` what needs no forward any more."""
+        assert self._archive is not None
+        blocks, num_tokens = self._archive.load(self.forest, waiting, with_keys=with_keys)
+        self.memory.add(blocks)
+        self.counters.tokens_loaded += num_tokens
+        for end in [end for end in waiting if _is_held(end, with_keys)]:
+            del waiting[end]
+
+    def _forward(self, spans: Sequence[Span]) -> None:
+        started = time.perf_counter()
+        num_tokens = sum(len(span.token_ids) for span in spans)
+        num_recomputed = sum(len(span.token_ids) for span in spans if span.was_computed)
+        self.memory.add(self.executor.compute(spans))
+        if self._archive is not None:
+            self._archive.save_new(spans)
+        for span in spans:
+            span.was_computed = True
+        self.counters.forward_passes += 1
+        self.counters.tokens_computed += num_tokens
+        self.counters.tokens_recomputed += num_recomputed
+        self.counters.seconds += time.perf_counter() - started
+
+    def _make_room(self) -> None:
+        self._evict({}, 0, ())
+
+    def _evict(self, last_uses: Mapping[Span, int], next_pass: int, next_spans: Sequence[Span]) -> None:
+        try:
+            self.memory.evict(self.forest, last_uses, next_pass, next_spans)
+        except BaseException:  # blocks may be cut in part: nothing in them can be trusted any more
+            self.clear()
+            raise
 
     def _probe_once(self) -> None:
         if not self._is_probed:
@@ -191,7 +347,7 @@ class _Target:
 
     row_idx: int
     token_id: int
-    block: Block
+    block: States
     block_row: int
 
 
@@ -199,7 +355,7 @@ class _Target:
 class _Predictions:
     """Rows of hidden states that predict tokens, each once, with all that they predict."""
 
-    _rows: dict[tuple[Block, int], list[tuple[int, Block, int]]] = field(default_factory=dict)
+    _rows: dict[tuple[States, int], list[tuple[int, States, int]]] = field(default_factory=dict)
 
     def add(self, span: Span, first_row: int) -> None:
         """Add what is not scored yet of a computed span from `first_row` on.
@@ -207,7 +363,7 @@ class _Predictions:
         Its first token is predicted by what it continues. The row before a branching predicts the first tokens of all
         its branches, so they are added together.
         """
-        rows = rows_of(span)
+        rows = states_of(span)
         is_scored = rows.block.has_logprobs[rows.start : rows.stop].tolist()
         assert span.parent is not None
         if first_row == 0 and not is_scored[0]:
@@ -222,8 +378,9 @@ class _Predictions:
                 self._rows[rows.block, block_row - 1] = [(span.token_ids[idx], rows.block, block_row)]
 
     def _add_branches(self, parent: Span) -> None:
-        before = rows_of(parent)
-        branches = [(span.token_ids[0], rows_of(span)) for span in parent.children.values() if span.rows is not None]
+        before = states_of(parent)
+        held = [span for span in parent.children.values() if span.states is not None]
+        branches = [(span.token_ids[0], states_of(span)) for span in held]
         self._rows[before.block, before.stop - 1] = [(token_id, rows.block, rows.start) for token_id, rows in branches]
 
     def slices(self, rows_in_a_slice: int) -> Iterable[tuple[Tensor, list[_Target]]]:
@@ -237,9 +394,9 @@ class _Predictions:
             yield _hidden_rows(group), targets
 
 
-def _hidden_rows(rows: Sequence[tuple[Block, int]]) -> Tensor:
+def _hidden_rows(rows: Sequence[tuple[States, int]]) -> Tensor:
     """Return the hidden states of the rows, in their order, `(rows, hidden)`."""
-    by_block: dict[Block, list[int]] = {}
+    by_block: dict[States, list[int]] = {}
     for idx, (block, _) in enumerate(rows):
         by_block.setdefault(block, []).append(idx)
     first = rows[0][0].hidden
@@ -266,7 +423,7 @@ def _picked_logprobs(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> Tens
 
 
 def _write_logprobs(targets: Sequence[_Target], logprobs: Tensor) -> None:
-    by_block: dict[Block, list[int]] = {}
+    by_block: dict[States, list[int]] = {}
     for idx, target in enumerate(targets):
         by_block.setdefault(target.block, []).append(idx)
     for block, indices in by_block.items():
@@ -275,8 +432,35 @@ def _write_logprobs(targets: Sequence[_Target], logprobs: Tensor) -> None:
         block.has_logprobs[rows] = True
 
 
+def _is_held(end: Span, with_keys: bool) -> bool:
+    return end.states is not None and not (with_keys and end.rows is None)
+
+
+def _last_uses(passes: Sequence[Sequence[Span]]) -> dict[Span, int]:
+    """Return, for each span that passes attend to, the number of the last such pass."""
+    last_uses: dict[Span, int] = {}
+    for pass_idx, spans in enumerate(passes):
+        for span in spans:
+            ancestor = span.parent
+            while ancestor is not None and last_uses.get(ancestor) != pass_idx:
+                last_uses[ancestor] = pass_idx
+                ancestor = ancestor.parent
+    return last_uses
+
+
+def _is_cut_off(spans: Sequence[Span]) -> bool:
+    """Return whether something that a pass continues was dropped since it was planned."""
+    own = set(spans)
+    for span in spans:
+        parent = span.parent
+        assert parent is not None
+        if parent.parent is not None and parent.rows is None and parent not in own:
+            return True
+    return False
+
+
 def _is_scored(span: Span, first_row: int = 0) -> bool:
-    rows = rows_of(span)
+    rows = states_of(span)
     return bool(rows.block.has_logprobs[rows.start + first_row : rows.stop].all())
 
 
@@ -292,7 +476,7 @@ def _path_from(end: Span, start: int) -> list[Span]:
 
 
 def _last_hidden(end: Span) -> Tensor:
-    rows = rows_of(end)
+    rows = states_of(end)
     return rows.block.hidden[rows.stop - 1]
 
 

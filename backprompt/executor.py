@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from backprompt import skeleton
 from backprompt.attention import ChosenKernel, PackedAttention, Scoring, choose_kernel, clear_kernel
-from backprompt.cache import Block, BlockRows
+from backprompt.cache import BlockRows, KeysValues, States
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.plan import TILE_TOKENS, Pass, plan_pass
 from backprompt.radix import Span
@@ -75,6 +75,9 @@ class Executor:
         self.device = skeleton.model_device(model)
         self.limits = skeleton.limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
+        self.hidden_size = skeleton.hidden_size(model)
+        self.token_bytes = 0
+        """Bytes of all that is held of one token; known after the first pass."""
         self.kernel_name = "none yet"
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
@@ -84,18 +87,31 @@ class Executor:
         self._in_flight: _InFlight | None = None
         _register(name, self)
 
-    def compute(self, spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> None:
-        """Forward depth-first spans in one pass: all of them are computed when it returns, none if it raises."""
-        pass_ = plan_pass(spans, tile_tokens)
-        block = self.forward(pass_)
-        start = 0
-        for span in pass_.spans:
-            stop = start + len(span.token_ids)
-            span.rows = BlockRows(block, start, stop)
-            start = stop
+    def compute(self, spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> tuple[KeysValues, States | None]:
+        """Forward depth-first spans in one pass: all of them are computed when it returns, none if it raises.
 
-    def forward(self, pass_: Pass) -> Block:
-        """Forward all tokens of a pass and return their representations.
+        Returns what it left: keys and values of all spans, and states of those that held none (None if all did).
+        """
+        pass_ = plan_pass(spans, tile_tokens)
+        keys_values, hidden = self.forward(pass_)
+        new = [(span, rows) for span, rows in zip(pass_.spans, pass_.slices, strict=True) if span.states is None]
+        if len(new) == len(pass_.spans):
+            states: States | None = States.of(hidden)
+        else:
+            states = States.of(torch.cat([hidden[rows] for _, rows in new])) if new else None
+        for span, rows in zip(pass_.spans, pass_.slices, strict=True):
+            span.rows = BlockRows(keys_values, rows.start, rows.stop)
+        start = 0
+        for span, _ in new:
+            assert states is not None
+            stop = start + len(span.token_ids)
+            span.states = BlockRows(states, start, stop)
+            start = stop
+        self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + States.of(hidden[:1]).num_bytes
+        return keys_values, states
+
+    def forward(self, pass_: Pass) -> tuple[KeysValues, Tensor]:
+        """Forward all tokens of a pass and return their keys and values, and final hidden states `(tokens, hidden)`.
 
         Raises:
             NonFiniteError: a hidden state is NaN.
@@ -125,14 +141,7 @@ class Executor:
                 f"{self._model_name} returned NaN hidden states. Check its weights for NaN; in float16, load it in "
                 "bfloat16 or float32 instead."
             )
-        num_tokens = hidden.shape[0]
-        return Block(
-            keys=in_flight.keys,
-            values=in_flight.values,
-            hidden=hidden,
-            logprobs=torch.zeros(num_tokens, dtype=torch.float32, device=self.device),
-            has_logprobs=torch.zeros(num_tokens, dtype=torch.bool),
-        )
+        return KeysValues(in_flight.keys, in_flight.values), hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.

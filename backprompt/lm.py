@@ -8,7 +8,9 @@ called by others meanwhile.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,9 +22,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from backprompt.archive import Archive, Root
 from backprompt.errors import (
     EmptyTextError,
     ModelLoadError,
+    NoStoreError,
     NotPicklableError,
     TextTooLongError,
     TextTypeError,
@@ -33,8 +37,10 @@ from backprompt.errors import (
 from backprompt.evaluator import Counters, Evaluator
 from backprompt.executor import plain_surroundings
 from backprompt.identity import root_key
-from backprompt.representation import Batch, Evaluated, ModelRepr
-from backprompt.skeleton import unwrap
+from backprompt.memory import default_max_bytes, parse_bytes
+from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
+from backprompt.skeleton import model_device, unwrap
+from backprompt.store import DiskStore, Store
 from backprompt.text import Text
 from backprompt.tokenizer import PrivateTokenizer
 from backprompt.tokens import JOINS, Encoder, Join, Joins
@@ -51,7 +57,9 @@ class Stats:
     Attributes:
         tokens_requested: sum of the texts' tokens over all evaluations.
         tokens_computed: tokens forwarded through the model.
-        tokens_reused: requested and not forwarded, because they were cached or shared.
+        tokens_recomputed: of those, how many were forwarded before and dropped over the budget.
+        tokens_loaded: tokens whose states came from the store.
+        tokens_reused: requested less forwarded: what was cached or shared.
         forward_passes: packed forward passes.
         logit_rows: rows of logits computed by the output head.
         seconds: time in forward passes and in the output head.
@@ -63,6 +71,8 @@ class Stats:
 
     tokens_requested: int
     tokens_computed: int
+    tokens_recomputed: int
+    tokens_loaded: int
     tokens_reused: int
     forward_passes: int
     logit_rows: int
@@ -90,7 +100,12 @@ class LM:
         joins: what happens where two strings of a text meet. "exact" encodes the whole string; "split" encodes every
             segment on its own; "error" raises where the two differ.
         add_special_tokens: whether to add what the tokenizer adds to a whole string, once a text.
+        memory_bytes: how much to hold between calls: keys, values, hidden states and log-probabilities. A number of
+            bytes or text such as "2 GB"; by default half of what is free on the device. What goes beyond is dropped,
+            keys and values first, and computed again when it is asked for.
         max_tokens_per_forward: how many tokens one packed pass forwards at most; by default chosen by device.
+        store: a store of representations, or the path of its folder, made if it is not there. What it has is not
+            computed again; what is computed goes into it, as the store's `persist` says ("always" for a path).
         beyond_trained_length: let texts through that are longer than a rotary model was trained for.
 
     Raises:
@@ -107,7 +122,9 @@ class LM:
         *,
         joins: Joins = "exact",
         add_special_tokens: bool = True,
+        memory_bytes: int | str | None = None,
         max_tokens_per_forward: int | None = None,
+        store: Store | str | os.PathLike[str] | None = None,
         beyond_trained_length: bool = False,
     ) -> None:
         if joins not in JOINS:
@@ -132,7 +149,12 @@ class LM:
         self._content_hash: str | None = None
         self._tokenizer_copy = PrivateTokenizer(tokenizer)
         self._encoder = Encoder(self._tokenizer_copy, joins, add_special_tokens)
-        self._evaluator = Evaluator(unwrap(model), self._counters, max_tokens_per_forward, MAX_RESULT_BYTES)
+        self._store = DiskStore(store) if isinstance(store, (str, os.PathLike)) else store
+        if self._store is not None and self._store is not store:
+            weakref.finalize(self, self._store.close)  # nobody else can close it
+        device = model_device(unwrap(model))
+        self._memory_bytes = default_max_bytes(device) if memory_bytes is None else parse_bytes(memory_bytes)
+        self._evaluator = self._make_evaluator()
         self._monitor = WeightsMonitor(model)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
 
@@ -159,11 +181,13 @@ class LM:
             return Stats(
                 tokens_requested=counters.tokens_requested,
                 tokens_computed=counters.tokens_computed,
+                tokens_recomputed=counters.tokens_recomputed,
+                tokens_loaded=counters.tokens_loaded,
                 tokens_reused=counters.tokens_requested - counters.tokens_computed,
                 forward_passes=counters.forward_passes,
                 logit_rows=counters.logit_rows,
                 seconds=counters.seconds,
-                bytes_held=self._evaluator.bytes_held,
+                bytes_held=self._evaluator.memory.num_bytes,
                 result_bytes_held=self._evaluator.result_bytes_held,
                 kernel=self._evaluator.executor.kernel_name,
             )
@@ -176,11 +200,7 @@ class LM:
         """
         with self._exclusive():
             self._current()
-            if self._content_hash is None:
-                self._content_hash = content_hash(self.model)
-            dtype = str(next(unwrap(self.model).parameters()).dtype)
-            tokenizer = self._tokenizer_copy.fingerprint()
-            return root_key(model=self._content_hash, dtype=dtype, tokenizer=tokenizer).hex()
+            return self._root().key.hex()
 
     def evaluate(self, texts: Iterable[Text]) -> list[ModelRepr]:
         """Compute what is missing of the texts, in as few packed passes as possible; one `ModelRepr` a text.
@@ -216,12 +236,26 @@ class LM:
         if len(starts) != len(texts):
             raise ValueError(f"starts has {len(starts)} elements for {len(texts)} texts; give one start a text.")
         with self._exclusive():
-            evaluated = self._evaluate(texts, starts)
-            if not evaluated:
-                return []
-            scored = [(found.end, start) for found, start in zip(evaluated, starts, strict=True)]
-            self._evaluator.score(scored)
-            return [self._evaluator.logprobs_from(end, start) for end, start in scored]
+            encoded = self._checked_ids(texts, starts)
+            return self._evaluator.token_logprobs_of(list(zip(encoded, starts, strict=True))) if texts else []
+
+    def save(self, text: Text) -> None:
+        """Write a text's representation to the store; see `Text.save`."""
+        if self._store is None:
+            raise NoStoreError(
+                "This LM has no store to save to. Give it one: load(name, store='prompts.bp') or LM(..., store=...)."
+            )
+        (text,) = self._own_texts([text])
+        with self._exclusive():
+            (evaluated,) = self._evaluate([text])
+            self._evaluator.save(evaluated.token_ids, evaluated.end)
+
+    def pin(self, text: Text) -> Pin:
+        """Evaluate a text and hold all of it until it is released; see `Text.pin`."""
+        (text,) = self._own_texts([text])
+        with self._exclusive():
+            (token_ids,) = self._checked_ids([text])
+            return Pin(self, self._evaluator, self._evaluator.pin(token_ids), len(token_ids))
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
@@ -242,7 +276,10 @@ class LM:
             return self._encoder.string(text)
 
     def clear(self) -> None:
-        """Drop everything that was computed. Texts and representations stay valid and are recomputed when asked."""
+        """Drop everything that was computed, pinned texts too.
+
+        Texts and representations stay valid and are recomputed when asked.
+        """
         with self._exclusive():
             self._evaluator.clear()
 
@@ -271,20 +308,28 @@ class LM:
                 )
         return texts
 
-    def _evaluate(self, texts: Sequence[Text], starts: Sequence[int] = ()) -> list[Evaluated]:
-        """Compute what is missing of the texts, after checking them and `starts`; the lock must be held."""
+    def _checked_ids(self, texts: Sequence[Text], starts: Sequence[int] = ()) -> list[tuple[int, ...]]:
+        """Return the token ids of texts that can be evaluated, and count them; the lock must be held."""
         evaluator = self._current()
         encoded = self._encoder.encode(texts)
+        for text, token_ids in dict(zip(texts, encoded, strict=True)).items():
+            if text not in self._evaluated:
+                self._check_can_be_evaluated(evaluator, text, token_ids)
         for text, token_ids, start in zip(texts, encoded, starts, strict=False):
             if not 0 <= start <= len(token_ids):
                 raise ValueError(
-                    f"{text!r} has {len(token_ids)} tokens, so its start must be in 0 to that, not {start}."
+                    f"{text!r} has {len(token_ids)} tokens, so its start must be between 0 and that, not {start}."
                 )
-        known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
-        missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
-        for text, token_ids in missing.items():
-            self._check_can_be_evaluated(evaluator, text, token_ids)
         self._counters.tokens_requested += sum(map(len, encoded))
+        return encoded
+
+    def _evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
+        """Compute what is missing of the texts; the lock must be held."""
+        encoded = self._checked_ids(texts)
+        evaluator = self._evaluator
+        known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
+        evaluator.memory.touch(found.end for found in known.values())
+        missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
         if missing:
             batch = Batch(evaluator, evaluator.evaluate(list(missing.values())))
             new = {text: Evaluated(ids, batch, idx) for idx, (text, ids) in enumerate(missing.items())}
@@ -333,6 +378,30 @@ class LM:
             self._renew_evaluator()
         return self._evaluator
 
+    def _make_evaluator(self) -> Evaluator:
+        model, archive = unwrap(self.model), None
+        if self._store is not None:
+            reference = weakref.ref(self)  # a cycle would keep tensors alive for longer than the LM
+
+            def root() -> Root:
+                lm = reference()
+                assert lm is not None
+                return lm._root()
+
+            archive = Archive(self._store, root, self._tokenizer_copy.decode, model_device(model))
+        return Evaluator(
+            model, self._counters, self._max_tokens_per_forward, self._memory_bytes, MAX_RESULT_BYTES, archive
+        )
+
+    def _root(self) -> Root:
+        """Return what all keys are built on; the first use hashes every weight."""
+        if self._content_hash is None:
+            self._content_hash = content_hash(self.model)
+        dtype = str(next(unwrap(self.model).parameters()).dtype)
+        tokenizer = self._tokenizer_copy.fingerprint()
+        key = root_key(model=self._content_hash, dtype=dtype, tokenizer=tokenizer)
+        return Root(key, self._content_hash, tokenizer, dtype)
+
     def _renew_encoder(self) -> None:
         """Start over with the tokenizer as it is now."""
         self._tokenizer_copy = PrivateTokenizer(self.tokenizer)
@@ -340,8 +409,7 @@ class LM:
 
     def _renew_evaluator(self) -> None:
         """Start over with the model as it is now; nothing changes if it can no longer be evaluated."""
-        model = unwrap(self.model)
-        evaluator = Evaluator(model, self._counters, self._max_tokens_per_forward, MAX_RESULT_BYTES)
+        evaluator = self._make_evaluator()
         monitor = WeightsMonitor(self.model)
         self._evaluator.clear()
         self._evaluator, self._monitor = evaluator, monitor

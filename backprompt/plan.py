@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from backprompt.radix import Forest, Span
 
@@ -74,6 +75,12 @@ class Pass:
         return sum(len(span.token_ids) for span in self.spans)
 
     @property
+    def slices(self) -> list[slice]:
+        """Which rows each span has."""
+        stops = list(accumulate(len(span.token_ids) for span in self.spans))
+        return [slice(stop - len(span.token_ids), stop) for span, stop in zip(self.spans, stops, strict=True)]
+
+    @property
     def token_ids(self) -> list[int]:
         """The row: all spans' ids, one after the other."""
         return [token_id for span in self.spans for token_id in span.token_ids]
@@ -84,8 +91,11 @@ class Pass:
         return [p for span in self.spans for p in range(span.position, span.position + len(span.token_ids))]
 
 
-def missing_spans(ends: Iterable[Span]) -> list[Span]:
-    """Return the spans on the way to `ends` that are not computed, depth first; each before what continues it.
+def missing_spans(ends: Iterable[Span], *, with_keys: bool = False) -> list[Span]:
+    """Return the spans to forward so that `ends` hold their states, depth first; each before what continues it.
+
+    These are the spans on the way that hold no states, and what they continue and holds no keys and values any more.
+    `with_keys`: the ends shall hold keys and values, too.
 
     Texts that share nothing come as asked for. Of several continuations of one span the one with the most tokens to
     compute comes first: it joins the causal run of what it continues, and the small ones lie side by side behind it.
@@ -93,6 +103,8 @@ def missing_spans(ends: Iterable[Span]) -> list[Span]:
     wanted_children: dict[Span, list[Span]] = {}
     root: Span | None = None
     for end in ends:
+        if end.states is not None and not (with_keys and end.rows is None):
+            continue
         child: Span | None = None
         span: Span | None = end
         while span is not None:
@@ -133,6 +145,7 @@ def _num_missing(root: Span, children: dict[Span, list[Span]]) -> dict[Span, int
 
 
 def _is_missing(span: Span) -> bool:
+    """Return whether a span on the way to an end that must be computed has to be forwarded."""
     return span.parent is not None and span.rows is None
 
 

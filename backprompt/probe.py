@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backprompt import skeleton
-from backprompt.cache import gather
+from backprompt.cache import gather, states_of
 from backprompt.errors import UnsupportedModelError
 from backprompt.executor import Executor
 from backprompt.plan import missing_spans
@@ -78,6 +78,7 @@ def _packed_logits(executor: Executor, texts: list[tuple[int, ...]]) -> list[Ten
     try:
         for part in (spans[:1], spans[1:]):
             executor.compute(part, tile_tokens=_TILE_TOKENS)
-        return [executor.logits(gather(end.path(), lambda block: block.hidden, dim=0)) for end in ends]
+        places = [[states_of(span) for span in end.path()] for end in ends]
+        return [executor.logits(gather(path, lambda states: states.hidden, dim=0)) for path in places]
     finally:
         forest.clear()  # spans refer to each other: without this, their tensors would wait for the cycle collector

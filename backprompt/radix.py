@@ -1,8 +1,9 @@
 """The forest of token spans: a radix tree, pure Python, no tensors.
 
-Each `Span` is a run of token ids that every text through it shares; its children differ in their first token. A span
-may be *computed* (its `rows` say where its representation lies) or not yet. Because attention is causal, the
-representation of a token depends on the tokens before it only, so two texts with a common beginning share spans.
+Each `Span` is a run of token ids that every text through it shares; its children differ in their first token. Because
+attention is causal, the representation of a token depends on the tokens before it only, so two texts with a common
+beginning share spans. A span may hold its *states* (what logits and log-probabilities are read off) or not, and with
+them its *keys and values* (what lets it be continued) or not. The ancestors of a span that holds either hold it, too.
 
     (root) -- "the cat" --+-- " sat"
                           +-- " ran" --+-- " off"
@@ -19,7 +20,7 @@ from typing import Protocol
 
 
 class Rows(Protocol):
-    """Where a computed span lies: consecutive rows of a block of tensors that this module never looks into."""
+    """Where something of a span lies: consecutive rows of a block of tensors that this module never looks into."""
 
     @property
     def block(self) -> object:
@@ -42,9 +43,33 @@ class Rows(Protocol):
 
 
 class Span:
-    """A run of token ids, the position of its first one, what it continues and what continues it."""
+    """A run of token ids, the position of its first one, what it continues and what continues it.
 
-    __slots__ = ("children", "parent", "position", "rows", "token_ids")
+    Attributes:
+        rows: where its keys and values lie; None where they are not held.
+        states: where its final hidden states and log-probabilities lie; None where they are not held.
+        was_computed: whether it was computed before, though nothing of it may be held now.
+        num_pins: how many pins hold the texts that end here.
+        credit, last_used: when it may be evicted: see memory.py.
+        is_stored: whether a store has all up to its end.
+        key: what names all up to its end (identity.py); None where nobody has asked yet.
+
+    """
+
+    __slots__ = (
+        "children",
+        "credit",
+        "is_stored",
+        "key",
+        "last_used",
+        "num_pins",
+        "parent",
+        "position",
+        "rows",
+        "states",
+        "token_ids",
+        "was_computed",
+    )
 
     def __init__(self, token_ids: tuple[int, ...], position: int, parent: Span | None) -> None:
         self.token_ids = token_ids
@@ -52,9 +77,16 @@ class Span:
         self.parent = parent
         self.children: dict[int, Span] = {}
         self.rows: Rows | None = None
+        self.states: Rows | None = None
+        self.was_computed = False
+        self.num_pins = 0
+        self.credit = 0.0
+        self.last_used = 0
+        self.is_stored = False
+        self.key: bytes | None = None
 
     def __repr__(self) -> str:
-        state = "computed" if self.rows is not None else "not computed"
+        state = "not held" if self.states is None else "held, without keys" if self.rows is None else "held"
         return f"Span({len(self.token_ids)} tokens at {self.position}, {len(self.children)} children, {state})"
 
     def path(self) -> list[Span]:
@@ -91,7 +123,7 @@ class Forest:
         return span
 
     def num_computed(self, token_ids: Sequence[int]) -> int:
-        """Return how many of the first of `token_ids` are computed; changes nothing."""
+        """Return of how many of the first of `token_ids` the keys and values are held; changes nothing."""
         ids = tuple(token_ids)
         span, num_matched = self.root, 0
         while num_matched < len(ids):
@@ -116,18 +148,22 @@ class Forest:
         upper.children[span.token_ids[0]] = span
         if span.rows is not None:
             upper.rows, span.rows = span.rows.split(num_tokens)
+        if span.states is not None:
+            upper.states, span.states = span.states.split(num_tokens)
+        upper.was_computed, upper.is_stored = span.was_computed, span.is_stored
+        upper.credit, upper.last_used = span.credit, span.last_used
         return upper
 
     def prune(self) -> None:
-        """Remove the spans that are not computed; those below a span that is not computed go with it."""
+        """Remove the spans of which nothing is held, and what continues them."""
         for span in list(self.spans()):
-            if span.rows is None and span.parent is not None:
+            if span.states is None and span.parent is not None:
                 span.parent.children.pop(span.token_ids[0], None)
 
     def clear(self) -> None:
-        """Forget everything: no span is computed any more, and none is found any more."""
+        """Forget everything: nothing of any span is held any more, and none is found any more."""
         for span in self.spans():
-            span.rows = None
+            span.rows = span.states = None
         self.root.children = {}
 
     def spans(self) -> Iterator[Span]:

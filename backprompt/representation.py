@@ -7,6 +7,8 @@ log-probabilities) is computed on first use, for this text and, reading ahead, f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -43,7 +45,7 @@ class Batch:
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
         ahead = (self.ends[idx:] + self.ends[:idx])[: 1 << min(num_asked, 20)]
-        return [end for end in ahead if end.rows is not None]
+        return [end for end in ahead if end.states is not None]
 
 
 @dataclass(eq=False, frozen=True)
@@ -66,13 +68,20 @@ class Evaluated:
 
     @property
     def is_computed(self) -> bool:
-        """Whether its rows are still there."""
+        """Whether what results are read off is still there."""
+        return self.end.states is not None
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether its keys and values are still there, too."""
         return self.end.rows is not None
 
-    def compute(self) -> None:
-        """Compute it again."""
-        self.evaluator.counters.tokens_requested += len(self.token_ids)
-        (self.batch.ends[self.batch_idx],) = self.evaluator.evaluate([self.token_ids])
+    @contextmanager
+    def held(self, *, with_keys: bool = False) -> Iterator[Span]:
+        """Keep what results are read off, computed again if it was dropped; see `Evaluator.held`."""
+        with self.evaluator.held(self.token_ids, self.end, with_keys=with_keys) as end:
+            self.batch.ends[self.batch_idx] = end
+            yield end
 
 
 class ModelRepr:
@@ -112,27 +121,31 @@ class ModelRepr:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the text's keys, values, hidden states and log-probabilities take; shared ones included."""
-        with self._lm._exclusive():
-            return self._computed().num_bytes(self._evaluated.end)
+        """Bytes that the text's keys, values, hidden states and log-probabilities take when all of them are held."""
+        return self.num_tokens * self._evaluated.evaluator.executor.token_bytes
 
     @property
     def logits(self) -> Tensor:
         """Next-token logits, `(vocab,)`, in the model's dtype."""
         with self._lm._exclusive():
-            return self._computed().last_logits(self._evaluated.end, partial(self._read_ahead, "logits"))
+            self._check_evaluator(self._lm._evaluator)
+            pooled = self._evaluated.evaluator.pooled_logits(self._evaluated.end)
+            if pooled is not None:  # also where the text's states were dropped
+                return pooled
+            with self._held() as (evaluator, end):
+                return evaluator.last_logits(end, partial(self._read_ahead, "logits"))
 
     @property
     def token_logprobs(self) -> Tensor:
         """Log-probability of each token given those before it, `(tokens,)`, nats, float32; nan for the first."""
-        with self._lm._exclusive():
-            return self._computed().token_logprobs(self._evaluated.end, partial(self._read_ahead, "token_logprobs"))
+        with self._held() as (evaluator, end):
+            return evaluator.token_logprobs(end, partial(self._read_ahead, "token_logprobs"))
 
     @property
     def hidden_states(self) -> Tensor:
         """Final hidden states, which the output head reads, `(tokens, hidden)`, in the model's dtype."""
-        with self._lm._exclusive():
-            return self._computed().hidden_states(self._evaluated.end)
+        with self._held() as (evaluator, end):
+            return evaluator.hidden_states(end)
 
     def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the logits after each of the tokens `start..stop`, `(tokens, vocab)`.
@@ -143,7 +156,8 @@ class ModelRepr:
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
         with self._lm._exclusive():
             self._check_current()
-            return self._computed().all_logits(self._evaluated.end, start, stop)
+            with self._held() as (evaluator, end):
+                return evaluator.all_logits(end, start, stop)
 
     def past_key_values(self) -> DynamicCache:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
@@ -153,18 +167,18 @@ class ModelRepr:
         ids only, `generate` forwards them a second time. To generate right behind the text, take the cache of all but
         its last token: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which computes nothing new.
         """
-        with self._lm._exclusive():
-            evaluator = self._computed()
-            return evaluator.executor.dynamic_cache(*evaluator.keys_values(self._evaluated.end))
+        with self._held(with_keys=True) as (evaluator, end):
+            return evaluator.executor.dynamic_cache(*evaluator.keys_values(end))
 
-    def _computed(self) -> Evaluator:
-        """Return the evaluator, with this text computed in it again if it was dropped. The lock must be held."""
-        evaluated = self._evaluated
-        self._check_evaluator(self._lm._evaluator)
-        if not evaluated.is_computed:
-            self._check_current()
-            evaluated.compute()
-        return evaluated.evaluator
+    @contextmanager
+    def _held(self, *, with_keys: bool = False) -> Iterator[tuple[Evaluator, Span]]:
+        """Hold the lock and the text in the evaluator, where it is computed again if it was dropped."""
+        with self._lm._exclusive():
+            self._check_evaluator(self._lm._evaluator)
+            if not self._evaluated.is_computed or (with_keys and not self._evaluated.has_keys):
+                self._check_current()  # something will be computed
+            with self._evaluated.held(with_keys=with_keys) as end:
+                yield self._evaluated.evaluator, end
 
     def _check_current(self) -> None:
         """Look whether the weights have changed, before something is computed with them."""
@@ -181,3 +195,38 @@ class ModelRepr:
         """Return the ends of the texts to compute `what` for along with this one; something must be computed."""
         self._check_current()
         return self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
+
+
+class Pin:
+    """Holds all of a text's representation within the `LM`'s budget, until it is released.
+
+    A context manager: `with text.pin(): ...`. Once `lm.clear()` was called or the model's weights have changed there is
+    nothing to hold any more, and releasing does nothing.
+    """
+
+    def __init__(self, lm: LM, evaluator: Evaluator, end: Span, num_tokens: int) -> None:
+        self._lm = lm
+        self._evaluator = evaluator
+        self._end: Span | None = end
+        self._num_tokens = num_tokens
+
+    def __repr__(self) -> str:
+        return f"Pin({self._num_tokens} tokens, {'released' if self._end is None else 'held'})"
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the budget that the pin takes alone; what it shares with other pins is counted once."""
+        return 0 if self._end is None else self._num_tokens * self._evaluator.executor.token_bytes
+
+    def release(self) -> None:
+        """Let go; a second call does nothing."""
+        with self._lm._exclusive():
+            end, self._end = self._end, None
+            if end is not None:
+                self._evaluator.unpin(end)

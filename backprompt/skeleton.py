@@ -250,6 +250,12 @@ def logit_row_bytes(model: nn.Module) -> int:
     return weight.shape[0] * weight.element_size()
 
 
+def hidden_size(model: nn.Module) -> int:
+    """Return the size of what the output head reads."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight.shape[1]
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Return the one device that `check_supported` made sure of."""
     return next(model.parameters()).device

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from backprompt.lm import LM
-    from backprompt.representation import ModelRepr
+    from backprompt.representation import ModelRepr, Pin
     from backprompt.tokens import Join
 
 Segment: TypeAlias = "str | tuple[int, ...]"
@@ -216,6 +216,25 @@ class Text:
     def token_logprobs(self) -> torch.Tensor:
         """Log-probability of each token given those before it, `(tokens,)`, nats, float32; nan for the first."""
         return self.model_repr.token_logprobs
+
+    def pin(self) -> Pin:
+        """Evaluate now, and hold all of the representation until `.release()` or the end of a `with` block.
+
+        Raises:
+            MemoryBudgetError: the pinned texts together do not fit the `LM`'s `memory_bytes`.
+
+        """
+        return self._require_lm("a representation").pin(self)
+
+    def save(self) -> None:
+        """Write the representation to the `LM`'s store, whatever its size, computing it if need be.
+
+        Raises:
+            NoStoreError: the `LM` was made without `store=`.
+            OSError: the store cannot be written to.
+
+        """
+        self._require_lm("a representation").save(self)
 
     def _require_lm(self, what: str) -> LM:
         if self._lm is None:

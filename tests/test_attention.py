@@ -22,7 +22,7 @@ from backprompt.attention import (
     choose_kernel,
     clear_kernel,
 )
-from backprompt.cache import Block, BlockRows
+from backprompt.cache import BlockRows, KeysValues
 from backprompt.plan import Pass, cut_into_passes, missing_spans, plan_pass
 from backprompt.radix import Forest
 
@@ -256,11 +256,10 @@ class Layers:
         indices = torch.tensor([self.idx_of[name] for name in names], device=self.tensors[0][0].device)
         return [tensor.transpose(0, 1)[indices].transpose(0, 1) for tensor in self.tensors[layer_idx]]
 
-    def block(self, names: Sequence[Ids]) -> Block:
+    def block(self, names: Sequence[Ids]) -> KeysValues:
         """What a pass over these tokens leaves behind, as far as attention reads it."""
-        nothing = torch.empty(len(names), 0)
         keys, values = ([self.rows(layer_idx, names)[i].contiguous() for layer_idx in (0, 1)] for i in (1, 2))
-        return Block(keys, values, hidden=nothing, logprobs=nothing, has_logprobs=nothing)
+        return KeysValues(keys, values)
 
     def expected(self, layer_idx: int, names: Sequence[Ids], scoring: Scoring) -> Tensor:
         """What these tokens get: attention over all that leads to each, itself included, within the window."""
@@ -287,7 +286,7 @@ def passes_over(
             yield plan_pass(group, tile_tokens), names
             block = layers.block(names)
             for span, start, stop in zip(group, ends, ends[1:], strict=False):
-                span.rows = BlockRows(block, start, stop)
+                span.rows = span.states = BlockRows(block, start, stop)
 
 
 def batches_of_texts(seed: int, num_texts: int) -> tuple[list[Ids], ...]:

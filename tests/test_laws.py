@@ -283,7 +283,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def only_computed_spans_are_kept(self) -> None:
         if hasattr(self, "lm"):
-            assert all(span.rows is not None for span in self.lm._evaluator.forest.spans())
+            assert all(span.states is not None for span in self.lm._evaluator.forest.spans())
 
 
 AnyOrder.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)

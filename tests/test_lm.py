@@ -38,7 +38,7 @@ from backprompt import (
     evaluate,
     load,
 )
-from backprompt.cache import Block
+from backprompt.cache import KeysValues, States
 from reference import plain_ids, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
 from tiny_tokenizers import byte_level_bpe
@@ -199,7 +199,13 @@ def test_tokens_reused_counts_no_less_than_nothing(lm):
 def all_blocks():
     """The blocks of all LMs that are alive."""
     gc.collect()
-    return {found for found in gc.get_objects() if type(found) is Block}
+    return {found for found in gc.get_objects() if type(found) in (KeysValues, States)}
+
+
+def tensors_of(block):
+    if isinstance(block, KeysValues):
+        return [*block.keys, *block.values]
+    return [block.hidden, block.logprobs, block.has_logprobs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,7 +227,7 @@ def test_bytes_held_are_those_of_distinct_tokens(family, dtype, tokenizer):
     expected = len(beginnings(texts)) * token_bytes
     assert expected <= lm.stats.bytes_held <= 1.05 * expected
 
-    tensors = [t for b in all_blocks() - others for t in (*b.keys, *b.values, b.hidden, b.logprobs, b.has_logprobs)]
+    tensors = [tensor for block in all_blocks() - others for tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.bytes_held
 
@@ -610,7 +616,9 @@ def test_an_lm_and_its_tensors_go_with_the_last_reference(tokenizer):
         representations = evaluate(texts)
         texts[0].token_logprobs  # noqa: B018
         found = gc.get_objects()
-        blocks = weakref.WeakSet(block for block in found if type(block) is Block and block not in others)
+        blocks = weakref.WeakSet(
+            block for block in found if type(block) in (KeysValues, States) and block not in others
+        )
         alive = weakref.ref(lm)
         del texts, found
         assert len(blocks) > 0  # a representation holds its LM

@@ -82,7 +82,7 @@ class World:
             if span.rows is None:
                 tokens = tokens_of([span])
                 self.token_at |= {(block, start + row): token for row, token in enumerate(tokens)}
-                span.rows = BlockRows(block, start, start + len(tokens))
+                span.rows = span.states = BlockRows(block, start, start + len(tokens))
                 start += len(tokens)
 
     @property

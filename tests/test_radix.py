@@ -73,7 +73,7 @@ class Computed:
         for span in path_to(end):
             if span.rows is None:
                 stop = num_rows + len(span.token_ids)
-                span.rows = BlockRows(block, num_rows, stop)
+                span.rows = span.states = BlockRows(block, num_rows, stop)
                 for row in range(num_rows, stop):
                     self._token_at[block, row] = spelled(span)[: span.position + row - num_rows + 1]
                 num_rows = stop
@@ -120,7 +120,7 @@ def test_the_example_of_the_module() -> None:
     assert (ran.token_ids, ran.position, home.token_ids, home.position) == ((4,), 2, (6,), 3)
     assert home.path() == [the_cat, ran, home]
     assert list(forest.spans()) == [the_cat, sat, ran, off, home]
-    assert repr(ran) == "Span(1 tokens at 2, 2 children, not computed)"
+    assert repr(ran) == "Span(1 tokens at 2, 2 children, not held)"
 
 
 @given(batches)
@@ -187,7 +187,8 @@ def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
     forest = Forest()
     below, sibling, span = forest.insert((5, 6, 7, 8, 9, 10)), forest.insert((5, 1)), forest.insert((5, 6, 7, 8, 9))
     parent, block = span.parent, object()
-    span.rows = BlockRows(block, 20, 24)
+    span.rows, span.states = BlockRows(block, 20, 24), BlockRows(block, 30, 34)
+    span.was_computed, span.num_pins = True, 1
     upper = forest.split(span, num_tokens)
     assert parent is not None
     assert parent.children == {6: upper, 1: sibling}
@@ -197,6 +198,10 @@ def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
     assert (upper.position, span.position) == (1, 1 + num_tokens)
     assert upper.rows == BlockRows(block, 20, 20 + num_tokens)
     assert span.rows == BlockRows(block, 20 + num_tokens, 24)
+    assert upper.states == BlockRows(block, 30, 30 + num_tokens)
+    assert span.states == BlockRows(block, 30 + num_tokens, 34)
+    assert upper.was_computed
+    assert (upper.num_pins, span.num_pins) == (0, 1)  # a pin holds the text that ends here
     check_is_radix_tree(forest)
 
 
@@ -242,7 +247,7 @@ def test_prune_takes_what_stands_below_a_span_that_is_not_computed() -> None:
     """1 (computed) -- 2 (not) -- 3 (computed)"""
     forest = Forest()
     spans = [forest.insert(ids) for ids in ((1,), (1, 2), (1, 2, 3))]
-    spans[0].rows, spans[2].rows = BlockRows(object(), 0, 1), BlockRows(object(), 0, 1)
+    spans[0].states, spans[2].states = BlockRows(object(), 0, 1), BlockRows(object(), 0, 1)
     forest.prune()
     assert list(all_spans(forest)) == [spans[0]]
 
@@ -257,7 +262,7 @@ def test_clear_forgets_every_span_also_for_those_who_hold_one(batch: list[Ids]) 
     spans = list(all_spans(forest))
     forest.clear()
     assert list(all_spans(forest)) == []
-    assert [span.rows for span in spans] == [None] * len(spans)
+    assert [(span.rows, span.states) for span in spans] == [(None, None)] * len(spans)
     assert [spelled(end) for end in ends] == batch
     assert [forest.num_computed(ids) for ids in batch] == [0] * len(batch)
 
@@ -273,7 +278,7 @@ def test_a_chain_of_ten_thousand_spans() -> None:
     assert list(forest.spans()) == end.path()
     assert forest.insert(ids) is end
     for span in end.path():
-        span.rows = BlockRows(object(), 0, 1)
+        span.rows = span.states = BlockRows(object(), 0, 1)
     branch = forest.insert((*ids, 1))
     assert branch.parent is end
     assert forest.num_computed((*ids, 1)) == len(ids)

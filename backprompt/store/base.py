@@ -1,0 +1,155 @@
+"""The contract of a store of representations.
+
+An entry is what one run of tokens looks like behind all that stands before it. Keys belong to positions (identity.py):
+`start` names everything before the first token, `end` everything up to the last, so the two name the entry. Another
+process that cuts the same text elsewhere finds it all the same: it asks for what starts at the key that it has
+reached, takes the longest common beginning of the token ids (an entry's first rows are valid alone, attention is
+causal), and goes on from there.
+
+What every implementation promises:
+
+- *Atomic*: after `put` returns, every reader sees the whole entry; before, or if it fails or the process dies, nothing.
+- *Immutable*: a name stands for one content, so putting it again changes nothing that a reader sees, and whoever has
+  got an entry may keep it, whatever is deleted meanwhile.
+- *Honest*: `get` returns what was put, bit by bit, or None. What is damaged is reported, set aside, and then absent.
+- *Shared*: any number of threads may use one store at once, and processes one folder or bucket.
+
+Nothing in it needs a file system: names are short strings, entries are bytes with a small header, and the only question
+besides get and put is "what starts at this key?", so a remote object store can stand behind it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an entry stands for.
+
+    Attributes:
+        start: key of everything before the first token, hex.
+        end: key of everything up to the last token, hex.
+        position: of the first token in its text.
+        token_ids: the truth about what was computed.
+        text: what they decode to; for people who search.
+        model: fingerprint of the weights, the configuration and the adapters.
+        tokenizer: its fingerprint.
+        dtype: of the computation, such as "torch.float32".
+        exactness: "exact", or how something it was computed on was stored.
+
+    """
+
+    start: str
+    end: str
+    position: int
+    token_ids: tuple[int, ...]
+    text: str
+    model: str
+    tokenizer: str
+    dtype: str
+    exactness: str = "exact"
+
+    @property
+    def name(self) -> str:
+        """What `get`, `contains` and `delete` take."""
+        return f"{self.start}-{self.end}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a lookup finds: the name of an entry and its token ids."""
+
+    name: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A header and tensors by name, such as "keys.0"; rows of tokens are the second axis of keys and values."""
+
+    header: Header
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+Persist: TypeAlias = Literal["always", "explicit", "never"]
+PERSIST: tuple[Persist, ...] = ("always", "explicit", "never")
+
+
+class Store(ABC):
+    """Representations by key. See the top of this file for what is promised.
+
+    Attributes:
+        persist: what an `LM` puts into it: "always" all that is worth it, "explicit" what `text.save()` names,
+            "never" nothing, so that it is only read. Reading is automatic.
+
+    """
+
+    persist: Persist
+
+    @abstractmethod
+    def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
+        """Return the entry, on the CPU, with only these of its tensors if given; None if there is none.
+
+        Its tensors belong to the caller. Names in `tensors` that the entry does not have are left out.
+        """
+
+    @abstractmethod
+    def put(self, entry: Entry) -> None:
+        """Store the entry.
+
+        Raises:
+            OSError: it cannot be written (no space, no permission); nothing of it is visible then.
+
+        """
+
+    @abstractmethod
+    def contains(self, name: str) -> bool:
+        """Return whether `get` would find it, without looking whether it is damaged."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove the entry; one that is not there is no error."""
+
+    @abstractmethod
+    def starting_at(self, start: str, token_id: int) -> Sequence[Run]:
+        """Return all entries whose first token is this one and stands behind this key."""
+
+    @abstractmethod
+    def list(self, text_prefix: str = "") -> Iterator[Header]:
+        """Yield the headers of all entries whose text begins so; those put or deleted meanwhile may be among them."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of files and connections; a second call does nothing."""
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_persist(persist: Persist) -> Persist:
+    """Return `persist`.
+
+    Raises:
+        ValueError: it is none of `PERSIST`.
+
+    """
+    if persist not in PERSIST:
+        raise ValueError(f"persist must be one of {', '.join(map(repr, PERSIST))}, not {persist!r}.")
+    return persist

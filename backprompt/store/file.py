@@ -1,0 +1,137 @@
+"""One entry as one safetensors file, in which a flipped byte is noticed.
+
+    8 bytes      length of the header, little endian
+    header       JSON: the tensors' dtypes, shapes and offsets, and under "__metadata__", all as strings:
+                   "format"     the version of this format
+                   "entry"      JSON: the `Header`
+                   "checksums"  JSON: for each tensor the CRC-32 of each `CHUNK_BYTES` of its bytes
+                   "check"      CRC-32 of all the rest of this header
+    data         the tensors' bytes
+
+Any reader of safetensors can read it. Each tensor is read and checked by itself, so reading hidden states does not
+read keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Collection
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from backprompt.errors import DamagedEntryError, StoreVersionError
+from backprompt.store.base import Entry, Header
+
+FORMAT = 1
+CHUNK_BYTES = 1 << 20
+
+_MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def to_bytes(entry: Entry) -> bytes:
+    """Return the file's content."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entry.tensors.items()}
+    described = {"format": str(FORMAT), "entry": json.dumps(asdict(entry.header))}
+    checksums = {name: _checksums(_bytes_of(tensor)) for name, tensor in tensors.items()}
+    described["checksums"] = json.dumps(checksums, sort_keys=True)
+    # The check covers the tensors' offsets, too, which safetensors chooses: so first without it.
+    unchecked = safetensors_torch.save(tensors, metadata=described)
+    table, _ = _split(unchecked)
+    described["check"] = str(_check_of(table))
+    return safetensors_torch.save(tensors, metadata=described)
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Return what the entry stands for.
+
+    Raises:
+        DamagedEntryError: a byte of the file's header is not what was written.
+        StoreVersionError: another version of backprompt wrote it.
+
+    """
+    return _read_table(file)[1]
+
+
+def read_entry(file: BinaryIO, names: Collection[str] | None = None) -> Entry:
+    """Return the entry with these tensors, all by default, after comparing every byte read with its checksum.
+
+    Raises:
+        DamagedEntryError, StoreVersionError: see `read_header`.
+
+    """
+    table, header, data_start = _read_table(file)
+    checksums = json.loads(table["__metadata__"]["checksums"])
+    tensors: dict[str, Tensor] = {}
+    for name, place in table.items():
+        if name == "__metadata__" or (names is not None and name not in names):
+            continue
+        first, last = place["data_offsets"]
+        file.seek(data_start + first)
+        data = bytearray(last - first)
+        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+            raise DamagedEntryError(f"tensor {name!r} is cut off")
+        if _checksums(data) != checksums[name]:
+            raise DamagedEntryError(f"tensor {name!r} has other bytes than were written")
+        dtype = _DTYPES[place["dtype"]]
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.view(place["shape"])
+    return Entry(header, tensors)
+
+
+def _read_table(file: BinaryIO) -> tuple[dict[str, Any], Header, int]:
+    """Return the checked safetensors header, the entry's header, and where the data begins."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= _MAX_HEADER_BYTES:
+        raise DamagedEntryError(f"its header cannot be {length} bytes long")
+    try:
+        table = json.loads(file.read(length))
+        described = table["__metadata__"]
+        check = int(described.pop("check"))
+        is_whole = check == _check_of(table)
+        version = described["format"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedEntryError(f"its header cannot be read: {error}") from error
+    if not is_whole:
+        raise DamagedEntryError("its header has other bytes than were written")
+    if version != str(FORMAT):
+        raise StoreVersionError(
+            f"it has format {version}, and this version of backprompt reads format {FORMAT}. Use the version that "
+            "wrote it, or a new folder."
+        )
+    fields = json.loads(described["entry"])
+    return table, Header(**fields | {"token_ids": tuple(fields["token_ids"])}), 8 + length
+
+
+def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def _check_of(table: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(table, sort_keys=True).encode())
+
+
+def _checksums(data: bytes | bytearray | memoryview) -> list[int]:
+    view = memoryview(data)
+    return [zlib.crc32(view[start : start + CHUNK_BYTES]) for start in range(0, len(view), CHUNK_BYTES)]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers

@@ -1,0 +1,204 @@
+"""LMs that share a store: what one computed the other finds, wherever either cuts a text; and never another model's."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from backprompt import LM, NoStoreError, Text, evaluate
+from backprompt.store import DiskStore, MemoryStore
+from reference import plain_logits, plain_token_logprobs
+from tiny_models import FAMILIES
+from tiny_tokenizers import byte_level_bpe
+
+ATOL = 5e-5
+SHOTS = "Question: What is 12 + 34? Answer: 46. Question: What is 5 + 6? Answer: 11. "
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FAMILIES["gpt2"]()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level_bpe()
+
+
+@pytest.fixture(params=["memory", "disk"])
+def store(request, tmp_path):
+    with MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "prompts.bp") as made:
+        yield made
+
+
+def assert_plain(model, text):
+    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    expected = plain_token_logprobs(model, text.tokens)
+    torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "gpt_oss"])
+def test_another_lm_computes_nothing(family, tokenizer, store):
+    """And everything that a representation offers is the same, bit by bit."""
+    model = FAMILIES[family]()
+    first = evaluate(Text(SHOTS, LM(model, tokenizer, store=store)))
+    expected = first.logits, first.token_logprobs, first.hidden_states
+    lm = LM(model, tokenizer, store=store)
+    found = evaluate(Text(SHOTS, lm))
+    for actual, wanted in zip((found.logits, found.token_logprobs, found.hidden_states), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-6, equal_nan=True)
+    for actual, wanted in zip(found.past_key_values().layers, first.past_key_values().layers, strict=True):
+        assert torch.equal(actual.keys, wanted.keys)
+        assert torch.equal(actual.values, wanted.values)
+    assert found.key == first.key
+    assert (lm.stats.tokens_computed, lm.stats.forward_passes) == (0, 0)
+    assert lm.stats.tokens_loaded == found.num_tokens
+
+
+def test_one_stored_parent_serves_new_children(model, tokenizer, store):
+    evaluate(Text(SHOTS, LM(model, tokenizer, store=store)))
+    lm = LM(model, tokenizer, store=store)
+    context = Text(SHOTS, lm)
+    texts = [context + f"Question: What is {n} + {n}? Answer:" for n in range(5)]
+    for text in texts:
+        assert_plain(model, text)
+    num_context = len(context.tokens)
+    new = {text.tokens[:end] for text in texts for end in range(1, len(text.tokens) + 1)}
+    old = {context.tokens[:end] for end in range(1, num_context + 1)}
+    assert lm.stats.tokens_computed == len(new - old)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_texts_in_any_order_by_any_lm(data, model, tokenizer):
+    """Several LMs, one store, small budgets: the plain numbers, and no token computed twice that is in the store."""
+    store = MemoryStore()
+    ids = st.lists(st.integers(0, 2), min_size=1, max_size=60).map(tuple)
+    stem = tuple(range(10, 50))
+    pool = data.draw(st.lists(st.tuples(st.integers(0, 40), ids), min_size=1, max_size=6))
+    num_tokens = data.draw(st.sampled_from([0, 30, 10_000]))
+    for _ in range(3):
+        lm = LM(model, tokenizer, store=store, memory_bytes=num_tokens * 645, max_tokens_per_forward=16)
+        chosen = data.draw(st.lists(st.sampled_from(pool), min_size=1, max_size=4))
+        texts = [Text.from_tokens(stem[:cut] + tail, lm) for cut, tail in chosen]
+        for text, logprobs in zip(texts, lm.token_logprobs(texts), strict=True):
+            expected = plain_token_logprobs(model, text.tokens)
+            torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        for text in texts:
+            assert_plain(model, text)
+
+
+def test_a_text_that_is_cut_elsewhere_is_found(model, tokenizer, store):
+    """Stored as one long entry; asked for as a beginning of it, and as one that leaves it in its middle."""
+    ids = tuple(range(5, 65))
+    evaluate(Text.from_tokens(ids, LM(model, tokenizer, store=store)))
+    for wanted, num_new in [(ids[:20], 0), ((*ids[:33], 3, 3), 2), (ids, 0), ((*ids, 7), 1), ((9, *ids), 61)]:
+        lm = LM(model, tokenizer, store=store)
+        text = Text.from_tokens(wanted, lm)
+        assert_plain(model, text)
+        assert lm.stats.tokens_computed == num_new
+
+
+def test_keys_and_values_of_a_beginning_that_memory_dropped_come_from_the_store(model, tokenizer, store):
+    lm = LM(model, tokenizer, store=store, memory_bytes=0)
+    context = Text(SHOTS, lm)
+    evaluate(context)
+    text = context + "Question: 1?"
+    before = lm.stats
+    (logprobs,) = lm.token_logprobs([text])
+    done = lm.stats - before
+    expected = plain_token_logprobs(model, text.tokens)
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    num_common = len(context.tokens) - (text.tokens[: len(context.tokens)] != context.tokens)
+    assert done.tokens_computed == len(text.tokens) - num_common
+    assert done.tokens_loaded == num_common
+
+
+def test_other_weights_find_nothing(tokenizer, store):
+    model = FAMILIES["gpt2"]()
+    lm = LM(model, tokenizer, store=store)
+    evaluate(Text(SHOTS, lm))
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] += 0.5
+    text = Text(SHOTS, lm)
+    assert_plain(model, text)
+    assert lm.stats.tokens_loaded == 0
+    other_tokenizer = byte_level_bpe()
+    other_tokenizer.add_tokens(["<a token more>"])
+    other = LM(model, other_tokenizer, store=store)
+    assert_plain(model, Text(SHOTS, other))
+    assert other.stats.tokens_loaded == 0
+
+
+def test_what_is_worth_it_is_stored(model, tokenizer):
+    """Not each leaf of a few tokens, but what they continue."""
+    store = MemoryStore()
+    lm = LM(model, tokenizer, store=store)
+    evaluate([Text(SHOTS, lm) + str(number) for number in range(10, 30)])
+    assert len(list(store.list())) == 1
+    assert SHOTS.startswith(next(store.list()).text)
+    assert next(store.list("Question: What")).model == lm._root().model
+
+
+@pytest.mark.parametrize("persist", ["explicit", "never"])
+def test_what_is_not_asked_for_is_not_stored(persist, model, tokenizer):
+    store = MemoryStore(persist=persist)
+    lm = LM(model, tokenizer, store=store)
+    evaluate(Text(SHOTS, lm))
+    assert list(store.list()) == []
+    if persist == "never":
+        with pytest.raises(NoStoreError, match='persist="never"'):
+            Text(SHOTS, lm).save()
+        return
+    short = Text("The cat", lm)
+    short.save()
+    short.save()
+    assert [header.text for header in store.list()] == ["The cat"]
+    assert [header.token_ids for header in store.list()] == [short.tokens]
+    again = LM(model, tokenizer, store=store)
+    assert_plain(model, Text("The cat", again))
+    assert again.stats.tokens_computed == 0
+
+
+def test_saving_without_a_store_says_how_to_get_one(model, tokenizer):
+    with pytest.raises(NoStoreError, match=r"store=.prompts\.bp"):
+        Text("The cat", LM(model, tokenizer)).save()
+    with pytest.raises(ValueError, match="persist must be one of"):
+        MemoryStore(persist="sometimes")
+
+
+def test_a_path_makes_a_store_that_outlives_the_lm(model, tokenizer, tmp_path):
+    lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
+    evaluate(Text(SHOTS, lm))
+    del lm
+    lm = LM(model, tokenizer, store=str(tmp_path / "prompts.bp"))
+    assert_plain(model, Text(SHOTS, lm))
+    assert lm.stats.tokens_computed == 0
+
+
+def test_a_full_disk_stops_nothing_and_is_said_once(model, tokenizer, tmp_path, monkeypatch, caplog):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("backprompt.store.disk.os.fsync", full)
+    lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
+    for number in range(3):
+        assert_plain(model, Text(SHOTS + f"And {number} is a number as good as any other.", lm))
+    assert caplog.text.count("cannot be written to") == 1
+    assert list((tmp_path / "prompts.bp").glob("entries/*/*")) == []
+
+
+def test_a_damaged_entry_is_computed_again_and_stored_again(model, tokenizer, tmp_path, caplog):
+    evaluate(Text(SHOTS, LM(model, tokenizer, store=tmp_path / "prompts.bp")))
+    (file,) = (tmp_path / "prompts.bp").glob("entries/*/*")
+    content = bytearray(file.read_bytes())
+    for offset in range(len(content) // 2, len(content), 50):
+        content[offset] ^= 1
+    file.write_bytes(content)
+    lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
+    assert_plain(model, Text(SHOTS, lm))
+    assert lm.stats.tokens_loaded == 0
+    assert "is damaged" in caplog.text
+    again = LM(model, tokenizer, store=tmp_path / "prompts.bp")
+    assert_plain(model, Text(SHOTS, again))
+    assert again.stats.tokens_computed == 0

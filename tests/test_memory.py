@@ -1,0 +1,390 @@
+"""The byte budget: what is held stays within it, what is dropped is computed again, and no number changes."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from backprompt import LM, MemoryBudgetError, Text, evaluate
+from backprompt.memory import default_max_bytes, parse_bytes
+from reference import plain_logits, plain_token_logprobs
+from tiny_models import FAMILIES
+from tiny_tokenizers import byte_level_bpe
+
+ATOL = 5e-5
+STATE_BYTES = 32 * 4 + 4 + 1  # hidden state, log-probability, whether known
+KEY_BYTES = 2 * (2 * 32 * 4)  # keys and values of two layers
+TOKEN_BYTES = KEY_BYTES + STATE_BYTES
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FAMILIES["gpt2"]()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level_bpe()
+
+
+def make_lm(model, tokenizer, num_tokens, pass_tokens=16):
+    """An LM that may hold this many tokens, probed already."""
+    lm = LM(model, tokenizer, memory_bytes=num_tokens * TOKEN_BYTES, max_tokens_per_forward=pass_tokens)
+    evaluate(Text("probe", lm))
+    lm.clear()
+    return lm
+
+
+def wide_forest(lm, num_branches=12, num_leaves=6):
+    """One root, branches, and leaves under each."""
+    root = Text("Question: What is 12 + 34? ", lm)
+    branches = [root + f"The {number} cats sat on the mat. " for number in range(100, 100 + num_branches)]
+    return [branch + f"Answer {leaf}!" for branch in branches for leaf in range(num_leaves)]
+
+
+def num_distinct(texts):
+    return len({text.tokens[:end] for text in texts for end in range(1, len(text.tokens) + 1)})
+
+
+def check_is_sound(lm):
+    """What is held has its ancestors, keys come with states, and no block holds rows that nobody refers to."""
+    spans = list(lm._evaluator.forest.spans())
+    for kind in ("rows", "states"):
+        num_rows = {}
+        for span in spans:
+            place = getattr(span, kind)
+            if place is None:
+                continue
+            assert span.parent.parent is None or getattr(span.parent, kind) is not None
+            assert place.stop - place.start == len(span.token_ids)
+            num_rows[place.block] = num_rows.get(place.block, 0) + len(span.token_ids)
+        assert all(block.num_rows == num for block, num in num_rows.items())
+    assert all(span.rows is None or span.states is not None for span in spans)
+
+
+# The law
+
+
+EXPECTED: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+class AnyUse(RuleBasedStateMachine):
+    """Any budget, any order of use: the plain numbers, and never more than the budget after a call."""
+
+    model = FAMILIES["gpt2"]()
+    tokenizer = byte_level_bpe()
+
+    @initialize(num_tokens=st.sampled_from([0, 1, 10, 30, 60, 120, 1000]), pass_tokens=st.sampled_from([1, 7, 64]))
+    def start(self, num_tokens, pass_tokens):
+        self.lm = make_lm(self.model, self.tokenizer, num_tokens, pass_tokens)
+        self.texts = wide_forest(self.lm, num_branches=3, num_leaves=3)
+        self.texts += [Text("Question: What is 12 + 34? ", self.lm), Text("One alone.", self.lm)]
+        for text in self.texts:
+            ids = text.tokens
+            if ids not in EXPECTED:
+                EXPECTED[ids] = plain_logits(self.model, ids)[-1], plain_token_logprobs(self.model, ids)
+        self.pins = []
+        self.reprs = []
+
+    @rule(indices=st.lists(st.integers(0, 10), min_size=1, max_size=11))
+    def evaluate(self, indices):
+        texts = [self.texts[idx] for idx in indices]
+        self.reprs += zip(texts, evaluate(texts), strict=True)
+
+    @rule(idx=st.integers(0, 10))
+    def read_logits(self, idx):
+        self.check(self.texts[idx].logits, EXPECTED[self.texts[idx].tokens][0])
+
+    @rule(idx=st.integers(0, 10))
+    def read_logprobs(self, idx):
+        self.check(self.texts[idx].token_logprobs, EXPECTED[self.texts[idx].tokens][1])
+
+    @rule(idx=st.integers(0, 100))
+    def read_an_old_representation(self, idx):
+        if self.reprs:
+            text, found = self.reprs[idx % len(self.reprs)]
+            self.check(found.all_logits(-1)[0], EXPECTED[text.tokens][0])
+
+    @rule(idx=st.integers(0, 100))
+    def read_the_logits_of_an_old_representation(self, idx):
+        if self.reprs:
+            text, found = self.reprs[idx % len(self.reprs)]
+            self.check(found.logits, EXPECTED[text.tokens][0])
+
+    @rule(idx=st.integers(0, 10))
+    def continue_a_cache(self, idx):
+        text = self.texts[idx]
+        cache = text.model_repr.past_key_values()
+        assert cache.get_seq_length() == len(text.tokens)
+        logits = self.model(torch.tensor([[5]]), past_key_values=cache).logits[0, -1]
+        self.check(logits, plain_logits(self.model, (*text.tokens, 5))[-1])
+
+    @rule(indices=st.lists(st.integers(0, 10), max_size=11), data=st.data())
+    def score(self, indices, data):
+        texts = [self.texts[idx] for idx in indices]
+        starts = [data.draw(st.integers(0, len(text.tokens))) for text in texts]
+        for text, start, logprobs in zip(texts, starts, self.lm.token_logprobs(texts, starts), strict=True):
+            self.check(logprobs, EXPECTED[text.tokens][1][start:])
+
+    @rule(idx=st.integers(0, 10))
+    def pin(self, idx):
+        try:
+            self.pins.append((self.texts[idx], self.texts[idx].pin()))
+        except MemoryBudgetError:
+            held = [text for text, _ in self.pins]
+            assert num_distinct([*held, self.texts[idx]]) * TOKEN_BYTES > self.lm._evaluator.memory.max_bytes
+
+    @rule(idx=st.integers(0, 10))
+    def release(self, idx):
+        if self.pins:
+            self.pins.pop(idx % len(self.pins))[1].release()
+
+    @rule()
+    def clear(self):
+        self.lm.clear()
+        self.pins.clear()
+
+    @invariant()
+    def budget_holds(self):
+        if hasattr(self, "lm"):
+            assert self.lm.stats.bytes_held <= self.lm._evaluator.memory.max_bytes
+            check_is_sound(self.lm)
+
+    @invariant()
+    def pins_hold(self):
+        if hasattr(self, "lm") and self.pins:
+            before = self.lm.stats
+            for text, _ in self.pins:
+                assert text.model_repr.past_key_values().get_seq_length() == len(text.tokens)
+            assert (self.lm.stats - before).tokens_computed == 0
+
+    def check(self, actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL, equal_nan=True)
+
+
+AnyUse.TestCase.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+TestAnyUse = AnyUse.TestCase
+
+
+# Counted
+
+
+@pytest.mark.parametrize("pass_tokens", [8, 32, 256])
+def test_a_forest_ten_times_over_the_budget_is_computed_once(model, tokenizer, pass_tokens):
+    """And at no time is more held than the budget and one pass."""
+    lm = make_lm(model, tokenizer, 0, pass_tokens)
+    texts = wide_forest(lm, num_branches=20)
+    distinct = num_distinct(texts)
+    lm = make_lm(model, tokenizer, distinct // 10, pass_tokens)
+    texts = wide_forest(lm, num_branches=20)
+    peaks = []
+    compute = lm._evaluator.executor.compute
+
+    def compute_and_note(spans, **options):
+        blocks = compute(spans, **options)
+        peaks.append(lm._evaluator.memory.num_bytes + sum(block.num_bytes for block in blocks if block is not None))
+        return blocks
+
+    lm._evaluator.executor.compute = compute_and_note
+    before = lm.stats
+    evaluate(texts)
+    done = lm.stats - before
+    assert distinct <= done.tokens_computed <= 1.2 * distinct
+    assert done.tokens_recomputed == done.tokens_computed - distinct
+    assert max(peaks) <= (distinct // 10 + pass_tokens) * TOKEN_BYTES
+    assert len(peaks) == done.forward_passes
+
+
+def test_scoring_a_forest_over_the_budget_reads_each_pass_before_it_goes(model, tokenizer):
+    lm = make_lm(model, tokenizer, 40)
+    texts = wide_forest(lm)
+    before = lm.stats
+    for text, logprobs in zip(texts, lm.token_logprobs(texts), strict=True):
+        expected = plain_token_logprobs(model, text.tokens)
+        torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    assert (lm.stats - before).tokens_computed <= 1.2 * num_distinct(texts)
+
+
+def test_keys_and_values_go_first_and_results_stay(model, tokenizer):
+    """A budget for all states and the keys of little more than one path: reading all results needs no forward."""
+    lm = make_lm(model, tokenizer, 0)
+    num_tokens = num_distinct(wide_forest(lm))
+    lm = LM(model, tokenizer, memory_bytes=num_tokens * STATE_BYTES + 80 * KEY_BYTES, max_tokens_per_forward=16)
+    texts = wide_forest(lm)
+    reprs = evaluate(texts)
+    before = lm.stats
+    for text, found in zip(texts, reprs, strict=True):
+        torch.testing.assert_close(found.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        expected = plain_token_logprobs(model, text.tokens)
+        torch.testing.assert_close(found.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    evaluate(texts)
+    assert (lm.stats - before).tokens_computed == 0
+
+    continued = texts[0] + " And so on."
+    torch.testing.assert_close(continued.logits, plain_logits(model, continued.tokens)[-1], rtol=0, atol=ATOL)
+    done = lm.stats - before
+    assert done.tokens_recomputed > 0
+    assert done.tokens_computed <= len(continued.tokens)
+
+
+def test_what_was_used_last_stays(model, tokenizer):
+    """Room for two of three texts: the one that was not used for longest goes."""
+    strings = ["The cat sat on the mat", "General Kenobi was here", "Question: What is it?"]
+    longest = max(len(Text(string, LM(model, tokenizer)).tokens) for string in strings)
+    lm = make_lm(model, tokenizer, 2 * longest)
+    first, second, third = (Text(string, lm) for string in strings)
+    evaluate([first, second])
+    evaluate(first)
+    evaluate(third)
+    evaluator = lm._evaluator
+    held = [evaluator.forest.num_computed(text.tokens) == len(text.tokens) for text in (first, second, third)]
+    assert held == [True, False, True]
+
+
+def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
+    """Counted in storages: spans of one pass share tensors, and dropping some of them makes those smaller."""
+    lm = make_lm(model, tokenizer, 60, pass_tokens=512)
+    evaluate(wide_forest(lm))
+    gc.collect()
+    blocks = list(lm._evaluator.memory._blocks)
+    tensors = [t for block in blocks for t in vars(block).values() if isinstance(t, torch.Tensor)]
+    tensors += [t for block in blocks for ts in vars(block).values() if isinstance(ts, list) for t in ts]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert sum(storages.values()) == lm.stats.bytes_held <= 60 * TOKEN_BYTES
+
+
+def test_a_text_larger_than_the_budget_is_computed_and_then_dropped(model, tokenizer):
+    lm = make_lm(model, tokenizer, 3)
+    text = Text("Question: What is 12 + 34? The cat sat on the mat.", lm)
+    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert lm.stats.bytes_held <= 3 * TOKEN_BYTES
+
+
+def test_spans_that_hold_nothing_do_not_pile_up(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("backprompt.evaluator.MAX_EMPTY_SPANS", 20)
+    lm = make_lm(model, tokenizer, 10)
+    for number in range(100):
+        evaluate(Text(f"{number} cats", lm))
+        assert len(list(lm._evaluator.forest.spans())) <= 40
+
+
+def test_logits_are_those_of_their_own_text_after_a_clear(model, tokenizer):
+    """Old representations, and rows in the pool that texts computed again have left there."""
+    lm = make_lm(model, tokenizer, 1000)
+    texts = wide_forest(lm, num_branches=2, num_leaves=2)
+    old = evaluate(texts)
+    lm.clear()
+    for reads in ([texts[0].logits, old[0].logits], [old[2].logits], [old[1].token_logprobs], [texts[1].logits]):
+        assert reads
+    for text, found in zip(texts, old, strict=True):
+        torch.testing.assert_close(found.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+
+
+def test_a_failed_compaction_leaves_nothing_half_cut(model, tokenizer, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    lm = make_lm(model, tokenizer, 60)
+    texts = wide_forest(lm)
+    with monkeypatch.context() as patch:
+        patch.setattr("backprompt.cache.States.keep", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            [evaluate(texts[:num_texts]) for num_texts in range(1, len(texts))]
+    assert lm.stats.bytes_held == 0
+    for text in texts:
+        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+
+
+# Pins
+
+
+def test_a_pin_holds_a_text_and_is_counted(model, tokenizer):
+    lm = make_lm(model, tokenizer, 60)
+    context = Text("Question: What is 12 + 34? ", lm)
+    with context.pin() as pin:
+        assert pin.num_bytes == len(context.tokens) * TOKEN_BYTES
+        evaluate([Text(f"{number} cats sat on the mat", lm) for number in range(50)])
+        before = lm.stats
+        evaluate(context + "46")
+        kept = len(context.tokens) - 1  # the last token may merge with what follows
+        assert (lm.stats - before).tokens_computed <= len((context + "46").tokens) - kept
+        assert "held" in repr(pin)
+    assert pin.num_bytes == 0
+    assert "released" in repr(pin)
+    pin.release()
+    evaluate([Text(f"{number} cats sat on the mat", lm) for number in range(50, 100)])
+    before = lm.stats
+    context.pin().release()
+    assert (lm.stats - before).tokens_recomputed > 0
+
+
+def test_pins_over_the_budget_are_refused_before_anything_is_computed(model, tokenizer):
+    lm = make_lm(model, tokenizer, 30)
+    first, second = (
+        Text("Question: What is 12 + 34?", lm),
+        Text("The cat sat on the mat and would not go away at all.", lm),
+    )
+    pin = first.pin()
+    before = lm.stats
+    with pytest.raises(MemoryBudgetError, match="Release other pins") as error:
+        second.pin()
+    assert isinstance(error.value, MemoryError)
+    assert (lm.stats - before).tokens_computed == 0
+    first.pin().release()  # what is pinned already takes nothing more
+    pin.release()
+    second.pin().release()
+
+
+def test_a_pin_of_what_was_cleared_or_changed_holds_nothing(tokenizer):
+    model = FAMILIES["gpt2"]()
+    lm = make_lm(model, tokenizer, 100)
+    text = Text("The cat sat", lm)
+    cleared = text.pin()
+    lm.clear()
+    assert lm.stats.bytes_held == 0
+    cleared.release()
+    changed = text.pin()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight += 0.1
+    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    changed.release()
+    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+
+
+# What the budget may be
+
+
+@pytest.mark.parametrize(
+    ("given_", "num_bytes"),
+    [(0, 0), (123, 123), ("123", 123), ("2 GB", 2 * 10**9), ("1.5kb", 1500), ("2 GiB", 2 << 30), ("3M", 3 * 10**6)],
+)
+def test_budgets_that_are_understood(given_, num_bytes):
+    assert parse_bytes(given_) == num_bytes
+
+
+@pytest.mark.parametrize("given_", [-1, 1.5, True, "", "two", "-1 GB", "1 PB", None, "nan"])
+def test_budgets_that_are_not(given_):
+    with pytest.raises(ValueError, match="memory_bytes must be"):
+        parse_bytes(given_)
+
+
+def test_the_default_is_a_share_of_what_is_free(model, tokenizer):
+    default = default_max_bytes(torch.device("cpu"))
+    assert 10**6 < default < 10**13
+    assert LM(model, tokenizer)._evaluator.memory.max_bytes == pytest.approx(default, rel=0.5)
+    with pytest.raises(ValueError, match="2 GB"):
+        LM(model, tokenizer, memory_bytes="a lot")
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(num_tokens=st.integers(0, 150), order=st.permutations(range(9)))
+def test_no_budget_costs_more_than_one_text_after_the_other_would(num_tokens, order, model, tokenizer):
+    """Whatever is dropped: an evaluation never forwards more than the texts' own tokens, each text alone."""
+    lm = make_lm(model, tokenizer, num_tokens)
+    texts = [wide_forest(lm, num_branches=3, num_leaves=3)[idx] for idx in order]
+    before = lm.stats
+    evaluate(texts)
+    assert (lm.stats - before).tokens_computed <= sum(len(text.tokens) for text in texts)
