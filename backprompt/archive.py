@@ -15,11 +15,11 @@ from typing import Literal, TypeAlias
 import torch
 
 from backprompt.cache import Block, BlockRows, KeysValues, States, gather, keys_values_of, states_of
-from backprompt.errors import NoStoreError
+from backprompt.errors import StoreVersionError
 from backprompt.identity import extend_key
 from backprompt.plan import missing_spans
 from backprompt.radix import Forest, Span
-from backprompt.store.base import Entry, Header, Run, Store
+from backprompt.store.base import Entry, Header, Store
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,15 @@ class Root:
     model: str
     tokenizer: str
     dtype: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The blocks that a visit to the store made, of how many tokens something was loaded, and whether it broke off."""
+
+    blocks: list[Block]
+    num_tokens: int
+    is_cut: bool
 
 
 class Archive:
@@ -62,20 +71,23 @@ class Archive:
         self._root: Root | None = None
         self._decode = decode
         self._device = device
-        self._can_write = True
+        self._can_read = self._can_write = True
 
-    def load(self, forest: Forest, ends: Iterable[Span], *, with_keys: bool) -> tuple[list[Block], int]:
-        """Let the spans on the way to `ends` hold what the store has of them.
-
-        Returns the blocks that were made, and of how many tokens something was loaded.
-        """
+    def load(self, forest: Forest, ends: Iterable[Span], max_bytes: int, *, with_keys: bool) -> Loaded:
+        """Let the spans on the way to `ends` hold what the store has of them, until `max_bytes` are exceeded."""
         ends = list(ends)
-        reader = _Reader(self._store, self._key_of, self._device)
-        for kind in ("states", "rows"):
-            missing = missing_spans(ends, with_keys=with_keys)
-            # States of what holds none; keys and values of what holds states, as the others were not found just now.
-            self._load(kind, forest, [span for span in missing if (span.states is None) == (kind == "states")], reader)
-        return reader.blocks, reader.num_tokens
+        reader = _Reader(self._store, self._key_of, self._device, max_bytes)
+        kinds: tuple[_Kind, ...] = ("states", "rows") if self._can_read else ()
+        try:
+            for kind in kinds:
+                missing = missing_spans(ends, with_keys=with_keys)
+                # States of what holds none; keys and values of what holds states: the others were not found just now.
+                spans = [span for span in missing if (span.states is None) == (kind == "states")]
+                self._load(kind, forest, spans, reader)
+        except (OSError, StoreVersionError) as error:
+            self._can_read = False
+            logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
+        return Loaded(reader.blocks, reader.num_tokens, reader.is_full)
 
     def save_new(self, spans: Iterable[Span]) -> None:
         """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
@@ -90,12 +102,14 @@ class Archive:
         """Store all of a text that holds its keys and values.
 
         Raises:
-            NoStoreError: the store takes nothing.
             OSError: it cannot be written.
 
         """
-        if self._store.persist == "never":
-            raise NoStoreError(f'{self._store!r} was opened with persist="never". Open it with "explicit" or "always".')
+        reader = _Reader(self._store, self._key_of, self._device, 0)
+        is_stored = True  # asked for anew: others may have deleted entries
+        for span in end.path():
+            found = reader.find(span) if is_stored else None
+            is_stored = span.is_stored = found is not None and found.num_tokens == len(span.token_ids)
         run = _unstored(end)
         if run:
             self._put(run)
@@ -183,88 +197,81 @@ class Archive:
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows `start..start + num_tokens` of an entry are a beginning of a span."""
+    """Rows `first..first + num_tokens` of an entry are said to be a beginning of a span."""
 
     name: str
-    start: int
+    first: int
     num_tokens: int
+    token_ids: tuple[int, ...]  # that the entry must begin with for this to be true
+    start: bytes  # and the key that it must begin at
 
 
 class _Reader:
-    """One visit to the store: each question asked once, each entry read once."""
+    """One visit to the store: each entry is read once, and no more than `max_bytes` and one entry."""
 
-    def __init__(self, store: Store, key_of: Callable[[Span], bytes], device: torch.device) -> None:
+    def __init__(self, store: Store, key_of: Callable[[Span], bytes], device: torch.device, max_bytes: int) -> None:
         self.blocks: list[Block] = []
         self.num_tokens = 0
+        self.is_full = False
         self._store = store
         self._key_of = key_of
         self._device = device
-        self._runs: dict[tuple[bytes, int], Sequence[Run]] = {}
-        self._entries: dict[tuple[str, _Kind], Entry | None] = {}
+        self._room = max_bytes
+        self._last: tuple[str, _Kind, Entry | None] | None = None  # spans of one entry come one after the other
 
     def find(self, span: Span) -> _Found | None:
         """Return the longest stored beginning of the span: of an entry that begins with it, or runs through to it."""
-        between: tuple[int, ...] = ()
-        first = span
-        best: _Found | None = None
+        first, between = span, 0
+        token_ids = span.token_ids
         while first.parent is not None:
-            for run in self._starting_at(self._key_of(first.parent), first.token_ids[0]):
-                if run.token_ids[: len(between)] == between:
-                    num_tokens = _num_common(run.token_ids, len(between), span.token_ids)
-                    if num_tokens > (best.num_tokens if best is not None else 0):
-                        best = _Found(run.name, len(between), num_tokens)
-            if best is not None:
-                return best
+            start = self._key_of(first.parent)
+            match = self._store.longest(start.hex(), token_ids)
+            if match is not None and match.num_tokens > between:
+                return _Found(match.name, between, match.num_tokens - between, token_ids[: match.num_tokens], start)
             first = first.parent
-            between = first.token_ids + between
+            if not first.is_stored:
+                break  # no entry runs through what is not stored
+            between += len(first.token_ids)
+            token_ids = first.token_ids + token_ids
         return None
 
     def read(self, kind: _Kind, found: _Found) -> Block | None:
-        """Return these rows as a block of their own; None if the entry turns out to be damaged or gone."""
+        """Return these rows as a block; None if the entry is gone, damaged or another one, or there is no room."""
+        if self._room < 0:
+            self.is_full = True
+            return None
         entry = self._entry(found.name, kind)
         if entry is None:
             return None
-        rows = slice(found.start, found.start + found.num_tokens)
+        header = entry.header
+        if header.start != found.start.hex() or header.token_ids[: len(found.token_ids)] != found.token_ids:
+            logger.warning("The index of %r names another entry than it should; the entry is not used.", self._store)
+            return None
 
         def cut(name: str, dim: int) -> torch.Tensor:
-            tensor = entry.tensors[name].narrow(dim, rows.start, found.num_tokens)
+            tensor = entry.tensors[name].narrow(dim, found.first, found.num_tokens)
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device).copy_(tensor)
 
         block: Block
         if kind == "states":
+            rows = slice(found.first, found.first + found.num_tokens)
             block = States(cut("hidden", 0), cut("logprobs", 0), entry.tensors["has_logprobs"][rows].clone())
             self.num_tokens += found.num_tokens
         else:
-            num_layers = sum(name.startswith("keys.") for name in entry.tensors)
-            layers = range(num_layers)
+            layers = range(sum(name.startswith("keys.") for name in entry.tensors))
             block = KeysValues([cut(f"keys.{i}", 1) for i in layers], [cut(f"values.{i}", 1) for i in layers])
         self.blocks.append(block)
+        self._room -= block.num_bytes
         return block
 
     def _entry(self, name: str, kind: _Kind) -> Entry | None:
-        if (name, kind) not in self._entries:
-            if kind == "states":
-                self._entries[name, kind] = self._store.get(name, ("hidden", "logprobs", "has_logprobs"))
-            else:
-                self._entries[name, kind] = self._store.get(name)
-        return self._entries[name, kind]
-
-    def _starting_at(self, key: bytes, token_id: int) -> Sequence[Run]:
-        if (key, token_id) not in self._runs:
-            self._runs[key, token_id] = self._store.starting_at(key.hex(), token_id)
-        return self._runs[key, token_id]
+        if self._last is None or self._last[:2] != (name, kind):
+            names = ("hidden", "logprobs", "has_logprobs") if kind == "states" else None
+            self._last = (name, kind, self._store.get(name, names))
+        return self._last[2]
 
 
 def _unstored(span: Span) -> list[Span]:
     """Return what is not stored on the way to the span, it included."""
     path = span.path()
     return path[next((idx for idx, part in enumerate(path) if not part.is_stored), len(path)) :]
-
-
-def _num_common(run_ids: tuple[int, ...], offset: int, span_ids: tuple[int, ...]) -> int:
-    num_common = 0
-    for idx, token_id in enumerate(span_ids):
-        if offset + idx == len(run_ids) or run_ids[offset + idx] != token_id:
-            break
-        num_common += 1
-    return num_common

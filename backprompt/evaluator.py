@@ -113,14 +113,8 @@ class Evaluator:
                 end.num_pins -= 1
             return
         self.counters.tokens_requested += len(token_ids)
-        with self._inserted([token_ids]) as (end,):
-            end.num_pins += 1
-            try:
-                self._compute([end], with_keys=with_keys)
-                yield end
-            finally:
-                end.num_pins -= 1
-                self._make_room()
+        with self._computed(token_ids, with_keys=with_keys) as end:
+            yield end
 
     def pin(self, token_ids: tuple[int, ...]) -> Span:
         """Compute a text and hold all of it until `unpin`.
@@ -147,11 +141,11 @@ class Evaluator:
             self._pinned[end] = self._pinned.get(end, 0) + 1
         return end
 
-    def save(self, token_ids: tuple[int, ...], end: Span) -> None:
-        """Write a text to the store, computed again if it was dropped."""
+    def save(self, token_ids: tuple[int, ...]) -> None:
+        """Write a text to the store, computed if need be."""
         assert self._archive is not None
-        with self.held(token_ids, end, with_keys=True) as held:
-            self._archive.save(held)
+        with self._computed(token_ids, with_keys=True) as end:
+            self._archive.save(end)
 
     def unpin(self, end: Span) -> None:
         """Undo one `pin`."""
@@ -249,6 +243,18 @@ class Evaluator:
         return [found[idx] for idx in range(len(texts))]
 
     @contextmanager
+    def _computed(self, token_ids: tuple[int, ...], *, with_keys: bool) -> Iterator[Span]:
+        """Compute what is missing of a text and hold it for as long as the context lasts."""
+        with self._inserted([token_ids]) as (end,):
+            end.num_pins += 1
+            try:
+                self._compute([end], with_keys=with_keys)
+                yield end
+            finally:
+                end.num_pins -= 1
+                self._make_room()
+
+    @contextmanager
     def _inserted(self, texts: Sequence[tuple[int, ...]]) -> Iterator[list[Span]]:
         """Yield the ends of texts in the forest; after an error, what holds nothing leaves it."""
         self._probe_once()
@@ -271,11 +277,11 @@ class Evaluator:
 
         What is dropped although a later pass needs it is planned and forwarded again.
         """
-        ends = list(ends)
         waiting = dict.fromkeys(end for end in ends if not _is_held(end, with_keys))
         while waiting:
-            if self._archive is not None:
-                self._load(waiting, with_keys=with_keys)
+            if self._archive is not None and self._load(waiting, with_keys=with_keys):
+                self._collect_and_make_room(before_eviction)
+                continue  # with what there was no room for
             passes = cut_into_passes(self.forest, missing_spans(waiting, with_keys=with_keys), self._max_tokens)
             last_uses = _last_uses(passes)
             for pass_idx, spans in enumerate(passes):
@@ -289,33 +295,42 @@ class Evaluator:
                         before_eviction()
                     following = passes[pass_idx + 1] if pass_idx + 1 < len(passes) else ()
                     self._evict(last_uses, pass_idx + 1, following)
-            if not passes and self.memory.is_exceeded:  # by what was loaded
-                if before_eviction is not None:
-                    before_eviction()
-                self._make_room()
+        self._collect_and_make_room(before_eviction)  # where only the store was asked
 
-    def _load(self, waiting: dict[Span, None], *, with_keys: bool) -> None:
-        """Take from the store what it has, and from `waiting` what needs no forward any more."""
+    def _load(self, waiting: dict[Span, None], *, with_keys: bool) -> bool:
+        """Take from the store what it has, and from `waiting` what needs no forward any more.
+
+        Returns whether to ask again: there was no room for more, and something came of what was loaded.
+        """
         assert self._archive is not None
-        blocks, num_tokens = self._archive.load(self.forest, waiting, with_keys=with_keys)
-        self.memory.add(blocks)
-        self.counters.tokens_loaded += num_tokens
-        for end in [end for end in waiting if _is_held(end, with_keys)]:
+        room = max(0, self.memory.max_bytes - self.memory.num_bytes) + self._max_tokens * self.executor.token_bytes
+        loaded = self._archive.load(self.forest, waiting, room, with_keys=with_keys)
+        self.memory.add(loaded.blocks)
+        self.counters.tokens_loaded += loaded.num_tokens
+        ready = [end for end in waiting if _is_held(end, with_keys)]
+        for end in ready:
             del waiting[end]
+        return loaded.is_cut and bool(ready)
+
+    def _collect_and_make_room(self, before_eviction: Callable[[], None] | None) -> None:
+        if self.memory.is_exceeded:
+            if before_eviction is not None:
+                before_eviction()
+            self._make_room()
 
     def _forward(self, spans: Sequence[Span]) -> None:
         started = time.perf_counter()
         num_tokens = sum(len(span.token_ids) for span in spans)
         num_recomputed = sum(len(span.token_ids) for span in spans if span.was_computed)
         self.memory.add(self.executor.compute(spans))
-        if self._archive is not None:
-            self._archive.save_new(spans)
         for span in spans:
             span.was_computed = True
         self.counters.forward_passes += 1
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
+        if self._archive is not None:
+            self._archive.save_new(spans)
 
     def _make_room(self) -> None:
         self._evict({}, 0, ())

@@ -149,6 +149,8 @@ class LM:
         self._content_hash: str | None = None
         self._tokenizer_copy = PrivateTokenizer(tokenizer)
         self._encoder = Encoder(self._tokenizer_copy, joins, add_special_tokens)
+        if not isinstance(store, (str, os.PathLike, Store, type(None))):
+            raise TypeError(f"store must be a path or a backprompt.Store, not {type(store).__name__}.")
         self._store = DiskStore(store) if isinstance(store, (str, os.PathLike)) else store
         if self._store is not None and self._store is not store:
             weakref.finalize(self, self._store.close)  # nobody else can close it
@@ -245,10 +247,12 @@ class LM:
             raise NoStoreError(
                 "This LM has no store to save to. Give it one: load(name, store='prompts.bp') or LM(..., store=...)."
             )
+        if self._store.persist == "never":
+            raise NoStoreError(f'{self._store!r} was opened with persist="never". Open it with "explicit" or "always".')
         (text,) = self._own_texts([text])
         with self._exclusive():
-            (evaluated,) = self._evaluate([text])
-            self._evaluator.save(evaluated.token_ids, evaluated.end)
+            (token_ids,) = self._checked_ids([text])
+            self._evaluator.save(token_ids)
 
     def pin(self, text: Text) -> Pin:
         """Evaluate a text and hold all of it until it is released; see `Text.pin`."""

@@ -154,7 +154,7 @@ def _compact(kind: _Kind, spans: Iterable[Span]) -> None:
             start = stop
 
 
-def parse_bytes(given: int | str) -> int:
+def parse_bytes(given: int | str, name: str = "memory_bytes") -> int:
     """Return a number of bytes given as an int or as text: "2 GB" is 2 * 10**9, "2 GiB" is 2 * 2**30.
 
     Raises:
@@ -167,7 +167,7 @@ def parse_bytes(given: int | str) -> int:
             return int(float(match[1]) * _UNITS[match[2]])
     elif isinstance(given, int) and not isinstance(given, bool) and given >= 0:
         return given
-    raise ValueError(f'memory_bytes must be a number of bytes such as 2_000_000_000 or "2 GB", not {given!r}.')
+    raise ValueError(f'{name} must be a number of bytes such as 2_000_000_000 or "2 GB", not {given!r}.')
 
 
 def default_max_bytes(device: torch.device) -> int:

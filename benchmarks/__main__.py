@@ -36,9 +36,8 @@ def main() -> None:
 
 
 def _measure(path: Path, only: list[str] | None) -> None:
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"lines": []}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machines": {}, "lines": []}
     bench = Bench()
-    results["machine"] = describe_machine(bench.lm)
     for suite in SUITES:
         if only and suite.name not in only:
             continue
@@ -46,6 +45,7 @@ def _measure(path: Path, only: list[str] | None) -> None:
         for make in suite.workloads:
             lines.append(asdict(bench.measure(suite, make())))
             print(table(lines[-1:]), flush=True)
+        results["machines"][suite.name] = describe_machine(bench.lm)
         results["lines"] = [line for line in results["lines"] if line["suite"] != suite.name] + lines
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")  # a suite that is done is kept
 

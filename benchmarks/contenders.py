@@ -1,7 +1,7 @@
 """Ways to do the same work: the log-probabilities of every completion's tokens after its prompt.
 
 Each contender gives one list of floats a completion, prompt by prompt. The rivals are set up as well as their users
-would: tokens prepared outside of the clock, no gradients, logits only where a completion is scored.
+would: tokens prepared outside of the clock, no gradients, logits for the last rows only where the call can do that.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from benchmarks.workloads import Prompt, Workload
 
 Scores = list[list[float]]
 
-PADDED_BATCH_TOKENS = 4096
-"""Padded tokens of a batch; larger ones were not faster on two cores."""
-PADDED_BATCHES_RUN = 4
+PADDED_BATCH_TOKENS = 1024
+"""Padded tokens of a batch: of 512, 1,024, 2,048 and 4,096 the fastest on two cores."""
+CAPPR_BATCH_PROMPTS = 8
+CAPPR_HELD_TOKENS = 16_384
+"""Tokens whose keys and values CAPPr's batch of prompts holds at most, repeated for each completion: 1.2 GB."""
+PADDED_BATCHES_RUN = 12
 """Of more batches than these a sample is timed; the table says so."""
 
 
@@ -122,49 +125,95 @@ def plain_padded(model: GPT2LMHeadModel, prompts: list[EncodedPrompt]) -> Done:
     return Done(scores, num_tokens(run) / num_tokens(batches))
 
 
+class _SharedCaches:
+    """A cache for each beginning that prompts share, computed once: a longer one from the one before it."""
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        self._model = model
+        self._caches: dict[tuple[tuple[int, ...], ...], DynamicCache] = {(): DynamicCache()}
+
+    def copy_of(self, parts: tuple[tuple[int, ...], ...]) -> DynamicCache:
+        if parts not in self._caches:
+            cache = self.copy_of(parts[:-1])
+            self._model(input_ids=torch.tensor([parts[-1]]), past_key_values=cache, logits_to_keep=1)
+            self._caches[parts] = cache
+        return copy.deepcopy(self._caches[parts])
+
+
 @torch.no_grad()
 def cache_recipe(model: GPT2LMHeadModel, prompts: list[EncodedPrompt]) -> Done:
-    """The documented recipe: a cache for what all prompts share, deep-copied for each use."""
-    shared = _shared_parts(prompts)
-    prefix_cache = DynamicCache()
-    prefix = tuple(token_id for part in prompts[0].parts[:shared] for token_id in part)
-    if prefix:
-        prefix_logits = model(input_ids=torch.tensor([prefix]), past_key_values=prefix_cache, logits_to_keep=1).logits
+    """The documented recipe: a cache for what prompts share, deep-copied for each use; nested where sharing is."""
+    caches = _SharedCaches(model)
     scores: Scores = []
     for prompt in prompts:
-        cache, logits = copy.deepcopy(prefix_cache), prefix_logits if prefix else None
-        rest = tuple(token_id for part in prompt.parts[shared:] for token_id in part)
-        if rest:
-            logits = model(input_ids=torch.tensor([rest]), past_key_values=cache, logits_to_keep=1).logits
-        for completion in prompt.completions:
-            scores.append(_continue(model, copy.deepcopy(cache), logits, completion))
+        cache, rest = caches.copy_of(prompt.parts[:-1]), prompt.parts[-1]
+        if len(prompt.completions) == 1:  # one call for both
+            (completion,) = prompt.completions
+            ids = torch.tensor([rest + completion[:-1]])
+            logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=len(completion)).logits
+            scores.append(_logprobs_of(logits, torch.tensor([completion]))[0].tolist())
+            continue
+        first = model(input_ids=torch.tensor([rest]), past_key_values=cache, logits_to_keep=1).logits
+        for idx, completion in enumerate(prompt.completions):
+            logits = first
+            if len(completion) > 1:
+                own = cache if idx == len(prompt.completions) - 1 else copy.deepcopy(cache)
+                following = model(input_ids=torch.tensor([completion[:-1]]), past_key_values=own).logits
+                logits = torch.cat([first, following], dim=1)
+            scores.append(_logprobs_of(logits, torch.tensor([completion]))[0].tolist())
     return Done(scores)
 
 
 @torch.no_grad()
 def cappr_way(model: GPT2LMHeadModel, prompts: list[EncodedPrompt]) -> Done:
-    """CAPPr's: the shared part cached once; a prompt's cache repeated for a padded batch of its completions."""
-    shared = _shared_parts(prompts)
-    prefix = tuple(token_id for part in prompts[0].parts[:shared] for token_id in part)
-    prefix_cache = DynamicCache()
-    if prefix:
-        model(input_ids=torch.tensor([prefix]), past_key_values=prefix_cache, logits_to_keep=1)
-    scores: Scores = []
-    for prompt in prompts:
-        cache = copy.deepcopy(prefix_cache)
-        rest = prompt.ids[len(prefix) :]
-        last = model(input_ids=torch.tensor([rest]), past_key_values=cache, logits_to_keep=1).logits[0, -1]
-        num_past, width = len(prompt.ids), max(map(len, prompt.completions))
-        cache.batch_repeat_interleave(len(prompt.completions))
-        ids = torch.tensor([list(c) + [0] * (width - len(c)) for c in prompt.completions])
-        mask = torch.tensor([[1] * (num_past + len(c)) + [0] * (width - len(c)) for c in prompt.completions])
-        positions = torch.arange(num_past, num_past + width).expand(len(prompt.completions), -1)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-        first = last.log_softmax(dim=-1)[ids[:, 0]]  # (completions,)
-        following = _logprobs_of(logits[:, :-1], ids[:, 1:])
-        for row, completion in enumerate(prompt.completions):
-            scores.append([float(first[row]), *following[row, : len(completion) - 1].tolist()])
-    return Done(scores)
+    """CAPPr's: nested caches of what prompts share; a batch of prompts' caches repeated for all their completions."""
+    caches = _SharedCaches(model)
+    scores: dict[int, list[list[float]]] = {}
+    by_shared: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for idx, prompt in enumerate(prompts):
+        by_shared.setdefault(prompt.parts[:-1], []).append(idx)
+    for shared, indices in by_shared.items():
+        num_shared, num_each = sum(map(len, shared)), len(prompts[indices[0]].completions)
+        indices.sort(key=lambda idx: len(prompts[idx].parts[-1]))
+        size = max(1, min(CAPPR_BATCH_PROMPTS, CAPPR_HELD_TOKENS // (num_each * len(prompts[indices[-1]].ids))))
+        for start in range(0, len(indices), size):
+            batch = indices[start : start + size]
+            rests = [prompts[idx].parts[-1] for idx in batch]
+            width = max(map(len, rests))
+            ids = torch.tensor([[0] * (width - len(rest)) + list(rest) for rest in rests])
+            mask = torch.tensor([[1] * num_shared + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests])
+            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            cache = caches.copy_of(shared)
+            if num_shared:
+                cache.batch_repeat_interleave(len(batch))
+            first = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions[:, num_shared:],
+                past_key_values=cache,
+                logits_to_keep=1,
+            ).logits  # (prompts, 1, vocab)
+            logits = first.repeat_interleave(num_each, dim=0)
+            completions = [completion for idx in batch for completion in prompts[idx].completions]
+            longest = max(map(len, completions)) - 1
+            if longest:
+                cache.batch_repeat_interleave(num_each)
+                ids = torch.tensor([list(c[:-1]) + [0] * (longest + 1 - len(c)) for c in completions])
+                own = torch.tensor([[1] * (len(c) - 1) + [0] * (longest + 1 - len(c)) for c in completions])
+                starts = (positions[:, -1:] + 1).repeat_interleave(num_each, dim=0)
+                following = model(
+                    input_ids=ids,
+                    attention_mask=torch.cat([mask.repeat_interleave(num_each, dim=0), own], dim=1),
+                    position_ids=starts + torch.arange(longest),
+                    past_key_values=cache,
+                ).logits
+                logits = torch.cat([logits, following], dim=1)
+            wanted = torch.tensor([list(c) + [0] * (longest + 1 - len(c)) for c in completions])
+            logprobs = _logprobs_of(logits, wanted)
+            found = [logprobs[row, : len(c)].tolist() for row, c in enumerate(completions)]
+            for row, idx in enumerate(batch):
+                scores[idx] = found[row * num_each : (row + 1) * num_each]
+    return Done([completion for idx in range(len(prompts)) for completion in scores[idx]])
 
 
 @torch.no_grad()
@@ -194,16 +243,27 @@ def toy_way(model: GPT2LMHeadModel, prompts: list[EncodedPrompt]) -> Done:
 
 
 def generating(num_tokens: int) -> Callable[[GPT2LMHeadModel, list[EncodedPrompt]], Done]:
-    """Classify by generating: greedy continuations of all prompts, in left-padded batches; it gives no scores."""
+    """Classify by generating greedily, in padded batches that continue a shared cache; it gives no scores."""
 
     @torch.no_grad()
     def generate(model: GPT2LMHeadModel, prompts: list[EncodedPrompt]) -> Done:
+        shared = prompts[0].parts[:-1]
+        assert all(prompt.parts[:-1] == shared for prompt in prompts)
+        num_shared, caches = sum(map(len, shared)), _SharedCaches(model)
         for batch in _batches_by_length([len(prompt.ids) for prompt in prompts]):
             width = max(len(prompts[idx].ids) for idx in batch)
-            padding = [width - len(prompts[idx].ids) for idx in batch]
+            rows, masks = [], []
+            for idx in batch:
+                ids = prompts[idx].ids
+                padding = [0] * (width - len(ids))
+                rows.append([*ids[:num_shared], *padding, *ids[num_shared:]])
+                masks.append([1] * num_shared + padding + [1] * (len(ids) - num_shared))
+            cache = caches.copy_of(shared)
+            cache.batch_repeat_interleave(len(batch))
             model.generate(
-                input_ids=torch.tensor([[0] * n + list(prompts[i].ids) for n, i in zip(padding, batch, strict=True)]),
-                attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding]),
+                input_ids=torch.tensor(rows),
+                attention_mask=torch.tensor(masks),
+                past_key_values=cache,
                 min_new_tokens=num_tokens,
                 max_new_tokens=num_tokens,
                 do_sample=False,
@@ -224,26 +284,9 @@ RIVALS: dict[str, Callable[[GPT2LMHeadModel, list[EncodedPrompt]], Done]] = {
 }
 
 
-def _continue(
-    model: GPT2LMHeadModel, cache: DynamicCache, logits: Tensor | None, completion: tuple[int, ...]
-) -> list[float]:
-    assert logits is not None
-    ids = torch.tensor([completion])
-    following = model(input_ids=ids, past_key_values=cache).logits[:, :-1]
-    return _logprobs_of(torch.cat([logits[:, -1:], following], dim=1), ids)[0].tolist()
-
-
 def _logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities of `ids` (..., tokens) under `logits` (..., tokens, vocab)."""
     return logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
-
-
-def _shared_parts(prompts: list[EncodedPrompt]) -> int:
-    """How many parts all prompts begin with; the last part of a prompt is always its own."""
-    shared = 0
-    while all(len(p.parts) > shared + 1 and p.parts[shared] == prompts[0].parts[shared] for p in prompts):
-        shared += 1
-    return shared
 
 
 def _batches_by_length(lengths: list[int]) -> Iterator[list[int]]:

@@ -24,10 +24,11 @@ class Spread:
     median: float
     lowest: float
     highest: float
+    values: list[float]
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
+        return cls(statistics.median(values), min(values), max(values), values)
 
     @classmethod
     def of_ratios(cls, numerators: list[float], denominators: list[float]) -> Spread:
@@ -77,16 +78,18 @@ def matmul_seconds(model: GPT2LMHeadModel, pass_sizes: list[int], num_logit_rows
             torch.mm(hidden[:rows], head, out=logits[:rows])
 
     with torch.no_grad():
+        work()  # touches all memory once
         return seconds_of(work)
 
 
 def dense_seconds(model: GPT2LMHeadModel, num_tokens: int, num_logit_rows: int, rows_in_a_slice: int) -> float:
-    """The plain model's own dense forward of as many tokens, in rows of 512, and its head for as many rows."""
-    ids = torch.zeros((1, 512), dtype=torch.long)
+    """The plain model's forward of as many tokens, in equal rows of at most 512, and its head for as many rows."""
+    num_rows = -(-num_tokens // 512)
+    ids = torch.zeros((1, -(-num_tokens // num_rows)), dtype=torch.long)
     hidden = torch.randn(rows_in_a_slice, model.config.n_embd)
 
     def work() -> None:
-        for rows in _slices(num_tokens, 512):
+        for rows in _slices(num_tokens, ids.shape[1]):
             model.transformer(input_ids=ids[:, :rows], use_cache=False)
         for rows in _slices(num_logit_rows, rows_in_a_slice):
             model.lm_head(hidden[:rows])

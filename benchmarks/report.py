@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,20 @@ def summary(lines: list[Line]) -> str:
         ours = line["seconds"]["backprompt"]["median"]
         cells = []
         for name in rivals:
-            theirs = line["seconds"].get(name, {}).get("median")
-            cells.append("" if theirs is None else f"{_seconds(line, name)} ({theirs / ours:.1f}x)")
+            cells.append(f"{_seconds(line, name)} ({_times(line, name)})" if name in line["seconds"] else "")
         rows.append(
             [line["workload"], f"{line['tokens_in_strings']:,}", f"{line['tokens_computed']:,}", f"{ours:.1f}", *cells]
         )
     return _markdown(headings, rows)
+
+
+def again(line: Line) -> str:
+    """What evaluating cached texts costs."""
+    seconds, num_texts = line["seconds_to_evaluate_again"], line["num_texts"]
+    return (
+        f"Evaluating {num_texts:,} texts that are cached takes {seconds:.3f} s, {1e6 * seconds / num_texts:.1f} "
+        "microseconds a text (the best of five)."
+    )
 
 
 def write_tables(results: dict[str, Any]) -> None:
@@ -92,19 +101,21 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
         suites.setdefault(line["suite"], []).append(line)
     tables = {f"table {name}": table(lines) for name, lines in suites.items()}
     tables["summary"] = summary(suites.get("five", []) + suites.get("others", []))
-    tables["machine"] = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    leaves = suites.get("leaves", [])
+    tables["again"] = "\n".join(map(again, leaves))
+    machines = dict.fromkeys(
+        ", ".join(f"{key} {value}" for key, value in machine.items()) for machine in results["machines"].values()
+    )
+    tables["machine"] = "\n".join(machines)
     return tables
 
 
 def with_tables(page: str, tables: dict[str, str]) -> str:
-    """The page with every marked part replaced.
-
-    Raises:
-        KeyError: a marker names no table.
-
-    """
+    """The page with every marked part replaced; one whose suite was not measured stays as it is."""
 
     def replace(match: re.Match[str]) -> str:
+        if match[1] not in tables:
+            return match[0]
         return f"<!-- {match[1]} -->\n{tables[match[1]]}\n<!-- /{match[1]} -->"
 
     return re.sub(r"<!-- ((?:table )?\w+) -->\n.*?<!-- /\1 -->", replace, page, flags=re.DOTALL)
@@ -115,8 +126,10 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
 
 def draw_plots(results: dict[str, Any], folder: Path) -> None:
     """Write each plot for light and for dark pages."""
-    from matplotlib.figure import Figure  # only plots need it
+    import matplotlib as mpl  # only plots need it
+    from matplotlib.figure import Figure
 
+    mpl.rcParams["svg.hashsalt"] = "backprompt"  # the same numbers give the same file
     folder.mkdir(exist_ok=True)
     for theme, ink in (("light", "#24292f"), ("dark", "#e6edf3")):
         for name, (suite, draw) in PLOTS.items():
@@ -147,7 +160,7 @@ def _of(lines: list[Line], *suites: str) -> list[Line]:
 
 
 def _bars(axes: Any, lines: list[Line]) -> None:
-    chosen = _of(lines, "five", "others")[::-1]
+    chosen = (_of(lines, "five") + _of(lines, "others"))[::-1]
     names = ("backprompt", "plain padded", "cache recipe (deepcopy)", "CAPPr's way", "original toy")
     height = 0.84 / len(names)
     for name_idx, name in enumerate(names):
@@ -156,6 +169,7 @@ def _bars(axes: Any, lines: list[Line]) -> None:
         axes.barh(places, [s for s in seconds if s is not None], height, label=name, color=_colour(name))
     axes.set_yticks(range(len(chosen)), [line["workload"] for line in chosen], fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("seconds, log scale; shorter is better")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.figure.set_size_inches(8.2, 4.6)
@@ -236,6 +250,13 @@ def _seconds(line: Line, name: str) -> str:
     if spread is None:
         return ""
     return ("~" if name in line["sampled"] else "") + f"{spread['median']:.1f}"
+
+
+def _times(line: Line, name: str) -> str:
+    """How many times as long a rival takes: the median over the rounds in which it ran, two digits."""
+    pairs = zip(line["seconds"][name]["values"], line["seconds"]["backprompt"]["values"])  # noqa: B905  # it ran in fewer
+    ratio = statistics.median(theirs / ours for theirs, ours in pairs)
+    return f"{ratio:.1f}x" if ratio < 9.95 else f"{float(f'{ratio:.1e}'):.0f}x"
 
 
 def _megabytes(line: Line, name: str) -> str:

@@ -25,7 +25,7 @@ METAL, DARK_METAL, GLOW, RED = (176, 186, 200), (92, 102, 120), (118, 235, 214),
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw the picture at the top of the README.")
+    parser = argparse.ArgumentParser(description="Draw meme.jpg, at the top level of the repository.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "meme.jpg", metavar="FILE")
     draw_meme().save(parser.parse_args(argv).output, quality=88, optimize=True)
 

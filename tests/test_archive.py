@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from backprompt import LM, NoStoreError, Text, evaluate
 from backprompt.store import DiskStore, MemoryStore
+from backprompt.store.disk import _packed
 from reference import plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
@@ -186,6 +187,64 @@ def test_a_full_disk_stops_nothing_and_is_said_once(model, tokenizer, tmp_path, 
         assert_plain(model, Text(SHOTS + f"And {number} is a number as good as any other.", lm))
     assert caplog.text.count("cannot be written to") == 1
     assert list((tmp_path / "prompts.bp").glob("entries/*/*")) == []
+
+
+def test_an_index_that_is_wrong_gives_no_wrong_numbers(model, tokenizer, tmp_path, caplog):
+    """Token ids in the index are those of another text: the entry itself says so."""
+    ids = tuple(range(5, 45))
+    other = (*ids[:-1], 99)
+    with DiskStore(tmp_path / "prompts.bp") as store:
+        evaluate(Text.from_tokens(ids, LM(model, tokenizer, store=store)))
+        with store._database() as index:
+            index.execute("UPDATE entries SET token_ids = ?", (_packed(other),))
+        lm = LM(model, tokenizer, store=store)
+        assert_plain(model, Text.from_tokens(other, lm))
+        assert lm.stats.tokens_loaded == 0
+    assert "names another entry" in caplog.text
+
+
+def test_what_is_loaded_stays_within_the_budget(model, tokenizer):
+    """Many stored texts, room for few: loaded some at a time, and never computed."""
+    store = MemoryStore()
+    texts = [SHOTS + f"And number {number} is a number as good as any other." for number in range(12)]
+    lm = LM(model, tokenizer, store=store)
+    evaluate([Text(string, lm) for string in texts])
+    token_bytes = lm._evaluator.executor.token_bytes
+    lm = LM(model, tokenizer, store=store, memory_bytes=20 * token_bytes, max_tokens_per_forward=16)
+    memory, peaks = lm._evaluator.memory, []
+    add = memory.add
+    memory.add = lambda blocks: (add(blocks), peaks.append(memory.num_bytes))
+    asked = [Text(string, lm) for string in texts]
+    longest = max(len(text.tokens) for text in asked)
+    for text, logprobs in zip(asked, lm.token_logprobs(asked), strict=True):
+        expected = plain_token_logprobs(model, text.tokens)
+        torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    assert lm.stats.tokens_computed == 0
+    assert max(peaks) <= (20 + 16 + longest) * token_bytes
+    assert lm.stats.bytes_held <= 20 * token_bytes
+
+
+def test_saving_again_what_somebody_deleted(model, tokenizer):
+    store = MemoryStore(persist="explicit")
+    text = Text(SHOTS, LM(model, tokenizer, store=store))
+    text.save()
+    (header,) = store.list()
+    store.delete(header.name)
+    text.save()
+    assert [again.name for again in store.list()] == [header.name]
+
+
+def test_a_store_that_cannot_be_read_stops_nothing(model, tokenizer, tmp_path, caplog):
+    store = DiskStore(tmp_path / "prompts.bp")
+    lm = LM(model, tokenizer, store=store)
+    evaluate(Text(SHOTS, lm))
+    store.close()
+    lm = LM(model, tokenizer, store=store)
+    for number in range(3):
+        assert_plain(model, Text(f"{SHOTS}{number}", lm))
+    assert caplog.text.count("cannot be read") == 1
+    with pytest.raises(TypeError, match="a path or a"):
+        LM(model, tokenizer, store=5)
 
 
 def test_a_damaged_entry_is_computed_again_and_stored_again(model, tokenizer, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """The README's code runs as it stands, and the public names are those that it and the design speak of."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import backprompt
+from benchmarks.report import tables_of, with_tables
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -51,3 +53,45 @@ def test_every_error_is_also_a_built_in_kind() -> None:
         if error is not backprompt.BackpromptError:
             assert issubclass(error, backprompt.BackpromptError)
             assert any(base.__module__ == "builtins" and base is not Exception for base in error.__bases__)
+
+
+# Numbers
+
+
+ROOT = README.parent
+
+
+def test_tables_are_those_of_the_committed_results() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+    tables = tables_of(results)
+    for path in (README, ROOT / "benchmarks" / "README.md"):
+        page = path.read_text(encoding="utf-8")
+        assert page.count("<!-- /") >= 1
+        assert with_tables(page, tables) == page, "run: python -m benchmarks --report"
+
+
+def test_what_is_said_of_the_demo_is_what_it_printed() -> None:
+    """Every number of the sentence on the demo stands in its committed output."""
+    output = (ROOT / "examples" / "output" / "intents.txt").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"two\s+cores: (.*?)\n\n", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    numbers = re.findall(r"\d[\d,.]*\d|\d", sentence)
+    assert len(numbers) >= 4
+    assert [number for number in numbers if number not in re.findall(r"\d[\d,.]*\d|\d", output)] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "examples/README.md", "docs/design.md"])
+def test_links_point_at_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) + re.findall(r'(?:src|srcset)="([^":]+)"', text)
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+
+
+def test_examples_readme_shows_committed_output() -> None:
+    """Each block is cut from what the example printed; [...] stands for lines left out."""
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    blocks = [block for language, block in re.findall(r"```(\w*)\n(.*?)```", page, flags=re.DOTALL) if not language]
+    outputs = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples" / "output").glob("*.txt"))]
+    assert len(blocks) == len(outputs) == 3
+    for block in blocks:
+        pieces = block.split("[...]\n")
+        assert any(all(piece in output for piece in pieces) for output in outputs), block

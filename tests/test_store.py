@@ -1,5 +1,6 @@
 """Stores: one contract for all, and what a folder must survive: crashes, flipped bytes, full disks, many writers."""
 
+import dataclasses
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from backprompt.errors import StoreVersionError
-from backprompt.store import DiskStore, Entry, Header, MemoryStore, Run
+from backprompt.store import DiskStore, Entry, Header, Match, MemoryStore
 from backprompt.store.file import to_bytes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool]
@@ -37,7 +39,7 @@ def make_entry(number, num_tokens=3, start="root", dtype=torch.float32, text=Non
     }
     ids = tuple((number * 31 + idx) % 1000 for idx in range(num_tokens))
     header = Header(
-        start=f"{start:>02}".replace(" ", "0"),
+        start=start,
         end=f"end{number}x{num_tokens}",
         position=7,
         token_ids=ids,
@@ -108,15 +110,23 @@ class TestContract:
         assert store.get(entries[1].header.name) is None
         assert sorted(header.name for header in store.list()) == sorted(entries[i].header.name for i in (0, 2))
 
-    def test_what_starts_at_a_key(self, store):
-        entries = [make_entry(1), make_entry(1, num_tokens=5), make_entry(2), make_entry(1, start="other")]
-        for entry in entries:
-            store.put(entry)
-        found = store.starting_at(entries[0].header.start, entries[0].header.token_ids[0])
-        expected = [Run(entry.header.name, entry.header.token_ids) for entry in entries[:2]]
-        assert sorted(found, key=lambda run: run.name) == sorted(expected, key=lambda run: run.name)
-        assert store.starting_at(entries[0].header.start, 999) == type(found)()
-        assert store.starting_at("nowhere", entries[0].header.token_ids[0]) == type(found)()
+    def test_the_longest_common_beginning_at_a_key(self, store):
+        """Against comparing with every entry, on ids of which many have beginnings in common."""
+        draw = random.Random(0)
+        runs = {tuple(draw.choices((0, 1, 256, 1 << 20), k=draw.randint(1, 6))) for _ in range(40)}
+        for number, ids in enumerate(sorted(runs)):
+            entry = make_entry(number, num_tokens=len(ids))
+            store.put(Entry(dataclasses.replace(entry.header, token_ids=ids), entry.tensors))
+        for _ in range(200):
+            asked = tuple(draw.choices((0, 1, 256, 1 << 20, 5), k=draw.randint(1, 7)))
+            common = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, asked))) for ids in runs]  # noqa: B905
+            found = store.longest("root", asked)
+            assert (found.num_tokens if found is not None else 0) == max(common)
+            if found is not None:
+                header = store.get(found.name).header
+                assert header.token_ids[: found.num_tokens] == asked[: found.num_tokens]
+        assert store.longest("elsewhere", (0, 1)) is None
+        assert isinstance(store.longest("root", min(runs)), Match)
 
     def test_listing_by_text(self, store):
         texts = ["The cat", "The", "the cat", "100%", "100_", "ünï", ""]
@@ -211,7 +221,7 @@ class AnyOperations(RuleBasedStateMachine):
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(*((DiskStore, at) if at == "_insert" else (f"backprompt.store.disk.os.{at}",)), die)
+            patch.setattr("backprompt.store.disk." + ("_insert" if at == "_insert" else f"os.{at}"), die)
             try:
                 self.store.put(entry)
             except KeyboardInterrupt:
@@ -399,6 +409,64 @@ def test_a_budget_keeps_what_was_used_last(tmp_path, monkeypatch):
     assert store.stats().num_bytes <= 3.5 * size
     assert len(store.prune(0)) == 3
     assert store.stats().num_entries == 0
+    store.put(make_entry(1, num_tokens=5000))  # larger than all that it may hold
+    assert store.stats().num_entries == 0
+
+
+def test_nothing_goes_before_what_begins_behind_it(tmp_path):
+    """A context that was not looked at for long, and what was computed behind it since."""
+    store = DiskStore(tmp_path / "store")
+    context = make_entry(0)
+    store.put(context)
+    for number in range(1, 4):
+        store.put(make_entry(number, start=context.header.end))
+    store.get(make_entry(1, start=context.header.end).header.name)
+    num_bytes = store.stats().num_bytes
+    assert context.header.name not in store.prune(num_bytes // 2)
+    assert store.stats().num_bytes <= num_bytes // 2
+    assert list(store.prune(0))[-1] == context.header.name
+
+
+def test_an_index_that_was_not_finished_is_made_anew(tmp_path, monkeypatch):
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+    for file in store.path.glob("index.sqlite*"):
+        file.unlink()
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("backprompt.store.disk._insert", die)
+        with pytest.raises(KeyboardInterrupt):
+            DiskStore(tmp_path / "store")
+    with DiskStore(tmp_path / "store") as store:
+        assert [header.text for header in store.list()] == ["text 1"]
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    DiskStore(tmp_path / "store").close()
+    left, fresh = (tmp_path / "store" / "writing" / name for name in ("left", "fresh"))
+    left.write_bytes(b"half an entry")
+    fresh.write_bytes(b"another process is at it")
+    os.utime(left, (0, 0))
+    DiskStore(tmp_path / "store").close()
+    assert not left.exists()
+    assert fresh.exists()
+
+
+def test_an_index_in_use_for_too_long_is_an_error_of_the_system(tmp_path):
+    store = DiskStore(tmp_path / "store")
+    store.close()
+    with pytest.raises(OSError, match="cannot be used"):
+        store.put(make_entry(1))
+    assert_same(store.get(make_entry(1).header.name), make_entry(1))
+
+
+@pytest.mark.parametrize("options", [{"max_bytes": "a lot"}, {"max_bytes": -1}, {"persist": "often"}])
+def test_options_that_are_none(options, tmp_path):
+    with pytest.raises(ValueError, match="must be"):
+        DiskStore(tmp_path / "store", **options)
 
 
 # Other processes

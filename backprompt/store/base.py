@@ -15,7 +15,7 @@ What every implementation promises:
 - *Shared*: any number of threads may use one store at once, and processes one folder or bucket.
 
 Nothing in it needs a file system: names are short strings, entries are bytes with a small header, and the only question
-besides get and put is "what starts at this key?", so a remote object store can stand behind it.
+besides get and put is "what begins like this at this key?", so a remote object store can stand behind it.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a lookup finds: the name of an entry and its token ids."""
+class Match:
+    """What a lookup finds: an entry, and how many of its first tokens are those that were asked for."""
 
     name: str
-    token_ids: tuple[int, ...]
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,11 @@ class Store(ABC):
         """Remove the entry; one that is not there is no error."""
 
     @abstractmethod
-    def starting_at(self, start: str, token_id: int) -> Sequence[Run]:
-        """Return all entries whose first token is this one and stands behind this key."""
+    def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
+        """Return the entry at this key that has the longest common beginning with `token_ids`; None if none has one.
+
+        A hint: whoever gets the entry compares its header with what was asked for.
+        """
 
     @abstractmethod
     def list(self, text_prefix: str = "") -> Iterator[Header]:
@@ -153,3 +156,9 @@ def check_persist(persist: Persist) -> Persist:
     if persist not in PERSIST:
         raise ValueError(f"persist must be one of {', '.join(map(repr, PERSIST))}, not {persist!r}.")
     return persist
+
+
+def num_common(some: Sequence[int], others: Sequence[int]) -> int:
+    """Return how many items two sequences have in common from the beginning."""
+    pairs = zip(some, others, strict=False)
+    return next((idx for idx, (one, other) in enumerate(pairs) if one != other), min(len(some), len(others)))

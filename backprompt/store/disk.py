@@ -16,18 +16,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sqlite3
+import struct
 import tempfile
 import threading
 import time
-from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from backprompt.errors import DamagedEntryError, StoreVersionError
-from backprompt.store.base import Entry, Header, Persist, Run, Store, check_persist
+from backprompt.memory import parse_bytes
+from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist, num_common
 from backprompt.store.file import read_entry, read_header, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -35,15 +35,27 @@ logger = logging.getLogger(__name__)
 _SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
-    name TEXT PRIMARY KEY, start TEXT NOT NULL, first_token INTEGER NOT NULL, token_ids BLOB NOT NULL,
+    name TEXT PRIMARY KEY, start TEXT NOT NULL, end TEXT NOT NULL, token_ids BLOB NOT NULL,
     position INTEGER NOT NULL, num_tokens INTEGER NOT NULL, num_bytes INTEGER NOT NULL, text TEXT NOT NULL,
     last_used REAL NOT NULL
 );
-CREATE INDEX IF NOT EXISTS by_start ON entries (start, first_token);
+CREATE INDEX IF NOT EXISTS by_start ON entries (start, token_ids);
 CREATE INDEX IF NOT EXISTS by_text ON entries (text);
 CREATE INDEX IF NOT EXISTS by_use ON entries (last_used, position);
 """
+_NEIGHBOURS = (
+    "SELECT name, token_ids FROM entries WHERE start = ? AND token_ids <= ? ORDER BY token_ids DESC LIMIT 1",
+    "SELECT name, token_ids FROM entries WHERE start = ? AND token_ids > ? ORDER BY token_ids LIMIT 1",
+)
+"""In the order of token ids, what has the longest common beginning with a sequence stands right before or after it."""
+_LEAST_VALUABLE = """
+SELECT name, num_bytes FROM entries AS entry
+WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end)
+ORDER BY last_used, position DESC LIMIT 100
+"""
+"""What nothing else begins behind: an entry is of no use without what stands before it."""
 _USES_A_BATCH = 64
+_ABANDONED_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -56,24 +68,26 @@ class StoreStats:
 
 
 class DiskStore(Store):
-    """Entries in a folder, made if it is not there.
+    """Entries in a folder, made if it is not there. A folder that cannot be written to is read.
 
     Args:
         path: the folder.
         persist: what an `LM` puts into it: see `Store`.
-        max_bytes: how much the files may take; what was not used for longest goes first.
+        max_bytes: how much the files may take, a number or text such as "10 GB"; what was not used for longest goes
+            first, and nothing before what begins behind it.
 
     Raises:
         OSError: the folder cannot be made or read.
+        StoreVersionError: a newer version of backprompt wrote it.
 
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, persist: Persist = "always", max_bytes: int | None = None
+        self, path: str | os.PathLike[str], *, persist: Persist = "always", max_bytes: int | str | None = None
     ) -> None:
         self.path = Path(path)
         self.persist = check_persist(persist)
-        self.max_bytes = max_bytes
+        self.max_bytes = None if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
         self._lock = threading.RLock()
         self._uses: dict[str, float] = {}  # name -> when it was used, not written to the index yet
         self.is_writable = self._make_folders()
@@ -84,32 +98,29 @@ class DiskStore(Store):
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
         """Return the entry after checking its bytes; a damaged one is set aside."""
-        try:
-            with open(self._file(name), "rb") as file:
-                entry = read_entry(file, tensors)
-        except FileNotFoundError:
-            self._forget(name)  # deleted by another process, or from outside
-            return None
-        except DamagedEntryError as error:
-            self._set_aside(name, error)
-            return None
-        if entry.header.name != name:
-            self._set_aside(name, DamagedEntryError(f"it is the entry {entry.header.name}"))
-            return None
-        self._note_use(name)
+        entry = self._read(name, tensors)
+        if entry is not None:
+            self._note_use(name)
         return entry
 
     def put(self, entry: Entry) -> None:
         """Write the entry beside, sync it, rename it, and note it in the index."""
+        if not self.is_writable:
+            raise PermissionError(f"{self.path} cannot be written to.")
         final = self._file(entry.header.name)
         try:
             num_bytes = final.stat().st_size
         except FileNotFoundError:
             content = to_bytes(entry)
-            self._write(final, content)
             num_bytes = len(content)
-        with self._lock, self._index:  # also where a process died between file and index
-            self._insert(entry.header, num_bytes, time.time())
+            if self.max_bytes is not None and num_bytes > self.max_bytes:
+                logger.warning(
+                    "An entry of %d bytes does not fit %s, which may take %d.", num_bytes, self, self.max_bytes
+                )
+                return
+            self._write(final, content)
+        with self._database() as index:  # also where a process died between file and index
+            _insert(index, entry.header, num_bytes, time.time())
         if self.max_bytes is not None:
             self.prune(self.max_bytes)
 
@@ -123,72 +134,112 @@ class DiskStore(Store):
             os.unlink(self._file(name))
         self._forget(name)
 
-    def starting_at(self, start: str, token_id: int) -> Sequence[Run]:
-        """Return what starts here, from the index alone."""
-        query = "SELECT name, token_ids FROM entries WHERE start = ? AND first_token = ?"
-        with self._lock:
-            rows = self._index.execute(query, (start, token_id)).fetchall()
-        return [Run(name, tuple(array("q", packed))) for name, packed in rows]
+    def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
+        """Look at the two neighbours in the index."""
+        asked = _packed(token_ids)
+        with self._database() as index:
+            rows = [row for query in _NEIGHBOURS for row in index.execute(query, (start, asked)).fetchall()]
+        matches = [Match(name, num_common(_unpacked(packed), token_ids)) for name, packed in rows]
+        best = max(matches, key=lambda match: match.num_tokens, default=None)
+        return best if best is not None and best.num_tokens else None
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
-        """Yield the headers of all entries whose text begins so."""
-        with self._lock:
-            rows = self._index.execute(
-                "SELECT name FROM entries WHERE substr(text, 1, ?) = ? ORDER BY text", (len(text_prefix), text_prefix)
-            ).fetchall()
-        yield from self._headers([name for (name,) in rows])
+        """Yield the headers of all entries whose text begins so, in the order of their texts."""
+        query = "SELECT name FROM entries WHERE substr(text, 1, ?) = ? ORDER BY text"
+        with self._database() as index:
+            names = [name for (name,) in index.execute(query, (len(text_prefix), text_prefix)).fetchall()]
+        for name in names:
+            try:
+                yield _header_of(self._file(name))
+            except FileNotFoundError:
+                continue  # deleted by another process meanwhile
+            except DamagedEntryError as error:
+                self._set_aside(name, error)
+            except StoreVersionError as error:
+                logger.warning("%s: %s", name, error)
 
     def find(self, text_prefix: str) -> Sequence[Header]:
-        """Return the headers of all entries whose text begins so, in the order of their texts."""
+        """Return what `list` yields."""
         return tuple(self.list(text_prefix))
 
     def stats(self) -> StoreStats:
         """Return how much is stored."""
-        with self._lock:
-            row = self._index.execute("SELECT count(*), total(num_tokens), total(num_bytes) FROM entries").fetchone()
+        with self._database() as index:
+            row = index.execute("SELECT count(*), total(num_tokens), total(num_bytes) FROM entries").fetchone()
         return StoreStats(*map(int, row))
 
     def verify(self) -> Sequence[str]:
         """Read every entry, set the damaged ones aside, and return their names."""
-        names = [file.stem for file in self._files()]
-        return [name for name in names if self.get(name) is None and not self.contains(name)]
+        return [file.stem for file in self._files() if self._read(file.stem, None) is None]
 
     def prune(self, max_bytes: int) -> Sequence[str]:
         """Delete what was not used for longest until at most `max_bytes` are left; return the names."""
-        self._write_uses()
-        with self._lock:
-            excess = self.stats().num_bytes - max_bytes
-            deleted: list[str] = []
-            # Used equally long ago: what stands further behind goes first, as nothing is of use without its beginning.
-            order = "SELECT name, num_bytes FROM entries ORDER BY last_used, position DESC"
-            for name, num_bytes in self._index.execute(order).fetchall() if excess > 0 else ():
-                if excess <= 0:
-                    break
-                self.delete(name)
-                deleted.append(name)
-                excess -= num_bytes
+        excess = self.stats().num_bytes - max_bytes
+        deleted: list[str] = []
+        if excess > 0:
+            self._write_uses()
+        while excess > 0:
+            with self._database() as index:
+                leaves = index.execute(_LEAST_VALUABLE).fetchall()
+            if not leaves:
+                break
+            for name, num_bytes in leaves:
+                if excess > 0:
+                    self.delete(name)
+                    deleted.append(name)
+                    excess -= num_bytes
         return deleted
 
     def rebuild(self) -> None:
         """Make the index anew from the files alone."""
-        with self._lock, self._index:
-            self._index.execute("DELETE FROM entries")
+        with self._database() as index:
+            index.execute("DELETE FROM entries")
             for file in self._files():
-                with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile
+                try:
                     status = file.stat()
-                    try:
-                        self._insert(_header_of(file), status.st_size, status.st_mtime)
-                    except DamagedEntryError as error:
-                        self._move_aside(file, error)
+                    _insert(index, _header_of(file), status.st_size, status.st_mtime)
+                except FileNotFoundError:
+                    continue  # deleted by another process meanwhile
+                except DamagedEntryError as error:
+                    self._move_aside(file, error)
+                except StoreVersionError as error:
+                    logger.warning("%s: %s", file, error)
+            index.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # only now: one that was cut off is made again
 
     def close(self) -> None:
         """Write the last uses and close the index."""
         with self._lock:
-            self._write_uses()
-            self._index.close()
+            if not self._is_closed:
+                self._write_uses()
+                self._index.close()
+                self._is_closed = True
+
+    _is_closed = False
+
+    def _file(self, name: str) -> Path:
+        return self.path / "entries" / name[:2] / f"{name}.safetensors"
+
+    def _files(self) -> Iterator[Path]:
+        return (self.path / "entries").glob("*/*.safetensors")
+
+    def _read(self, name: str, tensors: Collection[str] | None) -> Entry | None:
+        try:
+            with open(self._file(name), "rb") as file:
+                entry = read_entry(file, tensors)
+            if entry.header.name != name:
+                raise DamagedEntryError(f"it is the entry {entry.header.name}")
+        except FileNotFoundError:
+            self._forget(name)  # deleted by another process, or from outside
+            return None
+        except DamagedEntryError as error:
+            self._set_aside(name, error)
+            return None
+        return entry
 
     def _write(self, final: Path, content: bytes) -> None:
-        final.parent.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            final.parent.mkdir(mode=0o700)
+            _sync_folder(final.parent.parent)
         descriptor, temporary = tempfile.mkstemp(dir=self.path / "writing")  # mode 0600
         try:
             with open(descriptor, "wb") as file:
@@ -202,75 +253,94 @@ class DiskStore(Store):
             raise
         _sync_folder(final.parent)
 
-    def _file(self, name: str) -> Path:
-        return self.path / "entries" / name[:2] / f"{name}.safetensors"
-
-    def _files(self) -> Iterator[Path]:
-        return (self.path / "entries").glob("*/*.safetensors")
-
-    def _headers(self, names: Sequence[str]) -> Iterator[Header]:
-        for name in names:
-            try:
-                yield _header_of(self._file(name))
-            except FileNotFoundError:
-                continue  # deleted by another process meanwhile
-            except DamagedEntryError as error:
-                self._set_aside(name, error)
-
     def _make_folders(self) -> bool:
         """Make what is missing; return whether the folder can be written to."""
+        writing = self.path / "writing"
         try:
-            for folder in (self.path, *(self.path / name for name in ("entries", "damaged", "writing"))):
+            for folder in (self.path, self.path / "entries", self.path / "damaged", writing):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except PermissionError:
+        except OSError:
             if not (self.path / "entries").is_dir():
                 raise
-        return os.access(self.path, os.W_OK) and os.access(self.path / "entries", os.W_OK)
+            return False
+        if not (os.access(self.path, os.W_OK) and os.access(self.path / "entries", os.W_OK)):
+            return False
+        for left in writing.iterdir():  # by a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                    left.unlink()
+        return True
 
     def _open_index(self) -> sqlite3.Connection:
+        """Open the index; one that is missing, unfinished or damaged is made anew."""
         file = self.path / "index.sqlite"
         if not self.is_writable:
-            return sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True, check_same_thread=False)
-        is_new = not file.exists()
+            return self._open_index_to_read(file)
         try:
             index = self._connect(file)
+        except sqlite3.OperationalError as error:
+            raise OSError(f"The index of {self.path} cannot be opened: {error}.") from error
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
             logger.warning("The index of %s is damaged (%s); it is made anew from the files.", self.path, error)
-            for suffix in ("", "-wal", "-shm"):
+            os.replace(file, self.path / "damaged" / file.name)
+            for suffix in ("-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{file}{suffix}")
-            index, is_new = self._connect(file), True
+            index = self._connect(file)
         self._index = index
-        if is_new:
+        (version,) = index.execute("PRAGMA user_version").fetchone()
+        if version == 0:
             self.rebuild()
         return index
 
+    def _open_index_to_read(self, file: Path) -> sqlite3.Connection:
+        if file.exists():
+            index = sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True, check_same_thread=False)
+            with contextlib.suppress(sqlite3.Error):
+                (version,) = index.execute("PRAGMA user_version").fetchone()
+                if version == _SCHEMA_VERSION:
+                    return index
+            index.close()
+        self._index = sqlite3.connect(":memory:", check_same_thread=False)
+        self._index.executescript(_SCHEMA)
+        self.rebuild()
+        return self._index
+
     def _connect(self, file: Path) -> sqlite3.Connection:
-        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # sqlite's own files take this one's permissions
+        # sqlite's own files take this one's permissions. Not opened where it exists: closing it would let go of locks.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         index = sqlite3.connect(file, timeout=30, check_same_thread=False)
         try:
-            index.execute("PRAGMA journal_mode = WAL")
-            index.execute("PRAGMA synchronous = NORMAL")
             (version,) = index.execute("PRAGMA user_version").fetchone()
             if version > _SCHEMA_VERSION:
                 raise StoreVersionError(
                     f"{self.path} was written by a newer version of backprompt. Upgrade to read it."
                 )
-            index.executescript(_SCHEMA)
-            index.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+            index.execute("PRAGMA synchronous = NORMAL")
+            if version == 0:
+                index.execute("PRAGMA journal_mode = WAL")
+                index.executescript(_SCHEMA)
             index.execute("SELECT count(*) FROM entries").fetchone()
         except BaseException:
             index.close()
             raise
         return index
 
-    def _insert(self, header: Header, num_bytes: int, last_used: float) -> None:
-        ids = header.token_ids
-        place = (header.name, header.start, ids[0], array("q", ids).tobytes(), header.position, len(ids))
-        values = (*place, num_bytes, header.text, last_used)
-        self._index.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """A transaction on the index; its errors are those of a file that cannot be used."""
+        try:
+            with self._lock, self._index:
+                yield self._index
+        except sqlite3.Error as error:
+            raise OSError(f"The index of {self.path} cannot be used: {error}.") from error
+
+    def _forget(self, name: str) -> None:
+        """Take a name out of the index, if that can be done: an index that names too much does no harm."""
+        if self.is_writable:
+            with self._hinting() as index:
+                index.execute("DELETE FROM entries WHERE name = ?", (name,))
 
     def _note_use(self, name: str) -> None:
         with self._lock:
@@ -280,26 +350,45 @@ class DiskStore(Store):
 
     def _write_uses(self) -> None:
         with self._lock:
-            if self._uses and self.is_writable:
-                with self._index:
-                    uses = [(used, name) for name, used in self._uses.items()]
-                    self._index.executemany("UPDATE entries SET last_used = ? WHERE name = ?", uses)
+            uses = [(used, name) for name, used in self._uses.items()]
             self._uses.clear()
+            if uses and self.is_writable:
+                with self._hinting() as index:
+                    index.executemany("UPDATE entries SET last_used = ? WHERE name = ?", uses)
+
+    @contextlib.contextmanager
+    def _hinting(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that may fail: what it writes helps, but nothing depends on it."""
+        try:
+            with self._lock, self._index:
+                yield self._index
+        except sqlite3.Error as error:
+            logger.info("The index of %s was not brought up to date: %s", self.path, error)
 
     def _set_aside(self, name: str, error: DamagedEntryError) -> None:
         self._move_aside(self._file(name), error)
         self._forget(name)
 
-    def _forget(self, name: str) -> None:
-        if self.is_writable:
-            with self._lock, self._index:
-                self._index.execute("DELETE FROM entries WHERE name = ?", (name,))
-
     def _move_aside(self, file: Path, error: DamagedEntryError) -> None:
         logger.warning("%s is damaged: %s. It is set aside and computed again when needed.", file, error)
         if self.is_writable:
             with contextlib.suppress(FileNotFoundError):  # another thread or process was faster
-                shutil.move(file, self.path / "damaged" / file.name)
+                os.replace(file, self.path / "damaged" / file.name)
+
+
+def _insert(index: sqlite3.Connection, header: Header, num_bytes: int, last_used: float) -> None:
+    place = (header.name, header.start, header.end, _packed(header.token_ids), header.position)
+    values = (*place, len(header.token_ids), num_bytes, header.text, last_used)
+    index.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def _packed(token_ids: Sequence[int]) -> bytes:
+    """Return bytes whose order is that of the ids: big-endian, 8 bytes each."""
+    return struct.pack(f">{len(token_ids)}Q", *token_ids)
+
+
+def _unpacked(packed: bytes) -> tuple[int, ...]:
+    return struct.unpack(f">{len(packed) // 8}Q", packed)
 
 
 def _header_of(file: Path) -> Header:

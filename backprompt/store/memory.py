@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from threading import Lock
 
-from backprompt.store.base import Entry, Header, Persist, Run, Store, check_persist
+from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist, num_common
 
 
 class MemoryStore(Store):
@@ -36,10 +36,12 @@ class MemoryStore(Store):
         with self._lock:
             self._entries.pop(name, None)
 
-    def starting_at(self, start: str, token_id: int) -> Sequence[Run]:
-        """Return what starts here."""
-        here = (header for header in self.list() if header.start == start and header.token_ids[0] == token_id)
-        return [Run(header.name, header.token_ids) for header in here]
+    def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
+        """Compare with all that starts here."""
+        here = (header for header in self.list() if header.start == start)
+        matches = [Match(header.name, num_common(header.token_ids, token_ids)) for header in here]
+        best = max(matches, key=lambda match: match.num_tokens, default=None)
+        return best if best is not None and best.num_tokens else None
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
         """Yield the headers of what is there now."""
