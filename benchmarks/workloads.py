@@ -210,7 +210,7 @@ SUITES = (
     ),
     Suite(
         "prefix",
-        tuple(partial(shared_prefix, num_words) for num_words in (0, 40, 80, 160, 320, 640)),
+        tuple(partial(shared_prefix, num_words) for num_words in (0, 40, 80, 160, 320, 745)),
         2,
         ("plain padded", "cache recipe (deepcopy)"),
     ),
