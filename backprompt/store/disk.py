@@ -360,9 +360,9 @@ class DiskStore(Store):
     def _hinting(self) -> Iterator[sqlite3.Connection]:
         """A transaction that may fail: what it writes helps, but nothing depends on it."""
         try:
-            with self._lock, self._index:
-                yield self._index
-        except sqlite3.Error as error:
+            with self._database() as index:
+                yield index
+        except OSError as error:
             logger.info("The index of %s was not brought up to date: %s", self.path, error)
 
     def _set_aside(self, name: str, error: DamagedEntryError) -> None:
