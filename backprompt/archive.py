@@ -8,6 +8,7 @@ begins behind the last position that is stored already, so short spans go with w
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -20,11 +21,14 @@ from backprompt.identity import extend_key
 from backprompt.plan import missing_spans
 from backprompt.radix import Forest, Span
 from backprompt.store.base import Entry, Header, Store
+from backprompt.store.precision import decode, encode, parts_of
 
 logger = logging.getLogger(__name__)
 
 MIN_TOKENS = 16
 """Runs of fewer tokens are not stored unless asked for: computing them again costs less than writing and reading."""
+
+_STATES = ("hidden", "logprobs", "has_logprobs")
 
 _Kind: TypeAlias = Literal["rows", "states"]
 
@@ -37,6 +41,7 @@ class Root:
     model: str
     tokenizer: str
     dtype: str
+    exactness: str
 
 
 @dataclass(frozen=True)
@@ -126,12 +131,13 @@ class Archive:
         """Return whether all of the span could be loaded; it is split where only a beginning could."""
         while True:
             found = reader.find(span)
-            block = None if found is None else reader.read(kind, found)
-            if found is None or block is None:
+            read = None if found is None else reader.read(kind, found)
+            if found is None or read is None:
                 return False
             is_whole = found.num_tokens == len(span.token_ids)
             loaded = span if is_whole else forest.split(span, found.num_tokens)
-            setattr(loaded, kind, BlockRows(block, 0, found.num_tokens))
+            loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
+            setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
             loaded.is_stored = True
             if is_whole:
                 return True
@@ -152,16 +158,6 @@ class Archive:
         parent = run[0].parent
         assert parent is not None
         token_ids = tuple(token_id for span in run for token_id in span.token_ids)
-        header = Header(
-            start=self._key_of(parent).hex(),
-            end=self._key_of(run[-1]).hex(),
-            position=run[0].position,
-            token_ids=token_ids,
-            text=self._decode(token_ids),
-            model=root.model,
-            tokenizer=root.tokenizer,
-            dtype=root.dtype,
-        )
         states = [states_of(span) for span in run]
         rows = [keys_values_of(span) for span in run]
         tensors = {
@@ -172,6 +168,23 @@ class Archive:
         for layer_idx in range(len(rows[0].block.keys)):
             tensors[f"keys.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.keys[i], dim=1)  # type: ignore[misc]
             tensors[f"values.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.values[i], dim=1)  # type: ignore[misc]
+        error, dtypes = max(span.error for span in run[-1].path()), {}
+        if self._store.dtype is not None:
+            encoded = encode(tensors, self._store.dtype)
+            tensors, dtypes, error = encoded.tensors, encoded.dtypes, max(error, encoded.error)
+        header = Header(
+            start=self._key_of(parent).hex(),
+            end=self._key_of(run[-1]).hex(),
+            position=run[0].position,
+            token_ids=token_ids,
+            text=self._decode(token_ids),
+            model=root.model,
+            tokenizer=root.tokenizer,
+            dtype=root.dtype,
+            exactness=root.exactness,
+            error=error,
+            dtypes=dtypes,
+        )
         self._store.put(Entry(header, tensors))
         for span in run:
             span.is_stored = True
@@ -235,7 +248,7 @@ class _Reader:
             token_ids = first.token_ids + token_ids
         return None
 
-    def read(self, kind: _Kind, found: _Found) -> Block | None:
+    def read(self, kind: _Kind, found: _Found) -> _Read | None:
         """Return these rows as a block; None if the entry is gone, damaged or another one, or there is no room."""
         if self._room < 0:
             self.is_full = True
@@ -247,28 +260,44 @@ class _Reader:
         if header.start != found.start.hex() or header.token_ids[: len(found.token_ids)] != found.token_ids:
             logger.warning("The index of %r names another entry than it should; the entry is not used.", self._store)
             return None
-
-        def cut(name: str, dim: int) -> torch.Tensor:
-            tensor = entry.tensors[name].narrow(dim, found.first, found.num_tokens)
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device).copy_(tensor)
-
         block: Block
         if kind == "states":
-            rows = slice(found.first, found.first + found.num_tokens)
-            block = States(cut("hidden", 0), cut("logprobs", 0), entry.tensors["has_logprobs"][rows].clone())
+            hidden, logprobs, has_logprobs = (self._rows(entry, name, found, dim=0) for name in _STATES)
+            block = States(hidden, logprobs, has_logprobs.cpu())
             self.num_tokens += found.num_tokens
         else:
-            layers = range(sum(name.startswith("keys.") for name in entry.tensors))
-            block = KeysValues([cut(f"keys.{i}", 1) for i in layers], [cut(f"values.{i}", 1) for i in layers])
+            layers = range(sum(re.fullmatch(r"keys\.\d+", name) is not None for name in entry.tensors))
+            block = KeysValues(
+                [self._rows(entry, f"keys.{layer_idx}", found, dim=1) for layer_idx in layers],
+                [self._rows(entry, f"values.{layer_idx}", found, dim=1) for layer_idx in layers],
+            )
         self.blocks.append(block)
         self._room -= block.num_bytes
-        return block
+        return _Read(block, header.error)
+
+    def _rows(self, entry: Entry, name: str, found: _Found, *, dim: int) -> torch.Tensor:
+        """Return rows of a tensor on the device, in storage of their own."""
+        parts = {
+            part: entry.tensors[part].narrow(dim, found.first, found.num_tokens).to(self._device)
+            for part in parts_of(name)
+            if part in entry.tensors
+        }
+        rows = decode(parts, name, entry.header.dtypes)
+        is_own = rows.is_contiguous() and rows.untyped_storage().nbytes() == rows.nbytes
+        return rows if is_own else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device).copy_(rows)
 
     def _entry(self, name: str, kind: _Kind) -> Entry | None:
         if self._last is None or self._last[:2] != (name, kind):
-            names = ("hidden", "logprobs", "has_logprobs") if kind == "states" else None
-            self._last = (name, kind, self._store.get(name, names))
+            self._last = (name, kind, self._store.get(name, _STATES if kind == "states" else None))
         return self._last[2]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Rows from an entry, and what storing them in fewer bits cost."""
+
+    block: Block
+    error: float
 
 
 def _unstored(span: Span) -> list[Span]:

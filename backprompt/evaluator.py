@@ -322,7 +322,12 @@ class Evaluator:
         started = time.perf_counter()
         num_tokens = sum(len(span.token_ids) for span in spans)
         num_recomputed = sum(len(span.token_ids) for span in spans if span.was_computed)
+        new = [span for span in spans if span.states is None]
         self.memory.add(self.executor.compute(spans))
+        for span in new:
+            if span.error:  # it was read back inexactly once, and so may be rows of logits that were computed with it
+                span.error = 0.0
+                self._pool.clear()
         for span in spans:
             span.was_computed = True
         self.counters.forward_passes += 1

@@ -13,17 +13,20 @@ from collections.abc import Iterable
 
 FORMAT_VERSION = 1
 
+EXACT = "exact"
+"""The exactness of what was computed from nothing but tokens, and of what was stored as it was computed."""
+
 _POSITION_AND_TOKEN = struct.Struct("<qq")
 
 
-def root_key(*, model: str, dtype: str, tokenizer: str, exactness: str = "exact") -> bytes:
+def root_key(*, model: str, dtype: str, tokenizer: str, exactness: str = EXACT) -> bytes:
     """Return the key before the first token.
 
     Args:
         model: the content hash of the weights, the configuration and the adapters.
         dtype: of the computation.
         tokenizer: the tokenizer's fingerprint.
-        exactness: how what is built upon was stored: "exact" unless something lossy lies below.
+        exactness: "exact", or the dtype, such as "int8", in which what is built upon may have been stored.
 
     """
     parts = (str(FORMAT_VERSION), model, dtype, tokenizer, exactness)

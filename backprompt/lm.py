@@ -36,7 +36,7 @@ from backprompt.errors import (
 )
 from backprompt.evaluator import Counters, Evaluator
 from backprompt.executor import plain_surroundings
-from backprompt.identity import root_key
+from backprompt.identity import EXACT, root_key
 from backprompt.memory import default_max_bytes, parse_bytes
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
@@ -390,21 +390,26 @@ class LM:
             def root() -> Root:
                 lm = reference()
                 assert lm is not None
-                return lm._root()
+                return lm._root(in_store=True)
 
             archive = Archive(self._store, root, self._tokenizer_copy.decode, model_device(model))
         return Evaluator(
             model, self._counters, self._max_tokens_per_forward, self._memory_bytes, MAX_RESULT_BYTES, archive
         )
 
-    def _root(self) -> Root:
-        """Return what all keys are built on; the first use hashes every weight."""
+    def _root(self, *, in_store: bool = False) -> Root:
+        """Return what all keys are built on, or those of what the store may have made inexact.
+
+        The first use hashes every weight.
+        """
         if self._content_hash is None:
             self._content_hash = content_hash(self.model)
         dtype = str(next(unwrap(self.model).parameters()).dtype)
         tokenizer = self._tokenizer_copy.fingerprint()
-        key = root_key(model=self._content_hash, dtype=dtype, tokenizer=tokenizer)
-        return Root(key, self._content_hash, tokenizer, dtype)
+        stored_dtype = self._store.dtype if in_store and self._store is not None else None
+        exactness = EXACT if stored_dtype is None else stored_dtype
+        key = root_key(model=self._content_hash, dtype=dtype, tokenizer=tokenizer, exactness=exactness)
+        return Root(key, self._content_hash, tokenizer, dtype, exactness)
 
     def _renew_encoder(self) -> None:
         """Start over with the tokenizer as it is now."""

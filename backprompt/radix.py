@@ -52,6 +52,7 @@ class Span:
         num_pins: how many pins hold the texts that end here.
         credit, last_used: when it may be evicted: see memory.py.
         is_stored: whether a store has all up to its end.
+        error: what storing it in fewer bits cost, where it was read back from a store that does so; see store/.
         key: what names all up to its end (identity.py); None where nobody has asked yet.
 
     """
@@ -59,6 +60,7 @@ class Span:
     __slots__ = (
         "children",
         "credit",
+        "error",
         "is_stored",
         "key",
         "last_used",
@@ -83,6 +85,7 @@ class Span:
         self.credit = 0.0
         self.last_used = 0
         self.is_stored = False
+        self.error = 0.0
         self.key: bytes | None = None
 
     def __repr__(self) -> str:
@@ -150,7 +153,7 @@ class Forest:
             upper.rows, span.rows = span.rows.split(num_tokens)
         if span.states is not None:
             upper.states, span.states = span.states.split(num_tokens)
-        upper.was_computed, upper.is_stored = span.was_computed, span.is_stored
+        upper.was_computed, upper.is_stored, upper.error = span.was_computed, span.is_stored, span.error
         upper.credit, upper.last_used = span.credit, span.last_used
         return upper
 

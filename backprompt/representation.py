@@ -111,13 +111,25 @@ class ModelRepr:
 
     @property
     def key(self) -> str:
-        """The SHA-256, as hex, that names this representation by content: model, adapter, dtype, tokenizer and ids.
+        """The SHA-256, as hex, that names this representation by content.
 
+        It covers model, adapter, dtype, tokenizer and token ids, and whether something of it was stored in fewer bits.
         The first use hashes the model's weights.
         """
         with self._lm._exclusive():
             self._check_current()
-            return extend_key(bytes.fromhex(self._lm.fingerprint), 0, self._evaluated.token_ids).hex()
+            root = self._lm._root(in_store=self.stored_error > 0)
+            return extend_key(root.key, 0, self._evaluated.token_ids).hex()
+
+    @property
+    def stored_error(self) -> float:
+        """The largest relative error of the keys, values and hidden states that this was read from or computed on.
+
+        0 unless the `LM`'s store stores in fewer bits (`DiskStore(path, dtype="int8")`) and something came from there;
+        then `key` differs from that of the exact representation.
+        """
+        with self._lm._exclusive():
+            return max(span.error for span in self._evaluated.end.path())
 
     @property
     def num_bytes(self) -> int:

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from backprompt.errors import StoreVersionError
 from backprompt.store import DiskStore, Entry, Header, Match, MemoryStore
-from backprompt.store.file import to_bytes
+from backprompt.store.file import to_pieces
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool]
 
@@ -268,7 +268,7 @@ TestAnyOperations = AnyOperations.TestCase
 def test_a_thousand_flipped_bytes_never_give_a_wrong_tensor(tmp_path):
     store = DiskStore(tmp_path / "store")
     entry = make_entry(1, num_tokens=50)
-    content = to_bytes(entry)
+    content = b"".join(to_pieces(entry))
     file = store._file(entry.header.name)
     file.parent.mkdir()
     draw = random.Random(0)
@@ -397,7 +397,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_budget_keeps_what_was_used_last(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("backprompt.store.disk.time.time", lambda: now[0])
-    size = len(to_bytes(make_entry(1)))
+    size = sum(map(len, to_pieces(make_entry(1))))
     store = DiskStore(tmp_path / "store", max_bytes=int(3.5 * size))
     for number in (1, 2, 3):
         now[0] += 1

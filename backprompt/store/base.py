@@ -22,11 +22,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from torch import Tensor
+
+from backprompt.store.precision import StoredDtype
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ class Header:
         model: fingerprint of the weights, the configuration and the adapters.
         tokenizer: its fingerprint.
         dtype: of the computation, such as "torch.float32".
-        exactness: "exact", or how something it was computed on was stored.
+        exactness: "exact", or the dtype that its store stores in fewer bits: what the entry was computed on may have
+            been read from there, too.
+        error: what that cost: see `Encoded.error`; the largest of this entry's and of what it was computed on.
+        dtypes: what "keys", "values" and "hidden" were before they were stored in fewer bits; else empty.
 
     """
 
@@ -55,6 +60,8 @@ class Header:
     tokenizer: str
     dtype: str
     exactness: str = "exact"
+    error: float = 0.0
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -86,6 +93,8 @@ class Entry:
 Persist: TypeAlias = Literal["always", "explicit", "never"]
 PERSIST: tuple[Persist, ...] = ("always", "explicit", "never")
 
+StoreType = TypeVar("StoreType", bound="Store")
+
 
 class Store(ABC):
     """Representations by key. See the top of this file for what is promised.
@@ -93,10 +102,13 @@ class Store(ABC):
     Attributes:
         persist: what an `LM` puts into it: "always" all that is worth it, "explicit" what `text.save()` names,
             "never" nothing, so that it is only read. Reading is automatic.
+        dtype: how an `LM` stores keys, values and hidden states: None as computed, or in fewer bits (precision.py).
+            It is part of the keys, so that an `LM` that did not ask for fewer bits never reads them.
 
     """
 
     persist: Persist
+    dtype: StoredDtype | None = None
 
     @abstractmethod
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
@@ -137,7 +149,7 @@ class Store(ABC):
     def close(self) -> None:
         """Let go of files and connections; a second call does nothing."""
 
-    def __enter__(self) -> Store:
+    def __enter__(self: StoreType) -> StoreType:
         return self
 
     def __exit__(

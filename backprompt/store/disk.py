@@ -28,16 +28,17 @@ from pathlib import Path
 from backprompt.errors import DamagedEntryError, StoreVersionError
 from backprompt.memory import parse_bytes
 from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist, num_common
-from backprompt.store.file import read_entry, read_header, to_bytes
+from backprompt.store.file import read_entry, read_header, to_pieces
+from backprompt.store.precision import StoredDtype, check_stored_dtype
 
 logger = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     name TEXT PRIMARY KEY, start TEXT NOT NULL, end TEXT NOT NULL, token_ids BLOB NOT NULL,
     position INTEGER NOT NULL, num_tokens INTEGER NOT NULL, num_bytes INTEGER NOT NULL, text TEXT NOT NULL,
-    last_used REAL NOT NULL
+    error REAL NOT NULL, last_used REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS by_start ON entries (start, token_ids);
 CREATE INDEX IF NOT EXISTS by_text ON entries (text);
@@ -60,11 +61,12 @@ _ABANDONED_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds."""
+    """What a store holds; `largest_error` is that of storing in fewer bits (`Header.error`), 0 where nothing is."""
 
     num_entries: int
     num_tokens: int
     num_bytes: int
+    largest_error: float
 
 
 class DiskStore(Store):
@@ -75,6 +77,8 @@ class DiskStore(Store):
         persist: what an `LM` puts into it: see `Store`.
         max_bytes: how much the files may take, a number or text such as "10 GB"; what was not used for longest goes
             first, and nothing before what begins behind it.
+        dtype: how keys, values and hidden states are stored: None as computed; "float16" or "int8" take less space and
+            cost accuracy, which is measured and kept with each entry.
 
     Raises:
         OSError: the folder cannot be made or read.
@@ -83,10 +87,16 @@ class DiskStore(Store):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, persist: Persist = "always", max_bytes: int | str | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        persist: Persist = "always",
+        max_bytes: int | str | None = None,
+        dtype: StoredDtype | None = None,
     ) -> None:
         self.path = Path(path)
         self.persist = check_persist(persist)
+        self.dtype = check_stored_dtype(dtype)
         self.max_bytes = None if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
         self._lock = threading.RLock()
         self._uses: dict[str, float] = {}  # name -> when it was used, not written to the index yet
@@ -111,14 +121,14 @@ class DiskStore(Store):
         try:
             num_bytes = final.stat().st_size
         except FileNotFoundError:
-            content = to_bytes(entry)
-            num_bytes = len(content)
+            pieces = to_pieces(entry)
+            num_bytes = sum(map(len, pieces))
             if self.max_bytes is not None and num_bytes > self.max_bytes:
                 logger.warning(
                     "An entry of %d bytes does not fit %s, which may take %d.", num_bytes, self, self.max_bytes
                 )
                 return
-            self._write(final, content)
+            self._write(final, pieces)
         with self._database() as index:  # also where a process died between file and index
             _insert(index, entry.header, num_bytes, time.time())
         if self.max_bytes is not None:
@@ -165,8 +175,10 @@ class DiskStore(Store):
     def stats(self) -> StoreStats:
         """Return how much is stored."""
         with self._database() as index:
-            row = index.execute("SELECT count(*), total(num_tokens), total(num_bytes) FROM entries").fetchone()
-        return StoreStats(*map(int, row))
+            num_entries, num_tokens, num_bytes, largest_error = index.execute(
+                "SELECT count(*), total(num_tokens), total(num_bytes), ifnull(max(error), 0.0) FROM entries"
+            ).fetchone()
+        return StoreStats(num_entries, int(num_tokens), int(num_bytes), largest_error)
 
     def verify(self) -> Sequence[str]:
         """Read every entry, set the damaged ones aside, and return their names."""
@@ -236,14 +248,14 @@ class DiskStore(Store):
             return None
         return entry
 
-    def _write(self, final: Path, content: bytes) -> None:
+    def _write(self, final: Path, pieces: Sequence[memoryview]) -> None:
         with contextlib.suppress(FileExistsError):
             final.parent.mkdir(mode=0o700)
             _sync_folder(final.parent.parent)
         descriptor, temporary = tempfile.mkstemp(dir=self.path / "writing")  # mode 0600
         try:
             with open(descriptor, "wb") as file:
-                file.write(content)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, final)
@@ -289,7 +301,7 @@ class DiskStore(Store):
             index = self._connect(file)
         self._index = index
         (version,) = index.execute("PRAGMA user_version").fetchone()
-        if version == 0:
+        if version < _SCHEMA_VERSION:
             self.rebuild()
         return index
 
@@ -318,8 +330,9 @@ class DiskStore(Store):
                     f"{self.path} was written by a newer version of backprompt. Upgrade to read it."
                 )
             index.execute("PRAGMA synchronous = NORMAL")
-            if version == 0:
+            if version < _SCHEMA_VERSION:
                 index.execute("PRAGMA journal_mode = WAL")
+                index.executescript("DROP TABLE IF EXISTS entries;" if version else "")
                 index.executescript(_SCHEMA)
             index.execute("SELECT count(*) FROM entries").fetchone()
         except BaseException:
@@ -378,8 +391,8 @@ class DiskStore(Store):
 
 def _insert(index: sqlite3.Connection, header: Header, num_bytes: int, last_used: float) -> None:
     place = (header.name, header.start, header.end, _packed(header.token_ids), header.position)
-    values = (*place, len(header.token_ids), num_bytes, header.text, last_used)
-    index.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    values = (*place, len(header.token_ids), num_bytes, header.text, header.error, last_used)
+    index.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

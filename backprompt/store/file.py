@@ -21,7 +21,6 @@ from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from backprompt.errors import DamagedEntryError, StoreVersionError
@@ -42,19 +41,33 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def to_bytes(entry: Entry) -> bytes:
-    """Return the file's content."""
+def to_pieces(entry: Entry) -> list[memoryview]:
+    """Return the file's content: its header, then each tensor's bytes, which are not copied where they can be used."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entry.tensors.items()}
-    described = {"format": str(FORMAT), "entry": json.dumps(asdict(entry.header))}
-    checksums = {name: _checksums(_bytes_of(tensor)) for name, tensor in tensors.items()}
-    described["checksums"] = json.dumps(checksums, sort_keys=True)
-    # The check covers the tensors' offsets, too, which safetensors chooses: so first without it.
-    unchecked = safetensors_torch.save(tensors, metadata=described)
-    table, _ = _split(unchecked)
-    described["check"] = str(_check_of(table))
-    return safetensors_torch.save(tensors, metadata=described)
+    # Larger items first, so that each tensor begins at a multiple of its item's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    pieces = [_bytes_of(tensors[name]) for name in names]
+    checksums = {name: _checksums(piece) for name, piece in zip(names, pieces, strict=True)}
+    table: dict[str, Any] = {
+        "__metadata__": {
+            "format": str(FORMAT),
+            "entry": json.dumps(asdict(entry.header)),
+            "checksums": json.dumps(checksums, sort_keys=True),
+        }
+    }
+    offset = 0
+    for name, piece in zip(names, pieces, strict=True):
+        tensor = tensors[name]
+        place = [offset, offset + len(piece)]
+        table[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        offset += len(piece)
+    table["__metadata__"]["check"] = str(_check_of(table))
+    described = json.dumps(table).encode()
+    described += b" " * (-len(described) % 8)  # safetensors aligns the data so
+    return [memoryview(len(described).to_bytes(8, "little") + described), *pieces]
 
 
 def read_header(file: BinaryIO) -> Header:
@@ -83,14 +96,13 @@ def read_entry(file: BinaryIO, names: Collection[str] | None = None) -> Entry:
             continue
         first, last = place["data_offsets"]
         file.seek(data_start + first)
-        data = bytearray(last - first)
-        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        tensor = torch.empty(place["shape"], dtype=_DTYPES[place["dtype"]])
+        data = _bytes_of(tensor)
+        if file.readinto(data) != last - first:  # type: ignore[attr-defined]
             raise DamagedEntryError(f"tensor {name!r} is cut off")
         if _checksums(data) != checksums[name]:
             raise DamagedEntryError(f"tensor {name!r} has other bytes than were written")
-        dtype = _DTYPES[place["dtype"]]
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.view(place["shape"])
+        tensors[name] = tensor
     return Entry(header, tensors)
 
 
@@ -119,19 +131,14 @@ def _read_table(file: BinaryIO) -> tuple[dict[str, Any], Header, int]:
     return table, Header(**fields | {"token_ids": tuple(fields["token_ids"])}), 8 + length
 
 
-def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
 def _check_of(table: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(table, sort_keys=True).encode())
 
 
-def _checksums(data: bytes | bytearray | memoryview) -> list[int]:
-    view = memoryview(data)
-    return [zlib.crc32(view[start : start + CHUNK_BYTES]) for start in range(0, len(view), CHUNK_BYTES)]
+def _checksums(data: memoryview) -> list[int]:
+    return [zlib.crc32(data[start : start + CHUNK_BYTES]) for start in range(0, len(data), CHUNK_BYTES)]
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
+    """Return the bytes of a contiguous tensor where they lie: writing to them changes it."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers

@@ -6,13 +6,15 @@ from collections.abc import Collection, Iterator, Sequence
 from threading import Lock
 
 from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist, num_common
+from backprompt.store.precision import StoredDtype, check_stored_dtype
 
 
 class MemoryStore(Store):
     """Entries in this process's memory."""
 
-    def __init__(self, *, persist: Persist = "always") -> None:
+    def __init__(self, *, persist: Persist = "always", dtype: StoredDtype | None = None) -> None:
         self.persist = check_persist(persist)
+        self.dtype = check_stored_dtype(dtype)
         self._entries: dict[str, Entry] = {}
         self._lock = Lock()
 
