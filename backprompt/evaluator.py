@@ -147,6 +147,10 @@ class Evaluator:
         with self._computed(token_ids, with_keys=True) as end:
             self._archive.save(end)
 
+    def is_pinned(self, end: Span) -> bool:
+        """Return whether a pin holds the text that ends here; after `clear` none does."""
+        return end in self._pinned
+
     def unpin(self, end: Span) -> None:
         """Undo one `pin`."""
         if end in self._pinned:  # nothing is pinned any more after clear()

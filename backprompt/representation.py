@@ -223,7 +223,7 @@ class Pin:
         self._num_tokens = num_tokens
 
     def __repr__(self) -> str:
-        return f"Pin({self._num_tokens} tokens, {'released' if self._end is None else 'held'})"
+        return f"Pin({self._num_tokens} tokens, {'held' if self._is_held else 'released'})"
 
     def __enter__(self) -> Pin:
         return self
@@ -234,7 +234,11 @@ class Pin:
     @property
     def num_bytes(self) -> int:
         """Bytes of the budget that the pin takes alone; what it shares with other pins is counted once."""
-        return 0 if self._end is None else self._num_tokens * self._evaluator.executor.token_bytes
+        return self._num_tokens * self._evaluator.executor.token_bytes if self._is_held else 0
+
+    @property
+    def _is_held(self) -> bool:
+        return self._end is not None and self._evaluator.is_pinned(self._end)
 
     def release(self) -> None:
         """Let go; a second call does nothing."""

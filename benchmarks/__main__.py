@@ -11,7 +11,9 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from benchmarks import store
 from benchmarks.bench import Bench, describe_machine
 from benchmarks.report import draw_plots, table, write_tables
 from benchmarks.workloads import SUITES
@@ -23,7 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=[suite.name for suite in SUITES], help="suites to measure")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*(suite.name for suite in SUITES), "store"], help="suites to measure"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing; write tables and plots")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     arguments = parser.parse_args()
@@ -37,17 +41,24 @@ def main() -> None:
 
 def _measure(path: Path, only: list[str] | None) -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machines": {}, "lines": []}
-    bench = Bench()
-    for suite in SUITES:
-        if only and suite.name not in only:
-            continue
+    chosen = [suite for suite in SUITES if not only or suite.name in only]
+    bench = Bench() if chosen else None
+    for suite in chosen:
+        assert bench is not None
         lines = []
         for make in suite.workloads:
             lines.append(asdict(bench.measure(suite, make())))
             print(table(lines[-1:]), flush=True)
         results["machines"][suite.name] = describe_machine(bench.lm)
         results["lines"] = [line for line in results["lines"] if line["suite"] != suite.name] + lines
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")  # a suite that is done is kept
+        _write(path, results)  # a suite that is done is kept
+    if not only or "store" in only:
+        results["store"], results["machines"]["store"] = store.measure(lambda line: print(line, flush=True))
+        _write(path, results)
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

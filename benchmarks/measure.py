@@ -56,6 +56,11 @@ def peak_bytes_of(work: Callable[[], object]) -> int | None:
     return _status_bytes("VmHWM") - before
 
 
+def resident_bytes() -> int:
+    """Memory of this process that lies in RAM now."""
+    return _status_bytes("VmRSS")
+
+
 def matmul_seconds(model: GPT2LMHeadModel, pass_sizes: list[int], num_logit_rows: int, rows_in_a_slice: int) -> float:
     """The matrix products of linear layers and output head alone, as large as in the run: the limit.
 

@@ -87,6 +87,111 @@ def again(line: Line) -> str:
     )
 
 
+def store_tables(measured: dict[str, Any]) -> dict[str, str]:
+    """The tables of the suite "store"."""
+    fresh, many, budget = measured["fresh process"], measured["many entries"], measured["budget"]
+    seconds, faster, num_bytes = fresh["seconds"], fresh["times faster"], fresh["bytes"]
+
+    def milliseconds(value: float) -> str:
+        return f"{1e3 * value:.3g}"
+
+    def per_second(value: float) -> str:
+        return f"{num_bytes / value / 1e6:,.0f}"
+
+    headings = ["milliseconds", "computed", "read, warm page cache", "times faster", "read, cold", "times faster"]
+    names = {
+        "prompt": f"`.logits` of the stored prompt of {fresh['tokens']:,} tokens",
+        "child": "of a child, one token longer",
+    }
+    rows = [
+        [
+            label,
+            milliseconds(seconds[f"{name}, computed"]["median"]),
+            *(
+                cell
+                for state in ("warm", "cold")
+                for cell in (
+                    milliseconds(seconds[f"{name}, {state}"]["median"]),
+                    f"{faster[f'{name}, {state}']['median']:.0f} ({faster[f'{name}, {state}']['lowest']:.0f} to "
+                    f"{faster[f'{name}, {state}']['highest']:.0f})",
+                )
+            ),
+        ]
+        for name, label in names.items()
+    ]
+    tables = {"table fresh": _markdown(headings, rows)}
+    tables["table reading"] = _markdown(
+        [f"the entry's {num_bytes / 1e6:.1f} MB", "milliseconds", "MB/s"],
+        [
+            [label, milliseconds(value), per_second(value)]
+            for label, value in (
+                ("`store.get`: read and checked", fresh["entry"]["read and checked"]),
+                ("`Path.read_bytes`", fresh["entry"]["bytes only"]),
+                ("`cat`, warm", seconds["cat, warm"]["median"]),
+                ("`cat`, cold", seconds["cat, cold"]["median"]),
+            )
+        ],
+    )
+    tables["table once"] = _markdown(
+        ["once a process, milliseconds", ""],
+        [
+            ["fingerprint of the weights, first process", milliseconds(fresh["first fingerprint"])],
+            ["fingerprint of the weights, other processes", milliseconds(fresh["later fingerprint"])],
+            ["computing the prompt, no store", milliseconds(seconds["computed"]["median"])],
+            ["computing and storing it", milliseconds(seconds["computed and stored"]["median"])],
+        ],
+    )
+    tables["table runs"] = _markdown(
+        ["tokens in a run", "computing, in company, ms", "writing, ms", "reading, ms"],
+        [
+            [str(line["tokens"]), *(milliseconds(line[name]) for name in ("computing", "writing", "reading"))]
+            for line in measured["runs"]
+        ],
+    )
+    tables["table precision"] = _markdown(
+        ["stored as", "bytes a token", "relative error", "largest change, nats", "divergence, nats"],
+        [
+            [
+                line["dtype"],
+                f"{line['bytes a token']:,.0f}",
+                *(f"{line[name]:.2g}" for name in ("relative error", "largest change, nats", "divergence, nats")),
+            ]
+            for line in measured["precision"]
+        ],
+    )
+    tables["table many"] = _markdown(
+        [f"{many['entries']:,} entries, milliseconds", "median", "lowest", "highest"],
+        [
+            [name, *(milliseconds(many[name][which]) for which in ("median", "lowest", "highest"))]
+            for name in ("opening", "looking up", "reading one")
+        ]
+        + [[name, milliseconds(many[name]), "", ""] for name in ("opening without its index", "writing one")]
+        + [["memory grown, MB", f"{many['memory grown'] / 1e6:.1f}", "", ""]],
+    )
+    tables["table budget"] = _markdown(
+        [
+            f"a forest of {budget['bytes'] / 1e6:,.0f} MB",
+            "seconds",
+            "times as long",
+            "computed",
+            "recomputed",
+            "held, MB",
+        ],
+        [
+            [
+                name,
+                f"{line['seconds']['median']:.1f}",
+                _spread(line["times as long"]),
+                f"{line['computed']:,}",
+                f"{line['recomputed']:,}",
+                f"{line['held'] / 1e6:,.0f}",
+            ]
+            for name, line in budget["lines"].items()
+        ],
+    )
+    return tables
+
+
 def write_tables(results: dict[str, Any]) -> None:
     """Rewrite what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README files."""
     tables = tables_of(results)
@@ -103,6 +208,8 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
     tables["summary"] = summary(suites.get("five", []) + suites.get("others", []))
     leaves = suites.get("leaves", [])
     tables["again"] = "\n".join(map(again, leaves))
+    if "store" in results:
+        tables |= store_tables(results["store"])
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in machine.items()) for machine in results["machines"].values()
     )

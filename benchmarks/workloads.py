@@ -67,6 +67,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
+def token_ids(num_tokens: int, seed: object = 0, vocabulary: int = VOCABULARY) -> list[int]:
+    draw = random.Random(str(seed))
+    return [draw.randrange(1, vocabulary) for _ in range(num_tokens)]
+
+
 class Writer:
     """Writes made-up text: pseudo-words of a few syllables, common ones first, in sentences."""
 

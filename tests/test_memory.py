@@ -345,6 +345,8 @@ def test_a_pin_of_what_was_cleared_or_changed_holds_nothing(tokenizer):
     cleared = text.pin()
     lm.clear()
     assert lm.stats.bytes_held == 0
+    assert cleared.num_bytes == 0
+    assert "released" in repr(cleared)
     cleared.release()
     changed = text.pin()
     with torch.no_grad():

@@ -376,6 +376,18 @@ def test_a_folder_that_cannot_be_written_to_is_read(tmp_path, monkeypatch):
         assert [header.text for header in store.list()] == ["text 1"]
 
 
+def test_a_read_only_folder_whose_writer_is_at_work_shows_what_is_there(tmp_path, monkeypatch):
+    """The newest lines of the index are in its log, which cannot be read there: the files tell."""
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(0))
+    with DiskStore(tmp_path / "store") as writing:
+        writing.put(make_entry(1))
+        monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+        with DiskStore(tmp_path / "store") as store:
+            assert [header.text for header in store.list()] == ["text 0", "text 1"]
+            assert store.longest("root", make_entry(1).header.token_ids) is not None
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     store = DiskStore(tmp_path / "store")
     store.put(make_entry(1))

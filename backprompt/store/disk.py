@@ -306,7 +306,9 @@ class DiskStore(Store):
         return index
 
     def _open_index_to_read(self, file: Path) -> sqlite3.Connection:
-        if file.exists():
+        log = Path(f"{file}-wal")
+        has_all = file.exists() and not (log.exists() and log.stat().st_size)  # immutable files are read without logs
+        if has_all:
             index = sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True, check_same_thread=False)
             with contextlib.suppress(sqlite3.Error):
                 (version,) = index.execute("PRAGMA user_version").fetchone()
