@@ -27,7 +27,6 @@ def gpt2_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.usefixtures("gpt2_in_this_folder")
 def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 1
     names: dict = {}
     exec(compile(blocks[0], str(README), "exec"), names)
     printed = capsys.readouterr().out
@@ -36,6 +35,17 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     distinct = {text.tokens[:stop] for text in texts for stop in range(1, len(text.tokens) + 1)}
     assert lm.stats.tokens_computed == len(distinct)
     assert lm.model.dtype is torch.float32
+
+
+@pytest.mark.usefixtures("gpt2_in_this_folder")
+def test_readme_example_of_the_store() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for is_stored in (False, True):
+        names: dict = {"backprompt": backprompt, "Text": backprompt.Text}
+        exec(compile(blocks[1], str(README), "exec"), names)
+        stats = names["lm"].stats
+        assert (stats.tokens_loaded > 0) == (stats.tokens_computed == 0) == is_stored
 
 
 def test_public_names() -> None:

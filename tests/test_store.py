@@ -419,7 +419,9 @@ def test_a_budget_keeps_what_was_used_last(tmp_path, monkeypatch):
     store.put(make_entry(4))
     assert sorted(header.text for header in store.list()) == ["text 1", "text 3", "text 4"]
     assert store.stats().num_bytes <= 3.5 * size
-    assert len(store.prune(0)) == 3
+    assert len(store.prune("0 MB")) == 3
+    with pytest.raises(ValueError, match="Say how much"):
+        DiskStore(tmp_path / "without a bound").prune()
     assert store.stats().num_entries == 0
     store.put(make_entry(1, num_tokens=5000))  # larger than all that it may hold
     assert store.stats().num_entries == 0

@@ -132,7 +132,7 @@ class DiskStore(Store):
         with self._database() as index:  # also where a process died between file and index
             _insert(index, entry.header, num_bytes, time.time())
         if self.max_bytes is not None:
-            self.prune(self.max_bytes)
+            self.prune()
 
     def contains(self, name: str) -> bool:
         """Return whether the file is there."""
@@ -184,9 +184,21 @@ class DiskStore(Store):
         """Read every entry, set the damaged ones aside, and return their names."""
         return [file.stem for file in self._files() if self._read(file.stem, None) is None]
 
-    def prune(self, max_bytes: int) -> Sequence[str]:
-        """Delete what was not used for longest until at most `max_bytes` are left; return the names."""
-        excess = self.stats().num_bytes - max_bytes
+    def prune(self, max_bytes: int | str | None = None) -> Sequence[str]:
+        """Delete what was not used for longest until at most `max_bytes` are left; return the names.
+
+        Args:
+            max_bytes: a number or text such as "10 GB"; by default what the store was opened with.
+
+        Raises:
+            ValueError: there is neither.
+
+        """
+        if max_bytes is None and self.max_bytes is None:
+            raise ValueError('Say how much may stay: store.prune("1 GB"), or open the store with max_bytes.')
+        limit = self.max_bytes if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
+        assert limit is not None
+        excess = self.stats().num_bytes - limit
         deleted: list[str] = []
         if excess > 0:
             self._write_uses()
