@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backprompt.archive import Archive, Root
+from backprompt.checkpoint import Checkpoint
 from backprompt.errors import (
     EmptyTextError,
     ModelLoadError,
@@ -138,7 +139,9 @@ class LM:
                 f"An LM wraps a model of transformers, not {type(model).__name__}. "
                 "To load one by its name or path use backprompt.load(name)."
             )
-        self.model = model
+        self._model = model
+        self._is_handed_out = False
+        self._checkpoint: Checkpoint | None = None  # `load` knows
         self.tokenizer = tokenizer
         self._joins = joins
         self._add_special_tokens = add_special_tokens
@@ -161,7 +164,7 @@ class LM:
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
-        return f"LM({type(self.model).__name__}, {type(self.tokenizer).__name__}, joins={self._joins!r})"
+        return f"LM({type(self._model).__name__}, {type(self.tokenizer).__name__}, joins={self._joins!r})"
 
     def __copy__(self) -> LM:
         return self
@@ -174,6 +177,15 @@ class LM:
             "An LM cannot be pickled: it holds a model, a lock and a cache. Pickle texts without a model or their "
             "strings, and build the LM again where they are loaded (backprompt.load(name))."
         )
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as it was given.
+
+        Whoever reads this may write weights, so a fingerprint first used thereafter is not a remembered one.
+        """
+        self._is_handed_out = True  # to where weights can be written without anything showing it
+        return self._model
 
     @property
     def stats(self) -> Stats:
@@ -198,7 +210,8 @@ class LM:
     def fingerprint(self) -> str:
         """SHA-256, as hex, of the model's weights, configuration, adapters and dtype, and of the tokenizer.
 
-        The root of all keys. The first use, and the first after a change, hashes every weight.
+        The root of all keys. The first use, and the first after a change, hashes every weight; that of what `load` read
+        is remembered between processes, in `$BACKPROMPT_CACHE_HOME` or `backprompt` in the user's cache directory.
         """
         with self._exclusive():
             self._current()
@@ -292,11 +305,14 @@ class LM:
 
         Needed only after changes that the quick look before each evaluation cannot see: writes through `.data` to a
         few elements, settings of modules that are neither parameters nor buffers, or single merges replaced within
-        the tokenizer. Without an earlier use of `fingerprint` there is nothing to compare with, and everything is
-        dropped.
+        the tokenizer, or files rewritten in place from which weights are mapped into memory. Refresh after them and
+        before evaluating: with a store, what is computed in between is stored as that of the old weights. Without an
+        earlier use of `fingerprint` there is nothing to compare with, and everything is dropped.
         """
         with self._exclusive():
-            weights = content_hash(self.model)
+            weights = content_hash(self._model)
+            if self._checkpoint is not None:
+                self._checkpoint.forget_unless(weights)  # whether memory or weights are to blame
             tokenizer = PrivateTokenizer(self.tokenizer).fingerprint()
             if (weights, tokenizer) != (self._content_hash, self._tokenizer_copy.fingerprint()):
                 self._renew_encoder()
@@ -383,7 +399,7 @@ class LM:
         return self._evaluator
 
     def _make_evaluator(self) -> Evaluator:
-        model, archive = unwrap(self.model), None
+        model, archive = unwrap(self._model), None
         if self._store is not None:
             reference = weakref.ref(self)  # a cycle would keep tensors alive for longer than the LM
 
@@ -403,13 +419,24 @@ class LM:
         The first use hashes every weight.
         """
         if self._content_hash is None:
-            self._content_hash = content_hash(self.model)
-        dtype = str(next(unwrap(self.model).parameters()).dtype)
+            self._content_hash = self._hash_weights()
+        dtype = str(next(unwrap(self._model).parameters()).dtype)
         tokenizer = self._tokenizer_copy.fingerprint()
         stored_dtype = self._store.dtype if in_store and self._store is not None else None
         exactness = EXACT if stored_dtype is None else stored_dtype
         key = root_key(model=self._content_hash, dtype=dtype, tokenizer=tokenizer, exactness=exactness)
         return Root(key, self._content_hash, tokenizer, dtype, exactness)
+
+    def _hash_weights(self) -> str:
+        """Return the content hash: what is remembered for the files of the weights, if only this `LM` has held them."""
+        checkpoint = None if self._is_handed_out else self._checkpoint
+        remembered = None if checkpoint is None else checkpoint.recall(self._model)
+        if remembered is not None:
+            return remembered
+        weights = content_hash(self._model)
+        if checkpoint is not None and not self._is_handed_out:  # by another thread, meanwhile
+            checkpoint.remember(self._model, weights)
+        return weights
 
     def _renew_encoder(self) -> None:
         """Start over with the tokenizer as it is now."""
@@ -419,11 +446,11 @@ class LM:
     def _renew_evaluator(self) -> None:
         """Start over with the model as it is now; nothing changes if it can no longer be evaluated."""
         evaluator = self._make_evaluator()
-        monitor = WeightsMonitor(self.model)
+        monitor = WeightsMonitor(self._model)
         self._evaluator.clear()
         self._evaluator, self._monitor = evaluator, monitor
         self._evaluated = WeakKeyDictionary()
-        self._content_hash = None
+        self._content_hash = self._checkpoint = None
 
 
 _SHARED: WeakValueDictionary[tuple[int, int], LM] = WeakValueDictionary()
@@ -509,16 +536,21 @@ def load(
     chosen = torch.device(device) if device is not None else _default_device()
     if dtype is None:
         dtype = torch.float32 if chosen.type == "cpu" else "auto"
+    checkpoint = Checkpoint.find(name, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"Could not load {str(name)!r}: {error}\nIf the model hub cannot be reached, download the model elsewhere "
             "and pass the path of its folder: backprompt.load('path/to/model')."
         ) from error
-    model = model.to(chosen)  # type: ignore[arg-type]  # PreTrainedModel.to is wrapped without its types
-    return LM(model, tokenizer, **lm_options)
+    model, loading_info = loaded
+    lm = LM(model.to(chosen), tokenizer, **lm_options)
+    is_unchanged = checkpoint == Checkpoint.find(name, dtype)
+    if checkpoint is not None and is_unchanged and checkpoint.decides(model, loading_info):
+        lm._checkpoint = checkpoint
+    return lm
 
 
 def _default_device() -> torch.device:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 from backprompt.errors import TokenIdError, TokenizerError
@@ -69,18 +70,20 @@ class PrivateTokenizer:
                 "Load one with AutoTokenizer.from_pretrained(...)."
             )
         self._original = tokenizer
+        self._fingerprint: str | None = None
         self._private: Any = copy.deepcopy(tokenizer)
         self._words = _sample_words(tokenizer)
         self._state = _quick_state(tokenizer, self._words)
-        self._description = _describe(tokenizer)
+        self._whole: Backend | None = None
         self._backend: Backend | None = None
         self._continuing: Backend | None = None
-        if self._description is not None:
-            self._backend = _make_backend(self._description, tokenizer, is_continuation=False)
-            self._continuing = _make_backend(self._description, tokenizer, is_continuation=True)
-            if list(self._backend.encode(_SAMPLE, add_special_tokens=False).ids) != self._call([_SAMPLE])[0]:
-                self._backend = None  # the tokenizer does something of its own around its backend
-        self._can_cut = self._backend is not None and _is_cuttable(self._description)
+        backend = getattr(self._private, "backend_tokenizer", None)
+        if isinstance(backend, Backend):
+            self._whole = _make_backend(backend, tokenizer, is_continuation=False)
+            self._continuing = _make_backend(backend, tokenizer, is_continuation=True)
+            if list(self._whole.encode(_SAMPLE, add_special_tokens=False).ids) == self._call([_SAMPLE])[0]:
+                self._backend = self._whole  # else the tokenizer does something of its own around its backend
+        self._can_cut = self._backend is not None and _is_cuttable(self._backend)
         self.prefix_ids, self.suffix_ids = self._special_ids()
 
     def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
@@ -137,11 +140,14 @@ class PrivateTokenizer:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all that decides about ids, as hex."""
-        described = self._description
-        if described is None:  # no backend: the vocabulary and the settings that transformers saves
-            described = {"vocab": self._private.get_vocab(), "init": repr(sorted(self._private.init_kwargs.items()))}
-        parts = [json.dumps(described, sort_keys=True), repr(self._state)]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        if self._fingerprint is None:
+            if self._whole is not None:
+                described = self._whole.to_str()
+            else:  # the vocabulary and the settings that transformers saves
+                settings = repr(sorted(self._private.init_kwargs.items()))
+                described = json.dumps({"vocab": self._private.get_vocab(), "init": settings}, sort_keys=True)
+            self._fingerprint = hashlib.sha256("\0".join([described, repr(self._state)]).encode()).hexdigest()
+        return self._fingerprint
 
     def _call(self, strings: list[str]) -> list[list[int]]:
         encoded: list[list[int]] = self._private(strings, add_special_tokens=False)["input_ids"]
@@ -160,27 +166,32 @@ class PrivateTokenizer:
         )
 
 
-def _describe(tokenizer: Any) -> dict[str, Any] | None:
-    """Return the backend's own JSON, without padding and truncation; None for a tokenizer without a backend."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Backend):
-        return None
-    description: dict[str, Any] = json.loads(backend.to_str())
-    description["padding"] = description["truncation"] = None
-    return description
+def _make_backend(original: Backend, tokenizer: Any, *, is_continuation: bool) -> Backend:
+    """Return a backend around the same model, without padding and truncation.
 
-
-def _make_backend(description: dict[str, Any], tokenizer: Any, *, is_continuation: bool) -> Backend:
+    The model, which has the vocabulary and the merges, is shared: reading a large one takes a second.
+    """
+    description = _describe_parts(original)
     if is_continuation:
-        description = {
-            **description,
-            "normalizer": _without_prepend(description["normalizer"]),
-            "pre_tokenizer": _without_dummy_prefix(description["pre_tokenizer"]),
-            "post_processor": None,
-        }
+        description["normalizer"] = _without_prepend(description["normalizer"])
+        description["pre_tokenizer"] = _without_dummy_prefix(description["pre_tokenizer"])
+        description["post_processor"] = None
     backend = Backend.from_str(json.dumps(description))
+    backend.model = original.model
+    backend.add_tokens([token for _, token in sorted(original.get_added_tokens_decoder().items())])
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
     return backend
+
+
+def _describe_parts(backend: Backend) -> dict[str, Any]:
+    """Return the JSON of the backend's parts around an empty model."""
+    shell = Backend(models.BPE())
+    shell.normalizer = backend.normalizer
+    shell.pre_tokenizer = backend.pre_tokenizer
+    shell.post_processor = backend.post_processor
+    shell.decoder = backend.decoder
+    description: dict[str, Any] = json.loads(shell.to_str())
+    return description
 
 
 def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -205,16 +216,16 @@ def _without_dummy_prefix(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any
     return pre_tokenizer
 
 
-def _is_cuttable(description: dict[str, Any] | None) -> bool:
+def _is_cuttable(backend: Backend) -> bool:
     """Return whether a space between two ASCII letters is provably a boundary of this tokenizer."""
-    if description is None:
+    model, description = backend.model, _describe_parts(backend)
+    if not isinstance(model, models.BPE) or model.dropout:
         return False
-    model, normalizer = description["model"], description["normalizer"]
-    if model["type"] != "BPE" or model.get("dropout"):
-        return False
+    normalizer = description["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":  # NFC never composes across a space
         return False
-    return _splits_at_spaces(description["pre_tokenizer"]) and all(map(_leaves_spaces, description["added_tokens"]))
+    added_tokens = backend.get_added_tokens_decoder().values()
+    return _splits_at_spaces(description["pre_tokenizer"]) and all(map(_leaves_spaces, added_tokens))
 
 
 def _splits_at_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
@@ -235,10 +246,10 @@ def _splits_at_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
     return splits
 
 
-def _leaves_spaces(added_token: dict[str, Any]) -> bool:
+def _leaves_spaces(token: AddedToken) -> bool:
     """Return whether an added token can neither contain nor swallow a space between two letters."""
-    content: str = added_token["content"]
-    swallows = (added_token["lstrip"] and content[:1].isalpha()) or (added_token["rstrip"] and content[-1:].isalpha())
+    content = token.content
+    swallows = (token.lstrip and content[:1].isalpha()) or (token.rstrip and content[-1:].isalpha())
     return not swallows and not any(character.isspace() for character in content)
 
 

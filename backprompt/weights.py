@@ -9,7 +9,8 @@ to a few elements, `LM.refresh()` finds by hashing everything.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,12 @@ from transformers import PreTrainedModel
 
 from backprompt.skeleton import is_foreign, is_rewritten_in_place, unwrap
 
+HASH_FORMAT = 2
+"""To be raised by whoever changes what `content_hash` returns for a model: fingerprints are kept on disk."""
+
 SAMPLES_PER_TENSOR = 16
+PIECE_BYTES = 16 << 20
+"""Part of the hash's format."""
 
 _ADAPTER_STATE = ("_active_adapter", "merged_adapters", "_disable_adapters", "scaling")
 _UNIMPORTANT_CONFIG = frozenset(
@@ -93,8 +99,31 @@ class _TensorState:
 
 
 def content_hash(model: nn.Module) -> str:
-    """Return the SHA-256, as hex, of everything that decides what a model computes: reads every weight once."""
-    model_hash = hashlib.sha256()
+    """Return the SHA-256, as hex, of everything that decides what a model computes.
+
+    Reads every weight once, on as many threads as torch has: hashing lets go of the interpreter.
+    """
+    pieces = [piece for tensor in _distinct_tensors(model) for piece in _pieces(tensor)]
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        digests = list(pool.map(_digest, pieces))
+    return _hash_described(model, digests)
+
+
+def sample_hash(model: nn.Module) -> str:
+    """Return a hash of the same, but only of a sample of each parameter: milliseconds.
+
+    Tells apart models of one shape that were trained apart. Buffers count in full: what computes them on loading may
+    do so otherwise on another machine.
+    """
+    causal_model = unwrap(model)
+    buffers = {id(buffer) for buffer in causal_model.buffers()}
+    tensors = _distinct_tensors(model)
+    samples = [torch.cat(views) for views in _sample_views(tensors)]
+    return _hash_described(model, map(_digest, [*samples, *(t for t in tensors if id(t) in buffers)]))
+
+
+def _hash_described(model: nn.Module, digests: Iterable[bytes]) -> str:
+    """Return the SHA-256 of what a model is besides its numbers, and of digests of those."""
     causal_model = unwrap(model)
     config: Any = causal_model.config
     described = sorted((key, repr(value)) for key, value in config.to_dict().items() if key not in _UNIMPORTANT_CONFIG)
@@ -104,13 +133,26 @@ def content_hash(model: nn.Module) -> str:
         for module in causal_model.modules()
         if not isinstance(module, PreTrainedModel) and not is_rewritten_in_place(module)
     ]
-    model_hash.update(repr((type(causal_model).__qualname__, described, adapters, settings)).encode())
     names = {id(tensor): name for name, tensor in (*causal_model.named_parameters(), *causal_model.named_buffers())}
-    for _, _, tensor in _places(causal_model):
-        model_hash.update(repr((names[id(tensor)], tuple(tensor.shape), str(tensor.dtype))).encode())
-        data = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
-        model_hash.update(data.data)
-    return model_hash.hexdigest()
+    # A tied weight is named here at each of its places; its numbers are hashed once.
+    tensors = [(names[id(t)], tuple(t.shape), str(t.dtype)) for _, _, t in _places(causal_model)]
+    description = (HASH_FORMAT, type(causal_model).__qualname__, described, adapters, settings, tensors)
+    return hashlib.sha256(repr(description).encode() + b"".join(digests)).hexdigest()
+
+
+def _distinct_tensors(model: nn.Module) -> list[Tensor]:
+    return list({id(tensor): tensor for _, _, tensor in _places(unwrap(model))}.values())
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Cut a tensor, rows at a time, into views of about `PIECE_BYTES`, to be hashed side by side."""
+    rows = tensor.detach() if tensor.dim() else tensor.detach()[None]
+    return torch.split(rows, max(1, PIECE_BYTES * len(rows) // max(1, rows.nbytes)))
+
+
+def _digest(piece: Tensor) -> bytes:
+    data = piece.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+    return hashlib.sha256(data.data).digest()
 
 
 def _places(model: nn.Module) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:

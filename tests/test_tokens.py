@@ -1,12 +1,15 @@
 """From texts to token ids: by default those of the whole string, whatever the places where it was put together."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,6 +196,54 @@ def test_texts_that_share_beginnings_are_encoded_together_in_any_order(name, poo
 
 
 PRIVATE = {name: PrivateTokenizer(builder()) for name, builder in BUILDERS.items()}
+
+
+def word_level() -> PreTrainedTokenizerFast:
+    """With the words out of order, and two kinds of added tokens that take turns."""
+    words = [f"word{idx * 7 % 500}" for idx in range(500)]
+    backend = Tokenizer(models.WordLevel({word: idx for idx, word in enumerate(words)}, unk_token="word0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for idx in range(6):
+        token = AddedToken(f"<{idx}>", lstrip=idx % 3 == 0, single_word=idx % 2 == 0)
+        tokenizer.add_tokens([token], special_tokens=idx % 2 == 1)
+    return tokenizer
+
+
+ALL_MODELS = {**TOKENIZERS, "word_level": word_level}
+
+
+@pytest.mark.parametrize("name", {**BUILDERS, **ALL_MODELS})
+def test_a_private_tokenizer_is_the_whole_of_it(name):
+    """Around one model: its parts, and every token added, but not the padding and truncation of the last call."""
+    tokenizer = {**BUILDERS, **ALL_MODELS}[name]()
+    expected = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding()
+    private = PrivateTokenizer(tokenizer)
+    assert json.loads(private._whole.to_str()) == expected
+    continuing = json.loads(private._continuing.to_str())
+    edited = {"normalizer", "pre_tokenizer", "post_processor"}
+    assert {key for key in expected if continuing[key] != expected[key]} <= edited
+
+
+FINGERPRINTS = """
+import json
+from backprompt.tokenizer import PrivateTokenizer
+from test_tokens import ALL_MODELS
+print(json.dumps({name: PrivateTokenizer(build()).fingerprint() for name, build in ALL_MODELS.items()}))
+"""
+
+
+def test_fingerprints_are_the_same_in_another_process():
+    """Whose hashes of strings, and so the orders of vocabularies in memory, are others."""
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "PYTHONHASHSEED": "1234"}
+    command = [sys.executable, "-c", FINGERPRINTS]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    expected = {name: PrivateTokenizer(build()).fingerprint() for name, build in ALL_MODELS.items()}
+    assert len(set(expected.values())) == 5
+    assert json.loads(printed.splitlines()[-1]) == expected
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

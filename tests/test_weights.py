@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model
 
-from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load
+from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load, weights
+from backprompt.weights import content_hash, sample_hash
 from reference import plain_ids, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe, llama3_bpe
@@ -561,6 +562,66 @@ def test_saving_a_model_does_not_change_its_fingerprint_and_what_is_loaded_has_i
     lm.refresh()
     assert lm.fingerprint == fingerprint
     assert load(tmp_path, device="cpu").fingerprint == fingerprint
+
+
+class Oddities(nn.Module):
+    """A part with tensors of all kinds."""
+
+    def __init__(self, flip):
+        super().__init__()
+        matrix = torch.arange(24.0).reshape(4, 6)
+        self.weight = nn.Parameter(matrix if not flip else matrix.t().contiguous().t())
+        self.register_buffer("empty", torch.empty(0, 3))
+        self.register_buffer("number", torch.tensor(2))
+        self.register_buffer("mask", torch.ones(3, 3, dtype=torch.bool).tril())
+        self.register_buffer(
+            "every_other", torch.arange(20, dtype=torch.int16)[::2] if flip else torch.arange(0, 20, 2).short()
+        )
+
+
+def test_a_content_hash_depends_on_neither_threads_nor_strides(model):
+    hashes, num_threads = [], torch.get_num_threads()
+    try:
+        for flip in (False, True):
+            model.odd = Oddities(flip)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                hashes.append(content_hash(model))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert len(set(hashes)) == 1
+    for tensor in model.odd.state_dict().values():
+        if tensor.numel():
+            tensor.copy_(~tensor if tensor.dtype == torch.bool else tensor + 1)
+            hashes.append(content_hash(model))
+    assert len(set(hashes)) == 5
+
+
+def test_a_content_hash_covers_every_piece_in_its_place(model, monkeypatch):
+    """Of one row each, here: each row's last element, and two rows that change places."""
+    monkeypatch.setattr(weights, "PIECE_BYTES", 1)
+    hashes = [content_hash(model)]
+    matrix = model.lm_head.weight.data
+    for row in range(0, len(matrix), 40):
+        matrix[row, -1] += 1
+        hashes.append(content_hash(model))
+    matrix[:2] = matrix[:2].flip(0)
+    hashes.append(content_hash(model))
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_a_sample_hash_covers_all_of_a_buffer_and_some_of_a_weight(model):
+    model.register_buffer("table", torch.ones(100))
+    hashes = [sample_hash(model)]
+    for idx in range(3):
+        model.table[idx] += 1e-6
+        hashes.append(sample_hash(model))
+    for change in (set_epsilon, setting_of_a_module, through_data, lambda m: m.double()):
+        change(model)
+        hashes.append(sample_hash(model))
+    assert len(set(hashes)) == len(hashes)
+    data_of_one_element(model)  # what it is not for
+    assert sample_hash(model) == hashes[-1]
 
 
 FINGERPRINTS = """
