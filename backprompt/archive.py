@@ -1,27 +1,26 @@
 """The archive: what connects a forest with a store of representations.
 
-Before spans are forwarded it looks in the store for what stands at their positions: states first, which is all that
-results are read off; then the keys and values of what must be continued. After a pass it writes new spans. An entry
-begins behind the last position that is stored already, so short spans go with what continues them.
+Before spans are forwarded it looks in the store for what stands at their positions (visit.py). After a pass it writes
+new spans. An entry begins behind the last position that is stored already, so short spans go with what continues them.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 
 from backprompt.cache import Block, BlockRows, KeysValues, States, gather, keys_values_of, states_of
 from backprompt.errors import StoreVersionError
 from backprompt.identity import extend_key
-from backprompt.plan import missing_spans
 from backprompt.radix import Forest, Span
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, encode, parts_of
+from backprompt.tier import Kind, Tier
+from backprompt.visit import Visit
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +28,6 @@ MIN_TOKENS = 16
 """Runs of fewer tokens are not stored unless asked for: computing them again costs less than writing and reading."""
 
 _STATES = ("hidden", "logprobs", "has_logprobs")
-
-_Kind: TypeAlias = Literal["rows", "states"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,10 @@ class Root:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The blocks that a visit to the store made, of how many tokens something was loaded, and whether it broke off."""
+    """The ends of the texts that there was room for, and the tokens whose states were loaded."""
 
-    blocks: list[Block]
+    served: list[Span]
     num_tokens: int
-    is_cut: bool
 
 
 class Archive:
@@ -78,21 +74,33 @@ class Archive:
         self._device = device
         self._can_read = self._can_write = True
 
-    def load(self, forest: Forest, ends: Iterable[Span], max_bytes: int, *, with_keys: bool) -> Loaded:
-        """Let the spans on the way to `ends` hold what the store has of them, until `max_bytes` are exceeded."""
-        ends = list(ends)
-        reader = _Reader(self._store, self._key_of, self._device, max_bytes)
-        kinds: tuple[_Kind, ...] = ("states", "rows") if self._can_read else ()
-        try:
-            for kind in kinds:
-                missing = missing_spans(ends, with_keys=with_keys)
-                # States of what holds none; keys and values of what holds states: the others were not found just now.
-                spans = [span for span in missing if (span.states is None) == (kind == "states")]
-                self._load(kind, forest, spans, reader)
-        except (OSError, StoreVersionError) as error:
-            self._can_read = False
-            logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
-        return Loaded(reader.blocks, reader.num_tokens, reader.is_full)
+    def load(self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, *, with_keys: bool) -> Loaded:
+        """Let the spans on the way to `ends` hold what the store has of them, and count it; spans may be split.
+
+        It ends when `room` bytes and a span have come; but at least one text gets all that there is of it.
+        """
+        reader = _Reader(self._store, self._key_of, self._device)
+        num_tokens = 0
+
+        def bring(kind: Kind, span: Span) -> bool:
+            nonlocal num_tokens
+            for block in self._load_span(kind, forest, span, reader):
+                memory.add([block])
+                visit.room -= block.num_bytes
+                num_tokens += block.num_rows if kind == "states" else 0
+            return getattr(span, kind) is not None
+
+        visit = Visit(room, bring)
+        served = list(ends)
+        if self._can_read:
+            try:
+                served = visit.serve(ends, with_keys=with_keys)
+                for span in visit.absent:
+                    span.is_stored = False  # or not any more
+            except (OSError, StoreVersionError) as error:
+                self._can_read = False
+                logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
+        return Loaded(served, num_tokens)
 
     def save_new(self, spans: Iterable[Span]) -> None:
         """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
@@ -110,7 +118,7 @@ class Archive:
             OSError: it cannot be written.
 
         """
-        reader = _Reader(self._store, self._key_of, self._device, 0)
+        reader = _Reader(self._store, self._key_of, self._device)
         is_stored = True  # asked for anew: others may have deleted entries
         for span in end.path():
             found = reader.find(span) if is_stored else None
@@ -119,28 +127,18 @@ class Archive:
         if run:
             self._put(run)
 
-    def _load(self, kind: _Kind, forest: Forest, spans: Sequence[Span], reader: _Reader) -> None:
-        absent: set[Span] = set()
-        for span in spans:
-            assert span.parent is not None
-            if span.parent in absent or not self._load_span(kind, forest, span, reader):
-                absent.add(span)
-                span.is_stored = False  # or not any more
-
-    def _load_span(self, kind: _Kind, forest: Forest, span: Span, reader: _Reader) -> bool:
-        """Return whether all of the span could be loaded; it is split where only a beginning could."""
-        while True:
+    def _load_span(self, kind: Kind, forest: Forest, span: Span, reader: _Reader) -> Iterator[Block]:
+        """Load what the span does not hold, and yield it; the span is split where only a beginning can be loaded."""
+        while getattr(span, kind) is None:
             found = reader.find(span)
             read = None if found is None else reader.read(kind, found)
             if found is None or read is None:
-                return False
-            is_whole = found.num_tokens == len(span.token_ids)
-            loaded = span if is_whole else forest.split(span, found.num_tokens)
+                return
+            loaded = span if found.num_tokens == len(span.token_ids) else forest.split(span, found.num_tokens)
             loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
             setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
             loaded.is_stored = True
-            if is_whole:
-                return True
+            yield read.block
 
     def _save(self, run: list[Span]) -> None:
         try:
@@ -220,17 +218,13 @@ class _Found:
 
 
 class _Reader:
-    """One visit to the store: each entry is read once, and no more than `max_bytes` and one entry."""
+    """Reads from the store, and keeps the entry that it read last."""
 
-    def __init__(self, store: Store, key_of: Callable[[Span], bytes], device: torch.device, max_bytes: int) -> None:
-        self.blocks: list[Block] = []
-        self.num_tokens = 0
-        self.is_full = False
+    def __init__(self, store: Store, key_of: Callable[[Span], bytes], device: torch.device) -> None:
         self._store = store
         self._key_of = key_of
         self._device = device
-        self._room = max_bytes
-        self._last: tuple[str, _Kind, Entry | None] | None = None  # spans of one entry come one after the other
+        self._last: dict[Kind, tuple[str, Entry | None]] = {}  # spans of one entry come one after the other
 
     def find(self, span: Span) -> _Found | None:
         """Return the longest stored beginning of the span: of an entry that begins with it, or runs through to it."""
@@ -248,11 +242,8 @@ class _Reader:
             token_ids = first.token_ids + token_ids
         return None
 
-    def read(self, kind: _Kind, found: _Found) -> _Read | None:
-        """Return these rows as a block; None if the entry is gone, damaged or another one, or there is no room."""
-        if self._room < 0:
-            self.is_full = True
-            return None
+    def read(self, kind: Kind, found: _Found) -> _Read | None:
+        """Return these rows as a block; None if the entry is gone, damaged or another one."""
         entry = self._entry(found.name, kind)
         if entry is None:
             return None
@@ -260,20 +251,13 @@ class _Reader:
         if header.start != found.start.hex() or header.token_ids[: len(found.token_ids)] != found.token_ids:
             logger.warning("The index of %r names another entry than it should; the entry is not used.", self._store)
             return None
-        block: Block
         if kind == "states":
             hidden, logprobs, has_logprobs = (self._rows(entry, name, found, dim=0) for name in _STATES)
-            block = States(hidden, logprobs, has_logprobs.cpu())
-            self.num_tokens += found.num_tokens
-        else:
-            layers = range(sum(re.fullmatch(r"keys\.\d+", name) is not None for name in entry.tensors))
-            block = KeysValues(
-                [self._rows(entry, f"keys.{layer_idx}", found, dim=1) for layer_idx in layers],
-                [self._rows(entry, f"values.{layer_idx}", found, dim=1) for layer_idx in layers],
-            )
-        self.blocks.append(block)
-        self._room -= block.num_bytes
-        return _Read(block, header.error)
+            return _Read(States(hidden, logprobs, has_logprobs.cpu()), header.error)
+        layers = range(sum(re.fullmatch(r"keys\.\d+", name) is not None for name in entry.tensors))
+        keys = [self._rows(entry, f"keys.{layer_idx}", found, dim=1) for layer_idx in layers]
+        values = [self._rows(entry, f"values.{layer_idx}", found, dim=1) for layer_idx in layers]
+        return _Read(KeysValues(keys, values), header.error)
 
     def _rows(self, entry: Entry, name: str, found: _Found, *, dim: int) -> torch.Tensor:
         """Return rows of a tensor on the device, in storage of their own."""
@@ -286,10 +270,10 @@ class _Reader:
         is_own = rows.is_contiguous() and rows.untyped_storage().nbytes() == rows.nbytes
         return rows if is_own else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device).copy_(rows)
 
-    def _entry(self, name: str, kind: _Kind) -> Entry | None:
-        if self._last is None or self._last[:2] != (name, kind):
-            self._last = (name, kind, self._store.get(name, _STATES if kind == "states" else None))
-        return self._last[2]
+    def _entry(self, name: str, kind: Kind) -> Entry | None:
+        if kind not in self._last or self._last[kind][0] != name:
+            self._last[kind] = (name, self._store.get(name, _STATES if kind == "states" else None))
+        return self._last[kind][1]
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,43 @@
 A pass leaves two blocks: `KeysValues`, for each layer the keys and values of all its rows, and `States`, their final
 hidden states and log-probabilities. A computed span holds `BlockRows` of each, a range of rows, so that splitting a
 span moves nothing and spans of one pass share one allocation. A block is freed with the last span that refers to it;
-one of which only some rows are still referred to is made smaller in place (`compact`).
+one of which only some rows are still referred to is made smaller in place (`compact`). What moves from one tier of
+memory to another goes from blocks to new blocks (`moved`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from backprompt.radix import Span
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where tensors are made: a device, and if that is the CPU, whether in pinned (page-locked) memory."""
+
+    device: torch.device
+    is_pinned: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Location:
+        """Return where a tensor lies."""
+        return cls(tensor.device, tensor.is_pinned())
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a new tensor here, with any content."""
+        return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.is_pinned)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy here; done when this returns."""
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 class Block(ABC):
@@ -36,6 +58,10 @@ class Block(ABC):
     @abstractmethod
     def keep(self, pieces: Sequence[slice]) -> None:
         """Keep only these rows, in this order. Each tensor is copied and the old one freed before the next."""
+
+    @abstractmethod
+    def copied(self, pieces: Sequence[slice], location: Location) -> Block:
+        """Return a block of these rows, in this order, at a location: one copy a tensor."""
 
 
 @dataclass(eq=False)
@@ -65,7 +91,15 @@ class KeysValues(Block):
         """Keep only these rows, in this order."""
         for tensors in (self.keys, self.values):
             for layer_idx, tensor in enumerate(tensors):
-                tensors[layer_idx] = torch.cat([tensor[:, piece] for piece in pieces], dim=1)
+                tensors[layer_idx] = _picked(tensor, pieces, dim=1)
+
+    def copied(self, pieces: Sequence[slice], location: Location) -> KeysValues:
+        """Return a block of these rows, in this order, at a location."""
+        keys, values = (
+            [location.copy(_picked(tensor, pieces, dim=1)) for tensor in tensors]
+            for tensors in (self.keys, self.values)
+        )
+        return KeysValues(keys, values)
 
 
 @dataclass(eq=False)
@@ -102,9 +136,17 @@ class States(Block):
 
     def keep(self, pieces: Sequence[slice]) -> None:
         """Keep only these rows, in this order."""
-        self.hidden = torch.cat([self.hidden[piece] for piece in pieces])
-        self.logprobs = torch.cat([self.logprobs[piece] for piece in pieces])
-        self.has_logprobs = torch.cat([self.has_logprobs[piece] for piece in pieces])
+        self.hidden = _picked(self.hidden, pieces)
+        self.logprobs = _picked(self.logprobs, pieces)
+        self.has_logprobs = _picked(self.has_logprobs, pieces)
+
+    def copied(self, pieces: Sequence[slice], location: Location) -> States:
+        """Return a block of these rows, in this order, at a location; `has_logprobs` stays on the CPU."""
+        return States(
+            location.copy(_picked(self.hidden, pieces)),
+            location.copy(_picked(self.logprobs, pieces)),
+            _picked(self.has_logprobs, pieces).clone(),
+        )
 
 
 BlockType = TypeVar("BlockType", bound=Block)
@@ -127,6 +169,64 @@ class BlockRows(Generic[BlockType]):
         """Return the first `num_tokens` rows and the others; nothing is copied."""
         middle = self.start + num_tokens
         return BlockRows(self.block, self.start, middle), BlockRows(self.block, middle, self.stop)
+
+
+def compact(places: Mapping[Span, BlockRows[Any]]) -> dict[Span, BlockRows[Any]]:
+    """Make the blocks smaller of which `places` are not all rows; return where the spans' rows lie then."""
+    compacted = {}
+    for block, group in _by_block(places).items():
+        if sum(place.stop - place.start for place in group.values()) < block.num_rows:
+            block.keep(_pieces(group))
+            compacted.update(_side_by_side(group, block))
+    return compacted
+
+
+def moved(places: Mapping[Span, BlockRows[Any]], location: Location) -> dict[Span, BlockRows[Any]]:
+    """Copy spans' rows to a location; return where they lie there. What comes from one block goes to one block."""
+    copies = {}
+    for block, group in _by_block(places).items():
+        copies.update(_side_by_side(group, block.copied(_pieces(group), location)))
+    return copies
+
+
+def _by_block(places: Mapping[Span, BlockRows[Any]]) -> dict[Block, dict[Span, BlockRows[Any]]]:
+    """Group places by their blocks, and order each group by its rows."""
+    groups: dict[Block, dict[Span, BlockRows[Any]]] = {}
+    for span, place in sorted(places.items(), key=lambda item: item[1].start):
+        groups.setdefault(place.block, {})[span] = place
+    return groups
+
+
+def _pieces(group: Mapping[Span, BlockRows[Any]]) -> list[slice]:
+    """Return the rows of one block's places, neighbours as one slice."""
+    pieces: list[slice] = []
+    for place in group.values():
+        if pieces and pieces[-1].stop == place.start:
+            pieces[-1] = slice(pieces[-1].start, place.stop)
+        else:
+            pieces.append(slice(place.start, place.stop))
+    return pieces
+
+
+def _side_by_side(group: Mapping[Span, BlockRows[Any]], block: Block) -> dict[Span, BlockRows[Any]]:
+    """Return the places of rows that were put into `block` one after the other."""
+    places, start = {}, 0
+    for span, place in group.items():
+        stop = start + place.stop - place.start
+        places[span] = BlockRows(block, start, stop)
+        start = stop
+    return places
+
+
+def _picked(tensor: Tensor, pieces: Sequence[slice], dim: int = 0) -> Tensor:
+    """Return these rows of a tensor side by side, where the tensor lies; the tensor itself if these are all."""
+    num_rows = sum(piece.stop - piece.start for piece in pieces)
+    if len(pieces) == 1 and num_rows == tensor.shape[dim]:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = num_rows
+    parts = [tensor.narrow(dim, piece.start, piece.stop - piece.start) for piece in pieces]
+    return torch.cat(parts, dim=dim, out=Location.of(tensor).empty(shape, tensor.dtype))
 
 
 def keys_values_of(span: Span) -> BlockRows[KeysValues]:

@@ -7,7 +7,7 @@ the `LM` drops its evaluator, with all of this, and makes a new one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
@@ -20,6 +20,7 @@ from backprompt.archive import Archive
 from backprompt.cache import LogitPool, States, gather, keys_values_of, states_of
 from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
+from backprompt.host import HostMemory
 from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
 from backprompt.probe import probe
@@ -47,6 +48,7 @@ class Counters:
     tokens_requested: int = 0
     tokens_computed: int = 0
     tokens_recomputed: int = 0
+    tokens_fetched: int = 0
     tokens_loaded: int = 0
     forward_passes: int = 0
     logit_rows: int = 0
@@ -62,6 +64,7 @@ class Evaluator:
         counters: Counters,
         max_tokens_per_forward: int | None,
         memory_bytes: int,
+        host: HostMemory,
         max_result_bytes: int,
         archive: Archive | None = None,
     ) -> None:
@@ -71,7 +74,8 @@ class Evaluator:
         self.counters = counters
         self._max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
         self._pool = LogitPool(max_result_bytes)
-        self.memory = Memory(memory_bytes, self.executor.hidden_size)
+        self.host = host
+        self.memory = Memory(memory_bytes, self.executor.hidden_size, host)
         self._archive = archive
         self._pinned: dict[Span, int] = {}  # the ends of pinned texts, and how often each is
         self._is_probed = False
@@ -125,7 +129,7 @@ class Evaluator:
         """
         with self._inserted([token_ids]) as (end,):
             pinned = {span for other in (*self._pinned, end) for span in other.path()}
-            num_bytes = sum(len(span.token_ids) for span in pinned) * self.executor.token_bytes
+            num_bytes = self._num_bytes(pinned)
             if num_bytes > self.memory.max_bytes:
                 raise MemoryBudgetError(
                     f"With this text of {len(token_ids)} tokens pins would hold {num_bytes:,} bytes, more than the "
@@ -279,48 +283,57 @@ class Evaluator:
     ) -> None:
         """Forward what is missing, pass by pass, within the budget.
 
-        What is dropped although a later pass needs it is planned and forwarded again.
+        What is dropped although a later pass needs it comes back or is planned and forwarded again.
         """
         waiting = dict.fromkeys(end for end in ends if not _is_held(end, with_keys))
+        is_stuck = False  # then one text alone goes on
         while waiting:
-            if self._archive is not None and self._load(waiting, with_keys=with_keys):
-                self._collect_and_make_room(before_eviction)
-                continue  # with what there was no room for
-            passes = cut_into_passes(self.forest, missing_spans(waiting, with_keys=with_keys), self._max_tokens)
+            num_waiting = len(waiting)
+            asked = list(waiting)[: 1 if is_stuck else None]
+            group = self._bring_back(asked, before_eviction, with_keys=with_keys)
+            for end in group:
+                if _is_held(end, with_keys):
+                    del waiting[end]
+            passes = cut_into_passes(self.forest, missing_spans(group, with_keys=with_keys), self._max_tokens)
             last_uses = _last_uses(passes)
             for pass_idx, spans in enumerate(passes):
+                self._make_room(before_eviction, {_parent(span) for span in spans}, last_uses, pass_idx)
                 if _is_cut_off(spans):
                     break
                 self._forward(spans)
                 for span in spans:
                     waiting.pop(span, None)
-                if self.memory.is_exceeded:
-                    if before_eviction is not None:
-                        before_eviction()
-                    following = passes[pass_idx + 1] if pass_idx + 1 < len(passes) else ()
-                    self._evict(last_uses, pass_idx + 1, following)
-        self._collect_and_make_room(before_eviction)  # where only the store was asked
+            else:
+                self._make_room(before_eviction)
+            is_stuck = len(waiting) == num_waiting
 
-    def _load(self, waiting: dict[Span, None], *, with_keys: bool) -> bool:
-        """Take from the store what it has, and from `waiting` what needs no forward any more.
+    def _bring_back(
+        self, ends: Sequence[Span], before_eviction: Callable[[], None] | None, *, with_keys: bool
+    ) -> Sequence[Span]:
+        """Bring what the second pool and the store have of the way to `ends`.
 
-        Returns whether to ask again: there was no room for more, and something came of what was loaded.
+        Returns the ends of the texts that there was room for, at least one: what these still miss is to be forwarded.
         """
-        assert self._archive is not None
-        room = max(0, self.memory.max_bytes - self.memory.num_bytes) + self._max_tokens * self.executor.token_bytes
-        loaded = self._archive.load(self.forest, waiting, room, with_keys=with_keys)
-        self.memory.add(loaded.blocks)
-        self.counters.tokens_loaded += loaded.num_tokens
-        ready = [end for end in waiting if _is_held(end, with_keys)]
-        for end in ready:
-            del waiting[end]
-        return loaded.is_cut and bool(ready)
-
-    def _collect_and_make_room(self, before_eviction: Callable[[], None] | None) -> None:
-        if self.memory.is_exceeded:
-            if before_eviction is not None:
-                before_eviction()
-            self._make_room()
+        if self.host.num_bytes or self._archive is not None:
+            asked = set(ends)
+            ends = [span for span in missing_spans(ends, with_keys=with_keys) if span in asked]  # in depth-first order
+        if self.host.num_bytes:
+            pinned = {span for end in self._pinned for span in end.path()}
+            room = self.memory.max_bytes - self._num_bytes(pinned)
+            planned = self.host.plan_fetch(ends, room, pinned, with_keys=with_keys)
+            if planned.num_bytes:
+                needed = _on_the_way([*planned.served, *planned.spans["states"], *planned.spans["rows"]])
+                self._make_room(before_eviction, needed, num_coming_bytes=planned.num_bytes)
+                self.memory.add(self.host.fetch(planned))
+                self.counters.tokens_fetched += planned.num_tokens
+            ends = planned.served
+        if self._archive is not None:
+            free = max(0, self.memory.max_bytes - self.memory.num_bytes)
+            room = free + self._max_tokens * self.executor.token_bytes
+            loaded = self._archive.load(self.forest, ends, room, self.memory, with_keys=with_keys)
+            self.counters.tokens_loaded += loaded.num_tokens
+            ends = loaded.served
+        return ends
 
     def _forward(self, spans: Sequence[Span]) -> None:
         started = time.perf_counter()
@@ -334,6 +347,7 @@ class Evaluator:
                 self._pool.clear()
         for span in spans:
             span.was_computed = True
+            span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
         self.counters.forward_passes += 1
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
@@ -341,15 +355,28 @@ class Evaluator:
         if self._archive is not None:
             self._archive.save_new(spans)
 
-    def _make_room(self) -> None:
-        self._evict({}, 0, ())
-
-    def _evict(self, last_uses: Mapping[Span, int], next_pass: int, next_spans: Sequence[Span]) -> None:
+    def _make_room(
+        self,
+        before_eviction: Callable[[], None] | None = None,
+        needed: Set[Span] = frozenset(),
+        last_uses: Mapping[Span, int] | None = None,
+        next_pass: int = 0,
+        num_coming_bytes: int = 0,
+    ) -> None:
+        """Let go of what is over the budget; see `Memory.evict`."""
+        if not self.memory.is_exceeded(num_coming_bytes):
+            return
+        if before_eviction is not None:
+            before_eviction()
         try:
-            self.memory.evict(self.forest, last_uses, next_pass, next_spans)
+            self.memory.evict(self.forest, needed, last_uses, next_pass, num_coming_bytes)
         except BaseException:  # blocks may be cut in part: nothing in them can be trusted any more
             self.clear()
             raise
+
+    def _num_bytes(self, spans: Collection[Span]) -> int:
+        """Return the bytes that all of these spans take."""
+        return sum(len(span.token_ids) for span in spans) * self.executor.token_bytes
 
     def _probe_once(self) -> None:
         if not self._is_probed:
@@ -460,6 +487,17 @@ def _is_held(end: Span, with_keys: bool) -> bool:
     return end.states is not None and not (with_keys and end.rows is None)
 
 
+def _on_the_way(ends: Iterable[Span]) -> set[Span]:
+    """Return the spans on the way to all of `ends`."""
+    spans: set[Span] = set()
+    for end in ends:
+        span = end
+        while span.parent is not None and span not in spans:
+            spans.add(span)
+            span = span.parent
+    return spans
+
+
 def _last_uses(passes: Sequence[Sequence[Span]]) -> dict[Span, int]:
     """Return, for each span that passes attend to, the number of the last such pass."""
     last_uses: dict[Span, int] = {}
@@ -476,11 +514,15 @@ def _is_cut_off(spans: Sequence[Span]) -> bool:
     """Return whether something that a pass continues was dropped since it was planned."""
     own = set(spans)
     for span in spans:
-        parent = span.parent
-        assert parent is not None
+        parent = _parent(span)
         if parent.parent is not None and parent.rows is None and parent not in own:
             return True
     return False
+
+
+def _parent(span: Span) -> Span:
+    assert span.parent is not None
+    return span.parent
 
 
 def _is_scored(span: Span, first_row: int = 0) -> bool:

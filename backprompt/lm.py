@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backprompt.archive import Archive, Root
+from backprompt.cache import Location
 from backprompt.checkpoint import Checkpoint
 from backprompt.errors import (
     EmptyTextError,
@@ -37,8 +38,9 @@ from backprompt.errors import (
 )
 from backprompt.evaluator import Counters, Evaluator
 from backprompt.executor import plain_surroundings
+from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
-from backprompt.memory import default_max_bytes, parse_bytes
+from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
 from backprompt.store import DiskStore, Store
@@ -59,12 +61,14 @@ class Stats:
         tokens_requested: sum of the texts' tokens over all evaluations.
         tokens_computed: tokens forwarded through the model.
         tokens_recomputed: of those, how many were forwarded before and dropped over the budget.
+        tokens_fetched: tokens whose states, or keys and values, moved back from the second pool to the device.
         tokens_loaded: tokens whose states came from the store.
         tokens_reused: requested less forwarded: what was cached or shared.
         forward_passes: packed forward passes.
         logit_rows: rows of logits computed by the output head.
         seconds: time in forward passes and in the output head.
-        bytes_held: keys, values, hidden states and log-probabilities held now.
+        bytes_held: keys, values, hidden states and log-probabilities held now on the device.
+        host_bytes_held: those held now in the second pool, in host memory.
         result_bytes_held: rows of logits held now, in a bounded pool of their own.
         kernel: the attention kernel that serves.
 
@@ -73,12 +77,14 @@ class Stats:
     tokens_requested: int
     tokens_computed: int
     tokens_recomputed: int
+    tokens_fetched: int
     tokens_loaded: int
     tokens_reused: int
     forward_passes: int
     logit_rows: int
     seconds: float
     bytes_held: int
+    host_bytes_held: int
     result_bytes_held: int
     kernel: str
 
@@ -104,6 +110,10 @@ class LM:
         memory_bytes: how much to hold between calls: keys, values, hidden states and log-probabilities. A number of
             bytes or text such as "2 GB"; by default half of what is free on the device. What goes beyond is dropped,
             keys and values first, and computed again when it is asked for.
+        host_memory_bytes: a second budget, in host memory: what goes beyond the first moves there instead, and back
+            when it is asked for. By default a quarter of the host memory that is free, and 0 for a model that lies in
+            host memory itself.
+        pin_memory: take page-locked host memory for it, which moves faster; for models on CUDA.
         max_tokens_per_forward: how many tokens one packed pass forwards at most; by default chosen by device.
         store: a store of representations, or the path of its folder, made if it is not there. What it has is not
             computed again; what is computed goes into it, as the store's `persist` says ("always" for a path).
@@ -124,6 +134,8 @@ class LM:
         joins: Joins = "exact",
         add_special_tokens: bool = True,
         memory_bytes: int | str | None = None,
+        host_memory_bytes: int | str | None = None,
+        pin_memory: bool = False,
         max_tokens_per_forward: int | None = None,
         store: Store | str | os.PathLike[str] | None = None,
         beyond_trained_length: bool = False,
@@ -142,6 +154,15 @@ class LM:
         self._model = model
         self._is_handed_out = False
         self._checkpoint: Checkpoint | None = None  # `load` knows
+        device = model_device(unwrap(model))
+        if pin_memory:
+            _check_can_pin(device)
+        self._memory_bytes = default_max_bytes(device) if memory_bytes is None else parse_bytes(memory_bytes)
+        if host_memory_bytes is None:
+            self._host_memory_bytes = default_host_bytes(device)
+        else:
+            self._host_memory_bytes = parse_bytes(host_memory_bytes, "host_memory_bytes")
+        self._pin_memory = pin_memory
         self.tokenizer = tokenizer
         self._joins = joins
         self._add_special_tokens = add_special_tokens
@@ -157,8 +178,6 @@ class LM:
         self._store = DiskStore(store) if isinstance(store, (str, os.PathLike)) else store
         if self._store is not None and self._store is not store:
             weakref.finalize(self, self._store.close)  # nobody else can close it
-        device = model_device(unwrap(model))
-        self._memory_bytes = default_max_bytes(device) if memory_bytes is None else parse_bytes(memory_bytes)
         self._evaluator = self._make_evaluator()
         self._monitor = WeightsMonitor(model)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
@@ -196,12 +215,14 @@ class LM:
                 tokens_requested=counters.tokens_requested,
                 tokens_computed=counters.tokens_computed,
                 tokens_recomputed=counters.tokens_recomputed,
+                tokens_fetched=counters.tokens_fetched,
                 tokens_loaded=counters.tokens_loaded,
                 tokens_reused=counters.tokens_requested - counters.tokens_computed,
                 forward_passes=counters.forward_passes,
                 logit_rows=counters.logit_rows,
                 seconds=counters.seconds,
                 bytes_held=self._evaluator.memory.num_bytes,
+                host_bytes_held=self._evaluator.host.num_bytes,
                 result_bytes_held=self._evaluator.result_bytes_held,
                 kernel=self._evaluator.executor.kernel_name,
             )
@@ -400,6 +421,8 @@ class LM:
 
     def _make_evaluator(self) -> Evaluator:
         model, archive = unwrap(self._model), None
+        device = model_device(model)
+        host = HostMemory(self._host_memory_bytes, Location(torch.device("cpu"), self._pin_memory), Location(device))
         if self._store is not None:
             reference = weakref.ref(self)  # a cycle would keep tensors alive for longer than the LM
 
@@ -408,9 +431,9 @@ class LM:
                 assert lm is not None
                 return lm._root(in_store=True)
 
-            archive = Archive(self._store, root, self._tokenizer_copy.decode, model_device(model))
+            archive = Archive(self._store, root, self._tokenizer_copy.decode, device)
         return Evaluator(
-            model, self._counters, self._max_tokens_per_forward, self._memory_bytes, MAX_RESULT_BYTES, archive
+            model, self._counters, self._max_tokens_per_forward, self._memory_bytes, host, MAX_RESULT_BYTES, archive
         )
 
     def _root(self, *, in_store: bool = False) -> Root:
@@ -534,6 +557,8 @@ def load(
 
     """
     chosen = torch.device(device) if device is not None else _default_device()
+    if lm_options.get("pin_memory"):
+        _check_can_pin(chosen)  # before a model is loaded for it
     if dtype is None:
         dtype = torch.float32 if chosen.type == "cpu" else "auto"
     checkpoint = Checkpoint.find(name, dtype)
@@ -551,6 +576,14 @@ def load(
     if checkpoint is not None and is_unchanged and checkpoint.decides(model, loading_info):
         lm._checkpoint = checkpoint
     return lm
+
+
+def _check_can_pin(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(
+            f"pin_memory=True is for models on CUDA, whose transfers page-locked memory makes faster; this one lies on "
+            f"{str(device)!r}. Leave it out."
+        )
 
 
 def _default_device() -> torch.device:

@@ -4,6 +4,8 @@ Each `Span` is a run of token ids that every text through it shares; its childre
 attention is causal, the representation of a token depends on the tokens before it only, so two texts with a common
 beginning share spans. A span may hold its *states* (what logits and log-probabilities are read off) or not, and with
 them its *keys and values* (what lets it be continued) or not. The ancestors of a span that holds either hold it, too.
+Each of the two lies either on the model's device or in a second pool of memory; of what lies on the device the same is
+true.
 
     (root) -- "the cat" --+-- " sat"
                           +-- " ran" --+-- " off"
@@ -42,12 +44,17 @@ class Rows(Protocol):
         ...
 
 
+SLOTS = ("rows", "states", "host_rows", "host_states")
+"""The attributes of a `Span` that say where something of it lies."""
+
+
 class Span:
     """A run of token ids, the position of its first one, what it continues and what continues it.
 
     Attributes:
-        rows: where its keys and values lie; None where they are not held.
-        states: where its final hidden states and log-probabilities lie; None where they are not held.
+        rows: where its keys and values lie on the model's device; None where they do not.
+        states: where its final hidden states and log-probabilities lie there; None where they do not.
+        host_rows, host_states: where they lie in the second pool (host.py); never in both.
         was_computed: whether it was computed before, though nothing of it may be held now.
         num_pins: how many pins hold the texts that end here.
         credit, last_used: when it may be evicted: see memory.py.
@@ -61,6 +68,8 @@ class Span:
         "children",
         "credit",
         "error",
+        "host_rows",
+        "host_states",
         "is_stored",
         "key",
         "last_used",
@@ -80,6 +89,8 @@ class Span:
         self.children: dict[int, Span] = {}
         self.rows: Rows | None = None
         self.states: Rows | None = None
+        self.host_rows: Rows | None = None
+        self.host_states: Rows | None = None
         self.was_computed = False
         self.num_pins = 0
         self.credit = 0.0
@@ -89,8 +100,16 @@ class Span:
         self.key: bytes | None = None
 
     def __repr__(self) -> str:
-        state = "not held" if self.states is None else "held, without keys" if self.rows is None else "held"
+        if self.states is None:
+            state = "not held" if self.host_states is None else "held in the second pool"
+        else:
+            state = "held, without keys" if self.rows is None else "held"
         return f"Span({len(self.token_ids)} tokens at {self.position}, {len(self.children)} children, {state})"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of it is held, neither on the device nor in the second pool."""
+        return self.states is None and self.host_states is None
 
     def path(self) -> list[Span]:
         """Return the spans from the first below the root down to this one."""
@@ -149,10 +168,12 @@ class Forest:
         span.position += num_tokens
         span.parent = upper
         upper.children[span.token_ids[0]] = span
-        if span.rows is not None:
-            upper.rows, span.rows = span.rows.split(num_tokens)
-        if span.states is not None:
-            upper.states, span.states = span.states.split(num_tokens)
+        for slot in SLOTS:
+            place: Rows | None = getattr(span, slot)
+            if place is not None:
+                first, second = place.split(num_tokens)
+                setattr(upper, slot, first)
+                setattr(span, slot, second)
         upper.was_computed, upper.is_stored, upper.error = span.was_computed, span.is_stored, span.error
         upper.credit, upper.last_used = span.credit, span.last_used
         return upper
@@ -160,13 +181,14 @@ class Forest:
     def prune(self) -> None:
         """Remove the spans of which nothing is held, and what continues them."""
         for span in list(self.spans()):
-            if span.states is None and span.parent is not None:
+            if span.is_empty and span.parent is not None:
                 span.parent.children.pop(span.token_ids[0], None)
 
     def clear(self) -> None:
         """Forget everything: nothing of any span is held any more, and none is found any more."""
         for span in self.spans():
-            span.rows = span.states = None
+            for slot in SLOTS:
+                setattr(span, slot, None)
         self.root.children = {}
 
     def spans(self) -> Iterator[Span]:

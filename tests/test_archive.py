@@ -224,6 +224,23 @@ def test_what_is_loaded_stays_within_the_budget(model, tokenizer):
     assert lm.stats.bytes_held <= 20 * token_bytes
 
 
+def test_many_stored_texts_are_continued_with_room_for_few(model, tokenizer):
+    """None of them is computed again, though the keys and values of all of them do not fit."""
+    store = MemoryStore()
+    strings = [SHOTS + f"And number {number} is a number as good as any other." for number in range(12)]
+    lm = LM(model, tokenizer, store=store)
+    evaluate([Text(string, lm) for string in strings])
+    token_bytes = lm._evaluator.executor.token_bytes
+    lm = LM(model, tokenizer, store=store, memory_bytes=100 * token_bytes, max_tokens_per_forward=16)
+    texts = [Text(string, lm) + " So it is." for string in strings]
+    evaluate(texts)
+    for text in texts:
+        assert_plain(model, text)
+    stored = {ids[:end] for string in strings for ids in [Text(string, lm).tokens] for end in range(1, len(ids) + 1)}
+    wanted = {text.tokens[:end] for text in texts for end in range(1, len(text.tokens) + 1)}
+    assert lm.stats.tokens_computed - lm.stats.tokens_recomputed == len(wanted - stored)
+
+
 def test_saving_again_what_somebody_deleted(model, tokenizer):
     store = MemoryStore(persist="explicit")
     text = Text(SHOTS, LM(model, tokenizer, store=store))

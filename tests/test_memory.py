@@ -1,4 +1,4 @@
-"""The byte budget: what is held stays within it, what is dropped is computed again, and no number changes."""
+"""The byte budgets: what is held stays within them, what is dropped is computed again, and no number changes."""
 
 import gc
 
@@ -8,8 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from backprompt import LM, MemoryBudgetError, Text, evaluate
-from backprompt.memory import default_max_bytes, parse_bytes
+from backprompt import LM, MemoryBudgetError, Text, evaluate, load
+from backprompt.cache import Location
+from backprompt.host import HostMemory
+from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.store import MemoryStore
 from reference import plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
@@ -30,9 +33,16 @@ def tokenizer():
     return byte_level_bpe()
 
 
-def make_lm(model, tokenizer, num_tokens, pass_tokens=16):
-    """An LM that may hold this many tokens, probed already."""
-    lm = LM(model, tokenizer, memory_bytes=num_tokens * TOKEN_BYTES, max_tokens_per_forward=pass_tokens)
+def make_lm(model, tokenizer, num_tokens, pass_tokens=16, *, host_tokens=0, **options):
+    """An LM that may hold this many tokens, and so many in its second pool, probed already."""
+    lm = LM(
+        model,
+        tokenizer,
+        memory_bytes=num_tokens * TOKEN_BYTES,
+        host_memory_bytes=host_tokens * TOKEN_BYTES,
+        max_tokens_per_forward=pass_tokens,
+        **options,
+    )
     evaluate(Text("probe", lm))
     lm.clear()
     return lm
@@ -50,19 +60,35 @@ def num_distinct(texts):
 
 
 def check_is_sound(lm):
-    """What is held has its ancestors, keys come with states, and no block holds rows that nobody refers to."""
-    spans = list(lm._evaluator.forest.spans())
+    """What is held has its ancestors, keys come with states, nothing lies in both pools, and all is counted.
+
+    On the device no block holds rows that nobody refers to.
+    """
+    evaluator = lm._evaluator
+    spans = list(evaluator.forest.spans())
     for kind in ("rows", "states"):
-        num_rows = {}
         for span in spans:
-            place = getattr(span, kind)
-            if place is None:
+            places = getattr(span, kind), getattr(span, f"host_{kind}")
+            assert None in places
+            if places == (None, None):
                 continue
-            assert span.parent.parent is None or getattr(span.parent, kind) is not None
+            parent = span.parent
+            assert parent.parent is None or (getattr(parent, kind), getattr(parent, f"host_{kind}")) != (None, None)
+            assert parent.parent is None or places[0] is None or getattr(parent, kind) is not None
+    for pool, prefix in ((evaluator.memory, ""), (evaluator.host, "host_")):
+        blocks = set()
+        for kind in ("rows", "states"):
+            num_rows = {}
+            for place in filter(None, (getattr(span, prefix + kind) for span in spans)):
+                num_rows[place.block] = num_rows.get(place.block, 0) + place.stop - place.start
+            assert all(block.num_rows == num or (prefix and block.num_rows > num) for block, num in num_rows.items())
+            blocks |= set(num_rows)
+        assert blocks == set(pool._blocks)
+    for span in spans:
+        for place in filter(None, (span.rows, span.states, span.host_rows, span.host_states)):
             assert place.stop - place.start == len(span.token_ids)
-            num_rows[place.block] = num_rows.get(place.block, 0) + len(span.token_ids)
-        assert all(block.num_rows == num for block, num in num_rows.items())
     assert all(span.rows is None or span.states is not None for span in spans)
+    assert not any(span.is_empty and (span.rows or span.host_rows) for span in spans)
 
 
 # The law
@@ -72,14 +98,18 @@ EXPECTED: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 class AnyUse(RuleBasedStateMachine):
-    """Any budget, any order of use: the plain numbers, and never more than the budget after a call."""
+    """Any budgets, any order of use: the plain numbers, never more than the budgets after a call, nothing needless."""
 
     model = FAMILIES["gpt2"]()
     tokenizer = byte_level_bpe()
 
-    @initialize(num_tokens=st.sampled_from([0, 1, 10, 30, 60, 120, 1000]), pass_tokens=st.sampled_from([1, 7, 64]))
-    def start(self, num_tokens, pass_tokens):
-        self.lm = make_lm(self.model, self.tokenizer, num_tokens, pass_tokens)
+    @initialize(
+        num_tokens=st.sampled_from([0, 1, 10, 30, 60, 120, 1000]),
+        host_tokens=st.sampled_from([0, 3, 20, 60, 1000]),
+        pass_tokens=st.sampled_from([1, 7, 64]),
+    )
+    def start(self, num_tokens, host_tokens, pass_tokens):
+        self.lm = make_lm(self.model, self.tokenizer, num_tokens, pass_tokens, host_tokens=host_tokens)
         self.texts = wide_forest(self.lm, num_branches=3, num_leaves=3)
         self.texts += [Text("Question: What is 12 + 34? ", self.lm), Text("One alone.", self.lm)]
         for text in self.texts:
@@ -88,6 +118,7 @@ class AnyUse(RuleBasedStateMachine):
                 EXPECTED[ids] = plain_logits(self.model, ids)[-1], plain_token_logprobs(self.model, ids)
         self.pins = []
         self.reprs = []
+        self.has_room_for_all = 1000 in (num_tokens, host_tokens)
 
     @rule(indices=st.lists(st.integers(0, 10), min_size=1, max_size=11))
     def evaluate(self, indices):
@@ -148,10 +179,13 @@ class AnyUse(RuleBasedStateMachine):
         self.pins.clear()
 
     @invariant()
-    def budget_holds(self):
+    def budgets_hold(self):
         if hasattr(self, "lm"):
             assert self.lm.stats.bytes_held <= self.lm._evaluator.memory.max_bytes
+            assert self.lm.stats.host_bytes_held <= self.lm._evaluator.host.max_bytes
             check_is_sound(self.lm)
+            if self.has_room_for_all:
+                assert self.lm.stats.tokens_recomputed == 0
 
     @invariant()
     def pins_hold(self):
@@ -159,7 +193,8 @@ class AnyUse(RuleBasedStateMachine):
             before = self.lm.stats
             for text, _ in self.pins:
                 assert text.model_repr.past_key_values().get_seq_length() == len(text.tokens)
-            assert (self.lm.stats - before).tokens_computed == 0
+            done = self.lm.stats - before
+            assert (done.tokens_computed, done.tokens_fetched) == (0, 0)
 
     def check(self, actual, expected):
         torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL, equal_nan=True)
@@ -298,6 +333,297 @@ def test_a_failed_compaction_leaves_nothing_half_cut(model, tokenizer, monkeypat
         torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
 
 
+# The second pool
+
+
+def watch_peaks(lm):
+    """Note the most that either pool holds, whenever something is added to one."""
+    peaks = {"device": 0, "host": 0}
+    for name, pool in (("device", lm._evaluator.memory), ("host", lm._evaluator.host)):
+
+        def add(blocks, add=pool.add, pool=pool, name=name):
+            add(blocks)
+            peaks[name] = max(peaks[name], pool.num_bytes)
+
+        pool.add = add
+    return peaks
+
+
+def assert_plain(model, texts):
+    for text in texts:
+        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        expected = plain_token_logprobs(model, text.tokens)
+        torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+
+
+@pytest.mark.parametrize("pass_tokens", [8, 32, 256])
+def test_a_forest_that_both_pools_hold_is_computed_once(model, tokenizer, pass_tokens):
+    """Ten times over the device's budget: evaluated, read, evaluated again, continued, and no token computed twice."""
+    distinct = num_distinct(wide_forest(make_lm(model, tokenizer, 0), num_branches=20))
+    lm = make_lm(model, tokenizer, distinct // 10, pass_tokens, host_tokens=10 * distinct)
+    peaks = watch_peaks(lm)
+    texts = wide_forest(lm, num_branches=20)
+    continued = [text + " And so on." for text in texts]
+    before = lm.stats
+    evaluate(texts)
+    evaluate(texts)
+    assert (lm.stats - before).tokens_computed == distinct
+    assert_plain(model, texts[::7])
+    for text, logprobs in zip(continued, lm.token_logprobs(continued), strict=True):
+        expected = plain_token_logprobs(model, text.tokens)
+        torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    assert_plain(model, continued[::7])
+    done = lm.stats - before
+    assert done.tokens_computed == num_distinct(texts + continued)
+    assert done.tokens_recomputed == 0
+    assert done.tokens_fetched > distinct // 2
+    assert done.bytes_held <= distinct // 10 * TOKEN_BYTES
+    assert done.bytes_held + done.host_bytes_held >= done.tokens_computed * TOKEN_BYTES
+    assert peaks["device"] <= (distinct // 10 + pass_tokens) * TOKEN_BYTES
+    check_is_sound(lm)
+
+
+def test_what_comes_back_is_what_went(model, tokenizer):
+    """Bit by bit, log-probabilities included: no row of logits is computed again for them."""
+    lm = make_lm(model, tokenizer, 30, 64, host_tokens=1000)
+    text = Text("Question: What is 12 + 34? ", lm)
+
+    def read():
+        found = text.model_repr
+        layers = found.past_key_values().layers
+        return [found.token_logprobs, found.hidden_states, *(t for layer in layers for t in (layer.keys, layer.values))]
+
+    expected = read()
+    evaluate([Text(f"{number} cats sat on the mat", lm) for number in range(20)])
+    assert lm._evaluator.forest.num_computed(text.tokens) == 0
+    before = lm.stats
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(read(), expected, strict=True))
+    done = lm.stats - before
+    assert (done.tokens_computed, done.logit_rows, done.tokens_fetched) == (0, 0, 2 * len(text.tokens))  # states, keys
+
+
+def test_the_second_pool_lets_go_of_what_was_used_longest_ago(model, tokenizer):
+    """No room on the device, and for two of three texts in the second pool."""
+    strings = ["The cat sat on the mat", "General Kenobi was here", "Question: What is it?"]
+    longest = max(len(Text(string, LM(model, tokenizer)).tokens) for string in strings)
+    lm = make_lm(model, tokenizer, 0, host_tokens=2 * longest)
+    first, second, third = (Text(string, lm) for string in strings)
+    evaluate([first, second])
+    before = lm.stats
+    evaluate(first)
+    assert (lm.stats - before).tokens_fetched == len(first.tokens)
+    evaluate(third)
+    before = lm.stats
+    for text in (first, third):
+        text.model_repr.past_key_values()
+    assert (lm.stats - before).tokens_computed == 0
+    second.model_repr.past_key_values()
+    assert (lm.stats - before).tokens_recomputed > 0
+
+
+@pytest.mark.parametrize("host_tokens", [1, 25, 60, 120])
+def test_the_second_pool_stays_within_its_budget(host_tokens, model, tokenizer):
+    """Not even while something moves; and no storage behind it is larger than what is counted."""
+    lm = make_lm(model, tokenizer, 40, host_tokens=host_tokens)
+    peaks = watch_peaks(lm)
+    texts = wide_forest(lm)
+    for start in range(0, len(texts), 10):
+        evaluate(texts[start : start + 10])
+        evaluate(texts[start // 2])
+        check_is_sound(lm)
+    assert 0 < peaks["host"] <= host_tokens * TOKEN_BYTES
+    gc.collect()
+    blocks = list(lm._evaluator.host._blocks)
+    tensors = [t for block in blocks for t in vars(block).values() if isinstance(t, torch.Tensor)]
+    tensors += [t for block in blocks for ts in vars(block).values() if isinstance(ts, list) for t in ts]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert sum(storages.values()) == lm.stats.host_bytes_held
+
+
+@pytest.mark.parametrize("num_tokens", [20, 30, 45])
+@pytest.mark.parametrize("host_tokens", [20, 40])
+def test_what_is_about_to_move_back_is_not_pushed_out(host_tokens, num_tokens, model, tokenizer):
+    """Both pools full: what leaves the device to make room, states too, takes the place of other things."""
+    lm = make_lm(model, tokenizer, num_tokens, 1, host_tokens=host_tokens)
+    texts = wide_forest(lm, num_branches=3, num_leaves=3)
+    lm.token_logprobs(texts)
+    for text in texts * 2:
+        assert text.model_repr.token_logprobs.shape == (len(text.tokens),)
+        assert text.model_repr.past_key_values().get_seq_length() == len(text.tokens)
+        check_is_sound(lm)
+
+
+def test_what_a_part_of_a_text_continues_stays_when_the_part_moves_back(model, tokenizer):
+    """Room for the first text and a beginning of the second, whose first span is what went unused for longest.
+
+    (root) --+-- 30 tokens (in the second pool) -- 1 (asked for)
+             +-- 20 tokens (on the device) -- 20 tokens (in the second pool) -- 1 (asked for)
+             +-- 20 tokens (on the device)
+    """
+    lm = make_lm(model, tokenizer, 60, 64, host_tokens=1000)
+    ids = tuple(range(10, 50))
+    first, stem, second, other = (
+        Text.from_tokens(ids, lm) for ids in (tuple(range(100, 130)), ids[:20], ids, tuple(range(200, 220)))
+    )
+    for text in (stem, second, first, stem, other):
+        evaluate(text)
+    spans = [lm._evaluator.forest.insert(text.tokens) for text in (first, stem, second, other)]
+    assert [span.rows is None for span in spans] == [True, False, True, False]
+    add = lm._evaluator.memory.add
+    lm._evaluator.memory.add = lambda blocks: (add(blocks), check_is_sound(lm))
+    evaluate([Text.from_tokens((*text.tokens, 7), lm) for text in (first, second)])
+    assert lm.stats.tokens_recomputed == 0
+
+
+def test_what_would_not_fit_pushes_nothing_out(model, tokenizer):
+    """A text of three times the second pool's budget passes through; what lay there is still there."""
+    lm = make_lm(model, tokenizer, 0, 64, host_tokens=20)
+    small = Text("The cat sat", lm)
+    evaluate(small)
+    evaluate(Text.from_tokens(range(5, 65), lm))
+    check_is_sound(lm)
+    before = lm.stats
+    cache = small.model_repr.past_key_values()
+    assert cache.get_seq_length() == len(small.tokens)
+    assert (lm.stats - before).tokens_computed == 0
+
+
+def test_a_pass_that_goes_is_one_block_and_one_copy_a_tensor(model, tokenizer, monkeypatch):
+    """However many spans it has; likewise on the way back."""
+    lm = make_lm(model, tokenizer, 0, 1000, host_tokens=1000)
+    copied = []
+    copy = Location.copy
+    monkeypatch.setattr(Location, "copy", lambda self, tensor: copied.append(tensor) or copy(self, tensor))
+    before = lm.stats
+    texts = wide_forest(lm, num_branches=3)
+    evaluate(texts)
+    assert len(list(lm._evaluator.forest.spans())) > 20
+    assert len(lm._evaluator.host._blocks) == 2  # keys and values; states
+    assert len(copied) == 2 * 2 + 2  # of each of two layers; hidden states and log-probabilities
+    lm._evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
+    evaluate(texts)
+    assert len(copied) == (2 * 2 + 2) + 2  # states
+    evaluate([text + " And so on." for text in texts])
+    assert len(copied) == (2 * 2 + 2) + 2 + 2 * 2  # keys and values
+    assert lm.stats.host_bytes_held < KEY_BYTES * 100
+    assert (lm.stats - before).forward_passes == 2
+
+
+def test_a_store_serves_what_neither_pool_holds(model, tokenizer):
+    """Three tiers: room for a tenth of the texts on the device and in host memory, and all of them in the store."""
+    token_ids = [tuple(range(first, first + 40)) for first in range(5, 15)]
+    lm = make_lm(model, tokenizer, 10, 64, host_tokens=40, store=MemoryStore())
+    texts = [Text.from_tokens(ids, lm) for ids in token_ids]
+    evaluate(texts)
+    before = lm.stats
+    for text in texts[::-1]:
+        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    continued = [Text.from_tokens([*ids, 7], lm) for ids in token_ids]
+    evaluate(continued)
+    done = lm.stats - before
+    assert done.tokens_computed == len(texts)
+    assert done.tokens_fetched >= 40
+    assert done.tokens_loaded >= 40
+    assert_plain(model, continued)
+    assert lm.stats.host_bytes_held <= 40 * TOKEN_BYTES
+    check_is_sound(lm)
+
+
+@pytest.mark.parametrize("num_copies", [0, 1, 3, 5])
+def test_a_failed_move_leaves_nothing_half_moved(num_copies, model, tokenizer, monkeypatch):
+    """On the way out everything is dropped; on the way back everything stays where it is, and comes later."""
+    lm = make_lm(model, tokenizer, 60, pass_tokens=64, host_tokens=1000)
+    texts = wide_forest(lm)
+
+    def fail_after(patch):
+        copy, left = Location.copy, iter(range(num_copies))
+
+        def fail(self, tensor):
+            if next(left, None) is None:
+                raise torch.OutOfMemoryError
+            return copy(self, tensor)
+
+        patch.setattr(Location, "copy", fail)
+
+    with monkeypatch.context() as patch:
+        fail_after(patch)
+        with pytest.raises(torch.OutOfMemoryError):
+            evaluate(texts)
+    assert lm.stats.bytes_held == lm.stats.host_bytes_held == 0
+
+    evaluate(texts)
+    before = lm.stats
+    fetch = HostMemory.fetch
+
+    def failing_fetch(self, planned):
+        with monkeypatch.context() as patch:
+            fail_after(patch)
+            return fetch(self, planned)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostMemory, "fetch", failing_fetch)
+        with pytest.raises(torch.OutOfMemoryError):
+            [text.model_repr.past_key_values() for text in texts]
+    check_is_sound(lm)
+    assert_plain(model, texts[::5])
+    assert (lm.stats - before).tokens_computed == 0
+
+
+def test_a_pin_brings_a_text_back_and_holds_it_on_the_device(model, tokenizer):
+    lm = make_lm(model, tokenizer, 60, host_tokens=1000)
+    texts = wide_forest(lm)
+    evaluate(texts)
+    before = lm.stats
+    pin = texts[0].pin()
+    assert (lm.stats - before).tokens_fetched >= len(texts[0].tokens) - len(texts[1].tokens)
+    evaluate(texts[::-1])
+    assert lm._evaluator.forest.num_computed(texts[0].tokens) == len(texts[0].tokens)
+    assert (lm.stats - before).tokens_computed == 0
+    pin.release()
+    lm.clear()
+    assert lm.stats.bytes_held == lm.stats.host_bytes_held == 0
+
+
+def test_the_second_pool_is_off_where_the_model_lies_in_host_memory(model, tokenizer):
+    assert LM(model, tokenizer)._evaluator.host.max_bytes == 0
+    assert default_host_bytes(torch.device("mps")) == 0
+    assert 10**6 < default_host_bytes(torch.device("cuda")) < 10**13
+    assert LM(model, tokenizer, host_memory_bytes="2 GB")._evaluator.host.max_bytes == 2 * 10**9
+    with pytest.raises(ValueError, match="host_memory_bytes must be"):
+        LM(model, tokenizer, host_memory_bytes="some")
+
+
+def test_pinned_memory_is_refused_for_a_model_on_the_cpu_before_anything_else(model):
+    with pytest.raises(ValueError, match="lies on 'cpu'"):
+        LM(model, "no tokenizer at all", pin_memory=True)
+    with pytest.raises(ValueError, match="lies on 'cpu'"):
+        load("a model that is not there", device="cpu", pin_memory=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
+    """Also the blocks that were made smaller; and what is read from there is right."""
+    model = FAMILIES["gpt2"]().cuda()
+    lm = make_lm(model, tokenizer, 60, host_tokens=100, pin_memory=is_pinned)
+    texts = wide_forest(lm)
+    for start in range(0, len(texts), 10):
+        evaluate(texts[start : start + 10])
+    blocks = list(lm._evaluator.host._blocks)
+    assert blocks
+    for block in blocks:
+        tensors = [t for t in vars(block).values() if isinstance(t, torch.Tensor)]
+        tensors += [t for ts in vars(block).values() if isinstance(ts, list) for t in ts]
+        for tensor in tensors:
+            assert tensor.device.type == "cpu"
+            assert tensor.is_pinned() == (is_pinned and tensor.dtype is not torch.bool)
+    before = lm.stats
+    for text in texts[-20:]:
+        plain = plain_logits(model, text.tokens)[-1]
+        torch.testing.assert_close(text.logits, plain, rtol=0, atol=ATOL)
+    assert (lm.stats - before).tokens_fetched > 0
+
+
 # Pins
 
 
@@ -382,10 +708,10 @@ def test_the_default_is_a_share_of_what_is_free(model, tokenizer):
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(num_tokens=st.integers(0, 150), order=st.permutations(range(9)))
-def test_no_budget_costs_more_than_one_text_after_the_other_would(num_tokens, order, model, tokenizer):
+@given(num_tokens=st.integers(0, 150), host_tokens=st.integers(0, 150), order=st.permutations(range(9)))
+def test_no_budget_costs_more_than_one_text_after_the_other_would(num_tokens, host_tokens, order, model, tokenizer):
     """Whatever is dropped: an evaluation never forwards more than the texts' own tokens, each text alone."""
-    lm = make_lm(model, tokenizer, num_tokens)
+    lm = make_lm(model, tokenizer, num_tokens, host_tokens=host_tokens)
     texts = [wide_forest(lm, num_branches=3, num_leaves=3)[idx] for idx in order]
     before = lm.stats
     evaluate(texts)

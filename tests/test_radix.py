@@ -188,6 +188,7 @@ def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
     below, sibling, span = forest.insert((5, 6, 7, 8, 9, 10)), forest.insert((5, 1)), forest.insert((5, 6, 7, 8, 9))
     parent, block = span.parent, object()
     span.rows, span.states = BlockRows(block, 20, 24), BlockRows(block, 30, 34)
+    span.host_rows, span.host_states = BlockRows(block, 40, 44), BlockRows(block, 50, 54)
     span.was_computed, span.num_pins = True, 1
     upper = forest.split(span, num_tokens)
     assert parent is not None
@@ -200,6 +201,10 @@ def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
     assert span.rows == BlockRows(block, 20 + num_tokens, 24)
     assert upper.states == BlockRows(block, 30, 30 + num_tokens)
     assert span.states == BlockRows(block, 30 + num_tokens, 34)
+    assert upper.host_rows == BlockRows(block, 40, 40 + num_tokens)
+    assert span.host_rows == BlockRows(block, 40 + num_tokens, 44)
+    assert upper.host_states == BlockRows(block, 50, 50 + num_tokens)
+    assert span.host_states == BlockRows(block, 50 + num_tokens, 54)
     assert upper.was_computed
     assert (upper.num_pins, span.num_pins) == (0, 1)  # a pin holds the text that ends here
     check_is_radix_tree(forest)
@@ -250,6 +255,20 @@ def test_prune_takes_what_stands_below_a_span_that_is_not_computed() -> None:
     spans[0].states, spans[2].states = BlockRows(object(), 0, 1), BlockRows(object(), 0, 1)
     forest.prune()
     assert list(all_spans(forest)) == [spans[0]]
+
+
+def test_prune_leaves_what_is_held_in_the_second_pool() -> None:
+    """1 (on the device) -- 2 (in the second pool) -- 3 (nowhere)"""
+    forest = Forest()
+    spans = [forest.insert(ids) for ids in ((1,), (1, 2), (1, 2, 3))]
+    spans[0].states, spans[1].host_states = BlockRows(object(), 0, 1), BlockRows(object(), 0, 1)
+    assert [span.is_empty for span in spans] == [False, False, True]
+    forest.prune()
+    assert list(all_spans(forest)) == spans[:2]
+    assert repr(spans[1]) == "Span(1 tokens at 1, 0 children, held in the second pool)"
+    spans[1].host_rows = BlockRows(object(), 0, 1)
+    forest.clear()
+    assert (spans[1].host_rows, spans[1].host_states) == (None, None)
 
 
 @given(batches)

@@ -1,0 +1,66 @@
+"""Visits: how what lies below the device's memory (host.py, archive.py) is found for the texts that need it.
+
+One text after the other: first the states on the way to its end, which is all that results are read off; if the end's
+are not among them (or are not enough), the keys and values on the way, which is what its forwarding attends to. A text
+that there is no room for waits for the next visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from backprompt.radix import Span
+from backprompt.tier import KINDS, Kind
+
+
+class Visit:
+    """One visit.
+
+    Args:
+        room: how many bytes may come; `bring` takes from it what it brings, and may take too much once.
+        bring: asked once for each of the two that a span may hold, after what the span continues; returns whether the
+            span holds it or will.
+
+    """
+
+    def __init__(self, room: int, bring: Callable[[Kind, Span], bool]) -> None:
+        self.room = room
+        self._bring = bring
+        self._has: dict[Kind, dict[Span, bool]] = {"states": {}, "rows": {}}
+
+    def serve(self, ends: Sequence[Span], *, with_keys: bool) -> list[Span]:
+        """Bring what the texts that end here need; return the ends of those that got it, at least the first."""
+        served: list[Span] = []
+        for end in ends:
+            for kind in KINDS:
+                if kind == "rows" and self._has["states"][end] and not with_keys:
+                    continue
+                for span in self._way(kind, end):
+                    if served and self.room < 0:
+                        return served
+                    self._has[kind][span] = self._may_hold(kind, span) and self._bring(kind, span)
+            served.append(end)
+        return served
+
+    @property
+    def absent(self) -> list[Span]:
+        """Spans that could not be brought all that was wanted of them."""
+        return [span for has in self._has.values() for span, is_there in has.items() if not is_there]
+
+    def _way(self, kind: Kind, end: Span) -> list[Span]:
+        """Return the spans on the way to `end` that `bring` was not asked for, each before what continues it."""
+        way: list[Span] = []
+        span = end
+        while span.parent is not None and span not in self._has[kind]:
+            way.append(span)
+            span = span.parent
+        way.reverse()
+        return way
+
+    def _may_hold(self, kind: Kind, span: Span) -> bool:
+        """Whether what it continues holds such, and it has states if this is for keys and values."""
+        parent = span.parent
+        assert parent is not None
+        if kind == "rows" and not (span.states is not None or self._has["states"].get(span)):
+            return False
+        return parent.parent is None or self._has[kind].get(parent) or getattr(parent, kind) is not None
