@@ -76,11 +76,11 @@ class Tier:
         """
         keys_values = self._drop("rows", spans, excess, rank)
         excess -= num_bytes_of(keys_values)
-        rows = self._slots["rows"]
-        states = self._drop("states", spans, excess, lambda span: rank(span) if getattr(span, rows) is None else None)
+        # Keys and values are left only where something stays that has no rank; its states, and all above, stay, too.
+        states = self._drop("states", spans, excess, rank)
         return {"rows": keys_values, "states": states}
 
-    def compact(self, spans: Iterable[Span]) -> None:
+    def compact(self, spans: Sequence[Span]) -> None:
         """Make the blocks smaller of which only some rows are still held."""
         for kind in self._slots:
             places = self.held(kind, spans)

@@ -241,6 +241,17 @@ def test_many_stored_texts_are_continued_with_room_for_few(model, tokenizer):
     assert lm.stats.tokens_computed - lm.stats.tokens_recomputed == len(wanted - stored)
 
 
+def test_what_somebody_deleted_is_computed_and_stored_again(model, tokenizer):
+    """Also by the LM that had stored it."""
+    store = MemoryStore()
+    lm = LM(model, tokenizer, store=store, memory_bytes=0)
+    evaluate(Text(SHOTS, lm))
+    (header,) = store.list()
+    store.delete(header.name)
+    evaluate(Text(SHOTS, lm))
+    assert [again.name for again in store.list()] == [header.name]
+
+
 def test_saving_again_what_somebody_deleted(model, tokenizer):
     store = MemoryStore(persist="explicit")
     text = Text(SHOTS, LM(model, tokenizer, store=store))

@@ -91,6 +91,19 @@ def check_is_sound(lm):
     assert not any(span.is_empty and (span.rows or span.host_rows) for span in spans)
 
 
+def watch_peaks(lm):
+    """Note the most that either pool holds, whenever something is added to one."""
+    peaks = {"device": 0, "host": 0}
+    for name, pool in (("device", lm._evaluator.memory), ("host", lm._evaluator.host)):
+
+        def add(blocks, add=pool.add, pool=pool, name=name):
+            add(blocks)
+            peaks[name] = max(peaks[name], pool.num_bytes)
+
+        pool.add = add
+    return peaks
+
+
 # The law
 
 
@@ -119,6 +132,10 @@ class AnyUse(RuleBasedStateMachine):
         self.pins = []
         self.reprs = []
         self.has_room_for_all = 1000 in (num_tokens, host_tokens)
+        self.peaks = watch_peaks(self.lm)
+        self.num_tokens, self.pass_tokens = num_tokens, pass_tokens
+        self.longest = max(len(text.tokens) for text in self.texts)
+        self.max_peak_tokens = max(num_tokens, self.longest) + pass_tokens
 
     @rule(indices=st.lists(st.integers(0, 10), min_size=1, max_size=11))
     def evaluate(self, indices):
@@ -162,6 +179,7 @@ class AnyUse(RuleBasedStateMachine):
 
     @rule(idx=st.integers(0, 10))
     def pin(self, idx):
+        self.max_peak_tokens = max(self.max_peak_tokens, self.num_tokens + self.longest + self.pass_tokens)
         try:
             self.pins.append((self.texts[idx], self.texts[idx].pin()))
         except MemoryBudgetError:
@@ -184,6 +202,8 @@ class AnyUse(RuleBasedStateMachine):
             assert self.lm.stats.bytes_held <= self.lm._evaluator.memory.max_bytes
             assert self.lm.stats.host_bytes_held <= self.lm._evaluator.host.max_bytes
             check_is_sound(self.lm)
+            assert self.peaks["device"] <= self.max_peak_tokens * TOKEN_BYTES
+            assert self.peaks["host"] <= self.lm._evaluator.host.max_bytes
             if self.has_room_for_all:
                 assert self.lm.stats.tokens_recomputed == 0
 
@@ -334,19 +354,6 @@ def test_a_failed_compaction_leaves_nothing_half_cut(model, tokenizer, monkeypat
 
 
 # The second pool
-
-
-def watch_peaks(lm):
-    """Note the most that either pool holds, whenever something is added to one."""
-    peaks = {"device": 0, "host": 0}
-    for name, pool in (("device", lm._evaluator.memory), ("host", lm._evaluator.host)):
-
-        def add(blocks, add=pool.add, pool=pool, name=name):
-            add(blocks)
-            peaks[name] = max(peaks[name], pool.num_bytes)
-
-        pool.add = add
-    return peaks
 
 
 def assert_plain(model, texts):
@@ -584,6 +591,35 @@ def test_a_pin_brings_a_text_back_and_holds_it_on_the_device(model, tokenizer):
     assert lm.stats.bytes_held == lm.stats.host_bytes_held == 0
 
 
+def test_what_moves_back_leaves_room_for_pins(model, tokenizer):
+    """60 of 100 tokens are pinned. Of six texts of 19 more tokens two move back at a time, not one and not six."""
+    lm = make_lm(model, tokenizer, 100, 16, host_tokens=1000)
+    stem = tuple(range(10, 70))
+    leaves = [(*stem, *range(first, first + 19)) for first in range(100, 220, 20)]
+    texts = [Text.from_tokens(ids, lm) for ids in leaves]
+    with Text.from_tokens(stem, lm).pin():
+        evaluate(texts)
+        peaks = watch_peaks(lm)
+        before = lm.stats
+        evaluate([Text.from_tokens((*ids, 7), lm) for ids in leaves])
+        done = lm.stats - before
+        assert done.tokens_computed == len(leaves)
+        assert done.forward_passes == len(leaves) // 2
+        assert peaks["device"] <= (100 + 16) * TOKEN_BYTES
+
+
+@pytest.mark.timeout(60)
+def test_texts_that_cannot_go_on_together_go_on_alone(model, tokenizer, monkeypatch):
+    """Whatever is let go of meanwhile: an evaluation ends."""
+    monkeypatch.setattr("backprompt.evaluator._is_cut_off", lambda spans: len({span.path()[0] for span in spans}) > 1)
+    lm = make_lm(model, tokenizer, 1000, 64)
+    texts = [Text.from_tokens(range(first, first + 10), lm) for first in (10, 20, 30)]
+    before = lm.stats
+    evaluate(texts)
+    done = lm.stats - before
+    assert (done.tokens_computed, done.forward_passes) == (30, 3)
+
+
 def test_the_second_pool_is_off_where_the_model_lies_in_host_memory(model, tokenizer):
     assert LM(model, tokenizer)._evaluator.host.max_bytes == 0
     assert default_host_bytes(torch.device("mps")) == 0
@@ -620,7 +656,7 @@ def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
     before = lm.stats
     for text in texts[-20:]:
         plain = plain_logits(model, text.tokens)[-1]
-        torch.testing.assert_close(text.logits, plain, rtol=0, atol=ATOL)
+        torch.testing.assert_close(text.logits, plain, rtol=0, atol=1e-3)  # ATOL was measured on the CPU
     assert (lm.stats - before).tokens_fetched > 0
 
 
