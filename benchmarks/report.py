@@ -93,7 +93,7 @@ def store_tables(measured: dict[str, Any]) -> dict[str, str]:
     seconds, faster, num_bytes = fresh["seconds"], fresh["times faster"], fresh["bytes"]
 
     def milliseconds(value: float) -> str:
-        return f"{1e3 * value:.3g}"
+        return f"{1e3 * value:,.0f}" if value >= 0.1 else f"{1e3 * value:.3g}"
 
     def per_second(value: float) -> str:
         return f"{num_bytes / value / 1e6:,.0f}"

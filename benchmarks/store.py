@@ -44,7 +44,9 @@ def measure(say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, objec
         }.items():
             results[name] = part()
             say(f"{name}: {json.dumps(results[name])}")
-    return results, describe_machine(LM(model, tokenizer))
+    lm = LM(model, tokenizer)
+    evaluate(Text("which kernel serves", lm))
+    return results, describe_machine(lm)
 
 
 def _fresh_process(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
