@@ -4,6 +4,7 @@ from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
     EmptyTextError,
+    GroupError,
     JoinError,
     MemoryBudgetError,
     MixedModelsError,
@@ -20,10 +21,11 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
+from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
-from backprompt.text import Text, eager
+from backprompt.text import Text, eager, parallel
 from backprompt.tokens import Join
 
 __version__ = "0.1.0"
@@ -34,6 +36,8 @@ __all__ = [
     "DamagedEntryError",
     "DiskStore",
     "EmptyTextError",
+    "GroupError",
+    "IndependenceGap",
     "Join",
     "JoinError",
     "MemoryBudgetError",
@@ -58,5 +62,7 @@ __all__ = [
     "UnsupportedModelError",
     "eager",
     "evaluate",
+    "independence_gap",
     "load",
+    "parallel",
 ]

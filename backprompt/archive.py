@@ -15,8 +15,8 @@ import torch
 
 from backprompt.cache import Block, BlockRows, KeysValues, States, gather, keys_values_of, states_of
 from backprompt.errors import StoreVersionError
-from backprompt.identity import extend_key
-from backprompt.radix import Forest, Span
+from backprompt.identity import extend_key, gap_key, group_key
+from backprompt.radix import NOTHING, Forest, Junction, Span
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, encode, parts_of
 from backprompt.tier import Kind, Tier
@@ -79,7 +79,7 @@ class Archive:
 
         It ends when `room` bytes and a span have come; but at least one text gets all that there is of it.
         """
-        reader = _Reader(self._store, self._key_of, self._device)
+        reader = _Reader(self._store, self._start_of, self._device)
         num_tokens = 0
 
         def bring(kind: Kind, span: Span) -> bool:
@@ -118,17 +118,23 @@ class Archive:
             OSError: it cannot be written.
 
         """
-        reader = _Reader(self._store, self._key_of, self._device)
-        is_stored = True  # asked for anew: others may have deleted entries
-        for span in end.path():
-            found = reader.find(span) if is_stored else None
-            is_stored = span.is_stored = found is not None and found.num_tokens == len(span.token_ids)
-        run = _unstored(end)
-        if run:
-            self._put(run)
+        reader = _Reader(self._store, self._start_of, self._device)
+        spans = [span for span in end.closure() if span.token_ids]
+        for span in spans:  # asked for anew: others may have deleted entries
+            assert span.parent is not None
+            found = reader.find(span) if span.begins_chain or span.parent.is_stored else None
+            span.is_stored = found is not None and found.num_tokens == len(span.token_ids)
+        # From the end back, so that a run goes as one entry with what it continues.
+        for span in reversed(spans):
+            run = _unstored(span)
+            if run:
+                self._put(run)
 
     def _load_span(self, kind: Kind, forest: Forest, span: Span, reader: _Reader) -> Iterator[Block]:
         """Load what the span does not hold, and yield it; the span is split where only a beginning can be loaded."""
+        if isinstance(span, Junction):
+            setattr(span, kind, NOTHING)
+            return
         while getattr(span, kind) is None:
             found = reader.find(span)
             read = None if found is None else reader.read(kind, found)
@@ -153,8 +159,6 @@ class Archive:
 
     def _put(self, run: list[Span]) -> None:
         root = self._known_root()
-        parent = run[0].parent
-        assert parent is not None
         token_ids = tuple(token_id for span in run for token_id in span.token_ids)
         states = [states_of(span) for span in run]
         rows = [keys_values_of(span) for span in run]
@@ -166,12 +170,12 @@ class Archive:
         for layer_idx in range(len(rows[0].block.keys)):
             tensors[f"keys.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.keys[i], dim=1)  # type: ignore[misc]
             tensors[f"values.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.values[i], dim=1)  # type: ignore[misc]
-        error, dtypes = max(span.error for span in run[-1].path()), {}
+        error, dtypes = max(span.error for span in run[-1].closure()), {}
         if self._store.dtype is not None:
             encoded = encode(tensors, self._store.dtype)
             tensors, dtypes, error = encoded.tensors, encoded.dtypes, max(error, encoded.error)
         header = Header(
-            start=self._key_of(parent).hex(),
+            start=self._start_of(run[0]).hex(),
             end=self._key_of(run[-1]).hex(),
             position=run[0].position,
             token_ids=token_ids,
@@ -194,16 +198,35 @@ class Archive:
 
     def _key_of(self, span: Span) -> bytes:
         """Return the key of everything up to the span's last token."""
-        unknown: list[Span] = []
-        ancestor: Span | None = span
-        while ancestor is not None and ancestor.key is None and ancestor.parent is not None:
-            unknown.append(ancestor)
-            ancestor = ancestor.parent
-        assert ancestor is not None
-        key = self._known_root().key if ancestor.key is None else ancestor.key
-        for below in reversed(unknown):
-            key = below.key = extend_key(key, below.position, below.token_ids)
-        return key
+        if span.parent is None:
+            return self._known_root().key
+        for part in span.closure(known=_Keyed()):
+            assert part.parent is not None
+            before = self._key_of(part.parent) if part.parent.key is None else part.parent.key
+            if isinstance(part, Junction):
+                branches = [
+                    (self._key_of(end), is_frozen)
+                    for (end, is_frozen), repeats in part.branches.items()
+                    for _ in range(repeats)
+                ]
+                part.key = group_key(before, branches, part.position)
+            else:
+                part.key = extend_key(before, part.position, part.token_ids)
+        assert span.key is not None
+        return span.key
+
+    def _start_of(self, span: Span) -> bytes:
+        """Return the key at which an entry begins that begins with this span."""
+        assert span.parent is not None
+        before = self._key_of(span.parent)
+        return before if span.position == span.parent.stop else gap_key(before, span.position)
+
+
+class _Keyed:
+    """All spans whose key is known."""
+
+    def __contains__(self, span: object) -> bool:
+        return isinstance(span, Span) and span.key is not None
 
 
 @dataclass(frozen=True)
@@ -220,9 +243,9 @@ class _Found:
 class _Reader:
     """Reads from the store, and keeps the entry that it read last."""
 
-    def __init__(self, store: Store, key_of: Callable[[Span], bytes], device: torch.device) -> None:
+    def __init__(self, store: Store, start_of: Callable[[Span], bytes], device: torch.device) -> None:
         self._store = store
-        self._key_of = key_of
+        self._start_of = start_of
         self._device = device
         self._last: dict[Kind, tuple[str, Entry | None]] = {}  # spans of one entry come one after the other
 
@@ -230,17 +253,17 @@ class _Reader:
         """Return the longest stored beginning of the span: of an entry that begins with it, or runs through to it."""
         first, between = span, 0
         token_ids = span.token_ids
-        while first.parent is not None:
-            start = self._key_of(first.parent)
+        while True:
+            start = self._start_of(first)
             match = self._store.longest(start.hex(), token_ids)
             if match is not None and match.num_tokens > between:
                 return _Found(match.name, between, match.num_tokens - between, token_ids[: match.num_tokens], start)
+            assert first.parent is not None
+            if first.begins_chain or not first.parent.is_stored:
+                return None  # no entry runs through what is not stored
             first = first.parent
-            if not first.is_stored:
-                break  # no entry runs through what is not stored
             between += len(first.token_ids)
             token_ids = first.token_ids + token_ids
-        return None
 
     def read(self, kind: Kind, found: _Found) -> _Read | None:
         """Return these rows as a block; None if the entry is gone, damaged or another one."""
@@ -285,6 +308,13 @@ class _Read:
 
 
 def _unstored(span: Span) -> list[Span]:
-    """Return what is not stored on the way to the span, it included."""
-    path = span.path()
-    return path[next((idx for idx, part in enumerate(path) if not part.is_stored), len(path)) :]
+    """Return what is not stored on the way to the span, it included, as far back as one entry may reach."""
+    run: list[Span] = []
+    part = span
+    while not part.is_stored:
+        run.append(part)
+        if part.begins_chain or part.parent is None:
+            break
+        part = part.parent
+    run.reverse()
+    return run

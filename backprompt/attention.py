@@ -7,8 +7,9 @@ A *kernel* attends slices of rows to slices of keys and returns the output and t
            scaling, is_causal, mask (rows, keys) or None)  ->  output (rows, heads, value_dim), lse (rows, heads)
 
 Partial results of one row over disjoint sets of keys are joined by their log-sum-exp: with w = sigmoid(b - a),
-softmax over the union is `lerp(output_a, output_b, w)` and its log-sum-exp is `logaddexp(a, b)`. This is exact, as
-in "Hydragen" (Juravsky et al. 2024, arXiv 2402.05099) and FlashAttention. Keys and values are used where they lie.
+softmax over the union is `lerp(output_a, output_b, w)` and its log-sum-exp is `logaddexp(a, b)`. Keys that count n
+times have log(n) added to their log-sum-exp. This is exact, as in "Hydragen" (Juravsky et al. 2024, arXiv 2402.05099)
+and FlashAttention. Keys and values are used where they lie.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class _Call:
     is_causal: bool
     mask: Tensor | None  # additive, (rows, keys)
     is_first: bool  # of its rows: what follows is joined to it
+    times: int = 1  # how often each key counts
 
 
 class PackedAttention:
@@ -108,7 +110,7 @@ class PackedAttention:
             else:
                 if call.mask is not None:  # under a window a row may see none of these keys
                     lse = lse.masked_fill(call.mask.amax(dim=1, keepdim=True) == -math.inf, -math.inf)
-                joined.add(call.rows, output, lse)
+                joined.add(call.rows, output, lse + math.log(call.times) if call.times > 1 else lse)
         return joined.result(scoring.sinks)
 
     def _calls(self, window: int | None) -> list[_Call]:
@@ -142,7 +144,8 @@ class PackedAttention:
         rows = slice(cross.start, cross.stop)
         block: KeysValues | None = cross.block  # type: ignore[assignment]  # the plan does not look into blocks
         if window is None:
-            yield _Call(rows, block, slice(cross.key_start, cross.key_stop), False, None, is_first=False)
+            keys = slice(cross.key_start, cross.key_stop)
+            yield _Call(rows, block, keys, False, None, is_first=False, times=cross.times)
             return
         first, last = min(self._positions[rows]), max(self._positions[rows])
         num_hidden = max(0, first - window + 1 - cross.key_position)  # keys that no row sees any more
@@ -154,7 +157,7 @@ class PackedAttention:
         if last - key_position >= window:
             distances = self._distances(rows, list(range(key_position, key_position + keys.stop - keys.start)))
             mask = self._additive_mask(distances < window)
-        yield _Call(rows, block, keys, False, mask, is_first=False)
+        yield _Call(rows, block, keys, False, mask, is_first=False, times=cross.times)
 
     def _distances(self, rows: slice, key_positions: list[int]) -> Tensor:
         """Return how many positions each key lies back from each row, `(rows, keys)`."""

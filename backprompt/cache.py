@@ -182,8 +182,11 @@ def compact(places: Mapping[Span, BlockRows[Any]]) -> dict[Span, BlockRows[Any]]
 
 
 def moved(places: Mapping[Span, BlockRows[Any]], location: Location) -> dict[Span, BlockRows[Any]]:
-    """Copy spans' rows to a location; return where they lie there. What comes from one block goes to one block."""
-    copies = {}
+    """Copy spans' rows to a location; return where they lie there. What comes from one block goes to one block.
+
+    Junctions have none, here as there.
+    """
+    copies = {span: place for span, place in places.items() if not span.token_ids}
     for block, group in _by_block(places).items():
         copies.update(_side_by_side(group, block.copied(_pieces(group), location)))
     return copies
@@ -192,7 +195,8 @@ def moved(places: Mapping[Span, BlockRows[Any]], location: Location) -> dict[Spa
 def _by_block(places: Mapping[Span, BlockRows[Any]]) -> dict[Block, dict[Span, BlockRows[Any]]]:
     """Group places by their blocks, and order each group by its rows."""
     groups: dict[Block, dict[Span, BlockRows[Any]]] = {}
-    for span, place in sorted(places.items(), key=lambda item: item[1].start):
+    with_rows = [(span, place) for span, place in places.items() if span.token_ids]
+    for span, place in sorted(with_rows, key=lambda item: item[1].start):
         groups.setdefault(place.block, {})[span] = place
     return groups
 

@@ -37,6 +37,10 @@ class TokenizerError(BackpromptError, ValueError):
     """The tokenizer cannot encode what it was given in the way that was asked for."""
 
 
+class GroupError(BackpromptError, ValueError):
+    """What was asked for does not exist for a text with groups or frozen segments, or for one that ends in a group."""
+
+
 class JoinError(BackpromptError, ValueError):
     """Under `joins="error"`: joining two segments changed their tokens."""
 

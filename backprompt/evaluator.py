@@ -24,7 +24,8 @@ from backprompt.host import HostMemory
 from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
 from backprompt.probe import probe
-from backprompt.radix import Forest, Span
+from backprompt.radix import NOTHING, Forest, Junction, Place, Span
+from backprompt.token_graph import TokenGraph, TokenIds
 
 Item = TypeVar("Item")
 
@@ -37,8 +38,8 @@ LOG_SOFTMAX_BYTES = 4 << 20
 MAX_EMPTY_SPANS = 10_000
 """Spans of which nothing is held any more stay in the forest up to this number, to tell what is computed again."""
 
-ReadAhead: TypeAlias = "Callable[[], list[Span]]"
-"""Returns the ends of other texts that will probably be asked for next; called only if something must be computed."""
+ReadAhead: TypeAlias = "Callable[[], list[Place]]"
+"""Returns other texts that will probably be asked for next; called only if something must be computed."""
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Evaluator:
         self._pool.clear()
         self._pinned.clear()
 
-    def evaluate(self, texts: Sequence[tuple[int, ...]]) -> list[Span]:
+    def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
         """Compute what is missing of texts given by their token ids, and return the spans at which they end.
 
         Over the budget, results are dropped again: `held` brings one back. If a pass fails, the passes before it stay
@@ -104,7 +105,7 @@ class Evaluator:
         return ends
 
     @contextmanager
-    def held(self, token_ids: tuple[int, ...], end: Span, *, with_keys: bool = False) -> Iterator[Span]:
+    def held(self, token_ids: TokenIds, end: Span, *, with_keys: bool = False) -> Iterator[Span]:
         """Keep a text's states (`with_keys`: and its keys and values) for as long as the context lasts.
 
         What was dropped of them is computed again. Yields the span at which the text ends; `end` is the last one known.
@@ -120,7 +121,7 @@ class Evaluator:
         with self._computed(token_ids, with_keys=with_keys) as end:
             yield end
 
-    def pin(self, token_ids: tuple[int, ...]) -> Span:
+    def pin(self, token_ids: TokenIds) -> Span:
         """Compute a text and hold all of it until `unpin`.
 
         Raises:
@@ -128,7 +129,7 @@ class Evaluator:
 
         """
         with self._inserted([token_ids]) as (end,):
-            pinned = {span for other in (*self._pinned, end) for span in other.path()}
+            pinned = _on_the_way([*self._pinned, end])
             num_bytes = self._num_bytes(pinned)
             if num_bytes > self.memory.max_bytes:
                 raise MemoryBudgetError(
@@ -145,7 +146,7 @@ class Evaluator:
             self._pinned[end] = self._pinned.get(end, 0) + 1
         return end
 
-    def save(self, token_ids: tuple[int, ...]) -> None:
+    def save(self, token_ids: TokenIds) -> None:
         """Write a text to the store, computed if need be."""
         assert self._archive is not None
         with self._computed(token_ids, with_keys=True) as end:
@@ -170,10 +171,14 @@ class Evaluator:
         return None if row is None else row.clone()
 
     def last_logits(self, end: Span, ahead: ReadAhead) -> Tensor:
-        """Return the next-token logits after `end`, `(vocab,)`; those of `ahead()` are computed along with it."""
+        """Return the next-token logits after `end`, `(vocab,)`; those of `ahead()` are computed along with it.
+
+        It must not be a junction, which has no last row; those among `ahead()` are left out.
+        """
         if (pooled := self.pooled_logits(end)) is not None:
             return pooled
-        missing = [other for other in dict.fromkeys([end, *ahead()]) if self._pool.get(other) is None]
+        ends = dict.fromkeys([end, *(place.end for place in ahead() if place.end.token_ids)])
+        missing = [other for other in ends if self._pool.get(other) is None]
         missing = missing[: max(1, self._pool.max_bytes // self.executor.logit_row_bytes)]
         first: Tensor | None = None
         for group in _slices(missing, self.executor.rows_in_a_slice):
@@ -184,15 +189,15 @@ class Evaluator:
         assert first is not None
         return first
 
-    def all_logits(self, end: Span, start: int, stop: int) -> Tensor:
+    def all_logits(self, place: Place, start: int, stop: int) -> Tensor:
         """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`."""
-        hidden = self.hidden_states(end)[start:stop]
+        hidden = self.hidden_states(place)[start:stop]
         rows = [self._logits(piece) for piece in torch.split(hidden, self.executor.rows_in_a_slice)]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
-    def hidden_states(self, end: Span) -> Tensor:
-        """Return a copy of the text's final hidden states, `(tokens, hidden)`."""
-        return gather(map(states_of, end.path()), lambda states: states.hidden, dim=0)
+    def hidden_states(self, place: Place) -> Tensor:
+        """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""
+        return gather(map(states_of, self.forest.in_order(place)), lambda states: states.hidden, dim=0)
 
     def keys_values(self, end: Span) -> tuple[list[Tensor], list[Tensor]]:
         """Return copies of the text's keys and values, for each layer `(kv_heads, tokens, head_dim)`."""
@@ -202,21 +207,20 @@ class Evaluator:
         values = [gather(places, lambda block, i=i: block.values[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
         return keys, values
 
-    def token_logprobs(self, end: Span, ahead: ReadAhead) -> Tensor:
+    def token_logprobs(self, place: Place, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
-        if not all(map(_is_scored, end.path())):
-            self.score([(other, 0) for other in (end, *ahead())])
-        return self.logprobs_from(end, 0)
+        if not all(map(_is_scored, self.forest.in_order(place))):
+            self.score([(other, 0) for other in (place, *ahead())])
+        return self.logprobs_from(place, 0)
 
-    def score(self, texts: Iterable[tuple[Span, int]]) -> None:
-        """Compute the log-probabilities of computed texts, given by their ends, from a token of each on.
+    def score(self, texts: Iterable[tuple[Place, int]]) -> None:
+        """Compute the log-probabilities of computed texts from a token of each on, counted in written order.
 
         Each row that predicts several tokens is computed once, and none that predicts only tokens before the start.
         """
         first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
-        for end, start in texts:
-            for span in _path_from(end, start):
-                first_row = max(0, start - span.position)
+        for place, start in texts:
+            for span, first_row in self._spans_from(place, start):
                 first_rows[span] = min(first_row, first_rows.get(span, first_row))
         predictions = _Predictions()
         for span, first_row in first_rows.items():
@@ -227,31 +231,47 @@ class Evaluator:
             token_ids = torch.tensor([target.token_id for target in targets])
             _write_logprobs(targets, _picked_logprobs(self._logits(rows), row_idx, token_ids))
 
-    def logprobs_from(self, end: Span, start: int) -> Tensor:
+    def logprobs_from(self, place: Place, start: int) -> Tensor:
         """Return a copy of a scored text's log-probabilities from token `start` on, `(tokens - start,)`."""
-        spans = _path_from(end, start)
+        spans = self._spans_from(place, start)
         if not spans:
-            return states_of(end).block.logprobs.new_empty(0)
-        return gather(map(states_of, spans), lambda states: states.logprobs, dim=0)[max(0, start - spans[0].position) :]
+            return torch.empty(0, dtype=torch.float32, device=self.executor.device)
+        _, first_row = spans[0]
+        return gather((states_of(span) for span, _ in spans), lambda states: states.logprobs, dim=0)[first_row:]
 
-    def token_logprobs_of(self, texts: Sequence[tuple[tuple[int, ...], int]]) -> list[Tensor]:
+    def _spans_from(self, place: Place, start: int) -> list[tuple[Span, int]]:
+        """Return the spans of a text's tokens from `start` on, in written order, each with its first such row."""
+        if not isinstance(place.token_ids, TokenGraph):
+            return [(span, max(0, start - span.position)) for span in _path_from(place.end, start)]
+        spans, num_before = [], 0
+        for span in self.forest.in_order(place):
+            stop = num_before + len(span.token_ids)
+            if stop > start:
+                spans.append((span, max(0, start - num_before)))
+            num_before = stop
+        return spans
+
+    def token_logprobs_of(self, texts: Sequence[tuple[TokenIds, int]]) -> list[Tensor]:
         """Evaluate texts and return the log-probabilities of their tokens, from a token of each on."""
         found: dict[int, Tensor] = {}
         with self._inserted([token_ids for token_ids, _ in texts]) as ends:
-            asked = [(idx, end, start) for idx, (end, (_, start)) in enumerate(zip(ends, texts, strict=True))]
+            asked = [
+                (idx, Place(end, token_ids), start)
+                for idx, (end, (token_ids, start)) in enumerate(zip(ends, texts, strict=True))
+            ]
 
             def collect() -> None:
                 """Read off what is there, before any of it is dropped."""
-                ready = [text for text in asked if text[0] not in found and text[1].states is not None]
-                self.score((end, start) for _, end, start in ready)
-                found.update((idx, self.logprobs_from(end, start)) for idx, end, start in ready)
+                ready = [text for text in asked if text[0] not in found and text[1].end.states is not None]
+                self.score((place, start) for _, place, start in ready)
+                found.update((idx, self.logprobs_from(place, start)) for idx, place, start in ready)
 
             self._compute(ends, before_eviction=collect)
             collect()
         return [found[idx] for idx in range(len(texts))]
 
     @contextmanager
-    def _computed(self, token_ids: tuple[int, ...], *, with_keys: bool) -> Iterator[Span]:
+    def _computed(self, token_ids: TokenIds, *, with_keys: bool) -> Iterator[Span]:
         """Compute what is missing of a text and hold it for as long as the context lasts."""
         with self._inserted([token_ids]) as (end,):
             end.num_pins += 1
@@ -263,7 +283,7 @@ class Evaluator:
                 self._make_room()
 
     @contextmanager
-    def _inserted(self, texts: Sequence[tuple[int, ...]]) -> Iterator[list[Span]]:
+    def _inserted(self, texts: Sequence[TokenIds]) -> Iterator[list[Span]]:
         """Yield the ends of texts in the forest; after an error, what holds nothing leaves it."""
         self._probe_once()
         ends: list[Span] = []
@@ -297,7 +317,10 @@ class Evaluator:
             passes = cut_into_passes(self.forest, missing_spans(group, with_keys=with_keys), self._max_tokens)
             last_uses = _last_uses(passes)
             for pass_idx, spans in enumerate(passes):
-                self._make_room(before_eviction, {_parent(span) for span in spans}, last_uses, pass_idx)
+                needed = {parent for span in spans for parent in span.parents}
+                if is_stuck:  # what one pass computed of a group may be what another drops
+                    needed |= _on_the_way(group)
+                self._make_room(before_eviction, needed, last_uses, pass_idx)
                 if _is_cut_off(spans):
                     break
                 self._forward(spans)
@@ -318,7 +341,7 @@ class Evaluator:
             asked = set(ends)
             ends = [span for span in missing_spans(ends, with_keys=with_keys) if span in asked]  # in depth-first order
         if self.host.num_bytes:
-            pinned = {span for end in self._pinned for span in end.path()}
+            pinned = _on_the_way(self._pinned)
             room = self.memory.max_bytes - self._num_bytes(pinned)
             planned = self.host.plan_fetch(ends, room, pinned, with_keys=with_keys)
             if planned.num_bytes:
@@ -337,23 +360,27 @@ class Evaluator:
 
     def _forward(self, spans: Sequence[Span]) -> None:
         started = time.perf_counter()
-        num_tokens = sum(len(span.token_ids) for span in spans)
-        num_recomputed = sum(len(span.token_ids) for span in spans if span.was_computed)
-        new = [span for span in spans if span.states is None]
-        self.memory.add(self.executor.compute(spans))
+        with_rows = [span for span in spans if span.token_ids]
+        new = [span for span in with_rows if span.states is None]
+        if with_rows:
+            self.memory.add(self.executor.compute(with_rows))
+            self.counters.forward_passes += 1
         for span in new:
             if span.error:  # it was read back inexactly once, and so may be rows of logits that were computed with it
                 span.error = 0.0
                 self._pool.clear()
+        num_tokens = sum(len(span.token_ids) for span in with_rows)
+        num_recomputed = sum(len(span.token_ids) for span in with_rows if span.was_computed)
         for span in spans:
+            if isinstance(span, Junction):
+                span.rows = span.states = NOTHING
             span.was_computed = True
             span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
-        self.counters.forward_passes += 1
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
         if self._archive is not None:
-            self._archive.save_new(spans)
+            self._archive.save_new(with_rows)
 
     def _make_room(
         self,
@@ -418,8 +445,8 @@ class _Predictions:
         is_scored = rows.block.has_logprobs[rows.start : rows.stop].tolist()
         assert span.parent is not None
         if first_row == 0 and not is_scored[0]:
-            if span.parent.parent is None:
-                rows.block.logprobs[rows.start] = torch.nan  # nothing predicts a first token
+            if not span.parent.token_ids:
+                rows.block.logprobs[rows.start] = torch.nan  # nothing predicts a first token, or one behind a junction
                 rows.block.has_logprobs[rows.start] = True
             else:
                 self._add_branches(span.parent)
@@ -430,7 +457,7 @@ class _Predictions:
 
     def _add_branches(self, parent: Span) -> None:
         before = states_of(parent)
-        held = [span for span in parent.children.values() if span.states is not None]
+        held = [span for span in parent.children.values() if span.token_ids and span.states is not None]
         branches = [(span.token_ids[0], states_of(span)) for span in held]
         self._rows[before.block, before.stop - 1] = [(token_id, rows.block, rows.start) for token_id, rows in branches]
 
@@ -491,10 +518,7 @@ def _on_the_way(ends: Iterable[Span]) -> set[Span]:
     """Return the spans on the way to all of `ends`."""
     spans: set[Span] = set()
     for end in ends:
-        span = end
-        while span.parent is not None and span not in spans:
-            spans.add(span)
-            span = span.parent
+        spans.update(end.closure(known=spans))
     return spans
 
 
@@ -502,27 +526,23 @@ def _last_uses(passes: Sequence[Sequence[Span]]) -> dict[Span, int]:
     """Return, for each span that passes attend to, the number of the last such pass."""
     last_uses: dict[Span, int] = {}
     for pass_idx, spans in enumerate(passes):
-        for span in spans:
-            ancestor = span.parent
-            while ancestor is not None and last_uses.get(ancestor) != pass_idx:
+        stack = [parent for span in spans for parent in span.parents]
+        while stack:
+            ancestor = stack.pop()
+            if last_uses.get(ancestor) != pass_idx:
                 last_uses[ancestor] = pass_idx
-                ancestor = ancestor.parent
+                stack += ancestor.parents
     return last_uses
 
 
 def _is_cut_off(spans: Sequence[Span]) -> bool:
     """Return whether something that a pass continues was dropped since it was planned."""
     own = set(spans)
-    for span in spans:
-        parent = _parent(span)
-        if parent.parent is not None and parent.rows is None and parent not in own:
-            return True
-    return False
-
-
-def _parent(span: Span) -> Span:
-    assert span.parent is not None
-    return span.parent
+    return any(
+        parent.parent is not None and parent.rows is None and parent not in own
+        for span in spans
+        for parent in span.parents
+    )
 
 
 def _is_scored(span: Span, first_row: int = 0) -> bool:

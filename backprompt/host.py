@@ -10,6 +10,7 @@ left stays as it is until the room is needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -125,11 +126,15 @@ class HostMemory(Tier):
         """
         for kind in KINDS:
             held = self.held(kind, spans)
-            num_above = {span.parent: 0 for span in spans[:1]}  # of what is held in either pool: bytes here up to it
+            num_above: dict[Span, float] = {
+                root: 0 for span in spans[:1] for root in span.parents
+            }  # of what is held in either pool: bytes here up to it
             for span in spans:
                 own = held[span].num_bytes if span in held else 0
-                if span.parent in num_above and num_above[span.parent] + own <= self.max_bytes and not span.is_empty:
+                # Of a junction's parents the largest: they may have beginnings in common.
+                above = max((num_above.get(parent, math.inf) for parent in span.parents), default=math.inf)
+                if above + own <= self.max_bytes and not span.is_empty:
                     if span in held or getattr(span, kind) is not None:
-                        num_above[span] = num_above[span.parent] + own
+                        num_above[span] = above + own
                 else:
                     self.let_go(kind, span)

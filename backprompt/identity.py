@@ -2,7 +2,8 @@
 
 A key belongs to a position, not to a span, so it does not depend on how spans happen to be cut:
 `key(i) = SHA-256(key(i - 1), position, token id)`, from a root key that covers the model, its adapter, its dtype, the
-tokenizer and the format. Another process that computes the same text finds the same keys.
+tokenizer and the format. Another process that computes the same text finds the same keys. Behind a group it is the
+SHA-256 of what stands before it, of its branches' keys in sorted order, and of the position.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable
+
+from backprompt.token_graph import TokenIds, fold
 
 FORMAT_VERSION = 1
 
@@ -32,6 +35,31 @@ def root_key(*, model: str, dtype: str, tokenizer: str, exactness: str = EXACT) 
     parts = (str(FORMAT_VERSION), model, dtype, tokenizer, exactness)
     framed = b"".join(len(part.encode()).to_bytes(8, "little") + part.encode() for part in parts)
     return hashlib.sha256(framed).digest()
+
+
+def gap_key(key: bytes, position: int) -> bytes:
+    """Return what entries in a store begin at whose first position does not follow the last one that `key` names."""
+    return hashlib.sha256(b"".join([b"gap", key, struct.pack("<q", position)])).digest()
+
+
+def group_key(key: bytes, branch_keys: Iterable[tuple[bytes, bool]], position: int) -> bytes:
+    """Return the key behind a group.
+
+    Args:
+        key: of what stands before the group.
+        branch_keys: of each branch's last token, repeats included, in any order; and whether the branch is frozen, so
+            that it does not count what stands before.
+        position: behind the group.
+
+    """
+    parts = sorted(branch_key + bytes([is_frozen]) for branch_key, is_frozen in branch_keys)
+    return hashlib.sha256(b"".join([b"group", key, struct.pack("<q", position), *parts])).digest()
+
+
+def key_of(token_ids: TokenIds, root: bytes) -> bytes:
+    """Return the key of a whole text."""
+    key, _ = fold(token_ids, root, extend_key, group_key)
+    return key
 
 
 def extend_key(key: bytes, position: int, token_ids: Iterable[int]) -> bytes:

@@ -41,10 +41,12 @@ from backprompt.executor import plain_surroundings
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
 from backprompt.store import DiskStore, Store
 from backprompt.text import Text
+from backprompt.token_graph import TokenIds, flat, num_positions
 from backprompt.tokenizer import PrivateTokenizer
 from backprompt.tokens import JOINS, Encoder, Join, Joins
 from backprompt.weights import WeightsMonitor, content_hash
@@ -299,7 +301,7 @@ class LM:
         """Return the token ids of a text; see `Text.tokens`."""
         with self._exclusive():
             self._current()
-            return self._encoder.encode([text])[0]
+            return flat(self._encoder.encode([text])[0])
 
     def joins(self, text: Text) -> list[Join]:
         """Return the joins of a text that change tokens; see `Text.joins`."""
@@ -349,7 +351,7 @@ class LM:
                 )
         return texts
 
-    def _checked_ids(self, texts: Sequence[Text], starts: Sequence[int] = ()) -> list[tuple[int, ...]]:
+    def _checked_ids(self, texts: Sequence[Text], starts: Sequence[int] = ()) -> list[TokenIds]:
         """Return the token ids of texts that can be evaluated, and count them; the lock must be held."""
         evaluator = self._current()
         encoded = self._encoder.encode(texts)
@@ -372,35 +374,37 @@ class LM:
         evaluator.memory.touch(found.end for found in known.values())
         missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
         if missing:
-            batch = Batch(evaluator, evaluator.evaluate(list(missing.values())))
-            new = {text: Evaluated(ids, batch, idx) for idx, (text, ids) in enumerate(missing.items())}
+            ends = evaluator.evaluate(list(missing.values()))
+            batch = Batch(evaluator, list(map(Place, ends, missing.values())))
+            new = {text: Evaluated(batch, idx) for idx, text in enumerate(missing)}
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]
 
-    def _check_can_be_evaluated(self, evaluator: Evaluator, text: Text, token_ids: tuple[int, ...]) -> None:
+    def _check_can_be_evaluated(self, evaluator: Evaluator, text: Text, token_ids: TokenIds) -> None:
         limits = evaluator.executor.limits
         if not token_ids:
             raise EmptyTextError(
                 f"{text!r} has no tokens, so there is nothing to evaluate. Add a string to it, or start it with a "
                 "token such as the tokenizer's BOS: Text.from_tokens([tokenizer.bos_token_id], lm)."
             )
-        if min(token_ids) < 0 or max(token_ids) >= limits.num_embeddings:
-            position, token_id = next((p, t) for p, t in enumerate(token_ids) if not 0 <= t < limits.num_embeddings)
+        ids = flat(token_ids)
+        if min(ids) < 0 or max(ids) >= limits.num_embeddings:
+            position, token_id = next((p, t) for p, t in enumerate(ids) if not 0 <= t < limits.num_embeddings)
             raise TokenIdError(
                 f"{text!r} has token id {token_id} at position {position}, but the model's embedding has ids 0 to "
                 f"{limits.num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
             )
-        if limits.max_tokens is None or len(token_ids) <= limits.max_tokens:
+        length = num_positions(token_ids)
+        if limits.max_tokens is None or length <= limits.max_tokens:
             return
-        too_long = f"{text!r} has {len(token_ids)} tokens, but the model has {limits.max_tokens} positions"
+        what = "tokens" if isinstance(token_ids, tuple) else "positions"
+        too_long = f"{text!r} has {length} {what}, but the model has {limits.max_tokens} positions"
         if limits.why_hard is not None:
-            raise TextTooLongError(
-                f"{too_long}: {limits.why_hard}. Shorten the text by {len(token_ids) - limits.max_tokens}."
-            )
+            raise TextTooLongError(f"{too_long}: {limits.why_hard}. Shorten the text by {length - limits.max_tokens}.")
         if not self._beyond_trained_length:
             raise TextTooLongError(
-                f"{too_long} that it was trained for. Shorten the text by {len(token_ids) - limits.max_tokens}, or let "
+                f"{too_long} that it was trained for. Shorten the text by {length - limits.max_tokens}, or let "
                 "it through at your own risk with LM(..., beyond_trained_length=True)."
             )
 

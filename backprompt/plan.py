@@ -16,15 +16,18 @@ Example: an instruction of 300 tokens, cached; under it two prompts of 200 token
     rows  406..412  its two    Own(406, 412, tile) Cross(rows 406..412, keys 206..406 of this pass)
 
 The partial results of one row are joined by their log-sum-exp, which is exact.
+
+What stands behind a junction descends from several spans, so the rows that see a branch's keys may lie in several
+slices, and there they may count several times: a Cross each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from backprompt.radix import Forest, Span
+from backprompt.radix import Forest, Span, depth_first
 
 TILE_TOKENS = 128
 """Subtrees up to this many tokens are attended to densely under a tree mask."""
@@ -50,7 +53,8 @@ class Own:
 class Cross:
     """Rows `start..stop` of the pass attend to all rows `key_start..key_stop` of a block of keys and values.
 
-    `block` is None for the pass itself. The first key is at position `key_position`; the others follow it.
+    `block` is None for the pass itself. The first key is at position `key_position`; the others follow it. Each key
+    counts `times` times: its branch stands there so often.
     """
 
     start: int
@@ -59,6 +63,7 @@ class Cross:
     key_start: int
     key_stop: int
     key_position: int
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,39 +105,33 @@ def missing_spans(ends: Iterable[Span], *, with_keys: bool = False) -> list[Span
     Texts that share nothing come as asked for. Of several continuations of one span the one with the most tokens to
     compute comes first: it joins the causal run of what it continues, and the small ones lie side by side behind it.
     """
-    wanted_children: dict[Span, list[Span]] = {}
-    root: Span | None = None
+    wanted: dict[Span, list[Span]] = {}  # all spans on the way, with those that continue them
     for end in ends:
         if end.states is not None and not (with_keys and end.rows is None):
             continue
-        child: Span | None = None
-        span: Span | None = end
-        while span is not None:
-            is_known = span in wanted_children
-            children = wanted_children.setdefault(span, [])
-            if child is not None:
-                children.append(child)
-            if is_known:
-                break
-            child, span = span, span.parent
-            root = child if span is None else root
+        stack = [end]
+        while stack:
+            span = stack.pop()
+            if span not in wanted:
+                wanted[span] = []
+                stack += span.parents
+    for span in list(wanted):
+        if span.parent is not None:
+            wanted[span.parent].append(span)
+    root = next((span for span in wanted if span.parent is None), None)
     if root is None:
         return []
-    num_missing = _num_missing(root, wanted_children)
-    order: list[Span] = []
-    stack = [root]
-    while stack:
-        span = stack.pop()
-        if _is_missing(span):
-            order.append(span)
-        children = wanted_children[span]
-        if span is not root:
-            children = sorted(children, key=num_missing.__getitem__, reverse=True)
-        stack += reversed(children)
-    return order
+    num_missing = _num_missing(root, wanted)
+
+    def largest_first(span: Span) -> list[Span]:
+        # Junctions last: their branches are among the others.
+        by_size = sorted(wanted[span], key=lambda child: (not child.token_ids, -num_missing[child]))
+        return wanted[span] if span is root else by_size
+
+    return list(filter(_is_missing, depth_first(root, largest_first)))
 
 
-def _num_missing(root: Span, children: dict[Span, list[Span]]) -> dict[Span, int]:
+def _num_missing(root: Span, children: Mapping[Span, list[Span]]) -> dict[Span, int]:
     """Return, for each span, how many tokens are to be computed of it and of what continues it."""
     top_down = [root]
     for span in top_down:
@@ -181,13 +180,15 @@ def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> l
 def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
     """Lay depth-first `spans` out in one row and return the attention calls that they need.
 
-    Ancestors that are not among `spans` must be computed: an earlier pass, or an earlier evaluation, holds their keys.
+    Junctions have no rows and are left out. Ancestors that are not among `spans` must be computed: an earlier pass, or
+    an earlier evaluation, holds their keys.
     """
+    spans = [span for span in spans if span.token_ids]
     layout = _Layout(spans)
     own: list[Own] = []
-    reach: dict[Span, list[int]] = {}  # ancestor -> [first row, last row + 1] of the rows that see it by a Cross
+    reach: dict[tuple[Span, int], list[slice]] = {}  # ancestor, how often it counts -> rows that see it by a Cross
     run_end: Span | None = None  # the last span of the causal run that `own` ends with, if it ends with one
-    path: list[Span] = []  # what the rows at hand see by a Cross
+    seen: dict[Span, int] = {}  # what the rows at hand see by a Cross
     idx = 0
     while idx < len(spans):
         start = layout.starts[idx]
@@ -195,15 +196,19 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
         visible_until = layout.visible_until(idx, next_idx)
         next_idx = max(next_idx, idx + 1)
         stop = layout.starts[next_idx]
-        if visible_until is None and spans[idx].parent is run_end:
+        if visible_until is None and spans[idx].parent is run_end and not spans[idx].begins_chain:
             # What directly continues a causal run, as its only or first child, joins it: no Cross for its rows.
             own[-1] = Own(own[-1].start, stop)
         else:
             own.append(Own(start, stop, visible_until))
-            path = _ancestors(spans[idx])
+            seen = spans[idx].seen()
         run_end = spans[next_idx - 1] if visible_until is None else None
-        for ancestor in path:
-            reach.setdefault(ancestor, [start, stop])[1] = stop
+        for ancestor in seen.items():
+            slices = reach.setdefault(ancestor, [])
+            if slices and slices[-1].stop == start:
+                slices[-1] = slice(slices[-1].start, stop)
+            else:
+                slices.append(slice(start, stop))
         idx = next_idx
     return Pass(tuple(spans), tuple(own), tuple(_merge_crosses(reach, layout)))
 
@@ -229,14 +234,24 @@ class _Layout:
         end = idx
         while end < len(self.spans) and self.spans[end].parent is parent:
             subtree_end = self.subtree_ends[end]
-            if self.starts[subtree_end] - self.starts[idx] > tile_tokens:
+            if self.starts[subtree_end] - self.starts[idx] > tile_tokens or not self._is_tree(end, subtree_end):
                 break
             end = subtree_end
         return end
 
+    def _is_tree(self, idx: int, end: int) -> bool:
+        """Return whether no junction lies between these spans."""
+        return all(self.idx_of.get(_parent(self.spans[i]), -1) >= idx for i in range(idx + 1, end))
+
     def visible_until(self, idx: int, end: int) -> tuple[int, ...] | None:
-        """Return the tile's `Own.visible_until`; None where the tile is one chain, which is plainly causal."""
-        if all(self.spans[i].parent is self.spans[i - 1] for i in range(idx + 1, end)):
+        """Return the tile's `Own.visible_until`; None where the tile is one chain, which is plainly causal.
+
+        A chain has no gaps of positions, so that a window is as many rows as positions.
+        """
+        inner = [self.spans[i] for i in range(idx + 1, end)]
+        if all(span.parent is before for span, before in zip(inner, self.spans[idx:end], strict=False)) and not any(
+            span.begins_chain for span in inner
+        ):
             return None
         return tuple(
             self.starts[self.subtree_ends[i]]
@@ -245,32 +260,35 @@ class _Layout:
         )
 
 
-def _merge_crosses(reach: dict[Span, list[int]], layout: _Layout) -> list[Cross]:
-    """Return one Cross an ancestor; neighbours in memory that the same rows see share one."""
+def _merge_crosses(reach: Mapping[tuple[Span, int], list[slice]], layout: _Layout) -> list[Cross]:
+    """Return a Cross for each ancestor and slice of rows; neighbours in memory that the same rows see share one."""
     crosses: list[Cross] = []
-    for span, (start, stop) in reach.items():
+    last_of_rows: dict[tuple[int, int, int], int] = {}
+    for (span, times), slices in reach.items():
         idx = layout.idx_of.get(span)
         if idx is not None:
             block, key_start, key_stop = None, layout.starts[idx], layout.starts[idx + 1]
         else:
             assert span.rows is not None, f"{span!r} is neither in the pass nor computed"
             block, key_start, key_stop = span.rows.block, span.rows.start, span.rows.stop
-        last = crosses[-1] if crosses else None
-        if (
-            last is not None
-            and (last.start, last.stop) == (start, stop)
-            and last.block is block
-            and last.key_stop == key_start
-            and last.key_position + last.key_stop - last.key_start == span.position
-        ):
-            crosses[-1] = Cross(start, stop, block, last.key_start, key_stop, last.key_position)
-        else:
-            crosses.append(Cross(start, stop, block, key_start, key_stop, span.position))
+        for rows in slices:
+            cross = Cross(rows.start, rows.stop, block, key_start, key_stop, span.position, times)
+            last_idx = last_of_rows.get((rows.start, rows.stop, times))
+            if last_idx is not None and _is_neighbour(crosses[last_idx], cross):
+                crosses[last_idx] = replace(crosses[last_idx], key_stop=key_stop)
+            else:
+                last_of_rows[rows.start, rows.stop, times] = len(crosses)
+                crosses.append(cross)
     return crosses
 
 
-def _ancestors(span: Span) -> list[Span]:
-    return span.path()[:-1]
+def _is_neighbour(cross: Cross, following: Cross) -> bool:
+    """Return whether the keys of the second lie right behind those of the first, in memory and by position."""
+    return (
+        cross.block is following.block
+        and cross.key_stop == following.key_start
+        and cross.key_position + cross.key_stop - cross.key_start == following.key_position
+    )
 
 
 def _parent(span: Span) -> Span:

@@ -1,4 +1,4 @@
-"""The forest of token spans: a radix tree, pure Python, no tensors.
+"""The forest of token spans: a radix tree with junctions, pure Python, no tensors.
 
 Each `Span` is a run of token ids that every text through it shares; its children differ in their first token. Because
 attention is causal, the representation of a token depends on the tokens before it only, so two texts with a common
@@ -13,12 +13,28 @@ true.
 
 Splitting a span leaves the object in place as the *lower* part (a new span becomes the upper one), so whoever holds
 the span at which a text ends still holds the end of that text.
+
+A *junction* stands where a group of branches ends: a span without tokens that has several parents, what the group
+stands behind and the ends of its branches. Branches are spans like all others: a shared one continues what the group
+stands behind, a frozen one stands at the root, and a sequential one continues it at a later position.
+
+    context + (a | b) + question        context --+-- a ----+
+                                                  +-- b ----+
+                                                  +-- (junction) -- question
+
+Attention of what stands behind a junction counts a span once for each branch that it is reached through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from backprompt.token_graph import TokenGraph, TokenIds, fold
+
+ChildKey: TypeAlias = "int | tuple[int | None, ...]"
 
 
 class Rows(Protocol):
@@ -86,7 +102,7 @@ class Span:
         self.token_ids = token_ids
         self.position = position
         self.parent = parent
-        self.children: dict[int, Span] = {}
+        self.children: dict[ChildKey, Span] = {}
         self.rows: Rows | None = None
         self.states: Rows | None = None
         self.host_rows: Rows | None = None
@@ -107,12 +123,50 @@ class Span:
         return f"Span({len(self.token_ids)} tokens at {self.position}, {len(self.children)} children, {state})"
 
     @property
+    def stop(self) -> int:
+        """The position behind its last token."""
+        return self.position + len(self.token_ids)
+
+    @property
+    def parents(self) -> Sequence[Span]:
+        """What must be held for this to be: the root's have none."""
+        return () if self.parent is None else (self.parent,)
+
+    @property
+    def begins_chain(self) -> bool:
+        """Whether it does not directly follow another span's last token: behind the root, a junction, or a gap."""
+        return self.parent is not None and (not self.parent.token_ids or self.position != self.parent.stop)
+
+    def closure(self, known: Container[Span] = ()) -> list[Span]:
+        """Return all that this stands on and itself, junctions too, each once and after its parents; not the root.
+
+        Without what is `known` already, and what only that stands on.
+        """
+        spans: dict[Span, None] = {}
+        stack: list[tuple[Span, bool]] = [(self, False)]
+        while stack:
+            span, has_parents = stack.pop()
+            if has_parents:
+                spans[span] = None
+            elif span not in spans and span not in known and span.parent is not None:
+                stack.append((span, True))
+                stack += ((parent, False) for parent in span.parents)
+        return list(spans)
+
+    def seen(self) -> dict[Span, int]:
+        """Return the spans that its rows attend to besides its own, the first first, and how often each counts."""
+        counts: dict[Span, int] = {}
+        if self.parent is not None:
+            _count_chain(counts, self.parent, None, 1)
+        return dict(reversed(counts.items()))
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing of it is held, neither on the device nor in the second pool."""
         return self.states is None and self.host_states is None
 
     def path(self) -> list[Span]:
-        """Return the spans from the first below the root down to this one."""
+        """Return the spans from the first below the root down to this one, where no junction lies between."""
         spans: list[Span] = []
         span: Span = self
         while span.parent is not None:
@@ -122,27 +176,121 @@ class Span:
         return spans
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a text stands in the forest: the span at which it ends, and what it consists of."""
+
+    end: Span
+    token_ids: TokenIds
+
+
+class Nothing:
+    """What a junction holds when its parents do: no rows of no block."""
+
+    block = None
+    start = stop = num_bytes = 0
+
+    def split(self, num_tokens: int) -> tuple[Rows, Rows]:
+        """A junction has nothing to split."""
+        raise AssertionError(num_tokens)
+
+
+NOTHING = Nothing()
+
+
+class Junction(Span):
+    """Where the branches of a group end: see the top of this file.
+
+    Attributes:
+        branches: the end of each branch, and whether it is frozen, so that it continues the root and not the junction's
+            parent; and how many branches are this one.
+
+    """
+
+    __slots__ = ("branches",)
+
+    def __init__(self, position: int, parent: Span, branches: Mapping[tuple[Span, bool], int]) -> None:
+        super().__init__((), position, parent)
+        self.branches = branches
+
+    @property
+    def parents(self) -> Sequence[Span]:
+        """What the group stands behind, and the ends of its branches."""
+        assert self.parent is not None
+        return tuple(dict.fromkeys((self.parent, *(end for end, _ in self.branches))))
+
+
+def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: int) -> None:
+    """Add what lies between `base` and `end`, the last first."""
+    span: Span | None = end
+    while span is not None and span is not base:
+        if isinstance(span, Junction):
+            for (branch_end, is_frozen), repeats in span.branches.items():
+                _count_chain(counts, branch_end, None if is_frozen else span.parent, times * repeats)
+        elif span.token_ids:
+            counts[span] = counts.get(span, 0) + times
+        span = span.parent
+
+
 class Forest:
     """All spans, under one empty root."""
 
     def __init__(self) -> None:
         self.root = Span((), 0, None)
 
-    def insert(self, token_ids: Sequence[int]) -> Span:
-        """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed."""
-        ids = tuple(token_ids)
-        span, num_matched = self.root, 0
+    def insert(self, token_ids: TokenIds | Sequence[int]) -> Span:
+        """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed.
+
+        Where they end in a group it is a junction.
+        """
+        ids = token_ids if isinstance(token_ids, TokenGraph) else tuple(token_ids)
+        end, _ = fold(ids, self.root, self._continue, self._join)
+        return end
+
+    def in_order(self, place: Place) -> list[Span]:
+        """Return the spans of a text in written order, those of repeated branches repeatedly; junctions left out."""
+        if not isinstance(place.token_ids, TokenGraph):
+            return place.end.path()
+        spans: list[Span] = []
+
+        def continue_(span: Span, position: int, ids: tuple[int, ...]) -> Span:
+            end = self._continue(span, position, ids)  # finds it: the text was inserted
+            chain, above = [], end
+            while above is not span:
+                assert above.parent is not None
+                chain.append(above)
+                above = above.parent
+            spans.extend(reversed(chain))
+            return end
+
+        fold(place.token_ids, self.root, continue_, self._join)
+        return spans
+
+    def _continue(self, span: Span, position: int, ids: tuple[int, ...]) -> Span:
+        """Return the span that ends where `ids` end that stand behind `span`, the first at `position`."""
+        num_matched = 0
         while num_matched < len(ids):
-            child = span.children.get(ids[num_matched])
+            key = _child_key(span, position + num_matched, ids[num_matched])
+            child = span.children.get(key)
             if child is None:
-                child = Span(ids[num_matched:], num_matched, span)
-                span.children[ids[num_matched]] = child
+                child = Span(ids[num_matched:], position + num_matched, span)
+                span.children[key] = child
                 return child
             num_common = _common_length(child.token_ids, ids, num_matched)
             if num_common < len(child.token_ids):
                 child = self.split(child, num_common)
             span, num_matched = child, num_matched + num_common
         return span
+
+    def _join(self, before: Span, ends: Sequence[tuple[Span, bool]], position: int) -> Span:
+        """Return the junction behind branches that end at `ends`, each frozen or not."""
+        branches = Counter(ends)
+        # An end stays the end when spans are split. None tells the key from those of spans at later positions.
+        key = (None, *sorted(2 * id(end) + is_frozen for end, is_frozen in ends))
+        junction = before.children.get(key)
+        if junction is None:
+            junction = before.children[key] = Junction(position, before, branches)
+        return junction
 
     def num_computed(self, token_ids: Sequence[int]) -> int:
         """Return of how many of the first of `token_ids` the keys and values are held; changes nothing."""
@@ -163,7 +311,7 @@ class Forest:
         """Cut `span` after `num_tokens` and return the new upper part; `span` itself becomes the lower part."""
         assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
         upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
-        span.parent.children[upper.token_ids[0]] = upper
+        span.parent.children[_child_key(span.parent, span.position, span.token_ids[0])] = upper
         span.token_ids = span.token_ids[num_tokens:]
         span.position += num_tokens
         span.parent = upper
@@ -180,9 +328,11 @@ class Forest:
 
     def prune(self) -> None:
         """Remove the spans of which nothing is held, and what continues them."""
-        for span in list(self.spans()):
-            if span.is_empty and span.parent is not None:
-                span.parent.children.pop(span.token_ids[0], None)
+        stack = [self.root]
+        while stack:
+            span = stack.pop()
+            span.children = {key: child for key, child in span.children.items() if not child.is_empty}
+            stack += span.children.values()
 
     def clear(self) -> None:
         """Forget everything: nothing of any span is held any more, and none is found any more."""
@@ -193,11 +343,37 @@ class Forest:
 
     def spans(self) -> Iterator[Span]:
         """Yield every span below the root, each before what continues it, depth first."""
-        stack = list(reversed(self.root.children.values()))
-        while stack:
-            span = stack.pop()
-            yield span
-            stack += reversed(span.children.values())
+        spans = depth_first(self.root, lambda span: span.children.values())
+        next(spans)
+        return spans
+
+
+def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> Iterator[Span]:
+    """Yield spans from the root on, each after its parents; a junction waits until all of its branches are through.
+
+    Args:
+        root: the first.
+        continuations: the children of a span to go on with, in order; all parents of each must be among what comes.
+
+    """
+    done: set[Span] = set()
+    waiting: list[Span] = []
+    stack = [root]
+    while stack or waiting:
+        if not stack:
+            ready = next(idx for idx, span in enumerate(waiting) if done.issuperset(span.parents))
+            stack.append(waiting.pop(ready))
+        span = stack.pop()
+        if isinstance(span, Junction) and not done.issuperset(span.parents):
+            waiting.append(span)
+            continue
+        done.add(span)
+        yield span
+        stack += reversed(list(continuations(span)))
+
+
+def _child_key(parent: Span, position: int, token_id: int) -> ChildKey:
+    return token_id if position == parent.stop else (position, token_id)
 
 
 def _common_length(span_ids: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from backprompt.errors import StaleRepresentationError
+from backprompt.errors import GroupError, StaleRepresentationError
 from backprompt.evaluator import Evaluator
-from backprompt.identity import extend_key
-from backprompt.radix import Span
+from backprompt.identity import key_of
+from backprompt.radix import Place, Span
+from backprompt.token_graph import TokenGraph, TokenIds, flat
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -37,22 +38,21 @@ class Batch:
     """
 
     evaluator: Evaluator
-    ends: list[Span]
+    places: list[Place]
     num_asked: dict[str, int] = field(default_factory=dict)
 
-    def ahead_of(self, idx: int, what: str) -> list[Span]:
-        """Return the ends of the texts whose `what` to compute along with that of the text at `idx`."""
+    def ahead_of(self, idx: int, what: str) -> list[Place]:
+        """Return the texts whose `what` to compute along with that of the text at `idx`."""
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
-        ahead = (self.ends[idx:] + self.ends[:idx])[: 1 << min(num_asked, 20)]
-        return [end for end in ahead if end.states is not None]
+        ahead = (self.places[idx:] + self.places[:idx])[: 1 << min(num_asked, 20)]
+        return [place for place in ahead if place.end.states is not None]
 
 
 @dataclass(eq=False, frozen=True)
 class Evaluated:
-    """A text's token ids, and its place in the batch that it was computed in."""
+    """A text's place in the batch that it was computed in."""
 
-    token_ids: tuple[int, ...]
     batch: Batch
     batch_idx: int
 
@@ -62,9 +62,14 @@ class Evaluated:
         return self.batch.evaluator
 
     @property
+    def token_ids(self) -> TokenIds:
+        """The text's token ids."""
+        return self.batch.places[self.batch_idx].token_ids
+
+    @property
     def end(self) -> Span:
         """The span at which the text ends."""
-        return self.batch.ends[self.batch_idx]
+        return self.batch.places[self.batch_idx].end
 
     @property
     def is_computed(self) -> bool:
@@ -77,11 +82,11 @@ class Evaluated:
         return self.end.rows is not None
 
     @contextmanager
-    def held(self, *, with_keys: bool = False) -> Iterator[Span]:
+    def held(self, *, with_keys: bool = False) -> Iterator[Place]:
         """Keep what results are read off, computed again if it was dropped; see `Evaluator.held`."""
         with self.evaluator.held(self.token_ids, self.end, with_keys=with_keys) as end:
-            self.batch.ends[self.batch_idx] = end
-            yield end
+            place = self.batch.places[self.batch_idx] = Place(end, self.token_ids)
+            yield place
 
 
 class ModelRepr:
@@ -106,8 +111,8 @@ class ModelRepr:
 
     @property
     def input_ids(self) -> Tensor:
-        """Token ids, `(tokens,)`, int64."""
-        return torch.tensor(self._evaluated.token_ids, device=self._evaluated.evaluator.executor.device)
+        """Token ids in written order, `(tokens,)`, int64."""
+        return torch.tensor(flat(self._evaluated.token_ids), device=self._evaluated.evaluator.executor.device)
 
     @property
     def key(self) -> str:
@@ -119,7 +124,7 @@ class ModelRepr:
         with self._lm._exclusive():
             self._check_current()
             root = self._lm._root(in_store=self.stored_error > 0)
-            return extend_key(root.key, 0, self._evaluated.token_ids).hex()
+            return key_of(self._evaluated.token_ids, root.key).hex()
 
     @property
     def stored_error(self) -> float:
@@ -129,7 +134,7 @@ class ModelRepr:
         then `key` differs from that of the exact representation.
         """
         with self._lm._exclusive():
-            return max(span.error for span in self._evaluated.end.path())
+            return max(span.error for span in self._evaluated.end.closure())
 
     @property
     def num_bytes(self) -> int:
@@ -138,26 +143,40 @@ class ModelRepr:
 
     @property
     def logits(self) -> Tensor:
-        """Next-token logits, `(vocab,)`, in the model's dtype."""
+        """Next-token logits, `(vocab,)`, in the model's dtype.
+
+        Raises:
+            GroupError: the text ends in a group, so there is no last token that the next one would follow.
+
+        """
+        if not self._evaluated.end.token_ids:
+            raise GroupError(
+                f"This text of {self.num_tokens} tokens ends in a group, so it has no last token, and nothing to "
+                "predict the next one from. Add a segment behind the group: text + '...'."
+            )
         with self._lm._exclusive():
             self._check_evaluator(self._lm._evaluator)
             pooled = self._evaluated.evaluator.pooled_logits(self._evaluated.end)
             if pooled is not None:  # also where the text's states were dropped
                 return pooled
-            with self._held() as (evaluator, end):
-                return evaluator.last_logits(end, partial(self._read_ahead, "logits"))
+            with self._held() as (evaluator, place):
+                return evaluator.last_logits(place.end, partial(self._read_ahead, "logits"))
 
     @property
     def token_logprobs(self) -> Tensor:
-        """Log-probability of each token given those before it, `(tokens,)`, nats, float32; nan for the first."""
-        with self._held() as (evaluator, end):
-            return evaluator.token_logprobs(end, partial(self._read_ahead, "token_logprobs"))
+        """Log-probability of each token given what it sees, `(tokens,)`, nats, float32.
+
+        nan where no one token stands before it: for a text's first token, and for the first behind a group. A branch's
+        first token follows what the group stands behind.
+        """
+        with self._held() as (evaluator, place):
+            return evaluator.token_logprobs(place, partial(self._read_ahead, "token_logprobs"))
 
     @property
     def hidden_states(self) -> Tensor:
         """Final hidden states, which the output head reads, `(tokens, hidden)`, in the model's dtype."""
-        with self._held() as (evaluator, end):
-            return evaluator.hidden_states(end)
+        with self._held() as (evaluator, place):
+            return evaluator.hidden_states(place)
 
     def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the logits after each of the tokens `start..stop`, `(tokens, vocab)`.
@@ -168,8 +187,8 @@ class ModelRepr:
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
         with self._lm._exclusive():
             self._check_current()
-            with self._held() as (evaluator, end):
-                return evaluator.all_logits(end, start, stop)
+            with self._held() as (evaluator, place):
+                return evaluator.all_logits(place, start, stop)
 
     def past_key_values(self) -> DynamicCache:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
@@ -178,19 +197,28 @@ class ModelRepr:
         `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. There must be new ids: given the text's own
         ids only, `generate` forwards them a second time. To generate right behind the text, take the cache of all but
         its last token: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which computes nothing new.
+
+        Raises:
+            GroupError: the text has groups or frozen segments, whose positions a cache of transformers cannot say.
+
         """
-        with self._held(with_keys=True) as (evaluator, end):
-            return evaluator.executor.dynamic_cache(*evaluator.keys_values(end))
+        if isinstance(self._evaluated.token_ids, TokenGraph):
+            raise GroupError(
+                "past_key_values() is not there for texts with groups or frozen segments: the model would take the "
+                "number of cached tokens for the next position. Read logits and log-probabilities from the text itself."
+            )
+        with self._held(with_keys=True) as (evaluator, place):
+            return evaluator.executor.dynamic_cache(*evaluator.keys_values(place.end))
 
     @contextmanager
-    def _held(self, *, with_keys: bool = False) -> Iterator[tuple[Evaluator, Span]]:
+    def _held(self, *, with_keys: bool = False) -> Iterator[tuple[Evaluator, Place]]:
         """Hold the lock and the text in the evaluator, where it is computed again if it was dropped."""
         with self._lm._exclusive():
             self._check_evaluator(self._lm._evaluator)
             if not self._evaluated.is_computed or (with_keys and not self._evaluated.has_keys):
                 self._check_current()  # something will be computed
-            with self._evaluated.held(with_keys=with_keys) as end:
-                yield self._evaluated.evaluator, end
+            with self._evaluated.held(with_keys=with_keys) as place:
+                yield self._evaluated.evaluator, place
 
     def _check_current(self) -> None:
         """Look whether the weights have changed, before something is computed with them."""
@@ -203,8 +231,8 @@ class ModelRepr:
                 "tokens was computed. Evaluate the text again: evaluate(text), or text.model_repr."
             )
 
-    def _read_ahead(self, what: str) -> list[Span]:
-        """Return the ends of the texts to compute `what` for along with this one; something must be computed."""
+    def _read_ahead(self, what: str) -> list[Place]:
+        """Return the texts to compute `what` for along with this one; something must be computed."""
         self._check_current()
         return self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
 

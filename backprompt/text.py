@@ -1,7 +1,8 @@
-"""The node: a text, composed with `+`.
+"""The node: a text, composed with `+` and `|`.
 
-A `Text` is immutable and holds no tensors. It is a leaf with one segment (a string, or a tuple of token ids), or
-two texts side by side. `+` only builds: it tokenizes nothing and computes nothing.
+A `Text` is immutable and holds no tensors. It is a leaf with one segment (a string, a tuple of token ids, or a group of
+branches that do not see each other), or two texts side by side. Operators only build: they tokenize nothing and compute
+nothing.
 
     Text("a") + "b" + "c"          ((a b) c)
     Text("a") + (Text("b") + "c")  (a (b c))
@@ -16,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
+from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
     from backprompt.lm import LM
     from backprompt.representation import ModelRepr, Pin
     from backprompt.tokens import Join
-
-Segment: TypeAlias = "str | tuple[int, ...]"
-"""What a leaf holds: a string, or token ids that are taken as they are."""
 
 _PRIME = (1 << 61) - 1
 _BASE = 0x1A2B3C4D5E6F789
@@ -99,9 +98,7 @@ class Text:
                     f"Text.from_tokens takes ints, not {type(token_id).__name__}: {token_id!r}. "
                     "A tensor or an array of ids becomes ints with .tolist()."
                 )
-        text = cls.__new__(cls)
-        text._init_leaf(segment, _as_lm(lm))
-        return text
+        return _leaf(segment, _as_lm(lm))
 
     def _init_leaf(self, segment: Segment, lm: LM | None) -> None:
         self._segment = segment
@@ -130,6 +127,28 @@ class Text:
             joined = text if joined is None else _concatenate(_concatenate(joined, self), text)
         return Text("", self._lm) if joined is None else _concatenate(Text("", self._lm), joined)
 
+    def __or__(self, other: Text | str) -> Text:
+        """Return a group of two: each sees what stands before the group, and what follows sees both.
+
+        Python binds `+` before `|`: `context + a | b` is `(context + a) | b`. Write `context + (a | b)`. A group joined
+        with `|` is one larger group; empty branches are dropped, and a group of one is its branch.
+        """
+        return parallel([self, _as_text(other, "|")])
+
+    def __ror__(self, other: Text | str) -> Text:
+        return parallel([_as_text(other, "|"), self])
+
+    def frozen(self) -> Text:
+        """Return this text as a segment that sees nothing before it, as if it stood alone.
+
+        It is encoded as a text of its own and starts at position 0; what follows sees it, and starts behind the largest
+        position seen. Its representation is that of the text alone, so it is reused wherever it stands.
+        """
+        segments = self.segments
+        if not segments or _is_frozen(segments):
+            return self
+        return _leaf(Group((Branch(segments, is_frozen=True),)), self._lm)
+
     # Reading, without a model
 
     @property
@@ -139,14 +158,18 @@ class Text:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The leaves from left to right: strings and tuples of token ids, empty ones left out."""
+        """From left to right: strings, tuples of token ids, and groups; empty ones left out."""
         return tuple(self._walk_segments())
 
     @property
     def string(self) -> str:
-        """The whole string. A segment of token ids contributes what decoding it adds to what stands before it."""
-        strings = [segment for segment in self._walk_segments() if isinstance(segment, str)]
-        if len(strings) == self._num_segments:
+        """The whole string, branches in written order.
+
+        A segment of token ids contributes what decoding it adds to what stands before it.
+        """
+        parts = list(leaves(self._walk_segments()))
+        strings = [part for part in parts if isinstance(part, str)]
+        if len(strings) == len(parts):
             return "".join(strings)
         return self._require_lm("the string of token ids").string(self)
 
@@ -154,8 +177,7 @@ class Text:
         return self.string
 
     def __repr__(self) -> str:
-        parts = (s if isinstance(s, str) else f"<{len(s)} token ids>" for s in self._walk_segments())
-        return f"Text({_shorten(repr(''.join(parts)))})"
+        return f"Text({_shorten(shown(self._walk_segments()))})"
 
     def __hash__(self) -> int:
         return hash((self._hash, self._num_segments, id(self._lm)))
@@ -209,12 +231,20 @@ class Text:
 
     @property
     def logits(self) -> torch.Tensor:
-        """Next-token logits, shape `(vocab,)`, in the model's dtype."""
+        """Next-token logits, shape `(vocab,)`, in the model's dtype.
+
+        Raises:
+            GroupError: the text ends in a group, so that it has no last token.
+
+        """
         return self.model_repr.logits
 
     @property
     def token_logprobs(self) -> torch.Tensor:
-        """Log-probability of each token given those before it, `(tokens,)`, nats, float32; nan for the first."""
+        """Log-probability of each token given those it sees, `(tokens,)`, nats, float32.
+
+        nan for the first token, and for the first one behind a group.
+        """
         return self.model_repr.token_logprobs
 
     def pin(self) -> Pin:
@@ -251,14 +281,7 @@ class Text:
 
 def _concatenate(left: Text, right: Text) -> Text:
     """Return `left + right`; raises MixedModelsError where the two are bound to different models."""
-    lm = left._lm
-    if lm is None:
-        lm = right._lm
-    elif right._lm is not None and right._lm is not lm:
-        raise MixedModelsError(
-            f"{left!r} and {right!r} belong to two different LM objects, whose representations never mix. "
-            "Build both with one LM; a (model, tokenizer) tuple finds the same LM each time."
-        )
+    lm = _common_lm(left._lm, right)
     if right._num_segments == 0 and left._lm is lm:
         return left
     if left._num_segments == 0 and right._lm is lm:
@@ -274,13 +297,72 @@ def _concatenate(left: Text, right: Text) -> Text:
     return text
 
 
+def parallel(texts: Iterable[Text | str], *, positions: Positions = "shared") -> Text:
+    """Return a group of texts that do not see each other; see `Text.__or__`.
+
+    Args:
+        texts: the branches. Empty ones are dropped, and a group of one is its branch.
+        positions: "shared": each branch starts where the group starts, so it does not depend on the others and is
+            reused in any subset and order, and what follows starts behind the longest (parallel context windows, Ratner
+            et al. 2022, arXiv 2212.10947). This is what `|` makes; groups of this kind in `texts` become part of it.
+            "sequential": positions as if the branches stood one after the other.
+
+    Raises:
+        TextTypeError: an element is neither a `Text` nor a `str`.
+        MixedModelsError: texts of two different `LM` objects.
+        ValueError: unknown `positions`.
+
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, not {positions!r}.")
+    if isinstance(texts, (str, Text)):
+        raise TextTypeError(f"parallel takes several texts, not one: {_shorten(repr(texts))}. Put them in a list.")
+    given = [_as_text(text, "|") for text in texts]
+    lm = None
+    for text in given:
+        lm = _common_lm(lm, text)
+    branches: list[Branch] = []
+    for text in given:
+        segments = text.segments
+        merged = _shared_group(segments) if positions == "shared" or _is_frozen(segments) else None
+        branches += merged.branches if merged is not None else [Branch(segments)] if segments else []
+    if len(branches) == 1 and not branches[0].is_frozen:
+        return _from_segments(branches[0].segments, lm)
+    return _leaf(Group(tuple(branches), positions if len(branches) > 1 else "shared"), lm) if branches else Text("", lm)
+
+
+def _shared_group(segments: Sequence[Segment]) -> Group | None:
+    """Return the group that is all there is, if its branches share positions."""
+    only = segments[0] if len(segments) == 1 else None
+    return only if isinstance(only, Group) and only.positions == "shared" else None
+
+
+def _is_frozen(segments: Sequence[Segment]) -> bool:
+    group = _shared_group(segments)
+    return group is not None and len(group.branches) == 1
+
+
+def _common_lm(lm: LM | None, text: Text) -> LM | None:
+    """Return the `LM` of what is bound to `lm` together with `text`."""
+    if lm is not None and text._lm is not None and text._lm is not lm:
+        raise MixedModelsError(
+            f"{text!r} and what it is joined with belong to two different LM objects, whose representations never mix. "
+            "Build both with one LM; a (model, tokenizer) tuple finds the same LM each time."
+        )
+    return text._lm if lm is None else lm
+
+
+def _leaf(segment: Segment, lm: LM | None) -> Text:
+    text = Text.__new__(Text)
+    text._init_leaf(segment, lm)
+    return text
+
+
 def _from_segments(segments: Sequence[Segment], lm: LM | None) -> Text:
-    """Rebuild a text, as unpickling does."""
+    """Build a text of these segments."""
     text = Text("", lm)
     for segment in segments:
-        leaf = Text.__new__(Text)
-        leaf._init_leaf(segment, lm)
-        text = _concatenate(text, leaf)
+        text = _concatenate(text, _leaf(segment, lm))
     return text
 
 

@@ -91,7 +91,11 @@ class Tier:
         if excess <= 0:
             return dropped
         places = self.held(kind, spans)
-        num_below = {span: sum(child in places for child in span.children.values()) for span in places}
+        num_below = dict.fromkeys(places, 0)
+        for span in places:
+            for parent in span.parents:
+                if parent in num_below:
+                    num_below[parent] += 1
         order = itertools.count()  # among equals, first come first
         heap: list[tuple[Rank, int, Span]] = []
 
@@ -106,13 +110,12 @@ class Tier:
             dropped[span] = places[span]
             excess -= places[span].num_bytes
             self.let_go(kind, span)
-            parent = span.parent
-            assert parent is not None
-            if parent in num_below:
-                parent.credit = max(parent.credit, span.credit)
-                parent.last_used = max(parent.last_used, span.last_used)
-                num_below[parent] -= 1
-                offer(parent)
+            for parent in span.parents:
+                if parent in num_below:
+                    parent.credit = max(parent.credit, span.credit)
+                    parent.last_used = max(parent.last_used, span.last_used)
+                    num_below[parent] -= 1
+                    offer(parent)
         return dropped
 
 

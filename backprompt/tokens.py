@@ -6,6 +6,9 @@ encoded as a continuation (no special tokens, no dummy prefix space).
 
     "the ref" + "und" + <5, 9> + " is due"     runs: "the refund", <5, 9>, " is due"
 
+A group is hard at both edges and between its branches. Branches that nothing stands before are encoded as texts begin,
+a frozen branch as a text of its own.
+
 Under `joins="exact"` a run is encoded as one string. Texts that share a beginning share the work: their segments are
 arranged as a trie, and what a node adds is encoded once, up to the last place where the string can provably be cut.
 Under `joins="split"` every segment is encoded on its own, the later ones as continuations.
@@ -14,15 +17,18 @@ Under `joins="split"` every segment is encoded on its own, the later ones as con
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 from backprompt.errors import JoinError, TokenizerError
-from backprompt.text import Segment, Text
+from backprompt.segments import Group, Segment, leaves
+from backprompt.text import Text
+from backprompt.token_graph import Part, TokenBranch, TokenGroup, TokenIds, as_token_ids
 from backprompt.tokenizer import EncodesStrings
 
+Leaf: TypeAlias = "str | tuple[int, ...]"
 Joins: TypeAlias = Literal["exact", "split", "error"]
 JOINS: tuple[Joins, ...] = ("exact", "split", "error")
 
@@ -32,7 +38,7 @@ class Join:
     """A place where two strings meet and the tokens around it depend on that.
 
     Attributes:
-        segment_idx: index, in `Text.segments`, of the segment that begins here.
+        segment_idx: index of the segment that begins here, in `Text.segments`; those within groups are counted, too.
         left: the string of the run before the join.
         right: the segment after it.
         split_tokens: the ids around the join if both sides are encoded apart; the common ids at both ends left out.
@@ -61,9 +67,9 @@ class Encoder:
         self._joins = joins
         self._prefix_ids = tokenizer.prefix_ids if add_special_tokens else ()
         self._suffix_ids = tokenizer.suffix_ids if add_special_tokens else ()
-        self._encoded: WeakKeyDictionary[Text, tuple[int, ...]] = WeakKeyDictionary()
+        self._encoded: WeakKeyDictionary[Text, TokenIds] = WeakKeyDictionary()
 
-    def encode(self, texts: Sequence[Text]) -> list[tuple[int, ...]]:
+    def encode(self, texts: Sequence[Text]) -> list[TokenIds]:
         """Return the token ids of each text; texts not seen before are encoded together.
 
         Raises:
@@ -81,36 +87,43 @@ class Encoder:
 
     def joins(self, text: Text) -> list[Join]:
         """Return every join of a text at which joining changes tokens, from left to right."""
-        return list(self._changed_joins(text.segments))
+        joins: list[Join] = []
+        num_before = 0
+        for chain in _chains(text.segments):
+            joins += self._changed_joins(chain, num_before)
+            num_before += len(chain.leaves)
+        return joins
 
     def string(self, text: Text) -> str:
         """Return the text's string, token ids decoded: each such segment adds what it adds to the decoding so far."""
         string = ""
-        before: list[Segment] = []
-        for is_string, side_by_side in itertools.groupby(text.segments, key=lambda segment: isinstance(segment, str)):
+        before: list[Leaf] = []
+        all_leaves = leaves(text.segments)
+        for is_string, side_by_side in itertools.groupby(all_leaves, key=lambda leaf: isinstance(leaf, str)):
             run = list(side_by_side)
             if is_string:
                 string += "".join(map(str, run))
             else:
                 ids_before = self._ids_before(before)
-                ids = ids_before + tuple(int(token_id) for segment in run for token_id in segment)
+                ids = ids_before + tuple(int(token_id) for leaf in run for token_id in leaf)
                 string += _added(self.tokenizer.decode(ids_before), self.tokenizer.decode(ids))
             before += run
         return string
 
-    def _ids_before(self, segments: list[Segment]) -> tuple[int, ...]:
-        """Return the ids of these segments where more follows."""
-        if not segments:
+    def _ids_before(self, before: list[Leaf]) -> tuple[int, ...]:
+        """Return the ids of what stands before something else."""
+        if not before:
             return ()
-        return self._trie_encode([segments], split=self._joins == "split", is_whole=False)[0]
+        (ids,) = self._encode_chains([_Chain(tuple(before), False)], split=self._joins == "split").values()
+        return ids if _needs_no_prefix((ids,), before[:1], self._prefix_ids) else self._prefix_ids + ids
 
-    def _encode_new(self, texts: list[Text]) -> list[tuple[int, ...]]:
+    def _encode_new(self, texts: list[Text]) -> list[TokenIds]:
         segments = [text.segments for text in texts]
         for text, its_segments in zip(texts, segments, strict=True):
             _check_encodable(text, its_segments)
-        encoded = self._trie_encode(segments, split=self._joins == "split")
+        encoded = self._encode_segments(segments, split=self._joins == "split")
         if self._joins == "error":
-            for text, joined, split in zip(texts, encoded, self._trie_encode(segments, split=True), strict=True):
+            for text, joined, split in zip(texts, encoded, self._encode_segments(segments, split=True), strict=True):
                 if joined != split:
                     self._raise_join_error(text)
         return encoded
@@ -122,51 +135,125 @@ class Encoder:
             'Move the join to a place where no token spans it (often before a space), or use joins="exact" or "split".'
         )
 
-    def _trie_encode(
-        self, texts: Sequence[Sequence[Segment]], *, split: bool, is_whole: bool = True
-    ) -> list[tuple[int, ...]]:
-        """Encode texts given by their segments, each distinct piece of string once; not `is_whole`: more follows."""
+    def _encode_segments(self, texts: Sequence[tuple[Segment, ...]], *, split: bool) -> list[TokenIds]:
+        """Encode texts given by their segments, all together."""
+        ids_of = self._encode_chains({chain for segments in texts for chain in _chains(segments)}, split=split)
+        return [as_token_ids(self._whole(segments, ids_of)) for segments in texts]
+
+    def _encode_chains(self, chains: Iterable[_Chain], *, split: bool) -> dict[_Chain, tuple[int, ...]]:
+        """Return the ids of chains, without special tokens; each distinct piece of string is encoded once."""
         pieces = _Pieces(self.tokenizer)
-        root = _TrieNode()
-        ends = [root.descend(segments, pieces, split=split) for segments in texts]
+        roots = {False: _TrieNode(), True: _TrieNode(is_continuation=True)}
+        ends = {chain: roots[chain.is_continuation].descend(chain.leaves, pieces, split=split) for chain in chains}
         pieces.encode()
-        return [
-            self._with_special_tokens(end.ids(pieces), segments, is_whole)
-            for end, segments in zip(ends, texts, strict=True)
-        ]
+        return {chain: end.ids(pieces) for chain, end in ends.items()}
 
-    def _with_special_tokens(
-        self, ids: tuple[int, ...], segments: Sequence[Segment], is_whole: bool
-    ) -> tuple[int, ...]:
-        if segments and not isinstance(segments[0], str):
-            return ids
-        if ids[: len(self._prefix_ids)] != self._prefix_ids:
-            ids = self._prefix_ids + ids
-        if is_whole and self._suffix_ids and all(isinstance(segment, str) for segment in segments):
-            ids = ids + self._suffix_ids
-        return ids
+    def _whole(self, segments: tuple[Segment, ...], ids_of: Mapping[_Chain, tuple[int, ...]]) -> tuple[Part, ...]:
+        """Return the parts of a text, or of a frozen branch, with the special tokens of a whole string."""
+        parts = self._parts(segments, False, ids_of)
+        if not _needs_no_prefix(parts, segments, self._prefix_ids):
+            parts = (self._prefix_ids, *parts)
+        if self._suffix_ids and all(isinstance(segment, str) for segment in segments):
+            parts = (*parts, self._suffix_ids)
+        return parts
 
-    def _changed_joins(self, segments: Sequence[Segment]) -> Iterator[Join]:
-        numbered = enumerate(segments)
+    def _parts(
+        self, segments: tuple[Segment, ...], is_continuation: bool, ids_of: Mapping[_Chain, tuple[int, ...]]
+    ) -> tuple[Part, ...]:
+        parts: list[Part] = []
+        for piece in _pieces_of(segments, is_continuation):
+            if isinstance(piece, _Chain):
+                parts.append(ids_of[piece])
+                continue
+            branches = []
+            for branch in piece.group.branches:
+                if branch.is_frozen:
+                    inner = self._whole(branch.segments, ids_of)
+                    if self._suffix_ids and inner[-1] == self._suffix_ids:
+                        inner = inner[:-1]  # something follows
+                else:
+                    inner = self._parts(branch.segments, piece.is_continuation, ids_of)
+                branches.append(TokenBranch(inner, branch.is_frozen))
+            parts.append(TokenGroup(tuple(branches), piece.group.positions == "sequential"))
+        return tuple(parts)
+
+    def _changed_joins(self, chain: _Chain, num_before: int) -> Iterator[Join]:
+        numbered = enumerate(chain.leaves, num_before)
         for is_string, side_by_side in itertools.groupby(numbered, key=lambda place: isinstance(place[1], str)):
             if is_string:
-                yield from self._changed_joins_of_run([(idx, str(segment)) for idx, segment in side_by_side])
+                run = [(idx, str(leaf)) for idx, leaf in side_by_side]
+                is_continuation = chain.is_continuation or run[0][0] > num_before
+                yield from self._changed_joins_of_run(run, is_continuation)
 
-    def _changed_joins_of_run(self, strings: list[tuple[int, str]]) -> list[Join]:
+    def _changed_joins_of_run(self, strings: list[tuple[int, str]], is_continuation: bool) -> list[Join]:
         """Return the joins of one run, whose strings come with their segment indices; none if its ids stay the same.
 
         They may: in "x " + " " + "y" the "y" takes apart what the spaces had become.
         """
-        (first_idx, run), *rest = strings
-        (ids,) = self.tokenizer.encode([run], is_continuation=first_idx > 0)
+        (_, run), *rest = strings
+        (ids,) = self.tokenizer.encode([run], is_continuation=is_continuation)
         ids_apart, joins = ids, []
         for idx, string in rest:
             (right,) = self.tokenizer.encode([string], is_continuation=True)
-            (joined,) = self.tokenizer.encode([run + string], is_continuation=first_idx > 0)
+            (joined,) = self.tokenizer.encode([run + string], is_continuation=is_continuation)
             if joined != ids + right:
                 joins.append(Join(idx, run, string, *_differing_middles(ids + right, joined)))
             run, ids, ids_apart = run + string, joined, ids_apart + right
         return joins if ids != ids_apart else []
+
+
+class _Chain(NamedTuple):
+    """Strings and token ids side by side, with no group between them."""
+
+    leaves: tuple[Leaf, ...]
+    is_continuation: bool  # whether something stands before
+
+
+class _GroupPiece(NamedTuple):
+    group: Group
+    is_continuation: bool
+
+
+def _pieces_of(segments: Iterable[Segment], is_continuation: bool) -> Iterator[_Chain | _GroupPiece]:
+    """Yield chains and groups, from left to right."""
+    for is_group, side_by_side in itertools.groupby(segments, key=lambda segment: isinstance(segment, Group)):
+        if is_group:
+            for group in side_by_side:
+                assert isinstance(group, Group)
+                yield _GroupPiece(group, is_continuation)
+                is_continuation = True
+        else:
+            yield _Chain(tuple(leaf for leaf in side_by_side if not isinstance(leaf, Group)), is_continuation)
+            is_continuation = True
+
+
+def _chains(segments: Iterable[Segment], is_continuation: bool = False) -> Iterator[_Chain]:
+    """Yield all chains of a text, those in branches too, in written order."""
+    for piece in _pieces_of(segments, is_continuation):
+        if isinstance(piece, _Chain):
+            yield piece
+        else:
+            for branch in piece.group.branches:
+                yield from _chains(branch.segments, piece.is_continuation and not branch.is_frozen)
+
+
+def _needs_no_prefix(parts: Sequence[Part], segments: Sequence[Segment], prefix_ids: tuple[int, ...]) -> bool:
+    """Return whether what a text begins with has the tokenizer's first special tokens already, or must not have them.
+
+    Token ids are taken as they are. A group's branches begin side by side, whatever their order.
+    """
+    if not segments:
+        return not prefix_ids
+    first_segment, first_part = segments[0], parts[0]
+    if isinstance(first_segment, Group):
+        assert isinstance(first_part, TokenGroup)
+        return all(
+            token_branch.is_frozen or _needs_no_prefix(token_branch.parts, branch.segments, prefix_ids)
+            for branch, token_branch in zip(first_segment.branches, first_part.branches, strict=True)
+        )
+    return not isinstance(first_segment, str) or (
+        isinstance(first_part, tuple) and first_part[: len(prefix_ids)] == prefix_ids
+    )
 
 
 @dataclass(frozen=True)
@@ -212,10 +299,10 @@ class _TrieNode:
     added: str = ""
     begins_tail: bool = True
     is_continuation: bool = False
-    children: dict[Segment, _TrieNode] = field(default_factory=dict)
+    children: dict[Leaf, _TrieNode] = field(default_factory=dict)
     _settled_ids: tuple[int, ...] | None = None
 
-    def descend(self, segments: Sequence[Segment], pieces: _Pieces, *, split: bool) -> _TrieNode:
+    def descend(self, segments: Sequence[Leaf], pieces: _Pieces, *, split: bool) -> _TrieNode:
         """Return the node after `segments`, adding what is new to the trie and to `pieces`."""
         node, tail = self, ""
         for segment in segments:
@@ -236,7 +323,7 @@ class _TrieNode:
         tail = self._tail()
         return self._all_settled_ids(pieces) + (pieces.ids(_Piece(tail, self.is_continuation)) if tail else ())
 
-    def _extend(self, segment: Segment, tail: str, pieces: _Pieces, split: bool) -> _TrieNode:
+    def _extend(self, segment: Leaf, tail: str, pieces: _Pieces, split: bool) -> _TrieNode:
         settled_tail = (_Piece(tail, self.is_continuation),) if tail else ()
         if not isinstance(segment, str):
             return _TrieNode(self, (*settled_tail, segment), is_continuation=True)
@@ -290,7 +377,7 @@ def _added(before: str, after: str) -> str:
 def _check_encodable(text: Text, segments: Sequence[Segment]) -> None:
     """Raise TokenizerError for a lone surrogate, which is half of a UTF-16 pair and no character."""
     num_before = 0
-    for segment in segments:
+    for segment in leaves(segments):
         if not isinstance(segment, str):
             continue
         try:

@@ -35,7 +35,7 @@ class Visit:
             for kind in KINDS:
                 if kind == "rows" and self._has["states"][end] and not with_keys:
                     continue
-                for span in self._way(kind, end):
+                for span in end.closure(known=self._has[kind]):
                     if served and self.room < 0:
                         return served
                     self._has[kind][span] = self._may_hold(kind, span) and self._bring(kind, span)
@@ -47,20 +47,9 @@ class Visit:
         """Spans that could not be brought all that was wanted of them."""
         return [span for has in self._has.values() for span, is_there in has.items() if not is_there]
 
-    def _way(self, kind: Kind, end: Span) -> list[Span]:
-        """Return the spans on the way to `end` that `bring` was not asked for, each before what continues it."""
-        way: list[Span] = []
-        span = end
-        while span.parent is not None and span not in self._has[kind]:
-            way.append(span)
-            span = span.parent
-        way.reverse()
-        return way
-
     def _may_hold(self, kind: Kind, span: Span) -> bool:
         """Whether what it continues holds such, and it has states if this is for keys and values."""
-        parent = span.parent
-        assert parent is not None
         if kind == "rows" and not (span.states is not None or self._has["states"].get(span)):
             return False
-        return parent.parent is None or self._has[kind].get(parent) or getattr(parent, kind) is not None
+        parents = [parent for parent in span.parents if parent.parent is not None]
+        return all(self._has[kind].get(parent) or getattr(parent, kind) is not None for parent in parents)

@@ -6,6 +6,8 @@ library promises. Nothing here may use the library.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +35,88 @@ def plain_token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> torch.Te
     next_ids = torch.tensor(list(ids)[1:], dtype=torch.long, device=logprobs.device)
     following = logprobs.gather(1, next_ids[:, None])[:, 0]  # (tokens - 1,)
     return torch.cat([following.new_full((1,), float("nan")), following])
+
+
+# Texts with groups: a row of all tokens in written order, repeated branches repeated, with explicit positions and mask.
+# Parts are runs of ids (tuples) and groups: `is_sequential`, and `branches`, each with `parts` and `is_frozen`.
+
+
+@dataclass
+class Written:
+    """Each token of a text in written order.
+
+    `predictors` has the row that predicts it, or None; `seen` which rows it sees, its own included.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    predictors: list[int | None] = field(default_factory=list)
+    seen: list[list[int]] = field(default_factory=list)
+
+
+def written(parts: Sequence[Any]) -> Written:
+    """Lay the parts out one branch after the other."""
+    text = Written()
+    _write(text, parts, [], 0, None)
+    return text
+
+
+def _write(
+    text: Written, parts: Sequence[Any], before: list[int], position: int, predictor: int | None
+) -> tuple[list[int], int, int | None]:
+    """Write parts behind the rows `before`; return what follows sees, its position, and the row that predicts it."""
+    for part in parts:
+        if isinstance(part, tuple):
+            for token_id in part:
+                row = len(text.ids)
+                before = [*before, row]
+                text.ids.append(token_id)
+                text.positions.append(position)
+                text.predictors.append(predictor)
+                text.seen.append(before)
+                position, predictor = position + 1, row
+            continue
+        start, last, after = position, position, list(before)
+        for branch in part.branches:
+            if branch.is_frozen:
+                seen, stop, _ = _write(text, branch.parts, [], 0, None)
+                after += seen
+            else:
+                seen, stop, _ = _write(text, branch.parts, before, start, predictor)
+                after += seen[len(before) :]
+                start = stop if part.is_sequential else start
+            last = max(last, stop)
+        before, position, predictor = after, last, None
+    return before, position, predictor
+
+
+def masked_logits(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
+    """The logits after each token in written order, (tokens, vocab), under the declared mask."""
+    text = written(parts)
+    visible = torch.zeros((len(text.ids), len(text.ids)), dtype=torch.bool)
+    for row, seen in enumerate(text.seen):
+        visible[row, seen] = True
+    window = getattr(model.config, "sliding_window", None)  # of all layers, in the families that this is used with
+    if window is not None:
+        positions = torch.tensor(text.positions)
+        visible &= positions[:, None] - positions < window
+    mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
+    with _evaluating(model), torch.no_grad():
+        return model(
+            input_ids=torch.tensor([text.ids], device=model.device),
+            position_ids=torch.tensor([text.positions], device=model.device),
+            attention_mask=mask[None, None].to(model.device),
+        ).logits[0]
+
+
+def masked_token_logprobs(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
+    """The log-probability of each token in written order, nats, float32; nan where no one row predicts it."""
+    text, logprobs = written(parts), masked_logits(model, parts).float().log_softmax(dim=-1)
+    values = [
+        float("nan") if row is None else float(logprobs[row, token_id])
+        for token_id, row in zip(text.ids, text.predictors, strict=True)
+    ]
+    return torch.tensor(values, device=logprobs.device)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def example() -> Iterator[Callable[[str], ModuleType]]:
             return module
 
         yield load_example
-        for name in ("demo_model", "plain"):
+        for name in ("demo_model", "intents", "plain"):
             sys.modules.pop(name, None)
 
 
@@ -267,3 +267,23 @@ def test_the_meme_is_what_its_script_draws(example: Callable[[str], ModuleType],
     with image.open(tmp_path / "meme.jpg") as drawn, image.open(EXAMPLES.parent / "meme.jpg") as committed:
         assert drawn.size == committed.size
         assert max(ImageStat.Stat(ImageChops.difference(drawn, committed)).mean) < 2  # of 255
+
+
+# shots_on_the_fly.py
+
+
+def test_shots_on_the_fly(
+    example: Callable[[str], ModuleType], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Side by side each shot is computed once, whatever it stands next to."""
+    module = example("shots_on_the_fly")
+    module.main(["--model", str(model_folder), "--questions", "3"])
+    printed = capsys.readouterr().out
+    assert printed.count("3 texts: mean divergence") == 2
+    computed = {
+        name: int(line.removeprefix(name).split()[1].replace(",", ""))
+        for name in module.ARRANGEMENTS
+        for line in printed.splitlines()
+        if line.startswith(name) and "divergence" not in line
+    }
+    assert computed["parallel, shared positions"] < computed["one after the other"]

@@ -40,12 +40,29 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("gpt2_in_this_folder")
 def test_readme_example_of_the_store() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for is_stored in (False, True):
         names: dict = {"backprompt": backprompt, "Text": backprompt.Text}
         exec(compile(blocks[1], str(README), "exec"), names)
         stats = names["lm"].stats
         assert (stats.tokens_loaded > 0) == (stats.tokens_computed == 0) == is_stored
+
+
+@pytest.mark.usefixtures("gpt2_in_this_folder")
+def test_readme_example_of_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    lm = backprompt.load("gpt2")
+    names: dict = {"backprompt": backprompt, "Text": backprompt.Text, "lm": lm}
+    exec(compile(blocks[2], str(README), "exec"), names)
+    assert capsys.readouterr().out.startswith("2 texts: mean divergence")
+    lm.clear()
+    names["text"]()
+    before = lm.stats
+    names["other"]()
+    eighth = names["shots"][0] + names["shots"][7]
+    num_question = len(backprompt.Text(names["question"], lm).tokens)
+    num_eighth = len(eighth.tokens) - len(names["shots"][0].tokens)  # its first words are those of the others
+    assert num_question < (lm.stats - before).tokens_computed < num_eighth + num_question
 
 
 def test_public_names() -> None:
@@ -101,7 +118,7 @@ def test_examples_readme_shows_committed_output() -> None:
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     blocks = [block for language, block in re.findall(r"```(\w*)\n(.*?)```", page, flags=re.DOTALL) if not language]
     outputs = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples" / "output").glob("*.txt"))]
-    assert len(blocks) == len(outputs) == 3
+    assert len(blocks) == len(outputs) == 4
     for block in blocks:
         pieces = block.split("[...]\n")
         assert any(all(piece in output for piece in pieces) for output in outputs), block

@@ -1,0 +1,64 @@
+"""How far a declared independence is from full attention: the same tokens, evaluated both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from backprompt.lm import evaluate
+from backprompt.text import Text
+
+
+@dataclass(frozen=True)
+class IndependenceGap:
+    """What declaring segments independent does to the distribution of the next token, a text after the other.
+
+    Attributes:
+        divergences: Kullback-Leibler divergence of the distribution under the declared mask from that under full
+            attention, `sum p_full log(p_full / p_declared)`, nats.
+        argmax_changed: whether the most probable next token is another one.
+
+    """
+
+    divergences: tuple[float, ...]
+    argmax_changed: tuple[bool, ...]
+
+    @property
+    def mean_divergence(self) -> float:
+        """The mean of `divergences`, nats."""
+        return sum(self.divergences) / len(self.divergences)
+
+    @property
+    def share_changed(self) -> float:
+        """Of how many of the texts the most probable next token is another one, between 0 and 1."""
+        return sum(self.argmax_changed) / len(self.argmax_changed)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.divergences)} texts: mean divergence {self.mean_divergence:.3g} nats (largest "
+            f"{max(self.divergences):.3g}), another most probable token in {self.share_changed:.0%}"
+        )
+
+
+def independence_gap(texts: Text | Iterable[Text]) -> IndependenceGap:
+    """Compare texts with groups or frozen segments with full attention over the same tokens in written order.
+
+    Both are evaluated, so this costs a plain forward of each text besides.
+
+    Raises:
+        ValueError: there are no texts.
+        GroupError: a text ends in a group, so that it has no next token.
+        What `evaluate` raises; full attention counts every token's position.
+
+    """
+    declared = [texts] if isinstance(texts, Text) else list(texts)
+    if not declared:
+        raise ValueError("independence_gap needs at least one text.")
+    full = [Text.from_tokens(text.tokens, text._require_lm("a representation")) for text in declared]
+    divergences, argmax_changed = [], []
+    reprs = evaluate([*declared, *full])
+    for ours, plain in zip(reprs[: len(full)], reprs[len(full) :], strict=True):
+        by_mask, by_all = (r.logits.double().log_softmax(dim=-1) for r in (ours, plain))
+        divergences.append(float((by_all.exp() * (by_all - by_mask)).sum()))
+        argmax_changed.append(bool(by_mask.argmax() != by_all.argmax()))
+    return IndependenceGap(tuple(divergences), tuple(argmax_changed))

@@ -1,0 +1,269 @@
+"""Segments that do not see each other: the plain model's numbers under the declared mask, each distinct token once."""
+
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import backprompt as bp
+from backprompt import LM, GroupError, Text, TextTooLongError, evaluate
+from backprompt.store import MemoryStore
+from reference import masked_logits, masked_token_logprobs, plain_logits
+from tiny_models import FAMILIES
+from tiny_tokenizers import byte_level_bpe
+
+ATOL = 5e-5
+LAW_FAMILIES = ("gpt2", "llama", "gemma", "gpt_neox", "mistral_sliding")  # learned positions, rotary; a window
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level_bpe()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {family: FAMILIES[family]() for family in {*LAW_FAMILIES, "mistral", "gpt_oss", "qwen2"}}
+
+
+def parts_of(text):
+    """A text as the reference takes it."""
+    (token_ids,) = text.lm._encoder.encode([text])
+    return (token_ids,) if isinstance(token_ids, tuple) else token_ids.parts
+
+
+def assert_masked(model, text):
+    parts = parts_of(text)
+    expected = masked_token_logprobs(model, parts)
+    torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    logits = masked_logits(model, parts)
+    if isinstance(parts[-1], tuple):
+        torch.testing.assert_close(text.logits, logits[-1], rtol=0, atol=ATOL)
+    torch.testing.assert_close(text().all_logits(), logits, rtol=0, atol=ATOL)
+
+
+# The law
+
+ids = st.lists(st.integers(1, 4), max_size=4).map(tuple)
+
+
+def groups_of(inner):
+    return st.builds(
+        lambda branches, positions: (branches, positions),
+        st.lists(st.tuples(st.lists(inner, max_size=3), st.booleans()), max_size=3),
+        st.sampled_from(["shared", "shared", "sequential"]),
+    )
+
+
+segments = st.recursive(ids, groups_of, max_leaves=8)
+"""Token ids of a small alphabet, so that branches are equal or begin alike; groups of branches, some of them frozen."""
+
+
+def build(lm, given_segments):
+    text = Text("", lm)
+    for segment in given_segments:
+        if isinstance(segment, tuple) and segment and isinstance(segment[0], list):
+            branches, positions = segment
+            texts = [build(lm, inner) for inner, _ in branches]
+            frozen = [
+                text.frozen() if is_frozen else text for text, (_, is_frozen) in zip(texts, branches, strict=True)
+            ]
+            text += bp.parallel(frozen, positions=positions)
+        else:
+            text += Text.from_tokens(segment, lm)
+    return text
+
+
+@pytest.mark.parametrize("family", LAW_FAMILIES)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, models, tokenizer):
+    """In any order, packed in any passes, within any budget, and from a store."""
+    model, store = models[family], MemoryStore()
+    drawn = data.draw(st.lists(st.lists(segments, min_size=1, max_size=4), min_size=1, max_size=4))
+    pass_tokens = data.draw(st.sampled_from([3, 16, 1024]))
+    memory_bytes = data.draw(st.sampled_from([None, 0, 5_000, 20_000]))
+    host_bytes = data.draw(st.sampled_from([0, 10_000]))
+    for _ in range(2):
+        lm = LM(
+            model,
+            tokenizer,
+            max_tokens_per_forward=pass_tokens,
+            memory_bytes=memory_bytes,
+            host_memory_bytes=host_bytes,
+            store=store,
+        )
+        texts = [text for text in (build(lm, given_segments) for given_segments in drawn) if text.tokens]
+        evaluate(data.draw(st.permutations(texts)))
+        for text in texts:
+            assert_masked(model, text)
+        for text, logprobs in zip(texts, lm.token_logprobs(texts), strict=True):
+            expected = masked_token_logprobs(model, parts_of(text))
+            torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        for text in texts:
+            text.save()
+
+
+def test_a_bag_is_not_a_set(models, tokenizer):
+    """A branch that stands there twice counts twice, and so does what two branches begin with."""
+    lm = LM(models["gpt2"], tokenizer)
+    context, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2, 3), (4, 5, 6), (4, 5, 7), (8, 9)])
+    for group in (a | a, a | b, a | a | b, (a | a) + b | a):
+        assert_masked(models["gpt2"], context + group + q)
+    once, twice = (context + a + q).logits, (context + (a | a) + q).logits
+    assert float((once - twice).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss", "qwen2"])
+def test_sinks_go_together_with_groups(family, models, tokenizer):
+    lm = LM(models[family], tokenizer)
+    context, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2), (4, 5, 6), (7,), (8, 9)])
+    text = context + (a | b) + q
+    torch.testing.assert_close(text.logits, masked_logits(models[family], parts_of(text))[-1], rtol=0, atol=ATOL)
+
+
+# Positions
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_positions_of_both_kinds(family, models, tokenizer):
+    lm = LM(models[family], tokenizer)
+    c, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2), (3, 4, 5), (6,), (7,)])
+    shared, sequential = c + (a | b) + q, c + bp.parallel([a, b], positions="sequential") + q
+    assert_masked(models[family], shared)
+    assert_masked(models[family], sequential)
+    assert shared.tokens == sequential.tokens
+    assert float((shared.logits - sequential.logits).abs().max()) > 1e-4
+
+
+def test_the_models_limit_is_that_of_the_positions_used(models, tokenizer):
+    """GPT-2 here has 128 positions: five shots of 40 tokens side by side fit, one after the other they do not."""
+    lm = LM(models["gpt2"], tokenizer)
+    shots = [Text.from_tokens(range(10 * n, 10 * n + 40), lm) for n in range(5)]
+    question = Text.from_tokens([1, 2], lm)
+    limit = models["gpt2"].config.n_positions
+    assert 40 + 2 <= limit < 5 * 40 + 2
+    assert_masked(models["gpt2"], bp.parallel(shots) + question)
+    for text in (sum(shots, Text("", lm)) + question, bp.parallel(shots, positions="sequential") + question):
+        with pytest.raises(TextTooLongError, match=str(limit)):
+            text.logits  # noqa: B018
+
+
+# Frozen segments
+
+
+def test_a_frozen_segment_is_computed_once_wherever_it_stands(models, tokenizer):
+    lm = LM(models["llama"], tokenizer)
+    document = Text.from_tokens(range(1, 31), lm)
+    evaluate(document)
+    before = lm.stats
+    texts = [Text.from_tokens([n, n + 1], lm) + document.frozen() + Text.from_tokens([9, n], lm) for n in range(40, 45)]
+    evaluate(texts)
+    assert (lm.stats - before).tokens_computed == 5 * (2 + 2)
+    for text in texts:
+        assert_masked(models["llama"], text)
+
+
+def test_a_frozen_text_that_continues_what_stands_before_it_by_chance(models, tokenizer):
+    """The frozen branch sees nothing of the context, even where the context is what it begins with."""
+    lm = LM(models["gpt2"], tokenizer)
+    context, longer, rest = (Text.from_tokens(run, lm) for run in [(1, 2, 3), (1, 2, 3, 4), (4,)])
+    question = Text.from_tokens([8, 9], lm)
+    other = Text.from_tokens([7], lm)
+    texts = [context + (longer.frozen() | other) + question, context + (rest | other) + question]
+    for text in texts:
+        assert_masked(models["gpt2"], text)
+    assert texts[0]().key != texts[1]().key
+
+
+def test_a_text_that_begins_frozen_is_a_hard_boundary(models, tokenizer):
+    lm = LM(models["gpt2"], tokenizer)
+    text = Text("The cat", lm).frozen() + " sat"
+    torch.testing.assert_close(text.logits, plain_logits(models["gpt2"], text.tokens)[-1], rtol=0, atol=ATOL)
+    assert text.token_logprobs[1:].isfinite().all()
+
+
+# Counted
+
+
+def test_shots_in_any_subset_and_order_are_computed_once(models, tokenizer):
+    """k shots, all subsets of size 3 in all orders: context + distinct tokens of the shots + questions."""
+    lm = LM(models["gpt2"], tokenizer)
+    context = Text.from_tokens(range(50, 60), lm)
+    shots = [Text.from_tokens([1, 2, *range(10 * n, 10 * n + 6)], lm) for n in range(2, 7)]
+    question = Text.from_tokens([7, 8, 9], lm)
+    texts = [context + bp.parallel(chosen) + question for chosen in permutations(shots, 3)]
+    evaluate([Text.from_tokens([99], lm)])
+    before = lm.stats
+    evaluate(texts)
+    done = lm.stats - before
+    num_subsets = 10  # the order does not matter: the representation is one
+    assert done.tokens_computed == 10 + (2 + 5 * 6) + num_subsets * 3
+    assert len({text().key for text in texts}) == num_subsets
+    for text in texts[::7]:
+        assert_masked(models["gpt2"], text)
+    assert lm.stats.tokens_computed == before.tokens_computed + done.tokens_computed
+
+
+def test_both_written_orders_share_one_representation(models, tokenizer):
+    lm = LM(models["gpt2"], tokenizer)
+    c, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2), (3, 4, 5), (6,), (7,)])
+    one, other = c + (a | b) + q, c + (b | a) + q
+    assert one.tokens != other.tokens
+    assert one().key == other().key
+    assert torch.equal(one.logits, other.logits)
+    assert one.token_logprobs[2:5].tolist() == other.token_logprobs[3:6].tolist()
+    assert one().key != (c + bp.parallel([a, b], positions="sequential") + q)().key
+
+
+def test_another_process_finds_groups_in_the_store(models, tokenizer):
+    store = MemoryStore()
+    runs = [range(50, 70), range(10, 30), range(30, 50), range(70, 90)]
+
+    def texts_of(lm):
+        c, a, b, q = (Text.from_tokens(run, lm) for run in runs)
+        return [c + (a | b) + q, c + bp.parallel([a, b], positions="sequential") + q, c + b + q, c + a.frozen() + q]
+
+    for text in texts_of(LM(models["gpt2"], tokenizer, store=store)):
+        evaluate(text)
+    lm = LM(models["gpt2"], tokenizer, store=store)
+    for text in texts_of(lm):
+        assert_masked(models["gpt2"], text)
+    assert lm.stats.tokens_computed == 0
+
+
+def test_pins_hold_all_branches(models, tokenizer):
+    lm = LM(models["gpt2"], tokenizer, memory_bytes=40 * 645)
+    c, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2), (3, 4, 5), (6, 7), (8,)])
+    text = c + (a | b) + q
+    with text.pin() as pin:
+        assert pin.num_bytes == 8 * 645
+        evaluate([Text.from_tokens([n, n + 1, n + 2], lm) for n in range(20, 60)])
+        before = lm.stats
+        assert_masked(models["gpt2"], text)
+        assert (lm.stats - before).tokens_computed == 0
+
+
+# What has no answer
+
+
+def test_a_text_that_ends_in_a_group_has_no_last_token(models, tokenizer):
+    lm = LM(models["gpt2"], tokenizer)
+    text = Text.from_tokens([1, 2], lm) + (Text.from_tokens([3], lm) | Text.from_tokens([4], lm))
+    evaluate(text)
+    with pytest.raises(GroupError, match="ends in a group"):
+        text.logits  # noqa: B018
+    torch.testing.assert_close(
+        text.token_logprobs, masked_token_logprobs(models["gpt2"], parts_of(text)), rtol=0, atol=ATOL, equal_nan=True
+    )
+    assert (text + Text.from_tokens([5], lm)).logits.isfinite().all()
+
+
+def test_a_group_has_no_cache_of_transformers(models, tokenizer):
+    lm = LM(models["gpt2"], tokenizer)
+    text = Text("See ", lm) + (Text("a") | "b") + "c"
+    with pytest.raises(GroupError, match="past_key_values"):
+        text().past_key_values()
+    assert isinstance(GroupError("x"), ValueError)
