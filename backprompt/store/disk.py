@@ -248,8 +248,7 @@ class DiskStore(Store):
 
     def _read(self, name: str, tensors: Collection[str] | None) -> Entry | None:
         try:
-            with open(self._file(name), "rb") as file:
-                entry = read_entry(file, tensors)
+            entry = read_entry(self._file(name), tensors)
             if entry.header.name != name:
                 raise DamagedEntryError(f"it is the entry {entry.header.name}")
         except FileNotFoundError:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -81,29 +83,44 @@ def read_header(file: BinaryIO) -> Header:
     return _read_table(file)[1]
 
 
-def read_entry(file: BinaryIO, names: Collection[str] | None = None) -> Entry:
+def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
     """Return the entry with these tensors, all by default, after comparing every byte read with its checksum.
 
+    Large tensors are read and checked side by side: most of the time goes into finding memory for them.
+
     Raises:
+        FileNotFoundError: there is no such file.
         DamagedEntryError, StoreVersionError: see `read_header`.
 
     """
-    table, header, data_start = _read_table(file)
-    checksums = json.loads(table["__metadata__"]["checksums"])
-    tensors: dict[str, Tensor] = {}
-    for name, place in table.items():
-        if name == "__metadata__" or (names is not None and name not in names):
-            continue
-        first, last = place["data_offsets"]
+    with open(path, "rb") as file:
+        table, header, data_start = _read_table(file)
+    checksums = json.loads(table.pop("__metadata__")["checksums"])
+    chosen = [name for name in table if names is None or name in names]
+
+    def read(name: str) -> Tensor:
+        return _read_tensor(path, name, table[name], data_start, checksums[name])
+
+    if sum(table[name]["data_offsets"][1] - table[name]["data_offsets"][0] for name in chosen) < CHUNK_BYTES:
+        return Entry(header, {name: read(name) for name in chosen})
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        return Entry(header, dict(zip(chosen, pool.map(read, chosen), strict=True)))
+
+
+def _read_tensor(path: Path, name: str, place: Mapping[str, Any], data_start: int, checksums: list[int]) -> Tensor:
+    first, last = place["data_offsets"]
+    tensor = torch.empty(place["shape"], dtype=_DTYPES[place["dtype"]])
+    data = _bytes_of(tensor)
+    with open(path, "rb", buffering=0) as file:
         file.seek(data_start + first)
-        tensor = torch.empty(place["shape"], dtype=_DTYPES[place["dtype"]])
-        data = _bytes_of(tensor)
-        if file.readinto(data) != last - first:  # type: ignore[attr-defined]
-            raise DamagedEntryError(f"tensor {name!r} is cut off")
-        if _checksums(data) != checksums[name]:
-            raise DamagedEntryError(f"tensor {name!r} has other bytes than were written")
-        tensors[name] = tensor
-    return Entry(header, tensors)
+        num_read = 0
+        while num_read < last - first and (num_more := file.readinto(data[num_read:])):
+            num_read += num_more
+    if num_read != last - first:
+        raise DamagedEntryError(f"tensor {name!r} is cut off")
+    if _checksums(data) != checksums:
+        raise DamagedEntryError(f"tensor {name!r} has other bytes than were written")
+    return tensor
 
 
 def _read_table(file: BinaryIO) -> tuple[dict[str, Any], Header, int]:
