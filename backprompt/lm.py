@@ -303,6 +303,25 @@ class LM:
             self._current()
             return flat(self._encoder.encode([text])[0])
 
+    def num_tokens(self, texts: Iterable[Text]) -> list[int]:
+        """Return how many tokens each of many texts has; they are encoded together."""
+        texts = self._own_texts(texts)
+        with self._exclusive():
+            self._current()
+            return list(map(len, self._encoder.encode(texts)))
+
+    def completion_ids(self, strings: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the ids of each string encoded by itself, without special tokens; see classify.py."""
+        with self._exclusive():
+            self._current()
+            return self._tokenizer_copy.encode(strings, is_continuation=False)
+
+    @property
+    def needs_space_between(self) -> bool:
+        """Whether "a b" is encoded as "a" and " b" are, and not as "a" and "b" are, as SentencePiece does."""
+        both, first, second = self.completion_ids(["a b", "a", "b"])
+        return both != first + second
+
     def joins(self, text: Text) -> list[Join]:
         """Return the joins of a text that change tokens; see `Text.joins`."""
         with self._exclusive():

@@ -1,0 +1,260 @@
+"""Classification: the plain call's log-probabilities, CAPPr's arithmetic, and errors before anything is computed."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backprompt import LM, GroupError, MixedModelsError, Text, TextTooLongError, UnboundTextError, classify
+from backprompt.classify import Example, best_threshold, calibrate, log_probs, predict, predict_proba, token_logprobs
+from reference import plain_token_logprobs
+from tiny_models import FAMILIES
+from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe
+
+ATOL = 5e-5
+PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is 12 + 34? Answer:"]
+COMPLETIONS = ["mat", "mat and the cat", "46", "hello there"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FAMILIES["gpt2"]()
+
+
+@pytest.fixture(scope="module")
+def lm(model):
+    return LM(model, byte_level_bpe())
+
+
+def plain(lm, prompt, completion, end=" "):
+    """The completion's token log-probabilities, its ids encoded by itself behind those of the prompt."""
+    before = lm.tokenizer(prompt)["input_ids"]
+    ids = lm.tokenizer(end + completion, add_special_tokens=False)["input_ids"]
+    return plain_token_logprobs(lm.model, [*before, *ids])[len(before) :].double().numpy()
+
+
+def plain_likelihoods(lm, prompts, completions, reduce=np.mean):
+    return np.array([[reduce(plain(lm, prompt, c)) for c in completions] for prompt in prompts])
+
+
+# Numbers
+
+
+def test_log_probs_are_those_of_the_plain_call(lm):
+    found = log_probs(PROMPTS, COMPLETIONS, lm)
+    for prompt, rows in zip(PROMPTS, found, strict=True):
+        for completion, row in zip(COMPLETIONS, rows, strict=True):
+            assert isinstance(row, list)
+            np.testing.assert_allclose(row, plain(lm, prompt, completion), rtol=0, atol=ATOL)
+    assert log_probs(PROMPTS[0], COMPLETIONS, lm) == found[0]
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "sum"])
+@pytest.mark.parametrize("prior", [None, [0.1, 0.2, 0.3, 0.4], [0, 0, 0.5, 0.5]])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_probabilities(lm, aggregate, prior, normalize):
+    likelihoods = np.exp(plain_likelihoods(lm, PROMPTS, COMPLETIONS, getattr(np, aggregate)))
+    expected = likelihoods if prior is None else likelihoods * prior
+    expected = expected / expected.sum(axis=1, keepdims=True) if normalize else expected
+    options = {"aggregate": aggregate, "prior": prior, "normalize": normalize}
+    found = predict_proba(PROMPTS, COMPLETIONS, lm, **options)
+    assert found.shape == (3, 4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(predict_proba(PROMPTS[1], COMPLETIONS, lm, **options), found[1], rtol=1e-6)
+    assert predict(PROMPTS, COMPLETIONS, lm, **options) == [COMPLETIONS[idx] for idx in expected.argmax(axis=1)]
+    assert predict(PROMPTS[0], COMPLETIONS, lm, **options) == COMPLETIONS[expected[0].argmax()]
+
+
+def test_long_completions_do_not_underflow(lm):
+    completions = ["the cat sat on the mat " * 5, "a question and an answer " * 5]
+    found = predict_proba(PROMPTS[0], completions, lm, aggregate="sum")
+    assert found.sum() == pytest.approx(1)
+
+
+def test_discounting(lm):
+    marginals = token_logprobs(COMPLETIONS, lm)
+    assert [row[0] for row in marginals] == [None] * 4
+    ids = lm.tokenizer(" " + COMPLETIONS[1], add_special_tokens=False)["input_ids"]
+    np.testing.assert_allclose(marginals[1][1:], plain_token_logprobs(lm.model, ids)[1:].numpy(), rtol=0, atol=ATOL)
+    discounted = [
+        [
+            np.exp(np.mean(plain(lm, p, c) - 0.5 * np.array([0, *row[1:]])))
+            for c, row in zip(COMPLETIONS, marginals, strict=True)
+        ]
+        for p in PROMPTS
+    ]
+    expected = np.array(discounted) / np.sum(discounted, axis=1, keepdims=True)
+    found = predict_proba(PROMPTS, COMPLETIONS, lm, discount_completions=-0.5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    given_ = predict_proba(PROMPTS, COMPLETIONS, lm, discount_completions=-0.5, log_marg_probs_completions=marginals)
+    np.testing.assert_array_equal(given_, found)
+
+
+def test_a_neutral_prompt_divides(lm):
+    likelihoods = np.exp(plain_likelihoods(lm, [*PROMPTS, "N/A"], COMPLETIONS))
+    expected = likelihoods[:3] / likelihoods[3]
+    found = predict_proba(PROMPTS, COMPLETIONS, lm, neutral_prompt="N/A")
+    np.testing.assert_allclose(found, expected / expected.sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+def test_examples_have_completions_of_their_own(lm):
+    examples = [
+        Example(PROMPTS[0], COMPLETIONS[:2], prior=[0.3, 0.7]),
+        Example(PROMPTS[1], COMPLETIONS[1:]),
+        Example(PROMPTS[2], ["46"], normalize=False),
+    ]
+    found = predict_proba(examples, lm=lm)
+    assert [row.shape for row in found] == [(2,), (3,), (1,)]
+    np.testing.assert_allclose(found[0], predict_proba(PROMPTS[0], COMPLETIONS[:2], lm, prior=[0.3, 0.7]), rtol=1e-6)
+    np.testing.assert_allclose(found[1], predict_proba(PROMPTS[1], COMPLETIONS[1:], lm), rtol=1e-6)
+    np.testing.assert_allclose(found[2], np.exp(np.mean(plain(lm, PROMPTS[2], "46"))), rtol=1e-4)
+    assert predict(examples[:2], lm=lm) == [
+        example.completions[row.argmax()] for example, row in zip(examples[:2], found[:2], strict=True)
+    ]
+    np.testing.assert_array_equal(predict_proba(examples[1], lm=lm), found[1])
+
+
+def test_sentencepiece_puts_the_space_itself(model):
+    """As CAPPr does: `end_of_prompt` is left out."""
+    lm = LM(model, sentencepiece_bpe())
+    assert not lm.needs_space_between
+    for prompt in PROMPTS:
+        (found,) = log_probs(prompt, ["mat"], lm)
+        np.testing.assert_allclose(found, plain(lm, prompt, "mat", end=""), rtol=0, atol=ATOL)
+    assert log_probs(PROMPTS[0], ["mat"], lm, end_of_prompt="") == log_probs(PROMPTS[0], ["mat"], lm)
+
+
+@pytest.mark.parametrize("joins", ["exact", "split", "error"])
+def test_a_completion_is_a_hard_boundary_whatever_the_joins(model, joins):
+    lm = LM(model, byte_level_bpe(), joins=joins)
+    (found,) = log_probs("the sea", ["t"], lm, end_of_prompt="")
+    np.testing.assert_allclose(found, plain(lm, "the sea", "t", end=""), rtol=0, atol=ATOL)
+
+
+def test_texts_with_groups_are_prompts(lm):
+    text = Text("See ", lm) + (Text("the cat") | "the mat") + " and"
+    (found,) = log_probs(text, ["sat"])
+    ids = lm.tokenizer(" sat", add_special_tokens=False)["input_ids"]
+    expected = (text + Text.from_tokens(ids, lm)).token_logprobs[-len(ids) :]
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-6)
+    with pytest.raises(GroupError, match="ends in a group"):
+        log_probs(Text("See ", lm) + (Text("the cat") | "the mat"), ["sat"])
+
+
+# Work
+
+
+def test_prompts_are_computed_once_whatever_the_completions(model):
+    lm = LM(model, byte_level_bpe())
+    completions = [f"{first} {second}" for first in ("the cat", "a dog") for second in ("sat", "ran", "was there")]
+    log_probs(PROMPTS, completions, lm)
+    prompts = [tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    ids = [tuple(lm.tokenizer(" " + c)["input_ids"]) for c in completions]
+    texts = [prompt + completion for prompt in prompts for completion in ids]
+    assert lm.stats.tokens_computed == len({text[:end] for text in texts for end in range(1, len(text) + 1)})
+
+
+def test_prompts_stream_through_within_the_budget(model, monkeypatch):
+    monkeypatch.setattr(classify, "TOKENS_AT_A_TIME", 200)
+    lm = LM(model, byte_level_bpe(), memory_bytes=60 * 645)
+    instruction = "Question: What is it? "
+    prompts = [instruction + f"{number} cats sat on the mat, and" for number in range(30)]
+    found = predict_proba(prompts, COMPLETIONS, lm)
+    expected = predict_proba(prompts, COMPLETIONS, LM(model, byte_level_bpe()))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert lm.stats.bytes_held <= 60 * 645
+    assert lm.stats.tokens_recomputed <= 0.2 * lm.stats.tokens_computed
+
+
+def test_a_bar_on_long_work_only(lm, capsys):
+    predict_proba(PROMPTS, COMPLETIONS, lm)
+    assert "prompts" not in capsys.readouterr().err
+    predict_proba(PROMPTS * 2, COMPLETIONS, lm)
+    assert "prompts: 100%" in capsys.readouterr().err
+    predict_proba(PROMPTS * 2, COMPLETIONS, lm, show_progress_bar=False)
+    assert "prompts" not in capsys.readouterr().err
+
+
+# Calibration
+
+
+def test_contextual_calibration(lm):
+    completions = COMPLETIONS[:3]
+    given_, neutral = predict_proba(PROMPTS, completions, lm), predict_proba(["N/A", "..."], completions, lm)
+    expected = given_ / neutral.mean(axis=0)
+    np.testing.assert_allclose(calibrate(given_, neutral), expected / expected.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(calibrate(neutral[0], neutral[0]), np.full(3, 1 / 3))
+    with pytest.raises(ValueError, match="same completions"):
+        calibrate(given_, neutral[:, :2])
+    with pytest.raises(ValueError, match="is 0"):
+        calibrate(given_, [0.5, 0.5, 0])
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]), st.booleans()), min_size=1, max_size=8))
+def test_no_other_threshold_is_right_more_often(labelled):
+    probabilities, labels = map(np.array, zip(*labelled, strict=True))
+
+    def num_right(threshold):
+        return int(((probabilities >= threshold) == labels).sum())
+
+    best = best_threshold(probabilities, labels)
+    assert num_right(best) == max(map(num_right, [*np.linspace(-0.1, 1.1, 121), best]))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        ((PROMPTS, []), {}, ValueError, "no completions"),
+        ((PROMPTS, ["a", ""]), {}, ValueError, r"completions\[1\] is empty"),
+        ((PROMPTS, ["a", "b", "a"]), {}, ValueError, "'a' is there more than once"),
+        ((PROMPTS, "ab"), {}, TypeError, "sequence of strings"),
+        ((PROMPTS, {"a", "b"}), {}, TypeError, "ordered"),
+        ((PROMPTS, ["a", 1]), {}, TypeError, r"completions\[1\] is a int"),
+        (([], ["a", "b"]), {}, ValueError, "no prompts"),
+        ((["x", ""], ["a", "b"]), {}, ValueError, r"prompts\[1\] is empty"),
+        ((["x", 3], ["a", "b"]), {}, TypeError, r"prompts\[1\] is a int"),
+        ((PROMPTS, ["a", "b"]), {"prior": [1.0]}, ValueError, r"shape \(1,\) for 2"),
+        ((PROMPTS, ["a", "b"]), {"prior": [0.5, 0.6]}, ValueError, "sum to 1"),
+        ((PROMPTS, ["a", "b"]), {"prior": [-0.5, 1.5]}, ValueError, "sum to 1"),
+        ((PROMPTS, ["a"]), {}, ValueError, "normalize=False"),
+        ((PROMPTS, ["a", "b"]), {"end_of_prompt": "\n"}, ValueError, "end_of_prompt"),
+        ((PROMPTS, ["a", "b"]), {"aggregate": "max"}, ValueError, "'mean', 'sum'"),
+        ((PROMPTS, ["a", "b"]), {"log_marg_probs_completions": [[0], [0]]}, TypeError, "discount_completions"),
+        ((PROMPTS,), {}, TypeError, "needs completions"),
+        (([Example("x", ["a", "b"]), "x"],), {}, TypeError, "not both"),
+        (([Example("x", ["a", "b"])], ["a", "b"]), {}, TypeError, "of their own"),
+        ((["x", "very " * 200], ["a", "b"]), {}, TextTooLongError, "positions"),
+    ],
+)
+def test_arguments_that_make_no_sense(lm, arguments, options, error, match):
+    before = lm.stats
+    with pytest.raises(error, match=match):
+        predict_proba(*arguments, **options, lm=lm)
+    assert (lm.stats - before).tokens_computed == 0
+
+
+def test_one_completion_is_not_predicted(lm):
+    with pytest.raises(ValueError, match="nothing to predict"):
+        predict(PROMPTS, ["a"], lm)
+
+
+def test_which_lm(model, lm):
+    other = LM(model, byte_level_bpe())
+    assert log_probs(Text("the cat", lm), ["sat"]) == log_probs("the cat", ["sat"], lm)
+    with pytest.raises(UnboundTextError, match="lm="):
+        log_probs("the cat", ["sat"])
+    with pytest.raises(MixedModelsError, match="another LM"):
+        log_probs(Text("the cat", other), ["sat"], lm)
+    with pytest.raises(MixedModelsError):
+        log_probs([Text("the cat", other), Text("the cat", lm)], ["sat"])
+
+
+def test_numbers_are_float64_arrays(lm):
+    found = predict_proba(PROMPTS, COMPLETIONS, lm)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == np.float64
+    assert not isinstance(found, torch.Tensor)
