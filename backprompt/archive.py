@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from backprompt.cache import Block, BlockRows, KeysValues, States, gather, keys_values_of, states_of
-from backprompt.errors import StoreVersionError
+from backprompt.errors import EntryTooLargeError, StoreVersionError
 from backprompt.identity import extend_key, gap_key, group_key
 from backprompt.radix import NOTHING, Forest, Junction, Span
 from backprompt.store.base import Entry, Header, Store
@@ -73,6 +73,7 @@ class Archive:
         self._decode = decode
         self._device = device
         self._can_read = self._can_write = True
+        self._has_warned = False
 
     def load(self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, *, with_keys: bool) -> Loaded:
         """Let the spans on the way to `ends` hold what the store has of them, and count it; spans may be split.
@@ -97,7 +98,7 @@ class Archive:
                 served = visit.serve(ends, with_keys=with_keys)
                 for span in visit.absent:
                     span.is_stored = False  # or not any more
-            except (OSError, StoreVersionError) as error:
+            except OSError as error:
                 self._can_read = False
                 logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
         return Loaded(served, num_tokens)
@@ -108,8 +109,8 @@ class Archive:
             return
         for span in spans:
             run = _unstored(span)
-            if sum(len(part.token_ids) for part in run) >= MIN_TOKENS:
-                self._save(run)
+            if self._can_write and sum(len(part.token_ids) for part in run) >= MIN_TOKENS:
+                self._save(span)
 
     def save(self, end: Span) -> None:
         """Store all of a text that holds its keys and values.
@@ -123,12 +124,11 @@ class Archive:
         for span in spans:  # asked for anew: others may have deleted entries
             assert span.parent is not None
             found = reader.find(span) if span.begins_chain or span.parent.is_stored else None
-            span.is_stored = found is not None and found.num_tokens == len(span.token_ids)
+            is_whole = found is not None and found.num_tokens == len(span.token_ids)
+            span.is_stored = found is not None and is_whole and self._store.contains(found.name)
         # From the end back, so that a run goes as one entry with what it continues.
         for span in reversed(spans):
-            run = _unstored(span)
-            if run:
-                self._put(run)
+            self._put_unstored(span)
 
     def _load_span(self, kind: Kind, forest: Forest, span: Span, reader: _Reader) -> Iterator[Block]:
         """Load what the span does not hold, and yield it; the span is split where only a beginning can be loaded."""
@@ -146,9 +146,13 @@ class Archive:
             loaded.is_stored = True
             yield read.block
 
-    def _save(self, run: list[Span]) -> None:
+    def _save(self, span: Span) -> None:
         try:
-            self._put(run)
+            self._put_unstored(span)
+        except EntryTooLargeError as error:
+            if not self._has_warned:
+                logger.warning("%s Evaluation goes on; what does not fit is not stored.", error)
+                self._has_warned = True
         except OSError as error:
             self._can_write = False
             logger.warning(
@@ -157,19 +161,36 @@ class Archive:
                 error,
             )
 
-    def _put(self, run: list[Span]) -> None:
+    def _put_unstored(self, span: Span) -> None:
+        """Store what is not stored on the way to a span, after making sure of what it goes behind."""
+        reader = _Reader(self._store, self._start_of, self._device)
+        while run := _unstored(span):
+            parent, behind = run[0].parent, ""
+            assert parent is not None
+            if not run[0].begins_chain:
+                found = reader.find(parent)
+                is_there = found is not None and found.num_tokens == len(parent.token_ids)
+                if found is None or not is_there or not self._store.contains(found.name):
+                    parent.is_stored = False  # others have deleted it
+                    if parent.rows is None:
+                        return
+                    continue
+                behind = found.name
+            self._put(run, behind)
+
+    def _put(self, run: list[Span], behind: str) -> None:
         root = self._known_root()
         token_ids = tuple(token_id for span in run for token_id in span.token_ids)
         states = [states_of(span) for span in run]
         rows = [keys_values_of(span) for span in run]
         tensors = {
-            "hidden": gather(states, lambda block: block.hidden, dim=0),
-            "logprobs": gather(states, lambda block: block.logprobs, dim=0),
-            "has_logprobs": gather(states, lambda block: block.has_logprobs, dim=0),
+            "hidden": gather(states, lambda block: block.hidden, dim=0).cpu(),
+            "logprobs": gather(states, lambda block: block.logprobs, dim=0).cpu(),
+            "has_logprobs": gather(states, lambda block: block.has_logprobs, dim=0).cpu(),
         }
         for layer_idx in range(len(rows[0].block.keys)):
-            tensors[f"keys.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.keys[i], dim=1)  # type: ignore[misc]
-            tensors[f"values.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.values[i], dim=1)  # type: ignore[misc]
+            tensors[f"keys.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.keys[i], dim=1).cpu()  # type: ignore[misc]
+            tensors[f"values.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.values[i], dim=1).cpu()  # type: ignore[misc]
         error, dtypes = max(span.error for span in run[-1].closure()), {}
         if self._store.dtype is not None:
             encoded = encode(tensors, self._store.dtype)
@@ -186,6 +207,7 @@ class Archive:
             exactness=root.exactness,
             error=error,
             dtypes=dtypes,
+            behind=behind,
         )
         self._store.put(Entry(header, tensors))
         for span in run:
@@ -295,7 +317,12 @@ class _Reader:
 
     def _entry(self, name: str, kind: Kind) -> Entry | None:
         if kind not in self._last or self._last[kind][0] != name:
-            self._last[kind] = (name, self._store.get(name, _STATES if kind == "states" else None))
+            try:
+                entry = self._store.get(name, _STATES if kind == "states" else None)
+            except StoreVersionError as error:  # this one entry: others may be of this version
+                logger.warning("%s of %r is not used: %s", name, self._store, error)
+                entry = None
+            self._last[kind] = (name, entry)
         return self._last[kind][1]
 
 

@@ -65,6 +65,10 @@ class StoreVersionError(BackpromptError, ValueError):
     """A store was written by another version of backprompt, in a format that this one does not read."""
 
 
+class EntryTooLargeError(BackpromptError, OSError):
+    """What was to be stored is larger than the store may be."""
+
+
 class NoStoreError(BackpromptError, RuntimeError):
     """Something was to be stored, but the `LM` has no store."""
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backprompt import LM, NoStoreError, Text, evaluate
+from backprompt import LM, EntryTooLargeError, NoStoreError, Text, evaluate
 from backprompt.store import DiskStore, MemoryStore
 from backprompt.store.disk import _packed
 from reference import plain_logits, plain_token_logprobs
@@ -185,6 +185,7 @@ def test_a_full_disk_stops_nothing_and_is_said_once(model, tokenizer, tmp_path, 
     lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
     for number in range(3):
         assert_plain(model, Text(SHOTS + f"And {number} is a number as good as any other.", lm))
+    evaluate([Text(f"{number} and a number as good as any other.", lm) for number in range(10, 15)])
     assert caplog.text.count("cannot be written to") == 1
     assert list((tmp_path / "prompts.bp").glob("entries/*/*")) == []
 
@@ -289,3 +290,61 @@ def test_a_damaged_entry_is_computed_again_and_stored_again(model, tokenizer, tm
     again = LM(model, tokenizer, store=tmp_path / "prompts.bp")
     assert_plain(model, Text(SHOTS, again))
     assert again.stats.tokens_computed == 0
+
+
+# What others delete
+
+
+def num_loaded(model, tokenizer, store, ids):
+    lm = LM(model, tokenizer, store=store)
+    evaluate(Text.from_tokens(ids, lm))
+    return lm.stats.tokens_loaded
+
+
+def test_a_budget_on_disk_keeps_what_others_begin_in_the_middle_of(model, tokenizer, tmp_path):
+    """Prompt and first question are one entry; the others begin in its middle, and are of no use without it."""
+    prompt = tuple(range(10, 50))
+    questions = [tuple(range(50 + n, 50 + n + 20)) for n in range(8)]
+    with DiskStore(tmp_path / "prompts.bp") as store:
+        for question in questions:
+            evaluate(Text.from_tokens(prompt + question, LM(model, tokenizer, store=store)))
+        total = store.stats().num_bytes
+        store.prune(total // 2)
+        left = store.stats()
+        assert 0 < left.num_entries < 8
+        loaded = [num_loaded(model, tokenizer, DiskStore(store.path, persist="never"), prompt + q) for q in questions]
+        assert min(loaded) >= len(prompt)
+        assert sum(loaded) == 8 * len(prompt) + left.num_tokens - len(prompt)
+
+
+def test_nothing_is_stored_behind_what_others_deleted(model, tokenizer, tmp_path):
+    prompt = tuple(range(10, 50))
+    with DiskStore(tmp_path / "prompts.bp") as store:
+        lm = LM(model, tokenizer, store=store)
+        evaluate(Text.from_tokens(prompt, lm))
+        store.prune(0)
+        children = [prompt + tuple(range(50 + n, 70 + n)) for n in range(3)]
+        for ids in children:
+            evaluate(Text.from_tokens(ids, lm))
+        for ids in children:
+            assert num_loaded(model, tokenizer, store, ids) == len(ids)
+        for file in store.path.glob("entries/*/*"):
+            file.unlink()  # behind the back of the index
+        text = Text.from_tokens(children[0], lm)
+        text.save()
+        assert num_loaded(model, tokenizer, store, children[0]) == len(children[0])
+
+
+def test_what_does_not_fit_is_said_once_and_nothing_goes_behind_it(model, tokenizer, tmp_path, caplog):
+    with DiskStore(tmp_path / "prompts.bp", max_bytes=30_000) as store:
+        lm = LM(model, tokenizer, store=store)
+        long = tuple(range(5, 105))
+        evaluate(Text.from_tokens(long, lm))
+        for number in range(3):
+            evaluate(Text.from_tokens((*long, *range(number, number + 17)), lm))
+        assert caplog.text.count("bytes does not fit") == 1
+        assert store.stats().num_entries == 0
+        evaluate(Text.from_tokens(tuple(range(200, 220)), lm))
+        assert store.stats().num_entries == 1
+        with pytest.raises(EntryTooLargeError):
+            Text.from_tokens(long, lm).save()

@@ -19,7 +19,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from backprompt.errors import StoreVersionError
+from backprompt.errors import EntryTooLargeError, StoreVersionError
 from backprompt.store import DiskStore, Entry, Header, Match, MemoryStore
 from backprompt.store.file import to_pieces
 
@@ -265,7 +265,10 @@ TestAnyOperations = AnyOperations.TestCase
 # Damage
 
 
-def test_a_thousand_flipped_bytes_never_give_a_wrong_tensor(tmp_path):
+@pytest.mark.parametrize("chunk_bytes", [64, 1 << 20])
+def test_a_thousand_flipped_bytes_never_give_a_wrong_tensor(tmp_path, monkeypatch, chunk_bytes):
+    """Also where tensors have several checksums and are read side by side."""
+    monkeypatch.setattr("backprompt.store.file.CHUNK_BYTES", chunk_bytes)
     store = DiskStore(tmp_path / "store")
     entry = make_entry(1, num_tokens=50)
     content = b"".join(to_pieces(entry))
@@ -333,6 +336,52 @@ def test_other_versions_get_a_clear_answer(tmp_path, monkeypatch):
     store.close()
     with pytest.raises(StoreVersionError, match="newer version"):
         DiskStore(tmp_path / "store")
+
+
+def test_a_damaged_index_is_made_anew_whatever_it_answers(tmp_path, caplog):
+    """Bytes flipped anywhere in it, and rows of nonsense: lookups find what the files say, and nothing crashes."""
+    with DiskStore(tmp_path / "store") as store:
+        for number in range(30):
+            store.put(make_entry(number, text="x" * 200))
+    sound = (tmp_path / "store" / "index.sqlite").read_bytes()
+    draw = random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(sound)
+        for _ in range(20):
+            damaged[draw.randrange(len(damaged))] ^= draw.randrange(1, 256)
+        (tmp_path / "store" / "index.sqlite").write_bytes(damaged)
+        with DiskStore(tmp_path / "store") as store:
+            for number in range(30):
+                entry = make_entry(number, text="x" * 200)
+                match = store.longest("root", entry.header.token_ids)
+                assert match is None or store.get(match.name) is None or isinstance(match.num_tokens, int)
+                assert_same(store.get(entry.header.name), entry)
+            list(store.list())
+            store.stats()
+            store.put(make_entry(0))
+
+
+@pytest.mark.parametrize("broken", ["token_ids = x'0102'", "name = x'ff'", "name = 'a' || char(0)"])
+def test_an_index_of_nonsense_is_made_anew(tmp_path, caplog, broken):
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+        store._index.execute(f"UPDATE entries SET {broken}")
+        ids = make_entry(1).header.token_ids
+        assert [header.text for header in store.list()] == ["text 1"]
+        assert store.longest("root", ids) == Match(make_entry(1).header.name, len(ids))
+
+
+def test_one_file_that_cannot_be_read_is_one_entry_less(tmp_path, caplog):
+    store = DiskStore(tmp_path / "store")
+    for number in range(2):
+        store.put(make_entry(number))
+    file = store._file(make_entry(0).header.name)
+    file.unlink()
+    file.mkdir()  # reading it is an OSError
+    assert store.get(make_entry(0).header.name) is None
+    assert "cannot be read" in caplog.text
+    assert_same(store.get(make_entry(1).header.name), make_entry(1))
+    assert list(store.verify()) == [make_entry(0).header.name]
 
 
 # Surroundings
@@ -423,7 +472,8 @@ def test_a_budget_keeps_what_was_used_last(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Say how much"):
         DiskStore(tmp_path / "without a bound").prune()
     assert store.stats().num_entries == 0
-    store.put(make_entry(1, num_tokens=5000))  # larger than all that it may hold
+    with pytest.raises(EntryTooLargeError, match="does not fit"):
+        store.put(make_entry(1, num_tokens=5000))
     assert store.stats().num_entries == 0
 
 

@@ -40,6 +40,7 @@ class Header:
         end: key of everything up to the last token, hex.
         position: of the first token in its text.
         token_ids: the truth about what was computed.
+        behind: the name of the entry that has the token before the first; "" for the first tokens of a text.
         text: what they decode to; for people who search.
         model: fingerprint of the weights, the configuration and the adapters.
         tokenizer: its fingerprint.
@@ -62,6 +63,7 @@ class Header:
     exactness: str = "exact"
     error: float = 0.0
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    behind: str = ""
 
     @property
     def name(self) -> str:
@@ -122,7 +124,8 @@ class Store(ABC):
         """Store the entry.
 
         Raises:
-            OSError: it cannot be written (no space, no permission); nothing of it is visible then.
+            EntryTooLargeError: it does not fit the store at all.
+            OSError: it cannot be written (no space, no permission); then all of it is visible, or nothing.
 
         """
 

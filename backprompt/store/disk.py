@@ -16,16 +16,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sqlite3
 import struct
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from backprompt.errors import DamagedEntryError, StoreVersionError
+from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
 from backprompt.memory import parse_bytes
 from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist, num_common
 from backprompt.store.file import read_entry, read_header, to_pieces
@@ -33,15 +35,15 @@ from backprompt.store.precision import StoredDtype, check_stored_dtype
 
 logger = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     name TEXT PRIMARY KEY, start TEXT NOT NULL, end TEXT NOT NULL, token_ids BLOB NOT NULL,
     position INTEGER NOT NULL, num_tokens INTEGER NOT NULL, num_bytes INTEGER NOT NULL, text TEXT NOT NULL,
-    error REAL NOT NULL, last_used REAL NOT NULL
+    behind TEXT NOT NULL, error REAL NOT NULL, last_used REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS by_start ON entries (start, token_ids);
-CREATE INDEX IF NOT EXISTS by_text ON entries (text);
+CREATE INDEX IF NOT EXISTS by_behind ON entries (behind);
 CREATE INDEX IF NOT EXISTS by_use ON entries (last_used, position);
 """
 _NEIGHBOURS = (
@@ -51,12 +53,15 @@ _NEIGHBOURS = (
 """In the order of token ids, what has the longest common beginning with a sequence stands right before or after it."""
 _LEAST_VALUABLE = """
 SELECT name, num_bytes FROM entries AS entry
-WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end)
+WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end OR other.behind = entry.name)
 ORDER BY last_used, position DESC LIMIT 100
 """
-"""What nothing else begins behind: an entry is of no use without what stands before it."""
+"""What nothing else begins behind, or in its middle: an entry is of no use without what stands before it."""
 _USES_A_BATCH = 64
 _ABANDONED_SECONDS = 24 * 3600
+_LOCK_SECONDS = 30.0
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -124,13 +129,13 @@ class DiskStore(Store):
             pieces = to_pieces(entry)
             num_bytes = sum(map(len, pieces))
             if self.max_bytes is not None and num_bytes > self.max_bytes:
-                logger.warning(
-                    "An entry of %d bytes does not fit %s, which may take %d.", num_bytes, self, self.max_bytes
-                )
-                return
+                raise EntryTooLargeError(
+                    f"An entry of {num_bytes:,} bytes does not fit {self}, which may take {self.max_bytes:,}. "
+                    "Give it more: DiskStore(path, max_bytes=...)."
+                ) from None
             self._write(final, pieces)
-        with self._database() as index:  # also where a process died between file and index
-            _insert(index, entry.header, num_bytes, time.time())
+        # Also where a process died between file and index.
+        self._ask(lambda index: _insert(index, entry.header, num_bytes, time.time()))
         if self.max_bytes is not None:
             self.prune()
 
@@ -147,18 +152,23 @@ class DiskStore(Store):
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
         """Look at the two neighbours in the index."""
         asked = _packed(token_ids)
-        with self._database() as index:
+
+        def neighbours(index: sqlite3.Connection) -> list[Match]:
             rows = [row for query in _NEIGHBOURS for row in index.execute(query, (start, asked)).fetchall()]
-        matches = [Match(name, num_common(_unpacked(packed), token_ids)) for name, packed in rows]
+            return [Match(_checked_name(name), num_common(_unpacked(packed), token_ids)) for name, packed in rows]
+
+        matches = self._ask(neighbours)
         best = max(matches, key=lambda match: match.num_tokens, default=None)
         return best if best is not None and best.num_tokens else None
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
         """Yield the headers of all entries whose text begins so, in the order of their texts."""
         query = "SELECT name FROM entries WHERE substr(text, 1, ?) = ? ORDER BY text"
-        with self._database() as index:
-            names = [name for (name,) in index.execute(query, (len(text_prefix), text_prefix)).fetchall()]
-        for name in names:
+
+        def names(index: sqlite3.Connection) -> list[str]:
+            return [_checked_name(name) for (name,) in index.execute(query, (len(text_prefix), text_prefix)).fetchall()]
+
+        for name in self._ask(names):
             try:
                 yield _header_of(self._file(name))
             except FileNotFoundError:
@@ -174,15 +184,13 @@ class DiskStore(Store):
 
     def stats(self) -> StoreStats:
         """Return how much is stored."""
-        with self._database() as index:
-            num_entries, num_tokens, num_bytes, largest_error = index.execute(
-                "SELECT count(*), total(num_tokens), total(num_bytes), ifnull(max(error), 0.0) FROM entries"
-            ).fetchone()
-        return StoreStats(num_entries, int(num_tokens), int(num_bytes), largest_error)
+        query = "SELECT count(*), total(num_tokens), total(num_bytes), ifnull(max(error), 0.0) FROM entries"
+        num_entries, num_tokens, num_bytes, error = self._ask(lambda index: index.execute(query).fetchone())
+        return StoreStats(num_entries, int(num_tokens), int(num_bytes), error)
 
     def verify(self) -> Sequence[str]:
-        """Read every entry, set the damaged ones aside, and return their names."""
-        return [file.stem for file in self._files() if self._read(file.stem, None) is None]
+        """Read every entry, set the damaged ones aside, and return the names of those that cannot be read."""
+        return [file.stem for file in self._files() if not self._can_be_read(file.stem)]
 
     def prune(self, max_bytes: int | str | None = None) -> Sequence[str]:
         """Delete what was not used for longest until at most `max_bytes` are left; return the names.
@@ -203,8 +211,7 @@ class DiskStore(Store):
         if excess > 0:
             self._write_uses()
         while excess > 0:
-            with self._database() as index:
-                leaves = index.execute(_LEAST_VALUABLE).fetchall()
+            leaves: list[tuple[str, int]] = self._ask(lambda index: index.execute(_LEAST_VALUABLE).fetchall())
             if not leaves:
                 break
             for name, num_bytes in leaves:
@@ -257,7 +264,17 @@ class DiskStore(Store):
         except DamagedEntryError as error:
             self._set_aside(name, error)
             return None
+        except OSError as error:  # this one entry: others may be sound
+            logger.warning("%s cannot be read (%s). It is computed again when needed.", self._file(name), error)
+            return None
         return entry
+
+    def _can_be_read(self, name: str) -> bool:
+        try:
+            return self._read(name, None) is not None
+        except StoreVersionError as error:
+            logger.warning("%s: %s", name, error)
+            return True
 
     def _write(self, final: Path, pieces: Sequence[memoryview]) -> None:
         with contextlib.suppress(FileExistsError):
@@ -301,20 +318,45 @@ class DiskStore(Store):
             return self._open_index_to_read(file)
         try:
             index = self._connect(file)
-        except sqlite3.OperationalError as error:
-            raise OSError(f"The index of {self.path} cannot be opened: {error}.") from error
-        except sqlite3.DatabaseError as error:
-            logger.warning("The index of %s is damaged (%s); it is made anew from the files.", self.path, error)
-            os.replace(file, self.path / "damaged" / file.name)
-            for suffix in ("-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"{file}{suffix}")
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            if _is_unavailable(error):
+                raise OSError(f"The index of {self.path} cannot be opened: {error}.") from error
+            self._move_index_aside(error)
             index = self._connect(file)
         self._index = index
         (version,) = index.execute("PRAGMA user_version").fetchone()
         if version < _SCHEMA_VERSION:
             self.rebuild()
         return index
+
+    def _move_index_aside(self, error: Exception) -> None:
+        logger.warning("The index of %s is damaged (%s); it is made anew from the files.", self.path, error)
+        file = self.path / "index.sqlite"
+        os.replace(file, self.path / "damaged" / file.name)
+        for suffix in ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{file}{suffix}")
+
+    def _ask(self, question: Callable[[sqlite3.Connection], Answer]) -> Answer:
+        """Ask the index; one that answers nonsense is made anew from the files, and asked again."""
+        try:
+            with self._lock, self._index:
+                return question(self._index)
+        except (sqlite3.DatabaseError, struct.error, TypeError, ValueError) as error:
+            if _is_unavailable(error):
+                raise OSError(f"The index of {self.path} cannot be used: {error}.") from error
+            self._renew_index(error)
+        with self._database() as index:
+            return question(index)
+
+    def _renew_index(self, error: Exception) -> None:
+        with self._lock:
+            self._index.close()
+            if self.is_writable:
+                self._move_index_aside(error)
+                self._index = self._open_index()
+            else:
+                self._index = self._index_in_memory()
 
     def _open_index_to_read(self, file: Path) -> sqlite3.Connection:
         log = Path(f"{file}-wal")
@@ -326,6 +368,9 @@ class DiskStore(Store):
                 if version == _SCHEMA_VERSION:
                     return index
             index.close()
+        return self._index_in_memory()
+
+    def _index_in_memory(self) -> sqlite3.Connection:
         self._index = sqlite3.connect(":memory:", check_same_thread=False)
         self._index.executescript(_SCHEMA)
         self.rebuild()
@@ -335,7 +380,7 @@ class DiskStore(Store):
         # sqlite's own files take this one's permissions. Not opened where it exists: closing it would let go of locks.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        index = sqlite3.connect(file, timeout=30, check_same_thread=False)
+        index = sqlite3.connect(file, timeout=_LOCK_SECONDS, check_same_thread=False)
         try:
             (version,) = index.execute("PRAGMA user_version").fetchone()
             if version > _SCHEMA_VERSION:
@@ -344,7 +389,7 @@ class DiskStore(Store):
                 )
             index.execute("PRAGMA synchronous = NORMAL")
             if version < _SCHEMA_VERSION:
-                index.execute("PRAGMA journal_mode = WAL")
+                _patiently(lambda: index.execute("PRAGMA journal_mode = WAL"))
                 index.executescript("DROP TABLE IF EXISTS entries;" if version else "")
                 index.executescript(_SCHEMA)
             index.execute("SELECT count(*) FROM entries").fetchone()
@@ -404,8 +449,42 @@ class DiskStore(Store):
 
 def _insert(index: sqlite3.Connection, header: Header, num_bytes: int, last_used: float) -> None:
     place = (header.name, header.start, header.end, _packed(header.token_ids), header.position)
-    values = (*place, len(header.token_ids), num_bytes, header.text, header.error, last_used)
-    index.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    text = header.text.encode(errors="replace").decode()  # half of a UTF-16 pair is no text for SQLite
+    values = (*place, len(header.token_ids), num_bytes, text, header.behind, header.error, last_used)
+    index.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def _patiently(attempt: Callable[[], object]) -> None:
+    """Try until another process lets go of the database: changing its mode does not wait for locks by itself."""
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            attempt()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
+def _is_unavailable(error: Exception) -> bool:
+    """Return whether the index may be sound, but cannot be used now; any other error of SQLite's means damage."""
+    words = ("locked", "busy", "full", "disk I/O", "readonly", "unable to open")
+    return isinstance(error, sqlite3.ProgrammingError) or (  # it is closed
+        isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in words)
+    )
+
+
+def _checked_name(name: object) -> str:
+    """Return a name from the index.
+
+    Raises:
+        ValueError: it is none, so the index is damaged.
+
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"{name!r} is no entry's name")
+    return name
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

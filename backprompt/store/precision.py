@@ -86,7 +86,8 @@ def _in_fewer_bits(name: str, tensor: Tensor, dtype: StoredDtype) -> dict[str, T
         return {name: tensor.half()}
     scale = tensor.float().abs().amax(dim=-1, keepdim=True) / 127  # (kv_heads, tokens, 1)
     quotient = tensor.float() / scale.where(scale > 0, 1)
-    return {name: quotient.round().to(torch.int8), name + _SCALE: scale}
+    # A scale too small for a normal number is inexact enough for a quotient beyond 127.
+    return {name: quotient.round().clamp(-127, 127).to(torch.int8), name + _SCALE: scale}
 
 
 def _relative_error(decoded: Tensor, given: Tensor) -> float:
