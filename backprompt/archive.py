@@ -123,12 +123,9 @@ class Archive:
         spans = [span for span in end.closure() if span.token_ids]
         for span in spans:  # asked for anew: others may have deleted entries
             assert span.parent is not None
-            found = reader.find(span) if span.begins_chain or span.parent.is_stored else None
-            is_whole = found is not None and found.num_tokens == len(span.token_ids)
-            span.is_stored = found is not None and is_whole and self._store.contains(found.name)
-        # From the end back, so that a run goes as one entry with what it continues.
-        for span in reversed(spans):
-            self._put_unstored(span)
+            may_be_there = span.begins_chain or span.parent.is_stored
+            span.is_stored = may_be_there and reader.name_of(span) is not None
+        self._put_text(end)
 
     def _load_span(self, kind: Kind, forest: Forest, span: Span, reader: _Reader) -> Iterator[Block]:
         """Load what the span does not hold, and yield it; the span is split where only a beginning can be loaded."""
@@ -148,7 +145,7 @@ class Archive:
 
     def _save(self, span: Span) -> None:
         try:
-            self._put_unstored(span)
+            self._put_text(span)
         except EntryTooLargeError as error:
             if not self._has_warned:
                 logger.warning("%s Evaluation goes on; what does not fit is not stored.", error)
@@ -161,24 +158,28 @@ class Archive:
                 error,
             )
 
-    def _put_unstored(self, span: Span) -> None:
-        """Store what is not stored on the way to a span, after making sure of what it goes behind."""
+    def _put_text(self, end: Span) -> None:
+        """Store what is not stored of a text: branches before what stands behind their group, of whatever length."""
+        spans = [span for span in end.closure() if span.token_ids]
+        continued = {span.parent for span in spans if not span.begins_chain}
         reader = _Reader(self._store, self._start_of, self._device)
-        while run := _unstored(span):
-            parent, behind = run[0].parent, ""
-            assert parent is not None
-            if not run[0].begins_chain:
-                found = reader.find(parent)
-                is_there = found is not None and found.num_tokens == len(parent.token_ids)
-                if found is None or not is_there or not self._store.contains(found.name):
-                    parent.is_stored = False  # others have deleted it
-                    if parent.rows is None:
-                        return
-                    continue
-                behind = found.name
-            self._put(run, behind)
+        for span in spans:
+            if span not in continued:
+                self._put_chain(span, reader)
 
-    def _put(self, run: list[Span], behind: str) -> None:
+    def _put_chain(self, end: Span, reader: _Reader) -> None:
+        """Store what is not stored on the way to `end`, after making sure of what it goes behind."""
+        while run := _unstored(end):
+            names = {before: reader.name_of(before) for before in _right_before(run[0])}
+            missing = [before for before, name in names.items() if name is None]
+            for before in missing:
+                before.is_stored = False  # others have deleted it
+            if not missing:
+                self._put(run, tuple(dict.fromkeys(name for name in names.values() if name is not None)))
+            elif run[0].begins_chain or any(before.rows is None for before in missing):
+                return  # of no use without it
+
+    def _put(self, run: list[Span], behind: tuple[str, ...]) -> None:
         root = self._known_root()
         token_ids = tuple(token_id for span in run for token_id in span.token_ids)
         states = [states_of(span) for span in run]
@@ -287,6 +288,12 @@ class _Reader:
             between += len(first.token_ids)
             token_ids = first.token_ids + token_ids
 
+    def name_of(self, span: Span) -> str | None:
+        """Return the name of the entry that has the last token of a span; None if there is none any more."""
+        found = self.find(span)
+        is_whole = found is not None and found.num_tokens == len(span.token_ids)
+        return found.name if found is not None and is_whole and self._store.contains(found.name) else None
+
     def read(self, kind: Kind, found: _Found) -> _Read | None:
         """Return these rows as a block; None if the entry is gone, damaged or another one."""
         entry = self._entry(found.name, kind)
@@ -332,6 +339,19 @@ class _Read:
 
     block: Block
     error: float
+
+
+def _right_before(span: Span) -> list[Span]:
+    """Return the spans that end right before this one: its parent, or the ends of all branches of a group."""
+    found: dict[Span, None] = {}
+    stack = list(span.parents)
+    while stack:
+        before = stack.pop()
+        if before.token_ids:
+            found[before] = None
+        else:
+            stack += before.parents
+    return list(found)
 
 
 def _unstored(span: Span) -> list[Span]:

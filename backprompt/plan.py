@@ -124,9 +124,11 @@ def missing_spans(ends: Iterable[Span], *, with_keys: bool = False) -> list[Span
     num_missing = _num_missing(root, wanted)
 
     def largest_first(span: Span) -> list[Span]:
-        # Junctions last: their branches are among the others.
-        by_size = sorted(wanted[span], key=lambda child: (not child.token_ids, -num_missing[child]))
-        return wanted[span] if span is root else by_size
+        following = wanted[span]
+        # With junctions as asked for: what stands behind one is through before the branches of others.
+        if span is root or not all(child.token_ids for child in following):
+            return following
+        return sorted(following, key=num_missing.__getitem__, reverse=True)
 
     return list(filter(_is_missing, depth_first(root, largest_first)))
 

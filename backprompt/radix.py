@@ -349,7 +349,7 @@ class Forest:
 
 
 def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> Iterator[Span]:
-    """Yield spans from the root on, each after its parents; a junction waits until all of its branches are through.
+    """Yield spans from the root on, each after its parents; what a junction still needs is drawn forward.
 
     Args:
         root: the first.
@@ -357,15 +357,13 @@ def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> 
 
     """
     done: set[Span] = set()
-    waiting: list[Span] = []
     stack = [root]
-    while stack or waiting:
-        if not stack:
-            ready = next(idx for idx, span in enumerate(waiting) if done.issuperset(span.parents))
-            stack.append(waiting.pop(ready))
+    while stack:
         span = stack.pop()
+        if span in done:
+            continue  # it was drawn forward
         if isinstance(span, Junction) and not done.issuperset(span.parents):
-            waiting.append(span)
+            stack += reversed(span.closure(known=done))  # itself the last
             continue
         done.add(span)
         yield span

@@ -139,7 +139,7 @@ class ModelRepr:
     @property
     def num_bytes(self) -> int:
         """Bytes that the text's keys, values, hidden states and log-probabilities take when all of them are held."""
-        return self.num_tokens * self._evaluated.evaluator.executor.token_bytes
+        return _num_bytes(self._evaluated.evaluator, self._evaluated.end)
 
     @property
     def logits(self) -> Tensor:
@@ -262,7 +262,7 @@ class Pin:
     @property
     def num_bytes(self) -> int:
         """Bytes of the budget that the pin takes alone; what it shares with other pins is counted once."""
-        return self._num_tokens * self._evaluator.executor.token_bytes if self._is_held else 0
+        return _num_bytes(self._evaluator, self._end) if self._end is not None and self._is_held else 0
 
     @property
     def _is_held(self) -> bool:
@@ -274,3 +274,8 @@ class Pin:
             end, self._end = self._end, None
             if end is not None:
                 self._evaluator.unpin(end)
+
+
+def _num_bytes(evaluator: Evaluator, end: Span) -> int:
+    """Return the bytes of a text's distinct tokens."""
+    return sum(len(span.token_ids) for span in end.closure()) * evaluator.executor.token_bytes

@@ -9,8 +9,10 @@ groups nest. A frozen segment sees nothing that stands before it: a group of one
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
+
+from backprompt.errors import GroupError
 
 Segment: TypeAlias = "str | tuple[int, ...] | Group"
 """A string, token ids that are taken as they are, or a group."""
@@ -27,6 +29,10 @@ class Branch:
     is_frozen: bool = False
 
 
+MAX_DEPTH = 50
+"""How deep groups may be nested."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Branches of which each sees what stands before the group and itself; what follows sees all of them.
@@ -39,6 +45,22 @@ class Group:
 
     branches: tuple[Branch, ...]
     positions: Positions = "shared"
+    depth: int = field(default=1, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what walks into groups, a level each, could not come out of.
+
+        Raises:
+            GroupError: groups in groups in groups, more than `MAX_DEPTH` of them.
+
+        """
+        inner = [part.depth for branch in self.branches for part in branch.segments if isinstance(part, Group)]
+        object.__setattr__(self, "depth", 1 + max(inner, default=0))
+        if self.depth > MAX_DEPTH:
+            raise GroupError(
+                f"Groups may be nested {MAX_DEPTH} deep, and this one is nested deeper. Write its branches "
+                "side by side (a | b | c is one group), or put segments behind it with +."
+            )
 
 
 def leaves(segments: Iterable[Segment]) -> Iterator[str | tuple[int, ...]]:

@@ -133,10 +133,10 @@ class Text:
         Python binds `+` before `|`: `context + a | b` is `(context + a) | b`. Write `context + (a | b)`. A group joined
         with `|` is one larger group; empty branches are dropped, and a group of one is its branch.
         """
-        return parallel([self, _as_text(other, "|")])
+        return _in_parallel([self, _as_text(other, "|")], "shared")
 
     def __ror__(self, other: Text | str) -> Text:
-        return parallel([_as_text(other, "|"), self])
+        return _in_parallel([_as_text(other, "|"), self], "shared")
 
     def frozen(self) -> Text:
         """Return this text as a segment that sees nothing before it, as if it stood alone.
@@ -311,13 +311,19 @@ def parallel(texts: Iterable[Text | str], *, positions: Positions = "shared") ->
         TextTypeError: an element is neither a `Text` nor a `str`.
         MixedModelsError: texts of two different `LM` objects.
         ValueError: unknown `positions`.
+        GroupError: groups are nested too deep.
 
     """
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, not {positions!r}.")
     if isinstance(texts, (str, Text)):
         raise TextTypeError(f"parallel takes several texts, not one: {_shorten(repr(texts))}. Put them in a list.")
-    given = [_as_text(text, "|") for text in texts]
+    if not isinstance(texts, Iterable):
+        raise TextTypeError(f"parallel takes a list of texts, not {type(texts).__name__}.")
+    return _in_parallel([_as_text(text, "parallel") for text in texts], positions)
+
+
+def _in_parallel(given: Sequence[Text], positions: Positions) -> Text:
     lm = None
     for text in given:
         lm = _common_lm(lm, text)

@@ -78,6 +78,8 @@ def as_token_ids(parts: Iterable[Part]) -> TokenIds:
     frozen one behind something else.
     """
     merged = _merged(parts, is_first=True)
+    if len(merged) == 1 and isinstance(merged[0], tuple):
+        return merged[0]
     if all(isinstance(part, tuple) for part in merged):
         return tuple(token_id for run in _runs(merged) for token_id in run)
     return TokenGraph(merged)

@@ -38,7 +38,7 @@ class Join:
     """A place where two strings meet and the tokens around it depend on that.
 
     Attributes:
-        segment_idx: index of the segment that begins here, in `Text.segments`; those within groups are counted, too.
+        segment_idx: index of the segment that begins here, counting strings and runs of token ids in written order.
         left: the string of the run before the join.
         right: the segment after it.
         split_tokens: the ids around the join if both sides are encoded apart; the common ids at both ends left out.
@@ -148,12 +148,14 @@ class Encoder:
         pieces.encode()
         return {chain: end.ids(pieces) for chain, end in ends.items()}
 
-    def _whole(self, segments: tuple[Segment, ...], ids_of: Mapping[_Chain, tuple[int, ...]]) -> tuple[Part, ...]:
-        """Return the parts of a text, or of a frozen branch, with the special tokens of a whole string."""
+    def _whole(
+        self, segments: tuple[Segment, ...], ids_of: Mapping[_Chain, tuple[int, ...]], *, is_last: bool = True
+    ) -> tuple[Part, ...]:
+        """Return the parts of a text with the special tokens of a whole string; not `is_last`: something follows."""
         parts = self._parts(segments, False, ids_of)
         if not _needs_no_prefix(parts, segments, self._prefix_ids):
             parts = (self._prefix_ids, *parts)
-        if self._suffix_ids and all(isinstance(segment, str) for segment in segments):
+        if is_last and self._suffix_ids and all(isinstance(segment, str) for segment in segments):
             parts = (*parts, self._suffix_ids)
         return parts
 
@@ -168,9 +170,7 @@ class Encoder:
             branches = []
             for branch in piece.group.branches:
                 if branch.is_frozen:
-                    inner = self._whole(branch.segments, ids_of)
-                    if self._suffix_ids and inner[-1] == self._suffix_ids:
-                        inner = inner[:-1]  # something follows
+                    inner = self._whole(branch.segments, ids_of, is_last=False)
                 else:
                     inner = self._parts(branch.segments, piece.is_continuation, ids_of)
                 branches.append(TokenBranch(inner, branch.is_frozen))

@@ -207,18 +207,36 @@ def _budget(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: 
             lm = make()
             evaluate(Text("warm-up", lm))
             lm.fingerprint  # noqa: B018
+            peak = _watch_peak(lm)
             before = lm.stats
             seconds[name].append(seconds_of(lambda lm=lm: _score(lm, strings)))
             done = lm.stats - before
+            again = seconds_of(lambda lm=lm: _score(lm, strings[::-1]))
             lines[name] = {
                 "computed": done.tokens_computed,
                 "recomputed": done.tokens_recomputed,
                 "held": lm.stats.bytes_held,
+                "peak": max(peak),
+                "again": again,
+                "computed again": (lm.stats - before - done).tokens_computed,
             }
     for name, line in lines.items():
         line["seconds"] = dataclasses.asdict(Spread.of(seconds[name]))
         line["times as long"] = dataclasses.asdict(Spread.of_ratios(seconds[name], seconds["no budget"]))
     return {"bytes": num_bytes, "lines": lines}
+
+
+def _watch_peak(lm: LM) -> list[int]:
+    """Return a list that grows by the bytes that are held right after each pass."""
+    held: list[int] = [0]
+    forward = lm._evaluator._forward
+
+    def forward_and_note(spans: Any) -> None:
+        forward(spans)
+        held.append(lm._evaluator.memory.num_bytes)
+
+    lm._evaluator._forward = forward_and_note  # type: ignore[method-assign]
+    return held
 
 
 def _score(lm: LM, strings: list[str]) -> None:

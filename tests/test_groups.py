@@ -1,5 +1,6 @@
 """Segments that do not see each other: the plain model's numbers under the declared mask, each distinct token once."""
 
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 import backprompt as bp
 from backprompt import LM, GroupError, Text, TextTooLongError, evaluate
-from backprompt.store import MemoryStore
+from backprompt.store import DiskStore, MemoryStore
 from reference import masked_logits, masked_token_logprobs, plain_logits
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
@@ -79,13 +80,15 @@ def build(lm, given_segments):
 @pytest.mark.parametrize("family", LAW_FAMILIES)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, models, tokenizer):
+def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, models, tokenizer, monkeypatch):
     """In any order, packed in any passes, within any budget, and from a store."""
     model, store = models[family], MemoryStore()
     drawn = data.draw(st.lists(st.lists(segments, min_size=1, max_size=4), min_size=1, max_size=4))
     pass_tokens = data.draw(st.sampled_from([3, 16, 1024]))
     memory_bytes = data.draw(st.sampled_from([None, 0, 5_000, 20_000]))
     host_bytes = data.draw(st.sampled_from([0, 10_000]))
+    tile_tokens = data.draw(st.sampled_from([1, 4, 128]))
+    monkeypatch.setattr("backprompt.archive.MIN_TOKENS", data.draw(st.sampled_from([1, 16])))
     for _ in range(2):
         lm = LM(
             model,
@@ -95,6 +98,8 @@ def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, m
             host_memory_bytes=host_bytes,
             store=store,
         )
+        executor = lm._evaluator.executor
+        executor.compute = partial(executor.compute, tile_tokens=tile_tokens)
         texts = [text for text in (build(lm, given_segments) for given_segments in drawn) if text.tokens]
         evaluate(data.draw(st.permutations(texts)))
         for text in texts:
@@ -102,8 +107,9 @@ def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, m
         for text, logprobs in zip(texts, lm.token_logprobs(texts), strict=True):
             expected = masked_token_logprobs(model, parts_of(text))
             torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
-        for text in texts:
-            text.save()
+        if data.draw(st.booleans()):
+            for text in texts:
+                text.save()
 
 
 def test_a_bag_is_not_a_set(models, tokenizer):
@@ -207,6 +213,25 @@ def test_shots_in_any_subset_and_order_are_computed_once(models, tokenizer):
     assert lm.stats.tokens_computed == before.tokens_computed + done.tokens_computed
 
 
+@pytest.mark.parametrize("kind", ["shared", "frozen", "at the root"])
+def test_many_groups_within_a_small_budget_are_computed_once(kind, models, tokenizer):
+    """What stands behind a group is through before the branches of others: none is dropped before it is needed."""
+    lm = LM(models["gpt2"], tokenizer, memory_bytes=200 * 645, max_tokens_per_forward=64)
+    evaluate(Text.from_tokens([1], lm))
+    context = Text.from_tokens([2, 3, 4], lm)
+    texts = []
+    for number in range(30):
+        a, b, q = (Text.from_tokens((100 + number, 10 * kind_ + 1, *range(10, 24)), lm) for kind_ in range(3))
+        if kind == "frozen":
+            texts.append(context + a + b.frozen() + q)
+        else:
+            texts.append((a | b) + q if kind == "at the root" else context + (a | b) + q)
+    before = lm.stats
+    evaluate(texts)
+    assert (lm.stats - before).tokens_recomputed == 0
+    assert_masked(models["gpt2"], texts[17])
+
+
 def test_both_written_orders_share_one_representation(models, tokenizer):
     lm = LM(models["gpt2"], tokenizer)
     c, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2), (3, 4, 5), (6,), (7,)])
@@ -232,6 +257,43 @@ def test_another_process_finds_groups_in_the_store(models, tokenizer):
     for text in texts_of(lm):
         assert_masked(models["gpt2"], text)
     assert lm.stats.tokens_computed == 0
+
+
+def test_short_parts_are_stored_with_what_stands_on_them(models, tokenizer):
+    """A branch of a few tokens has nobody to go with, but what stands behind its group is of no use without it."""
+    store = MemoryStore()
+
+    def texts_of(lm):
+        c, a, b, q = (
+            Text.from_tokens(run, lm) for run in [range(50, 53), range(10, 14), range(30, 60), range(70, 110)]
+        )
+        return [c + (a | b) + q, c + b.frozen() + q, bp.parallel([c, a], positions="sequential") + q]
+
+    for text in texts_of(LM(models["gpt2"], tokenizer, store=store)):
+        evaluate(text)
+    for idx in range(3):
+        lm = LM(models["gpt2"], tokenizer, store=store)
+        assert_masked(models["gpt2"], texts_of(lm)[idx])
+        assert lm.stats.tokens_computed == 0
+
+
+def test_a_budget_on_disk_deletes_what_stands_behind_a_group_first(models, tokenizer, tmp_path):
+    runs = [range(50, 70), range(10, 30), range(30, 50), range(70, 90)]
+    with DiskStore(tmp_path / "prompts.bp") as store:
+        lm = LM(models["gpt2"], tokenizer, store=store)
+        c, a, b, q = (Text.from_tokens(run, lm) for run in runs)
+        evaluate(c + (a | b) + q)
+        (last,) = [header for header in store.list() if header.token_ids == tuple(runs[3])]
+        assert set(last.behind) == {header.name for header in store.list()} - {last.name}
+        assert store.prune(store.stats().num_bytes - 1) == [last.name]
+
+
+def test_repeats_are_held_and_counted_once(models, tokenizer):
+    lm = LM(models["gpt2"], tokenizer)
+    c, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2), (3, 4, 5), (6,), (7,)])
+    text = c + (a | a | a | b) + q
+    with text.pin() as pin:
+        assert pin.num_bytes == text().num_bytes == 7 * 645 == lm.stats.bytes_held
 
 
 def test_pins_hold_all_branches(models, tokenizer):
@@ -267,3 +329,29 @@ def test_a_group_has_no_cache_of_transformers(models, tokenizer):
     with pytest.raises(GroupError, match="past_key_values"):
         text().past_key_values()
     assert isinstance(GroupError("x"), ValueError)
+
+
+# How far from full attention
+
+
+def test_independence_gap(models, tokenizer):
+    lm = LM(models["gpt2"], tokenizer)
+    c, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2), (3, 4, 5), (6, 7), (8,)])
+    texts = [c + (a | b) + q, c + a + b + q]
+    gap = bp.independence_gap(texts)
+    full = plain_logits(models["gpt2"], texts[0].tokens)[-1].double().log_softmax(-1)
+    declared = masked_logits(models["gpt2"], parts_of(texts[0]))[-1].double().log_softmax(-1)
+    expected = float((full.exp() * (full - declared)).sum())
+    assert gap.divergences == pytest.approx((expected, 0.0), abs=1e-6)
+    assert expected > 1e-5
+    assert gap.argmax_changed == (bool(full.argmax() != declared.argmax()), False)
+    assert gap.mean_divergence == pytest.approx(expected / 2, abs=1e-6)
+    assert bp.independence_gap(texts[0]).divergences == pytest.approx((expected,), abs=1e-6)
+    before = lm.stats
+    with pytest.raises(GroupError, match=r"texts\[1\]"):
+        bp.independence_gap([texts[0], c + (a | b)])
+    with pytest.raises(TypeError, match=r"texts\[0\] is a str"):
+        bp.independence_gap(["abc"])
+    with pytest.raises(ValueError, match="at least one"):
+        bp.independence_gap([])
+    assert (lm.stats - before).tokens_computed == 0

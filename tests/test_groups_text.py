@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import reduce
 
 import pytest
 from hypothesis import given
@@ -76,6 +77,20 @@ def test_freezing():
     assert a | a == bp.parallel([a, a])
 
 
+def test_groups_are_not_nested_deeper_than_walks_go():
+    text = Text("y")
+    for _ in range(20):
+        text = (text.frozen() + "x") | "y"
+    with pytest.raises(bp.GroupError, match="nested 50 deep"):
+        reduce(lambda inner, _: (inner.frozen() + "x") | "y", range(30), text)
+    assert hash(text) == hash(pickle.loads(pickle.dumps(text)))
+    assert repr(text)
+    chain = Text("a") | "b"
+    for _ in range(1000):
+        chain = chain + (Text("a") | "b")
+    assert len(chain.segments) == 1001
+
+
 def test_what_it_looks_like():
     a, b = Text("a"), Text("b")
     assert repr("c " + (a | b + "d") + "q") == "Text('c ' + ('a' | 'bd') + 'q')"
@@ -104,6 +119,10 @@ def test_a_bar_with_something_else_raises(other):
 def test_parallel_checks_what_it_is_given():
     with pytest.raises(TextTypeError, match="several texts"):
         bp.parallel("ab")
+    with pytest.raises(TextTypeError, match="list of texts, not int"):
+        bp.parallel(5)
+    with pytest.raises(TextTypeError, match="parallel takes a Text or a str"):
+        bp.parallel(["a", 3])
     with pytest.raises(ValueError, match="'shared', 'sequential'"):
         bp.parallel(["a", "b"], positions="relative")
 
@@ -189,6 +208,14 @@ def test_a_frozen_text_is_encoded_as_a_text_of_its_own(name):
     assert graph.parts[2] == tuple(string_ids(name, "und", is_continuation=True))
     first = frozen.frozen() + "und"
     assert first.tokens == own + tuple(string_ids(name, "und", is_continuation=True))
+
+
+def test_a_frozen_segment_of_the_tokens_that_end_a_text_stays():
+    an_lm = lm("unigram")
+    suffix = PRIVATE["unigram"].suffix_ids
+    assert suffix
+    text = Text("a", an_lm) + Text.from_tokens(suffix, an_lm).frozen() + "b"
+    assert len(text.tokens) == len((Text("a", an_lm) + Text.from_tokens([5], an_lm).frozen() + "b").tokens)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

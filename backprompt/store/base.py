@@ -40,7 +40,8 @@ class Header:
         end: key of everything up to the last token, hex.
         position: of the first token in its text.
         token_ids: the truth about what was computed.
-        behind: the name of the entry that has the token before the first; "" for the first tokens of a text.
+        behind: the names of the entries that have the token before the first, or each branch's last one if that is a
+            group; none for the first tokens of a text.
         text: what they decode to; for people who search.
         model: fingerprint of the weights, the configuration and the adapters.
         tokenizer: its fingerprint.
@@ -63,7 +64,7 @@ class Header:
     exactness: str = "exact"
     error: float = 0.0
     dtypes: Mapping[str, str] = field(default_factory=dict)
-    behind: str = ""
+    behind: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

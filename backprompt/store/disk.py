@@ -40,10 +40,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     name TEXT PRIMARY KEY, start TEXT NOT NULL, end TEXT NOT NULL, token_ids BLOB NOT NULL,
     position INTEGER NOT NULL, num_tokens INTEGER NOT NULL, num_bytes INTEGER NOT NULL, text TEXT NOT NULL,
-    behind TEXT NOT NULL, error REAL NOT NULL, last_used REAL NOT NULL
+    error REAL NOT NULL, last_used REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS needs (name TEXT NOT NULL, behind TEXT NOT NULL, PRIMARY KEY (name, behind)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_behind ON needs (behind);
 CREATE INDEX IF NOT EXISTS by_start ON entries (start, token_ids);
-CREATE INDEX IF NOT EXISTS by_behind ON entries (behind);
 CREATE INDEX IF NOT EXISTS by_use ON entries (last_used, position);
 """
 _NEIGHBOURS = (
@@ -53,7 +54,8 @@ _NEIGHBOURS = (
 """In the order of token ids, what has the longest common beginning with a sequence stands right before or after it."""
 _LEAST_VALUABLE = """
 SELECT name, num_bytes FROM entries AS entry
-WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end OR other.behind = entry.name)
+WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end)
+AND NOT EXISTS (SELECT 1 FROM needs WHERE needs.behind = entry.name)
 ORDER BY last_used, position DESC LIMIT 100
 """
 """What nothing else begins behind, or in its middle: an entry is of no use without what stands before it."""
@@ -225,6 +227,7 @@ class DiskStore(Store):
         """Make the index anew from the files alone."""
         with self._database() as index:
             index.execute("DELETE FROM entries")
+            index.execute("DELETE FROM needs")
             for file in self._files():
                 try:
                     status = file.stat()
@@ -390,7 +393,7 @@ class DiskStore(Store):
             index.execute("PRAGMA synchronous = NORMAL")
             if version < _SCHEMA_VERSION:
                 _patiently(lambda: index.execute("PRAGMA journal_mode = WAL"))
-                index.executescript("DROP TABLE IF EXISTS entries;" if version else "")
+                index.executescript("DROP TABLE IF EXISTS entries; DROP TABLE IF EXISTS needs;" if version else "")
                 index.executescript(_SCHEMA)
             index.execute("SELECT count(*) FROM entries").fetchone()
         except BaseException:
@@ -412,6 +415,7 @@ class DiskStore(Store):
         if self.is_writable:
             with self._hinting() as index:
                 index.execute("DELETE FROM entries WHERE name = ?", (name,))
+                index.execute("DELETE FROM needs WHERE name = ?", (name,))
 
     def _note_use(self, name: str) -> None:
         with self._lock:
@@ -450,8 +454,10 @@ class DiskStore(Store):
 def _insert(index: sqlite3.Connection, header: Header, num_bytes: int, last_used: float) -> None:
     place = (header.name, header.start, header.end, _packed(header.token_ids), header.position)
     text = header.text.encode(errors="replace").decode()  # half of a UTF-16 pair is no text for SQLite
-    values = (*place, len(header.token_ids), num_bytes, text, header.behind, header.error, last_used)
-    index.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    values = (*place, len(header.token_ids), num_bytes, text, header.error, last_used)
+    index.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    needs = [(header.name, name) for name in header.behind]
+    index.executemany("INSERT OR IGNORE INTO needs VALUES (?, ?)", needs)
 
 
 def _patiently(attempt: Callable[[], object]) -> None:

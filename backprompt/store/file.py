@@ -145,7 +145,7 @@ def _read_table(file: BinaryIO) -> tuple[dict[str, Any], Header, int]:
             "wrote it, or a new folder."
         )
     fields = json.loads(described["entry"])
-    return table, Header(**fields | {"token_ids": tuple(fields["token_ids"])}), 8 + length
+    return table, Header(**fields | {name: tuple(fields.get(name, ())) for name in ("token_ids", "behind")}), 8 + length
 
 
 def _check_of(table: dict[str, Any]) -> int:
