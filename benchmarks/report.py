@@ -176,6 +176,9 @@ def store_tables(measured: dict[str, Any]) -> dict[str, str]:
             "computed",
             "recomputed",
             "held, MB",
+            "at most, MB",
+            "once more, reversed, s",
+            "computed",
         ],
         [
             [
@@ -185,6 +188,9 @@ def store_tables(measured: dict[str, Any]) -> dict[str, str]:
                 f"{line['computed']:,}",
                 f"{line['recomputed']:,}",
                 f"{line['held'] / 1e6:,.0f}",
+                f"{line['peak'] / 1e6:,.0f}",
+                f"{line['again']:.1f}",
+                f"{line['computed again']:,}",
             ]
             for name, line in budget["lines"].items()
         ],
