@@ -1,5 +1,8 @@
 """Classification: the plain call's log-probabilities, CAPPr's arithmetic, and errors before anything is computed."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -258,3 +261,34 @@ def test_numbers_are_float64_arrays(lm):
     assert isinstance(found, np.ndarray)
     assert found.dtype == np.float64
     assert not isinstance(found, torch.Tensor)
+
+
+# CAPPr's own numbers
+
+RECORDED = json.loads((Path(__file__).parent / "cappr" / "numbers.json").read_text(encoding="utf-8"))
+CAPPR_LMS = {
+    "gpt2 byte-level": lambda: LM(FAMILIES["gpt2"](), byte_level_bpe()),
+    "llama sentencepiece": lambda: LM(FAMILIES["llama"](), sentencepiece_bpe()),
+}
+
+
+@pytest.mark.parametrize("name", CAPPR_LMS)
+def test_cappr_gives_the_same_numbers(name):
+    """Recorded from CAPPr 0.9.6 on the same weights by tests/cappr/record.py."""
+    lm, recorded = CAPPR_LMS[name](), RECORDED[name]
+    for ours, theirs in zip(log_probs(PROMPTS, COMPLETIONS, lm), recorded["log_probs"], strict=True):
+        for row, expected in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(row, expected, rtol=0, atol=2e-5)
+    examples = [Example(PROMPTS[0], COMPLETIONS[:2], prior=[0.3, 0.7]), Example(PROMPTS[1], COMPLETIONS[1:])]
+    found = {
+        "predict_proba": predict_proba(PROMPTS, COMPLETIONS, lm),
+        "prior": predict_proba(PROMPTS, COMPLETIONS, lm, prior=[0.1, 0.2, 0.3, 0.4]),
+        "not normalized": predict_proba(PROMPTS, COMPLETIONS, lm, normalize=False),
+        "no space": predict_proba(PROMPTS, COMPLETIONS, lm, end_of_prompt=""),
+        "discounted": predict_proba(PROMPTS, COMPLETIONS, lm, discount_completions=-0.5),
+        "examples": predict_proba(examples, lm=lm),
+    }
+    for case, ours in found.items():
+        for row, expected in zip(ours, recorded[case], strict=True):
+            np.testing.assert_allclose(row, expected, rtol=0, atol=1e-6, err_msg=case)
+    assert predict(PROMPTS, COMPLETIONS, lm) == recorded["predict"]

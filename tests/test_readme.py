@@ -40,8 +40,7 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("gpt2_in_this_folder")
 def test_readme_example_of_the_store() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
-    for is_stored in (False, True):
+        for is_stored in (False, True):
         names: dict = {"backprompt": backprompt, "Text": backprompt.Text}
         exec(compile(blocks[1], str(README), "exec"), names)
         stats = names["lm"].stats
@@ -63,6 +62,17 @@ def test_readme_example_of_groups(capsys: pytest.CaptureFixture[str]) -> None:
     num_question = len(backprompt.Text(names["question"], lm).tokens)
     num_eighth = len(eighth.tokens) - len(names["shots"][0].tokens)  # its first words are those of the others
     assert num_question < (lm.stats - before).tokens_computed < num_eighth + num_question
+
+
+@pytest.mark.usefixtures("gpt2_in_this_folder")
+def test_readme_example_of_classification() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {"lm": backprompt.load("gpt2")}
+    *statements, last = blocks[3].strip().splitlines()
+    exec("\n".join([*statements, f"predicted = {last}"]), names)
+    assert len(names["predicted"]) == 2
+    assert set(names["predicted"]) <= {"negative", "positive"}
 
 
 def test_public_names() -> None:
