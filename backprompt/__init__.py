@@ -1,5 +1,6 @@
 """Compose prompts with `+` and evaluate a forest of them in packed passes, each distinct token once."""
 
+from backprompt import classify
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
@@ -62,6 +63,7 @@ __all__ = [
     "TokenizerError",
     "UnboundTextError",
     "UnsupportedModelError",
+    "classify",
     "eager",
     "evaluate",
     "independence_gap",
