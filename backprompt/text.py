@@ -261,6 +261,7 @@ class Text:
 
         Raises:
             NoStoreError: the `LM` was made without `store=`.
+            EntryTooLargeError: it does not fit the store at all.
             OSError: the store cannot be written to.
 
         """
