@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 MIN_TOKENS = 16
 """Runs of fewer tokens are not stored unless they are asked for, or something that is stored stands on them.
 
-Measured (benchmarks/README.md): from about 4 tokens on, writing and reading take no longer than computing once more; but
-what is stored is often never read again.
+Measured (benchmarks/README.md): from about 4 tokens on, writing and reading take no longer than computing once more;
+but what is stored is often never read again.
 """
 
 _STATES = ("hidden", "logprobs", "has_logprobs")
