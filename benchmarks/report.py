@@ -89,15 +89,19 @@ def again(line: Line) -> str:
 
 def store_tables(measured: dict[str, Any]) -> dict[str, str]:
     """The tables of the suite "store"."""
-    fresh, many, budget = measured["fresh process"], measured["many entries"], measured["budget"]
+    return {
+        **_fresh_process_tables(measured["fresh process"]),
+        **_entries_tables(measured),
+        "table budget": _budget_table(measured["budget"]),
+    }
+
+
+def _milliseconds(value: float) -> str:
+    return f"{1e3 * value:,.0f}" if value >= 0.1 else f"{1e3 * value:.3g}"
+
+
+def _fresh_process_tables(fresh: dict[str, Any]) -> dict[str, str]:
     seconds, faster, num_bytes = fresh["seconds"], fresh["times faster"], fresh["bytes"]
-
-    def milliseconds(value: float) -> str:
-        return f"{1e3 * value:,.0f}" if value >= 0.1 else f"{1e3 * value:.3g}"
-
-    def per_second(value: float) -> str:
-        return f"{num_bytes / value / 1e6:,.0f}"
-
     headings = ["milliseconds", "computed", "read, warm page cache", "times faster", "read, cold", "times faster"]
     names = {
         "prompt": f"`.logits` of the stored prompt of {fresh['tokens']:,} tokens",
@@ -106,12 +110,12 @@ def store_tables(measured: dict[str, Any]) -> dict[str, str]:
     rows = [
         [
             label,
-            milliseconds(seconds[f"{name}, computed"]["median"]),
+            _milliseconds(seconds[f"{name}, computed"]["median"]),
             *(
                 cell
                 for state in ("warm", "cold")
                 for cell in (
-                    milliseconds(seconds[f"{name}, {state}"]["median"]),
+                    _milliseconds(seconds[f"{name}, {state}"]["median"]),
                     f"{faster[f'{name}, {state}']['median']:.0f} ({faster[f'{name}, {state}']['lowest']:.0f} to "
                     f"{faster[f'{name}, {state}']['highest']:.0f})",
                 )
@@ -123,7 +127,7 @@ def store_tables(measured: dict[str, Any]) -> dict[str, str]:
     tables["table reading"] = _markdown(
         [f"the entry's {num_bytes / 1e6:.1f} MB", "milliseconds", "MB/s"],
         [
-            [label, milliseconds(value), per_second(value)]
+            [label, _milliseconds(value), f"{num_bytes / value / 1e6:,.0f}"]
             for label, value in (
                 ("`store.get`: read and checked", fresh["entry"]["read and checked"]),
                 ("`Path.read_bytes`", fresh["entry"]["bytes only"]),
@@ -135,16 +139,21 @@ def store_tables(measured: dict[str, Any]) -> dict[str, str]:
     tables["table once"] = _markdown(
         ["once a process, milliseconds", ""],
         [
-            ["fingerprint of the weights, first process", milliseconds(fresh["first fingerprint"])],
-            ["fingerprint of the weights, other processes", milliseconds(fresh["later fingerprint"])],
-            ["computing the prompt, no store", milliseconds(seconds["computed"]["median"])],
-            ["computing and storing it", milliseconds(seconds["computed and stored"]["median"])],
+            ["fingerprint of the weights, first process", _milliseconds(fresh["first fingerprint"])],
+            ["fingerprint of the weights, other processes", _milliseconds(fresh["later fingerprint"])],
+            ["computing the prompt, no store", _milliseconds(seconds["computed"]["median"])],
+            ["computing and storing it", _milliseconds(seconds["computed and stored"]["median"])],
         ],
     )
+    return tables
+
+
+def _entries_tables(measured: dict[str, Any]) -> dict[str, str]:
+    many, tables = measured["many entries"], {}
     tables["table runs"] = _markdown(
         ["tokens in a run", "computing, in company, ms", "writing, ms", "reading, ms"],
         [
-            [str(line["tokens"]), *(milliseconds(line[name]) for name in ("computing", "writing", "reading"))]
+            [str(line["tokens"]), *(_milliseconds(line[name]) for name in ("computing", "writing", "reading"))]
             for line in measured["runs"]
         ],
     )
@@ -162,13 +171,17 @@ def store_tables(measured: dict[str, Any]) -> dict[str, str]:
     tables["table many"] = _markdown(
         [f"{many['entries']:,} entries, milliseconds", "median", "lowest", "highest"],
         [
-            [name, *(milliseconds(many[name][which]) for which in ("median", "lowest", "highest"))]
+            [name, *(_milliseconds(many[name][which]) for which in ("median", "lowest", "highest"))]
             for name in ("opening", "looking up", "reading one")
         ]
-        + [[name, milliseconds(many[name]), "", ""] for name in ("opening without its index", "writing one")]
+        + [[name, _milliseconds(many[name]), "", ""] for name in ("opening without its index", "writing one")]
         + [["memory grown, MB", f"{many['memory grown'] / 1e6:.1f}", "", ""]],
     )
-    tables["table budget"] = _markdown(
+    return tables
+
+
+def _budget_table(budget: dict[str, Any]) -> str:
+    return _markdown(
         [
             f"a forest of {budget['bytes'] / 1e6:,.0f} MB",
             "seconds",
@@ -195,7 +208,6 @@ def store_tables(measured: dict[str, Any]) -> dict[str, str]:
             for name, line in budget["lines"].items()
         ],
     )
-    return tables
 
 
 def write_tables(results: dict[str, Any]) -> None:

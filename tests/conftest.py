@@ -31,3 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tiny_tokenizers import byte_level_bpe
+
+    return byte_level_bpe()
+
+
+@pytest.fixture(scope="module")
+def model():
+    from tiny_models import FAMILIES
+
+    return FAMILIES["gpt2"]()

@@ -16,16 +16,6 @@ ATOL = 5e-5
 SHOTS = "Question: What is 12 + 34? Answer: 46. Question: What is 5 + 6? Answer: 11. "
 
 
-@pytest.fixture(scope="module")
-def model():
-    return FAMILIES["gpt2"]()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_level_bpe()
-
-
 @pytest.fixture(params=["memory", "disk"])
 def store(request, tmp_path):
     with MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "prompts.bp") as made:

@@ -21,11 +21,6 @@ COMPLETIONS = ["mat", "mat and the cat", "46", "hello there"]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return FAMILIES["gpt2"]()
-
-
-@pytest.fixture(scope="module")
 def lm(model):
     return LM(model, byte_level_bpe())
 

@@ -13,15 +13,9 @@ from backprompt import LM, GroupError, Text, TextTooLongError, evaluate
 from backprompt.store import DiskStore, MemoryStore
 from reference import masked_logits, masked_token_logprobs, plain_logits
 from tiny_models import FAMILIES
-from tiny_tokenizers import byte_level_bpe
 
 ATOL = 5e-5
 LAW_FAMILIES = ("gpt2", "llama", "gemma", "gpt_neox", "mistral_sliding")  # learned positions, rotary; a window
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_level_bpe()
 
 
 @pytest.fixture(scope="module")

@@ -23,16 +23,6 @@ KEY_BYTES = 2 * (2 * 32 * 4)  # keys and values of two layers
 TOKEN_BYTES = KEY_BYTES + STATE_BYTES
 
 
-@pytest.fixture(scope="module")
-def model():
-    return FAMILIES["gpt2"]()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_level_bpe()
-
-
 def make_lm(model, tokenizer, num_tokens, pass_tokens=16, *, host_tokens=0, **options):
     """An LM that may hold this many tokens, and so many in its second pool, probed already."""
     lm = LM(

@@ -10,7 +10,6 @@ from backprompt.store import DiskStore, MemoryStore
 from backprompt.store.precision import decode, encode, parts_of
 from reference import plain_logits
 from tiny_models import FAMILIES
-from tiny_tokenizers import byte_level_bpe
 
 SHOTS = "Question: What is 12 + 34? Answer: 46. Question: What is 5 + 6? Answer: 11. "
 DTYPES = ["float16", "int8"]
@@ -19,11 +18,6 @@ DTYPES = ["float16", "int8"]
 @pytest.fixture(scope="module")
 def model():
     return FAMILIES["llama"]()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_level_bpe()
 
 
 def draw_tensors(seed, scale=1.0, dtype=torch.float32):

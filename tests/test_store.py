@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from itertools import takewhile
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from threads import in_threads
 
 from backprompt.errors import EntryTooLargeError, StoreVersionError
 from backprompt.store import DiskStore, Entry, Header, Match, MemoryStore
@@ -136,31 +136,28 @@ class TestContract:
             expected = sorted(text for text in texts if text.startswith(prefix))
             assert sorted(header.text for header in store.list(prefix)) == expected
 
-    def test_closing_twice(self, store):
+    def test_closing_twice(self, store, tmp_path):
+        entry = make_entry(1)
+        store.put(entry)
+        store.get(entry.header.name)
         store.close()
         store.close()
+        if isinstance(store, DiskStore):  # a folder is whole then, and opens again
+            assert [file.name for file in store.path.glob("index.sqlite*")] == ["index.sqlite"]
+            with DiskStore(store.path) as again:
+                assert_same(again.get(entry.header.name), entry)
 
     def test_many_threads(self, store):
-        errors = []
-
         def work(seed):
-            try:
-                draw = random.Random(seed)
-                for _ in range(20):
-                    entry = make_entry(draw.randrange(8))
-                    found = store.get(entry.header.name)
-                    if found is not None:
-                        assert_same(found, entry)
-                    draw.choice([store.put, lambda e: store.delete(e.header.name)])(entry)
-            except BaseException as error:
-                errors.append(error)
+            draw = random.Random(seed)
+            for _ in range(20):
+                entry = make_entry(draw.randrange(8))
+                found = store.get(entry.header.name)
+                if found is not None:
+                    assert_same(found, entry)
+                draw.choice([store.put, lambda e: store.delete(e.header.name)])(entry)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert errors == []
+        in_threads(8, work)
 
 
 # Any operations, against a dict
@@ -382,6 +379,8 @@ def test_one_file_that_cannot_be_read_is_one_entry_less(tmp_path, caplog):
     assert "cannot be read" in caplog.text
     assert_same(store.get(make_entry(1).header.name), make_entry(1))
     assert list(store.verify()) == [make_entry(0).header.name]
+    store.rebuild()
+    assert [header.name for header in store.list()] == [make_entry(1).header.name]
 
 
 # Surroundings
@@ -578,28 +577,22 @@ def test_a_writer_that_is_killed_leaves_a_readable_store(tmp_path):
 HAMMER = """
 import sys
 sys.path[:0] = json_path
-import random, threading
+import random
 from test_store import assert_same, make_entry
+from threads import in_threads
 from backprompt.store import DiskStore
 store = DiskStore(sys.argv[1])
-errors = []
-def work(seed):
-    try:
-        draw = random.Random(seed)
-        for _ in range(15):
-            entry = make_entry(draw.randrange(10))
-            found = store.get(entry.header.name)
-            if found is not None:
-                assert_same(found, entry)
-            draw.choice([store.put, store.put, lambda e: store.delete(e.header.name)])(entry)
-            list(store.list())
-    except BaseException as error:
-        errors.append(error)
-threads = [threading.Thread(target=work, args=(int(sys.argv[2]) * 100 + i,)) for i in range(15)]
-[t.start() for t in threads]
-[t.join() for t in threads]
+def work(idx):
+    draw = random.Random(int(sys.argv[2]) * 100 + idx)
+    for _ in range(15):
+        entry = make_entry(draw.randrange(10))
+        found = store.get(entry.header.name)
+        if found is not None:
+            assert_same(found, entry)
+        draw.choice([store.put, store.put, lambda e: store.delete(e.header.name)])(entry)
+        list(store.list())
+in_threads(15, work)
 store.close()
-assert errors == [], errors
 """
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from threads import in_threads
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model
 
@@ -150,25 +151,6 @@ def test_plain_calls_of_another_thread_get_their_usual_numbers(family, tokenizer
     assert len(calls) > 10
     for result in results:
         assert_close(result, plain(model, texts))
-
-
-def in_threads(num_threads, work):
-    """Run `work(idx)` in each thread at once; errors are raised here."""
-    errors = []
-
-    def run(idx):
-        try:
-            work(idx)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(idx,)) for idx in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def test_one_lm_from_eight_threads_gives_right_numbers_and_computes_each_token_once(model, tokenizer):

@@ -171,14 +171,11 @@ class DiskStore(Store):
             return [_checked_name(name) for (name,) in index.execute(query, (len(text_prefix), text_prefix)).fetchall()]
 
         for name in self._ask(names):
-            try:
-                yield _header_of(self._file(name))
-            except FileNotFoundError:
-                continue  # deleted by another process meanwhile
-            except DamagedEntryError as error:
-                self._set_aside(name, error)
-            except StoreVersionError as error:
-                logger.warning("%s: %s", name, error)
+            header = self._header(self._file(name))
+            if header is not None:
+                yield header
+            elif not self.contains(name):
+                self._forget(name)
 
     def find(self, text_prefix: str) -> Sequence[Header]:
         """Return what `list` yields."""
@@ -229,15 +226,11 @@ class DiskStore(Store):
             index.execute("DELETE FROM entries")
             index.execute("DELETE FROM needs")
             for file in self._files():
-                try:
+                header = self._header(file)
+                with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile
                     status = file.stat()
-                    _insert(index, _header_of(file), status.st_size, status.st_mtime)
-                except FileNotFoundError:
-                    continue  # deleted by another process meanwhile
-                except DamagedEntryError as error:
-                    self._move_aside(file, error)
-                except StoreVersionError as error:
-                    logger.warning("%s: %s", file, error)
+                    if header is not None:
+                        _insert(index, header, status.st_size, status.st_mtime)
             index.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # only now: one that was cut off is made again
 
     def close(self) -> None:
@@ -271,6 +264,26 @@ class DiskStore(Store):
             logger.warning("%s cannot be read (%s). It is computed again when needed.", self._file(name), error)
             return None
         return entry
+
+    def _header(self, file: Path) -> Header | None:
+        """Return an entry's header; None where it cannot be had, after saying why. A damaged file is moved aside."""
+        try:
+            with open(file, "rb") as opened:
+                header = read_header(opened)
+            if header.name != file.stem:
+                raise DamagedEntryError(f"it is the entry {header.name}")
+        except FileNotFoundError:
+            return None  # deleted by another process meanwhile
+        except DamagedEntryError as error:
+            self._move_aside(file, error)
+            return None
+        except StoreVersionError as error:
+            logger.warning("%s: %s", file, error)
+            return None
+        except OSError as error:  # this one file: others may be sound
+            logger.warning("%s cannot be read: %s", file, error)
+            return None
+        return header
 
     def _can_be_read(self, name: str) -> bool:
         try:
@@ -500,14 +513,6 @@ def _packed(token_ids: Sequence[int]) -> bytes:
 
 def _unpacked(packed: bytes) -> tuple[int, ...]:
     return struct.unpack(f">{len(packed) // 8}Q", packed)
-
-
-def _header_of(file: Path) -> Header:
-    with open(file, "rb") as opened:
-        header = read_header(opened)
-    if header.name != file.stem:
-        raise DamagedEntryError(f"it is the entry {header.name}")
-    return header
 
 
 def _sync_folder(folder: Path) -> None:
