@@ -20,6 +20,9 @@ from torch import Tensor
 
 from backprompt.radix import Span
 
+CANDIDATE_BYTES = 100
+"""What an entry of a dict from int to float takes, both objects included, when the dict is half full."""
+
 
 @dataclass(frozen=True)
 class Location:
@@ -280,4 +283,39 @@ class LogitPool:
     def clear(self) -> None:
         """Drop every row."""
         self._rows.clear()
+        self.num_bytes = 0
+
+
+class CandidatePool:
+    """Log-probabilities of tokens that were scored as what may follow a text, but not forwarded: the latest used ones.
+
+    Under a bound of bytes of their own.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._logprobs: OrderedDict[Span, dict[int, float]] = OrderedDict()
+
+    def get(self, end: Span) -> Mapping[int, float]:
+        """Return what is known of what follows the text that ends here: nats by token id."""
+        known = self._logprobs.get(end)
+        if known is None:
+            return {}
+        self._logprobs.move_to_end(end)
+        return known
+
+    def put(self, end: Span, logprobs: Mapping[int, float]) -> None:
+        """Keep these, dropping those of the least recently used texts over the bound."""
+        known = self._logprobs.setdefault(end, {})
+        self.num_bytes += CANDIDATE_BYTES * len(logprobs.keys() - known.keys())
+        known.update(logprobs)
+        self._logprobs.move_to_end(end)
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self._logprobs.popitem(last=False)
+            self.num_bytes -= CANDIDATE_BYTES * len(dropped)
+
+    def clear(self) -> None:
+        """Drop all of them."""
+        self._logprobs.clear()
         self.num_bytes = 0

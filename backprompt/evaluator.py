@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backprompt.archive import Archive
-from backprompt.cache import LogitPool, States, gather, keys_values_of, states_of
+from backprompt.cache import CandidatePool, LogitPool, States, gather, keys_values_of, states_of
 from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
 from backprompt.host import HostMemory
@@ -25,7 +25,7 @@ from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
 from backprompt.probe import probe
 from backprompt.radix import NOTHING, Forest, Junction, Place, Span
-from backprompt.token_graph import TokenGraph, TokenIds
+from backprompt.token_graph import TokenGraph, TokenIds, without_last
 
 Item = TypeVar("Item")
 
@@ -34,6 +34,9 @@ DEFAULT_TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 
 
 LOG_SOFTMAX_BYTES = 4 << 20
+
+MAX_CANDIDATE_BYTES = 64 << 20
+"""Bound of the pool of log-probabilities of tokens that were scored and not forwarded."""
 
 MAX_EMPTY_SPANS = 10_000
 """Spans of which nothing is held any more stay in the forest up to this number, to tell what is computed again."""
@@ -56,6 +59,23 @@ class Counters:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be scored: a text's tokens from `start` on, and tokens that may follow it and are not forwarded."""
+
+    token_ids: TokenIds
+    start: int
+    candidates: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-probabilities in nats: of the text's tokens from `start` on, `(tokens - start,)`, and by candidate."""
+
+    tokens: Tensor
+    candidates: Mapping[int, float]
+
+
 class Evaluator:
     """Computes spans, and from their hidden states logits and log-probabilities, each once."""
 
@@ -75,6 +95,7 @@ class Evaluator:
         self.counters = counters
         self._max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
         self._pool = LogitPool(max_result_bytes)
+        self._candidates = CandidatePool(MAX_CANDIDATE_BYTES)
         self.host = host
         self.memory = Memory(memory_bytes, self.executor.hidden_size, host)
         self._archive = archive
@@ -85,13 +106,13 @@ class Evaluator:
 
     @property
     def result_bytes_held(self) -> int:
-        """Bytes of the rows of logits in the pool."""
-        return self._pool.num_bytes
+        """Bytes of the rows of logits, and of the log-probabilities of candidates, in their pools."""
+        return self._pool.num_bytes + self._candidates.num_bytes
 
     def clear(self) -> None:
         """Forget all that was computed, pinned texts included."""
         self.forest.clear()
-        self._pool.clear()
+        self._forget_results()
         self._pinned.clear()
 
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
@@ -213,10 +234,13 @@ class Evaluator:
             self.score([(other, 0) for other in (place, *ahead())])
         return self.logprobs_from(place, 0)
 
-    def score(self, texts: Iterable[tuple[Place, int]]) -> None:
+    def score(
+        self, texts: Iterable[tuple[Place, int]], candidates: Mapping[Span, Collection[int]] | None = None
+    ) -> dict[Span, dict[int, float]]:
         """Compute the log-probabilities of computed texts from a token of each on, counted in written order.
 
         Each row that predicts several tokens is computed once, and none that predicts only tokens before the start.
+        `candidates`: tokens to score as well that may follow the texts that end there; theirs are returned.
         """
         first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
         for place, start in texts:
@@ -224,12 +248,41 @@ class Evaluator:
                 first_rows[span] = min(first_row, first_rows.get(span, first_row))
         predictions = _Predictions()
         for span, first_row in first_rows.items():
+            if first_row == 0:
+                self._recall(span)
             if not _is_scored(span, first_row):
                 predictions.add(span, first_row)
+        candidates = candidates or {}
+        found: dict[Span, dict[int, float]] = {end: {} for end in candidates}
+        for end, token_ids in candidates.items():
+            pooled = self._candidates.get(end)
+            for token_id in token_ids:
+                if token_id in pooled:
+                    found[end][token_id] = pooled[token_id]
+                elif (child := _held_child(end, token_id)) is None:
+                    predictions.add_candidate(end, token_id)
+                elif not _has_first_logprob(child):
+                    predictions.add_branches(end)
         for rows, targets in predictions.slices(self.executor.rows_in_a_slice):
             row_idx = torch.tensor([target.row_idx for target in targets])
             token_ids = torch.tensor([target.token_id for target in targets])
-            _write_logprobs(targets, _picked_logprobs(self._logits(rows), row_idx, token_ids))
+            logprobs = _picked_logprobs(self._logits(rows), row_idx, token_ids)
+            for end, scored in _write_logprobs(targets, logprobs).items():
+                self._candidates.put(end, scored)
+                found[end] |= scored
+        for end, token_ids in candidates.items():
+            children = {t: child for t in token_ids if t not in found[end] and (child := _held_child(end, t))}
+            found[end] |= {token_id: _first_logprob(child) for token_id, child in children.items()}
+        return found
+
+    def _recall(self, span: Span) -> None:
+        """Write what was known of a span's first token before it was forwarded to where that is held."""
+        assert span.parent is not None
+        logprob = self._candidates.get(span.parent).get(span.token_ids[0])
+        if logprob is not None and not _has_first_logprob(span):
+            rows = states_of(span)
+            rows.block.logprobs[rows.start] = logprob
+            rows.block.has_logprobs[rows.start] = True
 
     def logprobs_from(self, place: Place, start: int) -> Tensor:
         """Return a copy of a scored text's log-probabilities from token `start` on, `(tokens - start,)`."""
@@ -252,23 +305,41 @@ class Evaluator:
         return spans
 
     def token_logprobs_of(self, texts: Sequence[tuple[TokenIds, int]]) -> list[Tensor]:
-        """Evaluate texts and return the log-probabilities of their tokens, from a token of each on."""
-        found: dict[int, Tensor] = {}
-        with self._inserted([token_ids for token_ids, _ in texts]) as ends:
-            asked = [
-                (idx, Place(end, token_ids), start)
-                for idx, (end, (token_ids, start)) in enumerate(zip(ends, texts, strict=True))
-            ]
+        """Return the log-probabilities of texts' tokens, from a token of each on, `(tokens - start,)`.
+
+        A text's last token is scored by the row before it; it is not forwarded unless something continues it.
+        """
+        splits = [without_last(token_ids) if start < len(token_ids) else None for token_ids, start in texts]
+        wanted = [
+            Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:])
+            for (token_ids, start), split in zip(texts, splits, strict=True)
+        ]
+        return [
+            torch.cat([scored.tokens, scored.tokens.new_tensor(list(scored.candidates.values()))])
+            for scored in self.scored(wanted)
+        ]
+
+    def scored(self, wanted: Sequence[Wanted]) -> list[Scored]:
+        """Evaluate texts and score what is wanted of each."""
+        found: dict[int, Scored] = {}
+        with self._inserted([text.token_ids for text in wanted]) as ends:
+            places = [Place(end, text.token_ids) for end, text in zip(ends, wanted, strict=True)]
 
             def collect() -> None:
                 """Read off what is there, before any of it is dropped."""
-                ready = [text for text in asked if text[0] not in found and text[1].end.states is not None]
-                self.score((place, start) for _, place, start in ready)
-                found.update((idx, self.logprobs_from(place, start)) for idx, place, start in ready)
+                ready = [idx for idx, place in enumerate(places) if idx not in found and place.end.states is not None]
+                candidates: dict[Span, dict[int, None]] = {}
+                for idx in ready:
+                    if wanted[idx].candidates:
+                        candidates.setdefault(places[idx].end, {}).update(dict.fromkeys(wanted[idx].candidates))
+                scored = self.score(((places[idx], wanted[idx].start) for idx in ready), candidates)
+                for idx in ready:
+                    following = {token_id: scored[places[idx].end][token_id] for token_id in wanted[idx].candidates}
+                    found[idx] = Scored(self.logprobs_from(places[idx], wanted[idx].start), following)
 
             self._compute(ends, before_eviction=collect)
             collect()
-        return [found[idx] for idx in range(len(texts))]
+        return [found[idx] for idx in range(len(wanted))]
 
     @contextmanager
     def _computed(self, token_ids: TokenIds, *, with_keys: bool) -> Iterator[Span]:
@@ -368,7 +439,7 @@ class Evaluator:
         for span in new:
             if span.error:  # it was read back inexactly once, and so may be rows of logits that were computed with it
                 span.error = 0.0
-                self._pool.clear()
+                self._forget_results()
         num_tokens = sum(len(span.token_ids) for span in with_rows)
         num_recomputed = sum(len(span.token_ids) for span in with_rows if span.was_computed)
         for span in spans:
@@ -401,6 +472,10 @@ class Evaluator:
             self.clear()
             raise
 
+    def _forget_results(self) -> None:
+        self._pool.clear()
+        self._candidates.clear()
+
     def _num_bytes(self, spans: Collection[Span]) -> int:
         """Return the bytes that all of these spans take."""
         return sum(len(span.token_ids) for span in spans) * self.executor.token_bytes
@@ -420,20 +495,28 @@ class Evaluator:
 
 
 @dataclass(frozen=True, slots=True)
+class _HeldRow:
+    """Where the log-probability of a forwarded token goes."""
+
+    block: States
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Target:
-    """A token to be scored: by which row of the slice, and where its log-probability goes."""
+    """A token to be scored: by which row of the slice, and where that goes, for a candidate by what it follows."""
 
     row_idx: int
     token_id: int
-    block: States
-    block_row: int
+    sink: _HeldRow | Span
 
 
 @dataclass
 class _Predictions:
     """Rows of hidden states that predict tokens, each once, with all that they predict."""
 
-    _rows: dict[tuple[States, int], list[tuple[int, States, int]]] = field(default_factory=dict)
+    _rows: dict[tuple[States, int], list[tuple[int, _HeldRow | Span]]] = field(default_factory=dict)
+    _branched: set[Span] = field(default_factory=set)
 
     def add(self, span: Span, first_row: int) -> None:
         """Add what is not scored yet of a computed span from `first_row` on.
@@ -449,25 +532,36 @@ class _Predictions:
                 rows.block.logprobs[rows.start] = torch.nan  # nothing predicts a first token, or one behind a junction
                 rows.block.has_logprobs[rows.start] = True
             else:
-                self._add_branches(span.parent)
+                self.add_branches(span.parent)
         for idx in range(max(1, first_row), len(is_scored)):
             if not is_scored[idx]:
-                block_row = rows.start + idx
-                self._rows[rows.block, block_row - 1] = [(span.token_ids[idx], rows.block, block_row)]
+                held_row = _HeldRow(rows.block, rows.start + idx)
+                self._rows[rows.block, held_row.row - 1] = [(span.token_ids[idx], held_row)]
 
-    def _add_branches(self, parent: Span) -> None:
-        before = states_of(parent)
-        held = [span for span in parent.children.values() if span.token_ids and span.states is not None]
-        branches = [(span.token_ids[0], states_of(span)) for span in held]
-        self._rows[before.block, before.stop - 1] = [(token_id, rows.block, rows.start) for token_id, rows in branches]
+    def add_candidate(self, end: Span, token_id: int) -> None:
+        """Add a token that may follow a computed span and is not forwarded."""
+        self._predicted_by(end).append((token_id, end))
+
+    def add_branches(self, parent: Span) -> None:
+        """Add the first tokens of all that was forwarded behind a computed span."""
+        if parent not in self._branched:
+            self._branched.add(parent)
+            held = [span for span in parent.children.values() if span.token_ids and span.states is not None]
+            starts = [(span.token_ids[0], states_of(span)) for span in held]
+            self._predicted_by(parent).extend((token_id, _HeldRow(at.block, at.start)) for token_id, at in starts)
+
+    def _predicted_by(self, end: Span) -> list[tuple[int, _HeldRow | Span]]:
+        """Return what the last row of a span predicts, to be added to."""
+        rows = states_of(end)
+        return self._rows.setdefault((rows.block, rows.stop - 1), [])
 
     def slices(self, rows_in_a_slice: int) -> Iterable[tuple[Tensor, list[_Target]]]:
         """Yield hidden states `(rows, hidden)` and what they predict."""
         for group in _slices(list(self._rows), rows_in_a_slice):
             targets = [
-                _Target(row_idx, token_id, block, block_row)
+                _Target(row_idx, token_id, sink)
                 for row_idx, row in enumerate(group)
-                for token_id, block, block_row in self._rows[row]
+                for token_id, sink in self._rows[row]
             ]
             yield _hidden_rows(group), targets
 
@@ -500,14 +594,23 @@ def _picked_logprobs(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> Tens
     return torch.cat(picked)
 
 
-def _write_logprobs(targets: Sequence[_Target], logprobs: Tensor) -> None:
-    by_block: dict[States, list[int]] = {}
+def _write_logprobs(targets: Sequence[_Target], logprobs: Tensor) -> dict[Span, dict[int, float]]:
+    """Write those of forwarded tokens to where they are held, and return those of candidates."""
+    by_block: dict[States, list[tuple[int, int]]] = {}
+    candidates: dict[Span, list[int]] = {}
     for idx, target in enumerate(targets):
-        by_block.setdefault(target.block, []).append(idx)
-    for block, indices in by_block.items():
-        rows = torch.tensor([targets[idx].block_row for idx in indices])
-        block.logprobs[rows.to(logprobs.device)] = logprobs[torch.tensor(indices, device=logprobs.device)]
+        if isinstance(target.sink, _HeldRow):
+            by_block.setdefault(target.sink.block, []).append((idx, target.sink.row))
+        else:
+            candidates.setdefault(target.sink, []).append(idx)
+    for block, pairs in by_block.items():
+        indices, rows = torch.tensor(pairs).unbind(dim=1)
+        block.logprobs[rows.to(logprobs.device)] = logprobs[indices.to(logprobs.device)]
         block.has_logprobs[rows] = True
+    if not candidates:
+        return {}
+    values = logprobs.tolist()
+    return {end: {targets[idx].token_id: values[idx] for idx in indices} for end, indices in candidates.items()}
 
 
 def _is_held(end: Span, with_keys: bool) -> bool:
@@ -548,6 +651,22 @@ def _is_cut_off(spans: Sequence[Span]) -> bool:
 def _is_scored(span: Span, first_row: int = 0) -> bool:
     rows = states_of(span)
     return bool(rows.block.has_logprobs[rows.start + first_row : rows.stop].all())
+
+
+def _held_child(end: Span, token_id: int) -> Span | None:
+    """Return what directly continues a span with this token, if its states are held."""
+    child = end.children.get(token_id)
+    return None if child is None or child.states is None else child
+
+
+def _has_first_logprob(span: Span) -> bool:
+    rows = states_of(span)
+    return bool(rows.block.has_logprobs[rows.start])
+
+
+def _first_logprob(span: Span) -> float:
+    rows = states_of(span)
+    return float(rows.block.logprobs[rows.start])
 
 
 def _path_from(end: Span, start: int) -> list[Span]:

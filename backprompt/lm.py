@@ -71,7 +71,8 @@ class Stats:
         seconds: time in forward passes and in the output head.
         bytes_held: keys, values, hidden states and log-probabilities held now on the device.
         host_bytes_held: those held now in the second pool, in host memory.
-        result_bytes_held: rows of logits held now, in a bounded pool of their own.
+        result_bytes_held: rows of logits, and log-probabilities of tokens that were scored and not forwarded, held now
+            in bounded pools of their own.
         kernel: the attention kernel that serves.
 
     """
@@ -111,7 +112,7 @@ class LM:
         add_special_tokens: whether to add what the tokenizer adds to a whole string, once a text.
         memory_bytes: how much to hold between calls: keys, values, hidden states and log-probabilities. A number of
             bytes or text such as "2 GB"; by default half of what is free on the device. What goes beyond is dropped,
-            keys and values first, and computed again when it is asked for.
+            and computed again when it is asked for.
         host_memory_bytes: a second budget, in host memory: what goes beyond the first moves there instead, and back
             when it is asked for. By default a quarter of the host memory that is free, and 0 for a model that lies in
             host memory itself.
@@ -258,8 +259,9 @@ class LM:
     def token_logprobs(self, texts: Iterable[Text], starts: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Evaluate texts and return the log-probabilities of their tokens, from `starts[i]` on in text i.
 
-        Rows of the output head that predict only tokens before the start are not computed. To score what follows a
-        prompt, let the prompt's number of tokens be the start, where its tokens are a beginning of the whole text's.
+        Rows of the output head that predict only tokens before the start are not computed, and a text's last token is
+        not forwarded for this, since no row of its own is needed. To score what follows a prompt, let the prompt's
+        number of tokens be the start, where its tokens are a beginning of the whole text's.
 
         Returns:
             A tensor a text, `(tokens - start,)`, float32, nats; nan for a first token, which nothing predicts.

@@ -1,10 +1,12 @@
 """The byte budget: how much is held on the device between passes, and what goes first when it is exceeded.
 
-Keys and values go before states, leaves before what they continue (tier.py). Among leaves the order is GreedyDual-Size
-(Cao and Irani 1997, "Cost-Aware WWW Proxy Caching Algorithms"): when it is used, a span is given the credit
-`level + cost a byte`; the lowest credit goes first, and the level rises to it. A token costs its linear layers and
-attention to what stands before it, so of two spans used equally long ago the one that stands further behind stays. Of
-equals the one that was used last stays.
+Leaves go before what they continue (tier.py). Among leaves the order is GreedyDual-Size (Cao and Irani 1997,
+"Cost-Aware WWW Proxy Caching Algorithms"): when it is used, a span is given the credit `level + cost a byte`; the
+lowest credit goes first, and the level rises to it. A token costs its linear layers and attention to what stands before
+it, so of two spans used equally long ago the one that stands further behind stays. States save the same cost in far
+fewer bytes (in GPT-2 a 25th), so they outlive their keys and values by so much; but not for ever, or those of all that
+ever passed through would push out the keys and values that everything continues. Of equals the one that was used last
+stays.
 
 What goes, goes to the second pool (host.py), which lets go of its own in the same order. Never let go: pinned texts,
 and what the next pass attends to. What a later pass of the same evaluation attends to goes last, the latest first, and
@@ -20,9 +22,10 @@ from pathlib import Path
 
 import torch
 
+from backprompt.cache import keys_values_of, states_of
 from backprompt.host import HostMemory
 from backprompt.radix import Forest, Span
-from backprompt.tier import Rank, Tier
+from backprompt.tier import Kind, Rank, Tier
 
 DEFAULT_SHARE = 0.5
 """The budget, where none is given, as a share of the memory that is free on the device."""
@@ -57,8 +60,7 @@ class Memory(Tier):
         self._clock += 1
         for span in spans:
             span.last_used = self._clock
-            # Multiplications a layer: 12 hidden^2 in a token's linear layers, 2 hidden for each token before it.
-            span.credit = self._level + 1 + span.position / (6 * self._hidden_size)
+            span.credit = self._level + self._cost(span)
 
     def evict(
         self,
@@ -85,19 +87,41 @@ class Memory(Tier):
             return
         last_uses = last_uses or {}
 
-        def rank(span: Span) -> Rank | None:
+        spans = list(forest.spans())
+        smaller = _times_smaller(spans)
+
+        def rank(kind: Kind, span: Span) -> Rank | None:
             if span in needed:
                 return None
             last_use = last_uses.get(span, -1)
-            return (0, span.credit, span.last_used) if last_use < next_pass else (1, -last_use, 0)
+            if last_use >= next_pass:
+                return (1, -last_use, 0)
+            worth = (smaller - 1) * self._cost(span) if kind == "states" else 0.0
+            return (0, span.credit + worth, span.last_used)
 
-        spans = list(forest.spans())
-        dropped = self.shrink(spans, excess, lambda span: None if span.num_pins else rank(span))
-        self._level = max([self._level, *(span.credit for places in dropped.values() for span in places)])
+        dropped = self.shrink(spans, excess, lambda kind, span: None if span.num_pins else rank(kind, span))
+        ranks = [rank(kind, span) for kind, places in dropped.items() for span in places]
+        self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
         self._host.take(spans, dropped, rank)
         self.num_empty_spans = sum(span.is_empty for span in spans)
         del dropped  # it keeps blocks alive
         self.compact(spans)
+
+    def _cost(self, span: Span) -> float:
+        """Return what a token of it costs to compute, in units of its linear layers.
+
+        Multiplications a layer: 12 hidden^2 in a token's linear layers, 2 hidden for each token before it.
+        """
+        return 1 + span.position / (6 * self._hidden_size)
+
+
+def _times_smaller(spans: Iterable[Span]) -> float:
+    """Return how many times smaller a token's states are than all that may be held of it."""
+    for span in spans:
+        if span.token_ids and span.rows is not None and span.states is not None:
+            rows, states = keys_values_of(span).num_bytes, states_of(span).num_bytes
+            return (rows + states) / states
+    return 1.0
 
 
 def parse_bytes(given: int | str, name: str = "memory_bytes") -> int:

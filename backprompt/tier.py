@@ -1,7 +1,7 @@
 """A tier of memory: blocks within a budget of bytes, and what goes when it is exceeded.
 
-Keys and values go first, states (hidden states and log-probabilities, much smaller) only when no keys and values are
-left to go. Leaves go before what they continue, so what is held always has its ancestors.
+Leaves go before what they continue, so what is held always has its ancestors, and a span's keys and values go before
+its states (hidden states and log-probabilities, much smaller). Which leaf goes first is for the caller to say.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Places: TypeAlias = "dict[Span, BlockRows[Any]]"
 
 Rank: TypeAlias = "tuple[int, float, int]"
 
-Ranking: TypeAlias = "Callable[[Span], Rank | None]"
-"""The rank of a span: of leaves the one with the lowest goes first, one without a rank stays."""
+Ranking: TypeAlias = "Callable[[Kind, Span], Rank | None]"
+"""The rank of either of what a span holds: of leaves the one with the lowest goes first, one without a rank stays."""
 
 
 class Tier:
@@ -74,11 +74,37 @@ class Tier:
 
         Returns where the rows lie that spans refer to no more; their blocks stay alive for as long as this does.
         """
-        keys_values = self._drop("rows", spans, excess, rank)
-        excess -= num_bytes_of(keys_values)
-        # Keys and values are left only where something stays that has no rank; its states, and all above, stay, too.
-        states = self._drop("states", spans, excess, rank)
-        return {"rows": keys_values, "states": states}
+        if excess <= 0:
+            return {"rows": {}, "states": {}}
+        places = {kind: self.held(kind, spans) for kind in KINDS}
+        num_above = {kind: dict.fromkeys(places[kind], 0) for kind in KINDS}  # what must go before it
+        for kind in KINDS:
+            for span in places[kind]:
+                for before in _goes_after(kind, span, places):
+                    num_above[before[0]][before[1]] += 1
+        dropped: dict[Kind, Places] = {"rows": {}, "states": {}}
+        order = itertools.count()  # among equals, first come first
+        heap: list[tuple[Rank, int, Kind, Span]] = []
+
+        def offer(kind: Kind, span: Span) -> None:
+            if num_above[kind][span] == 0 and (ranked := rank(kind, span)) is not None:
+                heapq.heappush(heap, (ranked, next(order), kind, span))
+
+        for kind in KINDS:
+            for span in places[kind]:
+                offer(kind, span)
+        while heap and excess > 0:
+            _, _, kind, span = heapq.heappop(heap)
+            dropped[kind][span] = places[kind][span]
+            excess -= places[kind][span].num_bytes
+            self.let_go(kind, span)
+            for next_kind, waiting in _goes_after(kind, span, places):
+                if waiting is not span:
+                    waiting.credit = max(waiting.credit, span.credit)
+                    waiting.last_used = max(waiting.last_used, span.last_used)
+                num_above[next_kind][waiting] -= 1
+                offer(next_kind, waiting)
+        return dropped
 
     def compact(self, spans: Sequence[Span]) -> None:
         """Make the blocks smaller of which only some rows are still held."""
@@ -86,37 +112,13 @@ class Tier:
             places = self.held(kind, spans)
             self.hold(kind, compact({span: place for span, place in places.items() if place.block in self._blocks}))
 
-    def _drop(self, kind: Kind, spans: Sequence[Span], excess: int, rank: Ranking) -> Places:
-        dropped: Places = {}
-        if excess <= 0:
-            return dropped
-        places = self.held(kind, spans)
-        num_below = dict.fromkeys(places, 0)
-        for span in places:
-            for parent in span.parents:
-                if parent in num_below:
-                    num_below[parent] += 1
-        order = itertools.count()  # among equals, first come first
-        heap: list[tuple[Rank, int, Span]] = []
 
-        def offer(span: Span) -> None:
-            if num_below[span] == 0 and (ranked := rank(span)) is not None:
-                heapq.heappush(heap, (ranked, next(order), span))
-
-        for span in places:
-            offer(span)
-        while heap and excess > 0:
-            _, _, span = heapq.heappop(heap)
-            dropped[span] = places[span]
-            excess -= places[span].num_bytes
-            self.let_go(kind, span)
-            for parent in span.parents:
-                if parent in num_below:
-                    parent.credit = max(parent.credit, span.credit)
-                    parent.last_used = max(parent.last_used, span.last_used)
-                    num_below[parent] -= 1
-                    offer(parent)
-        return dropped
+def _goes_after(kind: Kind, span: Span, places: Mapping[Kind, Places]) -> list[tuple[Kind, Span]]:
+    """Return what can go only when this has gone: the same of what it continues, and a span's states."""
+    after: list[tuple[Kind, Span]] = [(kind, parent) for parent in span.parents if parent in places[kind]]
+    if kind == "rows" and span in places["states"]:
+        after.append(("states", span))
+    return after
 
 
 def num_bytes_of(places: Mapping[Span, BlockRows[Any]]) -> int:

@@ -71,6 +71,16 @@ def num_positions(token_ids: TokenIds) -> int:
     return token_ids.num_positions if isinstance(token_ids, TokenGraph) else len(token_ids)
 
 
+def without_last(token_ids: TokenIds) -> tuple[TokenIds, int] | None:
+    """Return what stands before the last token, and that token; None where no one token stands before it."""
+    if not isinstance(token_ids, TokenGraph):
+        return (token_ids[:-1], token_ids[-1]) if len(token_ids) > 1 else None
+    *parts, last = token_ids.parts
+    if not isinstance(last, tuple) or len(last) == 1:
+        return None
+    return TokenGraph((*parts, last[:-1])), last[-1]
+
+
 def as_token_ids(parts: Iterable[Part]) -> TokenIds:
     """Return the text that consists of these parts, in the one form that it has.
 

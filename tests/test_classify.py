@@ -150,7 +150,8 @@ def test_prompts_are_computed_once_whatever_the_completions(model):
     prompts = [tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     ids = [tuple(lm.tokenizer(" " + c)["input_ids"]) for c in completions]
     texts = [prompt + completion for prompt in prompts for completion in ids]
-    assert lm.stats.tokens_computed == len({text[:end] for text in texts for end in range(1, len(text) + 1)})
+    # A completion's last token is scored by the row before it, and not forwarded.
+    assert lm.stats.tokens_computed == len({text[:end] for text in texts for end in range(1, len(text))})
 
 
 def test_prompts_stream_through_within_the_budget(model, monkeypatch):
@@ -163,6 +164,20 @@ def test_prompts_stream_through_within_the_budget(model, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert lm.stats.bytes_held <= 60 * 645
     assert lm.stats.tokens_recomputed <= 0.2 * lm.stats.tokens_computed
+
+
+def test_a_shared_instruction_outlives_any_number_of_prompts(model, monkeypatch):
+    """What many scored prompts leave behind goes before the keys and values that all of them continue."""
+    monkeypatch.setattr(classify, "TOKENS_AT_A_TIME", 200)
+    lm = LM(model, byte_level_bpe(), memory_bytes=100 * 645)
+    instruction = "Question: What is it?"
+    prompts = [instruction + f" {number} cats sat on the mat, and" for number in range(100, 300)]
+    num_recomputed = []
+    for start in range(0, 200, 50):
+        before = lm.stats
+        predict_proba(prompts[start : start + 50], COMPLETIONS, lm, show_progress_bar=False)
+        num_recomputed.append((lm.stats - before).tokens_recomputed)
+    assert num_recomputed == [0, 0, 0, 0]
 
 
 def test_a_bar_on_long_work_only(lm, capsys):

@@ -38,6 +38,7 @@ from backprompt import (
     evaluate,
     load,
 )
+from backprompt import evaluator as evaluator_module
 from backprompt.cache import KeysValues, States
 from reference import plain_ids, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
@@ -306,6 +307,38 @@ def test_tokens_are_scored_from_a_start_on_and_no_other_rows_are_computed(data, 
             torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
             rows |= {text.tokens[:end] for end in range(max(1, start), len(text.tokens))}
     assert (lm.stats - before).logit_rows == len(rows)
+
+
+def test_a_last_token_is_scored_without_being_forwarded_and_what_is_known_of_it_is_kept(model, lm):
+    lm.clear()
+    prompt = "The cat sat on the"
+    texts = [Text(prompt, lm) + Text.from_tokens([token_id], lm) for token_id in range(40, 60)]
+    num_before = len(Text(prompt, lm).tokens)
+    before = lm.stats
+    found = torch.cat(lm.token_logprobs(texts, [num_before] * 20))
+    done = lm.stats - before
+    assert (done.tokens_computed, done.logit_rows) == (num_before, 1)
+    expected = [plain_token_logprobs(model, text.tokens)[-1] for text in texts]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=ATOL)
+    torch.testing.assert_close(torch.cat(lm.token_logprobs(texts, [num_before] * 20)), found, rtol=0, atol=0)
+    assert (lm.stats - before).logit_rows == 1
+    evaluate(texts[:2])  # now two are forwarded: their log-probabilities are those that were scored, bit by bit
+    assert [text.token_logprobs[-1] for text in texts[:2]] == found[:2].tolist()
+    assert (lm.stats - before).logit_rows == num_before  # those before the last were not asked for until now
+    assert lm.stats.result_bytes_held > 0
+    lm.clear()
+    assert lm.stats.result_bytes_held == 0
+
+
+def test_what_is_known_of_tokens_not_forwarded_is_bounded(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluator_module, "MAX_CANDIDATE_BYTES", 300)
+    lm = LM(model, tokenizer)
+    texts = [Text("The cat", lm) + Text.from_tokens([token_id], lm) for token_id in range(40, 60)]
+    for chosen in (texts[:2], texts, texts[5:]):
+        for text, logprobs in zip(chosen, lm.token_logprobs(chosen), strict=True):
+            expected = plain_token_logprobs(model, text.tokens)
+            torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert lm.stats.result_bytes_held <= 300
 
 
 def test_starts_that_fit_no_text_are_refused_before_anything_runs(lm, calls):

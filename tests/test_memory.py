@@ -369,6 +369,7 @@ def test_a_forest_that_both_pools_hold_is_computed_once(model, tokenizer, pass_t
     for text, logprobs in zip(continued, lm.token_logprobs(continued), strict=True):
         expected = plain_token_logprobs(model, text.tokens)
         torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    evaluate(continued)  # their last tokens were scored and not forwarded
     assert_plain(model, continued[::7])
     done = lm.stats - before
     assert done.tokens_computed == num_distinct(texts + continued)
