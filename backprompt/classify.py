@@ -13,23 +13,31 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
-from backprompt.errors import GroupError, MixedModelsError, TextTypeError, UnboundTextError
+from backprompt.calibration import Floats
+from backprompt.calibration import best_threshold as best_threshold
+from backprompt.calibration import calibrate as calibrate
+from backprompt.errors import EmptyTextError, GroupError, MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.lm import LM
+from backprompt.search import Candidate, Search, make_trie
 from backprompt.segments import Group
 from backprompt.text import Text
 
 Prompt: TypeAlias = "str | Text"
 Aggregate: TypeAlias = Literal["mean", "sum"]
-Floats: TypeAlias = "npt.NDArray[np.floating[Any]]"
-
+Strategy: TypeAlias = Literal["exhaustive", "best-first"]
 AGGREGATES: tuple[Aggregate, ...] = ("mean", "sum")
+STRATEGIES: tuple[Strategy, ...] = ("exhaustive", "best-first")
 MIN_PROMPTS_FOR_A_BAR = 5
+NODES_AT_A_TIME = 32
+"""Best-first search expands about as many nodes in one pass, where they may still lead to the best completion: on two
+cores of a CPU a pass of 32 tokens takes hardly longer than one of a single token."""
+MAX_LIVE_SEARCHES = 32
 TOKENS_AT_A_TIME = 1 << 20
 """Texts are scored in slices of about as many tokens, counted in strings: their ids take memory, too."""
 
@@ -135,45 +143,40 @@ def predict_proba(
         See `log_probs`.
 
     """
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate must be one of {', '.join(map(repr, AGGREGATES))}, not {aggregate!r}.")
-    if log_marg_probs_completions is not None and not discount_completions:
-        raise TypeError(
-            "log_marg_probs_completions would not be used. Set discount_completions, too, or leave both out."
-        )
-    work = _Work.of(prompts, completions, lm, end_of_prompt, neutral_prompt)
-    if work.are_examples and (prior is not None or not normalize or discount_completions):
-        raise TypeError("Examples have priors and normalize of their own: set them there; discounting is for prompts.")
-    if not work.are_examples:
-        prior = _checked_prior(prior, len(work.completions[0]))
-        _check_normalize(normalize, len(work.completions[0]))
-    discounts = _discounts(work, discount_completions, log_marg_probs_completions)
-    scored = work.log_probs(show_progress_bar)
-    neutral = next(scored) if neutral_prompt is not None else None
-    reduce = np.mean if aggregate == "mean" else np.sum
-    found = []
-    for idx, rows in enumerate(scored):
-        likelihoods = np.array([reduce(row + discount) for row, discount in zip(rows, discounts, strict=False)])
-        if neutral is not None:
-            likelihoods -= np.array([reduce(row) for row in neutral])
-        example = work.examples[idx] if work.are_examples else None
-        own_prior, own_normalize = (prior, normalize) if example is None else (example.prior, example.normalize)
-        found.append(_posterior(likelihoods, own_prior, own_normalize))
-    if work.is_single:
+    task = _Task.of(
+        prompts,
+        completions,
+        lm,
+        prior=prior,
+        normalize=normalize,
+        end_of_prompt=end_of_prompt,
+        aggregate=aggregate,
+        discount_completions=discount_completions,
+        log_marg_probs_completions=log_marg_probs_completions,
+        neutral_prompt=neutral_prompt,
+        show_progress_bar=show_progress_bar,
+    )
+    are_normalized = [example.normalize for example in task.work.examples] or itertools.repeat(normalize)
+    found = [_posterior(weights, is_) for weights, is_ in zip(task.weights(), are_normalized, strict=False)]
+    if task.work.is_single:
         return found[0]
-    return found if work.are_examples else np.stack(found)
+    return found if task.work.are_examples else np.stack(found)
 
 
 def predict(
     prompts: Prompts,
     completions: Sequence[str] | None = None,
     lm: LM | None = None,
+    *,
+    search: Strategy = "exhaustive",
     **options: Any,
 ) -> Any:
     """Return the most probable completion behind each prompt: a `str` for a single prompt, else a list of them.
 
     Args:
         prompts, completions, lm: see `log_probs`.
+        search: "exhaustive" scores every completion. "best-first" finds the same one and scores only those that may
+            still be it: for hundreds of completions and more, many of which begin alike.
         **options: those of `predict_proba`.
 
     Raises:
@@ -181,17 +184,18 @@ def predict(
         See `log_probs`.
 
     """
+    if search not in STRATEGIES:
+        raise ValueError(f"search must be one of {', '.join(map(repr, STRATEGIES))}, not {search!r}.")
     candidates = [p.completions for p in _listed(prompts)[0] if isinstance(p, Example)] or [completions or ()]
     if any(len(c) == 1 for c in candidates):
         raise ValueError(
             "With one completion there is nothing to predict. For its probability call predict_proba with "
             "normalize=False."
         )
-    probabilities = predict_proba(prompts, completions, lm, **options)
-    if isinstance(probabilities, np.ndarray) and probabilities.ndim == 1:
-        return candidates[0][int(probabilities.argmax())]
-    rows = candidates if len(candidates) == len(probabilities) else candidates * len(probabilities)
-    return [row[int(row_probabilities.argmax())] for row, row_probabilities in zip(rows, probabilities, strict=True)]
+    task = _Task.of(prompts, completions, lm, **options)
+    best = task.best_first() if search == "best-first" else [int(weights.argmax()) for weights in task.weights()]
+    found = [row[idx] for row, idx in zip(task.work.completions, best, strict=True)]
+    return found[0] if task.work.is_single else found
 
 
 def token_logprobs(texts: Prompt | Sequence[Prompt], lm: LM | None = None, *, end_of_prompt: str = " ") -> list[Any]:
@@ -217,60 +221,6 @@ def token_logprobs(texts: Prompt | Sequence[Prompt], lm: LM | None = None, *, en
     return rows[0] if is_single else rows
 
 
-# Calibration
-
-
-def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike) -> Floats:
-    """Return probabilities corrected for what the prompt prefers whatever is asked (contextual calibration).
-
-    Zhao et al. 2021, arXiv 2102.09690: divided by what `predict_proba` gave for neutral inputs ("N/A", "") in the same
-    prompt, and normalized again.
-
-    Args:
-        probabilities: `(prompts, completions)` or `(completions,)`.
-        neutral_probabilities: `(completions,)`, or `(neutral prompts, completions)`, whose mean is taken.
-
-    Raises:
-        ValueError: the numbers of completions differ, or a neutral probability is 0.
-
-    """
-    given, neutral = np.asarray(probabilities, dtype=float), np.asarray(neutral_probabilities, dtype=float)
-    neutral = neutral.mean(axis=0) if neutral.ndim == 2 else neutral
-    if neutral.ndim != 1 or given.shape[-1] != len(neutral):
-        raise ValueError(
-            f"probabilities have {given.shape[-1]} completions and neutral_probabilities the shape {neutral.shape}. "
-            "Score the same completions in both."
-        )
-    if not (neutral > 0).all():
-        raise ValueError("A neutral probability is 0, so nothing can be divided by it. Use other neutral prompts.")
-    corrected: Floats = given / neutral
-    corrected /= corrected.sum(axis=-1, keepdims=True)
-    return corrected
-
-
-def best_threshold(probabilities: npt.ArrayLike, is_positive: npt.ArrayLike) -> float:
-    """Return the threshold t at which `probability >= t` is most often right on labelled data; the middle of a gap.
-
-    Args:
-        probabilities: of the positive class, `(examples,)`.
-        is_positive: whether each example is of it, `(examples,)`.
-
-    Raises:
-        ValueError: they are empty or differ in shape.
-
-    """
-    given, labels = np.asarray(probabilities, dtype=float), np.asarray(is_positive, dtype=bool)
-    if given.ndim != 1 or given.shape != labels.shape or not len(given):
-        raise ValueError(
-            f"probabilities and is_positive must be two lists of one length, not of shapes {given.shape} and "
-            f"{labels.shape}."
-        )
-    order = np.unique(given)
-    thresholds = np.concatenate([[order[0]], (order[1:] + order[:-1]) / 2, [np.nextafter(order[-1], np.inf)]])
-    num_right = ((given[None] >= thresholds[:, None]) == labels[None]).sum(axis=1)
-    return float(thresholds[int(num_right.argmax())])
-
-
 # The work
 
 
@@ -292,7 +242,6 @@ class _Work:
         completions: Sequence[str] | None,
         lm: LM | None,
         end_of_prompt: str,
-        neutral_prompt: Prompt | None = None,
     ) -> _Work:
         listed, is_single = _listed(prompts)
         if not listed:
@@ -309,11 +258,6 @@ class _Work:
         bare: list[Prompt] = [p.prompt if isinstance(p, Example) else p for p in listed]
         for idx, prompt in enumerate(bare):
             _check_prompt(prompt, "prompts" if is_single else f"prompts[{idx}]")
-        if neutral_prompt is not None:
-            if examples:
-                raise TypeError("neutral_prompt is for prompts with common completions, not for examples.")
-            _check_prompt(neutral_prompt, "neutral_prompt")
-            bare.insert(0, neutral_prompt)
         lm = _common_lm(bare, lm)
         texts = [_bound(prompt, lm) for prompt in bare]
         for text in texts:
@@ -323,7 +267,9 @@ class _Work:
                 )
         per_prompt = [tuple(example.completions) for example in examples] or [shared] * len(texts)
         ends = [example.end_of_prompt for example in examples] or [end_of_prompt] * len(texts)
-        return cls(lm, texts, per_prompt, ends, examples, is_single)
+        work = cls(lm, texts, per_prompt, ends, examples, is_single)
+        work._check()
+        return work
 
     @property
     def are_examples(self) -> bool:
@@ -332,14 +278,37 @@ class _Work:
 
     def log_probs(self, show_progress_bar: bool | None) -> Iterator[list[Floats]]:
         """Yield, for each prompt, an array of token log-probabilities a completion."""
-        show = len(self.prompts) >= MIN_PROMPTS_FOR_A_BAR if show_progress_bar is None else show_progress_bar
-        with tqdm(total=len(self.prompts), desc="prompts", disable=not show) as bar:
+        with self.bar(show_progress_bar) as bar:
             for rows in self._scored():
                 bar.update()
                 yield rows
 
+    def bar(self, show: bool | None) -> Any:
+        """Return a progress bar over the prompts, which shows on long work where it is not said whether to."""
+        is_shown = len(self.prompts) >= MIN_PROMPTS_FOR_A_BAR if show is None else show
+        return tqdm(total=len(self.prompts), desc="prompts", disable=not is_shown)
+
+    def _check(self) -> None:
+        """Raise for what cannot be scored."""
+        longest = {
+            key: max((self.completion_ids[key[0], completion] for completion in key[1]), key=len)
+            for key in set(zip(self.ends, self.completions, strict=True))
+        }
+        self.lm.check(
+            [
+                prompt + Text.from_tokens(longest[end, row], self.lm)
+                for prompt, end, row in zip(self.prompts, self.ends, self.completions, strict=True)
+            ]
+        )
+        for idx, num_tokens in enumerate(self.lm.num_tokens(self.prompts)):
+            if not num_tokens:
+                raise EmptyTextError(
+                    f"prompts[{idx}], {self.prompts[idx]!r}, has no tokens. A completion's first token needs something "
+                    "before it."
+                )
+
     def _scored(self) -> Iterator[list[Floats]]:
-        ids_of = self.completion_ids()
+        ids_of = self.completion_ids
         texts: list[list[Text]] = []
         num_tokens = 0
         for idx, (prompt, length) in enumerate(zip(self.prompts, self.lm.num_tokens(self.prompts), strict=True)):
@@ -358,8 +327,9 @@ class _Work:
         for row in texts:
             yield [next(logprobs).cpu().double().numpy() for _ in row]
 
+    @cached_property
     def completion_ids(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """Return the ids of each completion, by its end of prompt and itself."""
+        """The ids of each completion, by its end of prompt and itself."""
         wanted = list(
             dict.fromkeys((end, c) for end, row in zip(self.ends, self.completions, strict=True) for c in row)
         )
@@ -373,10 +343,139 @@ class _Work:
         return found
 
 
-def _discounts(work: _Work, discount: float, log_marg_probs: Sequence[Sequence[float]] | None) -> Iterable[Any]:
-    """Return what to add to each completion's token log-probabilities."""
+@dataclass(frozen=True)
+class _Scheme:
+    """How the log-probabilities of a completion's tokens become its weight: the logarithm of its probability, up to a
+    constant that all completions of the prompt share.
+    """
+
+    aggregate: Aggregate
+    discounts: Sequence[Floats] | None = None  # for each completion what is added to its tokens'
+    neutral: Sequence[float] | None = None  # each completion's weight behind the neutral prompt
+    log_prior: Sequence[float] | None = None
+
+    def weight(self, completion_idx: int, logprobs: Floats) -> float:
+        """Return the weight of a completion whose tokens have these log-probabilities."""
+        discounted = logprobs if self.discounts is None else logprobs + self.discounts[completion_idx]
+        weight = discounted.mean() if self.aggregate == "mean" else discounted.sum()
+        if self.neutral is not None:
+            weight = weight - self.neutral[completion_idx]
+        if self.log_prior is not None:
+            weight = weight + self.log_prior[completion_idx]
+        return float(weight)
+
+    def candidate(self, completion_idx: int, token_ids: tuple[int, ...]) -> Candidate:
+        """Return what a search needs to know of a completion."""
+        offset = self.weight(completion_idx, np.zeros(len(token_ids)))
+        return Candidate(token_ids, offset, len(token_ids) if self.aggregate == "mean" else 1)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The work, how completions are weighed behind each prompt, and whether to show a bar."""
+
+    work: _Work
+    schemes: Sequence[_Scheme]
+    show_progress_bar: bool | None
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Prompts,
+        completions: Sequence[str] | None,
+        lm: LM | None,
+        *,
+        prior: Sequence[float] | None = None,
+        normalize: bool = True,
+        end_of_prompt: str = " ",
+        aggregate: Aggregate = "mean",
+        discount_completions: float = 0.0,
+        log_marg_probs_completions: Sequence[Sequence[float]] | None = None,
+        neutral_prompt: Prompt | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> _Task:
+        """Check everything, and score what the weights need besides the prompts."""
+        if aggregate not in AGGREGATES:
+            raise ValueError(f"aggregate must be one of {', '.join(map(repr, AGGREGATES))}, not {aggregate!r}.")
+        if log_marg_probs_completions is not None and not discount_completions:
+            raise TypeError(
+                "log_marg_probs_completions would not be used. Set discount_completions, too, or leave both out."
+            )
+        work = _Work.of(prompts, completions, lm, end_of_prompt)
+        if work.are_examples:
+            if prior is not None or not normalize or discount_completions or neutral_prompt is not None:
+                raise TypeError(
+                    "Examples have priors and normalize of their own: set them there. discount_completions and "
+                    "neutral_prompt are for prompts with common completions, not for examples."
+                )
+            schemes = [_Scheme(aggregate, log_prior=_log(example.prior)) for example in work.examples]
+            return cls(work, schemes, show_progress_bar)
+        shared = work.completions[0]
+        log_prior = _log(_checked_prior(prior, len(shared)))
+        _check_normalize(normalize, len(shared))
+        behind_nothing = None
+        if neutral_prompt is not None:
+            _check_prompt(neutral_prompt, "neutral_prompt")
+            behind_nothing = _Work.of(neutral_prompt, shared, work.lm, end_of_prompt)
+        discounts = _discounts(work, discount_completions, log_marg_probs_completions)
+        neutral = None
+        if behind_nothing is not None:
+            (rows,) = behind_nothing.log_probs(show_progress_bar=False)
+            neutral = [_Scheme(aggregate).weight(idx, row) for idx, row in enumerate(rows)]
+        scheme = _Scheme(aggregate, discounts, neutral, log_prior)
+        return cls(work, [scheme] * len(work.prompts), show_progress_bar)
+
+    def weights(self) -> Iterator[Floats]:
+        """Yield, for each prompt, the weight of each completion."""
+        for scheme, rows in zip(self.schemes, self.work.log_probs(self.show_progress_bar), strict=True):
+            yield np.array([scheme.weight(idx, row) for idx, row in enumerate(rows)])
+
+    def best_first(self) -> list[int]:
+        """Return, for each prompt, the completion with the highest weight, the first of equals."""
+        work, best = self.work, [0] * len(self.work.prompts)
+        searches = self._searches()
+        live: dict[int, Search] = {}
+        with work.bar(self.show_progress_bar) as bar:
+            while True:
+                live.update(itertools.islice(searches, MAX_LIVE_SEARCHES - len(live)))
+                if not live:
+                    return best
+                expanded = []
+                for idx, search in list(live.items()):
+                    nodes = search.expand(max(1, NODES_AT_A_TIME // len(live)))
+                    expanded += [(idx, search, node) for node in nodes]
+                    if not nodes:
+                        best[idx] = search.best_idx
+                        del live[idx]
+                        bar.update()
+                following = work.lm.next_token_logprobs(
+                    [work.prompts[idx] + Text.from_tokens(node.token_ids, work.lm) for idx, _, node in expanded],
+                    [list(node.children) for _, _, node in expanded],
+                )
+                for (_, search, node), logprobs in zip(expanded, following, strict=True):
+                    search.tell(node, dict(zip(node.children, logprobs.tolist(), strict=True)))
+
+    def _searches(self) -> Iterator[tuple[int, Search]]:
+        """Yield a search for each prompt; those of prompts with the same completions and scheme share a trie."""
+        ids_of = self.work.completion_ids
+        made_for, root = None, None
+        for idx, (scheme, end, row) in enumerate(zip(self.schemes, self.work.ends, self.work.completions, strict=True)):
+            if root is None or made_for != (id(scheme), end, row):
+                root = make_trie([scheme.candidate(i, ids_of[end, completion]) for i, completion in enumerate(row)])
+                made_for = (id(scheme), end, row)
+
+            def score(completion_idx: int, logprobs: list[float], scheme: _Scheme = scheme) -> float:
+                return scheme.weight(completion_idx, np.array(logprobs))
+
+            yield idx, Search(root, score)
+
+
+def _discounts(
+    work: _Work, discount: float, log_marg_probs: Sequence[Sequence[float]] | None
+) -> Sequence[Floats] | None:
+    """Return what to add to each completion's token log-probabilities, if anything."""
     if not discount:
-        return itertools.repeat(0.0)
+        return None
     shared = work.completions[0]
     given = log_marg_probs
     if given is None:
@@ -389,10 +488,13 @@ def _discounts(work: _Work, discount: float, log_marg_probs: Sequence[Sequence[f
     return [discount * np.array([0.0 if value is None else value for value in row]) for row in given]
 
 
-def _posterior(log_likelihoods: Floats, prior: Sequence[float] | None, normalize: bool) -> Floats:
-    """Apply Bayes' rule, without underflow where it is normalized."""
+def _log(prior: Any) -> Any:
     with np.errstate(divide="ignore"):
-        weights = log_likelihoods if prior is None else log_likelihoods + np.log(prior)
+        return None if prior is None else np.log(prior)
+
+
+def _posterior(weights: Floats, normalize: bool) -> Floats:
+    """Return probabilities, by Bayes' rule without underflow where they are normalized."""
     if not normalize:
         return np.exp(weights)
     probabilities: Floats = np.exp(weights - weights.max())

@@ -27,6 +27,7 @@ from backprompt.cache import Location
 from backprompt.checkpoint import Checkpoint
 from backprompt.errors import (
     EmptyTextError,
+    GroupError,
     ModelLoadError,
     NoStoreError,
     NotPicklableError,
@@ -36,7 +37,7 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
-from backprompt.evaluator import Counters, Evaluator
+from backprompt.evaluator import Counters, Evaluator, Wanted
 from backprompt.executor import plain_surroundings
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
@@ -46,7 +47,7 @@ from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
 from backprompt.store import DiskStore, Store
 from backprompt.text import Text
-from backprompt.token_graph import TokenIds, flat, num_positions
+from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions
 from backprompt.tokenizer import PrivateTokenizer
 from backprompt.tokens import JOINS, Encoder, Join, Joins
 from backprompt.weights import WeightsMonitor, content_hash
@@ -279,6 +280,43 @@ class LM:
             encoded = self._checked_ids(texts, starts)
             return self._evaluator.token_logprobs_of(list(zip(encoded, starts, strict=True))) if texts else []
 
+    def next_token_logprobs(self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Evaluate texts and return the log-probabilities of given tokens as the next one of each.
+
+        Args:
+            texts: any texts that do not end in a group.
+            token_ids: for each text the ids to score; they are not forwarded.
+
+        Returns:
+            A tensor a text, `(ids,)`, float32, nats, on the model's device.
+
+        Raises:
+            ValueError: `token_ids` has another length than `texts`.
+            GroupError: a text ends in a group, so it has no last token.
+            TokenIdError: an id is not one of the model's.
+            What `evaluate` raises.
+
+        """
+        texts = self._own_texts(texts)
+        if len(token_ids) != len(texts):
+            raise ValueError(
+                f"token_ids has {len(token_ids)} elements for {len(texts)} texts; give a sequence of ids a text."
+            )
+        with self._exclusive():
+            encoded = self._checked_ids(texts)
+            for text, ids in zip(texts, encoded, strict=True):
+                if isinstance(ids, TokenGraph) and ids.ends_in_group:
+                    raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
+            wanted = [
+                Wanted(ids, len(ids), tuple(self._known_id(candidate) for candidate in candidates))
+                for ids, candidates in zip(encoded, token_ids, strict=True)
+            ]
+            device = self._evaluator.executor.device
+            return [
+                torch.tensor([scored.candidates[candidate] for candidate in text.candidates], device=device)
+                for text, scored in zip(wanted, self._evaluator.scored(wanted) if wanted else [], strict=True)
+            ]
+
     def save(self, text: Text) -> None:
         """Write a text's representation to the store; see `Text.save`."""
         if self._store is None:
@@ -298,6 +336,14 @@ class LM:
         with self._exclusive():
             (token_ids,) = self._checked_ids([text])
             return Pin(self, self._evaluator, self._evaluator.pin(token_ids), len(token_ids))
+
+    def check(self, texts: Iterable[Text]) -> None:
+        """Raise what `evaluate` raises for texts that cannot be evaluated; computes nothing."""
+        texts = self._own_texts(texts)
+        with self._exclusive():
+            evaluator = self._current()
+            for text, token_ids in zip(texts, self._encoder.encode(texts), strict=True):
+                self._check_can_be_evaluated(evaluator, text, token_ids)
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
@@ -401,6 +447,12 @@ class LM:
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]
+
+    def _known_id(self, token_id: int) -> int:
+        num_embeddings = self._evaluator.executor.limits.num_embeddings
+        if not 0 <= token_id < num_embeddings:
+            raise TokenIdError(f"Token id {token_id} is not one of the model's, which are 0 to {num_embeddings - 1}.")
+        return token_id
 
     def _check_can_be_evaluated(self, evaluator: Evaluator, text: Text, token_ids: TokenIds) -> None:
         limits = evaluator.executor.limits

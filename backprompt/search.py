@@ -1,0 +1,138 @@
+"""Best-first search for the best of many completions, without scoring all of them. Pure Python.
+
+The completions are a trie of token ids. A node that was *expanded* (forwarded) tells the log-probabilities of all its
+children. Log-probabilities are at most 0, so the tokens still to come can only take away from what a path has: the best
+that any completion below a node can reach, its *bound*, is what it would reach if they took nothing. Nodes are expanded
+in the order of their bounds, until none can still beat the best completion that is complete (A* with this bound as its
+heuristic; Hart, Nilsson and Raphael 1968).
+
+    (root) -- cancel --+-- order            expanded: (root), cancel. "cancel order" has -0.9, and the bound of
+                       +-- card             "refund" is -2.1, so no completion below it is looked at.
+           -- refund --+-- payment
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+SLACK = 1e-9
+"""A bound may be this much too low (relative, and absolute near 0): sums in another order round in another way."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A completion: its ids, and what its score is made of.
+
+    Attributes:
+        token_ids: its ids; not empty.
+        offset: its score if all its tokens had log-probability 0.
+        divisor: by what the sum of its log-probabilities is divided in its score: 1, or the number of its tokens.
+
+    """
+
+    token_ids: tuple[int, ...]
+    offset: float
+    divisor: int
+
+    def bound(self, logprob: float) -> float:
+        """Return the highest score that it can reach after tokens with a log-probability of `logprob` in all."""
+        return logprob / self.divisor + self.offset
+
+
+@dataclass(eq=False)
+class Node:
+    """A node of the trie: a beginning that completions have in common.
+
+    Attributes:
+        token_ids: the path from the root.
+        children: by token id.
+        candidate_idxs: the completions that end here.
+        best: those of the completions here and below that may have the highest bound, whatever the path costs.
+
+    """
+
+    token_ids: tuple[int, ...]
+    children: dict[int, Node] = field(default_factory=dict)
+    candidate_idxs: list[int] = field(default_factory=list)
+    best: list[Candidate] = field(default_factory=list)
+
+    def bound(self, logprob: float) -> float:
+        """Return the highest score that any completion here or below can reach, if the path has `logprob`."""
+        return max(candidate.bound(logprob) for candidate in self.best)
+
+
+def make_trie(candidates: Sequence[Candidate]) -> Node:
+    """Return the root of the trie of these completions."""
+    root = Node(())
+    nodes = [root]
+    for idx, candidate in enumerate(candidates):
+        node = root
+        for depth, token_id in enumerate(candidate.token_ids, 1):
+            if token_id not in node.children:
+                node.children[token_id] = Node(candidate.token_ids[:depth])
+                nodes.append(node.children[token_id])
+            node = node.children[token_id]
+        node.candidate_idxs.append(idx)
+    for node in reversed(nodes):  # children before what they continue
+        own = [candidates[idx] for idx in node.candidate_idxs]
+        node.best = _undominated([*own, *(c for child in node.children.values() for c in child.best)])
+    return root
+
+
+class Search:
+    """The search for one prompt: `expand`, look up what follows each node, `tell`; until `expand` gives nothing.
+
+    Args:
+        root: of the trie of `candidates`; may serve many searches.
+        score: from a completion's idx and the log-probabilities of its tokens to its score, which must be
+            `candidate.bound(sum of them)` up to rounding.
+
+    """
+
+    def __init__(self, root: Node, score: Callable[[int, list[float]], float]) -> None:
+        self.best_idx = 0
+        """The completion with the highest score among those that are complete; of equals the first."""
+        self.best_score = -math.inf
+        self._score = score
+        self._order = itertools.count()
+        self._frontier: list[tuple[float, int, Node]] = [(-root.bound(0.0), next(self._order), root)]
+        self._logprobs: dict[Node, list[float]] = {root: []}
+
+    def expand(self, max_nodes: int) -> list[Node]:
+        """Return the nodes with the highest bounds, of those that may still lead to the best completion."""
+        nodes: list[Node] = []
+        while self._frontier and len(nodes) < max_nodes and self._may_win(-self._frontier[0][0]):
+            nodes.append(heapq.heappop(self._frontier)[2])
+        return nodes
+
+    def tell(self, node: Node, logprobs: Mapping[int, float]) -> None:
+        """Take in the log-probabilities of the tokens that follow an expanded node."""
+        before = self._logprobs.pop(node)
+        for token_id, child in node.children.items():
+            path = [*before, logprobs[token_id]]
+            for idx in child.candidate_idxs:
+                score = self._score(idx, path)
+                if (score, -idx) > (self.best_score, -self.best_idx):
+                    self.best_score, self.best_idx = score, idx
+            if child.children:
+                bound = child.bound(math.fsum(path))
+                if self._may_win(bound):
+                    self._logprobs[child] = path
+                    heapq.heappush(self._frontier, (-bound, next(self._order), child))
+
+    def _may_win(self, bound: float) -> bool:
+        """Whether a completion with this bound may have the highest score, or the same and come first."""
+        return bound > -math.inf and bound + SLACK * max(1.0, abs(bound)) >= self.best_score
+
+
+def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return those that have the highest bound after some path; of two, one that has both terms higher is enough."""
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (-c.divisor, -c.offset)):
+        if not kept or candidate.offset > kept[-1].offset:
+            kept.append(candidate)
+    return kept
