@@ -109,12 +109,14 @@ class States(Block):
     Attributes:
         hidden: what the output head reads, `(rows, hidden)`.
         logprobs: `(rows,)`, float32, nats; of a row's own token given those before it.
-        has_logprobs: `(rows,)`, on the CPU; which of `logprobs` were computed.
+        is_argmax: `(rows,)`, bool; whether no other token was more probable there.
+        has_logprobs: `(rows,)`, on the CPU; which of `logprobs` and `is_argmax` were computed.
 
     """
 
     hidden: Tensor
     logprobs: Tensor
+    is_argmax: Tensor
     has_logprobs: Tensor
 
     @classmethod
@@ -122,7 +124,8 @@ class States(Block):
         """Return states without log-probabilities."""
         num_rows = hidden.shape[0]
         logprobs = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
-        return cls(hidden, logprobs, torch.zeros(num_rows, dtype=torch.bool))
+        is_argmax = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
+        return cls(hidden, logprobs, is_argmax, torch.zeros(num_rows, dtype=torch.bool))
 
     @property
     def num_rows(self) -> int:
@@ -132,12 +135,13 @@ class States(Block):
     @property
     def num_bytes(self) -> int:
         """Bytes of all its tensors."""
-        return self.hidden.nbytes + self.logprobs.nbytes + self.has_logprobs.nbytes
+        return self.hidden.nbytes + self.logprobs.nbytes + self.is_argmax.nbytes + self.has_logprobs.nbytes
 
     def keep(self, pieces: Sequence[slice]) -> None:
         """Keep only these rows, in this order."""
         self.hidden = _picked(self.hidden, pieces)
         self.logprobs = _picked(self.logprobs, pieces)
+        self.is_argmax = _picked(self.is_argmax, pieces)
         self.has_logprobs = _picked(self.has_logprobs, pieces)
 
     def copied(self, pieces: Sequence[slice], location: Location) -> States:
@@ -145,6 +149,7 @@ class States(Block):
         return States(
             location.copy(_picked(self.hidden, pieces)),
             location.copy(_picked(self.logprobs, pieces)),
+            location.copy(_picked(self.is_argmax, pieces)),
             _picked(self.has_logprobs, pieces).clone(),
         )
 

@@ -56,6 +56,21 @@ class Counters:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """How a model rates given tokens, each given those before it.
+
+    Attributes:
+        logprobs: log-probabilities, `(tokens,)`, float32, nats; nan for a token that nothing predicts.
+        is_argmax: whether greedy decoding would have chosen the token, `(tokens,)`, bool. Of tokens that are equally
+            probable in float32 the one with the lowest id is chosen; False where nothing predicts.
+
+    """
+
+    logprobs: Tensor
+    is_argmax: Tensor
+
+
 class Evaluator:
     """Computes spans, and from their hidden states logits and log-probabilities, each once."""
 
@@ -211,7 +226,7 @@ class Evaluator:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
         if not all(map(_is_scored, self.forest.in_order(place))):
             self.score([(other, 0) for other in (place, *ahead())])
-        return self.logprobs_from(place, 0)
+        return self.scores_from(place, 0).logprobs
 
     def score(self, texts: Iterable[tuple[Place, int]]) -> None:
         """Compute the log-probabilities of computed texts from a token of each on, counted in written order.
@@ -229,15 +244,18 @@ class Evaluator:
         for rows, targets in predictions.slices(self.executor.rows_in_a_slice):
             row_idx = torch.tensor([target.row_idx for target in targets])
             token_ids = torch.tensor([target.token_id for target in targets])
-            _write_logprobs(targets, _picked_logprobs(self._logits(rows), row_idx, token_ids))
+            _write_scores(targets, _picked_scores(self._logits(rows), row_idx, token_ids))
 
-    def logprobs_from(self, place: Place, start: int) -> Tensor:
-        """Return a copy of a scored text's log-probabilities from token `start` on, `(tokens - start,)`."""
+    def scores_from(self, place: Place, start: int) -> TokenScores:
+        """Return a copy of a scored text's scores from token `start` on, `(tokens - start,)`."""
         spans = self._spans_from(place, start)
         if not spans:
-            return torch.empty(0, dtype=torch.float32, device=self.executor.device)
+            none = torch.empty(0, dtype=torch.float32, device=self.executor.device)
+            return TokenScores(none, none.bool())
         _, first_row = spans[0]
-        return gather((states_of(span) for span, _ in spans), lambda states: states.logprobs, dim=0)[first_row:]
+        rows = [states_of(span) for span, _ in spans]
+        logprobs = gather(rows, lambda states: states.logprobs, dim=0)[first_row:]
+        return TokenScores(logprobs, gather(rows, lambda states: states.is_argmax, dim=0)[first_row:])
 
     def _spans_from(self, place: Place, start: int) -> list[tuple[Span, int]]:
         """Return the spans of a text's tokens from `start` on, in written order, each with its first such row."""
@@ -251,9 +269,9 @@ class Evaluator:
             num_before = stop
         return spans
 
-    def token_logprobs_of(self, texts: Sequence[tuple[TokenIds, int]]) -> list[Tensor]:
-        """Evaluate texts and return the log-probabilities of their tokens, from a token of each on."""
-        found: dict[int, Tensor] = {}
+    def token_scores_of(self, texts: Sequence[tuple[TokenIds, int]]) -> list[TokenScores]:
+        """Evaluate texts and return the scores of their tokens, from a token of each on."""
+        found: dict[int, TokenScores] = {}
         with self._inserted([token_ids for token_ids, _ in texts]) as ends:
             asked = [
                 (idx, Place(end, token_ids), start)
@@ -264,7 +282,7 @@ class Evaluator:
                 """Read off what is there, before any of it is dropped."""
                 ready = [text for text in asked if text[0] not in found and text[1].end.states is not None]
                 self.score((place, start) for _, place, start in ready)
-                found.update((idx, self.logprobs_from(place, start)) for idx, place, start in ready)
+                found.update((idx, self.scores_from(place, start)) for idx, place, start in ready)
 
             self._compute(ends, before_eviction=collect)
             collect()
@@ -485,29 +503,32 @@ def _hidden_rows(rows: Sequence[tuple[States, int]]) -> Tensor:
     return hidden
 
 
-def _picked_logprobs(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> Tensor:
-    """Return `log_softmax(logits)[row_idx, token_ids]` in float32; `row_idx` is sorted.
+def _picked_scores(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> TokenScores:
+    """Return `log_softmax(logits)[row_idx, token_ids]` in float32, and whether each is its row's argmax.
 
-    A few rows at a time: what fits the cache takes a fifth of the time that all rows at once take.
+    `row_idx` is sorted. A few rows at a time: what fits the cache takes a fifth of the time that all rows at once take.
     """
-    picked = []
+    picked, is_argmax = [], []
     num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1]))
     for start in range(0, logits.shape[0], num_rows):
         logprobs = logits[start : start + num_rows].float().log_softmax(dim=-1)
         first, last = torch.searchsorted(row_idx, torch.tensor([start, start + num_rows])).tolist()
-        rows, tokens = row_idx[first:last] - start, token_ids[first:last]
-        picked.append(logprobs[rows.to(logits.device), tokens.to(logits.device)])
-    return torch.cat(picked)
+        rows, tokens = (row_idx[first:last] - start).to(logits.device), token_ids[first:last].to(logits.device)
+        picked.append(logprobs[rows, tokens])
+        is_argmax.append(logprobs.argmax(dim=-1)[rows] == tokens)
+    return TokenScores(torch.cat(picked), torch.cat(is_argmax))
 
 
-def _write_logprobs(targets: Sequence[_Target], logprobs: Tensor) -> None:
+def _write_scores(targets: Sequence[_Target], scores: TokenScores) -> None:
     by_block: dict[States, list[int]] = {}
     for idx, target in enumerate(targets):
         by_block.setdefault(target.block, []).append(idx)
     for block, indices in by_block.items():
-        rows = torch.tensor([targets[idx].block_row for idx in indices])
-        block.logprobs[rows.to(logprobs.device)] = logprobs[torch.tensor(indices, device=logprobs.device)]
-        block.has_logprobs[rows] = True
+        block_rows = torch.tensor([targets[idx].block_row for idx in indices])
+        rows, chosen = block_rows.to(scores.logprobs.device), torch.tensor(indices, device=scores.logprobs.device)
+        block.logprobs[rows] = scores.logprobs[chosen]
+        block.is_argmax[rows] = scores.is_argmax[chosen]
+        block.has_logprobs[block_rows] = True
 
 
 def _is_held(end: Span, with_keys: bool) -> bool:

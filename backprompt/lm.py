@@ -36,7 +36,7 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
-from backprompt.evaluator import Counters, Evaluator
+from backprompt.evaluator import Counters, Evaluator, TokenScores
 from backprompt.executor import plain_surroundings
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
@@ -269,13 +269,27 @@ class LM:
             What `evaluate` raises.
 
         """
+        return [scores.logprobs for scores in self.token_scores(texts, starts)]
+
+    def token_scores(self, texts: Iterable[Text], starts: Sequence[int] | None = None) -> list[TokenScores]:
+        """Return what `token_logprobs` returns and, beside it, whether each token is the most probable one.
+
+        Both are read off the same rows of the output head.
+
+        Returns:
+            Scores a text, `.logprobs` and `.is_argmax`, each `(tokens - start,)`; see `TokenScores`.
+
+        Raises:
+            What `token_logprobs` raises.
+
+        """
         texts = self._own_texts(texts)
         starts = [0] * len(texts) if starts is None else list(starts)
         if len(starts) != len(texts):
             raise ValueError(f"starts has {len(starts)} elements for {len(texts)} texts; give one start a text.")
         with self._exclusive():
             encoded = self._checked_ids(texts, starts)
-            return self._evaluator.token_logprobs_of(list(zip(encoded, starts, strict=True))) if texts else []
+            return self._evaluator.token_scores_of(list(zip(encoded, starts, strict=True))) if texts else []
 
     def save(self, text: Text) -> None:
         """Write a text's representation to the store; see `Text.save`."""

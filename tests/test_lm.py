@@ -45,7 +45,7 @@ from tiny_tokenizers import byte_level_bpe
 
 ATOL = 5e-5  # float32: tests/test_models.py says what was measured
 ROW_BYTES = VOCAB_SIZE * 4  # of logits
-TOKEN_BYTES = 2 * (2 * 32 * 4) + 32 * 4 + 4 + 1  # keys and values, hidden state, log-probability, whether known
+TOKEN_BYTES = 2 * (2 * 32 * 4) + 32 * 4 + 4 + 1 + 1  # keys, values, hidden state, log-probability, argmax, known
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def all_blocks():
 def tensors_of(block):
     if isinstance(block, KeysValues):
         return [*block.keys, *block.values]
-    return [block.hidden, block.logprobs, block.has_logprobs]
+    return [block.hidden, block.logprobs, block.is_argmax, block.has_logprobs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
 ATOL = 5e-5
-STATE_BYTES = 32 * 4 + 4 + 1  # hidden state, log-probability, whether known
+STATE_BYTES = 32 * 4 + 4 + 1 + 1  # hidden state, log-probability, whether argmax, whether known
 KEY_BYTES = 2 * (2 * 32 * 4)  # keys and values of two layers
 TOKEN_BYTES = KEY_BYTES + STATE_BYTES
 
@@ -496,7 +496,7 @@ def test_a_pass_that_goes_is_one_block_and_one_copy_a_tensor(model, tokenizer, m
     evaluate(texts)
     assert len(list(lm._evaluator.forest.spans())) > 20
     assert len(lm._evaluator.host._blocks) == 2  # keys and values; states
-    assert len(copied) == 2 * 2 + 2  # of each of two layers; hidden states and log-probabilities
+    assert len(copied) == 2 * 2 + 3  # of each of two layers; hidden states, log-probabilities, argmax flags
     lm._evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
     evaluate(texts)
     assert len(copied) == (2 * 2 + 2) + 2  # states
