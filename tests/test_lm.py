@@ -39,7 +39,7 @@ from backprompt import (
     load,
 )
 from backprompt.cache import KeysValues, States
-from reference import plain_ids, plain_logits, plain_token_logprobs
+from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
 from tiny_tokenizers import byte_level_bpe
 
@@ -306,6 +306,38 @@ def test_tokens_are_scored_from_a_start_on_and_no_other_rows_are_computed(data, 
             torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
             rows |= {text.tokens[:end] for end in range(max(1, start), len(text.tokens))}
     assert (lm.stats - before).logit_rows == len(rows)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_scores_say_which_tokens_are_the_most_probable(data, lm, model):
+    """Greedy runs anywhere in texts that share beginnings and branch off within them."""
+    lm.clear()
+    ids, texts, starts = (5, 6, 7), [], []
+    for _ in range(data.draw(st.integers(1, 4))):
+        ids = ids[: data.draw(st.integers(1, len(ids)))]
+        ids += data.draw(st.lists(st.integers(0, 9), max_size=3).map(tuple))
+        ids += plain_greedy(model, ids, data.draw(st.integers(0, 3)))
+        texts.append(Text.from_tokens(ids, lm))
+        starts.append(data.draw(st.integers(0, len(ids))))
+    for text, start, scores in zip(texts, starts, lm.token_scores(texts, starts), strict=True):
+        assert torch.equal(scores.is_argmax, plain_is_argmax(model, text.tokens)[start:])
+        expected = plain_token_logprobs(model, text.tokens)[start:]
+        torch.testing.assert_close(scores.logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+
+
+def test_of_equally_probable_tokens_the_lowest_id_is_the_argmax(tokenizer):
+    """As `logits.argmax` chooses."""
+    model = FAMILIES["gpt2"]()
+    with torch.no_grad():
+        best = int(plain_logits(model, (5, 6, 7))[-1].argmax())
+        twin = (best + 150) % VOCAB_SIZE
+        model.transformer.wte.weight[twin] = model.transformer.wte.weight[best]  # the head is tied to it
+    lm = LM(model, tokenizer)
+    ids = sorted([best, twin])
+    found = lm.token_scores([Text.from_tokens((5, 6, 7, token_id), lm) for token_id in ids], [3, 3])
+    assert found[0].logprobs == found[1].logprobs
+    assert [scores.is_argmax.tolist() for scores in found] == [[True], [False]]
 
 
 def test_starts_that_fit_no_text_are_refused_before_anything_runs(lm, calls):

@@ -13,7 +13,7 @@ from backprompt.cache import Location
 from backprompt.host import HostMemory
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.store import MemoryStore
-from reference import plain_logits, plain_token_logprobs
+from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
@@ -97,7 +97,8 @@ def watch_peaks(lm):
 # The law
 
 
-EXPECTED: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+EXPECTED: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+"""By a text's ids: its last logits, its log-probabilities, and which of its tokens are the most probable ones."""
 
 
 class AnyUse(RuleBasedStateMachine):
@@ -114,11 +115,15 @@ class AnyUse(RuleBasedStateMachine):
     def start(self, num_tokens, host_tokens, pass_tokens):
         self.lm = make_lm(self.model, self.tokenizer, num_tokens, pass_tokens, host_tokens=host_tokens)
         self.texts = wide_forest(self.lm, num_branches=3, num_leaves=3)
-        self.texts += [Text("Question: What is 12 + 34? ", self.lm), Text("One alone.", self.lm)]
+        root = Text("Question: What is 12 + 34? ", self.lm)
+        self.texts[0] = root + Text.from_tokens(plain_greedy(self.model, root.tokens, 4), self.lm)
+        self.texts += [root, Text("One alone.", self.lm)]
         for text in self.texts:
             ids = text.tokens
             if ids not in EXPECTED:
-                EXPECTED[ids] = plain_logits(self.model, ids)[-1], plain_token_logprobs(self.model, ids)
+                logprobs, is_argmax = plain_token_logprobs(self.model, ids), plain_is_argmax(self.model, ids)
+                EXPECTED[ids] = plain_logits(self.model, ids)[-1], logprobs, is_argmax
+        assert EXPECTED[self.texts[0].tokens][2].sum() >= 4
         self.pins = []
         self.reprs = []
         self.has_room_for_all = 1000 in (num_tokens, host_tokens)
@@ -164,8 +169,9 @@ class AnyUse(RuleBasedStateMachine):
     def score(self, indices, data):
         texts = [self.texts[idx] for idx in indices]
         starts = [data.draw(st.integers(0, len(text.tokens))) for text in texts]
-        for text, start, logprobs in zip(texts, starts, self.lm.token_logprobs(texts, starts), strict=True):
-            self.check(logprobs, EXPECTED[text.tokens][1][start:])
+        for text, start, scores in zip(texts, starts, self.lm.token_scores(texts, starts), strict=True):
+            self.check(scores.logprobs, EXPECTED[text.tokens][1][start:])
+            assert torch.equal(scores.is_argmax, EXPECTED[text.tokens][2][start:])
 
     @rule(idx=st.integers(0, 10))
     def pin(self, idx):
@@ -499,9 +505,9 @@ def test_a_pass_that_goes_is_one_block_and_one_copy_a_tensor(model, tokenizer, m
     assert len(copied) == 2 * 2 + 3  # of each of two layers; hidden states, log-probabilities, argmax flags
     lm._evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
     evaluate(texts)
-    assert len(copied) == (2 * 2 + 2) + 2  # states
+    assert len(copied) == (2 * 2 + 3) + 3  # states
     evaluate([text + " And so on." for text in texts])
-    assert len(copied) == (2 * 2 + 2) + 2 + 2 * 2  # keys and values
+    assert len(copied) == (2 * 2 + 3) + 3 + 2 * 2  # keys and values
     assert lm.stats.host_bytes_held < KEY_BYTES * 100
     assert (lm.stats - before).forward_passes == 2
 
