@@ -316,8 +316,8 @@ def main() -> None:
     cli_evaluate()
 
 
-# By name, not as the class: run with -m, this module exists twice.
-model_registry.register("backprompt", target="backprompt.integrations.lm_eval:BackpromptLM")
+if "backprompt" not in model_registry:  # run with -m, this module exists twice; so by name, not as the class, too
+    model_registry.register("backprompt", target="backprompt.integrations.lm_eval:BackpromptLM")
 
 if __name__ == "__main__":
     main()
