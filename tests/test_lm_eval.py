@@ -290,11 +290,16 @@ def test_the_dtype_is_the_checkpoints(tmp_path):
     assert BackpromptLM(str(tmp_path), dtype="float32").lm.model.dtype is torch.float32
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_where_no_cuda_is_the_default_of_the_command_line_is_not_taken_literally(folders):
+    assert BackpromptLM(folders["gpt2"], device="cuda:0").lm.model.device.type != "cuda"
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda lm: BackpromptLM("nowhere", peft="x", revision="y"), TypeError, "no argument 'peft', 'revision'"),
-        (lambda lm: BackpromptLM(lm, dtype="float16", memory_bytes=3), TypeError, "dtype, memory_bytes must be given"),
+        (lambda lm: BackpromptLM(lm, dtype="float16", memory_bytes=3), TypeError, "memory_bytes, dtype must be given"),
         (lambda lm: BackpromptLM(lm.model), TypeError, "not GPT2LMHeadModel"),
         (lambda lm: BackpromptLM("nowhere"), ModelLoadError, "nowhere"),
     ],

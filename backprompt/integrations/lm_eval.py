@@ -59,7 +59,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         pretrained: a hub id or the path of a model, or an `LM`.
         tokenizer: what to encode with, its id, path or object; by default the model's own.
         dtype: of the weights; by default the checkpoint's, as for `hf`.
-        device: by default as for `backprompt.load`.
+        device: by default, and for CUDA where there is none (the command line's default), as for `backprompt.load`. An
+            `LM` stays where it is.
         max_length: how many tokens the model is given at most; by default what its configuration says.
         add_bos_token: whether the tokenizer adds special tokens to a context; by default as the tokenizer does.
         prefix_token_id: stands before what has no context; by default BOS, or else EOS.
@@ -98,13 +99,12 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 "BackpromptLM(LM(model, tokenizer))."
             )
         if isinstance(pretrained, LM):
-            given = {"dtype": dtype, "device": device, **lm_options}
-            late = [name for name, value in given.items() if value is not None]
+            late = [*lm_options, *(["dtype"] if dtype is not None else [])]
             if late:
                 raise TypeError(f"An LM is loaded already: {', '.join(late)} must be given to it, not here.")
             self.lm = pretrained
         elif isinstance(pretrained, str):
-            self.lm = load(pretrained, dtype=dtype or "auto", device=device, **lm_options)
+            self.lm = load(pretrained, dtype=dtype or "auto", device=_there(device), **lm_options)
         else:
             raise TypeError(
                 f"pretrained must be a hub id, a path or a backprompt.LM, not {type(pretrained).__name__}. "
@@ -296,6 +296,12 @@ def _slices(tasks: Sequence[_Task]) -> Iterator[list[int]]:
             chosen, num_tokens = [], 0
     if chosen:
         yield chosen
+
+
+def _there(device: str | None) -> str | None:
+    """Return the device, or None for a CUDA device where there is none, which `hf` does not take literally either."""
+    is_missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
+    return None if is_missing else device
 
 
 def _tokenizer(lm: LM, pretrained: str | LM, tokenizer: Any, add_bos_token: bool | None) -> Any:
