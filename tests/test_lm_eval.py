@@ -177,6 +177,18 @@ def test_any_ids_have_the_answers_of_hf(data, models, monkeypatch):
     assert_same(found, hf._loglikelihood_tokens(requests, disable_tqdm=True))
 
 
+def test_what_shares_a_beginning_is_scored_together(folders, monkeypatch):
+    """Requests of four contexts in turn, in slices of about one context's, in an LM that holds nothing in between."""
+    contexts = [[first] * 40 for first in range(4)]
+    requests = [(None, contexts[idx % 4], [300, 50 + idx]) for idx in range(24)]
+    ours = BackpromptLM(folders["gpt2"], memory_bytes=0)
+    monkeypatch.setattr(integration, "TOKENS_AT_A_TIME", 6 * 42)
+    before = ours.lm.stats
+    ours._loglikelihood_tokens(requests, disable_tqdm=True)
+    done = ours.lm.stats - before
+    assert (done.tokens_computed, done.tokens_recomputed) == (num_distinct(requests), 0)
+
+
 def test_a_greedy_continuation_is_called_one(models):
     _, ours = models["gpt2"]
     context = [5, 6, 7]
