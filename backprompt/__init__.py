@@ -23,6 +23,7 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
+from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
 from backprompt.representation import ModelRepr, Pin
@@ -60,6 +61,7 @@ __all__ = [
     "TextTooLongError",
     "TextTypeError",
     "TokenIdError",
+    "TokenScores",
     "TokenizerError",
     "UnboundTextError",
     "UnsupportedModelError",

@@ -31,7 +31,7 @@ Measured (benchmarks/README.md): from about 4 tokens on, writing and reading tak
 but what is stored is often never read again.
 """
 
-_STATES = ("hidden", "logprobs", "has_logprobs")
+_STATES = ("hidden", "logprobs", "is_argmax", "has_logprobs")
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,7 @@ class Archive:
         tensors = {
             "hidden": gather(states, lambda block: block.hidden, dim=0).cpu(),
             "logprobs": gather(states, lambda block: block.logprobs, dim=0).cpu(),
+            "is_argmax": gather(states, lambda block: block.is_argmax, dim=0).cpu(),
             "has_logprobs": gather(states, lambda block: block.has_logprobs, dim=0).cpu(),
         }
         for layer_idx in range(len(rows[0].block.keys)):
@@ -308,12 +309,17 @@ class _Reader:
             logger.warning("The index of %r names another entry than it should; the entry is not used.", self._store)
             return None
         if kind == "states":
-            hidden, logprobs, has_logprobs = (self._rows(entry, name, found, dim=0) for name in _STATES)
-            return _Read(States(hidden, logprobs, has_logprobs.cpu()), header.error)
+            return _Read(self._states(entry, found), header.error)
         layers = range(sum(re.fullmatch(r"keys\.\d+", name) is not None for name in entry.tensors))
         keys = [self._rows(entry, f"keys.{layer_idx}", found, dim=1) for layer_idx in layers]
         values = [self._rows(entry, f"values.{layer_idx}", found, dim=1) for layer_idx in layers]
         return _Read(KeysValues(keys, values), header.error)
+
+    def _states(self, entry: Entry, found: _Found) -> States:
+        rows = {name: self._rows(entry, name, found, dim=0) for name in _STATES if name in entry.tensors}
+        if "is_argmax" not in rows:  # of a version that did not keep it: its tokens are scored anew when asked for
+            return States.of(rows["hidden"])
+        return States(rows["hidden"], rows["logprobs"], rows["is_argmax"], rows["has_logprobs"].cpu())
 
     def _rows(self, entry: Entry, name: str, found: _Found, *, dim: int) -> torch.Tensor:
         """Return rows of a tensor on the device, in storage of their own."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from backprompt.radix import Span
 
-CANDIDATE_BYTES = 100
-"""What an entry of a dict from int to float takes, both objects included, when the dict is half full."""
+CANDIDATE_BYTES = 200
+"""What an entry of a dict from int to `TokenScore` takes, all objects included, when the dict is half full."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,14 @@ class States(Block):
     Attributes:
         hidden: what the output head reads, `(rows, hidden)`.
         logprobs: `(rows,)`, float32, nats; of a row's own token given those before it.
-        has_logprobs: `(rows,)`, on the CPU; which of `logprobs` were computed.
+        is_argmax: `(rows,)`, bool; whether no other token was more probable there.
+        has_logprobs: `(rows,)`, on the CPU; which of `logprobs` and `is_argmax` were computed.
 
     """
 
     hidden: Tensor
     logprobs: Tensor
+    is_argmax: Tensor
     has_logprobs: Tensor
 
     @classmethod
@@ -125,7 +127,8 @@ class States(Block):
         """Return states without log-probabilities."""
         num_rows = hidden.shape[0]
         logprobs = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
-        return cls(hidden, logprobs, torch.zeros(num_rows, dtype=torch.bool))
+        is_argmax = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
+        return cls(hidden, logprobs, is_argmax, torch.zeros(num_rows, dtype=torch.bool))
 
     @property
     def num_rows(self) -> int:
@@ -135,12 +138,13 @@ class States(Block):
     @property
     def num_bytes(self) -> int:
         """Bytes of all its tensors."""
-        return self.hidden.nbytes + self.logprobs.nbytes + self.has_logprobs.nbytes
+        return self.hidden.nbytes + self.logprobs.nbytes + self.is_argmax.nbytes + self.has_logprobs.nbytes
 
     def keep(self, pieces: Sequence[slice]) -> None:
         """Keep only these rows, in this order."""
         self.hidden = _picked(self.hidden, pieces)
         self.logprobs = _picked(self.logprobs, pieces)
+        self.is_argmax = _picked(self.is_argmax, pieces)
         self.has_logprobs = _picked(self.has_logprobs, pieces)
 
     def copied(self, pieces: Sequence[slice], location: Location) -> States:
@@ -148,6 +152,7 @@ class States(Block):
         return States(
             location.copy(_picked(self.hidden, pieces)),
             location.copy(_picked(self.logprobs, pieces)),
+            location.copy(_picked(self.is_argmax, pieces)),
             _picked(self.has_logprobs, pieces).clone(),
         )
 
@@ -286,8 +291,16 @@ class LogitPool:
         self.num_bytes = 0
 
 
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """The log-probability of a token in nats, and whether it is the most probable one."""
+
+    logprob: float
+    is_argmax: bool
+
+
 class CandidatePool:
-    """Log-probabilities of tokens that were scored as what may follow a text, but not forwarded: the latest used ones.
+    """Scores of tokens that were scored as what may follow a text, but not forwarded: the latest used ones.
 
     Under a bound of bytes of their own.
     """
@@ -295,27 +308,27 @@ class CandidatePool:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._logprobs: OrderedDict[Span, dict[int, float]] = OrderedDict()
+        self._scores: OrderedDict[Span, dict[int, TokenScore]] = OrderedDict()
 
-    def get(self, end: Span) -> Mapping[int, float]:
-        """Return what is known of what follows the text that ends here: nats by token id."""
-        known = self._logprobs.get(end)
+    def get(self, end: Span) -> Mapping[int, TokenScore]:
+        """Return what is known of what follows the text that ends here, by token id."""
+        known = self._scores.get(end)
         if known is None:
             return {}
-        self._logprobs.move_to_end(end)
+        self._scores.move_to_end(end)
         return known
 
-    def put(self, end: Span, logprobs: Mapping[int, float]) -> None:
+    def put(self, end: Span, scores: Mapping[int, TokenScore]) -> None:
         """Keep these, dropping those of the least recently used texts over the bound."""
-        known = self._logprobs.setdefault(end, {})
-        self.num_bytes += CANDIDATE_BYTES * len(logprobs.keys() - known.keys())
-        known.update(logprobs)
-        self._logprobs.move_to_end(end)
+        known = self._scores.setdefault(end, {})
+        self.num_bytes += CANDIDATE_BYTES * len(scores.keys() - known.keys())
+        known.update(scores)
+        self._scores.move_to_end(end)
         while self.num_bytes > self.max_bytes:
-            _, dropped = self._logprobs.popitem(last=False)
+            _, dropped = self._scores.popitem(last=False)
             self.num_bytes -= CANDIDATE_BYTES * len(dropped)
 
     def clear(self) -> None:
         """Drop all of them."""
-        self._logprobs.clear()
+        self._scores.clear()
         self.num_bytes = 0

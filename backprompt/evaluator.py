@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backprompt.archive import Archive
-from backprompt.cache import CandidatePool, LogitPool, States, gather, keys_values_of, states_of
+from backprompt.cache import CandidatePool, LogitPool, States, TokenScore, gather, keys_values_of, states_of
 from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
 from backprompt.host import HostMemory
@@ -59,6 +59,29 @@ class Counters:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """How a model rates given tokens, each given those before it.
+
+    Attributes:
+        logprobs: log-probabilities, `(tokens,)`, float32, nats; nan for a token that nothing predicts.
+        is_argmax: whether greedy decoding would have chosen the token, `(tokens,)`, bool. Of tokens that are equally
+            probable in float32 the one with the lowest id is chosen; False where nothing predicts.
+
+    """
+
+    logprobs: Tensor
+    is_argmax: Tensor
+
+    def followed_by(self, scores: Collection[TokenScore]) -> TokenScores:
+        """Return these with others behind them."""
+        if not scores:
+            return self
+        logprobs = self.logprobs.new_tensor([score.logprob for score in scores])
+        is_argmax = self.is_argmax.new_tensor([score.is_argmax for score in scores])
+        return TokenScores(torch.cat([self.logprobs, logprobs]), torch.cat([self.is_argmax, is_argmax]))
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What is to be scored: a text's tokens from `start` on, and tokens that may follow it and are not forwarded."""
@@ -70,10 +93,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Log-probabilities in nats: of the text's tokens from `start` on, `(tokens - start,)`, and by candidate."""
+    """The scores of a text's tokens from `start` on, and of each candidate."""
 
-    tokens: Tensor
-    candidates: Mapping[int, float]
+    tokens: TokenScores
+    candidates: Mapping[int, TokenScore]
 
 
 class Evaluator:
@@ -232,11 +255,11 @@ class Evaluator:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
         if not all(map(_is_scored, self.forest.in_order(place))):
             self.score([(other, 0) for other in (place, *ahead())])
-        return self.logprobs_from(place, 0)
+        return self.scores_from(place, 0).logprobs
 
     def score(
         self, texts: Iterable[tuple[Place, int]], candidates: Mapping[Span, Collection[int]] | None = None
-    ) -> dict[Span, dict[int, float]]:
+    ) -> dict[Span, dict[int, TokenScore]]:
         """Compute the log-probabilities of computed texts from a token of each on, counted in written order.
 
         Each row that predicts several tokens is computed once, and none that predicts only tokens before the start.
@@ -253,7 +276,7 @@ class Evaluator:
             if not _is_scored(span, first_row):
                 predictions.add(span, first_row)
         candidates = candidates or {}
-        found: dict[Span, dict[int, float]] = {end: {} for end in candidates}
+        found: dict[Span, dict[int, TokenScore]] = {end: {} for end in candidates}
         for end, token_ids in candidates.items():
             pooled = self._candidates.get(end)
             for token_id in token_ids:
@@ -261,36 +284,40 @@ class Evaluator:
                     found[end][token_id] = pooled[token_id]
                 elif (child := _held_child(end, token_id)) is None:
                     predictions.add_candidate(end, token_id)
-                elif not _has_first_logprob(child):
+                elif not _has_first_score(child):
                     predictions.add_branches(end)
         for rows, targets in predictions.slices(self.executor.rows_in_a_slice):
             row_idx = torch.tensor([target.row_idx for target in targets])
             token_ids = torch.tensor([target.token_id for target in targets])
-            logprobs = _picked_logprobs(self._logits(rows), row_idx, token_ids)
-            for end, scored in _write_logprobs(targets, logprobs).items():
+            scores = _picked_scores(self._logits(rows), row_idx, token_ids)
+            for end, scored in _write_scores(targets, scores).items():
                 self._candidates.put(end, scored)
                 found[end] |= scored
         for end, token_ids in candidates.items():
             children = {t: child for t in token_ids if t not in found[end] and (child := _held_child(end, t))}
-            found[end] |= {token_id: _first_logprob(child) for token_id, child in children.items()}
+            found[end] |= {token_id: _first_score(child) for token_id, child in children.items()}
         return found
 
     def _recall(self, span: Span) -> None:
         """Write what was known of a span's first token before it was forwarded to where that is held."""
         assert span.parent is not None
-        logprob = self._candidates.get(span.parent).get(span.token_ids[0])
-        if logprob is not None and not _has_first_logprob(span):
+        score = self._candidates.get(span.parent).get(span.token_ids[0])
+        if score is not None and not _has_first_score(span):
             rows = states_of(span)
-            rows.block.logprobs[rows.start] = logprob
+            rows.block.logprobs[rows.start] = score.logprob
+            rows.block.is_argmax[rows.start] = score.is_argmax
             rows.block.has_logprobs[rows.start] = True
 
-    def logprobs_from(self, place: Place, start: int) -> Tensor:
-        """Return a copy of a scored text's log-probabilities from token `start` on, `(tokens - start,)`."""
+    def scores_from(self, place: Place, start: int) -> TokenScores:
+        """Return a copy of a scored text's scores from token `start` on, `(tokens - start,)`."""
         spans = self._spans_from(place, start)
         if not spans:
-            return torch.empty(0, dtype=torch.float32, device=self.executor.device)
+            none = torch.empty(0, dtype=torch.float32, device=self.executor.device)
+            return TokenScores(none, none.bool())
         _, first_row = spans[0]
-        return gather((states_of(span) for span, _ in spans), lambda states: states.logprobs, dim=0)[first_row:]
+        rows = [states_of(span) for span, _ in spans]
+        logprobs = gather(rows, lambda states: states.logprobs, dim=0)[first_row:]
+        return TokenScores(logprobs, gather(rows, lambda states: states.is_argmax, dim=0)[first_row:])
 
     def _spans_from(self, place: Place, start: int) -> list[tuple[Span, int]]:
         """Return the spans of a text's tokens from `start` on, in written order, each with its first such row."""
@@ -304,8 +331,8 @@ class Evaluator:
             num_before = stop
         return spans
 
-    def token_logprobs_of(self, texts: Sequence[tuple[TokenIds, int]]) -> list[Tensor]:
-        """Return the log-probabilities of texts' tokens, from a token of each on, `(tokens - start,)`.
+    def token_scores_of(self, texts: Sequence[tuple[TokenIds, int]]) -> list[TokenScores]:
+        """Return the scores of texts' tokens, from a token of each on.
 
         A text's last token is scored by the row before it; it is not forwarded unless something continues it.
         """
@@ -314,10 +341,7 @@ class Evaluator:
             Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:])
             for (token_ids, start), split in zip(texts, splits, strict=True)
         ]
-        return [
-            torch.cat([scored.tokens, scored.tokens.new_tensor(list(scored.candidates.values()))])
-            for scored in self.scored(wanted)
-        ]
+        return [scored.tokens.followed_by(scored.candidates.values()) for scored in self.scored(wanted)]
 
     def scored(self, wanted: Sequence[Wanted]) -> list[Scored]:
         """Evaluate texts and score what is wanted of each."""
@@ -335,7 +359,7 @@ class Evaluator:
                 scored = self.score(((places[idx], wanted[idx].start) for idx in ready), candidates)
                 for idx in ready:
                     following = {token_id: scored[places[idx].end][token_id] for token_id in wanted[idx].candidates}
-                    found[idx] = Scored(self.logprobs_from(places[idx], wanted[idx].start), following)
+                    found[idx] = Scored(self.scores_from(places[idx], wanted[idx].start), following)
 
             self._compute(ends, before_eviction=collect)
             collect()
@@ -579,22 +603,23 @@ def _hidden_rows(rows: Sequence[tuple[States, int]]) -> Tensor:
     return hidden
 
 
-def _picked_logprobs(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> Tensor:
-    """Return `log_softmax(logits)[row_idx, token_ids]` in float32; `row_idx` is sorted.
+def _picked_scores(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> TokenScores:
+    """Return `log_softmax(logits)[row_idx, token_ids]` in float32, and whether each is its row's argmax.
 
-    A few rows at a time: what fits the cache takes a fifth of the time that all rows at once take.
+    `row_idx` is sorted. A few rows at a time: what fits the cache takes a fifth of the time that all rows at once take.
     """
-    picked = []
+    picked, is_argmax = [], []
     num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1]))
     for start in range(0, logits.shape[0], num_rows):
         logprobs = logits[start : start + num_rows].float().log_softmax(dim=-1)
         first, last = torch.searchsorted(row_idx, torch.tensor([start, start + num_rows])).tolist()
-        rows, tokens = row_idx[first:last] - start, token_ids[first:last]
-        picked.append(logprobs[rows.to(logits.device), tokens.to(logits.device)])
-    return torch.cat(picked)
+        rows, tokens = (row_idx[first:last] - start).to(logits.device), token_ids[first:last].to(logits.device)
+        picked.append(logprobs[rows, tokens])
+        is_argmax.append(logprobs.argmax(dim=-1)[rows] == tokens)
+    return TokenScores(torch.cat(picked), torch.cat(is_argmax))
 
 
-def _write_logprobs(targets: Sequence[_Target], logprobs: Tensor) -> dict[Span, dict[int, float]]:
+def _write_scores(targets: Sequence[_Target], scores: TokenScores) -> dict[Span, dict[int, TokenScore]]:
     """Write those of forwarded tokens to where they are held, and return those of candidates."""
     by_block: dict[States, list[tuple[int, int]]] = {}
     candidates: dict[Span, list[int]] = {}
@@ -604,12 +629,14 @@ def _write_logprobs(targets: Sequence[_Target], logprobs: Tensor) -> dict[Span, 
         else:
             candidates.setdefault(target.sink, []).append(idx)
     for block, pairs in by_block.items():
-        indices, rows = torch.tensor(pairs).unbind(dim=1)
-        block.logprobs[rows.to(logprobs.device)] = logprobs[indices.to(logprobs.device)]
-        block.has_logprobs[rows] = True
+        indices, block_rows = torch.tensor(pairs).unbind(dim=1)
+        rows, chosen = block_rows.to(scores.logprobs.device), indices.to(scores.logprobs.device)
+        block.logprobs[rows] = scores.logprobs[chosen]
+        block.is_argmax[rows] = scores.is_argmax[chosen]
+        block.has_logprobs[block_rows] = True
     if not candidates:
         return {}
-    values = logprobs.tolist()
+    values = list(map(TokenScore, scores.logprobs.tolist(), scores.is_argmax.tolist()))
     return {end: {targets[idx].token_id: values[idx] for idx in indices} for end, indices in candidates.items()}
 
 
@@ -659,14 +686,14 @@ def _held_child(end: Span, token_id: int) -> Span | None:
     return None if child is None or child.states is None else child
 
 
-def _has_first_logprob(span: Span) -> bool:
+def _has_first_score(span: Span) -> bool:
     rows = states_of(span)
     return bool(rows.block.has_logprobs[rows.start])
 
 
-def _first_logprob(span: Span) -> float:
+def _first_score(span: Span) -> TokenScore:
     rows = states_of(span)
-    return float(rows.block.logprobs[rows.start])
+    return TokenScore(float(rows.block.logprobs[rows.start]), bool(rows.block.is_argmax[rows.start]))
 
 
 def _path_from(end: Span, start: int) -> list[Span]:

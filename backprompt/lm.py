@@ -37,7 +37,7 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
-from backprompt.evaluator import Counters, Evaluator, Wanted
+from backprompt.evaluator import Counters, Evaluator, TokenScores, Wanted
 from backprompt.executor import plain_surroundings
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
@@ -262,7 +262,8 @@ class LM:
 
         Rows of the output head that predict only tokens before the start are not computed, and a text's last token is
         not forwarded for this, since no row of its own is needed. To score what follows a prompt, let the prompt's
-        number of tokens be the start, where its tokens are a beginning of the whole text's.
+        number of tokens be the start, where its tokens are a beginning of the whole text's. A text may have one token
+        more than the model has positions.
 
         Returns:
             A tensor a text, `(tokens - start,)`, float32, nats; nan for a first token, which nothing predicts.
@@ -272,13 +273,27 @@ class LM:
             What `evaluate` raises.
 
         """
+        return [scores.logprobs for scores in self.token_scores(texts, starts)]
+
+    def token_scores(self, texts: Iterable[Text], starts: Sequence[int] | None = None) -> list[TokenScores]:
+        """Return what `token_logprobs` returns and, beside it, whether each token is the most probable one.
+
+        Both are read off the same rows of the output head.
+
+        Returns:
+            Scores a text, `.logprobs` and `.is_argmax`, each `(tokens - start,)`; see `TokenScores`.
+
+        Raises:
+            What `token_logprobs` raises.
+
+        """
         texts = self._own_texts(texts)
         starts = [0] * len(texts) if starts is None else list(starts)
         if len(starts) != len(texts):
             raise ValueError(f"starts has {len(starts)} elements for {len(texts)} texts; give one start a text.")
         with self._exclusive():
-            encoded = self._checked_ids(texts, starts)
-            return self._evaluator.token_logprobs_of(list(zip(encoded, starts, strict=True))) if texts else []
+            encoded = self._checked_ids(texts, starts, num_not_forwarded=1)
+            return self._evaluator.token_scores_of(list(zip(encoded, starts, strict=True))) if texts else []
 
     def next_token_logprobs(self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Evaluate texts and return the log-probabilities of given tokens as the next one of each.
@@ -313,7 +328,7 @@ class LM:
             ]
             device = self._evaluator.executor.device
             return [
-                torch.tensor([scored.candidates[candidate] for candidate in text.candidates], device=device)
+                torch.tensor([scored.candidates[candidate].logprob for candidate in text.candidates], device=device)
                 for text, scored in zip(wanted, self._evaluator.scored(wanted) if wanted else [], strict=True)
             ]
 
@@ -418,13 +433,15 @@ class LM:
                 )
         return texts
 
-    def _checked_ids(self, texts: Sequence[Text], starts: Sequence[int] = ()) -> list[TokenIds]:
+    def _checked_ids(
+        self, texts: Sequence[Text], starts: Sequence[int] = (), num_not_forwarded: int = 0
+    ) -> list[TokenIds]:
         """Return the token ids of texts that can be evaluated, and count them; the lock must be held."""
         evaluator = self._current()
         encoded = self._encoder.encode(texts)
         for text, token_ids in dict(zip(texts, encoded, strict=True)).items():
             if text not in self._evaluated:
-                self._check_can_be_evaluated(evaluator, text, token_ids)
+                self._check_can_be_evaluated(evaluator, text, token_ids, num_not_forwarded)
         for text, token_ids, start in zip(texts, encoded, starts, strict=False):
             if not 0 <= start <= len(token_ids):
                 raise ValueError(
@@ -454,7 +471,9 @@ class LM:
             raise TokenIdError(f"Token id {token_id} is not one of the model's, which are 0 to {num_embeddings - 1}.")
         return token_id
 
-    def _check_can_be_evaluated(self, evaluator: Evaluator, text: Text, token_ids: TokenIds) -> None:
+    def _check_can_be_evaluated(
+        self, evaluator: Evaluator, text: Text, token_ids: TokenIds, num_not_forwarded: int = 0
+    ) -> None:
         limits = evaluator.executor.limits
         if not token_ids:
             raise EmptyTextError(
@@ -468,11 +487,11 @@ class LM:
                 f"{text!r} has token id {token_id} at position {position}, but the model's embedding has ids 0 to "
                 f"{limits.num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
             )
-        length = num_positions(token_ids)
+        length = num_positions(token_ids) - num_not_forwarded
         if limits.max_tokens is None or length <= limits.max_tokens:
             return
         what = "tokens" if isinstance(token_ids, tuple) else "positions"
-        too_long = f"{text!r} has {length} {what}, but the model has {limits.max_tokens} positions"
+        too_long = f"{text!r} has {num_positions(token_ids)} {what}, but the model has {limits.max_tokens} positions"
         if limits.why_hard is not None:
             raise TextTooLongError(f"{too_long}: {limits.why_hard}. Shorten the text by {length - limits.max_tokens}.")
         if not self._beyond_trained_length:

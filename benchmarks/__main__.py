@@ -1,6 +1,6 @@
 """`python -m benchmarks`: measure, and write `benchmarks/results.json`, the tables and the plots.
 
-python -m benchmarks                       everything, about forty minutes on two cores with nothing else running
+python -m benchmarks                       everything, about an hour on two cores with nothing else running
 python -m benchmarks --only five others    these suites; the others stay as they were measured before
 python -m benchmarks --report              no measuring: tables and plots from results.json
 """
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import store
+from benchmarks import harness, store
 from benchmarks.bench import Bench, describe_machine
 from benchmarks.report import draw_plots, table, write_tables
 from benchmarks.workloads import SUITES
@@ -26,7 +26,7 @@ def main() -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", nargs="+", choices=[*(suite.name for suite in SUITES), "store"], help="suites to measure"
+        "--only", nargs="+", choices=[*(suite.name for suite in SUITES), "store", "lm-eval"], help="suites to measure"
     )
     parser.add_argument("--report", action="store_true", help="measure nothing; write tables and plots")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
@@ -54,6 +54,9 @@ def _measure(path: Path, only: list[str] | None) -> None:
         _write(path, results)  # a suite that is done is kept
     if not only or "store" in only:
         results["store"], results["machines"]["store"] = store.measure(lambda line: print(line, flush=True))
+        _write(path, results)
+    if not only or "lm-eval" in only:
+        results["lm-eval"], results["machines"]["lm-eval"] = harness.measure(lambda line: print(line, flush=True))
         _write(path, results)
 
 

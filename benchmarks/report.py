@@ -210,6 +210,36 @@ def _budget_table(budget: dict[str, Any]) -> str:
     )
 
 
+def harness_table(lines: list[Line]) -> str:
+    """The table of the suite "lm-eval"."""
+    headings = [
+        "8 shots",
+        "requests",
+        "tokens in all of them",
+        "tokens, `hf`",
+        "tokens, `backprompt`",
+        "seconds, `hf` (batch size)",
+        "seconds, `backprompt` (lowest to highest)",
+        "times faster",
+    ]
+    rows = []
+    for line in lines:
+        ours, hf = line["seconds"]["backprompt"], line["seconds"]["hf"]
+        rows.append(
+            [
+                f"{line['questions']} questions, {line['task']}",
+                f"{line['requests']:,}",
+                f"{line['tokens in all requests']:,}",
+                f"{line['tokens']['hf']:,}",
+                f"{line['tokens']['backprompt']:,}",
+                f"{hf:.1f} ({line['batch size']})",
+                f"{ours['median']:.1f} ({ours['lowest']:.1f} to {ours['highest']:.1f})",
+                f"{hf / ours['median']:.0f}",
+            ]
+        )
+    return _markdown(headings, rows)
+
+
 def write_tables(results: dict[str, Any]) -> None:
     """Rewrite what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README files."""
     tables = tables_of(results)
@@ -228,6 +258,8 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
     tables["again"] = "\n".join(map(again, leaves))
     if "store" in results:
         tables |= store_tables(results["store"])
+    if "lm-eval" in results:
+        tables["table harness"] = harness_table(results["lm-eval"])
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in machine.items()) for machine in results["machines"].values()
     )

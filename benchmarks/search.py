@@ -20,7 +20,18 @@ from benchmarks.measure import Spread, seconds_of
 
 ROOT = Path(__file__).parent.parent
 LABELS = Path(__file__).parent / "data" / "labels.txt"
-CONTINUATIONS = ("", " online", " by phone", " in store", " today", " next week", " for me", " again", " at once", " twice")
+CONTINUATIONS = (
+    "",
+    " online",
+    " by phone",
+    " in store",
+    " today",
+    " next week",
+    " for me",
+    " again",
+    " at once",
+    " twice",
+)
 ROUNDS = {10: 3, 100: 3, 1000: 3, 10_000: 1}
 """By the number of classes."""
 NUM_PROMPTS = 8

@@ -37,6 +37,20 @@ def plain_token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> torch.Te
     return torch.cat([following.new_full((1,), float("nan")), following])
 
 
+def plain_is_argmax(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """Whether each id is the most probable after those before it, (tokens,); False for the first."""
+    most_probable = plain_logits(model, ids)[:-1].argmax(dim=-1)
+    return torch.tensor([False, *(most_probable.cpu() == torch.tensor(list(ids)[1:])).tolist()])
+
+
+def plain_greedy(model: PreTrainedModel, ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+    """The ids that greedy decoding appends to `ids`."""
+    found = list(ids)
+    for _ in range(num_tokens):
+        found.append(int(plain_logits(model, found)[-1].argmax()))
+    return tuple(found[len(ids) :])
+
+
 # Texts with groups: a row of all tokens in written order, repeated branches repeated, with explicit positions and mask.
 # Parts are runs of ids (tuples) and groups: `is_sequential`, and `branches`, each with `parts` and `is_frozen`.
 

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backprompt import LM, EntryTooLargeError, NoStoreError, Text, evaluate
-from backprompt.store import DiskStore, MemoryStore
+from backprompt.store import DiskStore, Entry, MemoryStore
 from backprompt.store.disk import _packed
-from reference import plain_logits, plain_token_logprobs
+from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
@@ -69,7 +69,7 @@ def test_any_texts_in_any_order_by_any_lm(data, model, tokenizer):
     pool = data.draw(st.lists(st.tuples(st.integers(0, 40), ids), min_size=1, max_size=6))
     num_tokens = data.draw(st.sampled_from([0, 30, 10_000]))
     for _ in range(3):
-        lm = LM(model, tokenizer, store=store, memory_bytes=num_tokens * 645, max_tokens_per_forward=16)
+        lm = LM(model, tokenizer, store=store, memory_bytes=num_tokens * 646, max_tokens_per_forward=16)
         chosen = data.draw(st.lists(st.sampled_from(pool), min_size=1, max_size=4))
         texts = [Text.from_tokens(stem[:cut] + tail, lm) for cut, tail in chosen]
         for text, logprobs in zip(texts, lm.token_logprobs(texts), strict=True):
@@ -103,6 +103,47 @@ def test_keys_and_values_of_a_beginning_that_memory_dropped_come_from_the_store(
     num_common = len(context.tokens) - (text.tokens[: len(context.tokens)] != context.tokens)
     assert done.tokens_computed == len(text.tokens) - 1 - num_common  # the last one is not forwarded
     assert done.tokens_loaded == num_common
+
+
+@pytest.mark.parametrize("num_computed", [0, 20])
+def test_what_is_scored_when_it_is_saved_is_not_scored_again(model, tokenizer, tmp_path, num_computed):
+    """Log-probabilities and argmax flags come with the entry, also where it is cut."""
+    prompt = tuple(range(5, 25))
+    ids = (*prompt, *plain_greedy(model, prompt, 6), 3, 3)
+    with DiskStore(tmp_path / "prompts.bp", persist="explicit") as store:
+        first = LM(model, tokenizer, store=store)
+        text = Text.from_tokens(ids, first)
+        evaluate(text)  # all of it: scoring alone does not forward the last token
+        (expected,) = first.token_scores([text])
+        text.save()
+        lm = LM(model, tokenizer, store=store)
+        if num_computed:
+            evaluate(Text.from_tokens((*ids[:num_computed], 300), lm))  # so that the entry is read in two parts
+        evaluate(Text.from_tokens(ids, lm))
+        (found,) = lm.token_scores([Text.from_tokens(ids, lm)])
+    assert torch.equal(found.is_argmax, plain_is_argmax(model, ids))
+    assert found.is_argmax[20:].tolist() == [True] * 6 + [False] * 2
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=0, equal_nan=True)
+    assert lm.stats.logit_rows == 0
+
+
+def test_entries_of_before_argmax_was_kept_are_scored_anew(model, tokenizer):
+    prompt = tuple(range(5, 25))
+    ids = (*prompt, *plain_greedy(model, prompt, 6), 3, 3)
+    scored, old = MemoryStore(persist="explicit"), MemoryStore()
+    lm = LM(model, tokenizer, store=scored)
+    text = Text.from_tokens(ids, lm)
+    text.token_logprobs  # noqa: B018
+    text.save()
+    for header in scored.list():
+        tensors = scored.get(header.name).tensors
+        old.put(Entry(header, {name: tensor for name, tensor in tensors.items() if name != "is_argmax"}))
+        assert len(old.get(header.name).tensors) == len(tensors) - 1
+    lm = LM(model, tokenizer, store=old)
+    (found,) = lm.token_scores([Text.from_tokens(ids, lm)])
+    assert torch.equal(found.is_argmax, plain_is_argmax(model, ids))
+    torch.testing.assert_close(found.logprobs, plain_token_logprobs(model, ids), rtol=0, atol=ATOL, equal_nan=True)
+    assert (lm.stats.tokens_computed, lm.stats.logit_rows) == (0, len(ids) - 1)
 
 
 def test_other_weights_find_nothing(tokenizer, store):

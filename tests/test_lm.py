@@ -40,13 +40,13 @@ from backprompt import (
 )
 from backprompt import evaluator as evaluator_module
 from backprompt.cache import KeysValues, States
-from reference import plain_ids, plain_logits, plain_token_logprobs
+from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
 from tiny_tokenizers import byte_level_bpe
 
 ATOL = 5e-5  # float32: tests/test_models.py says what was measured
 ROW_BYTES = VOCAB_SIZE * 4  # of logits
-TOKEN_BYTES = 2 * (2 * 32 * 4) + 32 * 4 + 4 + 1  # keys and values, hidden state, log-probability, whether known
+TOKEN_BYTES = 2 * (2 * 32 * 4) + 32 * 4 + 4 + 1 + 1  # keys, values, hidden state, log-probability, argmax, known
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def all_blocks():
 def tensors_of(block):
     if isinstance(block, KeysValues):
         return [*block.keys, *block.values]
-    return [block.hidden, block.logprobs, block.has_logprobs]
+    return [block.hidden, block.logprobs, block.is_argmax, block.has_logprobs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -330,15 +330,59 @@ def test_a_last_token_is_scored_without_being_forwarded_and_what_is_known_of_it_
     assert lm.stats.result_bytes_held == 0
 
 
+def test_a_scored_text_may_have_one_token_more_than_the_model_has_positions(model, lm):
+    ids = [*range(5, 45)] * (MAX_POSITIONS // 40 + 1)
+    text = Text.from_tokens(ids[: MAX_POSITIONS + 1], lm)
+    (found,) = lm.token_logprobs([text], [MAX_POSITIONS])
+    expected = plain_logits(model, text.tokens[:-1])[-1].log_softmax(dim=-1)[text.tokens[-1]]
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=ATOL)
+    with pytest.raises(TextTooLongError, match="Shorten the text by 1"):
+        lm.token_logprobs([text + Text.from_tokens([5], lm)])
+    with pytest.raises(TextTooLongError):
+        evaluate(text)
+
+
 def test_what_is_known_of_tokens_not_forwarded_is_bounded(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(evaluator_module, "MAX_CANDIDATE_BYTES", 300)
+    monkeypatch.setattr(evaluator_module, "MAX_CANDIDATE_BYTES", 600)
     lm = LM(model, tokenizer)
     texts = [Text("The cat", lm) + Text.from_tokens([token_id], lm) for token_id in range(40, 60)]
     for chosen in (texts[:2], texts, texts[5:]):
         for text, logprobs in zip(chosen, lm.token_logprobs(chosen), strict=True):
             expected = plain_token_logprobs(model, text.tokens)
             torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
-        assert lm.stats.result_bytes_held <= 300
+        assert lm.stats.result_bytes_held <= 600
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_scores_say_which_tokens_are_the_most_probable(data, lm, model):
+    """Greedy runs anywhere in texts that share beginnings and branch off within them."""
+    lm.clear()
+    ids, texts, starts = (5, 6, 7), [], []
+    for _ in range(data.draw(st.integers(1, 4))):
+        ids = ids[: data.draw(st.integers(1, len(ids)))]
+        ids += data.draw(st.lists(st.integers(0, 9), max_size=3).map(tuple))
+        ids += plain_greedy(model, ids, data.draw(st.integers(0, 3)))
+        texts.append(Text.from_tokens(ids, lm))
+        starts.append(data.draw(st.integers(0, len(ids))))
+    for text, start, scores in zip(texts, starts, lm.token_scores(texts, starts), strict=True):
+        assert torch.equal(scores.is_argmax, plain_is_argmax(model, text.tokens)[start:])
+        expected = plain_token_logprobs(model, text.tokens)[start:]
+        torch.testing.assert_close(scores.logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+
+
+def test_of_equally_probable_tokens_the_lowest_id_is_the_argmax(tokenizer):
+    """As `logits.argmax` chooses."""
+    model = FAMILIES["gpt2"]()
+    with torch.no_grad():
+        best = int(plain_logits(model, (5, 6, 7))[-1].argmax())
+        twin = (best + 150) % VOCAB_SIZE
+        model.transformer.wte.weight[twin] = model.transformer.wte.weight[best]  # the head is tied to it
+    lm = LM(model, tokenizer)
+    ids = sorted([best, twin])
+    found = lm.token_scores([Text.from_tokens((5, 6, 7, token_id), lm) for token_id in ids], [3, 3])
+    assert found[0].logprobs == found[1].logprobs
+    assert [scores.is_argmax.tolist() for scores in found] == [[True], [False]]
 
 
 def test_starts_that_fit_no_text_are_refused_before_anything_runs(lm, calls):

@@ -13,12 +13,12 @@ from backprompt.cache import Location
 from backprompt.host import HostMemory
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.store import MemoryStore
-from reference import plain_logits, plain_token_logprobs
+from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
 ATOL = 5e-5
-STATE_BYTES = 32 * 4 + 4 + 1  # hidden state, log-probability, whether known
+STATE_BYTES = 32 * 4 + 4 + 1 + 1  # hidden state, log-probability, whether argmax, whether known
 KEY_BYTES = 2 * (2 * 32 * 4)  # keys and values of two layers
 TOKEN_BYTES = KEY_BYTES + STATE_BYTES
 
@@ -497,14 +497,36 @@ def test_a_pass_that_goes_is_one_block_and_one_copy_a_tensor(model, tokenizer, m
     evaluate(texts)
     assert len(list(lm._evaluator.forest.spans())) > 20
     assert len(lm._evaluator.host._blocks) == 2  # keys and values; states
-    assert len(copied) == 2 * 2 + 2  # of each of two layers; hidden states and log-probabilities
+    assert len(copied) == 2 * 2 + 3  # of each of two layers; hidden states, log-probabilities, argmax flags
     lm._evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
     evaluate(texts)
-    assert len(copied) == (2 * 2 + 2) + 2  # states
+    assert len(copied) == (2 * 2 + 3) + 3  # states
     evaluate([text + " And so on." for text in texts])
-    assert len(copied) == (2 * 2 + 2) + 2 + 2 * 2  # keys and values
+    assert len(copied) == (2 * 2 + 3) + 3 + 2 * 2  # keys and values
     assert lm.stats.host_bytes_held < KEY_BYTES * 100
     assert (lm.stats - before).forward_passes == 2
+
+
+def test_scores_move_with_their_tokens(model, tokenizer):
+    """Half of a pass's states go to the second pool, so what stays is made smaller; then they come back."""
+    starts = [(first, 6, 7)[: 1 + first % 3] for first in range(20, 30)]
+    ids = [(*start, *plain_greedy(model, start, 3), 8, 9) for start in starts]
+    expected = [plain_is_argmax(model, own) for own in ids]
+    assert sum(int(flags.sum()) for flags in expected) >= 30
+    lm = make_lm(model, tokenizer, 1000, 1000, host_tokens=1000)
+    texts = [Text.from_tokens(own, lm) for own in ids]
+    first = lm.token_scores(texts)
+    lm._evaluator.memory.max_bytes = 40 * STATE_BYTES  # of 70 tokens
+    evaluate(Text("Something else.", lm))
+    num_moved = sum(len(span.token_ids) for span in lm._evaluator.forest.spans() if span.host_states is not None)
+    assert 20 < num_moved < 60
+    lm._evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
+    before = lm.stats
+    for scores, earlier, flags in zip(lm.token_scores(texts), first, expected, strict=True):
+        assert torch.equal(scores.is_argmax, flags)
+        torch.testing.assert_close(scores.logprobs, earlier.logprobs, rtol=0, atol=0, equal_nan=True)
+    done = lm.stats - before
+    assert (done.logit_rows, done.tokens_computed, done.tokens_fetched > 0) == (0, 0, True)
 
 
 def test_a_store_serves_what_neither_pool_holds(model, tokenizer):

@@ -1,0 +1,1 @@
+"""What connects backprompt with other libraries; each module imports its library, and only it does."""

@@ -1,0 +1,324 @@
+"""lm-evaluation-harness: a model type `backprompt` that plans all requests of a task as one forest.
+
+    python -m backprompt.integrations.lm_eval --model backprompt --model_args pretrained=gpt2 --tasks hellaswag
+
+is the harness's own command line. It finds models of other packages only once they are imported, so in Python this
+module is imported first; then `lm_eval.simple_evaluate(model="backprompt", model_args=...)` knows the name. An instance
+may be passed as well: `simple_evaluate(model=BackpromptLM(lm), ...)`.
+
+What is scored is what the harness's `hf` backend scores: the same ids behind the same ids, cut off on the left in the
+same way. Its arguments have the same names where they mean the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from backprompt.classify import TOKENS_AT_A_TIME
+from backprompt.lm import LM, load
+from backprompt.text import Text
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import model_registry
+
+    # This import also registers the harness's own models, which it does by itself only while its registry is empty.
+    from lm_eval.models.utils import has_bos_prefix, resolve_max_length
+except ImportError as error:
+    raise ImportError(
+        f"backprompt.integrations.lm_eval needs lm-evaluation-harness ({error}): pip install 'backprompt[lm-eval]'"
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+LM_OPTIONS = tuple(
+    name
+    for name in inspect.signature(LM).parameters
+    if name not in ("model", "tokenizer", "joins", "add_special_tokens")
+)
+"""What else `pretrained` as a name may come with: options of `LM`; texts are ids here, so those on strings are none."""
+
+
+class BackpromptLM(TemplateLM):  # type: ignore[misc]
+    """A `backprompt.LM` as a model of lm-evaluation-harness.
+
+    What it computed stays in the `LM` for the tasks to come, within its `memory_bytes`.
+
+    Args:
+        pretrained: a hub id or the path of a model, or an `LM`.
+        tokenizer: what to encode with, its id, path or object; by default the model's own.
+        dtype: of the weights; by default the checkpoint's, as for `hf`.
+        device: by default, and for CUDA where there is none (the command line's default), as for `backprompt.load`. An
+            `LM` stays where it is.
+        max_length: how many tokens the model is given at most; by default what its configuration says.
+        add_bos_token: whether the tokenizer adds special tokens to a context; by default as the tokenizer does.
+        prefix_token_id: stands before what has no context; by default BOS, or else EOS.
+        chat_template_args: for the tokenizer's chat template.
+        batch_size, max_batch_size: taken from the command line and not used, as there are no batches: a pass is filled
+            up to `max_tokens_per_forward` tokens.
+        **lm_options: of `LM`, such as memory_bytes, store, max_tokens_per_forward.
+
+    Raises:
+        TypeError: an option that is none, or one that comes too late for an `LM`; before anything is loaded.
+        What `backprompt.load` raises.
+
+    """
+
+    def __init__(
+        self,
+        pretrained: str | LM,
+        *,
+        tokenizer: Any = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | None = None,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **lm_options: Any,
+    ) -> None:
+        super().__init__()
+        unknown = [name for name in lm_options if name not in LM_OPTIONS]
+        if unknown:
+            raise TypeError(
+                f"The model type backprompt takes no argument {', '.join(map(repr, unknown))}. It takes those of "
+                f"BackpromptLM, and {', '.join(LM_OPTIONS)}. For a model that is loaded in another way pass an LM: "
+                "BackpromptLM(LM(model, tokenizer))."
+            )
+        if isinstance(pretrained, LM):
+            late = [*lm_options, *(["dtype"] if dtype is not None else [])]
+            if late:
+                raise TypeError(f"An LM is loaded already: {', '.join(late)} must be given to it, not here.")
+            self.lm = pretrained
+        elif isinstance(pretrained, str):
+            self.lm = load(pretrained, dtype=dtype or "auto", device=_there(device), **lm_options)
+        else:
+            raise TypeError(
+                f"pretrained must be a hub id, a path or a backprompt.LM, not {type(pretrained).__name__}. "
+                "Wrap a model of transformers: LM(model, tokenizer)."
+            )
+        self.tokenizer = _tokenizer(self.lm, pretrained, tokenizer, add_bos_token)
+        self.add_bos_token = add_bos_token
+        self.chat_template_args = chat_template_args or {}
+        self._max_length = max_length
+        own_ids = (prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        self._prefix_token_id = next((token_id for token_id in own_ids if token_id is not None), None)
+        self._prefix = None if self._prefix_token_id is None else self.tokenizer.decode(self._prefix_token_id)
+
+    # What the harness asks of a model
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens the model is given at most."""
+        if self._max_length is not None:
+            return self._max_length
+        config = self.lm._model.config  # not lm.model: whoever reads that may write weights, which LM counts on
+        return int(resolve_max_length(config, self.tokenizer))
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's EOS."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context.
+
+        Raises:
+            ValueError: the tokenizer has no such token, and none was given.
+
+        """
+        if self._prefix_token_id is None:
+            raise ValueError(
+                "A text without context needs a token before it, and this tokenizer has neither BOS nor EOS. Choose "
+                "one: prefix_token_id=..."
+            )
+        return self._prefix_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """By which the harness names its cache of requests."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the harness adds to `results["config"]` at the end: what was computed, see `Stats`."""
+        return {"backprompt": asdict(self.lm.stats)}
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Return the ids of a string; special tokens as asked for, or else as `add_bos_token` or the tokenizer says."""
+        add = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and has_bos_prefix(string, self._prefix):
+            add = False  # it has them already
+        ids: list[int] = self.tokenizer.encode(string, **({} if add is None else {"add_special_tokens": add}))
+        return ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as one string; without its system message where the template refuses that."""
+        from jinja2.exceptions import TemplateError
+
+        options = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+            **self.chat_template_args,
+        }
+        try:
+            return str(self.tokenizer.apply_chat_template(chat_history, **options))
+        except TemplateError as error:
+            logger.warning("The chat template refuses the conversation (%s); the system message is left out.", error)
+            others = [message for message in chat_history if message["role"] != "system"]
+            return str(self.tokenizer.apply_chat_template(others, **options))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of each whole string, in nats, in windows of at most `max_length` tokens.
+
+        Every token is scored once. The windows of all strings are one forest.
+        """
+        windows: list[tuple[None, list[int], list[int]]] = []
+        num_windows = []
+        for (string,) in tqdm([request.args for request in requests], desc="Tokenizing inputs", disable=disable_tqdm):
+            pairs = utils.get_rolling_token_windows(
+                self.tok_encode(string), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            own = [(None, *utils.make_disjoint_window(pair)) for pair in pairs]
+            windows += own
+            num_windows.append(len(own))
+        scored = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        totals = [sum(logprob for logprob, _ in itertools.islice(scored, num)) for num in num_windows]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Not there yet.
+
+        Raises:
+            NotImplementedError: always.
+
+        """
+        raise NotImplementedError(
+            "backprompt does not generate yet, so tasks whose output_type is generate_until need another model type, "
+            "such as --model hf. Multiple choice and (rolling) log-likelihoods are there."
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return, for each request, the log-probability of its continuation, and whether greedy decoding gives it.
+
+        Args:
+            requests: context and continuation as strings, which name what is put into the harness's cache (or None),
+                and as ids.
+            disable_tqdm: show no bar.
+
+        Raises:
+            ValueError: a continuation has no tokens, or more than the model can be given; before anything is computed.
+
+        """
+        tasks = [self._task(strings, context, continuation) for strings, context, continuation in requests]
+        num_cut = sum(len(context) + len(given) > self.max_length + 1 for _, context, given in requests)
+        if num_cut:
+            logger.warning(
+                "%d of %d requests are longer than %d tokens, and cut off on the left.",
+                num_cut,
+                len(requests),
+                self.max_length,
+            )
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(tasks)
+        with tqdm(total=len(tasks), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+            for chosen in _slices(tasks):
+                for idx, result in zip(chosen, self._score([tasks[idx] for idx in chosen]), strict=True):
+                    found[idx] = result
+                    strings = requests[idx][0]
+                    if strings is not None:
+                        self.cache_hook.add_partial("loglikelihood", strings, result)
+                bar.update(len(chosen))
+        return found
+
+    def _task(self, strings: tuple[str, str] | None, context: list[int], continuation: list[int]) -> _Task:
+        if not 1 <= len(continuation) <= self.max_length or not context:
+            what = "" if strings is None else f" ({strings[1][:40]!r} behind {strings[0][-40:]!r})"
+            raise ValueError(
+                f"A request{what} has {len(context)} tokens of context and {len(continuation)} of continuation. It "
+                f"needs at least one of each, and at most max_length={self.max_length} of continuation."
+            )
+        ids = (*context, *continuation)[-(self.max_length + 1) :]
+        return _Task(ids, len(ids) - len(continuation))
+
+    def _score(self, tasks: Sequence[_Task]) -> Iterator[tuple[float, bool]]:
+        """Yield what each task's request is answered with; all of them are one forest."""
+        texts = [Text.from_tokens(task.token_ids, self.lm) for task in tasks]
+        scores = self.lm.token_scores(texts, [task.start for task in tasks])
+        num_scored = [len(score.logprobs) for score in scores]
+        logprobs = torch.split(torch.cat([score.logprobs for score in scores]).double().cpu(), num_scored)
+        is_argmax = torch.split(torch.cat([score.is_argmax for score in scores]).cpu(), num_scored)
+        for own_logprobs, own_is_argmax in zip(logprobs, is_argmax, strict=True):
+            yield float(own_logprobs.sum()), bool(own_is_argmax.all())
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Ids, at most `max_length` and one more that is scored and not forwarded, to be scored from `start` on."""
+
+    token_ids: tuple[int, ...]
+    start: int
+
+
+def _slices(tasks: Sequence[_Task]) -> Iterator[list[int]]:
+    """Yield the indices of tasks to be scored together, so that what shares a beginning comes together."""
+    # As bytes they compare fast. Their order means nothing, but what has a common beginning is side by side in it.
+    order = sorted(range(len(tasks)), key=lambda idx: array("i", tasks[idx].token_ids).tobytes())
+    chosen: list[int] = []
+    num_tokens = 0
+    for idx in order:
+        chosen.append(idx)
+        num_tokens += len(tasks[idx].token_ids)
+        if num_tokens >= TOKENS_AT_A_TIME:
+            yield chosen
+            chosen, num_tokens = [], 0
+    if chosen:
+        yield chosen
+
+
+def _there(device: str | None) -> str | None:
+    """Return the device, or None for a CUDA device where there is none, which `hf` does not take literally either."""
+    is_missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
+    return None if is_missing else device
+
+
+def _tokenizer(lm: LM, pretrained: str | LM, tokenizer: Any, add_bos_token: bool | None) -> Any:
+    """Return what to encode with; one that is named is loaded as the `hf` backend does."""
+    name = tokenizer
+    if tokenizer is None and isinstance(pretrained, str) and add_bos_token is not None:
+        name = pretrained  # load has no such option
+    if isinstance(name, str):
+        options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+        return AutoTokenizer.from_pretrained(name, **options)
+    return lm.tokenizer if tokenizer is None else tokenizer
+
+
+def main() -> None:
+    """Run the harness's own command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if "backprompt" not in model_registry:  # run with -m, this module exists twice; so by name, not as the class, too
+    model_registry.register("backprompt", target="backprompt.integrations.lm_eval:BackpromptLM")
+
+if __name__ == "__main__":
+    main()
