@@ -130,9 +130,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             TypeError, ValueError: data or options that make no sense, before anything is computed.
 
         """
-        self.__dict__.pop(
-            "calibration_probabilities_", None
-        )  # set last: a fit that fails leaves nothing that is fitted
+        # Set last, so that a fit that fails leaves nothing that is fitted.
+        self.__dict__.pop("calibration_probabilities_", None)
         self._check_options()
         inputs, classes_of_inputs = _checked_inputs(X), _checked_classes(y)
         check_consistent_length(inputs, classes_of_inputs)
