@@ -4,6 +4,7 @@ Numbers that depend on a real model (accuracy, seconds) are not looked at here.
 """
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -287,3 +288,58 @@ def test_shots_on_the_fly(
         if line.startswith(name) and "divergence" not in line
     }
     assert computed["parallel, shared positions"] < computed["one after the other"]
+
+
+# tune_a_prompt.py
+
+
+def test_tune_a_prompt_computes_each_token_once(
+    example: Callable[[str], ModuleType],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from sklearn.base import clone
+
+    tune_a_prompt = example("tune_a_prompt")
+    grid = {"calibrate_on": [None], "template": tune_a_prompt.GRID["template"][:2], "shots": [0, 2]}
+    monkeypatch.setattr(tune_a_prompt, "GRID", grid)
+    lines = (EXAMPLES / "data" / "tuning_questions.tsv").read_text(encoding="utf-8").splitlines()
+    for name in ("tuning_questions.tsv", "questions.tsv"):
+        (tmp_path / name).write_text("\n".join(lines[::2]), encoding="utf-8")
+    monkeypatch.setattr(tune_a_prompt, "DATA", tmp_path)
+    tune_a_prompt.main(["--model", str(model_folder)])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 120
+
+    lm = load(model_folder)
+    tuning = tune_a_prompt.read_messages("tuning_questions.tsv")
+    messages, desks = tuning.strings, tuning.desks
+    search = tune_a_prompt.tune(lm, tuning)
+    leaves, scores = [], []
+    for params in search.cv_results_["params"]:
+        candidate = clone(search.estimator).set_params(**params)
+        right = 0
+        for train, test in tune_a_prompt.FOLDS.split(messages, desks):
+            fitted = candidate.fit(messages[train], desks[train])
+            completions = [  # but for the last tokens, which are scored and not forwarded
+                Text.from_tokens(ids[:-1], lm) for ids in lm.completion_ids([f" {c}" for c in fitted.completions_])
+            ]
+            leaves += [prompt + completion for prompt in fitted.prompts(messages[test]) for completion in completions]
+            right += (fitted.predict(messages[test]) == desks[test]).sum()
+        scores.append(right / len(messages))
+    assert search.cv_results_["mean_test_score"] == pytest.approx(scores)
+    assert f" {num_distinct(leaves):,}  1 in " in printed
+    assert re.search(r"for a second search +0\n", printed)
+    for template in grid["template"]:
+        row = [
+            score for score, p in zip(scores, search.cv_results_["params"], strict=True) if p["template"] == template
+        ]
+        assert f"{template!r:<34}" + "".join(f"{score:>7.2f}" for score in row) + "\n" in printed
+
+
+def test_every_intent_has_a_desk(example: Callable[[str], ModuleType]) -> None:
+    tune_a_prompt, intents = example("tune_a_prompt"), example("intents")
+    assert set(tune_a_prompt.DESK_OF_INTENT) == set(intents.INTENTS)
+    assert sum(len(desk.intents) for desk in tune_a_prompt.DESKS.values()) == len(intents.INTENTS)

@@ -67,12 +67,24 @@ def test_readme_example_of_groups(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("gpt2_in_this_folder")
 def test_readme_example_of_classification() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
     names: dict = {"lm": backprompt.load("gpt2")}
     *statements, last = blocks[3].strip().splitlines()
     exec("\n".join([*statements, f"predicted = {last}"]), names)
     assert len(names["predicted"]) == 2
     assert set(names["predicted"]) <= {"negative", "positive"}
+
+
+@pytest.mark.usefixtures("gpt2_in_this_folder")
+def test_readme_example_of_scikit_learn() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 5
+    names: dict = {"lm": backprompt.load("gpt2")}
+    *statements, last = blocks[4].strip().splitlines()
+    exec("\n".join([*statements, f"predicted = {last}"]), names)
+    assert names["predicted"].tolist() in (["bad"], ["good"])
+    assert len(names["search"].cv_results_["params"]) == 8
+    stats = names["lm"].stats
+    assert stats.tokens_computed < stats.tokens_requested / 4
 
 
 def test_public_names() -> None:
@@ -128,7 +140,7 @@ def test_examples_readme_shows_committed_output() -> None:
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     blocks = [block for language, block in re.findall(r"```(\w*)\n(.*?)```", page, flags=re.DOTALL) if not language]
     outputs = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples" / "output").glob("*.txt"))]
-    assert len(blocks) == len(outputs) == 4
+    assert len(blocks) == len(outputs) == 5
     for block in blocks:
         pieces = block.split("[...]\n")
         assert any(all(piece in output for piece in pieces) for output in outputs), block

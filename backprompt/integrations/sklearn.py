@@ -1,0 +1,393 @@
+"""A prompt as a classifier of scikit-learn: `PromptClassifier`.
+
+It scores with `backprompt.classify`; cross-validation, search, ensembles, calibration by labels and decision thresholds
+are scikit-learn's own. Clones keep the `LM`, so all candidates of a search share what is computed.
+"""
+
+from __future__ import annotations
+
+import string
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from backprompt import classify
+from backprompt.calibration import Floats
+from backprompt.classify import Aggregate, Example
+from backprompt.errors import TextTypeError
+from backprompt.lm import LM
+from backprompt.text import Text
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_is_fitted
+except ModuleNotFoundError as error:
+    if error.name != "sklearn":
+        raise
+    raise ModuleNotFoundError(
+        "PromptClassifier needs scikit-learn 1.6 or newer: pip install 'scikit-learn>=1.6', which is what the extra "
+        "backprompt[sklearn] asks for.",
+        name="sklearn",
+    ) from error
+
+Shots: TypeAlias = "int | Sequence[tuple[str, Any]]"
+
+FIELD = "text"
+ENCODED = (
+    "Within a VotingClassifier and the like, classes are the numbers 0, 1, ... in the order of the sorted classes."
+)
+
+
+class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    r"""Classify strings by the completion that a language model finds the most probable behind a prompt.
+
+        instruction + shot 1 + separator + shot 2 + separator + ... + template with the input in it
+
+    where a shot is the template with an example in it, followed by `end_of_prompt` and its label. The probability of
+    each label behind that is `backprompt.classify.predict_proba`'s. `fit` trains nothing: it chooses classes, shots,
+    prior and calibration.
+
+    `X` is a sequence, array or series of strings, as scikit-learn's text vectorizers take it: one dimension. Of a data
+    frame give one column, `X["message"]`.
+
+    Clones share the `LM` and so all that it holds. It cannot be pickled: in searches leave `n_jobs` at 1 (packed passes
+    use all cores), or use joblib's "threading" backend.
+
+    Args:
+        lm: the model, a `backprompt.LM`.
+        template: of one input, with the field `{text}`: "Message: {text}\nKeywords:". Braces that stand for themselves
+            are doubled, as in `str.format`.
+        labels: the completion of each class: a mapping from classes, or a sequence in the order of `classes_`; by
+            default `str(class)`. A mapping may have more classes than the data. Some ensembles, VotingClassifier among
+            them, give their members the numbers 0, 1, ... for the sorted classes, so there it must be a sequence.
+        shots: how many labelled examples to draw from the training data, or the `(x, class)` pairs themselves. Classes
+            take turns, and the first 4 of 8 shots drawn are the 4 that `shots=4` draws: such prompts share them.
+        instruction: what all prompts begin with.
+        separator: what stands behind each shot.
+        end_of_prompt: " " or "", between prompt and label.
+        prior: a probability for each of `classes_`; "training": the classes' frequencies in the training data; None:
+            all are the same. Applied after calibration.
+        calibrate_on: inputs whose mean probabilities are divided by, which corrects for what the prompt prefers
+            whatever is asked: neutral ones such as `["N/A", ""]` (contextual calibration, Zhao et al. 2021, arXiv
+            2102.09690), or "training": the training inputs without the shots, whose labels it does not use (batch
+            calibration, Zhou et al. 2023, arXiv 2309.17249). None: no correction.
+        aggregate: of a label's token log-probabilities, "mean" or "sum"; see `classify.predict_proba`.
+        discount_completions: see `classify.predict_proba`.
+        random_state: for drawing shots. None draws others each time, which shares little between fits.
+
+    Attributes:
+        classes_: sorted, `(classes,)`.
+        completions_: the label of each class, a tuple of strings.
+        shots_: the `(x, class)` pairs of the prompt.
+        context_: the `Text` that all prompts begin with: instruction and shots.
+        prior_: `(classes,)`, or None.
+        calibration_probabilities_: what is divided by, `(classes,)`, or None.
+
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        template: str,
+        labels: Mapping[Any, str] | Sequence[str] | None = None,
+        *,
+        shots: Shots = 0,
+        instruction: str | Text = "",
+        separator: str = "\n\n",
+        end_of_prompt: str = " ",
+        prior: Sequence[float] | Literal["training"] | None = None,
+        calibrate_on: Sequence[str] | Literal["training"] | None = None,
+        aggregate: Aggregate = "mean",
+        discount_completions: float = 0.0,
+        random_state: int | np.random.RandomState | None = 0,
+    ) -> None:
+        self.lm = lm
+        self.template = template
+        self.labels = labels
+        self.shots = shots
+        self.instruction = instruction
+        self.separator = separator
+        self.end_of_prompt = end_of_prompt
+        self.prior = prior
+        self.calibrate_on = calibrate_on
+        self.aggregate = aggregate
+        self.discount_completions = discount_completions
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any) -> PromptClassifier:
+        """Choose classes, shots and prior; with `calibrate_on`, score those inputs. Nothing else is computed.
+
+        Args:
+            X: `(inputs,)` strings.
+            y: `(inputs,)` classes: strings, ints or booleans.
+
+        Raises:
+            TypeError, ValueError: data or options that make no sense, before anything is computed.
+
+        """
+        # Set last, so that a fit that fails leaves nothing that is fitted.
+        self.__dict__.pop("calibration_probabilities_", None)
+        self._check_options()
+        inputs, classes_of_inputs = _checked_inputs(X), _checked_classes(y)
+        check_consistent_length(inputs, classes_of_inputs)
+        self.classes_, class_idx = np.unique(classes_of_inputs, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y has only one class, {self.classes_[0]!r}. A classifier needs at least two.")
+        completions, prior = _completions(self.labels, self.classes_), _prior(self.prior, class_idx)
+        checked = Example(self.template, completions, prior=prior, end_of_prompt=self.end_of_prompt)
+        self.completions_, self.prior_ = checked.completions, checked.prior
+        drawn: list[int] = []
+        if isinstance(self.shots, Sequence):
+            self.shots_ = _checked_shots(self.shots, self.classes_)
+        else:
+            drawn = _drawn(self.shots, class_idx, self.random_state)
+            self.shots_ = [(inputs[idx], self.classes_[class_idx[idx]]) for idx in drawn]
+        self.context_ = self._context()
+        calibration_inputs = _calibration_inputs(self.calibrate_on, inputs, drawn)
+        self.calibration_probabilities_ = (
+            None if calibration_inputs is None else self._score(calibration_inputs, prior=None).mean(axis=0)
+        )
+        return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "calibration_probabilities_")
+
+    def prompts(self, X: Any) -> list[Text]:
+        """Return what the model sees before a label, a `Text` an input.
+
+        Raises:
+            ValueError: a prompt is empty.
+            What `predict_proba` raises for such an `X`.
+
+        """
+        check_is_fitted(self)
+        return self._prompts(_checked_inputs(X))
+
+    def predict_proba(self, X: Any) -> Floats:
+        """Return the probability of each class for each input, `(inputs, classes)`.
+
+        Raises:
+            NotFittedError: before `fit`.
+            TypeError, ValueError: `X` is not one-dimensional, or not of strings.
+            What `classify.predict_proba` raises, such as TextTooLongError.
+
+        """
+        check_is_fitted(self)
+        probabilities = self._score(_checked_inputs(X), self.prior_)
+        if self.calibration_probabilities_ is None:
+            return probabilities
+        return classify.calibrate(probabilities, self.calibration_probabilities_)
+
+    def predict_log_proba(self, X: Any) -> Floats:
+        """Return the logarithms of `predict_proba`, in nats; -inf for a class that the prior excludes."""
+        probabilities = self.predict_proba(X)
+        with np.errstate(divide="ignore"):
+            logarithms: Floats = np.log(probabilities)
+        return logarithms
+
+    def predict(self, X: Any) -> Any:
+        """Return the most probable class of each input, `(inputs,)`."""
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(axis=1)]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = tags.input_tags.string = True
+        tags.input_tags.two_d_array = False
+        tags.classifier_tags.poor_score = True  # on columns of numbers, by which scikit-learn judges
+        return tags
+
+    # Prompts
+
+    def _context(self) -> Text:
+        context = Text("", self.lm) + self.instruction
+        for x, label in self.shots_:
+            completion = self.completions_[self.classes_.tolist().index(label)]
+            context += self.template.format(text=x) + self.end_of_prompt + completion + self.separator
+        return context
+
+    def _prompts(self, inputs: Sequence[str]) -> list[Text]:
+        prompts = [self.context_ + self.template.format(text=x) for x in inputs]
+        for idx, prompt in enumerate(prompts):
+            if not prompt.segments:
+                raise ValueError(
+                    f"X[{idx}] is an empty string, and so is its prompt. Leave it out, or put words into the template."
+                )
+        return prompts
+
+    def _score(self, inputs: Sequence[str], prior: Any) -> Floats:
+        found: Floats = classify.predict_proba(
+            self._prompts(inputs),
+            self.completions_,
+            self.lm,
+            prior=prior,
+            end_of_prompt=self.end_of_prompt,
+            aggregate=self.aggregate,
+            discount_completions=self.discount_completions,
+            show_progress_bar=False,
+        )
+        return found
+
+    # Arguments
+
+    def _check_options(self) -> None:
+        if not isinstance(self.lm, LM):
+            raise TypeError(
+                f"lm must be a backprompt.LM, not {type(self.lm).__name__}: backprompt.load(name) makes one."
+            )
+        _check_template(self.template)
+        for name, given, kinds in (("instruction", self.instruction, (str, Text)), ("separator", self.separator, str)):
+            if not isinstance(given, kinds):
+                raise TextTypeError(f"{name} must be a str, not {type(given).__name__}.")
+        if self.aggregate not in classify.AGGREGATES:
+            raise ValueError(
+                f"aggregate must be one of {', '.join(map(repr, classify.AGGREGATES))}, not {self.aggregate!r}."
+            )
+        shots = self.shots
+        if isinstance(shots, (bool, str, Text)) or not isinstance(shots, (Integral, Sequence)):
+            raise TypeError(f"shots must be a number or a list of (x, class) pairs, not {shots!r}.")
+        if isinstance(shots, Integral) and shots < 0:
+            raise ValueError(f"shots must be at least 0, not {shots}.")
+
+
+def _check_template(template: object) -> None:
+    if not isinstance(template, str):
+        raise TextTypeError(f"template must be a str, not {type(template).__name__}.")
+    advice = f"Write it as in 'Message: {{{FIELD}}}\\nKeywords:'; braces that stand for themselves are doubled."
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        unknown = [name for name in names if name != FIELD]
+        if not unknown:
+            template.format(**{FIELD: "x"})
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"The template {template!r} is not one: {error}. {advice}") from error
+    if unknown:
+        raise ValueError(f"The template {template!r} has the unknown field {{{unknown[0]}}}. {advice}")
+    if not names:
+        raise ValueError(f"The template {template!r} has no field {{{FIELD}}} for the input. {advice}")
+
+
+def _drawn(num_shots: int, class_idx: Any, random_state: Any) -> list[int]:
+    """Return which training examples are the shots, in their order: drawn at random, the classes taking turns."""
+    if num_shots > len(class_idx):
+        raise ValueError(f"shots={num_shots}, but there are only {len(class_idx)} training examples to draw from.")
+    order = check_random_state(random_state).permutation(len(class_idx)).tolist()
+    num_before: Counter[int] = Counter()  # of the class
+    turns = {}
+    for idx in order:
+        turns[idx] = num_before[class_idx[idx]]
+        num_before[class_idx[idx]] += 1
+    return sorted(order, key=turns.__getitem__)[:num_shots]
+
+
+def _calibration_inputs(given: Any, inputs: Sequence[str], drawn: Sequence[int]) -> list[str] | None:
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        return _checked_inputs(given, "calibrate_on")
+    if given != "training":
+        raise ValueError(f"calibrate_on must be inputs or 'training', not {given!r}. Put one input in a list.")
+    are_shots = set(drawn)
+    rest = [x for idx, x in enumerate(inputs) if idx not in are_shots]
+    if not rest:
+        raise ValueError(
+            "All training examples are shots, so there are none to calibrate on. Lower `shots`, or give neutral "
+            "inputs: calibrate_on=['N/A']."
+        )
+    return rest
+
+
+def _checked_inputs(given: Any, name: str = "X") -> list[str]:
+    """Return strings as a list."""
+    if isinstance(given, (str, Text)) or not hasattr(given, "__len__") or not hasattr(given, "__iter__"):
+        raise ValueError(
+            f"{name} must be a sequence of strings, not {type(given).__name__}. Put a single one in a list."
+        )
+    num_dimensions = getattr(given, "ndim", 1)
+    if num_dimensions != 1:
+        raise ValueError(
+            f"{name} must have one dimension, not {num_dimensions}: a string an input. Give one column, such as "
+            f'{name}["message"] of a data frame or {name}[:, 0] of an array.'
+        )
+    inputs = list(given)
+    if not inputs:
+        raise ValueError(f"{name} is empty: 0 samples, where at least 1 is needed.")
+    for idx, x in enumerate(inputs):
+        if not isinstance(x, str):
+            raise TextTypeError(
+                f"{name}[{idx}] is a {type(x).__name__}, not a str: {x!r:.60}. Convert inputs to strings, and fill or "
+                "drop missing ones."
+            )
+    return inputs
+
+
+def _checked_classes(y: Any) -> Any:
+    """Return the class of each input as an array, `(inputs,)`."""
+    if y is None:
+        raise ValueError("PromptClassifier requires y to be passed, but the target y is None: the class of each input.")
+    classes = column_or_1d(y, warn=True)
+    check_classification_targets(classes)
+    return classes
+
+
+def _completions(labels: Mapping[Any, str] | Sequence[str] | None, classes: Any) -> list[Any]:
+    """Return the completion of each class."""
+    listed = classes.tolist()
+    if labels is None:
+        if listed == list(range(len(listed))) and not isinstance(listed[0], bool):
+            warnings.warn(
+                f"The classes are the numbers 0 to {listed[-1]}, and so are the completions that are scored. If they "
+                f"stand for something, give `labels`, a sequence of strings. {ENCODED}",
+                stacklevel=3,
+            )
+        return list(map(str, listed))
+    if isinstance(labels, (str, Text)) or not hasattr(labels, "__getitem__"):
+        raise TypeError(f"labels must be a mapping or a sequence of strings, not {labels!r}.")
+    if isinstance(labels, Mapping):
+        missing = [label for label in listed if label not in labels]
+        if missing:
+            raise ValueError(
+                f"labels has no completion for the class {missing[0]!r}; it has those of "
+                f"{', '.join(map(repr, labels))}. Add it, or give a sequence in the order of the sorted classes. "
+                f"{ENCODED}"
+            )
+        return [labels[label] for label in listed]
+    if len(labels) != len(listed):
+        raise ValueError(
+            f"labels has {len(labels)} completions for {len(listed)} classes, {', '.join(map(repr, listed))}. Give "
+            "one a class, in this order, or a mapping from classes."
+        )
+    return list(labels)
+
+
+def _prior(prior: Any, class_idx: Any) -> Any:
+    """Return a probability for each class, or None; `Example` checks it."""
+    if not isinstance(prior, str):
+        return prior
+    if prior != "training":
+        raise ValueError(f"prior must be 'training', a probability for each class, or None, not {prior!r}.")
+    counts = np.bincount(class_idx)
+    return counts / counts.sum()
+
+
+def _checked_shots(shots: Sequence[Any], classes: Any) -> list[tuple[str, Any]]:
+    listed = classes.tolist()
+    checked = []
+    for idx, shot in enumerate(shots):
+        if isinstance(shot, (str, Text)) or not isinstance(shot, Sequence) or len(shot) != 2:
+            raise TypeError(f"shots[{idx}] must be a pair (x, class), not {shot!r}.")
+        x, label = shot
+        if not isinstance(x, str):
+            raise TextTypeError(f"shots[{idx}] has a {type(x).__name__} for its input, not a str: {x!r:.60}.")
+        if label not in listed:
+            raise ValueError(
+                f"shots[{idx}] has the class {label!r}, but y has only {', '.join(map(repr, listed))}. {ENCODED}"
+            )
+        checked.append((x, label))
+    return checked
