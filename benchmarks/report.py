@@ -21,6 +21,9 @@ RIVAL_HEADINGS = {
 }
 
 
+CURVE_RIVALS = ("CAPPr", "generating 1 token", "generating 4 tokens")
+
+
 def table(lines: list[Line]) -> str:
     """All measured columns, a Markdown row a workload."""
     rivals = [name for name in RIVAL_HEADINGS if any(name in line["seconds"] for line in lines)]
@@ -210,6 +213,100 @@ def _budget_table(budget: dict[str, Any]) -> str:
     )
 
 
+def cappr_tables(measured: dict[str, Any]) -> dict[str, str]:
+    """The tables of the suite "cappr"; the first one is the README's."""
+    five = [line for line in measured["lines"] if line["table"] == "five"]
+    curve = [line for line in measured["lines"] if line["table"] == "curve"]
+    memory = measured["memory"]
+    return {
+        "cappr": _markdown(
+            ["seconds", "backprompt", "CAPPr 0.9.6", "times faster (lowest to highest)"],
+            [
+                [
+                    line["workload"],
+                    *(f"{line['seconds'][name]['median']:.1f}" for name in ("backprompt", "CAPPr")),
+                    _spread_of_one_digit(line["times faster"]["CAPPr"]),
+                ]
+                for line in five
+            ],
+        ),
+        "table cappr": _markdown(
+            [
+                "seconds",
+                "tokens in all strings",
+                "distinct",
+                "computed",
+                "backprompt",
+                "CAPPr 0.9.6",
+                "times faster",
+                "largest gap, nats",
+                "CAPPr's setting",
+            ],
+            [
+                [
+                    line["workload"],
+                    *(f"{line[name]:,}" for name in ("tokens in strings", "distinct tokens", "computed")),
+                    *(_spread(line["seconds"][name]) for name in ("backprompt", "CAPPr")),
+                    _spread_of_one_digit(line["times faster"]["CAPPr"]),
+                    f"{line['gap']:.1g}",
+                    _setting(line["setting"]),
+                ]
+                for line in five + curve
+            ],
+        ),
+        "table curve": _markdown(
+            ["classes, 96 inputs", "backprompt, s", *(f"{name}, s" for name in CURVE_RIVALS)],
+            [
+                [
+                    str(line["classes"]),
+                    *(f"{line['seconds'][name]['median']:.1f}" for name in ("backprompt", *CURVE_RIVALS)),
+                ]
+                for line in curve
+            ],
+        ),
+        "table settings": _markdown(
+            ["workload", "prompts tried", "seconds by setting, best first"],
+            [
+                [
+                    line["workload"],
+                    str(line["prompts tried"]),
+                    "; ".join(
+                        f"{tried['seconds']:.2f}: {_setting(tried)}"
+                        for tried in sorted(line["tried"], key=lambda tried: tried["seconds"])
+                    ),
+                ]
+                for line in measured["lines"]
+            ],
+        ),
+        "table memory": _markdown(
+            [f"{memory['prompt tokens']:,} tokens x {memory['classes']} classes", "peak MB", "seconds"],
+            [
+                [name, "" if line["peak"] is None else f"{line['peak'] / 1e6:,.0f}", f"{line['seconds']:.1f}"]
+                for name, line in [("backprompt", memory["backprompt"])]
+                + [(f"CAPPr 0.9.6, {_setting(line)}", line) for line in memory["CAPPr"]]
+            ],
+        )
+        + "\n\n"
+        + _held(memory),
+    }
+
+
+def _setting(setting: dict[str, Any]) -> str:
+    completions = setting["batch_size_completions"] or "all"
+    cached = "cached, " if setting["cached"] else ""
+    return f"{cached}{setting['batch_size']} prompts, {completions} completions"
+
+
+def _held(memory: dict[str, Any]) -> str:
+    distinct, token_bytes = memory["distinct tokens"], memory["bytes a token"]
+    repeated = memory["prompt tokens"] * memory["classes"] + memory["completion tokens"]
+    return (
+        f"backprompt then holds {memory['held'] / 1e6:,.1f} MB: {memory['held'] / token_bytes:,.0f} tokens of "
+        f"{token_bytes:,} bytes, where the strings have {distinct:,} distinct ones. The prompt repeated for each class "
+        f"would be {repeated:,} tokens, {repeated * token_bytes / 1e6:,.0f} MB."
+    )
+
+
 def write_tables(results: dict[str, Any]) -> None:
     """Rewrite what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README files."""
     tables = tables_of(results)
@@ -228,6 +325,8 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
     tables["again"] = "\n".join(map(again, leaves))
     if "store" in results:
         tables |= store_tables(results["store"])
+    if "cappr" in results:
+        tables |= cappr_tables(results["cappr"])
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in machine.items()) for machine in results["machines"].values()
     )
@@ -258,13 +357,15 @@ def draw_plots(results: dict[str, Any], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for theme, ink in (("light", "#24292f"), ("dark", "#e6edf3")):
         for name, (suite, draw) in PLOTS.items():
-            if not _of(results["lines"], suite):
+            if name == "classes" and "cappr" in results:  # the same inputs against CAPPr itself
+                lines, draw = results["cappr"]["lines"], _cappr_curve
+            elif not (lines := results["lines"]) or not _of(lines, suite):
                 continue
             figure = Figure(figsize=(8.2, 3.6), layout="constrained")
             figure.patch.set_alpha(0)
             axes = figure.subplots()
             axes.patch.set_alpha(0)
-            draw(axes, results["lines"])
+            draw(axes, lines)
             _paint(axes, ink)
             figure.savefig(folder / f"{name}-{theme}.svg", metadata={"Date": None})
 
@@ -274,6 +375,7 @@ RIVAL_COLOURS = {
     "plain padded": "#868e96",
     "cache recipe (deepcopy)": "#4c8fd6",
     "CAPPr's way": "#2f9e6e",
+    "CAPPr": "#2f9e6e",
     "original toy": "#a78bfa",
     "generating 1 token": "#4c8fd6",
     "generating 4 tokens": "#a78bfa",
@@ -315,6 +417,17 @@ def _classes(axes: Any, lines: list[Line]) -> None:
     chosen = _of(lines, "classes")
     xs = [line["num_texts"] / 96 for line in chosen]
     _curves(axes, chosen, xs, ("backprompt", "CAPPr's way", "generating 1 token", "generating 4 tokens"))
+    _label_classes(axes, xs)
+
+
+def _cappr_curve(axes: Any, lines: list[Line]) -> None:
+    chosen = [line for line in lines if line["table"] == "curve"]
+    xs = [line["classes"] for line in chosen]
+    _curves(axes, chosen, xs, ("backprompt", *CURVE_RIVALS))
+    _label_classes(axes, xs)
+
+
+def _label_classes(axes: Any, xs: list[float]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(xs, [f"{x:.0f}" for x in xs])
     axes.set_xlabel("number of classes; 96 inputs")
@@ -368,6 +481,10 @@ def _markdown(headings: list[str], rows: list[list[str]]) -> str:
 
 def _spread(spread: dict[str, float]) -> str:
     return f"{spread['median']:.2f} ({spread['lowest']:.2f} to {spread['highest']:.2f})"
+
+
+def _spread_of_one_digit(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.1f} ({spread['lowest']:.1f} to {spread['highest']:.1f})"
 
 
 def _seconds(line: Line, name: str) -> str:
