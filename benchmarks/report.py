@@ -217,6 +217,7 @@ def cappr_tables(measured: dict[str, Any]) -> dict[str, str]:
     """The tables of the suite "cappr"; the first one is the README's."""
     five = [line for line in measured["lines"] if line["table"] == "five"]
     curve = [line for line in measured["lines"] if line["table"] == "curve"]
+    names = [line for line in measured["lines"] if line["table"] == "names"]
     memory = measured["memory"]
     return {
         "cappr": _markdown(
@@ -251,17 +252,22 @@ def cappr_tables(measured: dict[str, Any]) -> dict[str, str]:
                     f"{line['gap']:.1g}",
                     _setting(line["setting"]),
                 ]
-                for line in five + curve
+                for line in five + curve + names
             ],
         ),
         "table curve": _markdown(
-            ["classes, 96 inputs", "backprompt, s", *(f"{name}, s" for name in CURVE_RIVALS)],
+            [
+                "seconds; classes",
+                *("backprompt", *CURVE_RIVALS),
+                *("backprompt, names of one token", "CAPPr, names of one token"),
+            ],
             [
                 [
                     str(line["classes"]),
                     *(f"{line['seconds'][name]['median']:.1f}" for name in ("backprompt", *CURVE_RIVALS)),
+                    *(f"{one_token['seconds'][name]['median']:.1f}" for name in ("backprompt", "CAPPr")),
                 ]
-                for line in curve
+                for line, one_token in zip(curve, names, strict=True)
             ],
         ),
         "table settings": _markdown(
@@ -424,6 +430,11 @@ def _cappr_curve(axes: Any, lines: list[Line]) -> None:
     chosen = [line for line in lines if line["table"] == "curve"]
     xs = [line["classes"] for line in chosen]
     _curves(axes, chosen, xs, ("backprompt", *CURVE_RIVALS))
+    names = [line for line in lines if line["table"] == "names"]
+    for name in ("backprompt", "CAPPr"):
+        seconds = [line["seconds"][name]["median"] for line in names]
+        axes.plot(xs, seconds, linestyle="dotted", label=f"{name}, names of one token", color=_colour(name))
+    axes.legend(fontsize=8, frameon=False)
     _label_classes(axes, xs)
 
 
