@@ -214,7 +214,8 @@ def token_logprobs(texts: Prompt | Sequence[Prompt], lm: LM | None = None, *, en
         _check_prompt(text, f"texts[{idx}]")
     lm = _common_lm(listed, lm)
     strings = [text for text in listed if isinstance(text, str)]
-    ids = dict(zip(strings, lm.completion_ids([_end(lm, end_of_prompt) + s for s in strings]), strict=True))
+    space = _end(lm, end_of_prompt)
+    ids = dict(zip(strings, lm.completion_ids([space + string for string in strings]), strict=True))
     bound = [Text.from_tokens(ids[text], lm) if isinstance(text, str) else _bound(text, lm) for text in listed]
     found = [_as_floats(logprobs.cpu().double().numpy()) for logprobs in lm.token_logprobs(bound)]
     rows = [[None if value != value else value for value in row] for row in found]  # nan: nothing predicts it
@@ -333,7 +334,8 @@ class _Work:
         wanted = list(
             dict.fromkeys((end, c) for end, row in zip(self.ends, self.completions, strict=True) for c in row)
         )
-        strings = [_end(self.lm, end) + completion for end, completion in wanted]
+        space = {end: _end(self.lm, end) for end in set(self.ends)}
+        strings = [space[end] + completion for end, completion in wanted]
         found = dict(zip(wanted, self.lm.completion_ids(strings), strict=True))
         for (_, completion), ids in found.items():
             if not ids:

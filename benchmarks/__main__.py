@@ -2,6 +2,7 @@
 
 python -m benchmarks                       everything, about an hour on two cores with nothing else running
 python -m benchmarks --only five others    these suites; the others stay as they were measured before
+python -m benchmarks --only cappr --cappr-python ~/cappr/bin/python    against CAPPr in its own environment
 python -m benchmarks --report              no measuring: tables and plots from results.json
 """
 
@@ -9,16 +10,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, store
+from benchmarks import cappr, harness, search, store
 from benchmarks.bench import Bench, describe_machine
 from benchmarks.report import draw_plots, table, write_tables
 from benchmarks.workloads import SUITES
 
 RESULTS = Path(__file__).parent / "results.json"
+
+OTHER_SUITES: dict[str, Callable[..., Any]] = {
+    "store": store.measure,
+    "lm-eval": harness.measure,
+    "search": search.measure,
+    "cappr": cappr.measure,
+}
 
 
 def main() -> None:
@@ -26,20 +37,29 @@ def main() -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", nargs="+", choices=[*(suite.name for suite in SUITES), "store", "lm-eval"], help="suites to measure"
+        "--only", nargs="+", choices=[*(suite.name for suite in SUITES), *OTHER_SUITES], help="suites to measure"
+    )
+    parser.add_argument(
+        "--cappr-python",
+        type=Path,
+        metavar="PATH",
+        default=os.environ.get("CAPPR_PYTHON"),
+        help="the interpreter of an environment with CAPPr, for the suite cappr; default: $CAPPR_PYTHON",
     )
     parser.add_argument("--report", action="store_true", help="measure nothing; write tables and plots")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     arguments = parser.parse_args()
+    if arguments.cappr_python is not None and not arguments.cappr_python.is_file():
+        parser.error(f"there is no interpreter {arguments.cappr_python}.\n{cappr.HOW_TO_INSTALL}")
     if not arguments.report:
-        _measure(arguments.results, arguments.only)
+        _measure(arguments.results, arguments.only, arguments.cappr_python)
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
     if arguments.results == RESULTS:
         write_tables(results)
     draw_plots(results, arguments.results.parent / "plots")
 
 
-def _measure(path: Path, only: list[str] | None) -> None:
+def _measure(path: Path, only: list[str] | None, cappr_python: Path | None) -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machines": {}, "lines": []}
     chosen = [suite for suite in SUITES if not only or suite.name in only]
     bench = Bench() if chosen else None
@@ -52,11 +72,15 @@ def _measure(path: Path, only: list[str] | None) -> None:
         results["machines"][suite.name] = describe_machine(bench.lm)
         results["lines"] = [line for line in results["lines"] if line["suite"] != suite.name] + lines
         _write(path, results)  # a suite that is done is kept
-    if not only or "store" in only:
-        results["store"], results["machines"]["store"] = store.measure(lambda line: print(line, flush=True))
-        _write(path, results)
-    if not only or "lm-eval" in only:
-        results["lm-eval"], results["machines"]["lm-eval"] = harness.measure(lambda line: print(line, flush=True))
+    for name in OTHER_SUITES:
+        if only and name not in only:
+            continue
+        if name == "cappr" and cappr_python is None:
+            print(cappr.HOW_TO_INSTALL)
+            continue
+        say = partial(print, flush=True)
+        measure = partial(cappr.measure, cappr_python) if name == "cappr" else OTHER_SUITES[name]
+        results[name], results["machines"][name] = measure(say)
         _write(path, results)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ RIVAL_HEADINGS = {
     "generating 1 token": "generating 1 token",
     "generating 4 tokens": "generating 4 tokens",
 }
+
+
+CURVE_RIVALS = ("CAPPr", "generating 1 token", "generating 4 tokens")
 
 
 def table(lines: list[Line]) -> str:
@@ -240,6 +244,135 @@ def harness_table(lines: list[Line]) -> str:
     return _markdown(headings, rows)
 
 
+def cappr_tables(measured: dict[str, Any]) -> dict[str, str]:
+    """The tables of the suite "cappr"; the first one is the README's."""
+    five = [line for line in measured["lines"] if line["table"] == "five"]
+    curve = [line for line in measured["lines"] if line["table"] == "curve"]
+    names = [line for line in measured["lines"] if line["table"] == "names"]
+    memory = measured["memory"]
+    return {
+        "cappr": _markdown(
+            ["seconds", "backprompt", "CAPPr 0.9.6", "times faster (lowest to highest)"],
+            [
+                [
+                    line["workload"],
+                    *(f"{line['seconds'][name]['median']:.1f}" for name in ("backprompt", "CAPPr")),
+                    _spread_of_one_digit(line["times faster"]["CAPPr"]),
+                ]
+                for line in five
+            ],
+        ),
+        "table cappr": _markdown(
+            [
+                "seconds",
+                "tokens in all strings",
+                "distinct",
+                "computed",
+                "backprompt",
+                "CAPPr 0.9.6",
+                "times faster",
+                "largest gap, nats",
+                "CAPPr's setting",
+            ],
+            [
+                [
+                    line["workload"],
+                    *(f"{line[name]:,}" for name in ("tokens in strings", "distinct tokens", "computed")),
+                    *(_spread(line["seconds"][name]) for name in ("backprompt", "CAPPr")),
+                    _spread_of_one_digit(line["times faster"]["CAPPr"]),
+                    f"{line['gap']:.1g}",
+                    _setting(line["setting"]),
+                ]
+                for line in five + curve + names
+            ],
+        ),
+        "table curve": _markdown(
+            [
+                "seconds; classes",
+                *("backprompt", *CURVE_RIVALS),
+                *("backprompt, names of one token", "CAPPr, names of one token"),
+            ],
+            [
+                [
+                    str(line["classes"]),
+                    *(f"{line['seconds'][name]['median']:.1f}" for name in ("backprompt", *CURVE_RIVALS)),
+                    *(f"{one_token['seconds'][name]['median']:.1f}" for name in ("backprompt", "CAPPr")),
+                ]
+                for line, one_token in zip(curve, names, strict=True)
+            ],
+        ),
+        "table settings": _markdown(
+            ["workload", "prompts tried", "seconds by setting, best first"],
+            [
+                [
+                    line["workload"],
+                    str(line["prompts tried"]),
+                    "; ".join(
+                        f"{tried['seconds']:.2f}: {_setting(tried)}"
+                        for tried in sorted(line["tried"], key=lambda tried: tried["seconds"])
+                    ),
+                ]
+                for line in measured["lines"]
+            ],
+        ),
+        "table memory": _markdown(
+            [f"{memory['prompt tokens']:,} tokens x {memory['classes']} classes", "peak MB", "seconds"],
+            [
+                [name, "" if line["peak"] is None else f"{line['peak'] / 1e6:,.0f}", f"{line['seconds']:.1f}"]
+                for name, line in [("backprompt", memory["backprompt"])]
+                + [(f"CAPPr 0.9.6, {_setting(line)}", line) for line in memory["CAPPr"]]
+            ],
+        )
+        + "\n\n"
+        + _held(memory),
+    }
+
+
+def _setting(setting: dict[str, Any]) -> str:
+    completions = setting["batch_size_completions"] or "all"
+    cached = "cached, " if setting["cached"] else ""
+    return f"{cached}{setting['batch_size']} prompts, {completions} completions"
+
+
+def _held(memory: dict[str, Any]) -> str:
+    distinct, token_bytes = memory["distinct tokens"], memory["bytes a token"]
+    repeated = memory["prompt tokens"] * memory["classes"] + memory["completion tokens"]
+    return (
+        f"backprompt then holds {memory['held'] / 1e6:,.1f} MB: {memory['held'] / token_bytes:,.0f} tokens of "
+        f"{token_bytes:,} bytes, where the strings have {distinct:,} distinct ones. The prompt repeated for each class "
+        f"would be {repeated:,} tokens, {repeated * token_bytes / 1e6:,.0f} MB."
+    )
+
+
+def search_table(lines: list[Line]) -> str:
+    """The table of the suite "search"."""
+    headings = [
+        "classes",
+        "score",
+        "tokens, exhaustive",
+        "tokens, best-first",
+        "times fewer",
+        "seconds, exhaustive",
+        "seconds, best-first",
+        "times faster",
+        "passes",
+    ]
+    rows = [
+        [
+            f"{line['classes']:,}",
+            line["aggregate"],
+            f"{line['exhaustive, tokens']:,}",
+            f"{line['best-first, tokens']:,}",
+            f"{line['exhaustive, tokens'] / line['best-first, tokens']:.1f}",
+            *(f"{line['seconds'][name]['median']:.2f}" for name in ("exhaustive", "best-first")),
+            _spread_of_one_digit(line["times faster"]),
+            f"{line['exhaustive, passes']}, {line['best-first, passes']}",
+        ]
+        for line in lines
+    ]
+    return _markdown(headings, rows)
+
+
 def write_tables(results: dict[str, Any]) -> None:
     """Rewrite what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README files."""
     tables = tables_of(results)
@@ -260,6 +393,10 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
         tables |= store_tables(results["store"])
     if "lm-eval" in results:
         tables["table harness"] = harness_table(results["lm-eval"])
+    if "cappr" in results:
+        tables |= cappr_tables(results["cappr"])
+    if "search" in results:
+        tables["table search"] = search_table(results["search"]["lines"])
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in machine.items()) for machine in results["machines"].values()
     )
@@ -289,16 +426,25 @@ def draw_plots(results: dict[str, Any], folder: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "backprompt"  # the same numbers give the same file
     folder.mkdir(exist_ok=True)
     for theme, ink in (("light", "#24292f"), ("dark", "#e6edf3")):
-        for name, (suite, draw) in PLOTS.items():
-            if not _of(results["lines"], suite):
-                continue
+        for name, (draw, lines) in _plots_of(results).items():
             figure = Figure(figsize=(8.2, 3.6), layout="constrained")
             figure.patch.set_alpha(0)
             axes = figure.subplots()
             axes.patch.set_alpha(0)
-            draw(axes, results["lines"])
+            draw(axes, lines)
             _paint(axes, ink)
             figure.savefig(folder / f"{name}-{theme}.svg", metadata={"Date": None})
+
+
+def _plots_of(results: dict[str, Any]) -> dict[str, tuple[Callable[[Any, list[Line]], None], list[Line]]]:
+    """How to draw each plot whose suite was measured, and from what."""
+    lines = results["lines"]
+    plots = {name: (draw, lines) for name, (suite, draw) in PLOTS.items() if _of(lines, suite)}
+    if "cappr" in results:  # the same inputs against CAPPr itself
+        plots["classes"] = _cappr_curve, results["cappr"]["lines"]
+    if "search" in results:
+        plots["search"] = _search_curve, results["search"]["lines"]
+    return plots
 
 
 OURS = "#d9480f"
@@ -306,6 +452,7 @@ RIVAL_COLOURS = {
     "plain padded": "#868e96",
     "cache recipe (deepcopy)": "#4c8fd6",
     "CAPPr's way": "#2f9e6e",
+    "CAPPr": "#2f9e6e",
     "original toy": "#a78bfa",
     "generating 1 token": "#4c8fd6",
     "generating 4 tokens": "#a78bfa",
@@ -347,6 +494,39 @@ def _classes(axes: Any, lines: list[Line]) -> None:
     chosen = _of(lines, "classes")
     xs = [line["num_texts"] / 96 for line in chosen]
     _curves(axes, chosen, xs, ("backprompt", "CAPPr's way", "generating 1 token", "generating 4 tokens"))
+    _label_classes(axes, xs)
+
+
+def _cappr_curve(axes: Any, lines: list[Line]) -> None:
+    chosen = [line for line in lines if line["table"] == "curve"]
+    xs = [line["classes"] for line in chosen]
+    _curves(axes, chosen, xs, ("backprompt", *CURVE_RIVALS))
+    names = [line for line in lines if line["table"] == "names"]
+    for name in ("backprompt", "CAPPr"):
+        seconds = [line["seconds"][name]["median"] for line in names]
+        axes.plot(xs, seconds, linestyle="dotted", label=f"{name}, names of one token", color=_colour(name))
+    axes.legend(fontsize=8, frameon=False)
+    _label_classes(axes, xs)
+
+
+def _search_curve(axes: Any, lines: list[Line]) -> None:
+    for search, colour in (("exhaustive", "#868e96"), ("best-first", OURS)):
+        for aggregate, style in (("sum", "-"), ("mean", "--")):
+            chosen = [line for line in lines if line["aggregate"] == aggregate]
+            seconds = [line["seconds"][search]["median"] for line in chosen]
+            label = f"{search}, by {aggregate}"
+            classes = [line["classes"] for line in chosen]
+            axes.plot(classes, seconds, style, marker="o", markersize=4, label=label, color=colour)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(f"number of classes, log scale; {lines[0]['prompts']} prompts")
+    axes.set_ylabel("seconds, log scale")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _label_classes(axes: Any, xs: list[float]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(xs, [f"{x:.0f}" for x in xs])
     axes.set_xlabel("number of classes; 96 inputs")
@@ -400,6 +580,10 @@ def _markdown(headings: list[str], rows: list[list[str]]) -> str:
 
 def _spread(spread: dict[str, float]) -> str:
     return f"{spread['median']:.2f} ({spread['lowest']:.2f} to {spread['highest']:.2f})"
+
+
+def _spread_of_one_digit(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.1f} ({spread['lowest']:.1f} to {spread['highest']:.1f})"
 
 
 def _seconds(line: Line, name: str) -> str:

@@ -104,6 +104,11 @@ class Writer:
             labels[" " + label] = None
         return tuple(labels)
 
+    def names(self, num_names: int) -> tuple[str, ...]:
+        """Distinct words of the 200 most common, each with a space before it; the tokenizer has one token for each."""
+        common = list(dict.fromkeys(self._words))[:200]
+        return tuple(" " + word for word in self._random.sample(common, num_names))
+
 
 def two_choices() -> Workload:
     writer = Writer(1)
@@ -120,6 +125,16 @@ def classes(num_prompts: int, num_classes: int = 77, shared_words: int = 190) ->
     return Workload(
         f"{num_prompts} prompts x {num_classes} classes",
         tuple(Prompt((instruction, question), labels) for question in questions),
+    )
+
+
+def one_word_classes(num_prompts: int, num_classes: int, shared_words: int) -> Workload:
+    writer = Writer(2)
+    instruction, names = writer.text(shared_words), Writer(12).names(num_classes)
+    questions = [f"\n\nCustomer: {writer.text(15)}\nIntent:" for _ in range(num_prompts)]
+    return Workload(
+        f"{num_prompts} prompts x {num_classes} names of one token",
+        tuple(Prompt((instruction, question), names) for question in questions),
     )
 
 
