@@ -440,7 +440,7 @@ def _plots_of(results: dict[str, Any]) -> dict[str, tuple[Callable[[Any, list[Li
     """How to draw each plot whose suite was measured, and from what."""
     lines = results["lines"]
     plots = {name: (draw, lines) for name, (suite, draw) in PLOTS.items() if _of(lines, suite)}
-    if "cappr" in results:  # the same inputs against CAPPr itself
+    if "cappr" in results:
         plots["classes"] = _cappr_curve, results["cappr"]["lines"]
     if "search" in results:
         plots["search"] = _search_curve, results["search"]["lines"]
@@ -488,13 +488,6 @@ def _curves(axes: Any, lines: list[Line], xs: list[float], names: tuple[str, ...
     axes.set_ylabel("seconds")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False)
-
-
-def _classes(axes: Any, lines: list[Line]) -> None:
-    chosen = _of(lines, "classes")
-    xs = [line["num_texts"] / 96 for line in chosen]
-    _curves(axes, chosen, xs, ("backprompt", "CAPPr's way", "generating 1 token", "generating 4 tokens"))
-    _label_classes(axes, xs)
 
 
 def _cappr_curve(axes: Any, lines: list[Line]) -> None:
@@ -550,7 +543,6 @@ def _depth(axes: Any, lines: list[Line]) -> None:
 
 PLOTS = {
     "workloads": ("five", _bars),
-    "classes": ("classes", _classes),
     "prefix": ("prefix", _prefix),
     "depth": ("depth", _depth),
 }

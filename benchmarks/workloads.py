@@ -223,12 +223,6 @@ SUITES = (
     Suite("five", (two_choices, partial(classes, 2), partial(classes, 16), few_shots, nested), 3, ALL_RIVALS),
     Suite("others", (notebook, nothing_shared, single_text), 3, ALL_RIVALS),
     Suite(
-        "classes",
-        tuple(partial(classes, 96, num_classes, 40) for num_classes in (2, 4, 8, 16, 32, 64)),
-        1,
-        ("CAPPr's way", "generating 1 token", "generating 4 tokens"),
-    ),
-    Suite(
         "prefix",
         tuple(partial(shared_prefix, num_words) for num_words in (0, 40, 80, 160, 320, 745)),
         2,
