@@ -7,6 +7,7 @@ How a token is chosen is decoding.py's business.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from backprompt.lm import LM
 
 Continued = TypeVar("Continued", bound="ContinuedText")
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's, for bytes that no other token has
 
 MAX_LIVE_TEXTS = 256
 """Of more texts the others wait until one is finished."""
@@ -60,7 +63,8 @@ class ContinuedText(Text):
     @property
     def completion_tokens(self) -> tuple[int, ...]:
         """The ids that were added, an end token included."""
-        return tuple(token_id for segment in self._completion.segments for token_id in segment)  # type: ignore[misc]
+        segments = self._completion.segments  # one, or none where nothing was added
+        return segments[0] if segments and isinstance(segments[0], tuple) else ()
 
     @property
     def completion(self) -> str:
@@ -153,19 +157,19 @@ def _generated(lm: LM, prompt: Text, decoding: TextDecoding) -> GeneratedText:
 
 
 @overload
-def generate(texts: Text, *, n: None = None, **options: Any) -> GeneratedText: ...
+def generate(texts: Text, *, max_new_tokens: int, n: None = None, **options: Any) -> GeneratedText: ...
 
 
 @overload
-def generate(texts: Text, *, n: int, **options: Any) -> list[GeneratedText]: ...
+def generate(texts: Text, *, max_new_tokens: int, n: int, **options: Any) -> list[GeneratedText]: ...
 
 
 @overload
-def generate(texts: Iterable[Text], *, n: None = None, **options: Any) -> list[GeneratedText]: ...
+def generate(texts: Iterable[Text], *, max_new_tokens: int, n: None = None, **options: Any) -> list[GeneratedText]: ...
 
 
 @overload
-def generate(texts: Iterable[Text], *, n: int, **options: Any) -> list[list[GeneratedText]]: ...
+def generate(texts: Iterable[Text], *, max_new_tokens: int, n: int, **options: Any) -> list[list[GeneratedText]]: ...
 
 
 def generate(
@@ -249,7 +253,7 @@ class Stream(Iterator[str]):
     def __next__(self) -> str:
         while True:
             is_going_on = self._run.step()
-            completion = self.text.completion
+            completion = self._settled() if is_going_on else self.text.completion
             if is_going_on and completion.endswith("\N{REPLACEMENT CHARACTER}"):
                 continue  # a character whose other bytes are still to come
             piece, self._num_given = completion[self._num_given :], len(completion)
@@ -257,6 +261,14 @@ class Stream(Iterator[str]):
                 return piece
             if not is_going_on:
                 raise StopIteration
+
+    def _settled(self) -> str:
+        """Return the completion without the run of byte tokens at its end, which decoders decode as a whole."""
+        token_ids = list(self.text.completion_tokens)
+        tokens = self._lm.tokenizer.convert_ids_to_tokens(token_ids)
+        while token_ids and _BYTE_TOKEN.fullmatch(tokens[len(token_ids) - 1] or ""):
+            token_ids.pop()
+        return ContinuedText._of(self._prompt, token_ids, self._lm).completion
 
     def close(self) -> None:
         """Stop; what was generated is kept."""

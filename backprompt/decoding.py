@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerationMode, StopStringCriteria
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from backprompt.errors import GenerationError
 
@@ -81,6 +82,12 @@ class Decoding:
         self._seed = secrets.randbits(63) if seed is None else seed
         self._config = _config(model, given, _stops(stop))
         self.is_sampling = bool(self._config.do_sample)
+        try:
+            self._rules(
+                torch.zeros((1, 1), dtype=torch.long)
+            )  # what is wrong shows now, and not after a prompt is computed
+        except (TypeError, ValueError) as error:
+            raise GenerationError(f"transformers refuses these options: {error}") from error
 
     def for_text(self, prompt_ids: Sequence[int], sample_idx: int) -> TextDecoding:
         """Return the decoding of one text."""
@@ -183,7 +190,7 @@ def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> Ge
             "transformers' GenerationConfig."
         )
     try:
-        config, _ = model._prepare_generation_config(None, **options)
+        config: GenerationConfig = model._prepare_generation_config(None, **options)[0]
         config.stop_strings = stops
         mode = config.get_generation_mode()
     except (TypeError, ValueError) as error:

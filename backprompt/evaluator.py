@@ -236,8 +236,9 @@ class Evaluator:
     def end_growth(self, end: Span) -> None:
         """Let go of a text that has grown; it may be dropped over the budget from now on, like all others."""
         end.num_pins -= 1
-        end.is_end = True
-        self._growth.finish(end)
+        if not end.is_end:  # something was forwarded
+            end.is_end = True
+            self.memory.add(self._growth.finish(end))
         if self._archive is not None and end.rows is not None:
             self._archive.save_new([end])
         self._make_room()

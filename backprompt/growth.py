@@ -90,15 +90,14 @@ class Growth:
                 self._buffers[span] = buffer
             self._forest.absorb(span)
             span.rows, span.states = rows, states
+        if span.parent is not None and not span.parent.is_end:
+            made += _moved_out(span.parent)  # several continue it
         return made
 
-    def finish(self, span: Span) -> None:
-        """Give back the room behind a span's rows: nothing will be appended to it any more."""
-        buffer = self._buffers.pop(span, None)
-        if buffer is not None and span.rows is not None and buffer.is_used_up_to(span, 0):
-            used = [slice(0, buffer.num_used)]
-            buffer.keys_values.keep(used)
-            buffer.states.keep(used)
+    def finish(self, span: Span) -> list[Block]:
+        """Give back the room beside a span's rows: nothing will be appended to it any more."""
+        self._buffers.pop(span, None)
+        return _moved_out(span)
 
 
 def _absorbable(span: Span) -> Span | None:
@@ -118,6 +117,23 @@ def _absorbable(span: Span) -> Span | None:
     ):
         return None
     return upper
+
+
+def _moved_out(span: Span) -> list[Block]:
+    """Give what was generated blocks of its own; its rows would keep those of other texts alive."""
+    if not span.token_ids or span.rows is None or span.states is None:
+        return []
+    made: list[Block] = []
+    rows, states = keys_values_of(span), states_of(span)
+    if rows.block.num_rows > len(span.token_ids):
+        keys_values = rows.block.copied([slice(rows.start, rows.stop)], Location.of(rows.block.keys[0]))
+        span.rows = BlockRows(keys_values, 0, len(span.token_ids))
+        made.append(keys_values)
+    if states.block.num_rows > len(span.token_ids):
+        own = states.block.copied([slice(states.start, states.stop)], Location.of(states.block.hidden))
+        span.states = BlockRows(own, 0, len(span.token_ids))
+        made.append(own)
+    return made
 
 
 def _adjacent(upper: Span, lower: Span) -> tuple[BlockRows[KeysValues] | None, BlockRows[States] | None]:

@@ -5,6 +5,7 @@ import warnings
 import pytest
 
 from backprompt import LM, Text, TextTypeError, TokenizerError, chat, evaluate
+from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
 TEMPLATE = (
@@ -20,11 +21,11 @@ MESSAGES = [{"role": "system", "content": "Be kind."}, QUESTION]
 
 
 @pytest.fixture
-def lm(model):
+def lm():
     tokenizer = byte_level_bpe()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     tokenizer.chat_template = TEMPLATE
-    return LM(model, tokenizer)
+    return LM(build("gpt2", vocab_size=len(tokenizer)), tokenizer)
 
 
 def test_a_conversation_is_the_templates_string(lm):

@@ -54,12 +54,13 @@ def test_greedy_continuations_are_those_of_transformers(family, tokenizer):
     model = FAMILIES[family]()
     lm = LM(model, tokenizer)
     texts = [Text(prompt, lm) for prompt in PROMPTS]
-    for text, found in zip(texts, generate(texts, max_new_tokens=NEW), strict=True):
-        assert found.completion_tokens == theirs(model, text.tokens, max_new_tokens=NEW)
+    num_new = NEW if family != "phi3_longrope" else 4  # of 32 positions
+    for text, found in zip(texts, generate(texts, max_new_tokens=num_new), strict=True):
+        assert found.completion_tokens == theirs(model, text.tokens, max_new_tokens=num_new)
         assert found.tokens == text.tokens + found.completion_tokens
         assert found.finish_reason == "length"
         expected = plain_token_logprobs(model, found.tokens)
-        torch.testing.assert_close(found.completion_logprobs, expected[-NEW:], rtol=0, atol=ATOL)
+        torch.testing.assert_close(found.completion_logprobs, expected[-num_new:], rtol=0, atol=ATOL)
         torch.testing.assert_close(found.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
         torch.testing.assert_close(found.logits, plain_logits(model, found.tokens)[-1], rtol=0, atol=ATOL)
 
@@ -308,11 +309,11 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
 
 
 def test_threads_generate_beside_each_other(lm, model):
-    def work(number):
-        text = Text(PROMPTS[number % 4], lm)
-        return text.generate(max_new_tokens=NEW).completion_tokens == plain_greedy(model, text.tokens, NEW)
+    def work(idx):
+        text = Text(PROMPTS[idx % 4], lm)
+        assert text.generate(max_new_tokens=NEW).completion_tokens == plain_greedy(model, text.tokens, NEW)
 
-    assert all(in_threads(work, 8))
+    in_threads(8, work)
 
 
 # The text
@@ -359,7 +360,7 @@ def test_special_tokens_are_left_out_of_the_string(tokenizer):
         ({"stop": ""}, "stop must be strings that are not empty"),
         ({"stop": [3]}, "stop must be strings"),
         ({"temperature": -1.0}, "temperature"),
-        ({"top_p": 3.0}, "top_p"),
+        ({"top_p": -1.0}, "top_p"),
     ],
     ids=str,
 )
@@ -429,6 +430,7 @@ def test_select_is_classification_by_the_sum(lm):
     assert found.string == prompt.string + " " + found.option
     assert type(found + ".") is Text
     assert prompt.select(options, end_of_prompt="", prior=[0, 0, 1]).string == prompt.string + "46"
+    found = prompt.select(["46", "hello there"])
     before = lm.stats
     evaluate(found)
     assert (lm.stats - before).tokens_computed == 1  # the last one, which scoring does not need
