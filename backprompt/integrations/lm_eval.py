@@ -157,13 +157,18 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """Return what the harness adds to `results["config"]` at the end: what was computed, see `Stats`."""
         return {"backprompt": asdict(self.lm.stats)}
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the ids of a string; special tokens as asked for, or else as `add_bos_token` or the tokenizer says."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
+    ) -> list[int]:
+        """Return the ids of a string, the last `left_truncate_len` of them.
+
+        Special tokens are added as asked for, or else as `add_bos_token` or the tokenizer says.
+        """
         add = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self._prefix):
             add = False  # it has them already
         ids: list[int] = self.tokenizer.encode(string, **({} if add is None else {"add_special_tokens": add}))
-        return ids
+        return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as one string; without its system message where the template refuses that."""
