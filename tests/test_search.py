@@ -92,6 +92,21 @@ def test_what_cannot_win_is_not_expanded():
     assert (found.best_idx, num_expanded) == (0, 2)
 
 
+def test_of_equals_the_first_wins_though_it_is_found_last():
+    candidates = [Candidate((1, 2), 0.0, 1), Candidate((0,), 0.0, 1)]
+    logprobs = {(): {0: -1.0, 1: -1.0}, (1,): {2: 0.0}}
+    found, num_expanded = search(candidates, logprobs.__getitem__, 1)
+    assert (found.best_idx, num_expanded) == (0, 2)
+
+
+def test_the_bound_is_that_of_the_best_below_whatever_the_path_costs():
+    """By the mean: behind an improbable token the longer completion can still win, though its offset is lower."""
+    candidates = [Candidate((0, 1), 0.0, 2), Candidate((0, 2, 3, 4), -0.5, 4), Candidate((5,), -1.0, 1)]
+    logprobs = {(): {0: -4.0, 5: -0.6}, (0,): {1: -4.0, 2: 0.0}, (0, 2): {3: 0.0}, (0, 2, 3): {4: 0.0}}
+    found, _ = search(candidates, logprobs.__getitem__, 1)
+    assert (found.best_idx, found.best_score) == (1, -1.5)
+
+
 def test_what_ended_already_is_no_reason_to_expand():
     """(root) -- 0, complete -- 1, complete with a low prior."""
     candidates = [Candidate((0,), 0.0, 1), Candidate((0, 1), -5.0, 1)]
