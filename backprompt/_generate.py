@@ -317,7 +317,7 @@ class Run:
     _evaluator: Evaluator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._prompts = self.lm.prompt_ids(self.texts, self.decoding.max_new_tokens)
+        self._prompts = self.lm.ids_to_continue(self.texts, self.decoding.max_new_tokens)
         self._decodings = [
             self.decoding.for_text(flat(token_ids), idx % self.num_samples)
             for idx, token_ids in enumerate(self._prompts)

@@ -1,4 +1,4 @@
-"""Where representations lie: blocks of computed rows, and a pool of logit rows.
+"""Where representations lie: blocks of computed rows, and pools of logit rows and of scores of candidates.
 
 A pass leaves two blocks: `KeysValues`, for each layer the keys and values of all its rows, and `States`, their final
 hidden states and log-probabilities. A computed span holds `BlockRows` of each, a range of rows, so that splitting a
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from backprompt.radix import Span
+
+CANDIDATE_END_BYTES = 200
+"""What a dict takes besides its entries."""
 
 CANDIDATE_BYTES = 200
 """What an entry of a dict from int to `TokenScore` takes, all objects included, when the dict is half full."""
@@ -285,6 +288,11 @@ class LogitPool:
             _, dropped = self._rows.popitem(last=False)
             self.num_bytes -= dropped.nbytes
 
+    def retain(self, spans: Container[Span]) -> None:
+        """Drop the rows of other spans than these."""
+        for end in [end for end in self._rows if end not in spans]:
+            self.num_bytes -= self._rows.pop(end).nbytes
+
     def clear(self) -> None:
         """Drop every row."""
         self._rows.clear()
@@ -320,13 +328,23 @@ class CandidatePool:
 
     def put(self, end: Span, scores: Mapping[int, TokenScore]) -> None:
         """Keep these, dropping those of the least recently used texts over the bound."""
-        known = self._scores.setdefault(end, {})
+        if end not in self._scores:
+            self._scores[end] = {}
+            self.num_bytes += CANDIDATE_END_BYTES
+        known = self._scores[end]
         self.num_bytes += CANDIDATE_BYTES * len(scores.keys() - known.keys())
         known.update(scores)
         self._scores.move_to_end(end)
         while self.num_bytes > self.max_bytes:
-            _, dropped = self._scores.popitem(last=False)
-            self.num_bytes -= CANDIDATE_BYTES * len(dropped)
+            self._drop(next(iter(self._scores)))
+
+    def retain(self, spans: Container[Span]) -> None:
+        """Drop those behind other spans than these."""
+        for end in [end for end in self._scores if end not in spans]:
+            self._drop(end)
+
+    def _drop(self, end: Span) -> None:
+        self.num_bytes -= CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(self._scores.pop(end))
 
     def clear(self) -> None:
         """Drop all of them."""

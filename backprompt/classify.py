@@ -10,13 +10,16 @@ after the other.
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from backprompt.calibration import Floats
@@ -27,6 +30,7 @@ from backprompt.lm import LM
 from backprompt.search import Candidate, Search, make_trie
 from backprompt.segments import Group
 from backprompt.text import Text
+from backprompt.token_graph import TokenIds
 
 Prompt: TypeAlias = "str | Text"
 Aggregate: TypeAlias = Literal["mean", "sum"]
@@ -186,7 +190,11 @@ def predict(
     """
     if search not in STRATEGIES:
         raise ValueError(f"search must be one of {', '.join(map(repr, STRATEGIES))}, not {search!r}.")
-    candidates = [p.completions for p in _listed(prompts)[0] if isinstance(p, Example)] or [completions or ()]
+    unknown = options.keys() - inspect.signature(predict_proba).parameters.keys()
+    if unknown:
+        raise TypeError(f"predict has no option {min(unknown)!r}; its options are those of predict_proba, and search.")
+    shared = () if completions is None else completions
+    candidates = [p.completions for p in _listed(prompts)[0] if isinstance(p, Example)] or [shared]
     if any(len(c) == 1 for c in candidates):
         raise ValueError(
             "With one completion there is nothing to predict. For its probability call predict_proba with "
@@ -301,32 +309,49 @@ class _Work:
                 for prompt, end, row in zip(self.prompts, self.ends, self.completions, strict=True)
             ]
         )
-        for idx, num_tokens in enumerate(self.lm.num_tokens(self.prompts)):
-            if not num_tokens:
+        for idx, token_ids in enumerate(self.prompt_ids):
+            if not token_ids:
                 raise EmptyTextError(
                     f"prompts[{idx}], {self.prompts[idx]!r}, has no tokens. A completion's first token needs something "
                     "before it."
                 )
 
     def _scored(self) -> Iterator[list[Floats]]:
-        ids_of = self.completion_ids
-        texts: list[list[Text]] = []
-        num_tokens = 0
-        for idx, (prompt, length) in enumerate(zip(self.prompts, self.lm.num_tokens(self.prompts), strict=True)):
-            ids = [ids_of[self.ends[idx], completion] for completion in self.completions[idx]]
-            texts.append([prompt + Text.from_tokens(completion, self.lm) for completion in ids])
-            num_tokens += (length + max(map(len, ids))) * len(ids)
+        first, num_tokens = 0, 0
+        for idx, prompt_ids in enumerate(self.prompt_ids):
+            ids = self._ids_behind(idx)
+            num_tokens += (len(prompt_ids) + max(map(len, ids))) * len(ids)
             if num_tokens >= TOKENS_AT_A_TIME or idx == len(self.prompts) - 1:
-                yield from self._score(texts)
-                texts, num_tokens = [], 0
+                yield from self._score(range(first, idx + 1))
+                first, num_tokens = idx + 1, 0
 
-    def _score(self, texts: Sequence[Sequence[Text]]) -> Iterator[list[Floats]]:
-        flat = [text for row in texts for text in row]
-        lengths = self.lm.num_tokens(flat)
-        starts = [length - len(text.segments[-1]) for text, length in zip(flat, lengths, strict=True)]  # type: ignore[arg-type]
-        logprobs = iter(self.lm.token_logprobs(flat, starts))
-        for row in texts:
-            yield [next(logprobs).cpu().double().numpy() for _ in row]
+    def _score(self, prompt_idxs: Sequence[int]) -> Iterator[list[Floats]]:
+        """Score some prompts' completions together."""
+        pairs = [(idx, token_ids) for idx in prompt_idxs for token_ids in self._ids_behind(idx)]
+        starts = [len(self.prompt_ids[idx]) for idx, _ in pairs]
+        found = self.lm.token_logprobs([self.behind(*pair) for pair in pairs], starts)
+        together = torch.cat(found).cpu().double().numpy()  # one transfer
+        ends = np.cumsum([len(token_ids) for _, token_ids in pairs])
+        rows = iter(np.split(together, ends[:-1]))
+        for idx in prompt_idxs:
+            yield [next(rows) for _ in self.completions[idx]]
+
+    def behind(self, prompt_idx: int, token_ids: tuple[int, ...]) -> Text:
+        """Return a prompt with ids behind it."""
+        prompt_ids = self.prompt_ids[prompt_idx]
+        if isinstance(prompt_ids, tuple):
+            return Text.from_tokens(prompt_ids + token_ids, self.lm)  # the prompt is not encoded again
+        return self.prompts[prompt_idx] + Text.from_tokens(token_ids, self.lm)
+
+    def _ids_behind(self, prompt_idx: int) -> list[tuple[int, ...]]:
+        """Return the ids of each completion of a prompt."""
+        end = self.ends[prompt_idx]
+        return [self.completion_ids[end, completion] for completion in self.completions[prompt_idx]]
+
+    @cached_property
+    def prompt_ids(self) -> list[TokenIds]:
+        """The ids of each prompt as they are where something follows."""
+        return self.lm.prompt_ids(self.prompts)
 
     @cached_property
     def completion_ids(self) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -450,12 +475,15 @@ class _Task:
                         best[idx] = search.best_idx
                         del live[idx]
                         bar.update()
+                if not expanded:
+                    continue
                 following = work.lm.next_token_logprobs(
-                    [work.prompts[idx] + Text.from_tokens(node.token_ids, work.lm) for idx, _, node in expanded],
+                    [work.behind(idx, node.token_ids) for idx, _, node in expanded],
                     [list(node.children) for _, _, node in expanded],
                 )
-                for (_, search, node), logprobs in zip(expanded, following, strict=True):
-                    search.tell(node, dict(zip(node.children, logprobs.tolist(), strict=True)))
+                logprobs = iter(torch.cat(following).tolist())
+                for _, search, node in expanded:
+                    search.tell(node, {token_id: next(logprobs) for token_id in node.children})
 
     def _searches(self) -> Iterator[tuple[int, Search]]:
         """Yield a search for each prompt; those of prompts with the same completions and scheme share a trie."""
@@ -487,6 +515,13 @@ def _discounts(
             f"log_marg_probs_completions has {len(given)} elements for {len(shared)} completions; give one a "
             "completion."
         )
+    for completion, row in zip(shared, given, strict=True):
+        num_tokens = len(work.completion_ids[work.ends[0], completion])
+        if len(row) != num_tokens:
+            raise ValueError(
+                f"log_marg_probs_completions has {len(row)} numbers for {completion!r}, which has {num_tokens} tokens; "
+                "give what token_logprobs(completions, lm) returns."
+            )
     return [discount * np.array([0.0 if value is None else value for value in row]) for row in given]
 
 
@@ -549,7 +584,7 @@ def _checked_completions(completions: Sequence[str]) -> tuple[str, ...]:
             raise TextTypeError(f"completions[{idx}] is a {type(completion).__name__}, not a str.")
         if not completion:
             raise ValueError(f"completions[{idx}] is empty, so it has no probability. Leave it out.")
-    repeated = [completion for completion in dict.fromkeys(listed) if listed.count(completion) > 1]
+    repeated = [completion for completion, num_times in Counter(listed).items() if num_times > 1]
     if repeated:
         raise ValueError(f"The completion {repeated[0]!r} is there more than once. Give each one once.")
     return listed

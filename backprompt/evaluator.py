@@ -1,11 +1,12 @@
 """The evaluator: everything computed with one state of a model's weights.
 
-It holds the forest of spans, the executor that computes them, and the pool of logit rows. When the weights change,
-the `LM` drops its evaluator, with all of this, and makes a new one.
+It holds the forest of spans, the executor that computes them, and pools of logit rows and of scores. When the weights
+change, the `LM` drops its evaluator, with all of this, and makes a new one.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -75,16 +76,16 @@ class TokenScores:
     is_argmax: Tensor
 
     @classmethod
-    def of(cls, scores: Collection[TokenScore], device: torch.device) -> TokenScores:
+    def of(cls, scores: Sequence[TokenScore], device: torch.device) -> TokenScores:
         """Return these as tensors on a device."""
         logprobs = torch.tensor([score.logprob for score in scores], dtype=torch.float32, device=device)
         return cls(logprobs, torch.tensor([score.is_argmax for score in scores], dtype=torch.bool, device=device))
 
-    def followed_by(self, scores: Collection[TokenScore]) -> TokenScores:
+    def __getitem__(self, rows: slice) -> TokenScores:
+        return TokenScores(self.logprobs[rows], self.is_argmax[rows])
+
+    def followed_by(self, others: TokenScores) -> TokenScores:
         """Return these with others behind them."""
-        if not scores:
-            return self
-        others = TokenScores.of(scores, self.logprobs.device)
         return TokenScores(torch.cat([self.logprobs, others.logprobs]), torch.cat([self.is_argmax, others.is_argmax]))
 
 
@@ -103,6 +104,14 @@ class Scored:
 
     tokens: TokenScores
     candidates: Mapping[int, TokenScore]
+
+
+def split_to_score(token_ids: TokenIds, start: int) -> tuple[TokenIds, int] | None:
+    """Return what is forwarded of a text that is scored from `start` on, and its last token, which is not.
+
+    None where all of it is forwarded: nothing is scored, or no one token stands before the last one.
+    """
+    return without_last(token_ids) if start < len(token_ids) else None
 
 
 class Evaluator:
@@ -218,7 +227,7 @@ class Evaluator:
             end: score for end, score in zip(grown, scores, strict=True) if not _is_scored(end, len(end.token_ids) - 1)
         }
         targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
-        _write_scores(targets, TokenScores.of(new.values(), self.executor.device))
+        _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
         for end in dict.fromkeys(grown):
             self.memory.add(self._growth.absorb(end))
         return grown
@@ -358,9 +367,11 @@ class Evaluator:
             for end, scored in _write_scores(targets, scores).items():
                 self._candidates.put(end, scored)
                 found[end] |= scored
+        held: list[tuple[Span, int, Span]] = []
         for end, token_ids in candidates.items():
-            children = {t: child for t in token_ids if t not in found[end] and (child := _held_child(end, t))}
-            found[end] |= {token_id: _first_score(child) for token_id, child in children.items()}
+            held += [(end, t, child) for t in token_ids if t not in found[end] and (child := _held_child(end, t))]
+        for (end, token_id, _), score in zip(held, _first_scores([child for _, _, child in held]), strict=True):
+            found[end][token_id] = score
         return found
 
     def _recall(self, span: Span) -> None:
@@ -401,12 +412,18 @@ class Evaluator:
 
         A text's last token is scored by the row before it; it is not forwarded unless something continues it.
         """
-        splits = [without_last(token_ids) if start < len(token_ids) else None for token_ids, start in texts]
+        splits = [split_to_score(token_ids, start) for token_ids, start in texts]
         wanted = [
             Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:])
             for (token_ids, start), split in zip(texts, splits, strict=True)
         ]
-        return [scored.tokens.followed_by(scored.candidates.values()) for scored in self.scored(wanted)]
+        found = self.scored(wanted)
+        lasts = TokenScores.of([s for scored in found for s in scored.candidates.values()], self.executor.device)
+        ends = itertools.accumulate(len(scored.candidates) for scored in found)
+        return [
+            scored.tokens.followed_by(lasts[end - len(scored.candidates) : end])
+            for scored, end in zip(found, ends, strict=True)
+        ]
 
     def scored(self, wanted: Sequence[Wanted]) -> list[Scored]:
         """Evaluate texts and score what is wanted of each."""
@@ -452,11 +469,18 @@ class Evaluator:
             self.memory.touch(ends)
             yield ends
         except BaseException:
-            self.forest.prune()
+            self._prune()
             raise
         if self.memory.num_empty_spans > MAX_EMPTY_SPANS:
-            self.forest.prune()
+            self._prune()
             self.memory.num_empty_spans = 0
+
+    def _prune(self) -> None:
+        """Forget spans of which nothing is held, and results by which they would stay alive."""
+        self.forest.prune()
+        spans = set(self.forest.spans())
+        self._pool.retain(spans)
+        self._candidates.retain(spans)
 
     def _compute(
         self,
@@ -762,9 +786,17 @@ def _has_first_score(span: Span) -> bool:
     return bool(rows.block.has_logprobs[rows.start])
 
 
-def _first_score(span: Span) -> TokenScore:
-    rows = states_of(span)
-    return TokenScore(float(rows.block.logprobs[rows.start]), bool(rows.block.is_argmax[rows.start]))
+def _first_scores(spans: Sequence[Span]) -> list[TokenScore]:
+    """Return the scores of spans' first tokens; two transfers a block, however many spans."""
+    by_block: dict[States, list[int]] = {}
+    for idx, span in enumerate(spans):
+        by_block.setdefault(states_of(span).block, []).append(idx)
+    found: dict[int, TokenScore] = {}
+    for block, indices in by_block.items():
+        rows = torch.tensor([states_of(spans[idx]).start for idx in indices], device=block.logprobs.device)
+        scores = map(TokenScore, block.logprobs[rows].tolist(), block.is_argmax[rows].tolist())
+        found.update(zip(indices, scores, strict=True))
+    return [found[idx] for idx in range(len(spans))]
 
 
 def _path_from(end: Span, start: int) -> list[Span]:

@@ -39,7 +39,7 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
-from backprompt.evaluator import Counters, Evaluator, TokenScores, Wanted
+from backprompt.evaluator import Counters, Evaluator, TokenScores, Wanted, split_to_score
 from backprompt.executor import plain_surroundings
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
@@ -68,7 +68,7 @@ class Stats:
         tokens_recomputed: of those, how many were forwarded before and dropped over the budget.
         tokens_fetched: tokens whose states, or keys and values, moved back from the second pool to the device.
         tokens_loaded: tokens whose states came from the store.
-        tokens_reused: requested less forwarded: what was cached or shared.
+        tokens_reused: requested less forwarded: what was cached or shared, or scored without being forwarded.
         forward_passes: packed forward passes.
         logit_rows: rows of logits computed by the output head.
         seconds: time in forward passes and in the output head.
@@ -263,9 +263,9 @@ class LM:
         """Evaluate texts and return the log-probabilities of their tokens, from `starts[i]` on in text i.
 
         Rows of the output head that predict only tokens before the start are not computed, and a text's last token is
-        not forwarded for this, since no row of its own is needed. To score what follows a prompt, let the prompt's
-        number of tokens be the start, where its tokens are a beginning of the whole text's. A text may have one token
-        more than the model has positions.
+        not forwarded for this (if it is scored, and one token stands before it), since no row of its own is needed. To
+        score what follows a prompt, let the prompt's number of tokens be the start, where its tokens are a beginning of
+        the whole text's. A text may have one token more than the model has positions.
 
         Returns:
             A tensor a text, `(tokens - start,)`, float32, nats; nan for a first token, which nothing predicts.
@@ -294,7 +294,7 @@ class LM:
         if len(starts) != len(texts):
             raise ValueError(f"starts has {len(starts)} elements for {len(texts)} texts; give one start a text.")
         with self._exclusive():
-            encoded = self._checked_ids(texts, starts, num_not_forwarded=1)
+            encoded = self._checked_ids(texts, starts, is_scoring=True)
             return self._evaluator.token_scores_of(list(zip(encoded, starts, strict=True))) if texts else []
 
     def next_token_logprobs(self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -320,19 +320,18 @@ class LM:
                 f"token_ids has {len(token_ids)} elements for {len(texts)} texts; give a sequence of ids a text."
             )
         with self._exclusive():
-            encoded = self._checked_ids(texts)
-            for text, ids in zip(texts, encoded, strict=True):
+            self._current()
+            for text, ids in zip(texts, self._encoder.encode(texts), strict=True):
                 if isinstance(ids, TokenGraph) and ids.ends_in_group:
                     raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
-            wanted = [
-                Wanted(ids, len(ids), tuple(self._known_id(candidate) for candidate in candidates))
-                for ids, candidates in zip(encoded, token_ids, strict=True)
+            candidates = [tuple(map(self._known_id, ids)) for ids in token_ids]
+            wanted = [Wanted(ids, len(ids), own) for ids, own in zip(self._checked_ids(texts), candidates, strict=True)]
+            found = self._evaluator.scored(wanted) if wanted else []
+            logprobs = [
+                scored.candidates[i].logprob for scored, own in zip(found, candidates, strict=True) for i in own
             ]
-            device = self._evaluator.executor.device
-            return [
-                torch.tensor([scored.candidates[candidate].logprob for candidate in text.candidates], device=device)
-                for text, scored in zip(wanted, self._evaluator.scored(wanted) if wanted else [], strict=True)
-            ]
+            together = torch.tensor(logprobs, dtype=torch.float32, device=self._evaluator.executor.device)
+            return list(torch.split(together, [len(own) for own in candidates]))
 
     def decoding(
         self, *, max_new_tokens: int, stop: str | Sequence[str] | None, seed: int | None, given: Mapping[str, Any]
@@ -347,28 +346,20 @@ class LM:
             given=given,
         )
 
-    def prompt_ids(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:
+    def ids_to_continue(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:
         """Return the ids of texts that are to be continued, and count them.
 
         Raises:
-            GroupError: a text ends in a group, so there is no last token to continue.
             TextTooLongError: there is no room for `max_new_tokens`.
-            What `evaluate` raises for texts that cannot be evaluated.
+            GroupError, and what `evaluate` raises for texts that cannot be evaluated.
 
         """
         texts = self._own_texts(texts)
-        marker = Text.from_tokens([0], self)  # what a tokenizer appends at an end is not there where something follows
         with self._exclusive():
-            evaluator = self._current()
-            prompts: list[TokenIds] = []
-            for text, encoded in zip(texts, self._encoder.encode([text + marker for text in texts]), strict=True):
-                split = without_last(encoded)
-                if split is None and len(encoded) > 1:
-                    raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
-                token_ids = () if split is None else split[0]
-                self._check_can_be_evaluated(evaluator, text, token_ids)
-                self._check_room(evaluator, text, token_ids, max_new_tokens)
-                prompts.append(token_ids)
+            prompts = self.prompt_ids(texts)
+            for text, token_ids in zip(texts, prompts, strict=True):
+                self._check_can_be_evaluated(self._evaluator, text, token_ids)
+                self._check_room(self._evaluator, text, token_ids, max_new_tokens)
             self._counters.tokens_requested += sum(map(len, prompts))
             return prompts
 
@@ -429,6 +420,25 @@ class LM:
         with self._exclusive():
             self._current()
             return list(map(len, self._encoder.encode(texts)))
+
+    def prompt_ids(self, texts: Iterable[Text]) -> list[TokenIds]:
+        """Return the ids of texts as they are where something follows: without what a tokenizer appends at an end.
+
+        Raises:
+            GroupError: a text ends in a group, so no one token stands before what follows.
+
+        """
+        texts = self._own_texts(texts)
+        marker = Text.from_tokens([0], self)
+        with self._exclusive():
+            self._current()
+            found: list[TokenIds] = []
+            for text, encoded in zip(texts, self._encoder.encode([text + marker for text in texts]), strict=True):
+                split = without_last(encoded)
+                if split is None and len(encoded) > 1:
+                    raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
+                found.append(() if split is None else split[0])
+            return found
 
     def completion_ids(self, strings: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the ids of each string encoded by itself, without special tokens; see classify.py."""
@@ -491,19 +501,26 @@ class LM:
         return texts
 
     def _checked_ids(
-        self, texts: Sequence[Text], starts: Sequence[int] = (), num_not_forwarded: int = 0
+        self, texts: Sequence[Text], starts: Sequence[int] = (), *, is_scoring: bool = False
     ) -> list[TokenIds]:
-        """Return the token ids of texts that can be evaluated, and count them; the lock must be held."""
+        """Return the token ids of texts that can be evaluated, and count them; the lock must be held.
+
+        `is_scoring`: they are only scored, from `starts` on.
+        """
         evaluator = self._current()
         encoded = self._encoder.encode(texts)
-        for text, token_ids in dict(zip(texts, encoded, strict=True)).items():
-            if text not in self._evaluated:
-                self._check_can_be_evaluated(evaluator, text, token_ids, num_not_forwarded)
         for text, token_ids, start in zip(texts, encoded, starts, strict=False):
             if not 0 <= start <= len(token_ids):
                 raise ValueError(
                     f"{text!r} has {len(token_ids)} tokens, so its start must be between 0 and that, not {start}."
                 )
+        lengths: dict[Text, int] = {}
+        for idx, (text, token_ids) in enumerate(zip(texts, encoded, strict=True)):
+            split = split_to_score(token_ids, starts[idx]) if is_scoring else None
+            lengths[text] = max(lengths.get(text, 0), num_positions(token_ids if split is None else split[0]))
+        for text, token_ids in dict(zip(texts, encoded, strict=True)).items():
+            if text not in self._evaluated:
+                self._check_can_be_evaluated(evaluator, text, token_ids, lengths[text])
         self._counters.tokens_requested += sum(map(len, encoded))
         return encoded
 
@@ -529,8 +546,9 @@ class LM:
         return token_id
 
     def _check_can_be_evaluated(
-        self, evaluator: Evaluator, text: Text, token_ids: TokenIds, num_not_forwarded: int = 0
+        self, evaluator: Evaluator, text: Text, token_ids: TokenIds, length: int | None = None
     ) -> None:
+        """Raise if a text cannot be evaluated; `length`: how many positions that takes, if not all of its own."""
         limits = evaluator.executor.limits
         if not token_ids:
             raise EmptyTextError(
@@ -544,7 +562,7 @@ class LM:
                 f"{text!r} has token id {token_id} at position {position}, but the model's embedding has ids 0 to "
                 f"{limits.num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
             )
-        length = num_positions(token_ids) - num_not_forwarded
+        length = num_positions(token_ids) if length is None else length
         if limits.max_tokens is None or length <= limits.max_tokens:
             return
         what = "tokens" if isinstance(token_ids, tuple) else "positions"

@@ -242,8 +242,18 @@ class _Layout:
         return end
 
     def _is_tree(self, idx: int, end: int) -> bool:
-        """Return whether no junction lies between these spans."""
-        return all(self.idx_of.get(_parent(self.spans[i]), -1) >= idx for i in range(idx + 1, end))
+        """Return whether these spans are one tree in depth-first order.
+
+        What a junction still needs is drawn forward, and may stand between a span and what continues it.
+        """
+        above = [self.spans[idx]]
+        for span in self.spans[idx + 1 : end]:
+            while above and above[-1] is not span.parent:
+                above.pop()
+            if not above:
+                return False
+            above.append(span)
+        return True
 
     def visible_until(self, idx: int, end: int) -> tuple[int, ...] | None:
         """Return the tile's `Own.visible_until`; None where the tile is one chain, which is plainly causal.

@@ -51,7 +51,7 @@ class Node:
         token_ids: the path from the root.
         children: by token id.
         candidate_idxs: the completions that end here.
-        best: those of the completions here and below that may have the highest bound, whatever the path costs.
+        best: those of the completions below that may have the highest bound, whatever the path costs.
 
     """
 
@@ -61,7 +61,7 @@ class Node:
     best: list[Candidate] = field(default_factory=list)
 
     def bound(self, logprob: float) -> float:
-        """Return the highest score that any completion here or below can reach, if the path has `logprob`."""
+        """Return the highest score that any completion below can reach, if the path has `logprob`."""
         return max(candidate.bound(logprob) for candidate in self.best)
 
 
@@ -78,8 +78,8 @@ def make_trie(candidates: Sequence[Candidate]) -> Node:
             node = node.children[token_id]
         node.candidate_idxs.append(idx)
     for node in reversed(nodes):  # children before what they continue
-        own = [candidates[idx] for idx in node.candidate_idxs]
-        node.best = _undominated([*own, *(c for child in node.children.values() for c in child.best)])
+        ending = [candidates[idx] for child in node.children.values() for idx in child.candidate_idxs]
+        node.best = _undominated([*ending, *(c for child in node.children.values() for c in child.best)])
     return root
 
 

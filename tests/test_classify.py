@@ -9,11 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt import LM, GroupError, MixedModelsError, Text, TextTooLongError, UnboundTextError, classify
+from backprompt import (
+    LM,
+    EmptyTextError,
+    GroupError,
+    MixedModelsError,
+    Text,
+    TextTooLongError,
+    UnboundTextError,
+    classify,
+)
 from backprompt.classify import Example, best_threshold, calibrate, log_probs, predict, predict_proba, token_logprobs
 from reference import plain_token_logprobs
 from tiny_models import FAMILIES
-from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe
+from tiny_tokenizers import TOKENIZERS, byte_level_bpe, sentencepiece_bpe
 
 ATOL = 5e-5
 PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is 12 + 34? Answer:"]
@@ -178,6 +187,27 @@ def test_a_shared_instruction_outlives_any_number_of_prompts(model, monkeypatch)
         predict_proba(prompts[start : start + 50], COMPLETIONS, lm, show_progress_bar=False)
         num_recomputed.append((lm.stats - before).tokens_recomputed)
     assert num_recomputed == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_prompt_without_tokens_is_refused(model, tokenizer):
+    """Also where the tokenizer would append one."""
+    lm = LM(model, TOKENIZERS[tokenizer]())
+    if lm.prompt_ids([Text("", lm)]) != [()]:
+        pytest.skip("this tokenizer begins every text with a token")
+    with pytest.raises(EmptyTextError, match=r"prompts\[1\], Text\(''\), has no tokens"):
+        log_probs([Text("The cat", lm), Text("", lm)], ["the cat", "a"], lm)
+    assert lm.stats.forward_passes == 0
+
+
+def test_options_and_numbers_of_the_wrong_kind(lm):
+    with pytest.raises(TypeError, match="predict has no option 'agregate'"):
+        predict(PROMPTS, COMPLETIONS, lm, agregate="sum")
+    marginals = [[0.0] * len(ids) for ids in lm.completion_ids([" " + completion for completion in COMPLETIONS])]
+    options = {"discount_completions": 1.0, "log_marg_probs_completions": [marginals[0], [0.0], *marginals[2:]]}
+    with pytest.raises(ValueError, match="has 1 numbers for 'mat and the cat', which has"):
+        predict_proba(PROMPTS, COMPLETIONS, lm, **options)
+    assert predict(PROMPTS, np.array(COMPLETIONS), lm) == predict(PROMPTS, COMPLETIONS, lm)
 
 
 def test_a_bar_on_long_work_only(lm, capsys):

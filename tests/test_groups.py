@@ -349,3 +349,18 @@ def test_independence_gap(models, tokenizer):
     with pytest.raises(ValueError, match="at least one"):
         bp.independence_gap([])
     assert (lm.stats - before).tokens_computed == 0
+
+
+def test_what_a_junction_draws_forward_stays_out_of_other_subtrees(model, tokenizer):
+    """(0) (3) (0 2) (2 0)@1: what the junction needs of the second branch comes between (0) and what continues it."""
+    lm = LM(model, tokenizer)
+    make = partial(Text.from_tokens, lm=lm)
+    plain, frozen = make([0, 3, 2]), make([0, 3, 0, 2]).frozen() + make([0, 2, 0]).frozen()
+    evaluate([plain, frozen])
+    found = frozen.model_repr.hidden_states
+    for ids, start in (([0, 3, 0, 2], 0), ([0, 2, 0], 4)):
+        torch.testing.assert_close(
+            found[start : start + len(ids)], make(ids).model_repr.hidden_states, rtol=0, atol=ATOL
+        )
+        expected = plain_logits(model, ids)
+        torch.testing.assert_close(make(ids).logits, expected[-1], rtol=0, atol=ATOL)

@@ -342,6 +342,46 @@ def test_a_scored_text_may_have_one_token_more_than_the_model_has_positions(mode
         evaluate(text)
 
 
+def test_one_token_more_is_refused_where_it_would_be_forwarded(lm):
+    """Nothing is scored; the text ends in a group; no one token stands before the last one."""
+    ids = [*range(5, 45)] * (MAX_POSITIONS // 40 + 1)
+    full = Text.from_tokens(ids[:MAX_POSITIONS], lm)
+    long = Text.from_tokens(ids[: MAX_POSITIONS + 1], lm)
+    start = Text.from_tokens(ids[: MAX_POSITIONS - 1], lm)
+    before = lm.stats
+    for text, starts in [
+        (long, [MAX_POSITIONS + 1]),
+        (start + (Text.from_tokens([1, 2], lm) | Text.from_tokens([3], lm)), None),
+        (start + (Text.from_tokens([1], lm) | Text.from_tokens([3], lm)) + Text.from_tokens([4], lm), None),
+    ]:
+        with pytest.raises(TextTooLongError, match="Shorten the text by 1"):
+            lm.token_logprobs([text], starts)
+    with pytest.raises(TextTooLongError):
+        lm.token_logprobs([long, long], [5, MAX_POSITIONS + 1])
+    assert (lm.stats - before).forward_passes == 0
+    assert len(lm.token_logprobs([full], [MAX_POSITIONS])[0]) == 0
+
+
+def test_next_token_logprobs_are_float32_whatever_the_default_dtype(lm):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (found,) = lm.next_token_logprobs([Text("The cat", lm)], [[5, 6]])
+        (scored,) = lm.token_logprobs([Text("The cat", lm)], [1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is scored.dtype is torch.float32
+
+
+def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluator_module, "MAX_EMPTY_SPANS", 10)
+    lm = LM(model, tokenizer, memory_bytes=0)
+    for first in range(40):
+        lm.token_logprobs([Text.from_tokens([first, 5, 6, 7], lm)])
+    evaluator = lm._evaluator
+    assert set(evaluator._candidates._scores) <= set(evaluator.forest.spans())
+    assert lm.stats.result_bytes_held <= 20 * 400
+
+
 def test_what_is_known_of_tokens_not_forwarded_is_bounded(model, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluator_module, "MAX_CANDIDATE_BYTES", 600)
     lm = LM(model, tokenizer)

@@ -10,7 +10,7 @@ from backprompt.classify import Example, predict
 from backprompt.search import Candidate, Search, make_trie
 from reference import plain_token_logprobs
 from tiny_models import FAMILIES
-from tiny_tokenizers import byte_level_bpe
+from tiny_tokenizers import TOKENIZERS, byte_level_bpe
 
 WORDS = ["mat", "cat", "sat", "the", "a", "hello", "46", "there"]
 PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is 12 + 34? Answer:", "A b"]
@@ -92,6 +92,28 @@ def test_what_cannot_win_is_not_expanded():
     assert (found.best_idx, num_expanded) == (0, 2)
 
 
+def test_of_equals_the_first_wins_though_it_is_found_last():
+    candidates = [Candidate((1, 2), 0.0, 1), Candidate((0,), 0.0, 1)]
+    logprobs = {(): {0: -1.0, 1: -1.0}, (1,): {2: 0.0}}
+    found, num_expanded = search(candidates, logprobs.__getitem__, 1)
+    assert (found.best_idx, num_expanded) == (0, 2)
+
+
+def test_the_bound_is_that_of_the_best_below_whatever_the_path_costs():
+    """By the mean: behind an improbable token the longer completion can still win, though its offset is lower."""
+    candidates = [Candidate((0, 1), 0.0, 2), Candidate((0, 2, 3, 4), -0.5, 4), Candidate((5,), -1.0, 1)]
+    logprobs = {(): {0: -4.0, 5: -0.6}, (0,): {1: -4.0, 2: 0.0}, (0, 2): {3: 0.0}, (0, 2, 3): {4: 0.0}}
+    found, _ = search(candidates, logprobs.__getitem__, 1)
+    assert (found.best_idx, found.best_score) == (1, -1.5)
+
+
+def test_what_ended_already_is_no_reason_to_expand():
+    """(root) -- 0, complete -- 1, complete with a low prior."""
+    candidates = [Candidate((0,), 0.0, 1), Candidate((0, 1), -5.0, 1)]
+    found, num_expanded = search(candidates, {(): {0: -0.1}}.__getitem__, 1)
+    assert (found.best_idx, num_expanded) == (0, 1)
+
+
 def test_a_long_completion_keeps_others_in_play_by_its_mean():
     """By the mean the bound of a path is that of its longest completion."""
     candidates = [Candidate((0,), 0.0, 1), Candidate((1, 2, 3, 4), 0.0, 4)]
@@ -103,9 +125,16 @@ def test_a_long_completion_keeps_others_in_play_by_its_mean():
 # With a model
 
 
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def any_lm(request, model):
+    """Some tokenizers put a space before a string, some append a token."""
+    return LM(model, TOKENIZERS[request.param]())
+
+
 @FLAT
 @given(data=st.data())
-def test_best_first_finds_what_exhaustive_search_finds(lm, data):
+def test_best_first_finds_what_exhaustive_search_finds(any_lm, data):
+    lm = any_lm
     completions = data.draw(
         st.lists(
             st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join), min_size=2, max_size=12, unique=True
@@ -166,6 +195,22 @@ def test_best_first_behind_groups(lm):
     prompt = Text("See ", lm) + (Text("the cat") | "the mat") + " and"
     completions = ["sat", "sat there", "the mat"]
     assert predict(prompt, completions, search="best-first") == predict(prompt, completions)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_best_first_encodes_each_prompt_once(model, tokenizer, monkeypatch):
+    lm = LM(model, TOKENIZERS[tokenizer]())
+    completions = [f"{a} {b}" for a in WORDS for b in WORDS]
+    lengths = []
+    encode = lm._tokenizer_copy.encode
+    monkeypatch.setattr(
+        lm._tokenizer_copy,
+        "encode",
+        lambda strings, **options: lengths.append(sum(map(len, strings))) or encode(strings, **options),
+    )
+    monkeypatch.setattr(lm._encoder.tokenizer, "encode", lm._tokenizer_copy.encode)
+    predict(PROMPTS, completions, lm, search="best-first")
+    assert sum(lengths) <= 3 * sum(map(len, PROMPTS)) + 2 * sum(map(len, completions)) + 100
 
 
 def test_an_unknown_search_is_refused_before_anything_runs(model):

@@ -469,3 +469,18 @@ def test_without_scikit_learn_it_says_how_to_get_it(monkeypatch, missing, match)
     monkeypatch.setattr(sys, "meta_path", [NotInstalled(missing), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match=match):
         importlib.import_module(PromptClassifier.__module__)
+
+
+def test_inputs_have_an_order(lm):
+    for given in (set(X), dict.fromkeys(X)):
+        with pytest.raises(ValueError, match=r"X must be a sequence of strings, not (set|dict)"):
+            PromptClassifier(lm, TEMPLATE).fit(given, Y)
+
+
+def test_shots_that_are_given_are_not_calibrated_on(lm):
+    shots = [(X[0], "yes"), (X[1], "no")]
+    given = PromptClassifier(lm, TEMPLATE, shots=shots, calibrate_on="training").fit(X, BINARY)
+    rest = PromptClassifier(lm, TEMPLATE, shots=shots, calibrate_on=X[2:]).fit(X, BINARY)
+    np.testing.assert_array_equal(given.calibration_probabilities_, rest.calibration_probabilities_)
+    with pytest.raises(ValueError, match=r"calibrate_on\[1\] is an empty string"):
+        PromptClassifier(lm, "{text}", calibrate_on=["N/A", ""]).fit(X, BINARY)

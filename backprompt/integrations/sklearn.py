@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
@@ -142,16 +142,17 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         completions, prior = _completions(self.labels, self.classes_), _prior(self.prior, class_idx)
         checked = Example(self.template, completions, prior=prior, end_of_prompt=self.end_of_prompt)
         self.completions_, self.prior_ = checked.completions, checked.prior
-        drawn: list[int] = []
         if isinstance(self.shots, Sequence):
             self.shots_ = _checked_shots(self.shots, self.classes_)
         else:
             drawn = _drawn(self.shots, class_idx, self.random_state)
             self.shots_ = [(inputs[idx], self.classes_[class_idx[idx]]) for idx in drawn]
         self.context_ = self._context()
-        calibration_inputs = _calibration_inputs(self.calibrate_on, inputs, drawn)
+        calibration_inputs = _calibration_inputs(self.calibrate_on, inputs, {x for x, _ in self.shots_})
         self.calibration_probabilities_ = (
-            None if calibration_inputs is None else self._score(calibration_inputs, prior=None).mean(axis=0)
+            None
+            if calibration_inputs is None
+            else self._score(calibration_inputs, prior=None, name="calibrate_on").mean(axis=0)
         )
         return self
 
@@ -212,18 +213,19 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             context += self.template.format(text=x) + self.end_of_prompt + completion + self.separator
         return context
 
-    def _prompts(self, inputs: Sequence[str]) -> list[Text]:
+    def _prompts(self, inputs: Sequence[str], name: str = "X") -> list[Text]:
         prompts = [self.context_ + self.template.format(text=x) for x in inputs]
         for idx, prompt in enumerate(prompts):
             if not prompt.segments:
                 raise ValueError(
-                    f"X[{idx}] is an empty string, and so is its prompt. Leave it out, or put words into the template."
+                    f"{name}[{idx}] is an empty string, and so is its prompt. Leave it out, or put words into the "
+                    "template."
                 )
         return prompts
 
-    def _score(self, inputs: Sequence[str], prior: Any) -> Floats:
+    def _score(self, inputs: Sequence[str], prior: Any, name: str = "X") -> Floats:
         found: Floats = classify.predict_proba(
-            self._prompts(inputs),
+            self._prompts(inputs, name),
             self.completions_,
             self.lm,
             prior=prior,
@@ -286,15 +288,14 @@ def _drawn(num_shots: int, class_idx: Any, random_state: Any) -> list[int]:
     return sorted(order, key=turns.__getitem__)[:num_shots]
 
 
-def _calibration_inputs(given: Any, inputs: Sequence[str], drawn: Sequence[int]) -> list[str] | None:
+def _calibration_inputs(given: Any, inputs: Sequence[str], shown: Set[str]) -> list[str] | None:
     if given is None:
         return None
     if not isinstance(given, str):
         return _checked_inputs(given, "calibrate_on")
     if given != "training":
         raise ValueError(f"calibrate_on must be inputs or 'training', not {given!r}. Put one input in a list.")
-    are_shots = set(drawn)
-    rest = [x for idx, x in enumerate(inputs) if idx not in are_shots]
+    rest = [x for x in inputs if x not in shown]
     if not rest:
         raise ValueError(
             "All training examples are shots, so there are none to calibrate on. Lower `shots`, or give neutral "
@@ -305,7 +306,8 @@ def _calibration_inputs(given: Any, inputs: Sequence[str], drawn: Sequence[int])
 
 def _checked_inputs(given: Any, name: str = "X") -> list[str]:
     """Return strings as a list."""
-    if isinstance(given, (str, Text)) or not hasattr(given, "__len__") or not hasattr(given, "__iter__"):
+    is_ordered = hasattr(given, "__len__") and hasattr(given, "__getitem__") and not isinstance(given, Mapping)
+    if isinstance(given, (str, Text)) or not is_ordered:
         raise ValueError(
             f"{name} must be a sequence of strings, not {type(given).__name__}. Put a single one in a list."
         )
