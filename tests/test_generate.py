@@ -308,6 +308,22 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
     assert not any(span.num_pins for span in lm._evaluator.forest.spans())
 
 
+def test_a_stream_overtakes_another_of_the_same_text(lm, model):
+    text = Text(PROMPTS[0], lm)
+    behind, ahead = text.stream(max_new_tokens=NEW), text.stream(max_new_tokens=NEW)
+    for _ in range(3):
+        behind._run.step()
+    for _ in range(7):
+        ahead._run.step()
+    spans = list(lm._evaluator.forest.spans())
+    assert all(live.end in spans for stream in (behind, ahead) for live in stream._run._live)
+    behind.close()
+    list(ahead)
+    assert ahead.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
+    assert lm.stats.tokens_computed == len(ahead.text.tokens) - 1
+    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+
+
 def test_threads_generate_beside_each_other(lm, model):
     def work(idx):
         text = Text(PROMPTS[idx % 4], lm)
@@ -396,6 +412,7 @@ def test_changed_weights_are_noticed(tokenizer):
 
 def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):
     texts = [Text(prompt, lm) for prompt in PROMPTS]
+    texts[0].generate(max_new_tokens=NEW)  # is there when the others are interrupted
     executor = lm._evaluator.executor
     forward, num_passes = executor.forward, 0
 
