@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -280,9 +281,6 @@ class Stream(Iterator[str]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
 
 @dataclass(eq=False)
 class _Live:
@@ -335,7 +333,10 @@ class Run:
     def step(self) -> bool:
         """Decide a token for every live text; return whether any goes on, or waits."""
         with self.lm.growing(self._evaluator) as evaluator:
-            self._evaluator = evaluator
+            if self._evaluator is None:
+                self._evaluator = evaluator
+                # Whoever drops a stream does not say so: what it holds is let go of when the evaluator next looks.
+                finalize(self, evaluator.abandoned.append, self._live).atexit = False
             try:
                 self._grow(evaluator)
                 self._admit(evaluator)
@@ -388,6 +389,6 @@ class Run:
 
     def _end(self, evaluator: Evaluator, finished: Sequence[_Live]) -> None:
         ended = set(finished)
-        self._live = [live for live in self._live if live not in ended]
+        self._live[:] = [live for live in self._live if live not in ended]  # in place: see `step`
         for live in ended:
             evaluator.end_growth(live.end)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 from weakref import finalize
 
 import torch
@@ -89,6 +90,12 @@ class TokenScores:
         return TokenScores(torch.cat([self.logprobs, others.logprobs]), torch.cat([self.is_argmax, others.is_argmax]))
 
 
+class Growing(Protocol):
+    """A text that grows."""
+
+    end: Span
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What is to be scored: a text's tokens from `start` on, and tokens that may follow it and are not forwarded."""
@@ -138,6 +145,8 @@ class Evaluator:
         self.memory = Memory(memory_bytes, self.executor.hidden_size, host)
         self._archive = archive
         self._growth = Growth(self.forest)
+        self.abandoned: deque[Sequence[Growing]] = deque()
+        """Texts that were growing when whoever let them grow was discarded, by any thread at any time."""
         self._pinned: dict[Span, int] = {}  # the ends of pinned texts, and how often each is
         self._is_probed = False
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
@@ -463,6 +472,9 @@ class Evaluator:
     def _inserted(self, texts: Sequence[TokenIds], *, are_ends: bool = True) -> Iterator[list[Span]]:
         """Yield the ends of texts in the forest; after an error, what holds nothing leaves it."""
         self._probe_once()
+        while self.abandoned:
+            for text in self.abandoned.popleft():
+                self.end_growth(text.end)
         ends: list[Span] = []
         try:
             ends += (self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)

@@ -1,5 +1,7 @@
 """Generation: what transformers generates token for token, each distinct token computed once, few spans, any budget."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -305,6 +307,19 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
         assert stream.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
         expected = plain_token_logprobs(model, stream.text.tokens)
         torch.testing.assert_close(stream.text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+
+
+def test_a_stream_that_nobody_keeps_holds_nothing(model, tokenizer):
+    """Nobody closes it; what it holds is let go of when something is next computed."""
+    lm = LM(model, tokenizer, memory_bytes=0)
+    stream = Text(PROMPTS[0], lm).stream(max_new_tokens=NEW)
+    next(stream)
+    assert lm.stats.bytes_held > 0
+    del stream
+    gc.collect()
+    evaluate(Text("The", lm))
+    assert lm.stats.bytes_held == 0
     assert not any(span.num_pins for span in lm._evaluator.forest.spans())
 
 
