@@ -7,7 +7,9 @@ How a token is chosen is decoding.py's business.
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -22,7 +24,7 @@ from backprompt.cache import TokenScore
 from backprompt.decoding import Decoding, FinishReason, TextDecoding
 from backprompt.errors import GenerationError, TextTypeError
 from backprompt.radix import Span
-from backprompt.text import Text
+from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenIds, flat, with_more
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ class ContinuedText(Text):
 
     @classmethod
     def _of(cls: type[Continued], prompt: Text, token_ids: Sequence[int], lm: LM) -> Continued:
-        completion = Text.from_tokens(token_ids, lm)
-        plain = prompt + completion
+        with lazily():
+            completion = Text.from_tokens(token_ids, lm)
+            plain = prompt + completion
         text = cls.__new__(cls)
         for name in ("_segment", "_left", "_right", "_lm", "_num_segments", "_hash"):
             setattr(text, name, getattr(plain, name))
@@ -73,10 +76,13 @@ class ContinuedText(Text):
         lm = self._require_lm("the string of token ids")
         special = set(lm.tokenizer.all_special_ids)
         kept = [token_id for token_id in self.completion_tokens if token_id not in special]
-        return (self._prompt + Text.from_tokens(kept, lm)).string[len(self._prompt.string) :]
+        with lazily():
+            whole, before = (self._prompt + Text.from_tokens(kept, lm)).string, self._prompt.string
+        return whole[len(os.path.commonprefix([whole, before])) :]  # a prompt may end within a character
 
     def _plain(self) -> Text:
-        return self._prompt + self._completion
+        with lazily():
+            return self._prompt + self._completion
 
 
 class GeneratedText(ContinuedText):
@@ -193,8 +199,8 @@ def generate(
         max_new_tokens: how many tokens to add to each at most.
         n: how many samples of each text; by default one.
         stop: a string or strings; a text ends with the token that completes one of them.
-        seed: of sampling. A text's samples depend on the seed, its ids, the options and the number of the sample, and
-            not on what else is generated. By default each call has a seed of its own.
+        seed: of sampling. A text's samples depend on the seed, its ids, the options and the number of the sample (of
+            the same ids in the call), and not on what else is generated. By default each call has a seed of its own.
         show_progress_bar: by default where there are at least 5 continuations.
         **generation_config: fields of transformers' `GenerationConfig`.
 
@@ -221,7 +227,7 @@ def generate(
     decoding = lm.decoding(max_new_tokens=max_new_tokens, stop=stop, seed=seed, given=generation_config)
     if n is not None and n > 1 and not decoding.is_sampling:
         raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
-    run = Run(lm, [text for text in listed for _ in range(n or 1)], decoding, num_samples=n or 1)
+    run = Run(lm, [text for text in listed for _ in range(n or 1)], decoding)
     show = len(run.texts) >= MIN_TEXTS_FOR_A_BAR if show_progress_bar is None else show_progress_bar
     with tqdm(total=len(run.texts), desc="texts", disable=not show) as bar:
         while run.step():
@@ -267,7 +273,8 @@ class Stream(Iterator[str]):
         """Return the completion without the run of byte tokens at its end, which decoders decode as a whole."""
         token_ids = list(self.text.completion_tokens)
         tokens = self._lm.tokenizer.convert_ids_to_tokens(token_ids)
-        while token_ids and _BYTE_TOKEN.fullmatch(tokens[len(token_ids) - 1] or ""):
+        special = set(self._lm.tokenizer.all_special_ids)  # they are left out, so bytes around them meet
+        while token_ids and (token_ids[-1] in special or _BYTE_TOKEN.fullmatch(tokens[len(token_ids) - 1] or "")):
             token_ids.pop()
         return ContinuedText._of(self._prompt, token_ids, self._lm).completion
 
@@ -298,16 +305,14 @@ class Run:
 
     Args:
         lm: of all texts.
-        texts: what to continue, samples of one text one after the other.
+        texts: what to continue. One that is there several times is sampled several times.
         decoding: the options.
-        num_samples: how many of `texts` in a row are one text.
 
     """
 
     lm: LM
     texts: Sequence[Text]
     decoding: Decoding
-    num_samples: int = 1
     _decodings: list[TextDecoding] = field(init=False)
     _prompts: list[TokenIds] = field(init=False)
     _live: list[_Live] = field(init=False, default_factory=list)
@@ -316,10 +321,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self._prompts = self.lm.ids_to_continue(self.texts, self.decoding.max_new_tokens)
-        self._decodings = [
-            self.decoding.for_text(flat(token_ids), idx % self.num_samples)
-            for idx, token_ids in enumerate(self._prompts)
-        ]
+        num_samples: Counter[tuple[int, ...]] = Counter()
+        self._decodings = []
+        for ids in map(flat, self._prompts):
+            self._decodings.append(self.decoding.for_text(ids, num_samples[ids]))
+            num_samples[ids] += 1
 
     @property
     def num_finished(self) -> int:
@@ -351,7 +357,8 @@ class Run:
         return bool(self._live) or self._num_begun < len(self.texts)
 
     def close(self) -> None:
-        """Let go of what is live."""
+        """Let go of what is live, and begin with nothing more."""
+        self._num_begun = len(self.texts)
         if self._live and self._evaluator is not None:
             with self.lm._exclusive():
                 self._end(self._evaluator, self._live)
@@ -388,7 +395,6 @@ class Run:
         self._num_begun = stop
 
     def _end(self, evaluator: Evaluator, finished: Sequence[_Live]) -> None:
-        ended = set(finished)
+        ended = list(finished)
         self._live[:] = [live for live in self._live if live not in ended]  # in place: see `step`
-        for live in ended:
-            evaluator.end_growth(live.end)
+        evaluator.end_growth([live.end for live in ended])

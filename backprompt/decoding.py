@@ -33,6 +33,8 @@ _OURS = {  # what `generate` of transformers takes and this does not, and what t
     "return_dict_in_generate": "a Text is returned, with completion_tokens and completion_logprobs",
     "output_scores": "completion_logprobs are always there",
     "output_logits": "text.logits and text.model_repr.all_logits() are always there",
+    "output_attentions": "they are never computed as a whole",
+    "output_hidden_states": "text.model_repr.hidden_states are always there",
     "use_cache": "keys and values are always kept",
     "cache_implementation": "keys and values are kept by the LM",
 }
@@ -77,12 +79,15 @@ class Decoding:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens must be an int of at least 1, not {max_new_tokens!r}.")
         self._model = model
-        self._tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self._seed = secrets.randbits(63) if seed is None else seed
         self._config = _config(model, given, _stops(stop))
         self.is_sampling = bool(self._config.do_sample)
+        self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary, and keeps no state
         try:
+            if self._config.stop_strings is not None:
+                self._stop_strings.append(StopStringCriteria(tokenizer, self._config.stop_strings))
+                self._config.stop_strings = None
             self._rules(
                 torch.zeros((1, 1), dtype=torch.long)
             )  # what is wrong shows now, and not after a prompt is computed
@@ -93,7 +98,7 @@ class Decoding:
         """Return the decoding of one text."""
         return TextDecoding(self, prompt_ids, sample_idx)
 
-    def _rules(self, prompt_ids: Tensor) -> tuple[Any, StoppingCriteriaList]:
+    def _rules(self, prompt_ids: Tensor) -> tuple[Any, list[Any]]:
         """Return processors and criteria for a prompt, `(1, tokens)`."""
         config = copy.deepcopy(self._config)
         num_before = prompt_ids.shape[1]
@@ -108,8 +113,8 @@ class Decoding:
             device=str(prompt_ids.device),
             model_kwargs={},
         )
-        criteria = self._model._get_stopping_criteria(config, StoppingCriteriaList(), tokenizer=self._tokenizer)
-        return processors, criteria
+        criteria = self._model._get_stopping_criteria(config, StoppingCriteriaList())
+        return processors, [*criteria, *self._stop_strings]
 
     def _generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator | None:
         if not self.is_sampling:
@@ -191,12 +196,14 @@ def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> Ge
         )
     try:
         config: GenerationConfig = model._prepare_generation_config(None, **options)[0]
-        config.stop_strings = stops
+        config.stop_strings = config.stop_strings if stops is None else stops
         mode = config.get_generation_mode()
     except (TypeError, ValueError) as error:
         raise GenerationError(f"transformers refuses these options: {error}") from error
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise GenerationError(f"generate does greedy decoding and sampling, not {mode.value.replace('_', ' ')}.")
+    if config.token_healing:
+        raise GenerationError("generate does not do token healing, which changes the end of the prompt.")
     if config.guidance_scale is not None and config.guidance_scale != 1:
         raise GenerationError("generate does not do classifier-free guidance, which runs the model a second time.")
     return config

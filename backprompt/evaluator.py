@@ -227,18 +227,27 @@ class Evaluator:
         Returns their ends. Nothing of it is stored until the growth ends. After an error `ends` are held as before.
         `scores` are those of the new tokens.
         """
-        self.counters.tokens_requested += len(texts)
+        num_before = self.counters.tokens_computed
         with self._inserted(texts, are_ends=False) as grown:
+            computed = [end for end in dict.fromkeys(grown) if end.rows is None]
             self._compute_and_pin(grown, use_store=False)
+        self.counters.tokens_requested += max(len(texts), self.counters.tokens_computed - num_before)
         for end in ends:
             end.num_pins -= 1
-        new = {
-            end: score for end, score in zip(grown, scores, strict=True) if not _is_scored(end, len(end.token_ids) - 1)
-        }
-        targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
-        _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
-        for end in dict.fromkeys(grown):
-            self.memory.add(self._growth.absorb(end))
+        try:
+            for end in computed:
+                self._growth.note_pass(end)
+            new = {end: score for end, score in zip(grown, scores, strict=True) if not _is_scored(end, len(end.token_ids) - 1)}
+            targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
+            _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
+            for end in dict.fromkeys(grown):
+                self.memory.add(self._growth.absorb(end))
+        except BaseException:
+            for end in grown:
+                end.num_pins -= 1
+            for end in ends:
+                end.num_pins += 1
+            raise
         return grown
 
     def _compute_and_pin(self, ends: Sequence[Span], *, use_store: bool = True) -> None:
@@ -251,15 +260,21 @@ class Evaluator:
                 end.num_pins -= 1
             raise
 
-    def end_growth(self, end: Span) -> None:
-        """Let go of a text that has grown; it may be dropped over the budget from now on, like all others."""
-        end.num_pins -= 1
-        if not end.is_end:  # something was forwarded
+    def end_growth(self, ends: Sequence[Span]) -> None:
+        """Let go of texts that have grown; they may be dropped over the budget from now on, like all others."""
+        for end in ends:
+            end.num_pins -= 1
             end.is_end = True
+        for end in dict.fromkeys(ends):
             self.memory.add(self._growth.finish(end))
-        if self._archive is not None and end.rows is not None:
-            self._archive.save_new([end])
+            if self._archive is not None and end.rows is not None:
+                self._archive.save_new([end])
         self._make_room()
+
+    def end_abandoned(self) -> None:
+        """Let go of what grew for somebody who is no more."""
+        while self.abandoned:
+            self.end_growth([text.end for text in self.abandoned.popleft()])
 
     def next_logits(self, ends: Sequence[Span]) -> list[Tensor]:
         """Return the logits after texts that are held, `(vocab,)` each."""
@@ -472,9 +487,6 @@ class Evaluator:
     def _inserted(self, texts: Sequence[TokenIds], *, are_ends: bool = True) -> Iterator[list[Span]]:
         """Yield the ends of texts in the forest; after an error, what holds nothing leaves it."""
         self._probe_once()
-        while self.abandoned:
-            for text in self.abandoned.popleft():
-                self.end_growth(text.end)
         ends: list[Span] = []
         try:
             ends += (self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)

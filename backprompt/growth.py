@@ -11,6 +11,7 @@ knows of is never absorbed. A buffer that is full is copied into one that is lar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from backprompt.cache import Block, BlockRows, KeysValues, Location, States, keys_values_of, states_of
 from backprompt.radix import Forest, Span
@@ -19,44 +20,12 @@ ROWS_AT_A_TIME = 16
 """A buffer has room for as many rows more than it needs, or an eighth of them."""
 
 
-@dataclass(eq=False)
-class _Buffer:
-    """Blocks with room behind the rows that are used."""
+@dataclass
+class _Room:
+    """How many rows of a buffer are used, and where the states beside its keys and values are."""
 
-    keys_values: KeysValues
-    states: States
-    num_used: int = 0
-
-    @classmethod
-    def like(cls, span: Span, num_rows: int) -> _Buffer:
-        """Return an empty buffer for rows such as those of a span."""
-        keys_values, states = keys_values_of(span).block, states_of(span).block
-        return cls(_empty_keys_values(keys_values, num_rows), _empty_states(states, num_rows))
-
-    def is_used_up_to(self, span: Span, num_more: int) -> bool:
-        """Whether a span's rows are here, the last ones, and there is room for more."""
-        rows, states = keys_values_of(span), states_of(span)
-        return (
-            rows.block is self.keys_values
-            and states.block is self.states
-            and rows.stop == states.stop == self.num_used
-            and self.num_used + num_more <= min(self.keys_values.num_rows, self.states.num_rows)
-        )
-
-    def append(self, span: Span) -> None:
-        """Copy a span's rows behind those that are used."""
-        rows, states = keys_values_of(span), states_of(span)
-        num_rows = rows.stop - rows.start
-        for targets, sources in (
-            (self.keys_values.keys, rows.block.keys),
-            (self.keys_values.values, rows.block.values),
-        ):
-            for target, source in zip(targets, sources, strict=True):
-                target.narrow(1, self.num_used, num_rows).copy_(source.narrow(1, rows.start, num_rows))
-        for name in ("hidden", "logprobs", "is_argmax", "has_logprobs"):
-            target, source = getattr(self.states, name), getattr(states.block, name)
-            target.narrow(0, self.num_used, num_rows).copy_(source.narrow(0, states.start, num_rows))
-        self.num_used += num_rows
+    states: ref[States]
+    num_used: int
 
 
 class Growth:
@@ -69,7 +38,12 @@ class Growth:
 
     def __init__(self, forest: Forest) -> None:
         self._forest = forest
-        self._buffers: dict[Span, _Buffer] = {}  # by the span whose rows are the last in it
+        self._rooms: WeakKeyDictionary[KeysValues, _Room] = WeakKeyDictionary()  # buffers live as long as their spans
+        self._mixed: WeakSet[Block] = WeakSet()  # blocks with rows of several texts, or with room
+
+    def note_pass(self, span: Span) -> None:
+        """Note that a span was computed in a pass together with those of other texts."""
+        self._mixed.update((keys_values_of(span).block, states_of(span).block))
 
     def absorb(self, span: Span) -> list[Block]:
         """Let a span absorb what it continues, where nobody else knows of that; return blocks that were made for it."""
@@ -77,27 +51,78 @@ class Growth:
         while (upper := _absorbable(span)) is not None:
             rows, states = _adjacent(upper, span)
             if rows is None or states is None:
-                buffer = self._buffers.pop(upper, None)
-                if buffer is None or not buffer.is_used_up_to(upper, len(span.token_ids)):
-                    num_rows = len(upper.token_ids) + len(span.token_ids)
-                    buffer = _Buffer.like(span, num_rows + max(ROWS_AT_A_TIME, num_rows // 8))
-                    buffer.append(upper)
-                    made += [buffer.keys_values, buffer.states]
-                start = buffer.num_used - len(upper.token_ids)
-                buffer.append(span)
-                rows = BlockRows(buffer.keys_values, start, buffer.num_used)
-                states = BlockRows(buffer.states, start, buffer.num_used)
-                self._buffers[span] = buffer
+                if not self._has_room(upper, len(span.token_ids)):
+                    made += self._move_to_buffer(upper, len(upper.token_ids) + len(span.token_ids))
+                rows, states = self._append(upper, span)
             self._forest.absorb(span)
             span.rows, span.states = rows, states
         if span.parent is not None and not span.parent.is_end:
-            made += _moved_out(span.parent)  # several continue it
+            made += self._move_out(span.parent)  # several continue it
         return made
 
     def finish(self, span: Span) -> list[Block]:
         """Give back the room beside a span's rows: nothing will be appended to it any more."""
-        self._buffers.pop(span, None)
-        return _moved_out(span)
+        return self._move_out(span)
+
+    def _has_room(self, span: Span, num_more: int) -> bool:
+        """Whether a span's rows are the last ones of a buffer with room for more."""
+        rows, states = keys_values_of(span), states_of(span)
+        room = self._rooms.get(rows.block)
+        return (
+            room is not None
+            and room.states() is states.block
+            and rows.stop == states.stop == room.num_used
+            and room.num_used + num_more <= min(rows.block.num_rows, states.block.num_rows)
+        )
+
+    def _move_to_buffer(self, span: Span, num_rows: int) -> list[Block]:
+        """Copy a span's rows into a buffer with room for as many in all and some more."""
+        rows, states = keys_values_of(span), states_of(span)
+        num_rows += max(ROWS_AT_A_TIME, num_rows // 8)
+        keys_values, new_states = _empty_keys_values(rows.block, num_rows), _empty_states(states.block, num_rows)
+        _copy_rows(rows, states, keys_values, new_states, 0)
+        num_used = len(span.token_ids)
+        self._rooms[keys_values] = _Room(ref(new_states), num_used)
+        self._mixed.update((keys_values, new_states))
+        span.rows, span.states = BlockRows(keys_values, 0, num_used), BlockRows(new_states, 0, num_used)
+        return [keys_values, new_states]
+
+    def _append(self, upper: Span, span: Span) -> tuple[BlockRows[KeysValues], BlockRows[States]]:
+        """Copy a span's rows behind those of what it continues; return where both lie then."""
+        above, states_above = keys_values_of(upper), states_of(upper)
+        _copy_rows(keys_values_of(span), states_of(span), above.block, states_above.block, above.stop)
+        stop = above.stop + len(span.token_ids)
+        self._rooms[above.block].num_used = stop
+        return BlockRows(above.block, above.start, stop), BlockRows(states_above.block, states_above.start, stop)
+
+    def _move_out(self, span: Span) -> list[Block]:
+        """Give what was generated blocks of its own; those of several texts would keep the others' rows alive."""
+        if not span.token_ids or span.rows is None or span.states is None:
+            return []
+        made: list[Block] = []
+        rows, states = keys_values_of(span), states_of(span)
+        if rows.block in self._mixed and rows.block.num_rows > len(span.token_ids):
+            keys_values = rows.block.copied([slice(rows.start, rows.stop)], Location.of(rows.block.keys[0]))
+            span.rows = BlockRows(keys_values, 0, len(span.token_ids))
+            made.append(keys_values)
+        if states.block in self._mixed and states.block.num_rows > len(span.token_ids):
+            own = states.block.copied([slice(states.start, states.stop)], Location.of(states.block.hidden))
+            span.states = BlockRows(own, 0, len(span.token_ids))
+            made.append(own)
+        return made
+
+
+def _copy_rows(
+    rows: BlockRows[KeysValues], states: BlockRows[States], keys_values: KeysValues, into: States, start: int
+) -> None:
+    """Copy a span's rows into other blocks, from row `start` on."""
+    num_rows = rows.stop - rows.start
+    for targets, sources in ((keys_values.keys, rows.block.keys), (keys_values.values, rows.block.values)):
+        for target, source in zip(targets, sources, strict=True):
+            target.narrow(1, start, num_rows).copy_(source.narrow(1, rows.start, num_rows))
+    for name in ("hidden", "logprobs", "is_argmax", "has_logprobs"):
+        target, source = getattr(into, name), getattr(states.block, name)
+        target.narrow(0, start, num_rows).copy_(source.narrow(0, states.start, num_rows))
 
 
 def _absorbable(span: Span) -> Span | None:
@@ -117,23 +142,6 @@ def _absorbable(span: Span) -> Span | None:
     ):
         return None
     return upper
-
-
-def _moved_out(span: Span) -> list[Block]:
-    """Give what was generated blocks of its own; its rows would keep those of other texts alive."""
-    if not span.token_ids or span.rows is None or span.states is None:
-        return []
-    made: list[Block] = []
-    rows, states = keys_values_of(span), states_of(span)
-    if rows.block.num_rows > len(span.token_ids):
-        keys_values = rows.block.copied([slice(rows.start, rows.stop)], Location.of(rows.block.keys[0]))
-        span.rows = BlockRows(keys_values, 0, len(span.token_ids))
-        made.append(keys_values)
-    if states.block.num_rows > len(span.token_ids):
-        own = states.block.copied([slice(states.start, states.stop)], Location.of(states.block.hidden))
-        span.states = BlockRows(own, 0, len(span.token_ids))
-        made.append(own)
-    return made
 
 
 def _adjacent(upper: Span, lower: Span) -> tuple[BlockRows[KeysValues] | None, BlockRows[States] | None]:

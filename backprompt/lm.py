@@ -48,7 +48,7 @@ from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
 from backprompt.store import DiskStore, Store
-from backprompt.text import Text
+from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions, without_last
 from backprompt.tokenizer import PrivateTokenizer
 from backprompt.tokens import JOINS, Encoder, Join, Joins
@@ -429,11 +429,13 @@ class LM:
 
         """
         texts = self._own_texts(texts)
-        marker = Text.from_tokens([0], self)
+        with lazily():
+            marker = Text.from_tokens([0], self)
+            followed = [text + marker for text in texts]
         with self._exclusive():
             self._current()
             found: list[TokenIds] = []
-            for text, encoded in zip(texts, self._encoder.encode([text + marker for text in texts]), strict=True):
+            for text, encoded in zip(texts, self._encoder.encode(followed), strict=True):
                 split = without_last(encoded)
                 if split is None and len(encoded) > 1:
                     raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
@@ -470,6 +472,7 @@ class LM:
         Texts and representations stay valid and are recomputed when asked.
         """
         with self._exclusive():
+            self._evaluator.end_abandoned()
             self._evaluator.clear()
 
     def refresh(self) -> None:
@@ -599,6 +602,7 @@ class LM:
             self._renew_evaluator()
         elif self._monitor.has_changed():
             self._renew_evaluator()
+        self._evaluator.end_abandoned()
         return self._evaluator
 
     def _make_evaluator(self) -> Evaluator:

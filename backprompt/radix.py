@@ -341,6 +341,7 @@ class Forest:
         span.token_ids = upper.token_ids + span.token_ids
         span.position = upper.position
         span.parent = upper.parent
+        upper.rows = upper.states = None  # whoever still refers to it must not keep blocks alive
 
     def prune(self) -> None:
         """Remove the spans of which nothing is held, and what continues them."""

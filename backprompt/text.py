@@ -51,6 +51,16 @@ def eager() -> Iterator[None]:
         _EAGER.reset(token)
 
 
+@contextmanager
+def lazily() -> Iterator[None]:
+    """Evaluate nothing as it is built, whatever the caller asked for: for texts that the caller does not see."""
+    token = _EAGER.set(False)
+    try:
+        yield
+    finally:
+        _EAGER.reset(token)
+
+
 class Text:
     """A text that a language model can be asked about; composed with `+`.
 
