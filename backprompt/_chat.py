@@ -46,14 +46,23 @@ def chat(
         raise TextTypeError("There are no messages. Give at least one: [{'role': 'user', 'content': 'Hello.'}].")
     if add_generation_prompt is None:
         add_generation_prompt = messages[-1]["role"] != "assistant"
-    plain = [{**message, "content": string} for message, string in zip(messages, strings, strict=True)]
+    plain = [
+        message if string is None else {**message, "content": string}
+        for message, string in zip(messages, strings, strict=True)
+    ]
     whole = _rendered(lm, plain, template_options, add_generation_prompt)
     text, num_done = Text("", lm), 0
     for idx, message in enumerate(messages):
         stop = _end_of_turn(lm, plain, idx, whole, template_options)
         if stop < num_done:
             continue  # this turn is not a beginning of the whole; the next that is covers it
-        text += _turn(lm, whole[num_done:stop], message["content"], strings[idx])
+        content, turn = message.get("content"), whole[num_done:stop]
+        if isinstance(content, GeneratedText):
+            before = _beginning(lm, plain[:idx], template_options, add_generation_prompt=True)
+            is_there = before is not None and whole.startswith(before)
+            text += _turn(lm, turn, content, len(before or "") - num_done if is_there else -1)
+        else:
+            text += turn
         num_done = stop
     return text + whole[num_done:]
 
@@ -62,7 +71,9 @@ def _end_of_turn(
     lm: LM, messages: Sequence[Mapping[str, Any]], idx: int, whole: str, template_options: Mapping[str, Any]
 ) -> int:
     """Return where in the whole string a turn ends, or -1 where the template writes it differently there."""
-    beginning = _rendered(lm, messages[: idx + 1], template_options, False)
+    beginning = _beginning(lm, messages[: idx + 1], template_options, add_generation_prompt=False)
+    if beginning is None:
+        return -1  # the template takes such messages only with what follows
     if whole.startswith(beginning):
         return len(beginning)
     warnings.warn(
@@ -73,15 +84,30 @@ def _end_of_turn(
     return -1
 
 
-def _turn(lm: LM, string: str, content: object, content_string: str) -> Text:
-    """Return a turn as a text; ids that were generated stand in it as they are."""
-    start = string.find(content_string.strip()) if isinstance(content, GeneratedText) else -1
-    if not isinstance(content, GeneratedText) or start < 0 or not content_string.strip():
+def _turn(lm: LM, string: str, content: GeneratedText, start: int) -> Text:
+    """Return a turn as a text in which the ids that were generated stand as they are, from `start` on.
+
+    Where the template does not write them there, the turn is its string.
+    """
+    written = next(
+        (c for c in (content.completion, content.completion.strip()) if c and string.startswith(c, start)), ""
+    )
+    if start < 0 or not written:
         return Text(string, lm)
-    token_ids, behind = content.completion_tokens, string[start + len(content_string.strip()) :]
+    token_ids, behind = content.completion_tokens, string[start + len(written) :]
     if token_ids and behind.startswith(end := lm.tokenizer.decode([token_ids[-1]])) and end:
         behind = behind[len(end) :]  # the end token is among the ids
     return Text(string[:start], lm) + Text.from_tokens(token_ids, lm) + behind
+
+
+def _beginning(
+    lm: LM, messages: Sequence[Mapping[str, Any]], template_options: Mapping[str, Any], *, add_generation_prompt: bool
+) -> str | None:
+    """Return what the template makes of the first messages; None where it does not take them alone."""
+    try:
+        return _rendered(lm, messages, template_options, add_generation_prompt)
+    except TokenizerError:
+        return None
 
 
 def _rendered(
@@ -100,12 +126,13 @@ def _rendered(
     return rendered
 
 
-def _string(message: object, idx: int) -> str:
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+def _string(message: object, idx: int) -> str | None:
+    """Return a message's content as a string; None where it has none, as one that calls tools."""
+    if not isinstance(message, Mapping) or "role" not in message or len(message) < 2:
         raise TextTypeError(f"messages[{idx}] must be a dict with 'role' and 'content', not {message!r}.")
-    content = message["content"]
+    content = message.get("content")
     if isinstance(content, GeneratedText):
         return content.completion
-    if not isinstance(content, str):
+    if content is not None and not isinstance(content, str):
         raise TextTypeError(f"messages[{idx}] has a content of type {type(content).__name__}; give a str.")
     return content

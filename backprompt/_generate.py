@@ -7,7 +7,6 @@ How a token is chosen is decoding.py's business.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from backprompt.errors import GenerationError, TextTypeError
 from backprompt.radix import Span
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenIds, flat, with_more
+from backprompt.tokens import added
 
 if TYPE_CHECKING:
     from backprompt.evaluator import Evaluator
@@ -78,7 +78,7 @@ class ContinuedText(Text):
         kept = [token_id for token_id in self.completion_tokens if token_id not in special]
         with lazily():
             whole, before = (self._prompt + Text.from_tokens(kept, lm)).string, self._prompt.string
-        return whole[len(os.path.commonprefix([whole, before])) :]  # a prompt may end within a character
+        return added(before, whole)  # a prompt may end within a character
 
     def _plain(self) -> Text:
         with lazily():

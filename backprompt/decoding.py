@@ -83,7 +83,7 @@ class Decoding:
         self._seed = secrets.randbits(63) if seed is None else seed
         self._config = _config(model, given, _stops(stop))
         self.is_sampling = bool(self._config.do_sample)
-        self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary, and keeps no state
+        self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary
         try:
             if self._config.stop_strings is not None:
                 self._stop_strings.append(StopStringCriteria(tokenizer, self._config.stop_strings))

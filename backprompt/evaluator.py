@@ -237,7 +237,11 @@ class Evaluator:
         try:
             for end in computed:
                 self._growth.note_pass(end)
-            new = {end: score for end, score in zip(grown, scores, strict=True) if not _is_scored(end, len(end.token_ids) - 1)}
+            new = {
+                end: score
+                for end, score in zip(grown, scores, strict=True)
+                if not _is_scored(end, len(end.token_ids) - 1)
+            }
             targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
             _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
             for end in dict.fromkeys(grown):

@@ -84,3 +84,32 @@ def test_what_makes_no_sense(lm):
     lm.tokenizer.chat_template = None
     with pytest.raises(TokenizerError, match="no chat template"):
         chat(lm, MESSAGES)
+
+
+@pytest.mark.parametrize("trim", ["", " | trim"])
+def test_short_replies_stand_where_the_template_writes_them(lm, trim):
+    """Also those that stand in the role's name, or in the question."""
+    lm.tokenizer.chat_template = TEMPLATE.replace(" | trim", trim)
+    end = lm.tokenizer.convert_tokens_to_ids("<|end|>")
+    for character in ("a", "s", "e", " "):
+        (token_id,) = lm.completion_ids([character])[0][:1]
+        reply = chat(lm, MESSAGES).generate(max_new_tokens=2, sequence_bias=[[[token_id], 1e4]], eos_token_id=end)
+        assert reply.completion == 2 * character
+        messages = [*MESSAGES, {"role": "assistant", "content": reply}, QUESTION]
+        plain = [m if isinstance(m["content"], str) else {**m, "content": reply.completion} for m in messages]
+        expected = lm.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        assert chat(lm, messages).string == expected
+
+
+def test_messages_that_the_template_takes_only_together(lm):
+    lm.tokenizer.chat_template = (
+        "{% if messages[-1].role == 'system' %}{{ raise_exception('No question.') }}{% endif %}" + TEMPLATE
+    )
+    text = chat(lm, MESSAGES)
+    assert text.string == lm.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+
+
+def test_messages_without_content(lm):
+    lm.tokenizer.chat_template = TEMPLATE.replace("m.content | trim", "m.content or 'calls ' + m.tool")
+    text = chat(lm, [QUESTION, {"role": "assistant", "content": None, "tool": "f"}, QUESTION])
+    assert "<assistant>calls f<|end|>" in text.string

@@ -18,6 +18,7 @@ from backprompt import (
     TextTooLongError,
     TextTypeError,
     classify,
+    eager,
     evaluate,
     generate,
 )
@@ -128,6 +129,17 @@ def test_texts_with_groups_are_continued(lm):
     assert text.tokens == found.tokens
 
 
+def test_the_models_own_stop_strings_count(tokenizer):
+    model = FAMILIES["gpt2"]()
+    lm = LM(model, tokenizer)
+    text = Text(PROMPTS[0], lm)
+    stop = text.generate(max_new_tokens=20).completion[4:6]
+    expected = text.generate(max_new_tokens=20, stop=stop)
+    model.generation_config.stop_strings = [stop]
+    found = text.generate(max_new_tokens=20)
+    assert (found.completion_tokens, found.finish_reason) == (expected.completion_tokens, "stop")
+
+
 # Sampling
 
 
@@ -168,6 +180,14 @@ def test_samples_have_the_exact_distribution(tokenizer, options):
     assert distance < 1.5 * expected
 
 
+def test_a_text_that_is_there_twice_is_sampled_twice(lm):
+    text, other = Text(PROMPTS[0], lm), Text(PROMPTS[1], lm)
+    options = {"max_new_tokens": 8, "do_sample": True, "seed": 3}
+    first, _, second = generate([text, other, text], **options)
+    assert [first, second] == generate(text, n=2, **options)
+    assert first != second
+
+
 def test_the_random_state_is_left_as_found(lm):
     state = torch.random.get_rng_state()
     Text("The cat", lm).generate(max_new_tokens=4, do_sample=True)
@@ -196,6 +216,49 @@ def test_samples_of_one_prompt_share_it_and_nothing_is_held_twice(lm):
     distinct = num_distinct([text.tokens[:-1] for text in found])
     assert lm.stats.tokens_computed == distinct
     assert lm.stats.bytes_held == distinct * lm._evaluator.executor.token_bytes
+
+
+def test_shorter_continuations_of_one_prompt_hold_nothing_twice(lm):
+    text = Text(PROMPTS[0], lm)
+    whole = text.generate(max_new_tokens=40)
+    for num_new in (35, 20, 30, 40):
+        assert text.generate(max_new_tokens=num_new).tokens == whole.tokens[: len(text.tokens) + num_new]
+        evaluate(Text.from_tokens(whole.tokens[: len(text.tokens) + num_new // 2], lm))
+    assert lm.stats.tokens_computed == len(whole.tokens) - 1
+    assert lm.stats.bytes_held == lm.stats.tokens_computed * lm._evaluator.executor.token_bytes
+
+
+def test_what_is_evaluated_between_steps_leaves_nothing_behind(model, tokenizer):
+    """Exactly what a stream has forwarded: then nobody absorbs it."""
+    lm = LM(model, tokenizer, memory_bytes=60 * 646)
+    for prompt in PROMPTS * 2:
+        stream = Text(prompt, lm).stream(max_new_tokens=NEW)
+        for _ in range(5):
+            stream._run.step()
+        evaluate(Text.from_tokens(stream.text.tokens[:-1], lm))
+        stream._run.step()
+        stream.close()
+        assert lm.stats.bytes_held <= 60 * 646
+
+
+def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
+    growth = lm._evaluator._growth
+    absorb, num_calls = growth.absorb, 0
+
+    def fail(span):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 6:
+            raise MemoryError
+        return absorb(span)
+
+    monkeypatch.setattr(growth, "absorb", fail)
+    texts = [Text(prompt, lm) for prompt in PROMPTS]
+    with pytest.raises(MemoryError):
+        generate(texts, max_new_tokens=NEW)
+    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    for text, found in zip(texts, generate(texts, max_new_tokens=NEW), strict=True):
+        assert found.completion_tokens == plain_greedy(lm.model, text.tokens, NEW)
 
 
 def test_a_continuation_is_few_spans(lm):
@@ -308,6 +371,13 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
         expected = plain_token_logprobs(model, stream.text.tokens)
         torch.testing.assert_close(stream.text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
     assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert lm.stats.tokens_reused >= 0
+    gc.disable()  # blocks must not wait for it
+    try:
+        lm.clear()
+        assert lm.stats.bytes_held == 0
+    finally:
+        gc.enable()
 
 
 def test_a_stream_that_nobody_keeps_holds_nothing(model, tokenizer):
@@ -364,6 +434,31 @@ def test_a_generated_text_joins_to_a_plain_one(lm):
     assert again.tokens[: len(found.tokens)] == found.tokens
 
 
+def test_a_prompt_may_end_within_a_character(lm):
+    ids = Text("a€b", lm).tokens
+    assert len(ids) > 3
+    prompt = Text.from_tokens(ids[:2], lm)
+    found = prompt.generate(max_new_tokens=1, sequence_bias=[[[ids[2]], 1e4]])
+    assert prompt.string.endswith("\N{REPLACEMENT CHARACTER}")
+    assert found.string.endswith(found.completion)
+
+
+def test_eager_mode_evaluates_the_result_and_nothing_else(lm):
+    text = Text(PROMPTS[0], lm)
+    with eager():
+        found = text.generate(max_new_tokens=10)
+        pieces = list(text.stream(max_new_tokens=10))
+    assert "".join(pieces) == found.completion
+    assert lm.stats.tokens_computed <= len(found.tokens)
+
+
+def test_a_closed_stream_does_not_go_on(lm):
+    stream = Text(PROMPTS[0], lm).stream(max_new_tokens=NEW)
+    stream.close()
+    assert list(stream) == []
+    assert lm.stats.forward_passes == 0
+
+
 def test_special_tokens_are_left_out_of_the_string(tokenizer):
     model = FAMILIES["gpt2"]()
     lm = LM(model, tokenizer)
@@ -392,6 +487,8 @@ def test_special_tokens_are_left_out_of_the_string(tokenizer):
         ({"stop": [3]}, "stop must be strings"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": -1.0}, "top_p"),
+        ({"token_healing": True}, "token healing"),
+        ({"output_attentions": True}, "takes no output_attentions"),
     ],
     ids=str,
 )

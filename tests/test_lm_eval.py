@@ -361,6 +361,18 @@ def test_generated_strings_are_those_of_hf(models):
     assert len(set(expected)) > 5
 
 
+def test_repeats_are_samples_and_sampling_fields_of_greedy_tasks_are_left_out(models):
+    _, ours = models["gpt2"]
+    options = {"max_gen_toks": 12, "do_sample": True}
+    assert len(set(ours.generate_until(instances([("The cat", options)] * 4), disable_tqdm=True))) > 1
+    greedy, plain = (
+        ours.generate_until(instances([("The cat", {"max_gen_toks": 12, **more})]), disable_tqdm=True)
+        for more in ({"top_p": 0.9, "until": [""]}, {})
+    )
+    assert greedy == plain
+    assert ours.generate_until(instances([("", {"max_gen_toks": 4})]), disable_tqdm=True)
+
+
 # The harness finds it
 
 

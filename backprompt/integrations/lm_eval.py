@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from backprompt._generate import generate
 from backprompt.classify import TOKENS_AT_A_TIME
+from backprompt.decoding import SAMPLING_FIELDS
 from backprompt.errors import GenerationError
 from backprompt.lm import LM, load
 from backprompt.text import Text
@@ -245,17 +246,18 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
     def _generated(self, contexts: Sequence[str], given: dict[str, Any], disable_tqdm: bool) -> list[str]:
         options = normalize_gen_kwargs(given, self.max_gen_toks)
         end = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
-        stop = handle_stop_sequences(options.pop("until", None), eos=end)
+        stop = [string for string in handle_stop_sequences(options.pop("until", None), eos=end) if string]
         max_new_tokens = options.pop("max_gen_toks")
         if not options.get("do_sample"):
-            options.pop("temperature", None)  # the harness sets it to 0
+            options = {name: value for name, value in options.items() if name not in SAMPLING_FIELDS}
         room = self.max_length - max_new_tokens
         if room < 1:
             raise GenerationError(
                 f"The task asks for {max_new_tokens} tokens, which leaves no room for a context in the model's "
                 f"{self.max_length}. Give it fewer: --gen_kwargs max_gen_toks=..."
             )
-        prompts = [Text.from_tokens(self.tok_encode(context, left_truncate_len=room), self.lm) for context in contexts]
+        encoded = (self.tok_encode(context, left_truncate_len=room) for context in contexts)
+        prompts = [Text.from_tokens(ids or [self.prefix_token_id], self.lm) for ids in encoded]
         generated = generate(
             prompts, max_new_tokens=max_new_tokens, stop=stop, show_progress_bar=not disable_tqdm, **options
         )
