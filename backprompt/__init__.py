@@ -1,11 +1,14 @@
 """Compose prompts with `+` and evaluate a forest of them in packed passes, each distinct token once."""
 
 from backprompt import classify
+from backprompt._chat import chat
+from backprompt._generate import GeneratedText, SelectedText, Stream, generate
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
     EmptyTextError,
     EntryTooLargeError,
+    GenerationError,
     GroupError,
     JoinError,
     MemoryBudgetError,
@@ -40,6 +43,8 @@ __all__ = [
     "DiskStore",
     "EmptyTextError",
     "EntryTooLargeError",
+    "GeneratedText",
+    "GenerationError",
     "GroupError",
     "IndependenceGap",
     "Join",
@@ -53,10 +58,12 @@ __all__ = [
     "NonFiniteError",
     "NotPicklableError",
     "Pin",
+    "SelectedText",
     "StaleRepresentationError",
     "Stats",
     "Store",
     "StoreVersionError",
+    "Stream",
     "Text",
     "TextTooLongError",
     "TextTypeError",
@@ -65,9 +72,11 @@ __all__ = [
     "TokenizerError",
     "UnboundTextError",
     "UnsupportedModelError",
+    "chat",
     "classify",
     "eager",
     "evaluate",
+    "generate",
     "independence_gap",
     "load",
     "parallel",

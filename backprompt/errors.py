@@ -53,6 +53,10 @@ class NonFiniteError(BackpromptError, ArithmeticError):
     """The model returned NaN."""
 
 
+class GenerationError(BackpromptError, ValueError):
+    """Options of `generate` that contradict each other, or that it does not have."""
+
+
 class MemoryBudgetError(BackpromptError, MemoryError):
     """What was asked to be held does not fit the `LM`'s `memory_bytes`."""
 

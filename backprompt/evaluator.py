@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 from weakref import finalize
 
 import torch
@@ -21,6 +22,7 @@ from backprompt.archive import Archive
 from backprompt.cache import CandidatePool, LogitPool, States, TokenScore, gather, keys_values_of, states_of
 from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
+from backprompt.growth import Growth
 from backprompt.host import HostMemory
 from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
@@ -88,6 +90,12 @@ class TokenScores:
         return TokenScores(torch.cat([self.logprobs, others.logprobs]), torch.cat([self.is_argmax, others.is_argmax]))
 
 
+class Growing(Protocol):
+    """A text that grows."""
+
+    end: Span
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What is to be scored: a text's tokens from `start` on, and tokens that may follow it and are not forwarded."""
@@ -136,6 +144,9 @@ class Evaluator:
         self.host = host
         self.memory = Memory(memory_bytes, self.executor.hidden_size, host)
         self._archive = archive
+        self._growth = Growth(self.forest)
+        self.abandoned: deque[Sequence[Growing]] = deque()
+        """Texts that were growing when whoever let them grow was discarded, by any thread at any time."""
         self._pinned: dict[Span, int] = {}  # the ends of pinned texts, and how often each is
         self._is_probed = False
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
@@ -203,6 +214,83 @@ class Evaluator:
                 raise
             self._pinned[end] = self._pinned.get(end, 0) + 1
         return end
+
+    def begin(self, texts: Sequence[TokenIds]) -> list[Span]:
+        """Compute texts that are to grow, and hold all of each until `grow` or `end_growth`."""
+        with self._inserted(texts) as ends:
+            self._compute_and_pin(ends)
+        return ends
+
+    def grow(self, texts: Sequence[TokenIds], ends: Sequence[Span], scores: Sequence[TokenScore]) -> list[Span]:
+        """Forward the token that each of some texts has more than `begin` or `grow` returned `ends` for, in one pass.
+
+        Returns their ends. Nothing of it is stored until the growth ends. After an error `ends` are held as before.
+        `scores` are those of the new tokens.
+        """
+        num_before = self.counters.tokens_computed
+        with self._inserted(texts, are_ends=False) as grown:
+            computed = [end for end in dict.fromkeys(grown) if end.rows is None]
+            self._compute_and_pin(grown, use_store=False)
+        self.counters.tokens_requested += max(len(texts), self.counters.tokens_computed - num_before)
+        for end in ends:
+            end.num_pins -= 1
+        try:
+            for end in computed:
+                self._growth.note_pass(end)
+            new = {
+                end: score
+                for end, score in zip(grown, scores, strict=True)
+                if not _is_scored(end, len(end.token_ids) - 1)
+            }
+            targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
+            _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
+            for end in dict.fromkeys(grown):
+                self.memory.add(self._growth.absorb(end))
+        except BaseException:
+            for end in grown:
+                end.num_pins -= 1
+            for end in ends:
+                end.num_pins += 1
+            raise
+        return grown
+
+    def _compute_and_pin(self, ends: Sequence[Span], *, use_store: bool = True) -> None:
+        for end in ends:
+            end.num_pins += 1
+        try:
+            self._compute(ends, with_keys=True, use_store=use_store)
+        except BaseException:
+            for end in ends:
+                end.num_pins -= 1
+            raise
+
+    def end_growth(self, ends: Sequence[Span]) -> None:
+        """Let go of texts that have grown; they may be dropped over the budget from now on, like all others."""
+        for end in ends:
+            end.num_pins -= 1
+            end.is_end = True
+        for end in dict.fromkeys(ends):
+            self.memory.add(self._growth.finish(end))
+            if self._archive is not None and end.rows is not None:
+                self._archive.save_new([end])
+        self._make_room()
+
+    def end_abandoned(self) -> None:
+        """Let go of what grew for somebody who is no more."""
+        while self.abandoned:
+            self.end_growth([text.end for text in self.abandoned.popleft()])
+
+    def next_logits(self, ends: Sequence[Span]) -> list[Tensor]:
+        """Return the logits after texts that are held, `(vocab,)` each."""
+        rows: dict[Span, Tensor] = {}
+        for group in _slices(list(dict.fromkeys(ends)), self.executor.rows_in_a_slice):
+            rows.update(zip(group, self._logits(torch.stack([_last_hidden(end) for end in group])), strict=True))
+        return [rows[end] for end in ends]
+
+    def num_bytes_to_hold(self, ends: Collection[Span]) -> int:
+        """Return the bytes of all that must be held for these texts and for what is pinned."""
+        self._probe_once()  # how many bytes a token takes is known from then on
+        return self._num_bytes(_on_the_way([*self._pinned, *ends]))
 
     def save(self, token_ids: TokenIds) -> None:
         """Write a text to the store, computed if need be."""
@@ -400,12 +488,12 @@ class Evaluator:
                 self._make_room()
 
     @contextmanager
-    def _inserted(self, texts: Sequence[TokenIds]) -> Iterator[list[Span]]:
+    def _inserted(self, texts: Sequence[TokenIds], *, are_ends: bool = True) -> Iterator[list[Span]]:
         """Yield the ends of texts in the forest; after an error, what holds nothing leaves it."""
         self._probe_once()
         ends: list[Span] = []
         try:
-            ends += map(self.forest.insert, texts)
+            ends += (self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)
             self.memory.touch(ends)
             yield ends
         except BaseException:
@@ -423,7 +511,12 @@ class Evaluator:
         self._candidates.retain(spans)
 
     def _compute(
-        self, ends: Iterable[Span], *, with_keys: bool = False, before_eviction: Callable[[], None] | None = None
+        self,
+        ends: Iterable[Span],
+        *,
+        with_keys: bool = False,
+        before_eviction: Callable[[], None] | None = None,
+        use_store: bool = True,
     ) -> None:
         """Forward what is missing, pass by pass, within the budget.
 
@@ -434,7 +527,7 @@ class Evaluator:
         while waiting:
             num_waiting = len(waiting)
             asked = list(waiting)[: 1 if is_stuck else None]
-            group = self._bring_back(asked, before_eviction, with_keys=with_keys)
+            group = self._bring_back(asked, before_eviction, with_keys=with_keys, use_store=use_store)
             for end in group:
                 if _is_held(end, with_keys):
                     del waiting[end]
@@ -447,7 +540,7 @@ class Evaluator:
                 self._make_room(before_eviction, needed, last_uses, pass_idx)
                 if _is_cut_off(spans):
                     break
-                self._forward(spans)
+                self._forward(spans, use_store=use_store)
                 for span in spans:
                     waiting.pop(span, None)
             else:
@@ -455,13 +548,14 @@ class Evaluator:
             is_stuck = len(waiting) == num_waiting
 
     def _bring_back(
-        self, ends: Sequence[Span], before_eviction: Callable[[], None] | None, *, with_keys: bool
+        self, ends: Sequence[Span], before_eviction: Callable[[], None] | None, *, with_keys: bool, use_store: bool
     ) -> Sequence[Span]:
         """Bring what the second pool and the store have of the way to `ends`.
 
         Returns the ends of the texts that there was room for, at least one: what these still miss is to be forwarded.
         """
-        if self.host.num_bytes or self._archive is not None:
+        archive = self._archive if use_store else None
+        if self.host.num_bytes or archive is not None:
             asked = set(ends)
             ends = [span for span in missing_spans(ends, with_keys=with_keys) if span in asked]  # in depth-first order
         if self.host.num_bytes:
@@ -474,15 +568,15 @@ class Evaluator:
                 self.memory.add(self.host.fetch(planned))
                 self.counters.tokens_fetched += planned.num_tokens
             ends = planned.served
-        if self._archive is not None:
+        if archive is not None:
             free = max(0, self.memory.max_bytes - self.memory.num_bytes)
             room = free + self._max_tokens * self.executor.token_bytes
-            loaded = self._archive.load(self.forest, ends, room, self.memory, with_keys=with_keys)
+            loaded = archive.load(self.forest, ends, room, self.memory, with_keys=with_keys)
             self.counters.tokens_loaded += loaded.num_tokens
             ends = loaded.served
         return ends
 
-    def _forward(self, spans: Sequence[Span]) -> None:
+    def _forward(self, spans: Sequence[Span], *, use_store: bool) -> None:
         started = time.perf_counter()
         with_rows = [span for span in spans if span.token_ids]
         new = [span for span in with_rows if span.states is None]
@@ -503,7 +597,7 @@ class Evaluator:
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
-        if self._archive is not None:
+        if self._archive is not None and use_store:
             self._archive.save_new(with_rows)
 
     def _make_room(

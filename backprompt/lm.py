@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,12 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from backprompt.archive import Archive, Root
 from backprompt.cache import Location
 from backprompt.checkpoint import Checkpoint
+from backprompt.decoding import Decoding
 from backprompt.errors import (
     EmptyTextError,
     GroupError,
     ModelLoadError,
     NoStoreError,
     NotPicklableError,
+    StaleRepresentationError,
     TextTooLongError,
     TextTypeError,
     TokenIdError,
@@ -46,7 +48,7 @@ from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
 from backprompt.store import DiskStore, Store
-from backprompt.text import Text
+from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions, without_last
 from backprompt.tokenizer import PrivateTokenizer
 from backprompt.tokens import JOINS, Encoder, Join, Joins
@@ -331,6 +333,53 @@ class LM:
             together = torch.tensor(logprobs, dtype=torch.float32, device=self._evaluator.executor.device)
             return list(torch.split(together, [len(own) for own in candidates]))
 
+    def decoding(
+        self, *, max_new_tokens: int, stop: str | Sequence[str] | None, seed: int | None, given: Mapping[str, Any]
+    ) -> Decoding:
+        """Return checked options of `generate`; see `backprompt.generate`."""
+        return Decoding(
+            unwrap(self._model),
+            self.tokenizer,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            seed=seed,
+            given=given,
+        )
+
+    def ids_to_continue(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:
+        """Return the ids of texts that are to be continued, and count them.
+
+        Raises:
+            TextTooLongError: there is no room for `max_new_tokens`.
+            GroupError, and what `evaluate` raises for texts that cannot be evaluated.
+
+        """
+        texts = self._own_texts(texts)
+        with self._exclusive():
+            prompts = self.prompt_ids(texts)
+            for text, token_ids in zip(texts, prompts, strict=True):
+                self._check_can_be_evaluated(self._evaluator, text, token_ids)
+                self._check_room(self._evaluator, text, token_ids, max_new_tokens)
+            self._counters.tokens_requested += sum(map(len, prompts))
+            return prompts
+
+    @contextmanager
+    def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
+        """Hold the lock and yield the evaluator for a step of a generation that was begun with `expected`.
+
+        Raises:
+            StaleRepresentationError: it was begun with other weights.
+
+        """
+        with self._exclusive():
+            evaluator = self._current()
+            if expected is not None and evaluator is not expected:
+                raise StaleRepresentationError(
+                    "The model's weights (or its tokenizer) have changed since this continuation was begun. Begin "
+                    "again: text.generate(...)."
+                )
+            yield evaluator
+
     def save(self, text: Text) -> None:
         """Write a text's representation to the store; see `Text.save`."""
         if self._store is None:
@@ -380,11 +429,13 @@ class LM:
 
         """
         texts = self._own_texts(texts)
-        marker = Text.from_tokens([0], self)
+        with lazily():
+            marker = Text.from_tokens([0], self)
+            followed = [text + marker for text in texts]
         with self._exclusive():
             self._current()
             found: list[TokenIds] = []
-            for text, encoded in zip(texts, self._encoder.encode([text + marker for text in texts]), strict=True):
+            for text, encoded in zip(texts, self._encoder.encode(followed), strict=True):
                 split = without_last(encoded)
                 if split is None and len(encoded) > 1:
                     raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
@@ -421,6 +472,7 @@ class LM:
         Texts and representations stay valid and are recomputed when asked.
         """
         with self._exclusive():
+            self._evaluator.end_abandoned()
             self._evaluator.clear()
 
     def refresh(self) -> None:
@@ -526,6 +578,17 @@ class LM:
                 "it through at your own risk with LM(..., beyond_trained_length=True)."
             )
 
+    def _check_room(self, evaluator: Evaluator, text: Text, token_ids: TokenIds, max_new_tokens: int) -> None:
+        limits = evaluator.executor.limits
+        if limits.max_tokens is None or (limits.why_hard is None and self._beyond_trained_length):
+            return
+        room = limits.max_tokens - num_positions(token_ids)
+        if max_new_tokens > room:
+            raise TextTooLongError(
+                f"{text!r} has {num_positions(token_ids)} tokens and the model {limits.max_tokens} positions, so there "
+                f"is no room for max_new_tokens={max_new_tokens}. Ask for at most {room}, or shorten the text."
+            )
+
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Keep other threads out, and the caller's torch settings too."""
@@ -539,6 +602,7 @@ class LM:
             self._renew_evaluator()
         elif self._monitor.has_changed():
             self._renew_evaluator()
+        self._evaluator.end_abandoned()
         return self._evaluator
 
     def _make_evaluator(self) -> Evaluator:

@@ -5,7 +5,7 @@ into *passes*. In that order the descendants of a span are one contiguous slice 
 two kinds of attention calls, each on contiguous slices:
 
 - `Own`: rows that attend to themselves. Either a causal run (a long span, with the first child that continues it),
-  or a *tile*: consecutive small sibling subtrees, attended to densely under a tree mask.
+  or a *tile*: consecutive small runs and subtrees, attended to densely under a mask of what each row descends from.
 - `Cross`: rows that all descend from the same earlier span and attend to all of its keys, unmasked.
 
 Example: an instruction of 300 tokens, cached; under it two prompts of 200 tokens, each with two completions of 3:
@@ -31,6 +31,9 @@ from backprompt.radix import Forest, Span, depth_first
 
 TILE_TOKENS = 128
 """Subtrees up to this many tokens are attended to densely under a tree mask."""
+
+SMALL_TOKENS = 32
+"""Causal runs and tiles up to this many tokens share a tile with their neighbours: a call costs more than that."""
 
 MIN_CUT_TOKENS = 32
 """A span is cut at the end of a pass only where at least this many tokens of it still fit."""
@@ -212,7 +215,7 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
             else:
                 slices.append(slice(start, stop))
         idx = next_idx
-    return Pass(tuple(spans), tuple(own), tuple(_merge_crosses(reach, layout)))
+    return Pass(tuple(spans), tuple(_merge_small(own, tile_tokens)), tuple(_merge_crosses(reach, layout)))
 
 
 class _Layout:
@@ -270,6 +273,25 @@ class _Layout:
             for i in range(idx, end)
             for _ in range(self.starts[i], self.starts[i + 1])
         )
+
+
+def _merge_small(own: Sequence[Own], tile_tokens: int) -> list[Own]:
+    """Put small neighbours into one tile, whatever they descend from: it hides them from each other anyway."""
+    merged: list[Own] = []
+    is_small = False  # whether the last one may take in more
+    for piece in own:
+        last = merged[-1] if merged else piece
+        fits = is_small and piece.stop - piece.start <= SMALL_TOKENS and piece.stop - last.start <= tile_tokens
+        if fits:
+            merged[-1] = Own(last.start, piece.stop, _visible_until(last) + _visible_until(piece))
+        else:
+            merged.append(piece)
+            is_small = piece.stop - piece.start <= SMALL_TOKENS
+    return merged
+
+
+def _visible_until(own: Own) -> tuple[int, ...]:
+    return (own.stop,) * (own.stop - own.start) if own.visible_until is None else own.visible_until
 
 
 def _merge_crosses(reach: Mapping[tuple[Span, int], list[slice]], layout: _Layout) -> list[Cross]:

@@ -72,6 +72,7 @@ class Span:
         states: where its final hidden states and log-probabilities lie there; None where they do not.
         host_rows, host_states: where they lie in the second pool (host.py); never in both.
         was_computed: whether it was computed before, though nothing of it may be held now.
+        is_end: whether a text may end here that somebody knows of, so that this object must stay where it is.
         num_pins: how many pins hold the texts that end here.
         credit, last_used: when it may be evicted: see memory.py.
         is_stored: whether a store has all up to its end.
@@ -86,6 +87,7 @@ class Span:
         "error",
         "host_rows",
         "host_states",
+        "is_end",
         "is_stored",
         "key",
         "last_used",
@@ -108,6 +110,7 @@ class Span:
         self.host_rows: Rows | None = None
         self.host_states: Rows | None = None
         self.was_computed = False
+        self.is_end = False
         self.num_pins = 0
         self.credit = 0.0
         self.last_used = 0
@@ -238,13 +241,15 @@ class Forest:
     def __init__(self) -> None:
         self.root = Span((), 0, None)
 
-    def insert(self, token_ids: TokenIds | Sequence[int]) -> Span:
+    def insert(self, token_ids: TokenIds | Sequence[int], *, is_end: bool = True) -> Span:
         """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed.
 
-        Where they end in a group it is a junction.
+        Where they end in a group it is a junction. `is_end` False: the caller forgets it before `absorb` is called for
+        what continues it.
         """
         ids = token_ids if isinstance(token_ids, TokenGraph) else tuple(token_ids)
         end, _ = fold(ids, self.root, self._continue, self._join)
+        end.is_end |= is_end
         return end
 
     def in_order(self, place: Place) -> list[Span]:
@@ -285,6 +290,8 @@ class Forest:
     def _join(self, before: Span, ends: Sequence[tuple[Span, bool]], position: int) -> Span:
         """Return the junction behind branches that end at `ends`, each frozen or not."""
         branches = Counter(ends)
+        for end, _ in ends:
+            end.is_end = True
         # An end stays the end when spans are split. None tells the key from those of spans at later positions.
         key = (None, *sorted(2 * id(end) + is_frozen for end, is_frozen in ends))
         junction = before.children.get(key)
@@ -325,6 +332,16 @@ class Forest:
         upper.was_computed, upper.is_stored, upper.error = span.was_computed, span.is_stored, span.error
         upper.credit, upper.last_used = span.credit, span.last_used
         return upper
+
+    def absorb(self, span: Span) -> None:
+        """Let `span` begin where what it continues begins, which is there no more; the opposite of `split`."""
+        upper = span.parent
+        assert upper is not None and upper.parent is not None and len(upper.children) == 1, span
+        upper.parent.children[_child_key(upper.parent, upper.position, upper.token_ids[0])] = span
+        span.token_ids = upper.token_ids + span.token_ids
+        span.position = upper.position
+        span.parent = upper.parent
+        upper.rows = upper.states = None  # whoever still refers to it must not keep blocks alive
 
     def prune(self) -> None:
         """Remove the spans of which nothing is held, and what continues them."""

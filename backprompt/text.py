@@ -25,6 +25,7 @@ from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, le
 if TYPE_CHECKING:
     import torch
 
+    from backprompt._generate import SelectedText, Stream
     from backprompt.lm import LM
     from backprompt.representation import ModelRepr, Pin
     from backprompt.tokens import Join
@@ -44,6 +45,16 @@ def eager() -> Iterator[None]:
     and tasks do not see it.
     """
     token = _EAGER.set(True)
+    try:
+        yield
+    finally:
+        _EAGER.reset(token)
+
+
+@contextmanager
+def lazily() -> Iterator[None]:
+    """Evaluate nothing as it is built, whatever the caller asked for: for texts that the caller does not see."""
+    token = _EAGER.set(False)
     try:
         yield
     finally:
@@ -247,6 +258,53 @@ class Text:
         """
         return self.model_repr.token_logprobs
 
+    def generate(self, **options: Any) -> Any:
+        r"""Let the model continue this text; see `backprompt.generate`, whose arguments these are.
+
+            text.generate(max_new_tokens=32, stop="\n", temperature=0.7, seed=1)
+
+        Returns:
+            A `GeneratedText`, or with `n` a list of them.
+
+        """
+        from backprompt._generate import generate  # the node knows no model until it is asked for one
+
+        return generate(self, **options)
+
+    def select(self, options: Sequence[str], **scoring: Any) -> SelectedText:
+        """Continue this text by the most probable of some strings.
+
+            answer = (text + "Is it a review? Answer:").select(["yes", "no"])
+            answer.option, answer.probabilities
+
+        The probabilities are those of `classify.predict_proba(text, options, aggregate="sum")`, whose other options
+        may be given, too. Raises what that raises.
+        """
+        from backprompt._generate import select
+
+        return select(self, options, **scoring)
+
+    def stream(
+        self,
+        *,
+        max_new_tokens: int,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        **generation_config: Any,
+    ) -> Stream:
+        """Return an iterator over what the model adds, a string at a time as it is decided.
+
+            for piece in text.stream(max_new_tokens=100):
+                print(piece, end="", flush=True)
+
+        Its `.text` is what there is so far, a `GeneratedText`. Arguments and errors are those of `backprompt.generate`.
+        """
+        from backprompt._generate import Stream
+
+        lm = self._require_lm("a continuation")
+        decoding = lm.decoding(max_new_tokens=max_new_tokens, stop=stop, seed=seed, given=generation_config)
+        return Stream(lm, self, decoding)
+
     def pin(self) -> Pin:
         """Evaluate now, and hold all of the representation until `.release()` or the end of a `with` block.
 
@@ -267,6 +325,10 @@ class Text:
         """
         self._require_lm("a representation").save(self)
 
+    def _plain(self) -> Text:
+        """Return this text without what a subclass knows besides."""
+        return self
+
     def _require_lm(self, what: str) -> LM:
         if self._lm is None:
             raise UnboundTextError(
@@ -283,6 +345,7 @@ class Text:
 def _concatenate(left: Text, right: Text) -> Text:
     """Return `left + right`; raises MixedModelsError where the two are bound to different models."""
     lm = _common_lm(left._lm, right)
+    left, right = left._plain(), right._plain()
     if right._num_segments == 0 and left._lm is lm:
         return left
     if left._num_segments == 0 and right._lm is lm:

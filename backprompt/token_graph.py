@@ -81,6 +81,15 @@ def without_last(token_ids: TokenIds) -> tuple[TokenIds, int] | None:
     return TokenGraph((*parts, last[:-1])), last[-1]
 
 
+def with_more(token_ids: TokenIds, more: tuple[int, ...]) -> TokenIds:
+    """Return a text with ids behind its last token."""
+    if not isinstance(token_ids, TokenGraph):
+        return token_ids + more
+    *parts, last = token_ids.parts
+    assert isinstance(last, tuple), "a text that ends in a group has no last token"
+    return TokenGraph((*parts, last + more))
+
+
 def as_token_ids(parts: Iterable[Part]) -> TokenIds:
     """Return the text that consists of these parts, in the one form that it has.
 

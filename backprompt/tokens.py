@@ -106,7 +106,7 @@ class Encoder:
             else:
                 ids_before = self._ids_before(before)
                 ids = ids_before + tuple(int(token_id) for leaf in run for token_id in leaf)
-                string += _added(self.tokenizer.decode(ids_before), self.tokenizer.decode(ids))
+                string += added(self.tokenizer.decode(ids_before), self.tokenizer.decode(ids))
             before += run
         return string
 
@@ -367,7 +367,7 @@ def _differing_middles(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[in
     return a[start : len(a) - end], b[start : len(b) - end]
 
 
-def _added(before: str, after: str) -> str:
+def added(before: str, after: str) -> str:
     """Return what `after` adds to `before`, from where they first differ."""
     if after.startswith(before):
         return after[len(before) :]

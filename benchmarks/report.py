@@ -344,6 +344,35 @@ def _held(memory: dict[str, Any]) -> str:
     )
 
 
+def generation_table(measured: dict[str, Any]) -> str:
+    """The table of the suite "generation"."""
+    headings = [
+        "32 new tokens each",
+        "tokens, `model.generate`",
+        "tokens, backprompt",
+        "seconds, `model.generate`",
+        "seconds, backprompt",
+        "times faster",
+        "of the matmul limit",
+    ]
+    rows = [
+        [
+            f"{line['prompts']} prompt{'s' if line['prompts'] > 1 else ''} behind 200 tokens",
+            *(f"{line['tokens'][name]:,}" for name in ("model.generate", "backprompt")),
+            *(_spread(line["seconds"][name]) for name in ("model.generate", "backprompt")),
+            _spread_of_one_digit(line["times model.generate"]),
+            _spread(line["times matrix products"]),
+        ]
+        for line in measured["lines"]
+    ]
+    samples = measured["samples"]
+    return _markdown(headings, rows) + (
+        f"\n\n{samples['samples']} samples of one prompt of {samples['prompt tokens']} tokens, {samples['new tokens']} "
+        f"tokens each, are held in {samples['held'] / 1e6:,.1f} MB; the prompt once and the new tokens take "
+        f"{samples['prompt once and new tokens'] / 1e6:,.1f} MB."
+    )
+
+
 def search_table(lines: list[Line]) -> str:
     """The table of the suite "search"."""
     headings = [
@@ -397,6 +426,8 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
         tables |= cappr_tables(results["cappr"])
     if "search" in results:
         tables["table search"] = search_table(results["search"]["lines"])
+    if "generation" in results:
+        tables["table generation"] = generation_table(results["generation"])
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in machine.items()) for machine in results["machines"].values()
     )

@@ -343,3 +343,38 @@ def test_every_intent_has_a_desk(example: Callable[[str], ModuleType]) -> None:
     tune_a_prompt, intents = example("tune_a_prompt"), example("intents")
     assert set(tune_a_prompt.DESK_OF_INTENT) == set(intents.INTENTS)
     assert sum(len(desk.intents) for desk in tune_a_prompt.DESKS.values()) == len(intents.INTENTS)
+
+
+# chat.py
+
+
+def test_a_chat_goes_back_without_computing_anything_twice(
+    example: Callable[[str], ModuleType],
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lm = load(model_folder)
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    chat = example("chat")
+    monkeypatch.setattr(chat, "load_model", lambda name: lm)
+    lines = iter(
+        ["/turns", "Who?", "Where?", "/turns", "/back 1", "When?", "/again", "/back 7", "/back", "/huh", "/quit"]
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    chat.main(["--max-new-tokens", "8"])
+    printed = capsys.readouterr().out
+    assert "No turns yet." in printed
+    assert re.search(r"\n1  'Who\?': .*\n2  'Where\?': ", printed)
+    computed = [int(number) for number in re.findall(r"\[(\d+) tokens computed", printed)]
+    assert len(computed) == 4
+    assert computed[3] == 0  # the same answer again
+    assert sum(computed) == lm.stats.tokens_computed
+    assert lm.stats.tokens_recomputed == 0
+    # What a turn adds: its question, the template around it, and the answer but for its last token.
+    assert all(number < 60 for number in computed[1:])
+    assert printed.count("Write, for example, /back 1.") == 2
+    assert printed.count(chat.HELP) == 2

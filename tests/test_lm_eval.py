@@ -3,6 +3,7 @@
 The tasks in `lm_eval_tasks` are two groups: multiple choice with answers of one token and of many, and prose.
 """
 
+import copy
 import importlib.util
 import runpy
 import sys
@@ -22,7 +23,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from backprompt import LM, ModelLoadError, TextTooLongError
+from backprompt import LM, GenerationError, ModelLoadError, TextTooLongError
 from backprompt.integrations import lm_eval as integration
 from backprompt.integrations.lm_eval import BackpromptLM
 from reference import plain_greedy
@@ -330,8 +331,8 @@ def test_requests_that_cannot_be_answered_are_refused_before_anything_runs(model
     ]:
         with pytest.raises(ValueError, match=message):
             ours.loglikelihood(instances(pairs), disable_tqdm=True)
-    with pytest.raises(NotImplementedError, match="--model hf"):
-        ours.generate_until(instances([("The cat", {})]))
+    with pytest.raises(GenerationError, match="max_gen_toks"):
+        ours.generate_until(instances([("The cat", {"max_gen_toks": MAX_POSITIONS})]))
     monkeypatch.setattr(ours, "_prefix_token_id", None)
     with pytest.raises(ValueError, match="prefix_token_id="):
         ours.loglikelihood(instances(PAIRS), disable_tqdm=True)
@@ -339,6 +340,37 @@ def test_requests_that_cannot_be_answered_are_refused_before_anything_runs(model
     monkeypatch.setattr(ours, "_max_length", 10 * MAX_POSITIONS)
     with pytest.raises(TextTooLongError, match="128 positions"):
         ours.loglikelihood(instances(PAIRS[-4:]), disable_tqdm=True)
+
+
+def test_generated_strings_are_those_of_hf(models):
+    """Several options in one call, stop strings, contexts that are too long."""
+    hf, ours = models["gpt2"]
+    contexts = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is it? " * 20]
+    free = ours.generate_until(instances([(contexts[0], {"max_gen_toks": 20})]), disable_tqdm=True)[0]
+    requests = [
+        (context, options)
+        for context in contexts
+        for options in (
+            {"until": ["e", "\n"], "max_gen_toks": 12, "do_sample": False},
+            {"until": free[3:5], "max_gen_toks": 20, "temperature": 0.0},
+            {"until": [], "max_gen_toks": 8, "do_sample": False, "repetition_penalty": 1.5},
+        )
+    ]
+    expected = hf.generate_until(instances(copy.deepcopy(requests)), disable_tqdm=True)
+    assert ours.generate_until(instances(requests), disable_tqdm=True) == expected
+    assert len(set(expected)) > 5
+
+
+def test_repeats_are_samples_and_sampling_fields_of_greedy_tasks_are_left_out(models):
+    _, ours = models["gpt2"]
+    options = {"max_gen_toks": 12, "do_sample": True}
+    assert len(set(ours.generate_until(instances([("The cat", options)] * 4), disable_tqdm=True))) > 1
+    greedy, plain = (
+        ours.generate_until(instances([("The cat", {"max_gen_toks": 12, **more})]), disable_tqdm=True)
+        for more in ({"top_p": 0.9, "until": [""]}, {})
+    )
+    assert greedy == plain
+    assert ours.generate_until(instances([("", {"max_gen_toks": 4})]), disable_tqdm=True)
 
 
 # The harness finds it

@@ -357,6 +357,16 @@ def test_many_short_leaves_take_few_calls(num_cached: int) -> None:
     assert len(pass_.own) + len(pass_.cross) <= 5
 
 
+def test_small_neighbours_share_a_tile_whatever_they_continue() -> None:
+    """20 cached prompts that share nothing, a new token behind each, as in a step of generation: one tile of 20."""
+    prompts = [(number, *range(10)) for number in range(20)]
+    world = World([prompts])
+    (pass_,) = planned(world, [(*prompt, 7) for prompt in prompts], 128, max_tokens=1024)
+    check_calls(pass_, world.token_at)
+    assert pass_.own == (Own(0, 20, tuple(range(1, 21))),)
+    assert len(pass_.cross) == 20
+
+
 def test_an_ancestor_that_nobody_computed_is_noticed() -> None:
     forest = Forest()
     forest.insert((1, 2))

@@ -38,6 +38,18 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("gpt2_in_this_folder")
+def test_readme_example_of_generation(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    lm = backprompt.load("gpt2")
+    names: dict = {"backprompt": backprompt, "Text": backprompt.Text, "lm": lm}
+    exec(compile(blocks[5], str(README), "exec"), names)
+    assert capsys.readouterr().out
+    assert [len(row) for row in names["samples"]] == [4, 4]
+    assert len(names["draft"].completion_tokens) == 20
+    assert set(names["answer"].probabilities) == {"yes", "no"}
+
+
+@pytest.mark.usefixtures("gpt2_in_this_folder")
 def test_readme_example_of_the_store() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     for is_stored in (False, True):
@@ -77,7 +89,7 @@ def test_readme_example_of_classification() -> None:
 @pytest.mark.usefixtures("gpt2_in_this_folder")
 def test_readme_example_of_scikit_learn() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict = {"lm": backprompt.load("gpt2")}
     *statements, last = blocks[4].strip().splitlines()
     exec("\n".join([*statements, f"predicted = {last}"]), names)

@@ -24,7 +24,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from backprompt._generate import generate
 from backprompt.classify import TOKENS_AT_A_TIME
+from backprompt.decoding import SAMPLING_FIELDS
+from backprompt.errors import GenerationError
 from backprompt.lm import LM, load
 from backprompt.text import Text
 
@@ -34,7 +37,13 @@ try:
     from lm_eval.api.registry import model_registry
 
     # This import also registers the harness's own models, which it does by itself only while its registry is empty.
-    from lm_eval.models.utils import has_bos_prefix, resolve_max_length
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        has_bos_prefix,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+        resolve_max_length,
+    )
 except ImportError as error:
     raise ImportError(
         f"backprompt.integrations.lm_eval needs lm-evaluation-harness ({error}): pip install 'backprompt[lm-eval]'"
@@ -207,17 +216,53 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
+    @property
+    def max_gen_toks(self) -> int:
+        """How many tokens a request generates at most that does not say."""
+        return 256
+
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Not there yet.
+        """Return what the model generates behind each context, up to the first of its stop strings.
+
+        Requests with the same options are generated together. Options are those of `backprompt.generate`, with the
+        harness's names for the number of tokens and the stop strings.
 
         Raises:
-            NotImplementedError: always.
+            GenerationError: options that there are not.
 
         """
-        raise NotImplementedError(
-            "backprompt does not generate yet, so tasks whose output_type is generate_until need another model type, "
-            "such as --model hf. Multiple choice and (rolling) log-likelihoods are there."
+        by_options: dict[str, list[int]] = {}
+        for idx, request in enumerate(requests):
+            by_options.setdefault(repr(sorted(request.args[1].items())), []).append(idx)
+        found: dict[int, str] = {}
+        for indices in by_options.values():
+            contexts = [requests[idx].args[0] for idx in indices]
+            completions = self._generated(contexts, requests[indices[0]].args[1], disable_tqdm)
+            for idx, string in zip(indices, completions, strict=True):
+                found[idx] = string
+                self.cache_hook.add_partial("generate_until", requests[idx].args, string)
+        return [found[idx] for idx in range(len(requests))]
+
+    def _generated(self, contexts: Sequence[str], given: dict[str, Any], disable_tqdm: bool) -> list[str]:
+        options = normalize_gen_kwargs(given, self.max_gen_toks)
+        end = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
+        stop = [string for string in handle_stop_sequences(options.pop("until", None), eos=end) if string]
+        max_new_tokens = options.pop("max_gen_toks")
+        if not options.get("do_sample"):
+            options = {name: value for name, value in options.items() if name not in SAMPLING_FIELDS}
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise GenerationError(
+                f"The task asks for {max_new_tokens} tokens, which leaves no room for a context in the model's "
+                f"{self.max_length}. Give it fewer: --gen_kwargs max_gen_toks=..."
+            )
+        encoded = (self.tok_encode(context, left_truncate_len=room) for context in contexts)
+        prompts = [Text.from_tokens(ids or [self.prefix_token_id], self.lm) for ids in encoded]
+        generated = generate(
+            prompts, max_new_tokens=max_new_tokens, stop=stop, show_progress_bar=not disable_tqdm, **options
         )
+        strings = (self.tokenizer.decode(text.completion_tokens, skip_special_tokens=True) for text in generated)
+        return [postprocess_generated_text(string, stop, None) for string in strings]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False

@@ -1,0 +1,217 @@
+"""How the next token is chosen and when a text is finished: the rules of transformers' `generate`, a text at a time.
+
+The only file that knows transformers' generation. Configuration, logits processors and stopping criteria are its own;
+each text has processors and criteria of its own, so texts of different lengths never meet in a padded batch, and what
+is chosen for one does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
+
+from backprompt.errors import GenerationError
+
+FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
+
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+
+_OURS = {  # what `generate` of transformers takes and this does not, and what to do instead
+    "num_return_sequences": "use n=...",
+    "max_length": "use max_new_tokens=..., which does not count the prompt",
+    "stop_strings": "use stop=...",
+    "return_dict_in_generate": "a Text is returned, with completion_tokens and completion_logprobs",
+    "output_scores": "completion_logprobs are always there",
+    "output_logits": "text.logits and text.model_repr.all_logits() are always there",
+    "output_attentions": "they are never computed as a whole",
+    "output_hidden_states": "text.model_repr.hidden_states are always there",
+    "use_cache": "keys and values are always kept",
+    "cache_implementation": "keys and values are kept by the LM",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token, its log-probability in the model's own distribution (nats), and whether that has none higher."""
+
+    token_id: int
+    logprob: float
+    is_argmax: bool
+
+
+class Decoding:
+    """Options of `generate`, checked, for any number of texts.
+
+    Args:
+        model: the causal LM inside all wrappers; its `generation_config` says what is not given.
+        tokenizer: for stop strings.
+        max_new_tokens: how many tokens to add at most.
+        stop: strings that end a text with the token that completes one of them.
+        seed: of sampling. The same text with the same options, seed and sample has the same continuation, whatever else
+            is generated with it; by default each run has a seed of its own.
+        given: fields of `GenerationConfig`.
+
+    Raises:
+        GenerationError: options that contradict each other, or that this does not do; says what to do instead.
+
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        stop: str | Sequence[str] | None,
+        seed: int | None,
+        given: Mapping[str, Any],
+    ) -> None:
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise GenerationError(f"max_new_tokens must be an int of at least 1, not {max_new_tokens!r}.")
+        self._model = model
+        self.max_new_tokens = max_new_tokens
+        self._seed = secrets.randbits(63) if seed is None else seed
+        self._config = _config(model, given, _stops(stop))
+        self.is_sampling = bool(self._config.do_sample)
+        self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary
+        try:
+            if self._config.stop_strings is not None:
+                self._stop_strings.append(StopStringCriteria(tokenizer, self._config.stop_strings))
+                self._config.stop_strings = None
+            self._rules(
+                torch.zeros((1, 1), dtype=torch.long)
+            )  # what is wrong shows now, and not after a prompt is computed
+        except (TypeError, ValueError) as error:
+            raise GenerationError(f"transformers refuses these options: {error}") from error
+
+    def for_text(self, prompt_ids: Sequence[int], sample_idx: int) -> TextDecoding:
+        """Return the decoding of one text."""
+        return TextDecoding(self, prompt_ids, sample_idx)
+
+    def _rules(self, prompt_ids: Tensor) -> tuple[Any, list[Any]]:
+        """Return processors and criteria for a prompt, `(1, tokens)`."""
+        config = copy.deepcopy(self._config)
+        num_before = prompt_ids.shape[1]
+        config.max_length, config.max_new_tokens = num_before + self.max_new_tokens, self.max_new_tokens
+        if config.min_new_tokens is not None:
+            config.min_length = num_before + config.min_new_tokens
+        self._model._prepare_special_tokens(config, True, device=prompt_ids.device)
+        processors = self._model._get_logits_processor(
+            config,
+            input_ids_seq_length=num_before,
+            encoder_input_ids=prompt_ids,
+            device=str(prompt_ids.device),
+            model_kwargs={},
+        )
+        criteria = self._model._get_stopping_criteria(config, StoppingCriteriaList())
+        return processors, [*criteria, *self._stop_strings]
+
+    def _generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator | None:
+        if not self.is_sampling:
+            return None
+        digest = hashlib.sha256(repr((self._seed, sample_idx, tuple(prompt_ids))).encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class TextDecoding:
+    """The decoding of one text: its ids so far, its processors and criteria, its random numbers."""
+
+    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int], sample_idx: int) -> None:
+        self._decoding = decoding
+        self._prompt_ids = prompt_ids
+        self._sample_idx = sample_idx
+        self.choices: list[Choice] = []
+        self.finish_reason: FinishReason | None = None
+        self._ids: Tensor | None = None  # (1, tokens), with room for all that may come
+
+    @property
+    def completion_ids(self) -> tuple[int, ...]:
+        """What was added so far."""
+        return tuple(choice.token_id for choice in self.choices)
+
+    def choose(self, logits: Tensor) -> Choice:
+        """Choose the next token by the logits of the last one, `(vocab,)`, and note whether that finishes the text."""
+        if self._ids is None:
+            self._begin(logits.device)
+        assert self._ids is not None
+        num_ids = len(self._prompt_ids) + len(self.choices)
+        ids = self._ids[:, :num_ids]
+        unprocessed = logits.float()
+        scores = self._processors(ids, unprocessed[None].clone())  # (1, vocab)
+        if self._generator is None:
+            token_id = int(scores.argmax(dim=-1))
+        else:
+            probabilities = scores.softmax(dim=-1)
+            token_id = int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
+        logprobs = unprocessed.log_softmax(dim=-1)
+        choice = Choice(token_id, float(logprobs[token_id]), int(logprobs.argmax()) == token_id)
+        self.choices.append(choice)
+        self._ids[0, num_ids] = token_id
+        self.finish_reason = self._reason(self._ids[:, : num_ids + 1])
+        return choice
+
+    def _begin(self, device: torch.device) -> None:
+        prompt = torch.tensor([self._prompt_ids], device=device)
+        self._ids = torch.cat([prompt, prompt.new_zeros(1, self._decoding.max_new_tokens)], dim=1)
+        self._processors, self._criteria = self._decoding._rules(prompt)
+        self._generator = self._decoding._generator(self._prompt_ids, self._sample_idx, device)
+
+    def _reason(self, ids: Tensor) -> FinishReason | None:
+        met = [criterion for criterion in self._criteria if bool(criterion(ids, None).any())]
+        if any(isinstance(criterion, EosTokenCriteria) for criterion in met):
+            return "eos"
+        if any(isinstance(criterion, StopStringCriteria) for criterion in met):
+            return "stop"
+        if len(self.choices) == self._decoding.max_new_tokens:
+            return "length"
+        return "criteria" if met else None
+
+
+def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> GenerationConfig:
+    """Return the options in full: what is given, else what the model's own configuration says, but greedy."""
+    for name, instead in _OURS.items():
+        if name in given:
+            raise GenerationError(f"generate takes no {name}: {instead}.")
+    options = dict(given)
+    asked = [name for name in SAMPLING_FIELDS if options.get(name) is not None]
+    if asked and options.get("do_sample") is False:
+        raise GenerationError(f"{asked[0]} is for sampling, but do_sample is False. Leave out one of the two.")
+    options["do_sample"] = bool(asked) if options.get("do_sample") is None else options["do_sample"]
+    known = GenerationConfig().to_dict().keys()
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise GenerationError(
+            f"generate has no option {unknown[0]!r}. Options are max_new_tokens, stop, seed and the fields of "
+            "transformers' GenerationConfig."
+        )
+    try:
+        config: GenerationConfig = model._prepare_generation_config(None, **options)[0]
+        config.stop_strings = config.stop_strings if stops is None else stops
+        mode = config.get_generation_mode()
+    except (TypeError, ValueError) as error:
+        raise GenerationError(f"transformers refuses these options: {error}") from error
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise GenerationError(f"generate does greedy decoding and sampling, not {mode.value.replace('_', ' ')}.")
+    if config.token_healing:
+        raise GenerationError("generate does not do token healing, which changes the end of the prompt.")
+    if config.guidance_scale is not None and config.guidance_scale != 1:
+        raise GenerationError("generate does not do classifier-free guidance, which runs the model a second time.")
+    return config
+
+
+def _stops(stop: str | Sequence[str] | None) -> list[str] | None:
+    listed = [stop] if isinstance(stop, str) else list(stop or ())
+    for string in listed:
+        if not isinstance(string, str) or not string:
+            raise GenerationError(f"stop must be strings that are not empty, not {string!r}.")
+    return listed or None
