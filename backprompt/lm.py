@@ -414,13 +414,6 @@ class LM:
             self._current()
             return flat(self._encoder.encode([text])[0])
 
-    def num_tokens(self, texts: Iterable[Text]) -> list[int]:
-        """Return how many tokens each of many texts has; they are encoded together."""
-        texts = self._own_texts(texts)
-        with self._exclusive():
-            self._current()
-            return list(map(len, self._encoder.encode(texts)))
-
     def prompt_ids(self, texts: Iterable[Text]) -> list[TokenIds]:
         """Return the ids of texts as they are where something follows: without what a tokenizer appends at an end.
 
