@@ -15,8 +15,8 @@ and FlashAttention. Keys and values are used where they lie.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Protocol, TypeAlias
 
@@ -26,6 +26,9 @@ from torch import Tensor
 from backprompt.plan import Cross, Own, Pass
 
 KernelOutput: TypeAlias = "tuple[Tensor, Tensor]"
+CALL_MULTIPLICATIONS = 1_500_000
+"""What a kernel call costs besides its products, in multiplications of a query and a key: about 65 us on two cores."""
+
 WINDOW_CHUNK_ROWS = 512
 """Under a sliding window a long causal run is attended to in chunks of rows, so that its mask stays small."""
 
@@ -73,6 +76,12 @@ class _Call:
     mask: Tensor | None  # additive, (rows, keys)
     is_first: bool  # of its rows: what follows is joined to it
     times: int = 1  # how often each key counts
+    blind: Tensor | None = None  # which rows see none of the keys, (rows, 1)
+
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs of a row and a key it multiplies."""
+        return _num_pairs(self.rows, self.keys)
 
 
 class PackedAttention:
@@ -93,7 +102,7 @@ class PackedAttention:
         """
         kernel: Kernel = self._kernel if scoring.softcap is None else partial(clear_kernel, softcap=scoring.softcap)
         joined = _Joined(query, value)
-        for call in self._calls(scoring.window):
+        for call in self._calls(scoring.window, query.shape[0] * query.shape[2]):
             keys, values = (
                 (key, value) if call.block is None else (call.block.keys[layer_idx], call.block.values[layer_idx])
             )
@@ -108,18 +117,39 @@ class PackedAttention:
             if call.is_first:
                 joined.start_with(call.rows, output, lse)
             else:
-                if call.mask is not None:  # under a window a row may see none of these keys
-                    lse = lse.masked_fill(call.mask.amax(dim=1, keepdim=True) == -math.inf, -math.inf)
+                if call.blind is not None:
+                    output, lse = output.masked_fill(call.blind[..., None], 0), lse.masked_fill(call.blind, -math.inf)
                 joined.add(call.rows, output, lse + math.log(call.times) if call.times > 1 else lse)
         return joined.result(scoring.sinks)
 
-    def _calls(self, window: int | None) -> list[_Call]:
+    def _calls(self, window: int | None, multiplications_a_pair: int) -> list[_Call]:
         """Return the kernel calls of a layer; prepared once for all layers with the same window."""
         if window not in self._calls_by_window:
             calls = [call for own in self._pass.own for call in self._own_calls(own, window)]
-            calls += [call for cross in self._pass.cross for call in self._cross_calls(cross, window)]
+            crosses = [call for cross in self._pass.cross for call in self._cross_calls(cross, window)]
+            calls += map(self._together, _neighbours(crosses, CALL_MULTIPLICATIONS // multiplications_a_pair))
             self._calls_by_window[window] = calls
         return self._calls_by_window[window]
+
+    def _together(self, calls: Sequence[_Call]) -> _Call:
+        """Return one call for several of the same block, under a mask that hides from each row what is not its own."""
+        if len(calls) == 1 and calls[0].mask is None:
+            return calls[0]
+        rows, keys = _union([call.rows for call in calls]), _union([call.keys for call in calls])
+        shape = (rows.stop - rows.start, keys.stop - keys.start)
+        visible = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        for call in calls:
+            seen = visible[call.rows.start - rows.start : call.rows.stop - rows.start]
+            seen = seen[:, call.keys.start - keys.start : call.keys.stop - keys.start]
+            seen |= True if call.mask is None else call.mask == 0
+        blind = ~visible.any(dim=1, keepdim=True)
+        return replace(
+            calls[0],
+            rows=rows,
+            keys=keys,
+            mask=self._additive_mask(visible),
+            blind=blind if bool(blind.any()) else None,
+        )
 
     def _own_calls(self, own: Own, window: int | None) -> Iterator[_Call]:
         rows = slice(own.start, own.stop)
@@ -166,6 +196,56 @@ class PackedAttention:
 
     def _additive_mask(self, visible: Tensor) -> Tensor:
         return additive_mask(visible, self._dtype)
+
+
+def _neighbours(calls: Sequence[_Call], pairs_a_call: int) -> list[list[_Call]]:
+    """Group calls whose keys lie near each other in a block, where one call for all of them costs less.
+
+    It multiplies all rows by all keys between the first and the last, and saves a call's other costs, worth
+    `pairs_a_call` pairs, for each but one.
+    """
+    groups: list[list[_Call]] = []
+    last_of: dict[tuple[int, int], _Growing] = {}
+    for call in sorted(calls, key=lambda call: call.keys.start):
+        last = last_of.get((id(call.block), call.times))
+        if last is not None and last.can_take(call, pairs_a_call):
+            last.take(call, pairs_a_call)
+        else:
+            group = [call]
+            groups.append(group)
+            last_of[id(call.block), call.times] = _Growing(group, call.rows, call.keys, call.num_pairs)
+    return groups
+
+
+@dataclass
+class _Growing:
+    """Calls that are to be one: their rows, their keys, and the pairs that they may multiply together."""
+
+    calls: list[_Call]
+    rows: slice
+    keys: slice
+    num_pairs: int
+
+    def can_take(self, call: _Call, pairs_a_call: int) -> bool:
+        """Return whether one call more costs less within this one than on its own."""
+        together = _num_pairs(_union([self.rows, call.rows]), _union([self.keys, call.keys]))
+        return together <= self.num_pairs + call.num_pairs + pairs_a_call
+
+    def take(self, call: _Call, pairs_a_call: int) -> None:
+        """Add a call."""
+        self.calls.append(call)
+        self.rows, self.keys = _union([self.rows, call.rows]), _union([self.keys, call.keys])
+        self.num_pairs += call.num_pairs + pairs_a_call
+
+
+def _num_pairs(rows: slice, keys: slice) -> int:
+    num_rows: int = rows.stop - rows.start
+    num_keys: int = keys.stop - keys.start
+    return num_rows * num_keys
+
+
+def _union(slices: Sequence[slice]) -> slice:
+    return slice(min(piece.start for piece in slices), max(piece.stop for piece in slices))
 
 
 class _Joined:

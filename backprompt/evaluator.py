@@ -133,9 +133,11 @@ class Evaluator:
         host: HostMemory,
         max_result_bytes: int,
         archive: Archive | None = None,
+        *,
+        pack_weights: bool = False,
     ) -> None:
         self._model = model
-        self.executor = Executor(model)
+        self.executor = Executor(model, pack_weights=pack_weights)
         self.forest = Forest()
         self.counters = counters
         self._max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
@@ -244,8 +246,7 @@ class Evaluator:
             }
             targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
             _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
-            for end in dict.fromkeys(grown):
-                self.memory.add(self._growth.absorb(end))
+            self.memory.add(self._growth.absorb(list(dict.fromkeys(grown))))
         except BaseException:
             for end in grown:
                 end.num_pins -= 1

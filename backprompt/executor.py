@@ -23,6 +23,7 @@ from backprompt import skeleton
 from backprompt.attention import ChosenKernel, PackedAttention, Scoring, choose_kernel, clear_kernel
 from backprompt.cache import BlockRows, KeysValues, States
 from backprompt.errors import NonFiniteError, UnsupportedModelError
+from backprompt.linear import speed_up
 from backprompt.plan import TILE_TOKENS, Pass, plan_pass
 from backprompt.radix import Span
 
@@ -65,12 +66,16 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
 class Executor:
     """Private copies of one model, and how to run them; to be used in `plain_surroundings`.
 
+    Args:
+        model: any causal LM.
+        pack_weights: hold packed copies of the weights of linear layers.
+
     Raises:
-        UnsupportedModelError: for what `skeleton.check_supported` refuses.
+        UnsupportedModelError: for what `skeleton.check_supported` refuses; weights that cannot be packed.
 
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, pack_weights: bool = False) -> None:
         skeleton.check_supported(model)
         self.device = skeleton.model_device(model)
         self.limits = skeleton.limits_of(model)
@@ -84,6 +89,7 @@ class Executor:
         self._body = skeleton.make_body(model, name)
         self._head = skeleton.make_head(model)
         self._config: Any = self._head.config
+        self.linears = speed_up((self._body, self._head), pack=pack_weights)
         self._in_flight: _InFlight | None = None
         _register(name, self)
 

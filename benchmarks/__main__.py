@@ -47,20 +47,29 @@ def main() -> None:
         default=os.environ.get("CAPPR_PYTHON"),
         help="the interpreter of an environment with CAPPr, for the suite cappr; default: $CAPPR_PYTHON",
     )
+    parser.add_argument(
+        "--vllm-python",
+        type=Path,
+        metavar="PATH",
+        default=os.environ.get("VLLM_PYTHON"),
+        help="the interpreter of an environment with vLLM, for the suite generation; default: $VLLM_PYTHON",
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing; write tables and plots")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     arguments = parser.parse_args()
     if arguments.cappr_python is not None and not arguments.cappr_python.is_file():
         parser.error(f"there is no interpreter {arguments.cappr_python}.\n{cappr.HOW_TO_INSTALL}")
+    if arguments.vllm_python is not None and not arguments.vllm_python.is_file():
+        parser.error(f"there is no interpreter {arguments.vllm_python}.")
     if not arguments.report:
-        _measure(arguments.results, arguments.only, arguments.cappr_python)
+        _measure(arguments.results, arguments.only, arguments.cappr_python, arguments.vllm_python)
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
     if arguments.results == RESULTS:
         write_tables(results)
     draw_plots(results, arguments.results.parent / "plots")
 
 
-def _measure(path: Path, only: list[str] | None, cappr_python: Path | None) -> None:
+def _measure(path: Path, only: list[str] | None, cappr_python: Path | None, vllm_python: Path | None) -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machines": {}, "lines": []}
     chosen = [suite for suite in SUITES if not only or suite.name in only]
     bench = Bench() if chosen else None
@@ -80,7 +89,11 @@ def _measure(path: Path, only: list[str] | None, cappr_python: Path | None) -> N
             print(cappr.HOW_TO_INSTALL)
             continue
         say = partial(print, flush=True)
-        measure = partial(cappr.measure, cappr_python) if name == "cappr" else OTHER_SUITES[name]
+        measure = OTHER_SUITES[name]
+        if name == "cappr":
+            measure = partial(measure, cappr_python)
+        if name == "generation":
+            measure = partial(measure, vllm_python=vllm_python)
         results[name], results["machines"][name] = measure(say)
         _write(path, results)
 

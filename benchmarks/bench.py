@@ -106,7 +106,7 @@ class Bench:
             for name, seconds_spent in {
                 "backprompt": lambda: seconds_of(lambda: self.run(workload, lengths)),
                 "control": lambda fresh=fresh: seconds_of(lambda: self.run(fresh, lengths)),
-                "matrix products": lambda: matmul_seconds(self.model, pass_sizes, done.logit_rows, rows),
+                "matrix products": lambda: matmul_seconds(self.lm, pass_sizes, done.logit_rows, rows),
                 "dense forward": lambda: dense_seconds(self.model, done.tokens_computed, done.logit_rows, rows),
             }.items():
                 seconds.setdefault(name, []).append(seconds_spent())
@@ -181,4 +181,5 @@ def describe_machine(lm: LM) -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "kernel": lm.stats.kernel,
+        "linears": lm.stats.linears,
     }

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -26,9 +24,9 @@ from benchmarks import workloads
 from benchmarks.bench import TOLERANCE, describe_machine
 from benchmarks.contenders import RIVALS, encode
 from benchmarks.measure import Spread, peak_bytes_of, seconds_of
+from benchmarks.peer import Peer
 from benchmarks.workloads import Prompt, Workload
 
-ROOT = Path(__file__).parent.parent
 CAPPR = "CAPPr"
 HOW_TO_INSTALL = """\
 CAPPr is not measured: it needs an environment of its own, with the versions that it works with. Make one and say where:
@@ -136,49 +134,15 @@ def compose(lm: LM, prompt: Prompt) -> Text:
 # CAPPr
 
 
-class CapprProcess:
-    """CAPPr, alive in a process of its own; see cappr_process.py. A context manager."""
-
-    def __init__(self, python: Path, model_folder: Path) -> None:
-        command = [str(python), "-m", "benchmarks.cappr_process", str(model_folder)]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
-        self.started = self._answer()
-        """Versions and threads."""
-
-    def __enter__(self) -> CapprProcess:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()  # which ends it, once it has answered
-        if kind is not None:
-            self._process.kill()
-        self._process.wait()
-
-    def run(self, workload: Workload, setting: Setting, *, trace_memory: bool = False) -> dict[str, Any]:
-        request = {
+def ask_cappr(process: Peer, workload: Workload, setting: Setting, *, trace_memory: bool = False) -> dict[str, Any]:
+    """Let CAPPr score a workload; see cappr_process.py."""
+    return process.ask(
+        {
             "prompts": [{"parts": prompt.parts, "completions": prompt.completions} for prompt in workload.prompts],
             "setting": dataclasses.asdict(setting),
             "trace_memory": trace_memory,
         }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"CAPPr's process ended with exit code {self._process.wait()}; what it said stands above."
-            )
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+    )
 
 
 def save_for_cappr(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -194,14 +158,14 @@ def save_for_cappr(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, f
 class Duel:
     """Both, and one model."""
 
-    def __init__(self, cappr: CapprProcess, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, cappr: Peer, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self._cappr = cappr
         self._model = model
         self._tokenizer = tokenizer
         self.lm = LM(model, tokenizer)
         warm_up = joined_by_spaces(Case("warm-up", workloads.classes(4, 4), (), 0)).workload
         self._ours(warm_up)
-        self._cappr.run(warm_up, Setting(True, 2, None))
+        ask_cappr(self._cappr, warm_up, Setting(True, 2, None))
         self._generate("generating 4 tokens", warm_up)
 
     def measure(self, case: Case) -> dict[str, Any]:
@@ -222,7 +186,7 @@ class Duel:
         others: dict[str, list[float]] = {}
         generated = GENERATING if case.table == "curve" else ()
         while not others or (len(others[CAPPR]) < case.max_rounds and sum(others[CAPPR]) < ENOUGH_SECONDS):
-            found = self._cappr.run(workload, best)
+            found = ask_cappr(self._cappr, workload, best)
             gap = max(gap, largest_gap(scores, found["scores"]))
             others.setdefault(CAPPR, []).append(found["seconds"])
             for name in generated:
@@ -260,9 +224,9 @@ class Duel:
         num_bytes = self.lm.stats.bytes_held
         lines = []
         for setting in settings([], [(1, None), (1, 16), (1, 1)]):
-            seconds = self._cappr.run(workload, setting)
+            seconds = ask_cappr(self._cappr, workload, setting)
             assert largest_gap(scores[0], seconds["scores"]) < TOLERANCE
-            memory = self._cappr.run(workload, setting, trace_memory=True)
+            memory = ask_cappr(self._cappr, workload, setting, trace_memory=True)
             lines.append({**dataclasses.asdict(setting), "peak": memory["peak_bytes"], "seconds": seconds["seconds"]})
         seconds_ours, _ = self._ours(workload)
         self.lm.clear()
@@ -282,8 +246,8 @@ class Duel:
         """CAPPr's seconds for the first prompts with each setting; both run them once before, to warm up."""
         few = Workload(case.workload.name, case.workload.prompts[: case.num_tried])
         self._ours(few)
-        self._cappr.run(few, case.settings[0])
-        return {setting: self._cappr.run(few, setting)["seconds"] for setting in case.settings}
+        ask_cappr(self._cappr, few, case.settings[0])
+        return {setting: ask_cappr(self._cappr, few, setting)["seconds"] for setting in case.settings}
 
     def _ours(self, workload: Workload) -> tuple[float, Scores]:
         scores: list[Scores] = []
@@ -356,7 +320,7 @@ def measure(python: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], d
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="backprompt-bench-")))
         save_for_cappr(model, tokenizer, folder)
-        cappr = stack.enter_context(CapprProcess(python, folder))
+        cappr = stack.enter_context(Peer(python, "cappr_process", folder))
         duel = Duel(cappr, model, tokenizer)
         lines = []
         for case in cases():

@@ -1,9 +1,16 @@
-"""Generation against `model.generate` of transformers on a padded batch: the same greedy tokens, seconds and bytes."""
+"""Generation against `model.generate` of transformers on a padded batch, and against vLLM where it is at hand.
+
+All find the same greedy tokens, or the run fails. vLLM runs in a process and an environment of its own; while one runs
+the others wait.
+"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +20,13 @@ from backprompt import LM, Text, generate
 from benchmarks import workloads
 from benchmarks.bench import describe_machine
 from benchmarks.measure import Spread, matmul_seconds, seconds_of
+from benchmarks.peer import Peer
 from benchmarks.workloads import Writer
+
+HOW_TO_INSTALL = """\
+vLLM is not measured: it needs an environment of its own. Where there is one, say so:
+
+    python -m benchmarks --only generation --vllm-python ~/vllm/bin/python"""
 
 NUM_PROMPTS = 16
 NEW_TOKENS = 32
@@ -22,83 +35,123 @@ ROUNDS = 3
 NUM_SAMPLES = 64
 SAMPLED_WORDS = 680  # about 800 tokens
 
+BACKPROMPT, PACKED = "backprompt", "backprompt, packed weights"
+MATRIX_PRODUCTS = "matrix products"
+Completions = list[tuple[int, ...]]
 
-def measure(say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, object]]:
+
+def measure(say: Callable[[str], None], vllm_python: Path | None = None) -> tuple[dict[str, Any], dict[str, object]]:
     """Measure all of it; returns results and the machine, both as can be written to JSON."""
-    model, lm = workloads.make_model(), None
-    lm = LM(model, workloads.make_tokenizer())
+    model, tokenizer = workloads.make_model(), workloads.make_tokenizer()
+    lms = {BACKPROMPT: LM(model, tokenizer), PACKED: LM(model, tokenizer, pack_weights=True)}
+    machine = describe_machine(lms[BACKPROMPT])
     writer = Writer(20)
-    context = Text(writer.text(CONTEXT_WORDS), lm)
-    texts = [context + f"\n\n{writer.text(12)}\nAnswer:" for _ in range(NUM_PROMPTS)]
-    lines = []
-    for chosen in (texts, texts[:1]):
-        lines.append(_line(model, lm, chosen))
-        say(json.dumps(lines[-1]))
-    results = {"lines": lines, "samples": _samples(lm, Text(writer.text(SAMPLED_WORDS), lm))}
-    say(json.dumps(results["samples"]))
-    return results, describe_machine(lm)
+    context = writer.text(CONTEXT_WORDS)
+    questions = [f"\n\n{writer.text(12)}\nAnswer:" for _ in range(NUM_PROMPTS)]
+    with ExitStack() as stack:
+        vllm = None
+        if vllm_python is None:
+            say(HOW_TO_INSTALL)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            model.save_pretrained(folder)
+            vllm = stack.enter_context(Peer(vllm_python, "vllm_process", folder))
+            machine["vLLM"] = vllm.started
+        lines = []
+        for num_prompts in (NUM_PROMPTS, 1):
+            lines.append(_Race(model, lms, vllm, context, questions[:num_prompts]).line())
+            say(json.dumps(lines[-1]))
+    packed_bytes = lms.pop(PACKED).stats.packed_weight_bytes
+    samples = _samples(lms[BACKPROMPT], Text(writer.text(SAMPLED_WORDS), lms[BACKPROMPT]))
+    say(json.dumps(samples))
+    return {"lines": lines, "packed weights": packed_bytes, "samples": samples}, machine
 
 
-def _line(model: GPT2LMHeadModel, lm: LM, texts: list[Text]) -> dict[str, Any]:
-    """Both in turns, backprompt with an empty cache.
+class _Race:
+    """Some prompts, and all who continue them, backprompt and vLLM with an empty cache."""
 
-    Raises:
-        AssertionError: they generate different tokens.
+    def __init__(
+        self, model: GPT2LMHeadModel, lms: dict[str, LM], vllm: Peer | None, context: str, questions: list[str]
+    ) -> None:
+        self._model = model
+        self._lms = lms
+        self._texts = {
+            name: [base + question for question in questions]
+            for name, base in ((name, Text(context, lm)) for name, lm in lms.items())
+        }
+        self._prompts = [text.tokens for text in self._texts[BACKPROMPT]]
+        self._vllm = vllm
 
-    """
-    seconds: dict[str, list[float]] = {"backprompt": [], "model.generate": [], "matrix products": []}
-    found: dict[str, list[tuple[int, ...]]] = {}
+    def line(self) -> dict[str, Any]:
+        """All in turns.
 
-    def ours() -> None:
-        generated = generate(texts, max_new_tokens=NEW_TOKENS, show_progress_bar=False)
-        found["backprompt"] = [text.completion_tokens for text in generated]
+        Raises:
+            AssertionError: they generate different tokens.
 
-    def theirs() -> None:
-        found["model.generate"] = _generated(model, [text.tokens for text in texts])
+        """
+        seconds: dict[str, list[float]] = {}
+        done = {}
+        for round_idx in range(ROUNDS + 1):  # the first one warms up
+            found: dict[str, Completions] = {}
+            spent: dict[str, float] = {}
+            for name in (BACKPROMPT, PACKED):
+                found[name], spent[name], done[name] = self._ours(name, spent)
+            spent["model.generate"] = seconds_of(
+                lambda found=found: found.update({"model.generate": self._generated()})  # type: ignore[misc]
+            )
+            if self._vllm is not None:
+                answer = self._vllm.ask({"prompts": self._prompts, "max_new_tokens": NEW_TOKENS})
+                found["vLLM"], spent["vLLM"] = [tuple(ids) for ids in answer["completions"]], answer["seconds"]
+            for name, completions in found.items():
+                assert completions == found[BACKPROMPT], f"{name} generates other tokens"
+            if round_idx:
+                for name, value in spent.items():
+                    seconds.setdefault(name, []).append(value)
+        line: dict[str, Any] = {"prompts": len(self._prompts), "new tokens": NEW_TOKENS}
+        line["tokens"] = {BACKPROMPT: done[BACKPROMPT], "model.generate": self._num_forwarded()}
+        line["seconds"] = {name: vars(Spread.of(values)) for name, values in seconds.items()}
+        for name in (BACKPROMPT, PACKED):
+            rivals = ["model.generate", _products_of(name), *(["vLLM"] if self._vllm is not None else [])]
+            line[f"{name}, times faster"] = {
+                rival: vars(Spread.of_ratios(seconds[rival], seconds[name])) for rival in rivals
+            }
+        return line
 
-    line: dict[str, Any] = {"prompts": len(texts), "new tokens": NEW_TOKENS}
-    executor, pass_sizes = lm._evaluator.executor, []
-    forward = executor.forward
-    executor.forward = lambda pass_: pass_sizes.append(pass_.num_tokens) or forward(pass_)  # type: ignore
-    for work in (ours, theirs):
-        work()  # warm
-    for _ in range(ROUNDS):
+    def _ours(self, name: str, spent: dict[str, float]) -> tuple[Completions, float, int]:
+        """Continue the texts with one of our LMs; also note the seconds that its matrix products take alone."""
+        lm = self._lms[name]
+        executor, pass_sizes = lm._evaluator.executor, []
+        forward = executor.forward
+        executor.forward = lambda pass_: pass_sizes.append(pass_.num_tokens) or forward(pass_)  # type: ignore
         lm.clear()
-        pass_sizes.clear()
-        before = lm.stats
-        seconds["backprompt"].append(seconds_of(ours))
+        before, generated = lm.stats, []
+        seconds = seconds_of(
+            lambda: generated.extend(generate(self._texts[name], max_new_tokens=NEW_TOKENS, show_progress_bar=False))
+        )
+        del executor.forward
         done = lm.stats - before
-        seconds["model.generate"].append(seconds_of(theirs))
-        seconds["matrix products"].append(_matmul_seconds(model, lm, pass_sizes, done.logit_rows))
-        assert found["backprompt"] == found["model.generate"]
-    del executor.forward
-    line["tokens"] = {"backprompt": done.tokens_computed, "model.generate": _num_forwarded(texts)}
-    line["seconds"] = {name: vars(Spread.of(values)) for name, values in seconds.items()}
-    for name in ("model.generate", "matrix products"):
-        line[f"times {name}"] = vars(Spread.of_ratios(seconds[name], seconds["backprompt"]))
-    return line
+        rows_a_step = max(1, done.logit_rows // len(pass_sizes))  # the head runs once a step
+        rows = min(rows_a_step, executor.rows_in_a_slice)
+        spent[_products_of(name)] = matmul_seconds(lm, pass_sizes, done.logit_rows, rows)
+        return [text.completion_tokens for text in generated], seconds, done.tokens_computed
+
+    @torch.no_grad()
+    def _generated(self) -> Completions:
+        width = max(map(len, self._prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in self._prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in self._prompts])
+        found = self._model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
+        return [tuple(row[width:].tolist()) for row in found]
+
+    def _num_forwarded(self) -> int:
+        """What a padded batch forwards, padding included."""
+        return len(self._prompts) * (max(map(len, self._prompts)) + NEW_TOKENS - 1)
 
 
-def _matmul_seconds(model: GPT2LMHeadModel, lm: LM, pass_sizes: list[int], num_rows: int) -> float:
-    """The matrix products alone: the head's run once a step, so in as many slices."""
-    rows_a_step = max(1, num_rows // len(pass_sizes))
-    return matmul_seconds(model, pass_sizes, num_rows, min(rows_a_step, lm._evaluator.executor.rows_in_a_slice))
-
-
-def _num_forwarded(texts: list[Text]) -> int:
-    """What a padded batch forwards, padding included."""
-    return len(texts) * (max(len(text.tokens) for text in texts) + NEW_TOKENS - 1)
-
-
-@torch.no_grad()
-def _generated(model: GPT2LMHeadModel, prompts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    found = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
-    return [tuple(row[width:].tolist()) for row in found]
+def _products_of(name: str) -> str:
+    return f"{MATRIX_PRODUCTS} of {name}"
 
 
 def _samples(lm: LM, prompt: Text) -> dict[str, Any]:
