@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backprompt import classify
-from backprompt.cache import TokenScore
-from backprompt.decoding import Decoding, FinishReason, TextDecoding
+from backprompt.beams import BeamDecoding
+from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
 from backprompt.errors import GenerationError, TextTypeError
 from backprompt.radix import Span
 from backprompt.text import Text, lazily
@@ -156,10 +156,10 @@ def select(prompt: Text, options: Sequence[str], *, end_of_prompt: str = " ", **
     return text
 
 
-def _generated(lm: LM, prompt: Text, decoding: TextDecoding) -> GeneratedText:
-    text = GeneratedText._of(prompt, decoding.completion_ids, lm)
-    text._logprobs = tuple(choice.logprob for choice in decoding.choices)
-    text._finish_reason = decoding.finish_reason or "interrupted"
+def _generated(lm: LM, prompt: Text, found: Found) -> GeneratedText:
+    text = GeneratedText._of(prompt, [choice.token_id for choice in found.choices], lm)
+    text._logprobs = tuple(choice.logprob for choice in found.choices)
+    text._finish_reason = found.finish_reason
     return text
 
 
@@ -225,18 +225,23 @@ def generate(
         return []
     lm = listed[0]._require_lm("a continuation")
     decoding = lm.decoding(max_new_tokens=max_new_tokens, stop=stop, seed=seed, given=generation_config)
-    if n is not None and n > 1 and not decoding.is_sampling:
-        raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
-    run = Run(lm, [text for text in listed for _ in range(n or 1)], decoding)
+    num_each = n or 1
+    if not decoding.is_sampling and num_each > decoding.num_beams:
+        if decoding.num_beams == 1:
+            raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
+        raise GenerationError(f"{decoding.num_beams} beams give no {n} continuations. Ask for more: num_beams={n}.")
+    run = Run(lm, [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed, decoding)
     show = len(run.texts) >= MIN_TEXTS_FOR_A_BAR if show_progress_bar is None else show_progress_bar
     with tqdm(total=len(run.texts), desc="texts", disable=not show) as bar:
         while run.step():
             bar.update(run.num_finished - bar.n)
         bar.update(run.num_finished - bar.n)
-    found: list[Any] = run.results()
-    if n is not None:
-        found = [found[start : start + n] for start in range(0, len(found), n)]
-    return found[0] if is_single else found
+    found = run.results(num_each)
+    if decoding.is_sampling:
+        samples = [text for (text,) in found]
+        found = [samples[start : start + num_each] for start in range(0, len(samples), num_each)]
+    results: list[Any] = [row[0] for row in found] if n is None else found
+    return results[0] if is_single else results
 
 
 class Stream(Iterator[str]):
@@ -247,6 +252,8 @@ class Stream(Iterator[str]):
     """
 
     def __init__(self, lm: LM, prompt: Text, decoding: Decoding) -> None:
+        if decoding.num_beams > 1:
+            raise GenerationError("Beams are decided on at the end, so there are no pieces to stream. Use generate.")
         self._lm = lm
         self._prompt = prompt
         self._run = Run(lm, [prompt], decoding)
@@ -255,7 +262,8 @@ class Stream(Iterator[str]):
     @property
     def text(self) -> GeneratedText:
         """The prompt and what was added so far."""
-        return self._run.results()[0]
+        ((text,),) = self._run.results()
+        return text
 
     def __next__(self) -> str:
         while True:
@@ -291,17 +299,16 @@ class Stream(Iterator[str]):
 
 @dataclass(eq=False)
 class _Live:
-    """A text that grows: its ids up to the last token that was forwarded, and the span at which that ends."""
+    """A text that grows: its prompt, and the spans at which those of its continuations end that are held."""
 
-    idx: int
-    token_ids: TokenIds
-    decoding: TextDecoding
-    end: Span
+    prompt_ids: TokenIds
+    decoding: TextDecoding | BeamDecoding
+    ends: dict[Completion, Span]
 
 
 @dataclass(eq=False)
 class Run:
-    """Texts that are being continued. Each `step` decides a token for every live one.
+    """Texts that are being continued. Each `step` decides at least one token for every live one.
 
     Args:
         lm: of all texts.
@@ -313,7 +320,7 @@ class Run:
     lm: LM
     texts: Sequence[Text]
     decoding: Decoding
-    _decodings: list[TextDecoding] = field(init=False)
+    _decodings: list[TextDecoding | BeamDecoding] = field(init=False)
     _prompts: list[TokenIds] = field(init=False)
     _live: list[_Live] = field(init=False, default_factory=list)
     _num_begun: int = field(init=False, default=0)
@@ -324,7 +331,10 @@ class Run:
         num_samples: Counter[tuple[int, ...]] = Counter()
         self._decodings = []
         for ids in map(flat, self._prompts):
-            self._decodings.append(self.decoding.for_text(ids, num_samples[ids]))
+            if self.decoding.num_beams > 1:
+                self._decodings.append(BeamDecoding(self.decoding, ids))
+            else:
+                self._decodings.append(TextDecoding(self.decoding, ids, num_samples[ids]))
             num_samples[ids] += 1
 
     @property
@@ -332,28 +342,29 @@ class Run:
         """How many texts are finished."""
         return self._num_begun - len(self._live)
 
-    def results(self) -> list[GeneratedText]:
-        """Return all texts, with what was added so far."""
-        return [_generated(self.lm, text, decoding) for text, decoding in zip(self.texts, self._decodings, strict=True)]
+    def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
+        """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""
+        return [
+            [_generated(self.lm, text, found) for found in decoding.found(num_each)]
+            for text, decoding in zip(self.texts, self._decodings, strict=True)
+        ]
 
     def step(self) -> bool:
-        """Decide a token for every live text; return whether any goes on, or waits."""
+        """Decide what comes next for every live text; return whether any goes on, or waits."""
         with self.lm.growing(self._evaluator) as evaluator:
             if self._evaluator is None:
                 self._evaluator = evaluator
                 # Whoever drops a stream does not say so: what it holds is let go of when the evaluator next looks.
                 finalize(self, evaluator.abandoned.append, self._live).atexit = False
             try:
-                self._grow(evaluator)
+                grown = self._grow(evaluator)
                 self._admit(evaluator)
-                for live, logits in zip(
-                    self._live, evaluator.next_logits([live.end for live in self._live]), strict=True
-                ):
-                    live.decoding.choose(logits)
+                self._choose(evaluator)
+                self._settle(evaluator, grown)
             except BaseException:
                 self._end(evaluator, self._live)
                 raise
-            self._end(evaluator, [live for live in self._live if live.decoding.finish_reason is not None])
+            self._end(evaluator, [live for live in self._live if live.decoding.is_finished])
         return bool(self._live) or self._num_begun < len(self.texts)
 
     def close(self) -> None:
@@ -363,38 +374,57 @@ class Run:
             with self.lm._exclusive():
                 self._end(self._evaluator, self._live)
 
-    def _grow(self, evaluator: Evaluator) -> None:
-        """Forward the token that was decided last for each live text."""
-        if not self._live:
-            return
-        grown = [with_more(live.token_ids, (live.decoding.choices[-1].token_id,)) for live in self._live]
-        scores = [
-            TokenScore(choice.logprob, choice.is_argmax)
-            for choice in (live.decoding.choices[-1] for live in self._live)
-        ]
-        ends = evaluator.grow(grown, [live.end for live in self._live], scores)
-        for live, token_ids, end in zip(self._live, grown, ends, strict=True):
-            live.token_ids, live.end = token_ids, end
+    def _grow(self, evaluator: Evaluator) -> list[tuple[_Live, Completion]]:
+        """Forward the continuations after which the logits are wanted; return those that were not held before."""
+        grown = [(live, ids) for live in self._live for ids in live.decoding.ahead if ids not in live.ends]
+        if grown:
+            ends = evaluator.grow([with_more(live.prompt_ids, ids) for live, ids in grown])
+            for (live, ids), end in zip(grown, ends, strict=True):
+                live.ends[ids] = end
+        return grown
 
     def _admit(self, evaluator: Evaluator) -> None:
         """Begin with as many of the waiting texts as there is room for, at least one if none is live."""
         first, stop = self._num_begun, self._num_begun
         if first == len(self.texts):
             return
-        num_bytes = evaluator.num_bytes_to_hold([live.end for live in self._live])
-        num_bytes += len(self._live) * self.decoding.max_new_tokens * evaluator.executor.token_bytes
-        while stop < len(self.texts) and len(self._live) + stop - first < MAX_LIVE_TEXTS:
+        num_new = self.decoding.max_new_tokens * self.decoding.num_beams
+        num_bytes = evaluator.num_bytes_to_hold([end for live in self._live for end in live.ends.values()])
+        num_bytes += len(self._live) * num_new * evaluator.executor.token_bytes
+        max_live = max(1, MAX_LIVE_TEXTS // self.decoding.num_beams)
+        while stop < len(self.texts) and len(self._live) + stop - first < max_live:
             is_sample = stop > first and self._prompts[stop] == self._prompts[stop - 1]
-            num_new = self.decoding.max_new_tokens + (0 if is_sample else len(self._prompts[stop]))
-            num_bytes += num_new * evaluator.executor.token_bytes
+            num_bytes += (num_new + (0 if is_sample else len(self._prompts[stop]))) * evaluator.executor.token_bytes
             if num_bytes > evaluator.memory.max_bytes and (stop > first or self._live):
                 break
             stop += 1
         ends = evaluator.begin(self._prompts[first:stop])
-        self._live += [_Live(idx, self._prompts[idx], self._decodings[idx], end) for idx, end in enumerate(ends, first)]
+        self._live += [
+            _Live(self._prompts[idx], self._decodings[idx], {(): end}) for idx, end in enumerate(ends, first)
+        ]
         self._num_begun = stop
+
+    def _choose(self, evaluator: Evaluator) -> None:
+        """Let each live text go on by the logits that it wants."""
+        wanted = [(live, ids) for live in self._live for ids in live.decoding.ahead]
+        rows = evaluator.next_logits([live.ends[ids] for live, ids in wanted])
+        logits: dict[_Live, dict[Completion, Tensor]] = {}
+        for (live, ids), row in zip(wanted, rows, strict=True):
+            logits.setdefault(live, {})[ids] = row
+        for live, own in logits.items():
+            live.decoding.choose(own)
+
+    def _settle(self, evaluator: Evaluator, grown: Sequence[tuple[_Live, Completion]]) -> None:
+        """Note what was learnt of what was forwarded, and let go of what is not needed to go on."""
+        scores = {live.ends[ids]: score for live, ids in grown if (score := live.decoding.score_of(ids)) is not None}
+        dropped: list[Span] = []
+        for live in self._live:
+            needed = live.decoding.needed()
+            dropped += [end for ids, end in live.ends.items() if ids not in needed]
+            live.ends = {ids: end for ids, end in live.ends.items() if ids in needed}
+        evaluator.settle([live.ends[ids] for live, ids in grown if ids in live.ends], dropped, scores)
 
     def _end(self, evaluator: Evaluator, finished: Sequence[_Live]) -> None:
         ended = list(finished)
         self._live[:] = [live for live in self._live if live not in ended]  # in place: see `step`
-        evaluator.end_growth([live.end for live in ended])
+        evaluator.end_growth([end for live in ended for end in live.ends.values()])

@@ -1,8 +1,8 @@
 """How the next token is chosen and when a text is finished: the rules of transformers' `generate`, a text at a time.
 
-The only file that knows transformers' generation. Configuration, logits processors and stopping criteria are its own;
-each text has processors and criteria of its own, so texts of different lengths never meet in a padded batch, and what
-is chosen for one does not depend on the others.
+The only file that knows transformers' generation (and beams.py, its beam search). Configuration, logits processors and
+stopping criteria are its own; each text has processors and criteria of its own, so texts of different lengths never
+meet in a padded batch, and what is chosen for one does not depend on the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
+from backprompt.cache import TokenScore
 from backprompt.errors import GenerationError
+from backprompt.lookahead import DEFAULT_NGRAM, proposals
+
+Completion: TypeAlias = tuple[int, ...]
+"""What was added to a text."""
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
 
@@ -47,6 +52,32 @@ class Choice:
     token_id: int
     logprob: float
     is_argmax: bool
+
+    @property
+    def score(self) -> TokenScore:
+        """The same without the token."""
+        return TokenScore(self.logprob, self.is_argmax)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A continuation: its tokens as they were chosen, and why it ended."""
+
+    choices: tuple[Choice, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Options, processors and criteria for one text."""
+
+    config: Any
+    processors: Any
+    criteria: Sequence[Any]
+
+    def are_met(self, ids: Tensor) -> Tensor:
+        """Return whether a criterion ends each of `(texts, tokens)`, `(texts,)`."""
+        return torch.stack([criterion(ids, None) for criterion in self.criteria]).any(dim=0)
 
 
 class Decoding:
@@ -78,45 +109,54 @@ class Decoding:
     ) -> None:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens must be an int of at least 1, not {max_new_tokens!r}.")
-        self._model = model
+        self.model = model
         self.max_new_tokens = max_new_tokens
         self._seed = secrets.randbits(63) if seed is None else seed
         self._config = _config(model, given, _stops(stop))
         self.is_sampling = bool(self._config.do_sample)
+        self.num_beams = int(self._config.num_beams or 1)
+        self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
+        self.max_ngram = int(self._config.max_matching_ngram_size or DEFAULT_NGRAM)
         self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary
         try:
             if self._config.stop_strings is not None:
                 self._stop_strings.append(StopStringCriteria(tokenizer, self._config.stop_strings))
                 self._config.stop_strings = None
-            self._rules(
-                torch.zeros((1, 1), dtype=torch.long)
-            )  # what is wrong shows now, and not after a prompt is computed
+            self.rules(torch.zeros((1, 1), dtype=torch.long))  # what is wrong shows now, before a prompt is computed
         except (TypeError, ValueError) as error:
             raise GenerationError(f"transformers refuses these options: {error}") from error
 
-    def for_text(self, prompt_ids: Sequence[int], sample_idx: int) -> TextDecoding:
-        """Return the decoding of one text."""
-        return TextDecoding(self, prompt_ids, sample_idx)
-
-    def _rules(self, prompt_ids: Tensor) -> tuple[Any, list[Any]]:
-        """Return processors and criteria for a prompt, `(1, tokens)`."""
+    def rules(self, prompt_ids: Tensor) -> Rules:
+        """Return the rules for a prompt, `(1, tokens)`."""
         config = copy.deepcopy(self._config)
         num_before = prompt_ids.shape[1]
         config.max_length, config.max_new_tokens = num_before + self.max_new_tokens, self.max_new_tokens
         if config.min_new_tokens is not None:
             config.min_length = num_before + config.min_new_tokens
-        self._model._prepare_special_tokens(config, True, device=prompt_ids.device)
-        processors = self._model._get_logits_processor(
+        self.model._prepare_special_tokens(config, True, device=prompt_ids.device)
+        processors = self.model._get_logits_processor(
             config,
             input_ids_seq_length=num_before,
             encoder_input_ids=prompt_ids,
             device=str(prompt_ids.device),
             model_kwargs={},
         )
-        criteria = self._model._get_stopping_criteria(config, StoppingCriteriaList())
-        return processors, [*criteria, *self._stop_strings]
+        criteria = self.model._get_stopping_criteria(config, StoppingCriteriaList())
+        return Rules(config, processors, [*criteria, *self._stop_strings])
 
-    def _generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator | None:
+    def reason(self, rules: Rules, ids: Tensor, num_new: int) -> FinishReason | None:
+        """Return why `(1, tokens)` of which `num_new` were added are finished, or None."""
+        met = [criterion for criterion in rules.criteria if bool(criterion(ids, None).any())]
+        if any(isinstance(criterion, EosTokenCriteria) for criterion in met):
+            return "eos"
+        if any(isinstance(criterion, StopStringCriteria) for criterion in met):
+            return "stop"
+        if num_new == self.max_new_tokens:
+            return "length"
+        return "criteria" if met else None
+
+    def generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator | None:
+        """Return the random numbers of one sample of a text, or None where nothing is drawn."""
         if not self.is_sampling:
             return None
         digest = hashlib.sha256(repr((self._seed, sample_idx, tuple(prompt_ids))).encode()).digest()
@@ -124,57 +164,92 @@ class Decoding:
 
 
 class TextDecoding:
-    """The decoding of one text: its ids so far, its processors and criteria, its random numbers."""
+    """The decoding of one text, greedy or sampled: its ids so far, its rules, its random numbers.
+
+    Args:
+        decoding: the options.
+        prompt_ids: the text.
+        sample_idx: which sample of it this is.
+
+    """
 
     def __init__(self, decoding: Decoding, prompt_ids: Sequence[int], sample_idx: int) -> None:
         self._decoding = decoding
         self._prompt_ids = prompt_ids
         self._sample_idx = sample_idx
-        self.choices: list[Choice] = []
-        self.finish_reason: FinishReason | None = None
+        self._choices: list[Choice] = []
+        self._finish_reason: FinishReason | None = None
+        self._completion: Completion = ()
         self._ids: Tensor | None = None  # (1, tokens), with room for all that may come
+        self.ahead: list[Completion] = [()]
+        """Continuations after which the logits are wanted next, each behind those that it begins with."""
 
     @property
-    def completion_ids(self) -> tuple[int, ...]:
-        """What was added so far."""
-        return tuple(choice.token_id for choice in self.choices)
+    def is_finished(self) -> bool:
+        """Whether nothing is added any more."""
+        return self._finish_reason is not None
 
-    def choose(self, logits: Tensor) -> Choice:
-        """Choose the next token by the logits of the last one, `(vocab,)`, and note whether that finishes the text."""
+    def choose(self, rows: Mapping[Completion, Tensor]) -> None:
+        """Choose the next token by the logits after what was added, and go on for as long as they are there.
+
+        Args:
+            rows: the logits after each of `ahead`, `(vocab,)`.
+
+        """
+        while not self.is_finished and (logits := rows.get(self._completion)) is not None:
+            self._choose(logits)
+        self.ahead = [self._completion, *self._proposed()]
+
+    def needed(self) -> set[Completion]:
+        """Return the continuations that must stay held: all but the last token, which was not forwarded yet."""
+        return {self._completion[:-1]}
+
+    def score_of(self, completion: Completion) -> TokenScore | None:
+        """Return how the model rates the last token of what was added so far, or of its beginning; else None."""
+        is_beginning = (
+            0 < len(completion) <= len(self._completion) and self._completion[: len(completion)] == completion
+        )
+        return self._choices[len(completion) - 1].score if is_beginning else None
+
+    def found(self, num: int) -> list[Found]:
+        """Return what was added so far; there is one continuation, whatever `num` asks for."""
+        return [Found(tuple(self._choices), self._finish_reason or "interrupted")]
+
+    def _choose(self, logits: Tensor) -> None:
         if self._ids is None:
             self._begin(logits.device)
         assert self._ids is not None
-        num_ids = len(self._prompt_ids) + len(self.choices)
-        ids = self._ids[:, :num_ids]
+        num_ids = len(self._prompt_ids) + len(self._choices)
         unprocessed = logits.float()
-        scores = self._processors(ids, unprocessed[None].clone())  # (1, vocab)
+        scores = self._rules.processors(self._ids[:, :num_ids], unprocessed[None].clone())  # (1, vocab)
         if self._generator is None:
             token_id = int(scores.argmax(dim=-1))
         else:
             probabilities = scores.softmax(dim=-1)
             token_id = int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
         logprobs = unprocessed.log_softmax(dim=-1)
-        choice = Choice(token_id, float(logprobs[token_id]), int(logprobs.argmax()) == token_id)
-        self.choices.append(choice)
+        self._choices.append(Choice(token_id, float(logprobs[token_id]), int(logprobs.argmax()) == token_id))
+        self._completion = (*self._completion, token_id)
         self._ids[0, num_ids] = token_id
-        self.finish_reason = self._reason(self._ids[:, : num_ids + 1])
-        return choice
+        self._finish_reason = self._decoding.reason(self._rules, self._ids[:, : num_ids + 1], len(self._choices))
 
     def _begin(self, device: torch.device) -> None:
         prompt = torch.tensor([self._prompt_ids], device=device)
         self._ids = torch.cat([prompt, prompt.new_zeros(1, self._decoding.max_new_tokens)], dim=1)
-        self._processors, self._criteria = self._decoding._rules(prompt)
-        self._generator = self._decoding._generator(self._prompt_ids, self._sample_idx, device)
+        self._rules = self._decoding.rules(prompt)
+        self._generator = self._decoding.generator(self._prompt_ids, self._sample_idx, device)
 
-    def _reason(self, ids: Tensor) -> FinishReason | None:
-        met = [criterion for criterion in self._criteria if bool(criterion(ids, None).any())]
-        if any(isinstance(criterion, EosTokenCriteria) for criterion in met):
-            return "eos"
-        if any(isinstance(criterion, StopStringCriteria) for criterion in met):
-            return "stop"
-        if len(self.choices) == self._decoding.max_new_tokens:
-            return "length"
-        return "criteria" if met else None
+    def _proposed(self) -> list[Completion]:
+        """Return what may come next, token by token, by looking it up in the text itself."""
+        num_tokens = min(
+            self._decoding.num_lookup_tokens, self._decoding.max_new_tokens - len(self._choices) - 1
+        )  # the last token that may come is not continued
+        if self._ids is None or num_tokens < 1:
+            return []
+        ids = self._ids[0, : len(self._prompt_ids) + len(self._choices)]
+        tried = proposals(ids, num_tokens, self._decoding.max_ngram)
+        beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
+        return list(dict.fromkeys((*self._completion, *tokens) for tokens in beginnings))
 
 
 def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> GenerationConfig:
@@ -200,8 +275,14 @@ def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> Ge
         mode = config.get_generation_mode()
     except (TypeError, ValueError) as error:
         raise GenerationError(f"transformers refuses these options: {error}") from error
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise GenerationError(f"generate does greedy decoding and sampling, not {mode.value.replace('_', ' ')}.")
+    is_lookup = mode == GenerationMode.ASSISTED_GENERATION and config.prompt_lookup_num_tokens is not None
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH) and not is_lookup:
+        raise GenerationError(
+            "generate does greedy decoding, sampling, beam search (num_beams=...) and look-ahead by n-grams "
+            f"(prompt_lookup_num_tokens=...), not {mode.value.replace('_', ' ')}."
+        )
+    if config.prompt_lookup_num_tokens is not None and mode == GenerationMode.BEAM_SEARCH:
+        raise GenerationError("prompt_lookup_num_tokens looks ahead for one continuation, not for num_beams of them.")
     if config.token_healing:
         raise GenerationError("generate does not do token healing, which changes the end of the prompt.")
     if config.guidance_scale is not None and config.guidance_scale != 1:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 from weakref import finalize
 
 import torch
@@ -93,7 +93,10 @@ class TokenScores:
 class Growing(Protocol):
     """A text that grows."""
 
-    end: Span
+    @property
+    def ends(self) -> Mapping[Any, Span]:
+        """The ends of its continuations that are held."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,42 +221,24 @@ class Evaluator:
         return end
 
     def begin(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Compute texts that are to grow, and hold all of each until `grow` or `end_growth`."""
+        """Compute texts that are to grow, and hold all of each until `settle` or `end_growth`."""
         with self._inserted(texts) as ends:
             self._compute_and_pin(ends)
         return ends
 
-    def grow(self, texts: Sequence[TokenIds], ends: Sequence[Span], scores: Sequence[TokenScore]) -> list[Span]:
-        """Forward the token that each of some texts has more than `begin` or `grow` returned `ends` for, in one pass.
+    def grow(self, texts: Sequence[TokenIds]) -> list[Span]:
+        """Forward what texts have more than those that are held, in one pass, and hold them as well.
 
-        Returns their ends. Nothing of it is stored until the growth ends. After an error `ends` are held as before.
-        `scores` are those of the new tokens.
+        Nothing of it is stored until the growth ends.
         """
         num_before = self.counters.tokens_computed
-        with self._inserted(texts, are_ends=False) as grown:
-            computed = [end for end in dict.fromkeys(grown) if end.rows is None]
-            self._compute_and_pin(grown, use_store=False)
+        with self._inserted(texts, are_ends=False) as ends:
+            new = [end for end in dict.fromkeys(ends) if end.rows is None]
+            self._compute_and_pin(ends, use_store=False)
         self.counters.tokens_requested += max(len(texts), self.counters.tokens_computed - num_before)
-        for end in ends:
-            end.num_pins -= 1
-        try:
-            for end in computed:
-                self._growth.note_pass(end)
-            new = {
-                end: score
-                for end, score in zip(grown, scores, strict=True)
-                if not _is_scored(end, len(end.token_ids) - 1)
-            }
-            targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
-            _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
-            self.memory.add(self._growth.absorb(list(dict.fromkeys(grown))))
-        except BaseException:
-            for end in grown:
-                end.num_pins -= 1
-            for end in ends:
-                end.num_pins += 1
-            raise
-        return grown
+        for end in new:
+            self._growth.note_pass(end)
+        return ends
 
     def _compute_and_pin(self, ends: Sequence[Span], *, use_store: bool = True) -> None:
         for end in ends:
@@ -264,6 +249,25 @@ class Evaluator:
             for end in ends:
                 end.num_pins -= 1
             raise
+
+    def settle(self, grown: Sequence[Span], dropped: Sequence[Span], scores: Mapping[Span, TokenScore]) -> None:
+        """Go on with some of the texts that are held.
+
+        Args:
+            grown: ends that `grow` returned last and that stay held; they absorb what they continue.
+            dropped: ends that are not needed any more. Where nobody else knows of them and nothing continues them, they
+                are forgotten.
+            scores: of the last tokens of some that were grown.
+
+        """
+        for end in dropped:
+            end.num_pins -= 1
+        new = {end: score for end, score in scores.items() if not _is_scored(end, len(end.token_ids) - 1)}
+        targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
+        _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
+        for end in dropped:
+            self.forest.discard(end)
+        self.memory.add(self._growth.absorb(list(dict.fromkeys(grown))))
 
     def end_growth(self, ends: Sequence[Span]) -> None:
         """Let go of texts that have grown; they may be dropped over the budget from now on, like all others."""
@@ -279,7 +283,7 @@ class Evaluator:
     def end_abandoned(self) -> None:
         """Let go of what grew for somebody who is no more."""
         while self.abandoned:
-            self.end_growth([text.end for text in self.abandoned.popleft()])
+            self.end_growth([end for text in self.abandoned.popleft() for end in text.ends.values()])
 
     def next_logits(self, ends: Sequence[Span]) -> list[Tensor]:
         """Return the logits after texts that are held, `(vocab,)` each."""

@@ -343,6 +343,20 @@ class Forest:
         span.parent = upper.parent
         upper.rows = upper.states = None  # whoever still refers to it must not keep blocks alive
 
+    def discard(self, span: Span) -> None:
+        """Remove a span that nothing continues and nobody knows of, and what it continued, as far as that holds there.
+
+        What is not a leaf, is pinned or ends a text stays. One that was removed before may be given again.
+        """
+        while span.token_ids and span.parent is not None and not (span.children or span.num_pins or span.is_end):
+            parent = span.parent
+            key = _child_key(parent, span.position, span.token_ids[0])
+            if parent.children.get(key) is not span:
+                return
+            del parent.children[key]
+            span.rows = span.states = None  # whoever still refers to it must not keep blocks alive
+            span = parent
+
     def prune(self) -> None:
         """Remove the spans of which nothing is held, and what continues them."""
         stack = [self.root]

@@ -318,6 +318,7 @@ scorings = st.builds(
     tile_tokens=st.sampled_from([1, 2, 5, 128]),
     max_tokens=st.sampled_from([1000, 50, 6]),
     chunk_rows=st.sampled_from([1, 3, 512]),
+    call_multiplications=st.sampled_from([0, 300, 1_500_000]),
 )
 def test_every_row_attends_to_what_leads_to_it_within_the_window(
     device: str,
@@ -328,6 +329,7 @@ def test_every_row_attends_to_what_leads_to_it_within_the_window(
     tile_tokens: int,
     max_tokens: int,
     chunk_rows: int,
+    call_multiplications: int,
 ) -> None:
     kernel = clear_kernel if is_clear else choose_kernel(torch.device(device), dtype, 4, 2, 8).kernel
     layers = Layers((ids for batch in batches for ids in batch), 6 if is_clear else 8, dtype, device)
@@ -338,6 +340,7 @@ def test_every_row_attends_to_what_leads_to_it_within_the_window(
                 scoring = replace(scoring, sinks=scoring.sinks.to(device))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(attention, "WINDOW_CHUNK_ROWS", chunk_rows)
+                patch.setattr(attention, "CALL_MULTIPLICATIONS", call_multiplications)
                 output = packed.attend(layer_idx, *layers.rows(layer_idx, names), scoring)
             assert output.dtype == dtype
             check_close((output,), (layers.expected(layer_idx, names, scoring),), dtype)
@@ -373,6 +376,27 @@ def test_a_layer_is_one_kernel_call_for_each_call_of_the_plan() -> None:
     stem = (*PROMPT, *range(200))
     calls = attend_last_pass([[PROMPT], [(*stem, 1000), (*stem, 2000)]], window=None)
     assert sorted(calls) == [(2, 2), (2, 200), (200, 200), (202, 300)]
+
+
+def continued_prompts(num_prompts: int, num_tokens: int) -> list[list[Ids]]:
+    """Prompts that share their first token, and each with one more; only those are to be computed."""
+    prompts = [(9999, *range(idx * 1000, idx * 1000 + num_tokens)) for idx in range(num_prompts)]
+    return [prompts, [(*prompt, 7) for prompt in prompts]]
+
+
+def test_rows_whose_keys_lie_side_by_side_share_a_call_under_a_mask() -> None:
+    calls = attend_last_pass(continued_prompts(16, 10), window=None)
+    assert sorted(calls) == [(16, 16), (16, 161)]
+
+
+def test_calls_are_shared_only_where_that_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "CALL_MULTIPLICATIONS", 0)
+    calls = attend_last_pass(continued_prompts(16, 10), window=None)
+    assert sorted(calls) == [(1, 10)] * 16 + [(16, 1), (16, 16)]
+    monkeypatch.setattr(attention, "CALL_MULTIPLICATIONS", 4 * 8 * 40)  # a call is worth 40 pairs of a row and a key
+    calls = attend_last_pass(continued_prompts(16, 10), window=None)
+    assert len(calls) < 18
+    assert sum(rows * keys for rows, keys in calls) <= 16 * 11 + 16 * 16 + 17 * 40
 
 
 @pytest.mark.parametrize(("window", "num_keys"), [(1, 0), (2, 1), (7, 6), (302, 300), (999, 300)])

@@ -22,6 +22,8 @@ from backprompt import (
     evaluate,
     generate,
 )
+from backprompt.attention import PackedAttention
+from backprompt.cache import Location
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS
 from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe
@@ -269,6 +271,30 @@ def test_a_continuation_is_few_spans(lm):
     assert len({id(span.rows.block) for span in end.path()}) == 2
 
 
+def test_a_step_is_a_few_kernel_calls_however_many_texts_grow(lm, monkeypatch):
+    num_calls = []
+    attend = PackedAttention.attend
+
+    def count(self, layer_idx, query, key, value, scoring):
+        num_calls.append(len(self._calls(scoring.window, query.shape[0] * query.shape[2])))
+        return attend(self, layer_idx, query, key, value, scoring)
+
+    monkeypatch.setattr(PackedAttention, "attend", count)
+    generate([Text(f"The cat number {idx} sat on", lm) for idx in range(20)], max_new_tokens=25)
+    assert max(num_calls[2:]) <= 5  # after the first pass, of two layers
+
+
+def test_room_that_nobody_has_used_yet_may_hold_anything(lm, monkeypatch):
+    """A key that is nan and masked would make the rows nan that do not see it."""
+    empty = Location.empty
+    monkeypatch.setattr(
+        Location, "empty", lambda self, shape, dtype: empty(self, shape, dtype).fill_(float("nan")), raising=True
+    )
+    texts = [Text(prompt, lm) for prompt in PROMPTS]
+    for text, found in zip(texts, generate(texts, max_new_tokens=NEW), strict=True):
+        assert found.completion_tokens == plain_greedy(lm.model, text.tokens, NEW)
+
+
 def test_finished_texts_leave_the_batch_and_waiting_ones_join(lm, model, monkeypatch):
     monkeypatch.setattr("backprompt._generate.MAX_LIVE_TEXTS", 2)
     texts = [Text(f"{number} cats sat on the", lm) for number in range(5)]
@@ -401,7 +427,7 @@ def test_a_stream_overtakes_another_of_the_same_text(lm, model):
     for _ in range(7):
         ahead._run.step()
     spans = list(lm._evaluator.forest.spans())
-    assert all(live.end in spans for stream in (behind, ahead) for live in stream._run._live)
+    assert all(end in spans for stream in (behind, ahead) for live in stream._run._live for end in live.ends.values())
     behind.close()
     list(ahead)
     assert ahead.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
@@ -481,7 +507,7 @@ def test_special_tokens_are_left_out_of_the_string(tokenizer):
         ({"max_length": 9}, "takes no max_length: use max_new_tokens"),
         ({"stop_strings": ["a"]}, "use stop="),
         ({"num_return_sequences": 2}, "use n="),
-        ({"num_beams": 3}, "not beam search"),
+        ({"assistant_early_exit": 1}, "not assisted generation"),
         ({"guidance_scale": 1.5}, "classifier-free guidance"),
         ({"stop": ""}, "stop must be strings that are not empty"),
         ({"stop": [3]}, "stop must be strings"),

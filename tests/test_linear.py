@@ -1,0 +1,145 @@
+"""Linear layers through oneDNN: the same numbers, packed or not, on private copies only, never where it is wrong."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from backprompt import LM, Text, UnsupportedModelError, generate, linear
+from backprompt.linear import Linears, OneDnnLinear, speed_up
+from reference import plain_greedy, plain_logits
+from tiny_models import FAMILIES
+
+ATOL = 5e-5
+
+
+def conv1d(num_out, num_in):
+    layer = Conv1D(num_out, num_in)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(48, 33),
+    "linear without bias": lambda: nn.Linear(48, 33, bias=False),
+    "conv1d": lambda: conv1d(33, 48),
+}
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("shape", [(1, 7), (5,), (2, 3), (1, 0), (1, 300), (1, 1)], ids=str)
+@torch.no_grad()
+def test_a_layer_gives_the_same_numbers(make, dtype, is_packed, shape):
+    layer = make().to(dtype)
+    rows = torch.randn((*shape, 48), dtype=dtype)
+    found = OneDnnLinear(layer, is_packed=is_packed)(rows)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, layer(rows), rtol=4 * torch.finfo(dtype).eps, atol=20 * torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def test_rows_may_lie_anyhow():
+    layer = nn.Linear(48, 33)
+    for rows in (torch.randn(5, 96)[:, ::2], torch.randn(48, 5).t(), torch.randn(3, 5, 48).transpose(0, 1)):
+        torch.testing.assert_close(OneDnnLinear(layer, is_packed=True)(rows), layer(rows), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["packed", "as they lie"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_give_the_numbers_of_the_plain_call(family, way, tokenizer, monkeypatch):
+    monkeypatch.setattr(linear, "_is_faster", lambda: True)
+    model = FAMILIES[family]()
+    lm = LM(model, tokenizer, pack_weights=way == "packed")
+    assert lm.stats.linears == ("onednn, packed" if way == "packed" else "onednn")
+    texts = [Text(string, lm) for string in ("The cat sat on the", "The cat")]
+    for text in texts:
+        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    for text, found in zip(texts, generate(texts, max_new_tokens=4), strict=True):
+        assert found.completion_tokens == plain_greedy(model, text.tokens, 4)
+
+
+def test_packed_copies_are_counted_and_the_model_is_left_as_it_was(tokenizer):
+    model = FAMILIES["gpt2"]()
+    lm = LM(model, tokenizer, pack_weights=True)
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    assert len(layers) == 4 * 2 + 1
+    assert lm.stats.packed_weight_bytes == sum(layer.weight.nbytes for layer in layers)
+    assert LM(model, tokenizer).stats.packed_weight_bytes == 0
+
+
+def test_a_change_of_weights_is_packed_again(tokenizer):
+    model = FAMILIES["gpt2"]()
+    lm = LM(model, tokenizer, pack_weights=True)
+    text = Text("The cat sat on the", lm)
+    before = text.logits
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight.mul_(1.5)
+        model.lm_head.weight.mul_(0.5)
+    assert not torch.allclose(text.logits, before)
+    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_what_cannot_be_packed_is_refused(dtype, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=rf"{dtype} cannot be packed.*Leave pack_weights out"):
+        LM(FAMILIES["gpt2"]().to(dtype), tokenizer, pack_weights=True)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(UnsupportedModelError, match="no linear layers"):
+        speed_up([nn.LayerNorm(3)], pack=True)
+
+
+def missing(*args):
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+
+def wrong(rows, weight, bias):
+    return nn.functional.linear(rows, weight, bias) * 1.001
+
+
+@pytest.mark.parametrize("product", [missing, wrong])
+def test_an_operation_that_is_missing_or_wrong_is_not_used(product, monkeypatch):
+    monkeypatch.setattr(linear, "_is_faster", lambda: True)
+    monkeypatch.setattr(linear, "_product", product)
+    monkeypatch.setattr(linear, "_packed", lambda weight: weight)
+    linear._failure.cache_clear()
+    try:
+        holder = nn.Sequential(nn.Linear(3, 3))
+        assert speed_up([holder], pack=False) == Linears("torch")
+        assert type(holder[0]) is nn.Linear
+        with pytest.raises(UnsupportedModelError, match=r"no attribute|off by"):
+            speed_up([holder], pack=True)
+    finally:
+        linear._failure.cache_clear()
+
+
+def test_slower_products_are_not_used_unpacked(monkeypatch):
+    holder = nn.Sequential(nn.Linear(3, 3))
+    monkeypatch.setattr(linear, "_is_faster", lambda: False)
+    assert speed_up([holder], pack=False) == Linears("torch")
+    assert speed_up([copy.deepcopy(holder)], pack=True).name == "onednn, packed"
+
+
+def test_layers_with_a_mind_of_their_own_are_left_alone(monkeypatch):
+    class Doubled(nn.Linear):
+        def forward(self, rows):
+            return 2 * super().forward(rows)
+
+    monkeypatch.setattr(linear, "_is_faster", lambda: True)
+    holder = nn.Sequential(Doubled(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    holder[1].forward = lambda rows: rows
+    assert speed_up([holder], pack=False) == Linears("onednn")
+    assert [type(layer) for layer in holder] == [Doubled, nn.Linear, OneDnnLinear]
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [([1.0, 0.5], True), ([1.0, 0.9], False)])
+def test_the_faster_one_serves(seconds, expected, monkeypatch):
+    """In turns: torch's product, then oneDNN's."""
+    turns = iter(seconds * 1000)
+    monkeypatch.setattr(linear, "_seconds", lambda work: next(turns))
+    assert linear._is_faster.__wrapped__() is expected
