@@ -117,6 +117,7 @@ class Decoding:
         self.num_beams = int(self._config.num_beams or 1)
         self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
         self.max_ngram = int(self._config.max_matching_ngram_size or DEFAULT_NGRAM)
+        _check_can_be_generated(self._config.stop_strings or (), tokenizer)
         self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary
         try:
             if self._config.stop_strings is not None:
@@ -288,6 +289,16 @@ def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> Ge
     if config.guidance_scale is not None and config.guidance_scale != 1:
         raise GenerationError("generate does not do classifier-free guidance, which runs the model a second time.")
     return config
+
+
+def _check_can_be_generated(stops: str | Sequence[str], tokenizer: Any) -> None:
+    for string in [stops] if isinstance(stops, str) else stops:
+        unknown, name = tokenizer.unk_token_id, tokenizer.unk_token
+        if unknown is not None and name not in string and unknown in tokenizer.encode(string, add_special_tokens=False):
+            raise GenerationError(
+                f"The stop string {string!r} has characters that the tokenizer has no tokens for, so no text would "
+                "ever end with it. Leave it out."
+            )
 
 
 def _stops(stop: str | Sequence[str] | None) -> list[str] | None:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cappr, generation, harness, search, store
+from benchmarks import cappr, generation, harness, lookahead, search, store
 from benchmarks.bench import Bench, describe_machine
 from benchmarks.report import draw_plots, table, write_tables
 from benchmarks.workloads import SUITES
@@ -29,6 +29,7 @@ OTHER_SUITES: dict[str, Callable[..., Any]] = {
     "lm-eval": harness.measure,
     "search": search.measure,
     "generation": generation.measure,
+    "lookahead": lookahead.measure,
     "cappr": cappr.measure,
 }
 

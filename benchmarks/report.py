@@ -346,31 +346,63 @@ def _held(memory: dict[str, Any]) -> str:
 
 def generation_table(measured: dict[str, Any]) -> str:
     """The table of the suite "generation"."""
+    ways = ["backprompt", "backprompt, packed weights"]
+    rivals = ["model.generate", *(["vLLM"] if "vLLM" in measured["lines"][0]["seconds"] else [])]
     headings = [
-        "32 new tokens each",
-        "tokens, `model.generate`",
-        "tokens, backprompt",
-        "seconds, `model.generate`",
-        "seconds, backprompt",
-        "times faster",
+        "32 new tokens each, behind 200 tokens",
+        "tokens",
+        "seconds",
+        *(f"times faster than {_code(rival)}" for rival in rivals),
         "of the matmul limit",
     ]
-    rows = [
-        [
-            f"{line['prompts']} prompt{'s' if line['prompts'] > 1 else ''} behind 200 tokens",
-            *(f"{line['tokens'][name]:,}" for name in ("model.generate", "backprompt")),
-            *(_spread(line["seconds"][name]) for name in ("model.generate", "backprompt")),
-            _spread_of_one_digit(line["times model.generate"]),
-            _spread(line["times matrix products"]),
-        ]
-        for line in measured["lines"]
-    ]
+    rows = []
+    for line in measured["lines"]:
+        prompts = f"{line['prompts']} prompt{'s' if line['prompts'] > 1 else ''}"
+        for way in ways:
+            faster = line[f"{way}, times faster"]
+            rows.append(
+                [
+                    f"{prompts}, {way}",
+                    f"{line['tokens']['backprompt']:,}",
+                    _spread(line["seconds"][way]),
+                    *(_spread_of_one_digit(faster[rival]) for rival in rivals),
+                    _spread(faster[f"matrix products of {way}"]),
+                ]
+            )
+        for rival in rivals:
+            tokens = line["tokens"].get(rival)
+            seconds = _spread(line["seconds"][rival])
+            rows.append(
+                [f"{prompts}, {_code(rival)}", f"{tokens:,}" if tokens else "", seconds, *("" for _ in rivals), ""]
+            )
     samples = measured["samples"]
     return _markdown(headings, rows) + (
-        f"\n\n{samples['samples']} samples of one prompt of {samples['prompt tokens']} tokens, {samples['new tokens']} "
+        f"\n\nThe packed copy of the weights takes {measured['packed weights'] / 1e6:,.0f} MB. "
+        f"{samples['samples']} samples of one prompt of {samples['prompt tokens']} tokens, {samples['new tokens']} "
         f"tokens each, are held in {samples['held'] / 1e6:,.1f} MB; the prompt once and the new tokens take "
         f"{samples['prompt once and new tokens'] / 1e6:,.1f} MB."
     )
+
+
+def _code(name: str) -> str:
+    return f"`{name}`" if "." in name else name
+
+
+def lookahead_table(measured: dict[str, Any]) -> str:
+    """The table of the suite "lookahead"."""
+    headings = ["task", "new tokens", "passes", "with look-ahead", "tokens", "with look-ahead", "seconds"]
+    rows = [
+        [
+            line["task"],
+            f"{line['new tokens']:,}",
+            *(f"{line[way]['passes']:,}" for way in ("without", "with")),
+            *(f"{line[way]['tokens']:,}" for way in ("without", "with")),
+            *(_spread(line["seconds"][way]) for way in ("without", "with")),
+            _spread_of_one_digit(line["times faster"]),
+        ]
+        for line in measured["lines"]
+    ]
+    return _markdown([*headings, "with look-ahead", "times faster"], rows)
 
 
 def search_table(lines: list[Line]) -> str:
@@ -428,6 +460,8 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
         tables["table search"] = search_table(results["search"]["lines"])
     if "generation" in results:
         tables["table generation"] = generation_table(results["generation"])
+    if "lookahead" in results:
+        tables["table lookahead"] = lookahead_table(results["lookahead"])
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in machine.items()) for machine in results["machines"].values()
     )

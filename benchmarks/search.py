@@ -8,13 +8,13 @@ evenly spaced part of them, and for more each is continued in ten ways.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from backprompt import LM, Text
 from backprompt.classify import predict
+from benchmarks import workloads
 from benchmarks.bench import describe_machine
 from benchmarks.measure import Spread, seconds_of
 
@@ -67,10 +67,7 @@ def make_prompts(lm: LM) -> list[Text]:
 
 def measure(say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, object]]:
     """Measure all of it; returns results and the machine, both as can be written to JSON."""
-    sys.path.append(str(ROOT / "examples"))
-    from demo_model import load_model
-
-    lm = load_model(None)
+    lm = workloads.demo_lm()
     prompts = make_prompts(lm)
     lm.evaluate(prompts)
     lines = []

@@ -8,13 +8,17 @@ well, and the completions to score after it.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from backprompt import LM
 
 SEED = 20261122
 VOCABULARY = 4096
@@ -46,6 +50,14 @@ class Workload:
         """The same work on other strings: every prompt begins with `mark`, so nothing cached can serve it."""
         prompts = tuple(Prompt((mark + p.parts[0], *p.parts[1:]), p.completions) for p in self.prompts)
         return Workload(self.name, prompts)
+
+
+def demo_lm() -> LM:
+    """The small trained model that the examples run on, for what random weights say nothing of."""
+    sys.path.append(str(Path(__file__).parent.parent / "examples"))
+    from demo_model import load_model
+
+    return load_model(None)
 
 
 def make_model() -> GPT2LMHeadModel:

@@ -26,7 +26,7 @@ from backprompt.attention import PackedAttention
 from backprompt.cache import Location
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS
-from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe
+from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe, unigram
 
 ATOL = 5e-5
 PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is 12 + 34? Answer:", "The cat"]
@@ -522,6 +522,17 @@ def test_options_that_make_no_sense(lm, options, message):
     with pytest.raises(GenerationError, match=message):
         generate([Text("The cat", lm)], **{"max_new_tokens": 3, **options})
     assert lm.stats.forward_passes == 0
+
+
+def test_stop_strings_that_no_token_can_spell_are_refused(model):
+    lm = LM(model, unigram())
+    text = Text("The cat", lm)
+    with pytest.raises(
+        GenerationError, match="^The stop string '\u2603' has characters that the tokenizer has no tokens for"
+    ):
+        text.generate(max_new_tokens=3, stop=["cat", "\u2603"])
+    assert lm.stats.forward_passes == 0
+    text.generate(max_new_tokens=3, stop=["cat", lm.tokenizer.unk_token])
 
 
 def test_texts_that_cannot_be_continued(lm):
