@@ -182,6 +182,7 @@ class TextDecoding:
         self._finish_reason: FinishReason | None = None
         self._completion: Completion = ()
         self._ids: Tensor | None = None  # (1, tokens), with room for all that may come
+        self._num_ahead = decoding.num_lookup_tokens
         self.ahead: list[Completion] = [()]
         """Continuations after which the logits are wanted next, each behind those that it begins with."""
 
@@ -197,8 +198,13 @@ class TextDecoding:
             rows: the logits after each of `ahead`, `(vocab,)`.
 
         """
+        num_before = len(self._choices)
         while not self.is_finished and (logits := rows.get(self._completion)) is not None:
             self._choose(logits)
+        if len(rows) > 1:  # what was proposed in vain costs, so less is proposed next
+            was_right = len(self._choices) - num_before > 1
+            longest = self._decoding.num_lookup_tokens
+            self._num_ahead = min(2 * self._num_ahead, longest) if was_right else max(1, self._num_ahead // 2)
         self.ahead = [self._completion, *self._proposed()]
 
     def needed(self) -> set[Completion]:
@@ -242,9 +248,8 @@ class TextDecoding:
 
     def _proposed(self) -> list[Completion]:
         """Return what may come next, token by token, by looking it up in the text itself."""
-        num_tokens = min(
-            self._decoding.num_lookup_tokens, self._decoding.max_new_tokens - len(self._choices) - 1
-        )  # the last token that may come is not continued
+        # The last token that may come is not continued.
+        num_tokens = min(self._num_ahead, self._decoding.max_new_tokens - len(self._choices) - 1)
         if self._ids is None or num_tokens < 1:
             return []
         ids = self._ids[0, : len(self._prompt_ids) + len(self._choices)]

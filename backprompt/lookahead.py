@@ -3,7 +3,9 @@
 "Prompt lookup decoding" (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding), after "Fast Inference
 from Transformers via Speculative Decoding" (Leviathan et al. 2023, arXiv 2211.17192). Several proposals are tried at
 once: they are branches of a tree, forwarded in the pass that forwards the last token. What is chosen does not change:
-each token is chosen by the same rules from the same logits, which only may be there already.
+each token is chosen by the same rules from the same logits, which only may be there already. How many tokens are
+proposed is halved when none was right, and doubled up to what was asked for when one was, as transformers does it for
+an assistant model.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backprompt import LM, GenerationError, Text, generate
+from backprompt.decoding import TextDecoding
 from backprompt.lookahead import proposals
 from reference import plain_greedy, plain_token_logprobs
 from tiny_models import FAMILIES
@@ -117,6 +118,26 @@ def test_what_is_chosen_does_not_change(tokenizer, family, num_tokens, max_ngram
             assert found.finish_reason == one.finish_reason
             torch.testing.assert_close(found.completion_logprobs, one.completion_logprobs, rtol=0, atol=ATOL)
     assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+
+
+def test_less_is_proposed_after_what_was_wrong_and_more_after_what_was_right(lm):
+    """The prompt counts from 100 to 129, so what follows a number there is the next one."""
+    options = lm.decoding(max_new_tokens=50, stop=None, seed=None, given={"prompt_lookup_num_tokens": 8})
+    text = TextDecoding(options, list(range(100, 130)), 0)
+
+    def num_proposed_after(*token_ids):
+        rows, completion = {ids: torch.zeros(320) for ids in text.ahead}, text.ahead[0]
+        for token_id in token_ids:
+            rows[completion][token_id] = 1.0
+            completion = (*completion, token_id)
+        text.choose(rows)
+        return len(text.ahead) - 1
+
+    assert [num_proposed_after(wrong) for wrong in (103, 110, 120, 105, 115)] == [8, 4, 2, 1, 1]
+    assert num_proposed_after(116, 108) == 2
+    assert num_proposed_after(109, 110, 101) == 4
+    assert num_proposed_after(102, 107) == 8
+    assert num_proposed_after(117) == 4
 
 
 def test_streams_look_ahead_too(lm):
