@@ -232,10 +232,11 @@ def generate(
         raise GenerationError(f"{decoding.num_beams} beams give no {n} continuations. Ask for more: num_beams={n}.")
     run = Run(lm, [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed, decoding)
     show = len(run.texts) >= MIN_TEXTS_FOR_A_BAR if show_progress_bar is None else show_progress_bar
-    with tqdm(total=len(run.texts), desc="texts", disable=not show) as bar:
-        while run.step():
-            bar.update(run.num_finished - bar.n)
-        bar.update(run.num_finished - bar.n)
+    with tqdm(total=len(run.texts) * max_new_tokens, desc="tokens", disable=not show) as bar:
+        is_going_on = True
+        while is_going_on:
+            is_going_on = run.step()
+            bar.update(run.num_tokens_done - bar.n)
     found = run.results(num_each)
     if decoding.is_sampling:
         samples = [text for (text,) in found]
@@ -338,9 +339,11 @@ class Run:
             num_samples[ids] += 1
 
     @property
-    def num_finished(self) -> int:
-        """How many texts are finished."""
-        return self._num_begun - len(self._live)
+    def num_tokens_done(self) -> int:
+        """How many tokens are decided on; all that were asked for where a text is finished."""
+        return sum(
+            self.decoding.max_new_tokens if decoding.is_finished else decoding.num_new for decoding in self._decodings
+        )
 
     def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
         """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""

@@ -45,6 +45,11 @@ class BeamDecoding:
         self.ahead: list[Completion] = [()]
         self.is_finished = False
 
+    @property
+    def num_new(self) -> int:
+        """How many tokens a beam has added so far."""
+        return self._num_ids - len(self._prompt_ids)
+
     def choose(self, rows: Mapping[Completion, Tensor]) -> None:
         """Go on by the logits after each of `ahead`, `(vocab,)`: find the beams that come next."""
         if self._rules is None:

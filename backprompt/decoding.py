@@ -191,6 +191,11 @@ class TextDecoding:
         """Whether nothing is added any more."""
         return self._finish_reason is not None
 
+    @property
+    def num_new(self) -> int:
+        """How many tokens were added so far."""
+        return len(self._choices)
+
     def choose(self, rows: Mapping[Completion, Tensor]) -> None:
         """Choose the next token by the logits after what was added, and go on for as long as they are there.
 
