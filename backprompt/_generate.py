@@ -22,6 +22,7 @@ from backprompt import classify
 from backprompt.beams import BeamDecoding
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
 from backprompt.errors import GenerationError, TextTypeError
+from backprompt.lookahead import MAX_PROPOSALS
 from backprompt.radix import Span
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenIds, flat, with_more
@@ -205,7 +206,8 @@ def generate(
         **generation_config: fields of transformers' `GenerationConfig`.
 
     Returns:
-        A `GeneratedText` for a text, a list for a sequence; with `n` a list of `n` in place of each.
+        A `GeneratedText` for a text, a list for a sequence; with `n` a list of `n` in place of each (of beams the best
+        first, and fewer where there are no more).
 
     Raises:
         GenerationError: options that contradict each other or that are not there; no room for `max_new_tokens`.
@@ -392,6 +394,7 @@ class Run:
         if first == len(self.texts):
             return
         num_new = self.decoding.max_new_tokens * self.decoding.num_beams
+        num_new += MAX_PROPOSALS * self.decoding.num_lookup_tokens
         num_bytes = evaluator.num_bytes_to_hold([end for live in self._live for end in live.ends.values()])
         num_bytes += len(self._live) * num_new * evaluator.executor.token_bytes
         max_live = max(1, MAX_LIVE_TEXTS // self.decoding.num_beams)

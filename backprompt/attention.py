@@ -93,7 +93,7 @@ class PackedAttention:
         self._dtype = dtype
         self._device = device
         self._positions = pass_.positions
-        self._calls_by_window: dict[int | None, list[_Call]] = {}
+        self._prepared: dict[tuple[int | None, int], list[_Call]] = {}
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest, `(tokens, heads, value_dim)`, in the dtype of `query`.
@@ -123,13 +123,14 @@ class PackedAttention:
         return joined.result(scoring.sinks)
 
     def _calls(self, window: int | None, multiplications_a_pair: int) -> list[_Call]:
-        """Return the kernel calls of a layer; prepared once for all layers with the same window."""
-        if window not in self._calls_by_window:
+        """Return the kernel calls of a layer; prepared once for all layers with the same window and heads."""
+        key = window, multiplications_a_pair
+        if key not in self._prepared:
             calls = [call for own in self._pass.own for call in self._own_calls(own, window)]
             crosses = [call for cross in self._pass.cross for call in self._cross_calls(cross, window)]
             calls += map(self._together, _neighbours(crosses, CALL_MULTIPLICATIONS // multiplications_a_pair))
-            self._calls_by_window[window] = calls
-        return self._calls_by_window[window]
+            self._prepared[key] = calls
+        return self._prepared[key]
 
     def _together(self, calls: Sequence[_Call]) -> _Call:
         """Return one call for several of the same block, under a mask that hides from each row what is not its own."""
@@ -205,7 +206,7 @@ def _neighbours(calls: Sequence[_Call], pairs_a_call: int) -> list[list[_Call]]:
     `pairs_a_call` pairs, for each but one.
     """
     groups: list[list[_Call]] = []
-    last_of: dict[tuple[int, int], _Growing] = {}
+    last_of: dict[tuple[int, int], _Shared] = {}
     for call in sorted(calls, key=lambda call: call.keys.start):
         last = last_of.get((id(call.block), call.times))
         if last is not None and last.can_take(call, pairs_a_call):
@@ -213,12 +214,12 @@ def _neighbours(calls: Sequence[_Call], pairs_a_call: int) -> list[list[_Call]]:
         else:
             group = [call]
             groups.append(group)
-            last_of[id(call.block), call.times] = _Growing(group, call.rows, call.keys, call.num_pairs)
+            last_of[id(call.block), call.times] = _Shared(group, call.rows, call.keys, call.num_pairs)
     return groups
 
 
 @dataclass
-class _Growing:
+class _Shared:
     """Calls that are to be one: their rows, their keys, and the pairs that they may multiply together."""
 
     calls: list[_Call]

@@ -41,6 +41,7 @@ class BeamDecoding:
         self._can_improve = torch.empty(0)  # (1, 1), whether a beam may still become better than what is finished
         self._is_top = torch.empty(0)  # (candidates,), whether a candidate may be finished
         self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of what is finished
+        self._continued: dict[Completion, tuple[Choice, ...]] = {}  # the same one step before
         self._hypotheses: list[Completion] = []
         self.ahead: list[Completion] = [()]
         self.is_finished = False
@@ -121,8 +122,8 @@ class BeamDecoding:
         return {ids[:-1] for ids in (*going_on, *self._hypotheses)}
 
     def score_of(self, completion: Completion) -> TokenScore | None:
-        """Return how the model rates the last token of a continuation that is still followed, or None."""
-        choices = self._choices.get(completion)
+        """Return how the model rates the last token of a beam, or of one that was continued last; else None."""
+        choices = self._choices.get(completion) or self._continued.get(completion)
         return choices[-1].score if choices else None
 
     def found(self, num: int) -> list[Found]:
@@ -178,4 +179,4 @@ class BeamDecoding:
                 last = Choice(ids[-1], float(row[ids[-1]]), int(row.argmax()) == ids[-1])
                 known = (*self._choices[ids[:-1]], last)
             choices[ids] = known
-        self._choices = choices
+        self._continued, self._choices = self._choices, choices

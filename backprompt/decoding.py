@@ -302,12 +302,18 @@ def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> Ge
 
 
 def _check_can_be_generated(stops: str | Sequence[str], tokenizer: Any) -> None:
+    unknown, name = tokenizer.unk_token_id, tokenizer.unk_token
+    if unknown is None:
+        return
     for string in [stops] if isinstance(stops, str) else stops:
-        unknown, name = tokenizer.unk_token_id, tokenizer.unk_token
-        if unknown is not None and name not in string and unknown in tokenizer.encode(string, add_special_tokens=False):
+        if name in string:
+            continue
+        doubtful = {char for char in string if unknown in tokenizer.encode(char, add_special_tokens=False)}
+        missing = doubtful.difference(*tokenizer.get_vocab()) if doubtful else doubtful  # one may stand within a token
+        if missing:
             raise GenerationError(
-                f"The stop string {string!r} has characters that the tokenizer has no tokens for, so no text would "
-                "ever end with it. Leave it out."
+                f"The stop string {string!r} has characters that the tokenizer has no tokens for "
+                f"({', '.join(map(repr, sorted(missing)))}), so no text would ever end with it. Leave it out."
             )
 
 

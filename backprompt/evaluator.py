@@ -168,6 +168,11 @@ class Evaluator:
         self._forget_results()
         self._pinned.clear()
 
+    def close(self) -> None:
+        """Forget everything for good: whoever still refers to this must not keep copies of weights alive."""
+        self.clear()
+        self.executor.close()
+
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
         """Compute what is missing of texts given by their token ids, and return the spans at which they end.
 

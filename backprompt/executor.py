@@ -93,6 +93,10 @@ class Executor:
         self._in_flight: _InFlight | None = None
         _register(name, self)
 
+    def close(self) -> None:
+        """Let go of the copies of the model, and of packed weights; nothing can be computed any more."""
+        del self._body, self._head
+
     def compute(self, spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> tuple[KeysValues, States | None]:
         """Forward depth-first spans in one pass: all of them are computed when it returns, none if it raises.
 

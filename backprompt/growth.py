@@ -87,8 +87,11 @@ class Growth:
         return made
 
     def finish(self, span: Span) -> list[Block]:
-        """Give back the room beside a span's rows: nothing will be appended to it any more."""
-        return self._move_out(span)
+        """Give back the room beside what a text was grown in: nothing will be appended to it any more.
+
+        Others may have cut it meanwhile, so all that it continues is looked at.
+        """
+        return [block for part in span.path() for block in self._move_out(part)]
 
     def _has_room(self, upper: Span, span: Span) -> bool:
         """Whether there is room behind a span's rows for those of what continues it."""

@@ -76,9 +76,10 @@ def speed_up(models: Iterable[nn.Module], *, pack: bool) -> Linears:
             raise UnsupportedModelError(f"pack_weights=True: {reason} Leave pack_weights out.")
     elif dtypes != {torch.float32} or _why_not(dtypes) is not None or not _is_faster():
         return Linears("torch")
+    made = {layer: OneDnnLinear(layer, is_packed=pack) for _, _, layer in layers}  # one may stand in several places
     for parent, name, layer in layers:
-        setattr(parent, name, OneDnnLinear(layer, is_packed=pack))
-    packed_bytes = sum(weight.nbytes for weight in weights) if pack else 0
+        setattr(parent, name, made[layer])
+    packed_bytes = sum(_weight(layer).nbytes for layer in made) if pack else 0
     return Linears("onednn, packed" if pack else "onednn", packed_bytes)
 
 
@@ -90,9 +91,18 @@ def _replaceable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
         for name, child in parent.named_children()
         if type(child) in (nn.Linear, Conv1D)
         and "forward" not in vars(child)  # somebody's own
-        and _weight(child).device.type == "cpu"
-        and _weight(child).is_floating_point()
+        and _is_plain(_weight(child))
     ]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Return whether these are numbers on the CPU, and no tensor with a mind of its own, such as quantized ones."""
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.layout == torch.strided
+        and weight.device.type == "cpu"
+        and weight.is_floating_point()
+    )
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -115,8 +125,7 @@ def _why_not(dtypes: set[torch.dtype]) -> str | None:
 @lru_cache
 def _failure(dtype: torch.dtype) -> str | None:
     """Return why oneDNN's products of this type are not used, or None, by a tiny case."""
-    generator = torch.Generator().manual_seed(0)
-    rows, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 5, 48), (33, 48), (33,)))
+    rows, weight, bias = (_drawn(shape).to(dtype) for shape in ((1, 5, 48), (33, 48), (33,)))
     expected = nn.functional.linear(rows.double(), weight.double(), bias.double())
     try:
         found = [
@@ -133,10 +142,10 @@ def _failure(dtype: torch.dtype) -> str | None:
 @lru_cache
 def _is_faster() -> bool:
     """Return whether oneDNN was faster with weights as they lie, in both orders, for few rows and for more."""
-    weight, bias = torch.randn(_COMPARED_SIZE, _COMPARED_SIZE), torch.randn(_COMPARED_SIZE)
+    weight, bias = _drawn((_COMPARED_SIZE, _COMPARED_SIZE)), _drawn((_COMPARED_SIZE,))
     ratios = []
     for num_rows in _COMPARED_ROWS:
-        rows = torch.randn(num_rows, _COMPARED_SIZE)
+        rows = _drawn((num_rows, _COMPARED_SIZE))
         for given in (weight, weight.t()):
             plain, ours = [], []
             for _ in range(5):
@@ -144,6 +153,11 @@ def _is_faster() -> bool:
                 ours.append(_seconds(lambda r=rows, w=given: _product(r, w, bias)))  # type: ignore[misc]
             ratios.append(min(plain) / min(ours))
     return min(ratios) >= FASTER
+
+
+def _drawn(shape: tuple[int, ...]) -> Tensor:
+    """Return random numbers in float32 on the CPU; the caller's own are left as they are."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
 
 
 def _seconds(work: Callable[[], object]) -> float:

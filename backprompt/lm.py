@@ -196,7 +196,8 @@ class LM:
         self._store = DiskStore(store) if isinstance(store, (str, os.PathLike)) else store
         if self._store is not None and self._store is not store:
             weakref.finalize(self, self._store.close)  # nobody else can close it
-        self._evaluator = self._make_evaluator()
+        with plain_surroundings(device):
+            self._evaluator = self._make_evaluator()
         self._monitor = WeightsMonitor(model)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
 
@@ -670,7 +671,7 @@ class LM:
         """Start over with the model as it is now; nothing changes if it can no longer be evaluated."""
         evaluator = self._make_evaluator()
         monitor = WeightsMonitor(self._model)
-        self._evaluator.clear()
+        self._evaluator.close()
         self._evaluator, self._monitor = evaluator, monitor
         self._evaluated = WeakKeyDictionary()
         self._content_hash = self._checkpoint = None

@@ -22,6 +22,7 @@ from backprompt import (
     evaluate,
     generate,
 )
+from backprompt._generate import Run
 from backprompt.attention import PackedAttention
 from backprompt.cache import Location
 from reference import plain_greedy, plain_logits, plain_token_logprobs
@@ -295,6 +296,35 @@ def test_room_that_nobody_has_used_yet_may_hold_anything(lm, monkeypatch):
         assert found.completion_tokens == plain_greedy(lm.model, text.tokens, NEW)
 
 
+def test_a_text_that_is_cut_while_it_grows_keeps_no_others_rows(lm):
+    prompt = Text("The cat sat on the", lm)
+    streams = [(prompt + f" mat {idx}").stream(max_new_tokens=20) for idx in range(6)]
+    run = Run(lm, [prompt + f" mat {idx}" for idx in range(8)], streams[0]._run.decoding)
+    for _ in range(12):
+        run.step()
+    cut = run.results()[3][0]
+    evaluate(cut.prompt + Text.from_tokens(cut.completion_tokens[:5], lm))
+    while run.step():
+        pass
+    distinct = num_distinct([row[0].tokens[:-1] for row in run.results()])
+    assert lm.stats.bytes_held == distinct * lm._evaluator.executor.token_bytes
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prompt_lookup_num_tokens": 5}, {"num_beams": 3}, {"do_sample": True, "seed": 1}], ids=str
+)
+def test_what_is_known_of_chosen_tokens_is_kept(lm, options):
+    """Reading log-probabilities afterwards takes rows of the prompt, and none of what was generated."""
+    text = Text("The cat sat. The dog sat. The cat", lm)
+    found = text.generate(max_new_tokens=20, **options)
+    before = lm.stats
+    logprobs = found.token_logprobs
+    assert (lm.stats - before).logit_rows <= len(text.tokens)
+    torch.testing.assert_close(
+        logprobs, plain_token_logprobs(lm.model, found.tokens), rtol=0, atol=ATOL, equal_nan=True
+    )
+
+
 def test_finished_texts_leave_the_batch_and_waiting_ones_join(lm, model, monkeypatch):
     monkeypatch.setattr("backprompt._generate.MAX_LIVE_TEXTS", 2)
     texts = [Text(f"{number} cats sat on the", lm) for number in range(5)]
@@ -531,6 +561,13 @@ def test_stop_strings_that_no_token_can_spell_are_refused(model):
         text.generate(max_new_tokens=3, stop=["cat", "\u2603"])
     assert lm.stats.forward_passes == 0
     text.generate(max_new_tokens=3, stop=["cat", lm.tokenizer.unk_token])
+
+
+def test_stop_strings_within_a_token_are_not_refused(model):
+    tokenizer = unigram()
+    lm = LM(model, tokenizer)
+    inside = next(piece for piece in tokenizer.get_vocab() if len(piece) > 3 and piece.isalpha())[1:]
+    Text("The cat", lm).generate(max_new_tokens=3, stop=inside)
 
 
 def test_texts_that_cannot_be_continued(lm):

@@ -1,6 +1,7 @@
 """Linear layers through oneDNN: the same numbers, packed or not, on private copies only, never where it is wrong."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -81,6 +82,70 @@ def test_a_change_of_weights_is_packed_again(tokenizer):
         model.lm_head.weight.mul_(0.5)
     assert not torch.allclose(text.logits, before)
     torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+
+
+def test_what_was_read_before_a_change_keeps_no_packed_copy_alive(tokenizer):
+    model = FAMILIES["gpt2"]()
+    lm = LM(model, tokenizer, pack_weights=True)
+    text = Text("The cat", lm)
+    kept = []
+    for _ in range(3):
+        kept.append(text.model_repr)
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_fc.weight.mul_(1.5)
+    kept.append(text.model_repr)
+    gc.collect()
+    own = [module for module in gc.get_objects() if type(module) is OneDnnLinear and module.weight.shape[0] == 320]
+    ours = [module for module in own if module.weight is model.lm_head.weight]
+    assert len(ours) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_the_callers_default_dtype_does_not_matter(dtype, tokenizer):
+    linear._failure.cache_clear()
+    linear._is_faster.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        model = FAMILIES["gpt2"]().float()
+        text = Text("The cat sat on the", LM(model, tokenizer))
+        assert text.logits.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert Text("The cat", LM(model, tokenizer, pack_weights=True)).lm.stats.linears == "onednn, packed"
+
+
+def test_what_surrounds_the_first_model_does_not_matter(tokenizer):
+    linear._failure.cache_clear()
+    linear._is_faster.cache_clear()
+    model = FAMILIES["gpt2"]()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with torch.device("meta"), torch.autocast("cpu"), torch.inference_mode():
+        lm = LM(model, tokenizer, pack_weights=True)
+    assert torch.equal(torch.rand(3), expected)
+    text = Text("The cat sat on the", lm)
+    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert linear._failure(torch.float32) is None
+
+
+class Quantized(torch.Tensor):
+    """A tensor with a mind of its own."""
+
+
+def test_weights_with_a_mind_of_their_own_are_left_alone(monkeypatch):
+    monkeypatch.setattr(linear, "_is_faster", lambda: True)
+    holder = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    holder[0].weight = nn.Parameter(torch.randn(3, 3).as_subclass(Quantized), requires_grad=False)
+    speed_up([holder], pack=False)
+    assert [type(layer) for layer in holder] == [nn.Linear, OneDnnLinear]
+
+
+def test_a_layer_in_several_places_is_packed_once():
+    layer = nn.Linear(3, 3)
+    holders = [nn.Sequential(layer), nn.Sequential(layer, nn.ReLU())]
+    assert speed_up(holders, pack=True).packed_bytes == layer.weight.nbytes
+    assert holders[0][0] is holders[1][0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
