@@ -29,6 +29,7 @@ from backprompt.errors import (
 from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
+from backprompt.lookup import Piece
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
@@ -57,6 +58,7 @@ __all__ = [
     "NoStoreError",
     "NonFiniteError",
     "NotPicklableError",
+    "Piece",
     "Pin",
     "SelectedText",
     "StaleRepresentationError",
