@@ -179,12 +179,12 @@ def test_behind_a_group(model, tokenizer):
 
 
 def test_a_branch_that_ends_within_what_is_held_is_another_group(model, tokenizer):
-    """What stands behind (1 2 3 | 4) is not what stands behind (1 2 | 4)."""
+    """What stands behind (1 2 3 | 4 5 6 7) is not what stands behind (1 2 | 4 5 6 7), though at the same position."""
     lm = LM(model, tokenizer)
-    whole, part, other = (Text.from_tokens(ids, lm) for ids in [(1, 2, 3), (1, 2), (4,)])
+    whole, part, other = (Text.from_tokens(ids, lm) for ids in [(1, 2, 3), (1, 2), (4, 5, 6, 7)])
     context, question = Text.from_tokens([9], lm), Text.from_tokens([5], lm)
     evaluate(context + (whole | other) + question)
-    assert lm.look_up([context + (part | other) + question]) == [[Piece(0, 4, "memory"), Piece(4, 5, "absent")]]
+    assert lm.look_up([context + (part | other) + question]) == [[Piece(0, 7, "memory"), Piece(7, 8, "absent")]]
 
 
 texts_of_segments = st.lists(st.lists(segments, min_size=1, max_size=4), min_size=1, max_size=4)
