@@ -2,6 +2,7 @@
 
 from backprompt import classify
 from backprompt._chat import chat
+from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
 from backprompt.errors import (
     BackpromptError,
@@ -30,10 +31,11 @@ from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
 from backprompt.lookup import Piece
+from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
-from backprompt.tokens import Join
+from backprompt.tokens import Extent, Join
 
 __version__ = "0.1.0"
 
@@ -42,8 +44,11 @@ __all__ = [
     "BackpromptError",
     "DamagedEntryError",
     "DiskStore",
+    "Divergence",
     "EmptyTextError",
     "EntryTooLargeError",
+    "Explanation",
+    "Extent",
     "GeneratedText",
     "GenerationError",
     "GroupError",
@@ -52,6 +57,7 @@ __all__ = [
     "JoinError",
     "MemoryBudgetError",
     "MemoryStore",
+    "Miss",
     "MixedModelsError",
     "ModelLoadError",
     "ModelRepr",
@@ -78,6 +84,7 @@ __all__ = [
     "classify",
     "eager",
     "evaluate",
+    "explain",
     "generate",
     "independence_gap",
     "load",
