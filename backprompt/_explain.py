@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -246,7 +247,7 @@ class Explanation:
             )
 
     def _missing_lines(self) -> list[str]:
-        """Return a line for each of the first missing segments of which more is known than that, and how many others."""
+        """Return a line for each of the first missing segments of which a reason is known, and counts of the others."""
         if not self.misses:
             return []
         tense = "was" if self.actual is not None else "is"
@@ -259,14 +260,9 @@ class Explanation:
                 f"  texts[{miss.text_idx}], segment {miss.segment_idx} {miss.segment}{shared}, {miss.num_missing} of "
                 f"{miss.stop - miss.start} tokens: {miss.why}"
             )
-        unnamed: dict[Reason, list[Miss]] = {}
-        for miss in self.misses:
-            if miss not in named:
-                unnamed.setdefault(miss.reason, []).append(miss)
-        for reason, others in unnamed.items():
-            num_missing = sum(miss.num_missing for miss in others)
-            more = " more" if explained else ""
-            lines.append(f"  {len(others):,}{more} segments with {num_missing:,} tokens not there: {_REASONS[reason]}")
+        unnamed = Counter(miss.reason for miss in self.misses if miss not in named)
+        more = " more" if named else ""
+        lines += [f"  {count:,}{more} segments: {_REASONS[reason]}" for reason, count in unnamed.items()]
         return lines
 
 

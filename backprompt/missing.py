@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
@@ -36,7 +36,7 @@ class Miss:
         segment_idx: counting strings and runs of token ids of that text in written order.
         segment: what it consists of, its middle left out where it is long.
         start, stop: its tokens in `text.tokens`.
-        num_missing: of how many of them nothing is held.
+        num_missing: of how many of them nothing is held; those that segments begin with alike count in each.
         num_texts: how many texts share it.
         reason: "evicted": dropped over the budget. "join": what stands before it is held alone, but its tokens change
             where this segment joins it. "other model": the store has it under other weights, another dtype, tokenizer
@@ -78,7 +78,7 @@ def misses(evaluator: Evaluator, encoded: Sequence[TokenIds], extents: Sequence[
             start=segment.extent.start,
             stop=segment.extent.stop,
             num_missing=segment.num_missing,
-            num_texts=segment.num_texts,
+            num_texts=len(segment.text_indices),
             reason=reason,
             why=why,
         )
@@ -92,17 +92,27 @@ class _Segment:
     segment_idx: int
     extent: Extent
     token_ids: tuple[int, ...]
-    num_missing: int
-    first_missing: int
-    num_evicted: int
     position: int
-    num_texts: int = 1
+    missing: list[Piece]
+    text_indices: set[int] = field(default_factory=set)
+
+    @property
+    def num_missing(self) -> int:
+        return _num_tokens(self.missing)
+
+    @property
+    def num_evicted(self) -> int:
+        return _num_tokens(piece for piece in self.missing if piece.where == "evicted")
 
     @property
     def aside(self) -> Aside | None:
         """What stands in its place without it, where its join changed that."""
         extent = self.extent
         return Aside(self.text_idx, extent.start, extent.replaced) if extent.replaced else None
+
+
+def _num_tokens(pieces: Iterable[Piece]) -> int:
+    return sum(piece.stop - piece.start for piece in pieces)
 
 
 def _missing_segments(
@@ -113,36 +123,27 @@ def _missing_segments(
     for text_idx, (place, token_ids) in enumerate(zip(sketch.places, encoded, strict=True)):
         spans = sketch.forest.in_order(place)
         starts = [0, *accumulate(len(span.token_ids) for span in spans)]
-        ids = flat(token_ids)
         for segment_idx, extent in enumerate(extents[text_idx]):
             if extent.start == extent.stop:
                 continue
             first, last = bisect_right(starts, extent.start) - 1, bisect_right(starts, extent.stop - 1) - 1
-            key = (
-                extent.segment,
-                (spans[first], extent.start - starts[first]),
-                (spans[last], extent.stop - starts[last]),
-            )
-            if key in found:
-                found[key].num_texts += found[key].text_idx != text_idx
-                continue
-            missing = [
-                (max(extent.start, starts[idx]), min(extent.stop, starts[idx + 1]), where(spans[idx]))
-                for idx in range(first, last + 1)
-                if where(spans[idx]) in ("evicted", "absent")
-            ]
-            if missing:
+            begins, ends = (spans[first], extent.start - starts[first]), (spans[last], extent.stop - starts[last])
+            key = (extent.segment, begins, ends)
+            if key not in found:
+                held = (
+                    Piece(max(extent.start, starts[idx]), min(extent.stop, starts[idx + 1]), where(spans[idx]))
+                    for idx in range(first, last + 1)
+                )
                 found[key] = _Segment(
                     text_idx,
                     segment_idx,
                     extent,
-                    ids[extent.start : extent.stop],
-                    num_missing=sum(stop - start for start, stop, _ in missing),
-                    first_missing=missing[0][0],
-                    num_evicted=sum(stop - start for start, stop, place_ in missing if place_ == "evicted"),
-                    position=spans[first].position + extent.start - starts[first],
+                    flat(token_ids)[extent.start : extent.stop],
+                    position=begins[0].position + begins[1],
+                    missing=[piece for piece in held if piece.where in ("evicted", "absent")],
                 )
-    return list(found.values())
+            found[key].text_indices.add(text_idx)
+    return [segment for segment in found.values() if segment.missing]
 
 
 def _under_other_roots(
@@ -175,7 +176,7 @@ def _reason(
             f"{list(extent.replaced)} then"
         )
     for difference, pieces in others:
-        if any(p.where == "disk" and p.start <= segment.first_missing < p.stop for p in pieces[segment.text_idx]):
+        if any(p.where == "disk" and p.start <= segment.missing[0].start < p.stop for p in pieces[segment.text_idx]):
             return "other model", f"the store has it under {difference}"
     position = elsewhere.get(segment.token_ids)
     if position is not None:
