@@ -4,9 +4,11 @@ from backprompt import classify
 from backprompt._chat import chat
 from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
+from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
+    DriftError,
     EmptyTextError,
     EntryTooLargeError,
     GenerationError,
@@ -45,6 +47,7 @@ __all__ = [
     "DamagedEntryError",
     "DiskStore",
     "Divergence",
+    "DriftError",
     "EmptyTextError",
     "EntryTooLargeError",
     "Explanation",
@@ -62,6 +65,7 @@ __all__ = [
     "ModelLoadError",
     "ModelRepr",
     "NoStoreError",
+    "NodeDrift",
     "NonFiniteError",
     "NotPicklableError",
     "Piece",
@@ -80,6 +84,7 @@ __all__ = [
     "TokenizerError",
     "UnboundTextError",
     "UnsupportedModelError",
+    "Verification",
     "chat",
     "classify",
     "eager",
@@ -89,4 +94,5 @@ __all__ = [
     "independence_gap",
     "load",
     "parallel",
+    "verify",
 ]
