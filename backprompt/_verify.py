@@ -269,19 +269,20 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
     input_ids = model_repr.input_ids
     plain_logits = plain(input_ids=input_ids[None]).logits[0]  # (tokens, vocab)
     largest, mean, is_flipped = [], [], []
-    expected = [torch.full((1,), torch.nan)]  # of each token; nothing predicts the first
+    expected = [torch.full((1,), torch.nan)]  # token_logprobs, float32; nothing predicts the first
     num_rows = max(1, _SLICE_BYTES // (8 * plain_logits.shape[1]))
     for start in range(0, len(input_ids), num_rows):
-        # On the CPU: not every device has float64, in which the difference of two rounded numbers is exact.
-        theirs = plain_logits[start : start + num_rows].cpu().double().log_softmax(dim=-1)
+        plain_rows = plain_logits[start : start + num_rows].cpu()
+        # On the CPU: not every device has float64, which adds no rounding of its own.
+        theirs = plain_rows.double().log_softmax(dim=-1)
         ours = model_repr.all_logits(start, start + num_rows).cpu().double().log_softmax(dim=-1)
         gaps = torch.where(ours == theirs, 0.0, (ours - theirs).abs())  # both may be -inf
         largest.append(gaps.amax(dim=-1))
         mean.append(gaps.mean(dim=-1))
         is_flipped.append(ours.argmax(dim=-1) != theirs.argmax(dim=-1))
         following = input_ids[start + 1 : start + num_rows + 1].cpu()
-        expected.append(theirs[: len(following)].gather(1, following[:, None])[:, 0])
-    scored = (model_repr.token_logprobs.cpu() - torch.cat(expected).float()).abs().double()  # they are float32
+        expected.append(plain_rows[: len(following)].float().log_softmax(dim=-1).gather(1, following[:, None])[:, 0])
+    scored = (model_repr.token_logprobs.cpu() - torch.cat(expected)).abs().double()
     scored[0] = 0.0
     finite = plain_logits[plain_logits.isfinite()]
     return _Gaps(
