@@ -236,7 +236,7 @@ def positions_of(held: Forest, runs: Iterable[tuple[int, ...]]) -> dict[tuple[in
         by_first.setdefault(run[0], []).append(run)
     found: dict[tuple[int, ...], int] = {}
     for span in held.spans():
-        for idx, token_id in enumerate(() if span.is_empty else span.token_ids):
+        for idx, token_id in enumerate(span.token_ids):
             for run in by_first.get(token_id, ()):
                 if run not in found and _is_held_from(span, idx, run):
                     found[run] = span.position + idx

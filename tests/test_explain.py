@@ -13,6 +13,8 @@ from test_memory import TOKEN_BYTES, make_lm
 
 import backprompt as bp
 from backprompt import LM, Divergence, Text, evaluate, explain
+from backprompt.lookup import positions_of
+from backprompt.radix import NOTHING, Forest
 from backprompt.store import MemoryStore
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS
@@ -351,3 +353,24 @@ def test_extents_in_groups(model):
     for extent in extents[1:4]:
         ids = text.tokens[extent.start : extent.stop]
         assert lm.tokenizer.decode(ids) == extent.segment
+
+
+def test_a_later_join_may_change_tokens_further_back(model, tokenizer):
+    """The "y" takes apart what the two spaces had become, so the second space has no token of its own."""
+    lm = LM(model, tokenizer)
+    (two_spaces,) = lm.tokenizer.encode("  ")
+    (extents,) = lm.extents([Text("x ", lm) + " " + "y"])
+    assert [(extent.start, extent.stop, extent.replaced) for extent in extents] == [
+        (0, 1, ()),
+        (1, 1, ()),
+        (1, 4, (two_spaces,)),
+    ]
+
+
+def test_what_was_dropped_is_held_nowhere_else():
+    forest = Forest()
+    forest.insert((1, 2, 3, 4))
+    assert positions_of(forest, [(2, 3)]) == {}
+    for span in forest.spans():
+        span.states = NOTHING
+    assert positions_of(forest, [(2, 3), (3, 5), (4,)]) == {(2, 3): 1, (4,): 3}
