@@ -2,10 +2,13 @@
 
 from backprompt import classify
 from backprompt._chat import chat
+from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
+from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
+    DriftError,
     EmptyTextError,
     EntryTooLargeError,
     GenerationError,
@@ -29,10 +32,12 @@ from backprompt.errors import (
 from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
+from backprompt.lookup import Piece
+from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
-from backprompt.tokens import Join
+from backprompt.tokens import Extent, Join
 
 __version__ = "0.1.0"
 
@@ -41,8 +46,12 @@ __all__ = [
     "BackpromptError",
     "DamagedEntryError",
     "DiskStore",
+    "Divergence",
+    "DriftError",
     "EmptyTextError",
     "EntryTooLargeError",
+    "Explanation",
+    "Extent",
     "GeneratedText",
     "GenerationError",
     "GroupError",
@@ -51,12 +60,15 @@ __all__ = [
     "JoinError",
     "MemoryBudgetError",
     "MemoryStore",
+    "Miss",
     "MixedModelsError",
     "ModelLoadError",
     "ModelRepr",
     "NoStoreError",
+    "NodeDrift",
     "NonFiniteError",
     "NotPicklableError",
+    "Piece",
     "Pin",
     "SelectedText",
     "StaleRepresentationError",
@@ -72,12 +84,15 @@ __all__ = [
     "TokenizerError",
     "UnboundTextError",
     "UnsupportedModelError",
+    "Verification",
     "chat",
     "classify",
     "eager",
     "evaluate",
+    "explain",
     "generate",
     "independence_gap",
     "load",
     "parallel",
+    "verify",
 ]
