@@ -352,7 +352,7 @@ class Forest:
         """
         while span.token_ids and span.parent is not None and not (span.children or span.num_pins or span.is_end):
             parent = span.parent
-            key = _child_key(parent, span.position, span.token_ids[0])
+            key = child_key(parent, span.position, span.token_ids[0])
             if parent.children.get(key) is not span:
                 return
             del parent.children[key]
