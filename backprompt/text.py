@@ -234,7 +234,7 @@ class Text:
     @property
     def model_repr(self) -> ModelRepr:
         """The model's representation of this text, computed now if it is not cached."""
-        return self._require_lm("a representation").evaluate([self])[0]
+        return self._require_lm("a representation").representation(self)
 
     def __call__(self) -> ModelRepr:
         """Evaluate now and return the `ModelRepr`."""
