@@ -3,6 +3,7 @@
 from backprompt import classify
 from backprompt._chat import chat
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
+from backprompt._graph import to_networkx
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
@@ -29,6 +30,7 @@ from backprompt.errors import (
 from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
+from backprompt.lookup import Piece
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
@@ -57,6 +59,7 @@ __all__ = [
     "NoStoreError",
     "NonFiniteError",
     "NotPicklableError",
+    "Piece",
     "Pin",
     "SelectedText",
     "StaleRepresentationError",
@@ -80,4 +83,5 @@ __all__ = [
     "independence_gap",
     "load",
     "parallel",
+    "to_networkx",
 ]

@@ -195,9 +195,7 @@ class _Walk:
             return node
         return before
 
-    def _leaf(
-        self, segment: Segment, before: _Node | None, position: int, extra: tuple[Any, ...]
-    ) -> tuple[_Node, int]:
+    def _leaf(self, segment: Segment, before: _Node | None, position: int, extra: tuple[Any, ...]) -> tuple[_Node, int]:
         kind: Kind = "string" if isinstance(segment, str) else "token ids"
         node = self._node((kind, before, segment, *extra), kind, segment, {before: 1}, position)
         if self._next_leaf is None:
@@ -209,9 +207,7 @@ class _Walk:
         self._next_leaf = next(self._leaves, None)
         return node, position + self._num_tokens - start
 
-    def _special_tokens(
-        self, before: _Node | None, position: int, extra: tuple[Any, ...]
-    ) -> tuple[_Node | None, int]:
+    def _special_tokens(self, before: _Node | None, position: int, extra: tuple[Any, ...]) -> tuple[_Node | None, int]:
         """Return the node of special tokens that stand before a group, if any do, and the position behind them."""
         if self._next_leaf is None or self._next_leaf.start <= self._num_tokens:
             return before, position

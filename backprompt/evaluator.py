@@ -24,6 +24,7 @@ from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
 from backprompt.growth import Growth
 from backprompt.host import HostMemory
+from backprompt.lookup import Sketch
 from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
 from backprompt.probe import probe
@@ -168,6 +169,10 @@ class Evaluator:
     def count_evaluation(self) -> None:
         """Begin another evaluation: what was computed before is reused from now on."""
         self.forest.evaluation += 1
+
+    def sketch(self, texts: Iterable[TokenIds]) -> Sketch:
+        """Return what is held of texts, in a forest of their own; changes, loads and forwards nothing."""
+        return Sketch(self.forest, texts, self._archive)
 
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
         """Compute what is missing of texts given by their token ids, and return the spans at which they end.
