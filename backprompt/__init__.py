@@ -2,11 +2,13 @@
 
 from backprompt import classify
 from backprompt._chat import chat
+from backprompt._draw import Drawing, draw
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
 from backprompt._graph import to_networkx
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
+    DrawingError,
     EmptyTextError,
     EntryTooLargeError,
     GenerationError,
@@ -43,6 +45,8 @@ __all__ = [
     "BackpromptError",
     "DamagedEntryError",
     "DiskStore",
+    "Drawing",
+    "DrawingError",
     "EmptyTextError",
     "EntryTooLargeError",
     "GeneratedText",
@@ -77,6 +81,7 @@ __all__ = [
     "UnsupportedModelError",
     "chat",
     "classify",
+    "draw",
     "eager",
     "evaluate",
     "generate",

@@ -61,9 +61,10 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
       or "no model"; of several the one of most tokens; None for a junction. `statuses` counts its own tokens by it;
     - `is_join_changed`: whether tokens changed where it was joined with what stands before;
     - `is_frozen`: whether it begins a branch that sees nothing before it;
-    - `ends`: the indices of the texts that end here; `num_texts`: how many pass through.
+    - `ends`: the indices of the texts that end here; `num_texts`: how many pass through;
+    - `written_order`: sorted by it, nodes stand as the texts were given.
 
-    Edges have `times`: how many branches of a group end there so; and `is_join_changed`.
+    The graph has `num_texts` and `num_tokens`, the tokens of all strings together. Edges have `times`: how many branches of a group end there so; and `is_join_changed`.
 
     Args:
         texts: a text or several, of one `LM`, of several, or of none.
@@ -81,15 +82,16 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
     for idx, text in enumerate(listed):
         by_lm.setdefault(text.lm, []).append(idx)
     nodes: list[_Node] = []
+    num_tokens = 0
     for lm, indices in by_lm.items():
         merged = _Merged()
         if lm is None:
             for idx in indices:
                 merged.add(listed[idx], idx, None)
         else:
-            _add_encoded(merged, lm, {idx: listed[idx] for idx in indices})
+            num_tokens += _add_encoded(merged, lm, {idx: listed[idx] for idx in indices})
         nodes += merged.in_order()
-    return _as_networkx(nodes, num_texts=len(listed))
+    return _as_networkx(nodes, num_texts=len(listed), num_tokens=num_tokens)
 
 
 @dataclass(eq=False)
@@ -103,6 +105,7 @@ class _Node:
     token_ids: tuple[int, ...] = ()
     position: int | None = None
     order: int = -1
+    written_order: int = 0
     num_own_tokens: int = 0
     num_bytes: int | None = None
     statuses: Counter[Status] = field(default_factory=Counter)
@@ -151,14 +154,13 @@ class _Merged:
         """Return the nodes as they are forwarded; of those without a place in that order as they were written."""
         nodes = list(self._found.values())
         graph = nx.DiGraph()
-        written: dict[_Node, int] = {}
         for idx, node in enumerate(nodes):
-            written[node] = idx
+            node.written_order = idx
             graph.add_node(node)
             graph.add_edges_from((parent, node) for parent in node.parents)
             if node.order < 0:
                 node.order = max((parent.order for parent in node.parents), default=-1)
-        return list(nx.lexicographical_topological_sort(graph, key=lambda node: (node.order, written[node])))
+        return list(nx.lexicographical_topological_sort(graph, key=lambda node: (node.order, node.written_order)))
 
 
 class _Walk:
@@ -264,8 +266,8 @@ class _Walk:
         self.uses.append(_Use(node, stop))
 
 
-def _add_encoded(merged: _Merged, lm: LM, texts: dict[int, Text]) -> None:
-    """Merge texts of one `LM` in, with their tokens, and what the `LM` holds of these."""
+def _add_encoded(merged: _Merged, lm: LM, texts: dict[int, Text]) -> int:
+    """Merge texts of one `LM` in, with their tokens, and what the `LM` holds of these; return how many they have."""
     with lm._exclusive():
         evaluator, encoder = lm._current(), lm._encoder
         all_token_ids = encoder.encode(list(texts.values()))
@@ -286,6 +288,7 @@ def _add_encoded(merged: _Merged, lm: LM, texts: dict[int, Text]) -> None:
     claims.note_order(places)
     for node in claims.nodes:
         node.num_bytes = node.num_own_tokens * token_bytes if token_bytes else None
+    return sum(map(len, all_token_ids))
 
 
 def _statuses(sketch: Sketch, place: Place) -> Iterator[Status]:
@@ -362,8 +365,8 @@ def _of_most_tokens(statuses: Counter[Status]) -> Status:
     return max(STATUSES, key=lambda status: statuses[status]) if statuses else "not evaluated"
 
 
-def _as_networkx(nodes: Sequence[_Node], num_texts: int) -> nx.DiGraph:
-    graph = nx.DiGraph(num_texts=num_texts)
+def _as_networkx(nodes: Sequence[_Node], *, num_texts: int, num_tokens: int) -> nx.DiGraph:
+    graph = nx.DiGraph(num_texts=num_texts, num_tokens=num_tokens)
     numbers = {node: number for number, node in enumerate(nodes)}
     for node, number in numbers.items():
         is_junction = node.kind == "junction"
@@ -384,6 +387,7 @@ def _as_networkx(nodes: Sequence[_Node], num_texts: int) -> nx.DiGraph:
             is_frozen=node.is_frozen,
             ends=tuple(node.ends),
             num_texts=node.num_texts,
+            written_order=node.written_order,
         )
         for parent, times in node.parents.items():
             graph.add_edge(numbers[parent], number, times=times, is_join_changed=node.is_join_changed)
