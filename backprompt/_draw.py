@@ -9,6 +9,7 @@ and what stands outside of them is of a grey that shows on white and on black.
 from __future__ import annotations
 
 import html
+import itertools
 import os
 import shutil
 import threading
@@ -57,6 +58,14 @@ _LOOKS: Mapping[Status, _Look] = {
     "no model": _Look("#ffffff", "#57606a"),
 }
 
+_MEANINGS: Mapping[Status, str] = {
+    "computed now": "computed now: by the latest evaluation",
+    "reused from memory": "reused from memory: held since an earlier evaluation",
+    "from disk": "from disk: read from the store, or there to be read",
+    "evicted": "evicted: dropped over the memory budget, to be computed again",
+    "not evaluated": "not evaluated: to be computed",
+}
+
 
 def draw(
     texts: Text | Iterable[Text],
@@ -94,7 +103,7 @@ def draw(
     if direction not in ("LR", "TB"):
         raise ValueError(f'direction must be "LR" or "TB", not {direction!r}.')
     graph = to_networkx(texts)
-    return _Picture(graph, _Folding(graph, max_children), max_characters).drawn(direction)
+    return _Picture(graph, _Folding(graph, max_children), max_characters, direction).drawn()
 
 
 class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
@@ -174,9 +183,9 @@ def _laid_out(source: str, format: str, engine: str) -> bytes | None:
     with _LAYOUT_LOCK:
         try:
             data = pygraphviz.AGraph(string=source).draw(format=format, prog=engine)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # a TypeError is what comes of an unknown format
             raise DrawingError(
-                f"Graphviz cannot draw this as {format!r} with {engine!r} ({error}). Formats that it always has are "
+                f"Graphviz cannot draw this as {format!r} with {engine!r}. Formats that it always has are "
                 '"svg", "png" and "pdf".'
             ) from error
     return bytes(data)
@@ -212,9 +221,9 @@ class _Folding:
         self._put_rows()
         for idx, (_, first) in enumerate(folds):
             self._put_fold(f"more{idx}", first)
-        self.edges = dict.fromkeys(
-            (self.of[parent], self.of[node]) for parent, node in graph.edges if self.of[parent] != self.of[node]
-        )
+        edges = sorted(graph.edges, key=lambda edge: [graph.nodes[node]["written_order"] for node in edge])
+        between = [(self.of[parent], self.of[node]) for parent, node in edges]
+        self.edges = dict.fromkeys((parent, node) for parent, node in between if parent != node)
 
     def _in_written_order(self, nodes: Iterable[int]) -> list[int]:
         return sorted(nodes, key=lambda node: self._graph.nodes[node]["written_order"])
@@ -277,7 +286,6 @@ class _Folding:
             len(self._graph.succ[parent]) == len(self._graph.pred[node]) == 1
             and "junction" not in (above["kind"], below["kind"])
             and not above["ends"]
-            and not below["is_join_changed"]
         )
 
     def _put_fold(self, name: str, first: Sequence[int]) -> None:
@@ -296,21 +304,23 @@ class _Folding:
 class _Picture:
     """Writes boxes as DOT."""
 
-    def __init__(self, graph: nx.DiGraph, folding: _Folding, max_characters: int) -> None:
+    def __init__(self, graph: nx.DiGraph, folding: _Folding, max_characters: int, direction: str) -> None:
+        self._direction = direction
         self._graph = graph
         self._folding = folding
         self._max_characters = max_characters
 
-    def drawn(self, direction: str) -> Drawing:
+    def drawn(self) -> Drawing:
         """Return the picture."""
         drawing = Drawing("texts", format="svg")
         drawing.attr(
             "graph",
-            rankdir=direction,
+            rankdir=self._direction,
             bgcolor="transparent",
             pad="0.1",
             nodesep="0.12",
-            ranksep="0.35",
+            ranksep="0.5",
+            ordering="out",
             label=self._legend(),
             labelloc="b",
             labeljust="l",
@@ -320,21 +330,40 @@ class _Picture:
             tooltip=" ",
         )
         drawing.attr("node", shape="box", style="rounded,filled", margin="0.14,0.07", fontname=_SANS, fontsize="11")
+        ports = {"tailport": "e", "headport": "w"} if self._direction == "LR" else {"tailport": "s", "headport": "n"}
+        drawing.attr("edge", **ports)
         drawing.attr("edge", color=_GREY, arrowsize="0.6", fontname=_SANS, fontsize="11", fontcolor=_GREY, tooltip=" ")
         frames = _frames(self._graph)
         self._put(drawing, None, frames)
+        self._put_roots_in_order(drawing, set().union(*(frame.nodes for frame in frames)))
         for parent, node in self._folding.edges:
             drawing.edge(parent, node, **self._edge(node, parent))
         return drawing
+
+    def _put_roots_in_order(self, drawing: graphviz.Digraph, framed: set[int]) -> None:
+        boxes = self._folding.boxes
+        following = {node for _, node in self._folding.edges}
+        roots = [name for name in boxes if name not in following and not framed.intersection(boxes[name].nodes)]
+        _put_in_order(drawing, roots)
 
     def _put(self, drawing: graphviz.Digraph, frame: _Frame | None, frames: Sequence[_Frame]) -> None:
         """Put the boxes that stand in a frame, and the frames within it."""
         inner = [other for other in frames if other.outer is frame]
         own = frame.nodes if frame is not None else set(self._graph)
         within = set().union(*(other.nodes for other in inner))
-        for name, box in self._folding.boxes.items():
-            if all(node in own for node in box.nodes) and not all(node in within for node in box.nodes):
-                drawing.node(name, **self._node(box))
+        boxes = {
+            name: box
+            for name, box in self._folding.boxes.items()
+            if own.issuperset(box.nodes) and not within.issuperset(box.nodes)
+        }
+        for name, box in boxes.items():
+            drawing.node(name, **self._node(box))
+        if frame is not None:
+            boxes_before = {parent for parent, box in self._folding.boxes.items() if own.issuperset(box.nodes)}
+            following = {node for parent, node in self._folding.edges if parent in boxes_before}
+            first = [name for name in boxes if name not in following]
+            # Graphviz stands what is in a frame on its head when it draws from left to right.
+            _put_in_order(drawing, first[::-1] if self._direction == "LR" else first)
         for other in inner:
             with drawing.subgraph(name=f"cluster{other.number}") as cluster:
                 cluster.attr(label=other.label, color=_GREY, style="rounded,dashed", margin="10", labelloc="t")
@@ -343,7 +372,7 @@ class _Picture:
     def _node(self, box: _Box) -> dict[str, str]:
         if self._graph.nodes[box.nodes[0]]["kind"] == "junction" and box.title is None:
             data = self._graph.nodes[box.nodes[0]]
-            ends = f"; {_counted(len(data['ends']), 'text')} end here" if data["ends"] else ""
+            ends = f"; {_ending(len(data['ends']))}" if data["ends"] else ""
             tooltip = f"The group ends: what follows sees all branches{ends}."
             return {
                 "shape": "circle",
@@ -370,11 +399,10 @@ class _Picture:
         first = self._folding.boxes[name].nodes[0]
         last = self._folding.boxes[parent].nodes[-1]
         data = self._graph.edges.get((last, first), {"times": 1, "is_join_changed": False})
-        marks = [f"{data['times']}×"] if data["times"] > 1 else []
+        times = f"{data['times']} times" if data["times"] > 1 else ""
         if data["is_join_changed"]:
-            marks.append("≠ tokens")
-            return {"label": _html(" ".join(marks)), "style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
-        return {"label": _html(" ".join(marks))} if marks else {}
+            return {"label": "≠ tokens", "style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
+        return {"label": times} if times else {}
 
     def _statuses(self, box: _Box) -> Counter[Status]:
         """Count a box's tokens by status; of none, its one status counts 0."""
@@ -407,7 +435,8 @@ class _Picture:
         if data[0]["position"] is None:
             parts = []
         elif box.title is None and data[0]["num_own_tokens"] < data[0]["num_tokens"]:
-            parts = [f"{_counted(data[0]['num_tokens'], 'token')}, {data[0]['num_own_tokens']:,} of its own"]
+            num_shared = data[0]["num_tokens"] - data[0]["num_own_tokens"]
+            parts = [f"{_counted(data[0]['num_tokens'], 'token')}, {num_shared:,} shared"]
         else:
             parts = [_counted(sum(node["num_own_tokens"] for node in data), "token")]
         num_bytes = sum(node["num_bytes"] or 0 for node in data)
@@ -419,8 +448,7 @@ class _Picture:
             lines.insert(0, _counted(texts, "text"))
         elif data[0]["num_texts"] > 1 and not box.title:
             lines.append(
-                f"in {data[0]['num_texts']:,} texts"
-                + (f", {texts:,} of which end here" if texts and has_following else "")
+                f"in {data[0]['num_texts']:,} texts" + (f"; {_ending(texts)}" if texts and has_following else "")
             )
         if any(node["is_frozen"] for node in data):
             lines.append("frozen: sees nothing before it")
@@ -436,31 +464,30 @@ class _Picture:
             return "<nothing to draw: no text has a segment>"
         found = {status for data in nodes for status in (data["statuses"] or [data["status"]])}
         statuses = [status for status in STATUSES if status in found]
-        rows = [f'<TD ALIGN="LEFT">{_html(self._summary(nodes))}</TD>']
-        if statuses != ["no model"]:
-            cells = "".join(_legend_cell(status) for status in statuses)
-            rows.append(
-                f'<TD ALIGN="LEFT"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="4"><TR>{cells}</TR></TABLE></TD>'
-            )
+        rows = [f'<TD COLSPAN="2" ALIGN="LEFT">{_html(self._summary(nodes))}</TD>']
+        rows += [_swatch(status) + _legend_text(_MEANINGS[status]) for status in statuses if status in _MEANINGS]
         if any(data["is_join_changed"] for data in nodes):
-            rows.append(
-                f'<TD ALIGN="LEFT">{_html("◆ ≠ tokens: joining changed tokens that both sides have apart")}</TD>'
-            )
+            rows.append("<TD>◆</TD>" + _legend_text("≠ tokens: other tokens than both sides have apart"))
         if any(data["kind"] == "junction" for data in nodes):
-            rows.append(f'<TD ALIGN="LEFT">{_html("● a group ends: what follows sees all its branches")}</TD>')
-        return (
-            '<<TABLE BORDER="0" CELLSPACING="0" CELLPADDING="2">'
-            + "".join(f"<TR>{row}</TR>" for row in rows)
-            + "</TABLE>>"
-        )
+            rows.append("<TD>●</TD>" + _legend_text("a group ends: what follows sees all of its branches"))
+        table = "".join(f"<TR>{row}</TR>" for row in rows)
+        return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="3" CELLPADDING="1">{table}</TABLE>>'
 
     def _summary(self, nodes: Sequence[Mapping[str, Any]]) -> str:
         texts = _counted(self._graph.graph["num_texts"], "text")
         num_tokens = self._graph.graph["num_tokens"]
         if not num_tokens:
-            return f"{texts}, {_counted(len(nodes), 'segment')}"
+            return f"{texts}, {_counted(sum(data['kind'] != 'junction' for data in nodes), 'segment')}"
         num_own = sum(data["num_own_tokens"] for data in nodes)
         return f"{texts}: {_counted(num_own, 'distinct token')}, {num_tokens:,} in all strings"
+
+
+def _put_in_order(drawing: graphviz.Digraph, names: Sequence[str]) -> None:
+    """Let boxes that follow nothing in the same frame stand one below the other."""
+    with drawing.subgraph() as same:
+        same.attr(rank="same")
+        for name, next_name in itertools.pairwise(names):
+            same.edge(name, next_name, style="invis", tailport="_", headport="_")
 
 
 @dataclass(eq=False)
@@ -495,12 +522,12 @@ def _frames(graph: nx.DiGraph) -> list[_Frame]:
 
 
 def _branches(graph: nx.DiGraph, junction: int) -> set[int]:
-    """Return the nodes of the group that ends here: what is not behind, or before, all of its branches."""
-    ends = list(graph.pred[junction])
-    if len(ends) == 1:
-        return {ends[0]} | nx.ancestors(graph, ends[0])
-    above = [{end} | nx.ancestors(graph, end) for end in ends]
-    return set().union(*above) - set.intersection(*above)
+    """Return the nodes of the group that ends here."""
+    branches: set[int] = set()
+    for end in graph.pred[junction]:
+        branches |= {end} | nx.ancestors(graph, end)
+    behind = graph.nodes[junction]["behind"]
+    return branches if behind is None else branches - {behind} - nx.ancestors(graph, behind)
 
 
 # Strings
@@ -550,7 +577,9 @@ def _num_fitting(shown: str) -> int:
 
 def _html(shown: str) -> str:
     """Return a string for Graphviz's HTML-like labels, in which spaces would run together."""
-    return html.escape(shown).replace("\\", "&#92;").replace(" ", "&#160;")
+    escaped = html.escape(shown).replace(" ", "&#160;")
+    # A tag keeps the backslash from what follows: Graphviz replaces \N by the node's name, however it is written.
+    return escaped.replace("\\", f'<FONT COLOR="{_INK}">&#92;</FONT>')
 
 
 def _told(statuses: Counter[Status]) -> str:
@@ -564,6 +593,10 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def _ending(num_texts: int) -> str:
+    return "1 text ends here" if num_texts == 1 else f"{num_texts:,} texts end here"
+
+
 def _size(num_bytes: int) -> str:
     size, unit = float(num_bytes), "B"
     for larger in ("kB", "MB", "GB", "TB"):
@@ -573,12 +606,15 @@ def _size(num_bytes: int) -> str:
     return f"{size:.0f} {unit}" if size >= 9.95 or unit == "B" else f"{size:.1f} {unit}"
 
 
-def _legend_cell(status: Status) -> str:
+def _legend_text(text: str) -> str:
+    return f'<TD ALIGN="LEFT">{_html(text)}</TD>'
+
+
+def _swatch(status: Status) -> str:
     look = _LOOKS[status]
-    cell = (
-        f'<TD BORDER="{round(look.width)}" COLOR="{look.border}" BGCOLOR="{look.fill}" CELLPADDING="4" '
-        f'STYLE="{look.style}"><FONT COLOR="{_INK}">{_html(status)}</FONT></TD>'
-    )
-    if look.lines == 1:
-        return cell
-    return f'<TD><TABLE BORDER="1" COLOR="{look.border}" CELLBORDER="0" CELLSPACING="2"><TR>{cell}</TR></TABLE></TD>'
+    size = 'FIXEDSIZE="TRUE" WIDTH="30" HEIGHT="15"'
+    border = f'BORDER="{round(look.width)}" COLOR="{look.border}" BGCOLOR="{look.fill}" STYLE="{look.style}"'
+    cells = "<TR><TD></TD></TR>"
+    if look.lines == 2:
+        cells = f'<TR><TD BORDER="1" COLOR="{look.border}"></TD></TR>'
+    return f'<TD ALIGN="LEFT"><TABLE {size} {border} CELLBORDER="0" CELLSPACING="2">{cells}</TABLE></TD>'

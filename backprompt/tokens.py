@@ -280,7 +280,9 @@ class _LeafLength(NamedTuple):
 
 def _leaf_lengths(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]]) -> list[_LeafLength]:
     lengths: list[_LeafLength] = []
-    whole, before, start = ids_of[chain], (), 0
+    whole = ids_of[chain]
+    before: tuple[int, ...] = ()
+    start = 0
     for idx, leaf in enumerate(chain.leaves):
         ids = ids_of[_Chain(chain.leaves[: idx + 1], chain.is_continuation)]
         stop = max(start, _num_common(ids, whole))
