@@ -5,6 +5,8 @@ from backprompt._chat import chat
 from backprompt._draw import Drawing, draw
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
 from backprompt._graph import to_networkx
+from backprompt._plot import plot_probabilities
+from backprompt._show import ShownText, ShownToken
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
@@ -15,6 +17,7 @@ from backprompt.errors import (
     GroupError,
     JoinError,
     MemoryBudgetError,
+    MissingDependencyError,
     MixedModelsError,
     ModelLoadError,
     NonFiniteError,
@@ -57,6 +60,7 @@ __all__ = [
     "JoinError",
     "MemoryBudgetError",
     "MemoryStore",
+    "MissingDependencyError",
     "MixedModelsError",
     "ModelLoadError",
     "ModelRepr",
@@ -66,6 +70,8 @@ __all__ = [
     "Piece",
     "Pin",
     "SelectedText",
+    "ShownText",
+    "ShownToken",
     "StaleRepresentationError",
     "Stats",
     "Store",
@@ -88,5 +94,6 @@ __all__ = [
     "independence_gap",
     "load",
     "parallel",
+    "plot_probabilities",
     "to_networkx",
 ]

@@ -13,24 +13,23 @@ import itertools
 import os
 import shutil
 import threading
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import graphviz
 import networkx as nx
 
 from backprompt._graph import STATUSES, Status, to_networkx
+from backprompt._visible import shortened, visible, wrapped
 from backprompt.errors import DrawingError
 from backprompt.text import Text
 
 MAX_IN_A_ROW = 4
-"""Of more segments than this that only follow each other, those in the middle become one box."""
+"""Of more segments than this that only follow each other, all but the first become one box."""
 
-_LINE_WIDTH = 28
 _TOOLTIP_CHARACTERS = 600
 _GREY = "#7d8590"
 _INK = "#1f2328"
@@ -72,7 +71,6 @@ def draw(
     *,
     max_children: int = 6,
     max_characters: int = 56,
-    direction: Literal["LR", "TB"] = "LR",
 ) -> Drawing:
     """Return a picture of texts: their segments as boxes, and what follows what. Nothing is computed.
 
@@ -87,23 +85,20 @@ def draw(
         texts: a text or several; texts without a model are drawn by their strings.
         max_children: of more texts that follow one segment, the last ones become one box ("... 69 more").
         max_characters: of longer strings the middle is left out.
-        direction: "LR" from left to right, "TB" from top to bottom.
 
     Returns:
         A `graphviz.Digraph`, to be rendered or changed further.
 
     Raises:
-        ValueError: a number is too small, or there is no such direction.
+        ValueError: a number is too small.
         TextTypeError, JoinError, TokenizerError: see `to_networkx`.
 
     """
     for name, value in (("max_children", max_children), ("max_characters", max_characters)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 2:
             raise ValueError(f"{name} must be an int of at least 2, not {value!r}.")
-    if direction not in ("LR", "TB"):
-        raise ValueError(f'direction must be "LR" or "TB", not {direction!r}.')
     graph = to_networkx(texts)
-    return _Picture(graph, _Folding(graph, max_children), max_characters, direction).drawn()
+    return _Picture(graph, _Folding(graph, max_children), max_characters).drawn()
 
 
 class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
@@ -207,7 +202,7 @@ class _Folding:
 
     Attributes:
         boxes: by name, in written order.
-        edges: from box to box.
+        edges: from box to box, and those of the graph that each stands for.
         of: the name of each node's box.
 
     """
@@ -222,8 +217,10 @@ class _Folding:
         for idx, (_, first) in enumerate(folds):
             self._put_fold(f"more{idx}", first)
         edges = sorted(graph.edges, key=lambda edge: [graph.nodes[node]["written_order"] for node in edge])
-        between = [(self.of[parent], self.of[node]) for parent, node in edges]
-        self.edges = dict.fromkeys((parent, node) for parent, node in between if parent != node)
+        self.edges: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        for parent, node in edges:
+            if self.of[parent] != self.of[node]:
+                self.edges.setdefault((self.of[parent], self.of[node]), []).append((parent, node))
 
     def _in_written_order(self, nodes: Iterable[int]) -> list[int]:
         return sorted(nodes, key=lambda node: self._graph.nodes[node]["written_order"])
@@ -256,19 +253,15 @@ class _Folding:
         return others + junctions
 
     def _put_rows(self) -> None:
-        """Let the middle of a long row of segments be one box."""
+        """Let a long row of segments be one box, but for the first."""
         for first in list(self.boxes):
             row = self._row_from(int(first)) if first in self.boxes else []
             if len(row) > MAX_IN_A_ROW:
-                name, middle = f"row{row[1]}", row[1:-1]
-                self.boxes = {
-                    name if old == str(middle[0]) else old: _Box(middle, f"{len(middle)} more segments")
-                    if old == str(middle[0])
-                    else box
-                    for old, box in self.boxes.items()
-                    if old == str(middle[0]) or old not in set(map(str, middle))
-                }
-                self.of.update(dict.fromkeys(middle, name))
+                rest = row[1:]
+                self.boxes[str(rest[0])] = _Box(rest, f"{len(rest)} more segments")
+                self.of.update(dict.fromkeys(rest, str(rest[0])))
+                for node in rest[1:]:
+                    del self.boxes[str(node)]
 
     def _row_from(self, node: int) -> list[int]:
         """Return the row of nodes that only follow each other and begins with this one."""
@@ -304,8 +297,7 @@ class _Folding:
 class _Picture:
     """Writes boxes as DOT."""
 
-    def __init__(self, graph: nx.DiGraph, folding: _Folding, max_characters: int, direction: str) -> None:
-        self._direction = direction
+    def __init__(self, graph: nx.DiGraph, folding: _Folding, max_characters: int) -> None:
         self._graph = graph
         self._folding = folding
         self._max_characters = max_characters
@@ -315,7 +307,7 @@ class _Picture:
         drawing = Drawing("texts", format="svg")
         drawing.attr(
             "graph",
-            rankdir=self._direction,
+            rankdir="LR",
             bgcolor="transparent",
             pad="0.1",
             nodesep="0.12",
@@ -330,14 +322,13 @@ class _Picture:
             tooltip=" ",
         )
         drawing.attr("node", shape="box", style="rounded,filled", margin="0.14,0.07", fontname=_SANS, fontsize="11")
-        ports = {"tailport": "e", "headport": "w"} if self._direction == "LR" else {"tailport": "s", "headport": "n"}
-        drawing.attr("edge", **ports)
+        drawing.attr("edge", tailport="e", headport="w")
         drawing.attr("edge", color=_GREY, arrowsize="0.6", fontname=_SANS, fontsize="11", fontcolor=_GREY, tooltip=" ")
         frames = _frames(self._graph)
         self._put(drawing, None, frames)
         self._put_roots_in_order(drawing, set().union(*(frame.nodes for frame in frames)))
-        for parent, node in self._folding.edges:
-            drawing.edge(parent, node, **self._edge(node, parent))
+        for (parent, node), edges in self._folding.edges.items():
+            drawing.edge(parent, node, **self._edge(edges))
         return drawing
 
     def _put_roots_in_order(self, drawing: graphviz.Digraph, framed: set[int]) -> None:
@@ -363,7 +354,7 @@ class _Picture:
             following = {node for parent, node in self._folding.edges if parent in boxes_before}
             first = [name for name in boxes if name not in following]
             # Graphviz stands what is in a frame on its head when it draws from left to right.
-            _put_in_order(drawing, first[::-1] if self._direction == "LR" else first)
+            _put_in_order(drawing, first[::-1])
         for other in inner:
             with drawing.subgraph(name=f"cluster{other.number}") as cluster:
                 cluster.attr(label=other.label, color=_GREY, style="rounded,dashed", margin="10", labelloc="t")
@@ -395,14 +386,12 @@ class _Picture:
             "fontcolor": _INK,
         }
 
-    def _edge(self, name: str, parent: str) -> dict[str, str]:
-        first = self._folding.boxes[name].nodes[0]
-        last = self._folding.boxes[parent].nodes[-1]
-        data = self._graph.edges.get((last, first), {"times": 1, "is_join_changed": False})
-        times = f"{data['times']} times" if data["times"] > 1 else ""
-        if data["is_join_changed"]:
-            return {"label": "≠ tokens", "style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
-        return {"label": times} if times else {}
+    def _edge(self, edges: Sequence[tuple[int, int]]) -> dict[str, str]:
+        data = [self._graph.edges[edge] for edge in edges]
+        if any(edge["is_join_changed"] for edge in data):
+            return {"label": "≠", "style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
+        times = sum(edge["times"] for edge in data)
+        return {"label": f"{times} times"} if len(edges) == 1 and times > 1 else {}
 
     def _statuses(self, box: _Box) -> Counter[Status]:
         """Count a box's tokens by status; of none, its one status counts 0."""
@@ -421,7 +410,7 @@ class _Picture:
             string = first["string"] if first["kind"] != "special tokens" else f"{first['string']} (special)"
             lines = [
                 f'<FONT FACE="{_MONOSPACE}" POINT-SIZE="12">{_html(line)}</FONT>'
-                for line in _wrapped(f"“{_visible(_shortened(string, self._max_characters))}”")
+                for line in wrapped(f"“{visible(shortened(string, self._max_characters))}”")
             ]
         lines += [_html(line) for line in self._account(box)]
         has_model = "no model" not in statuses
@@ -450,13 +439,15 @@ class _Picture:
             lines.append(
                 f"in {data[0]['num_texts']:,} texts" + (f"; {_ending(texts)}" if texts and has_following else "")
             )
+        if num_changed := sum(node["is_join_changed"] for node in data[1:]) if box.title else 0:
+            lines.append(f"≠ at {_counted(num_changed, 'join')} in it")
         if any(node["is_frozen"] for node in data):
             lines.append("frozen: sees nothing before it")
         return lines
 
     def _tooltip(self, box: _Box) -> str:
-        strings = [_visible(self._graph.nodes[node]["string"]) for node in box.nodes[:20]]
-        return _shortened(" | ".join(strings), _TOOLTIP_CHARACTERS) or " "
+        strings = [visible(self._graph.nodes[node]["string"]) for node in box.nodes[:20]]
+        return shortened(" | ".join(strings), _TOOLTIP_CHARACTERS) or " "
 
     def _legend(self) -> str:
         nodes = [data for _, data in self._graph.nodes(data=True)]
@@ -467,7 +458,9 @@ class _Picture:
         rows = [f'<TD COLSPAN="2" ALIGN="LEFT">{_html(self._summary(nodes))}</TD>']
         rows += [_swatch(status) + _legend_text(_MEANINGS[status]) for status in statuses if status in _MEANINGS]
         if any(data["is_join_changed"] for data in nodes):
-            rows.append("<TD>◆</TD>" + _legend_text("≠ tokens: other tokens than both sides have apart"))
+            rows.append(
+                "<TD>◆</TD>" + _legend_text("≠ joining changed tokens: these are not those of both sides apart")
+            )
         if any(data["kind"] == "junction" for data in nodes):
             rows.append("<TD>●</TD>" + _legend_text("a group ends: what follows sees all of its branches"))
         table = "".join(f"<TR>{row}</TR>" for row in rows)
@@ -531,48 +524,6 @@ def _branches(graph: nx.DiGraph, junction: int) -> set[int]:
 
 
 # Strings
-
-
-def _shortened(string: str, limit: int) -> str:
-    """Return a string with its middle left out where it is longer than `limit` characters."""
-    if len(string) <= limit:
-        return string
-    return f"{string[: (limit + 1) // 2]}…{string[len(string) - limit // 2 :]}"
-
-
-_VISIBLE = {"\n": "↵", "\t": "⇥"}
-_JOINERS = "\u200c\u200d"  # make up letters and emoji
-
-
-def _visible(string: str) -> str:
-    """Return a string that shows what cannot be seen, and what would change how the rest is shown."""
-    return "".join(map(_visible_character, string))
-
-
-def _visible_character(character: str) -> str:
-    if character in _VISIBLE:
-        return _VISIBLE[character]
-    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") and character not in _JOINERS
-    return ascii(character)[1:-1] if is_hidden else character
-
-
-def _wrapped(shown: str) -> Iterator[str]:
-    """Yield lines of about equal width at most `_LINE_WIDTH`, cut behind a space where there is one."""
-    while shown:
-        stop = _num_fitting(shown)
-        space = shown.rfind(" ", 0, stop) + 1
-        stop = space if stop < len(shown) and space > stop // 2 else stop
-        yield shown[:stop]
-        shown = shown[stop:]
-
-
-def _num_fitting(shown: str) -> int:
-    width = 0
-    for idx, character in enumerate(shown):
-        width += 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if width > _LINE_WIDTH:
-            return max(1, idx)
-    return len(shown)
 
 
 def _html(shown: str) -> str:

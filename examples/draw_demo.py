@@ -9,9 +9,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from intents import DATA, SHOTS, build_tree, read_questions
+
 from backprompt import draw, evaluate
 from demo_model import add_model_argument, load_model
-from intents import DATA, SHOTS, build_tree, read_questions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lm = load_model(arguments.model)
     tree = build_tree(lm, SHOTS, read_questions(DATA / "questions.tsv"))
     evaluate(tree.leaves)
-    print(draw(tree.leaves, max_children=3).render(arguments.output))
+    print(draw(tree.leaves, max_children=3, max_characters=42).render(arguments.output))
 
 
 if __name__ == "__main__":
