@@ -3,14 +3,17 @@
 from backprompt import classify
 from backprompt._chat import chat
 from backprompt._draw import Drawing, draw
+from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
 from backprompt._graph import to_networkx
 from backprompt._plot import plot_probabilities
 from backprompt._show import ShownText, ShownToken
+from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
     DrawingError,
+    DriftError,
     EmptyTextError,
     EntryTooLargeError,
     GenerationError,
@@ -36,10 +39,11 @@ from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
 from backprompt.lookup import Piece
+from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
-from backprompt.tokens import Join
+from backprompt.tokens import Extent, Join
 
 __version__ = "0.1.0"
 
@@ -48,10 +52,14 @@ __all__ = [
     "BackpromptError",
     "DamagedEntryError",
     "DiskStore",
+    "Divergence",
     "Drawing",
     "DrawingError",
+    "DriftError",
     "EmptyTextError",
     "EntryTooLargeError",
+    "Explanation",
+    "Extent",
     "GeneratedText",
     "GenerationError",
     "GroupError",
@@ -60,11 +68,13 @@ __all__ = [
     "JoinError",
     "MemoryBudgetError",
     "MemoryStore",
+    "Miss",
     "MissingDependencyError",
     "MixedModelsError",
     "ModelLoadError",
     "ModelRepr",
     "NoStoreError",
+    "NodeDrift",
     "NonFiniteError",
     "NotPicklableError",
     "Piece",
@@ -85,15 +95,18 @@ __all__ = [
     "TokenizerError",
     "UnboundTextError",
     "UnsupportedModelError",
+    "Verification",
     "chat",
     "classify",
     "draw",
     "eager",
     "evaluate",
+    "explain",
     "generate",
     "independence_gap",
     "load",
     "parallel",
     "plot_probabilities",
     "to_networkx",
+    "verify",
 ]

@@ -354,7 +354,8 @@ class _Picture:
             boxes_before = {parent for parent, box in self._folding.boxes.items() if own.issuperset(box.nodes)}
             following = {node for parent, node in self._folding.edges if parent in boxes_before}
             first = [name for name in boxes if name not in following]
-            # Graphviz stands what is in a frame on its head when it draws from left to right.
+            # From left to right Graphviz stands what is in a frame on its head. (Around frames in frames it follows
+            # an order of its own; that of branches means nothing.)
             _put_in_order(drawing, first[::-1])
         for other in inner:
             with drawing.subgraph(name=f"cluster{other.number}") as cluster:

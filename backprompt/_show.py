@@ -130,10 +130,10 @@ def show(text: Text, *, top: int = 5) -> ShownText:
     model_repr = text.model_repr
     with lm._exclusive():
         (token_ids,) = lm._encoder.encode([text])
-        (leaves,) = lm._encoder.leaf_tokens([text])
+        (extents,) = lm._encoder.extents([text])
         tokenizer = lm._tokenizer_copy
     alternatives = _alternatives(lm, text, token_ids, top)
-    starts = {leaf.start: leaf for leaf in leaves if leaf.start < leaf.stop}
+    starts = {extent.start: extent for extent in extents if extent.start < extent.stop}
     logprobs = model_repr.token_logprobs.tolist()
     ids = flat(token_ids)
     return ShownText(

@@ -52,7 +52,7 @@ from backprompt.store import DiskStore, Store
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions, without_last
 from backprompt.tokenizer import PrivateTokenizer
-from backprompt.tokens import JOINS, Encoder, Join, Joins
+from backprompt.tokens import JOINS, Encoder, Extent, Join, Joins
 from backprompt.weights import WeightsMonitor, content_hash
 
 MAX_RESULT_BYTES = 256 << 20
@@ -448,6 +448,19 @@ class LM:
             evaluator = self._current()
             sketch = evaluator.sketch(self._encoder.encode(texts))
             return [sketch.pieces(place) for place in sketch.places]
+
+    def extents(self, texts: Iterable[Text]) -> list[list[Extent]]:
+        """Return which tokens of each text its strings and runs of token ids became, in written order.
+
+        Raises:
+            TextTypeError, UnboundTextError: an element is not a text of this `LM`.
+            JoinError, TokenizerError: a text that cannot be encoded.
+
+        """
+        texts = self._own_texts(texts)
+        with self._exclusive():
+            self._current()
+            return self._encoder.extents(texts)
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""

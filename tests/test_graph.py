@@ -73,13 +73,13 @@ def test_tokens_are_those_that_an_evaluation_computes(tokenizer: str, data: st.D
 def test_segments_bring_all_tokens_and_joins_are_those_of_the_text(tokenizer: str, data: st.DataObject) -> None:
     lm = new_lm(tokenizer)
     (text, *_) = data.draw(forests(lm))
-    (leaves,) = lm._encoder.leaf_tokens([text])
-    stops = [0, *(leaf.stop for leaf in leaves)]
+    (extents,) = lm._encoder.extents([text])
+    stops = [0, *(extent.stop for extent in extents)]
     assert stops[-1] == len(text.tokens)
-    assert all(before <= leaf.start <= leaf.stop for before, leaf in zip(stops, leaves, strict=False))
+    assert [extent.start for extent in extents] == stops[:-1]
     joins = {join.segment_idx for join in text.joins()}
     if joins:
-        assert {idx for idx, leaf in enumerate(leaves) if leaf.is_join_changed} >= joins
+        assert {idx for idx, extent in enumerate(extents) if extent.is_join_changed} >= joins
 
 
 def test_nodes_are_segments_and_their_numbers_the_order_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
