@@ -569,5 +569,5 @@ def _swatch(status: Status) -> str:
     border = f'BORDER="{round(look.width)}" COLOR="{look.border}" BGCOLOR="{look.fill}" STYLE="{look.style}"'
     cells = "<TR><TD></TD></TR>"
     if look.lines == 2:
-        cells = f'<TR><TD BORDER="1" COLOR="{look.border}"></TD></TR>'
+        cells = f'<TR><TD BORDER="1" COLOR="{look.border}" WIDTH="22" HEIGHT="8"></TD></TR>'
     return f'<TD ALIGN="LEFT"><TABLE {size} {border} CELLBORDER="0" CELLSPACING="2">{cells}</TABLE></TD>'
