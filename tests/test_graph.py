@@ -169,6 +169,16 @@ def test_a_reading_is_no_evaluation_and_a_second_evaluation_reuses() -> None:
     assert by_string(to_networkx(third))[" Admiral"]["status"] == "reused from memory"
 
 
+def test_a_reading_that_splits_a_span_changes_nothing_of_when_it_was_computed() -> None:
+    lm = new_lm(joins="split")
+    text = Text("the ref", lm) + " is due"
+    evaluate(text)
+    before = lm.stats.tokens_computed
+    _ = Text("the ref", lm).logits
+    assert lm.stats.tokens_computed == before
+    assert {data["status"] for data in by_string(to_networkx(text)).values()} == {"computed now"}
+
+
 def test_a_generation_is_one_evaluation() -> None:
     lm = new_lm()
     text = Text("Hello", lm)
