@@ -104,7 +104,7 @@ def test_readme_example_of_classification() -> None:
 @pytest.mark.usefixtures("gpt2_in_this_folder")
 def test_readme_example_of_scikit_learn() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict = {"lm": backprompt.load("gpt2")}
     *statements, last = blocks[4].strip().splitlines()
     exec("\n".join([*statements, f"predicted = {last}"]), names)
@@ -112,6 +112,20 @@ def test_readme_example_of_scikit_learn() -> None:
     assert len(names["search"].cv_results_["params"]) == 8
     stats = names["lm"].stats
     assert stats.tokens_computed < stats.tokens_requested / 4
+
+
+@pytest.mark.usefixtures("gpt2_in_this_folder")
+def test_readme_example_of_explaining(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    lm = backprompt.load("gpt2")
+    names: dict = {"backprompt": backprompt, "Text": backprompt.Text, "lm": lm}
+    exec(compile(blocks[7], str(README), "exec"), names)
+    explained, verified = names["explained"], names["verified"]
+    assert f"forwards {explained.tokens_to_compute} tokens instead of" in capsys.readouterr().out
+    assert explained.tokens_to_compute == explained.actual.tokens_computed == lm.stats.tokens_computed
+    assert explained.misses
+    assert verified.passed
+    assert verified.num_texts == 2
 
 
 def test_public_names() -> None:
