@@ -2,12 +2,17 @@
 
 from backprompt import classify
 from backprompt._chat import chat
+from backprompt._draw import Drawing, draw
 from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
+from backprompt._graph import to_networkx
+from backprompt._plot import plot_probabilities
+from backprompt._show import ShownText, ShownToken
 from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
+    DrawingError,
     DriftError,
     EmptyTextError,
     EntryTooLargeError,
@@ -15,6 +20,7 @@ from backprompt.errors import (
     GroupError,
     JoinError,
     MemoryBudgetError,
+    MissingDependencyError,
     MixedModelsError,
     ModelLoadError,
     NonFiniteError,
@@ -47,6 +53,8 @@ __all__ = [
     "DamagedEntryError",
     "DiskStore",
     "Divergence",
+    "Drawing",
+    "DrawingError",
     "DriftError",
     "EmptyTextError",
     "EntryTooLargeError",
@@ -61,6 +69,7 @@ __all__ = [
     "MemoryBudgetError",
     "MemoryStore",
     "Miss",
+    "MissingDependencyError",
     "MixedModelsError",
     "ModelLoadError",
     "ModelRepr",
@@ -71,6 +80,8 @@ __all__ = [
     "Piece",
     "Pin",
     "SelectedText",
+    "ShownText",
+    "ShownToken",
     "StaleRepresentationError",
     "Stats",
     "Store",
@@ -87,6 +98,7 @@ __all__ = [
     "Verification",
     "chat",
     "classify",
+    "draw",
     "eager",
     "evaluate",
     "explain",
@@ -94,5 +106,7 @@ __all__ = [
     "independence_gap",
     "load",
     "parallel",
+    "plot_probabilities",
+    "to_networkx",
     "verify",
 ]

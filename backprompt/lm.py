@@ -273,7 +273,13 @@ class LM:
         """
         texts = self._own_texts(texts)
         with self._exclusive():
+            self._current().count_evaluation()
             return [ModelRepr(self, evaluated) for evaluated in self._evaluate(texts)]
+
+    def representation(self, text: Text) -> ModelRepr:
+        """Return what `evaluate` returns of a text; of one that is held this is no evaluation, only a look."""
+        with self._exclusive():
+            return ModelRepr(self, *self._evaluate([text]))
 
     def token_logprobs(self, texts: Iterable[Text], starts: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Evaluate texts and return the log-probabilities of their tokens, from `starts[i]` on in text i.
@@ -746,7 +752,7 @@ def evaluate(texts: Text | Iterable[Text]) -> ModelRepr | list[ModelRepr]:
 
     """
     if isinstance(texts, Text):
-        return texts.model_repr
+        return texts._require_lm("a representation").evaluate([texts])[0]
     if isinstance(texts, str):
         raise TextTypeError(f"evaluate takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
     listed = list(texts)

@@ -70,6 +70,9 @@ class Extent:
             segment that they stand next to.
         replaced: the ids from `start` on of what stands before this segment if it is encoded without it: those that the
             join with this segment changed.
+        is_join_changed: whether its ids and those of what stands before it are others than those of both apart.
+        num_special: how many of its first tokens are special ones, of the text or branch that begins with it, or with
+            the group that begins with it.
 
     """
 
@@ -77,6 +80,8 @@ class Extent:
     start: int
     stop: int
     replaced: tuple[int, ...] = ()
+    is_join_changed: bool = False
+    num_special: int = 0
 
 
 class Encoder:
@@ -108,15 +113,16 @@ class Encoder:
     def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
         """Return which tokens each string and each run of token ids of each text became, in written order.
 
-        Every beginning of every run is encoded; texts that share beginnings share the work.
+        Every beginning of every run is encoded, and every segment alone; texts that share them share the work.
         """
+        chains = {chain for text in texts for chain in _chains(text.segments)}
         beginnings = {
             _Chain(chain.leaves[:stop], chain.is_continuation)
-            for text in texts
-            for chain in _chains(text.segments)
+            for chain in chains
             for stop in range(1, len(chain.leaves) + 1)
         }
-        ids_of = self._encode_chains(beginnings, split=self._joins == "split")
+        alone = {_alone(leaf) for chain in chains for leaf in chain.leaves}
+        ids_of = self._encode_chains(beginnings | alone, split=self._joins == "split")
         encoded = self.encode(texts)
         return [self._extents(text, len(ids), ids_of) for text, ids in zip(texts, encoded, strict=True)]
 
@@ -126,7 +132,7 @@ class Encoder:
         for chain, num_before in zip(_chains(text.segments), num_special, strict=True):
             start = extents[-1].stop if extents else 0
             own = _extents_of(chain, ids_of, start + num_before)
-            extents += [replace(own[0], start=start), *own[1:]]
+            extents += [replace(own[0], start=start, num_special=num_before), *own[1:]]
         return [*extents[:-1], *(replace(last, stop=num_tokens) for last in extents[-1:])]
 
     def joins(self, text: Text) -> list[Join]:
@@ -270,6 +276,11 @@ class _Chain(NamedTuple):
 
     leaves: tuple[Leaf, ...]
     is_continuation: bool  # whether something stands before
+
+
+def _alone(leaf: Leaf) -> _Chain:
+    """Return what a leaf is encoded as if no join changes its tokens."""
+    return _Chain((leaf,), is_continuation=True)
 
 
 class _GroupPiece(NamedTuple):
@@ -423,7 +434,10 @@ class _TrieNode:
 
 
 def _extents_of(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]], first: int) -> list[Extent]:
-    """Return the extents of a chain's leaves, whose tokens begin at `first`; `ids_of` has all its beginnings."""
+    """Return the extents of a chain's leaves, whose tokens begin at `first`.
+
+    `ids_of` has all its beginnings, and its leaves alone.
+    """
     ids = ids_of[chain]
     extents: list[Extent] = []
     stop = len(ids)
@@ -432,7 +446,9 @@ def _extents_of(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]], first: 
         num_same = common_length(before, ids, 0)
         start = min(num_same, stop)  # a later join may have changed tokens further back
         replaced = before[start:] if num_same < len(before) else ()
-        extents.append(Extent(chain.leaves[idx], first + start, first + stop, replaced))
+        joined = ids_of[_Chain(chain.leaves[: idx + 1], chain.is_continuation)]
+        is_changed = idx > 0 and joined != before + ids_of[_alone(chain.leaves[idx])]
+        extents.append(Extent(chain.leaves[idx], first + start, first + stop, replaced, is_changed))
         stop = start
     return extents[::-1]
 
