@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from backprompt.cli.rows import FORMATS, Input, Row, format_of
+from backprompt.cli.rows import FORMATS, Input, Row, check_is_there, format_of
 from backprompt.errors import CommandError
 from backprompt.lm import LM, load
 from backprompt.memory import parse_bytes
@@ -114,9 +114,8 @@ def load_model(arguments: argparse.Namespace) -> LM:
 
 def read_input(arguments: argparse.Namespace) -> Input:
     """Return the input, which is there."""
-    found = Input(arguments.input, format_of(arguments.input, arguments.input_format), arguments.column)
-    found.check_is_there()
-    return found
+    check_is_there(arguments.input)
+    return Input(arguments.input, format_of(arguments.input, arguments.input_format), arguments.column)
 
 
 def bound(row: Row, lm: LM | None) -> Text:

@@ -46,6 +46,14 @@ class Row:
     fields: Mapping[str, Any]
 
 
+def check_is_there(path: str) -> None:
+    """Raise CommandError for a path that is none; reads nothing, for a pipe can be read but once."""
+    if path != PIPE and not os.path.exists(path):
+        raise CommandError(f"{path} is not there.")
+    if os.path.isdir(path):
+        raise CommandError(f"{path} is a folder, not a file of prompts.")
+
+
 def format_of(path: str, given: Format | None) -> Format:
     """Return the format of a file: as given, else by its extension; JSONL for pipes.
 
@@ -89,13 +97,6 @@ class Input:
     def name(self) -> str:
         """What messages call it."""
         return "standard input" if self.path == PIPE else self.path
-
-    def check_is_there(self) -> None:
-        """Raise CommandError for a path that is none; reads nothing, for a pipe can be read but once."""
-        if self.path != PIPE and not os.path.exists(self.path):
-            raise CommandError(f"{self.path} is not there.")
-        if os.path.isdir(self.path):
-            raise CommandError(f"{self.path} is a folder, not a file of prompts.")
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows as they are read.
