@@ -44,17 +44,6 @@ def test_evaluate_counts_tokens(texts, lm, capsys):
     assert lm.stats.forward_passes > 1
 
 
-def test_a_bar_counts_what_is_computed_again(model, tokenizer, capsys):
-    """Over the budget what was planned is not all that is forwarded."""
-    lm = LM(model, tokenizer, max_tokens_per_forward=8, memory_bytes=4_000)
-    texts = [Text(f"{word} of them sat on the mat, and we saw it.", lm) for word in ("One", "Two", "Ten")]
-    lm.token_logprobs(texts, show_progress_bar=True)
-    said = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    assert lm.stats.tokens_recomputed > 0
-    num_tokens = lm.stats.tokens_computed
-    assert f"{num_tokens}/{num_tokens}" in [line for line in said if line.startswith("evaluating")][-1]
-
-
 def test_short_work_shows_nothing_by_default(texts, is_shown):
     evaluate(texts)
     assert is_shown("evaluating", "scoring") == [False, False]
