@@ -4,6 +4,7 @@ import logging as _logging
 
 from backprompt import classify
 from backprompt._chat import chat
+from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
 from backprompt.errors import (
     BackpromptError,
@@ -31,10 +32,12 @@ from backprompt.errors import (
 from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
+from backprompt.lookup import Piece
+from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
-from backprompt.tokens import Join
+from backprompt.tokens import Extent, Join
 
 __version__ = "0.1.0"
 
@@ -45,8 +48,11 @@ __all__ = [
     "BackpromptError",
     "DamagedEntryError",
     "DiskStore",
+    "Divergence",
     "EmptyTextError",
     "EntryTooLargeError",
+    "Explanation",
+    "Extent",
     "GeneratedText",
     "GenerationError",
     "GroupError",
@@ -55,12 +61,14 @@ __all__ = [
     "JoinError",
     "MemoryBudgetError",
     "MemoryStore",
+    "Miss",
     "MixedModelsError",
     "ModelLoadError",
     "ModelRepr",
     "NoStoreError",
     "NonFiniteError",
     "NotPicklableError",
+    "Piece",
     "Pin",
     "SelectedText",
     "StaleRepresentationError",
@@ -80,6 +88,7 @@ __all__ = [
     "classify",
     "eager",
     "evaluate",
+    "explain",
     "generate",
     "independence_gap",
     "load",

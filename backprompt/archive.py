@@ -15,7 +15,7 @@ import torch
 
 from backprompt.cache import Block, BlockRows, KeysValues, States, gather, keys_values_of, states_of
 from backprompt.errors import EntryTooLargeError, StoreVersionError
-from backprompt.identity import extend_key, gap_key, group_key
+from backprompt.identity import extend_key, gap_key, group_key, root_key
 from backprompt.radix import NOTHING, Forest, Junction, Span
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, encode, parts_of
@@ -103,9 +103,43 @@ class Archive:
                 for span in visit.absent:
                     span.is_stored = False  # or not any more
             except OSError as error:
-                self._can_read = False
-                logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
+                self._note_unreadable(error)
         return Loaded(served, num_tokens)
+
+    def num_stored(self, span: Span) -> int:
+        """Return of how many of a span's first tokens the store's index says that it has them; loads nothing."""
+        if not self._can_read:
+            return 0
+        try:
+            found = _Reader(self._store, self._start_of, self._device).find(span)
+        except OSError as error:
+            self._note_unreadable(error)
+            return 0
+        return 0 if found is None else found.num_tokens
+
+    def others(self, beginning: Sequence[int]) -> list[Root]:
+        """Return what else than this archive's root texts stand on that are stored and whose first tokens are these."""
+        if not self._can_read:
+            return []
+        try:
+            found = [
+                _root_of(header)
+                for header in self._store.list(self._decode(beginning).rstrip("\N{REPLACEMENT CHARACTER}"))
+                if header.position == 0 and header.token_ids[: len(beginning)] == tuple(beginning)
+            ]
+        except OSError as error:
+            self._note_unreadable(error)
+            return []
+        return [root for root in dict.fromkeys(found) if root.key != self._known_root().key]
+
+    def under(self, root: Root) -> Archive:
+        """Return an archive of the same store whose keys are built on another root."""
+        return Archive(self._store, lambda: root, self._decode, self._device)
+
+    @property
+    def root(self) -> Root:
+        """What its keys are built on; the first use hashes the model's weights."""
+        return self._known_root()
 
     def save_new(self, spans: Iterable[Span]) -> None:
         """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
@@ -146,6 +180,10 @@ class Archive:
             setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
             loaded.is_stored = True
             yield read.block
+
+    def _note_unreadable(self, error: OSError) -> None:
+        self._can_read = False
+        logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
 
     def _save(self, span: Span) -> None:
         try:
@@ -248,6 +286,11 @@ class Archive:
         assert span.parent is not None
         before = self._key_of(span.parent)
         return before if span.position == span.parent.stop else gap_key(before, span.position)
+
+
+def _root_of(header: Header) -> Root:
+    key = root_key(model=header.model, dtype=header.dtype, tokenizer=header.tokenizer, exactness=header.exactness)
+    return Root(key, header.model, header.tokenizer, header.dtype, header.exactness)
 
 
 class _Keyed:

@@ -24,6 +24,7 @@ from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
 from backprompt.growth import Growth
 from backprompt.host import HostMemory
+from backprompt.lookup import Aside, Sketch
 from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
 from backprompt.probe import probe
@@ -166,6 +167,20 @@ class Evaluator:
         self._forget_results()
         self._pinned.clear()
 
+    @property
+    def archive(self) -> Archive | None:
+        """What connects the forest with a store, if there is one."""
+        return self._archive
+
+    @property
+    def max_tokens_per_forward(self) -> int:
+        """How many tokens one packed pass forwards at most."""
+        return self._max_tokens
+
+    def sketch(self, texts: Iterable[TokenIds], asides: Iterable[Aside] = ()) -> Sketch:
+        """Return what is held of texts, in a forest of their own; changes, loads and forwards nothing."""
+        return Sketch(self.forest, texts, self._archive, asides)
+
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
         """Compute what is missing of texts given by their token ids, and return the spans at which they end.
 
@@ -288,6 +303,12 @@ class Evaluator:
         for group in _slices(list(dict.fromkeys(ends)), self.executor.rows_in_a_slice):
             rows.update(zip(group, self._logits(torch.stack([_last_hidden(end) for end in group])), strict=True))
         return [rows[end] for end in ends]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of all that is held of one token; the first use runs the probe."""
+        self._probe_once()
+        return self.executor.token_bytes
 
     def num_bytes_to_hold(self, ends: Collection[Span]) -> int:
         """Return the bytes of all that must be held for these texts and for what is pinned."""

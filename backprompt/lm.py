@@ -45,6 +45,7 @@ from backprompt.evaluator import Counters, Evaluator, TokenScores, Wanted, split
 from backprompt.executor import plain_surroundings
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
+from backprompt.lookup import Piece
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.progress import showing
 from backprompt.radix import Place
@@ -54,7 +55,7 @@ from backprompt.store import DiskStore, Store
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions, without_last
 from backprompt.tokenizer import PrivateTokenizer
-from backprompt.tokens import JOINS, Encoder, Join, Joins
+from backprompt.tokens import JOINS, Encoder, Extent, Join, Joins
 from backprompt.weights import WeightsMonitor, content_hash
 
 logger = logging.getLogger(__name__)
@@ -438,6 +439,39 @@ class LM:
             evaluator = self._current()
             for text, token_ids in zip(texts, self._encoder.encode(texts), strict=True):
                 self._check_can_be_evaluated(evaluator, text, token_ids)
+
+    def look_up(self, texts: Iterable[Text]) -> list[list[Piece]]:
+        """Return where the tokens of texts lie, as pieces of each text in written order.
+
+        Nothing is computed, loaded or inserted, and what is evicted next stays the same. With a store only its index is
+        asked, and the first such question hashes the model's weights, as `fingerprint` does.
+
+        Returns:
+            For each text pieces that cover `text.tokens` without gaps.
+
+        Raises:
+            TextTypeError, UnboundTextError: an element is not a text of this `LM`.
+            JoinError, TokenizerError: a text that cannot be encoded.
+
+        """
+        texts = self._own_texts(texts)
+        with self._exclusive():
+            evaluator = self._current()
+            sketch = evaluator.sketch(self._encoder.encode(texts))
+            return [sketch.pieces(place) for place in sketch.places]
+
+    def extents(self, texts: Iterable[Text]) -> list[list[Extent]]:
+        """Return which tokens of each text its strings and runs of token ids became, in written order.
+
+        Raises:
+            TextTypeError, UnboundTextError: an element is not a text of this `LM`.
+            JoinError, TokenizerError: a text that cannot be encoded.
+
+        """
+        texts = self._own_texts(texts)
+        with self._exclusive():
+            self._current()
+            return self._encoder.extents(texts)
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""

@@ -163,6 +163,10 @@ class Span:
             _count_chain(counts, self.parent, None, 1)
         return dict(reversed(counts.items()))
 
+    def junction(self, ends: Iterable[tuple[Span, bool]]) -> Span | None:
+        """Return the junction behind a group that stands here, given by where its branches end, each frozen or not."""
+        return self.children.get(_junction_key(ends))
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing of it is held, neither on the device nor in the second pool."""
@@ -248,7 +252,7 @@ class Forest:
         what continues it.
         """
         ids = token_ids if isinstance(token_ids, TokenGraph) else tuple(token_ids)
-        end, _ = fold(ids, self.root, self._continue, self._join)
+        end, _ = fold(ids, self.root, self.extend, self._join)
         end.is_end |= is_end
         return end
 
@@ -259,7 +263,7 @@ class Forest:
         spans: list[Span] = []
 
         def continue_(span: Span, position: int, ids: tuple[int, ...]) -> Span:
-            end = self._continue(span, position, ids)  # finds it: the text was inserted
+            end = self.extend(span, position, ids)  # finds it: the text was inserted
             chain, above = [], end
             while above is not span:
                 assert above.parent is not None
@@ -271,17 +275,17 @@ class Forest:
         fold(place.token_ids, self.root, continue_, self._join)
         return spans
 
-    def _continue(self, span: Span, position: int, ids: tuple[int, ...]) -> Span:
+    def extend(self, span: Span, position: int, ids: tuple[int, ...]) -> Span:
         """Return the span that ends where `ids` end that stand behind `span`, the first at `position`."""
         num_matched = 0
         while num_matched < len(ids):
-            key = _child_key(span, position + num_matched, ids[num_matched])
+            key = child_key(span, position + num_matched, ids[num_matched])
             child = span.children.get(key)
             if child is None:
                 child = Span(ids[num_matched:], position + num_matched, span)
                 span.children[key] = child
                 return child
-            num_common = _common_length(child.token_ids, ids, num_matched)
+            num_common = common_length(child.token_ids, ids, num_matched)
             if num_common < len(child.token_ids):
                 child = self.split(child, num_common)
             span, num_matched = child, num_matched + num_common
@@ -292,11 +296,9 @@ class Forest:
         branches = Counter(ends)
         for end, _ in ends:
             end.is_end = True
-        # An end stays the end when spans are split. None tells the key from those of spans at later positions.
-        key = (None, *sorted(2 * id(end) + is_frozen for end, is_frozen in ends))
-        junction = before.children.get(key)
+        junction = before.junction(ends)
         if junction is None:
-            junction = before.children[key] = Junction(position, before, branches)
+            junction = before.children[_junction_key(ends)] = Junction(position, before, branches)
         return junction
 
     def num_computed(self, token_ids: Sequence[int]) -> int:
@@ -307,7 +309,7 @@ class Forest:
             child = span.children.get(ids[num_matched])
             if child is None or child.rows is None:
                 break
-            num_common = _common_length(child.token_ids, ids, num_matched)
+            num_common = common_length(child.token_ids, ids, num_matched)
             num_matched += num_common
             if num_common < len(child.token_ids):
                 break
@@ -318,7 +320,7 @@ class Forest:
         """Cut `span` after `num_tokens` and return the new upper part; `span` itself becomes the lower part."""
         assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
         upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
-        span.parent.children[_child_key(span.parent, span.position, span.token_ids[0])] = upper
+        span.parent.children[child_key(span.parent, span.position, span.token_ids[0])] = upper
         span.token_ids = span.token_ids[num_tokens:]
         span.position += num_tokens
         span.parent = upper
@@ -337,7 +339,7 @@ class Forest:
         """Let `span` begin where what it continues begins, which is there no more; the opposite of `split`."""
         upper = span.parent
         assert upper is not None and upper.parent is not None and len(upper.children) == 1, span
-        upper.parent.children[_child_key(upper.parent, upper.position, upper.token_ids[0])] = span
+        upper.parent.children[child_key(upper.parent, upper.position, upper.token_ids[0])] = span
         span.token_ids = upper.token_ids + span.token_ids
         span.position = upper.position
         span.parent = upper.parent
@@ -387,11 +389,17 @@ def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> 
         stack += reversed(list(continuations(span)))
 
 
-def _child_key(parent: Span, position: int, token_id: int) -> ChildKey:
+def child_key(parent: Span, position: int, token_id: int) -> ChildKey:
+    """Return what a span is found by among the children of another: its first token, and where that leaves a gap."""
     return token_id if position == parent.stop else (position, token_id)
 
 
-def _common_length(span_ids: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
+def _junction_key(ends: Iterable[tuple[Span, bool]]) -> ChildKey:
+    # An end stays the end when spans are split. None tells the key from those of spans at later positions.
+    return (None, *sorted(2 * id(end) + is_frozen for end, is_frozen in ends))
+
+
+def common_length(span_ids: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
     """Return how many of `span_ids` equal `ids` from `offset` on."""
     window = ids[offset : offset + len(span_ids)]
     if window == span_ids:
