@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -659,3 +660,56 @@ def test_demo(run, model, monkeypatch):
 def test_input_names_the_lines_of_csv_with_breaks_in_them():
     Path("in.csv").write_text('prompt\n"a\nb"\nc\n')
     assert [row.where for row in Input("in.csv", "csv").rows()] == ["line 3 of in.csv", "line 4 of in.csv"]
+
+
+# Documentation
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/command_line.md"])
+def test_documented_commands_run(run, page, model):
+    """Each of them exits with 0, in their order, in a folder with prompts, labels and a model called gpt2."""
+    Path("gpt2").symlink_to(model)
+    write_jsonl(
+        "prompts.jsonl", [{"id": idx, "prompt": f"Review: A {word}\nSentiment:"} for idx, word in enumerate("xyz")]
+    )
+    Path("prompts.csv").write_text("prompt\nReview: A\n")
+    backprompt.DiskStore("prompts.bp").close()
+    page_text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page_text, flags=re.DOTALL)
+    commands = [
+        part
+        for block in blocks
+        for line in block.splitlines()
+        for part in line.split(" | ")
+        if part.startswith("backprompt ")
+    ]
+    assert len(commands) >= 5
+    stdin = io.TextIOWrapper(io.BytesIO(Path("prompts.jsonl").read_bytes()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin)
+        for command in commands:
+            code, _, said = run(*shlex.split(command, comments=True)[1:])
+            assert code == 0, (command, said)
+
+
+def test_documented_python_runs():
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs/command_line.md").read_text(encoding="utf-8"), re.DOTALL)[
+        0
+    ]
+    logger = logging.getLogger("backprompt")
+    before = logger.level
+    try:
+        exec(block, {})
+        assert logger.level == logging.DEBUG
+    finally:
+        logger.setLevel(before)
+
+
+def test_documented_exit_codes_are_those_of_the_help(run):
+    documented = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs/command_line.md").read_text(), re.MULTILINE)
+    _, printed, _ = run("--help")
+    assert len(documented) == 6
+    for code, meaning in documented:
+        assert f"  {code:<5}{meaning}\n" in printed

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import transformers
 
-from backprompt.cli import demo, generate, score, stores
+from backprompt.cli import demo, generate, reports, score, stores
 from backprompt.errors import BackpromptError
 from backprompt.progress import showing
 
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"backprompt {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, score, generate, stores):
+    for command in (demo, score, generate, reports, stores):
         command.add(commands)
     return parser
 
