@@ -6,9 +6,11 @@ from backprompt import classify
 from backprompt._chat import chat
 from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
+from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
+    DriftError,
     EmptyTextError,
     EntryTooLargeError,
     GenerationError,
@@ -49,6 +51,7 @@ __all__ = [
     "DamagedEntryError",
     "DiskStore",
     "Divergence",
+    "DriftError",
     "EmptyTextError",
     "EntryTooLargeError",
     "Explanation",
@@ -66,6 +69,7 @@ __all__ = [
     "ModelLoadError",
     "ModelRepr",
     "NoStoreError",
+    "NodeDrift",
     "NonFiniteError",
     "NotPicklableError",
     "Piece",
@@ -84,6 +88,7 @@ __all__ = [
     "TokenizerError",
     "UnboundTextError",
     "UnsupportedModelError",
+    "Verification",
     "chat",
     "classify",
     "eager",
@@ -93,4 +98,5 @@ __all__ = [
     "independence_gap",
     "load",
     "parallel",
+    "verify",
 ]

@@ -284,10 +284,8 @@ def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanati
         What `evaluate` raises for texts that cannot be evaluated, also without `analyze`.
 
     """
-    listed = _listed(texts)
-    if not listed:
-        raise ValueError("explain needs at least one text.")
-    lm = _one_lm(listed)
+    listed = listed_texts(texts, "explain")
+    lm = one_lm(listed)
     lm.check(listed)
     with lm._exclusive():
         explained = _expected(lm, lm._current(), listed)
@@ -298,15 +296,29 @@ def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanati
         return _with_actual(explained, lm.stats - before, lm.stats.bytes_held)
 
 
-def _listed(texts: Text | Iterable[Text]) -> list[Text]:
-    if isinstance(texts, Text):
-        return [texts]
+def listed_texts(texts: Text | Iterable[Text], what: str) -> list[Text]:
+    """Return a text or several as a list; `what` takes them.
+
+    Raises:
+        ValueError: there are none.
+        TextTypeError: it is a string.
+
+    """
     if isinstance(texts, str):
-        raise TextTypeError(f"explain takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
-    return list(texts)
+        raise TextTypeError(f"{what} takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
+    listed = [texts] if isinstance(texts, Text) else list(texts)
+    if not listed:
+        raise ValueError(f"{what} needs at least one text.")
+    return listed
 
 
-def _one_lm(texts: Sequence[Text]) -> LM:
+def one_lm(texts: Sequence[Text]) -> LM:
+    """Return the `LM` that all of these belong to.
+
+    Raises:
+        TextTypeError, UnboundTextError, MixedModelsError: one is not a text, has no `LM`, or another one.
+
+    """
     for idx, text in enumerate(texts):
         if not isinstance(text, Text):
             raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")

@@ -53,6 +53,10 @@ class NonFiniteError(BackpromptError, ArithmeticError):
     """The model returned NaN."""
 
 
+class DriftError(BackpromptError, ArithmeticError):
+    """What was computed lies further from the model's plain call than was tolerated."""
+
+
 class GenerationError(BackpromptError, ValueError):
     """Options of `generate` that contradict each other, or that it does not have."""
 
