@@ -4,12 +4,17 @@ import logging as _logging
 
 from backprompt import classify
 from backprompt._chat import chat
+from backprompt._draw import Drawing, draw
 from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
+from backprompt._graph import to_networkx
+from backprompt._plot import plot_probabilities
+from backprompt._show import ShownText, ShownToken
 from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
+    DrawingError,
     DriftError,
     EmptyTextError,
     EntryTooLargeError,
@@ -17,6 +22,7 @@ from backprompt.errors import (
     GroupError,
     JoinError,
     MemoryBudgetError,
+    MissingDependencyError,
     MixedModelsError,
     ModelLoadError,
     NonFiniteError,
@@ -51,6 +57,8 @@ __all__ = [
     "DamagedEntryError",
     "DiskStore",
     "Divergence",
+    "Drawing",
+    "DrawingError",
     "DriftError",
     "EmptyTextError",
     "EntryTooLargeError",
@@ -65,6 +73,7 @@ __all__ = [
     "MemoryBudgetError",
     "MemoryStore",
     "Miss",
+    "MissingDependencyError",
     "MixedModelsError",
     "ModelLoadError",
     "ModelRepr",
@@ -75,6 +84,8 @@ __all__ = [
     "Piece",
     "Pin",
     "SelectedText",
+    "ShownText",
+    "ShownToken",
     "StaleRepresentationError",
     "Stats",
     "Store",
@@ -91,6 +102,7 @@ __all__ = [
     "Verification",
     "chat",
     "classify",
+    "draw",
     "eager",
     "evaluate",
     "explain",
@@ -98,5 +110,7 @@ __all__ = [
     "independence_gap",
     "load",
     "parallel",
+    "plot_probabilities",
+    "to_networkx",
     "verify",
 ]

@@ -89,6 +89,14 @@ class ModelLoadError(BackpromptError, OSError):
     """A model or its tokenizer could not be loaded."""
 
 
+class DrawingError(BackpromptError, RuntimeError):
+    """A picture could not be made: there is nothing to lay it out or to draw it with, or no such format."""
+
+
+class MissingDependencyError(BackpromptError, ImportError):
+    """A package that an optional feature needs is not installed."""
+
+
 class NotPicklableError(BackpromptError, TypeError):
     """An `LM` was pickled; it holds a model, a lock and a cache of tensors."""
 

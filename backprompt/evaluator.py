@@ -177,6 +177,10 @@ class Evaluator:
         """How many tokens one packed pass forwards at most."""
         return self._max_tokens
 
+    def count_evaluation(self) -> None:
+        """Begin another evaluation: what was computed before is reused from now on."""
+        self.forest.evaluation += 1
+
     def sketch(self, texts: Iterable[TokenIds], asides: Iterable[Aside] = ()) -> Sketch:
         """Return what is held of texts, in a forest of their own; changes, loads and forwards nothing."""
         return Sketch(self.forest, texts, self._archive, asides)
@@ -559,6 +563,8 @@ class Evaluator:
     ) -> None:
         """Do so; what is dropped although a later pass needs it comes back or is planned and forwarded again."""
         waiting = dict.fromkeys(end for end in ends if not _is_held(end, with_keys))
+        if waiting and use_store:  # the steps of a generation are one evaluation, which its beginning counted
+            self.count_evaluation()
         is_stuck = False  # then one text alone goes on
         while waiting:
             num_waiting = len(waiting)
@@ -631,6 +637,7 @@ class Evaluator:
             if isinstance(span, Junction):
                 span.rows = span.states = NOTHING
             span.was_computed = True
+            span.computed_in = self.forest.evaluation
             span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed

@@ -281,7 +281,13 @@ class LM:
         """
         texts = self._own_texts(texts)
         with self._exclusive(), showing(show_progress_bar):
+            self._current().count_evaluation()
             return [ModelRepr(self, evaluated) for evaluated in self._evaluate(texts)]
+
+    def representation(self, text: Text) -> ModelRepr:
+        """Return what `evaluate` returns of a text; of one that is held this is no evaluation, only a look."""
+        with self._exclusive():
+            return ModelRepr(self, *self._evaluate([text]))
 
     def token_logprobs(
         self, texts: Iterable[Text], starts: Sequence[int] | None = None, *, show_progress_bar: bool | None = None

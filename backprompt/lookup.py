@@ -99,6 +99,7 @@ class Sketch:
         asides: Iterable[Aside] = (),
     ) -> None:
         self.forest = Forest()
+        self.forest.evaluation = held.evaluation
         self.places = [Place(self.forest.insert(token_ids), token_ids) for token_ids in texts]
         self._asides = {aside: self._insert_aside(aside) for aside in asides}
         self._reached: dict[Span, _Reached] = {self.forest.root: _Reached(held.root, 0)}
@@ -194,6 +195,7 @@ class Sketch:
             return
         held = reached.span
         span.was_computed, span.is_stored = held.was_computed, held.is_stored
+        span.computed_in, span.loaded_in = held.computed_in, held.loaded_in
         if reached.num_tokens == len(held.token_ids):
             span.key = held.key
         if span.token_ids:

@@ -72,6 +72,7 @@ class Span:
         states: where its final hidden states and log-probabilities lie there; None where they do not.
         host_rows, host_states: where they lie in the second pool (host.py); never in both.
         was_computed: whether it was computed before, though nothing of it may be held now.
+        computed_in, loaded_in: the number of the evaluation that forwarded it last, or read it from a store; or 0.
         is_end: whether a text may end here that somebody knows of, so that this object must stay where it is.
         num_pins: how many pins hold the texts that end here.
         credit, last_used: when it may be evicted: see memory.py.
@@ -83,6 +84,7 @@ class Span:
 
     __slots__ = (
         "children",
+        "computed_in",
         "credit",
         "error",
         "host_rows",
@@ -91,6 +93,7 @@ class Span:
         "is_stored",
         "key",
         "last_used",
+        "loaded_in",
         "num_pins",
         "parent",
         "position",
@@ -110,6 +113,7 @@ class Span:
         self.host_rows: Rows | None = None
         self.host_states: Rows | None = None
         self.was_computed = False
+        self.computed_in = self.loaded_in = 0
         self.is_end = False
         self.num_pins = 0
         self.credit = 0.0
@@ -240,10 +244,17 @@ def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: i
 
 
 class Forest:
-    """All spans, under one empty root."""
+    """All spans, under one empty root.
+
+    Attributes:
+        root: what texts begin behind.
+        evaluation: the number of the latest evaluation, the first being 1.
+
+    """
 
     def __init__(self) -> None:
         self.root = Span((), 0, None)
+        self.evaluation = 0
 
     def insert(self, token_ids: TokenIds | Sequence[int], *, is_end: bool = True) -> Span:
         """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed.
@@ -332,6 +343,7 @@ class Forest:
                 setattr(upper, slot, first)
                 setattr(span, slot, second)
         upper.was_computed, upper.is_stored, upper.error = span.was_computed, span.is_stored, span.error
+        upper.computed_in, upper.loaded_in = span.computed_in, span.loaded_in
         upper.credit, upper.last_used = span.credit, span.last_used
         return upper
 

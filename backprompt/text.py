@@ -25,7 +25,9 @@ from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, le
 if TYPE_CHECKING:
     import torch
 
+    from backprompt._draw import Drawing
     from backprompt._generate import SelectedText, Stream
+    from backprompt._show import ShownText
     from backprompt.lm import LM
     from backprompt.representation import ModelRepr, Pin
     from backprompt.tokens import Join
@@ -234,7 +236,7 @@ class Text:
     @property
     def model_repr(self) -> ModelRepr:
         """The model's representation of this text, computed now if it is not cached."""
-        return self._require_lm("a representation").evaluate([self])[0]
+        return self._require_lm("a representation").representation(self)
 
     def __call__(self) -> ModelRepr:
         """Evaluate now and return the `ModelRepr`."""
@@ -304,6 +306,30 @@ class Text:
         lm = self._require_lm("a continuation")
         decoding = lm.decoding(max_new_tokens=max_new_tokens, stop=stop, seed=seed, given=generation_config)
         return Stream(lm, self, decoding)
+
+    def draw(self, **options: Any) -> Drawing:
+        """Return a picture of this text's segments; see `backprompt.draw`, whose options these are."""
+        from backprompt._draw import draw  # the drawing reads the node, which knows nothing of it
+
+        return draw(self, **options)
+
+    def show(self, *, top: int = 5) -> ShownText:
+        """Return this text with its tokens coloured by log-probability; evaluates it.
+
+        In notebooks it shows itself, and names the most probable alternatives where the pointer rests; `print` it in
+        terminals (without colours where `NO_COLOR` is set or the output is no terminal).
+
+        Args:
+            top: how many alternatives to find for each token; more than 0 takes a row of the output head a token.
+
+        Raises:
+            ValueError: `top` is negative.
+            What `backprompt.evaluate` raises.
+
+        """
+        from backprompt._show import show  # the node knows no model until it is asked for one
+
+        return show(self, top=top)
 
     def pin(self) -> Pin:
         """Evaluate now, and hold all of the representation until `.release()` or the end of a `with` block.
