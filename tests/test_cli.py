@@ -500,6 +500,8 @@ def test_bad_arguments(score, arguments, problem):
         ({"id": 9, "prompt": PROMPTS[0], "prediction": "good"}, "row 1 of out.jsonl is not from line 1"),
         ({"id": 0, "prompt": PROMPTS[0], "completion": "good"}, "row 1 of out.jsonl is not from line 1"),
         ({"id": 0, "prompt": PROMPTS[0], "prediction": "x", "probability": 1, "probabilities": {"x": 1}}, "has other"),
+        ({"id": 0, "prompt": PROMPTS[0], "prediction": "good", "probabilities": {"good": 1}}, "has other completions"),
+        ({"id": 0, "prompt": PROMPTS[0], "prediction": "x", "probabilities": dict.fromkeys("xyz", 1)}, "has other"),
         ([], "row 1 of out.jsonl cannot be read"),
     ],
 )
@@ -577,6 +579,18 @@ def test_a_bar_where_standard_error_is_a_terminal(score, monkeypatch):
     assert f"{len(PROMPTS)}/{len(PROMPTS)}" in said
     assert "evaluating" not in said  # one bar is enough
     assert score("prompts.jsonl", "--no-progress")[2] == ""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_librarys_own_bars_need_a_terminal_too(run, model, monkeypatch, is_terminal):
+    monkeypatch.setattr("backprompt.progress.DELAY_SECONDS", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
+    write_jsonl("prompts.jsonl", [f"{word} " * 50 for word in "abcdefghijklmnopqrst"])  # several passes
+    arguments = ["explain", "prompts.jsonl", "--run", "--model", model, "--device", "cpu"]
+    code, _, said = run(*arguments)
+    assert code == 0
+    assert ("evaluating: 100%" in said) == is_terminal
+    assert "evaluating" not in run(*arguments, "--no-progress")[2]
 
 
 # explain, draw, verify
