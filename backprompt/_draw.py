@@ -195,6 +195,7 @@ class _Box:
 
     nodes: list[int]
     title: str | None = None  # of several
+    is_row: bool = False  # several that only follow each other
 
 
 class _Folding:
@@ -258,7 +259,7 @@ class _Folding:
             row = self._row_from(int(first)) if first in self.boxes else []
             if len(row) > MAX_IN_A_ROW:
                 rest = row[1:]
-                self.boxes[str(rest[0])] = _Box(rest, f"{len(rest)} more segments")
+                self.boxes[str(rest[0])] = _Box(rest, f"{len(rest)} more segments", is_row=True)
                 self.of.update(dict.fromkeys(rest, str(rest[0])))
                 for node in rest[1:]:
                     del self.boxes[str(node)]
@@ -353,7 +354,8 @@ class _Picture:
             boxes_before = {parent for parent, box in self._folding.boxes.items() if own.issuperset(box.nodes)}
             following = {node for parent, node in self._folding.edges if parent in boxes_before}
             first = [name for name in boxes if name not in following]
-            # Graphviz stands what is in a frame on its head when it draws from left to right.
+            # From left to right Graphviz stands what is in a frame on its head. (Around frames in frames it follows
+            # an order of its own; that of branches means nothing.)
             _put_in_order(drawing, first[::-1])
         for other in inner:
             with drawing.subgraph(name=f"cluster{other.number}") as cluster:
@@ -435,12 +437,12 @@ class _Picture:
         has_following = any(self._graph.succ[node] for node in box.nodes)
         if box.title is not None and texts:
             lines.insert(0, _counted(texts, "text"))
-        elif data[0]["num_texts"] > 1 and not box.title:
+        elif data[0]["num_texts"] > 1 and (box.title is None or box.is_row):
             lines.append(
                 f"in {data[0]['num_texts']:,} texts" + (f"; {_ending(texts)}" if texts and has_following else "")
             )
-        if num_changed := sum(node["is_join_changed"] for node in data[1:]) if box.title else 0:
-            lines.append(f"≠ at {_counted(num_changed, 'join')} in it")
+        if num_changed := sum(node["is_join_changed"] for node in data) if box.title else 0:
+            lines.append(f"≠ at {_counted(num_changed, 'join')}")
         if any(node["is_frozen"] for node in data):
             lines.append("frozen: sees nothing before it")
         return lines
@@ -567,5 +569,5 @@ def _swatch(status: Status) -> str:
     border = f'BORDER="{round(look.width)}" COLOR="{look.border}" BGCOLOR="{look.fill}" STYLE="{look.style}"'
     cells = "<TR><TD></TD></TR>"
     if look.lines == 2:
-        cells = f'<TR><TD BORDER="1" COLOR="{look.border}"></TD></TR>'
+        cells = f'<TR><TD BORDER="1" COLOR="{look.border}" WIDTH="22" HEIGHT="8"></TD></TR>'
     return f'<TD ALIGN="LEFT"><TABLE {size} {border} CELLBORDER="0" CELLSPACING="2">{cells}</TABLE></TD>'

@@ -27,7 +27,7 @@ from backprompt.radix import Forest, Place, Span
 from backprompt.segments import Group, Segment
 from backprompt.text import Text
 from backprompt.token_graph import flat
-from backprompt.tokens import LeafTokens
+from backprompt.tokens import Extent
 
 if TYPE_CHECKING:
     from backprompt.lm import LM
@@ -124,7 +124,7 @@ class _Encoding:
     """What is known of a text by its model."""
 
     token_ids: tuple[int, ...]
-    leaves: Sequence[LeafTokens]
+    extents: Sequence[Extent]
     decode: Any
 
 
@@ -176,8 +176,8 @@ class _Walk:
         self.visited: dict[_Node, None] = {}
         self._found = found
         self._encoding = encoding
-        self._leaves = iter(()) if encoding is None else iter(encoding.leaves)
-        self._next_leaf: LeafTokens | None = next(self._leaves, None)
+        self._extents = iter(()) if encoding is None else iter(encoding.extents)
+        self._next_extent: Extent | None = next(self._extents, None)
         self._num_tokens = 0  # passed so far
 
     def through(
@@ -205,22 +205,22 @@ class _Walk:
     def _leaf(self, segment: Segment, before: _Node | None, position: int, extra: tuple[Any, ...]) -> tuple[_Node, int]:
         kind: Kind = "string" if isinstance(segment, str) else "token ids"
         node = self._node((kind, before, segment, *extra), kind, segment, {before: 1}, position)
-        if self._next_leaf is None:
+        if self._next_extent is None:
             self.uses.append(_Use(node, 0))
             return node, position
-        node.is_join_changed |= self._next_leaf.is_join_changed
+        node.is_join_changed |= self._next_extent.is_join_changed
         start = self._num_tokens
-        self._pass(node, self._next_leaf.stop)
-        self._next_leaf = next(self._leaves, None)
+        self._pass(node, self._next_extent.stop)
+        self._next_extent = next(self._extents, None)
         return node, position + self._num_tokens - start
 
     def _special_tokens(self, before: _Node | None, position: int, extra: tuple[Any, ...]) -> tuple[_Node | None, int]:
         """Return the node of special tokens that stand before a group, if any do, and the position behind them."""
-        if self._next_leaf is None or self._next_leaf.start <= self._num_tokens:
+        if self._next_extent is None or not self._next_extent.num_special:
             return before, position
         node = self._node(("special tokens", before, *extra), "special tokens", None, {before: 1}, position)
-        num_tokens = self._next_leaf.start - self._num_tokens
-        self._pass(node, self._next_leaf.start)
+        num_tokens = self._next_extent.num_special
+        self._pass(node, self._num_tokens + num_tokens)
         return node, position + num_tokens
 
     def _group(self, group: Group, before: _Node | None, position: int) -> tuple[_Node, int]:
@@ -281,15 +281,15 @@ def _add_encoded(merged: _Merged, lm: LM, texts: dict[int, Text]) -> int:
         all_token_ids = encoder.encode(list(texts.values()))
         sketch = evaluator.sketch(all_token_ids)
         statuses = [list(_statuses(sketch, place)) for place in sketch.places]
-        leaves = encoder.leaf_tokens(list(texts.values()))
+        extents = encoder.extents(list(texts.values()))
         token_bytes = evaluator.executor.token_bytes
     claims = _Claims()
     places = [Place(claims.forest.insert(token_ids), token_ids) for token_ids in all_token_ids if token_ids]
     places_left = iter(places)
-    for (text_idx, text), token_ids, its_leaves, its_statuses in zip(
-        texts.items(), all_token_ids, leaves, statuses, strict=True
+    for (text_idx, text), token_ids, its_extents, its_statuses in zip(
+        texts.items(), all_token_ids, extents, statuses, strict=True
     ):
-        encoding = _Encoding(flat(token_ids), its_leaves, encoder.tokenizer.decode)
+        encoding = _Encoding(flat(token_ids), its_extents, encoder.tokenizer.decode)
         uses = merged.add(text, text_idx, encoding)
         if token_ids:
             claims.claim(next(places_left), uses, its_statuses)

@@ -108,17 +108,17 @@ class ShownText:
             f'<span style="{_style(shade)}; padding: 0 0.5em; border-radius: 3px">{html.escape(str(shade))}</span>'
             for shade in _SHADES
         )
-        joins = html.escape(self._joins_explained())
+        joins = self._joins_explained("│", "║")
         return (
             '<div style="font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7">'
             f"{''.join(map(_token_html, self.tokens))}</div>"
             f'<div style="margin-top: 0.6em; font-size: 85%">probability: {legend} &emsp;{joins}</div>'
         )
 
-    def _joins_explained(self) -> str:
-        explained = [f"{_JOIN} a segment begins"] if any(map(_is_marked, self.tokens)) else []
+    def _joins_explained(self, join: str = _JOIN, changed_join: str = _CHANGED_JOIN) -> str:
+        explained = [f"{join} a segment begins"] if any(map(_is_marked, self.tokens)) else []
         if any(token.is_join_changed for token in self.tokens):
-            explained.append(f"{_CHANGED_JOIN} joining changed tokens")
+            explained.append(f"{changed_join} one begins, and joining it changed tokens")
         return ", ".join(explained)
 
 
@@ -130,10 +130,10 @@ def show(text: Text, *, top: int = 5) -> ShownText:
     model_repr = text.model_repr
     with lm._exclusive():
         (token_ids,) = lm._encoder.encode([text])
-        (leaves,) = lm._encoder.leaf_tokens([text])
+        (extents,) = lm._encoder.extents([text])
         tokenizer = lm._tokenizer_copy
     alternatives = _alternatives(lm, text, token_ids, top)
-    starts = {leaf.start: leaf for leaf in leaves if leaf.start < leaf.stop}
+    starts = {extent.start: extent for extent in extents if extent.start < extent.stop}
     logprobs = model_repr.token_logprobs.tolist()
     ids = flat(token_ids)
     return ShownText(
@@ -212,9 +212,9 @@ def _mark_of_shade(token: ShownToken) -> str:
 
 
 def _broken(string: str) -> str:
-    """Return a string that breaks its lines, and shows where; a part of a character is a dot."""
-    if string and not string.strip("\ufffd"):
-        return "·"
+    """Return a string that breaks its lines, and shows where; for a part of a character stands a dot."""
+    if string.endswith("\ufffd"):
+        string = string.rstrip("\ufffd") + "·"
     return "↵\n".join(map(visible, string.split("\n")))
 
 
@@ -230,7 +230,7 @@ def _style(shade: _Shade) -> str:
 
 
 def _token_html(token: ShownToken) -> str:
-    style = _style(_shade_of(token))
+    style = f"{_style(_shade_of(token))}; border-radius: 3px; margin-right: 1px"
     if token.begins_segment:
         style += f"; border-left: {'4px double' if token.is_join_changed else '2px solid'} #7d8590; padding-left: 1px"
     return f'<span style="{style}" title="{html.escape(_hover(token))}">{html.escape(_broken(token.string))}</span>'

@@ -242,6 +242,7 @@ class Evaluator:
 
     def begin(self, texts: Sequence[TokenIds]) -> list[Span]:
         """Compute texts that are to grow, and hold all of each until `grow` or `end_growth`."""
+        self.count_evaluation()
         with self._inserted(texts) as ends:
             self._compute_and_pin(ends)
         return ends
@@ -566,7 +567,7 @@ class Evaluator:
     ) -> None:
         """Do so; what is dropped although a later pass needs it comes back or is planned and forwarded again."""
         waiting = dict.fromkeys(end for end in ends if not _is_held(end, with_keys))
-        if waiting and use_store:  # the steps of a generation are one evaluation, which its beginning counted
+        if waiting and use_store:  # the steps of a generation are one evaluation, which `begin` counted
             self.count_evaluation()
         is_stuck = False  # then one text alone goes on
         while waiting:

@@ -70,6 +70,9 @@ class Extent:
             segment that they stand next to.
         replaced: the ids from `start` on of what stands before this segment if it is encoded without it: those that the
             join with this segment changed.
+        is_join_changed: whether its ids and those of what stands before it are others than those of both apart.
+        num_special: how many of its first tokens are special ones, of the text or branch that begins with it, or with
+            the group that begins with it.
 
     """
 
@@ -77,23 +80,8 @@ class Extent:
     start: int
     stop: int
     replaced: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class LeafTokens:
-    """Which tokens of a text a string in it, or a run of token ids, brings.
-
-    Attributes:
-        start, stop: the first of them and the one behind the last, counted in `text.tokens`. A token that reaches over
-            a join is the right side's. Special tokens are those of what they stand beside, but for those before a
-            group: the group's first leaf starts behind them.
-        is_join_changed: whether tokens changed where it was joined with what stands before.
-
-    """
-
-    start: int
-    stop: int
-    is_join_changed: bool
+    is_join_changed: bool = False
+    num_special: int = 0
 
 
 class Encoder:
@@ -125,15 +113,16 @@ class Encoder:
     def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
         """Return which tokens each string and each run of token ids of each text became, in written order.
 
-        Every beginning of every run is encoded; texts that share beginnings share the work.
+        Every beginning of every run is encoded, and every segment alone; texts that share them share the work.
         """
+        chains = {chain for text in texts for chain in _chains(text.segments)}
         beginnings = {
             _Chain(chain.leaves[:stop], chain.is_continuation)
-            for text in texts
-            for chain in _chains(text.segments)
+            for chain in chains
             for stop in range(1, len(chain.leaves) + 1)
         }
-        ids_of = self._encode_chains(beginnings, split=self._joins == "split")
+        alone = {_alone(leaf) for chain in chains for leaf in chain.leaves}
+        ids_of = self._encode_chains(beginnings | alone, split=self._joins == "split")
         encoded = self.encode(texts)
         return [self._extents(text, len(ids), ids_of) for text, ids in zip(texts, encoded, strict=True)]
 
@@ -143,7 +132,7 @@ class Encoder:
         for chain, num_before in zip(_chains(text.segments), num_special, strict=True):
             start = extents[-1].stop if extents else 0
             own = _extents_of(chain, ids_of, start + num_before)
-            extents += [replace(own[0], start=start), *own[1:]]
+            extents += [replace(own[0], start=start, num_special=num_before), *own[1:]]
         return [*extents[:-1], *(replace(last, stop=num_tokens) for last in extents[-1:])]
 
     def joins(self, text: Text) -> list[Join]:
@@ -154,19 +143,6 @@ class Encoder:
             joins += self._changed_joins(chain, num_before)
             num_before += len(chain.leaves)
         return joins
-
-    def leaf_tokens(self, texts: Sequence[Text]) -> list[list[LeafTokens]]:
-        """Return which tokens each string and each run of token ids of the texts brings, in written order."""
-        segments = [text.segments for text in texts]
-        chains = {chain for its_segments in segments for chain in _chains(its_segments)}
-        beginnings = {
-            _Chain(chain.leaves[:stop], chain.is_continuation)
-            for chain in chains
-            for stop in range(1, len(chain.leaves) + 1)
-        }
-        alone = {_Chain((leaf,), True) for chain in chains for leaf in chain.leaves}
-        ids_of = self._encode_chains(beginnings | alone, split=self._joins == "split")
-        return [_located(self._num_tokens_of_whole(its_segments, ids_of)) for its_segments in segments]
 
     def string(self, text: Text) -> str:
         """Return the text's string, token ids decoded: each such segment adds what it adds to the decoding so far."""
@@ -270,37 +246,6 @@ class Encoder:
             counts[0] += len(self._prefix_ids)
         return counts
 
-    def _num_tokens_of_whole(
-        self, segments: tuple[Segment, ...], ids_of: Mapping[_Chain, tuple[int, ...]], *, is_last: bool = True
-    ) -> list[_LeafLength]:
-        """Return how many tokens each leaf brings where `_whole` returns which these are."""
-        lengths = self._num_tokens_of(segments, False, ids_of)
-        if lengths and not _needs_no_prefix(self._parts(segments, False, ids_of), segments, self._prefix_ids):
-            first, is_own = lengths[0], not isinstance(segments[0], Group)
-            num_own = len(self._prefix_ids) if is_own else 0
-            lengths[0] = _LeafLength(
-                first.num_before + len(self._prefix_ids) - num_own, first.num_tokens + num_own, first.is_join_changed
-            )
-        if lengths and is_last and all(isinstance(segment, str) for segment in segments):
-            last = lengths[-1]
-            lengths[-1] = last._replace(num_tokens=last.num_tokens + len(self._suffix_ids))
-        return lengths
-
-    def _num_tokens_of(
-        self, segments: tuple[Segment, ...], is_continuation: bool, ids_of: Mapping[_Chain, tuple[int, ...]]
-    ) -> list[_LeafLength]:
-        lengths: list[_LeafLength] = []
-        for piece in _pieces_of(segments, is_continuation):
-            if isinstance(piece, _Chain):
-                lengths += _leaf_lengths(piece, ids_of)
-                continue
-            for branch in piece.group.branches:
-                if branch.is_frozen:
-                    lengths += self._num_tokens_of_whole(branch.segments, ids_of, is_last=False)
-                else:
-                    lengths += self._num_tokens_of(branch.segments, piece.is_continuation, ids_of)
-        return lengths
-
     def _changed_joins(self, chain: _Chain, num_before: int) -> Iterator[Join]:
         numbered = enumerate(chain.leaves, num_before)
         for is_string, side_by_side in itertools.groupby(numbered, key=lambda place: isinstance(place[1], str)):
@@ -333,43 +278,9 @@ class _Chain(NamedTuple):
     is_continuation: bool  # whether something stands before
 
 
-class _LeafLength(NamedTuple):
-    """How many tokens a leaf brings, behind how many special tokens that are not its own."""
-
-    num_before: int
-    num_tokens: int
-    is_join_changed: bool
-
-
-def _leaf_lengths(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]]) -> list[_LeafLength]:
-    lengths: list[_LeafLength] = []
-    whole = ids_of[chain]
-    before: tuple[int, ...] = ()
-    start = 0
-    for idx, leaf in enumerate(chain.leaves):
-        ids = ids_of[_Chain(chain.leaves[: idx + 1], chain.is_continuation)]
-        stop = max(start, _num_common(ids, whole))
-        is_changed = idx > 0 and ids != before + ids_of[_Chain((leaf,), True)]
-        lengths.append(_LeafLength(0, stop - start, is_changed))
-        before, start = ids, stop
-    return lengths
-
-
-def _num_common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Return how many ids both begin with."""
-    shortest = min(len(a), len(b))
-    if a[:shortest] == b[:shortest]:
-        return shortest
-    return next(idx for idx in range(shortest) if a[idx] != b[idx])
-
-
-def _located(lengths: Iterable[_LeafLength]) -> list[LeafTokens]:
-    located, stop = [], 0
-    for length in lengths:
-        start = stop + length.num_before
-        stop = start + length.num_tokens
-        located.append(LeafTokens(start, stop, length.is_join_changed))
-    return located
+def _alone(leaf: Leaf) -> _Chain:
+    """Return what a leaf is encoded as if no join changes its tokens."""
+    return _Chain((leaf,), is_continuation=True)
 
 
 class _GroupPiece(NamedTuple):
@@ -523,7 +434,10 @@ class _TrieNode:
 
 
 def _extents_of(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]], first: int) -> list[Extent]:
-    """Return the extents of a chain's leaves, whose tokens begin at `first`; `ids_of` has all its beginnings."""
+    """Return the extents of a chain's leaves, whose tokens begin at `first`.
+
+    `ids_of` has all its beginnings, and its leaves alone.
+    """
     ids = ids_of[chain]
     extents: list[Extent] = []
     stop = len(ids)
@@ -532,7 +446,9 @@ def _extents_of(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]], first: 
         num_same = common_length(before, ids, 0)
         start = min(num_same, stop)  # a later join may have changed tokens further back
         replaced = before[start:] if num_same < len(before) else ()
-        extents.append(Extent(chain.leaves[idx], first + start, first + stop, replaced))
+        joined = ids_of[_Chain(chain.leaves[: idx + 1], chain.is_continuation)]
+        is_changed = idx > 0 and joined != before + ids_of[_alone(chain.leaves[idx])]
+        extents.append(Extent(chain.leaves[idx], first + start, first + stop, replaced, is_changed))
         stop = start
     return extents[::-1]
 

@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_groups import build, segments
 from test_laws import compose, forests, usable
@@ -70,6 +70,7 @@ def test_nothing_changes(model, tokenizer):
     assert state_of(lm) == before
 
 
+@settings(max_examples=30)
 @given(drawn=st.lists(st.lists(segments, min_size=1, max_size=4), min_size=1, max_size=4), cut=st.integers(0, 4))
 def test_what_is_expected_is_done(drawn, cut):
     """Any nested groups, with something held before."""
@@ -318,6 +319,7 @@ def test_texts_that_cannot_be_explained(model, tokenizer):
 
 
 @pytest.mark.parametrize("name", sorted(TOKENIZERS))
+@settings(max_examples=15)
 @given(data=st.data())
 def test_extents_cover_a_text_and_say_what_a_join_replaced(name, data):
     """What stands before a segment, encoded alone, is the tokens before it and what it replaced."""

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_groups import build, segments
 from test_memory import TOKEN_BYTES, make_lm
@@ -190,6 +190,7 @@ def test_a_branch_that_ends_within_what_is_held_is_another_group(model, tokenize
 texts_of_segments = st.lists(st.lists(segments, min_size=1, max_size=4), min_size=1, max_size=4)
 
 
+@settings(max_examples=30)
 @given(
     drawn=texts_of_segments,
     num_evaluated=st.integers(0, 4),
@@ -222,6 +223,7 @@ def test_pieces_cover_every_text_and_nothing_changes(drawn, num_evaluated, budge
         assert only(texts[:num_evaluated], lm) == ["memory"] * len(texts[:num_evaluated])
 
 
+@settings(max_examples=30)
 @given(drawn=texts_of_segments, num_evaluated=st.integers(0, 4))
 def test_what_is_absent_is_what_is_computed(drawn, num_evaluated):
     """The sketch, as a forest of its own, has the passes that evaluating then takes."""

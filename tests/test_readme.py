@@ -50,6 +50,21 @@ def test_readme_example_of_generation(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.usefixtures("gpt2_in_this_folder")
+def test_readme_example_of_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    lm = backprompt.load("gpt2")
+    draft = backprompt.Text("Dear Ms Amidala,", lm).generate(max_new_tokens=20)
+    names: dict = {"backprompt": backprompt, "draft": draft}
+    *statements, last = blocks[6].strip().splitlines()
+    exec("\n".join([*statements, f"num_tokens = {last}"]), names)
+    assert Path("tree.svg").read_text(encoding="utf-8").count("Dear") == 2  # in its box, and in what is told of it
+    assert capsys.readouterr().out.startswith("¦")
+    longer = [draft + " Yours,", draft + " Love,"]
+    distinct = {text.tokens[:stop] for text in longer for stop in range(1, len(text.tokens) + 1)}
+    assert names["num_tokens"] == len(distinct)
+
+
+@pytest.mark.usefixtures("gpt2_in_this_folder")
 def test_readme_example_of_the_store() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     for is_stored in (False, True):
@@ -89,7 +104,7 @@ def test_readme_example_of_classification() -> None:
 @pytest.mark.usefixtures("gpt2_in_this_folder")
 def test_readme_example_of_scikit_learn() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {"lm": backprompt.load("gpt2")}
     *statements, last = blocks[4].strip().splitlines()
     exec("\n".join([*statements, f"predicted = {last}"]), names)

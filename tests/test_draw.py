@@ -1,0 +1,241 @@
+"""Pictures: what they say, that any string can be in them, and that they need no program beside Python's packages."""
+
+import itertools
+import json
+import re
+import stat
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import backprompt
+from backprompt import LM, Drawing, DrawingError, Text, draw, evaluate, to_networkx
+from backprompt._draw import _LOOKS, _MEANINGS
+from backprompt._visible import shortened, visible, wrapped
+from tiny_models import build
+from tiny_tokenizers import byte_level_bpe
+
+MODEL = build("gpt2", vocab_size=1000)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def lm() -> LM:
+    return LM(MODEL, byte_level_bpe())
+
+
+@pytest.fixture(autouse=True)
+def no_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A path without a `dot`; the folder on it is empty."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path / "bin"
+
+
+def boxes(drawing: Drawing) -> list[list[str]]:
+    """The lines of text in each box of the picture."""
+    root = ET.fromstring(drawing.pipe("svg"))
+    groups = [group for group in root.iter(f"{SVG}g") if group.get("class") == "node"]
+    return [lines(group) for group in groups]
+
+
+def lines(group: ET.Element) -> list[str]:
+    """What stands at each height; runs of one line are several elements."""
+    found: dict[str, str] = {}
+    for text in group.iter(f"{SVG}text"):
+        found[text.get("y")] = found.get(text.get("y"), "") + (text.text or "").replace("\xa0", " ")
+    return list(found.values())
+
+
+def said(drawing: Drawing) -> str:
+    return "\n".join(lines(ET.fromstring(drawing.pipe("svg"))))
+
+
+def rectangles(drawing: Drawing) -> dict[str, tuple[float, float, float, float]]:
+    """Left, right, bottom and top of each box."""
+    found = {}
+    for node in json.loads(drawing.pipe("json"))["objects"]:
+        if "pos" in node:
+            x, y = map(float, node["pos"].split(","))
+            half_width, half_height = 36 * float(node["width"]), 36 * float(node["height"])
+            found[node["name"]] = (x - half_width, x + half_width, y - half_height, y + half_height)
+    return found
+
+
+def overlapping(drawing: Drawing) -> list[tuple[str, str]]:
+    return [
+        (one, other)
+        for (one, (left, right, bottom, top)), (other, (left_2, right_2, bottom_2, top_2)) in itertools.combinations(
+            rectangles(drawing).items(), 2
+        )
+        if left < right_2 and left_2 < right and bottom < top_2 and bottom_2 < top
+    ]
+
+
+def test_boxes_say_string_tokens_bytes_and_what_became_of_them(lm: LM) -> None:
+    context = Text("Hello there.", lm)
+    texts = [context + " Senator", context + " General"]
+    num_tokens = len(context.tokens)
+    evaluate(texts[0])
+    evaluate(texts)
+    num_bytes = num_tokens * lm.stats.bytes_held // lm.stats.tokens_computed
+    found = {box[0]: box[1:] for box in boxes(draw(texts))}
+    assert found["“Hello there.”"] == [
+        f"{num_tokens} tokens · {num_bytes / 1000:.1f} kB",
+        "in 2 texts",
+        "reused from memory",
+    ]
+    assert found["“ Senator”"][-1] == "reused from memory"
+    assert found["“ General”"][-1] == "computed now"
+    assert found["“ General”"][0].startswith("6 tokens, 1 shared · ")
+    assert "2 texts: 17 distinct tokens, 24 in all strings" in said(draw(texts))
+    assert "computed now: by the latest evaluation" in said(draw(texts))
+    assert "evicted" not in said(draw(texts))
+
+
+def test_a_picture_computes_nothing(lm: LM) -> None:
+    text = Text("Hello", lm) + " there"
+    evaluate(text)
+    longer = text + "."
+    before = lm.stats
+    assert "not evaluated" in said(longer.draw())
+    assert lm.stats == before
+
+
+def test_statuses_differ_without_colour() -> None:
+    borders = [(_LOOKS[status].style, _LOOKS[status].width, _LOOKS[status].lines) for status in _MEANINGS]
+    assert len(set(borders)) == len(borders)
+
+
+@settings(max_examples=60)
+@given(st.text(st.characters(), min_size=1, max_size=60))
+@example("\\N \\G \\E \\L \\n \\\\ \\")
+@example('"<b>&amp;</b>" <br/> {a|b} </table>')
+@example("\x00\x1b[0m\r\n\t\x7f\u2028\ud800\ufffe\u202e")
+@example(" ")
+@example("שלום 東京 é\u0301 👩‍👩‍👧")
+def test_any_string_can_be_read_in_its_box(string: str) -> None:
+    (box,) = boxes(draw(Text(string), max_characters=60))
+    assert "".join(box) == f"“{visible(string)}”".replace("\xa0", " ")
+
+
+@given(st.text(max_size=200), st.integers(2, 50))
+def test_long_strings_lose_their_middle(string: str, limit: int) -> None:
+    short = shortened(string, limit)
+    assert len(short) <= max(limit + 1, 2)
+    if short != string:
+        assert len(string) > limit
+        before, after = short[: (limit + 1) // 2], short[(limit + 1) // 2 + 1 :]
+        assert string.startswith(before)
+        assert string.endswith(after)
+        assert len(before) + len(after) == limit
+    assert "".join(wrapped(string)) == string
+
+
+def test_repeated_leaves_fold(lm: LM) -> None:
+    texts = [Text("Prompt: ", lm) + f"leaf number {n}" for n in range(75)]
+    evaluate(texts)
+    found = boxes(draw(texts))
+    assert len(found) == 1 + 6
+    assert found[-1][:2] == ["… 70 more", "70 texts"]
+    assert sum(int(re.search(r"(\d+) tokens", " ".join(box))[1]) for box in found) >= lm.stats.tokens_computed
+    num_shown = sum(data["num_own_tokens"] for _, data in to_networkx(texts[:5]).nodes(data=True))
+    assert found[-1][2].startswith(f"{lm.stats.tokens_computed - num_shown} tokens")
+    assert len(boxes(draw(texts, max_children=75))) == 76
+    unshared = boxes(draw([Text(f"{n}", lm) for n in range(9)], max_children=3))
+    assert [box[0] for box in unshared] == ["“0”", "“1”", "… 7 more"]
+
+
+def test_folded_subtrees_take_along_what_follows_them(lm: LM) -> None:
+    texts = [Text("I", lm) + f"{shot}?" + label for shot in range(10) for label in (" yes", " no")]
+    found = boxes(draw(texts, max_children=2))
+    assert sorted(box[0] for box in found) == sorted(["“I”", "“0?”", "“ yes”", "“ no”", "… 9 more"])
+    (fold,) = (box for box in found if box[0] == "… 9 more")
+    assert fold[1] == "18 texts"
+
+
+def test_long_rows_fold_but_for_the_first(lm: LM) -> None:
+    text = sum((Text(f"shot {n}\n", lm) for n in range(1, 8)), Text("instruction ", lm))
+    found = boxes(draw([text + "a", text + "b"]))
+    assert [box[0] for box in found] == ["“instruction ”", "… 7 more segments", "“a”", "“b”"]
+    assert len(boxes(draw(Text("a") + "b" + "c" + "d"))) == 4
+
+
+def test_groups_are_framed_and_stand_side_by_side(lm: LM) -> None:
+    nested = Text("x", lm) + (Text("y", lm) | "z")
+    root = ET.fromstring(draw(Text("context ", lm) + (Text("one", lm) | nested) + "end").pipe("svg"))
+    frames = [group for group in root.iter(f"{SVG}g") if group.get("class") == "cluster"]
+    assert [lines(frame) for frame in frames] == [["side by side: none sees the others"]] * 2
+    text = Text("context ", lm) + (Text("one", lm) | "two" | "three") + "end"
+    drawing = draw(text)
+    names = {data["string"]: str(node) for node, data in to_networkx(text).nodes(data=True)}
+    place = rectangles(drawing)
+    tops = [place[names[branch]][3] for branch in ("one", "two", "three")]
+    assert tops == sorted(tops, reverse=True)  # in written order, each below the one before
+    assert all(place[names[b]][1] < place[names["end"]][0] for b in ("one", "two", "three"))
+    assert "a group ends: what follows sees all of its branches" in said(drawing)
+    assert "2 times" in said(draw(Text("c ", lm) + (Text("a", lm) | "a" | "b") + "end"))
+
+
+def test_joins_that_changed_tokens_are_marked(lm: LM) -> None:
+    text = Text("it is not tr", lm) + "ue th" + "at it is"
+    assert len(text.joins()) == 1
+    assert said(text.draw()).count("≠") == 2  # at the join, and in the legend
+    assert "≠" not in said((Text("a", lm) + " b").draw())
+
+
+@pytest.mark.parametrize("num_branches", [2, 7])
+def test_nothing_overlaps(lm: LM, num_branches: int) -> None:
+    shots = [Text(f"Q: What is {n} + {n}? A: {2 * n}\n", lm) for n in range(num_branches)]
+    group = backprompt.parallel([*shots[1:], shots[0].frozen(), shots[0] + (shots[1] | "y") + "z"])
+    texts = [
+        Text("Instruction.\n", lm) + group + f"Question {n}" + label for n in range(9) for label in ("a", "東京" * 9)
+    ]
+    evaluate(texts[:4])
+    drawing = draw([*texts, Text("alone", lm), Text("", lm)])
+    assert len(rectangles(drawing)) > 10
+    assert overlapping(drawing) == []
+
+
+def test_renders_files_and_shows_itself_in_notebooks(tmp_path: Path) -> None:
+    drawing = (Text("a") + "b").draw()
+    assert drawing.render(tmp_path / "tree", format="svg") == str(tmp_path / "tree.svg")
+    assert (tmp_path / "tree").read_text(encoding="utf-8") == drawing.source
+    assert drawing.render(tmp_path / "new" / "alone.png") == str(tmp_path / "new" / "alone.png")
+    assert (tmp_path / "new" / "alone.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["alone.png"]
+    assert drawing.render(outfile=tmp_path / "x.pdf") == str(tmp_path / "x.pdf")
+    assert (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
+    (mimetype, svg), *_ = drawing._repr_mimebundle_().items()
+    assert mimetype == "image/svg+xml"
+    assert "“a”" in svg
+    drawing.node("added", "by hand")
+    assert "by hand" in said(drawing)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_unknown_formats_are_refused() -> None:
+    with pytest.raises(DrawingError, match="cannot draw this as 'nope'"):
+        Text("a").draw().pipe("nope")
+
+
+def test_without_pygraphviz_a_dot_on_the_path_serves(monkeypatch: pytest.MonkeyPatch, no_programs: Path) -> None:
+    monkeypatch.setitem(sys.modules, "pygraphviz", None)
+    with pytest.raises(DrawingError, match="pip install pygraphviz"):
+        Text("a").draw().pipe("svg")
+    dot = no_programs / "dot"
+    dot.write_text(f"#!{sys.executable}\nimport sys; print('drawn by dot', sys.argv[1:])\n")
+    dot.chmod(dot.stat().st_mode | stat.S_IXUSR)
+    assert Text("a").draw().pipe("svg") == b"drawn by dot ['-Kdot', '-Tsvg']\n"
+
+
+def test_nothing_to_draw_and_bad_numbers() -> None:
+    assert "nothing to draw" in said(draw([]))
+    assert "nothing to draw" in said(Text("").draw())
+    for options in ({"max_children": 1}, {"max_characters": True}, {"max_children": 2.5}):
+        with pytest.raises(ValueError, match="must be an int of at least 2"):
+            draw(Text("a"), **options)
