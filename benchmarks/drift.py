@@ -1,8 +1,8 @@
 """Drift from the plain call by dtype: the table in docs/design.md, which `python -m benchmarks.drift --write` renews.
 
 Eight questions behind two worked examples, each with four labels, evaluated as one forest; 4 of the 32 texts are
-compared with the plain call by `backprompt.verify` (half precision is slow on CPUs that have none of their own). On GPT-2 124M with random weights, and on the demo model of the
-examples, whose probabilities are real.
+compared with the plain call by `backprompt.verify` (half precision is slow on CPUs that have none of their own). On
+GPT-2 124M with random weights, and on the demo model of the examples, whose probabilities are real.
 """
 
 from __future__ import annotations
