@@ -1,5 +1,7 @@
 """Compose prompts with `+` and evaluate a forest of them in packed passes, each distinct token once."""
 
+import logging as _logging
+
 from backprompt import classify
 from backprompt._chat import chat
 from backprompt._draw import Drawing, draw
@@ -46,6 +48,8 @@ from backprompt.text import Text, eager, parallel
 from backprompt.tokens import Extent, Join
 
 __version__ = "0.1.0"
+
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())  # silent unless the program asks for messages
 
 __all__ = [
     "LM",

@@ -16,13 +16,13 @@ from weakref import finalize
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from backprompt import classify
 from backprompt.beams import BeamDecoding
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
 from backprompt.errors import GenerationError, TextTypeError
 from backprompt.lookahead import MAX_PROPOSALS
+from backprompt.progress import progress_bar, showing
 from backprompt.radix import Span
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenIds, flat, with_more
@@ -38,7 +38,6 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's, for bytes that 
 
 MAX_LIVE_TEXTS = 256
 """Of more texts the others wait until one is finished."""
-MIN_TEXTS_FOR_A_BAR = 5
 
 
 class ContinuedText(Text):
@@ -202,7 +201,7 @@ def generate(
         stop: a string or strings; a text ends with the token that completes one of them.
         seed: of sampling. A text's samples depend on the seed, its ids, the options and the number of the sample (of
             the same ids in the call), and not on what else is generated. By default each call has a seed of its own.
-        show_progress_bar: by default where there are at least 5 continuations.
+        show_progress_bar: by default where there are at least 5 continuations, or it takes longer than two seconds.
         **generation_config: fields of transformers' `GenerationConfig`.
 
     Returns:
@@ -233,18 +232,25 @@ def generate(
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
         raise GenerationError(f"{decoding.num_beams} beams give no {n} continuations. Ask for more: num_beams={n}.")
     run = Run(lm, [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed, decoding)
-    show = len(run.texts) >= MIN_TEXTS_FOR_A_BAR if show_progress_bar is None else show_progress_bar
-    with tqdm(total=len(run.texts) * max_new_tokens, desc="tokens", disable=not show) as bar:
-        is_going_on = True
-        while is_going_on:
-            is_going_on = run.step()
-            bar.update(run.num_tokens_done - bar.n)
+    _run_with_bar(run, show_progress_bar)
     found = run.results(num_each)
     if decoding.is_sampling:
         samples = [text for (text,) in found]
         found = [samples[start : start + num_each] for start in range(0, len(samples), num_each)]
     results: list[Any] = [row[0] for row in found] if n is None else found
     return results[0] if is_single else results
+
+
+def _run_with_bar(run: Run, show: bool | None) -> None:
+    """Let texts grow until all are finished, under a bar over their tokens."""
+    total = len(run.texts) * run.decoding.max_new_tokens
+    with showing(show):
+        bar = progress_bar(total, "generating", "tokens", is_long=run.decoding.max_new_tokens > 1)
+    with bar, showing(False):  # one bar is enough
+        is_going_on = True
+        while is_going_on:
+            is_going_on = run.step()
+            bar.update(run.num_tokens_done - bar.n)
 
 
 class Stream(Iterator[str]):

@@ -99,3 +99,7 @@ class MissingDependencyError(BackpromptError, ImportError):
 
 class NotPicklableError(BackpromptError, TypeError):
     """An `LM` was pickled; it holds a model, a lock and a cache of tensors."""
+
+
+class CommandError(BackpromptError, ValueError):
+    """The command line was given what it cannot use: a file, a row of it, or options that contradict each other."""
