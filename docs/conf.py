@@ -1,11 +1,12 @@
 """The documentation site: `make docs` writes it to build/docs.
 
-Sphinx, because among the maintained generators it is the one that reads docstrings, checks every reference and makes
-warnings errors; myst-parser, so that pages are Markdown as the README is; furo, which is light or dark as the reader's
-system is.
+Sphinx, because among the maintained generators it is the one that reads docstrings,
+checks every reference and makes warnings errors; myst-parser, so that pages are
+Markdown as the README is; furo, which is light or dark as the reader's system is.
 
-Docstrings are Google style with Markdown's code: examples are indented, and names stand in single backticks. `prepare`
-makes of the first what reStructuredText expects; the second are links where there is something to link to.
+Docstrings are Google style with Markdown's code: examples are indented, and names stand
+in single backticks. `prepare` makes of the first what reStructuredText expects; the
+second are links where there is something to link to.
 """
 
 from __future__ import annotations
@@ -23,20 +24,27 @@ import backprompt
 project = "backprompt"
 version = release = backprompt.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 html_theme = "furo"
 html_title = "backprompt"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_show_copyright = False
 html_copy_source = False
-copybutton_selector = "div:not(.highlight-output):not(.highlight-text) > div.highlight > pre"
+copybutton_selector = (
+    "div:not(.highlight-output):not(.highlight-text) > div.highlight > pre"
+)
 
 myst_enable_extensions = ["attrs_inline", "colon_fence"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # else fields of a dataclass are described twice
@@ -45,11 +53,13 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 default_role = "py:obj"
 
-# Every reference must lead somewhere, but for these: what is code and no name (the default role), types of other
-# packages (their sites cannot be asked when there is no network), and the library's own that are not public.
+# Every reference must lead somewhere, but for these: what is code and no name (the
+# default role), types of other packages (their sites cannot be asked when there is no
+# network), and aliases of types.
+_OTHERS = "torch|numpy|npt|transformers|sklearn|lm_eval|collections|typing|os|pathlib"
 nitpick_ignore_regex = [
     ("py:obj", r".*"),
-    ("py:.*", r"(torch|np|numpy|npt|transformers|sklearn|lm_eval|collections|typing|os|pathlib|weakref|types|abc)\..*"),
+    ("py:.*", rf"({_OTHERS})\..*"),
     ("py:.*", r"DynamicCache|Tensor|Floats|FinishReason|NotFittedError"),
     ("py:.*", r"Prompts?|Aggregate|Strategy|Segment|StoredDtype"),
 ]
@@ -72,20 +82,40 @@ _NEVER_CALLED = {
 
 
 def hide_signature(
-    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: object,
+    signature: str | None,
+    returns: str | None,
 ) -> tuple[str, str] | None:
     """Leave out the arguments of a class that is not called."""
-    return ("", "") if what == "class" and name.rsplit(".", 1)[-1] in _NEVER_CALLED else None
+    return (
+        ("", "")
+        if what == "class" and name.rsplit(".", 1)[-1] in _NEVER_CALLED
+        else None
+    )
 
 
-def prepare(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Mark indented examples as code; let sentences in "Raises" that name no error be a paragraph behind it."""
+def prepare(
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: object,
+    lines: list[str],
+) -> None:
+    """Mark indented examples as code; put what in "Raises" names no error behind it."""
     prepared: list[str] = []
     sentences: list[str] = []
     section, is_code, is_sentence = "", False, False
 
     def end_section() -> None:
         if sentences:
+            if prepared[-1] == "Raises:":
+                prepared.pop()
+                sentences[0] = f"Raises: {sentences[0]}"
             prepared.extend(["", *sentences, ""])
             sentences.clear()
 
@@ -101,25 +131,37 @@ def prepare(app: Sphinx, what: str, name: str, obj: object, options: object, lin
             if is_sentence:
                 sentences.append(line.strip())
                 continue
-        elif is_indented and not section and not is_code and not (prepared and prepared[-1]):
+        elif (
+            is_indented
+            and not section
+            and not is_code
+            and not (prepared and prepared[-1])
+        ):
             prepared.extend([".. code-block:: python", ""])
             is_code = True
         prepared.append(line)
     end_section()
     lines[:] = prepared
     if what in ("property", "attribute"):
-        # napoleon takes what stands before a first colon there for a type, unless the first line has none.
+        # napoleon takes what stands before a first colon there for a type, unless the
+        # first line has none.
         as_method = GoogleDocstring(prepared, app.config, app, "method", name, obj)
         lines[:] = [".. no type", "", *as_method.lines()]
 
 
 def find_public_name(
-    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, content: nodes.Node
+    app: Sphinx,
+    env: BuildEnvironment,
+    node: addnodes.pending_xref,
+    content: nodes.Node,
 ) -> nodes.Node | None:
-    """Resolve a public name by its last part: `LM` and `backprompt.lm.LM` are both `backprompt.LM`."""
+    """Resolve a public name by its last part: `backprompt.lm.LM`, or `lm.stats`."""
     target = node["reftarget"].removesuffix("()")
     last = target.rsplit(".", 1)[-1]
-    tried = [f"backprompt.{last}" if last in backprompt.__all__ else "", f"backprompt.{target}"]
+    tried = [
+        f"backprompt.{last}" if last in backprompt.__all__ else "",
+        f"backprompt.{target}",
+    ]
     if target.startswith("lm."):
         tried.append(f"backprompt.LM.{last}")
     elif target.startswith("text."):
@@ -128,7 +170,9 @@ def find_public_name(
     objects = domain.data["objects"]
     for full_name in filter(None, tried):
         if full_name in objects:
-            return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", full_name, node, content)
+            return domain.resolve_xref(
+                env, node["refdoc"], app.builder, "obj", full_name, node, content
+            )
     return None
 
 

@@ -94,6 +94,13 @@ def test_pages_are_found_and_have_blocks() -> None:
     assert sum(len(blocks_of(page)) for page in PAGES) > 40
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_are_read_without_scrolling(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:python|output|sh)\n(.*?)^```$", text, flags=re.DOTALL | re.M)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 88] == []
+
+
 def _listed(page: Path, directive: str) -> Iterator[str]:
     return iter(re.findall(rf"^\.\. {directive}:: (\S+)$", page.read_text(encoding="utf-8"), flags=re.M))
 
