@@ -2,10 +2,13 @@
 
 from backprompt import classify
 from backprompt._chat import chat
+from backprompt._draw import Drawing, draw
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
+from backprompt._graph import to_networkx
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
+    DrawingError,
     EmptyTextError,
     EntryTooLargeError,
     GenerationError,
@@ -29,6 +32,7 @@ from backprompt.errors import (
 from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
+from backprompt.lookup import Piece
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
@@ -41,6 +45,8 @@ __all__ = [
     "BackpromptError",
     "DamagedEntryError",
     "DiskStore",
+    "Drawing",
+    "DrawingError",
     "EmptyTextError",
     "EntryTooLargeError",
     "GeneratedText",
@@ -57,6 +63,7 @@ __all__ = [
     "NoStoreError",
     "NonFiniteError",
     "NotPicklableError",
+    "Piece",
     "Pin",
     "SelectedText",
     "StaleRepresentationError",
@@ -74,10 +81,12 @@ __all__ = [
     "UnsupportedModelError",
     "chat",
     "classify",
+    "draw",
     "eager",
     "evaluate",
     "generate",
     "independence_gap",
     "load",
     "parallel",
+    "to_networkx",
 ]

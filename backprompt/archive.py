@@ -103,9 +103,19 @@ class Archive:
                 for span in visit.absent:
                     span.is_stored = False  # or not any more
             except OSError as error:
-                self._can_read = False
-                logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
+                self._note_unreadable(error)
         return Loaded(served, num_tokens)
+
+    def num_stored(self, span: Span) -> int:
+        """Return of how many of a span's first tokens the store's index says that it has them; loads nothing."""
+        if not self._can_read:
+            return 0
+        try:
+            found = _Reader(self._store, self._start_of, self._device).find(span)
+        except OSError as error:
+            self._note_unreadable(error)
+            return 0
+        return 0 if found is None else found.num_tokens
 
     def save_new(self, spans: Iterable[Span]) -> None:
         """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
@@ -145,7 +155,12 @@ class Archive:
             loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
             setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
             loaded.is_stored = True
+            loaded.loaded_in = forest.evaluation
             yield read.block
+
+    def _note_unreadable(self, error: OSError) -> None:
+        self._can_read = False
+        logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
 
     def _save(self, span: Span) -> None:
         try:

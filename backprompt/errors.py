@@ -85,5 +85,9 @@ class ModelLoadError(BackpromptError, OSError):
     """A model or its tokenizer could not be loaded."""
 
 
+class DrawingError(BackpromptError, RuntimeError):
+    """A picture could not be made: there is nothing to lay it out or to draw it with, or no such format."""
+
+
 class NotPicklableError(BackpromptError, TypeError):
     """An `LM` was pickled; it holds a model, a lock and a cache of tensors."""

@@ -24,6 +24,7 @@ from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
 from backprompt.growth import Growth
 from backprompt.host import HostMemory
+from backprompt.lookup import Sketch
 from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
 from backprompt.probe import probe
@@ -164,6 +165,14 @@ class Evaluator:
         self.forest.clear()
         self._forget_results()
         self._pinned.clear()
+
+    def count_evaluation(self) -> None:
+        """Begin another evaluation: what was computed before is reused from now on."""
+        self.forest.evaluation += 1
+
+    def sketch(self, texts: Iterable[TokenIds]) -> Sketch:
+        """Return what is held of texts, in a forest of their own; changes, loads and forwards nothing."""
+        return Sketch(self.forest, texts, self._archive)
 
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
         """Compute what is missing of texts given by their token ids, and return the spans at which they end.
@@ -524,6 +533,8 @@ class Evaluator:
         What is dropped although a later pass needs it comes back or is planned and forwarded again.
         """
         waiting = dict.fromkeys(end for end in ends if not _is_held(end, with_keys))
+        if waiting and use_store:  # the steps of a generation are one evaluation, which its beginning counted
+            self.count_evaluation()
         is_stuck = False  # then one text alone goes on
         while waiting:
             num_waiting = len(waiting)
@@ -594,6 +605,7 @@ class Evaluator:
             if isinstance(span, Junction):
                 span.rows = span.states = NOTHING
             span.was_computed = True
+            span.computed_in = self.forest.evaluation
             span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed

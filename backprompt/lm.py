@@ -43,6 +43,7 @@ from backprompt.evaluator import Counters, Evaluator, TokenScores, Wanted, split
 from backprompt.executor import plain_surroundings
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
+from backprompt.lookup import Piece
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
@@ -271,7 +272,13 @@ class LM:
         """
         texts = self._own_texts(texts)
         with self._exclusive():
+            self._current().count_evaluation()
             return [ModelRepr(self, evaluated) for evaluated in self._evaluate(texts)]
+
+    def representation(self, text: Text) -> ModelRepr:
+        """Return what `evaluate` returns of a text; of one that is held this is no evaluation, only a look."""
+        with self._exclusive():
+            return ModelRepr(self, *self._evaluate([text]))
 
     def token_logprobs(self, texts: Iterable[Text], starts: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Evaluate texts and return the log-probabilities of their tokens, from `starts[i]` on in text i.
@@ -421,6 +428,26 @@ class LM:
             evaluator = self._current()
             for text, token_ids in zip(texts, self._encoder.encode(texts), strict=True):
                 self._check_can_be_evaluated(evaluator, text, token_ids)
+
+    def look_up(self, texts: Iterable[Text]) -> list[list[Piece]]:
+        """Return where the tokens of texts lie, as pieces of each text in written order.
+
+        Nothing is computed, loaded or inserted, and what is evicted next stays the same. With a store only its index is
+        asked, and the first such question hashes the model's weights, as `fingerprint` does.
+
+        Returns:
+            For each text pieces that cover `text.tokens` without gaps.
+
+        Raises:
+            TextTypeError, UnboundTextError: an element is not a text of this `LM`.
+            JoinError, TokenizerError: a text that cannot be encoded.
+
+        """
+        texts = self._own_texts(texts)
+        with self._exclusive():
+            evaluator = self._current()
+            sketch = evaluator.sketch(self._encoder.encode(texts))
+            return [sketch.pieces(place) for place in sketch.places]
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
@@ -711,7 +738,7 @@ def evaluate(texts: Text | Iterable[Text]) -> ModelRepr | list[ModelRepr]:
 
     """
     if isinstance(texts, Text):
-        return texts.model_repr
+        return texts._require_lm("a representation").evaluate([texts])[0]
     if isinstance(texts, str):
         raise TextTypeError(f"evaluate takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
     listed = list(texts)

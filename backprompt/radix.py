@@ -72,6 +72,7 @@ class Span:
         states: where its final hidden states and log-probabilities lie there; None where they do not.
         host_rows, host_states: where they lie in the second pool (host.py); never in both.
         was_computed: whether it was computed before, though nothing of it may be held now.
+        computed_in, loaded_in: the number of the evaluation that forwarded it last, or read it from a store; or 0.
         is_end: whether a text may end here that somebody knows of, so that this object must stay where it is.
         num_pins: how many pins hold the texts that end here.
         credit, last_used: when it may be evicted: see memory.py.
@@ -83,6 +84,7 @@ class Span:
 
     __slots__ = (
         "children",
+        "computed_in",
         "credit",
         "error",
         "host_rows",
@@ -91,6 +93,7 @@ class Span:
         "is_stored",
         "key",
         "last_used",
+        "loaded_in",
         "num_pins",
         "parent",
         "position",
@@ -110,6 +113,7 @@ class Span:
         self.host_rows: Rows | None = None
         self.host_states: Rows | None = None
         self.was_computed = False
+        self.computed_in = self.loaded_in = 0
         self.is_end = False
         self.num_pins = 0
         self.credit = 0.0
@@ -162,6 +166,10 @@ class Span:
         if self.parent is not None:
             _count_chain(counts, self.parent, None, 1)
         return dict(reversed(counts.items()))
+
+    def junction(self, ends: Iterable[tuple[Span, bool]]) -> Span | None:
+        """Return the junction behind a group that stands here, given by where its branches end, each frozen or not."""
+        return self.children.get(_junction_key(ends))
 
     @property
     def is_empty(self) -> bool:
@@ -236,10 +244,17 @@ def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: i
 
 
 class Forest:
-    """All spans, under one empty root."""
+    """All spans, under one empty root.
+
+    Attributes:
+        root: what texts begin behind.
+        evaluation: the number of the latest evaluation, the first being 1.
+
+    """
 
     def __init__(self) -> None:
         self.root = Span((), 0, None)
+        self.evaluation = 0
 
     def insert(self, token_ids: TokenIds | Sequence[int], *, is_end: bool = True) -> Span:
         """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed.
@@ -275,13 +290,13 @@ class Forest:
         """Return the span that ends where `ids` end that stand behind `span`, the first at `position`."""
         num_matched = 0
         while num_matched < len(ids):
-            key = _child_key(span, position + num_matched, ids[num_matched])
+            key = child_key(span, position + num_matched, ids[num_matched])
             child = span.children.get(key)
             if child is None:
                 child = Span(ids[num_matched:], position + num_matched, span)
                 span.children[key] = child
                 return child
-            num_common = _common_length(child.token_ids, ids, num_matched)
+            num_common = common_length(child.token_ids, ids, num_matched)
             if num_common < len(child.token_ids):
                 child = self.split(child, num_common)
             span, num_matched = child, num_matched + num_common
@@ -292,11 +307,9 @@ class Forest:
         branches = Counter(ends)
         for end, _ in ends:
             end.is_end = True
-        # An end stays the end when spans are split. None tells the key from those of spans at later positions.
-        key = (None, *sorted(2 * id(end) + is_frozen for end, is_frozen in ends))
-        junction = before.children.get(key)
+        junction = before.junction(ends)
         if junction is None:
-            junction = before.children[key] = Junction(position, before, branches)
+            junction = before.children[_junction_key(ends)] = Junction(position, before, branches)
         return junction
 
     def num_computed(self, token_ids: Sequence[int]) -> int:
@@ -307,7 +320,7 @@ class Forest:
             child = span.children.get(ids[num_matched])
             if child is None or child.rows is None:
                 break
-            num_common = _common_length(child.token_ids, ids, num_matched)
+            num_common = common_length(child.token_ids, ids, num_matched)
             num_matched += num_common
             if num_common < len(child.token_ids):
                 break
@@ -318,7 +331,7 @@ class Forest:
         """Cut `span` after `num_tokens` and return the new upper part; `span` itself becomes the lower part."""
         assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
         upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
-        span.parent.children[_child_key(span.parent, span.position, span.token_ids[0])] = upper
+        span.parent.children[child_key(span.parent, span.position, span.token_ids[0])] = upper
         span.token_ids = span.token_ids[num_tokens:]
         span.position += num_tokens
         span.parent = upper
@@ -330,6 +343,7 @@ class Forest:
                 setattr(upper, slot, first)
                 setattr(span, slot, second)
         upper.was_computed, upper.is_stored, upper.error = span.was_computed, span.is_stored, span.error
+        upper.computed_in, upper.loaded_in = span.computed_in, span.loaded_in
         upper.credit, upper.last_used = span.credit, span.last_used
         return upper
 
@@ -337,7 +351,7 @@ class Forest:
         """Let `span` begin where what it continues begins, which is there no more; the opposite of `split`."""
         upper = span.parent
         assert upper is not None and upper.parent is not None and len(upper.children) == 1, span
-        upper.parent.children[_child_key(upper.parent, upper.position, upper.token_ids[0])] = span
+        upper.parent.children[child_key(upper.parent, upper.position, upper.token_ids[0])] = span
         span.token_ids = upper.token_ids + span.token_ids
         span.position = upper.position
         span.parent = upper.parent
@@ -387,11 +401,17 @@ def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> 
         stack += reversed(list(continuations(span)))
 
 
-def _child_key(parent: Span, position: int, token_id: int) -> ChildKey:
+def child_key(parent: Span, position: int, token_id: int) -> ChildKey:
+    """Return what a span is found by among the children of another: its first token, and where that leaves a gap."""
     return token_id if position == parent.stop else (position, token_id)
 
 
-def _common_length(span_ids: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
+def _junction_key(ends: Iterable[tuple[Span, bool]]) -> ChildKey:
+    # An end stays the end when spans are split. None tells the key from those of spans at later positions.
+    return (None, *sorted(2 * id(end) + is_frozen for end, is_frozen in ends))
+
+
+def common_length(span_ids: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
     """Return how many of `span_ids` equal `ids` from `offset` on."""
     window = ids[offset : offset + len(span_ids)]
     if window == span_ids:

@@ -25,6 +25,7 @@ from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, le
 if TYPE_CHECKING:
     import torch
 
+    from backprompt._draw import Drawing
     from backprompt._generate import SelectedText, Stream
     from backprompt.lm import LM
     from backprompt.representation import ModelRepr, Pin
@@ -234,7 +235,7 @@ class Text:
     @property
     def model_repr(self) -> ModelRepr:
         """The model's representation of this text, computed now if it is not cached."""
-        return self._require_lm("a representation").evaluate([self])[0]
+        return self._require_lm("a representation").representation(self)
 
     def __call__(self) -> ModelRepr:
         """Evaluate now and return the `ModelRepr`."""
@@ -304,6 +305,12 @@ class Text:
         lm = self._require_lm("a continuation")
         decoding = lm.decoding(max_new_tokens=max_new_tokens, stop=stop, seed=seed, given=generation_config)
         return Stream(lm, self, decoding)
+
+    def draw(self, **options: Any) -> Drawing:
+        """Return a picture of this text's segments; see `backprompt.draw`, whose options these are."""
+        from backprompt._draw import draw  # the drawing reads the node, which knows nothing of it
+
+        return draw(self, **options)
 
     def pin(self) -> Pin:
         """Evaluate now, and hold all of the representation until `.release()` or the end of a `with` block.

@@ -59,6 +59,23 @@ class Join:
         )
 
 
+@dataclass(frozen=True)
+class LeafTokens:
+    """Which tokens of a text a string in it, or a run of token ids, brings.
+
+    Attributes:
+        start, stop: the first of them and the one behind the last, counted in `text.tokens`. A token that reaches over
+            a join is the right side's. Special tokens are those of what they stand beside, but for those before a
+            group: the group's first leaf starts behind them.
+        is_join_changed: whether tokens changed where it was joined with what stands before.
+
+    """
+
+    start: int
+    stop: int
+    is_join_changed: bool
+
+
 class Encoder:
     """Encodes texts; remembers each text's ids for as long as the text lives."""
 
@@ -93,6 +110,19 @@ class Encoder:
             joins += self._changed_joins(chain, num_before)
             num_before += len(chain.leaves)
         return joins
+
+    def leaf_tokens(self, texts: Sequence[Text]) -> list[list[LeafTokens]]:
+        """Return which tokens each string and each run of token ids of the texts brings, in written order."""
+        segments = [text.segments for text in texts]
+        chains = {chain for its_segments in segments for chain in _chains(its_segments)}
+        beginnings = {
+            _Chain(chain.leaves[:stop], chain.is_continuation)
+            for chain in chains
+            for stop in range(1, len(chain.leaves) + 1)
+        }
+        alone = {_Chain((leaf,), True) for chain in chains for leaf in chain.leaves}
+        ids_of = self._encode_chains(beginnings | alone, split=self._joins == "split")
+        return [_located(self._num_tokens_of_whole(its_segments, ids_of)) for its_segments in segments]
 
     def string(self, text: Text) -> str:
         """Return the text's string, token ids decoded: each such segment adds what it adds to the decoding so far."""
@@ -177,6 +207,37 @@ class Encoder:
             parts.append(TokenGroup(tuple(branches), piece.group.positions == "sequential"))
         return tuple(parts)
 
+    def _num_tokens_of_whole(
+        self, segments: tuple[Segment, ...], ids_of: Mapping[_Chain, tuple[int, ...]], *, is_last: bool = True
+    ) -> list[_LeafLength]:
+        """Return how many tokens each leaf brings where `_whole` returns which these are."""
+        lengths = self._num_tokens_of(segments, False, ids_of)
+        if lengths and not _needs_no_prefix(self._parts(segments, False, ids_of), segments, self._prefix_ids):
+            first, is_own = lengths[0], not isinstance(segments[0], Group)
+            num_own = len(self._prefix_ids) if is_own else 0
+            lengths[0] = _LeafLength(
+                first.num_before + len(self._prefix_ids) - num_own, first.num_tokens + num_own, first.is_join_changed
+            )
+        if lengths and is_last and all(isinstance(segment, str) for segment in segments):
+            last = lengths[-1]
+            lengths[-1] = last._replace(num_tokens=last.num_tokens + len(self._suffix_ids))
+        return lengths
+
+    def _num_tokens_of(
+        self, segments: tuple[Segment, ...], is_continuation: bool, ids_of: Mapping[_Chain, tuple[int, ...]]
+    ) -> list[_LeafLength]:
+        lengths: list[_LeafLength] = []
+        for piece in _pieces_of(segments, is_continuation):
+            if isinstance(piece, _Chain):
+                lengths += _leaf_lengths(piece, ids_of)
+                continue
+            for branch in piece.group.branches:
+                if branch.is_frozen:
+                    lengths += self._num_tokens_of_whole(branch.segments, ids_of, is_last=False)
+                else:
+                    lengths += self._num_tokens_of(branch.segments, piece.is_continuation, ids_of)
+        return lengths
+
     def _changed_joins(self, chain: _Chain, num_before: int) -> Iterator[Join]:
         numbered = enumerate(chain.leaves, num_before)
         for is_string, side_by_side in itertools.groupby(numbered, key=lambda place: isinstance(place[1], str)):
@@ -207,6 +268,43 @@ class _Chain(NamedTuple):
 
     leaves: tuple[Leaf, ...]
     is_continuation: bool  # whether something stands before
+
+
+class _LeafLength(NamedTuple):
+    """How many tokens a leaf brings, behind how many special tokens that are not its own."""
+
+    num_before: int
+    num_tokens: int
+    is_join_changed: bool
+
+
+def _leaf_lengths(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]]) -> list[_LeafLength]:
+    lengths: list[_LeafLength] = []
+    whole, before, start = ids_of[chain], (), 0
+    for idx, leaf in enumerate(chain.leaves):
+        ids = ids_of[_Chain(chain.leaves[: idx + 1], chain.is_continuation)]
+        stop = max(start, _num_common(ids, whole))
+        is_changed = idx > 0 and ids != before + ids_of[_Chain((leaf,), True)]
+        lengths.append(_LeafLength(0, stop - start, is_changed))
+        before, start = ids, stop
+    return lengths
+
+
+def _num_common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Return how many ids both begin with."""
+    shortest = min(len(a), len(b))
+    if a[:shortest] == b[:shortest]:
+        return shortest
+    return next(idx for idx in range(shortest) if a[idx] != b[idx])
+
+
+def _located(lengths: Iterable[_LeafLength]) -> list[LeafTokens]:
+    located, stop = [], 0
+    for length in lengths:
+        start = stop + length.num_before
+        stop = start + length.num_tokens
+        located.append(LeafTokens(start, stop, length.is_join_changed))
+    return located
 
 
 class _GroupPiece(NamedTuple):

@@ -1,0 +1,584 @@
+"""Pictures of the graph of texts: what follows what, and what of it is computed, reused, evicted or missing.
+
+    texts --to_networkx--> graph --_Folding--> boxes --_Picture--> DOT --Graphviz--> SVG, PNG, PDF
+
+A status is told by colour, by border and by words, so it reads without colour vision. Boxes have grounds of their own,
+and what stands outside of them is of a grey that shows on white and on black.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+import threading
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import graphviz
+import networkx as nx
+
+from backprompt._graph import STATUSES, Status, to_networkx
+from backprompt.errors import DrawingError
+from backprompt.text import Text
+
+MAX_IN_A_ROW = 4
+"""Of more segments than this that only follow each other, those in the middle become one box."""
+
+_LINE_WIDTH = 28
+_TOOLTIP_CHARACTERS = 600
+_GREY = "#7d8590"
+_INK = "#1f2328"
+_MONOSPACE = "DejaVu Sans Mono,Menlo,Consolas,Courier New,monospace"
+_SANS = "Helvetica,Arial,DejaVu Sans,sans-serif"
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a status is drawn; `style`, `width` and `lines` tell its border from others without colour."""
+
+    fill: str
+    border: str
+    style: str = "solid"
+    width: float = 1.0
+    lines: int = 1
+
+
+_LOOKS: Mapping[Status, _Look] = {
+    "computed now": _Look("#ffd8a8", "#c2410c", width=2.6),
+    "reused from memory": _Look("#cfe3fb", "#1d5fa8"),
+    "from disk": _Look("#d3f0dd", "#1a7f4b", lines=2),
+    "evicted": _Look("#f0d5ea", "#8a2d74", style="dashed", width=1.6),
+    "not evaluated": _Look("#f4f4f5", "#57606a", style="dotted", width=1.6),
+    "no model": _Look("#ffffff", "#57606a"),
+}
+
+
+def draw(
+    texts: Text | Iterable[Text],
+    *,
+    max_children: int = 6,
+    max_characters: int = 56,
+    direction: Literal["LR", "TB"] = "LR",
+) -> Drawing:
+    """Return a picture of texts: their segments as boxes, and what follows what. Nothing is computed.
+
+        bp.draw(texts)                                 # in a notebook it shows itself
+        bp.draw(texts).render("tree", format="svg")    # or png, pdf; needs no `dot` on the path
+
+    A box has its string, shortened in the middle, its distinct tokens, their bytes, and what became of them: computed
+    by the latest evaluation, reused from memory, read from disk, evicted, or not evaluated. The branches of a group
+    stand side by side in a frame. A join at which tokens changed is marked.
+
+    Args:
+        texts: a text or several; texts without a model are drawn by their strings.
+        max_children: of more texts that follow one segment, the last ones become one box ("... 69 more").
+        max_characters: of longer strings the middle is left out.
+        direction: "LR" from left to right, "TB" from top to bottom.
+
+    Returns:
+        A `graphviz.Digraph`, to be rendered or changed further.
+
+    Raises:
+        ValueError: a number is too small, or there is no such direction.
+        TextTypeError, JoinError, TokenizerError: see `to_networkx`.
+
+    """
+    for name, value in (("max_children", max_children), ("max_characters", max_characters)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+            raise ValueError(f"{name} must be an int of at least 2, not {value!r}.")
+    if direction not in ("LR", "TB"):
+        raise ValueError(f'direction must be "LR" or "TB", not {direction!r}.')
+    graph = to_networkx(texts)
+    return _Picture(graph, _Folding(graph, max_children), max_characters).drawn(direction)
+
+
+class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
+    """A `graphviz.Digraph` that needs no `dot` on the path: it is laid out by the Graphviz that pygraphviz carries.
+
+    It shows itself in notebooks. Where pygraphviz is not there, a `dot` on the path serves.
+    """
+
+    def pipe(
+        self, format: str | None = None, *, engine: str | None = None, encoding: str | None = None, **options: Any
+    ) -> bytes | str:
+        """Return the picture as bytes, or with `encoding` as a string; see `graphviz.Digraph.pipe`.
+
+        Raises:
+            DrawingError: there is no such format, or nothing to lay it out with.
+
+        """
+        format, engine = format or self.format, engine or self.engine
+        needs_dot = any(value for name, value in options.items() if name != "quiet")
+        data = None if needs_dot else _laid_out(self.source, format, engine)
+        if data is not None:
+            return data if encoding is None else data.decode(encoding)
+        if shutil.which("dot") is None:
+            raise DrawingError(
+                "Nothing is there to lay the picture out with: neither pygraphviz nor Graphviz's `dot`. "
+                "Install one: pip install pygraphviz."
+            )
+        piped: bytes | str = super().pipe(format, engine=engine, encoding=encoding, **options)
+        return piped
+
+    def render(
+        self,
+        filename: str | os.PathLike[str] | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        view: bool = False,
+        cleanup: bool = False,
+        format: str | None = None,
+        *,
+        outfile: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> str:
+        """Write the picture to a file and return its path; see `graphviz.Digraph.render`.
+
+        `.render("tree", format="svg")` writes the source to `tree` and the picture to `tree.svg`. A path that ends as a
+        picture's does is the picture's own: `.render("tree.svg")` writes nothing else.
+
+        Raises:
+            DrawingError: there is no such format, or nothing to lay it out with.
+
+        """
+        path = Path(self.directory if directory is None else directory, outfile or filename or self.filename)
+        suffix = path.suffix[1:].lower()
+        is_picture = suffix in graphviz.FORMATS and format in (None, suffix) and suffix not in ("gv", "dot")
+        format = format or (suffix if is_picture else self.format)
+        picture = path if is_picture or outfile is not None else Path(f"{path}.{format}")
+        data = self.pipe(format, **options)
+        assert isinstance(data, bytes)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        if picture != path and not cleanup:
+            path.write_text(self.source, encoding="utf-8")
+        picture.write_bytes(data)
+        if view:
+            graphviz.view(str(picture))
+        return str(picture)
+
+
+_LAYOUT_LOCK = threading.Lock()
+"""Graphviz keeps its state in globals."""
+
+
+def _laid_out(source: str, format: str, engine: str) -> bytes | None:
+    """Return the picture of DOT source by the Graphviz that pygraphviz carries; None where there is none."""
+    try:
+        import pygraphviz
+    except ImportError:
+        return None
+    with _LAYOUT_LOCK:
+        try:
+            data = pygraphviz.AGraph(string=source).draw(format=format, prog=engine)
+        except ValueError as error:
+            raise DrawingError(
+                f"Graphviz cannot draw this as {format!r} with {engine!r} ({error}). Formats that it always has are "
+                '"svg", "png" and "pdf".'
+            ) from error
+    return bytes(data)
+
+
+# What is shown
+
+
+@dataclass
+class _Box:
+    """A node of the picture: one of the graph's, or several in one."""
+
+    nodes: list[int]
+    title: str | None = None  # of several
+
+
+class _Folding:
+    """Which nodes of a graph are drawn by themselves, and which become one box with others.
+
+    Attributes:
+        boxes: by name, in written order.
+        edges: from box to box.
+        of: the name of each node's box.
+
+    """
+
+    def __init__(self, graph: nx.DiGraph, max_children: int) -> None:
+        self._graph = graph
+        self._max_children = max_children
+        self.boxes: dict[str, _Box] = {}
+        self.of: dict[int, str] = {}
+        folds = self._visible_and_folds()
+        self._put_rows()
+        for idx, (_, first) in enumerate(folds):
+            self._put_fold(f"more{idx}", first)
+        self.edges = dict.fromkeys(
+            (self.of[parent], self.of[node]) for parent, node in graph.edges if self.of[parent] != self.of[node]
+        )
+
+    def _in_written_order(self, nodes: Iterable[int]) -> list[int]:
+        return sorted(nodes, key=lambda node: self._graph.nodes[node]["written_order"])
+
+    def _visible_and_folds(self) -> list[tuple[int | None, list[int]]]:
+        """Give boxes to the nodes that are drawn by themselves; return the others that follow one of these, by it."""
+        roots = self._in_written_order(node for node in self._graph if not self._graph.pred[node])
+        left_out: dict[int | None, list[int]] = {}
+        visible: dict[int, None] = {}
+        stack = self._kept(None, roots, left_out)[::-1]
+        while stack:
+            node = stack.pop()
+            if node not in visible:
+                visible[node] = None
+                stack += self._kept(node, self._graph.succ[node], left_out)[::-1]
+        for node in visible:
+            self.of[node] = str(node)
+            self.boxes[str(node)] = _Box([node])
+        folds = ((parent, [node for node in nodes if node not in visible]) for parent, nodes in left_out.items())
+        return [(parent, nodes) for parent, nodes in folds if nodes]
+
+    def _kept(self, parent: int | None, children: Iterable[int], left_out: dict[int | None, list[int]]) -> list[int]:
+        """Return the first children, and note the others."""
+        ordered = self._in_written_order(children)
+        junctions = [node for node in ordered if self._graph.nodes[node]["kind"] == "junction"]
+        others = [node for node in ordered if self._graph.nodes[node]["kind"] != "junction"]
+        if len(others) > self._max_children:
+            left_out[parent] = others[self._max_children - 1 :]
+            others = others[: self._max_children - 1]
+        return others + junctions
+
+    def _put_rows(self) -> None:
+        """Let the middle of a long row of segments be one box."""
+        for first in list(self.boxes):
+            row = self._row_from(int(first)) if first in self.boxes else []
+            if len(row) > MAX_IN_A_ROW:
+                name, middle = f"row{row[1]}", row[1:-1]
+                self.boxes = {
+                    name if old == str(middle[0]) else old: _Box(middle, f"{len(middle)} more segments")
+                    if old == str(middle[0])
+                    else box
+                    for old, box in self.boxes.items()
+                    if old == str(middle[0]) or old not in set(map(str, middle))
+                }
+                self.of.update(dict.fromkeys(middle, name))
+
+    def _row_from(self, node: int) -> list[int]:
+        """Return the row of nodes that only follow each other and begins with this one."""
+        if any(self._continues(parent, node) for parent in self._graph.pred[node]):
+            return []
+        row = [node]
+        while len(following := list(self._graph.succ[row[-1]])) == 1 and self._continues(row[-1], following[0]):
+            row.append(following[0])
+        return row
+
+    def _continues(self, parent: int, node: int) -> bool:
+        """Return whether a node is the only one behind another, and may stand in one box with it."""
+        above, below = self._graph.nodes[parent], self._graph.nodes[node]
+        return (
+            len(self._graph.succ[parent]) == len(self._graph.pred[node]) == 1
+            and "junction" not in (above["kind"], below["kind"])
+            and not above["ends"]
+            and not below["is_join_changed"]
+        )
+
+    def _put_fold(self, name: str, first: Sequence[int]) -> None:
+        """Let what is left out be one box, with all that only follows it."""
+        nodes = [node for node in first if node not in self.of]
+        if not nodes:
+            return
+        title = f"{len(nodes)} more"
+        for node in nodes:
+            self.of[node] = name
+            nodes += (following for following in self._graph.succ[node] if following not in self.of)
+            self.of.update(dict.fromkeys(nodes, name))
+        self.boxes[name] = _Box(nodes, title)
+
+
+class _Picture:
+    """Writes boxes as DOT."""
+
+    def __init__(self, graph: nx.DiGraph, folding: _Folding, max_characters: int) -> None:
+        self._graph = graph
+        self._folding = folding
+        self._max_characters = max_characters
+
+    def drawn(self, direction: str) -> Drawing:
+        """Return the picture."""
+        drawing = Drawing("texts", format="svg")
+        drawing.attr(
+            "graph",
+            rankdir=direction,
+            bgcolor="transparent",
+            pad="0.1",
+            nodesep="0.12",
+            ranksep="0.35",
+            label=self._legend(),
+            labelloc="b",
+            labeljust="l",
+            fontname=_SANS,
+            fontsize="11",
+            fontcolor=_GREY,
+            tooltip=" ",
+        )
+        drawing.attr("node", shape="box", style="rounded,filled", margin="0.14,0.07", fontname=_SANS, fontsize="11")
+        drawing.attr("edge", color=_GREY, arrowsize="0.6", fontname=_SANS, fontsize="11", fontcolor=_GREY, tooltip=" ")
+        frames = _frames(self._graph)
+        self._put(drawing, None, frames)
+        for parent, node in self._folding.edges:
+            drawing.edge(parent, node, **self._edge(node, parent))
+        return drawing
+
+    def _put(self, drawing: graphviz.Digraph, frame: _Frame | None, frames: Sequence[_Frame]) -> None:
+        """Put the boxes that stand in a frame, and the frames within it."""
+        inner = [other for other in frames if other.outer is frame]
+        own = frame.nodes if frame is not None else set(self._graph)
+        within = set().union(*(other.nodes for other in inner))
+        for name, box in self._folding.boxes.items():
+            if all(node in own for node in box.nodes) and not all(node in within for node in box.nodes):
+                drawing.node(name, **self._node(box))
+        for other in inner:
+            with drawing.subgraph(name=f"cluster{other.number}") as cluster:
+                cluster.attr(label=other.label, color=_GREY, style="rounded,dashed", margin="10", labelloc="t")
+                self._put(cluster, other, frames)
+
+    def _node(self, box: _Box) -> dict[str, str]:
+        if self._graph.nodes[box.nodes[0]]["kind"] == "junction" and box.title is None:
+            data = self._graph.nodes[box.nodes[0]]
+            ends = f"; {_counted(len(data['ends']), 'text')} end here" if data["ends"] else ""
+            tooltip = f"The group ends: what follows sees all branches{ends}."
+            return {
+                "shape": "circle",
+                "label": "",
+                "width": "0.13",
+                "color": _GREY,
+                "fillcolor": _GREY,
+                "tooltip": tooltip,
+            }
+        statuses = self._statuses(box)
+        look = _LOOKS[max(statuses, key=lambda status: (statuses[status], -STATUSES.index(status)))]
+        return {
+            "label": self._label(box, statuses),
+            "tooltip": graphviz.escape(self._tooltip(box)),
+            "fillcolor": look.fill,
+            "color": look.border,
+            "style": f"rounded,filled,{look.style}",
+            "penwidth": str(look.width),
+            "peripheries": str(look.lines),
+            "fontcolor": _INK,
+        }
+
+    def _edge(self, name: str, parent: str) -> dict[str, str]:
+        first = self._folding.boxes[name].nodes[0]
+        last = self._folding.boxes[parent].nodes[-1]
+        data = self._graph.edges.get((last, first), {"times": 1, "is_join_changed": False})
+        marks = [f"{data['times']}×"] if data["times"] > 1 else []
+        if data["is_join_changed"]:
+            marks.append("≠ tokens")
+            return {"label": _html(" ".join(marks)), "style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
+        return {"label": _html(" ".join(marks))} if marks else {}
+
+    def _statuses(self, box: _Box) -> Counter[Status]:
+        """Count a box's tokens by status; of none, its one status counts 0."""
+        counts: Counter[Status] = Counter()
+        for node in box.nodes:
+            counts.update(self._graph.nodes[node]["statuses"])
+        if not counts:
+            counts[next((s for n in box.nodes if (s := self._graph.nodes[n]["status"])), "not evaluated")] = 0
+        return counts
+
+    def _label(self, box: _Box, statuses: Counter[Status]) -> str:
+        first = self._graph.nodes[box.nodes[0]]
+        if box.title is not None:
+            lines = [f'<FONT POINT-SIZE="13"><B>… {html.escape(box.title)}</B></FONT>']
+        else:
+            string = first["string"] if first["kind"] != "special tokens" else f"{first['string']} (special)"
+            lines = [
+                f'<FONT FACE="{_MONOSPACE}" POINT-SIZE="12">{_html(line)}</FONT>'
+                for line in _wrapped(f"“{_visible(_shortened(string, self._max_characters))}”")
+            ]
+        lines += [_html(line) for line in self._account(box)]
+        has_model = "no model" not in statuses
+        if has_model:
+            lines.append(f"<I>{_html(_told(statuses))}</I>")
+        return "<" + "".join(f'{line}<BR ALIGN="LEFT"/>' for line in lines) + ">"
+
+    def _account(self, box: _Box) -> list[str]:
+        data = [self._graph.nodes[node] for node in box.nodes]
+        texts = sum(len(node["ends"]) for node in data)
+        if data[0]["position"] is None:
+            parts = []
+        elif box.title is None and data[0]["num_own_tokens"] < data[0]["num_tokens"]:
+            parts = [f"{_counted(data[0]['num_tokens'], 'token')}, {data[0]['num_own_tokens']:,} of its own"]
+        else:
+            parts = [_counted(sum(node["num_own_tokens"] for node in data), "token")]
+        num_bytes = sum(node["num_bytes"] or 0 for node in data)
+        if num_bytes:
+            parts.append(_size(num_bytes))
+        lines = [" · ".join(parts)] if parts else []
+        has_following = any(self._graph.succ[node] for node in box.nodes)
+        if box.title is not None and texts:
+            lines.insert(0, _counted(texts, "text"))
+        elif data[0]["num_texts"] > 1 and not box.title:
+            lines.append(
+                f"in {data[0]['num_texts']:,} texts"
+                + (f", {texts:,} of which end here" if texts and has_following else "")
+            )
+        if any(node["is_frozen"] for node in data):
+            lines.append("frozen: sees nothing before it")
+        return lines
+
+    def _tooltip(self, box: _Box) -> str:
+        strings = [_visible(self._graph.nodes[node]["string"]) for node in box.nodes[:20]]
+        return _shortened(" | ".join(strings), _TOOLTIP_CHARACTERS) or " "
+
+    def _legend(self) -> str:
+        nodes = [data for _, data in self._graph.nodes(data=True)]
+        if not nodes:
+            return "<nothing to draw: no text has a segment>"
+        found = {status for data in nodes for status in (data["statuses"] or [data["status"]])}
+        statuses = [status for status in STATUSES if status in found]
+        rows = [f'<TD ALIGN="LEFT">{_html(self._summary(nodes))}</TD>']
+        if statuses != ["no model"]:
+            cells = "".join(_legend_cell(status) for status in statuses)
+            rows.append(
+                f'<TD ALIGN="LEFT"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="4"><TR>{cells}</TR></TABLE></TD>'
+            )
+        if any(data["is_join_changed"] for data in nodes):
+            rows.append(
+                f'<TD ALIGN="LEFT">{_html("◆ ≠ tokens: joining changed tokens that both sides have apart")}</TD>'
+            )
+        if any(data["kind"] == "junction" for data in nodes):
+            rows.append(f'<TD ALIGN="LEFT">{_html("● a group ends: what follows sees all its branches")}</TD>')
+        return (
+            '<<TABLE BORDER="0" CELLSPACING="0" CELLPADDING="2">'
+            + "".join(f"<TR>{row}</TR>" for row in rows)
+            + "</TABLE>>"
+        )
+
+    def _summary(self, nodes: Sequence[Mapping[str, Any]]) -> str:
+        texts = _counted(self._graph.graph["num_texts"], "text")
+        num_tokens = self._graph.graph["num_tokens"]
+        if not num_tokens:
+            return f"{texts}, {_counted(len(nodes), 'segment')}"
+        num_own = sum(data["num_own_tokens"] for data in nodes)
+        return f"{texts}: {_counted(num_own, 'distinct token')}, {num_tokens:,} in all strings"
+
+
+@dataclass(eq=False)
+class _Frame:
+    """What stands between the beginning of groups and their ends; groups that share branches have one frame."""
+
+    number: int
+    nodes: set[int]
+    junctions: set[int]
+    label: str
+    outer: _Frame | None = None
+
+
+def _frames(graph: nx.DiGraph) -> list[_Frame]:
+    """Return a frame for each group."""
+    frames: list[_Frame] = []
+    for junction, data in graph.nodes(data=True):
+        if data["kind"] != "junction":
+            continue
+        found = _Frame(junction, _branches(graph, junction), {junction}, "")
+        for frame in list(frames):
+            if frame.nodes & found.nodes and not (frame.junctions & found.nodes):
+                found.nodes |= frame.nodes
+                found.junctions |= frame.junctions
+                frames.remove(frame)
+        frames.append(found)
+    for frame in frames:
+        outer = [other for other in frames if other is not frame and frame.junctions <= other.nodes]
+        frame.outer = min(outer, key=lambda other: len(other.nodes), default=None)
+        frame.label = "side by side: none sees the others" if len(frame.nodes) > 1 else "sees nothing before it"
+    return frames
+
+
+def _branches(graph: nx.DiGraph, junction: int) -> set[int]:
+    """Return the nodes of the group that ends here: what is not behind, or before, all of its branches."""
+    ends = list(graph.pred[junction])
+    if len(ends) == 1:
+        return {ends[0]} | nx.ancestors(graph, ends[0])
+    above = [{end} | nx.ancestors(graph, end) for end in ends]
+    return set().union(*above) - set.intersection(*above)
+
+
+# Strings
+
+
+def _shortened(string: str, limit: int) -> str:
+    """Return a string with its middle left out where it is longer than `limit` characters."""
+    if len(string) <= limit:
+        return string
+    return f"{string[: (limit + 1) // 2]}…{string[len(string) - limit // 2 :]}"
+
+
+_VISIBLE = {"\n": "↵", "\t": "⇥"}
+_JOINERS = "\u200c\u200d"  # make up letters and emoji
+
+
+def _visible(string: str) -> str:
+    """Return a string that shows what cannot be seen, and what would change how the rest is shown."""
+    return "".join(map(_visible_character, string))
+
+
+def _visible_character(character: str) -> str:
+    if character in _VISIBLE:
+        return _VISIBLE[character]
+    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") and character not in _JOINERS
+    return ascii(character)[1:-1] if is_hidden else character
+
+
+def _wrapped(shown: str) -> Iterator[str]:
+    """Yield lines of about equal width at most `_LINE_WIDTH`, cut behind a space where there is one."""
+    while shown:
+        stop = _num_fitting(shown)
+        space = shown.rfind(" ", 0, stop) + 1
+        stop = space if stop < len(shown) and space > stop // 2 else stop
+        yield shown[:stop]
+        shown = shown[stop:]
+
+
+def _num_fitting(shown: str) -> int:
+    width = 0
+    for idx, character in enumerate(shown):
+        width += 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if width > _LINE_WIDTH:
+            return max(1, idx)
+    return len(shown)
+
+
+def _html(shown: str) -> str:
+    """Return a string for Graphviz's HTML-like labels, in which spaces would run together."""
+    return html.escape(shown).replace("\\", "&#92;").replace(" ", "&#160;")
+
+
+def _told(statuses: Counter[Status]) -> str:
+    told = [status for status in STATUSES if status in statuses]
+    if len(told) == 1:
+        return told[0]
+    return ", ".join(f"{statuses[status]:,} {status}" for status in told)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _size(num_bytes: int) -> str:
+    size, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if size >= 9.95 or unit == "B" else f"{size:.1f} {unit}"
+
+
+def _legend_cell(status: Status) -> str:
+    look = _LOOKS[status]
+    cell = (
+        f'<TD BORDER="{round(look.width)}" COLOR="{look.border}" BGCOLOR="{look.fill}" CELLPADDING="4" '
+        f'STYLE="{look.style}"><FONT COLOR="{_INK}">{_html(status)}</FONT></TD>'
+    )
+    if look.lines == 1:
+        return cell
+    return f'<TD><TABLE BORDER="1" COLOR="{look.border}" CELLBORDER="0" CELLSPACING="2"><TR>{cell}</TR></TABLE></TD>'
