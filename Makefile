@@ -22,7 +22,7 @@ BENCH_INSTALLED := $(VENV)/.installed-bench
 # Touched when it holds what the documentation is made with.
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: help demo bench docs venv check test format clean
+.PHONY: help demo bench docs pictures venv check test format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,6 +53,9 @@ $(DOCS_INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
+
+pictures: $(DEMO_INSTALLED) ## draw the pictures of the documentation, with the demo model
+	$(BIN)/python docs/draw_pictures.py
 
 venv: $(INSTALLED) ## create or update .venv
 

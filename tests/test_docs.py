@@ -15,6 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import backprompt
+from draw_pictures import DRAWN, PICTURES
 from tiny_tokenizers import MAX_VOCAB_SIZE, byte_level_bpe
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -118,6 +119,26 @@ def test_links_and_pictures_point_at_files(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     links += re.findall(r"^```\{(?:image|include|literalinclude)\} (\S+)$", text, flags=re.M)
     assert [link for link in links if not ((DOCS / page).parent / link).exists()] == []
+
+
+SHOWN = {
+    "start": {"computed now"},
+    "forest": {"reused from memory", "computed now", "not evaluated"},
+    "groups": {"reused from memory", "computed now"},
+    "joins": {"computed now"},
+    "store": {"from disk", "computed now", "not evaluated"},
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_pictures_show_what_their_pages_tell(name: str, folder_of_models: Path) -> None:
+    drawn = DRAWN[name](lambda **options: backprompt.load(folder_of_models / "gpt2", **options))
+    source = drawn.source.replace("&#160;", " ")
+    statuses = {"computed now", "reused from memory", "from disk", "evicted", "not evaluated"}
+    assert {status for status in statuses if status in source} == SHOWN[name]
+    committed = (PICTURES / f"{name}.svg").read_text(encoding="utf-8")
+    assert {status for status in statuses if status in committed} == SHOWN[name]
+    assert any(f"pictures/{name}.svg" in (DOCS / page).read_text(encoding="utf-8") for page in PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
