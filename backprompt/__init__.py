@@ -1,20 +1,28 @@
 """Compose prompts with `+` and evaluate a forest of them in packed passes, each distinct token once."""
 
+import logging as _logging
+
 from backprompt import classify
 from backprompt._chat import chat
 from backprompt._draw import Drawing, draw
+from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
 from backprompt._graph import to_networkx
+from backprompt._plot import plot_probabilities
+from backprompt._show import ShownText, ShownToken
+from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
     DrawingError,
+    DriftError,
     EmptyTextError,
     EntryTooLargeError,
     GenerationError,
     GroupError,
     JoinError,
     MemoryBudgetError,
+    MissingDependencyError,
     MixedModelsError,
     ModelLoadError,
     NonFiniteError,
@@ -33,22 +41,29 @@ from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
 from backprompt.lookup import Piece
+from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
-from backprompt.tokens import Join
+from backprompt.tokens import Extent, Join
 
 __version__ = "0.1.0"
+
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())  # silent unless the program asks for messages
 
 __all__ = [
     "LM",
     "BackpromptError",
     "DamagedEntryError",
     "DiskStore",
+    "Divergence",
     "Drawing",
     "DrawingError",
+    "DriftError",
     "EmptyTextError",
     "EntryTooLargeError",
+    "Explanation",
+    "Extent",
     "GeneratedText",
     "GenerationError",
     "GroupError",
@@ -57,15 +72,20 @@ __all__ = [
     "JoinError",
     "MemoryBudgetError",
     "MemoryStore",
+    "Miss",
+    "MissingDependencyError",
     "MixedModelsError",
     "ModelLoadError",
     "ModelRepr",
     "NoStoreError",
+    "NodeDrift",
     "NonFiniteError",
     "NotPicklableError",
     "Piece",
     "Pin",
     "SelectedText",
+    "ShownText",
+    "ShownToken",
     "StaleRepresentationError",
     "Stats",
     "Store",
@@ -79,14 +99,18 @@ __all__ = [
     "TokenizerError",
     "UnboundTextError",
     "UnsupportedModelError",
+    "Verification",
     "chat",
     "classify",
     "draw",
     "eager",
     "evaluate",
+    "explain",
     "generate",
     "independence_gap",
     "load",
     "parallel",
+    "plot_probabilities",
     "to_networkx",
+    "verify",
 ]

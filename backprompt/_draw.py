@@ -9,27 +9,27 @@ and what stands outside of them is of a grey that shows on white and on black.
 from __future__ import annotations
 
 import html
+import itertools
 import os
 import shutil
 import threading
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import graphviz
 import networkx as nx
 
 from backprompt._graph import STATUSES, Status, to_networkx
+from backprompt._visible import shortened, visible, wrapped
 from backprompt.errors import DrawingError
 from backprompt.text import Text
 
 MAX_IN_A_ROW = 4
-"""Of more segments than this that only follow each other, those in the middle become one box."""
+"""Of more segments than this that only follow each other, all but the first become one box."""
 
-_LINE_WIDTH = 28
 _TOOLTIP_CHARACTERS = 600
 _GREY = "#7d8590"
 _INK = "#1f2328"
@@ -57,13 +57,20 @@ _LOOKS: Mapping[Status, _Look] = {
     "no model": _Look("#ffffff", "#57606a"),
 }
 
+_MEANINGS: Mapping[Status, str] = {
+    "computed now": "computed now: by the latest evaluation",
+    "reused from memory": "reused from memory: held since an earlier evaluation",
+    "from disk": "from disk: read from the store, or there to be read",
+    "evicted": "evicted: dropped over the memory budget, to be computed again",
+    "not evaluated": "not evaluated: to be computed",
+}
+
 
 def draw(
     texts: Text | Iterable[Text],
     *,
     max_children: int = 6,
     max_characters: int = 56,
-    direction: Literal["LR", "TB"] = "LR",
 ) -> Drawing:
     """Return a picture of texts: their segments as boxes, and what follows what. Nothing is computed.
 
@@ -78,23 +85,20 @@ def draw(
         texts: a text or several; texts without a model are drawn by their strings.
         max_children: of more texts that follow one segment, the last ones become one box ("... 69 more").
         max_characters: of longer strings the middle is left out.
-        direction: "LR" from left to right, "TB" from top to bottom.
 
     Returns:
         A `graphviz.Digraph`, to be rendered or changed further.
 
     Raises:
-        ValueError: a number is too small, or there is no such direction.
+        ValueError: a number is too small.
         TextTypeError, JoinError, TokenizerError: see `to_networkx`.
 
     """
     for name, value in (("max_children", max_children), ("max_characters", max_characters)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 2:
             raise ValueError(f"{name} must be an int of at least 2, not {value!r}.")
-    if direction not in ("LR", "TB"):
-        raise ValueError(f'direction must be "LR" or "TB", not {direction!r}.')
     graph = to_networkx(texts)
-    return _Picture(graph, _Folding(graph, max_children), max_characters).drawn(direction)
+    return _Picture(graph, _Folding(graph, max_children), max_characters).drawn()
 
 
 class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
@@ -174,9 +178,9 @@ def _laid_out(source: str, format: str, engine: str) -> bytes | None:
     with _LAYOUT_LOCK:
         try:
             data = pygraphviz.AGraph(string=source).draw(format=format, prog=engine)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # a TypeError is what comes of an unknown format
             raise DrawingError(
-                f"Graphviz cannot draw this as {format!r} with {engine!r} ({error}). Formats that it always has are "
+                f"Graphviz cannot draw this as {format!r} with {engine!r}. Formats that it always has are "
                 '"svg", "png" and "pdf".'
             ) from error
     return bytes(data)
@@ -198,7 +202,7 @@ class _Folding:
 
     Attributes:
         boxes: by name, in written order.
-        edges: from box to box.
+        edges: from box to box, and those of the graph that each stands for.
         of: the name of each node's box.
 
     """
@@ -212,9 +216,11 @@ class _Folding:
         self._put_rows()
         for idx, (_, first) in enumerate(folds):
             self._put_fold(f"more{idx}", first)
-        self.edges = dict.fromkeys(
-            (self.of[parent], self.of[node]) for parent, node in graph.edges if self.of[parent] != self.of[node]
-        )
+        edges = sorted(graph.edges, key=lambda edge: [graph.nodes[node]["written_order"] for node in edge])
+        self.edges: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        for parent, node in edges:
+            if self.of[parent] != self.of[node]:
+                self.edges.setdefault((self.of[parent], self.of[node]), []).append((parent, node))
 
     def _in_written_order(self, nodes: Iterable[int]) -> list[int]:
         return sorted(nodes, key=lambda node: self._graph.nodes[node]["written_order"])
@@ -247,19 +253,15 @@ class _Folding:
         return others + junctions
 
     def _put_rows(self) -> None:
-        """Let the middle of a long row of segments be one box."""
+        """Let a long row of segments be one box, but for the first."""
         for first in list(self.boxes):
             row = self._row_from(int(first)) if first in self.boxes else []
             if len(row) > MAX_IN_A_ROW:
-                name, middle = f"row{row[1]}", row[1:-1]
-                self.boxes = {
-                    name if old == str(middle[0]) else old: _Box(middle, f"{len(middle)} more segments")
-                    if old == str(middle[0])
-                    else box
-                    for old, box in self.boxes.items()
-                    if old == str(middle[0]) or old not in set(map(str, middle))
-                }
-                self.of.update(dict.fromkeys(middle, name))
+                rest = row[1:]
+                self.boxes[str(rest[0])] = _Box(rest, f"{len(rest)} more segments")
+                self.of.update(dict.fromkeys(rest, str(rest[0])))
+                for node in rest[1:]:
+                    del self.boxes[str(node)]
 
     def _row_from(self, node: int) -> list[int]:
         """Return the row of nodes that only follow each other and begins with this one."""
@@ -277,7 +279,6 @@ class _Folding:
             len(self._graph.succ[parent]) == len(self._graph.pred[node]) == 1
             and "junction" not in (above["kind"], below["kind"])
             and not above["ends"]
-            and not below["is_join_changed"]
         )
 
     def _put_fold(self, name: str, first: Sequence[int]) -> None:
@@ -301,16 +302,17 @@ class _Picture:
         self._folding = folding
         self._max_characters = max_characters
 
-    def drawn(self, direction: str) -> Drawing:
+    def drawn(self) -> Drawing:
         """Return the picture."""
         drawing = Drawing("texts", format="svg")
         drawing.attr(
             "graph",
-            rankdir=direction,
+            rankdir="LR",
             bgcolor="transparent",
             pad="0.1",
             nodesep="0.12",
-            ranksep="0.35",
+            ranksep="0.5",
+            ordering="out",
             label=self._legend(),
             labelloc="b",
             labeljust="l",
@@ -320,21 +322,39 @@ class _Picture:
             tooltip=" ",
         )
         drawing.attr("node", shape="box", style="rounded,filled", margin="0.14,0.07", fontname=_SANS, fontsize="11")
+        drawing.attr("edge", tailport="e", headport="w")
         drawing.attr("edge", color=_GREY, arrowsize="0.6", fontname=_SANS, fontsize="11", fontcolor=_GREY, tooltip=" ")
         frames = _frames(self._graph)
         self._put(drawing, None, frames)
-        for parent, node in self._folding.edges:
-            drawing.edge(parent, node, **self._edge(node, parent))
+        self._put_roots_in_order(drawing, set().union(*(frame.nodes for frame in frames)))
+        for (parent, node), edges in self._folding.edges.items():
+            drawing.edge(parent, node, **self._edge(edges))
         return drawing
+
+    def _put_roots_in_order(self, drawing: graphviz.Digraph, framed: set[int]) -> None:
+        boxes = self._folding.boxes
+        following = {node for _, node in self._folding.edges}
+        roots = [name for name in boxes if name not in following and not framed.intersection(boxes[name].nodes)]
+        _put_in_order(drawing, roots)
 
     def _put(self, drawing: graphviz.Digraph, frame: _Frame | None, frames: Sequence[_Frame]) -> None:
         """Put the boxes that stand in a frame, and the frames within it."""
         inner = [other for other in frames if other.outer is frame]
         own = frame.nodes if frame is not None else set(self._graph)
         within = set().union(*(other.nodes for other in inner))
-        for name, box in self._folding.boxes.items():
-            if all(node in own for node in box.nodes) and not all(node in within for node in box.nodes):
-                drawing.node(name, **self._node(box))
+        boxes = {
+            name: box
+            for name, box in self._folding.boxes.items()
+            if own.issuperset(box.nodes) and not within.issuperset(box.nodes)
+        }
+        for name, box in boxes.items():
+            drawing.node(name, **self._node(box))
+        if frame is not None:
+            boxes_before = {parent for parent, box in self._folding.boxes.items() if own.issuperset(box.nodes)}
+            following = {node for parent, node in self._folding.edges if parent in boxes_before}
+            first = [name for name in boxes if name not in following]
+            # Graphviz stands what is in a frame on its head when it draws from left to right.
+            _put_in_order(drawing, first[::-1])
         for other in inner:
             with drawing.subgraph(name=f"cluster{other.number}") as cluster:
                 cluster.attr(label=other.label, color=_GREY, style="rounded,dashed", margin="10", labelloc="t")
@@ -343,7 +363,7 @@ class _Picture:
     def _node(self, box: _Box) -> dict[str, str]:
         if self._graph.nodes[box.nodes[0]]["kind"] == "junction" and box.title is None:
             data = self._graph.nodes[box.nodes[0]]
-            ends = f"; {_counted(len(data['ends']), 'text')} end here" if data["ends"] else ""
+            ends = f"; {_ending(len(data['ends']))}" if data["ends"] else ""
             tooltip = f"The group ends: what follows sees all branches{ends}."
             return {
                 "shape": "circle",
@@ -366,15 +386,12 @@ class _Picture:
             "fontcolor": _INK,
         }
 
-    def _edge(self, name: str, parent: str) -> dict[str, str]:
-        first = self._folding.boxes[name].nodes[0]
-        last = self._folding.boxes[parent].nodes[-1]
-        data = self._graph.edges.get((last, first), {"times": 1, "is_join_changed": False})
-        marks = [f"{data['times']}×"] if data["times"] > 1 else []
-        if data["is_join_changed"]:
-            marks.append("≠ tokens")
-            return {"label": _html(" ".join(marks)), "style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
-        return {"label": _html(" ".join(marks))} if marks else {}
+    def _edge(self, edges: Sequence[tuple[int, int]]) -> dict[str, str]:
+        data = [self._graph.edges[edge] for edge in edges]
+        if any(edge["is_join_changed"] for edge in data):
+            return {"label": "≠", "style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
+        times = sum(edge["times"] for edge in data)
+        return {"label": f"{times} times"} if len(edges) == 1 and times > 1 else {}
 
     def _statuses(self, box: _Box) -> Counter[Status]:
         """Count a box's tokens by status; of none, its one status counts 0."""
@@ -393,7 +410,7 @@ class _Picture:
             string = first["string"] if first["kind"] != "special tokens" else f"{first['string']} (special)"
             lines = [
                 f'<FONT FACE="{_MONOSPACE}" POINT-SIZE="12">{_html(line)}</FONT>'
-                for line in _wrapped(f"“{_visible(_shortened(string, self._max_characters))}”")
+                for line in wrapped(f"“{visible(shortened(string, self._max_characters))}”")
             ]
         lines += [_html(line) for line in self._account(box)]
         has_model = "no model" not in statuses
@@ -407,7 +424,8 @@ class _Picture:
         if data[0]["position"] is None:
             parts = []
         elif box.title is None and data[0]["num_own_tokens"] < data[0]["num_tokens"]:
-            parts = [f"{_counted(data[0]['num_tokens'], 'token')}, {data[0]['num_own_tokens']:,} of its own"]
+            num_shared = data[0]["num_tokens"] - data[0]["num_own_tokens"]
+            parts = [f"{_counted(data[0]['num_tokens'], 'token')}, {num_shared:,} shared"]
         else:
             parts = [_counted(sum(node["num_own_tokens"] for node in data), "token")]
         num_bytes = sum(node["num_bytes"] or 0 for node in data)
@@ -419,16 +437,17 @@ class _Picture:
             lines.insert(0, _counted(texts, "text"))
         elif data[0]["num_texts"] > 1 and not box.title:
             lines.append(
-                f"in {data[0]['num_texts']:,} texts"
-                + (f", {texts:,} of which end here" if texts and has_following else "")
+                f"in {data[0]['num_texts']:,} texts" + (f"; {_ending(texts)}" if texts and has_following else "")
             )
+        if num_changed := sum(node["is_join_changed"] for node in data[1:]) if box.title else 0:
+            lines.append(f"≠ at {_counted(num_changed, 'join')} in it")
         if any(node["is_frozen"] for node in data):
             lines.append("frozen: sees nothing before it")
         return lines
 
     def _tooltip(self, box: _Box) -> str:
-        strings = [_visible(self._graph.nodes[node]["string"]) for node in box.nodes[:20]]
-        return _shortened(" | ".join(strings), _TOOLTIP_CHARACTERS) or " "
+        strings = [visible(self._graph.nodes[node]["string"]) for node in box.nodes[:20]]
+        return shortened(" | ".join(strings), _TOOLTIP_CHARACTERS) or " "
 
     def _legend(self) -> str:
         nodes = [data for _, data in self._graph.nodes(data=True)]
@@ -436,31 +455,32 @@ class _Picture:
             return "<nothing to draw: no text has a segment>"
         found = {status for data in nodes for status in (data["statuses"] or [data["status"]])}
         statuses = [status for status in STATUSES if status in found]
-        rows = [f'<TD ALIGN="LEFT">{_html(self._summary(nodes))}</TD>']
-        if statuses != ["no model"]:
-            cells = "".join(_legend_cell(status) for status in statuses)
-            rows.append(
-                f'<TD ALIGN="LEFT"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="4"><TR>{cells}</TR></TABLE></TD>'
-            )
+        rows = [f'<TD COLSPAN="2" ALIGN="LEFT">{_html(self._summary(nodes))}</TD>']
+        rows += [_swatch(status) + _legend_text(_MEANINGS[status]) for status in statuses if status in _MEANINGS]
         if any(data["is_join_changed"] for data in nodes):
             rows.append(
-                f'<TD ALIGN="LEFT">{_html("◆ ≠ tokens: joining changed tokens that both sides have apart")}</TD>'
+                "<TD>◆</TD>" + _legend_text("≠ joining changed tokens: these are not those of both sides apart")
             )
         if any(data["kind"] == "junction" for data in nodes):
-            rows.append(f'<TD ALIGN="LEFT">{_html("● a group ends: what follows sees all its branches")}</TD>')
-        return (
-            '<<TABLE BORDER="0" CELLSPACING="0" CELLPADDING="2">'
-            + "".join(f"<TR>{row}</TR>" for row in rows)
-            + "</TABLE>>"
-        )
+            rows.append("<TD>●</TD>" + _legend_text("a group ends: what follows sees all of its branches"))
+        table = "".join(f"<TR>{row}</TR>" for row in rows)
+        return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="3" CELLPADDING="1">{table}</TABLE>>'
 
     def _summary(self, nodes: Sequence[Mapping[str, Any]]) -> str:
         texts = _counted(self._graph.graph["num_texts"], "text")
         num_tokens = self._graph.graph["num_tokens"]
         if not num_tokens:
-            return f"{texts}, {_counted(len(nodes), 'segment')}"
+            return f"{texts}, {_counted(sum(data['kind'] != 'junction' for data in nodes), 'segment')}"
         num_own = sum(data["num_own_tokens"] for data in nodes)
         return f"{texts}: {_counted(num_own, 'distinct token')}, {num_tokens:,} in all strings"
+
+
+def _put_in_order(drawing: graphviz.Digraph, names: Sequence[str]) -> None:
+    """Let boxes that follow nothing in the same frame stand one below the other."""
+    with drawing.subgraph() as same:
+        same.attr(rank="same")
+        for name, next_name in itertools.pairwise(names):
+            same.edge(name, next_name, style="invis", tailport="_", headport="_")
 
 
 @dataclass(eq=False)
@@ -495,62 +515,22 @@ def _frames(graph: nx.DiGraph) -> list[_Frame]:
 
 
 def _branches(graph: nx.DiGraph, junction: int) -> set[int]:
-    """Return the nodes of the group that ends here: what is not behind, or before, all of its branches."""
-    ends = list(graph.pred[junction])
-    if len(ends) == 1:
-        return {ends[0]} | nx.ancestors(graph, ends[0])
-    above = [{end} | nx.ancestors(graph, end) for end in ends]
-    return set().union(*above) - set.intersection(*above)
+    """Return the nodes of the group that ends here."""
+    branches: set[int] = set()
+    for end in graph.pred[junction]:
+        branches |= {end} | nx.ancestors(graph, end)
+    behind = graph.nodes[junction]["behind"]
+    return branches if behind is None else branches - {behind} - nx.ancestors(graph, behind)
 
 
 # Strings
 
 
-def _shortened(string: str, limit: int) -> str:
-    """Return a string with its middle left out where it is longer than `limit` characters."""
-    if len(string) <= limit:
-        return string
-    return f"{string[: (limit + 1) // 2]}…{string[len(string) - limit // 2 :]}"
-
-
-_VISIBLE = {"\n": "↵", "\t": "⇥"}
-_JOINERS = "\u200c\u200d"  # make up letters and emoji
-
-
-def _visible(string: str) -> str:
-    """Return a string that shows what cannot be seen, and what would change how the rest is shown."""
-    return "".join(map(_visible_character, string))
-
-
-def _visible_character(character: str) -> str:
-    if character in _VISIBLE:
-        return _VISIBLE[character]
-    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") and character not in _JOINERS
-    return ascii(character)[1:-1] if is_hidden else character
-
-
-def _wrapped(shown: str) -> Iterator[str]:
-    """Yield lines of about equal width at most `_LINE_WIDTH`, cut behind a space where there is one."""
-    while shown:
-        stop = _num_fitting(shown)
-        space = shown.rfind(" ", 0, stop) + 1
-        stop = space if stop < len(shown) and space > stop // 2 else stop
-        yield shown[:stop]
-        shown = shown[stop:]
-
-
-def _num_fitting(shown: str) -> int:
-    width = 0
-    for idx, character in enumerate(shown):
-        width += 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if width > _LINE_WIDTH:
-            return max(1, idx)
-    return len(shown)
-
-
 def _html(shown: str) -> str:
     """Return a string for Graphviz's HTML-like labels, in which spaces would run together."""
-    return html.escape(shown).replace("\\", "&#92;").replace(" ", "&#160;")
+    escaped = html.escape(shown).replace(" ", "&#160;")
+    # A tag keeps the backslash from what follows: Graphviz replaces \N by the node's name, however it is written.
+    return escaped.replace("\\", f'<FONT COLOR="{_INK}">&#92;</FONT>')
 
 
 def _told(statuses: Counter[Status]) -> str:
@@ -564,6 +544,10 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def _ending(num_texts: int) -> str:
+    return "1 text ends here" if num_texts == 1 else f"{num_texts:,} texts end here"
+
+
 def _size(num_bytes: int) -> str:
     size, unit = float(num_bytes), "B"
     for larger in ("kB", "MB", "GB", "TB"):
@@ -573,12 +557,15 @@ def _size(num_bytes: int) -> str:
     return f"{size:.0f} {unit}" if size >= 9.95 or unit == "B" else f"{size:.1f} {unit}"
 
 
-def _legend_cell(status: Status) -> str:
+def _legend_text(text: str) -> str:
+    return f'<TD ALIGN="LEFT">{_html(text)}</TD>'
+
+
+def _swatch(status: Status) -> str:
     look = _LOOKS[status]
-    cell = (
-        f'<TD BORDER="{round(look.width)}" COLOR="{look.border}" BGCOLOR="{look.fill}" CELLPADDING="4" '
-        f'STYLE="{look.style}"><FONT COLOR="{_INK}">{_html(status)}</FONT></TD>'
-    )
-    if look.lines == 1:
-        return cell
-    return f'<TD><TABLE BORDER="1" COLOR="{look.border}" CELLBORDER="0" CELLSPACING="2"><TR>{cell}</TR></TABLE></TD>'
+    size = 'FIXEDSIZE="TRUE" WIDTH="30" HEIGHT="15"'
+    border = f'BORDER="{round(look.width)}" COLOR="{look.border}" BGCOLOR="{look.fill}" STYLE="{look.style}"'
+    cells = "<TR><TD></TD></TR>"
+    if look.lines == 2:
+        cells = f'<TR><TD BORDER="1" COLOR="{look.border}"></TD></TR>'
+    return f'<TD ALIGN="LEFT"><TABLE {size} {border} CELLBORDER="0" CELLSPACING="2">{cells}</TABLE></TD>'

@@ -22,6 +22,7 @@ from backprompt import classify
 from backprompt.cache import TokenScore
 from backprompt.decoding import Decoding, FinishReason, TextDecoding
 from backprompt.errors import GenerationError, TextTypeError
+from backprompt.progress import showing
 from backprompt.radix import Span
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenIds, flat, with_more
@@ -229,7 +230,8 @@ def generate(
         raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
     run = Run(lm, [text for text in listed for _ in range(n or 1)], decoding)
     show = len(run.texts) >= MIN_TEXTS_FOR_A_BAR if show_progress_bar is None else show_progress_bar
-    with tqdm(total=len(run.texts), desc="texts", disable=not show) as bar:
+    is_hidden = show or show_progress_bar is False  # one bar is enough
+    with showing(False if is_hidden else None), tqdm(total=len(run.texts), desc="texts", disable=not show) as bar:
         while run.step():
             bar.update(run.num_finished - bar.n)
         bar.update(run.num_finished - bar.n)

@@ -54,17 +54,19 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
     - `kind`: "string", "token ids", "special tokens" (those before a group) or "junction" (where a group ends);
     - `string`, `segment`: what it adds to a text, and the segment itself;
     - `token_ids`, `num_tokens`: its tokens in the first text that has it; a token across a join is the right side's;
-    - `num_own_tokens`: how many distinct tokens are counted here: their sum is what an evaluation from nothing computes;
+    - `num_own_tokens`: how many distinct tokens are counted here; their sum is what an evaluation of all computes;
     - `num_bytes`: of these when they are held; None before the `LM` has computed anything;
     - `position`: of its first token; None without a model;
     - `status`: "computed now" (by the latest evaluation), "reused from memory", "from disk", "evicted", "not evaluated"
       or "no model"; of several the one of most tokens; None for a junction. `statuses` counts its own tokens by it;
     - `is_join_changed`: whether tokens changed where it was joined with what stands before;
     - `is_frozen`: whether it begins a branch that sees nothing before it;
+    - `behind`: of a junction the node that the group stands behind, or None;
     - `ends`: the indices of the texts that end here; `num_texts`: how many pass through;
     - `written_order`: sorted by it, nodes stand as the texts were given.
 
-    The graph has `num_texts` and `num_tokens`, the tokens of all strings together. Edges have `times`: how many branches of a group end there so; and `is_join_changed`.
+    The graph has `num_texts` and `num_tokens`, of all strings together. Edges have `times`, how many branches
+    of a group end there so, and `is_join_changed`.
 
     Args:
         texts: a text or several, of one `LM`, of several, or of none.
@@ -90,7 +92,7 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
                 merged.add(listed[idx], idx, None)
         else:
             num_tokens += _add_encoded(merged, lm, {idx: listed[idx] for idx in indices})
-        nodes += merged.in_order()
+        nodes += merged.in_order(len(nodes))
     return _as_networkx(nodes, num_texts=len(listed), num_tokens=num_tokens)
 
 
@@ -102,6 +104,7 @@ class _Node:
     segment: Segment | None
     string: str
     parents: dict[_Node, int] = field(default_factory=dict)  # how many branches end there so
+    behind: _Node | None = None
     token_ids: tuple[int, ...] = ()
     position: int | None = None
     order: int = -1
@@ -150,12 +153,14 @@ class _Merged:
             node.num_texts += 1
         return walk.uses
 
-    def in_order(self) -> list[_Node]:
-        """Return the nodes as they are forwarded; of those without a place in that order as they were written."""
-        nodes = list(self._found.values())
+    def in_order(self, num_before: int) -> list[_Node]:
+        """Return the nodes as they are forwarded; of those without a place in that order as they were written.
+
+        There are `num_before` nodes of other texts.
+        """
         graph = nx.DiGraph()
-        for idx, node in enumerate(nodes):
-            node.written_order = idx
+        for written_order, node in enumerate(self._found.values()):
+            node.written_order = num_before + written_order
             graph.add_node(node)
             graph.add_edges_from((parent, node) for parent in node.parents)
             if node.order < 0:
@@ -235,12 +240,15 @@ class _Walk:
             last = max(last, stop)
             if group.positions == "sequential" and not branch.is_frozen:
                 start = stop
-        counts = Counter(end for end, _ in ends)
-        parents: dict[_Node | None, int] = dict(counts)
+        parents: dict[_Node | None, int] = {}
+        for end, _ in ends:
+            parents[end] = parents.get(end, 0) + 1
         if all(is_frozen for _, is_frozen in ends):
             parents[before] = 1
         key = ("junction", before, frozenset(Counter(ends).items()), last)
-        return self._node(key, "junction", None, parents, last), last
+        junction = self._node(key, "junction", None, parents, last)
+        junction.behind = before
+        return junction, last
 
     def _node(
         self, key: tuple[Any, ...], kind: Kind, segment: Segment | None, parents: dict[_Node | None, int], position: int
@@ -385,6 +393,7 @@ def _as_networkx(nodes: Sequence[_Node], *, num_texts: int, num_tokens: int) -> 
             statuses=dict(node.statuses),
             is_join_changed=node.is_join_changed,
             is_frozen=node.is_frozen,
+            behind=None if node.behind is None else numbers[node.behind],
             ends=tuple(node.ends),
             num_texts=node.num_texts,
             written_order=node.written_order,

@@ -15,7 +15,7 @@ import torch
 
 from backprompt.cache import Block, BlockRows, KeysValues, States, gather, keys_values_of, states_of
 from backprompt.errors import EntryTooLargeError, StoreVersionError
-from backprompt.identity import extend_key, gap_key, group_key
+from backprompt.identity import extend_key, gap_key, group_key, root_key
 from backprompt.radix import NOTHING, Forest, Junction, Span
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, encode, parts_of
@@ -116,6 +116,30 @@ class Archive:
             self._note_unreadable(error)
             return 0
         return 0 if found is None else found.num_tokens
+
+    def others(self, beginning: Sequence[int]) -> list[Root]:
+        """Return what else than this archive's root texts stand on that are stored and whose first tokens are these."""
+        if not self._can_read:
+            return []
+        try:
+            found = [
+                _root_of(header)
+                for header in self._store.list(self._decode(beginning).rstrip("\N{REPLACEMENT CHARACTER}"))
+                if header.position == 0 and header.token_ids[: len(beginning)] == tuple(beginning)
+            ]
+        except OSError as error:
+            self._note_unreadable(error)
+            return []
+        return [root for root in dict.fromkeys(found) if root.key != self._known_root().key]
+
+    def under(self, root: Root) -> Archive:
+        """Return an archive of the same store whose keys are built on another root."""
+        return Archive(self._store, lambda: root, self._decode, self._device)
+
+    @property
+    def root(self) -> Root:
+        """What its keys are built on; the first use hashes the model's weights."""
+        return self._known_root()
 
     def save_new(self, spans: Iterable[Span]) -> None:
         """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
@@ -263,6 +287,11 @@ class Archive:
         assert span.parent is not None
         before = self._key_of(span.parent)
         return before if span.position == span.parent.stop else gap_key(before, span.position)
+
+
+def _root_of(header: Header) -> Root:
+    key = root_key(model=header.model, dtype=header.dtype, tokenizer=header.tokenizer, exactness=header.exactness)
+    return Root(key, header.model, header.tokenizer, header.dtype, header.exactness)
 
 
 class _Keyed:

@@ -206,11 +206,17 @@ def predict(
     return found[0] if task.work.is_single else found
 
 
-def token_logprobs(texts: Prompt | Sequence[Prompt], lm: LM | None = None, *, end_of_prompt: str = " ") -> list[Any]:
+def token_logprobs(
+    texts: Prompt | Sequence[Prompt],
+    lm: LM | None = None,
+    *,
+    end_of_prompt: str = " ",
+    show_progress_bar: bool | None = None,
+) -> list[Any]:
     """Return the log-probability of each token of each text given those before it; None for a first token.
 
     Strings are encoded as completions are: without special tokens, as `end_of_prompt + text`. A `Text` is taken as it
-    is.
+    is. A bar shows by default where it takes several passes and longer than two seconds.
 
     Returns:
         A list of floats for a single text, else a list of such lists.
@@ -225,7 +231,8 @@ def token_logprobs(texts: Prompt | Sequence[Prompt], lm: LM | None = None, *, en
     space = _end(lm, end_of_prompt)
     ids = dict(zip(strings, lm.completion_ids([space + string for string in strings]), strict=True))
     bound = [Text.from_tokens(ids[text], lm) if isinstance(text, str) else _bound(text, lm) for text in listed]
-    found = [_as_floats(logprobs.cpu().double().numpy()) for logprobs in lm.token_logprobs(bound)]
+    logprobs = lm.token_logprobs(bound, show_progress_bar=show_progress_bar)
+    found = [_as_floats(of_text.cpu().double().numpy()) for of_text in logprobs]
     rows = [[None if value != value else value for value in row] for row in found]  # nan: nothing predicts it
     return rows[0] if is_single else rows
 
@@ -329,7 +336,8 @@ class _Work:
         """Score some prompts' completions together."""
         pairs = [(idx, token_ids) for idx in prompt_idxs for token_ids in self._ids_behind(idx)]
         starts = [len(self.prompt_ids[idx]) for idx, _ in pairs]
-        found = self.lm.token_logprobs([self.behind(*pair) for pair in pairs], starts)
+        texts = [self.behind(*pair) for pair in pairs]
+        found = self.lm.token_logprobs(texts, starts, show_progress_bar=False)  # there is a bar over the prompts
         together = torch.cat(found).cpu().double().numpy()  # one transfer
         ends = np.cumsum([len(token_ids) for _, token_ids in pairs])
         rows = iter(np.split(together, ends[:-1]))
@@ -480,6 +488,7 @@ class _Task:
                 following = work.lm.next_token_logprobs(
                     [work.behind(idx, node.token_ids) for idx, _, node in expanded],
                     [list(node.children) for _, _, node in expanded],
+                    show_progress_bar=False,
                 )
                 logprobs = iter(torch.cat(following).tolist())
                 for _, search, node in expanded:

@@ -53,6 +53,10 @@ class NonFiniteError(BackpromptError, ArithmeticError):
     """The model returned NaN."""
 
 
+class DriftError(BackpromptError, ArithmeticError):
+    """What was computed lies further from the model's plain call than was tolerated."""
+
+
 class GenerationError(BackpromptError, ValueError):
     """Options of `generate` that contradict each other, or that it does not have."""
 
@@ -89,5 +93,13 @@ class DrawingError(BackpromptError, RuntimeError):
     """A picture could not be made: there is nothing to lay it out or to draw it with, or no such format."""
 
 
+class MissingDependencyError(BackpromptError, ImportError):
+    """A package that an optional feature needs is not installed."""
+
+
 class NotPicklableError(BackpromptError, TypeError):
     """An `LM` was pickled; it holds a model, a lock and a cache of tensors."""
+
+
+class CommandError(BackpromptError, ValueError):
+    """The command line was given what it cannot use: a file, a row of it, or options that contradict each other."""

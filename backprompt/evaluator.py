@@ -24,10 +24,11 @@ from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
 from backprompt.growth import Growth
 from backprompt.host import HostMemory
-from backprompt.lookup import Sketch
+from backprompt.lookup import Aside, Sketch
 from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
 from backprompt.probe import probe
+from backprompt.progress import GrowingBar, progress_bar
 from backprompt.radix import NOTHING, Forest, Junction, Place, Span
 from backprompt.token_graph import TokenGraph, TokenIds, without_last
 
@@ -166,13 +167,23 @@ class Evaluator:
         self._forget_results()
         self._pinned.clear()
 
+    @property
+    def archive(self) -> Archive | None:
+        """What connects the forest with a store, if there is one."""
+        return self._archive
+
+    @property
+    def max_tokens_per_forward(self) -> int:
+        """How many tokens one packed pass forwards at most."""
+        return self._max_tokens
+
     def count_evaluation(self) -> None:
         """Begin another evaluation: what was computed before is reused from now on."""
         self.forest.evaluation += 1
 
-    def sketch(self, texts: Iterable[TokenIds]) -> Sketch:
+    def sketch(self, texts: Iterable[TokenIds], asides: Iterable[Aside] = ()) -> Sketch:
         """Return what is held of texts, in a forest of their own; changes, loads and forwards nothing."""
-        return Sketch(self.forest, texts, self._archive)
+        return Sketch(self.forest, texts, self._archive, asides)
 
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
         """Compute what is missing of texts given by their token ids, and return the spans at which they end.
@@ -297,6 +308,12 @@ class Evaluator:
             rows.update(zip(group, self._logits(torch.stack([_last_hidden(end) for end in group])), strict=True))
         return [rows[end] for end in ends]
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of all that is held of one token; the first use runs the probe."""
+        self._probe_once()
+        return self.executor.token_bytes
+
     def num_bytes_to_hold(self, ends: Collection[Span]) -> int:
         """Return the bytes of all that must be held for these texts and for what is pinned."""
         self._probe_once()  # how many bytes a token takes is known from then on
@@ -398,13 +415,16 @@ class Evaluator:
                     predictions.add_candidate(end, token_id)
                 elif not _has_first_score(child):
                     predictions.add_branches(end)
-        for rows, targets in predictions.slices(self.executor.rows_in_a_slice):
-            row_idx = torch.tensor([target.row_idx for target in targets])
-            token_ids = torch.tensor([target.token_id for target in targets])
-            scores = _picked_scores(self._logits(rows), row_idx, token_ids)
-            for end, scored in _write_scores(targets, scores).items():
-                self._candidates.put(end, scored)
-                found[end] |= scored
+        num_rows, rows_in_a_slice = predictions.num_rows, self.executor.rows_in_a_slice
+        with progress_bar(num_rows, "scoring", "tokens", is_long=num_rows > rows_in_a_slice) as bar:
+            for rows, targets in predictions.slices(rows_in_a_slice):
+                row_idx = torch.tensor([target.row_idx for target in targets])
+                token_ids = torch.tensor([target.token_id for target in targets])
+                scores = _picked_scores(self._logits(rows), row_idx, token_ids)
+                for end, scored in _write_scores(targets, scores).items():
+                    self._candidates.put(end, scored)
+                    found[end] |= scored
+                bar.update(len(rows))
         held: list[tuple[Span, int, Span]] = []
         for end, token_ids in candidates.items():
             held += [(end, t, child) for t in token_ids if t not in found[end] and (child := _held_child(end, t))]
@@ -528,10 +548,20 @@ class Evaluator:
         before_eviction: Callable[[], None] | None = None,
         use_store: bool = True,
     ) -> None:
-        """Forward what is missing, pass by pass, within the budget.
+        """Forward what is missing, pass by pass, within the budget."""
+        with GrowingBar("evaluating", "tokens") as bar:
+            self._compute_all(ends, bar, with_keys=with_keys, before_eviction=before_eviction, use_store=use_store)
 
-        What is dropped although a later pass needs it comes back or is planned and forwarded again.
-        """
+    def _compute_all(
+        self,
+        ends: Iterable[Span],
+        bar: GrowingBar,
+        *,
+        with_keys: bool,
+        before_eviction: Callable[[], None] | None,
+        use_store: bool,
+    ) -> None:
+        """Do so; what is dropped although a later pass needs it comes back or is planned and forwarded again."""
         waiting = dict.fromkeys(end for end in ends if not _is_held(end, with_keys))
         if waiting and use_store:  # the steps of a generation are one evaluation, which its beginning counted
             self.count_evaluation()
@@ -544,6 +574,7 @@ class Evaluator:
                 if _is_held(end, with_keys):
                     del waiting[end]
             passes = cut_into_passes(self.forest, missing_spans(group, with_keys=with_keys), self._max_tokens)
+            bar.expect(sum(map(_num_tokens, passes)), is_long=len(passes) > 1)
             last_uses = _last_uses(passes)
             for pass_idx, spans in enumerate(passes):
                 needed = {parent for span in spans for parent in span.parents}
@@ -553,6 +584,7 @@ class Evaluator:
                 if _is_cut_off(spans):
                     break
                 self._forward(spans, use_store=use_store)
+                bar.update(_num_tokens(spans))
                 for span in spans:
                     waiting.pop(span, None)
             else:
@@ -599,8 +631,8 @@ class Evaluator:
             if span.error:  # it was read back inexactly once, and so may be rows of logits that were computed with it
                 span.error = 0.0
                 self._forget_results()
-        num_tokens = sum(len(span.token_ids) for span in with_rows)
-        num_recomputed = sum(len(span.token_ids) for span in with_rows if span.was_computed)
+        num_tokens = _num_tokens(with_rows)
+        num_recomputed = _num_tokens(span for span in with_rows if span.was_computed)
         for span in spans:
             if isinstance(span, Junction):
                 span.rows = span.states = NOTHING
@@ -638,7 +670,7 @@ class Evaluator:
 
     def _num_bytes(self, spans: Collection[Span]) -> int:
         """Return the bytes that all of these spans take."""
-        return sum(len(span.token_ids) for span in spans) * self.executor.token_bytes
+        return _num_tokens(spans) * self.executor.token_bytes
 
     def _probe_once(self) -> None:
         if not self._is_probed:
@@ -677,6 +709,11 @@ class _Predictions:
 
     _rows: dict[tuple[States, int], list[tuple[int, _HeldRow | Span]]] = field(default_factory=dict)
     _branched: set[Span] = field(default_factory=set)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows predict something."""
+        return len(self._rows)
 
     def add(self, span: Span, first_row: int) -> None:
         """Add what is not scored yet of a computed span from `first_row` on.
@@ -778,6 +815,10 @@ def _write_scores(targets: Sequence[_Target], scores: TokenScores) -> dict[Span,
 
 def _is_held(end: Span, with_keys: bool) -> bool:
     return end.states is not None and not (with_keys and end.rows is None)
+
+
+def _num_tokens(spans: Iterable[Span]) -> int:
+    return sum(len(span.token_ids) for span in spans)
 
 
 def _on_the_way(ends: Iterable[Span]) -> set[Span]:

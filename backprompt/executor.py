@@ -9,6 +9,7 @@ values, copies them into the pass's block, and attends over the forest.
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,8 @@ from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.linear import speed_up
 from backprompt.plan import TILE_TOKENS, Pass, plan_pass
 from backprompt.radix import Span
+
+logger = logging.getLogger(__name__)
 
 HEAD_SLICE_BYTES = 64 << 20
 """Logit rows are computed in slices of at most this size, never for a whole forest at once."""
@@ -217,6 +220,8 @@ class Executor:
         attention = in_flight.attention
         if attention is None:
             chosen = self._choose_kernel(query, key, value)
+            if chosen.name != self.kernel_name:
+                logger.info("Attention of %s runs on the kernel %s.", self._model_name, chosen.name)
             self.kernel_name = chosen.name
             attention = PackedAttention(in_flight.pass_, chosen.kernel, query.dtype, query.device)
             in_flight.attention = attention

@@ -42,10 +42,10 @@ class IndependenceGap:
         )
 
 
-def independence_gap(texts: Text | Iterable[Text]) -> IndependenceGap:
+def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> IndependenceGap:
     """Compare texts with groups or frozen segments with full attention over the same tokens in written order.
 
-    Both are evaluated, so this costs a plain forward of each text besides.
+    Both are evaluated, so this costs a plain forward of each text besides. `show_progress_bar` is that of `evaluate`.
 
     Raises:
         ValueError: there are no texts.
@@ -63,7 +63,7 @@ def independence_gap(texts: Text | Iterable[Text]) -> IndependenceGap:
             raise GroupError(f"texts[{idx}], {text!r}, ends in a group, so it has no next token. Add a segment to it.")
     full = [Text.from_tokens(text.tokens, text._require_lm("a representation")) for text in declared]
     divergences, argmax_changed = [], []
-    reprs = evaluate([*declared, *full])
+    reprs = evaluate([*declared, *full], show_progress_bar=show_progress_bar)
     for ours, plain in zip(reprs[: len(full)], reprs[len(full) :], strict=True):
         by_mask, by_all = (r.logits.double().log_softmax(dim=-1) for r in (ours, plain))
         divergences.append(float((by_all.exp() * (by_all - by_mask)).sum()))

@@ -8,6 +8,7 @@ called by others meanwhile.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -21,6 +22,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from backprompt.archive import Archive, Root
 from backprompt.cache import Location
@@ -45,6 +47,7 @@ from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
 from backprompt.lookup import Piece
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.progress import showing
 from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
@@ -52,8 +55,10 @@ from backprompt.store import DiskStore, Store
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions, without_last
 from backprompt.tokenizer import PrivateTokenizer
-from backprompt.tokens import JOINS, Encoder, Join, Joins
+from backprompt.tokens import JOINS, Encoder, Extent, Join, Joins
 from backprompt.weights import WeightsMonitor, content_hash
+
+logger = logging.getLogger(__name__)
 
 MAX_RESULT_BYTES = 256 << 20
 """Bound of the pool of logit rows, which are large (200 kB in GPT-2) and cheap to compute again."""
@@ -259,8 +264,12 @@ class LM:
             self._current()
             return self._root().key.hex()
 
-    def evaluate(self, texts: Iterable[Text]) -> list[ModelRepr]:
+    def evaluate(self, texts: Iterable[Text], *, show_progress_bar: bool | None = None) -> list[ModelRepr]:
         """Compute what is missing of the texts, in as few packed passes as possible; one `ModelRepr` a text.
+
+        Args:
+            texts: of this `LM`.
+            show_progress_bar: by default where it takes several passes and longer than two seconds.
 
         Raises:
             TextTypeError, UnboundTextError: an element is not a text of this `LM`.
@@ -271,7 +280,7 @@ class LM:
 
         """
         texts = self._own_texts(texts)
-        with self._exclusive():
+        with self._exclusive(), showing(show_progress_bar):
             self._current().count_evaluation()
             return [ModelRepr(self, evaluated) for evaluated in self._evaluate(texts)]
 
@@ -280,13 +289,16 @@ class LM:
         with self._exclusive():
             return ModelRepr(self, *self._evaluate([text]))
 
-    def token_logprobs(self, texts: Iterable[Text], starts: Sequence[int] | None = None) -> list[torch.Tensor]:
+    def token_logprobs(
+        self, texts: Iterable[Text], starts: Sequence[int] | None = None, *, show_progress_bar: bool | None = None
+    ) -> list[torch.Tensor]:
         """Evaluate texts and return the log-probabilities of their tokens, from `starts[i]` on in text i.
 
         Rows of the output head that predict only tokens before the start are not computed, and a text's last token is
         not forwarded for this (if it is scored, and one token stands before it), since no row of its own is needed. To
         score what follows a prompt, let the prompt's number of tokens be the start, where its tokens are a beginning of
-        the whole text's. A text may have one token more than the model has positions.
+        the whole text's. A text may have one token more than the model has positions. `show_progress_bar` is that of
+        `evaluate`.
 
         Returns:
             A tensor a text, `(tokens - start,)`, float32, nats; nan for a first token, which nothing predicts.
@@ -296,9 +308,11 @@ class LM:
             What `evaluate` raises.
 
         """
-        return [scores.logprobs for scores in self.token_scores(texts, starts)]
+        return [s.logprobs for s in self.token_scores(texts, starts, show_progress_bar=show_progress_bar)]
 
-    def token_scores(self, texts: Iterable[Text], starts: Sequence[int] | None = None) -> list[TokenScores]:
+    def token_scores(
+        self, texts: Iterable[Text], starts: Sequence[int] | None = None, *, show_progress_bar: bool | None = None
+    ) -> list[TokenScores]:
         """Return what `token_logprobs` returns and, beside it, whether each token is the most probable one.
 
         Both are read off the same rows of the output head.
@@ -314,16 +328,19 @@ class LM:
         starts = [0] * len(texts) if starts is None else list(starts)
         if len(starts) != len(texts):
             raise ValueError(f"starts has {len(starts)} elements for {len(texts)} texts; give one start a text.")
-        with self._exclusive():
+        with self._exclusive(), showing(show_progress_bar):
             encoded = self._checked_ids(texts, starts, is_scoring=True)
             return self._evaluator.token_scores_of(list(zip(encoded, starts, strict=True))) if texts else []
 
-    def next_token_logprobs(self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def next_token_logprobs(
+        self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]], *, show_progress_bar: bool | None = None
+    ) -> list[torch.Tensor]:
         """Evaluate texts and return the log-probabilities of given tokens as the next one of each.
 
         Args:
             texts: any texts that do not end in a group.
             token_ids: for each text the ids to score; they are not forwarded.
+            show_progress_bar: see `evaluate`.
 
         Returns:
             A tensor a text, `(ids,)`, float32, nats, on the model's device.
@@ -340,7 +357,7 @@ class LM:
             raise ValueError(
                 f"token_ids has {len(token_ids)} elements for {len(texts)} texts; give a sequence of ids a text."
             )
-        with self._exclusive():
+        with self._exclusive(), showing(show_progress_bar):
             self._current()
             for text, ids in zip(texts, self._encoder.encode(texts), strict=True):
                 if isinstance(ids, TokenGraph) and ids.ends_in_group:
@@ -448,6 +465,19 @@ class LM:
             evaluator = self._current()
             sketch = evaluator.sketch(self._encoder.encode(texts))
             return [sketch.pieces(place) for place in sketch.places]
+
+    def extents(self, texts: Iterable[Text]) -> list[list[Extent]]:
+        """Return which tokens of each text its strings and runs of token ids became, in written order.
+
+        Raises:
+            TextTypeError, UnboundTextError: an element is not a text of this `LM`.
+            JoinError, TokenizerError: a text that cannot be encoded.
+
+        """
+        texts = self._own_texts(texts)
+        with self._exclusive():
+            self._current()
+            return self._encoder.extents(texts)
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
@@ -690,11 +720,13 @@ class LM:
 
     def _renew_encoder(self) -> None:
         """Start over with the tokenizer as it is now."""
+        logger.info("The tokenizer has changed.")
         self._tokenizer_copy = PrivateTokenizer(self.tokenizer)
         self._encoder = Encoder(self._tokenizer_copy, self._joins, self._add_special_tokens)
 
     def _renew_evaluator(self) -> None:
         """Start over with the model as it is now; nothing changes if it can no longer be evaluated."""
+        logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
         evaluator = self._make_evaluator()
         monitor = WeightsMonitor(self._model)
         self._evaluator.clear()
@@ -717,18 +749,22 @@ def shared_lm(model: nn.Module, tokenizer: Any) -> LM:
 
 
 @overload
-def evaluate(texts: Text) -> ModelRepr: ...
+def evaluate(texts: Text, *, show_progress_bar: bool | None = None) -> ModelRepr: ...
 
 
 @overload
-def evaluate(texts: Iterable[Text]) -> list[ModelRepr]: ...
+def evaluate(texts: Iterable[Text], *, show_progress_bar: bool | None = None) -> list[ModelRepr]: ...
 
 
-def evaluate(texts: Text | Iterable[Text]) -> ModelRepr | list[ModelRepr]:
+def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> ModelRepr | list[ModelRepr]:
     """Evaluate a text, or many texts with one plan for all of them.
 
     Each distinct token that is not cached is forwarded exactly once. Texts of several `LM` objects are evaluated
     an `LM` at a time.
+
+    Args:
+        texts: a text, or many.
+        show_progress_bar: by default where it takes several passes and longer than two seconds.
 
     Returns:
         A `ModelRepr` for a text, or a list of them in the order of `texts`.
@@ -738,7 +774,7 @@ def evaluate(texts: Text | Iterable[Text]) -> ModelRepr | list[ModelRepr]:
 
     """
     if isinstance(texts, Text):
-        return texts._require_lm("a representation").evaluate([texts])[0]
+        return texts._require_lm("a representation").evaluate([texts], show_progress_bar=show_progress_bar)[0]
     if isinstance(texts, str):
         raise TextTypeError(f"evaluate takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
     listed = list(texts)
@@ -747,7 +783,8 @@ def evaluate(texts: Text | Iterable[Text]) -> ModelRepr | list[ModelRepr]:
         by_lm.setdefault(_lm_of(text, idx), []).append(idx)
     reprs: dict[int, ModelRepr] = {}
     for lm, indices in by_lm.items():
-        reprs.update(zip(indices, lm.evaluate([listed[idx] for idx in indices]), strict=True))
+        own = [listed[idx] for idx in indices]
+        reprs.update(zip(indices, lm.evaluate(own, show_progress_bar=show_progress_bar), strict=True))
     return [reprs[idx] for idx in range(len(listed))]
 
 
@@ -768,6 +805,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    show_progress_bar: bool | None = None,
     **lm_options: Any,
 ) -> LM:
     """Load a causal LM and its tokenizer by hub id or local path.
@@ -776,6 +814,7 @@ def load(
         name: what `from_pretrained` of transformers takes.
         device: "cuda", "mps", "cpu" ...; by default the first of these that there is.
         dtype: of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
+        show_progress_bar: False hides the bars of transformers; by default they show as transformers is set to.
         **lm_options: what `LM` takes.
 
     Raises:
@@ -789,9 +828,11 @@ def load(
     if dtype is None:
         dtype = torch.float32 if chosen.type == "cpu" else "auto"
     checkpoint = Checkpoint.find(name, dtype)
+    logger.info("Loading %s on %s, dtype %s.", name, chosen, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        with _bars_of_transformers(show_progress_bar):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"Could not load {str(name)!r}: {error}\nIf the model hub cannot be reached, download the model elsewhere "
@@ -803,6 +844,24 @@ def load(
     if checkpoint is not None and is_unchanged and checkpoint.decides(model, loading_info):
         lm._checkpoint = checkpoint
     return lm
+
+
+@contextmanager
+def _bars_of_transformers(show: bool | None) -> Iterator[None]:
+    """Show or hide what shows while transformers loads a model; it has one setting for the whole process."""
+    before = transformers_logging.is_progress_bar_enabled()
+    _show_bars_of_transformers(before if show is None else show)
+    try:
+        yield
+    finally:
+        _show_bars_of_transformers(before)
+
+
+def _show_bars_of_transformers(show: bool) -> None:
+    if show:
+        transformers_logging.enable_progress_bar()
+    else:
+        transformers_logging.disable_progress_bar()
 
 
 def _check_can_pin(device: torch.device) -> None:

@@ -71,6 +71,15 @@ class _Reached:
         return self if is_next else None
 
 
+@dataclass(frozen=True)
+class Aside:
+    """Tokens that may stand in a text's place from one of its tokens on: what it would have been without a join."""
+
+    text_idx: int
+    token_idx: int
+    token_ids: tuple[int, ...]
+
+
 class Sketch:
     """What is held of texts.
 
@@ -78,13 +87,21 @@ class Sketch:
         held: the forest that is looked at; nothing in it changes.
         texts: by their token ids.
         archive: the store to ask for what the forest does not hold; only its index is read.
+        asides: what else to look up; texts are planned without it.
 
     """
 
-    def __init__(self, held: Forest, texts: Iterable[TokenIds], archive: Archive | None = None) -> None:
+    def __init__(
+        self,
+        held: Forest,
+        texts: Iterable[TokenIds],
+        archive: Archive | None = None,
+        asides: Iterable[Aside] = (),
+    ) -> None:
         self.forest = Forest()
         self.forest.evaluation = held.evaluation
         self.places = [Place(self.forest.insert(token_ids), token_ids) for token_ids in texts]
+        self._asides = {aside: self._insert_aside(aside) for aside in asides}
         self._reached: dict[Span, _Reached] = {self.forest.root: _Reached(held.root, 0)}
         for span in list(self.forest.spans()):
             self._match(span)
@@ -106,11 +123,33 @@ class Sketch:
             start = stop
         return pieces
 
+    def has(self, aside: Aside) -> bool:
+        """Return whether all of it is held or stored."""
+        before, span = self._asides[aside]
+        while span is not before:
+            if span.states is None or span.parent is None:
+                return False
+            span = span.parent
+        return True
+
     def passes(self, max_tokens: int) -> list[tuple[Span, ...]]:
         """Return the passes that evaluating the texts takes; their spans are cut as passes need."""
         missing = missing_spans(place.end for place in self.places)
         passes = cut_into_passes(self.forest, missing, max_tokens)
         return [spans for spans in passes if any(span.token_ids for span in spans)]
+
+    def _insert_aside(self, aside: Aside) -> tuple[Span, Span]:
+        """Return what it stands behind, and where it ends."""
+        num_before = 0
+        spans = iter(self.forest.in_order(self.places[aside.text_idx]))
+        span = next(spans)
+        while num_before + len(span.token_ids) <= aside.token_idx:
+            num_before += len(span.token_ids)
+            span = next(spans)
+        if num_before < aside.token_idx:
+            self.forest.split(span, aside.token_idx - num_before)
+        assert span.parent is not None
+        return span.parent, self.forest.extend(span.parent, span.position, aside.token_ids)
 
     def _match(self, span: Span) -> None:
         """Note what is there of a span, cut where that changes."""
@@ -190,3 +229,33 @@ def _mark_of_all(span: Span, kind: Literal["states", "rows"]) -> _Mark | None:
     """Return a mark if all that a span stands on bears one."""
     above = [parent for parent in span.parents if parent.parent is not None]
     return _MEMORY if all(getattr(parent, kind) is not None for parent in above) else None
+
+
+def positions_of(held: Forest, runs: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """Return at which position each run of token ids is held, behind whatever; those held nowhere are left out."""
+    by_first: dict[int, list[tuple[int, ...]]] = {}
+    for run in dict.fromkeys(runs):
+        by_first.setdefault(run[0], []).append(run)
+    found: dict[tuple[int, ...], int] = {}
+    for span in held.spans():
+        for idx, token_id in enumerate(() if span.is_empty else span.token_ids):
+            for run in by_first.get(token_id, ()):
+                if run not in found and _is_held_from(span, idx, run):
+                    found[run] = span.position + idx
+    return found
+
+
+def _is_held_from(span: Span, idx: int, run: tuple[int, ...]) -> bool:
+    """Return whether a run of ids is held from token `idx` of a span on."""
+    reached: _Reached | None = _Reached(span, idx)
+    num_found = 0
+    while num_found < len(run):
+        assert reached is not None
+        reached = reached.next(reached.span.position + reached.num_tokens, run[num_found])
+        if reached is None or reached.span.is_empty:
+            return False
+        rest = reached.span.token_ids[reached.num_tokens :]
+        num_common = common_length(rest[: len(run) - num_found], run, num_found)
+        num_found += num_common
+        reached = _Reached(reached.span, reached.num_tokens + num_common)
+    return True

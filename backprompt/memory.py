@@ -15,6 +15,7 @@ comes back or is computed again.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Set
@@ -26,6 +27,8 @@ from backprompt.cache import keys_values_of, states_of
 from backprompt.host import HostMemory
 from backprompt.radix import Forest, Span
 from backprompt.tier import Kind, Rank, Tier
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SHARE = 0.5
 """The budget, where none is given, as a share of the memory that is free on the device."""
@@ -85,6 +88,7 @@ class Memory(Tier):
         excess = self.num_bytes + num_coming_bytes - self.max_bytes
         if excess <= 0:
             return
+        num_held = self.num_bytes
         last_uses = last_uses or {}
 
         spans = list(forest.spans())
@@ -106,6 +110,7 @@ class Memory(Tier):
         self.num_empty_spans = sum(span.is_empty for span in spans)
         del dropped  # it keeps blocks alive
         self.compact(spans)
+        logger.debug("Evicted %d bytes of %d; the budget is %d.", num_held - self.num_bytes, num_held, self.max_bytes)
 
     def _cost(self, span: Span) -> float:
         """Return what a token of it costs to compute, in units of its linear layers.

@@ -263,7 +263,7 @@ class Forest:
         what continues it.
         """
         ids = token_ids if isinstance(token_ids, TokenGraph) else tuple(token_ids)
-        end, _ = fold(ids, self.root, self._continue, self._join)
+        end, _ = fold(ids, self.root, self.extend, self._join)
         end.is_end |= is_end
         return end
 
@@ -274,7 +274,7 @@ class Forest:
         spans: list[Span] = []
 
         def continue_(span: Span, position: int, ids: tuple[int, ...]) -> Span:
-            end = self._continue(span, position, ids)  # finds it: the text was inserted
+            end = self.extend(span, position, ids)  # finds it: the text was inserted
             chain, above = [], end
             while above is not span:
                 assert above.parent is not None
@@ -286,7 +286,7 @@ class Forest:
         fold(place.token_ids, self.root, continue_, self._join)
         return spans
 
-    def _continue(self, span: Span, position: int, ids: tuple[int, ...]) -> Span:
+    def extend(self, span: Span, position: int, ids: tuple[int, ...]) -> Span:
         """Return the span that ends where `ids` end that stand behind `span`, the first at `position`."""
         num_matched = 0
         while num_matched < len(ids):

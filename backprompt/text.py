@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from backprompt._draw import Drawing
     from backprompt._generate import SelectedText, Stream
+    from backprompt._show import ShownText
     from backprompt.lm import LM
     from backprompt.representation import ModelRepr, Pin
     from backprompt.tokens import Join
@@ -311,6 +312,24 @@ class Text:
         from backprompt._draw import draw  # the drawing reads the node, which knows nothing of it
 
         return draw(self, **options)
+
+    def show(self, *, top: int = 5) -> ShownText:
+        """Return this text with its tokens coloured by log-probability; evaluates it.
+
+        In notebooks it shows itself, and names the most probable alternatives where the pointer rests; `print` it in
+        terminals (without colours where `NO_COLOR` is set or the output is no terminal).
+
+        Args:
+            top: how many alternatives to find for each token; more than 0 takes a row of the output head a token.
+
+        Raises:
+            ValueError: `top` is negative.
+            What `backprompt.evaluate` raises.
+
+        """
+        from backprompt._show import show  # the node knows no model until it is asked for one
+
+        return show(self, top=top)
 
     def pin(self) -> Pin:
         """Evaluate now, and hold all of the representation until `.release()` or the end of a `with` block.

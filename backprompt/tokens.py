@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 from backprompt.errors import JoinError, TokenizerError
+from backprompt.radix import common_length
 from backprompt.segments import Group, Segment, leaves
 from backprompt.text import Text
 from backprompt.token_graph import Part, TokenBranch, TokenGroup, TokenIds, as_token_ids
@@ -57,6 +58,25 @@ class Join:
             f"segment {self.segment_idx}: ...{self.left[-20:]!r} + {self.right[:20]!r}: tokens "
             f"{list(self.split_tokens)} become {list(self.joined_tokens)}"
         )
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Which tokens of a text a segment became. A token that spans a join belongs to the segment behind the join.
+
+    Attributes:
+        segment: a string or token ids; what stands in the branches of groups is segments of their own.
+        start, stop: the first token and the one behind the last, counted in `text.tokens`. Special tokens belong to the
+            segment that they stand next to.
+        replaced: the ids from `start` on of what stands before this segment if it is encoded without it: those that the
+            join with this segment changed.
+
+    """
+
+    segment: str | tuple[int, ...]
+    start: int
+    stop: int
+    replaced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,30 @@ class Encoder:
             self._encoded.update(encoded)
             known |= encoded
         return [known[text] for text in texts]
+
+    def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
+        """Return which tokens each string and each run of token ids of each text became, in written order.
+
+        Every beginning of every run is encoded; texts that share beginnings share the work.
+        """
+        beginnings = {
+            _Chain(chain.leaves[:stop], chain.is_continuation)
+            for text in texts
+            for chain in _chains(text.segments)
+            for stop in range(1, len(chain.leaves) + 1)
+        }
+        ids_of = self._encode_chains(beginnings, split=self._joins == "split")
+        encoded = self.encode(texts)
+        return [self._extents(text, len(ids), ids_of) for text, ids in zip(texts, encoded, strict=True)]
+
+    def _extents(self, text: Text, num_tokens: int, ids_of: Mapping[_Chain, tuple[int, ...]]) -> list[Extent]:
+        extents: list[Extent] = []
+        num_special = self._num_prefix_ids(text.segments, ids_of)
+        for chain, num_before in zip(_chains(text.segments), num_special, strict=True):
+            start = extents[-1].stop if extents else 0
+            own = _extents_of(chain, ids_of, start + num_before)
+            extents += [replace(own[0], start=start), *own[1:]]
+        return [*extents[:-1], *(replace(last, stop=num_tokens) for last in extents[-1:])]
 
     def joins(self, text: Text) -> list[Join]:
         """Return every join of a text at which joining changes tokens, from left to right."""
@@ -207,6 +251,25 @@ class Encoder:
             parts.append(TokenGroup(tuple(branches), piece.group.positions == "sequential"))
         return tuple(parts)
 
+    def _num_prefix_ids(
+        self, segments: tuple[Segment, ...], ids_of: Mapping[_Chain, tuple[int, ...]], *, is_whole: bool = True
+    ) -> list[int]:
+        """Return how many special tokens stand before each chain of a text (`is_whole`) or of a part of one."""
+        counts: list[int] = []
+        for piece in _pieces_of(segments, is_continuation=False):
+            if isinstance(piece, _Chain):
+                counts.append(0)
+            else:
+                for branch in piece.group.branches:
+                    counts += self._num_prefix_ids(branch.segments, ids_of, is_whole=branch.is_frozen)
+        if (
+            is_whole
+            and counts
+            and not _needs_no_prefix(self._parts(segments, False, ids_of), segments, self._prefix_ids)
+        ):
+            counts[0] += len(self._prefix_ids)
+        return counts
+
     def _num_tokens_of_whole(
         self, segments: tuple[Segment, ...], ids_of: Mapping[_Chain, tuple[int, ...]], *, is_last: bool = True
     ) -> list[_LeafLength]:
@@ -280,7 +343,9 @@ class _LeafLength(NamedTuple):
 
 def _leaf_lengths(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]]) -> list[_LeafLength]:
     lengths: list[_LeafLength] = []
-    whole, before, start = ids_of[chain], (), 0
+    whole = ids_of[chain]
+    before: tuple[int, ...] = ()
+    start = 0
     for idx, leaf in enumerate(chain.leaves):
         ids = ids_of[_Chain(chain.leaves[: idx + 1], chain.is_continuation)]
         stop = max(start, _num_common(ids, whole))
@@ -455,6 +520,21 @@ class _TrieNode:
             if len(node.children) > 1:  # remembered only where it is read again: a chain would cost its length squared
                 node._settled_ids = tuple(ids)
         return tuple(ids)
+
+
+def _extents_of(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]], first: int) -> list[Extent]:
+    """Return the extents of a chain's leaves, whose tokens begin at `first`; `ids_of` has all its beginnings."""
+    ids = ids_of[chain]
+    extents: list[Extent] = []
+    stop = len(ids)
+    for idx in reversed(range(len(chain.leaves))):
+        before = ids_of[_Chain(chain.leaves[:idx], chain.is_continuation)] if idx else ()
+        num_same = common_length(before, ids, 0)
+        start = min(num_same, stop)  # a later join may have changed tokens further back
+        replaced = before[start:] if num_same < len(before) else ()
+        extents.append(Extent(chain.leaves[idx], first + start, first + stop, replaced))
+        stop = start
+    return extents[::-1]
 
 
 def _differing_middles(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from backprompt.progress import progress_bar
 from backprompt.skeleton import is_foreign, is_rewritten_in_place, unwrap
 
 HASH_FORMAT = 2
@@ -105,7 +106,11 @@ def content_hash(model: nn.Module) -> str:
     """
     pieces = [piece for tensor in _distinct_tensors(model) for piece in _pieces(tensor)]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        digests = list(pool.map(_digest, pieces))
+        digests = []
+        with progress_bar(sum(piece.nbytes for piece in pieces), "hashing weights", "bytes") as bar:
+            for piece, digest in zip(pieces, pool.map(_digest, pieces), strict=True):
+                digests.append(digest)
+                bar.update(piece.nbytes)
     return _hash_described(model, digests)
 
 

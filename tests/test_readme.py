@@ -140,7 +140,9 @@ def test_what_is_said_of_the_demo_is_what_it_printed() -> None:
     assert [number for number in numbers if number not in re.findall(r"\d[\d,.]*\d|\d", output)] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "examples/README.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "benchmarks/README.md", "examples/README.md", "docs/design.md", "docs/command_line.md"]
+)
 def test_links_point_at_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) + re.findall(r'(?:src|srcset)="([^":]+)"', text)

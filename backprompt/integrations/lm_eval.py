@@ -311,7 +311,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
     def _score(self, tasks: Sequence[_Task]) -> Iterator[tuple[float, bool]]:
         """Yield what each task's request is answered with; all of them are one forest."""
         texts = [Text.from_tokens(task.token_ids, self.lm) for task in tasks]
-        scores = self.lm.token_scores(texts, [task.start for task in tasks])
+        scores = self.lm.token_scores(texts, [task.start for task in tasks], show_progress_bar=False)
         num_scored = [len(score.logprobs) for score in scores]
         logprobs = torch.split(torch.cat([score.logprobs for score in scores]).double().cpu(), num_scored)
         is_argmax = torch.split(torch.cat([score.is_argmax for score in scores]).cpu(), num_scored)

@@ -29,6 +29,7 @@ from typing import TypeVar
 
 from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
 from backprompt.memory import parse_bytes
+from backprompt.progress import progress_bar, showing
 from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist, num_common
 from backprompt.store.file import read_entry, read_header, to_pieces
 from backprompt.store.precision import StoredDtype, check_stored_dtype
@@ -139,7 +140,7 @@ class DiskStore(Store):
         # Also where a process died between file and index.
         self._ask(lambda index: _insert(index, entry.header, num_bytes, time.time()))
         if self.max_bytes is not None:
-            self.prune()
+            self.prune(show_progress_bar=False)
 
     def contains(self, name: str) -> bool:
         """Return whether the file is there."""
@@ -187,15 +188,28 @@ class DiskStore(Store):
         num_entries, num_tokens, num_bytes, error = self._ask(lambda index: index.execute(query).fetchone())
         return StoreStats(num_entries, int(num_tokens), int(num_bytes), error)
 
-    def verify(self) -> Sequence[str]:
-        """Read every entry, set the damaged ones aside, and return the names of those that cannot be read."""
-        return [file.stem for file in self._files() if not self._can_be_read(file.stem)]
+    def verify(self, *, show_progress_bar: bool | None = None) -> Sequence[str]:
+        """Read every entry, set the damaged ones aside, and return the names of those that cannot be read.
 
-    def prune(self, max_bytes: int | str | None = None) -> Sequence[str]:
+        Args:
+            show_progress_bar: by default where it takes longer than two seconds.
+
+        """
+        unreadable = []
+        num_entries = self.stats().num_entries
+        with showing(show_progress_bar), progress_bar(num_entries, "verifying", "entries") as bar:
+            for file in self._files():
+                if not self._can_be_read(file.stem):
+                    unreadable.append(file.stem)
+                bar.update()
+        return unreadable
+
+    def prune(self, max_bytes: int | str | None = None, *, show_progress_bar: bool | None = None) -> Sequence[str]:
         """Delete what was not used for longest until at most `max_bytes` are left; return the names.
 
         Args:
             max_bytes: a number or text such as "10 GB"; by default what the store was opened with.
+            show_progress_bar: by default where it takes longer than two seconds.
 
         Raises:
             ValueError: there is neither.
@@ -209,28 +223,46 @@ class DiskStore(Store):
         deleted: list[str] = []
         if excess > 0:
             self._write_uses()
-        while excess > 0:
-            leaves: list[tuple[str, int]] = self._ask(lambda index: index.execute(_LEAST_VALUABLE).fetchall())
-            if not leaves:
-                break
-            for name, num_bytes in leaves:
-                if excess > 0:
-                    self.delete(name)
-                    deleted.append(name)
-                    excess -= num_bytes
+        with (
+            showing(show_progress_bar),
+            progress_bar(max(excess, 0), "deleting", "bytes", is_long=excess > 0) as bar,
+        ):
+            while excess > 0:
+                leaves: list[tuple[str, int]] = self._ask(lambda index: index.execute(_LEAST_VALUABLE).fetchall())
+                if not leaves:
+                    break
+                for name, num_bytes in leaves:
+                    if excess > 0:
+                        self.delete(name)
+                        deleted.append(name)
+                        bar.update(min(num_bytes, excess))
+                        excess -= num_bytes
+        if deleted:
+            logger.debug("Deleted %d entries of %s; %d bytes are left.", len(deleted), self.path, limit + excess)
         return deleted
 
-    def rebuild(self) -> None:
-        """Make the index anew from the files alone."""
+    def rebuild(self, *, show_progress_bar: bool | None = None) -> None:
+        """Make the index anew from the files alone.
+
+        Args:
+            show_progress_bar: by default where it takes longer than two seconds.
+
+        """
         with self._database() as index:
             index.execute("DELETE FROM entries")
             index.execute("DELETE FROM needs")
-            for file in self._files():
-                header = self._header(file)
-                with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile
-                    status = file.stat()
-                    if header is not None:
-                        _insert(index, header, status.st_size, status.st_mtime)
+            files = list(self._files())
+            with (
+                showing(show_progress_bar),
+                progress_bar(len(files), "indexing", "entries", is_long=len(files) > 1) as bar,
+            ):
+                for file in files:
+                    header = self._header(file)
+                    with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile
+                        status = file.stat()
+                        if header is not None:
+                            _insert(index, header, status.st_size, status.st_mtime)
+                    bar.update()
             index.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # only now: one that was cut off is made again
 
     def close(self) -> None:

@@ -1,0 +1,150 @@
+"""The command line: `backprompt`, and `python -m backprompt`.
+
+__init__.py    commands, errors in one line, exit codes
+arguments.py   what several commands have in common
+rows.py        JSONL and CSV, in and out
+stream.py      jobs over rows, a slice at a time, which can go on after an interruption
+score.py, generate.py, stores.py, demo.py    a command each
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import transformers
+
+from backprompt.cli import demo, generate, reports, score, stores
+from backprompt.errors import BackpromptError
+from backprompt.progress import showing
+
+OK, CHECK_FAILED, BAD_INPUT, FAILED, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
+
+_EXIT_CODES = f"""\
+exit codes:
+  {OK:<5}done
+  {CHECK_FAILED:<5}a check failed: damaged entries, numbers beyond the tolerance, nothing found
+  {BAD_INPUT:<5}wrong options, input that cannot be used, a model that cannot be loaded
+  {FAILED:<5}another failure: no memory, no space, a bug
+  {INTERRUPTED:<5}interrupted; what was written stays
+  {CLOSED:<5}who read the output has closed it
+
+examples:
+  backprompt demo
+  backprompt score prompts.jsonl --completions labels.txt --model gpt2 -o out.jsonl
+  backprompt generate prompts.csv --max-new-tokens 32 --model gpt2 -o out.csv
+  backprompt store stat prompts.bp
+
+`backprompt COMMAND --help` says more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with _messages(arguments.verbose, has_bars=not arguments.no_progress and sys.stderr.isatty()):
+            code: int = arguments.run(arguments)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        resumable = getattr(arguments, "output", "-") != "-" and hasattr(arguments, "resume")
+        _say(f"interrupted{'; go on with --resume' if resumable else ''}")
+        return INTERRUPTED
+    except Exception as error:
+        if _is_closed_pipe(error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing it at exit says nothing
+            return CLOSED
+        if arguments.traceback:
+            raise
+        is_expected = isinstance(error, (BackpromptError, ValueError))
+        _say(f"error: {_in_a_line(error, with_kind=not is_expected)}")
+        return BAD_INPUT if is_expected else FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that says in a line what is wrong; commands are parsed by such ones, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it, and leave."""
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} ({self.prog} --help says more)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="backprompt",
+        description="Evaluate prompts with a causal language model, each distinct token once.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"backprompt {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (demo, score, generate, reports, stores):
+        command.add(commands)
+    return parser
+
+
+def _version() -> str:
+    from backprompt import __version__  # the package imports nothing of this folder, but may not be complete yet
+
+    return __version__
+
+
+@contextlib.contextmanager
+def _messages(verbose: int, *, has_bars: bool) -> Iterator[None]:
+    """Let messages and bars go to standard error for as long as the context lasts.
+
+    Warnings always; with -v what is done; with -vv all. Those of transformers from -v on.
+    """
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logger, handler = logging.getLogger("backprompt"), _Lines()
+    before = (logger.level, transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    transformers.logging.set_verbosity(logging.WARNING if verbose else logging.ERROR)
+    if not has_bars:
+        transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), showing(None if has_bars else False):
+            if not verbose:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        transformers.logging.set_verbosity(before[1])
+        if before[2]:
+            transformers.logging.enable_progress_bar()
+
+
+class _Lines(logging.Handler):
+    """Writes messages to standard error as it is when they come, a line each, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message."""
+        from tqdm import tqdm
+
+        tqdm.write(f"backprompt: {record.levelname.lower()}: {' '.join(record.getMessage().split())}", file=sys.stderr)
+
+
+def _say(message: str) -> None:
+    print(f"backprompt: {message}", file=sys.stderr)
+
+
+def _in_a_line(error: BaseException, *, with_kind: bool) -> str:
+    message = " ".join(str(error).split())
+    if not with_kind:
+        return message
+    named = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{named} (with --traceback it is shown where)"
+
+
+def _is_closed_pipe(error: BaseException) -> bool:
+    return isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and error.errno == errno.EPIPE)

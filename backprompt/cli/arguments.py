@@ -1,0 +1,165 @@
+"""Arguments that several commands have in common, and what is made of them: an LM, texts, a bar."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from backprompt.cli.rows import FORMATS, Input, Row, check_is_there, format_of
+from backprompt.errors import CommandError
+from backprompt.lm import LM, load
+from backprompt.memory import parse_bytes
+from backprompt.text import Text
+from backprompt.tokens import JOINS
+
+_HELP_WIDTH = 100
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+PROGRESS_HELP = "show no progress bar; there is none anyway where standard error is no terminal"
+
+
+def add_command(
+    commands: Any, name: str, summary: str, description: str, *, run: Any, examples: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Add a command; `description` is wrapped, and `examples` stand at the end of its help, a shell command each."""
+    wrapped = [textwrap.fill(" ".join(paragraph.split()), _HELP_WIDTH) for paragraph in description.split("\n\n")]
+    shown = "\n".join(f"  {example}" for example in examples)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description="\n\n".join(wrapped),
+        epilog=f"examples:\n{shown}" if shown else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    group = parser.add_argument_group("messages")
+    group.add_argument(
+        "-v", "--verbose", action="count", default=0, help="say more on standard error; -vv says all that there is"
+    )
+    group.add_argument("--no-progress", action="store_true", help=PROGRESS_HELP)
+    group.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
+    return parser
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the file of prompts, and how it is read."""
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "input",
+        metavar="INPUT",
+        help="prompts, one a row, as JSONL or CSV; - for standard input. A line of JSONL is a string, or an object "
+        'with "prompt": a string or a list of strings, which + joins ("prompts" and "parts" are such names, too)',
+    )
+    group.add_argument("--column", metavar="NAME", help='field or column of the prompt (default: "prompt")')
+    group.add_argument("--input-format", choices=FORMATS, help="by default by the extension; JSONL for -")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
+    """Add what `load` takes."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=is_required, metavar="NAME", help="a hub id such as gpt2, or a folder")
+    group.add_argument("--device", help="cuda, mps, cpu ... (default: the first of these that there is)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, the checkpoint's own elsewhere)"
+    )
+    group.add_argument(
+        "--store", metavar="FOLDER", help="keep what is computed there, and look there before computing (prompts.bp)"
+    )
+    group.add_argument(
+        "--memory", metavar="SIZE", help='hold at most so much between passes, "2 GB" (default: half of what is free)'
+    )
+    group.add_argument(
+        "--joins",
+        choices=JOINS,
+        default="exact",
+        help="where two parts of a prompt meet: tokens of the whole string, of each part on its own, or an error where "
+        "the two differ (default: %(default)s)",
+    )
+    group.add_argument(
+        "--pack-weights", action="store_true", help="CPU: a second copy of the weights in memory, for faster passes"
+    )
+
+
+def check_model_arguments(arguments: argparse.Namespace) -> None:
+    """Raise for what can be seen to be wrong without loading a model."""
+    if arguments.memory is not None:
+        parse_bytes(arguments.memory, "--memory")
+    if arguments.device is not None:
+        try:
+            torch.device(arguments.device)
+        except RuntimeError as error:
+            raise CommandError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
+
+
+def load_model(arguments: argparse.Namespace) -> LM:
+    """Return the model that the arguments ask for."""
+    dtype = arguments.dtype
+    return load(
+        arguments.model,
+        device=arguments.device,
+        dtype=dtype if dtype in (None, "auto") else getattr(torch, dtype),
+        joins=arguments.joins,
+        memory_bytes=arguments.memory,
+        store=arguments.store,
+        pack_weights=arguments.pack_weights,
+    )
+
+
+def read_input(arguments: argparse.Namespace) -> Input:
+    """Return the input, which is there."""
+    check_is_there(arguments.input)
+    return Input(arguments.input, format_of(arguments.input, arguments.input_format), arguments.column)
+
+
+def bound(row: Row, lm: LM | None) -> Text:
+    """Return the prompt of a row as a text."""
+    return Text("", lm).join(row.parts)
+
+
+def read_completions(path: str) -> list[str]:
+    """Return completions from a file: one a line, or a JSON list of strings where it is called .json.
+
+    Raises:
+        CommandError: it cannot be read.
+
+    """
+    text = read_text(path)
+    if Path(path).suffix.lower() != ".json":
+        return [line for line in text.splitlines() if line.strip()]
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise CommandError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, list) or not all(isinstance(completion, str) for completion in found):
+        raise CommandError(f"{path} must be a JSON list of strings.")
+    return found
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file.
+
+    Raises:
+        CommandError: it cannot be read.
+
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{path} is not UTF-8.") from error
+
+
+def progress(
+    arguments: argparse.Namespace, total: int | None, *, initial: int = 0, rows: Iterable[Any] | None = None
+) -> Any:
+    """Return a bar over prompts, on standard error; None to tqdm means only where that is a terminal."""
+    disable = True if arguments.no_progress else None
+    return tqdm(rows, total=total, initial=initial, unit=" prompts", disable=disable)

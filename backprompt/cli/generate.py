@@ -1,0 +1,126 @@
+"""`backprompt generate`: let the model continue each prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from backprompt._generate import GeneratedText
+from backprompt._generate import generate as generate_all
+from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments
+from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
+from backprompt.decoding import SAMPLING_FIELDS
+from backprompt.errors import CommandError
+from backprompt.lm import LM
+from backprompt.text import Text
+
+NEW_FIELDS = ("completion", "finish_reason", "num_new_tokens", "logprob")
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "generate",
+        "let the model continue each prompt",
+        """Continue each prompt, greedily unless sampling is asked for. What prompts have in common is computed once,
+        and all prompts of a slice run together.
+
+        Each row of the input becomes one of the output, or N rows with --n, with the fields "completion",
+        "finish_reason" ("eos", "stop", "length"), "num_new_tokens" and "logprob" (of the completion, nats); with --n
+        also "sample", from 0 on. A sample depends on the seed, the prompt and its number, not on other rows; so equal
+        prompts have equal samples.""",
+        run=run,
+        examples=(
+            "backprompt generate prompts.jsonl --max-new-tokens 32 --model gpt2 -o out.jsonl",
+            "backprompt generate questions.csv --column question --max-new-tokens 64 --stop '\\n' --model gpt2",
+            "backprompt generate prompts.jsonl --max-new-tokens 32 --n 4 --temperature 0.8 --seed 1 --model gpt2",
+        ),
+    )
+    add_input_arguments(parser)
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=positive, required=True, metavar="N", help="add at most so many tokens")
+    group.add_argument("--n", type=positive, metavar="N", help="samples of each prompt")
+    group.add_argument(
+        "--stop",
+        action="append",
+        type=_unescaped,
+        metavar="TEXT",
+        help="end where this was generated; may be given more than once; \\n, \\t and \\\\ mean what they mean in C",
+    )
+    group.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
+    group.add_argument("--do-sample", action="store_true", default=None, help="sample; so do the next three")
+    group.add_argument("--temperature", type=float)
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--top-k", type=int)
+    group.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="NAME=VALUE",
+        help="another field of transformers' GenerationConfig, its value as JSON: repetition_penalty=1.2",
+    )
+    add_output_arguments(parser)
+    add_model_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Continue all of the input."""
+    named = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
+    config = {name: value for name, value in named.items() if value is not None} | dict(arguments.option)
+    if (arguments.n or 1) > 1 and not any(config.get(name) for name in ("do_sample", *SAMPLING_FIELDS)):
+        raise CommandError(
+            f"Greedy decoding gives one continuation, not {arguments.n}. Ask for sampling: --do-sample, --temperature."
+        )
+    seed = secrets.randbits(63) if arguments.seed is None else arguments.seed  # one for all slices
+
+    def computed_with(lm: LM) -> Compute:
+        def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
+            distinct = {prompt.tokens: prompt for prompt in prompts}  # samples must not depend on how slices are cut
+            found = generate_all(
+                distinct.values(),
+                max_new_tokens=arguments.max_new_tokens,
+                n=arguments.n or 1,
+                stop=arguments.stop,
+                seed=seed,
+                show_progress_bar=False,
+                **config,
+            )
+            results = {
+                token_ids: [_result(text, idx, arguments.n) for idx, text in enumerate(samples)]
+                for token_ids, samples in zip(distinct, found, strict=True)
+            }
+            return [results[prompt.tokens] for prompt in prompts]
+
+        return compute
+
+    new_fields = NEW_FIELDS if arguments.n is None else (*NEW_FIELDS, "sample")
+    return stream(arguments, Job(new_fields, computed_with, rows_per_prompt=arguments.n or 1))
+
+
+def _result(text: GeneratedText, sample_idx: int, num_samples: int | None) -> dict[str, Any]:
+    fields = {
+        "completion": text.completion,
+        "finish_reason": text.finish_reason,
+        "num_new_tokens": len(text.completion_tokens),
+        "logprob": float(text.completion_logprobs.double().sum()),
+    }
+    return fields if num_samples is None else {**fields, "sample": sample_idx}
+
+
+def _unescaped(given: str) -> str:
+    """Return a string with escapes replaced, since few shells let one write a line break."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], given)
+
+
+def _option(given: str) -> tuple[str, Any]:
+    name, _, value = given.partition("=")
+    try:
+        return name.replace("-", "_"), json.loads(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{given}: the value must be JSON, as in repetition_penalty=1.2") from error

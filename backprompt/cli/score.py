@@ -1,0 +1,129 @@
+"""`backprompt score`: which of given completions is the most probable behind each prompt, and how probable each is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from backprompt.classify import AGGREGATES, Example, predict_proba
+from backprompt.cli.arguments import (
+    add_command,
+    add_input_arguments,
+    add_model_arguments,
+    read_completions,
+    read_text,
+)
+from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
+from backprompt.errors import CommandError
+from backprompt.lm import LM
+from backprompt.text import Text
+
+NEW_FIELDS = ("prediction", "probability", "probabilities")
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "score",
+        "how probable given completions are behind each prompt: classification",
+        """Compute the probability of each completion behind each prompt. What prompts have in common is computed once.
+
+        Each row of the input becomes one of the output, with the fields "prediction" (the most probable completion),
+        "probability" (its own) and "probabilities" (of all completions, or of the --top ones, the most probable
+        first); in CSV the last is JSON.""",
+        run=run,
+        examples=(
+            "backprompt score prompts.jsonl --completions labels.txt --model gpt2 -o out.jsonl",
+            "backprompt score prompts.jsonl --completions labels.txt --model gpt2 -o out.jsonl --resume",
+            "cat reviews.csv | backprompt score - --input-format csv --column review --completions labels.txt \\",
+            "    --model gpt2 | jq -r .prediction",
+        ),
+    )
+    add_input_arguments(parser)
+    group = parser.add_argument_group("scoring")
+    group.add_argument(
+        "--completions", required=True, metavar="FILE", help="one a line; or a JSON list of strings in a file .json"
+    )
+    group.add_argument(
+        "--prior", metavar="P", help="a probability for each completion: numbers with commas, or a file, one a line"
+    )
+    group.add_argument(
+        "--aggregate",
+        choices=AGGREGATES,
+        default="mean",
+        help="a completion's log-probability: the mean of its tokens', or their sum (default: %(default)s)",
+    )
+    group.add_argument("--top", type=positive, metavar="K", help="write the K most probable completions only")
+    group.add_argument("--no-normalize", action="store_true", help="do not let probabilities sum to one")
+    group.add_argument(
+        "--discount-completions",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="add X times the log-probability of a completion alone; negative against such as are probable anywhere",
+    )
+    group.add_argument(
+        "--neutral-prompt", metavar="TEXT", help='divide by the probability of a completion behind this, such as "N/A"'
+    )
+    group.add_argument(
+        "--end-of-prompt",
+        choices=("", " "),
+        default=" ",
+        help="between prompt and completion: a space, or nothing (default: a space)",
+    )
+    add_output_arguments(parser)
+    add_model_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Score all of the input."""
+    completions = read_completions(arguments.completions)
+    options: dict[str, Any] = {
+        "prior": None if arguments.prior is None else _prior(arguments.prior),
+        "normalize": not arguments.no_normalize,
+        "end_of_prompt": arguments.end_of_prompt,
+    }
+    Example("checks what can be checked without a model", completions, **options)
+    options |= {
+        "aggregate": arguments.aggregate,
+        "discount_completions": arguments.discount_completions,
+        "neutral_prompt": arguments.neutral_prompt or None,
+    }
+    num_kept = len(completions) if arguments.top is None else min(arguments.top, len(completions))
+
+    def computed_with(lm: LM) -> Compute:
+        def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
+            found = predict_proba(prompts, completions, lm, show_progress_bar=False, **options)
+            return [[_result(completions, probabilities.tolist(), num_kept)] for probabilities in found]
+
+        return compute
+
+    def check_written(fields: Mapping[str, Any]) -> str | None:
+        written = fields["probabilities"]
+        names = set(json.loads(written) if isinstance(written, str) else written)
+        return None if names <= set(completions) and len(names) == num_kept else "has other completions"
+
+    return stream(arguments, Job(NEW_FIELDS, computed_with, check_written=check_written))
+
+
+def _result(completions: Sequence[str], probabilities: Sequence[float], num_kept: int) -> dict[str, Any]:
+    order = sorted(range(len(completions)), key=lambda idx: -probabilities[idx])[
+        :num_kept
+    ]  # stable: the first of equals
+    ranked = {completions[idx]: probabilities[idx] for idx in order}
+    best = next(iter(ranked))
+    return {"prediction": best, "probability": ranked[best], "probabilities": ranked}
+
+
+def _prior(given: str) -> list[float]:
+    try:
+        return [float(number) for number in given.split(",")]
+    except ValueError:
+        lines = read_text(given).split()
+    try:
+        return [float(number) for number in lines]
+    except ValueError as error:
+        raise CommandError(f"--prior {given}: {error}.") from error

@@ -1,0 +1,174 @@
+"""`backprompt store`: look into a folder of stored representations, check it, make it smaller. Loads no model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from backprompt.cli.arguments import add_command
+from backprompt.errors import CommandError
+from backprompt.memory import parse_bytes
+from backprompt.store import DiskStore
+from backprompt.store.base import Header
+
+_SHOWN_CHARACTERS = 60
+
+
+def add(commands: Any) -> None:
+    """Add the command, which has commands of its own."""
+    parser = commands.add_parser(
+        "store",
+        help="look into a folder of stored representations, check it, make it smaller",
+        description="Look into a folder of stored representations, check it, make it smaller. No model is loaded.",
+        allow_abbrev=False,
+    )
+    parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    listing = _add(
+        parts, "ls", "list the entries, in the order of their texts", run_list, "backprompt store ls prompts.bp"
+    )
+    listing.set_defaults(prefix="")
+    _add(
+        parts,
+        "stat",
+        "how many entries, tokens and bytes there are",
+        run_stat,
+        "backprompt store stat prompts.bp --json",
+    )
+    finding = _add(
+        parts,
+        "find",
+        "list the entries whose text begins so; exits with 1 if there is none",
+        run_find,
+        "backprompt store find prompts.bp 'Q: What'",
+    )
+    finding.add_argument("prefix", metavar="TEXT", help="what the text of an entry begins with")
+    _add(
+        parts,
+        "verify",
+        "read every entry and set damaged ones aside; exits with 1 if there are any",
+        run_verify,
+        "backprompt store verify prompts.bp",
+    )
+    pruning = _add(
+        parts,
+        "prune",
+        "delete what was not used for longest until the rest fits",
+        run_prune,
+        "backprompt store prune prompts.bp '10 GB'",
+    )
+    pruning.add_argument("size", metavar="SIZE", help='how much may stay: a number of bytes, or "10 GB"')
+
+
+def _add(parts: Any, name: str, summary: str, run: Any, example: str) -> argparse.ArgumentParser:
+    description = f"{summary[0].upper()}{summary[1:]}."
+    parser = add_command(parts, name, summary, description, run=run, examples=(example,))
+    parser.add_argument("path", metavar="FOLDER", help="of the store")
+    parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
+    return parser
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    """Print the entries."""
+    with _opened(arguments) as store:
+        _print_headers(store.list(arguments.prefix), as_json=arguments.json)
+    return 0
+
+
+def run_find(arguments: argparse.Namespace) -> int:
+    """Print the entries whose text begins so."""
+    with _opened(arguments) as store:
+        return 0 if _print_headers(store.list(arguments.prefix), as_json=arguments.json) else 1
+
+
+def run_stat(arguments: argparse.Namespace) -> int:
+    """Print how much is stored."""
+    with _opened(arguments) as store:
+        stats = store.stats()
+    if arguments.json:
+        print(json.dumps({**vars(stats), "path": str(store.path), "is_writable": store.is_writable}))
+        return 0
+    print(f"entries          {stats.num_entries:,}")
+    print(f"tokens           {stats.num_tokens:,}")
+    print(f"bytes            {stats.num_bytes:,}")
+    print(f"largest error    {stats.largest_error:.3g}")
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Print the names of damaged entries."""
+    with _opened(arguments) as store:
+        num_entries = store.stats().num_entries
+        damaged = store.verify(show_progress_bar=_shows_progress(arguments))
+    if arguments.json:
+        print(json.dumps({"num_entries": num_entries, "damaged": list(damaged)}))
+    else:
+        for name in damaged:
+            print(name)
+        print(f"{num_entries - len(damaged):,} entries are sound, {len(damaged):,} damaged.", file=sys.stderr)
+    return 1 if damaged else 0
+
+
+def run_prune(arguments: argparse.Namespace) -> int:
+    """Delete entries, and say how many."""
+    size = arguments.size
+    max_bytes = parse_bytes(int(size) if size.isdecimal() else size, "SIZE")
+    with _opened(arguments) as store:
+        if not store.is_writable:
+            raise CommandError(f"{store.path} cannot be written to.")
+        deleted = store.prune(max_bytes, show_progress_bar=_shows_progress(arguments))
+        stats = store.stats()
+    if arguments.json:
+        print(json.dumps({"deleted": list(deleted), **vars(stats)}))
+    else:
+        print(f"{len(deleted):,} entries deleted; {stats.num_entries:,} are left, of {stats.num_bytes:,} bytes.")
+    return 0
+
+
+def _opened(arguments: argparse.Namespace) -> DiskStore:
+    """Open a store that is there: a folder that is none must not become one by looking into it."""
+    path = Path(arguments.path)
+    if not (path / "entries").is_dir():
+        raise CommandError(f"{path} is no store: it has no folder 'entries'.")
+    return DiskStore(path, persist="never")
+
+
+def _shows_progress(arguments: argparse.Namespace) -> bool | None:
+    return None if sys.stderr.isatty() and not arguments.no_progress else False
+
+
+def _print_headers(headers: Iterable[Header], *, as_json: bool) -> int:
+    """Print entries, a line each, and return how many."""
+    num_headers = 0
+    for header in headers:
+        print(json.dumps(_described(header), ensure_ascii=False) if as_json else _line(header))
+        num_headers += 1
+    return num_headers
+
+
+def _described(header: Header) -> dict[str, Any]:
+    return {
+        "name": header.name,
+        "position": header.position,
+        "num_tokens": len(header.token_ids),
+        "text": header.text.encode(errors="replace").decode(),
+        "model": header.model,
+        "tokenizer": header.tokenizer,
+        "dtype": header.dtype,
+        "exactness": header.exactness,
+        "error": header.error,
+    }
+
+
+def _line(header: Header) -> str:
+    text = json.dumps(header.text.encode(errors="replace").decode(), ensure_ascii=False)
+    text = text if len(text) <= _SHOWN_CHARACTERS else f'{text[: _SHOWN_CHARACTERS - 4]}..."'
+    where = f"{header.position}..{header.position + len(header.token_ids) - 1}"
+    dtype = header.dtype.removeprefix("torch.")
+    kind = dtype if header.exactness == "exact" else f"{dtype} as {header.exactness}"
+    return (
+        f"{header.name[:8]}  {len(header.token_ids):>7,} tokens  {where:>13}  model {header.model[:8]}  {kind}  {text}"
+    )

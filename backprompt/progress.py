@@ -1,0 +1,73 @@
+"""Progress bars over work that may take longer than two seconds: one rule for when they show.
+
+Public functions say by `show_progress_bar` what their caller wants; what works below them, several modules away, asks
+here. `TQDM_DISABLE=1` in the environment hides every bar (tqdm 4.66 or newer), those of properties such as
+`text.logits` included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from tqdm import tqdm
+
+DELAY_SECONDS = 2.0
+"""A bar that nobody asked for shows when work has taken so long."""
+
+_SHOW: ContextVar[bool | None] = ContextVar("backprompt_show_progress_bar", default=None)
+
+
+@contextmanager
+def showing(show: bool | None) -> Iterator[None]:
+    """Let bars show at once (True) or never (False) for as long as the context lasts; None leaves it as it is."""
+    token = _SHOW.set(_SHOW.get() if show is None else show)
+    try:
+        yield
+    finally:
+        _SHOW.reset(token)
+
+
+def progress_bar(total: int, desc: str, unit: str, *, is_long: bool = True) -> Any:
+    """Return a bar over `total` units of work, which shows as `showing` says, or after `DELAY_SECONDS`.
+
+    Args:
+        total: how much there is to do.
+        desc: what is done.
+        unit: what `total` counts.
+        is_long: whether there are several steps, so that a bar would move: else it shows only if it is asked for.
+
+    """
+    show = _SHOW.get()
+    if not (is_long if show is None else show):
+        return tqdm(disable=True)
+    delay = 0.0 if show else DELAY_SECONDS
+    return tqdm(total=total, desc=desc, unit=f" {unit}", unit_scale=total >= 10_000, delay=delay)
+
+
+class GrowingBar:
+    """A bar over work that is planned a part at a time; made when the first part is."""
+
+    def __init__(self, desc: str, unit: str) -> None:
+        self._desc = desc
+        self._unit = unit
+        self._bar: Any = None
+
+    def expect(self, num_units: int, *, is_long: bool) -> None:
+        """Say how much is still to be done; `is_long`: see `progress_bar`."""
+        if self._bar is None:
+            self._bar = progress_bar(num_units, self._desc, self._unit, is_long=is_long)
+        self._bar.total = self._bar.n + num_units
+
+    def update(self, num_units: int) -> None:
+        """Say that so much was done."""
+        self._bar.update(num_units)
+
+    def __enter__(self) -> GrowingBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,715 @@
+"""The command line: rows in and out, going on after an interruption, exit codes, errors in one line.
+
+`run(...)` is `main([...])` in this process; the results are compared with the library's own calls on the same model.
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import backprompt
+from backprompt import LM, Text, load
+from backprompt.classify import predict_proba
+from backprompt.cli import main
+from backprompt.cli.rows import Input, Output, Row
+from tiny_models import build
+from tiny_tokenizers import byte_level_bpe
+
+LABELS = ["good", "bad", "so so"]
+PROMPTS = [f"Review: the film was {word}.\nLabel:" for word in ("great", "dull", "long", "loud", "fine")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build("gpt2").save_pretrained(folder)
+    byte_level_bpe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lm(model) -> LM:
+    return load(model, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working directory, with prompts and labels in it."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("prompts.jsonl", [{"id": idx, "prompt": prompt} for idx, prompt in enumerate(PROMPTS)])
+    Path("labels.txt").write_text("\n".join(LABELS) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys) -> Callable:
+    """Runs a command; returns its exit code, and what it printed and said."""
+
+    def run_command(*arguments: object):
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+@pytest.fixture
+def score(run, model) -> Callable:
+    def run_score(*arguments: object):
+        return run("score", "--completions", "labels.txt", "--model", model, "--device", "cpu", *arguments)
+
+    return run_score
+
+
+@pytest.fixture
+def generate(run, model) -> Callable:
+    def run_generate(*arguments: object):
+        return run("generate", "--max-new-tokens", 4, "--model", model, "--device", "cpu", *arguments)
+
+    return run_generate
+
+
+@pytest.fixture
+def no_model(monkeypatch) -> None:
+    """Loading a model is an error: what a test looks for must show before."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("backprompt.cli.arguments.load", refuse)
+
+
+def write_jsonl(path: str, values: list) -> None:
+    Path(path).write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+
+
+def read_jsonl(path: str) -> list:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def read_csv(text: str) -> list:
+    return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+
+
+def rounded(written: str) -> str:
+    """With few digits: passes of other tokens round otherwise."""
+    return re.sub(r"-?\d+\.\d+(e-\d+)?", lambda number: f"{float(number[0]):.3f}", written)
+
+
+def only_line(said: str) -> str:
+    (line,) = said.splitlines()
+    return line
+
+
+# score
+
+
+def test_scores_are_those_of_predict_proba(score, lm):
+    code, printed, said = score("prompts.jsonl")
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert (code, said) == (0, "")
+    assert [row["id"] for row in rows] == list(range(len(PROMPTS)))
+    for row, expected in zip(rows, predict_proba(PROMPTS, LABELS, lm), strict=True):
+        assert [row["probabilities"][label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-6)
+        assert row["prediction"] == LABELS[expected.argmax()] == next(iter(row["probabilities"]))
+        assert row["probability"] == max(row["probabilities"].values())
+
+
+def test_scoring_options(score, lm):
+    options = ["--prior", "0.5,0.25,0.25", "--aggregate", "sum", "--discount-completions", "-0.5"]
+    code, printed, _ = score("prompts.jsonl", *options, "--neutral-prompt", "N/A", "--top", "2", "--end-of-prompt", "")
+    expected = predict_proba(
+        PROMPTS,
+        LABELS,
+        lm,
+        prior=[0.5, 0.25, 0.25],
+        aggregate="sum",
+        discount_completions=-0.5,
+        neutral_prompt="N/A",
+        end_of_prompt="",
+    )
+    assert code == 0
+    for line, probabilities in zip(printed.splitlines(), expected, strict=True):
+        found = json.loads(line)["probabilities"]
+        best = sorted(zip(probabilities, LABELS, strict=True), reverse=True)[:2]
+        assert list(found) == [label for _, label in best]
+        assert list(found.values()) == pytest.approx([float(p) for p, _ in best], abs=1e-6)
+
+
+def test_a_prior_from_a_file_and_one_completion(score, lm):
+    Path("prior.txt").write_text("0.5\n0.25\n0.25\n")
+    assert score("prompts.jsonl", "--prior", "prior.txt") == score("prompts.jsonl", "--prior", "0.5,0.25,0.25")
+    Path("labels.txt").write_text("good\n")
+    _, printed, _ = score("prompts.jsonl", "--no-normalize")
+    found = [json.loads(line)["probability"] for line in printed.splitlines()]
+    assert found == pytest.approx(predict_proba(PROMPTS, ["good"], lm, normalize=False)[:, 0].tolist(), abs=1e-6)
+
+
+@pytest.mark.usefixtures("folder")
+def test_slices_share_what_prompts_have_in_common(model, monkeypatch, run, lm):
+    """The tokens forwarded are those of one call over all prompts, however they are cut."""
+    lms = []
+
+    def remembered(*arguments, **options):
+        lms.append(load(*arguments, **options))
+        return lms[-1]
+
+    monkeypatch.setattr("backprompt.cli.arguments.load", remembered)
+    run("score", "prompts.jsonl", "--completions", "labels.txt", "--model", model, "--slice", "2", "--device", "cpu")
+    before = lm.stats
+    lm.clear()
+    predict_proba(PROMPTS, LABELS, lm)
+    assert lms[0].stats.tokens_computed == (lm.stats - before).tokens_computed > 0
+
+
+# generate
+
+
+def test_continuations_are_those_of_generate(generate, lm):
+    code, printed, said = generate("prompts.jsonl", "--slice", "2")
+    rows = [json.loads(line) for line in printed.splitlines()]
+    expected = backprompt.generate([Text(prompt, lm) for prompt in PROMPTS], max_new_tokens=4)
+    assert (code, said) == (0, "")
+    assert [row["completion"] for row in rows] == [text.completion for text in expected]
+    assert {row["finish_reason"] for row in rows} == {"length"}
+    for row, text in zip(rows, expected, strict=True):
+        assert row["num_new_tokens"] == len(text.completion_tokens) == 4
+        assert row["logprob"] == pytest.approx(float(text.completion_logprobs.sum()), abs=1e-5)
+
+
+def test_samples_do_not_depend_on_slices_or_on_where_it_was_interrupted(generate, lm):
+    write_jsonl("prompts.jsonl", [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[2]])  # one is there twice
+    options = ["--n", "3", "--temperature", "0.9", "--seed", "7"]
+    _, whole, _ = generate("prompts.jsonl", *options)
+    _, cut, _ = generate("prompts.jsonl", *options, "--slice", "1")
+    assert rounded(cut) == rounded(whole)
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1, 2] * 4
+    expected = backprompt.generate(Text(PROMPTS[1], lm), max_new_tokens=4, n=3, temperature=0.9, seed=7)
+    assert [row["completion"] for row in rows[3:6]] == [text.completion for text in expected]
+
+    lines = whole.splitlines(keepends=True)
+    Path("out.jsonl").write_text("".join(lines[:5]) + lines[5][:20])  # all of one prompt, and part of the next
+    assert generate("prompts.jsonl", *options, "-o", "out.jsonl", "--resume")[0] == 0
+    assert rounded(Path("out.jsonl").read_text()) == rounded(whole)
+
+
+def test_stop_strings_and_other_options(generate, lm):
+    (first,) = backprompt.generate([Text(PROMPTS[0], lm)], max_new_tokens=1)
+    write_jsonl("prompts.jsonl", [PROMPTS[0]])
+    _, printed, _ = generate("prompts.jsonl", "--stop", "never this", "--stop", first.completion)
+    assert json.loads(printed)["finish_reason"] == "stop"
+    _, printed, _ = generate("prompts.jsonl", "--option", f"suppress_tokens=[{first.completion_tokens[0]}]")
+    expected = Text(PROMPTS[0], lm).generate(max_new_tokens=4, suppress_tokens=list(first.completion_tokens))
+    assert json.loads(printed)["completion"] == expected.completion
+    assert first.completion not in expected.completion
+
+
+@pytest.mark.usefixtures("no_model")
+def test_more_than_one_greedy_continuation_is_refused(generate):
+    code, _, said = generate("prompts.jsonl", "--n", "2")
+    assert code == 2
+    assert "--do-sample" in only_line(said)
+
+
+# Rows
+
+
+def test_csv_in_and_out(score, lm):
+    prompts = ['Said: "yes,\nno"', "plain", "Œuvre \r, 東京"]
+    with open("in.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "text"])
+        writer.writerows(enumerate(prompts))
+    assert score("in.csv", "--column", "text", "-o", "out.csv")[0] == 0
+    with open("out.csv", newline="", encoding="utf-8") as file:
+        rows = read_csv(file.read())
+    assert [(row["id"], row["text"]) for row in rows] == [(str(idx), prompt) for idx, prompt in enumerate(prompts)]
+    assert [row["prediction"] for row in rows] == backprompt.classify.predict(prompts, LABELS, lm)
+    for row in rows:
+        assert json.loads(row["probabilities"])[row["prediction"]] == float(row["probability"])
+
+
+def test_strings_and_lists_of_parts_are_prompts(score, lm):
+    write_jsonl("in.jsonl", ["The cat", {"parts": ["The ", "cat"]}, {"prompts": ["Th", "e cat"], "x": None}])
+    _, printed, _ = score("in.jsonl")
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert rows[0]["prompt"] == "The cat"
+    assert rows[2]["x"] is None
+    assert rows[0]["probabilities"] == pytest.approx(rows[1]["probabilities"], abs=1e-6)
+    assert rows[1]["probabilities"] == pytest.approx(rows[2]["probabilities"], abs=1e-6)
+
+
+def test_parts_are_encoded_apart_where_joins_are_split(generate, lm, model):
+    parts = ["The c", "at s", "at"]
+    write_jsonl("in.jsonl", [{"parts": parts}])
+    split = load(model, device="cpu", joins="split")
+    text = Text("", split).join(parts)
+    assert text.tokens != Text("".join(parts), split).tokens
+    _, printed, _ = generate("in.jsonl", "--joins", "split")
+    assert json.loads(printed)["completion"] == text.generate(max_new_tokens=4).completion
+    code, _, said = generate("in.jsonl", "--joins", "error")
+    assert code == 2
+    assert only_line(said).startswith("backprompt: error: line 1 of in.jsonl: ")
+
+
+def test_pipes(score, monkeypatch):
+    _, expected, _ = score("prompts.jsonl")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path("prompts.jsonl").read_bytes())))
+    assert score("-") == (0, expected, "")
+
+
+def test_a_store_serves_the_next_process(score, monkeypatch):
+    lms = []
+
+    def remembered(*arguments, **options):
+        lms.append(load(*arguments, **options))
+        return lms[-1]
+
+    monkeypatch.setattr("backprompt.cli.arguments.load", remembered)
+    first, second = (score("prompts.jsonl", "--store", "prompts.bp", "--memory", "1 MB")[1] for _ in range(2))
+    assert rounded(first) == rounded(second)
+    assert lms[0].stats.tokens_loaded == 0 < lms[1].stats.tokens_loaded
+    assert lms[1].stats.tokens_computed < lms[0].stats.tokens_computed
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.text(min_size=1, alphabet=st.characters(codec="utf-8")), st.text() | st.integers(), max_size=3
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    data=st.data(),
+)
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_what_was_cut_off_anywhere_is_gone_on_with(tmp_path_factory, format, rows, data):
+    """Any beginning of an output, in bytes, gives the whole output once it was gone on with."""
+    names = list(rows[0]) if format == "csv" else []
+    given_rows = [
+        Row(f"row {idx}", ("p",), {name: fields.get(name, "") for name in names} if names else fields)
+        for idx, fields in enumerate(rows)
+    ]
+    given_rows = [Row(r.where, r.parts, {k: clean(v) for k, v in r.fields.items()}) for r in given_rows]
+    path = tmp_path_factory.mktemp("rows") / f"out.{format}"
+
+    def write(first: int, *, append: bool, output: Output) -> None:
+        output.open(append=append)
+        for row in given_rows[first:]:
+            output.write(row, [{"result\n": 'a "quoted"\r\n, one', "n": 0}, {"result\n": None, "n": 1.5}])
+        output.close()
+
+    def new_output() -> Output:
+        return Output(str(path), format, ["result\n", "n"], rows_per_prompt=2)
+
+    write(0, append=False, output=new_output())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    output = new_output()
+    num_done = output.resume(iter(given_rows), lambda fields: None)
+    write(num_done, append=True, output=output)
+    assert path.read_bytes() == whole
+
+
+def clean(value):
+    """Without halves of surrogate pairs and NUL, which the input cannot hold."""
+    return value.encode(errors="ignore").decode().replace("\0", "") if isinstance(value, str) else value
+
+
+# Going on
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_an_interruption_loses_only_what_was_not_written(score, monkeypatch, name, lm):
+    score("prompts.jsonl", "-o", f"whole.{name}")
+    slices = []
+
+    def interrupted(prompts, *arguments, **options):
+        slices.append(len(prompts))
+        if len(slices) == 2:
+            raise KeyboardInterrupt
+        return predict_proba(prompts, *arguments, **options)
+
+    monkeypatch.setattr("backprompt.cli.score.predict_proba", interrupted)
+    code, _, said = score("prompts.jsonl", "-o", name, "--slice", "2")
+    assert code == 130
+    assert only_line(said) == "backprompt: interrupted; go on with --resume"
+    with open(name, "a") as file:
+        file.write('{"id": 2, "pro')  # half a row
+    assert score("prompts.jsonl", "-o", name, "--slice", "2", "--resume")[0] == 0
+    assert rounded(Path(name).read_text()) == rounded(Path(f"whole.{name}").read_text())
+    assert slices == [2, 2, 2, 1]
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_is_complete_needs_no_model(score, lm, monkeypatch):
+    rows = [{"id": idx, "prompt": prompt} for idx, prompt in enumerate(PROMPTS)]
+    probabilities = {"probabilities": dict.fromkeys(LABELS, 1 / 3)}
+    write_jsonl("out.jsonl", [{**row, "prediction": "good", "probability": 1 / 3, **probabilities} for row in rows])
+    before = Path("out.jsonl").read_bytes()
+    assert score("prompts.jsonl", "-o", "out.jsonl", "--resume") == (0, "", "")
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_resume_begins_where_there_is_nothing(score):
+    assert score("prompts.jsonl", "-o", "out.jsonl", "--resume")[0] == 0
+    assert len(read_jsonl("out.jsonl")) == len(PROMPTS)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_killed_process_leaves_a_beginning(model, score):
+    """SIGKILL, as soon as two of five rows are there; nobody closes the input."""
+    command = [sys.executable, "-m", "backprompt", "score", "-", "--completions", "labels.txt", "--model", str(model)]
+    command += ["--device", "cpu", "-o", "out.jsonl", "--slice", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(backprompt.__file__).parent.parent)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        lines = Path("prompts.jsonl").read_bytes().splitlines(keepends=True)
+        process.stdin.write(b"".join(lines[:2]))
+        process.stdin.flush()
+        while process.poll() is None and len(written("out.jsonl")) < 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        said = process.stderr.read().decode()
+    assert process.returncode == -signal.SIGKILL
+    assert said == ""  # no bar, no message of anybody's: standard error is no terminal
+    assert [row["id"] for row in read_jsonl("out.jsonl")] == [0, 1]
+    score("prompts.jsonl", "-o", "whole.jsonl")
+    assert score("prompts.jsonl", "-o", "out.jsonl", "--resume")[0] == 0
+    found, expected = read_jsonl("out.jsonl"), read_jsonl("whole.jsonl")
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in expected]
+    assert [row["id"] for row in found] == list(range(len(PROMPTS)))
+
+
+def written(path: str) -> list[bytes]:
+    return Path(path).read_bytes().splitlines() if os.path.exists(path) else []
+
+
+def test_who_closes_the_output_is_not_told(model, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        stderr = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stderr)
+        arguments = ["score", "prompts.jsonl", "--completions", "labels.txt", "--model", str(model), "--device", "cpu"]
+        assert main(arguments) == 141
+    assert stderr.getvalue() == ""
+
+
+# Errors
+
+
+BAD_LINES = {
+    "not json": ("{prompt: 1}", "is not JSON"),
+    "a number": ("17", "is neither a JSON object nor a JSON string, but 17"),
+    "no prompt": ('{"text": "a"}', "has no field 'prompt'"),
+    "two prompts": ('{"prompt": "a", "parts": ["b"]}', "has both 'prompt' and 'parts'"),
+    "a prompt that is no string": ('{"prompt": 5}', "must be a string or a list of strings, and holds 5"),
+    "null": ('{"prompt": null}', "must be a string or a list of strings"),
+    "a part that is no string": ('{"parts": ["a", 5]}', "and holds 5"),
+    "an empty prompt": ('{"prompt": ""}', "is empty"),
+    "half a character": ('{"prompt": "\\ud83d"}', "half of a surrogate pair"),
+    "the name of a result": ('{"prompt": "a", "prediction": 1}', "has a field 'prediction'"),
+    "brackets without end": ("[" * 100_000, "is no JSON that can be read"),
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(("line", "problem"), BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_is_named_before_a_model_is_loaded(score, line, problem):
+    with open("prompts.jsonl", "a") as file:
+        file.write("\n" + line + "\n")
+    code, printed, said = score("prompts.jsonl", "-o", "out.jsonl")
+    assert (code, printed) == (2, "")
+    assert only_line(said).startswith(f"backprompt: error: line {len(PROMPTS) + 2} of prompts.jsonl")
+    assert problem in said
+    assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"prompt\na\n\xff\n", "is not UTF-8"),
+        (b"prompt,id\na\n", "line 2 of in.csv has 1 values for the 2 columns"),
+        (b"text,id\na,1\n", "line 2 of in.csv has no column 'prompt'"),
+        (b"prompt,prompt\na,1\n", "two columns called 'prompt'"),
+        (b'prompt\n"a" b\n', "line 2 of in.csv is not CSV"),
+        (b"prompt\n", "in.csv has no rows"),
+        (b"", "in.csv has no rows"),
+    ],
+)
+def test_bad_csv(score, content, problem):
+    Path("in.csv").write_bytes(content)
+    code, _, said = score("in.csv")
+    assert code == 2
+    assert problem in only_line(said)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["missing.jsonl"], "missing.jsonl is not there"),
+        (["."], "is a folder"),
+        (["labels.txt"], "say whether this is JSONL or CSV"),
+        (["prompts.jsonl", "-o", "labels.txt", "--format", "csv"], "is there already. Go on with it: --resume"),
+        (["prompts.jsonl", "-o", "prompts.jsonl", "--overwrite"], "is the input"),
+        (["prompts.jsonl", "-o", "nowhere/out.jsonl"], "there is no folder nowhere"),
+        (["prompts.jsonl", "--resume"], "name it with -o FILE"),
+        (["prompts.jsonl", "--memory", "lots"], "--memory must be a number of bytes"),
+        (["prompts.jsonl", "--device", "abacus"], "--device abacus"),
+        (["prompts.jsonl", "--prior", "0.5,0.5"], "prior has the shape (2,) for 3 completions"),
+        (["prompts.jsonl", "--prior", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["prompts.jsonl", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (["prompts.jsonl", "--slice", "0"], "0 is not at least 1"),
+    ],
+)
+def test_bad_arguments(score, arguments, problem):
+    before = Path("prompts.jsonl").read_bytes()
+    code, printed, said = score(*arguments)
+    assert (code, printed) == (2, "")
+    assert problem in only_line(said)
+    assert Path("prompts.jsonl").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"id": 9, "prompt": PROMPTS[0], "prediction": "good"}, "row 1 of out.jsonl is not from line 1"),
+        ({"id": 0, "prompt": PROMPTS[0], "completion": "good"}, "row 1 of out.jsonl is not from line 1"),
+        ({"id": 0, "prompt": PROMPTS[0], "prediction": "x", "probability": 1, "probabilities": {"x": 1}}, "has other"),
+        ([], "row 1 of out.jsonl cannot be read"),
+    ],
+)
+def test_the_output_of_something_else_is_not_gone_on_with(score, row, problem):
+    if isinstance(row, dict) and "prediction" in row:
+        row = {"probability": 1, "probabilities": dict.fromkeys(LABELS, 1), **row}
+        row = {name: row[name] for name in ("id", "prompt", "prediction", "probability", "probabilities")}
+    write_jsonl("out.jsonl", [row])
+    before = Path("out.jsonl").read_bytes()
+    code, _, said = score("prompts.jsonl", "-o", "out.jsonl", "--resume")
+    assert code == 2
+    assert problem in only_line(said)
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_a_prompt_that_is_too_long_is_named(score):
+    write_jsonl("prompts.jsonl", [*PROMPTS, "x " * 500])
+    code, _, said = score("prompts.jsonl", "-o", "out.jsonl", "--slice", "4")
+    assert code == 2
+    assert only_line(said).startswith(f"backprompt: error: line {len(PROMPTS) + 1} of prompts.jsonl: Text('x x x")
+    assert len(read_jsonl("out.jsonl")) == 4  # the slices before it
+
+
+def test_a_model_that_cannot_be_loaded(run):
+    arguments = ["score", "prompts.jsonl", "--completions", "labels.txt", "--model", "nowhere/at-all"]
+    code, _, said = run(*arguments)
+    assert code == 2
+    assert only_line(said).startswith("backprompt: error: Could not load 'nowhere/at-all'")
+
+
+def test_an_error_that_nobody_foresaw_has_its_own_code_and_a_traceback_on_request(score, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("backprompt.cli.score.predict_proba", fail)
+    code, _, said = score("prompts.jsonl")
+    assert code == 3
+    assert only_line(said) == "backprompt: error: RuntimeError: two lines (with --traceback it is shown where)"
+    with pytest.raises(RuntimeError, match="two"):
+        score("prompts.jsonl", "--traceback")
+
+
+def test_no_command(run):
+    assert run()[0] == 2
+    code, printed, _ = run("--version")
+    assert (code, printed) == (0, f"backprompt {backprompt.__version__}\n")
+
+
+@pytest.mark.parametrize("command", [[], ["score"], ["generate"], ["demo"], ["store"], ["store", "prune"]])
+def test_help_teaches(run, command):
+    code, printed, _ = run(*command, "--help")
+    assert code == 0
+    assert "usage: backprompt" in printed
+    assert command == ["store"] or f"backprompt {' '.join(command)}".strip() in printed.partition("examples:")[2]
+
+
+# Messages and bars
+
+
+def test_messages_on_request(score):
+    said = score("prompts.jsonl", "-v")[2]
+    assert "backprompt: info: Loading " in said
+    assert "backprompt: info: Attention of GPT2LMHeadModel runs on the kernel" in said
+    assert "debug" not in said
+    assert "backprompt: debug: Evicted" in score("prompts.jsonl", "-vv", "--memory", "10 kB", "--slice", "1")[2]
+    assert logging.getLogger("backprompt").level == logging.NOTSET
+    assert [type(handler) for handler in logging.getLogger("backprompt").handlers] == [logging.NullHandler]
+
+
+def test_a_bar_where_standard_error_is_a_terminal(score, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    said = score("prompts.jsonl")[2]
+    assert f"{len(PROMPTS)}/{len(PROMPTS)}" in said
+    assert "evaluating" not in said  # one bar is enough
+    assert score("prompts.jsonl", "--no-progress")[2] == ""
+
+
+# store
+
+
+@pytest.fixture
+def store(model) -> Path:
+    """A store with two entries, the second behind the first."""
+    lm = load(model, device="cpu", store="prompts.bp")
+    Text("Question: What is 12 + 34?", lm).save()
+    Text("Question: What is 12 + 34?  Answer: 46.", lm).save()
+    Text("The cat sat on the mat.", lm).save()
+    return Path("prompts.bp")
+
+
+def test_store_ls_find_and_stat(run, store):
+    code, printed, said = run("store", "ls", store)
+    assert (code, said) == (0, "")
+    assert len(printed.splitlines()) == 3
+    assert '"The cat sat on the mat."' in printed.splitlines()[-1]
+    code, printed, _ = run("store", "find", store, "The cat", "--json")
+    (found,) = [json.loads(line) for line in printed.splitlines()]
+    assert code == 0
+    assert found["text"] == "The cat sat on the mat."
+    with backprompt.DiskStore(store, persist="never") as opened:
+        (header,) = opened.find("The cat")
+        stats = opened.stats()
+    assert (found["name"], found["num_tokens"]) == (header.name, len(header.token_ids))
+    assert run("store", "find", store, "The dog") == (1, "", "")
+    described = json.loads(run("store", "stat", store, "--json")[1])
+    assert (described["num_entries"], described["num_bytes"]) == (3, stats.num_bytes)
+    assert f"{stats.num_bytes:,}" in run("store", "stat", store)[1]
+
+
+def test_store_verify(run, store):
+    assert run("store", "verify", store)[:2] == (0, "")
+    (damaged, *_) = sorted(store.glob("entries/*/*"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    code, printed, said = run("store", "verify", store)
+    assert (code, printed) == (1, f"{damaged.stem}\n")
+    assert "warning" in said
+    assert "2 entries are sound, 1 damaged." in said
+    assert json.loads(run("store", "verify", store, "--json")[1]) == {"num_entries": 2, "damaged": []}
+
+
+def test_store_prune(run, store):
+    assert "3 entries are left" in run("store", "prune", store, "1 GB")[1].replace("; 3 are", "; 3 entries are")
+    num_bytes = json.loads(run("store", "stat", store, "--json")[1])["num_bytes"]
+    assert len(json.loads(run("store", "prune", store, num_bytes - 1, "--json")[1])["deleted"]) == 1
+    assert json.loads(run("store", "prune", store, "0", "--json")[1])["num_entries"] == 0
+    assert run("store", "prune", store, "some")[0] == 2
+
+
+def test_looking_into_a_store_makes_none(run):
+    code, _, said = run("store", "ls", "nowhere.bp")
+    assert code == 2
+    assert "nowhere.bp is no store" in only_line(said)
+    assert not Path("nowhere.bp").exists()
+
+
+# demo
+
+
+def test_demo(run, model, monkeypatch):
+    """The example itself is tested in test_examples.py."""
+    before = {name: sys.modules.get(name) for name in ("intents", "demo_model", "plain")}
+    path = list(sys.path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("nothing-here").absolute()))
+    code, printed, said = run("demo")
+    assert (code, printed) == (2, "")
+    assert only_line(said).startswith("backprompt: error: The demo model is not installed.")
+    Path("questions.tsv").write_text("where is my parcel\ttrack an order\n")
+    code, _, said = run("demo", "--model", "nowhere/at-all", "--questions", "questions.tsv")
+    assert code == 2
+    assert "Could not load 'nowhere/at-all'" in only_line(said)
+    assert {name: sys.modules.get(name) for name in before} == before
+    assert sys.path == path
+
+
+def test_input_names_the_lines_of_csv_with_breaks_in_them():
+    Path("in.csv").write_text('prompt\n"a\nb"\nc\n')
+    assert [row.where for row in Input("in.csv", "csv").rows()] == ["line 3 of in.csv", "line 4 of in.csv"]
+
+
+# Documentation
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/command_line.md"])
+def test_documented_commands_run(run, page, model):
+    """Each of them exits with 0, in their order, in a folder with prompts, labels and a model called gpt2."""
+    Path("gpt2").symlink_to(model)
+    write_jsonl(
+        "prompts.jsonl", [{"id": idx, "prompt": f"Review: A {word}\nSentiment:"} for idx, word in enumerate("xyz")]
+    )
+    Path("prompts.csv").write_text("prompt\nReview: A\n")
+    backprompt.DiskStore("prompts.bp").close()
+    page_text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page_text, flags=re.DOTALL)
+    commands = [
+        part
+        for block in blocks
+        for line in block.splitlines()
+        for part in line.split(" | ")
+        if part.startswith("backprompt ")
+    ]
+    assert len(commands) >= 5
+    stdin = io.TextIOWrapper(io.BytesIO(Path("prompts.jsonl").read_bytes()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin)
+        for command in commands:
+            code, _, said = run(*shlex.split(command, comments=True)[1:])
+            assert code == 0, (command, said)
+
+
+def test_documented_python_runs():
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs/command_line.md").read_text(encoding="utf-8"), re.DOTALL)[
+        0
+    ]
+    logger = logging.getLogger("backprompt")
+    before = logger.level
+    try:
+        exec(block, {})
+        assert logger.level == logging.DEBUG
+    finally:
+        logger.setLevel(before)
+
+
+def test_documented_exit_codes_are_those_of_the_help(run):
+    documented = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs/command_line.md").read_text(), re.MULTILINE)
+    _, printed, _ = run("--help")
+    assert len(documented) == 6
+    for code, meaning in documented:
+        assert f"  {code:<5}{meaning}\n" in printed
