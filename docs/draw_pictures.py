@@ -1,4 +1,5 @@
-"""Draw the pictures of the pages into docs/pictures, with the demo model:
+"""Draw the pictures of the pages into docs/pictures, and write what calls print into
+docs/outputs, with the demo model:
 
     python docs/draw_pictures.py
 
@@ -16,6 +17,7 @@ import backprompt as bp
 from backprompt import LM, Text
 
 PICTURES = Path(__file__).parent / "pictures"
+OUTPUTS = Path(__file__).parent / "outputs"
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -69,9 +71,33 @@ def store(load: Callable[..., LM]) -> bp.Drawing:
         return bp.draw(texts)
 
 
+def explain(load: Callable[..., LM]) -> bp.Explanation:
+    """What five questions take, of which two were asked before."""
+    lm = load(memory_bytes="2 GB")
+    shots = Text("Answer the question.\n", lm) + "Q: 2 + 2? A: 4\n"
+    questions = [shots + f"Q: {n} + {n}? A:" for n in range(3, 8)]
+    bp.evaluate(questions[:2])
+    return bp.explain(questions)
+
+
+def verify(load: Callable[..., LM]) -> bp.Verification:
+    """How far four texts with one beginning lie from the plain call."""
+    context = Text("Hello there.", load())
+    names, ends = (" Senator", " General"), (" Amidala", " Kenobi...")
+    return bp.verify([context + name + end for name in names for end in ends])
+
+
+def show(load: Callable[..., LM]) -> str:
+    """A text of three segments, token by token."""
+    shots = Text("Answer the question.\n", load()) + "Q: 2 + 2? A: 4\n"
+    return (shots + "Q: 3 + 3? A:").show().plain()
+
+
 DRAWN = {
     function.__name__: function for function in (start, forest, groups, joins, store)
 }
+
+PRINTED = {function.__name__: function for function in (explain, verify, show)}
 
 
 def main() -> None:
@@ -81,6 +107,9 @@ def main() -> None:
     def load(**options: object) -> LM:
         return bp.load(demo_model_folder(), **options)
 
+    OUTPUTS.mkdir(exist_ok=True)
+    for name, printed in PRINTED.items():
+        (OUTPUTS / f"{name}.txt").write_text(f"{printed(load)}\n", encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
     for name, draw in DRAWN.items():
         svg = draw(load).pipe(format="svg", encoding="utf-8")

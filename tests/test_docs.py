@@ -5,6 +5,7 @@
 <!-- not run: why --> on the line before a block leaves it out
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import backprompt
-from draw_pictures import DRAWN, PICTURES
+from draw_pictures import DRAWN, OUTPUTS, PICTURES, PRINTED
 from tiny_tokenizers import MAX_VOCAB_SIZE, byte_level_bpe
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -76,7 +77,15 @@ def in_folder_of_models(folder_of_models: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.usefixtures("in_folder_of_models")
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    logger = logging.getLogger("backprompt")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("in_folder_of_models", "logging_as_before")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.is_run for block in blocks_of(page))])
 def test_blocks_run_and_print_what_the_page_says(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict = {"__name__": "__main__"}
@@ -98,7 +107,7 @@ def test_pages_are_found_and_have_blocks() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_are_read_without_scrolling(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(?:python|output|sh)\n(.*?)^```$", text, flags=re.DOTALL | re.M)
+    blocks = re.findall(r"^```(?:python|output)\n(.*?)^```$", text, flags=re.DOTALL | re.M)
     assert [line for block in blocks for line in block.splitlines() if len(line) > 88] == []
 
 
@@ -136,9 +145,21 @@ def test_pictures_show_what_their_pages_tell(name: str, folder_of_models: Path) 
     source = drawn.source.replace("&#160;", " ")
     statuses = {"computed now", "reused from memory", "from disk", "evicted", "not evaluated"}
     assert {status for status in statuses if status in source} == SHOWN[name]
-    committed = (PICTURES / f"{name}.svg").read_text(encoding="utf-8")
+    committed = (PICTURES / f"{name}.svg").read_text(encoding="utf-8").replace("&#160;", " ").replace("\xa0", " ")
     assert {status for status in statuses if status in committed} == SHOWN[name]
     assert any(f"pictures/{name}.svg" in (DOCS / page).read_text(encoding="utf-8") for page in PAGES)
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_printed_accounts_are_of_the_same_form(name: str, folder_of_models: Path) -> None:
+    """The committed ones are of the demo model: other numbers, the same lines of text."""
+    printed = str(PRINTED[name](lambda **options: backprompt.load(folder_of_models / "gpt2", **options)))
+    committed = (OUTPUTS / f"{name}.txt").read_text(encoding="utf-8")
+    assert _last_words(printed) == _last_words(committed)
+
+
+def _last_words(account: str) -> list[str]:
+    return re.findall("[a-zA-Z]+", account.strip().splitlines()[-1])[:2]
 
 
 @pytest.mark.parametrize("page", PAGES)
