@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import finalize
 
@@ -22,7 +23,7 @@ from backprompt import classify
 from backprompt.cache import TokenScore
 from backprompt.decoding import Decoding, FinishReason, TextDecoding
 from backprompt.errors import GenerationError, TextTypeError
-from backprompt.progress import showing
+from backprompt.progress import progress_bar, showing
 from backprompt.radix import Span
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenIds, flat, with_more
@@ -202,7 +203,7 @@ def generate(
         stop: a string or strings; a text ends with the token that completes one of them.
         seed: of sampling. A text's samples depend on the seed, its ids, the options and the number of the sample (of
             the same ids in the call), and not on what else is generated. By default each call has a seed of its own.
-        show_progress_bar: by default where there are at least 5 continuations.
+        show_progress_bar: by default where there are at least 5 continuations, or it takes longer than two seconds.
         **generation_config: fields of transformers' `GenerationConfig`.
 
     Returns:
@@ -229,16 +230,26 @@ def generate(
     if n is not None and n > 1 and not decoding.is_sampling:
         raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
     run = Run(lm, [text for text in listed for _ in range(n or 1)], decoding)
-    show = len(run.texts) >= MIN_TEXTS_FOR_A_BAR if show_progress_bar is None else show_progress_bar
-    is_hidden = show or show_progress_bar is False  # one bar is enough
-    with showing(False if is_hidden else None), tqdm(total=len(run.texts), desc="texts", disable=not show) as bar:
-        while run.step():
-            bar.update(run.num_finished - bar.n)
-        bar.update(run.num_finished - bar.n)
+    _run_with_bar(run, show_progress_bar)
     found: list[Any] = run.results()
     if n is not None:
         found = [found[start : start + n] for start in range(0, len(found), n)]
     return found[0] if is_single else found
+
+
+def _run_with_bar(run: Run, show: bool | None) -> None:
+    """Let texts grow until all are finished; of a few texts the bar counts tokens."""
+    if show or (show is None and len(run.texts) >= MIN_TEXTS_FOR_A_BAR):
+        bar, done = tqdm(total=len(run.texts), desc="texts"), attrgetter("num_finished")
+    else:
+        max_new_tokens = run.decoding.max_new_tokens
+        with showing(show):
+            bar = progress_bar(len(run.texts) * max_new_tokens, "generating", "tokens", is_long=max_new_tokens > 1)
+        done = attrgetter("num_new_tokens")
+    with bar, showing(False):  # one bar is enough
+        while run.step():
+            bar.update(done(run) - bar.n)
+        bar.update(done(run) - bar.n)
 
 
 class Stream(Iterator[str]):
@@ -333,6 +344,11 @@ class Run:
     def num_finished(self) -> int:
         """How many texts are finished."""
         return self._num_begun - len(self._live)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """How many tokens were added to all texts."""
+        return sum(len(decoding.choices) for decoding in self._decodings)
 
     def results(self) -> list[GeneratedText]:
         """Return all texts, with what was added so far."""

@@ -7,6 +7,7 @@ change, the `LM` drops its evaluator, with all of this, and makes a new one.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -31,6 +32,8 @@ from backprompt.probe import probe
 from backprompt.progress import GrowingBar, progress_bar
 from backprompt.radix import NOTHING, Forest, Junction, Place, Span
 from backprompt.token_graph import TokenGraph, TokenIds, without_last
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -617,6 +620,8 @@ class Evaluator:
             room = free + self._max_tokens * self.executor.token_bytes
             loaded = archive.load(self.forest, ends, room, self.memory, with_keys=with_keys)
             self.counters.tokens_loaded += loaded.num_tokens
+            if loaded.num_tokens:
+                logger.debug("Loaded %d tokens from the store.", loaded.num_tokens)
             ends = loaded.served
         return ends
 

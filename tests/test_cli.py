@@ -548,7 +548,9 @@ def test_no_command(run):
     assert (code, printed) == (0, f"backprompt {backprompt.__version__}\n")
 
 
-@pytest.mark.parametrize("command", [[], ["score"], ["generate"], ["demo"], ["store"], ["store", "prune"]])
+@pytest.mark.parametrize(
+    "command", [[], ["score"], ["generate"], ["explain"], ["draw"], ["verify"], ["demo"], ["store"], ["store", "prune"]]
+)
 def test_help_teaches(run, command):
     code, printed, _ = run(*command, "--help")
     assert code == 0
@@ -575,6 +577,90 @@ def test_a_bar_where_standard_error_is_a_terminal(score, monkeypatch):
     assert f"{len(PROMPTS)}/{len(PROMPTS)}" in said
     assert "evaluating" not in said  # one bar is enough
     assert score("prompts.jsonl", "--no-progress")[2] == ""
+
+
+# explain, draw, verify
+
+
+def test_explain_computes_nothing_unless_asked(run, model, monkeypatch):
+    lms = []
+
+    def remembered(*arguments, **options):
+        lms.append(load(*arguments, **options))
+        return lms[-1]
+
+    monkeypatch.setattr("backprompt.cli.arguments.load", remembered)
+    arguments = ["explain", "prompts.jsonl", "--completions", "labels.txt", "--model", model, "--device", "cpu"]
+    code, printed, said = run(*arguments, "--json")
+    found = json.loads(printed)
+    assert (code, said) == (0, "")
+    assert lms[0].stats.tokens_computed == 0
+    texts = [Text(f"{prompt} {label}", lms[0]) for prompt in PROMPTS for label in LABELS]
+    assert found["num_texts"] == len(texts)
+    assert found["tokens_requested"] == sum(len(text.tokens) for text in texts)
+    actual = json.loads(run(*arguments, "--json", "--run")[1])["actual"]
+    assert lms[1].stats.tokens_computed == actual["tokens_computed"] == found["tokens_to_compute"] > 0
+    assert f"{found['tokens_to_compute']:,}" in run(*arguments)[1]
+
+
+def test_verify(run, model):
+    arguments = ["verify", "prompts.jsonl", "--model", model, "--device", "cpu", "--fail-on-drift"]
+    code, printed, said = run(*arguments)
+    assert (code, said) == (0, "")
+    assert printed.startswith("The same as the plain call")
+    code, printed, _ = run(*arguments, "--tolerance", "0", "--sample", "2", "--json")
+    found = json.loads(printed)
+    assert code == 1
+    assert (found["passed"], found["num_texts"], found["num_given"]) == (False, 2, len(PROMPTS))
+    assert 0 < found["largest_gap"] < 1e-4
+    assert run(*arguments[:-1], "--tolerance", "0")[0] == 0
+
+
+def test_draw_needs_no_model(run, monkeypatch):
+    pytest.importorskip("pygraphviz")
+    monkeypatch.setattr("backprompt.cli.arguments.load", None)
+    write_jsonl("prompts.jsonl", [{"parts": ["Once ", "upon"]}, {"parts": ["Once ", "more <&>"]}])
+    assert run("draw", "prompts.jsonl", "-o", "tree.svg") == (0, "", "")
+    expected = backprompt.draw([Text("Once ") + "upon", Text("Once ") + "more <&>"]).pipe("svg")
+    assert b"<svg" in expected
+    assert Path("tree.svg").read_bytes() == expected
+    assert run("draw", "prompts.jsonl", "-o", "tree.png")[0] == 0
+    assert Path("tree.png").read_bytes().startswith(b"\x89PNG")
+    code, printed, _ = run("draw", "prompts.jsonl", "-o", "-")
+    assert code == 0
+    assert "<svg" in printed
+    assert Path("prompts.jsonl").exists()
+
+
+def test_draw_shows_what_was_computed(run, model):
+    arguments = ["draw", "prompts.jsonl", "--model", model, "--device", "cpu", "-o", "tree.gv"]
+    assert run(*arguments)[0] == 0
+    lm = load(model, device="cpu")
+    texts = [Text("", lm) + prompt for prompt in PROMPTS]
+    not_evaluated = backprompt.draw(texts).source
+    assert Path("tree.gv").read_text(encoding="utf-8") == not_evaluated
+    assert run(*arguments, "--run")[0] == 0
+    lm.evaluate(texts)
+    assert Path("tree.gv").read_text(encoding="utf-8") == backprompt.draw(texts).source != not_evaluated
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["-o", "tree.txt"], "a picture's name ends in one of .svg"),
+        (["-o", "nowhere/tree.svg"], "there is no folder nowhere"),
+        (["-o", "tree.svg", "--run"], "--run and --store need a model"),
+        (["-o", "tree.svg", "--completions", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["-o", "tree.svg", "--max-children", "1"], "max_children must be"),
+        ([], "required: -o/--output"),
+    ],
+)
+def test_bad_pictures(run, arguments, problem):
+    code, _, said = run("draw", "prompts.jsonl", *arguments)
+    assert code == 2
+    assert problem in only_line(said)
+    assert not Path("tree.svg").exists()
 
 
 # store

@@ -104,6 +104,17 @@ def test_one_bar_at_a_time(texts, lm, is_shown):
 
 
 @pytest.mark.usefixtures("at_once")
+def test_a_long_continuation_of_one_text_shows_a_bar(texts, lm, capsys):
+    for show in (None, False):
+        text = texts[0].generate(max_new_tokens=5, show_progress_bar=show)
+        assert len(text.completion_tokens) == 5
+        assert ("generating: 100%" in (said := capsys.readouterr().err)) == (show is None)
+        assert "evaluating" not in said
+    texts[0].generate(max_new_tokens=1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("at_once")
 def test_scoring_shows_a_bar(texts, lm, is_shown, monkeypatch):
     evaluate(texts, show_progress_bar=False)
     evaluator = lm._evaluator

@@ -40,6 +40,7 @@ examples:
   backprompt demo
   backprompt score prompts.jsonl --completions labels.txt --model gpt2 -o out.jsonl
   backprompt generate prompts.csv --max-new-tokens 32 --model gpt2 -o out.csv
+  backprompt draw prompts.jsonl -o tree.svg
   backprompt store stat prompts.bp
 
 `backprompt COMMAND --help` says more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -157,9 +158,14 @@ def read_text(path: str) -> str:
         raise CommandError(f"{path} is not UTF-8.") from error
 
 
+def shows_progress(arguments: argparse.Namespace) -> bool | None:
+    """Return what functions take as `show_progress_bar`: their default where standard error is a terminal."""
+    return None if sys.stderr.isatty() and not arguments.no_progress else False
+
+
 def progress(
     arguments: argparse.Namespace, total: int | None, *, initial: int = 0, rows: Iterable[Any] | None = None
 ) -> Any:
-    """Return a bar over prompts, on standard error; None to tqdm means only where that is a terminal."""
-    disable = True if arguments.no_progress else None
-    return tqdm(rows, total=total, initial=initial, unit=" prompts", disable=disable)
+    """Return a bar over prompts, on standard error."""
+    is_shown = shows_progress(arguments) is not False
+    return tqdm(rows, total=total, initial=initial, unit=" prompts", disable=not is_shown)

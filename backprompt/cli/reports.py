@@ -1,12 +1,16 @@
-"""`backprompt explain` and `verify`: what evaluating prompts takes, and how close its numbers are to plain calls."""
+"""`backprompt explain`, `draw`, `verify`: what prompts take, what they share, how close they come to plain calls."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
+from backprompt._draw import draw
 from backprompt._explain import explain
+from backprompt._verify import verify
 from backprompt.cli.arguments import (
     add_command,
     add_input_arguments,
@@ -16,11 +20,15 @@ from backprompt.cli.arguments import (
     load_model,
     read_completions,
     read_input,
+    shows_progress,
 )
-from backprompt.cli.rows import Row
+from backprompt.cli.rows import PIPE, Row
+from backprompt.cli.stream import positive
 from backprompt.errors import CommandError
 from backprompt.lm import LM
 from backprompt.text import Text
+
+PICTURES = ("svg", "png", "pdf", "gv", "dot")
 
 
 def add(commands: Any) -> None:
@@ -42,6 +50,68 @@ def add(commands: Any) -> None:
     )
     add_text_arguments(parser)
     parser.add_argument("--run", action="store_true", dest="is_run", help="evaluate, too, and show the actual figures")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model_arguments(parser)
+    _add_draw(commands)
+    _add_verify(commands)
+
+
+def _add_draw(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "draw",
+        "a picture of what prompts share",
+        """Draw prompts as a tree of their parts: what follows what, and what is shared. With --model boxes have their
+        tokens, and joins where tokens change are marked; with --run they are evaluated, and the colours say what was
+        computed and what was read from a store.""",
+        run=run_draw,
+        examples=(
+            "backprompt draw prompts.jsonl -o tree.svg",
+            "backprompt draw prompts.jsonl --completions labels.txt --model gpt2 --run -o tree.png",
+        ),
+    )
+    add_text_arguments(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the picture, replaced if it is there: .svg, .png, .pdf, or .gv for its source; - prints SVG",
+    )
+    parser.add_argument(
+        "--max-children",
+        type=int,
+        default=6,
+        metavar="N",
+        help="of more texts behind a part fold the last ones (%(default)s)",
+    )
+    parser.add_argument("--run", action="store_true", dest="is_run", help="evaluate first; needs --model")
+    add_model_arguments(parser, is_required=False)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "verify",
+        "how far log-probabilities lie from those of plain calls",
+        """Evaluate prompts, and compare all their log-probabilities with those of the model's plain call, one prompt a
+        call: the largest and the mean gap in nats, and where another token would be the most probable one.""",
+        run=run_verify,
+        examples=(
+            "backprompt verify prompts.jsonl --model gpt2 --sample 20",
+            "backprompt verify prompts.jsonl --model gpt2 --dtype bfloat16 --fail-on-drift && echo close enough",
+        ),
+    )
+    add_text_arguments(parser)
+    parser.add_argument("--sample", type=positive, metavar="K", help="compare K texts, drawn at random (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="NATS",
+        help="the largest gap that passes (default: by dtype, 2e-4 in float32)",
+    )
+    parser.add_argument("--fail-on-drift", action="store_true", help="exit with 1 where a gap is larger")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
 
@@ -86,3 +156,44 @@ def run_explain(arguments: argparse.Namespace) -> int:
     else:
         explained.show()
     return 0
+
+
+def run_draw(arguments: argparse.Namespace) -> int:
+    """Write the picture."""
+    path = Path(arguments.output)
+    format = "svg" if arguments.output == PIPE else path.suffix[1:].lower()
+    if format not in PICTURES:
+        raise CommandError(f"{path}: a picture's name ends in one of {', '.join(f'.{name}' for name in PICTURES)}.")
+    if arguments.output != PIPE and not path.parent.is_dir():
+        raise CommandError(f"{path} cannot be written to: there is no folder {path.parent}.")
+    if arguments.model is None and (arguments.is_run or arguments.store is not None):
+        raise CommandError("--run and --store need a model: --model NAME.")
+    rows = read_rows(arguments)
+    lm = None if arguments.model is None else load_model(arguments)
+    texts = read_texts(arguments, rows, lm)
+    if lm is not None and arguments.is_run:
+        lm.evaluate(texts)
+    drawing = draw(texts, max_children=arguments.max_children)
+    data = drawing.source.encode() if format in ("gv", "dot") else drawing.pipe(format)
+    assert isinstance(data, bytes)
+    if arguments.output == PIPE:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    else:
+        path.write_bytes(data)
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Print how far the numbers lie from plain calls."""
+    rows = read_rows(arguments)
+    lm = load_model(arguments)
+    found = verify(
+        read_texts(arguments, rows, lm),
+        sample=arguments.sample,
+        seed=arguments.seed,
+        tolerance=arguments.tolerance,
+        show_progress_bar=shows_progress(arguments),
+    )
+    print(json.dumps(found.to_dict(), ensure_ascii=False) if arguments.json else found)
+    return 1 if arguments.fail_on_drift and not found.passed else 0

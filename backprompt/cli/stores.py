@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from backprompt.cli.arguments import add_command
+from backprompt.cli.arguments import add_command, shows_progress
 from backprompt.errors import CommandError
 from backprompt.memory import parse_bytes
 from backprompt.store import DiskStore
@@ -102,7 +102,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     """Print the names of damaged entries."""
     with _opened(arguments) as store:
         num_entries = store.stats().num_entries
-        damaged = store.verify(show_progress_bar=_shows_progress(arguments))
+        damaged = store.verify(show_progress_bar=shows_progress(arguments))
     if arguments.json:
         print(json.dumps({"num_entries": num_entries, "damaged": list(damaged)}))
     else:
@@ -119,7 +119,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
     with _opened(arguments) as store:
         if not store.is_writable:
             raise CommandError(f"{store.path} cannot be written to.")
-        deleted = store.prune(max_bytes, show_progress_bar=_shows_progress(arguments))
+        deleted = store.prune(max_bytes, show_progress_bar=shows_progress(arguments))
         stats = store.stats()
     if arguments.json:
         print(json.dumps({"deleted": list(deleted), **vars(stats)}))
@@ -134,10 +134,6 @@ def _opened(arguments: argparse.Namespace) -> DiskStore:
     if not (path / "entries").is_dir():
         raise CommandError(f"{path} is no store: it has no folder 'entries'.")
     return DiskStore(path, persist="never")
-
-
-def _shows_progress(arguments: argparse.Namespace) -> bool | None:
-    return None if sys.stderr.isatty() and not arguments.no_progress else False
 
 
 def _print_headers(headers: Iterable[Header], *, as_json: bool) -> int:
