@@ -56,15 +56,20 @@ default_role = "py:obj"
 # Every reference must lead somewhere, but for these: what is code and no name (the
 # default role), types of other packages (their sites cannot be asked when there is no
 # network), and aliases of types.
-_OTHERS = "torch|numpy|npt|transformers|sklearn|lm_eval|collections|typing|os|pathlib"
+_OTHERS = (
+    "torch|numpy|npt|transformers|sklearn|lm_eval|networkx|graphviz|matplotlib"
+    "|collections|typing|os|pathlib"
+)
 nitpick_ignore_regex = [
     ("py:obj", r".*"),
     ("py:.*", rf"({_OTHERS})\..*"),
-    ("py:.*", r"DynamicCache|Tensor|Floats|FinishReason|NotFittedError"),
+    ("py:.*", r"DynamicCache|Tensor|Axes|Floats|FinishReason|NotFittedError"),
     ("py:.*", r"Prompts?|Aggregate|Strategy|Segment|StoredDtype"),
 ]
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Warns|Yields|Note):$")
+_SEVERAL = re.compile(r"    (\w+)((?:, \w+)+): ")  # described together
+_PLURAL = re.compile(r"(?<!`)(`[^`]+`)(\w)")  # "`Text`s"
 _RAISED = re.compile(r"\w+(, \w+)*: ")
 
 
@@ -139,7 +144,10 @@ def prepare(
         ):
             prepared.extend([".. code-block:: python", ""])
             is_code = True
-        prepared.append(line)
+        if section == "Attributes" and (several := _SEVERAL.match(line)):
+            first, others = several[1], several[2].removeprefix(", ")
+            line = f"    {first}: with `{others}`: {line[several.end() :]}"
+        prepared.append(_PLURAL.sub(r"\1\\ \2", line))
     end_section()
     lines[:] = prepared
     if what in ("property", "attribute"):
