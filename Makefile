@@ -19,8 +19,10 @@ DEMO_INSTALLED := $(VENV)/.installed-demo
 
 # Touched when it holds what the benchmarks' plots need.
 BENCH_INSTALLED := $(VENV)/.installed-bench
+# Touched when it holds what the documentation is made with.
+DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: help demo bench venv check test format clean
+.PHONY: help demo bench docs pictures venv check test format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +45,17 @@ $(BENCH_INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	touch $@
+
+docs: $(DOCS_INSTALLED) ## make the documentation, into build/docs/index.html; warnings are errors
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -b html -n -W --keep-going docs build/docs
+
+$(DOCS_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+pictures: $(DEMO_INSTALLED) ## draw the pictures of the documentation, with the demo model
+	$(BIN)/python docs/draw_pictures.py
 
 venv: $(INSTALLED) ## create or update .venv
 
