@@ -92,7 +92,8 @@ class Executor:
         self._body = skeleton.make_body(model, name)
         self._head = skeleton.make_head(model)
         self._config: Any = self._head.config
-        self.linears = speed_up((self._body, self._head), pack=pack_weights)
+        with plain_surroundings(self.device):
+            self.linears = speed_up((self._body, self._head), pack=pack_weights)
         self._in_flight: _InFlight | None = None
         _register(name, self)
 

@@ -202,8 +202,7 @@ class LM:
         self._store = DiskStore(store) if isinstance(store, (str, os.PathLike)) else store
         if self._store is not None and self._store is not store:
             weakref.finalize(self, self._store.close)  # nobody else can close it
-        with plain_surroundings(device):
-            self._evaluator = self._make_evaluator()
+        self._evaluator = self._make_evaluator()
         self._monitor = WeightsMonitor(model)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
 
