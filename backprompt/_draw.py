@@ -461,7 +461,7 @@ class _Picture:
         rows += [_swatch(status) + _legend_text(_MEANINGS[status]) for status in statuses if status in _MEANINGS]
         if any(data["is_join_changed"] for data in nodes):
             rows.append(
-                "<TD>◆</TD>" + _legend_text("≠ joining changed tokens: these are not those of both sides apart")
+                "<TD>◆</TD>" + _legend_text("≠ tokens merged where the two meet; they are those of the whole string")
             )
         if any(data["kind"] == "junction" for data in nodes):
             rows.append("<TD>●</TD>" + _legend_text("a group ends: what follows sees all of its branches"))

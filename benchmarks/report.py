@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -463,10 +464,16 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
     if "lookahead" in results:
         tables["table lookahead"] = lookahead_table(results["lookahead"])
     machines = dict.fromkeys(
-        ", ".join(f"{key} {value}" for key, value in machine.items()) for machine in results["machines"].values()
+        ", ".join(_fact(key, value) for key, value in machine.items()) for machine in results["machines"].values()
     )
-    tables["machine"] = "\n".join(machines)
+    tables["machine"] = "\n\n".join(machines)
     return tables
+
+
+def _fact(name: str, value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"{name} {value}"
+    return f"{name} (" + ", ".join(_fact(key, inner) for key, inner in value.items()) + ")"
 
 
 def with_tables(page: str, tables: dict[str, str]) -> str:
@@ -512,15 +519,27 @@ def _plots_of(results: dict[str, Any]) -> dict[str, tuple[Callable[[Any, list[Li
     return plots
 
 
-OURS = "#d9480f"
-RIVAL_COLOURS = {
-    "plain padded": "#868e96",
-    "cache recipe (deepcopy)": "#4c8fd6",
-    "CAPPr's way": "#2f9e6e",
-    "CAPPr": "#2f9e6e",
-    "original toy": "#a78bfa",
-    "generating 1 token": "#4c8fd6",
-    "generating 4 tokens": "#a78bfa",
+@dataclass(frozen=True)
+class _Look:
+    """How a contender is drawn: told by its marker or hatching without colour vision, too."""
+
+    colour: str
+    marker: str
+    hatch: str = ""
+    style: str = "-"
+
+
+OURS = _Look("#d55e00", "o")
+LOOKS = {  # colours of Okabe and Ito, "Color Universal Design", which are told apart without colour vision
+    "backprompt": OURS,
+    "plain padded": _Look("#8c8c8c", "s"),
+    "cache recipe (deepcopy)": _Look("#56b4e9", "^", "////"),
+    "CAPPr's way": _Look("#009e73", "D", "...."),
+    "CAPPr": _Look("#009e73", "D"),
+    "original toy": _Look("#cc79a7", "v", "xxxx"),
+    "generating 1 token": _Look("#56b4e9", "^"),
+    "generating 4 tokens": _Look("#cc79a7", "v"),
+    "dense forward": _Look("#0072b2", "x", style="--"),
 }
 
 
@@ -535,24 +554,36 @@ def _bars(axes: Any, lines: list[Line]) -> None:
     for name_idx, name in enumerate(names):
         seconds = [line["seconds"].get(name, {}).get("median") for line in chosen]
         places = [idx + 0.42 - (name_idx + 0.5) * height for idx, s in enumerate(seconds) if s is not None]
-        axes.barh(places, [s for s in seconds if s is not None], height, label=name, color=_colour(name))
+        look = LOOKS[name]
+        widths = [s for s in seconds if s is not None]
+        axes.barh(
+            places, widths, height, label=name, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0
+        )
     axes.set_yticks(range(len(chosen)), [line["workload"] for line in chosen], fontsize=8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("seconds, log scale; shorter is better")
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)
     axes.figure.set_size_inches(8.2, 4.6)
 
 
 def _curves(axes: Any, lines: list[Line], xs: list[float], names: tuple[str, ...]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     for name in names:
         points = [
             (x, line["seconds"][name]["median"]) for x, line in zip(xs, lines, strict=True) if name in line["seconds"]
         ]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=_colour(name))
-    axes.set_ylabel("seconds")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, frameon=False)
+        look = LOOKS[name]
+        axes.plot(
+            *zip(*points, strict=True), look.style, marker=look.marker, markersize=5, label=name, color=look.colour
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylabel("seconds, log scale")
+    _legend(axes)
 
 
 def _cappr_curve(axes: Any, lines: list[Line]) -> None:
@@ -562,26 +593,30 @@ def _cappr_curve(axes: Any, lines: list[Line]) -> None:
     names = [line for line in lines if line["table"] == "names"]
     for name in ("backprompt", "CAPPr"):
         seconds = [line["seconds"][name]["median"] for line in names]
-        axes.plot(xs, seconds, linestyle="dotted", label=f"{name}, names of one token", color=_colour(name))
-    axes.legend(fontsize=8, frameon=False)
+        look = LOOKS[name]
+        label = f"{name}, names of one token"
+        axes.plot(
+            xs, seconds, ":", marker=look.marker, markersize=5, markerfacecolor="none", label=label, color=look.colour
+        )
+    _legend(axes)
     _label_classes(axes, xs)
 
 
 def _search_curve(axes: Any, lines: list[Line]) -> None:
-    for search, colour in (("exhaustive", "#868e96"), ("best-first", OURS)):
+    for search, look in (("exhaustive", LOOKS["plain padded"]), ("best-first", OURS)):
         for aggregate, style in (("sum", "-"), ("mean", "--")):
             chosen = [line for line in lines if line["aggregate"] == aggregate]
             seconds = [line["seconds"][search]["median"] for line in chosen]
             label = f"{search}, by {aggregate}"
             classes = [line["classes"] for line in chosen]
-            axes.plot(classes, seconds, style, marker="o", markersize=4, label=label, color=colour)
+            axes.plot(classes, seconds, style, marker=look.marker, markersize=5, label=label, color=look.colour)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"number of classes, log scale; {lines[0]['prompts']} prompts")
     axes.set_ylabel("seconds, log scale")
-    axes.legend(fontsize=8, frameon=False)
+    _legend(axes)
 
 
 def _label_classes(axes: Any, xs: list[float]) -> None:
@@ -613,8 +648,9 @@ PLOTS = {
 }
 
 
-def _colour(name: str) -> str:
-    return OURS if name == "backprompt" else RIVAL_COLOURS.get(name, "#868e96")
+def _legend(axes: Any) -> None:
+    """Beside the plot, where it covers nothing."""
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _paint(axes: Any, ink: str) -> None:

@@ -135,7 +135,9 @@ def test_scores_are_those_of_predict_proba(score, lm):
 
 def test_scoring_options(score, lm):
     options = ["--prior", "0.5,0.25,0.25", "--aggregate", "sum", "--discount-completions", "-0.5"]
-    code, printed, _ = score("prompts.jsonl", *options, "--neutral-prompt", "N/A", "--top", "2", "--end-of-prompt", "")
+    code, printed, _ = score(
+        "prompts.jsonl", *options, "--neutral-prompt", "N/A", "--top", "2", "--end-of-prompt", "nothing"
+    )
     expected = predict_proba(
         PROMPTS,
         LABELS,

@@ -71,7 +71,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = 
         "--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, the checkpoint's own elsewhere)"
     )
     group.add_argument(
-        "--store", metavar="FOLDER", help="keep what is computed there, and look there before computing (prompts.bp)"
+        "--store",
+        metavar="FOLDER",
+        help="keep there what is computed, in runs of 16 tokens and more, and look there first (prompts.bp)",
     )
     group.add_argument(
         "--memory", metavar="SIZE", help='hold at most so much between passes, "2 GB" (default: half of what is free)'

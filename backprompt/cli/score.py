@@ -70,9 +70,9 @@ def add(commands: Any) -> None:
     )
     group.add_argument(
         "--end-of-prompt",
-        choices=("", " "),
-        default=" ",
-        help="between prompt and completion: a space, or nothing (default: a space)",
+        choices=("space", "nothing"),
+        default="space",
+        help="what stands between prompt and completion (default: %(default)s)",
     )
     add_output_arguments(parser)
     add_model_arguments(parser)
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "prior": None if arguments.prior is None else _prior(arguments.prior),
         "normalize": not arguments.no_normalize,
-        "end_of_prompt": arguments.end_of_prompt,
+        "end_of_prompt": " " if arguments.end_of_prompt == "space" else "",
     }
     Example("checks what can be checked without a model", completions, **options)
     options |= {
