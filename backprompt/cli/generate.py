@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
         action="append",
         type=_unescaped,
         metavar="TEXT",
-        help="end where this was generated, and keep it; may be given more than once; \\n, \\t and \\\\ mean what they mean in C",
+        help="end behind this; may be given more than once; \\n, \\t and \\\\ mean what they mean in C",
     )
     group.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
     group.add_argument("--do-sample", action="store_true", default=None, help="sample; so do the next three")
