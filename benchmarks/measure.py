@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from backprompt import LM
+if TYPE_CHECKING:
+    from backprompt import LM  # peers in environments of their own import this file
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
