@@ -13,11 +13,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -315,8 +317,9 @@ def test_what_was_cut_off_anywhere_is_gone_on_with(tmp_path_factory, format, row
     given_rows = [Row(r.where, r.parts, {k: clean(v) for k, v in r.fields.items()}) for r in given_rows]
     path = tmp_path_factory.mktemp("rows") / f"out.{format}"
 
-    def write(first: int, *, append: bool, output: Output) -> None:
-        output.open(append=append)
+    def write(first: int, *, output: Output) -> None:
+        output.open()
+        output.cut_off()
         for row in given_rows[first:]:
             output.write(row, [{"result\n": 'a "quoted"\r\n, one', "n": 0}, {"result\n": None, "n": 1.5}])
         output.close()
@@ -324,12 +327,12 @@ def test_what_was_cut_off_anywhere_is_gone_on_with(tmp_path_factory, format, row
     def new_output() -> Output:
         return Output(str(path), format, ["result\n", "n"], rows_per_prompt=2)
 
-    write(0, append=False, output=new_output())
+    write(0, output=new_output())
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     output = new_output()
-    num_done = output.resume(iter(given_rows), lambda fields: None)
-    write(num_done, append=True, output=output)
+    num_done, _ = output.resume(iter(given_rows), lambda fields: None)
+    write(num_done, output=output)
     assert path.read_bytes() == whole
 
 
@@ -357,7 +360,7 @@ def test_an_interruption_loses_only_what_was_not_written(score, monkeypatch, nam
     assert code == 130
     assert only_line(said) == "backprompt: interrupted; go on with --resume"
     with open(name, "a") as file:
-        file.write('{"id": 2, "pro')  # half a row
+        file.write('{"id": 2, "pro' if name.endswith("jsonl") else '2,"Review: the fi')  # half a row
     assert score("prompts.jsonl", "-o", name, "--slice", "2", "--resume")[0] == 0
     assert rounded(Path(name).read_text()) == rounded(Path(f"whole.{name}").read_text())
     assert slices == [2, 2, 2, 1]
@@ -369,7 +372,8 @@ def test_what_is_complete_needs_no_model(score, lm, monkeypatch):
     probabilities = {"probabilities": dict.fromkeys(LABELS, 1 / 3)}
     write_jsonl("out.jsonl", [{**row, "prediction": "good", "probability": 1 / 3, **probabilities} for row in rows])
     before = Path("out.jsonl").read_bytes()
-    assert score("prompts.jsonl", "-o", "out.jsonl", "--resume") == (0, "", "")
+    said = "backprompt: 5 rows are there, nothing to do\n"
+    assert score("prompts.jsonl", "-o", "out.jsonl", "--resume") == (0, "", said)
     assert Path("out.jsonl").read_bytes() == before
 
 
@@ -432,6 +436,8 @@ BAD_LINES = {
     "an empty prompt": ('{"prompt": ""}', "is empty"),
     "half a character": ('{"prompt": "\\ud83d"}', "half of a surrogate pair"),
     "the name of a result": ('{"prompt": "a", "prediction": 1}', "has a field 'prediction'"),
+    "not a number": ('{"prompt": "a", "x": NaN}', "NaN is no finite number"),
+    "a number that is too large": ('{"prompt": "a", "x": 1e999}', "1e999 is no finite number"),
     "brackets without end": ("[" * 100_000, "is no JSON that can be read"),
 }
 
@@ -453,7 +459,7 @@ def test_a_bad_line_is_named_before_a_model_is_loaded(score, line, problem):
     ("content", "problem"),
     [
         (b"prompt\na\n\xff\n", "is not UTF-8"),
-        (b"prompt,id\na\n", "line 2 of in.csv has 1 values for the 2 columns"),
+        (b"prompt,id\na\n", "line 2 of in.csv has 1 value for the 2 columns"),
         (b"text,id\na,1\n", "line 2 of in.csv has no column 'prompt'"),
         (b"prompt,prompt\na,1\n", "two columns called 'prompt'"),
         (b'prompt\n"a" b\n', "line 2 of in.csv is not CSV"),
@@ -475,7 +481,12 @@ def test_bad_csv(score, content, problem):
         (["missing.jsonl"], "missing.jsonl is not there"),
         (["."], "is a folder"),
         (["labels.txt"], "say whether this is JSONL or CSV"),
-        (["prompts.jsonl", "-o", "labels.txt", "--format", "csv"], "is there already. Go on with it: --resume"),
+        (["prompts.jsonl", "-o", "there.csv"], "is there already. Go on with it: --resume"),
+        (["prompts.jsonl", "-o", "labels.txt", "--format", "csv", "--overwrite"], "labels.txt is --completions"),
+        (["prompts.jsonl", "-o", "prior.txt", "--prior", "prior.txt", "--format", "csv", "--resume"], "is --prior"),
+        (["prompts.jsonl", "-o", ".", "--format", "csv"], ". is a folder"),
+        (["prompts.jsonl", "--store", "labels.txt"], "--store labels.txt is a file"),
+        (["prompts.jsonl", "--discount-completions", "nan"], "nan is no finite number"),
         (["prompts.jsonl", "-o", "prompts.jsonl", "--overwrite"], "is the input"),
         (["prompts.jsonl", "-o", "nowhere/out.jsonl"], "there is no folder nowhere"),
         (["prompts.jsonl", "--resume"], "name it with -o FILE"),
@@ -488,11 +499,14 @@ def test_bad_csv(score, content, problem):
     ],
 )
 def test_bad_arguments(score, arguments, problem):
-    before = Path("prompts.jsonl").read_bytes()
+    Path("there.csv").write_text("")
+    Path("prior.txt").write_text("0.5\n0.25\n0.25\n")
+    names = ("prompts.jsonl", "labels.txt", "prior.txt", "there.csv")
+    before = [Path(name).read_bytes() for name in names]
     code, printed, said = score(*arguments)
     assert (code, printed) == (2, "")
     assert problem in only_line(said)
-    assert Path("prompts.jsonl").read_bytes() == before
+    assert [Path(name).read_bytes() for name in names] == before
 
 
 @pytest.mark.usefixtures("no_model")
@@ -517,6 +531,136 @@ def test_the_output_of_something_else_is_not_gone_on_with(score, row, problem):
     assert code == 2
     assert problem in only_line(said)
     assert Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("out.jsonl", "my notes"),
+        ("out.jsonl", '{"id": 7, "prom'),
+        ("out.csv", "my notes"),
+        ("out.csv", "id,prompt,mark\n"),
+        ("out.csv", '"a quote that is never closed\n1,2,3\n'),
+        # A quote too many in the first row, behind which the others would be one field.
+        ("out.csv", 'id,prompt,prediction,probability,probabilities\n0,a,"good,1,"{}"\n1,b,good,1,"{}"\n'),
+    ],
+)
+def test_what_would_be_cut_off_must_be_a_beginning_of_our_row(score, name, content):
+    write_jsonl("prompts.jsonl", [{"id": idx, "prompt": prompt} for idx, prompt in enumerate("abc")])
+    Path(name).write_text(content)
+    before = Path(name).read_bytes()
+    code, _, said = score("prompts.jsonl", "-o", name, "--resume")
+    assert code == 2
+    assert "ends in what is no beginning of a row from line 1" in only_line(said)
+    assert Path(name).read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_stands_behind_all_rows_is_not_cut_off(score, run, model):
+    row = {"id": 0, "prompt": PROMPTS[0], "prediction": "good", "probability": 1}
+    write_jsonl("prompts.jsonl", [{"id": 0, "prompt": PROMPTS[0]}])
+    write_jsonl("out.jsonl", [{**row, "probabilities": dict.fromkeys(LABELS, 1)}])
+    with open("out.jsonl", "a") as file:
+        file.write("my notes")
+    before = Path("out.jsonl").read_bytes()
+    code, _, said = score("prompts.jsonl", "-o", "out.jsonl", "--resume")
+    assert code == 2
+    assert "the input, which has no more" in only_line(said)
+    assert Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("mode", ["--overwrite", "--resume"])
+def test_what_is_there_stays_until_there_are_new_rows(run, score, monkeypatch, mode):
+    Path("out.jsonl").write_text('{"id": 0, "pro')
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no")
+
+    arguments = ["score", "prompts.jsonl", "--completions", "labels.txt", "-o", "out.jsonl", mode]
+    assert run(*arguments, "--model", "nowhere/at-all")[0] == 2
+    assert Path("out.jsonl").read_text() == '{"id": 0, "pro'
+    monkeypatch.setattr("backprompt.cli.score.predict_proba", fail)
+    assert score("prompts.jsonl", "-o", "out.jsonl", mode)[0] == 3
+    assert Path("out.jsonl").read_text() == '{"id": 0, "pro'
+    assert not Path("out.jsonl.options.json").exists()
+
+
+def test_an_output_is_gone_on_with_by_the_same_options(generate, monkeypatch):
+    write_jsonl("prompts.jsonl", [*PROMPTS, "x " * 500])
+    options = ["prompts.jsonl", "-o", "out.jsonl", "--slice", "2"]
+    assert generate(*options, "--temperature", "0.8", "--seed", "1")[0] == 2  # the last one is too long
+    assert Path("out.jsonl.options.json").exists()
+    before = Path("out.jsonl").read_bytes()
+    code, _, said = generate(*options, "--temperature", "0.9", "--seed", "1", "--resume")
+    assert code == 2
+    assert "was begun with another --temperature: 0.8, not 0.9" in only_line(said)
+    assert Path("out.jsonl").read_bytes() == before
+    write_jsonl("prompts.jsonl", PROMPTS)
+    assert generate(*options, "--temperature", "0.8", "--seed", "1", "--resume")[0] == 0
+    assert not Path("out.jsonl.options.json").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_file_with_the_name_of_the_options_stays(score):
+    Path("out.jsonl.options.json").write_text('{"mine": 1}')
+    code, _, said = score("prompts.jsonl", "-o", "out.jsonl")
+    assert code == 2
+    assert "out.jsonl.options.json is not from backprompt" in only_line(said)
+    assert Path("out.jsonl.options.json").read_text() == '{"mine": 1}'
+
+
+def test_completions_are_read_once_and_lines_end_where_they_do(run, model):
+    labels = "good\r\nbad\u2028or\x0bso\x85so\nso so\n"
+    found = []
+    os.mkfifo("pipe")
+    for path in ("labels.txt", "pipe"):
+        writer = threading.Thread(target=Path(path).write_bytes, args=[labels.encode()])
+        writer.start()
+        if path == "labels.txt":
+            writer.join()
+        arguments = ["explain", "prompts.jsonl", "--completions", path, "--model", model, "--device", "cpu", "--json"]
+        found.append(json.loads(run(*arguments)[1])["num_texts"])
+        writer.join()
+    assert found == [3 * len(PROMPTS)] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--temperature", "0"], "transformers refuses these options"),
+        (["--top-k", "-3"], "transformers refuses these options"),
+        (["--stop", ""], "argument --stop: it must not be empty"),
+        (["--option", "foo=1"], "generate has no option 'foo'"),
+        (["--option", "max_new_tokens=4"], "Give it once, as --max-new-tokens"),
+        (["--temperature", "1", "--option", "temperature=0.5"], "Give it once, as --temperature"),
+    ],
+)
+def test_bad_options_of_generation(generate, arguments, problem):
+    code, printed, said = generate("prompts.jsonl", "-o", "out.jsonl", *arguments)
+    assert (code, printed) == (2, "")
+    assert problem in only_line(said)
+    assert "line 1 of" not in said
+    assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+@pytest.mark.usefixtures("no_model")
+def test_a_device_that_is_not_there(score):
+    code, _, said = score("prompts.jsonl", "--device", "cuda")
+    assert code == 2
+    assert only_line(said).startswith("backprompt: error: --device cuda: ")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_closed_output_and_empty_input(score, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    code, _, said = score("-")
+    assert (code, only_line(said)) == (2, "backprompt: error: standard input has no rows.")
+    monkeypatch.setattr(sys, "stdout", None)
+    code, _, said = score("prompts.jsonl")
+    assert code == 2
+    assert "standard output is closed" in only_line(said)
 
 
 def test_a_prompt_that_is_too_long_is_named(score):
@@ -670,9 +814,11 @@ def test_draw_shows_what_was_computed(run, model):
         (["-o", "tree.svg", "--completions", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["-o", "tree.svg", "--max-children", "1"], "max_children must be"),
         ([], "required: -o/--output"),
+        (["-o", "folder.svg"], "folder.svg is a folder"),
     ],
 )
 def test_bad_pictures(run, arguments, problem):
+    Path("folder.svg").mkdir()
     code, _, said = run("draw", "prompts.jsonl", *arguments)
     assert code == 2
     assert problem in only_line(said)
@@ -730,6 +876,13 @@ def test_store_prune(run, store):
     assert len(json.loads(run("store", "prune", store, num_bytes - 1, "--json")[1])["deleted"]) == 1
     assert json.loads(run("store", "prune", store, "0", "--json")[1])["num_entries"] == 0
     assert run("store", "prune", store, "some")[0] == 2
+
+
+def test_one_entry_is_one(run, model):
+    Text("Question: What is 12 + 34?", load(model, device="cpu", store="prompts.bp")).save()
+    assert "1 entry is sound, 0 damaged." in run("store", "verify", "prompts.bp")[2]
+    assert "0 entries deleted; 1 is left" in run("store", "prune", "prompts.bp", "1 GB")[1]
+    assert "1 entry deleted; 0 are left" in run("store", "prune", "prompts.bp", "0")[1]
 
 
 def test_looking_into_a_store_makes_none(run):

@@ -22,6 +22,7 @@ from typing import NoReturn
 import transformers
 
 from backprompt.cli import demo, generate, reports, score, stores
+from backprompt.cli.arguments import say
 from backprompt.errors import BackpromptError
 from backprompt.progress import showing
 
@@ -49,14 +50,18 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit code."""
     arguments = _parser().parse_args(argv)
+    if sys.stdout is None and getattr(arguments, "output", "-") == "-":
+        say("error: standard output is closed. Send it somewhere, /dev/null if it is not needed.")
+        return BAD_INPUT
     try:
         with _messages(arguments.verbose, has_bars=not arguments.no_progress and sys.stderr.isatty()):
             code: int = arguments.run(arguments)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             return code
     except KeyboardInterrupt:
         resumable = getattr(arguments, "output", "-") != "-" and hasattr(arguments, "resume")
-        _say(f"interrupted{'; go on with --resume' if resumable else ''}")
+        say(f"interrupted{'; go on with --resume' if resumable else ''}")
         return INTERRUPTED
     except Exception as error:
         if _is_closed_pipe(error):
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             raise
         is_expected = isinstance(error, (BackpromptError, ValueError))
-        _say(f"error: {_in_a_line(error, with_kind=not is_expected)}")
+        say(f"error: {_in_a_line(error, with_kind=not is_expected)}")
         return BAD_INPUT if is_expected else FAILED
 
 
@@ -133,10 +138,6 @@ class _Lines(logging.Handler):
         from tqdm import tqdm
 
         tqdm.write(f"backprompt: {record.levelname.lower()}: {' '.join(record.getMessage().split())}", file=sys.stderr)
-
-
-def _say(message: str) -> None:
-    print(f"backprompt: {message}", file=sys.stderr)
 
 
 def _in_a_line(error: BaseException, *, with_kind: bool) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from backprompt.cli.rows import FORMATS, Input, Row, check_is_there, format_of
+from backprompt.cli.rows import FORMATS, PIPE, Input, Row, check_is_there, format_of
 from backprompt.errors import CommandError
 from backprompt.lm import LM, load
 from backprompt.memory import parse_bytes
@@ -96,9 +99,34 @@ def check_model_arguments(arguments: argparse.Namespace) -> None:
         parse_bytes(arguments.memory, "--memory")
     if arguments.device is not None:
         try:
-            torch.device(arguments.device)
-        except RuntimeError as error:
-            raise CommandError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
+            torch.empty(0, device=arguments.device)
+        except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise CommandError(
+                f"--device {arguments.device}: {reason}. Leave it out for a device that is there."
+            ) from error
+    if arguments.store is not None and os.path.exists(arguments.store) and not os.path.isdir(arguments.store):
+        raise CommandError(f"--store {arguments.store} is a file. Name a folder, which is made if it is not there.")
+
+
+def check_output(arguments: argparse.Namespace) -> None:
+    """Raise for an output that cannot be written to, or that is one of the files that are read."""
+    path = arguments.output
+    if path == PIPE:
+        return
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise CommandError(f"{path} cannot be written to: there is no folder {os.path.dirname(path)}.")
+    if os.path.isdir(path):
+        raise CommandError(f"{path} is a folder. Give the output the name of a file.")
+    for name, what in (("input", "the input"), ("completions", "--completions"), ("prior", "--prior")):
+        given = getattr(arguments, name, None) or PIPE
+        if given != PIPE and os.path.exists(given) and os.path.exists(path) and os.path.samefile(path, given):
+            raise CommandError(f"{path} is {what}. Give the output another name.")
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what results depend on, of a model's arguments and those of the input, by name."""
+    return {name: getattr(arguments, name) for name in ("model", "device", "dtype", "joins", "column")}
 
 
 def load_model(arguments: argparse.Namespace) -> LM:
@@ -135,7 +163,7 @@ def read_completions(path: str) -> list[str]:
     """
     text = read_text(path)
     if Path(path).suffix.lower() != ".json":
-        return [line for line in text.splitlines() if line.strip()]
+        return [line for line in re.split(r"\r?\n", text) if line.strip()]
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -153,11 +181,24 @@ def read_text(path: str) -> str:
 
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise CommandError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise CommandError(f"{path} is not UTF-8.") from error
+
+
+def finite(given: str) -> float:
+    """Return a finite float: a type of argparse."""
+    number = float(given)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{given} is no finite number")
+    return number
+
+
+def say(message: str) -> None:
+    """Print a message to standard error."""
+    print(f"backprompt: {message}", file=sys.stderr)
 
 
 def shows_progress(arguments: argparse.Namespace) -> bool | None:

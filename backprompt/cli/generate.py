@@ -11,13 +11,14 @@ from typing import Any
 
 from backprompt._generate import GeneratedText
 from backprompt._generate import generate as generate_all
-from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments
+from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments, finite
 from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
 from backprompt.decoding import SAMPLING_FIELDS
 from backprompt.errors import CommandError
 from backprompt.lm import LM
 from backprompt.text import Text
 
+_OWN_OPTIONS = ("max_new_tokens", "n", "stop", "seed")
 NEW_FIELDS = ("completion", "finish_reason", "num_new_tokens", "logprob")
 
 
@@ -54,8 +55,8 @@ def add(commands: Any) -> None:
     )
     group.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
     group.add_argument("--do-sample", action="store_true", default=None, help="sample; so do the next three")
-    group.add_argument("--temperature", type=float)
-    group.add_argument("--top-p", type=float)
+    group.add_argument("--temperature", type=finite)
+    group.add_argument("--top-p", type=finite)
     group.add_argument("--top-k", type=int)
     group.add_argument(
         "--option",
@@ -72,7 +73,12 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Continue all of the input."""
     named = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
-    config = {name: value for name, value in named.items() if value is not None} | dict(arguments.option)
+    config = {name: value for name, value in named.items() if value is not None}
+    for name, value in arguments.option:
+        if name in config or name in _OWN_OPTIONS:
+            own = f"--{name.replace('_', '-')}"
+            raise CommandError(f"--option {name}: generate has {own} for that. Give it once, as {own}.")
+        config[name] = value
     if (arguments.n or 1) > 1 and not any(config.get(name) for name in ("do_sample", *SAMPLING_FIELDS)):
         raise CommandError(
             f"Greedy decoding gives one continuation, not {arguments.n}. Ask for sampling: --do-sample, --temperature."
@@ -80,6 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
     seed = secrets.randbits(63) if arguments.seed is None else arguments.seed  # one for all slices
 
     def computed_with(lm: LM) -> Compute:
+        lm.decoding(
+            max_new_tokens=arguments.max_new_tokens, stop=arguments.stop, seed=seed, given=config
+        )  # checks them
+
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
             distinct = {prompt.tokens: prompt for prompt in prompts}  # samples must not depend on how slices are cut
             found = generate_all(
@@ -100,7 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
         return compute
 
     new_fields = NEW_FIELDS if arguments.n is None else (*NEW_FIELDS, "sample")
-    return stream(arguments, Job(new_fields, computed_with, rows_per_prompt=arguments.n or 1))
+    compared = {name: getattr(arguments, name) for name in ("max_new_tokens", "n", "stop", "seed", *named)}
+    compared["option"] = dict(arguments.option)
+    return stream(arguments, Job(new_fields, computed_with, compared, rows_per_prompt=arguments.n or 1))
 
 
 def _result(text: GeneratedText, sample_idx: int, num_samples: int | None) -> dict[str, Any]:
@@ -115,6 +127,8 @@ def _result(text: GeneratedText, sample_idx: int, num_samples: int | None) -> di
 
 def _unescaped(given: str) -> str:
     """Return a string with escapes replaced, since few shells let one write a line break."""
+    if not given:
+        raise argparse.ArgumentTypeError("it must not be empty")
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], given)
 
 

@@ -17,6 +17,7 @@ from backprompt.cli.arguments import (
     add_model_arguments,
     bound,
     check_model_arguments,
+    check_output,
     load_model,
     read_completions,
     read_input,
@@ -124,33 +125,33 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_texts(arguments: argparse.Namespace, rows: list[Row], lm: LM | None) -> list[Text]:
+def make_texts(rows: list[Row], completions: list[str] | None, lm: LM | None) -> list[Text]:
     """Return the texts of rows, with completions behind them if there are any."""
     prompts = [bound(row, lm) for row in rows]
-    if arguments.completions is None:
+    if completions is None:
         return prompts
-    completions = read_completions(arguments.completions)
     return [prompt + f" {completion}" for prompt in prompts for completion in completions]
 
 
-def read_rows(arguments: argparse.Namespace) -> list[Row]:
-    """Return all rows of the input; raises for what can be seen to be wrong without a model."""
+def read_all(arguments: argparse.Namespace) -> tuple[list[Row], list[str] | None]:
+    """Return all rows of the input, and completions; raises for what can be seen to be wrong without a model."""
     if getattr(arguments, "model", None) is not None:
         check_model_arguments(arguments)
-    if arguments.completions is not None and not read_completions(arguments.completions):
+    completions = None if arguments.completions is None else read_completions(arguments.completions)
+    if completions == []:
         raise CommandError(f"{arguments.completions} has no completions.")
     given = read_input(arguments)
     rows = list(given.rows())
     if not rows:
         raise CommandError(f"{given.name} has no rows.")
-    return rows
+    return rows, completions
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
     """Print the account."""
-    rows = read_rows(arguments)
+    rows, completions = read_all(arguments)
     lm = load_model(arguments)
-    explained = explain(read_texts(arguments, rows, lm), analyze=arguments.is_run)
+    explained = explain(make_texts(rows, completions, lm), analyze=arguments.is_run)
     if arguments.json:
         print(json.dumps(explained.to_dict(), ensure_ascii=False))
     else:
@@ -164,13 +165,12 @@ def run_draw(arguments: argparse.Namespace) -> int:
     format = "svg" if arguments.output == PIPE else path.suffix[1:].lower()
     if format not in PICTURES:
         raise CommandError(f"{path}: a picture's name ends in one of {', '.join(f'.{name}' for name in PICTURES)}.")
-    if arguments.output != PIPE and not path.parent.is_dir():
-        raise CommandError(f"{path} cannot be written to: there is no folder {path.parent}.")
+    check_output(arguments)
     if arguments.model is None and (arguments.is_run or arguments.store is not None):
         raise CommandError("--run and --store need a model: --model NAME.")
-    rows = read_rows(arguments)
+    rows, completions = read_all(arguments)
     lm = None if arguments.model is None else load_model(arguments)
-    texts = read_texts(arguments, rows, lm)
+    texts = make_texts(rows, completions, lm)
     if lm is not None and arguments.is_run:
         lm.evaluate(texts)
     drawing = draw(texts, max_children=arguments.max_children)
@@ -186,10 +186,10 @@ def run_draw(arguments: argparse.Namespace) -> int:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Print how far the numbers lie from plain calls."""
-    rows = read_rows(arguments)
+    rows, completions = read_all(arguments)
     lm = load_model(arguments)
     found = verify(
-        read_texts(arguments, rows, lm),
+        make_texts(rows, completions, lm),
         sample=arguments.sample,
         seed=arguments.seed,
         tolerance=arguments.tolerance,

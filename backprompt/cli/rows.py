@@ -12,6 +12,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -111,6 +112,8 @@ class Input:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
         if self.path == PIPE:
+            if sys.stdin is None:
+                raise CommandError("standard input is closed. Name a file of prompts.")
             yield sys.stdin.buffer
             return
         try:
@@ -130,7 +133,7 @@ class Input:
             if not string.strip():
                 continue
             try:
-                value = json.loads(string)
+                value = json.loads(string, parse_constant=_finite, parse_float=_finite)
                 if "\\u" in string:
                     json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
@@ -141,7 +144,7 @@ class Input:
                 raise CommandError(f"{where} is no JSON that can be read: {error}.") from error
             fields = {self.field or PROMPT_FIELDS[0]: value} if isinstance(value, str) else value
             if not isinstance(fields, dict):
-                raise CommandError(f"{where} is neither a JSON object nor a JSON string, but {_shown(value)}.")
+                raise CommandError(f"{where} is neither a JSON object nor a JSON string, but {shown(value)}.")
             yield Row(where, self._parts(fields, where), fields)
 
     def _csv_rows(self, file: BinaryIO) -> Iterator[Row]:
@@ -158,7 +161,9 @@ class Input:
                 if not values:
                     continue
                 if len(values) != len(names):
-                    raise CommandError(f"{where} has {len(values)} values for the {len(names)} columns of the header.")
+                    num_values = counted(len(values), "value", "values")
+                    num_columns = counted(len(names), "column", "columns")
+                    raise CommandError(f"{where} has {num_values} for the {num_columns} of the header.")
                 fields = dict(zip(names, values, strict=True))
                 yield Row(where, self._parts(fields, where), fields)
         except csv.Error as error:
@@ -181,7 +186,7 @@ class Input:
         wrong = next((part for part in parts if not isinstance(part, str)), None)
         if wrong is not None or value is None:
             raise CommandError(
-                f"{where}: {found[0]!r} must be a string or a list of strings, and holds {_shown(wrong)}."
+                f"{where}: {found[0]!r} must be a string or a list of strings, and holds {shown(wrong)}."
             )
         if not any(parts):
             raise CommandError(f"{where}: {found[0]!r} is empty.")
@@ -224,30 +229,36 @@ class Output:
         self._rows_per_prompt = rows_per_prompt
         self._columns: list[str] | None = None
         self._file: BinaryIO | None = None
+        self._num_kept_bytes = 0
+        self._tail = b""
 
     @property
     def name(self) -> str:
         """What messages call it."""
         return "standard output" if self.path == PIPE else self.path
 
-    def resume(self, rows: Iterator[Row], check: Callable[[Mapping[str, Any]], str | None]) -> int:
-        """Go on behind what is there: take as many rows from the input, and drop what was written half.
+    def resume(
+        self, rows: Iterator[Row], check: Callable[[Mapping[str, Any]], str | None]
+    ) -> tuple[int, Iterator[Row]]:
+        """Go on behind what is there: take as many rows from the input; `cut_off` drops what was written half.
 
         Args:
             rows: of the input.
             check: returns what is wrong with the new fields of a row, or None.
 
         Returns:
-            How many rows of input were taken.
+            How many rows of input were taken, and the others.
 
         Raises:
-            CommandError: what is there was not made from this input.
+            CommandError: what is there, or what would be dropped of it, was not made from this input.
 
         """
         num_prompts, num_bytes = 0, 0
+        cut_off: list[_Written] = []
         for stop, group in itertools.groupby(self._written(), key=lambda found: found.idx // self._rows_per_prompt):
             written = list(group)
             if len(written) < self._rows_per_prompt:
+                cut_off = written
                 break
             row = next(rows, None)
             if row is None:
@@ -255,11 +266,53 @@ class Output:
             for one in written:
                 self._check_alike(one, row, check)
             num_prompts, num_bytes = stop + 1, written[-1].stop_byte
-        with open(self.path, "r+b") as file:
-            if not num_bytes and self.format == "csv":
-                self._columns = None  # a header alone is written again
-            file.truncate(num_bytes)
-        return num_prompts
+        self._num_kept_bytes = num_bytes
+        if num_bytes < os.path.getsize(self.path):
+            to_come = list(itertools.islice(rows, 2))
+            self._check_cut_off(cut_off, to_come, check)
+            rows = itertools.chain(to_come, rows)
+        if not num_bytes:
+            self._columns = None  # a header alone is written again
+        return num_prompts, rows
+
+    def _check_cut_off(
+        self, written: Sequence[_Written], to_come: Sequence[Row], check: Callable[[Mapping[str, Any]], str | None]
+    ) -> None:
+        """Raise CommandError unless what is to be dropped is a beginning of what is written next.
+
+        Args:
+            written: whole rows, but not all that a row of input becomes.
+            to_come: the next rows of input, two or as many as there are.
+            check: as in `resume`.
+
+        """
+        refused = CommandError(
+            f"{self.path} ends in what is no beginning of a row from "
+            f"{to_come[0].where if to_come else 'the input, which has no more'}, so it cannot be gone on with. "
+            "Give another name, or replace it: --overwrite."
+        )
+        if not to_come:
+            raise refused
+        is_header_alone = self._columns is not None and not written and not self._num_kept_bytes
+        if is_header_alone and self._columns != [*to_come[0].fields, *self._new_fields]:
+            raise refused
+        for one in written:
+            self._check_alike(one, to_come[0], check)
+        beginning = self._beginning(to_come[0])
+        if not (beginning.startswith(self._tail) or self._tail.startswith(beginning)):
+            raise refused
+        if self.format == "csv" and any(_has_whole_row(self._tail, self._beginning(row)) for row in to_come):
+            raise refused
+
+    def _beginning(self, row: Row) -> bytes:
+        """Return what is written next, up to the first result: the header of CSV, if there is none yet, or the row."""
+        if self.format == "jsonl":
+            line = json.dumps({**row.fields, self._new_fields[0]: 0}, ensure_ascii=False)
+            return line.removesuffix("0}").encode()
+        if self._columns is None:
+            return _csv_line([*row.fields, *self._new_fields]).encode()
+        own = [_cell(row.fields.get(name, "")) for name in self._columns if name not in self._new_fields]
+        return _csv_line([*own, "0"]).removesuffix("0\n").encode()
 
     def _check_alike(self, written: _Written, row: Row, check: Callable[[Mapping[str, Any]], str | None]) -> None:
         has_names = self.format == "csv" and written.idx > 0  # those of the first row
@@ -281,10 +334,13 @@ class Output:
         )
 
     def _written(self) -> Iterator[_Written]:
-        """Yield the whole rows that are there, and note the columns of CSV."""
+        """Yield the whole rows that are there, and note the columns of CSV and what stands behind the last row."""
         idx = 0
         with open(self.path, "rb") as file:
-            for record, stop_byte in _whole_records(file, self.format):
+            for record, stop_byte in _records(file, self.format):
+                if stop_byte is None:
+                    self._tail = record
+                    return
                 try:
                     text = record.decode()
                     if self.format == "jsonl":
@@ -305,8 +361,8 @@ class Output:
                 yield _Written(idx, fields, stop_byte)
                 idx += 1
 
-    def open(self, *, append: bool) -> None:
-        """Open the file.
+    def open(self) -> None:
+        """Open the file; what it holds stays until `cut_off`.
 
         Raises:
             CommandError: it cannot be written to.
@@ -316,15 +372,24 @@ class Output:
             self._file = sys.stdout.buffer
             return
         try:
-            self._file = open(self.path, "ab" if append else "wb")  # noqa: SIM115  # `close` closes it
+            self._file = open(self.path, "ab")  # noqa: SIM115  # `close` closes it
         except OSError as error:
             raise CommandError(f"{self.path} cannot be written to: {error.strerror}.") from error
 
     def write(self, row: Row, results: Iterable[Mapping[str, Any]]) -> None:
         """Append a row for each result of a row of input."""
         assert self._file is not None
-        text = "".join(self._lines(row, results))
+        try:
+            text = "".join(self._lines(row, results))
+        except ValueError as error:
+            raise CommandError(f"{row.where}: a result is no finite number, which JSON has no word for.") from error
         self._file.write(text.encode())
+
+    def cut_off(self) -> None:
+        """Drop what the file holds, but for the rows that are gone on behind; a pipe or a device holds nothing."""
+        assert self._file is not None
+        if self.path != PIPE and os.fstat(self._file.fileno()).st_size > self._num_kept_bytes:
+            self._file.truncate(self._num_kept_bytes)
 
     def flush(self) -> None:
         """Let readers see what was written."""
@@ -343,7 +408,7 @@ class Output:
         for result in results:
             fields = {**row.fields, **result}
             if self.format == "jsonl":
-                yield json.dumps(fields, ensure_ascii=False) + "\n"
+                yield json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
             else:
                 assert self._columns is not None
                 yield _csv_line([_cell(fields.get(name, "")) for name in self._columns])
@@ -361,19 +426,32 @@ class _Written:
     stop_byte: int
 
 
-def _whole_records(file: Iterable[bytes], format: Format) -> Iterator[tuple[bytes, int]]:
-    """Yield each row with its end, and where in the file that is; a last one without an end is left out.
+def _records(file: Iterable[bytes], format: Format) -> Iterator[tuple[bytes, int | None]]:
+    """Yield each row with its end, and where in the file that is: None for a last one without an end.
 
     A line break within quotes does not end a row of CSV. A quote within quotes is written twice, so the number of
     quotes so far says whether one is open.
     """
-    record, stop_byte = b"", 0
+    lines: list[bytes] = []
+    num_quotes, stop_byte = 0, 0
     for line in file:
-        record += line
+        lines.append(line)
+        num_quotes += line.count(b'"')
         stop_byte += len(line)
-        if line.endswith(b"\n") and (format == "jsonl" or record.count(b'"') % 2 == 0):
-            yield record, stop_byte
-            record = b""
+        if line.endswith(b"\n") and (format == "jsonl" or num_quotes % 2 == 0):
+            yield b"".join(lines), stop_byte
+            lines = []
+    if lines:
+        yield b"".join(lines), None
+
+
+def _has_whole_row(tail: bytes, beginning: bytes) -> bool:
+    """Return whether a whole row of CSV with this beginning stands behind a line break in a row that has no end."""
+    start = tail.find(b"\n" + beginning)
+    if start < 0:
+        return False
+    _, stop_byte = next(_records(io.BytesIO(tail[start + 1 :]), "csv"), (b"", None))
+    return stop_byte is not None
 
 
 def _csv_line(values: Sequence[str]) -> str:
@@ -386,9 +464,23 @@ def _cell(value: Any) -> str:
     """Return a value as CSV has it: a string as it is, nothing for None, all else as JSON."""
     if isinstance(value, str):
         return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+    return "" if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _shown(value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+def _finite(number: str) -> float:
+    """Return a float: what `json.loads` calls, which takes NaN and numbers that are too large for a float."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no finite number")
+    return value
+
+
+def shown(value: Any) -> str:
+    """Return a value as JSON, the beginning of it if it is long."""
+    string = json.dumps(value, ensure_ascii=False)
+    return string if len(string) <= 40 else f"{string[:37]}..."
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with the word for so many."""
+    return f"{number:,} {one if number == 1 else many}"

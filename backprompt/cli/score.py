@@ -12,6 +12,7 @@ from backprompt.cli.arguments import (
     add_command,
     add_input_arguments,
     add_model_arguments,
+    finite,
     read_completions,
     read_text,
 )
@@ -60,7 +61,7 @@ def add(commands: Any) -> None:
     group.add_argument("--no-normalize", action="store_true", help="do not let probabilities sum to one")
     group.add_argument(
         "--discount-completions",
-        type=float,
+        type=finite,
         default=0.0,
         metavar="X",
         help="add X times the log-probability of a completion alone; negative against such as are probable anywhere",
@@ -106,7 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
         names = set(json.loads(written) if isinstance(written, str) else written)
         return None if names <= set(completions) and len(names) == num_kept else "has other completions"
 
-    return stream(arguments, Job(NEW_FIELDS, computed_with, check_written=check_written))
+    names = ("aggregate", "top", "no_normalize", "discount_completions", "neutral_prompt", "end_of_prompt")
+    compared = {"completions": completions, "prior": options["prior"]}
+    compared |= {name: getattr(arguments, name) for name in names}
+    return stream(arguments, Job(NEW_FIELDS, computed_with, compared, check_written=check_written))
 
 
 def _result(completions: Sequence[str], probabilities: Sequence[float], num_kept: int) -> dict[str, Any]:

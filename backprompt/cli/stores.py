@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backprompt.cli.arguments import add_command, shows_progress
+from backprompt.cli.rows import counted
 from backprompt.errors import CommandError
 from backprompt.memory import parse_bytes
 from backprompt.store import DiskStore
@@ -108,7 +109,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
     else:
         for name in damaged:
             print(name)
-        print(f"{num_entries - len(damaged):,} entries are sound, {len(damaged):,} damaged.", file=sys.stderr)
+        sound = counted(num_entries - len(damaged), "entry is", "entries are")
+        print(f"{sound} sound, {len(damaged):,} damaged.", file=sys.stderr)
     return 1 if damaged else 0
 
 
@@ -124,7 +126,8 @@ def run_prune(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"deleted": list(deleted), **vars(stats)}))
     else:
-        print(f"{len(deleted):,} entries deleted; {stats.num_entries:,} are left, of {stats.num_bytes:,} bytes.")
+        gone, left = counted(len(deleted), "entry", "entries"), counted(stats.num_entries, "is", "are")
+        print(f"{gone} deleted; {left} left, of {stats.num_bytes:,} bytes.")
     return 0
 
 

@@ -11,16 +11,32 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from backprompt.cli.arguments import bound, check_model_arguments, load_model, progress, read_input
-from backprompt.cli.rows import FORMATS, PIPE, Input, Output, Row, checked, format_of
+from backprompt.cli.arguments import (
+    bound,
+    check_model_arguments,
+    check_output,
+    load_model,
+    model_options,
+    progress,
+    read_input,
+    say,
+)
+from backprompt.cli.rows import FORMATS, PIPE, Input, Output, Row, checked, counted, format_of, shown
 from backprompt.errors import BackpromptError, CommandError
 from backprompt.lm import LM
 from backprompt.text import Text
+
+logger = logging.getLogger(__name__)
+
+_MARK = "backprompt"
 
 PROMPTS_A_SLICE = 64
 """Their tokens are planned together; what slices have in common stays in memory in between."""
@@ -35,7 +51,8 @@ class Job:
 
     Attributes:
         new_fields: the names of what it adds to a row.
-        compute: what it does, with a model.
+        compute: what it does, with a model; raises for options that this cannot use.
+        options: all that results depend on beside the model, by name, as JSON has them.
         rows_per_prompt: how many rows a prompt becomes.
         check_written: returns what is wrong with the new fields of a row that is there already, or None.
 
@@ -43,6 +60,7 @@ class Job:
 
     new_fields: Sequence[str]
     compute: Callable[[LM], Compute]
+    options: Mapping[str, Any] = field(default_factory=dict)
     rows_per_prompt: int = 1
     check_written: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
 
@@ -62,7 +80,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument(
         "--resume",
         action="store_true",
-        help="go on behind the rows that FILE has already, if it is there; a last one that was written half is dropped",
+        help="go on behind the rows that FILE has already, if it is there; a last one that was written half is "
+        "dropped. FILE.options.json, there until FILE is complete, says which options it must be gone on with",
     )
     mode.add_argument("--overwrite", action="store_true", help="replace FILE, if it is there")
     group.add_argument(
@@ -87,25 +106,94 @@ def stream(arguments: argparse.Namespace, job: Job) -> int:
     check_model_arguments(arguments)
     given = read_input(arguments)
     output = _output(arguments, job)
+    begun = Begun(output.path, {**model_options(arguments), **job.options})
     total = _num_rows(given, job, output) if given.is_file else None
     rows = checked(given.rows(), job.new_fields, output.format)
-    is_there = arguments.resume and os.path.exists(output.path)
-    num_done = output.resume(rows, job.check_written) if is_there else 0
-    if total is not None and num_done == total:
+    num_done = 0
+    begun.found()
+    if arguments.resume and os.path.isfile(output.path):
+        begun.check()
+        num_done, rows = output.resume(rows, job.check_written)
+    first = next(rows, None)
+    if first is None:
+        if not num_done:
+            raise CommandError(f"{given.name} has no rows.")
+        say(f"{counted(num_done * job.rows_per_prompt, 'row is', 'rows are')} there, nothing to do")
+        begun.remove()
         return 0
     lm = load_model(arguments)
     compute = job.compute(lm)
-    output.open(append=is_there)
+    output.open()
     try:
         with progress(arguments, total, initial=num_done) as bar:
-            for group in _slices(rows, arguments.slice):
-                for row, results in zip(group, _computed(lm, compute, group), strict=True):
+            for idx, group in enumerate(_slices(itertools.chain([first], rows), arguments.slice)):
+                computed = _computed(lm, compute, group)
+                if idx == 0:  # until now nothing that was there is lost
+                    output.cut_off()
+                    begun.write()
+                for row, results in zip(group, computed, strict=True):
                     output.write(row, results)
                 output.flush()
                 bar.update(len(group))
     finally:
         output.close()
+    begun.remove()
     return 0
+
+
+class Begun:
+    """A small file beside an output that says which options it is written with, for as long as it is not complete.
+
+    Args:
+        output: the path of the output; a pipe or a device has no such file.
+        options: all that its rows depend on, by name, as JSON has them.
+
+    """
+
+    def __init__(self, output: str, options: Mapping[str, Any]) -> None:
+        self._output = output
+        self._path = Path(f"{output}.options.json")
+        self._options = dict(options)
+
+    def check(self) -> None:
+        """Raise CommandError if there is such a file, and it names other options; without one nobody knows."""
+        found = self.found()
+        for name, now in self._options.items():
+            if found is not None and (before := found.get(name)) != now:
+                raise CommandError(
+                    f"{self._output} was begun with another --{name.replace('_', '-')}: {shown(before)}, not "
+                    f"{shown(now)}. Give the same options as before, another name, or --overwrite."
+                )
+
+    def write(self) -> None:
+        """Say how it is written from now on."""
+        if not self._is_kept:
+            return
+        try:
+            self._path.write_text(json.dumps({_MARK: self._options}), encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): --resume cannot compare options.", self._path, error.strerror)
+
+    def remove(self) -> None:
+        """Forget it: the output is complete."""
+        if self._is_kept and self.found() is not None:
+            self._path.unlink()
+
+    @property
+    def _is_kept(self) -> bool:
+        return self._output != PIPE and os.path.isfile(self._output)
+
+    def found(self) -> dict[str, Any] | None:
+        """Return what it says, or None; raises CommandError for a file of this name that says something else."""
+        try:
+            options = json.loads(self._path.read_text(encoding="utf-8"))[_MARK]
+            return dict(options)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise CommandError(
+                f"{self._path} is not from backprompt, which keeps there how {self._output} was begun. Rename one."
+            ) from error
 
 
 def _output(arguments: argparse.Namespace, job: Job) -> Output:
@@ -115,13 +203,9 @@ def _output(arguments: argparse.Namespace, job: Job) -> Output:
         if arguments.resume:
             raise CommandError("--resume goes on with a file: name it with -o FILE.")
         return output
-    if os.path.exists(path):
-        if arguments.input != PIPE and os.path.exists(arguments.input) and os.path.samefile(path, arguments.input):
-            raise CommandError(f"{path} is the input. Give the output another name.")
-        if os.path.isfile(path) and not (arguments.resume or arguments.overwrite):
-            raise CommandError(f"{path} is there already. Go on with it: --resume; or replace it: --overwrite.")
-    elif not os.path.isdir(os.path.dirname(path) or "."):
-        raise CommandError(f"{path} cannot be written to: there is no folder {os.path.dirname(path)}.")
+    check_output(arguments)
+    if os.path.isfile(path) and not (arguments.resume or arguments.overwrite):
+        raise CommandError(f"{path} is there already. Go on with it: --resume; or replace it: --overwrite.")
     return output
 
 
