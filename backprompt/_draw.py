@@ -215,7 +215,7 @@ class _Folding:
         self.of: dict[int, str] = {}
         folds = self._visible_and_folds()
         self._put_rows()
-        for idx, (_, first) in enumerate(folds):
+        for idx, first in enumerate(folds):
             self._put_fold(f"more{idx}", first)
         edges = sorted(graph.edges, key=lambda edge: [graph.nodes[node]["written_order"] for node in edge])
         self.edges: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -223,35 +223,43 @@ class _Folding:
             if self.of[parent] != self.of[node]:
                 self.edges.setdefault((self.of[parent], self.of[node]), []).append((parent, node))
 
-    def _in_written_order(self, nodes: Iterable[int]) -> list[int]:
-        return sorted(nodes, key=lambda node: self._graph.nodes[node]["written_order"])
+    def _visible_and_folds(self) -> list[list[int]]:
+        """Give boxes to the nodes that are drawn by themselves; return the others that follow one of these directly.
 
-    def _visible_and_folds(self) -> list[tuple[int | None, list[int]]]:
-        """Give boxes to the nodes that are drawn by themselves; return the others that follow one of these, by it."""
-        roots = self._in_written_order(node for node in self._graph if not self._graph.pred[node])
-        left_out: dict[int | None, list[int]] = {}
-        visible: dict[int, None] = {}
-        stack = self._kept(None, roots, left_out)[::-1]
-        while stack:
-            node = stack.pop()
-            if node not in visible:
-                visible[node] = None
-                stack += self._kept(node, self._graph.succ[node], left_out)[::-1]
-        for node in visible:
-            self.of[node] = str(node)
-            self.boxes[str(node)] = _Box([node])
-        folds = ((parent, [node for node in nodes if node not in visible]) for parent, nodes in left_out.items())
-        return [(parent, nodes) for parent, nodes in folds if nodes]
+        So many boxes follow one, however many texts there are: only the first segments and the first groups behind a
+        node are drawn, and a group only where what it stands behind is drawn, and one of its branches.
+        """
+        ordered = sorted(self._graph, key=lambda node: self._graph.nodes[node]["written_order"])
+        siblings: dict[tuple[int | None, bool], list[int]] = {}
+        for node in ordered:
+            siblings.setdefault((self._behind(node), self._is_junction(node)), []).append(node)
+        kept: set[int] = set()
+        for nodes in siblings.values():
+            kept.update(nodes if len(nodes) <= self._max_children else nodes[: self._max_children - 1])
+        for node in ordered:  # a topological order
+            before = self._graph.pred[node]
+            is_reached = not before or any(parent in self.of for parent in before)
+            if node in kept and is_reached and self._is_drawn(self._behind(node)):
+                self.of[node] = str(node)
+                self.boxes[str(node)] = _Box([node])
+        return [
+            [node for node in nodes if node not in kept]
+            for (behind, _), nodes in siblings.items()
+            if self._is_drawn(behind)
+        ]
 
-    def _kept(self, parent: int | None, children: Iterable[int], left_out: dict[int | None, list[int]]) -> list[int]:
-        """Return the first children, and note the others."""
-        ordered = self._in_written_order(children)
-        junctions = [node for node in ordered if self._graph.nodes[node]["kind"] == "junction"]
-        others = [node for node in ordered if self._graph.nodes[node]["kind"] != "junction"]
-        if len(others) > self._max_children:
-            left_out[parent] = others[self._max_children - 1 :]
-            others = others[: self._max_children - 1]
-        return others + junctions
+    def _is_junction(self, node: int) -> bool:
+        return bool(self._graph.nodes[node]["kind"] == "junction")
+
+    def _behind(self, node: int) -> int | None:
+        """Return what a segment, or the group that ends in a junction, stands behind."""
+        if self._is_junction(node):
+            behind: int | None = self._graph.nodes[node]["behind"]
+            return behind
+        return next(iter(self._graph.pred[node]), None)
+
+    def _is_drawn(self, node: int | None) -> bool:
+        return node is None or node in self.of
 
     def _put_rows(self) -> None:
         """Let a long row of segments be one box, but for the first."""
@@ -287,11 +295,12 @@ class _Folding:
         nodes = [node for node in first if node not in self.of]
         if not nodes:
             return
-        title = f"{len(nodes)} more"
+        title = _counted(len(nodes), "more group") if self._is_junction(nodes[0]) else f"{len(nodes)} more"
+        self.of.update(dict.fromkeys(nodes, name))
         for node in nodes:
-            self.of[node] = name
-            nodes += (following for following in self._graph.succ[node] if following not in self.of)
-            self.of.update(dict.fromkeys(nodes, name))
+            following = [other for other in self._graph.succ[node] if other not in self.of]
+            self.of.update(dict.fromkeys(following, name))
+            nodes += following
         self.boxes[name] = _Box(nodes, title)
 
 
@@ -325,7 +334,8 @@ class _Picture:
         drawing.attr("node", shape="box", style="rounded,filled", margin="0.14,0.07", fontname=_SANS, fontsize="11")
         drawing.attr("edge", tailport="e", headport="w")
         drawing.attr("edge", color=_GREY, arrowsize="0.6", fontname=_SANS, fontsize="11", fontcolor=_GREY, tooltip=" ")
-        frames = _frames(self._graph)
+        boxes = self._folding.boxes.values()
+        frames = [frame for frame in _frames(self._graph) if any(frame.nodes.issuperset(box.nodes) for box in boxes)]
         self._put(drawing, None, frames)
         self._put_roots_in_order(drawing, set().union(*(frame.nodes for frame in frames)))
         for (parent, node), edges in self._folding.edges.items():
@@ -358,8 +368,9 @@ class _Picture:
             # an order of its own; that of branches means nothing.)
             _put_in_order(drawing, first[::-1])
         for other in inner:
-            with drawing.subgraph(name=f"cluster{other.number}") as cluster:
-                cluster.attr(label=other.label, color=_GREY, style="rounded,dashed", margin="10", labelloc="t")
+            label = "side by side: none sees the others" if other.num_branches > 1 else "sees nothing before it"
+            with drawing.subgraph(name=f"cluster{min(other.junctions)}") as cluster:
+                cluster.attr(label=label, color=_GREY, style="rounded,dashed", margin="10", labelloc="t")
                 self._put(cluster, other, frames)
 
     def _node(self, box: _Box) -> dict[str, str]:
@@ -487,33 +498,55 @@ def _put_in_order(drawing: graphviz.Digraph, names: Sequence[str]) -> None:
 
 @dataclass(eq=False)
 class _Frame:
-    """What stands between the beginning of groups and their ends; groups that share branches have one frame."""
+    """The branches of a group, or of groups that stand behind the same and share branches.
 
-    number: int
+    Frames are disjoint or within each other: a frozen branch that stands behind different beginnings is in the first.
+    """
+
+    behind: int | None
     nodes: set[int]
     junctions: set[int]
-    label: str
+    ends: set[int]
+    num_branches: int  # of one group
     outer: _Frame | None = None
 
 
 def _frames(graph: nx.DiGraph) -> list[_Frame]:
-    """Return a frame for each group."""
+    """Return the frames around groups."""
     frames: list[_Frame] = []
-    for junction, data in graph.nodes(data=True):
-        if data["kind"] != "junction":
-            continue
-        found = _Frame(junction, _branches(graph, junction), {junction}, "")
-        for frame in list(frames):
-            if frame.nodes & found.nodes and not (frame.junctions & found.nodes):
-                found.nodes |= frame.nodes
-                found.junctions |= frame.junctions
-                frames.remove(frame)
-        frames.append(found)
+    for junction, data in sorted(graph.nodes(data=True), key=lambda node: node[1]["written_order"]):
+        if data["kind"] == "junction":
+            _add_frame(frames, _frame(graph, junction))
     for frame in frames:
-        outer = [other for other in frames if other is not frame and frame.junctions <= other.nodes]
+        outer = [other for other in frames if frame.nodes < other.nodes]
         frame.outer = min(outer, key=lambda other: len(other.nodes), default=None)
-        frame.label = "side by side: none sees the others" if len(frame.nodes) > 1 else "sees nothing before it"
     return frames
+
+
+def _frame(graph: nx.DiGraph, junction: int) -> _Frame:
+    behind = graph.nodes[junction]["behind"]
+    times = {end: graph.edges[end, junction]["times"] for end in graph.pred[junction] if end != behind}
+    return _Frame(behind, _branches(graph, junction), {junction}, set(times), sum(times.values()))
+
+
+def _add_frame(frames: list[_Frame], found: _Frame) -> None:
+    """Add the frame of a group to those of groups that end before it."""
+    num_nodes = len(found.nodes)
+    crossing = [frame for frame in frames if not (frame.nodes < found.nodes and frame.junctions <= found.nodes)]
+    for frame in crossing:
+        if frame.behind != found.behind:
+            found.nodes -= frame.nodes
+    found.ends &= found.nodes
+    if len(found.nodes) < num_nodes and len(found.ends) < 2:
+        return  # the others stand in the frames of other groups
+    for frame in crossing:
+        if frame.behind == found.behind and frame.nodes & found.nodes:
+            found.nodes |= frame.nodes
+            found.junctions |= frame.junctions
+            found.ends |= frame.ends
+            found.num_branches = max(found.num_branches, frame.num_branches)
+            frames.remove(frame)
+    frames.append(found)
 
 
 def _branches(graph: nx.DiGraph, junction: int) -> set[int]:
