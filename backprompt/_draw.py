@@ -2,8 +2,8 @@
 
     texts --to_networkx--> graph --_Folding--> boxes --_Picture--> DOT --Graphviz--> SVG, PNG, PDF
 
-A status is told by colour, by border and by words, so it reads without colour vision. Boxes have grounds of their own,
-and what stands outside of them is of a grey that shows on white and on black.
+A status is told by colour, by border and by words, so it reads without colour vision. Boxes have grounds of their own;
+their borders, and what stands outside of them, are of colours that show on white and on black.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import graphviz
 import networkx as nx
 
 from backprompt._graph import STATUSES, Status, to_networkx
-from backprompt._visible import shortened, visible, wrapped
+from backprompt._visible import LINE_WIDTH, shortened, visible, wrapped
 from backprompt.errors import DrawingError
 from backprompt.text import Text
 
@@ -49,12 +49,12 @@ class _Look:
 
 
 _LOOKS: Mapping[Status, _Look] = {
-    "computed now": _Look("#ffd8a8", "#c2410c", width=2.6),
-    "reused from memory": _Look("#cfe3fb", "#1d5fa8"),
-    "from disk": _Look("#d3f0dd", "#1a7f4b", lines=2),
-    "evicted": _Look("#f0d5ea", "#8a2d74", style="dashed", width=1.6),
-    "not evaluated": _Look("#f4f4f5", "#57606a", style="dotted", width=1.6),
-    "no model": _Look("#ffffff", "#57606a"),
+    "computed now": _Look("#ffd8a8", "#d9480f", width=2.6),
+    "reused from memory": _Look("#cfe3fb", "#2b7bd0"),
+    "from disk": _Look("#d3f0dd", "#1f8f56", width=1.3, lines=2),
+    "evicted": _Look("#f0d5ea", "#b5489c", style="dashed", width=2.0),
+    "not evaluated": _Look("#f4f4f5", _GREY, style="dotted", width=2.8),
+    "no model": _Look("#ffffff", _GREY),
 }
 
 _MEANINGS: Mapping[Status, str] = {
@@ -83,7 +83,7 @@ def draw(
 
     Args:
         texts: a text or several; texts without a model are drawn by their strings.
-        max_children: of more texts that follow one segment, the last ones become one box ("... 69 more").
+        max_children: of more texts, or groups, that follow one segment, the last ones become one box ("... 69 more").
         max_characters: of longer strings the middle is left out.
 
     Returns:
@@ -311,6 +311,7 @@ class _Picture:
         self._graph = graph
         self._folding = folding
         self._max_characters = max_characters
+        self._line_width = min(LINE_WIDTH, max(12, max_characters // 2))
 
     def drawn(self) -> Drawing:
         """Return the picture."""
@@ -402,7 +403,7 @@ class _Picture:
     def _edge(self, edges: Sequence[tuple[int, int]]) -> dict[str, str]:
         data = [self._graph.edges[edge] for edge in edges]
         if any(edge["is_join_changed"] for edge in data):
-            return {"label": "≠", "style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
+            return {"style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
         times = sum(edge["times"] for edge in data)
         return {"label": f"{times} times"} if len(edges) == 1 and times > 1 else {}
 
@@ -423,7 +424,7 @@ class _Picture:
             string = first["string"] if first["kind"] != "special tokens" else f"{first['string']} (special)"
             lines = [
                 f'<FONT FACE="{_MONOSPACE}" POINT-SIZE="12">{_html(line)}</FONT>'
-                for line in wrapped(f"“{visible(shortened(string, self._max_characters))}”")
+                for line in wrapped(f"“{visible(shortened(string, self._max_characters))}”", self._line_width)
             ]
         lines += [_html(line) for line in self._account(box)]
         has_model = "no model" not in statuses
@@ -452,8 +453,8 @@ class _Picture:
             lines.append(
                 f"in {data[0]['num_texts']:,} texts" + (f"; {_ending(texts)}" if texts and has_following else "")
             )
-        if num_changed := sum(node["is_join_changed"] for node in data) if box.title else 0:
-            lines.append(f"≠ at {_counted(num_changed, 'join')}")
+        if num_changed := sum(node["is_join_changed"] for node in data):
+            lines.append("≠ at its join" if box.title is None else f"≠ at {_counted(num_changed, 'join')}")
         if any(node["is_frozen"] for node in data):
             lines.append("frozen: sees nothing before it")
         return lines
@@ -598,9 +599,10 @@ def _legend_text(text: str) -> str:
 
 def _swatch(status: Status) -> str:
     look = _LOOKS[status]
-    size = 'FIXEDSIZE="TRUE" WIDTH="30" HEIGHT="15"'
-    border = f'BORDER="{round(look.width)}" COLOR="{look.border}" BGCOLOR="{look.fill}" STYLE="{look.style}"'
-    cells = "<TR><TD></TD></TR>"
-    if look.lines == 2:
-        cells = f'<TR><TD BORDER="1" COLOR="{look.border}" WIDTH="22" HEIGHT="8"></TD></TR>'
-    return f'<TD ALIGN="LEFT"><TABLE {size} {border} CELLBORDER="0" CELLSPACING="2">{cells}</TABLE></TD>'
+    border = f'BORDER="{round(look.width)}" COLOR="{look.border}" STYLE="{look.style}"'
+    ground = f'BGCOLOR="{look.fill}"'
+    if look.lines == 2:  # the inner one has the ground
+        table, cell = f'{border} CELLSPACING="2"', f'{border} {ground} WIDTH="22" HEIGHT="8"'
+    else:
+        table, cell = f'{border} {ground} CELLSPACING="0"', 'BORDER="0" WIDTH="26" HEIGHT="12"'
+    return f'<TD ALIGN="LEFT"><TABLE {table}><TR><TD {cell} FIXEDSIZE="TRUE"></TD></TR></TABLE></TD>'

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import backprompt
 from backprompt import LM, Drawing, DrawingError, Text, draw, evaluate, to_networkx
-from backprompt._draw import _LOOKS, _MEANINGS, _Folding, _frames
+from backprompt._draw import _LOOKS, _MEANINGS, _Folding, _frames, _Look, _swatch
+from backprompt._graph import Status
 from backprompt._visible import shortened, visible, wrapped
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
@@ -241,10 +242,38 @@ def test_a_branch_that_stands_twice_in_a_group_is_side_by_side_with_itself() -> 
     assert "sees nothing before it" in said(draw(Text("c ") + (Text("a") + "b").frozen() + "end"))
 
 
+def luminance(colour: str) -> float:
+    """As of WCAG 2."""
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("look", _LOOKS.values())
+def test_borders_show_on_white_and_on_black(look: _Look) -> None:
+    border, black = luminance(look.border), luminance("#0d1117")
+    assert 1.05 / (border + 0.05) > 3.5
+    assert (border + 0.05) / (black + 0.05) > 3.5
+
+
+@pytest.mark.parametrize("status", _MEANINGS)
+def test_the_legend_has_as_many_lines_as_the_box_and_the_inner_one_is_filled(status: Status) -> None:
+    look, swatch = _LOOKS[status], _swatch(status)
+    assert swatch.count(look.border) == look.lines
+    assert swatch.index(look.fill) > swatch.rindex(look.border)
+
+
+def test_lines_are_cut_behind_spaces_and_line_ends() -> None:
+    assert list(wrapped("“one two↵three four”", 12)) == ["“one two↵", "three four”"]
+    assert list(wrapped("“one two three↵”", 14)) == ["“one two ", "three↵”"]
+    assert max(len(line) for box in boxes(draw(Text("word " * 20), max_characters=30)) for line in box) <= 15
+
+
 def test_joins_that_changed_tokens_are_marked(lm: LM) -> None:
     text = Text("it is not tr", lm) + "ue th" + "at it is"
     assert len(text.joins()) == 1
-    assert said(text.draw()).count("≠") == 2  # at the join, and in the legend
+    assert said(text.draw()).count("≠") == 2  # in the box behind the join, and in the legend
+    assert any("≠ at its join" in box for box in boxes(text.draw()))
     assert "≠" not in said((Text("a", lm) + " b").draw())
 
 
