@@ -2,8 +2,8 @@
 
     texts --to_networkx--> graph --_Folding--> boxes --_Picture--> DOT --Graphviz--> SVG, PNG, PDF
 
-A status is told by colour, by border and by words, so it reads without colour vision. Boxes have grounds of their own,
-and what stands outside of them is of a grey that shows on white and on black.
+A status is told by colour, by border and by words, so it reads without colour vision. Boxes have grounds of their own;
+their borders, and what stands outside of them, are of colours that show on white and on black.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import graphviz
 import networkx as nx
 
 from backprompt._graph import STATUSES, Status, to_networkx
-from backprompt._visible import shortened, visible, wrapped
+from backprompt._visible import LINE_WIDTH, shortened, visible, wrapped
 from backprompt.errors import DrawingError
 from backprompt.text import Text
 
@@ -49,12 +49,12 @@ class _Look:
 
 
 _LOOKS: Mapping[Status, _Look] = {
-    "computed now": _Look("#ffd8a8", "#c2410c", width=2.6),
-    "reused from memory": _Look("#cfe3fb", "#1d5fa8"),
-    "from disk": _Look("#d3f0dd", "#1a7f4b", lines=2),
-    "evicted": _Look("#f0d5ea", "#8a2d74", style="dashed", width=1.6),
-    "not evaluated": _Look("#f4f4f5", "#57606a", style="dotted", width=1.6),
-    "no model": _Look("#ffffff", "#57606a"),
+    "computed now": _Look("#ffd8a8", "#d9480f", width=2.6),
+    "reused from memory": _Look("#cfe3fb", "#2b7bd0"),
+    "from disk": _Look("#d3f0dd", "#1f8f56", width=1.3, lines=2),
+    "evicted": _Look("#f0d5ea", "#b5489c", style="dashed", width=2.0),
+    "not evaluated": _Look("#f4f4f5", _GREY, style="dotted", width=2.8),
+    "no model": _Look("#ffffff", _GREY),
 }
 
 _MEANINGS: Mapping[Status, str] = {
@@ -83,7 +83,7 @@ def draw(
 
     Args:
         texts: a text or several; texts without a model are drawn by their strings.
-        max_children: of more texts that follow one segment, the last ones become one box ("... 69 more").
+        max_children: of more texts, or groups, that follow one segment, the last ones become one box ("... 69 more").
         max_characters: of longer strings the middle is left out.
 
     Returns:
@@ -215,7 +215,7 @@ class _Folding:
         self.of: dict[int, str] = {}
         folds = self._visible_and_folds()
         self._put_rows()
-        for idx, (_, first) in enumerate(folds):
+        for idx, first in enumerate(folds):
             self._put_fold(f"more{idx}", first)
         edges = sorted(graph.edges, key=lambda edge: [graph.nodes[node]["written_order"] for node in edge])
         self.edges: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -223,35 +223,43 @@ class _Folding:
             if self.of[parent] != self.of[node]:
                 self.edges.setdefault((self.of[parent], self.of[node]), []).append((parent, node))
 
-    def _in_written_order(self, nodes: Iterable[int]) -> list[int]:
-        return sorted(nodes, key=lambda node: self._graph.nodes[node]["written_order"])
+    def _visible_and_folds(self) -> list[list[int]]:
+        """Give boxes to the nodes that are drawn by themselves; return the others that follow one of these directly.
 
-    def _visible_and_folds(self) -> list[tuple[int | None, list[int]]]:
-        """Give boxes to the nodes that are drawn by themselves; return the others that follow one of these, by it."""
-        roots = self._in_written_order(node for node in self._graph if not self._graph.pred[node])
-        left_out: dict[int | None, list[int]] = {}
-        visible: dict[int, None] = {}
-        stack = self._kept(None, roots, left_out)[::-1]
-        while stack:
-            node = stack.pop()
-            if node not in visible:
-                visible[node] = None
-                stack += self._kept(node, self._graph.succ[node], left_out)[::-1]
-        for node in visible:
-            self.of[node] = str(node)
-            self.boxes[str(node)] = _Box([node])
-        folds = ((parent, [node for node in nodes if node not in visible]) for parent, nodes in left_out.items())
-        return [(parent, nodes) for parent, nodes in folds if nodes]
+        So many boxes follow one, however many texts there are: only the first segments and the first groups behind a
+        node are drawn, and a group only where what it stands behind is drawn, and one of its branches.
+        """
+        ordered = sorted(self._graph, key=lambda node: self._graph.nodes[node]["written_order"])
+        siblings: dict[tuple[int | None, bool], list[int]] = {}
+        for node in ordered:
+            siblings.setdefault((self._behind(node), self._is_junction(node)), []).append(node)
+        kept: set[int] = set()
+        for nodes in siblings.values():
+            kept.update(nodes if len(nodes) <= self._max_children else nodes[: self._max_children - 1])
+        for node in ordered:  # a topological order
+            before = self._graph.pred[node]
+            is_reached = not before or any(parent in self.of for parent in before)
+            if node in kept and is_reached and self._is_drawn(self._behind(node)):
+                self.of[node] = str(node)
+                self.boxes[str(node)] = _Box([node])
+        return [
+            [node for node in nodes if node not in kept]
+            for (behind, _), nodes in siblings.items()
+            if self._is_drawn(behind)
+        ]
 
-    def _kept(self, parent: int | None, children: Iterable[int], left_out: dict[int | None, list[int]]) -> list[int]:
-        """Return the first children, and note the others."""
-        ordered = self._in_written_order(children)
-        junctions = [node for node in ordered if self._graph.nodes[node]["kind"] == "junction"]
-        others = [node for node in ordered if self._graph.nodes[node]["kind"] != "junction"]
-        if len(others) > self._max_children:
-            left_out[parent] = others[self._max_children - 1 :]
-            others = others[: self._max_children - 1]
-        return others + junctions
+    def _is_junction(self, node: int) -> bool:
+        return bool(self._graph.nodes[node]["kind"] == "junction")
+
+    def _behind(self, node: int) -> int | None:
+        """Return what a segment, or the group that ends in a junction, stands behind."""
+        if self._is_junction(node):
+            behind: int | None = self._graph.nodes[node]["behind"]
+            return behind
+        return next(iter(self._graph.pred[node]), None)
+
+    def _is_drawn(self, node: int | None) -> bool:
+        return node is None or node in self.of
 
     def _put_rows(self) -> None:
         """Let a long row of segments be one box, but for the first."""
@@ -287,11 +295,12 @@ class _Folding:
         nodes = [node for node in first if node not in self.of]
         if not nodes:
             return
-        title = f"{len(nodes)} more"
+        title = _counted(len(nodes), "more group") if self._is_junction(nodes[0]) else f"{len(nodes)} more"
+        self.of.update(dict.fromkeys(nodes, name))
         for node in nodes:
-            self.of[node] = name
-            nodes += (following for following in self._graph.succ[node] if following not in self.of)
-            self.of.update(dict.fromkeys(nodes, name))
+            following = [other for other in self._graph.succ[node] if other not in self.of]
+            self.of.update(dict.fromkeys(following, name))
+            nodes += following
         self.boxes[name] = _Box(nodes, title)
 
 
@@ -302,6 +311,7 @@ class _Picture:
         self._graph = graph
         self._folding = folding
         self._max_characters = max_characters
+        self._line_width = min(LINE_WIDTH, max(12, max_characters // 2))
 
     def drawn(self) -> Drawing:
         """Return the picture."""
@@ -325,7 +335,8 @@ class _Picture:
         drawing.attr("node", shape="box", style="rounded,filled", margin="0.14,0.07", fontname=_SANS, fontsize="11")
         drawing.attr("edge", tailport="e", headport="w")
         drawing.attr("edge", color=_GREY, arrowsize="0.6", fontname=_SANS, fontsize="11", fontcolor=_GREY, tooltip=" ")
-        frames = _frames(self._graph)
+        boxes = self._folding.boxes.values()
+        frames = [frame for frame in _frames(self._graph) if any(frame.nodes.issuperset(box.nodes) for box in boxes)]
         self._put(drawing, None, frames)
         self._put_roots_in_order(drawing, set().union(*(frame.nodes for frame in frames)))
         for (parent, node), edges in self._folding.edges.items():
@@ -358,8 +369,9 @@ class _Picture:
             # an order of its own; that of branches means nothing.)
             _put_in_order(drawing, first[::-1])
         for other in inner:
-            with drawing.subgraph(name=f"cluster{other.number}") as cluster:
-                cluster.attr(label=other.label, color=_GREY, style="rounded,dashed", margin="10", labelloc="t")
+            label = "side by side: none sees the others" if other.num_branches > 1 else "sees nothing before it"
+            with drawing.subgraph(name=f"cluster{min(other.junctions)}") as cluster:
+                cluster.attr(label=label, color=_GREY, style="rounded,dashed", margin="10", labelloc="t")
                 self._put(cluster, other, frames)
 
     def _node(self, box: _Box) -> dict[str, str]:
@@ -391,7 +403,7 @@ class _Picture:
     def _edge(self, edges: Sequence[tuple[int, int]]) -> dict[str, str]:
         data = [self._graph.edges[edge] for edge in edges]
         if any(edge["is_join_changed"] for edge in data):
-            return {"label": "≠", "style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
+            return {"style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
         times = sum(edge["times"] for edge in data)
         return {"label": f"{times} times"} if len(edges) == 1 and times > 1 else {}
 
@@ -412,7 +424,7 @@ class _Picture:
             string = first["string"] if first["kind"] != "special tokens" else f"{first['string']} (special)"
             lines = [
                 f'<FONT FACE="{_MONOSPACE}" POINT-SIZE="12">{_html(line)}</FONT>'
-                for line in wrapped(f"“{visible(shortened(string, self._max_characters))}”")
+                for line in wrapped(f"“{visible(shortened(string, self._max_characters))}”", self._line_width)
             ]
         lines += [_html(line) for line in self._account(box)]
         has_model = "no model" not in statuses
@@ -441,8 +453,8 @@ class _Picture:
             lines.append(
                 f"in {data[0]['num_texts']:,} texts" + (f"; {_ending(texts)}" if texts and has_following else "")
             )
-        if num_changed := sum(node["is_join_changed"] for node in data) if box.title else 0:
-            lines.append(f"≠ at {_counted(num_changed, 'join')}")
+        if num_changed := sum(node["is_join_changed"] for node in data):
+            lines.append("≠ at its join" if box.title is None else f"≠ at {_counted(num_changed, 'join')}")
         if any(node["is_frozen"] for node in data):
             lines.append("frozen: sees nothing before it")
         return lines
@@ -487,33 +499,55 @@ def _put_in_order(drawing: graphviz.Digraph, names: Sequence[str]) -> None:
 
 @dataclass(eq=False)
 class _Frame:
-    """What stands between the beginning of groups and their ends; groups that share branches have one frame."""
+    """The branches of a group, or of groups that stand behind the same and share branches.
 
-    number: int
+    Frames are disjoint or within each other: a frozen branch that stands behind different beginnings is in the first.
+    """
+
+    behind: int | None
     nodes: set[int]
     junctions: set[int]
-    label: str
+    ends: set[int]
+    num_branches: int  # of one group
     outer: _Frame | None = None
 
 
 def _frames(graph: nx.DiGraph) -> list[_Frame]:
-    """Return a frame for each group."""
+    """Return the frames around groups."""
     frames: list[_Frame] = []
-    for junction, data in graph.nodes(data=True):
-        if data["kind"] != "junction":
-            continue
-        found = _Frame(junction, _branches(graph, junction), {junction}, "")
-        for frame in list(frames):
-            if frame.nodes & found.nodes and not (frame.junctions & found.nodes):
-                found.nodes |= frame.nodes
-                found.junctions |= frame.junctions
-                frames.remove(frame)
-        frames.append(found)
+    for junction, data in sorted(graph.nodes(data=True), key=lambda node: node[1]["written_order"]):
+        if data["kind"] == "junction":
+            _add_frame(frames, _frame(graph, junction))
     for frame in frames:
-        outer = [other for other in frames if other is not frame and frame.junctions <= other.nodes]
+        outer = [other for other in frames if frame.nodes < other.nodes]
         frame.outer = min(outer, key=lambda other: len(other.nodes), default=None)
-        frame.label = "side by side: none sees the others" if len(frame.nodes) > 1 else "sees nothing before it"
     return frames
+
+
+def _frame(graph: nx.DiGraph, junction: int) -> _Frame:
+    behind = graph.nodes[junction]["behind"]
+    times = {end: graph.edges[end, junction]["times"] for end in graph.pred[junction] if end != behind}
+    return _Frame(behind, _branches(graph, junction), {junction}, set(times), sum(times.values()))
+
+
+def _add_frame(frames: list[_Frame], found: _Frame) -> None:
+    """Add the frame of a group to those of groups that end before it."""
+    num_nodes = len(found.nodes)
+    crossing = [frame for frame in frames if not (frame.nodes < found.nodes and frame.junctions <= found.nodes)]
+    for frame in crossing:
+        if frame.behind != found.behind:
+            found.nodes -= frame.nodes
+    found.ends &= found.nodes
+    if len(found.nodes) < num_nodes and len(found.ends) < 2:
+        return  # the others stand in the frames of other groups
+    for frame in crossing:
+        if frame.behind == found.behind and frame.nodes & found.nodes:
+            found.nodes |= frame.nodes
+            found.junctions |= frame.junctions
+            found.ends |= frame.ends
+            found.num_branches = max(found.num_branches, frame.num_branches)
+            frames.remove(frame)
+    frames.append(found)
 
 
 def _branches(graph: nx.DiGraph, junction: int) -> set[int]:
@@ -565,9 +599,10 @@ def _legend_text(text: str) -> str:
 
 def _swatch(status: Status) -> str:
     look = _LOOKS[status]
-    size = 'FIXEDSIZE="TRUE" WIDTH="30" HEIGHT="15"'
-    border = f'BORDER="{round(look.width)}" COLOR="{look.border}" BGCOLOR="{look.fill}" STYLE="{look.style}"'
-    cells = "<TR><TD></TD></TR>"
-    if look.lines == 2:
-        cells = f'<TR><TD BORDER="1" COLOR="{look.border}" WIDTH="22" HEIGHT="8"></TD></TR>'
-    return f'<TD ALIGN="LEFT"><TABLE {size} {border} CELLBORDER="0" CELLSPACING="2">{cells}</TABLE></TD>'
+    border = f'BORDER="{round(look.width)}" COLOR="{look.border}" STYLE="{look.style}"'
+    ground = f'BGCOLOR="{look.fill}"'
+    if look.lines == 2:  # the inner one has the ground
+        table, cell = f'{border} CELLSPACING="2"', f'{border} {ground} WIDTH="22" HEIGHT="8"'
+    else:
+        table, cell = f'{border} {ground} CELLSPACING="0"', 'BORDER="0" WIDTH="26" HEIGHT="12"'
+    return f'<TD ALIGN="LEFT"><TABLE {table}><TR><TD {cell} FIXEDSIZE="TRUE"></TD></TR></TABLE></TD>'

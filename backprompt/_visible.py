@@ -30,20 +30,20 @@ def shortened(string: str, limit: int) -> str:
     return f"{string[: (limit + 1) // 2]}…{string[len(string) - limit // 2 :]}"
 
 
-def wrapped(shown: str) -> Iterator[str]:
-    """Yield lines at most `LINE_WIDTH` wide, cut behind a space where there is one."""
+def wrapped(shown: str, width: int = LINE_WIDTH) -> Iterator[str]:
+    """Yield lines at most `width` wide, cut behind a space or a line's end where there is one."""
     while shown:
-        stop = _num_fitting(shown)
-        space = shown.rfind(" ", 0, stop) + 1
+        stop = _num_fitting(shown, width)
+        space = max(shown.rfind(" ", 0, stop), shown.rfind("↵", 0, min(stop, len(shown) - 2))) + 1
         stop = space if stop < len(shown) and space > stop // 2 else stop
         yield shown[:stop]
         shown = shown[stop:]
 
 
-def _num_fitting(shown: str) -> int:
+def _num_fitting(shown: str, limit: int) -> int:
     width = 0
     for idx, character in enumerate(shown):
         width += 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if width > LINE_WIDTH:
+        if width > limit:
             return max(1, idx)
     return len(shown)

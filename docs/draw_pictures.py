@@ -40,14 +40,12 @@ def forest(load: Callable[..., LM]) -> bp.Drawing:
 
 
 def groups(load: Callable[..., LM]) -> bp.Drawing:
-    """Three shots that do not see each other; two of them before another question."""
+    """Three shots that do not see each other, and a question that sees them all."""
     instruction = Text("Answer the question.\n", load())
     shots = [Text(f"Q: What is {n} + {n}? A: {2 * n}\n") for n in range(1, 4)]
-    first = instruction + (shots[0] | shots[1] | shots[2]) + "Q: What is 9 + 9? A:"
-    second = instruction + (shots[2] | shots[0]) + "Q: What is 7 + 7? A:"
-    bp.evaluate(first)
-    bp.evaluate([first, second])
-    return bp.draw([first, second])
+    text = instruction + (shots[0] | shots[1] | shots[2]) + "Q: What is 9 + 9? A:"
+    bp.evaluate(text)
+    return bp.draw(text)
 
 
 def joins(load: Callable[..., LM]) -> bp.Drawing:

@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     lm = load_model(arguments.model)
     tree = build_tree(lm, SHOTS, read_questions(DATA / "questions.tsv"))
     evaluate(tree.leaves)
-    print(draw(tree.leaves, max_children=3, max_characters=42).render(arguments.output))
+    drawing = draw(tree.leaves, max_children=3, max_characters=40)
+    drawing.attr("graph", ranksep="0.32")
+    print(drawing.render(arguments.output))
 
 
 if __name__ == "__main__":

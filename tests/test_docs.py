@@ -133,7 +133,7 @@ def test_links_and_pictures_point_at_files(page: str) -> None:
 SHOWN = {
     "start": {"computed now"},
     "forest": {"reused from memory", "computed now", "not evaluated"},
-    "groups": {"reused from memory", "computed now"},
+    "groups": {"computed now"},
     "joins": {"computed now"},
     "store": {"from disk", "computed now", "not evaluated"},
 }

@@ -6,6 +6,7 @@ import re
 import stat
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 import backprompt
 from backprompt import LM, Drawing, DrawingError, Text, draw, evaluate, to_networkx
-from backprompt._draw import _LOOKS, _MEANINGS
+from backprompt._draw import _LOOKS, _MEANINGS, _Folding, _frames, _Look, _swatch
+from backprompt._graph import Status
 from backprompt._visible import shortened, visible, wrapped
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
@@ -158,6 +160,49 @@ def test_folded_subtrees_take_along_what_follows_them(lm: LM) -> None:
     assert fold[1] == "18 texts"
 
 
+def document_texts(lm: LM, num_questions: int) -> list[Text]:
+    docs = backprompt.parallel([Text(f"doc {i}", lm).frozen() for i in range(3)])
+    return [Text("sys ", lm) + f"Q{k}? " + docs + " A:" + a for k in range(num_questions) for a in ("yes", "no")]
+
+
+def subset_texts(lm: LM, num_questions: int) -> list[Text]:
+    shots = [Text(f"shot {i}. ", lm) for i in range(12)]
+    chosen = list(itertools.combinations(range(12), 3))
+    return [
+        Text("sys ", lm) + backprompt.parallel([shots[i] for i in chosen[k]]) + f"Q{k}?" for k in range(num_questions)
+    ]
+
+
+def nested_texts(lm: LM, num_questions: int) -> list[Text]:
+    document = (Text("doc ", lm) + (Text("a", lm) | "b") + "c").frozen()
+    return [
+        Text(f"Q{k} ", lm) + (document | ((Text("x", lm) | f"y{k}") + "z") | f"own {k}") + "end"
+        for k in range(num_questions)
+    ]
+
+
+@pytest.mark.parametrize("texts", [document_texts, subset_texts, nested_texts])
+def test_no_more_boxes_for_more_texts(lm: LM, texts: Callable[[LM, int], list[Text]]) -> None:
+    few, many = draw(texts(lm, 20)), draw(texts(lm, 100))
+    assert len(boxes(few)) == len(boxes(many)) < 60
+    assert overlapping(many) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_node_is_in_one_box_and_frames_are_within_each_other_or_apart(data: st.DataObject) -> None:
+    strings = st.sampled_from("abcd").map(Text)
+    joined = st.deferred(lambda: st.lists(pieces, min_size=1, max_size=3).map(lambda some: sum(some[1:], some[0])))
+    groups = st.deferred(lambda: st.lists(joined, min_size=2, max_size=3).map(backprompt.parallel))
+    pieces = strings | groups | joined.map(Text.frozen)
+    graph = to_networkx(data.draw(st.lists(joined, min_size=1, max_size=8)))
+    folding = _Folding(graph, data.draw(st.integers(2, 3)))
+    assert sorted(node for box in folding.boxes.values() for node in box.nodes) == sorted(graph)
+    assert all(node in folding.boxes[name].nodes for node, name in folding.of.items())
+    for one, other in itertools.combinations(_frames(graph), 2):
+        assert one.nodes < other.nodes or other.nodes < one.nodes or not one.nodes & other.nodes
+
+
 def test_long_rows_fold_but_for_the_first(lm: LM) -> None:
     text = sum((Text(f"shot {n}\n", lm) for n in range(1, 8)), Text("instruction ", lm))
     found = boxes(draw([text + "a", text + "b"]))
@@ -181,10 +226,54 @@ def test_groups_are_framed_and_stand_side_by_side(lm: LM) -> None:
     assert "2 times" in said(draw(Text("c ", lm) + (Text("a", lm) | "a" | "b") + "end"))
 
 
+def test_a_branch_that_groups_share_does_not_make_them_one_frame(lm: LM) -> None:
+    document = Text("doc", lm).frozen()
+    texts = [Text(f"Q{k} ", lm) + (document | f"own {k}") + "end" for k in range(3)]
+    root = ET.fromstring(draw(texts).pipe("svg"))
+    frames = [lines(group) for group in root.iter(f"{SVG}g") if group.get("class") == "cluster"]
+    assert frames == [["side by side: none sees the others"]]
+    graph = to_networkx(texts)
+    (frame,) = _frames(graph)
+    assert {graph.nodes[node]["string"] for node in frame.nodes} == {"doc", "own 0"}
+
+
+def test_a_branch_that_stands_twice_in_a_group_is_side_by_side_with_itself() -> None:
+    assert "side by side" in said(draw(Text("c ") + (Text("a") | "a") + "end"))
+    assert "sees nothing before it" in said(draw(Text("c ") + (Text("a") + "b").frozen() + "end"))
+
+
+def luminance(colour: str) -> float:
+    """As of WCAG 2."""
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("look", _LOOKS.values())
+def test_borders_show_on_white_and_on_black(look: _Look) -> None:
+    border, black = luminance(look.border), luminance("#0d1117")
+    assert 1.05 / (border + 0.05) > 3.5
+    assert (border + 0.05) / (black + 0.05) > 3.5
+
+
+@pytest.mark.parametrize("status", _MEANINGS)
+def test_the_legend_has_as_many_lines_as_the_box_and_the_inner_one_is_filled(status: Status) -> None:
+    look, swatch = _LOOKS[status], _swatch(status)
+    assert swatch.count(look.border) == look.lines
+    assert swatch.index(look.fill) > swatch.rindex(look.border)
+
+
+def test_lines_are_cut_behind_spaces_and_line_ends() -> None:
+    assert list(wrapped("“one two↵three four”", 12)) == ["“one two↵", "three four”"]
+    assert list(wrapped("“one two three↵”", 14)) == ["“one two ", "three↵”"]
+    assert max(len(line) for box in boxes(draw(Text("word " * 20), max_characters=30)) for line in box) <= 15
+
+
 def test_joins_that_changed_tokens_are_marked(lm: LM) -> None:
     text = Text("it is not tr", lm) + "ue th" + "at it is"
     assert len(text.joins()) == 1
-    assert said(text.draw()).count("≠") == 2  # at the join, and in the legend
+    assert said(text.draw()).count("≠") == 2  # in the box behind the join, and in the legend
+    assert any("≠ at its join" in box for box in boxes(text.draw()))
     assert "≠" not in said((Text("a", lm) + " b").draw())
 
 
