@@ -7,6 +7,7 @@ With `analyze=True` they are evaluated then, and what was done stands beside wha
 from __future__ import annotations
 
 import html
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from backprompt.evaluator import Evaluator
 from backprompt.lookup import where
 from backprompt.missing import Miss, Reason, misses, shown_segment
 from backprompt.radix import common_length
-from backprompt.text import Text
+from backprompt.text import Text, as_list
 from backprompt.token_graph import TokenGraph, TokenIds, flat
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _REASONS: dict[Reason, str] = {
     "join": "held alone, but the join changed tokens",
     "other model": "stored under another model",
     "elsewhere": "held behind other tokens",
+    "too short": "never computed, or too short to be stored by themselves",
     "never computed": "never computed, as far as is known",
 }
 
@@ -78,9 +80,11 @@ class Explanation:
 
     Attributes:
         num_texts: how many texts.
+        num_groups: of these, how many have groups or frozen segments, which no plain call computes.
         tokens_requested: tokens in all of them: what plain calls, one a text, would forward.
         tokens_distinct: tokens with all that stands before them, each once.
-        tokens_in_memory: of these, those whose hidden states are held on the device,
+        tokens_shared: how many fewer these are than those in all texts, special tokens at the beginning left out.
+        tokens_in_memory: of the distinct ones, those whose hidden states are held on the device,
         tokens_in_host: in the second pool,
         tokens_on_disk: or are in the store, as its index says.
         tokens_to_compute: to be forwarded. Where keys and values were dropped, tokens whose states are held are among
@@ -92,6 +96,7 @@ class Explanation:
         budget_bytes: the `LM`'s `memory_bytes`.
         seconds: expected, at the rate of this `LM` so far, its output head included; None before it has computed
             anything.
+        seconds_saved: what the other `tokens_requested` would take at that rate.
         divergence: where the common beginning of the texts ends; None for a single text, for texts with groups, and
             where all are the same.
         misses: segments of which something is held nowhere, in the order of the texts.
@@ -100,8 +105,10 @@ class Explanation:
     """
 
     num_texts: int
+    num_groups: int
     tokens_requested: int
     tokens_distinct: int
+    tokens_shared: int
     tokens_in_memory: int
     tokens_in_host: int
     tokens_on_disk: int
@@ -112,6 +119,7 @@ class Explanation:
     bytes_held: int
     budget_bytes: int
     seconds: float | None
+    seconds_saved: float | None
     divergence: Divergence | None
     misses: tuple[Miss, ...]
     actual: Actual | None = None
@@ -120,6 +128,11 @@ class Explanation:
     def forward_passes(self) -> int:
         """How many packed passes are expected."""
         return len(self.pass_tokens)
+
+    @property
+    def times_fewer(self) -> float:
+        """How many times fewer tokens are forwarded than by plain calls; infinite where none is."""
+        return self.tokens_requested / self.tokens_to_compute if self.tokens_to_compute else math.inf
 
     @property
     def exceeds_budget(self) -> bool:
@@ -212,19 +225,30 @@ class Explanation:
 
     def _gain(self) -> Iterator[str]:
         plain, computed = self.tokens_requested, self.tokens_to_compute
-        if self.num_texts > 1 and self.tokens_distinct == plain:
-            yield "Sharing saves nothing here: prompts differ from the first token."
+        if self.num_texts > 1 and not self.tokens_shared:
+            if self.tokens_distinct == plain:
+                yield "Sharing saves nothing here: prompts differ from the first token."
+            else:
+                yield "Sharing saves only special tokens here: prompts differ from the first token behind them."
+        saved = "" if self.seconds_saved is None else f", about {self.seconds_saved:.2g} s less"
         if not computed:
-            yield f"Nothing is forwarded: all of it is there. Plain calls would forward {plain:,} tokens."
+            calls = "Plain calls" if not self.num_groups else "One text after the other"
+            yield f"Nothing is forwarded: all of it is there. {calls} would forward {plain:,} tokens{saved}."
         elif computed < plain:
             what = "one text" if self.num_texts == 1 else f"{self.num_texts:,} texts together"
             yield (
-                f"Evaluating {what} forwards {computed:,} tokens instead of {plain:,}: {plain / computed:.1f} times "
-                "fewer."
+                f"Evaluating {what} forwards {computed:,} tokens instead of {plain:,}: {self.times_fewer:.1f} times "
+                f"fewer{saved}."
             )
-        elif self.num_texts == 1:
+            num_held = self.tokens_distinct - computed
+            if num_held:
+                of = "All" if num_held == plain - computed else f"{num_held:,} of"
+                yield f"{of} the {plain - computed:,} saved are held already."
+        elif self.num_texts == 1 and not self.num_groups:
             yield f"One text of which nothing is held forwards {plain:,} tokens, as its plain call does."
-        if self.divergence is not None and self.tokens_distinct < plain:
+        elif self.num_texts == 1:
+            yield f"One text of which nothing is held forwards {plain:,} tokens, each of its branches once."
+        if self.divergence is not None and self.tokens_shared:
             yield self._where_sharing_stops(self.divergence)
 
     def _where_sharing_stops(self, at: Divergence) -> str:
@@ -301,12 +325,10 @@ def listed_texts(texts: Text | Iterable[Text], what: str) -> list[Text]:
 
     Raises:
         ValueError: there are none.
-        TextTypeError: it is a string.
+        TextTypeError: it is a string, or nothing that one can go through.
 
     """
-    if isinstance(texts, str):
-        raise TextTypeError(f"{what} takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
-    listed = [texts] if isinstance(texts, Text) else list(texts)
+    listed = as_list(texts, what)
     if not listed:
         raise ValueError(f"{what} needs at least one text.")
     return listed
@@ -347,23 +369,38 @@ def _expected(lm: LM, evaluator: Evaluator, texts: Sequence[Text]) -> Explanatio
     to_compute = [span for spans in passes for span in spans]
     num_to_compute = sum(len(span.token_ids) for span in to_compute)
     done = lm.stats
+    seconds_a_token = done.seconds / done.tokens_computed if done.tokens_computed else None
+    num_requested, num_distinct = sum(map(len, encoded)), sum(num_tokens.values())
     return Explanation(
         num_texts=len(texts),
-        tokens_requested=sum(map(len, encoded)),
-        tokens_distinct=sum(num_tokens.values()),
+        num_groups=sum(isinstance(token_ids, TokenGraph) for token_ids in encoded),
+        tokens_requested=num_requested,
+        tokens_distinct=num_distinct,
+        tokens_shared=num_requested - num_distinct - _num_shared_special(encoded, extents),
         tokens_in_memory=num_tokens["memory"],
         tokens_in_host=num_tokens["host"],
         tokens_on_disk=num_tokens["disk"],
         tokens_to_compute=num_to_compute,
         tokens_to_recompute=sum(len(span.token_ids) for span in to_compute if span.was_computed),
         pass_tokens=tuple(sum(len(span.token_ids) for span in spans) for spans in passes),
-        bytes_needed=sum(num_tokens.values()) * evaluator.token_bytes,
+        bytes_needed=num_distinct * evaluator.token_bytes,
         bytes_held=done.bytes_held,
         budget_bytes=evaluator.memory.max_bytes,
-        seconds=done.seconds / done.tokens_computed * num_to_compute if done.tokens_computed else None,
+        seconds=None if seconds_a_token is None else seconds_a_token * num_to_compute,
+        seconds_saved=None if seconds_a_token is None else seconds_a_token * (num_requested - num_to_compute),
         divergence=_divergence(encoded, extents),
         misses=tuple(misses(evaluator, encoded, extents)),
     )
+
+
+def _num_shared_special(encoded: Sequence[TokenIds], extents: Sequence[Sequence[Extent]]) -> int:
+    """Return how many special tokens at the beginning of texts are not forwarded because other texts have them."""
+    beginnings = [
+        flat(token_ids)[: own[0].num_special if own else len(token_ids)]
+        for token_ids, own in zip(encoded, extents, strict=True)
+    ]
+    distinct = {ids[:stop] for ids in beginnings for stop in range(1, len(ids) + 1)}
+    return sum(map(len, beginnings)) - len(distinct)
 
 
 def _with_actual(explained: Explanation, done: Stats, bytes_held: int) -> Explanation:

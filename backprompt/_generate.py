@@ -201,7 +201,7 @@ def generate(
         stop: a string or strings; a text ends with the token that completes one of them.
         seed: of sampling. A text's samples depend on the seed, its ids, the options and the number of the sample (of
             the same ids in the call), and not on what else is generated. By default each call has a seed of its own.
-        show_progress_bar: by default where it takes longer than two seconds.
+        show_progress_bar: by default on a terminal where it takes longer than two seconds.
         **generation_config: fields of transformers' `GenerationConfig`.
 
     Returns:

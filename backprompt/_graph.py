@@ -25,7 +25,7 @@ from backprompt.lookup import Sketch, where
 from backprompt.plan import missing_spans
 from backprompt.radix import Forest, Place, Span
 from backprompt.segments import Group, Segment
-from backprompt.text import Text
+from backprompt.text import Text, as_list
 from backprompt.token_graph import flat
 from backprompt.tokens import Extent
 
@@ -72,11 +72,11 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
         texts: a text or several, of one `LM`, of several, or of none.
 
     Raises:
-        TextTypeError: an element is not a `Text`.
+        TextTypeError: an element is not a `Text`, or there is nothing to go through.
         JoinError, TokenizerError: a text that cannot be encoded.
 
     """
-    listed = [texts] if isinstance(texts, Text) else list(texts)
+    listed = as_list(texts, "a picture or graph")
     for idx, text in enumerate(listed):
         if not isinstance(text, Text):
             raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string).")

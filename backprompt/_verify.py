@@ -6,6 +6,7 @@ The plain call is a private copy of the model, as transformers runs it: one text
 from __future__ import annotations
 
 import html
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from backprompt import skeleton
 from backprompt._explain import listed_texts, one_lm
 from backprompt.errors import DriftError, GroupError
 from backprompt.missing import shown_segment
-from backprompt.probe import TOLERANCE
+from backprompt.progress import is_wanted
 from backprompt.segments import Group
 from backprompt.text import Text
 from backprompt.tokens import Extent
@@ -29,6 +30,15 @@ if TYPE_CHECKING:
     from backprompt.representation import ModelRepr
 
 MIN_TEXTS_FOR_A_BAR = 5
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+"""The largest gap that passes, nats, at tokens that matter; measured: docs/design.md, "Exactness".
+
+In float64 many models still take their softmax in float32, and so do log-probabilities of tokens.
+"""
+
+LIKELY = 1e-3
+"""Tokens of at least this probability matter, in the plain call or here."""
 
 MAX_SHOWN = 8
 """How many segments the printed account names, those with the largest gaps first."""
@@ -44,8 +54,9 @@ class NodeDrift:
         segment: what it consists of, its middle left out where it is long.
         start, stop: its tokens in `text.tokens`.
         num_texts: in how many texts it was compared; the figures are over all of them.
-        largest_gap, mean_gap: absolute differences of log-probabilities, nats: of every token of the vocabulary behind
-            each of the segment's tokens, and of `text.token_logprobs`, which counts for the largest.
+        gap: the largest absolute difference of log-probabilities, nats, of the segment's own tokens and, behind each of
+            them, of the most probable token and of those with a probability of at least 0.001.
+        largest_gap, mean_gap: the same of every token of the vocabulary, however improbable, and the mean of these.
         argmax_flips: behind how many of its tokens another one is the most probable.
 
     """
@@ -56,6 +67,7 @@ class NodeDrift:
     start: int
     stop: int
     num_texts: int
+    gap: float
     largest_gap: float
     mean_gap: float
     argmax_flips: int
@@ -71,10 +83,12 @@ class Verification:
         num_groups: of these, how many have groups or frozen segments: no plain call computes them, so they were left
             out.
         num_tokens: tokens of the texts that were compared, those that texts share counted in each.
-        largest_gap, mean_gap: absolute differences of log-probabilities, nats; see `NodeDrift`.
+        gap: the largest absolute difference of log-probabilities at tokens that matter, nats; see `NodeDrift`. Infinite
+            where one is not a number.
+        largest_gap, mean_gap: the same of every token, and the mean of these.
         argmax_flips: behind how many tokens another one is the most probable.
         dtype: what the model computes in, such as "torch.float32".
-        tolerance: the largest gap that passes, nats.
+        tolerance: the largest `gap` that passes, nats.
         stored_error: the largest relative error of what was read back from a store in fewer bits; 0 if nothing was.
         nodes: each segment, in the order of the texts; those that texts share once.
 
@@ -84,6 +98,7 @@ class Verification:
     num_given: int
     num_groups: int
     num_tokens: int
+    gap: float
     largest_gap: float
     mean_gap: float
     argmax_flips: int
@@ -94,26 +109,26 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether no gap is larger than the tolerance."""
-        return self.largest_gap <= self.tolerance
+        """Whether no token that matters lies further apart than the tolerance."""
+        return self.gap <= self.tolerance
 
     @property
     def worst(self) -> NodeDrift:
-        """The segment with the largest gap."""
-        return max(self.nodes, key=lambda node: node.largest_gap)
+        """The segment with the largest gap at tokens that matter."""
+        return max(self.nodes, key=lambda node: node.gap)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as dicts, lists, strings and numbers, such as JSON takes."""
         return {**asdict(self), "nodes": [asdict(node) for node in self.nodes], "passed": self.passed}
 
     def __str__(self) -> str:
-        rows = [("segment", "tokens", "largest gap", "mean gap", "argmax flips"), *self._rows()]
+        rows = [_HEAD, *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         return "\n".join([*self._sentences(), "", *table])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in ("segment", "tokens", "largest gap", "mean gap", "argmax flips"))
+        head = "".join(f"<th>{name}</th>" for name in _HEAD)
         rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._rows())
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         sentences = "<br>".join(html.escape(sentence) for sentence in self._sentences())
@@ -122,8 +137,12 @@ class Verification:
     def _sentences(self) -> Iterator[str]:
         verdict = "The same as the plain call" if self.passed else "NOT the same as the plain call"
         yield (
-            f"{verdict}: the largest gap in log-probability is {self.largest_gap:.2g} nats (mean {self.mean_gap:.2g}), "
-            f"and {self.tolerance:.2g} are tolerated in {self.dtype}."
+            f"{verdict}: log-probabilities of the texts' tokens and of likely ones lie at most {self.gap:.2g} nats "
+            f"apart, and {self.tolerance:.2g} are tolerated in {self.dtype}."
+        )
+        yield (
+            f"Over all tokens, however improbable, the largest gap is {self.largest_gap:.2g} nats, the mean "
+            f"{self.mean_gap:.2g}."
         )
         yield (
             f"Compared: {self.num_texts:,} of {self.num_given:,} texts, {self.num_tokens:,} tokens; behind "
@@ -134,19 +153,23 @@ class Verification:
         if self.stored_error:
             yield f"Something came from a store in fewer bits, with a relative error of {self.stored_error:.2g}."
 
-    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+    def _rows(self) -> list[tuple[str, ...]]:
         """Return a row for each of the segments with the largest gaps."""
-        worst = sorted(self.nodes, key=lambda node: node.largest_gap, reverse=True)[:MAX_SHOWN]
+        worst = sorted(self.nodes, key=lambda node: node.gap, reverse=True)[:MAX_SHOWN]
         return [
             (
                 f"texts[{node.text_idx}], segment {node.segment_idx} {node.segment}",
                 f"{node.stop - node.start:,}",
+                f"{node.gap:.2g}",
                 f"{node.largest_gap:.2g}",
                 f"{node.mean_gap:.2g}",
                 f"{node.argmax_flips:,}",
             )
             for node in worst
         ]
+
+
+_HEAD = ("segment", "tokens", "gap", "largest gap", "mean gap", "argmax flips")
 
 
 def verify(
@@ -167,11 +190,11 @@ def verify(
         texts: a text or several of one `LM`.
         sample: compare so many of them, drawn at random; by default all.
         seed: of the drawing; the same seed draws the same texts.
-        tolerance: the largest gap in log-probability that passes, nats. By default that of an `LM`'s own check, by
-            dtype: 1e-5 in float64, 2e-4 in float32, 2e-2 in float16, 0.15 in bfloat16, times the largest logit where
-            that is above 1.
+        tolerance: the largest gap in log-probability that passes, nats: of the texts' own tokens, and of those with a
+            probability of at least 0.001. By default by dtype: 1e-5 in float64, 0.001 in float32, 0.1 in float16, and
+            0.5 in bfloat16.
         raise_on_drift: raise where a gap is larger.
-        show_progress_bar: by default where at least 5 texts are compared.
+        show_progress_bar: by default on a terminal where at least 5 texts are compared.
 
     Raises:
         DriftError: with `raise_on_drift`: a gap is larger than the tolerance; names the segment.
@@ -199,13 +222,13 @@ def verify(
     if sample is not None and sample < len(indices):
         indices = sorted(random.Random(seed).sample(indices, sample))
     lm.check(given[idx] for idx in indices)
-    is_shown = len(indices) >= MIN_TEXTS_FOR_A_BAR if show_progress_bar is None else show_progress_bar
+    is_shown = is_wanted(show_progress_bar, is_long=len(indices) >= MIN_TEXTS_FOR_A_BAR)
     with tqdm(total=len(indices), desc="plain calls", disable=not is_shown) as bar:
         verification = _compare(lm, given, indices, tolerance, num_groups, bar)
     if raise_on_drift and not verification.passed:
         node = verification.worst
         raise DriftError(
-            f"Log-probabilities lie {verification.largest_gap:.2g} nats from the plain call's, more than the "
+            f"Log-probabilities lie {verification.gap:.2g} nats from the plain call's, more than the "
             f"{verification.tolerance:.2g} tolerated in {verification.dtype}: behind texts[{node.text_idx}], segment "
             f"{node.segment_idx} ({node.segment}). If weights were changed in place, call lm.refresh(); if they "
             "were not, this is a bug of backprompt, or the model mixes tokens outside attention."
@@ -221,15 +244,15 @@ def _compare(
     with lm._exclusive():
         reprs = lm.evaluate(texts)
         plain = skeleton.plain_copy(skeleton.unwrap(lm._model))
+        dtype = next(plain.parameters()).dtype
+        if tolerance is None:
+            if dtype not in TOLERANCE:
+                raise ValueError(f"There is no tolerance for {dtype}. Give one: verify(texts, tolerance=...), in nats.")
+            tolerance = TOLERANCE[dtype]
         for idx, text, model_repr, extents in zip(indices, texts, reprs, lm.extents(texts), strict=True):
             drifts.add(idx, text, extents, _gaps(model_repr, plain))
             bar.update()
         stored_error = max(model_repr.stored_error for model_repr in reprs)
-        dtype = next(plain.parameters()).dtype
-    if tolerance is None:
-        if dtype not in TOLERANCE:
-            raise ValueError(f"There is no tolerance for {dtype}. Give one: verify(texts, tolerance=...), in nats.")
-        tolerance = TOLERANCE[dtype] * max(1.0, drifts.largest_logit)
     nodes = drifts.nodes()
     num_tokens = sum(gaps.num_rows for gaps in drifts.by_key.values())
     return Verification(
@@ -237,6 +260,7 @@ def _compare(
         num_given=len(given),
         num_groups=num_groups,
         num_tokens=num_tokens,
+        gap=max(node.gap for node in nodes),
         largest_gap=max(node.largest_gap for node in nodes),
         mean_gap=sum(sums.sum_of_means for sums in drifts.by_key.values()) / num_tokens,
         argmax_flips=sum(node.argmax_flips for node in nodes),
@@ -252,23 +276,23 @@ class _Gaps:
     """How far each row of a text lies from the plain call's.
 
     Attributes:
-        largest, mean: of the absolute differences over the vocabulary, `(tokens,)`, float64, nats.
+        likely: the largest absolute difference at tokens that matter, `(tokens,)`, float64, nats.
+        largest, mean: of those over the vocabulary, `(tokens,)`. Never NaN: what is not a number is infinite.
         is_flipped: whether another token is the most probable, `(tokens,)`.
-        largest_logit: the largest absolute one of the plain call.
 
     """
 
+    likely: Tensor
     largest: Tensor
     mean: Tensor
     is_flipped: Tensor
-    largest_logit: float
 
 
 def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
     """Compare all rows, a few at a time: those of a whole text are large."""
     input_ids = model_repr.input_ids
     plain_logits = plain(input_ids=input_ids[None]).logits[0]  # (tokens, vocab)
-    largest, mean, is_flipped = [], [], []
+    likely, largest, mean, is_flipped = [], [], [], []
     expected = [torch.full((1,), torch.nan)]  # token_logprobs, float32; nothing predicts the first
     num_rows = max(1, _SLICE_BYTES // (8 * plain_logits.shape[1]))
     for start in range(0, len(input_ids), num_rows):
@@ -276,21 +300,28 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
         # On the CPU: not every device has float64, which adds no rounding of its own.
         theirs = plain_rows.double().log_softmax(dim=-1)
         ours = model_repr.all_logits(start, start + num_rows).cpu().double().log_softmax(dim=-1)
-        gaps = torch.where(ours == theirs, 0.0, (ours - theirs).abs())  # both may be -inf
+        gaps = _differences(ours, theirs)
+        least = theirs.amax(dim=-1, keepdim=True).clamp(max=math.log(LIKELY))
+        matters = (theirs >= least) | (ours >= least) | gaps.isinf()  # comparing with NaN is never true
+        likely.append(gaps.where(matters, 0.0).amax(dim=-1))
         largest.append(gaps.amax(dim=-1))
         mean.append(gaps.mean(dim=-1))
         is_flipped.append(ours.argmax(dim=-1) != theirs.argmax(dim=-1))
         following = input_ids[start + 1 : start + num_rows + 1].cpu()
         expected.append(plain_rows[: len(following)].float().log_softmax(dim=-1).gather(1, following[:, None])[:, 0])
-    scored = (model_repr.token_logprobs.cpu() - torch.cat(expected)).abs().double()
+    scored = _differences(model_repr.token_logprobs.cpu(), torch.cat(expected)).double()
     scored[0] = 0.0
-    finite = plain_logits[plain_logits.isfinite()]
     return _Gaps(
+        torch.maximum(torch.cat(likely), scored),
         torch.maximum(torch.cat(largest), scored),
         torch.cat(mean),
         torch.cat(is_flipped),
-        float(finite.abs().max()),
     )
+
+
+def _differences(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return how far log-probabilities lie apart; not at all where both are -inf, infinitely where one is NaN."""
+    return torch.where(ours == theirs, 0.0, (ours - theirs).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 _SLICE_BYTES = 64 << 20
@@ -305,6 +336,7 @@ class _Sums:
     extent: Extent
     num_texts: int = 0
     num_rows: int = 0
+    likely: float = 0.0
     largest: float = 0.0
     sum_of_means: float = 0.0
     num_flips: int = 0
@@ -315,11 +347,9 @@ class _Drifts:
 
     def __init__(self) -> None:
         self.by_key: dict[tuple[Any, ...], _Sums] = {}
-        self.largest_logit = 0.0
 
     def add(self, text_idx: int, text: Text, extents: Sequence[Extent], gaps: _Gaps) -> None:
         token_ids = text.tokens
-        self.largest_logit = max(self.largest_logit, gaps.largest_logit)
         for segment_idx, extent in enumerate(extents or [Extent("", 0, len(token_ids))]):  # special tokens only
             if extent.start == extent.stop:
                 continue
@@ -328,6 +358,7 @@ class _Drifts:
             rows = slice(extent.start, extent.stop)
             sums.num_texts += 1
             sums.num_rows += extent.stop - extent.start
+            sums.likely = max(sums.likely, float(gaps.likely[rows].max()))
             sums.largest = max(sums.largest, float(gaps.largest[rows].max()))
             sums.sum_of_means += float(gaps.mean[rows].sum())
             sums.num_flips += int(gaps.is_flipped[rows].sum())
@@ -341,6 +372,7 @@ class _Drifts:
                 start=sums.extent.start,
                 stop=sums.extent.stop,
                 num_texts=sums.num_texts,
+                gap=sums.likely,
                 largest_gap=sums.largest,
                 mean_gap=sums.sum_of_means / sums.num_rows,
                 argmax_flips=sums.num_flips,

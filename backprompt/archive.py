@@ -141,6 +141,10 @@ class Archive:
         """What its keys are built on; the first use hashes the model's weights."""
         return self._known_root()
 
+    def drops(self, num_tokens: int) -> bool:
+        """Return whether a run of so many tokens is too short for a store that is filled without being asked."""
+        return self._store.persist == "always" and num_tokens < MIN_TOKENS
+
     def save_new(self, spans: Iterable[Span]) -> None:
         """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
         if self._store.persist != "always" or not self._can_write:

@@ -27,6 +27,7 @@ from backprompt.calibration import best_threshold as best_threshold
 from backprompt.calibration import calibrate as calibrate
 from backprompt.errors import EmptyTextError, GroupError, MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.lm import LM
+from backprompt.progress import is_wanted
 from backprompt.search import Candidate, Search, make_trie
 from backprompt.segments import Group
 from backprompt.text import Text
@@ -95,7 +96,7 @@ def log_probs(
         lm: may be left out where a prompt is a `Text` that has one.
         end_of_prompt: " " or "". A completion is encoded as `end_of_prompt + completion`; it is left out for tokenizers
             that put a space before a string by themselves (SentencePiece).
-        show_progress_bar: by default where there are at least 5 prompts.
+        show_progress_bar: by default on a terminal where there are at least 5 prompts.
 
     Returns:
         For a single prompt a list of floats a completion, a float a token; for a sequence a list of such lists.
@@ -301,7 +302,7 @@ class _Work:
 
     def bar(self, show: bool | None) -> Any:
         """Return a progress bar over the prompts, which shows on long work where it is not said whether to."""
-        is_shown = len(self.prompts) >= MIN_PROMPTS_FOR_A_BAR if show is None else show
+        is_shown = is_wanted(show, is_long=len(self.prompts) >= MIN_PROMPTS_FOR_A_BAR)
         return tqdm(total=len(self.prompts), desc="prompts", disable=not is_shown)
 
     def _check(self) -> None:

@@ -609,9 +609,11 @@ class Evaluator:
     ) -> Sequence[Span]:
         """Bring what the second pool and the store have of the way to `ends`.
 
-        Returns the ends of the texts that there was room for, at least one: what these still miss is to be forwarded.
+        Returns the ends of the texts that there was room for, at least one, in the order of `ends`, in which a sketch
+        plans, too: what these still miss is to be forwarded.
         """
         archive = self._archive if use_store else None
+        given = ends
         if self.host.num_bytes or archive is not None:
             asked = set(ends)
             ends = [span for span in missing_spans(ends, with_keys=with_keys) if span in asked]  # in depth-first order
@@ -633,7 +635,8 @@ class Evaluator:
             if loaded.num_tokens:
                 logger.debug("Loaded %d tokens from the store.", loaded.num_tokens)
             ends = loaded.served
-        return ends
+        served = set(ends)
+        return [end for end in given if end in served]
 
     def _forward(self, spans: Sequence[Span], *, use_store: bool) -> None:
         started = time.perf_counter()

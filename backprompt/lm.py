@@ -269,7 +269,7 @@ class LM:
 
         Args:
             texts: of this `LM`.
-            show_progress_bar: by default where it takes several passes and longer than two seconds.
+            show_progress_bar: by default on a terminal where it takes several passes and longer than two seconds.
 
         Raises:
             TextTypeError, UnboundTextError: an element is not a text of this `LM`.
@@ -764,7 +764,7 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
 
     Args:
         texts: a text, or many.
-        show_progress_bar: by default where it takes several passes and longer than two seconds.
+        show_progress_bar: by default on a terminal where it takes several passes and longer than two seconds.
 
     Returns:
         A `ModelRepr` for a text, or a list of them in the order of `texts`.

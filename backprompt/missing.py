@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
-from backprompt.archive import Archive, Root
+from backprompt.archive import MIN_TOKENS, Archive, Root
 from backprompt.evaluator import Evaluator
 from backprompt.lookup import Aside, Piece, Sketch, positions_of, where
 from backprompt.radix import Forest
@@ -16,7 +16,7 @@ from backprompt.segments import shown
 from backprompt.token_graph import TokenIds, flat
 from backprompt.tokens import Extent
 
-Reason: TypeAlias = Literal["evicted", "join", "other model", "elsewhere", "never computed"]
+Reason: TypeAlias = Literal["evicted", "join", "other model", "elsewhere", "too short", "never computed"]
 
 MIN_ELSEWHERE_TOKENS = 3
 """Segments of fewer tokens stand behind something else by chance, which explains nothing."""
@@ -25,6 +25,8 @@ MAX_BEGINNINGS = 64
 """By how many different beginnings of texts the store is searched for what other models left there."""
 
 NUM_BEGINNING_TOKENS = 4
+
+_NOWHERE = ("evicted", "absent")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Miss:
         num_texts: how many texts share it.
         reason: "evicted": dropped over the budget. "join": what stands before it is held alone, but its tokens change
             where this segment joins it. "other model": the store has it under other weights, another dtype, tokenizer
-            or exactness. "elsewhere": the same tokens are held behind others, or at another position. "never
-            computed": nothing is known of it.
+            or exactness. "elsewhere": the same tokens are held behind others, or at another position. "too short":
+            nothing is known of it, and the store would not have kept it by itself. "never computed": nothing is known
+            of it.
         why: the same as a sentence, with the numbers.
 
     """
@@ -71,6 +74,8 @@ def misses(evaluator: Evaluator, encoded: Sequence[TokenIds], extents: Sequence[
     others = [] if evaluator.archive is None else _under_other_roots(evaluator.archive, segments, encoded)
     for segment in segments:
         reason, why = _reason(segment, alone, elsewhere, others)
+        if reason == "never computed" and evaluator.archive is not None and evaluator.archive.drops(segment.num_run):
+            reason, why = "too short", f"never computed, or not stored: runs of fewer than {MIN_TOKENS} tokens are not"
         yield Miss(
             text_idx=segment.text_idx,
             segment_idx=segment.segment_idx,
@@ -94,6 +99,7 @@ class _Segment:
     token_ids: tuple[int, ...]
     position: int
     missing: list[Piece]
+    num_run: int  # tokens missing of the whole text, which would be stored together
     text_indices: set[int] = field(default_factory=set)
 
     @property
@@ -140,7 +146,8 @@ def _missing_segments(
                     extent,
                     flat(token_ids)[extent.start : extent.stop],
                     position=begins[0].position + begins[1],
-                    missing=[piece for piece in held if piece.where in ("evicted", "absent")],
+                    missing=[piece for piece in held if piece.where in _NOWHERE],
+                    num_run=sum(len(span.token_ids) for span in spans if where(span) in _NOWHERE),
                 )
             found[key].text_indices.add(text_idx)
     return [segment for segment in found.values() if segment.missing]

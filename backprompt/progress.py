@@ -1,5 +1,7 @@
 """Progress bars over work that may take longer than two seconds: one rule for when they show.
 
+A bar that nobody asked for shows only where standard error is a terminal: in the log of a job it would be noise.
+
 Public functions say by `show_progress_bar` what their caller wants; what works below them, several modules away, asks
 here. `TQDM_DISABLE=1` in the environment hides every bar (tqdm 4.66 or newer), those of properties such as
 `text.logits` included.
@@ -7,6 +9,7 @@ here. `TQDM_DISABLE=1` in the environment hides every bar (tqdm 4.66 or newer), 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,8 +33,18 @@ def showing(show: bool | None) -> Iterator[None]:
         _SHOW.reset(token)
 
 
+def is_wanted(show: bool | None, *, is_long: bool) -> bool:
+    """Return whether a bar may show: as is said, and where nothing is, over long work on a terminal."""
+    return is_long and is_terminal() if show is None else show
+
+
+def is_terminal() -> bool:
+    """Return whether somebody sees what standard error says."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def progress_bar(total: int, desc: str, unit: str, *, is_long: bool = True) -> Any:
-    """Return a bar over `total` units of work, which shows as `showing` says, or after `DELAY_SECONDS`.
+    """Return a bar over `total` units of work, which shows as `showing` says, or on a terminal after `DELAY_SECONDS`.
 
     Args:
         total: how much there is to do.
@@ -41,7 +54,7 @@ def progress_bar(total: int, desc: str, unit: str, *, is_long: bool = True) -> A
 
     """
     show = _SHOW.get()
-    if not (is_long if show is None else show):
+    if not is_wanted(show, is_long=is_long):
         return tqdm(disable=True)
     delay = 0.0 if show else DELAY_SECONDS
     return tqdm(total=total, desc=desc, unit=f" {unit}", unit_scale=total >= 10_000, delay=delay)

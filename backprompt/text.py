@@ -368,6 +368,22 @@ class Text:
             self._lm.evaluate([self])
 
 
+def as_list(texts: Text | Iterable[Text], what: str) -> list[Text]:
+    """Return a text or several as a list, its elements unchecked; `what` takes them.
+
+    Raises:
+        TextTypeError: it is a string, or nothing that one can go through.
+
+    """
+    if isinstance(texts, Text):
+        return [texts]
+    if isinstance(texts, str):
+        raise TextTypeError(f"{what} takes texts, not the str {_shorten(repr(texts))}. Wrap it: Text(string, lm).")
+    if not isinstance(texts, Iterable):
+        raise TextTypeError(f"{what} takes a Text or several in a list, not {type(texts).__name__}: {texts!r}.")
+    return list(texts)
+
+
 def _concatenate(left: Text, right: Text) -> Text:
     """Return `left + right`; raises MixedModelsError where the two are bound to different models."""
     lm = _common_lm(left._lm, right)

@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "design.md"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LABELS = ("track order", "request refund", "reset account password", "report damaged parcel")
 NUM_SHOTS, NUM_QUESTIONS, NUM_COMPARED = 2, 8, 4
-HEAD = ("model", "dtype", "largest gap", "mean gap", "argmax flips", "tolerated")
+HEAD = ("model", "dtype", "gap", "largest gap", "mean gap", "argmax flips", "tolerated")
 
 
 def main() -> None:
@@ -68,6 +68,7 @@ def row(name: str, dtype: torch.dtype, verified: Verification) -> str:
     cells = (
         name,
         str(dtype).removeprefix("torch."),
+        f"{verified.gap:.1e}",
         f"{verified.largest_gap:.1e}",
         f"{verified.mean_gap:.1e}",
         f"{verified.argmax_flips:,} of {verified.num_tokens:,}",

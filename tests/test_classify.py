@@ -210,7 +210,10 @@ def test_options_and_numbers_of_the_wrong_kind(lm):
     assert predict(PROMPTS, np.array(COMPLETIONS), lm) == predict(PROMPTS, COMPLETIONS, lm)
 
 
-def test_a_bar_on_long_work_only(lm, capsys):
+def test_a_bar_on_long_work_only(lm, capsys, monkeypatch):
+    predict_proba(PROMPTS * 2, COMPLETIONS, lm)
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     predict_proba(PROMPTS, COMPLETIONS, lm)
     assert "prompts" not in capsys.readouterr().err
     predict_proba(PROMPTS * 2, COMPLETIONS, lm)

@@ -51,6 +51,8 @@ def test_the_figures_of_a_tree(model, tokenizer):
     assert explained.tokens_in_memory == explained.tokens_to_recompute == 0
     assert explained.bytes_needed == new * TOKEN_BYTES
     assert f"forwards {new} tokens instead of {plain}: {plain / new:.1f} times fewer." in explained.sentences[0]
+    assert explained.times_fewer == plain / new
+    assert explained.tokens_shared == plain - new
     evaluate(texts[:6])
     held = len(distinct(texts[:6]))
     explained = explain(texts)
@@ -60,6 +62,7 @@ def test_the_figures_of_a_tree(model, tokenizer):
     explained = explain(texts)
     assert explained.tokens_to_compute == explained.forward_passes == 0
     assert explained.misses == ()
+    assert explained.times_fewer == float("inf")
     assert explained.sentences[0].startswith("Nothing is forwarded")
 
 
@@ -102,6 +105,29 @@ def test_what_comes_from_a_store(model, tokenizer):
     assert f"{num_context} loaded" in str(explained)
 
 
+@settings(max_examples=30)
+@given(
+    drawn=st.lists(st.lists(segments, min_size=1, max_size=4), min_size=2, max_size=5),
+    cut=st.integers(0, 3),
+    max_tokens=st.integers(3, 9),
+)
+def test_passes_with_a_store_are_those_expected(drawn, cut, max_tokens):
+    """What comes from it does not change the order of the rest."""
+    store = MemoryStore()
+    for one in drawn[:cut]:
+        stored = build(LM(MODEL, TOKENIZER, store=store), one)
+        if stored.tokens:
+            stored.save()
+    lm = LM(MODEL, TOKENIZER, max_tokens_per_forward=max_tokens, store=store)
+    texts = [text for text in (build(lm, one) for one in drawn) if text.tokens]
+    if not texts:
+        return
+    explained = explain(texts, analyze=True)
+    assert explained.actual.tokens_loaded == explained.tokens_on_disk
+    assert explained.actual.tokens_computed == explained.tokens_to_compute
+    assert explained.actual.forward_passes == explained.forward_passes
+
+
 def test_what_was_dropped_is_computed_once_more(model, tokenizer):
     lm = make_lm(model, tokenizer, num_tokens=60)
     texts = questions(lm)
@@ -128,12 +154,15 @@ def test_the_second_pool(model, tokenizer):
 def test_seconds_are_those_of_this_lm(model, tokenizer):
     lm = LM(model, tokenizer)
     texts = questions(lm)
-    assert explain(texts).seconds is None
+    assert explain(texts).seconds is explain(texts).seconds_saved is None
     assert "unknown until something was computed" in str(explain(texts))
     evaluate(texts[0])
     lm._counters.seconds = 0.5 * lm._counters.tokens_computed
     explained = explain(texts)
     assert explained.seconds == pytest.approx(0.5 * explained.tokens_to_compute)
+    plain = sum(len(text.tokens) for text in texts)
+    assert explained.seconds_saved == pytest.approx(0.5 * (plain - explained.tokens_to_compute))
+    assert f"times fewer, about {explained.seconds_saved:.2g} s less." in explained.sentences[0]
 
 
 def test_what_exceeds_the_budget_is_said(model, tokenizer):
@@ -156,6 +185,49 @@ def test_nothing_is_shared(model, tokenizer):
     alone = explain(Text("12 cats", lm))
     assert alone.divergence is None
     assert alone.sentences == ["One text of which nothing is held forwards 4 tokens, as its plain call does."]
+
+
+def test_what_is_held_is_not_shared(model, tokenizer):
+    lm = LM(model, tokenizer)
+    texts = [Text("12 cats", lm), Text("The cat", lm)]
+    evaluate(texts[0])
+    explained = explain(texts)
+    held, plain = len(texts[0].tokens), explained.tokens_requested
+    assert explained.tokens_shared == 0
+    assert explained.sentences[0].startswith("Sharing saves nothing here")
+    assert f"forwards {plain - held} tokens instead of {plain}: " in explained.sentences[1]
+    assert explained.sentences[2:] == [f"All the {held} saved are held already."]
+    context = Text("The cat", lm)
+    explained = explain([texts[0], context + " sat", context + " is"])
+    saved = explained.tokens_requested - explained.tokens_to_compute
+    assert f"{held} of the {saved} saved are held already." in explained.sentences
+
+
+def test_special_tokens_are_not_what_is_shared(model):
+    """Every text begins with the same one."""
+    lm = LM(model, TOKENIZERS["llama3_bpe"]())
+    explained = explain([Text("12 cats", lm), Text("The cat", lm)])
+    assert explained.tokens_requested == explained.tokens_distinct + 1
+    assert explained.tokens_shared == 0
+    assert explained.sentences[0] == (
+        "Sharing saves only special tokens here: prompts differ from the first token behind them."
+    )
+    assert not any("in common" in sentence for sentence in explained.sentences)
+    assert (
+        explain([Text("The cat", lm), Text("The cat", lm) + " sat"]).tokens_shared
+        == len(Text("The cat", lm).tokens) - 1
+    )
+    assert explain([Text("", lm), Text("", lm)]).tokens_shared == 0
+
+
+def test_no_plain_call_computes_groups(model, tokenizer):
+    lm = LM(model, tokenizer)
+    text = Text("a", lm) + (Text("b") | "c") + "d"
+    explained = explain(text)
+    assert explained.num_groups == 1
+    assert not any("lain call" in sentence for sentence in explained.sentences)
+    evaluate(text)
+    assert not any("lain call" in sentence for sentence in explain(text).sentences)
 
 
 def test_where_tokens_differ(model, tokenizer):
@@ -255,6 +327,23 @@ def test_a_store_that_cannot_be_read(model, tokenizer, monkeypatch, caplog):
     assert "cannot be read (gone)" in caplog.text
 
 
+def test_what_is_too_short_to_be_stored(model, tokenizer):
+    """It was computed, and is computed again by the next process."""
+    store = MemoryStore()
+    context, question = Text(CONTEXT, LM(model, tokenizer, store=store)), "What is 7?"
+    evaluate(context)
+    evaluate(context + question)
+    lm = LM(model, tokenizer, store=store)
+    explained = explain(Text(CONTEXT, lm) + question)
+    (miss,) = explained.misses
+    assert 0 < miss.num_missing < 16
+    assert (miss.segment, miss.reason) == (repr(question), "too short")
+    assert miss.why in str(explained)
+    long = Text(CONTEXT, lm) + question + " The cat sat on the mat."
+    assert {miss.reason for miss in explain(long).misses} == {"never computed"}
+    assert reasons(explain(Text("The cat", LM(model, tokenizer)))) == {"'The cat'": "never computed"}
+
+
 def test_segments_that_texts_share_are_named_once(model, tokenizer):
     texts = questions(LM(model, tokenizer))
     explained = explain(texts)
@@ -306,6 +395,8 @@ def test_texts_that_cannot_be_explained(model, tokenizer):
         explain([])
     with pytest.raises(bp.TextTypeError, match="not the str"):
         explain("The cat")
+    with pytest.raises(bp.TextTypeError, match="explain takes a Text or several in a list, not NoneType: None"):
+        explain(None)
     with pytest.raises(bp.TextTypeError, match="texts\\[1\\] is a int"):
         explain([Text("a", lm), 1])
     with pytest.raises(bp.UnboundTextError, match="has no model"):

@@ -231,6 +231,8 @@ def test_texts_without_a_model_and_of_several() -> None:
     assert graph.nodes[0]["position"] is None
     assert not to_networkx([])
     assert not to_networkx(Text(""))
+    with pytest.raises(TextTypeError, match="takes a Text or several in a list, not NoneType: None"):
+        to_networkx(None)
     with pytest.raises(TextTypeError, match=r"texts\[1\] is a str"):
         to_networkx([Text("a"), "b"])
 

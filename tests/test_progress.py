@@ -22,8 +22,9 @@ def texts(lm) -> list[Text]:
 
 @pytest.fixture
 def at_once(monkeypatch) -> None:
-    """Work of any length is long."""
+    """Work of any length is long, and standard error is a terminal."""
     monkeypatch.setattr(progress, "DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "is_terminal", lambda: True)
 
 
 @pytest.fixture
@@ -42,6 +43,16 @@ def test_evaluate_counts_tokens(texts, lm, capsys):
     num_tokens = lm.stats.tokens_computed
     assert f"{num_tokens}/{num_tokens}" in capsys.readouterr().err
     assert lm.stats.forward_passes > 1
+
+
+def test_only_a_terminal_shows_bars_that_nobody_asked_for(texts, lm, is_shown, monkeypatch):
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 0.0)
+    evaluate(texts)
+    backprompt.generate(texts, max_new_tokens=2)
+    assert is_shown("evaluating", "generating") == [False, False]
+    lm.clear()
+    evaluate(texts, show_progress_bar=True)
+    assert is_shown("evaluating") == [True]
 
 
 def test_short_work_shows_nothing_by_default(texts, is_shown):

@@ -192,7 +192,7 @@ class DiskStore(Store):
         """Read every entry, set the damaged ones aside, and return the names of those that cannot be read.
 
         Args:
-            show_progress_bar: by default where it takes longer than two seconds.
+            show_progress_bar: by default on a terminal where it takes longer than two seconds.
 
         """
         unreadable = []
@@ -209,7 +209,7 @@ class DiskStore(Store):
 
         Args:
             max_bytes: a number or text such as "10 GB"; by default what the store was opened with.
-            show_progress_bar: by default where it takes longer than two seconds.
+            show_progress_bar: by default on a terminal where it takes longer than two seconds.
 
         Raises:
             ValueError: there is neither.
@@ -245,7 +245,7 @@ class DiskStore(Store):
         """Make the index anew from the files alone.
 
         Args:
-            show_progress_bar: by default where it takes longer than two seconds.
+            show_progress_bar: by default on a terminal where it takes longer than two seconds.
 
         """
         with self._database() as index:
