@@ -40,7 +40,8 @@ def is_wanted(show: bool | None, *, is_long: bool) -> bool:
 
 def is_terminal() -> bool:
     """Return whether somebody sees what standard error says: on a terminal, or in a notebook, which has none."""
-    return sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    is_notebook = type(sys.stderr).__module__.startswith("ipykernel.")
+    return sys.stderr is not None and (sys.stderr.isatty() or is_notebook)
 
 
 def progress_bar(total: int, desc: str, unit: str, *, is_long: bool = True) -> Any:
