@@ -16,8 +16,9 @@ from importlib.util import find_spec
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
-from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
+from backprompt.errors import MixedModelsError
 from backprompt.evaluator import Evaluator
+from backprompt.lm import lm_of
 from backprompt.lookup import where
 from backprompt.missing import Miss, Reason, misses, shown_segment
 from backprompt.radix import common_length
@@ -342,14 +343,7 @@ def one_lm(texts: Sequence[Text]) -> LM:
 
     """
     for idx, text in enumerate(texts):
-        if not isinstance(text, Text):
-            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
-        if text.lm is None:
-            raise UnboundTextError(
-                f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that "
-                "has one."
-            )
-        if text.lm is not texts[0].lm:
+        if lm_of(text, idx) is not texts[0].lm:
             raise MixedModelsError(
                 f"texts[{idx}], {text!r}, belongs to another LM than texts[0]. Ask about the texts of one LM at a time."
             )

@@ -561,7 +561,7 @@ class LM:
     def _own_texts(self, texts: Iterable[Text]) -> list[Text]:
         texts = list(texts)
         for idx, text in enumerate(texts):
-            if _lm_of(text, idx) is not self:
+            if lm_of(text, idx) is not self:
                 raise UnboundTextError(
                     f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
                 )
@@ -780,7 +780,7 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
     listed = list(texts)
     by_lm: dict[LM, list[int]] = {}
     for idx, text in enumerate(listed):
-        by_lm.setdefault(_lm_of(text, idx), []).append(idx)
+        by_lm.setdefault(lm_of(text, idx), []).append(idx)
     reprs: dict[int, ModelRepr] = {}
     for lm, indices in by_lm.items():
         own = [listed[idx] for idx in indices]
@@ -788,7 +788,7 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
     return [reprs[idx] for idx in range(len(listed))]
 
 
-def _lm_of(text: object, idx: int) -> LM:
+def lm_of(text: object, idx: int) -> LM:
     """Return the `LM` of an element of `texts`."""
     if not isinstance(text, Text):
         raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")

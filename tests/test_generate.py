@@ -566,8 +566,9 @@ def test_stop_strings_that_no_token_can_spell_are_refused(model):
 def test_stop_strings_within_a_token_are_not_refused(model):
     tokenizer = unigram()
     lm = LM(model, tokenizer)
-    inside = next(piece for piece in tokenizer.get_vocab() if len(piece) > 3 and piece.isalpha())[1:]
-    Text("The cat", lm).generate(max_new_tokens=3, stop=inside)
+    piece, token_id = next(item for item in tokenizer.get_vocab().items() if len(item[0]) > 3 and item[0].isalpha())
+    found = Text("The cat", lm).generate(max_new_tokens=3, stop=piece[1:], sequence_bias=[[[token_id], 1e4]])
+    assert (found.completion_tokens, found.finish_reason) == ((token_id,), "stop")
 
 
 def test_texts_that_cannot_be_continued(lm):
