@@ -1,9 +1,10 @@
 """Linear layers on the CPU through oneDNN, where that is faster: the only file that knows how they are multiplied.
 
 torch multiplies float32 matrices with MKL. oneDNN, which is part of torch, was two to four times faster where it was
-measured, with weights as they lie or *packed*: copied once into the order in which its kernels read them. The operations are those that torch's own
-compiler calls (`torch/_inductor/fx_passes/mkldnn_fusion.py`); they are private, so one that is missing, refuses its
-arguments or gives other numbers is not used. The products are the same but for rounding.
+measured, with weights as they lie or *packed*: copied once into the order in which its kernels read them. The
+operations are those that torch's own compiler calls (`torch/_inductor/fx_passes/mkldnn_fusion.py`); they are private,
+so one that is missing, refuses its arguments or gives other numbers is not used. The products are the same but for
+rounding.
 
 The measurements are in `docs/design.md`, "Matrix products".
 """
