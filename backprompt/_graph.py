@@ -22,7 +22,7 @@ import networkx as nx
 
 from backprompt.errors import TextTypeError
 from backprompt.lookup import Sketch, where
-from backprompt.plan import missing_spans
+from backprompt.passes import missing_spans
 from backprompt.radix import Forest, Place, Span
 from backprompt.segments import Group, Segment
 from backprompt.text import Text, as_list

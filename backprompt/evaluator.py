@@ -27,7 +27,8 @@ from backprompt.growth import Growth
 from backprompt.host import HostMemory
 from backprompt.lookup import Aside, Sketch
 from backprompt.memory import Memory
-from backprompt.plan import cut_into_passes, missing_spans
+from backprompt.passes import cut_into_passes, missing_spans
+from backprompt.plan import plan_pass
 from backprompt.probe import probe
 from backprompt.progress import GrowingBar, progress_bar
 from backprompt.radix import NOTHING, Forest, Junction, Place, Span
@@ -643,7 +644,7 @@ class Evaluator:
         with_rows = [span for span in spans if span.token_ids]
         new = [span for span in with_rows if span.states is None]
         if with_rows:
-            self.memory.add(self.executor.compute(with_rows))
+            self.memory.add(self.executor.compute(plan_pass(with_rows)))
             self.counters.forward_passes += 1
         for span in new:
             if span.error:  # it was read back inexactly once, and so may be rows of logits that were computed with it

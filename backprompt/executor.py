@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from backprompt import skeleton
-from backprompt.attention import ChosenKernel, PackedAttention, Scoring, choose_kernel, clear_kernel
+from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
+from backprompt.attention.calls import CallsAttention
 from backprompt.cache import BlockRows, KeysValues, States
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.linear import speed_up
-from backprompt.plan import TILE_TOKENS, Pass, plan_pass
-from backprompt.radix import Span
+from backprompt.plan import Pass
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Executor:
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
         """Bytes of all that is held of one token; known after the first pass."""
-        self.kernel_name = "none yet"
+        self._attention: ForestAttention = CallsAttention()
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
@@ -101,12 +101,16 @@ class Executor:
         """Let go of the copies of the model, and of packed weights; nothing can be computed any more."""
         del self._body, self._head
 
-    def compute(self, spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> tuple[KeysValues, States | None]:
-        """Forward depth-first spans in one pass: all of them are computed when it returns, none if it raises.
+    @property
+    def kernel_name(self) -> str:
+        """The attention kernel that serves; a name other than a fast kernel's says why the clear one does."""
+        return self._attention.name
+
+    def compute(self, pass_: Pass) -> tuple[KeysValues, States | None]:
+        """Forward a pass: all of its spans are computed when it returns, none if it raises.
 
         Returns what it left: keys and values of all spans, and states of those that held none (None if all did).
         """
-        pass_ = plan_pass(spans, tile_tokens)
         keys_values, hidden = self.forward(pass_)
         new = [(span, rows) for span, rows in zip(pass_.spans, pass_.slices, strict=True) if span.states is None]
         if len(new) == len(pass_.spans):
@@ -134,7 +138,7 @@ class Executor:
         """
         token_ids = torch.tensor([pass_.token_ids], device=self.device)  # (1, tokens)
         positions = torch.tensor([pass_.positions], device=self.device)
-        in_flight = self._in_flight = _InFlight(pass_, max_position=max(pass_.positions))
+        in_flight = self._in_flight = _InFlight(self._attention.prepare(pass_), max_position=max(pass_.positions))
         try:
             output = self._body(
                 input_ids=token_ids,
@@ -222,15 +226,10 @@ class Executor:
         )
         # Copied: a model's key may be a view of queries, keys and values together, and those must not be kept.
         layer_idx = in_flight.add_layer(_copy(key[0]), _copy(value[0]))
-        attention = in_flight.attention
-        if attention is None:
-            chosen = self._choose_kernel(query, key, value)
-            if chosen.name != self.kernel_name:
-                logger.info("Attention of %s runs on the kernel %s.", self._model_name, chosen.name)
-            self.kernel_name = chosen.name
-            attention = PackedAttention(in_flight.pass_, chosen.kernel, query.dtype, query.device)
-            in_flight.attention = attention
-        output = attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
+        kernel_before = self.kernel_name
+        output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
+        if self.kernel_name != kernel_before:
+            logger.info("Attention of %s runs on the kernel %s.", self._model_name, self.kernel_name)
         return output[None], None
 
     def mark_mask(
@@ -263,19 +262,13 @@ class Executor:
                 "implement; ignoring it would give other numbers."
             )
 
-    def _choose_kernel(self, query: Tensor, key: Tensor, value: Tensor) -> ChosenKernel:
-        if key.shape[-1] != value.shape[-1]:
-            return ChosenKernel("clear (keys and values differ in size)", clear_kernel)
-        return choose_kernel(query.device, query.dtype, query.shape[1], key.shape[1], key.shape[-1])
-
 
 @dataclass
 class _InFlight:
     """The state of one forward call: what has been collected layer by layer."""
 
-    pass_: Pass
+    attention: PreparedAttention
     max_position: int
-    attention: PackedAttention | None = None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     _markers: list[tuple[Tensor, int | None]] = field(default_factory=list)

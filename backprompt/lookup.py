@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from backprompt.archive import Archive
-from backprompt.plan import cut_into_passes, missing_spans
+from backprompt.passes import cut_into_passes, missing_spans
 from backprompt.radix import Forest, Junction, Place, Span, child_key, common_length
 from backprompt.token_graph import TokenIds
 

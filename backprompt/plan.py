@@ -1,33 +1,36 @@
-"""The plan: which spans to forward, packed in what order, and which attention calls each pass makes. Pure Python.
+"""The plan of a pass: its row of tokens, the keys that each row sees, and the kernel calls for them. Pure Python.
 
-All spans that the wanted texts need and that are not computed are laid out depth first in one row of tokens, cut
-into *passes*. In that order the descendants of a span are one contiguous slice of the row, so a pass needs only
-two kinds of attention calls, each on contiguous slices:
+The spans of a pass are laid out depth first in one row of tokens (passes.py), so the descendants of a span are one
+contiguous slice of rows. The rows see *segments* of keys, each a contiguous slice of rows against a contiguous slice
+of keys:
 
-- `Own`: rows that attend to themselves. Either a causal run (a long span, with the first child that continues it),
-  or a *tile*: consecutive small runs and subtrees, attended to densely under a mask of what each row descends from.
-- `Cross`: rows that all descend from the same earlier span and attend to all of its keys, unmasked.
+- Own: rows that see each other. Either a causal run (a long span, with the first child that continues it), or a
+  *tile*: consecutive small runs and subtrees, attended to densely under a mask of what each row descends from.
+- Cross: rows that all descend from the same earlier span and see all of its keys.
 
 Example: an instruction of 300 tokens, cached; under it two prompts of 200 tokens, each with two completions of 3:
 
-    rows    0..200  prompt a   Own(0, 200)         Cross(rows 0..412, keys of the instruction)
-    rows  200..206  its two    Own(200, 206, tile) Cross(rows 200..206, keys 0..200 of this pass)
-    rows  206..406  prompt b   Own(206, 406)
-    rows  406..412  its two    Own(406, 412, tile) Cross(rows 406..412, keys 206..406 of this pass)
+    rows    0..200  prompt a   own             cross: rows 0..412, keys of the instruction
+    rows  200..206  its two    own, a tile     cross: rows 200..206, keys 0..200 of this pass
+    rows  206..406  prompt b   own
+    rows  406..412  its two    own, a tile     cross: rows 406..412, keys 206..406 of this pass
 
 The partial results of one row are joined by their log-sum-exp, which is exact.
 
-What stands behind a junction descends from several spans, so the rows that see a branch's keys may lie in several
-slices, and there they may count several times: a Cross each.
+Rows behind a junction descend from several spans, so the rows that see a branch's keys may lie in several slices, and
+there they may count several times: a segment each.
+
+Segments do not depend on the model. The kernel calls (`Pass.calls`) do: a sliding window hides keys, and a call costs
+as much as a number of products that depends on the heads, so small neighbours share a call under a mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from backprompt.radix import Forest, Span, depth_first
+from backprompt.radix import Span
 
 TILE_TOKENS = 128
 """Subtrees up to this many tokens are attended to densely under a tree mask."""
@@ -35,29 +38,27 @@ TILE_TOKENS = 128
 SMALL_TOKENS = 32
 """Causal runs and tiles up to this many tokens share a tile with their neighbours: a call costs more than that."""
 
-MIN_CUT_TOKENS = 32
-"""A span is cut at the end of a pass only where at least this many tokens of it still fit."""
+CALL_MULTIPLICATIONS = 1_500_000
+"""What a kernel call costs besides its products, in multiplications of a query and a key: about 65 us on two cores."""
+
+WINDOW_CHUNK_ROWS = 512
+"""Under a sliding window a long causal run is attended to in chunks of rows, so that its mask stays small."""
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
-    """Rows `start..stop` of the pass attend to themselves.
+class KeySegment:
+    """Rows `start..stop` of a pass see keys `key_start..key_stop` of a block, or of the pass itself.
 
-    `visible_until` is None for a causal run. For a tile it holds, for each row, the row at which the last descendant
-    of its span ends: row q sees row k when `k <= q < visible_until[k - start]`.
-    """
+    Attributes:
+        start, stop: the rows.
+        block: the block that holds the keys; None for the pass itself.
+        key_start, key_stop: the keys.
+        key_position: the position of the first key; in all but tiles the others follow it.
+        times: how often each key counts: the number of equal branches.
+        visible_until: of a tile, for each key the row at which the last descendant of its span ends: row q sees key k
+            when `k <= q < visible_until[k - key_start]`. None for a causal run, and for a segment of other keys than
+            the rows' own, all of which every row sees.
 
-    start: int
-    stop: int
-    visible_until: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cross:
-    """Rows `start..stop` of the pass attend to all rows `key_start..key_stop` of a block of keys and values.
-
-    `block` is None for the pass itself. The first key is at position `key_position`; the others follow it. Each key
-    counts `times` times: its branch stands there so often.
     """
 
     start: int
@@ -67,15 +68,85 @@ class Cross:
     key_stop: int
     key_position: int
     times: int = 1
+    visible_until: tuple[int, ...] | None = None
+
+    @classmethod
+    def own(cls, start: int, stop: int, position: int, visible_until: tuple[int, ...] | None = None) -> KeySegment:
+        """Return the segment of rows that see each other, the first at `position`."""
+        return cls(start, stop, None, start, stop, position, visible_until=visible_until)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the keys are those of the rows themselves."""
+        return self.block is None and self.key_start == self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel call: `rows` of the pass against `keys` of a block, or of the pass itself where `block` is None.
+
+    Attributes:
+        segments: what the rows see of the keys.
+        window: rows see keys fewer than this many positions back; None where all keys of the segments are.
+
+    """
+
+    rows: slice
+    block: object | None
+    keys: slice
+    segments: tuple[KeySegment, ...]
+    window: int | None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether rows see each other; each row has exactly one such call, which the others are joined to."""
+        return self.segments[0].is_own
+
+    @property
+    def times(self) -> int:
+        """How often each key counts."""
+        return self.segments[0].times
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether some row sees only some of the keys, in another way than causally."""
+        return len(self.segments) > 1 or self.window is not None or self.segments[0].visible_until is not None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether row i sees the keys up to the i-th, without a mask."""
+        return self.is_own and not self.needs_mask
+
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs of a row and a key the kernel multiplies."""
+        num_rows: int = self.rows.stop - self.rows.start
+        num_keys: int = self.keys.stop - self.keys.start
+        return num_rows * num_keys
+
+    def united(self, other: Call) -> Call:
+        """Return one call, of keys of the same block, for both."""
+        return Call(
+            _union(self.rows, other.rows),
+            self.block,
+            _union(self.keys, other.keys),
+            self.segments + other.segments,
+            self.window or other.window,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One packed forward pass: the spans to compute, in row order, and how their rows attend."""
+    """One packed forward pass: the spans to compute, in row order, and the keys that their rows see.
+
+    Attributes:
+        spans: with tokens, depth first.
+        segments: own ones first, in the order of the rows, each row in exactly one.
+
+    """
 
     spans: tuple[Span, ...]
-    own: tuple[Own, ...]
-    cross: tuple[Cross, ...]
+    segments: tuple[KeySegment, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -98,102 +169,37 @@ class Pass:
         """The position of each token of the row in its own text."""
         return [p for span in self.spans for p in range(span.position, span.position + len(span.token_ids))]
 
+    def calls(self, window: int | None, multiplications_a_pair: int) -> list[Call]:
+        """Return the kernel calls of a layer, own ones first.
 
-def missing_spans(ends: Iterable[Span], *, with_keys: bool = False) -> list[Span]:
-    """Return the spans to forward so that `ends` hold their states, depth first; each before what continues it.
+        Args:
+            window: rows see keys fewer than this many positions back; None where there is no such bound.
+            multiplications_a_pair: how many products a pair of a row and a key takes: heads times head_dim.
 
-    These are the spans on the way that hold no states, and what they continue and holds no keys and values any more.
-    `with_keys`: the ends shall hold keys and values, too.
-
-    Texts that share nothing come as asked for. Of several continuations of one span the one with the most tokens to
-    compute comes first: it joins the causal run of what it continues, and the small ones lie side by side behind it.
-    """
-    wanted: dict[Span, list[Span]] = {}  # all spans on the way, with those that continue them
-    for end in ends:
-        if end.states is not None and not (with_keys and end.rows is None):
-            continue
-        stack = [end]
-        while stack:
-            span = stack.pop()
-            if span not in wanted:
-                wanted[span] = []
-                stack += span.parents
-    for span in list(wanted):
-        if span.parent is not None:
-            wanted[span.parent].append(span)
-    root = next((span for span in wanted if span.parent is None), None)
-    if root is None:
-        return []
-    num_missing = _num_missing(root, wanted)
-
-    def largest_first(span: Span) -> list[Span]:
-        following = wanted[span]
-        # With junctions as asked for: what stands behind one is through before the branches of others.
-        if span is root or not all(child.token_ids for child in following):
-            return following
-        return sorted(following, key=num_missing.__getitem__, reverse=True)
-
-    return list(filter(_is_missing, depth_first(root, largest_first)))
-
-
-def _num_missing(root: Span, children: Mapping[Span, list[Span]]) -> dict[Span, int]:
-    """Return, for each span, how many tokens are to be computed of it and of what continues it."""
-    top_down = [root]
-    for span in top_down:
-        top_down += children[span]
-    num_missing: dict[Span, int] = {}
-    for span in reversed(top_down):
-        own = len(span.token_ids) if _is_missing(span) else 0
-        num_missing[span] = own + sum(map(num_missing.__getitem__, children[span]))
-    return num_missing
-
-
-def _is_missing(span: Span) -> bool:
-    """Return whether a span on the way to an end that must be computed has to be forwarded."""
-    return span.parent is not None and span.rows is None
-
-
-def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> list[tuple[Span, ...]]:
-    """Group depth-first `spans` into passes of at most `max_tokens` tokens and about equal size.
-
-    A span that does not fit is split in the forest, which changes no result: the cut-off part sees the first part's
-    keys as it sees any ancestor's.
-    """
-    num_tokens = sum(len(span.token_ids) for span in spans)
-    num_passes = -(-num_tokens // max_tokens)
-    target = -(-num_tokens // num_passes) if num_passes else 0
-    passes: list[tuple[Span, ...]] = []
-    current: list[Span] = []
-    num_current = 0
-    for span in spans:
-        while num_current + len(span.token_ids) > max_tokens:
-            room = target - num_current
-            if room >= MIN_CUT_TOKENS or not current:
-                current.append(forest.split(span, room))
-            passes.append(tuple(current))
-            current, num_current = [], 0
-        current.append(span)
-        num_current += len(span.token_ids)
-        if num_current >= target:
-            passes.append(tuple(current))
-            current, num_current = [], 0
-    if current:
-        passes.append(tuple(current))
-    return passes
+        """
+        positions = self.positions
+        own = [call for segment in self.segments if segment.is_own for call in _own_calls(segment, window)]
+        others = [
+            call
+            for segment in self.segments
+            if not segment.is_own
+            for call in _cross_calls(segment, positions[segment.start : segment.stop], window)
+        ]
+        return own + _merge_calls(others, CALL_MULTIPLICATIONS // multiplications_a_pair)
 
 
 def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
-    """Lay depth-first `spans` out in one row and return the attention calls that they need.
+    """Lay depth-first `spans` out in one row and return the keys that its rows see.
 
     Junctions have no rows and are left out. Ancestors that are not among `spans` must be computed: an earlier pass, or
     an earlier evaluation, holds their keys.
     """
     spans = [span for span in spans if span.token_ids]
     layout = _Layout(spans)
-    own: list[Own] = []
-    reach: dict[tuple[Span, int], list[slice]] = {}  # ancestor, how often it counts -> rows that see it by a Cross
+    own: list[KeySegment] = []
+    reach: dict[tuple[Span, int], list[slice]] = {}  # ancestor, how often it counts -> rows that see it
     run_end: Span | None = None  # the last span of the causal run that `own` ends with, if it ends with one
-    seen: dict[Span, int] = {}  # what the rows at hand see by a Cross
+    seen: dict[Span, int] = {}  # the ancestors that the rows at hand see
     idx = 0
     while idx < len(spans):
         start = layout.starts[idx]
@@ -202,10 +208,10 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
         next_idx = max(next_idx, idx + 1)
         stop = layout.starts[next_idx]
         if visible_until is None and spans[idx].parent is run_end and not spans[idx].begins_chain:
-            # What directly continues a causal run, as its only or first child, joins it: no Cross for its rows.
-            own[-1] = Own(own[-1].start, stop)
+            # A span that directly continues a causal run, as its only or first child, joins it.
+            own[-1] = KeySegment.own(own[-1].start, stop, own[-1].key_position)
         else:
-            own.append(Own(start, stop, visible_until))
+            own.append(KeySegment.own(start, stop, spans[idx].position, visible_until))
             seen = spans[idx].seen()
         run_end = spans[next_idx - 1] if visible_until is None else None
         for ancestor in seen.items():
@@ -215,7 +221,7 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
             else:
                 slices.append(slice(start, stop))
         idx = next_idx
-    return Pass(tuple(spans), tuple(_merge_small(own, tile_tokens)), tuple(_merge_crosses(reach, layout)))
+    return Pass(tuple(spans), (*_merge_small(own, tile_tokens), *_cross_segments(reach, layout)))
 
 
 class _Layout:
@@ -259,7 +265,7 @@ class _Layout:
         return True
 
     def visible_until(self, idx: int, end: int) -> tuple[int, ...] | None:
-        """Return the tile's `Own.visible_until`; None where the tile is one chain, which is plainly causal.
+        """Return the tile's `KeySegment.visible_until`; None where the tile is one chain, which is plainly causal.
 
         A chain has no gaps of positions, so that a window is as many rows as positions.
         """
@@ -275,28 +281,29 @@ class _Layout:
         )
 
 
-def _merge_small(own: Sequence[Own], tile_tokens: int) -> list[Own]:
+def _merge_small(own: Sequence[KeySegment], tile_tokens: int) -> list[KeySegment]:
     """Put small neighbours into one tile, whatever they descend from: it hides them from each other anyway."""
-    merged: list[Own] = []
+    merged: list[KeySegment] = []
     is_small = False  # whether the last one may take in more
     for piece in own:
         last = merged[-1] if merged else piece
         fits = is_small and piece.stop - piece.start <= SMALL_TOKENS and piece.stop - last.start <= tile_tokens
         if fits:
-            merged[-1] = Own(last.start, piece.stop, _visible_until(last) + _visible_until(piece))
+            until = _visible_until(last) + _visible_until(piece)
+            merged[-1] = KeySegment.own(last.start, piece.stop, last.key_position, until)
         else:
             merged.append(piece)
             is_small = piece.stop - piece.start <= SMALL_TOKENS
     return merged
 
 
-def _visible_until(own: Own) -> tuple[int, ...]:
+def _visible_until(own: KeySegment) -> tuple[int, ...]:
     return (own.stop,) * (own.stop - own.start) if own.visible_until is None else own.visible_until
 
 
-def _merge_crosses(reach: Mapping[tuple[Span, int], list[slice]], layout: _Layout) -> list[Cross]:
-    """Return a Cross for each ancestor and slice of rows; neighbours in memory that the same rows see share one."""
-    crosses: list[Cross] = []
+def _cross_segments(reach: Mapping[tuple[Span, int], list[slice]], layout: _Layout) -> list[KeySegment]:
+    """Return a segment for each ancestor and slice of rows; neighbours in memory that the same rows see share one."""
+    segments: list[KeySegment] = []
     last_of_rows: dict[tuple[int, int, int], int] = {}
     for (span, times), slices in reach.items():
         idx = layout.idx_of.get(span)
@@ -306,25 +313,82 @@ def _merge_crosses(reach: Mapping[tuple[Span, int], list[slice]], layout: _Layou
             assert span.rows is not None, f"{span!r} is neither in the pass nor computed"
             block, key_start, key_stop = span.rows.block, span.rows.start, span.rows.stop
         for rows in slices:
-            cross = Cross(rows.start, rows.stop, block, key_start, key_stop, span.position, times)
+            segment = KeySegment(rows.start, rows.stop, block, key_start, key_stop, span.position, times)
             last_idx = last_of_rows.get((rows.start, rows.stop, times))
-            if last_idx is not None and _is_neighbour(crosses[last_idx], cross):
-                crosses[last_idx] = replace(crosses[last_idx], key_stop=key_stop)
+            if last_idx is not None and _is_neighbour(segments[last_idx], segment):
+                segments[last_idx] = replace(segments[last_idx], key_stop=key_stop)
             else:
-                last_of_rows[rows.start, rows.stop, times] = len(crosses)
-                crosses.append(cross)
-    return crosses
+                last_of_rows[rows.start, rows.stop, times] = len(segments)
+                segments.append(segment)
+    return segments
 
 
-def _is_neighbour(cross: Cross, following: Cross) -> bool:
+def _is_neighbour(segment: KeySegment, following: KeySegment) -> bool:
     """Return whether the keys of the second lie right behind those of the first, in memory and by position."""
     return (
-        cross.block is following.block
-        and cross.key_stop == following.key_start
-        and cross.key_position + cross.key_stop - cross.key_start == following.key_position
+        segment.block is following.block
+        and segment.key_stop == following.key_start
+        and segment.key_position + segment.key_stop - segment.key_start == following.key_position
     )
 
 
 def _parent(span: Span) -> Span:
     assert span.parent is not None
     return span.parent
+
+
+# Kernel calls
+
+
+def _own_calls(segment: KeySegment, window: int | None) -> Iterator[Call]:
+    """Yield the calls of rows that see each other."""
+    rows = slice(segment.start, segment.stop)
+    if segment.visible_until is not None:
+        yield Call(rows, None, rows, (segment,), window)
+    elif window is None or segment.stop - segment.start <= window:
+        yield Call(rows, None, rows, (segment,), None)
+    else:  # a run has no gaps of positions, so a window is as many rows
+        for start in range(segment.start, segment.stop, WINDOW_CHUNK_ROWS):
+            chunk = slice(start, min(start + WINDOW_CHUNK_ROWS, segment.stop))
+            keys = slice(max(segment.start, start - window + 1), chunk.stop)
+            yield Call(chunk, None, keys, (segment,), window)
+
+
+def _cross_calls(segment: KeySegment, positions: Sequence[int], window: int | None) -> Iterator[Call]:
+    """Yield the call of rows, at `positions`, that see other keys than their own; none where the window hides all."""
+    rows, keys = slice(segment.start, segment.stop), slice(segment.key_start, segment.key_stop)
+    if window is None:
+        yield Call(rows, segment.block, keys, (segment,), None)
+        return
+    num_hidden = max(0, min(positions) - window + 1 - segment.key_position)  # keys that no row sees any more
+    if num_hidden >= segment.key_stop - segment.key_start:
+        return
+    seen = replace(segment, key_start=segment.key_start + num_hidden, key_position=segment.key_position + num_hidden)
+    hides_some = max(positions) - seen.key_position >= window
+    yield Call(rows, segment.block, slice(seen.key_start, seen.key_stop), (seen,), window if hides_some else None)
+
+
+def _merge_calls(calls: Sequence[Call], pairs_a_call: int) -> list[Call]:
+    """Merge calls whose keys lie near each other in a block, where one call for all of them costs less.
+
+    It multiplies all rows by all keys between the first and the last, and saves a call's other costs, worth
+    `pairs_a_call` pairs, for each but one.
+    """
+    merged: list[Call] = []
+    last_of: dict[tuple[int, int], tuple[int, int]] = {}  # block, times -> idx of the call, pairs it may multiply
+    for call in sorted(calls, key=lambda call: call.keys.start):
+        of_call = id(call.block), call.times
+        last_idx, num_pairs = last_of.get(of_call, (None, 0))
+        num_pairs += call.num_pairs + pairs_a_call
+        together = None if last_idx is None else merged[last_idx].united(call)
+        if last_idx is not None and together is not None and together.num_pairs <= num_pairs:
+            merged[last_idx] = together
+            last_of[of_call] = last_idx, num_pairs
+        else:
+            last_of[of_call] = len(merged), call.num_pairs
+            merged.append(call)
+    return merged
+
+
+def _union(a: slice, b: slice) -> slice:
+    return slice(min(a.start, b.start), max(a.stop, b.stop))

@@ -19,7 +19,8 @@ from backprompt import skeleton
 from backprompt.cache import gather, states_of
 from backprompt.errors import UnsupportedModelError
 from backprompt.executor import Executor
-from backprompt.plan import missing_spans
+from backprompt.passes import missing_spans
+from backprompt.plan import plan_pass
 from backprompt.radix import Forest
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
@@ -77,7 +78,7 @@ def _packed_logits(executor: Executor, texts: list[tuple[int, ...]]) -> list[Ten
     spans = missing_spans(ends)
     try:
         for part in (spans[:1], spans[1:]):
-            executor.compute(part, tile_tokens=_TILE_TOKENS)
+            executor.compute(plan_pass(part, _TILE_TOKENS))
         places = [[states_of(span) for span in end.path()] for end in ends]
         return [executor.logits(gather(path, lambda states: states.hidden, dim=0)) for path in places]
     finally:

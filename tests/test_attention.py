@@ -12,18 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backprompt import attention
-from backprompt.attention import (
-    Kernel,
-    KernelOutput,
-    PackedAttention,
-    Scoring,
-    additive_mask,
-    choose_kernel,
-    clear_kernel,
-)
+from backprompt import plan
+from backprompt.attention import calls, kernels
+from backprompt.attention.base import Scoring
+from backprompt.attention.calls import CallsAttention
+from backprompt.attention.kernels import ChosenKernel, Kernel, KernelOutput, additive_mask, choose_kernel, clear_kernel
 from backprompt.cache import BlockRows, KeysValues
-from backprompt.plan import Pass, cut_into_passes, missing_spans, plan_pass
+from backprompt.passes import cut_into_passes, missing_spans
+from backprompt.plan import Pass, plan_pass
 from backprompt.radix import Forest
 
 Ids = tuple[int, ...]
@@ -110,7 +106,7 @@ def test_partial_results_join_to_attention_over_all_keys(part_of_key: list[int],
     num_keys = len(part_of_key)
     tensors = draw(4, 5, 8, seed=0), draw(2, num_keys, 8, seed=1), draw(2, num_keys, 6, seed=2)
     query, key, value = (tensor.to(dtype) for tensor in tensors)
-    joined, rows = attention._Joined(query, value), slice(0, 5)
+    joined, rows = calls._Joined(query, value), slice(0, 5)
     for i, part in enumerate(dict.fromkeys(part_of_key)):
         keys = [idx for idx, other in enumerate(part_of_key) if other == part]
         partial_result = clear_kernel(query, key[:, keys], value[:, keys], 0.4, False, None)
@@ -143,7 +139,7 @@ LAYOUTS: dict[str, Callable[[int, int, int, int], Tensor]] = {
 def test_a_fast_kernel_is_the_clear_one(
     heads: int, kv_heads: int, dim: int, layout: str, dtype: torch.dtype, device: str
 ) -> None:
-    name, kernel = attention._FAST_KERNELS[device]
+    name, kernel = kernels._FAST_KERNELS[device]
     chosen = choose_kernel(torch.device(device), dtype, heads, kv_heads, dim)
     if chosen.name != name:
         pytest.skip(f"not used here: {chosen.name}")
@@ -166,7 +162,7 @@ def test_a_fast_kernel_is_the_clear_one(
 def fast_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[str, Kernel]]]:
     """A table of fast kernels to write to; nothing that was chosen by another table is remembered."""
     table: dict[str, tuple[str, Kernel]] = {}
-    monkeypatch.setattr(attention, "_FAST_KERNELS", table)
+    monkeypatch.setattr(kernels, "_FAST_KERNELS", table)
     choose_kernel.cache_clear()
     yield table
     choose_kernel.cache_clear()
@@ -331,17 +327,17 @@ def test_every_row_attends_to_what_leads_to_it_within_the_window(
     chunk_rows: int,
     call_multiplications: int,
 ) -> None:
-    kernel = clear_kernel if is_clear else choose_kernel(torch.device(device), dtype, 4, 2, 8).kernel
+    attention = CallsAttention(ChosenKernel("clear", clear_kernel) if is_clear else None)
     layers = Layers((ids for batch in batches for ids in batch), 6 if is_clear else 8, dtype, device)
     for pass_, names in passes_over(batches, layers, tile_tokens, max_tokens):
-        packed = PackedAttention(pass_, kernel, dtype, torch.device(device))
+        prepared = attention.prepare(pass_)
         for layer_idx, scoring in enumerate(scoring_of_layer):
             if scoring.sinks is not None:
                 scoring = replace(scoring, sinks=scoring.sinks.to(device))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(attention, "WINDOW_CHUNK_ROWS", chunk_rows)
-                patch.setattr(attention, "CALL_MULTIPLICATIONS", call_multiplications)
-                output = packed.attend(layer_idx, *layers.rows(layer_idx, names), scoring)
+                patch.setattr(plan, "WINDOW_CHUNK_ROWS", chunk_rows)
+                patch.setattr(plan, "CALL_MULTIPLICATIONS", call_multiplications)
+                output = prepared.attend(layer_idx, *layers.rows(layer_idx, names), scoring)
             assert output.dtype == dtype
             check_close((output,), (layers.expected(layer_idx, names, scoring),), dtype)
 
@@ -356,26 +352,26 @@ def attend_last_pass(batches: Sequence[Sequence[Ids]], window: int | None) -> li
     """The rows and keys of each kernel call of the last pass over `batches`; nothing it was given is written to."""
     layers = Layers((ids for batch in batches for ids in batch), 8, torch.float32, "cpu")
     pass_, names = list(passes_over(batches, layers, tile_tokens=128, max_tokens=4096))[-1]
-    calls: list[tuple[int, int]] = []
+    shapes: list[tuple[int, int]] = []
 
     def kernel(query: Tensor, key: Tensor, *args: Any) -> KernelOutput:
-        calls.append((query.shape[1], key.shape[1]))
+        shapes.append((query.shape[1], key.shape[1]))
         return clear_kernel(query, key, *args)
 
     rows = layers.rows(1, names)
-    blocks = [cross.block for cross in pass_.cross if cross.block is not None]
+    blocks = [segment.block for segment in pass_.segments if segment.block is not None]
     given = [*rows, *(tensor for block in blocks for tensor in (*block.keys, *block.values))]
     before = [tensor.clone() for tensor in given]
-    PackedAttention(pass_, kernel, torch.float32, torch.device("cpu")).attend(1, *rows, Scoring(0.4, window))
+    CallsAttention(ChosenKernel("counting", kernel)).prepare(pass_).attend(1, *rows, Scoring(0.4, window))
     assert all(map(torch.equal, given, before))
-    return calls
+    return shapes
 
 
-def test_a_layer_is_one_kernel_call_for_each_call_of_the_plan() -> None:
+def test_a_layer_is_one_kernel_call_for_each_segment_of_keys() -> None:
     """300 (cached) -- 200, with two leaves of one token in one tile."""
     stem = (*PROMPT, *range(200))
-    calls = attend_last_pass([[PROMPT], [(*stem, 1000), (*stem, 2000)]], window=None)
-    assert sorted(calls) == [(2, 2), (2, 200), (200, 200), (202, 300)]
+    shapes = attend_last_pass([[PROMPT], [(*stem, 1000), (*stem, 2000)]], window=None)
+    assert sorted(shapes) == [(2, 2), (2, 200), (200, 200), (202, 300)]
 
 
 def continued_prompts(num_prompts: int, num_tokens: int) -> list[list[Ids]]:
@@ -385,25 +381,25 @@ def continued_prompts(num_prompts: int, num_tokens: int) -> list[list[Ids]]:
 
 
 def test_rows_whose_keys_lie_side_by_side_share_a_call_under_a_mask() -> None:
-    calls = attend_last_pass(continued_prompts(16, 10), window=None)
-    assert sorted(calls) == [(16, 16), (16, 161)]
+    shapes = attend_last_pass(continued_prompts(16, 10), window=None)
+    assert sorted(shapes) == [(16, 16), (16, 161)]
 
 
 def test_calls_are_shared_only_where_that_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CALL_MULTIPLICATIONS", 0)
-    calls = attend_last_pass(continued_prompts(16, 10), window=None)
-    assert sorted(calls) == [(1, 10)] * 16 + [(16, 1), (16, 16)]
-    monkeypatch.setattr(attention, "CALL_MULTIPLICATIONS", 4 * 8 * 40)  # a call is worth 40 pairs of a row and a key
-    calls = attend_last_pass(continued_prompts(16, 10), window=None)
-    assert len(calls) < 18
-    assert sum(rows * keys for rows, keys in calls) <= 16 * 11 + 16 * 16 + 17 * 40
+    monkeypatch.setattr(plan, "CALL_MULTIPLICATIONS", 0)
+    shapes = attend_last_pass(continued_prompts(16, 10), window=None)
+    assert sorted(shapes) == [(1, 10)] * 16 + [(16, 1), (16, 16)]
+    monkeypatch.setattr(plan, "CALL_MULTIPLICATIONS", 4 * 8 * 40)  # a call is worth 40 pairs of a row and a key
+    shapes = attend_last_pass(continued_prompts(16, 10), window=None)
+    assert len(shapes) < 18
+    assert sum(rows * keys for rows, keys in shapes) <= 16 * 11 + 16 * 16 + 17 * 40
 
 
 @pytest.mark.parametrize(("window", "num_keys"), [(1, 0), (2, 1), (7, 6), (302, 300), (999, 300)])
 def test_keys_that_no_row_of_a_call_sees_are_not_read(window: int, num_keys: int) -> None:
     """300 (cached) -- 3, the first of which sees `window - 1` of the cached ones."""
-    calls = attend_last_pass([[PROMPT], [(*PROMPT, 7, 8, 9)]], window)
-    assert calls == [(3, 3), (3, num_keys)][: 2 if num_keys else 1]
+    shapes = attend_last_pass([[PROMPT], [(*PROMPT, 7, 8, 9)]], window)
+    assert shapes == [(3, 3), (3, num_keys)][: 2 if num_keys else 1]
 
 
 def test_a_long_run_under_a_window_is_attended_to_in_chunks() -> None:

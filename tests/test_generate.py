@@ -23,7 +23,7 @@ from backprompt import (
     generate,
 )
 from backprompt._generate import Run
-from backprompt.attention import PackedAttention
+from backprompt.attention.calls import PreparedCalls
 from backprompt.cache import Location
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS
@@ -274,13 +274,13 @@ def test_a_continuation_is_few_spans(lm):
 
 def test_a_step_is_a_few_kernel_calls_however_many_texts_grow(lm, monkeypatch):
     num_calls = []
-    attend = PackedAttention.attend
+    attend = PreparedCalls.attend
 
     def count(self, layer_idx, query, key, value, scoring):
-        num_calls.append(len(self._calls(scoring.window, query.shape[0] * query.shape[2])))
+        num_calls.append(len(self._calls(query, scoring.window)))
         return attend(self, layer_idx, query, key, value, scoring)
 
-    monkeypatch.setattr(PackedAttention, "attend", count)
+    monkeypatch.setattr(PreparedCalls, "attend", count)
     generate([Text(f"The cat number {idx} sat on", lm) for idx in range(20)], max_new_tokens=25)
     assert max(num_calls[2:]) <= 5  # after the first pass, of two layers
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt.cache import BlockRows
-from backprompt.plan import MIN_CUT_TOKENS, Cross, Own, Pass, cut_into_passes, missing_spans, plan_pass
+from backprompt.passes import MIN_CUT_TOKENS, cut_into_passes, missing_spans
+from backprompt.plan import KeySegment, Pass, plan_pass
 from backprompt.radix import Forest, Span
 
 Ids = tuple[int, ...]
@@ -99,30 +100,41 @@ def planned(world: World, wanted: Sequence[Ids], tile_tokens: int, max_tokens: i
         world.compute(group)
 
 
+def own(pass_: Pass) -> tuple[KeySegment, ...]:
+    return tuple(segment for segment in pass_.segments if segment.is_own)
+
+
+def cross(pass_: Pass) -> tuple[KeySegment, ...]:
+    return tuple(segment for segment in pass_.segments if not segment.is_own)
+
+
 def seen_by_each_row(pass_: Pass, token_at: dict[tuple[object, int], Ids]) -> list[Counter[Ids]]:
-    """For each row of the pass how often its calls show it each token: what `Own` and `Cross` say they mean."""
+    """For each row of the pass how often its segments show it each token: what a `KeySegment` says it means."""
     row_tokens = tokens_of(pass_.spans)
     seen: list[Counter[Ids]] = [Counter() for _ in row_tokens]
-    for own in pass_.own:
-        for row in range(own.start, own.stop):
-            for key in range(own.start, row + 1):
-                if own.visible_until is None or row < own.visible_until[key - own.start]:
+    for segment in own(pass_):
+        assert segment.key_position == pass_.positions[segment.start]
+        for row in range(segment.start, segment.stop):
+            for key in range(segment.start, row + 1):
+                if segment.visible_until is None or row < segment.visible_until[key - segment.start]:
                     seen[row][row_tokens[key]] += 1
-    for cross in pass_.cross:
-        keys = range(cross.key_start, cross.key_stop)
-        tokens = [row_tokens[key] if cross.block is None else token_at[cross.block, key] for key in keys]
-        assert [len(token) - 1 for token in tokens] == [cross.key_position + i for i in range(len(tokens))]
-        for row in range(cross.start, cross.stop):
+    for segment in cross(pass_):
+        keys = range(segment.key_start, segment.key_stop)
+        tokens = [row_tokens[key] if segment.block is None else token_at[segment.block, key] for key in keys]
+        assert [len(token) - 1 for token in tokens] == [segment.key_position + i for i in range(len(tokens))]
+        for row in range(segment.start, segment.stop):
             seen[row].update(tokens)
     return seen
 
 
-def check_calls(pass_: Pass, token_at: dict[tuple[object, int], Ids]) -> None:
+def check_segments(pass_: Pass, token_at: dict[tuple[object, int], Ids]) -> None:
     """THE LAW: a row sees each token on the way to it once, and nothing else."""
     for token, seen in zip(tokens_of(pass_.spans), seen_by_each_row(pass_, token_at), strict=True):
         assert seen == Counter(token[:stop] for stop in range(1, len(token) + 1))
-    # Each row has exactly one call of its own, which is what the others are joined to.
-    assert [row for own in pass_.own for row in range(own.start, own.stop)] == list(range(pass_.num_tokens))
+    # Each row has exactly one segment of its own, whose result the others are joined to.
+    assert [row for segment in own(pass_) for row in range(segment.start, segment.stop)] == list(
+        range(pass_.num_tokens)
+    )
 
 
 # Which spans
@@ -199,7 +211,7 @@ def test_passes_are_equal_where_enough_of_a_text_fits(
     assert [span for group in passes for span in group if not span.children] == ends
 
 
-# With which calls
+# Which keys each row sees
 
 
 @pytest.mark.parametrize("tile_tokens", TILE_TOKENS)
@@ -210,7 +222,7 @@ def test_every_row_sees_what_leads_to_it_once_and_nothing_else(tile_tokens: int,
     missing = prefixes(wanted) - world.computed
     forwarded = []
     for pass_ in planned(world, wanted, tile_tokens, max_tokens):
-        check_calls(pass_, world.token_at)
+        check_segments(pass_, world.token_at)
         forwarded += tokens_of(pass_.spans)
     assert sorted(forwarded) == sorted(missing)
 
@@ -231,10 +243,10 @@ def test_tiles_hold_several_branches_and_no_more_tokens_than_allowed(scene: Scen
     computed, wanted = scene
     world = World(computed)
     for pass_ in planned(world, wanted, tile_tokens, max_tokens=600):
-        for own in pass_.own:
-            if own.visible_until is not None:
-                assert len(own.visible_until) == own.stop - own.start <= tile_tokens
-                assert set(own.visible_until) != {own.stop}, "a chain is plainly causal"
+        for segment in own(pass_):
+            if segment.visible_until is not None:
+                assert len(segment.visible_until) == segment.stop - segment.start <= tile_tokens
+                assert set(segment.visible_until) != {segment.stop}, "a chain is plainly causal"
 
 
 def test_the_example_of_the_module() -> None:
@@ -251,27 +263,27 @@ def test_the_example_of_the_module() -> None:
     world = World([[instruction]])
     (block,) = world.blocks
     (pass_,) = planned(world, wanted, tile_tokens=128, max_tokens=1024)
-    assert pass_.own == (
-        Own(0, 200),
-        Own(200, 206, (203, 203, 203, 206, 206, 206)),
-        Own(206, 406),
-        Own(406, 412, (409, 409, 409, 412, 412, 412)),
+    assert own(pass_) == (
+        KeySegment.own(0, 200, 300),
+        KeySegment.own(200, 206, 500, (203, 203, 203, 206, 206, 206)),
+        KeySegment.own(206, 406, 300),
+        KeySegment.own(406, 412, 500, (409, 409, 409, 412, 412, 412)),
     )
-    assert set(pass_.cross) == {
-        Cross(0, 412, block, 0, 300, key_position=0),
-        Cross(200, 206, None, 0, 200, key_position=300),
-        Cross(406, 412, None, 206, 406, key_position=300),
+    assert set(cross(pass_)) == {
+        KeySegment(0, 412, block, 0, 300, key_position=0),
+        KeySegment(200, 206, None, 0, 200, key_position=300),
+        KeySegment(406, 412, None, 206, 406, key_position=300),
     }
 
 
 @given(scenes, st.sampled_from(TILE_TOKENS), max_tokens_of_a_pass)
-def test_a_span_has_one_call_of_each_kind_at_most(scene: Scene, tile_tokens: int, max_tokens: int) -> None:
+def test_a_span_has_one_segment_of_each_kind_at_most(scene: Scene, tile_tokens: int, max_tokens: int) -> None:
     computed, wanted = scene
     world = World(computed)
     for pass_ in planned(world, wanted, tile_tokens, max_tokens):
         ancestors = {ancestor for span in pass_.spans for ancestor in span.path() if ancestor is not span}
-        assert len(pass_.own) <= len(pass_.spans)
-        assert len(pass_.cross) <= len(ancestors)
+        assert len(own(pass_)) <= len(pass_.spans)
+        assert len(cross(pass_)) <= len(ancestors)
 
 
 def test_a_small_tree_is_one_tile() -> None:
@@ -282,7 +294,7 @@ def test_a_small_tree_is_one_tile() -> None:
         +-- 5
     """
     (pass_,) = planned(World(), [(1, 2, 3), (1, 2, 4), (1, 5)], tile_tokens=5, max_tokens=100)
-    assert (pass_.own, pass_.cross) == ((Own(0, 5, (5, 4, 3, 4, 5)),), ())
+    assert (own(pass_), cross(pass_)) == ((KeySegment.own(0, 5, 0, (5, 4, 3, 4, 5)),), ())
 
 
 def test_the_largest_continuation_joins_the_run_and_the_small_ones_make_tiles() -> None:
@@ -291,8 +303,12 @@ def test_the_largest_continuation_joins_the_run_and_the_small_ones_make_tiles() 
     wanted = [(*stem, first, *range(num_tokens - 1)) for first, num_tokens in enumerate((1, 2, 6, 1, 2), 1)]
     (pass_,) = planned(World(), wanted, tile_tokens=5, max_tokens=100)
     assert [span.token_ids[0] for span in pass_.spans] == [0, 3, 2, 5, 1, 4]
-    assert pass_.own == (Own(0, 13), Own(13, 18, (15, 15, 17, 17, 18)), Own(18, 19))
-    assert pass_.cross == (Cross(13, 19, None, 0, 7, key_position=0),)
+    assert own(pass_) == (
+        KeySegment.own(0, 13, 0),
+        KeySegment.own(13, 18, 7, (15, 15, 17, 17, 18)),
+        KeySegment.own(18, 19, 7),
+    )
+    assert cross(pass_) == (KeySegment(13, 19, None, 0, 7, key_position=0),)
 
 
 def test_a_comb_is_one_causal_run_with_its_teeth_behind_it() -> None:
@@ -300,17 +316,17 @@ def test_a_comb_is_one_causal_run_with_its_teeth_behind_it() -> None:
     chain = tuple(range(200))
     wanted = [(*chain[:end], 1000 + end, 0) for end in range(10, 201, 10)]
     (pass_,) = planned(World(), wanted, tile_tokens=8, max_tokens=1024)
-    assert pass_.own[0] == Own(0, 202)
-    assert len(pass_.own) <= 20
-    assert len(pass_.cross) == 19
-    assert all(cross.start == 202 for cross in pass_.cross)
+    assert own(pass_)[0] == KeySegment.own(0, 202, 0)
+    assert len(own(pass_)) <= 20
+    assert len(cross(pass_)) == 19
+    assert all(segment.start == 202 for segment in cross(pass_))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 50, 500])
 @pytest.mark.parametrize("tile_tokens", TILE_TOKENS)
 def test_a_single_text_is_one_causal_call(num_tokens: int, tile_tokens: int) -> None:
     pass_ = plan_pass([Forest().insert(range(num_tokens))], tile_tokens)
-    assert (pass_.own, pass_.cross) == ((Own(0, num_tokens),), ())
+    assert (own(pass_), cross(pass_)) == ((KeySegment.own(0, num_tokens, 0),), ())
 
 
 @pytest.mark.parametrize("tile_tokens", TILE_TOKENS)
@@ -320,7 +336,7 @@ def test_a_chain_is_one_causal_call(tile_tokens: int) -> None:
     end = forest.insert(range(353))
     spans = [forest.split(end, num_tokens) for num_tokens in (200, 100, 50)]
     pass_ = plan_pass([*spans, end], tile_tokens)
-    assert (pass_.own, pass_.cross) == ((Own(0, 353),), ())
+    assert (own(pass_), cross(pass_)) == ((KeySegment.own(0, 353, 0),), ())
 
 
 @pytest.mark.parametrize("tile_tokens", TILE_TOKENS)
@@ -329,32 +345,32 @@ def test_a_chain_that_continues_a_cached_text_is_two_calls(tile_tokens: int) -> 
     world = World([[tuple(range(200)), tuple(range(300))]])
     (block,) = world.blocks
     (pass_,) = planned(world, [tuple(range(350)), tuple(range(353))], tile_tokens, max_tokens=1024)
-    assert pass_.own == (Own(0, 53),)
-    assert pass_.cross == (Cross(0, 53, block, 0, 300, key_position=0),)
+    assert own(pass_) == (KeySegment.own(0, 53, 300),)
+    assert cross(pass_) == (KeySegment(0, 53, block, 0, 300, key_position=0),)
 
 
 def test_what_lies_apart_in_memory_is_attended_to_apart() -> None:
-    """20 (rows 5..25) -- 10 (rows 25..35 of another block, or 0..10 of the same): never one Cross."""
+    """20 (rows 5..25) -- 10 (rows 25..35 of another block, or 0..10 of the same): never one segment."""
     for block_of_second, start in ((object(), 25), (None, 0)):
         forest = Forest()
         first, second, end = (forest.insert(range(num_tokens)) for num_tokens in (20, 30, 33))
         first.rows = BlockRows(block := object(), 5, 25)
         second.rows = BlockRows(block_of_second or block, start, start + 10)
-        assert plan_pass([end]).cross == (
-            Cross(0, 3, block, 5, 25, key_position=0),
-            Cross(0, 3, block_of_second or block, start, start + 10, key_position=20),
+        assert cross(plan_pass([end])) == (
+            KeySegment(0, 3, block, 5, 25, key_position=0),
+            KeySegment(0, 3, block_of_second or block, start, start + 10, key_position=20),
         )
 
 
 @pytest.mark.parametrize("num_cached", [0, 1, 300])
 def test_many_short_leaves_take_few_calls(num_cached: int) -> None:
-    """A prompt of 300 tokens, of which `num_cached` are, and 77 labels of 3 tokens: two tiles under one Cross."""
+    """A prompt of 300 tokens, of which `num_cached` are, and 77 labels of 3 tokens: two tiles under one segment."""
     prompt = tuple(range(300))
     world = World([[prompt[:num_cached]]])
     (pass_,) = planned(world, [(*prompt, 1000 + label, 1, 2) for label in range(77)], 128, max_tokens=1024)
-    check_calls(pass_, world.token_at)
+    check_segments(pass_, world.token_at)
     assert pass_.num_tokens == 300 - num_cached + 231
-    assert len(pass_.own) + len(pass_.cross) <= 5
+    assert len(own(pass_)) + len(cross(pass_)) <= 5
 
 
 def test_small_neighbours_share_a_tile_whatever_they_continue() -> None:
@@ -362,9 +378,9 @@ def test_small_neighbours_share_a_tile_whatever_they_continue() -> None:
     prompts = [(number, *range(10)) for number in range(20)]
     world = World([prompts])
     (pass_,) = planned(world, [(*prompt, 7) for prompt in prompts], 128, max_tokens=1024)
-    check_calls(pass_, world.token_at)
-    assert pass_.own == (Own(0, 20, tuple(range(1, 21))),)
-    assert len(pass_.cross) == 20
+    check_segments(pass_, world.token_at)
+    assert own(pass_) == (KeySegment.own(0, 20, 11, tuple(range(1, 21))),)
+    assert len(cross(pass_)) == 20
 
 
 def test_an_ancestor_that_nobody_computed_is_noticed() -> None:
@@ -383,5 +399,5 @@ def test_a_chain_of_two_thousand_spans_is_planned_without_recursion() -> None:
     spans = missing_spans([end])
     assert spans == end.path()
     pass_ = plan_pass(spans)
-    assert (pass_.num_tokens, pass_.own[0].start, pass_.own[-1].stop) == (2000, 0, 2000)
+    assert (pass_.num_tokens, own(pass_)[0].start, own(pass_)[-1].stop) == (2000, 0, 2000)
     assert [len(group) for group in cut_into_passes(forest, spans, max_tokens=500)] == [500] * 4

@@ -1,0 +1,63 @@
+"""The contract of attention over a packed forest.
+
+Axes, everywhere in this library: layers, batch, heads (of queries), kv_heads, tokens (rows), head_dim, vocab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from backprompt.plan import Pass
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a layer does to its scores besides scaling.
+
+    `window`: a query sees keys fewer than this many positions back. `softcap`: scores become
+    `softcap * tanh(score / softcap)`. `sinks`: one score a head `(heads,)` that takes part in the softmax and has no
+    value.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class PreparedAttention(Protocol):
+    """Attention over the forest for one pass, called once a layer."""
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Return attention over the forest, `(tokens, heads, value_dim)`, in the dtype of `query`.
+
+        Args:
+            layer_idx: which layer of the blocks that the pass's segments name.
+            query: `(heads, tokens, head_dim)`, the rows of the pass.
+            key: `(kv_heads, tokens, head_dim)`, those of the pass itself.
+            value: `(kv_heads, tokens, value_dim)`.
+            scoring: how the layer scores.
+
+        """
+        ...
+
+
+class ForestAttention(Protocol):
+    """A way to attend over a packed forest.
+
+    Attributes:
+        name: the kernel that serves; "none yet" before the first layer was attended.
+
+    """
+
+    @property
+    def name(self) -> str:
+        """See the class."""
+        ...
+
+    def prepare(self, pass_: Pass) -> PreparedAttention:
+        """Return the attention of a pass, which holds what all layers share. Let go of it when the pass is done."""
+        ...

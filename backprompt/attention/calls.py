@@ -1,0 +1,179 @@
+"""Attention over a packed forest by one kernel call for each slice of keys.
+
+Partial results of one row over disjoint sets of keys are joined by their log-sum-exp: with w = sigmoid(b - a),
+softmax over the union is `lerp(output_a, output_b, w)` and its log-sum-exp is `logaddexp(a, b)`. Keys that count n
+times have log(n) added to their log-sum-exp. This is exact, as in "Hydragen" (Juravsky et al. 2024, arXiv 2402.05099)
+and FlashAttention. Keys and values are used where they lie.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from backprompt.attention.base import Scoring
+from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, choose_kernel, clear_kernel
+from backprompt.plan import Call, KeySegment, Pass
+
+
+class KeysValues(Protocol):
+    """A block of computed rows: `keys[layer]` and `values[layer]`, each `(kv_heads, rows, head_dim)`."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class CallsAttention:
+    """A `ForestAttention` that makes the calls of the plan, one after the other.
+
+    Args:
+        kernel: what carries out a call; by default the device's fast kernel for the model's heads, where that agrees
+            with the clear one.
+
+    """
+
+    def __init__(self, kernel: ChosenKernel | None = None) -> None:
+        self._given = kernel
+        self.name = "none yet"
+
+    def prepare(self, pass_: Pass) -> PreparedCalls:
+        """Return the attention of a pass."""
+        return PreparedCalls(self, pass_)
+
+    def kernel_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernel:
+        """Return the kernel that serves for such tensors; shapes are those of `PreparedAttention.attend`."""
+        if self._given is not None:
+            chosen = self._given
+        elif key.shape[-1] != value.shape[-1]:
+            chosen = ChosenKernel("clear (keys and values differ in size)", clear_kernel)
+        else:
+            chosen = choose_kernel(query.device, query.dtype, query.shape[0], key.shape[0], key.shape[-1])
+        self.name = chosen.name
+        return chosen.kernel
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """A call of the plan with its mask."""
+
+    call: Call
+    mask: Tensor | None  # additive, (rows, keys)
+    blind: Tensor | None  # which rows see none of the keys, (rows, 1)
+
+
+class PreparedCalls:
+    """The calls of one pass; masks are made once for all layers with the same window and heads."""
+
+    def __init__(self, attention: CallsAttention, pass_: Pass) -> None:
+        self._attention = attention
+        self._pass = pass_
+        self._positions: Tensor | None = None  # of the rows, on the device
+        self._prepared: dict[tuple[int | None, int, torch.dtype], list[_Masked]] = {}
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Return attention over the forest; see `PreparedAttention.attend`."""
+        kernel = self._attention.kernel_for(query, key, value)
+        if scoring.softcap is not None:
+            kernel = partial(clear_kernel, softcap=scoring.softcap)
+        joined = _Joined(query, value)
+        for masked in self._calls(query, scoring.window):
+            call = masked.call
+            keys, values = key, value
+            if call.block is not None:
+                block = cast(KeysValues, call.block)  # the plan does not look into blocks
+                keys, values = block.keys[layer_idx], block.values[layer_idx]
+            output, lse = kernel(
+                query[:, call.rows],
+                keys[:, call.keys],
+                values[:, call.keys],
+                scoring.scaling,
+                call.is_causal,
+                masked.mask,
+            )
+            if call.is_own:
+                joined.start_with(call.rows, output, lse)
+                continue
+            if masked.blind is not None:
+                output, lse = output.masked_fill(masked.blind[..., None], 0), lse.masked_fill(masked.blind, -math.inf)
+            joined.add(call.rows, output, lse + math.log(call.times) if call.times > 1 else lse)
+        return joined.result(scoring.sinks)
+
+    def _calls(self, query: Tensor, window: int | None) -> list[_Masked]:
+        multiplications_a_pair = query.shape[0] * query.shape[2]
+        key = window, multiplications_a_pair, query.dtype
+        if key not in self._prepared:
+            calls = self._pass.calls(window, multiplications_a_pair)
+            self._prepared[key] = [self._masked(call, query) for call in calls]
+        return self._prepared[key]
+
+    def _masked(self, call: Call, query: Tensor) -> _Masked:
+        if not call.needs_mask:
+            return _Masked(call, None, None)
+        if self._positions is None:
+            self._positions = torch.tensor(self._pass.positions, device=query.device)
+        visible = _visible(call, self._positions)
+        blind = None if call.is_own else ~visible.any(dim=1, keepdim=True)
+        return _Masked(call, additive_mask(visible, query.dtype), blind if blind is not None and blind.any() else None)
+
+
+def _visible(call: Call, positions: Tensor) -> Tensor:
+    """Return which rows of a call see which of its keys, `(rows, keys)`; `positions` are those of the pass's rows."""
+    shape = (call.rows.stop - call.rows.start, call.keys.stop - call.keys.start)
+    visible = torch.zeros(shape, dtype=torch.bool, device=positions.device)
+    for segment in call.segments:
+        rows = slice(max(segment.start, call.rows.start), min(segment.stop, call.rows.stop))
+        keys = slice(max(segment.key_start, call.keys.start), min(segment.key_stop, call.keys.stop))
+        part = visible[_shifted(rows, -call.rows.start), _shifted(keys, -call.keys.start)]
+        part |= _visible_keys(segment, rows, keys, call.window, positions)
+    return visible
+
+
+def _visible_keys(segment: KeySegment, rows: slice, keys: slice, window: int | None, positions: Tensor) -> Tensor:
+    """Return which rows see which keys of a segment, `(rows, keys)`."""
+    row_idx = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]
+    key_idx = torch.arange(keys.start, keys.stop, device=positions.device)
+    if segment.is_own:
+        visible, key_positions = key_idx <= row_idx, positions[keys]
+    else:
+        visible = torch.ones((len(row_idx), len(key_idx)), dtype=torch.bool, device=positions.device)
+        key_positions = key_idx - segment.key_start + segment.key_position
+    if segment.visible_until is not None:
+        until = torch.tensor(segment.visible_until[_shifted(keys, -segment.key_start)], device=positions.device)
+        visible &= row_idx < until
+    if window is not None:
+        visible &= positions[rows][:, None] - key_positions < window
+    return visible
+
+
+def _shifted(piece: slice, by: int) -> slice:
+    return slice(piece.start + by, piece.stop + by)
+
+
+class _Joined:
+    """The running join of partial results; float32 unless the model computes in float64."""
+
+    def __init__(self, query: Tensor, value: Tensor) -> None:
+        heads, tokens, _ = query.shape
+        self._dtype = query.dtype
+        accumulate = torch.promote_types(query.dtype, torch.float32)
+        self._output = torch.empty((tokens, heads, value.shape[-1]), dtype=accumulate, device=query.device)
+        self._lse = torch.empty((tokens, heads), dtype=accumulate, device=query.device)
+
+    def start_with(self, rows: slice, output: Tensor, lse: Tensor) -> None:
+        self._output[rows] = output
+        self._lse[rows] = lse
+
+    def add(self, rows: slice, output: Tensor, lse: Tensor) -> None:
+        so_far = self._lse[rows]
+        self._output[rows].lerp_(output.to(self._output.dtype), torch.sigmoid(lse - so_far)[..., None])
+        torch.logaddexp(so_far, lse.to(so_far.dtype), out=so_far)
+
+    def result(self, sinks: Tensor | None) -> Tensor:
+        if sinks is not None:
+            self._output *= torch.sigmoid(self._lse - sinks)[..., None]
+        return self._output.to(self._dtype)
