@@ -9,6 +9,7 @@ import re
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -576,6 +577,51 @@ def test_a_question_that_takes_too_long_is_broken_off(tmp_path, monkeypatch):
             assert within(30, ask).errno == 5
         assert store.stats().num_entries == 1
     assert (tmp_path / "store" / "damaged" / "index.sqlite.1").exists()
+
+
+PAGE_BYTES = 512
+LEVELS = 12
+
+
+def interior_page(child):
+    """A page of a table of SQLite's whose 40 children are one and the same."""
+    cells = [struct.pack(">IB", child, key + 1) for key in range(39)]  # 5 bytes each, at the end of the page
+    starts = [PAGE_BYTES - 5 * (idx + 1) for idx in range(len(cells))]
+    head = struct.pack(">BHHHBI", 5, 0, len(cells), starts[-1], 0, child) + struct.pack(f">{len(starts)}H", *starts)
+    return head.ljust(starts[-1], b"\0") + b"".join(reversed(cells))
+
+
+@pytest.mark.parametrize("asked", [DiskStore.stats, DiskStore.rebuild, lambda store: list(store.list())])
+def test_pages_that_lead_to_one_page_many_times_are_not_walked_to_the_end(asked, tmp_path, monkeypatch):
+    """An index of a few kB with 40 ** 12 rows, and the tables of ours: no look at its schema shows that."""
+    monkeypatch.setattr("backprompt.store.index._SCAN_SECONDS", 0.2)
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+    index = tmp_path / "store" / "index.sqlite"
+    with sqlite3.connect(index) as connection:
+        for change in ("journal_mode = DELETE", f"page_size = {PAGE_BYTES}"):
+            connection.execute(f"PRAGMA {change}")
+    connection.execute("VACUUM")
+    ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'entries'")
+    connection.close()
+    content = bytearray(index.read_bytes())
+    start = (root - 1) * PAGE_BYTES
+    content += content[start : start + PAGE_BYTES]
+    for _ in range(LEVELS - 1):
+        content += interior_page(len(content) // PAGE_BYTES)
+    content[start : start + PAGE_BYTES] = interior_page(len(content) // PAGE_BYTES)
+    struct.pack_into(">I", content, 28, len(content) // PAGE_BYTES)
+    index.write_bytes(content)
+    assert index.stat().st_size < 20_000
+
+    def use():
+        with DiskStore(tmp_path / "store") as store:
+            asked(store)
+            assert store.stats().num_entries == 1
+        return True
+
+    assert within(60, use)
+    assert (tmp_path / "store" / "damaged" / "index.sqlite.1").read_bytes()[28:] == content[28:]
 
 
 def test_a_full_index_is_an_error_of_the_system(tmp_path):

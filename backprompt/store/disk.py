@@ -92,7 +92,13 @@ class DiskStore(Store):
         return entry
 
     def put(self, entry: Entry) -> None:
-        """Write the entry beside, sync it, rename it, and note it in the index."""
+        """Write the entry beside, sync it, rename it, and note it in the index.
+
+        Raises:
+            DamagedEntryError: it is no entry that could be read again.
+            EntryTooLargeError, OSError: see `Store.put`.
+
+        """
         self._check_writable()
         final = self._file(entry.header.name)
         try:

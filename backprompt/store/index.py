@@ -72,7 +72,7 @@ _MAX_VALUE_BYTES = 128 << 20
 
 _LOCK_SECONDS = 30.0
 _LOOKUP_SECONDS = 10.0
-_SCAN_SECONDS = 120.0
+_SCAN_SECONDS = 60.0
 """Of this thread's time on a processor, not of waiting: many times what a lookup, or a walk through all rows, takes."""
 
 _STEPS_A_CHECK = 100_000

@@ -75,5 +75,6 @@ def explaining(what: str, path: str | Path) -> Iterator[None]:
 
 def explained(error: OSError, what: str, path: str | Path) -> OSError:
     """Return an error of the same kind that says so."""
-    advice = _ADVICE.get(error.errno or 0, "See whether the folder is there, and yours")
-    return OSError(error.errno, f"{what}: {error.strerror or error}. {advice}", str(path))
+    number = error.errno or errno.EIO
+    advice = _ADVICE.get(number, "See whether the folder is there, and yours")
+    return OSError(number, f"{what}: {error.strerror or error}. {advice}", str(path))
