@@ -279,7 +279,7 @@ def _check_checksums(checksums: object, num_bytes: int) -> None:
     if not isinstance(checksums, list) or len(checksums) != num_chunks:
         raise DamagedEntryError("a tensor has not a checksum for each of its chunks")
     if not all(type(checksum) is int and 0 <= checksum < 1 << 32 for checksum in checksums):
-        raise DamagedEntryError("a checksum is none")
+        raise DamagedEntryError("a checksum is not a number of 32 bits")
 
 
 def _are_lengths(numbers: object, fewest: int, most: int) -> bool:

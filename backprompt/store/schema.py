@@ -77,22 +77,22 @@ def check_header(header: Header) -> None:
 
     """
     if not (is_name(header.start) and is_name(header.end) and is_name(header.name)):
-        raise DamagedEntryError("its keys are no keys")
+        raise DamagedEntryError("its start or its end is no key")
     if not isinstance(header.behind, tuple) or not all(map(is_name, header.behind)):
         raise DamagedEntryError("what it goes behind is no list of names")
     if not _is_index(header.position):
-        raise DamagedEntryError("its position is none")
+        raise DamagedEntryError("its position is not a number from 0 to 2**63 - 1")
     if not isinstance(header.token_ids, tuple) or not header.token_ids or not all(map(_is_index, header.token_ids)):
-        raise DamagedEntryError("its token ids are none")
+        raise DamagedEntryError("its token ids are not numbers from 0 to 2**63 - 1")
     if header.position + len(header.token_ids) > MAX_INT:
-        raise DamagedEntryError("its position is none")
+        raise DamagedEntryError("its position is not a number from 0 to 2**63 - 1")
     if not isinstance(header.text, str):
-        raise DamagedEntryError("its text is no text")
+        raise DamagedEntryError("its text is not a string")
     words = (header.model, header.tokenizer, header.dtype)
     if not all(isinstance(word, str) and _WORDS.fullmatch(word) for word in words):
         raise DamagedEntryError("its model, tokenizer or dtype is no name")
     if type(header.error) is not float or not 0 <= header.error < math.inf:
-        raise DamagedEntryError("its error is none")
+        raise DamagedEntryError("its error is not a finite number of at least 0")
     _check_precision(header)
 
 
