@@ -160,6 +160,44 @@ class States(Block):
         )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What rows of one model look like, the same in every pass: dtypes, and sizes of all axes but that of rows.
+
+    Attributes:
+        keys: for each layer `(kv_heads, head_dim)`.
+        values: for each layer `(kv_heads, value_dim)`.
+        hidden: `(hidden,)`.
+        logprobs: `()`.
+
+    """
+
+    keys: tuple[RowSpec, ...]
+    values: tuple[RowSpec, ...]
+    hidden: RowSpec
+    logprobs: RowSpec
+
+    @classmethod
+    def of(cls, keys_values: KeysValues, states: States) -> Layout:
+        """Return that of the rows of a pass."""
+        keys, values = (
+            tuple(_row_spec(tensor, dim=1) for tensor in tensors) for tensors in (keys_values.keys, keys_values.values)
+        )
+        return cls(keys, values, _row_spec(states.hidden, dim=0), _row_spec(states.logprobs, dim=0))
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """A tensor's dtype, and the sizes of its axes but that of rows."""
+
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+
+def _row_spec(tensor: Tensor, dim: int) -> RowSpec:
+    return RowSpec(tensor.dtype, (*tensor.shape[:dim], *tensor.shape[dim + 1 :]))
+
+
 BlockType = TypeVar("BlockType", bound=Block)
 
 

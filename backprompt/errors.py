@@ -66,7 +66,10 @@ class MemoryBudgetError(BackpromptError, MemoryError):
 
 
 class DamagedEntryError(BackpromptError, ValueError):
-    """A stored entry is not what was written. Stores catch it: they report it, set the file aside, and go on."""
+    """An entry is not what was written, or not what an entry is made of.
+
+    Where one is read it is caught: it is reported and set aside, and evaluation goes on.
+    """
 
 
 class StoreVersionError(BackpromptError, ValueError):

@@ -630,7 +630,9 @@ class Evaluator:
         if archive is not None:
             free = max(0, self.memory.max_bytes - self.memory.num_bytes)
             room = free + self._max_tokens * self.executor.token_bytes
-            loaded = archive.load(self.forest, ends, room, self.memory, with_keys=with_keys)
+            layout = self.executor.layout
+            assert layout is not None, "the probe ran a pass"
+            loaded = archive.load(self.forest, ends, room, self.memory, layout, with_keys=with_keys)
             self.counters.tokens_loaded += loaded.num_tokens
             if loaded.num_tokens:
                 logger.debug("Loaded %d tokens from the store.", loaded.num_tokens)

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from backprompt import skeleton
 from backprompt.attention import ChosenKernel, PackedAttention, Scoring, choose_kernel, clear_kernel
-from backprompt.cache import BlockRows, KeysValues, States
+from backprompt.cache import BlockRows, KeysValues, Layout, States
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.linear import speed_up
 from backprompt.plan import TILE_TOKENS, Pass, plan_pass
@@ -86,6 +86,8 @@ class Executor:
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
         """Bytes of all that is held of one token; known after the first pass."""
+        self.layout: Layout | None = None
+        """What rows look like; known after the first pass."""
         self.kernel_name = "none yet"
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
@@ -121,7 +123,9 @@ class Executor:
             stop = start + len(span.token_ids)
             span.states = BlockRows(states, start, stop)
             start = stop
-        self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + States.of(hidden[:1]).num_bytes
+        sample = States.of(hidden[:1])
+        self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
+        self.layout = Layout.of(keys_values, sample)
         return keys_values, states
 
     def forward(self, pass_: Pass) -> tuple[KeysValues, Tensor]:

@@ -52,6 +52,7 @@ from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
 from backprompt.store import DiskStore, Store
+from backprompt.store.paths import check_folder
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions, without_last
 from backprompt.tokenizer import PrivateTokenizer
@@ -819,12 +820,16 @@ def load(
 
     Raises:
         ModelLoadError: the model or the tokenizer cannot be found or downloaded.
+        OSError: the path of a store cannot be the folder of one; see `DiskStore`.
         UnsupportedModelError: see `LM`.
 
     """
     chosen = torch.device(device) if device is not None else _default_device()
     if lm_options.get("pin_memory"):
         _check_can_pin(chosen)  # before a model is loaded for it
+    store = lm_options.get("store")
+    if isinstance(store, (str, os.PathLike)):
+        check_folder(store)
     if dtype is None:
         dtype = torch.float32 if chosen.type == "cpu" else "auto"
     checkpoint = Checkpoint.find(name, dtype)

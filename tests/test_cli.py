@@ -485,7 +485,11 @@ def test_bad_csv(score, content, problem):
         (["prompts.jsonl", "-o", "labels.txt", "--format", "csv", "--overwrite"], "labels.txt is --completions"),
         (["prompts.jsonl", "-o", "prior.txt", "--prior", "prior.txt", "--format", "csv", "--resume"], "is --prior"),
         (["prompts.jsonl", "-o", ".", "--format", "csv"], ". is a folder"),
-        (["prompts.jsonl", "--store", "labels.txt"], "--store labels.txt is a file"),
+        (["prompts.jsonl", "--store", "labels.txt"], "--store: [Errno 20] This cannot be the folder of a store"),
+        (["prompts.jsonl", "--store", "labels.txt/prompts.bp"], "Not a directory. Name a folder"),
+        (["prompts.jsonl", "--store", "x" * 5000], "File name too long. Choose a shorter path"),
+        (["prompts.jsonl", "--store", ""], "the path is empty. Name a folder"),
+        (["prompts.jsonl", "--store", "."], "it has other content, such as"),
         (["prompts.jsonl", "--discount-completions", "nan"], "nan is no finite number"),
         (["prompts.jsonl", "-o", "prompts.jsonl", "--overwrite"], "is the input"),
         (["prompts.jsonl", "-o", "nowhere/out.jsonl"], "there is no folder nowhere"),
@@ -890,6 +894,17 @@ def test_looking_into_a_store_makes_none(run):
     assert code == 2
     assert "nowhere.bp is no store" in only_line(said)
     assert not Path("nowhere.bp").exists()
+
+
+@pytest.mark.parametrize("path", ["prompts.jsonl", "prompts.jsonl/below", "x" * 5000, "a\0b", "", "."])
+def test_a_path_of_no_store_is_said_in_a_line(run, path):
+    """And nothing is made there."""
+    before = sorted(os.listdir())
+    for command in (["ls"], ["stat"], ["find", "a"], ["verify"], ["prune", "0"]):
+        code, _, said = run("store", command[0], path, *command[1:])
+        assert code == 2
+        assert only_line(said).startswith("backprompt: error: [Errno")
+    assert sorted(os.listdir()) == before
 
 
 # demo

@@ -20,6 +20,7 @@ from backprompt.cli.rows import FORMATS, PIPE, Input, Row, check_is_there, forma
 from backprompt.errors import CommandError
 from backprompt.lm import LM, load
 from backprompt.memory import parse_bytes
+from backprompt.store.paths import check_folder
 from backprompt.text import Text
 from backprompt.tokens import JOINS
 
@@ -105,8 +106,11 @@ def check_model_arguments(arguments: argparse.Namespace) -> None:
             raise CommandError(
                 f"--device {arguments.device}: {reason}. Leave it out for a device that is there."
             ) from error
-    if arguments.store is not None and os.path.exists(arguments.store) and not os.path.isdir(arguments.store):
-        raise CommandError(f"--store {arguments.store} is a file. Name a folder, which is made if it is not there.")
+    if arguments.store is not None:
+        try:
+            check_folder(arguments.store)
+        except OSError as error:
+            raise CommandError(f"--store: {error}") from error
 
 
 def check_output(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from backprompt.cli.arguments import add_command, shows_progress
@@ -15,6 +14,7 @@ from backprompt.errors import CommandError
 from backprompt.memory import parse_bytes
 from backprompt.store import DiskStore
 from backprompt.store.base import Header
+from backprompt.store.paths import FOLDERS, check_folder
 
 _SHOWN_CHARACTERS = 60
 
@@ -133,10 +133,13 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 def _opened(arguments: argparse.Namespace) -> DiskStore:
     """Open a store that is there: a folder that is none must not become one by looking into it."""
-    path = Path(arguments.path)
-    if not (path / "entries").is_dir():
-        raise CommandError(f"{path} is no store: it has no folder 'entries'.")
-    return DiskStore(path, persist="never")
+    try:
+        folder = check_folder(arguments.path)
+        if not (folder / FOLDERS[0]).is_dir():
+            raise CommandError(f"{arguments.path} is no store: it has no folder {FOLDERS[0]!r}.")
+        return DiskStore(folder, persist="never")
+    except OSError as error:
+        raise CommandError(str(error)) from error
 
 
 def _print_headers(headers: Iterable[Header], *, as_json: bool) -> int:
