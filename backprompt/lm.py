@@ -51,6 +51,7 @@ from backprompt.progress import showing
 from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
+from backprompt.stops import StopStrings
 from backprompt.store import DiskStore, Store
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions, without_last
@@ -372,14 +373,14 @@ class LM:
             return list(torch.split(together, [len(own) for own in candidates]))
 
     def decoding(
-        self, *, max_new_tokens: int, stop: str | Sequence[str] | None, seed: int | None, given: Mapping[str, Any]
+        self, *, max_new_tokens: int, stops: StopStrings, seed: int | None, given: Mapping[str, Any]
     ) -> Decoding:
         """Return checked options of `generate`; see `backprompt.generate`."""
         return Decoding(
             unwrap(self._model),
             self.tokenizer,
             max_new_tokens=max_new_tokens,
-            stop=stop,
+            stops=stops,
             seed=seed,
             given=given,
         )

@@ -27,7 +27,7 @@ from backprompt.attention import PackedAttention
 from backprompt.cache import Location
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS
-from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe, unigram
+from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe
 
 ATOL = 5e-5
 PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is 12 + 34? Answer:", "The cat"]
@@ -96,18 +96,6 @@ def test_decoding_rules_are_those_of_transformers(lm, model, options):
         assert found.finish_reason == ("eos" if ended else "length")
 
 
-def test_stop_strings_end_a_text_as_in_transformers(lm, model):
-    text = Text(PROMPTS[0], lm)
-    whole = text.generate(max_new_tokens=30)
-    stop = whole.completion[5:8]
-    found = text.generate(max_new_tokens=30, stop=stop)
-    assert stop in found.completion
-    assert len(found.completion_tokens) < 30
-    assert found.finish_reason == "stop"
-    expected = theirs(model, text.tokens, max_new_tokens=30, stop_strings=[stop], tokenizer=lm.tokenizer)
-    assert found.completion_tokens == expected
-
-
 def test_what_the_models_own_configuration_says_counts(tokenizer):
     """But for sampling, which must be asked for."""
     model = FAMILIES["gpt2"]()
@@ -130,17 +118,6 @@ def test_texts_with_groups_are_continued(lm):
         torch.testing.assert_close(logprob, text.logits.log_softmax(dim=-1)[token_id], rtol=0, atol=ATOL)
         text += Text.from_tokens([token_id], lm)
     assert text.tokens == found.tokens
-
-
-def test_the_models_own_stop_strings_count(tokenizer):
-    model = FAMILIES["gpt2"]()
-    lm = LM(model, tokenizer)
-    text = Text(PROMPTS[0], lm)
-    stop = text.generate(max_new_tokens=20).completion[4:6]
-    expected = text.generate(max_new_tokens=20, stop=stop)
-    model.generation_config.stop_strings = [stop]
-    found = text.generate(max_new_tokens=20)
-    assert (found.completion_tokens, found.finish_reason) == (expected.completion_tokens, "stop")
 
 
 # Sampling
@@ -535,12 +512,9 @@ def test_special_tokens_are_left_out_of_the_string(tokenizer):
         ({"temperature": 0.5, "do_sample": False}, "temperature is for sampling, but do_sample is False"),
         ({"temperatur": 0.5}, "no option 'temperatur'"),
         ({"max_length": 9}, "takes no max_length: use max_new_tokens"),
-        ({"stop_strings": ["a"]}, "use stop="),
         ({"num_return_sequences": 2}, "use n="),
         ({"assistant_early_exit": 1}, "not assisted generation"),
         ({"guidance_scale": 1.5}, "classifier-free guidance"),
-        ({"stop": ""}, "stop must be strings that are not empty"),
-        ({"stop": [3]}, "stop must be strings"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": -1.0}, "top_p"),
         ({"token_healing": True}, "token healing"),
@@ -552,23 +526,6 @@ def test_options_that_make_no_sense(lm, options, message):
     with pytest.raises(GenerationError, match=message):
         generate([Text("The cat", lm)], **{"max_new_tokens": 3, **options})
     assert lm.stats.forward_passes == 0
-
-
-def test_stop_strings_that_no_token_can_spell_are_refused(model):
-    lm = LM(model, unigram())
-    text = Text("The cat", lm)
-    with pytest.raises(GenerationError, match=r"^The stop string '☃' has characters that the tokenizer has no tokens"):
-        text.generate(max_new_tokens=3, stop=["cat", "\u2603"])
-    assert lm.stats.forward_passes == 0
-    text.generate(max_new_tokens=3, stop=["cat", lm.tokenizer.unk_token])
-
-
-def test_stop_strings_within_a_token_are_not_refused(model):
-    tokenizer = unigram()
-    lm = LM(model, tokenizer)
-    piece, token_id = next(item for item in tokenizer.get_vocab().items() if len(item[0]) > 3 and item[0].isalpha())
-    found = Text("The cat", lm).generate(max_new_tokens=3, stop=piece[1:], sequence_bias=[[[token_id], 1e4]])
-    assert (found.completion_tokens, found.finish_reason) == ((token_id,), "stop")
 
 
 def test_texts_that_cannot_be_continued(lm):

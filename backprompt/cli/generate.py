@@ -16,6 +16,7 @@ from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, 
 from backprompt.decoding import SAMPLING_FIELDS
 from backprompt.errors import CommandError
 from backprompt.lm import LM
+from backprompt.stops import StopStrings
 from backprompt.text import Text
 
 _OWN_OPTIONS = ("max_new_tokens", "n", "stop", "seed")
@@ -51,7 +52,8 @@ def add(commands: Any) -> None:
         action="append",
         type=_unescaped,
         metavar="TEXT",
-        help="end behind this; may be given more than once; \\n, \\t and \\\\ mean what they mean in C",
+        help="end before this when it is generated, and leave it out; may be given more than once; "
+        "\\n, \\t and \\\\ mean what they mean in C",
     )
     group.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
     group.add_argument("--do-sample", action="store_true", default=None, help="sample; so do the next three")
@@ -86,9 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     seed = secrets.randbits(63) if arguments.seed is None else arguments.seed  # one for all slices
 
     def computed_with(lm: LM) -> Compute:
-        lm.decoding(
-            max_new_tokens=arguments.max_new_tokens, stop=arguments.stop, seed=seed, given=config
-        )  # checks them
+        stops = StopStrings(arguments.stop, lm.tokenizer)
+        lm.decoding(max_new_tokens=arguments.max_new_tokens, stops=stops, seed=seed, given=config)  # checks them
 
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
             distinct = {prompt.tokens: prompt for prompt in prompts}  # samples must not depend on how slices are cut
