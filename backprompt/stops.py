@@ -140,12 +140,16 @@ class StopStrings:
         return prompt_ids if self._is_behind_prompt else ()
 
 
+def missing_characters(string: str, tokenizer: Any) -> list[str]:
+    """Return the characters of a stop string that no token has, and which so are never generated."""
+    names = list(filter(None, tokenizer.all_special_tokens))
+    return [char for char in _without(string, names) if not _can_be_generated(char, tokenizer)]
+
+
 def check_can_be_generated(strings: Iterable[str], tokenizer: Any) -> None:
     """Raise GenerationError for a stop string with characters that no token has."""
-    names = list(filter(None, tokenizer.all_special_tokens))
     for string in strings:
-        missing = [char for char in _without(string, names) if not _can_be_generated(char, tokenizer)]
-        if missing:
+        if missing := missing_characters(string, tokenizer):
             raise GenerationError(
                 f"The stop string {string!r} has characters that the tokenizer has no tokens for "
                 f"({', '.join(map(repr, sorted(set(missing))))}), so no text would ever end with it. Leave it out."
