@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from backprompt import classify
+from backprompt.arguments import as_int
 from backprompt.beams import BeamDecoding
 from backprompt.decoded import Decoder
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
@@ -241,14 +242,12 @@ def generate(
     for idx, text in enumerate(listed):
         if not isinstance(text, Text):
             raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise GenerationError(f"n must be an int of at least 1, not {n!r}.")
+    num_each = 1 if n is None else as_int(n, "n", at_least=1, error=GenerationError)
     if not listed:
         return []
     lm = listed[0]._require_lm("a continuation")
     stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
     decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
-    num_each = n or 1
     if not decoding.is_sampling and num_each > decoding.num_beams:
         if decoding.num_beams == 1:
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")

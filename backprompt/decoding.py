@@ -20,29 +20,17 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
+from backprompt.arguments import as_int
 from backprompt.cache import TokenScore
 from backprompt.errors import GenerationError
+from backprompt.generation_options import SAMPLING_FIELDS, checked
 from backprompt.lookahead import DEFAULT_NGRAM, proposals
-from backprompt.stops import Cut, StopStrings, check_can_be_generated
+from backprompt.stops import Cut, StopStrings, as_stop_strings
 
 Completion: TypeAlias = tuple[int, ...]
 """What was added to a text."""
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
-
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-
-_OURS = {  # what `generate` of transformers takes and this does not, and what to do instead
-    "num_return_sequences": "use n=...",
-    "max_length": "use max_new_tokens=..., which does not count the prompt",
-    "return_dict_in_generate": "a Text is returned, with completion_tokens and completion_logprobs",
-    "output_scores": "completion_logprobs are always there",
-    "output_logits": "text.logits and text.model_repr.all_logits() are always there",
-    "output_attentions": "they are never computed as a whole",
-    "output_hidden_states": "text.model_repr.hidden_states are always there",
-    "use_cache": "keys and values are always kept",
-    "cache_implementation": "keys and values are kept by the LM",
-}
 
 
 @dataclass(frozen=True)
@@ -108,26 +96,32 @@ class Decoding:
         seed: int | None,
         given: Mapping[str, Any],
     ) -> None:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens must be an int of at least 1, not {max_new_tokens!r}.")
         self.model = model
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = as_int(max_new_tokens, "max_new_tokens", at_least=1, error=GenerationError)
         self.stops = stops
-        self._seed = secrets.randbits(63) if seed is None else seed
+        own_seed = secrets.randbits(63) if seed is None else seed
+        self._seed = as_int(own_seed, "seed", at_least=0, error=GenerationError)
         self._config = _config(model, given)
         self.is_sampling = bool(self._config.do_sample)
         self.num_beams = int(self._config.num_beams or 1)
         self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
         self.max_ngram = int(self._config.max_matching_ngram_size or DEFAULT_NGRAM)
         self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary
-        strings, self._config.stop_strings = self._config.stop_strings, None
-        check_can_be_generated([strings] if isinstance(strings, str) else strings or (), tokenizer)
+        strings = as_stop_strings(self._config.stop_strings, tokenizer, "stop_strings")
+        self._config.stop_strings = None
         try:
-            if strings is not None:
-                self._stop_strings.append(StopStringCriteria(tokenizer, strings))
-            self.rules(torch.zeros((1, 1), dtype=torch.long))  # what is wrong shows now, before a prompt is computed
-        except (TypeError, ValueError) as error:
+            if strings:
+                self._stop_strings.append(StopStringCriteria(tokenizer, list(strings)))
+            self._rehearse()
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise GenerationError(f"transformers refuses these options: {error}") from error
+
+    def _rehearse(self) -> None:
+        """Let all rules look at one token, so that what is wrong shows now, before a prompt is computed."""
+        ids = torch.zeros((1, 1), dtype=torch.long)
+        rules = self.rules(ids)
+        rules.processors(ids, torch.zeros((1, _num_tokens(self.model))))
+        self.reason(rules, ids, 1, is_stopped=False)
 
     def rules(self, prompt_ids: Tensor) -> Rules:
         """Return the rules for a prompt, `(1, tokens)`."""
@@ -284,21 +278,11 @@ class TextDecoding:
 
 def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
     """Return the options in full: what is given, else what the model's own configuration says, but greedy."""
-    for name, instead in _OURS.items():
-        if name in given:
-            raise GenerationError(f"generate takes no {name}: {instead}.")
-    options = dict(given)
+    options = checked(given, _num_tokens(model))
     asked = [name for name in SAMPLING_FIELDS if options.get(name) is not None]
     if asked and options.get("do_sample") is False:
         raise GenerationError(f"{asked[0]} is for sampling, but do_sample is False. Leave out one of the two.")
     options["do_sample"] = bool(asked) if options.get("do_sample") is None else options["do_sample"]
-    known = GenerationConfig().to_dict().keys()
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise GenerationError(
-            f"generate has no option {unknown[0]!r}. It has max_new_tokens, stop, include_stop, seed and the fields "
-            "of transformers' GenerationConfig."
-        )
     try:
         config: GenerationConfig = model._prepare_generation_config(None, **options)[0]
         mode = config.get_generation_mode()
@@ -317,3 +301,7 @@ def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
     if config.guidance_scale is not None and config.guidance_scale != 1:
         raise GenerationError("generate does not do classifier-free guidance, which runs the model a second time.")
     return config
+
+
+def _num_tokens(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)

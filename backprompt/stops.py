@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from backprompt.arguments import as_bool
 from backprompt.decoded import Decoded, Decoder
 from backprompt.errors import GenerationError
 
@@ -89,15 +90,12 @@ class StopStrings:
         include_stop: bool = False,
         is_behind_prompt: bool = True,
     ) -> None:
-        if not isinstance(include_stop, bool):
-            raise GenerationError(f"include_stop must be True or False, not {include_stop!r}.")
-        self.strings = _strings(given)
-        self._include_stop = include_stop
+        self.strings = as_stop_strings(given, tokenizer, "stop")
+        self._include_stop = as_bool(include_stop, "include_stop", error=GenerationError)
         self._is_behind_prompt = is_behind_prompt
         self._searches: list[_Search] = []
         if not self.strings:
             return
-        check_can_be_generated(self.strings, tokenizer)
         names = list(filter(None, tokenizer.all_special_tokens))
         naming = tuple(string for string in self.strings if any(name in string for name in names))
         others = tuple(string for string in self.strings if string not in naming)
@@ -140,20 +138,35 @@ class StopStrings:
         return prompt_ids if self._is_behind_prompt else ()
 
 
-def missing_characters(string: str, tokenizer: Any) -> list[str]:
-    """Return the characters of a stop string that no token has, and which so are never generated."""
-    names = list(filter(None, tokenizer.all_special_tokens))
-    return [char for char in _without(string, names) if not _can_be_generated(char, tokenizer)]
+def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str) -> tuple[str, ...]:
+    """Return a string or strings as a tuple; none for None.
 
+    Raises:
+        GenerationError: something else, an empty string, or one that no tokens can spell.
 
-def check_can_be_generated(strings: Iterable[str], tokenizer: Any) -> None:
-    """Raise GenerationError for a stop string with characters that no token has."""
+    """
+    if given is None:
+        return ()
+    if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
+        raise GenerationError(f"{name} must be a string or several in a list, not {type(given).__name__}: {given!r}.")
+    strings = (given,) if isinstance(given, str) else tuple(given)
     for string in strings:
+        if not isinstance(string, str) or not string:
+            raise GenerationError(f"{name} must be strings that are not empty, not {string!r}.")
+        if any("\ud800" <= char <= "\udfff" for char in string):
+            raise GenerationError(f"The stop string {string!a} holds half of a surrogate pair, which is no character.")
         if missing := missing_characters(string, tokenizer):
             raise GenerationError(
                 f"The stop string {string!r} has characters that the tokenizer has no tokens for "
                 f"({', '.join(map(repr, sorted(set(missing))))}), so no text would ever end with it. Leave it out."
             )
+    return strings
+
+
+def missing_characters(string: str, tokenizer: Any) -> list[str]:
+    """Return the characters of a stop string that no token has, and which so are never generated."""
+    names = list(filter(None, tokenizer.all_special_tokens))
+    return [char for char in _without(string, names) if not _can_be_generated(char, tokenizer)]
 
 
 def _can_be_generated(char: str, tokenizer: Any) -> bool:
@@ -171,20 +184,6 @@ def _can_be_generated(char: str, tokenizer: Any) -> bool:
             [f"<0x{byte:02X}>" for byte in char.encode()],
         )
     )
-
-
-def _strings(given: str | Iterable[str] | None) -> tuple[str, ...]:
-    if given is None:
-        return ()
-    if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
-        raise GenerationError(f"stop must be a string or several in a list, not {type(given).__name__}: {given!r}.")
-    strings = (given,) if isinstance(given, str) else tuple(given)
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise GenerationError(f"stop must be strings that are not empty, not {string!r}.")
-        if any("\ud800" <= char <= "\udfff" for char in string):
-            raise GenerationError(f"The stop string {string!a} holds half of a surrogate pair, which is no character.")
-    return strings
 
 
 def _without(string: str, names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -519,12 +520,60 @@ def test_special_tokens_are_left_out_of_the_string(tokenizer):
         ({"top_p": -1.0}, "top_p"),
         ({"token_healing": True}, "token healing"),
         ({"output_attentions": True}, "takes no output_attentions"),
+        ({"penalty_alpha": 0.5}, "takes no penalty_alpha: it is for contrastive search"),
+        ({"num_beam_groups": 2}, "takes no num_beam_groups"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an int of at least 1, not True"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be an int of at least 1, not 2.0"),
+        ({"n": True}, "n must be an int of at least 1, not True"),
+        ({"seed": "x"}, "seed must be an int of at least 0, not 'x'"),
+        ({"seed": -1}, "seed must be an int of at least 0, not -1"),
+        ({"seed": True}, "seed must be an int"),
+        ({"do_sample": "yes"}, "do_sample must be True or False, not 'yes'"),
+        ({"temperature": True}, "temperature must be a finite number of at least 0, not True"),
+        ({"temperature": float("inf")}, "temperature must be a finite number"),
+        ({"top_p": 2}, "top_p must be a finite number from 0 to 1, not 2"),
+        ({"top_p": float("nan")}, "top_p must be a finite number"),
+        ({"eta_cutoff": 5.0}, "eta_cutoff must be a finite number from 0 to 1"),
+        ({"top_k": True}, "top_k must be an int of at least 0"),
+        ({"num_beams": "3"}, "num_beams must be an int of at least 1, not '3'"),
+        ({"num_beams": 2, "length_penalty": "x"}, "length_penalty must be a finite number, not 'x'"),
+        ({"num_beams": 2, "early_stopping": "banana"}, 'True, False or "never"'),
+        ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens must be an int of at least 1"),
+        ({"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": "x"}, "max_matching_ngram_size must be an int"),
+        ({"eos_token_id": []}, "eos_token_id must be token ids"),
+        ({"eos_token_id": 10**9}, "eos_token_id has the id 1000000000, but those of the model are 0 to 319"),
+        ({"eos_token_id": [1, True]}, "an id of eos_token_id must be an int"),
+        ({"suppress_tokens": [400]}, "suppress_tokens has the id 400"),
+        ({"max_time": "x"}, "max_time must be a finite number of at least 0"),
+        ({"sequence_bias": [[[400], 1.0]]}, "transformers refuses these options"),
+        ({"exponential_decay_length_penalty": 3}, "transformers refuses these options"),
     ],
     ids=str,
 )
 def test_options_that_make_no_sense(lm, options, message):
     with pytest.raises(GenerationError, match=message):
         generate([Text("The cat", lm)], **{"max_new_tokens": 3, **options})
+    assert lm.stats.forward_passes == 0
+
+
+def test_numbers_of_any_kind_are_options(lm):
+    text = Text(PROMPTS[0], lm)
+    options = {"max_new_tokens": 4, "temperature": 2.0, "top_k": 50, "seed": 3, "eos_token_id": [9]}
+    others = {
+        "max_new_tokens": np.int64(4),
+        "temperature": 2,
+        "top_k": np.int32(50),
+        "seed": np.int64(3),
+        "eos_token_id": np.array([9]),
+    }
+    assert text.generate(**others, n=np.int64(1)) == text.generate(**options, n=1)
+
+
+def test_a_bar_is_shown_or_not(lm):
+    with pytest.raises(ValueError, match="show_progress_bar must be True or False, not 'no'"):
+        generate(Text("The cat", lm), max_new_tokens=2, show_progress_bar="no")
+    with pytest.raises(ValueError, match="show_progress_bar must be True or False, not 0"):
+        evaluate(Text("The cat", lm), show_progress_bar=0)
     assert lm.stats.forward_passes == 0
 
 

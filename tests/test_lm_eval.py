@@ -346,7 +346,15 @@ def test_where_no_cuda_is_the_default_of_the_command_line_is_not_taken_literally
         (lambda lm: BackpromptLM(lm, dtype="float16", memory_bytes=3), TypeError, "memory_bytes, dtype must be given"),
         (lambda lm: BackpromptLM(lm.model), TypeError, "not GPT2LMHeadModel"),
         (lambda lm: BackpromptLM("nowhere"), ModelLoadError, "nowhere"),
-        (lambda lm: BackpromptLM("nowhere", rolling_as_hf="yes"), TypeError, "rolling_as_hf must be True or False"),
+        (lambda lm: BackpromptLM("nowhere", rolling_as_hf="yes"), ValueError, "rolling_as_hf must be True or False"),
+        (lambda lm: BackpromptLM("nowhere", add_bos_token=1), ValueError, "add_bos_token must be True or False"),
+        (lambda lm: BackpromptLM("nowhere", max_length="many"), ValueError, "max_length must be an int of at least 1"),
+        (lambda lm: BackpromptLM("nowhere", prefix_token_id=True), ValueError, "prefix_token_id must be an int"),
+        (
+            lambda lm: BackpromptLM("nowhere", memory_bytes="banana"),
+            ValueError,
+            "memory_bytes must be a number of bytes",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(make, error, message, models):

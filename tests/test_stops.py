@@ -269,7 +269,9 @@ def test_a_reply_that_was_cut_stands_in_a_chat_as_it_is(lm, monkeypatch):
         ({"stop": {"a": 1}}, "stop must be a string or several in a list, not dict"),
         ({"stop": "\ud83d"}, r"The stop string '\\ud83d' holds half of a surrogate pair"),
         ({"stop": "x", "include_stop": "no"}, "include_stop must be True or False, not 'no'"),
-        ({"stop_strings": []}, "transformers refuses"),
+        ({"stop_strings": [3]}, "stop_strings must be strings that are not empty, not 3"),
+        ({"stop_strings": b"x"}, "stop_strings must be a string or several in a list, not bytes"),
+        ({"stop_strings": ""}, "stop_strings must be strings that are not empty"),
     ],
     ids=str,
 )

@@ -12,9 +12,9 @@ from typing import Any
 from backprompt._generate import GeneratedText
 from backprompt._generate import generate as generate_all
 from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments, finite
-from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
-from backprompt.decoding import SAMPLING_FIELDS
+from backprompt.cli.stream import Compute, Job, add_output_arguments, not_negative, positive, stream
 from backprompt.errors import CommandError
+from backprompt.generation_options import SAMPLING_FIELDS
 from backprompt.lm import LM
 from backprompt.stops import StopStrings
 from backprompt.text import Text
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         and all prompts of a slice run together.
 
         Each row of the input becomes one of the output, or N rows with --n, with the fields "completion",
-        "finish_reason" ("eos", "stop", "length"), "num_new_tokens" and "logprob" (of the completion, nats); with --n
+        "finish_reason" ("eos", "stop", "length"), "num_new_tokens" and "logprob" (of these tokens, nats); with --n
         also "sample", from 0 on. A sample depends on the seed, the prompt and its number, not on other rows; so equal
         prompts have equal samples.""",
         run=run,
@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         help="end before this when it is generated, and leave it out; may be given more than once; "
         "\\n, \\t and \\\\ mean what they mean in C",
     )
-    group.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
+    group.add_argument("--seed", type=not_negative, help="of sampling (default: another one each time)")
     group.add_argument("--do-sample", action="store_true", default=None, help="sample; so do the next three")
     group.add_argument("--temperature", type=finite)
     group.add_argument("--top-p", type=finite)

@@ -26,9 +26,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from backprompt._generate import Run, run_with_bar
+from backprompt.arguments import as_bool, as_int
 from backprompt.classify import TOKENS_AT_A_TIME
-from backprompt.decoding import SAMPLING_FIELDS
 from backprompt.errors import GenerationError
+from backprompt.generation_options import SAMPLING_FIELDS
 from backprompt.lm import LM, load
 from backprompt.stops import StopStrings, missing_characters
 from backprompt.text import Text
@@ -84,8 +85,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         **lm_options: of `LM`, such as memory_bytes, store, max_tokens_per_forward.
 
     Raises:
-        TypeError: an option that is none, or of another type, or one that comes too late for an `LM`; before anything
-            is loaded.
+        TypeError: an option that is none, or one that comes too late for an `LM`; before anything is loaded.
+        ValueError: an option has a value that it cannot have; before anything is loaded.
         What `backprompt.load` raises.
 
     """
@@ -114,8 +115,13 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 f"BackpromptLM, and {', '.join(LM_OPTIONS)}. For a model that is loaded in another way pass an LM: "
                 "BackpromptLM(LM(model, tokenizer))."
             )
-        if not isinstance(rolling_as_hf, bool):
-            raise TypeError(f"rolling_as_hf must be True or False, not {rolling_as_hf!r}.")
+        as_bool(rolling_as_hf, "rolling_as_hf")
+        if add_bos_token is not None:
+            as_bool(add_bos_token, "add_bos_token")
+        if max_length is not None:
+            as_int(max_length, "max_length", at_least=1)
+        if prefix_token_id is not None:
+            as_int(prefix_token_id, "prefix_token_id", at_least=0)
         if isinstance(pretrained, LM):
             late = [*lm_options, *(["dtype"] if dtype is not None else [])]
             if late:
