@@ -71,7 +71,8 @@ class Decoder:
             return decoded
         window = (*decoded.window, token_id)
         more = added(decoded.before, self._decode(window))
-        if more.endswith("\N{REPLACEMENT CHARACTER}") or self._is_byte(token_id):
+        is_open = not more or more.endswith("\N{REPLACEMENT CHARACTER}")  # some decoders leave half a character out
+        if is_open or self._is_byte(token_id):
             return Decoded(decoded.settled, more, window, decoded.before)
         return Decoded(decoded.settled + more, "", (token_id,), self._decode((token_id,)))
 

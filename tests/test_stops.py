@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
 from backprompt import LM, GenerationError, Text, chat, generate
 from backprompt._generate import ContinuedText
+from backprompt.decoded import Decoder
 from backprompt.stops import Cut, StopStrings
+from backprompt.tokens import added
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram
 
@@ -218,6 +221,28 @@ def test_bytes_are_searched_as_they_come(lms):
     newline = lm.tokenizer.convert_tokens_to_ids("<0x0A>")
     found = Text("the", lm).generate(max_new_tokens=3, sequence_bias=[[[newline], 1e4]], stop="\n")
     assert (found.completion, found.completion_tokens, found.finish_reason) == ("", (), "stop")
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_tokens_one_at_a_time_have_the_string_of_all_of_them(lms, data):
+    """Any ids behind any others, also of a tokenizer in Python whose tokens are bytes; what is settled stays."""
+    tokenizer = data.draw(st.sampled_from([*(lm.tokenizer for lm in lms.values()), ByT5Tokenizer()]))
+    strings = ["a€b", "naïve 東京", "\n", "the cat", "🤝🏽"]
+    some = tokenizer.encode(
+        "".join(data.draw(st.lists(st.sampled_from(strings), max_size=4))), add_special_tokens=False
+    )
+    some += data.draw(st.lists(st.integers(3, 250), max_size=6))
+    start = data.draw(st.integers(0, len(some)))
+    before = tokenizer.decode(some[:start], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    decoder = Decoder(tokenizer)
+    decoded = decoder.begin(some[:start])
+    for num in range(start + 1, len(some) + 1):
+        settled = decoded.settled
+        decoded = decoder.with_token(decoded, some[num - 1])
+        whole = tokenizer.decode(some[:num], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert decoded.string == added(before, whole)
+        assert decoded.settled.startswith(settled)
 
 
 def test_a_character_that_the_prompt_begins_is_generated(lm):
