@@ -423,6 +423,16 @@ def test_stop_strings_that_begin_in_the_context_do_not_count_as_for_hf(family, m
     assert len(set(expected)) > len(contexts)
 
 
+def test_a_space_that_sentencepiece_drops_is_no_part_of_a_stop_string_as_for_hf(models):
+    hf, ours = models["gemma"]
+    first = hf.tokenizer.convert_tokens_to_ids("▁the")
+    options = {"until": [" the"], "max_gen_toks": 6, "sequence_bias": [[[first], 1e4]], "no_repeat_ngram_size": 1}
+    expected = hf.generate_until(instances([("cat", copy.deepcopy(options))]), disable_tqdm=True)
+    assert ours.generate_until(instances([("cat", options)]), disable_tqdm=True) == expected
+    assert expected[0].startswith("the")
+    assert len(expected[0]) > 3
+
+
 def test_a_tokenizer_without_special_tokens_serves(tmp_path):
     """Nothing ends a generation but the number of tokens; texts without a context need a token to be chosen."""
     tokenizer = byte_level_bpe()

@@ -170,6 +170,8 @@ def test_the_first_to_be_complete_counts_and_of_several_the_longest(lm):
     assert complete(stop=["at the m", "t t"]).completion == " ca"
     assert complete(stop=["t t", "at t", "the"]).completion == " c"
     assert complete(stop=["t t", "at t", "the"], include_stop=True).completion == " cat t"
+    assert lm.tokenizer.decode(prompt.generate(**options).completion_tokens[:1]) == " cat"
+    assert complete(stop=["cat", "a"]).completion == " c"  # within one token, too
     assert complete(stop={"zz", "mat"}).completion == " cat the "
     assert complete(stop=[]).completion == complete(stop=None).completion == " cat the mat"
 
