@@ -227,6 +227,8 @@ def test_stop_strings_and_other_options(generate, lm):
         "num_new_tokens": 0,
         "logprob": 0.0,
     }
+    _, printed, _ = generate("prompts.jsonl", "--stop", first.completion, "--include-stop")
+    assert json.loads(printed)["completion"] == first.completion
     _, printed, _ = generate("prompts.jsonl", "--option", f"suppress_tokens=[{first.completion_tokens[0]}]")
     expected = Text(PROMPTS[0], lm).generate(max_new_tokens=4, suppress_tokens=list(first.completion_tokens))
     assert json.loads(printed)["completion"] == expected.completion
@@ -640,6 +642,7 @@ def test_completions_are_read_once_and_lines_end_where_they_do(run, model):
         (["--stop", ""], "argument --stop: it must not be empty"),
         (["--option", "foo=1"], "generate has no option 'foo'"),
         (["--option", "max_new_tokens=4"], "Give it once, as --max-new-tokens"),
+        (["--option", "include_stop=true"], "Give it once, as --include-stop"),
         (["--temperature", "1", "--option", "temperature=0.5"], "Give it once, as --temperature"),
     ],
 )

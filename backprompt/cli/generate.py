@@ -19,7 +19,7 @@ from backprompt.lm import LM
 from backprompt.stops import StopStrings
 from backprompt.text import Text
 
-_OWN_OPTIONS = ("max_new_tokens", "n", "stop", "seed")
+_OWN_OPTIONS = ("max_new_tokens", "n", "stop", "include_stop", "seed")
 NEW_FIELDS = ("completion", "finish_reason", "num_new_tokens", "logprob")
 
 
@@ -55,6 +55,7 @@ def add(commands: Any) -> None:
         help="end before this when it is generated, and leave it out; may be given more than once; "
         "\\n, \\t and \\\\ mean what they mean in C",
     )
+    group.add_argument("--include-stop", action="store_true", help="keep what --stop names")
     group.add_argument("--seed", type=not_negative, help="of sampling (default: another one each time)")
     group.add_argument("--do-sample", action="store_true", default=None, help="sample; so do the next three")
     group.add_argument("--temperature", type=finite)
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     seed = secrets.randbits(63) if arguments.seed is None else arguments.seed  # one for all slices
 
     def computed_with(lm: LM) -> Compute:
-        stops = StopStrings(arguments.stop, lm.tokenizer)
+        stops = StopStrings(arguments.stop, lm.tokenizer, include_stop=arguments.include_stop)
         lm.decoding(max_new_tokens=arguments.max_new_tokens, stops=stops, seed=seed, given=config)  # checks them
 
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
@@ -98,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
                 max_new_tokens=arguments.max_new_tokens,
                 n=arguments.n or 1,
                 stop=arguments.stop,
+                include_stop=arguments.include_stop,
                 seed=seed,
                 show_progress_bar=False,
                 **config,
@@ -111,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
         return compute
 
     new_fields = NEW_FIELDS if arguments.n is None else (*NEW_FIELDS, "sample")
-    compared = {name: getattr(arguments, name) for name in ("max_new_tokens", "n", "stop", "seed", *named)}
+    compared = {name: getattr(arguments, name) for name in (*_OWN_OPTIONS, *named)}
     compared["option"] = dict(arguments.option)
     return stream(arguments, Job(new_fields, computed_with, compared, rows_per_prompt=arguments.n or 1))
 
