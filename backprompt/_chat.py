@@ -97,7 +97,7 @@ def _turn(lm: LM, string: str, content: GeneratedText, start: int) -> Text:
     token_ids, behind = content.completion_tokens, string[start + len(written) :]
     if token_ids and behind.startswith(end := lm.tokenizer.decode([token_ids[-1]])) and end:
         behind = behind[len(end) :]  # the end token is among the ids
-    return Text(string[:start], lm) + Text.from_tokens(token_ids, lm) + behind
+    return Text(string[:start], lm) + content._completion + behind
 
 
 def _beginning(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backprompt.cache import TokenScore
-from backprompt.decoding import Choice, Completion, Decoding, FinishReason, Found, Rules
+from backprompt.decoding import Choice, Completion, Decoding, Found, Rules
 
 UNREACHABLE = -1e9
 """transformers' score of what is not a beam."""
@@ -43,6 +43,7 @@ class BeamDecoding:
         self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of what is finished
         self._continued: dict[Completion, tuple[Choice, ...]] = {}  # the same one step before
         self._hypotheses: list[Completion] = []
+        self._watched = {(): decoding.stops.begin(prompt_ids)}  # beams, and what they were continued by last
         self.ahead: list[Completion] = [()]
         self.is_finished = False
 
@@ -73,7 +74,7 @@ class BeamDecoding:
             num_beams=self._num_beams,
             batch_size=1,
         )
-        ends_now = self._rules.are_met(top_sequences[0, :, : self._num_ids + 1])[None]
+        ends_now = self._ends(top_sequences[0, :, : self._num_ids + 1])[None]
         lengths = {"num_beams": self._num_beams}
         common = {"early_stopping": config.early_stopping, "length_penalty": config.length_penalty}
         self._sequences, self._scores, self._indices = model._get_running_beams_for_next_iteration(
@@ -129,14 +130,26 @@ class BeamDecoding:
     def found(self, num: int) -> list[Found]:
         """Return the best continuations, those that are finished before those that are not."""
         ranked = list(dict.fromkeys((*self._hypotheses, *self.ahead)))[:num]
-        return [Found(self._choices[ids], self._reason(ids)) for ids in ranked]
+        return [self._found(ids) for ids in ranked]
 
-    def _reason(self, completion: Completion) -> FinishReason:
-        if self._rules is None:
-            return "interrupted"
+    def _found(self, completion: Completion) -> Found:
+        choices = self._choices[completion]
+        if self._rules is None or completion not in self._hypotheses:
+            return Found(choices, "interrupted")
         ids = torch.tensor([[*self._prompt_ids, *completion]], device=self._sequences.device)
-        reason = self._decoding.reason(self._rules, ids, len(completion)) if completion in self._hypotheses else None
-        return reason or "interrupted"
+        cut = self._decoding.stops.cut(self._prompt_ids, completion)
+        reason = self._decoding.reason(self._rules, ids, len(completion), is_stopped=cut is not None)
+        return Found(choices, reason or "interrupted", cut)
+
+    def _ends(self, sequences: Tensor) -> Tensor:
+        """Return whether each of `(candidates, tokens)` is finished, `(candidates,)`."""
+        assert self._rules is not None
+        added = [tuple(ids) for ids in sequences[:, len(self._prompt_ids) :].tolist()]
+        self._watched = {
+            ids: self._decoding.stops.with_token(self._watched[ids[:-1]], ids[-1]) for ids in dict.fromkeys(added)
+        }
+        is_stopped = torch.tensor([self._watched[ids].is_stopped for ids in added], device=sequences.device)
+        return self._rules.are_met(sequences) | is_stopped
 
     def _begin(self, device: torch.device) -> None:
         prompt = torch.tensor([self._prompt_ids], device=device)

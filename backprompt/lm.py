@@ -8,6 +8,7 @@ called by others meanwhile.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backprompt.archive import Archive, Root
+from backprompt.arguments import as_bool, as_int
 from backprompt.cache import Location
 from backprompt.checkpoint import Checkpoint
 from backprompt.decoding import Decoding
@@ -51,6 +53,7 @@ from backprompt.progress import showing
 from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
+from backprompt.stops import StopStrings
 from backprompt.store import DiskStore, Store
 from backprompt.store.paths import check_folder
 from backprompt.text import Text, lazily
@@ -143,6 +146,7 @@ class LM:
             passes faster, most of all those of few tokens: generation. For weights in float32 or bfloat16.
 
     Raises:
+        ValueError, TypeError: an option has a value that it cannot have.
         UnsupportedModelError: the model cannot be evaluated exactly, or its weights not be packed; names the reason.
             Some reasons show only on the first evaluation.
         TokenizerError: `tokenizer` is not one.
@@ -164,12 +168,17 @@ class LM:
         beyond_trained_length: bool = False,
         pack_weights: bool = False,
     ) -> None:
-        if joins not in JOINS:
-            raise ValueError(f"joins must be one of {', '.join(map(repr, JOINS))}, not {joins!r}.")
-        if max_tokens_per_forward is not None and not (
-            isinstance(max_tokens_per_forward, int) and max_tokens_per_forward >= 1
-        ):
-            raise ValueError(f"max_tokens_per_forward must be an int of at least 1, not {max_tokens_per_forward!r}.")
+        check_options(
+            joins=joins,
+            add_special_tokens=add_special_tokens,
+            memory_bytes=memory_bytes,
+            host_memory_bytes=host_memory_bytes,
+            pin_memory=pin_memory,
+            max_tokens_per_forward=max_tokens_per_forward,
+            store=store,
+            beyond_trained_length=beyond_trained_length,
+            pack_weights=pack_weights,
+        )
         if not isinstance(model, nn.Module):
             raise UnsupportedModelError(
                 f"An LM wraps a model of transformers, not {type(model).__name__}. "
@@ -198,8 +207,6 @@ class LM:
         self._content_hash: str | None = None
         self._tokenizer_copy = PrivateTokenizer(tokenizer)
         self._encoder = Encoder(self._tokenizer_copy, joins, add_special_tokens)
-        if not isinstance(store, (str, os.PathLike, Store, type(None))):
-            raise TypeError(f"store must be a path or a backprompt.Store, not {type(store).__name__}.")
         self._store = DiskStore(store) if isinstance(store, (str, os.PathLike)) else store
         if self._store is not None and self._store is not store:
             weakref.finalize(self, self._store.close)  # nobody else can close it
@@ -373,14 +380,14 @@ class LM:
             return list(torch.split(together, [len(own) for own in candidates]))
 
     def decoding(
-        self, *, max_new_tokens: int, stop: str | Sequence[str] | None, seed: int | None, given: Mapping[str, Any]
+        self, *, max_new_tokens: int, stops: StopStrings, seed: int | None, given: Mapping[str, Any]
     ) -> Decoding:
         """Return checked options of `generate`; see `backprompt.generate`."""
         return Decoding(
             unwrap(self._model),
             self.tokenizer,
             max_new_tokens=max_new_tokens,
-            stop=stop,
+            stops=stops,
             seed=seed,
             given=given,
         )
@@ -819,19 +826,24 @@ def load(
         **lm_options: what `LM` takes.
 
     Raises:
+        ValueError, TypeError: a device that is not there, a dtype that weights cannot have, an option that `LM` does
+            not have, or a value that it cannot have; before anything is loaded.
         ModelLoadError: the model or the tokenizer cannot be found or downloaded.
         OSError: the path of a store cannot be the folder of one; see `DiskStore`.
         UnsupportedModelError: see `LM`.
 
     """
-    chosen = torch.device(device) if device is not None else _default_device()
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise TypeError(f"name must be a hub id or the path of a model's folder, not {name!r}.")
+    chosen = _default_device() if device is None else _available(device)
+    dtype = _dtype_of_weights(dtype, chosen)
+    if show_progress_bar is not None:
+        as_bool(show_progress_bar, "show_progress_bar")
+    check_options(**lm_options)
     if lm_options.get("pin_memory"):
-        _check_can_pin(chosen)  # before a model is loaded for it
-    store = lm_options.get("store")
-    if isinstance(store, (str, os.PathLike)):
+        _check_can_pin(chosen)
+    if isinstance(store := lm_options.get("store"), (str, os.PathLike)):
         check_folder(store)
-    if dtype is None:
-        dtype = torch.float32 if chosen.type == "cpu" else "auto"
     checkpoint = Checkpoint.find(name, dtype)
     logger.info("Loading %s on %s, dtype %s.", name, chosen, dtype)
     try:
@@ -867,6 +879,66 @@ def _show_bars_of_transformers(show: bool) -> None:
         transformers_logging.enable_progress_bar()
     else:
         transformers_logging.disable_progress_bar()
+
+
+def check_options(**given: Any) -> None:
+    """Raise for options of an `LM` that are none, or have a value that they cannot have.
+
+    Raises:
+        TypeError: an option that there is not, or a store that is neither one nor a path.
+        ValueError: another value that an option cannot have.
+
+    """
+    for name, value in given.items():
+        match name:
+            case "joins":
+                if value not in JOINS:
+                    raise ValueError(f"joins must be one of {', '.join(map(repr, JOINS))}, not {value!r}.")
+            case "add_special_tokens" | "pin_memory" | "beyond_trained_length" | "pack_weights":
+                as_bool(value, name)
+            case "memory_bytes" | "host_memory_bytes":
+                if value is not None:
+                    parse_bytes(value, name)
+            case "max_tokens_per_forward":
+                if value is not None:
+                    as_int(value, name, at_least=1)
+            case "store":
+                if not (value is None or isinstance(value, (Store, os.PathLike)) or (isinstance(value, str) and value)):
+                    raise TypeError(f"store must be a path or a backprompt.Store, not {value!r}.")
+            case _:
+                options = ", ".join(inspect.getfullargspec(LM.__init__).kwonlyargs)
+                raise TypeError(f"An LM has no option {name!r}. It has {options}.")
+
+
+def _available(device: str | int | torch.device) -> torch.device:
+    """Return a device that is there."""
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f'device must be the name of one, such as "cpu", or a torch.device, not {device!r}.')
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an assertion where torch is without CUDA
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        raise ValueError(
+            f"device={str(device)!r} cannot be used: {reason}. Leave it out for {str(_default_device())!r}."
+        ) from error
+    if found.type == "meta":
+        raise ValueError("device='meta' holds no weights. Leave it out, or name one that does.")
+    return found
+
+
+def _dtype_of_weights(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """Return the dtype that weights are loaded in."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if isinstance(dtype, str) and dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f'dtype must be "auto" or a floating-point dtype of torch, as "float32" or torch.bfloat16, not {dtype!r}.'
+        )
+    return found
 
 
 def _check_can_pin(device: torch.device) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from backprompt.arguments import as_bool
+
 DELAY_SECONDS = 2.0
 """A bar that nobody asked for shows when work has taken so long."""
 
@@ -25,7 +27,14 @@ _SHOW: ContextVar[bool | None] = ContextVar("backprompt_show_progress_bar", defa
 
 @contextmanager
 def showing(show: bool | None) -> Iterator[None]:
-    """Let bars show at once (True) or never (False) for as long as the context lasts; None leaves it as it is."""
+    """Let bars show at once (True) or never (False) for as long as the context lasts; None leaves it as it is.
+
+    Raises:
+        ValueError: it is none of the three.
+
+    """
+    if show is not None:
+        as_bool(show, "show_progress_bar")
     token = _SHOW.set(_SHOW.get() if show is None else show)
     try:
         yield

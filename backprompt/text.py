@@ -291,6 +291,7 @@ class Text:
         *,
         max_new_tokens: int,
         stop: str | Sequence[str] | None = None,
+        include_stop: bool = False,
         seed: int | None = None,
         **generation_config: Any,
     ) -> Stream:
@@ -299,12 +300,15 @@ class Text:
             for piece in text.stream(max_new_tokens=100):
                 print(piece, end="", flush=True)
 
+        No piece has a part of a stop string that is left out: the beginning of one is held back until it is decided.
         Its `.text` is what there is so far, a `GeneratedText`. Arguments and errors are those of `backprompt.generate`.
         """
         from backprompt._generate import Stream
+        from backprompt.stops import StopStrings
 
         lm = self._require_lm("a continuation")
-        decoding = lm.decoding(max_new_tokens=max_new_tokens, stop=stop, seed=seed, given=generation_config)
+        stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
+        decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
         return Stream(lm, self, decoding)
 
     def draw(self, **options: Any) -> Drawing:

@@ -220,7 +220,15 @@ def test_stop_strings_and_other_options(generate, lm):
     (first,) = backprompt.generate([Text(PROMPTS[0], lm)], max_new_tokens=1)
     write_jsonl("prompts.jsonl", [PROMPTS[0]])
     _, printed, _ = generate("prompts.jsonl", "--stop", "never this", "--stop", first.completion)
-    assert json.loads(printed)["finish_reason"] == "stop"
+    row = json.loads(printed)
+    assert {name: row[name] for name in ("completion", "finish_reason", "num_new_tokens", "logprob")} == {
+        "completion": "",
+        "finish_reason": "stop",
+        "num_new_tokens": 0,
+        "logprob": 0.0,
+    }
+    _, printed, _ = generate("prompts.jsonl", "--stop", first.completion, "--include-stop")
+    assert json.loads(printed)["completion"] == first.completion
     _, printed, _ = generate("prompts.jsonl", "--option", f"suppress_tokens=[{first.completion_tokens[0]}]")
     expected = Text(PROMPTS[0], lm).generate(max_new_tokens=4, suppress_tokens=list(first.completion_tokens))
     assert json.loads(printed)["completion"] == expected.completion
@@ -633,10 +641,12 @@ def test_completions_are_read_once_and_lines_end_where_they_do(run, model):
     ("arguments", "problem"),
     [
         (["--temperature", "0"], "transformers refuses these options"),
-        (["--top-k", "-3"], "transformers refuses these options"),
+        (["--top-k", "-3"], "top_k must be an int of at least 0, not -3"),
+        (["--seed", "-1"], "argument --seed: -1 is not at least 0"),
         (["--stop", ""], "argument --stop: it must not be empty"),
         (["--option", "foo=1"], "generate has no option 'foo'"),
         (["--option", "max_new_tokens=4"], "Give it once, as --max-new-tokens"),
+        (["--option", "include_stop=true"], "Give it once, as --include-stop"),
         (["--temperature", "1", "--option", "temperature=0.5"], "Give it once, as --temperature"),
     ],
 )

@@ -660,11 +660,23 @@ def test_beyond_the_trained_length_a_rotary_model_is_refused_unless_asked_to(tok
         ({"max_tokens_per_forward": -5}, r"max_tokens_per_forward must be an int of at least 1, not -5"),
         ({"max_tokens_per_forward": 1.5}, "max_tokens_per_forward must be .*, not 1.5"),
         ({"max_tokens_per_forward": "16"}, "max_tokens_per_forward must be .*, not '16'"),
+        ({"max_tokens_per_forward": True}, "max_tokens_per_forward must be .*, not True"),
+        ({"memory_bytes": "banana"}, "memory_bytes must be a number of bytes"),
+        ({"memory_bytes": True}, "memory_bytes must be a number of bytes"),
+        ({"host_memory_bytes": -1}, "host_memory_bytes must be a number of bytes"),
+        ({"add_special_tokens": "no"}, "add_special_tokens must be True or False, not 'no'"),
+        ({"pin_memory": 1}, "pin_memory must be True or False, not 1"),
+        ({"beyond_trained_length": "yes"}, "beyond_trained_length must be True or False"),
+        ({"pack_weights": None}, "pack_weights must be True or False"),
+        ({"store": 3}, "store must be a path or a backprompt.Store, not 3"),
+        ({"store": ""}, "store must be a path or a backprompt.Store, not ''"),
     ],
 )
 def test_bad_options_are_refused(options, message, model, tokenizer):
     with pytest.raises((ValueError, TypeError), match=message):
         LM(model, tokenizer, **options)
+    with pytest.raises((ValueError, TypeError), match=message):
+        load("not looked for", device="cpu", **options)
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", None, len])
@@ -701,6 +713,40 @@ def test_load_passes_its_options_on(checkpoint):
     assert representation.logits.dtype == torch.bfloat16
     assert len(text.tokens) > len(plain_ids(lm.tokenizer, text.string))  # "T" and "he" did not merge
     assert lm.stats.forward_passes >= len(text.tokens) / 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "banana"}, ValueError, r"device='banana' cannot be used: Expected one of .*\. Leave it out for '"),
+        ({"device": torch.device("cuda", 99)}, ValueError, "device='cuda:99' cannot be used"),
+        ({"device": "meta"}, ValueError, "device='meta' holds no weights"),
+        ({"device": True}, TypeError, "device must be the name of one"),
+        ({"dtype": "banana"}, ValueError, "floating-point dtype of torch, .* not 'banana'"),
+        ({"dtype": torch.int8}, ValueError, "not torch.int8"),
+        ({"dtype": float}, ValueError, "not <class 'float'>"),
+        ({"show_progress_bar": "no"}, ValueError, "show_progress_bar must be True or False, not 'no'"),
+        ({"memory": "2 GB"}, TypeError, "An LM has no option 'memory'. It has joins, .*, memory_bytes"),
+        ({"name": None}, TypeError, "name must be a hub id or the path of a model's folder, not None"),
+        ({"name": ""}, TypeError, "name must be"),
+    ],
+)
+def test_what_load_cannot_take_is_refused_before_anything_is_looked_for(options, error, message, monkeypatch):
+    monkeypatch.setattr("backprompt.lm.AutoTokenizer", None)
+    with pytest.raises(error, match=message):
+        load(**{"name": "anything", **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_where_there_is_none_says_what_there_is(checkpoint):
+    with pytest.raises(ValueError, match=r"device='cuda' cannot be used: .*Leave it out"):
+        load(checkpoint, device="cuda")
+
+
+def test_a_dtype_by_name_is_the_dtype(checkpoint):
+    for dtype in ("float16", "torch.float16", torch.float16):
+        assert load(checkpoint, device="cpu", dtype=dtype).model.dtype is torch.float16
+    assert load(checkpoint, device="cpu", dtype="auto").model.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/folder/anywhere"])

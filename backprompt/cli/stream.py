@@ -101,6 +101,14 @@ def positive(given: str) -> int:
     return number
 
 
+def not_negative(given: str) -> int:
+    """Return an int of at least 0: a type of argparse."""
+    number = int(given)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{given} is not at least 0")
+    return number
+
+
 def stream(arguments: argparse.Namespace, job: Job) -> int:
     """Do a job with all of the input; return the exit code."""
     check_model_arguments(arguments)
