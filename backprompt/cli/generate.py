@@ -7,16 +7,17 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backprompt._generate import GeneratedText
-from backprompt._generate import generate as generate_all
+import backprompt
 from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments, finite
 from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
-from backprompt.decoding import SAMPLING_FIELDS
 from backprompt.errors import CommandError
-from backprompt.lm import LM
 from backprompt.text import Text
+
+if TYPE_CHECKING:
+    from backprompt._generate import GeneratedText
+    from backprompt.lm import LM
 
 _OWN_OPTIONS = ("max_new_tokens", "n", "stop", "seed")
 NEW_FIELDS = ("completion", "finish_reason", "num_new_tokens", "logprob")
@@ -72,6 +73,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue all of the input."""
+    from backprompt.decoding import SAMPLING_FIELDS
+
     named = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
     config = {name: value for name, value in named.items() if value is not None}
     for name, value in arguments.option:
@@ -92,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
             distinct = {prompt.tokens: prompt for prompt in prompts}  # samples must not depend on how slices are cut
-            found = generate_all(
+            found = backprompt.generate(
                 distinct.values(),
                 max_new_tokens=arguments.max_new_tokens,
                 n=arguments.n or 1,

@@ -7,14 +7,16 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import backprompt
 from backprompt.cli.arguments import add_command, shows_progress
 from backprompt.cli.rows import counted
 from backprompt.errors import CommandError
-from backprompt.memory import parse_bytes
-from backprompt.store import DiskStore
-from backprompt.store.base import Header
+
+if TYPE_CHECKING:
+    from backprompt.store import DiskStore
+    from backprompt.store.base import Header
 
 _SHOWN_CHARACTERS = 60
 
@@ -116,6 +118,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_prune(arguments: argparse.Namespace) -> int:
     """Delete entries, and say how many."""
+    from backprompt.memory import parse_bytes
+
     size = arguments.size
     max_bytes = parse_bytes(int(size) if size.isdecimal() else size, "SIZE")
     with _opened(arguments) as store:
@@ -136,7 +140,7 @@ def _opened(arguments: argparse.Namespace) -> DiskStore:
     path = Path(arguments.path)
     if not (path / "entries").is_dir():
         raise CommandError(f"{path} is no store: it has no folder 'entries'.")
-    return DiskStore(path, persist="never")
+    return backprompt.DiskStore(path, persist="never")
 
 
 def _print_headers(headers: Iterable[Header], *, as_json: bool) -> int:
