@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from backprompt.cli.arguments import (
     read_input,
     shows_progress,
 )
-from backprompt.cli.rows import PIPE, Row
+from backprompt.cli.rows import PIPE, Row, as_json
 from backprompt.cli.stream import positive
 from backprompt.errors import CommandError
 from backprompt.text import Text
@@ -153,7 +152,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     lm = load_model(arguments)
     explained = backprompt.explain(make_texts(rows, completions, lm), analyze=arguments.is_run)
     if arguments.json:
-        print(json.dumps(explained.to_dict(), ensure_ascii=False))
+        print(as_json(explained.to_dict()))
     else:
         explained.show()
     return 0
@@ -195,5 +194,5 @@ def run_verify(arguments: argparse.Namespace) -> int:
         tolerance=arguments.tolerance,
         show_progress_bar=shows_progress(arguments),
     )
-    print(json.dumps(found.to_dict(), ensure_ascii=False) if arguments.json else found)
+    print(as_json(found.to_dict(), allow_nan=True) if arguments.json else found)
     return 1 if arguments.fail_on_drift and not found.passed else 0

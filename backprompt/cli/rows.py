@@ -554,14 +554,14 @@ def _json_row(row: Row, new: Mapping[str, Any]) -> str:
     return f"{{{', '.join(filter(None, members))}}}"
 
 
-def as_json(value: Any) -> str:
+def as_json(value: Any, *, allow_nan: bool = False) -> str:
     """Return a value as JSON that terminals can show: other alphabets as they are, control characters escaped.
 
     Raises:
-        ValueError: it holds a number that is not finite.
+        ValueError: it holds a number that is not finite, which JSON has no word for.
 
     """
-    return visible_json(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    return visible_json(json.dumps(value, ensure_ascii=False, allow_nan=allow_nan))
 
 
 def _lock(file: BinaryIO, name: str) -> None:

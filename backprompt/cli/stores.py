@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import backprompt
+from backprompt._visible import visible
 from backprompt.cli.arguments import add_command, shows_progress
-from backprompt.cli.rows import counted
+from backprompt.cli.rows import as_json, counted
 from backprompt.errors import CommandError
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ def _add(parts: Any, name: str, summary: str, run: Any, example: str) -> argpars
 def run_list(arguments: argparse.Namespace) -> int:
     """Print the entries."""
     with _opened(arguments) as store:
-        _print_headers(store.list(arguments.prefix), as_json=arguments.json)
+        _print_headers(store.list(arguments.prefix), is_json=arguments.json)
     return 0
 
 
 def run_find(arguments: argparse.Namespace) -> int:
     """Print the entries whose text begins so."""
     with _opened(arguments) as store:
-        return 0 if _print_headers(store.list(arguments.prefix), as_json=arguments.json) else 1
+        return 0 if _print_headers(store.list(arguments.prefix), is_json=arguments.json) else 1
 
 
 def run_stat(arguments: argparse.Namespace) -> int:
@@ -92,7 +92,7 @@ def run_stat(arguments: argparse.Namespace) -> int:
     with _opened(arguments) as store:
         stats = store.stats()
     if arguments.json:
-        print(json.dumps({**vars(stats), "path": str(store.path), "is_writable": store.is_writable}))
+        print(as_json({**vars(stats), "path": str(store.path), "is_writable": store.is_writable}))
         return 0
     print(f"entries          {stats.num_entries:,}")
     print(f"tokens           {stats.num_tokens:,}")
@@ -107,10 +107,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
         num_entries = store.stats().num_entries
         damaged = store.verify(show_progress_bar=shows_progress(arguments))
     if arguments.json:
-        print(json.dumps({"num_entries": num_entries, "damaged": list(damaged)}))
+        print(as_json({"num_entries": num_entries, "damaged": list(damaged)}))
     else:
         for name in damaged:
-            print(name)
+            print(visible(name))
         sound = counted(num_entries - len(damaged), "entry is", "entries are")
         print(f"{sound} sound, {len(damaged):,} damaged.", file=sys.stderr)
     return 1 if damaged else 0
@@ -128,7 +128,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
         deleted = store.prune(max_bytes, show_progress_bar=shows_progress(arguments))
         stats = store.stats()
     if arguments.json:
-        print(json.dumps({"deleted": list(deleted), **vars(stats)}))
+        print(as_json({"deleted": list(deleted), **vars(stats)}))
     else:
         gone, left = counted(len(deleted), "entry", "entries"), counted(stats.num_entries, "is", "are")
         print(f"{gone} deleted; {left} left, of {stats.num_bytes:,} bytes.")
@@ -143,11 +143,11 @@ def _opened(arguments: argparse.Namespace) -> DiskStore:
     return backprompt.DiskStore(path, persist="never")
 
 
-def _print_headers(headers: Iterable[Header], *, as_json: bool) -> int:
+def _print_headers(headers: Iterable[Header], *, is_json: bool) -> int:
     """Print entries, a line each, and return how many."""
     num_headers = 0
     for header in headers:
-        print(json.dumps(_described(header), ensure_ascii=False) if as_json else _line(header))
+        print(as_json(_described(header)) if is_json else visible(_line(header)))
         num_headers += 1
     return num_headers
 
@@ -167,7 +167,7 @@ def _described(header: Header) -> dict[str, Any]:
 
 
 def _line(header: Header) -> str:
-    text = json.dumps(header.text.encode(errors="replace").decode(), ensure_ascii=False)
+    text = as_json(header.text.encode(errors="replace").decode())
     text = text if len(text) <= _SHOWN_CHARACTERS else f'{text[: _SHOWN_CHARACTERS - 4]}..."'
     where = f"{header.position}..{header.position + len(header.token_ids) - 1}"
     dtype = header.dtype.removeprefix("torch.")
