@@ -33,6 +33,7 @@ from backprompt.cli import main
 from backprompt.cli.arguments import read_completions
 from backprompt.cli.rows import Input, Output, Row
 from backprompt.cli.score import AGGREGATES
+from backprompt.cli.wording import in_options
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -895,6 +896,46 @@ def test_bad_options_of_generation(generate, arguments, problem):
     assert not Path("out.jsonl").exists()
 
 
+IN_OPTIONS = [
+    ("score", ["--completions", "one.json"], "Set --no-normalize, or give more"),
+    ("score", ["--completions", "empty.json"], "completion 2 of --completions is empty"),
+    ("score", ["--completions", "half.json"], "half.json holds half of a surrogate pair"),
+    ("score", ["--completions", "labels.txt", "--prior", "0.5,0.5"], "error: --prior has the shape (2,)"),
+    ("score", ["--completions", "labels.txt", "--joins", "error"], "--joins exact or --joins split"),
+    ("draw", ["-o", "tree.svg", "--max-children", "1"], "error: --max-children must be"),
+    ("verify", ["--tolerance", "-1"], "error: --tolerance must be"),
+    ("generate", ["--option", "max_length=3"], "use --max-new-tokens, which does not count the prompt"),
+    ("generate", ["--option", "return_dict=1"], "Options are --max-new-tokens, --stop, --seed, and with --option"),
+    ("generate", ["--temperature", "0.5", "--option", "do_sample=false"], "error: --temperature is for sampling"),
+    ("generate", ["--temperature", "0"], "these options: --temperature (=0.0)"),
+    ("generate", ["--temperature", "1", "--option", "num_beams=2"], "beam search (--option num_beams=N)"),
+    ("generate", ["--max-new-tokens", "1000"], "there is no room for --max-new-tokens 1000."),
+    ("generate", ["--option", "guidance_scale=2", "--stop", "'temperature=1'"], "generate does not do classifier-free"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments", "problem"), IN_OPTIONS)
+def test_the_librarys_errors_speak_of_options(run, model, command, arguments, problem):
+    write_jsonl("prompts.jsonl", [{"parts": ["Set normalize=False. The c", "at s", "at"]}])
+    for name, labels in {"one": ["good"], "empty": ["good", ""], "half": ["good", "\ud83d"]}.items():
+        Path(f"{name}.json").write_text(json.dumps(labels))
+    own = {"generate": ["--max-new-tokens", 4]}.get(command, [])
+    code, _, said = run(command, "prompts.jsonl", "--model", model, "--device", "cpu", *own, *arguments)
+    assert code == 2
+    assert problem in only_line(said)
+    without_quoted = re.sub(r"(?<!\w)'[^']*'", "", said)
+    assert re.findall(r"(?<!--option )\b[a-z_]+=[^0\s]|\w\(\.\.\.", without_quoted) == []
+
+
+def test_what_errors_quote_stays_as_it_is():
+    said = (
+        "Text('set normalize=False') has no room for max_new_tokens=3, \"n=2\"; num_beams=3, model's `top_k`, 'top_p'"
+    )
+    expected = said.replace("max_new_tokens=3", "--max-new-tokens 3").replace("num_beams=3", "--option num_beams=3")
+    expected = expected.replace("`top_k`", "--top-k")
+    assert in_options(said) == expected
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 @pytest.mark.usefixtures("no_model")
 def test_a_device_that_is_not_there(score):
@@ -980,6 +1021,59 @@ def test_messages_on_request(score):
     assert "backprompt: debug: Evicted" in score("prompts.jsonl", "-vv", "--memory", "10 kB", "--slice", "1")[2]
     assert logging.getLogger("backprompt").level == logging.NOTSET
     assert [type(handler) for handler in logging.getLogger("backprompt").handlers] == [logging.NullHandler]
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u200b"
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e]")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [f"{HOSTILE}.jsonl"],
+        ["bad.jsonl"],
+        [f"{HOSTILE} there.jsonl"],
+        ["prompts.jsonl", f"--{HOSTILE}"],
+        ["prompts.jsonl", "--slice", HOSTILE],
+        ["prompts.jsonl", "--device", HOSTILE],
+        ["prompts.jsonl", "--model", HOSTILE],
+        ["prompts.jsonl", "--prior", HOSTILE],
+        ["prompts.jsonl", "--column", HOSTILE],
+        ["prompts.jsonl", "--memory", HOSTILE],
+        ["prompts.jsonl", "--completions", "repeated.txt"],
+        ["prompts.jsonl", "-o", f"{HOSTILE}/out.jsonl"],
+        ["prompts.jsonl", "-o", f"{HOSTILE} there.jsonl"],
+    ],
+)
+def test_errors_on_a_terminal_have_no_control_characters(score, arguments):
+    Path("repeated.txt").write_text(f"{HOSTILE}\n{HOSTILE}\n")
+    write_jsonl(f"{HOSTILE} there.jsonl", [{HOSTILE: HOSTILE}])
+    Path("bad.jsonl").write_text(json.dumps({"prompt": {HOSTILE: HOSTILE}}, ensure_ascii=False))
+    code, _, said = score(*arguments)
+    assert code == 2
+    assert CONTROL.search(said) is None
+    only_line(said)
+
+
+def test_messages_and_tables_on_a_terminal_have_no_control_characters(score, run, model, monkeypatch):
+    def warn(*arguments, **options):
+        logging.getLogger("backprompt.test").warning("a file called %s", HOSTILE)
+        raise RuntimeError(HOSTILE)
+
+    text = f"The cat sat on the mat{HOSTILE}, and so on: one, two, three, four."
+    write_jsonl("prompts.jsonl", [text, f"{text} And"])
+    Path("labels.txt").write_text(f"{HOSTILE}a\nb\n")
+    options = ["--model", model, "--device", "cpu"]
+    printed = [score("prompts.jsonl", "--store", "prompts.bp")[1]]
+    for command in (["store", "ls", "prompts.bp"], ["explain", "prompts.jsonl", *options]):
+        printed += [run(*command)[1], run(*command, "--json")[1]]
+    printed += [run("verify", "prompts.jsonl", *options)[1], run("draw", "prompts.jsonl", "-o", "-", *options)[1]]
+    monkeypatch.setattr("backprompt.classify.predict_proba", warn)
+    printed.append(score("prompts.jsonl")[2])
+    assert "a file called \\x1b]0;title" in printed[-1]
+    for shown in printed:
+        assert shown
+        assert CONTROL.search(shown) is None
 
 
 def test_a_bar_where_standard_error_is_a_terminal(score, monkeypatch):
@@ -1075,7 +1169,7 @@ def test_draw_shows_what_was_computed(run, model):
         (["-o", "nowhere/tree.svg"], "there is no folder nowhere"),
         (["-o", "tree.svg", "--run"], "--run and --store need a model"),
         (["-o", "tree.svg", "--completions", "nowhere.txt"], "nowhere.txt cannot be read"),
-        (["-o", "tree.svg", "--max-children", "1"], "max_children must be"),
+        (["-o", "tree.svg", "--max-children", "1"], "--max-children must be"),
         ([], "required: -o/--output"),
         (["-o", "folder.svg"], "folder.svg is a folder"),
     ],

@@ -3,6 +3,7 @@
 __init__.py    commands, errors in one line, exit codes
 arguments.py   what several commands have in common
 rows.py        JSONL and CSV, in and out
+wording.py     the library's errors, in terms of options
 stream.py      jobs over rows, a slice at a time, which can go on after an interruption
 score.py, generate.py, stores.py, demo.py    a command each
 
@@ -26,7 +27,8 @@ from backprompt import __version__
 from backprompt._visible import visible
 from backprompt.cli import demo, generate, reports, score, stores
 from backprompt.cli.arguments import say
-from backprompt.errors import BackpromptError
+from backprompt.cli.wording import in_options
+from backprompt.errors import BackpromptError, CommandError
 from backprompt.progress import Bar, is_terminal, showing
 
 OK, CHECK_FAILED, BAD_INPUT, FAILED, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
@@ -89,7 +91,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say it, and leave."""
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message} ({self.prog} --help says more)\n")
+        self.exit(BAD_INPUT, f"{self.prog}: error: {visible(message)} ({self.prog} --help says more)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,7 +162,7 @@ class _Lines(logging.Handler):
 
 
 def _in_a_line(error: BaseException, *, with_kind: bool) -> str:
-    message = " ".join(str(error).split())
+    message = " ".join((str(error) if isinstance(error, CommandError) else in_options(str(error))).split())
     if not with_kind:
         return message
     named = f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -31,6 +31,7 @@ from backprompt.cli.arguments import (
     say,
 )
 from backprompt.cli.rows import FORMATS, PIPE, Input, Output, Row, checked, counted, format_of, shown
+from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
 from backprompt.text import Text
 
@@ -258,5 +259,5 @@ def _computed(lm: LM, compute: Compute, rows: Sequence[Row]) -> Sequence[Sequenc
             try:
                 compute([text])
             except BackpromptError as error:
-                raise CommandError(f"{row.where}: {error}") from error
+                raise CommandError(f"{row.where}: {in_options(str(error))}") from error
         raise
