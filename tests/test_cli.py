@@ -494,12 +494,18 @@ def test_a_killed_process_leaves_a_beginning(model, score):
 
 
 def in_a_process(*arguments: object, **options) -> subprocess.Popen:
-    """A process of this Python with this package, whose standard error can be read."""
+    """A process of this Python with this package, whose standard error can be read; it takes signals as by default."""
+
+    def take_signals() -> None:  # a job in the background has them ignored
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
     root = Path(backprompt.__file__).parent.parent
     before = options.pop("before", "")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, [before]), str(root)])}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, preexec_fn=take_signals, **pipes, **options)
 
 
 def test_an_interrupt_while_torch_is_imported(model):

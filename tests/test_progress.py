@@ -220,6 +220,12 @@ def test_an_interrupt_leaves_no_lock_behind(num_writes):
             Bar.write("said", file=bar.fp)
     except KeyboardInterrupt:
         pass
+
+    def is_free() -> bool:
+        is_taken = Bar.get_lock().acquire(timeout=1)
+        if is_taken:
+            Bar.get_lock().release()
+        return is_taken
+
     with ThreadPoolExecutor() as pool:
-        assert pool.submit(Bar.get_lock().acquire, timeout=1).result()
-        pool.submit(Bar.get_lock().release)
+        assert pool.submit(is_free).result()

@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -19,6 +20,7 @@ import backprompt
 from backprompt import LM, DrawingError, Text, plot_probabilities
 from backprompt._show import ShownText, ShownToken
 from backprompt._visible import visible, visible_json, visible_lines
+from backprompt.missing import Miss
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -150,6 +152,16 @@ def test_show_explain_and_verify(lm, text, other):
         printed = io.StringIO()
         Console(file=printed, width=500).print(account)
         assert is_clean(str(account) + page.text + printed.getvalue())
+
+
+@settings(max_examples=10)
+@given(HOSTILE)
+def test_what_a_store_says_of_itself(lm, text):
+    miss = Miss(0, 0, text, 0, 1, 1, 1, "other model", f"the store has it under another dtype ({text}, not float32)")
+    account = replace(backprompt.explain(Text("a", lm)), misses=(miss,))
+    printed = io.StringIO()
+    Console(file=printed, width=500).print(account)
+    assert is_clean(str(account) + Elements(account._repr_html_()).text + printed.getvalue())
 
 
 @given(HOSTILE)
