@@ -116,8 +116,9 @@ def _end_by_interrupt() -> None:
     """
     if os.name != "posix":
         return
-    with contextlib.suppress(OSError):  # who read it has gone, too
-        sys.stdout.flush()
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError):  # who read it has gone, too
+            sys.stdout.flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)
 
@@ -162,7 +163,8 @@ class _Lines(logging.Handler):
 
 
 def _in_a_line(error: BaseException, *, with_kind: bool) -> str:
-    message = " ".join((str(error) if isinstance(error, CommandError) else in_options(str(error))).split())
+    said = str(error) if isinstance(error, CommandError) else in_options(str(error))
+    message = " ".join(said.split())
     if not with_kind:
         return message
     named = f"{type(error).__name__}: {message}" if message else type(error).__name__

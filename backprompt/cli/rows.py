@@ -36,9 +36,8 @@ PROMPT_FIELDS = ("prompt", "prompts", "parts")
 
 _MAX_CSV_FIELD = 2**31 - 1  # csv's own limit is 131,072 characters
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-_FORMULA = re.compile(
-    "[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"
-)  # begins one, for spreadsheets; the last are of full width
+# What spreadsheets take for the beginning of a formula; the last four are of full width.
+_FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
