@@ -391,7 +391,7 @@ class _Picture:
         look = _LOOKS[max(statuses, key=lambda status: (statuses[status], -STATUSES.index(status)))]
         return {
             "label": self._label(box, statuses),
-            "tooltip": graphviz.escape(self._tooltip(box)),
+            "tooltip": _attribute(self._tooltip(box)),
             "fillcolor": look.fill,
             "color": look.border,
             "style": f"rounded,filled,{look.style}",
@@ -460,7 +460,9 @@ class _Picture:
         return lines
 
     def _tooltip(self, box: _Box) -> str:
-        strings = [visible(self._graph.nodes[node]["string"]) for node in box.nodes[:20]]
+        strings = [
+            visible(shortened(self._graph.nodes[node]["string"], _TOOLTIP_CHARACTERS)) for node in box.nodes[:20]
+        ]
         return shortened(" | ".join(strings), _TOOLTIP_CHARACTERS) or " "
 
     def _legend(self) -> str:
@@ -567,6 +569,11 @@ def _html(shown: str) -> str:
     escaped = html.escape(shown).replace(" ", "&#160;")
     # A tag keeps the backslash from what follows: Graphviz replaces \N by the node's name, however it is written.
     return escaped.replace("\\", f'<FONT COLOR="{_INK}">&#92;</FONT>')
+
+
+def _attribute(shown: str) -> str:
+    r"""Return a string for attributes, in which Graphviz reads entities, and escapes such as \N twice."""
+    return html.escape(shown).replace("\\", "&#92;" * 4)
 
 
 def _told(statuses: Counter[Status]) -> str:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
+from backprompt._visible import visible
 from backprompt.errors import MixedModelsError
 from backprompt.evaluator import Evaluator
 from backprompt.lm import lm_of
@@ -161,7 +162,7 @@ class Explanation:
         columns = range(3 if self.actual is not None else 2)
         widths = [max(len(row[column]) for row in rows) for column in columns]
         lines = ["  ".join(_aligned(row[column], widths[column], column) for column in columns) for row in rows]
-        return "\n".join(line.rstrip() for line in [*lines, "", *self.sentences, *self._missing_lines()])
+        return "\n".join(line.rstrip() for line in [*lines, "", *self._said()])
 
     def show(self) -> None:
         """Print it: as a table of rich where that is installed and the output is a terminal, else as plain text."""
@@ -184,13 +185,17 @@ class Explanation:
             column.justify = "right"
         for row in self._rows():
             table.add_row(*row[: len(table.columns)])
-        return Group(table, *map(RichText, [*self.sentences, *self._missing_lines()]))
+        return Group(table, *map(RichText, self._said()))
 
     def _repr_html_(self) -> str:
         head = ["", "expected", "actual"][: 2 if self.actual is None else 3]
         rows = "".join(f"<tr>{_cells(row[: len(head)], 'td')}</tr>" for row in self._rows())
-        lines = "<br>".join(html.escape(line) for line in [*self.sentences, *self._missing_lines()])
+        lines = "<br>".join(html.escape(line) for line in self._said())
         return f"<table><thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{rows}</tbody></table><p>{lines}</p>"
+
+    def _said(self) -> list[str]:
+        """Return what is said below the table; it quotes texts, and what a store says of itself."""
+        return [visible(line) for line in [*self.sentences, *self._missing_lines()]]
 
     def _rows(self) -> list[tuple[str, str, str]]:
         """Return what each figure is, its expected and its actual value; "" for what there is none of."""

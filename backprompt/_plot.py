@@ -52,7 +52,7 @@ def plot_probabilities(
     labels = [shortened(visible(names[idx]), 40) for idx in order]
     bars = ax.barh(range(len(order)), values[order], color=[_MOST_PROBABLE, *[_OTHERS] * (len(order) - 1)])
     ax.bar_label(bars, labels=[f"{values[idx]:.1%}" for idx in order], padding=3, color=_GREY)
-    ax.set_yticks(range(len(order)), labels)
+    ax.set_yticks(range(len(order)), labels, parse_math=False, usetex=False)  # a $ is a $
     ax.invert_yaxis()
     ax.margins(x=0.15)
     left_out = f", {len(names) - len(order):,} more left out" if len(order) < len(names) else ""

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from backprompt import skeleton
 from backprompt._explain import listed_texts, one_lm
 from backprompt.errors import DriftError, GroupError
 from backprompt.missing import shown_segment
-from backprompt.progress import is_wanted
+from backprompt.progress import Bar, is_wanted
 from backprompt.segments import Group
 from backprompt.text import Text
 from backprompt.tokens import Extent
@@ -223,7 +222,7 @@ def verify(
         indices = sorted(random.Random(seed).sample(indices, sample))
     lm.check(given[idx] for idx in indices)
     is_shown = is_wanted(show_progress_bar, is_long=len(indices) >= MIN_TEXTS_FOR_A_BAR)
-    with tqdm(total=len(indices), desc="plain calls", disable=not is_shown) as bar:
+    with Bar(total=len(indices), desc="plain calls", disable=not is_shown) as bar:
         verification = _compare(lm, given, indices, tolerance, num_groups, bar)
     if raise_on_drift and not verification.passed:
         node = verification.worst

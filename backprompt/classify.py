@@ -20,14 +20,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from backprompt.calibration import Floats
 from backprompt.calibration import best_threshold as best_threshold
 from backprompt.calibration import calibrate as calibrate
 from backprompt.errors import EmptyTextError, GroupError, MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.lm import LM
-from backprompt.progress import is_wanted
+from backprompt.progress import Bar, is_wanted
 from backprompt.search import Candidate, Search, make_trie
 from backprompt.segments import Group
 from backprompt.text import Text
@@ -303,7 +302,7 @@ class _Work:
     def bar(self, show: bool | None) -> Any:
         """Return a progress bar over the prompts, which shows on long work where it is not said whether to."""
         is_shown = is_wanted(show, is_long=len(self.prompts) >= MIN_PROMPTS_FOR_A_BAR)
-        return tqdm(total=len(self.prompts), desc="prompts", disable=not is_shown)
+        return Bar(total=len(self.prompts), desc="prompts", disable=not is_shown)
 
     def _check(self) -> None:
         """Raise for what cannot be scored."""

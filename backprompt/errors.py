@@ -4,9 +4,15 @@ Every message says what was given, what was needed and what to do instead. `exce
 all; `except ValueError` and the like keep working for callers who do not know this library.
 """
 
+from backprompt._visible import visible_lines
+
 
 class BackpromptError(Exception):
     """Base of every error that backprompt raises on purpose."""
+
+    def __str__(self) -> str:
+        """Return the message, fit to be shown: it may quote texts, file names and other people's messages."""
+        return visible_lines(super().__str__())
 
 
 class TextTypeError(BackpromptError, TypeError):

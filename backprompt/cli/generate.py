@@ -7,17 +7,17 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backprompt._generate import GeneratedText
-from backprompt._generate import generate as generate_all
+import backprompt
 from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments, finite
 from backprompt.cli.stream import Compute, Job, add_output_arguments, not_negative, positive, stream
 from backprompt.errors import CommandError
-from backprompt.generation_options import SAMPLING_FIELDS
-from backprompt.lm import LM
-from backprompt.stops import StopStrings
 from backprompt.text import Text
+
+if TYPE_CHECKING:
+    from backprompt._generate import GeneratedText
+    from backprompt.lm import LM
 
 _OWN_OPTIONS = ("max_new_tokens", "n", "stop", "include_stop", "seed")
 NEW_FIELDS = ("completion", "finish_reason", "num_new_tokens", "logprob")
@@ -75,6 +75,9 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue all of the input."""
+    from backprompt.generation_options import SAMPLING_FIELDS
+    from backprompt.stops import StopStrings
+
     named = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
     config = {name: value for name, value in named.items() if value is not None}
     for name, value in arguments.option:
@@ -82,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
             own = f"--{name.replace('_', '-')}"
             raise CommandError(f"--option {name}: generate has {own} for that. Give it once, as {own}.")
         config[name] = value
-    if (arguments.n or 1) > 1 and not any(config.get(name) for name in ("do_sample", *SAMPLING_FIELDS)):
+    if (arguments.n or 1) > 1 and not any(config.get(name) for name in ("do_sample", "num_beams", *SAMPLING_FIELDS)):
         raise CommandError(
             f"Greedy decoding gives one continuation, not {arguments.n}. Ask for sampling: --do-sample, --temperature."
         )
@@ -94,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
             distinct = {prompt.tokens: prompt for prompt in prompts}  # samples must not depend on how slices are cut
-            found = generate_all(
+            found = backprompt.generate(
                 distinct.values(),
                 max_new_tokens=arguments.max_new_tokens,
                 n=arguments.n or 1,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backprompt.classify import AGGREGATES, Example, predict_proba
+import backprompt
 from backprompt.cli.arguments import (
     add_command,
     add_input_arguments,
@@ -18,9 +18,13 @@ from backprompt.cli.arguments import (
 )
 from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
 from backprompt.errors import CommandError
-from backprompt.lm import LM
 from backprompt.text import Text
 
+if TYPE_CHECKING:
+    from backprompt.lm import LM
+
+AGGREGATES = ("mean", "sum")
+"""Those of `backprompt.classify`, which imports torch."""
 NEW_FIELDS = ("prediction", "probability", "probabilities")
 
 
@@ -87,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         "normalize": not arguments.no_normalize,
         "end_of_prompt": " " if arguments.end_of_prompt == "space" else "",
     }
-    Example("checks what can be checked without a model", completions, **options)
+    backprompt.classify.Example("checks what can be checked without a model", completions, **options)
     options |= {
         "aggregate": arguments.aggregate,
         "discount_completions": arguments.discount_completions,
@@ -97,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def computed_with(lm: LM) -> Compute:
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
-            found = predict_proba(prompts, completions, lm, show_progress_bar=False, **options)
+            found = backprompt.classify.predict_proba(prompts, completions, lm, show_progress_bar=False, **options)
             return [[_result(completions, probabilities.tolist(), num_kept)] for probabilities in found]
 
         return compute

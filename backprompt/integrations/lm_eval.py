@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from backprompt._generate import Run, run_with_bar
@@ -31,6 +30,7 @@ from backprompt.classify import TOKENS_AT_A_TIME
 from backprompt.errors import GenerationError
 from backprompt.generation_options import SAMPLING_FIELDS
 from backprompt.lm import LM, load
+from backprompt.progress import Bar
 from backprompt.stops import StopStrings, missing_characters
 from backprompt.text import Text
 
@@ -225,7 +225,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """
         windows: list[tuple[None, list[int], list[int]]] = []
         num_windows = []
-        for (string,) in tqdm([request.args for request in requests], desc="Tokenizing inputs", disable=disable_tqdm):
+        for (string,) in Bar([request.args for request in requests], desc="Tokenizing inputs", disable=disable_tqdm):
             pairs = utils.get_rolling_token_windows(
                 self._rolling_ids(string), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
@@ -330,7 +330,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 self.max_length,
             )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(tasks)
-        with tqdm(total=len(tasks), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+        with Bar(total=len(tasks), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for chosen in _slices(tasks):
                 for idx, result in zip(chosen, self._score([tasks[idx] for idx in chosen]), strict=True):
                     found[idx] = result
