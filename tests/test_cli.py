@@ -899,7 +899,7 @@ def test_completions_are_read_once_and_lines_end_where_they_do(run, model):
     ("arguments", "problem"),
     [
         (["--temperature", "0"], "transformers refuses these options"),
-        (["--top-k", "-3"], "top_k must be an int of at least 0, not -3"),
+        (["--top-k", "-3"], "--top-k must be an int of at least 0, not -3"),
         (["--seed", "-1"], "argument --seed: -1 is not at least 0"),
         (["--stop", ""], "argument --stop: it must not be empty"),
         (["--option", "foo=1"], "generate has no option 'foo'"),
