@@ -20,6 +20,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
+from backprompt.arguments import as_list, check_encodable
 from backprompt.cache import TokenScore
 from backprompt.errors import GenerationError
 from backprompt.lookahead import DEFAULT_NGRAM, proposals
@@ -318,8 +319,10 @@ def _check_can_be_generated(stops: str | Sequence[str], tokenizer: Any) -> None:
 
 
 def _stops(stop: str | Sequence[str] | None) -> list[str] | None:
-    listed = [stop] if isinstance(stop, str) else list(stop or ())
+    needed = "stop must be a string or several"
+    listed = [stop] if isinstance(stop, str) else [] if stop is None else as_list(stop, needed, any_order=True)
     for string in listed:
         if not isinstance(string, str) or not string:
             raise GenerationError(f"stop must be strings that are not empty, not {string!r}.")
+        check_encodable(string, "A stop string")
     return listed or None
