@@ -17,10 +17,12 @@ from backprompt.cli.arguments import (
     read_text,
 )
 from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
+from backprompt.completions import EndOfPrompt
 from backprompt.errors import CommandError
 from backprompt.lm import LM
 from backprompt.text import Text
 
+ENDS_OF_PROMPT: dict[str, EndOfPrompt] = {"auto": "auto", "space": " ", "nothing": ""}
 NEW_FIELDS = ("prediction", "probability", "probabilities")
 
 
@@ -71,9 +73,10 @@ def add(commands: Any) -> None:
     )
     group.add_argument(
         "--end-of-prompt",
-        choices=("space", "nothing"),
-        default="space",
-        help="what stands between prompt and completion (default: %(default)s)",
+        choices=tuple(ENDS_OF_PROMPT),
+        default="auto",
+        help="what stands between prompt and completion; auto: a space where neither has one, nothing behind white "
+        "space and special tokens (default: %(default)s)",
     )
     add_output_arguments(parser)
     add_model_arguments(parser)
@@ -85,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "prior": None if arguments.prior is None else _prior(arguments.prior),
         "normalize": not arguments.no_normalize,
-        "end_of_prompt": " " if arguments.end_of_prompt == "space" else "",
+        "end_of_prompt": ENDS_OF_PROMPT[arguments.end_of_prompt],
     }
     Example("checks what can be checked without a model", completions, **options)
     options |= {
