@@ -552,9 +552,10 @@ def _check_are_of(work: _Work, end_of_prompt: EndOfPrompt) -> None:
     """Raise ValueError where other ids are scored behind a prompt than by `token_logprobs` of the bare completions."""
     shared = work.completions[0]
     bare = completion_ids(work.lm, [(end_of_prompt, completion) for completion in shared])
-    for idx, end in enumerate(work.ends):
+    for end in dict.fromkeys(work.ends):
         for completion in shared:
             if work.completion_ids[end, completion] != bare[end_of_prompt, completion]:
+                idx = work.ends.index(end)
                 raise ValueError(
                     "log_marg_probs_completions are those of completions with a space before them, but none stands "
                     f"before {completion!r} behind prompts[{idx}], {work.prompts[idx]!r}. Leave them out, or say "
