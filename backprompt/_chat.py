@@ -11,13 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backprompt._generate import GeneratedText
+from backprompt.arguments import as_list, as_lm
 from backprompt.errors import TextTypeError, TokenizerError
 from backprompt.lm import LM
 from backprompt.text import Text
 
 
 def chat(
-    lm: LM, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool | None = None, **template_options: Any
+    lm: LM | tuple[Any, Any],
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool | None = None,
+    **template_options: Any,
 ) -> Text:
     """Return a conversation as a text, each message a segment, ready for `generate` where the model's turn is next.
 
@@ -25,7 +30,7 @@ def chat(
         messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": "And then?"}]
 
     Args:
-        lm: its tokenizer has the chat template.
+        lm: its tokenizer has the chat template; an `LM` or a `(model, tokenizer)` tuple.
         messages: dicts with "role" and "content", as for `tokenizer.apply_chat_template`. A content may be a
             `GeneratedText`: then its ids stand there as they were generated, and are not encoded again.
         add_generation_prompt: whether to add what begins the model's turn; by default unless the last message is the
@@ -41,6 +46,8 @@ def chat(
             are computed again as the conversation goes on; names the turn.
 
     """
+    lm = as_lm(lm)
+    messages = as_list(messages, "chat takes messages in order")
     strings = [_string(message, idx) for idx, message in enumerate(messages)]
     if not strings:
         raise TextTypeError("There are no messages. Give at least one: [{'role': 'user', 'content': 'Hello.'}].")

@@ -17,13 +17,14 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from backprompt._visible import visible
+from backprompt.arguments import as_texts
 from backprompt.errors import MixedModelsError
 from backprompt.evaluator import Evaluator
 from backprompt.lm import lm_of
 from backprompt.lookup import where
 from backprompt.missing import Miss, Reason, misses, shown_segment
 from backprompt.radix import common_length
-from backprompt.text import Text, as_list
+from backprompt.text import Text
 from backprompt.token_graph import TokenGraph, TokenIds, flat
 
 if TYPE_CHECKING:
@@ -334,7 +335,7 @@ def listed_texts(texts: Text | Iterable[Text], what: str) -> list[Text]:
         TextTypeError: it is a string, or nothing that one can go through.
 
     """
-    listed = as_list(texts, what)
+    listed = as_texts(texts, what)
     if not listed:
         raise ValueError(f"{what} needs at least one text.")
     return listed

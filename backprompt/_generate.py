@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from backprompt import classify
-from backprompt.arguments import as_int
+from backprompt.arguments import as_int, as_list, as_texts
 from backprompt.beams import BeamDecoding
+from backprompt.completions import EndOfPrompt, completion_ids, ends_behind
 from backprompt.decoded import Decoder
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
-from backprompt.errors import GenerationError, TextTypeError
+from backprompt.errors import GenerationError
 from backprompt.lookahead import MAX_PROPOSALS
 from backprompt.progress import progress_bar, showing
 from backprompt.radix import Span
@@ -129,10 +130,14 @@ class GeneratedText(ContinuedText):
 class SelectedText(ContinuedText):
     """What `select` returns: a prompt and the most probable of the options."""
 
-    __slots__ = ("_option", "_probabilities")
+    __slots__ = ("_aggregate", "_option", "_probabilities")
 
+    _aggregate: classify.Aggregate
     _option: str
     _probabilities: dict[str, float]
+
+    def __repr__(self) -> str:
+        return f"<{super().__repr__()}, selected {self._option!r} by the {self._aggregate}>"
 
     @property
     def option(self) -> str:
@@ -141,19 +146,32 @@ class SelectedText(ContinuedText):
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """The probability of each option among them."""
+        """The probability of each option among them, by the rule that `aggregate` names."""
         return dict(self._probabilities)
 
+    @property
+    def aggregate(self) -> classify.Aggregate:
+        """How an option's token log-probabilities became its own: by their "mean" or their "sum"."""
+        return self._aggregate
 
-def select(prompt: Text, options: Sequence[str], *, end_of_prompt: str = " ", **scoring: Any) -> SelectedText:
+
+def select(
+    prompt: Text,
+    options: Iterable[str],
+    *,
+    end_of_prompt: EndOfPrompt = "auto",
+    aggregate: classify.Aggregate = "mean",
+    **scoring: Any,
+) -> SelectedText:
     """Return a text continued by the most probable of some options.
 
-    The probabilities are those of `classify.predict_proba(prompt, options, aggregate="sum")`.
+    The probabilities are those of `classify.predict_proba(prompt, options)`.
 
     Args:
         prompt: what to continue.
         options: what may follow.
-        end_of_prompt: " " or "": stands between the prompt and an option; see `classify.log_probs`.
+        end_of_prompt: "auto", " " or "": stands between the prompt and an option; see `classify.log_probs`.
+        aggregate: of an option's token log-probabilities, the "mean" or the "sum"; see `classify.predict_proba`.
         **scoring: other options of `classify.predict_proba`, such as `prior`.
 
     Raises:
@@ -161,13 +179,14 @@ def select(prompt: Text, options: Sequence[str], *, end_of_prompt: str = " ", **
 
     """
     lm = prompt._require_lm("a continuation")
-    scoring = {"aggregate": "sum", **scoring}
-    probabilities = classify.predict_proba(prompt, options, end_of_prompt=end_of_prompt, **scoring)
-    best = int(probabilities.argmax())
-    space = end_of_prompt if lm.needs_space_between else ""
-    (token_ids,) = lm.completion_ids([space + options[best]])
+    listed = as_list(options, "options must be a sequence of strings")
+    probabilities = classify.predict_proba(prompt, listed, end_of_prompt=end_of_prompt, aggregate=aggregate, **scoring)
+    option = listed[int(probabilities.argmax())]
+    (end,) = ends_behind(lm, [(prompt, end_of_prompt)])
+    (token_ids,) = completion_ids(lm, [(end, option)]).values()
     text = SelectedText._of(prompt, token_ids, lm)
-    text._option, text._probabilities = options[best], dict(zip(options, probabilities.tolist(), strict=True))
+    text._aggregate, text._option = aggregate, option
+    text._probabilities = dict(zip(listed, probabilities.tolist(), strict=True))
     return text
 
 
@@ -238,10 +257,7 @@ def generate(
 
     """
     is_single = isinstance(texts, Text)
-    listed = [texts] if isinstance(texts, Text) else list(texts)
-    for idx, text in enumerate(listed):
-        if not isinstance(text, Text):
-            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
+    listed = as_texts(texts, "generate")
     num_each = 1 if n is None else as_int(n, "n", at_least=1, error=GenerationError)
     if not listed:
         return []

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import networkx as nx
 
-from backprompt.errors import TextTypeError
+from backprompt.arguments import as_texts
 from backprompt.lookup import Sketch, where
 from backprompt.plan import missing_spans
 from backprompt.radix import Forest, Place, Span
 from backprompt.segments import Group, Segment
-from backprompt.text import Text, as_list
+from backprompt.text import Text
 from backprompt.token_graph import flat
 from backprompt.tokens import Extent
 
@@ -76,10 +76,7 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
         JoinError, TokenizerError: a text that cannot be encoded.
 
     """
-    listed = as_list(texts, "a picture or graph")
-    for idx, text in enumerate(listed):
-        if not isinstance(text, Text):
-            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string).")
+    listed = as_texts(texts, "a picture or graph")
     by_lm: dict[LM | None, list[int]] = {}
     for idx, text in enumerate(listed):
         by_lm.setdefault(text.lm, []).append(idx)

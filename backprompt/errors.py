@@ -16,7 +16,7 @@ class BackpromptError(Exception):
 
 
 class TextTypeError(BackpromptError, TypeError):
-    """Something that is neither a `str` nor a `Text` was used as one."""
+    """Something that is neither a `str` nor a `Text` was used as one, or something that is no sequence as several."""
 
 
 class MixedModelsError(BackpromptError, ValueError):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backprompt.errors import GroupError, TextTypeError
-from backprompt.lm import evaluate
-from backprompt.segments import Group
+from backprompt.arguments import as_texts
+from backprompt.lm import evaluate, lm_of
 from backprompt.text import Text
 
 
@@ -53,14 +52,11 @@ def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | 
         What `evaluate` raises; full attention counts every token's position.
 
     """
-    declared = [texts] if isinstance(texts, (Text, str)) else list(texts)
+    declared = as_texts(texts, "independence_gap")
     if not declared:
         raise ValueError("independence_gap needs at least one text.")
     for idx, text in enumerate(declared):
-        if not isinstance(text, Text):
-            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
-        if text.segments and isinstance(text.segments[-1], Group) and text.lm is not None:
-            raise GroupError(f"texts[{idx}], {text!r}, ends in a group, so it has no next token. Add a segment to it.")
+        lm_of(text, idx).prompt_ids([text])  # refuses one that ends in a group
     full = [Text.from_tokens(text.tokens, text._require_lm("a representation")) for text in declared]
     divergences, argmax_changed = [], []
     reprs = evaluate([*declared, *full], show_progress_bar=show_progress_bar)

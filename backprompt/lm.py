@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backprompt.archive import Archive, Root
-from backprompt.arguments import as_bool, as_int
+from backprompt.arguments import as_bool, as_int, as_list, as_text, as_texts
 from backprompt.cache import Location
 from backprompt.checkpoint import Checkpoint
 from backprompt.decoding import Decoding
@@ -38,7 +39,6 @@ from backprompt.errors import (
     NotPicklableError,
     StaleRepresentationError,
     TextTooLongError,
-    TextTypeError,
     TokenIdError,
     UnboundTextError,
     UnsupportedModelError,
@@ -57,7 +57,7 @@ from backprompt.stops import StopStrings
 from backprompt.store import DiskStore, Store
 from backprompt.store.paths import check_folder
 from backprompt.text import Text, lazily
-from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions, without_last
+from backprompt.token_graph import TokenIds, before_last, ends_in_group, flat, is_beginning, num_positions
 from backprompt.tokenizer import PrivateTokenizer
 from backprompt.tokens import JOINS, Encoder, Extent, Join, Joins
 from backprompt.weights import WeightsMonitor, content_hash
@@ -298,28 +298,44 @@ class LM:
             return ModelRepr(self, *self._evaluate([text]))
 
     def token_logprobs(
-        self, texts: Iterable[Text], starts: Sequence[int] | None = None, *, show_progress_bar: bool | None = None
+        self,
+        texts: Iterable[Text],
+        starts: Iterable[Text | int] | None = None,
+        *,
+        show_progress_bar: bool | None = None,
     ) -> list[torch.Tensor]:
         """Evaluate texts and return the log-probabilities of their tokens, from `starts[i]` on in text i.
 
+            lm.token_logprobs([prompt + " Paris", prompt + " Lyon"], [prompt, prompt])
+
         Rows of the output head that predict only tokens before the start are not computed, and a text's last token is
-        not forwarded for this (if it is scored, and one token stands before it), since no row of its own is needed. To
-        score what follows a prompt, let the prompt's number of tokens be the start, where its tokens are a beginning of
-        the whole text's. A text may have one token more than the model has positions. `show_progress_bar` is that of
-        `evaluate`.
+        not forwarded for this (if it is scored, and one token stands before it), since no row of its own is needed. A
+        text may have one token more than the model has positions.
+
+        Args:
+            texts: of this `LM`.
+            starts: for each text what is not scored: a `Text` that it begins with, or a number of its tokens. Prefer
+                the `Text`. Where a token spans their join, a prompt's tokens are no beginning of the whole text's: a
+                `Text` is refused then, and a number scores something else.
+            show_progress_bar: see `evaluate`.
 
         Returns:
             A tensor a text, `(tokens - start,)`, float32, nats; nan for a first token, which nothing predicts.
 
         Raises:
-            ValueError: `starts` has another length than `texts`, or a start is negative or beyond its text's end.
+            ValueError: `starts` has another length than `texts`, a start is negative or beyond its text's end, or its
+                tokens are no beginning of its text's.
             What `evaluate` raises.
 
         """
         return [s.logprobs for s in self.token_scores(texts, starts, show_progress_bar=show_progress_bar)]
 
     def token_scores(
-        self, texts: Iterable[Text], starts: Sequence[int] | None = None, *, show_progress_bar: bool | None = None
+        self,
+        texts: Iterable[Text],
+        starts: Iterable[Text | int] | None = None,
+        *,
+        show_progress_bar: bool | None = None,
     ) -> list[TokenScores]:
         """Return what `token_logprobs` returns and, beside it, whether each token is the most probable one.
 
@@ -333,12 +349,13 @@ class LM:
 
         """
         texts = self._own_texts(texts)
-        starts = [0] * len(texts) if starts is None else list(starts)
-        if len(starts) != len(texts):
-            raise ValueError(f"starts has {len(starts)} elements for {len(texts)} texts; give one start a text.")
+        given = [0] * len(texts) if starts is None else as_list(starts, "starts must be a Text or an int for each text")
+        if len(given) != len(texts):
+            raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start a text.")
         with self._exclusive(), showing(show_progress_bar):
-            encoded = self._checked_ids(texts, starts, is_scoring=True)
-            return self._evaluator.token_scores_of(list(zip(encoded, starts, strict=True))) if texts else []
+            first = self._first_scored(texts, given)
+            encoded = self._checked_ids(texts, first, is_scoring=True)
+            return self._evaluator.token_scores_of(list(zip(encoded, first, strict=True))) if texts else []
 
     def next_token_logprobs(
         self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]], *, show_progress_bar: bool | None = None
@@ -361,15 +378,18 @@ class LM:
 
         """
         texts = self._own_texts(texts)
+        token_ids = [
+            as_list(ids, f"token_ids[{idx}] must be a sequence of ids")
+            for idx, ids in enumerate(as_list(token_ids, "token_ids must be a sequence of ids for each text"))
+        ]
         if len(token_ids) != len(texts):
             raise ValueError(
                 f"token_ids has {len(token_ids)} elements for {len(texts)} texts; give a sequence of ids a text."
             )
         with self._exclusive(), showing(show_progress_bar):
             self._current()
-            for text, ids in zip(texts, self._encoder.encode(texts), strict=True):
-                if isinstance(ids, TokenGraph) and ids.ends_in_group:
-                    raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
+            for text, encoded in zip(texts, self._encoder.encode(texts), strict=True):
+                check_has_last_token(text, encoded)
             candidates = [tuple(map(self._known_id, ids)) for ids in token_ids]
             wanted = [Wanted(ids, len(ids), own) for ids, own in zip(self._checked_ids(texts), candidates, strict=True)]
             found = self._evaluator.scored(wanted) if wanted else []
@@ -501,24 +521,25 @@ class LM:
 
         """
         texts = self._own_texts(texts)
-        with lazily():
-            marker = Text.from_tokens([0], self)
-            followed = [text + marker for text in texts]
         with self._exclusive():
             self._current()
-            found: list[TokenIds] = []
-            for text, encoded in zip(texts, self._encoder.encode(followed), strict=True):
-                split = without_last(encoded)
-                if split is None and len(encoded) > 1:
-                    raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
-                found.append(() if split is None else split[0])
+            found = self._ids_before_more(texts)
+            for text, token_ids in zip(texts, found, strict=True):
+                check_has_last_token(text, token_ids)
             return found
 
-    def completion_ids(self, strings: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the ids of each string encoded by itself, without special tokens; see classify.py."""
+    def completion_ids(self, strings: Sequence[str], *, is_continuation: bool = False) -> list[tuple[int, ...]]:
+        """Return the ids of each string encoded by itself, without special tokens; see completions.py."""
         with self._exclusive():
             self._current()
-            return self._tokenizer_copy.encode(strings, is_continuation=False)
+            return self._tokenizer_copy.encode(strings, is_continuation=is_continuation) if strings else []
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The strings that the tokenizer takes for one token each: special tokens and others that were added."""
+        with self._exclusive():
+            self._current()
+            return self._tokenizer_copy.added_tokens
 
     @property
     def needs_space_between(self) -> bool:
@@ -567,13 +588,61 @@ class LM:
                 self._content_hash = weights
 
     def _own_texts(self, texts: Iterable[Text]) -> list[Text]:
-        texts = list(texts)
-        for idx, text in enumerate(texts):
+        listed = as_list(texts, "an LM takes several Texts in a list")
+        for idx, text in enumerate(listed):
             if lm_of(text, idx) is not self:
                 raise UnboundTextError(
                     f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
                 )
-        return texts
+        return listed
+
+    def _ids_before_more(self, texts: Sequence[Text]) -> list[TokenIds]:
+        """Return the ids of texts as they are where something follows; the lock must be held."""
+        with lazily():
+            marker = Text.from_tokens([0], self)
+            followed = [Text("", self) + text + marker for text in texts]
+        return [before_last(token_ids) for token_ids in self._encoder.encode(followed)]
+
+    def _first_scored(self, texts: Sequence[Text], starts: Sequence[Text | int]) -> list[int]:
+        """Return the first token to score of each text; the lock must be held.
+
+        Raises:
+            ValueError: a start is no beginning of its text.
+
+        """
+        self._current()
+        beginnings = list(dict.fromkeys(start for start in starts if isinstance(start, Text)))
+        ids_of = dict(zip(beginnings, self._ids_before_more(beginnings), strict=True))
+        first = []
+        for idx, (text, start, whole) in enumerate(zip(texts, starts, self._encoder.encode(texts), strict=True)):
+            if isinstance(start, Text):
+                if not is_beginning(ids_of[start], whole):
+                    self._raise_no_beginning(
+                        f"starts[{idx}], {start!r}, is no beginning of {text!r}", ids_of[start], whole
+                    )
+                first.append(len(ids_of[start]))
+            elif isinstance(start, bool) or not isinstance(start, Integral):
+                raise TypeError(f"starts[{idx}] must be a Text or an int, not {type(start).__name__}: {start!r}.")
+            else:
+                first.append(int(start))
+        return first
+
+    def _raise_no_beginning(self, message: str, start: TokenIds, whole: TokenIds) -> None:
+        ids, whole_ids = flat(start), flat(whole)
+        idx = next((idx for idx, pair in enumerate(zip(ids, whole_ids, strict=False)) if pair[0] != pair[1]), None)
+        if idx is not None:
+            shown, expected = (
+                f"{i[idx]} ({self._tokenizer_copy.decode(i[idx : idx + 1])!a})" for i in (whole_ids, ids)
+            )
+            reason = f"token {idx} of the text is {shown}, and that of the start is {expected}"
+        elif len(ids) > len(whole_ids):
+            reason = f"it has {len(ids)} tokens, and the text has {len(whole_ids)}"
+        else:
+            reason = "its groups are others, or go on behind it"
+        raise ValueError(
+            f"{message}: {reason}. Where a token spans their join, let the start end before it (often before a space), "
+            "or add what follows as token ids, which are never joined: prompt + Text.from_tokens(ids, lm)."
+        )
 
     def _checked_ids(
         self, texts: Sequence[Text], starts: Sequence[int] = (), *, is_scoring: bool = False
@@ -615,10 +684,12 @@ class LM:
         return [known[text] for text in texts]
 
     def _known_id(self, token_id: int) -> int:
+        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+            raise TypeError(f"token_ids must be ints, not {type(token_id).__name__}: {token_id!r}.")
         num_embeddings = self._evaluator.executor.limits.num_embeddings
         if not 0 <= token_id < num_embeddings:
             raise TokenIdError(f"Token id {token_id} is not one of the model's, which are 0 to {num_embeddings - 1}.")
-        return token_id
+        return int(token_id)
 
     def _check_can_be_evaluated(
         self, evaluator: Evaluator, text: Text, token_ids: TokenIds, length: int | None = None
@@ -783,9 +854,7 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
     """
     if isinstance(texts, Text):
         return texts._require_lm("a representation").evaluate([texts], show_progress_bar=show_progress_bar)[0]
-    if isinstance(texts, str):
-        raise TextTypeError(f"evaluate takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
-    listed = list(texts)
+    listed = as_texts(texts, "evaluate")
     by_lm: dict[LM, list[int]] = {}
     for idx, text in enumerate(listed):
         by_lm.setdefault(lm_of(text, idx), []).append(idx)
@@ -796,10 +865,15 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
     return [reprs[idx] for idx in range(len(listed))]
 
 
+def check_has_last_token(text: Text, token_ids: TokenIds) -> None:
+    """Raise GroupError for a text that ends in a group; `token_ids` are its own."""
+    if ends_in_group(token_ids):
+        raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
+
+
 def lm_of(text: object, idx: int) -> LM:
     """Return the `LM` of an element of `texts`."""
-    if not isinstance(text, Text):
-        raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
+    text = as_text(text, f"texts[{idx}]")
     if text.lm is None:
         raise UnboundTextError(
             f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that "

@@ -11,14 +11,14 @@ one stay as they were generated, and the rest of the string ("abc") stands behin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from backprompt.arguments import as_bool
+from backprompt.arguments import as_bool, as_list, check_encodable
 from backprompt.decoded import Decoded, Decoder
 from backprompt.errors import GenerationError
 
@@ -142,19 +142,19 @@ def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str
     """Return a string or strings as a tuple; none for None.
 
     Raises:
-        GenerationError: something else, an empty string, or one that no tokens can spell.
+        TextTypeError: something else.
+        GenerationError: an empty string, or one that no tokens can spell.
+        TokenizerError: half of a surrogate pair.
 
     """
     if given is None:
         return ()
-    if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
-        raise GenerationError(f"{name} must be a string or several in a list, not {type(given).__name__}: {given!r}.")
-    strings = (given,) if isinstance(given, str) else tuple(given)
+    needed = f"{name} must be a string or several in a list"
+    strings = (given,) if isinstance(given, str) else tuple(as_list(given, needed, any_order=True))
     for string in strings:
         if not isinstance(string, str) or not string:
             raise GenerationError(f"{name} must be strings that are not empty, not {string!r}.")
-        if any("\ud800" <= char <= "\udfff" for char in string):
-            raise GenerationError(f"The stop string {string!a} holds half of a surrogate pair, which is no character.")
+        check_encodable(string, "A stop string")
         if missing := missing_characters(string, tokenizer):
             raise GenerationError(
                 f"The stop string {string!r} has characters that the tokenizer has no tokens for "

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from backprompt.arguments import as_list, as_lm
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown
 
@@ -91,7 +92,7 @@ class Text:
                 f"Text() takes a str, not {type(string).__name__}: {_shorten(repr(string))}. "
                 "Convert it with str(...) first; for token ids use Text.from_tokens(ids, lm)."
             )
-        self._init_leaf(string, _as_lm(lm))
+        self._init_leaf(string, None if lm is None else as_lm(lm))
 
     @classmethod
     def from_tokens(cls, token_ids: Iterable[int], lm: LM | tuple[Any, Any]) -> Text:
@@ -104,14 +105,14 @@ class Text:
             TextTypeError: an element is not an `int`.
 
         """
-        segment = tuple(token_ids)
+        segment = tuple(as_list(token_ids, "Text.from_tokens takes ints in order"))
         for token_id in segment:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise TextTypeError(
                     f"Text.from_tokens takes ints, not {type(token_id).__name__}: {token_id!r}. "
                     "A tensor or an array of ids becomes ints with .tolist()."
                 )
-        return _leaf(segment, _as_lm(lm))
+        return _leaf(segment, None if lm is None else as_lm(lm))
 
     def _init_leaf(self, segment: Segment, lm: LM | None) -> None:
         self._segment = segment
@@ -133,9 +134,14 @@ class Text:
         return _concatenate(_as_text(other, "+"), self)
 
     def join(self, texts: Iterable[Text | str]) -> Text:
-        """Return the texts with this one between each two of them, as `str.join` does."""
+        """Return the texts with this one between each two of them, as `str.join` does, also with a string's characters.
+
+        Raises:
+            TextTypeError: an element is neither a `Text` nor a `str`, or there is no order, as in a set or a mapping.
+
+        """
         joined: Text | None = None
-        for item in texts:
+        for item in texts if isinstance(texts, str) else as_list(texts, "join takes texts in order"):
             text = _as_text(item, "join")
             joined = text if joined is None else _concatenate(_concatenate(joined, self), text)
         return Text("", self._lm) if joined is None else _concatenate(Text("", self._lm), joined)
@@ -279,8 +285,9 @@ class Text:
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
             answer.option, answer.probabilities
 
-        The probabilities are those of `classify.predict_proba(text, options, aggregate="sum")`, whose other options
-        may be given, too. Raises what that raises.
+        The probabilities are those of `classify.predict_proba(text, options)`, whose other options may be given, too:
+        `aggregate="sum"` weighs the probabilities of whole options, and not the mean over their tokens. Raises what
+        that raises.
         """
         from backprompt._generate import select
 
@@ -372,22 +379,6 @@ class Text:
             self._lm.evaluate([self])
 
 
-def as_list(texts: Text | Iterable[Text], what: str) -> list[Text]:
-    """Return a text or several as a list, its elements unchecked; `what` takes them.
-
-    Raises:
-        TextTypeError: it is a string, or nothing that one can go through.
-
-    """
-    if isinstance(texts, Text):
-        return [texts]
-    if isinstance(texts, str):
-        raise TextTypeError(f"{what} takes texts, not the str {_shorten(repr(texts))}. Wrap it: Text(string, lm).")
-    if not isinstance(texts, Iterable):
-        raise TextTypeError(f"{what} takes a Text or several in a list, not {type(texts).__name__}: {texts!r}.")
-    return list(texts)
-
-
 def _concatenate(left: Text, right: Text) -> Text:
     """Return `left + right`; raises MixedModelsError where the two are bound to different models."""
     lm = _common_lm(left._lm, right)
@@ -426,11 +417,8 @@ def parallel(texts: Iterable[Text | str], *, positions: Positions = "shared") ->
     """
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, not {positions!r}.")
-    if isinstance(texts, (str, Text)):
-        raise TextTypeError(f"parallel takes several texts, not one: {_shorten(repr(texts))}. Put them in a list.")
-    if not isinstance(texts, Iterable):
-        raise TextTypeError(f"parallel takes a list of texts, not {type(texts).__name__}.")
-    return _in_parallel([_as_text(text, "parallel") for text in texts], positions)
+    listed = as_list(texts, "parallel takes a list of texts")
+    return _in_parallel([_as_text(text, "parallel") for text in listed], positions)
 
 
 def _in_parallel(given: Sequence[Text], positions: Positions) -> Text:
@@ -491,18 +479,6 @@ def _as_text(value: object, operation: str) -> Text:
         f"{operation} takes a Text or a str, not {type(value).__name__}: {_shorten(repr(value))}. "
         "Convert it with str(...) first."
     )
-
-
-def _as_lm(lm: LM | tuple[Any, Any] | None) -> LM | None:
-    if lm is None:
-        return None
-    from backprompt.lm import LM, shared_lm  # the node knows no model until it is given one
-
-    if isinstance(lm, LM):
-        return lm
-    if isinstance(lm, tuple) and len(lm) == 2:
-        return shared_lm(*lm)
-    raise TextTypeError(f"A text is bound to an LM or to a (model, tokenizer) tuple, not to {type(lm).__name__}.")
 
 
 def _shorten(string: str, limit: int = _REPR_CHARACTERS) -> str:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
+from backprompt.arguments import check_encodable
 from backprompt.errors import TokenIdError, TokenizerError
 
 # Splitting patterns in which no alternative matches a letter followed by a space, none looks behind, and a letter run
@@ -90,17 +92,19 @@ class PrivateTokenizer:
         """Return the ids of each string, without special tokens around it.
 
         Raises:
-            TokenizerError: a continuation, for a tokenizer without a backend.
+            TokenizerError: a string with a lone surrogate; a continuation, for a tokenizer without a backend.
 
         """
+        for string in strings:
+            check_encodable(string, "A string")
         backend = self._continuing if is_continuation else self._backend
         if backend is not None:
             return [tuple(encoding.ids) for encoding in backend.encode_batch_fast(strings, add_special_tokens=False)]
         if is_continuation:
             raise TokenizerError(
                 f"{type(self._original).__name__} has no `tokenizers` backend, so a string cannot be encoded as a "
-                "continuation of token ids or of another segment. Use its fast version, or joins='exact' with "
-                "strings only."
+                "continuation of token ids, of another segment, or of a prompt without a space between. Use its fast "
+                "version, joins='exact' with strings only, or end_of_prompt=' '."
             )
         return [tuple(ids) for ids in self._call(list(strings))]
 
@@ -133,6 +137,16 @@ class PrivateTokenizer:
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return decoded
+
+    @cached_property
+    def added_tokens(self) -> tuple[str, ...]:
+        """What stands for one token where it stands in a string: special tokens and others that were added."""
+        is_split = getattr(self._private, "split_special_tokens", False)
+        plain = self._private.all_special_tokens if is_split else ()
+        added: Iterable[str] = getattr(
+            self._private, "get_added_vocab", tuple
+        )()  # that of mistral_common knows none in strings
+        return tuple(token for token in added if token and token not in plain)
 
     def has_changed(self) -> bool:
         """Return whether the user's tokenizer differs from this copy, as far as a quick look can tell."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
+from backprompt.arguments import lone_surrogate, surrogate_message
 from backprompt.errors import JoinError, TokenizerError
 from backprompt.radix import common_length
 from backprompt.segments import Group, Segment, leaves
@@ -474,12 +475,7 @@ def _check_encodable(text: Text, segments: Sequence[Segment]) -> None:
     for segment in leaves(segments):
         if not isinstance(segment, str):
             continue
-        try:
-            _ = segment.isascii() or segment.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"{text!a} holds a lone surrogate at character {num_before + error.start} of its strings: half of a "
-                "UTF-16 pair, which is no character. Decode the source as UTF-8, or replace it with "
-                "string.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
-            ) from error
+        position = lone_surrogate(segment)
+        if position is not None:
+            raise TokenizerError(surrogate_message(ascii(text), num_before + position))
         num_before += len(segment)

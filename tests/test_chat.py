@@ -33,6 +33,7 @@ def test_a_conversation_is_the_templates_string(lm):
     assert text.string == lm.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert text.segments == ("<system>Be kind.<|end|>\n", "<user>Where is the cat?<|end|>\n", "<assistant>")
     assert chat(lm, MESSAGES, add_generation_prompt=False).string == text.string.removesuffix("<assistant>")
+    assert chat((lm.model, lm.tokenizer), MESSAGES).string == text.string
     answered = [*MESSAGES, {"role": "assistant", "content": "Here."}]
     assert chat(lm, answered).string.endswith("<assistant>Here.<|end|>\n")
 

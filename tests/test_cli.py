@@ -141,6 +141,14 @@ def test_scores_are_those_of_predict_proba(score, lm):
         assert row["probability"] == max(row["probabilities"].values())
 
 
+def test_a_lone_surrogate_among_completions_is_bad_input(score):
+    Path("labels.json").write_text('["good", "bad\\ud800"]')
+    code, printed, said = score("prompts.jsonl", "--completions", "labels.json")
+    assert (code, printed) == (2, "")
+    assert "completions[1]" in said
+    assert "lone surrogate at character 3" in said
+
+
 def test_scoring_options(score, lm):
     options = ["--prior", "0.5,0.25,0.25", "--aggregate", "sum", "--discount-completions", "-0.5"]
     code, printed, _ = score(

@@ -627,13 +627,19 @@ def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):
 # A choice among options
 
 
-def test_select_is_classification_by_the_sum(lm):
+def test_select_is_classification(lm):
     prompt = Text(PROMPTS[0], lm)
     options = ["mat", "mat and the cat", "46"]
-    found = prompt.select(options)
-    expected = classify.predict_proba(prompt, options, aggregate="sum")
-    assert found.probabilities == dict(zip(options, expected.tolist(), strict=True))
-    assert found.option == options[expected.argmax()]
+    for aggregate in classify.AGGREGATES:
+        found = prompt.select(options, aggregate=aggregate)
+        expected = classify.predict_proba(prompt, options, aggregate=aggregate)
+        assert found.probabilities == dict(zip(options, expected.tolist(), strict=True))
+        assert found.option == options[expected.argmax()]
+        assert found.aggregate == aggregate
+        assert f"selected {found.option!r} by the {aggregate}" in repr(found)
+    found = prompt.select(iter(options))
+    assert found.aggregate == "mean"
+    assert found.probabilities == prompt.select(options, aggregate="mean").probabilities
     assert found.completion_tokens == lm.completion_ids([" " + found.option])[0]
     assert found.string == prompt.string + " " + found.option
     assert type(found + ".") is Text

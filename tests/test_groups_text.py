@@ -12,7 +12,16 @@ from test_tokens import BUILDERS, PRIVATE, lm, string_ids
 import backprompt as bp
 from backprompt import LM, MixedModelsError, Text, TextTypeError
 from backprompt.segments import Branch, Group
-from backprompt.token_graph import TokenBranch, TokenGraph, TokenGroup, as_token_ids, flat, fold, num_positions
+from backprompt.token_graph import (
+    TokenBranch,
+    TokenGraph,
+    TokenGroup,
+    as_token_ids,
+    ends_in_group,
+    flat,
+    fold,
+    num_positions,
+)
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -117,7 +126,7 @@ def test_a_bar_with_something_else_raises(other):
 
 
 def test_parallel_checks_what_it_is_given():
-    with pytest.raises(TextTypeError, match="several texts"):
+    with pytest.raises(TextTypeError, match="list of texts, not the str 'ab'"):
         bp.parallel("ab")
     with pytest.raises(TextTypeError, match="list of texts, not int"):
         bp.parallel(5)
@@ -178,7 +187,7 @@ def test_the_one_form_of_a_graph_means_the_same(given_parts):
     assert num_positions(graph) == visible(graph)[2]
     if isinstance(graph, TokenGraph):
         assert any(isinstance(part, TokenGroup) for part in graph.parts)
-        assert graph.ends_in_group == isinstance(graph.parts[-1], TokenGroup)
+        assert ends_in_group(graph) == isinstance(graph.parts[-1], TokenGroup)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

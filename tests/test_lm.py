@@ -42,10 +42,11 @@ from backprompt import evaluator as evaluator_module
 from backprompt.cache import KeysValues, States
 from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
-from tiny_tokenizers import byte_level_bpe
+from tiny_tokenizers import TOKENIZERS, byte_level_bpe
 
 ATOL = 5e-5  # float32: tests/test_models.py says what was measured
 ROW_BYTES = VOCAB_SIZE * 4  # of logits
+FOUR_LMS = {name: LM(FAMILIES["gpt2"](), make()) for name, make in TOKENIZERS.items()}
 TOKEN_BYTES = 2 * (2 * 32 * 4) + 32 * 4 + 4 + 1 + 1  # keys, values, hidden state, log-probability, argmax, known
 
 
@@ -434,6 +435,75 @@ def test_starts_that_fit_no_text_are_refused_before_anything_runs(lm, calls):
     assert lm.token_logprobs([]) == []
 
 
+def test_a_start_that_is_a_text(model, tokenizer):
+    """Scored from behind its tokens; refused where a token spans the join."""
+    lm = LM(model, tokenizer)
+    prompt = Text("The cat sat on the", lm)
+    texts = [prompt + " mat", prompt + " mat, and the cat", prompt]
+    found = lm.token_logprobs(texts, [prompt, len(prompt.tokens), prompt])
+    for text, logprobs in zip(texts, found, strict=True):
+        expected = plain_token_logprobs(model, text.tokens)[len(prompt.tokens) :]
+        torch.testing.assert_close(logprobs, expected, rtol=0, atol=5e-5)
+    scores = lm.token_scores(texts, [Text(prompt.string)] * 3)  # without an LM it is of this one
+    assert [score.logprobs.tolist() for score in scores] == [logprobs.tolist() for logprobs in found]
+    before = lm.stats
+    merging = Text("The other c", lm)
+    assert (merging + "at").tokens[: len(merging.tokens)] != merging.tokens
+    with pytest.raises(
+        ValueError, match=r"starts\[1\], Text\('The other c'\), is no beginning of .*token \d+ of the text"
+    ):
+        lm.token_logprobs([texts[0], merging + "at"], [prompt, merging])
+    with pytest.raises(ValueError, match="tokens, and the text has"):
+        lm.token_logprobs([prompt], [prompt + " mat"])
+    assert (lm.stats - before).tokens_computed == 0
+
+
+@given(st.lists(st.sampled_from(["The", " cat", "c", "at", " sat", " ", "\n"]), min_size=2, max_size=6), st.data())
+def test_a_start_is_taken_where_its_tokens_are_a_beginning(parts, data):
+    lm = FOUR_LMS[data.draw(st.sampled_from(sorted(FOUR_LMS)))]
+    num_before = data.draw(st.integers(0, len(parts)))
+    start, text = (Text("", lm).join(some) for some in (parts[:num_before], parts))
+    (ids,) = lm.prompt_ids([start])
+    if text.tokens[: len(ids)] == ids:
+        (found,) = lm.token_logprobs([text], [start])
+        assert len(found) == len(text.tokens) - len(ids)
+        torch.testing.assert_close(found, text.token_logprobs[len(ids) :], rtol=0, atol=5e-5, equal_nan=True)
+    else:
+        with pytest.raises(ValueError, match="is no beginning of"):
+            lm.token_logprobs([text], [start])
+
+
+def test_starts_of_texts_with_groups(model, tokenizer):
+    lm = LM(model, tokenizer)
+    group = Text("See", lm) + (Text(" the cat") | " the mat")
+    text = group + " and" + "."
+    for start, num_scored in [(group, len(text.tokens) - len(group.tokens)), (group + " and", 1)]:
+        (found,) = lm.token_logprobs([text], [start])
+        assert len(found) == num_scored
+        torch.testing.assert_close(found, text.token_logprobs[-num_scored:], rtol=0, atol=ATOL, equal_nan=True)
+    for other in (Text("See the cat the mat", lm), Text("See", lm) + (Text(" the cat") | " the dog")):
+        with pytest.raises(ValueError, match="is no beginning of"):
+            lm.token_logprobs([text], [other])
+
+
+@pytest.mark.parametrize(
+    ("starts", "error", "match"),
+    [
+        (["The"], TypeError, r"starts\[0\] must be a Text or an int, not str"),
+        ([True], TypeError, r"starts\[0\] must be a Text or an int, not bool"),
+        ([1.0], TypeError, "not float"),
+        ({0: 1}, TypeError, "not a mapping"),
+        ([-1], ValueError, "between 0 and that, not -1"),
+        ([1, 1], ValueError, "one start a text"),
+    ],
+)
+def test_starts_that_make_no_sense(model, tokenizer, starts, error, match):
+    lm = LM(model, tokenizer)
+    with pytest.raises(error, match=match):
+        lm.token_scores([Text("The cat sat", lm)], starts)
+    assert lm.stats.tokens_computed == 0
+
+
 @pytest.mark.parametrize("what", ["logits", "token_logprobs"])
 @pytest.mark.parametrize("order", [1, -1])
 def test_reading_all_of_many_texts_takes_few_calls_of_the_head(what, order, lm, calls):
@@ -619,7 +689,7 @@ def test_a_bad_text_is_refused_before_anything_is_computed(kind, lm, calls):
 
 
 def test_other_kinds_of_texts_are_refused(lm, model, tokenizer):
-    with pytest.raises(TextTypeError, match=r"evaluate takes texts, not the str 'a cat'. Wrap it: Text\(string, lm\)"):
+    with pytest.raises(TextTypeError, match=r"evaluate takes a Text or .*, not the str 'a cat'. Wrap it: Text\("):
         evaluate("a cat")
     with pytest.raises(UnboundTextError, match=r"Text\('a cat'\) has no model.*Text\(string, lm\)"):
         Text("a cat").logits  # noqa: B018

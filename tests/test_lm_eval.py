@@ -313,6 +313,9 @@ def test_an_lm_serves_with_its_own_options(tmp_path):
     lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
     first = BackpromptLM(lm).loglikelihood(instances(PAIRS), disable_tqdm=True)
     before = lm.stats
+    pair = BackpromptLM((lm.model, lm.tokenizer))
+    assert pair.lm is not lm
+    assert pair.loglikelihood(instances(PAIRS), disable_tqdm=True) == first  # computed anew
     assert BackpromptLM(lm, tokenizer=byte_level_bpe()).loglikelihood(instances(PAIRS), disable_tqdm=True) == first
     assert (lm.stats - before).tokens_computed == 0
 

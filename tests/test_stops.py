@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from backprompt import LM, GenerationError, Text, chat, generate
+from backprompt import LM, GenerationError, Text, TextTypeError, TokenizerError, chat, generate
 from backprompt._generate import ContinuedText
 from backprompt.decoded import Decoder
 from backprompt.stops import Cut, StopStrings
@@ -292,12 +292,12 @@ def test_a_reply_that_was_cut_stands_in_a_chat_as_it_is(lm, monkeypatch):
         ({"stop": ["a", ""]}, "stop must be strings that are not empty, not ''"),
         ({"stop": [3]}, "stop must be strings that are not empty, not 3"),
         ({"stop": 3}, "stop must be a string or several in a list, not int: 3"),
-        ({"stop": b"x"}, "stop must be a string or several in a list, not bytes"),
-        ({"stop": {"a": 1}}, "stop must be a string or several in a list, not dict"),
-        ({"stop": "\ud83d"}, r"The stop string '\\ud83d' holds half of a surrogate pair"),
+        ({"stop": b"x"}, "stop must be a string or several in a list, not the bytes"),
+        ({"stop": {"a": 1}}, "stop must be a string or several in a list, not a mapping .dict."),
+        ({"stop": "\ud83d"}, r"A stop string, '\\ud83d', holds a lone surrogate"),
         ({"stop": "x", "include_stop": "no"}, "include_stop must be True or False, not 'no'"),
         ({"stop_strings": [3]}, "stop_strings must be strings that are not empty, not 3"),
-        ({"stop_strings": b"x"}, "stop_strings must be a string or several in a list, not bytes"),
+        ({"stop_strings": b"x"}, "stop_strings must be a string or several in a list, not the bytes"),
         ({"stop_strings": ""}, "stop_strings must be strings that are not empty"),
     ],
     ids=str,
@@ -305,7 +305,7 @@ def test_a_reply_that_was_cut_stands_in_a_chat_as_it_is(lm, monkeypatch):
 def test_what_is_no_stop_string(lm, options, message):
     before = lm.stats
     for continued in (Text("The", lm).generate, Text("The", lm).stream):
-        with pytest.raises(GenerationError, match=message):
+        with pytest.raises((GenerationError, TextTypeError, TokenizerError), match=message):
             continued(max_new_tokens=3, **options)
     assert lm.stats == before
 

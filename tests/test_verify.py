@@ -272,7 +272,7 @@ def test_what_is_refused(model, tokenizer):
         verify(text, tolerance=-1.0)
     with pytest.raises(ValueError, match="tolerance must be"):
         verify(text, tolerance=float("nan"))
-    with pytest.raises(bp.TextTypeError, match="verify takes texts"):
+    with pytest.raises(bp.TextTypeError, match="verify takes a Text or several in a list, not the str"):
         verify("The cat")
     with pytest.raises(bp.MixedModelsError):
         verify([text, Text("The cat", LM(model, tokenizer))])

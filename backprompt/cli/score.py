@@ -21,10 +21,13 @@ from backprompt.errors import CommandError
 from backprompt.text import Text
 
 if TYPE_CHECKING:
+    from backprompt.completions import EndOfPrompt
     from backprompt.lm import LM
 
 AGGREGATES = ("mean", "sum")
 """Those of `backprompt.classify`, which imports torch."""
+
+ENDS_OF_PROMPT: dict[str, EndOfPrompt] = {"auto": "auto", "space": " ", "nothing": ""}
 NEW_FIELDS = ("prediction", "probability", "probabilities")
 
 
@@ -75,9 +78,10 @@ def add(commands: Any) -> None:
     )
     group.add_argument(
         "--end-of-prompt",
-        choices=("space", "nothing"),
-        default="space",
-        help="what stands between prompt and completion (default: %(default)s)",
+        choices=tuple(ENDS_OF_PROMPT),
+        default="auto",
+        help="what stands between prompt and completion; auto: a space where neither has one, nothing behind white "
+        "space and special tokens (default: %(default)s)",
     )
     add_output_arguments(parser)
     add_model_arguments(parser)
@@ -89,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "prior": None if arguments.prior is None else _prior(arguments.prior),
         "normalize": not arguments.no_normalize,
-        "end_of_prompt": " " if arguments.end_of_prompt == "space" else "",
+        "end_of_prompt": ENDS_OF_PROMPT[arguments.end_of_prompt],
     }
     backprompt.classify.Example("checks what can be checked without a model", completions, **options)
     options |= {

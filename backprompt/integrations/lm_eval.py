@@ -25,7 +25,7 @@ import torch
 from transformers import AutoTokenizer
 
 from backprompt._generate import Run, run_with_bar
-from backprompt.arguments import as_bool, as_int
+from backprompt.arguments import as_bool, as_int, as_lm, check_encodable
 from backprompt.classify import TOKENS_AT_A_TIME
 from backprompt.errors import GenerationError
 from backprompt.generation_options import SAMPLING_FIELDS
@@ -68,7 +68,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
     What it computed stays in the `LM` for the tasks to come, within its `memory_bytes`.
 
     Args:
-        pretrained: a hub id or the path of a model, or an `LM`.
+        pretrained: a hub id or the path of a model, an `LM`, or a `(model, tokenizer)` tuple.
         tokenizer: what to encode with, its id, path or object; by default the model's own.
         dtype: of the weights; by default the checkpoint's, as for `hf`.
         device: by default, and for CUDA where there is none (the command line's default), as for `backprompt.load`. An
@@ -93,7 +93,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        pretrained: str | LM,
+        pretrained: str | LM | tuple[Any, Any],
         *,
         tokenizer: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -122,6 +122,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             as_int(max_length, "max_length", at_least=1)
         if prefix_token_id is not None:
             as_int(prefix_token_id, "prefix_token_id", at_least=0)
+        if isinstance(pretrained, tuple):
+            pretrained = as_lm(pretrained)
         if isinstance(pretrained, LM):
             late = [*lm_options, *(["dtype"] if dtype is not None else [])]
             if late:
@@ -193,6 +195,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         add = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self._prefix):
             add = False  # it has them already
+        check_encodable(string, "A string of a request")
         ids: list[int] = self.tokenizer.encode(string, **({} if add is None else {"add_special_tokens": add}))
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
