@@ -88,18 +88,20 @@ class ContinuedText(Text):
 class GeneratedText(ContinuedText):
     """What `generate` returns: a prompt and what the model added to it."""
 
-    __slots__ = ("_finish_reason", "_logprobs")
+    __slots__ = ("_finish_reason", "_logprob_dtype", "_logprobs")
 
     _logprobs: tuple[float, ...]
+    _logprob_dtype: torch.dtype
     _finish_reason: FinishReason
 
     @property
     def completion_logprobs(self) -> Tensor:
-        """Log-probability of each added token in the model's own distribution, `(new tokens,)`, nats, float32.
+        """Log-probability of each added token in the model's own distribution, `(new tokens,)`, nats.
 
-        Temperature, penalties and whatever else changed what was chosen do not show here.
+        In float64 for a model in float64, else in float32. Temperature, penalties and whatever else changed what was
+        chosen do not show here.
         """
-        return torch.tensor(self._logprobs, dtype=torch.float32)
+        return torch.tensor(self._logprobs, dtype=self._logprob_dtype)
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -156,9 +158,9 @@ def select(prompt: Text, options: Sequence[str], *, end_of_prompt: str = " ", **
     return text
 
 
-def _generated(lm: LM, prompt: Text, found: Found) -> GeneratedText:
+def _generated(lm: LM, prompt: Text, found: Found, dtype: torch.dtype) -> GeneratedText:
     text = GeneratedText._of(prompt, [choice.token_id for choice in found.choices], lm)
-    text._logprobs = tuple(choice.logprob for choice in found.choices)
+    text._logprobs, text._logprob_dtype = tuple(choice.logprob for choice in found.choices), dtype
     text._finish_reason = found.finish_reason
     return text
 
@@ -356,7 +358,7 @@ class Run:
     def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
         """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""
         return [
-            [_generated(self.lm, text, found) for found in decoding.found(num_each)]
+            [_generated(self.lm, text, found, self.decoding.logprob_dtype) for found in decoding.found(num_each)]
             for text, decoding in zip(self.texts, self._decodings, strict=True)
         ]
 

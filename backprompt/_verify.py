@@ -34,7 +34,7 @@ MIN_TEXTS_FOR_A_BAR = 5
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """The largest gap that passes, nats, at tokens that matter; measured: docs/design.md, "Exactness".
 
-In float64 many models still take their softmax in float32, and so do log-probabilities of tokens.
+In float64 many models still take their softmax in float32.
 """
 
 LIKELY = 1e-3
@@ -293,7 +293,7 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
     input_ids = model_repr.input_ids
     plain_logits = plain(input_ids=input_ids[None]).logits[0]  # (tokens, vocab)
     likely, largest, mean, is_flipped = [], [], [], []
-    expected = [torch.full((1,), torch.nan)]  # token_logprobs, float32; nothing predicts the first
+    expected = [torch.full((1,), torch.nan, dtype=torch.float64)]  # token_logprobs; nothing predicts the first
     num_rows = max(1, _SLICE_BYTES // (8 * plain_logits.shape[1]))
     for start in range(0, len(input_ids), num_rows):
         plain_rows = plain_logits[start : start + num_rows].cpu()
@@ -308,8 +308,8 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
         mean.append(gaps.mean(dim=-1))
         is_flipped.append(ours.argmax(dim=-1) != theirs.argmax(dim=-1))
         following = input_ids[start + 1 : start + num_rows + 1].cpu()
-        expected.append(plain_rows[: len(following)].float().log_softmax(dim=-1).gather(1, following[:, None])[:, 0])
-    scored = _differences(model_repr.token_logprobs.cpu(), torch.cat(expected)).double()
+        expected.append(theirs[: len(following)].gather(1, following[:, None])[:, 0])
+    scored = _differences(model_repr.token_logprobs.cpu().double(), torch.cat(expected))
     scored[0] = 0.0
     return _Gaps(
         torch.maximum(torch.cat(likely), scored),

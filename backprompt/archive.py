@@ -16,6 +16,7 @@ import torch
 from backprompt.cache import Block, BlockRows, KeysValues, States, gather, keys_values_of, states_of
 from backprompt.errors import EntryTooLargeError, StoreVersionError
 from backprompt.identity import extend_key, gap_key, group_key, root_key
+from backprompt.logprobs import logprob_dtype
 from backprompt.radix import NOTHING, Forest, Junction, Span
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, encode, parts_of
@@ -365,7 +366,8 @@ class _Reader:
 
     def _states(self, entry: Entry, found: _Found) -> States:
         rows = {name: self._rows(entry, name, found, dim=0) for name in _STATES if name in entry.tensors}
-        if "is_argmax" not in rows:  # of a version that did not keep it: its tokens are scored anew when asked for
+        is_current = "is_argmax" in rows and rows["logprobs"].dtype == logprob_dtype(rows["hidden"].dtype)
+        if not is_current:  # of a version that kept no argmax, or float32 in float64: its tokens are scored anew
             return States.of(rows["hidden"])
         return States(rows["hidden"], rows["logprobs"], rows["is_argmax"], rows["has_logprobs"].cpu())
 

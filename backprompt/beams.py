@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backprompt.cache import TokenScore
 from backprompt.decoding import Choice, Completion, Decoding, FinishReason, Found, Rules
+from backprompt.logprobs import log_softmax
 
 UNREACHABLE = -1e9
 """transformers' score of what is not a beam."""
@@ -58,8 +59,9 @@ class BeamDecoding:
         assert self._rules is not None
         config, model = self._rules.config, self._decoding.model
         beams = [self._completion(sequence) for sequence in self._sequences[0]]
-        unprocessed = torch.stack([rows[beam] for beam in beams]).float().log_softmax(dim=-1)  # (beams, vocab)
-        scores = self._rules.processors(self._sequences[0, :, : self._num_ids], unprocessed.clone())
+        logits = torch.stack([rows[beam] for beam in beams])  # (beams, vocab)
+        unprocessed = log_softmax(logits)
+        scores = self._rules.processors(self._sequences[0, :, : self._num_ids], unprocessed.float().clone())
         accumulated = (scores + self._scores[0, :, None]).reshape(1, -1)
         num_kept = self._is_top.shape[0]
         top_scores, top_sequences, top_indices = model._get_top_k_continuations(
@@ -114,7 +116,7 @@ class BeamDecoding:
             self._can_improve, self._is_ended, ends_now, config.early_stopping
         )
         self.is_finished = not bool(goes_on)
-        self._note(beams, unprocessed)
+        self._note(beams, unprocessed, logits.float().argmax(dim=-1).tolist())
 
     def needed(self) -> set[Completion]:
         """Return the continuations that must stay held: what is continued next, or ends one step before its end."""
@@ -160,7 +162,7 @@ class BeamDecoding:
         """Return what a beam added so far."""
         return tuple(sequence[len(self._prompt_ids) : self._num_ids].tolist())
 
-    def _note(self, beams: Sequence[Completion], logprobs: Tensor) -> None:
+    def _note(self, beams: Sequence[Completion], logprobs: Tensor, most_probable: Sequence[int]) -> None:
         """Note the beams and what is finished, and how the model rates their last tokens."""
         self.ahead = list(dict.fromkeys(self._completion(sequence) for sequence in self._sequences[0]))
         self._hypotheses = []
@@ -175,8 +177,8 @@ class BeamDecoding:
         for ids in (*self.ahead, *self._hypotheses):
             known = self._choices.get(ids)
             if known is None:
-                row = logprobs[row_of[ids[:-1]]]
-                last = Choice(ids[-1], float(row[ids[-1]]), int(row.argmax()) == ids[-1])
+                row = row_of[ids[:-1]]
+                last = Choice(ids[-1], float(logprobs[row, ids[-1]]), most_probable[row] == ids[-1])
                 known = (*self._choices[ids[:-1]], last)
             choices[ids] = known
         self._continued, self._choices = self._choices, choices

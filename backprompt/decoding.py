@@ -22,7 +22,9 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, StopStri
 
 from backprompt.cache import TokenScore
 from backprompt.errors import GenerationError
+from backprompt.logprobs import log_softmax, logprob_dtype
 from backprompt.lookahead import DEFAULT_NGRAM, proposals
+from backprompt.skeleton import head_dtype
 
 Completion: TypeAlias = tuple[int, ...]
 """What was added to a text."""
@@ -110,6 +112,7 @@ class Decoding:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens must be an int of at least 1, not {max_new_tokens!r}.")
         self.model = model
+        self.logprob_dtype = logprob_dtype(head_dtype(model))
         self.max_new_tokens = max_new_tokens
         self._seed = secrets.randbits(63) if seed is None else seed
         self._config = _config(model, given, _stops(stop))
@@ -232,15 +235,15 @@ class TextDecoding:
             self._begin(logits.device)
         assert self._ids is not None
         num_ids = len(self._prompt_ids) + len(self._choices)
-        unprocessed = logits.float()
+        unprocessed = logits.float()  # what transformers chooses by, whatever the model computes in
         scores = self._rules.processors(self._ids[:, :num_ids], unprocessed[None].clone())  # (1, vocab)
         if self._generator is None:
             token_id = int(scores.argmax(dim=-1))
         else:
             probabilities = scores.softmax(dim=-1)
             token_id = int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
-        logprobs = unprocessed.log_softmax(dim=-1)
-        self._choices.append(Choice(token_id, float(logprobs[token_id]), int(logprobs.argmax()) == token_id))
+        logprob, is_argmax = float(log_softmax(logits)[token_id]), int(unprocessed.argmax()) == token_id
+        self._choices.append(Choice(token_id, logprob, is_argmax))
         self._completion = (*self._completion, token_id)
         self._ids[0, num_ids] = token_id
         self._finish_reason = self._decoding.reason(self._rules, self._ids[:, : num_ids + 1], len(self._choices))

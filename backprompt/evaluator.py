@@ -25,6 +25,7 @@ from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
 from backprompt.growth import Growth
 from backprompt.host import HostMemory
+from backprompt.logprobs import log_softmax
 from backprompt.lookup import Aside, Sketch
 from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
@@ -72,9 +73,10 @@ class TokenScores:
     """How a model rates given tokens, each given those before it.
 
     Attributes:
-        logprobs: log-probabilities, `(tokens,)`, float32, nats; nan for a token that nothing predicts.
-        is_argmax: whether greedy decoding would have chosen the token, `(tokens,)`, bool. Of tokens that are equally
-            probable in float32 the one with the lowest id is chosen; False where nothing predicts.
+        logprobs: log-probabilities, `(tokens,)`, nats, float64 for a model in float64 and else float32; -inf for a
+            token of probability 0, nan for a token that nothing predicts.
+        is_argmax: whether greedy decoding would have chosen the token, `(tokens,)`, bool. Of tokens whose logits are
+            equal in float32 the one with the lowest id is chosen; False where nothing predicts.
 
     """
 
@@ -82,9 +84,9 @@ class TokenScores:
     is_argmax: Tensor
 
     @classmethod
-    def of(cls, scores: Sequence[TokenScore], device: torch.device) -> TokenScores:
-        """Return these as tensors on a device."""
-        logprobs = torch.tensor([score.logprob for score in scores], dtype=torch.float32, device=device)
+    def of(cls, scores: Sequence[TokenScore], dtype: torch.dtype, device: torch.device) -> TokenScores:
+        """Return these as tensors on a device, log-probabilities in this dtype."""
+        logprobs = torch.tensor([score.logprob for score in scores], dtype=dtype, device=device)
         return cls(logprobs, torch.tensor([score.is_argmax for score in scores], dtype=torch.bool, device=device))
 
     def __getitem__(self, rows: slice) -> TokenScores:
@@ -293,7 +295,7 @@ class Evaluator:
             end.num_pins -= 1
         new = {end: score for end, score in scores.items() if not _is_scored(end, len(end.token_ids) - 1)}
         targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
-        _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
+        _write_scores(targets, self._as_tensors(list(new.values())))
         for end in dropped:
             self.forest.discard(end)
         self.memory.add(self._growth.absorb(list(dict.fromkeys(grown))))
@@ -459,8 +461,7 @@ class Evaluator:
         """Return a copy of a scored text's scores from token `start` on, `(tokens - start,)`."""
         spans = self._spans_from(place, start)
         if not spans:
-            none = torch.empty(0, dtype=torch.float32, device=self.executor.device)
-            return TokenScores(none, none.bool())
+            return self._as_tensors([])
         _, first_row = spans[0]
         rows = [states_of(span) for span, _ in spans]
         logprobs = gather(rows, lambda states: states.logprobs, dim=0)[first_row:]
@@ -489,7 +490,7 @@ class Evaluator:
             for (token_ids, start), split in zip(texts, splits, strict=True)
         ]
         found = self.scored(wanted)
-        lasts = TokenScores.of([s for scored in found for s in scored.candidates.values()], self.executor.device)
+        lasts = self._as_tensors([s for scored in found for s in scored.candidates.values()])
         ends = itertools.accumulate(len(scored.candidates) for scored in found)
         return [
             scored.tokens.followed_by(lasts[end - len(scored.candidates) : end])
@@ -682,6 +683,9 @@ class Evaluator:
             self.clear()
             raise
 
+    def _as_tensors(self, scores: Sequence[TokenScore]) -> TokenScores:
+        return TokenScores.of(scores, self.executor.logprob_dtype, self.executor.device)
+
     def _forget_results(self) -> None:
         self._pool.clear()
         self._candidates.clear()
@@ -795,18 +799,19 @@ def _hidden_rows(rows: Sequence[tuple[States, int]]) -> Tensor:
 
 
 def _picked_scores(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> TokenScores:
-    """Return `log_softmax(logits)[row_idx, token_ids]` in float32, and whether each is its row's argmax.
+    """Return `log_softmax(logits)[row_idx, token_ids]`, and whether each is its row's argmax in float32.
 
     `row_idx` is sorted. A few rows at a time: what fits the cache takes a fifth of the time that all rows at once take.
     """
     picked, is_argmax = [], []
     num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1]))
     for start in range(0, logits.shape[0], num_rows):
-        logprobs = logits[start : start + num_rows].float().log_softmax(dim=-1)
+        piece = logits[start : start + num_rows]
+        logprobs = log_softmax(piece)
         first, last = torch.searchsorted(row_idx, torch.tensor([start, start + num_rows])).tolist()
         rows, tokens = (row_idx[first:last] - start).to(logits.device), token_ids[first:last].to(logits.device)
         picked.append(logprobs[rows, tokens])
-        is_argmax.append(logprobs.argmax(dim=-1)[rows] == tokens)
+        is_argmax.append(piece.float().argmax(dim=-1)[rows] == tokens)
     return TokenScores(torch.cat(picked), torch.cat(is_argmax))
 
 

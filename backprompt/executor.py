@@ -25,6 +25,7 @@ from backprompt.attention import ChosenKernel, PackedAttention, Scoring, choose_
 from backprompt.cache import BlockRows, KeysValues, States
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.linear import speed_up
+from backprompt.logprobs import logprob_dtype
 from backprompt.plan import TILE_TOKENS, Pass, plan_pass
 from backprompt.radix import Span
 
@@ -83,6 +84,7 @@ class Executor:
         self.device = skeleton.model_device(model)
         self.limits = skeleton.limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
+        self.logprob_dtype = logprob_dtype(skeleton.head_dtype(model))
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
         """Bytes of all that is held of one token; known after the first pass."""
