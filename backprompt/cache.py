@@ -117,7 +117,8 @@ class States(Block):
         hidden: what the output head reads, `(rows, hidden)`.
         logprobs: `(rows,)`, nats, float64 where `hidden` is, else float32; of a row's own token given those before it.
         is_argmax: `(rows,)`, bool; whether no other token was more probable there.
-        has_logprobs: `(rows,)`, on the CPU; which of `logprobs` and `is_argmax` were computed.
+        has_logprobs: `(rows,)`, which of `logprobs` and `is_argmax` were computed; on the CPU wherever the block lies,
+            so never page-locked: it does not move.
 
     """
 
