@@ -162,7 +162,7 @@ def _alternatives(lm: LM, text: Text, token_ids: TokenIds, top: int) -> list[lis
         logits = model_repr.all_logits(start, start + _ROWS_AT_A_TIME)  # (rows, vocab)
         found = log_softmax(logits).topk(min(top, logits.shape[1]), dim=-1)
         best += [
-            list(zip(ids, logprobs, strict=True))
+            [(i, logprob) for i, logprob in zip(ids, logprobs, strict=True) if logprob > -math.inf]
             for ids, logprobs in zip(found.indices.tolist(), found.values.tolist(), strict=True)
         ]
     return [best[row] if best and row is not None else [] for row in predicting_rows(token_ids)]

@@ -20,6 +20,7 @@ from backprompt import skeleton
 from backprompt._explain import listed_texts, one_lm
 from backprompt.errors import DriftError, GroupError
 from backprompt.missing import shown_segment
+from backprompt.probe import differences
 from backprompt.progress import is_wanted
 from backprompt.segments import Group
 from backprompt.text import Text
@@ -118,8 +119,9 @@ class Verification:
         return max(self.nodes, key=lambda node: node.gap)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all figures as dicts, lists, strings and numbers, such as JSON takes."""
-        return {**asdict(self), "nodes": [asdict(node) for node in self.nodes], "passed": self.passed}
+        """Return all figures as dicts, lists, strings and numbers, such as JSON takes; None where one is infinite."""
+        figures = {**asdict(self), "nodes": [_finite(asdict(node)) for node in self.nodes], "passed": self.passed}
+        return _finite(figures)
 
     def __str__(self) -> str:
         rows = [_HEAD, *self._rows()]
@@ -167,6 +169,10 @@ class Verification:
             )
             for node in worst
         ]
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if figure == math.inf else figure for name, figure in figures.items()}
 
 
 _HEAD = ("segment", "tokens", "gap", "largest gap", "mean gap", "argmax flips")
@@ -300,7 +306,7 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
         # On the CPU: not every device has float64, which adds no rounding of its own.
         theirs = plain_rows.double().log_softmax(dim=-1)
         ours = model_repr.all_logits(start, start + num_rows).cpu().double().log_softmax(dim=-1)
-        gaps = _differences(ours, theirs)
+        gaps = differences(ours, theirs)
         least = theirs.amax(dim=-1, keepdim=True).clamp(max=math.log(LIKELY))
         matters = (theirs >= least) | (ours >= least) | gaps.isinf()  # comparing with NaN is never true
         likely.append(gaps.where(matters, 0.0).amax(dim=-1))
@@ -309,7 +315,7 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
         is_flipped.append(ours.argmax(dim=-1) != theirs.argmax(dim=-1))
         following = input_ids[start + 1 : start + num_rows + 1].cpu()
         expected.append(theirs[: len(following)].gather(1, following[:, None])[:, 0])
-    scored = _differences(model_repr.token_logprobs.cpu().double(), torch.cat(expected))
+    scored = differences(model_repr.token_logprobs.cpu().double(), torch.cat(expected))
     scored[0] = 0.0
     return _Gaps(
         torch.maximum(torch.cat(likely), scored),
@@ -317,11 +323,6 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
         torch.cat(mean),
         torch.cat(is_flipped),
     )
-
-
-def _differences(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return how far log-probabilities lie apart; not at all where both are -inf, infinitely where one is NaN."""
-    return torch.where(ours == theirs, 0.0, (ours - theirs).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 _SLICE_BYTES = 64 << 20

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backprompt.cache import TokenScore
-from backprompt.decoding import Choice, Completion, Decoding, FinishReason, Found, Rules
+from backprompt.decoding import Choice, Completion, Decoding, FinishReason, Found, Rules, check_scores
 from backprompt.logprobs import log_softmax
 
 UNREACHABLE = -1e9
@@ -63,6 +63,7 @@ class BeamDecoding:
         unprocessed = log_softmax(logits)
         scores = self._rules.processors(self._sequences[0, :, : self._num_ids], unprocessed.float().clone())
         accumulated = (scores + self._scores[0, :, None]).reshape(1, -1)
+        check_scores(accumulated, is_drawn=False)
         num_kept = self._is_top.shape[0]
         top_scores, top_sequences, top_indices = model._get_top_k_continuations(
             accumulated_log_probs=accumulated,
@@ -166,8 +167,11 @@ class BeamDecoding:
         """Note the beams and what is finished, and how the model rates their last tokens."""
         self.ahead = list(dict.fromkeys(self._completion(sequence) for sequence in self._sequences[0]))
         self._hypotheses = []
+        is_possible = self._is_ended & (
+            self._ended_scores > -torch.inf
+        )  # fewer than beams where the options exclude all
         for sequence, indices, is_ended in zip(
-            self._ended[0], self._ended_indices[0], self._is_ended[0].tolist(), strict=True
+            self._ended[0], self._ended_indices[0], is_possible[0].tolist(), strict=True
         ):
             if is_ended:
                 num_new = int((indices >= 0).sum())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -237,6 +238,7 @@ class TextDecoding:
         num_ids = len(self._prompt_ids) + len(self._choices)
         unprocessed = logits.float()  # what transformers chooses by, whatever the model computes in
         scores = self._rules.processors(self._ids[:, :num_ids], unprocessed[None].clone())  # (1, vocab)
+        check_scores(scores, is_drawn=self._generator is not None)
         if self._generator is None:
             token_id = int(scores.argmax(dim=-1))
         else:
@@ -264,6 +266,23 @@ class TextDecoding:
         tried = proposals(ids, num_tokens, self._decoding.max_ngram)
         beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
         return list(dict.fromkeys((*self._completion, *tokens) for tokens in beginnings))
+
+
+def check_scores(scores: Tensor, *, is_drawn: bool) -> None:
+    """Raise if nothing can be chosen by scores, `(texts, vocab)`, as the options have changed them.
+
+    Raises:
+        GenerationError: one is NaN, all are -inf, or, where a token `is_drawn`, one is inf.
+
+    """
+    best = float(scores.max())  # NaN if one is
+    if best > -math.inf and not (is_drawn and best == math.inf):
+        return
+    what = "-inf for every token, so that none may follow" if best == -math.inf else str(best)
+    raise GenerationError(
+        f"The options of generate turn scores into {what}. Leave out those that exclude tokens or change their scores, "
+        "one after the other."
+    )
 
 
 def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> GenerationConfig:

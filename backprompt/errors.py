@@ -50,7 +50,7 @@ class UnsupportedModelError(BackpromptError, NotImplementedError):
 
 
 class NonFiniteError(BackpromptError, ArithmeticError):
-    """The model returned NaN."""
+    """The model returned NaN or infinity, or gives probability 0 to all that there is to choose from."""
 
 
 class DriftError(BackpromptError, ArithmeticError):

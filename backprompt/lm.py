@@ -691,6 +691,7 @@ class LM:
             self._memory_bytes,
             host,
             MAX_RESULT_BYTES,
+            self._tokenizer_copy.decode,
             archive,
             pack_weights=self._pack_weights,
         )

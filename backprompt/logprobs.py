@@ -18,3 +18,8 @@ def logprob_dtype(dtype: torch.dtype) -> torch.dtype:
 def log_softmax(logits: Tensor) -> Tensor:
     """Return log-probabilities over the last axis, nats, of the same shape, in `logprob_dtype`."""
     return logits.to(logprob_dtype(logits.dtype)).log_softmax(dim=-1)
+
+
+def are_distributions(logits: Tensor) -> Tensor:
+    """Return which rows of `(..., vocab)` have log-probabilities: no NaN, no +inf, and not -inf throughout."""
+    return logits.amax(dim=-1).isfinite()  # the largest of a row with NaN is NaN
