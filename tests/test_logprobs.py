@@ -21,6 +21,7 @@ from backprompt import (
 )
 from backprompt._generate import select
 from backprompt.classify import best_threshold, calibrate, log_probs, predict, predict_proba, token_logprobs
+from backprompt.cli import generate as cli_generate
 from backprompt.integrations.sklearn import PromptClassifier
 from backprompt.store import DiskStore, MemoryStore
 from backprompt.store.base import Entry
@@ -381,6 +382,20 @@ def test_options_that_leave_no_token_are_an_error(options, masked_lm):
     with pytest.raises(GenerationError, match="-inf for every token, so that none may follow"):
         text.generate(max_new_tokens=2, suppress_tokens=list(range(320)), **options)
     assert not any(span.num_pins for span in masked_lm._evaluator.forest.spans())
+
+
+def test_beams_of_probability_0_are_no_continuations(tokenizer):
+    """Two tokens are possible, and none after itself or again after the other: fewer ways than beams."""
+    lm = LM(masked_model(set(range(320)) - {7, 8}), tokenizer)
+    found = generate(Text(PROMPTS[0], lm), max_new_tokens=2, num_beams=4, n=4, no_repeat_ngram_size=1)
+    assert {text.completion_tokens for text in found} == {(7, 8), (8, 7)}
+
+
+def test_a_probability_of_0_is_null_on_the_command_line(masked, tokenizer):
+    """JSON has no infinity. Token 300 is masked, and the options force it."""
+    text = Text(PROMPTS[0], LM(masked, tokenizer)).generate(max_new_tokens=2, forced_eos_token_id=300)
+    assert text.completion_logprobs[-1] == -torch.inf
+    assert cli_generate._result(text, 0, None)["logprob"] is None
 
 
 # Rows that are no distribution
