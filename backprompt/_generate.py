@@ -214,6 +214,8 @@ def generate(
         GenerationError: options that contradict each other or that are not there; no room for `max_new_tokens`.
         GroupError: a text ends in a group, so there is no last token to continue.
         What `evaluate` raises. All of it before anything is computed.
+        GenerationError, on the way: the options exclude every token that may follow, or make scores NaN.
+        NonFiniteError, on the way: the model returned NaN or infinity; names the text.
         StaleRepresentationError: the model's weights change meanwhile.
 
     """

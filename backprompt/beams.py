@@ -167,9 +167,8 @@ class BeamDecoding:
         """Note the beams and what is finished, and how the model rates their last tokens."""
         self.ahead = list(dict.fromkeys(self._completion(sequence) for sequence in self._sequences[0]))
         self._hypotheses = []
-        is_possible = self._is_ended & (
-            self._ended_scores > -torch.inf
-        )  # fewer than beams where the options exclude all
+        # Fewer than beams, where fewer ways are possible.
+        is_possible = self._is_ended & (self._ended_scores > -torch.inf)
         for sequence, indices, is_ended in zip(
             self._ended[0], self._ended_indices[0], is_possible[0].tolist(), strict=True
         ):

@@ -58,7 +58,7 @@ class DriftError(BackpromptError, ArithmeticError):
 
 
 class GenerationError(BackpromptError, ValueError):
-    """Options of `generate` that contradict each other, or that it does not have."""
+    """Options of `generate` that contradict each other, that it does not have, or that leave no token to choose."""
 
 
 class MemoryBudgetError(BackpromptError, MemoryError):
