@@ -420,19 +420,20 @@ def spoiled_behind(text_ids, value, token_id=7):
 
 @pytest.mark.parametrize("what", SPOILED)
 def test_logits_that_are_no_distribution_are_an_error_that_names_the_text(what, tokenizer):
-    """The second text's own row, and the row in the middle of the third, which continues it."""
+    """The last text's own row, and a row in the middle of the third, which continues it; both are read ahead of."""
     prompt = PROMPTS[0] + " mat"
     model = spoiled_behind(tokenizer(prompt)["input_ids"], SPOILED[what])
     lm = LM(model, tokenizer)
-    good, bad, longer = texts = [Text(PROMPTS[1], lm), Text(prompt, lm), Text(prompt, lm) + " and the cat"]
+    strings = [PROMPTS[1], "Question: What is 12 + 34?", prompt + " and the cat", prompt]
+    good, other, longer, bad = texts = [Text(string, lm) for string in strings]
     match = f"LlamaForCausalLM returned {what}.* at the end of '.*{prompt[-10:]}'"
     evaluate(texts)
     torch.testing.assert_close(good.logits, plain_logits(model, good.tokens)[-1], rtol=0, atol=5e-5)
     for _ in range(2):  # reading ahead, and when all is there
         torch.testing.assert_close(longer.logits, plain_logits(model, longer.tokens)[-1], rtol=0, atol=5e-5)
-        torch.testing.assert_close(
-            good.token_logprobs, plain_token_logprobs(model, good.tokens), rtol=0, atol=5e-5, equal_nan=True
-        )
+        for text in (good, other):
+            expected = plain_token_logprobs(model, text.tokens)
+            torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=5e-5, equal_nan=True)
         assert torch.isfinite(bad.token_logprobs[1:]).all()  # its own last row predicts nothing of it
     start = len(bad.tokens) + 1
     (found,) = lm.token_logprobs([longer], [start])  # rows that nobody asked for
@@ -524,6 +525,20 @@ def test_a_weight_that_is_not_finite_is_named(name, value, tokenizer):
     what = "NaN" if value != value else "infinity"
     with pytest.raises(NonFiniteError, match=f"Its weight '{name}.weight' has {what}. Check"):
         Text(PROMPTS[0], LM(model, tokenizer)).logits  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_scores_of_nan_that_torch_hides_are_an_error(name, tokenizer, monkeypatch):
+    """For few keys its attention returns numbers, and so does the plain call. The probe would see it first."""
+    model = FAMILIES["llama"]()
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.1.self_attn.{name}").weight[...] = torch.nan
+    monkeypatch.setattr("backprompt.evaluator.probe", lambda model, executor: None)
+    text = Text.from_tokens((5, 6, 7), LM(model, tokenizer))
+    with pytest.raises(
+        NonFiniteError, match=rf"queries or keys of NaN or infinity at the end of .*{name}.weight' has NaN"
+    ):
+        text.logits  # noqa: B018
 
 
 @pytest.mark.parametrize(
