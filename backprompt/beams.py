@@ -7,6 +7,7 @@ beam that is left behind is a branch that nobody needs. No cache is reordered or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,6 +45,7 @@ class BeamDecoding:
         self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of what is finished
         self._continued: dict[Completion, tuple[Choice, ...]] = {}  # the same one step before
         self._hypotheses: list[Completion] = []
+        self._possible: list[Completion] = [()]  # beams, but for those that fill up where fewer ways are possible
         self.ahead: list[Completion] = [()]
         self.is_finished = False
 
@@ -131,7 +133,7 @@ class BeamDecoding:
 
     def found(self, num: int) -> list[Found]:
         """Return the best continuations, those that are finished before those that are not."""
-        ranked = list(dict.fromkeys((*self._hypotheses, *self.ahead)))[:num]
+        ranked = list(dict.fromkeys((*self._hypotheses, *self._possible)))[:num]
         return [Found(self._choices[ids], self._reason(ids)) for ids in ranked]
 
     def _reason(self, completion: Completion) -> FinishReason:
@@ -165,12 +167,13 @@ class BeamDecoding:
 
     def _note(self, beams: Sequence[Completion], logprobs: Tensor, most_probable: Sequence[int]) -> None:
         """Note the beams and what is finished, and how the model rates their last tokens."""
-        self.ahead = list(dict.fromkeys(self._completion(sequence) for sequence in self._sequences[0]))
+        beams_now = [self._completion(sequence) for sequence in self._sequences[0]]
+        self.ahead = list(dict.fromkeys(beams_now))
+        scores = self._scores[0].tolist()
+        self._possible = [ids for ids, score in zip(beams_now, scores, strict=True) if score > -math.inf]
         self._hypotheses = []
-        # Fewer than beams, where fewer ways are possible.
-        is_possible = self._is_ended & (self._ended_scores > -torch.inf)
         for sequence, indices, is_ended in zip(
-            self._ended[0], self._ended_indices[0], is_possible[0].tolist(), strict=True
+            self._ended[0], self._ended_indices[0], self._is_ended[0].tolist(), strict=True
         ):
             if is_ended:
                 num_new = int((indices >= 0).sum())
