@@ -104,18 +104,20 @@ class GeneratedText(ContinuedText):
     encoded as any string is: `text.tokens` has ids for it, `completion_tokens` and `completion_logprobs` have none.
     """
 
-    __slots__ = ("_finish_reason", "_logprobs")
+    __slots__ = ("_finish_reason", "_logprob_dtype", "_logprobs")
 
     _logprobs: tuple[float, ...]
+    _logprob_dtype: torch.dtype
     _finish_reason: FinishReason
 
     @property
     def completion_logprobs(self) -> Tensor:
-        """Log-probability of each of `completion_tokens` in the model's own distribution, `(tokens,)`, nats, float32.
+        """Log-probability of each of `completion_tokens` in the model's own distribution, `(tokens,)`, nats.
 
-        Temperature, penalties and whatever else changed what was chosen do not show here.
+        In float64 for a model in float64, else in float32. Temperature, penalties and whatever else changed what was
+        chosen do not show here.
         """
-        return torch.tensor(self._logprobs, dtype=torch.float32)
+        return torch.tensor(self._logprobs, dtype=self._logprob_dtype)
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -190,11 +192,11 @@ def select(
     return text
 
 
-def _generated(lm: LM, prompt: Text, found: Found) -> GeneratedText:
+def _generated(lm: LM, prompt: Text, found: Found, dtype: torch.dtype) -> GeneratedText:
     kept = found.choices if found.cut is None else found.choices[: found.cut.num_tokens]
     rest = "" if found.cut is None else found.cut.rest
     text = GeneratedText._of(prompt, [choice.token_id for choice in kept], lm, rest)
-    text._logprobs = tuple(choice.logprob for choice in kept)
+    text._logprobs, text._logprob_dtype = tuple(choice.logprob for choice in kept), dtype
     text._finish_reason = found.finish_reason
     return text
 
@@ -253,6 +255,8 @@ def generate(
         GenerationError: options that contradict each other or that are not there; no room for `max_new_tokens`.
         GroupError: a text ends in a group, so there is no last token to continue.
         What `evaluate` raises. All of it before anything is computed.
+        GenerationError, on the way: the options exclude every token that may follow, or make scores NaN.
+        NonFiniteError, on the way: the model returned NaN or infinity; names the text.
         StaleRepresentationError: the model's weights change meanwhile.
 
     """
@@ -397,7 +401,7 @@ class Run:
     def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
         """Return the same as texts."""
         return [
-            [_generated(self.lm, text, found) for found in row]
+            [_generated(self.lm, text, found, self.decoding.logprob_dtype) for found in row]
             for text, row in zip(self.texts, self.found(num_each), strict=True)
         ]
 

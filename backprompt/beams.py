@@ -7,13 +7,15 @@ beam that is left behind is a branch that nobody needs. No cache is reordered or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from backprompt.cache import TokenScore
-from backprompt.decoding import Choice, Completion, Decoding, Found, Rules
+from backprompt.decoding import Choice, Completion, Decoding, Found, Rules, check_scores
+from backprompt.logprobs import log_softmax
 
 UNREACHABLE = -1e9
 """transformers' score of what is not a beam."""
@@ -44,6 +46,7 @@ class BeamDecoding:
         self._continued: dict[Completion, tuple[Choice, ...]] = {}  # the same one step before
         self._hypotheses: list[Completion] = []
         self._watched = {(): decoding.stops.begin(prompt_ids)}  # beams, and what they were continued by last
+        self._possible: list[Completion] = [()]  # beams, but for those that fill up where fewer ways are possible
         self.ahead: list[Completion] = [()]
         self.is_finished = False
 
@@ -59,9 +62,11 @@ class BeamDecoding:
         assert self._rules is not None
         config, model = self._rules.config, self._decoding.model
         beams = [self._completion(sequence) for sequence in self._sequences[0]]
-        unprocessed = torch.stack([rows[beam] for beam in beams]).float().log_softmax(dim=-1)  # (beams, vocab)
-        scores = self._rules.processors(self._sequences[0, :, : self._num_ids], unprocessed.clone())
+        logits = torch.stack([rows[beam] for beam in beams])  # (beams, vocab)
+        unprocessed = log_softmax(logits)
+        scores = self._rules.processors(self._sequences[0, :, : self._num_ids], unprocessed.float().clone())
         accumulated = (scores + self._scores[0, :, None]).reshape(1, -1)
+        check_scores(accumulated, is_drawn=False)
         num_kept = self._is_top.shape[0]
         top_scores, top_sequences, top_indices = model._get_top_k_continuations(
             accumulated_log_probs=accumulated,
@@ -115,7 +120,7 @@ class BeamDecoding:
             self._can_improve, self._is_ended, ends_now, config.early_stopping
         )
         self.is_finished = not bool(goes_on)
-        self._note(beams, unprocessed)
+        self._note(beams, unprocessed, logits.float().argmax(dim=-1).tolist())
 
     def needed(self) -> set[Completion]:
         """Return the continuations that must stay held: what is continued next, or ends one step before its end."""
@@ -129,7 +134,7 @@ class BeamDecoding:
 
     def found(self, num: int) -> list[Found]:
         """Return the best continuations, those that are finished before those that are not."""
-        ranked = list(dict.fromkeys((*self._hypotheses, *self.ahead)))[:num]
+        ranked = list(dict.fromkeys((*self._hypotheses, *self._possible)))[:num]
         return [self._found(ids) for ids in ranked]
 
     def _found(self, completion: Completion) -> Found:
@@ -173,9 +178,12 @@ class BeamDecoding:
         """Return what a beam added so far."""
         return tuple(sequence[len(self._prompt_ids) : self._num_ids].tolist())
 
-    def _note(self, beams: Sequence[Completion], logprobs: Tensor) -> None:
+    def _note(self, beams: Sequence[Completion], logprobs: Tensor, most_probable: Sequence[int]) -> None:
         """Note the beams and what is finished, and how the model rates their last tokens."""
-        self.ahead = list(dict.fromkeys(self._completion(sequence) for sequence in self._sequences[0]))
+        beams_now = [self._completion(sequence) for sequence in self._sequences[0]]
+        self.ahead = list(dict.fromkeys(beams_now))
+        scores = self._scores[0].tolist()
+        self._possible = [ids for ids, score in zip(beams_now, scores, strict=True) if score > -math.inf]
         self._hypotheses = []
         for sequence, indices, is_ended in zip(
             self._ended[0], self._ended_indices[0], self._is_ended[0].tolist(), strict=True
@@ -188,8 +196,8 @@ class BeamDecoding:
         for ids in (*self.ahead, *self._hypotheses):
             known = self._choices.get(ids)
             if known is None:
-                row = logprobs[row_of[ids[:-1]]]
-                last = Choice(ids[-1], float(row[ids[-1]]), int(row.argmax()) == ids[-1])
+                row = row_of[ids[:-1]]
+                last = Choice(ids[-1], float(logprobs[row, ids[-1]]), most_probable[row] == ids[-1])
                 known = (*self._choices[ids[:-1]], last)
             choices[ids] = known
         self._continued, self._choices = self._choices, choices

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from backprompt.logprobs import logprob_dtype
 from backprompt.radix import Span
 
 CANDIDATE_END_BYTES = 200
@@ -114,9 +115,10 @@ class States(Block):
 
     Attributes:
         hidden: what the output head reads, `(rows, hidden)`.
-        logprobs: `(rows,)`, float32, nats; of a row's own token given those before it.
+        logprobs: `(rows,)`, nats, float64 where `hidden` is, else float32; of a row's own token given those before it.
         is_argmax: `(rows,)`, bool; whether no other token was more probable there.
-        has_logprobs: `(rows,)`, on the CPU; which of `logprobs` and `is_argmax` were computed.
+        has_logprobs: `(rows,)`, which of `logprobs` and `is_argmax` were computed; on the CPU wherever the block lies,
+            so never page-locked: it does not move.
 
     """
 
@@ -129,7 +131,7 @@ class States(Block):
     def of(cls, hidden: Tensor) -> States:
         """Return states without log-probabilities."""
         num_rows = hidden.shape[0]
-        logprobs = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
+        logprobs = torch.zeros(num_rows, dtype=logprob_dtype(hidden.dtype), device=hidden.device)
         is_argmax = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
         return cls(hidden, logprobs, is_argmax, torch.zeros(num_rows, dtype=torch.bool))
 

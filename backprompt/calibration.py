@@ -24,7 +24,8 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
 
     Raises:
         TypeError: something other than numbers.
-        ValueError: the numbers of completions differ, or a neutral probability is 0.
+        ValueError: the numbers of completions differ; an element is no probability; a neutral probability is 0 where
+            the other one is not, or all of a row are 0.
 
     """
     given, neutral = (
@@ -37,10 +38,17 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
             f"probabilities have the shape {given.shape} and neutral_probabilities {neutral.shape}, whose last sizes "
             "must be one. Score the same completions in both."
         )
-    if not (neutral > 0).all():
+    for name, values in (("probabilities", given), ("neutral_probabilities", neutral)):
+        if not ((values >= 0) & (values < np.inf)).all():
+            raise ValueError(f"{name} must be numbers of at least 0, as predict_proba returns them, not {values}.")
+    is_possible = neutral > 0
+    if (given[..., ~is_possible] > 0).any():
         raise ValueError("A neutral probability is 0, so nothing can be divided by it. Use other neutral prompts.")
-    corrected: Floats = given / neutral
-    corrected /= corrected.sum(axis=-1, keepdims=True)
+    corrected: Floats = np.divide(given, neutral, out=np.zeros_like(given), where=is_possible)  # 0 / 0 is 0 here
+    totals = corrected.sum(axis=-1, keepdims=True)
+    if not ((totals > 0) & (totals < np.inf)).all():
+        raise ValueError("All completions of a row have probability 0, or one a neutral probability of almost 0.")
+    corrected /= totals
     return corrected
 
 
@@ -53,7 +61,7 @@ def best_threshold(probabilities: npt.ArrayLike, is_positive: npt.ArrayLike) -> 
 
     Raises:
         TypeError: probabilities that are not numbers, or labels that are neither booleans nor 0 and 1.
-        ValueError: they are empty or differ in shape.
+        ValueError: they are empty or differ in shape; a probability is not finite.
 
     """
     given, labels = as_floats(probabilities, "probabilities"), _as_booleans(is_positive)
@@ -62,6 +70,8 @@ def best_threshold(probabilities: npt.ArrayLike, is_positive: npt.ArrayLike) -> 
             f"probabilities and is_positive must be two lists of one length, not of shapes {given.shape} and "
             f"{labels.shape}."
         )
+    if np.isnan(given).any():
+        raise ValueError(f"probabilities[{int(np.isnan(given).argmax())}] is NaN, which no threshold tells apart.")
     order = np.unique(given)
     thresholds = np.concatenate([[order[0]], (order[1:] + order[:-1]) / 2, [np.nextafter(order[-1], np.inf)]])
     num_right = ((given[None] >= thresholds[:, None]) == labels[None]).sum(axis=1)

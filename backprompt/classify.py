@@ -26,7 +26,7 @@ from backprompt.calibration import Floats
 from backprompt.calibration import best_threshold as best_threshold
 from backprompt.calibration import calibrate as calibrate
 from backprompt.completions import EndOfPrompt, check_end_of_prompt, completion_ids, ends_behind
-from backprompt.errors import EmptyTextError, MixedModelsError, TextTypeError, UnboundTextError
+from backprompt.errors import EmptyTextError, MixedModelsError, NonFiniteError, TextTypeError, UnboundTextError
 from backprompt.lm import LM
 from backprompt.progress import Bar, is_wanted
 from backprompt.search import Candidate, Search, make_trie
@@ -101,7 +101,8 @@ def log_probs(
         show_progress_bar: by default on a terminal where there are at least 5 prompts.
 
     Returns:
-        For a single prompt a list of floats a completion, a float a token; for a sequence a list of such lists.
+        For a single prompt a list of floats a completion, a float a token; for a sequence a list of such lists. -inf
+        for a token of probability 0.
 
     Raises:
         TypeError, ValueError: arguments that make no sense, each with what to do instead; before anything is computed.
@@ -146,9 +147,11 @@ def predict_proba(
 
     Returns:
         A float array, `(completions,)` for a single prompt and `(prompts, completions)` for a sequence; for a sequence
-        of examples a list of arrays.
+        of examples a list of arrays. 0 for a completion that the model or the prior excludes.
 
     Raises:
+        NonFiniteError: every completion behind a prompt has probability 0 and they shall be normalized; or one is
+            possible behind a prompt, and has probability 0 where it is to be divided by that.
         See `log_probs`.
 
     """
@@ -166,7 +169,11 @@ def predict_proba(
         show_progress_bar=show_progress_bar,
     )
     are_normalized = [example.normalize for example in task.work.examples] or itertools.repeat(normalize)
-    found = [_posterior(weights, is_) for weights, is_ in zip(task.weights(), are_normalized, strict=False)]
+    found = []
+    for idx, (weights, is_normalized) in enumerate(zip(task.weights(), are_normalized, strict=False)):
+        if is_normalized:
+            task.check_possible(idx, weights.max())
+        found.append(_posterior(weights, is_normalized))
     if task.work.is_single:
         return found[0]
     return found if task.work.are_examples else np.stack(found)
@@ -190,6 +197,7 @@ def predict(
 
     Raises:
         ValueError: there is but one completion.
+        NonFiniteError: every completion behind a prompt has probability 0; see `predict_proba`.
         See `log_probs`.
 
     """
@@ -207,7 +215,7 @@ def predict(
             "normalize=False."
         )
     task = _Task.of(prompts if is_single else listed, shared, lm, **options)
-    best = task.best_first() if search == "best-first" else [int(weights.argmax()) for weights in task.weights()]
+    best = task.best_first() if search == "best-first" else task.exhaustive()
     found = [row[idx] for row, idx in zip(task.work.completions, best, strict=True)]
     return found[0] if task.work.is_single else found
 
@@ -399,14 +407,19 @@ class _Scheme:
     log_prior: Sequence[float] | None = None
 
     def weight(self, completion_idx: int, logprobs: Floats) -> float:
-        """Return the weight of a completion whose tokens have these log-probabilities."""
+        """Return the weight of a completion whose tokens have these log-probabilities.
+
+        Of a completion with probability 0 it is -inf, whatever that is divided by; where a probability is divided by 0,
+        it is inf.
+        """
+        log_prior = 0.0 if self.log_prior is None else self.log_prior[completion_idx]
+        if -np.inf in (log_prior, logprobs.min()):
+            return -np.inf
         discounted = logprobs if self.discounts is None else logprobs + self.discounts[completion_idx]
-        weight = discounted.mean() if self.aggregate == "mean" else discounted.sum()
-        if self.neutral is not None:
-            weight = weight - self.neutral[completion_idx]
-        if self.log_prior is not None:
-            weight = weight + self.log_prior[completion_idx]
-        return float(weight)
+        weight = float(discounted.mean() if self.aggregate == "mean" else discounted.sum())
+        if self.neutral is not None and weight > -np.inf:
+            weight -= self.neutral[completion_idx]
+        return float(weight + log_prior)
 
     def candidate(self, completion_idx: int, token_ids: tuple[int, ...]) -> Candidate:
         """Return what a search needs to know of a completion."""
@@ -472,8 +485,32 @@ class _Task:
 
     def weights(self) -> Iterator[Floats]:
         """Yield, for each prompt, the weight of each completion."""
-        for scheme, rows in zip(self.schemes, self.work.log_probs(self.show_progress_bar), strict=True):
-            yield np.array([scheme.weight(idx, row) for idx, row in enumerate(rows)])
+        scored = self.work.log_probs(self.show_progress_bar)
+        for scheme, shared, rows in zip(self.schemes, self.work.completions, scored, strict=True):
+            yield np.array([_finite(scheme.weight(idx, row), shared[idx]) for idx, row in enumerate(rows)])
+
+    def check_possible(self, prompt_idx: int, best_weight: float) -> None:
+        """Raise if the best completion behind a prompt has probability 0.
+
+        Raises:
+            NonFiniteError: names the prompt.
+
+        """
+        if best_weight == -np.inf:
+            raise NonFiniteError(
+                f"Each of the {len(self.work.completions[prompt_idx])} completions has probability 0 behind "
+                f"prompts[{prompt_idx}], {self.work.prompts[prompt_idx]!r}, so none of them is the most probable one, "
+                "and their sum is 0. Give completions that the model can produce and the prior does not exclude; "
+                "log_probs tells which of their tokens the model cannot."
+            )
+
+    def exhaustive(self) -> list[int]:
+        """Return, for each prompt, the completion with the highest weight, the first of equals, scoring all."""
+        best = []
+        for idx, weights in enumerate(self.weights()):
+            self.check_possible(idx, weights.max())
+            best.append(int(weights.argmax()))
+        return best
 
     def best_first(self) -> list[int]:
         """Return, for each prompt, the completion with the highest weight, the first of equals."""
@@ -490,6 +527,7 @@ class _Task:
                     nodes = search.expand(max(1, NODES_AT_A_TIME // len(live)))
                     expanded += [(idx, search, node) for node in nodes]
                     if not nodes:
+                        self.check_possible(idx, search.best_score)
                         best[idx] = search.best_idx
                         del live[idx]
                         bar.update()
@@ -513,8 +551,10 @@ class _Task:
                 root = make_trie([scheme.candidate(i, ids_of[end, completion]) for i, completion in enumerate(row)])
                 made_for = (id(scheme), end, row)
 
-            def score(completion_idx: int, logprobs: list[float], scheme: _Scheme = scheme) -> float:
-                return scheme.weight(completion_idx, np.array(logprobs))
+            def score(
+                completion_idx: int, logprobs: list[float], scheme: _Scheme = scheme, row: Sequence[str] = row
+            ) -> float:
+                return _finite(scheme.weight(completion_idx, np.array(logprobs)), row[completion_idx])
 
             yield idx, Search(root, score)
 
@@ -572,7 +612,28 @@ def _marginals(row: Any, completion: str, num_tokens: int) -> Floats:
             "give what token_logprobs(completions, lm) returns."
         )
     is_unpredicted = [value is None or (idx == 0 and value != value) for idx, value in enumerate(values)]
-    return np.array([0.0 if is_ else as_number(v, name) for is_, v in zip(is_unpredicted, values, strict=True)])
+    return np.array([0.0 if is_ else _logprob(v, name) for is_, v in zip(is_unpredicted, values, strict=True)])
+
+
+def _logprob(given: Any, name: str) -> float:
+    """Return a number, or -inf for a token that the model excludes."""
+    return -np.inf if given == -np.inf else as_number(given, name)
+
+
+def _finite(weight: float, completion: str) -> float:
+    """Return the weight of a completion.
+
+    Raises:
+        NonFiniteError: it is inf.
+
+    """
+    if weight == np.inf:
+        raise NonFiniteError(
+            f"The completion {completion!r} is possible behind a prompt, but has probability 0 by itself or behind the "
+            "neutral prompt, so nothing can be divided by that. Leave it out, use another neutral prompt, or a "
+            "discount_completions of at least 0."
+        )
+    return weight
 
 
 def _log(prior: Any) -> Any:

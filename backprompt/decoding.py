@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from backprompt.arguments import as_int
 from backprompt.cache import TokenScore
 from backprompt.errors import GenerationError
 from backprompt.generation_options import SAMPLING_FIELDS, checked
+from backprompt.logprobs import log_softmax, logprob_dtype
 from backprompt.lookahead import DEFAULT_NGRAM, proposals
+from backprompt.skeleton import head_dtype
 from backprompt.stops import Cut, StopStrings, as_stop_strings
 
 Completion: TypeAlias = tuple[int, ...]
@@ -97,6 +100,7 @@ class Decoding:
         given: Mapping[str, Any],
     ) -> None:
         self.model = model
+        self.logprob_dtype = logprob_dtype(head_dtype(model))
         self.max_new_tokens = as_int(max_new_tokens, "max_new_tokens", at_least=1, error=GenerationError)
         self.stops = stops
         own_seed = secrets.randbits(63) if seed is None else seed
@@ -240,15 +244,16 @@ class TextDecoding:
             self._begin(logits.device)
         assert self._ids is not None
         num_ids = len(self._prompt_ids) + len(self._choices)
-        unprocessed = logits.float()
+        unprocessed = logits.float()  # what transformers chooses by, whatever the model computes in
         scores = self._rules.processors(self._ids[:, :num_ids], unprocessed[None].clone())  # (1, vocab)
+        check_scores(scores, is_drawn=self._generator is not None)
         if self._generator is None:
             token_id = int(scores.argmax(dim=-1))
         else:
             probabilities = scores.softmax(dim=-1)
             token_id = int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
-        logprobs = unprocessed.log_softmax(dim=-1)
-        self._choices.append(Choice(token_id, float(logprobs[token_id]), int(logprobs.argmax()) == token_id))
+        logprob, is_argmax = float(log_softmax(logits)[token_id]), int(unprocessed.argmax()) == token_id
+        self._choices.append(Choice(token_id, logprob, is_argmax))
         self._completion = (*self._completion, token_id)
         self._ids[0, num_ids] = token_id
         self._watched = self._decoding.stops.with_token(self._watched, token_id)
@@ -274,6 +279,23 @@ class TextDecoding:
         tried = proposals(ids, num_tokens, self._decoding.max_ngram)
         beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
         return list(dict.fromkeys((*self._completion, *tokens) for tokens in beginnings))
+
+
+def check_scores(scores: Tensor, *, is_drawn: bool) -> None:
+    """Raise if nothing can be chosen by scores, `(texts, vocab)`, as the options have changed them.
+
+    Raises:
+        GenerationError: one is NaN, all are -inf, or, where a token `is_drawn`, one is inf.
+
+    """
+    best = float(scores.max())  # NaN if one is
+    if best > -math.inf and not (is_drawn and best == math.inf):
+        return
+    what = "-inf for every token, so that none may follow" if best == -math.inf else str(best)
+    raise GenerationError(
+        f"The options of generate turn scores into {what}. Leave out those that exclude tokens or change their scores, "
+        "one after the other."
+    )
 
 
 def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:

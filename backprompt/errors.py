@@ -56,7 +56,7 @@ class UnsupportedModelError(BackpromptError, NotImplementedError):
 
 
 class NonFiniteError(BackpromptError, ArithmeticError):
-    """The model returned NaN."""
+    """The model returned NaN or infinity, or gives probability 0 to all that there is to choose from."""
 
 
 class DriftError(BackpromptError, ArithmeticError):
@@ -64,7 +64,7 @@ class DriftError(BackpromptError, ArithmeticError):
 
 
 class GenerationError(BackpromptError, ValueError):
-    """Options of `generate` that contradict each other, or that it does not have."""
+    """Options of `generate` that contradict each other, that it does not have, or that leave no token to choose."""
 
 
 class MemoryBudgetError(BackpromptError, MemoryError):

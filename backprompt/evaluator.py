@@ -25,13 +25,14 @@ from backprompt.errors import MemoryBudgetError
 from backprompt.executor import Executor
 from backprompt.growth import Growth
 from backprompt.host import HostMemory
+from backprompt.logprobs import are_distributions, log_softmax
 from backprompt.lookup import Aside, Sketch
 from backprompt.memory import Memory
 from backprompt.plan import cut_into_passes, missing_spans
 from backprompt.probe import probe
 from backprompt.progress import GrowingBar, progress_bar
 from backprompt.radix import NOTHING, Forest, Junction, Place, Span
-from backprompt.token_graph import TokenGraph, TokenIds, without_last
+from backprompt.token_graph import TokenGraph, TokenIds, flat, without_last
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,10 @@ class TokenScores:
     """How a model rates given tokens, each given those before it.
 
     Attributes:
-        logprobs: log-probabilities, `(tokens,)`, float32, nats; nan for a token that nothing predicts.
-        is_argmax: whether greedy decoding would have chosen the token, `(tokens,)`, bool. Of tokens that are equally
-            probable in float32 the one with the lowest id is chosen; False where nothing predicts.
+        logprobs: log-probabilities, `(tokens,)`, nats, float64 for a model in float64 and else float32; -inf for a
+            token of probability 0, nan for a token that nothing predicts.
+        is_argmax: whether greedy decoding would have chosen the token, `(tokens,)`, bool. Of tokens whose logits are
+            equal in float32 the one with the lowest id is chosen; False where nothing predicts.
 
     """
 
@@ -82,9 +84,9 @@ class TokenScores:
     is_argmax: Tensor
 
     @classmethod
-    def of(cls, scores: Sequence[TokenScore], device: torch.device) -> TokenScores:
-        """Return these as tensors on a device."""
-        logprobs = torch.tensor([score.logprob for score in scores], dtype=torch.float32, device=device)
+    def of(cls, scores: Sequence[TokenScore], dtype: torch.dtype, device: torch.device) -> TokenScores:
+        """Return these as tensors on a device, log-probabilities in this dtype."""
+        logprobs = torch.tensor([score.logprob for score in scores], dtype=dtype, device=device)
         return cls(logprobs, torch.tensor([score.is_argmax for score in scores], dtype=torch.bool, device=device))
 
     def __getitem__(self, rows: slice) -> TokenScores:
@@ -140,12 +142,13 @@ class Evaluator:
         memory_bytes: int,
         host: HostMemory,
         max_result_bytes: int,
+        decode: Callable[[Sequence[int]], str],
         archive: Archive | None = None,
         *,
         pack_weights: bool = False,
     ) -> None:
         self._model = model
-        self.executor = Executor(model, pack_weights=pack_weights)
+        self.executor = Executor(model, decode, pack_weights=pack_weights)
         self.forest = Forest()
         self.counters = counters
         self._max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
@@ -293,7 +296,7 @@ class Evaluator:
             end.num_pins -= 1
         new = {end: score for end, score in scores.items() if not _is_scored(end, len(end.token_ids) - 1)}
         targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
-        _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
+        _write_scores(targets, self._as_tensors(list(new.values())))
         for end in dropped:
             self.forest.discard(end)
         self.memory.add(self._growth.absorb(list(dict.fromkeys(grown))))
@@ -315,10 +318,18 @@ class Evaluator:
             self.end_growth([end for text in self.abandoned.popleft() for end in text.ends.values()])
 
     def next_logits(self, ends: Sequence[Span]) -> list[Tensor]:
-        """Return the logits after texts that are held, `(vocab,)` each."""
+        """Return the logits after texts that are held, `(vocab,)` each.
+
+        Raises:
+            NonFiniteError: a row is no distribution.
+
+        """
         rows: dict[Span, Tensor] = {}
         for group in _slices(list(dict.fromkeys(ends)), self.executor.rows_in_a_slice):
-            rows.update(zip(group, self._logits(torch.stack([_last_hidden(end) for end in group])), strict=True))
+            logits = self._logits(torch.stack([_last_hidden(end) for end in group]))
+            rows.update(zip(group, logits, strict=True))
+            for idx in _unusable_rows(logits):
+                raise self.executor.logits_error(logits[idx], _ids_up_to(group[idx]))
         return [rows[end] for end in ends]
 
     @property
@@ -360,6 +371,10 @@ class Evaluator:
         """Return the next-token logits after `end`, `(vocab,)`; those of `ahead()` are computed along with it.
 
         It must not be a junction, which has no last row; those among `ahead()` are left out.
+
+        Raises:
+            NonFiniteError: the row is no distribution. Those of others may be none: they are not kept.
+
         """
         if (pooled := self.pooled_logits(end)) is not None:
             return pooled
@@ -369,17 +384,30 @@ class Evaluator:
         first: Tensor | None = None
         for group in _slices(missing, self.executor.rows_in_a_slice):
             logits = self._logits(torch.stack([_last_hidden(other) for other in group]))
-            first = logits[0].clone() if first is None else first
-            for other, row in zip(group, logits, strict=True):
-                self._pool.put(other, row)
+            unusable = set(_unusable_rows(logits))
+            if first is None:  # the row of `end`
+                if 0 in unusable:
+                    raise self.executor.logits_error(logits[0], _ids_up_to(end))
+                first = logits[0].clone()
+            for idx, (other, row) in enumerate(zip(group, logits, strict=True)):
+                if idx not in unusable:
+                    self._pool.put(other, row)
         assert first is not None
         return first
 
     def all_logits(self, place: Place, start: int, stop: int) -> Tensor:
-        """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`."""
+        """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`.
+
+        Raises:
+            NonFiniteError: a row is no distribution.
+
+        """
         hidden = self.hidden_states(place)[start:stop]
-        rows = [self._logits(piece) for piece in torch.split(hidden, self.executor.rows_in_a_slice)]
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+        pieces = [self._logits(piece) for piece in torch.split(hidden, self.executor.rows_in_a_slice)]
+        logits = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        for idx in _unusable_rows(logits):
+            raise self.executor.logits_error(logits[idx], flat(place.token_ids)[: start + idx + 1])
+        return logits
 
     def hidden_states(self, place: Place) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""
@@ -396,19 +424,31 @@ class Evaluator:
     def token_logprobs(self, place: Place, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
         if not all(map(_is_scored, self.forest.in_order(place))):
-            self.score([(other, 0) for other in (place, *ahead())])
+            self.score([(place, 0)], ahead=ahead())
         return self.scores_from(place, 0).logprobs
 
     def score(
-        self, texts: Iterable[tuple[Place, int]], candidates: Mapping[Span, Collection[int]] | None = None
+        self,
+        texts: Sequence[tuple[Place, int]],
+        candidates: Mapping[Span, Collection[int]] | None = None,
+        ahead: Iterable[Place] = (),
     ) -> dict[Span, dict[int, TokenScore]]:
         """Compute the log-probabilities of computed texts from a token of each on, counted in written order.
 
         Each row that predicts several tokens is computed once, and none that predicts only tokens before the start.
-        `candidates`: tokens to score as well that may follow the texts that end there; theirs are returned.
+
+        Args:
+            texts: each with the first token to be scored.
+            candidates: tokens to score as well that may follow the texts that end there; theirs are returned.
+            ahead: other texts to be scored along with them.
+
+        Raises:
+            NonFiniteError: a row that predicts a token of `texts`, or a candidate, is no distribution. What such rows
+                predict stays unscored.
+
         """
         first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
-        for place, start in texts:
+        for place, start in (*texts, *((other, 0) for other in ahead)):
             for span, first_row in self._spans_from(place, start):
                 first_rows[span] = min(first_row, first_rows.get(span, first_row))
         predictions = _Predictions()
@@ -428,22 +468,53 @@ class Evaluator:
                     predictions.add_candidate(end, token_id)
                 elif not _has_first_score(child):
                     predictions.add_branches(end)
+        unusable: dict[_HeldRow | Span, Tensor] = {}  # logits that are no distribution, by what they should score
         num_rows, rows_in_a_slice = predictions.num_rows, self.executor.rows_in_a_slice
         with progress_bar(num_rows, "scoring", "tokens", is_long=num_rows > rows_in_a_slice) as bar:
             for rows, targets in predictions.slices(rows_in_a_slice):
-                row_idx = torch.tensor([target.row_idx for target in targets])
-                token_ids = torch.tensor([target.token_id for target in targets])
-                scores = _picked_scores(self._logits(rows), row_idx, token_ids)
+                logits = self._logits(rows)
+                rows_left_out = set(_unusable_rows(logits))
+                if rows_left_out:
+                    unusable |= {t.sink: logits[t.row_idx] for t in targets if t.row_idx in rows_left_out}
+                    targets = [target for target in targets if target.row_idx not in rows_left_out]
+                row_idx = torch.tensor([target.row_idx for target in targets], dtype=torch.long)
+                token_ids = torch.tensor([target.token_id for target in targets], dtype=torch.long)
+                scores = _picked_scores(logits, row_idx, token_ids)
                 for end, scored in _write_scores(targets, scores).items():
                     self._candidates.put(end, scored)
                     found[end] |= scored
                 bar.update(len(rows))
+        if unusable:
+            self._check_wanted(texts, candidates, unusable)
         held: list[tuple[Span, int, Span]] = []
         for end, token_ids in candidates.items():
             held += [(end, t, child) for t in token_ids if t not in found[end] and (child := _held_child(end, t))]
         for (end, token_id, _), score in zip(held, _first_scores([child for _, _, child in held]), strict=True):
             found[end][token_id] = score
         return found
+
+    def _check_wanted(
+        self,
+        texts: Sequence[tuple[Place, int]],
+        candidates: Iterable[Span],
+        unusable: Mapping[_HeldRow | Span, Tensor],
+    ) -> None:
+        """Raise if what was wanted of texts, or behind the ends of some, was to be scored by `unusable` logits."""
+        for place, start in texts:
+            for span, first_row in self._spans_from(place, start):
+                rows = states_of(span)
+                for idx in range(first_row, len(span.token_ids)):
+                    logits = unusable.get(_HeldRow(rows.block, rows.start + idx))
+                    if logits is not None:
+                        assert span.parent is not None
+                        raise self.executor.logits_error(logits, _ids_up_to(span.parent) + span.token_ids[:idx])
+        for end in candidates:
+            children = [child for child in end.children.values() if child.token_ids and child.states is not None]
+            sinks: list[_HeldRow | Span] = [end]
+            sinks += (_HeldRow(states_of(child).block, states_of(child).start) for child in children)
+            for sink in sinks:
+                if sink in unusable:
+                    raise self.executor.logits_error(unusable[sink], _ids_up_to(end))
 
     def _recall(self, span: Span) -> None:
         """Write what was known of a span's first token before it was forwarded to where that is held."""
@@ -459,8 +530,7 @@ class Evaluator:
         """Return a copy of a scored text's scores from token `start` on, `(tokens - start,)`."""
         spans = self._spans_from(place, start)
         if not spans:
-            none = torch.empty(0, dtype=torch.float32, device=self.executor.device)
-            return TokenScores(none, none.bool())
+            return self._as_tensors([])
         _, first_row = spans[0]
         rows = [states_of(span) for span, _ in spans]
         logprobs = gather(rows, lambda states: states.logprobs, dim=0)[first_row:]
@@ -489,7 +559,7 @@ class Evaluator:
             for (token_ids, start), split in zip(texts, splits, strict=True)
         ]
         found = self.scored(wanted)
-        lasts = TokenScores.of([s for scored in found for s in scored.candidates.values()], self.executor.device)
+        lasts = self._as_tensors([s for scored in found for s in scored.candidates.values()])
         ends = itertools.accumulate(len(scored.candidates) for scored in found)
         return [
             scored.tokens.followed_by(lasts[end - len(scored.candidates) : end])
@@ -509,7 +579,7 @@ class Evaluator:
                 for idx in ready:
                     if wanted[idx].candidates:
                         candidates.setdefault(places[idx].end, {}).update(dict.fromkeys(wanted[idx].candidates))
-                scored = self.score(((places[idx], wanted[idx].start) for idx in ready), candidates)
+                scored = self.score([(places[idx], wanted[idx].start) for idx in ready], candidates)
                 for idx in ready:
                     following = {token_id: scored[places[idx].end][token_id] for token_id in wanted[idx].candidates}
                     found[idx] = Scored(self.scores_from(places[idx], wanted[idx].start), following)
@@ -684,6 +754,9 @@ class Evaluator:
             self.clear()
             raise
 
+    def _as_tensors(self, scores: Sequence[TokenScore]) -> TokenScores:
+        return TokenScores.of(scores, self.executor.logprob_dtype, self.executor.device)
+
     def _forget_results(self) -> None:
         self._pool.clear()
         self._candidates.clear()
@@ -797,18 +870,19 @@ def _hidden_rows(rows: Sequence[tuple[States, int]]) -> Tensor:
 
 
 def _picked_scores(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> TokenScores:
-    """Return `log_softmax(logits)[row_idx, token_ids]` in float32, and whether each is its row's argmax.
+    """Return `log_softmax(logits)[row_idx, token_ids]`, and whether each is its row's argmax in float32.
 
     `row_idx` is sorted. A few rows at a time: what fits the cache takes a fifth of the time that all rows at once take.
     """
     picked, is_argmax = [], []
     num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1]))
     for start in range(0, logits.shape[0], num_rows):
-        logprobs = logits[start : start + num_rows].float().log_softmax(dim=-1)
+        piece = logits[start : start + num_rows]
+        logprobs = log_softmax(piece)
         first, last = torch.searchsorted(row_idx, torch.tensor([start, start + num_rows])).tolist()
         rows, tokens = (row_idx[first:last] - start).to(logits.device), token_ids[first:last].to(logits.device)
         picked.append(logprobs[rows, tokens])
-        is_argmax.append(logprobs.argmax(dim=-1)[rows] == tokens)
+        is_argmax.append(piece.float().argmax(dim=-1)[rows] == tokens)
     return TokenScores(torch.cat(picked), torch.cat(is_argmax))
 
 
@@ -831,6 +905,17 @@ def _write_scores(targets: Sequence[_Target], scores: TokenScores) -> dict[Span,
         return {}
     values = list(map(TokenScore, scores.logprobs.tolist(), scores.is_argmax.tolist()))
     return {end: {targets[idx].token_id: values[idx] for idx in indices} for end, indices in candidates.items()}
+
+
+def _unusable_rows(logits: Tensor) -> list[int]:
+    """Return which rows of `(rows, vocab)` have no log-probabilities."""
+    is_usable = are_distributions(logits)
+    return [] if bool(is_usable.all()) else (~is_usable).nonzero()[:, 0].tolist()
+
+
+def _ids_up_to(end: Span) -> tuple[int, ...]:
+    """Return the ids of the text that ends here, those of groups before it left out."""
+    return tuple(token_id for span in end.path() for token_id in span.token_ids)
 
 
 def _is_held(end: Span, with_keys: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ class IndependenceGap:
 
     Attributes:
         divergences: Kullback-Leibler divergence of the distribution under the declared mask from that under full
-            attention, `sum p_full log(p_full / p_declared)`, nats.
+            attention, `sum p_full log(p_full / p_declared)`, nats; inf where a token is possible under
+            full attention alone.
         argmax_changed: whether the most probable next token is another one.
 
     """
@@ -62,6 +64,7 @@ def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | 
     reprs = evaluate([*declared, *full], show_progress_bar=show_progress_bar)
     for ours, plain in zip(reprs[: len(full)], reprs[len(full) :], strict=True):
         by_mask, by_all = (r.logits.double().log_softmax(dim=-1) for r in (ours, plain))
-        divergences.append(float((by_all.exp() * (by_all - by_mask)).sum()))
+        terms = by_all.exp() * (by_all - by_mask)
+        divergences.append(float(terms.where(by_all > -math.inf, 0.0).sum()))  # what has probability 0 adds nothing
         argmax_changed.append(bool(by_mask.argmax() != by_all.argmax()))
     return IndependenceGap(tuple(divergences), tuple(argmax_changed))

@@ -283,7 +283,7 @@ class LM:
             TextTypeError, UnboundTextError: an element is not a text of this `LM`.
             EmptyTextError, TextTooLongError, TokenIdError, JoinError, TokenizerError: a text that cannot be
                 evaluated, named in the message; raised before anything is computed.
-            NonFiniteError: the model returned NaN.
+            NonFiniteError: the model returned NaN or infinity; names the text.
             StaleRepresentationError, UnsupportedModelError: see the class.
 
         """
@@ -320,7 +320,8 @@ class LM:
             show_progress_bar: see `evaluate`.
 
         Returns:
-            A tensor a text, `(tokens - start,)`, float32, nats; nan for a first token, which nothing predicts.
+            A tensor a text, `(tokens - start,)`, nats, float64 for a model in float64 and else float32; nan for a first
+            token, which nothing predicts.
 
         Raises:
             ValueError: `starts` has another length than `texts`, a start is negative or beyond its text's end, or its
@@ -368,7 +369,7 @@ class LM:
             show_progress_bar: see `evaluate`.
 
         Returns:
-            A tensor a text, `(ids,)`, float32, nats, on the model's device.
+            A tensor a text, `(ids,)`, nats, float64 for a model in float64 and else float32, on the model's device.
 
         Raises:
             ValueError: `token_ids` has another length than `texts`.
@@ -396,7 +397,8 @@ class LM:
             logprobs = [
                 scored.candidates[i].logprob for scored, own in zip(found, candidates, strict=True) for i in own
             ]
-            together = torch.tensor(logprobs, dtype=torch.float32, device=self._evaluator.executor.device)
+            executor = self._evaluator.executor
+            together = torch.tensor(logprobs, dtype=executor.logprob_dtype, device=executor.device)
             return list(torch.split(together, [len(own) for own in candidates]))
 
     def decoding(
@@ -768,6 +770,7 @@ class LM:
             self._memory_bytes,
             host,
             MAX_RESULT_BYTES,
+            self._tokenizer_copy.decode,
             archive,
             pack_weights=self._pack_weights,
         )

@@ -164,10 +164,11 @@ class ModelRepr:
 
     @property
     def token_logprobs(self) -> Tensor:
-        """Log-probability of each token given what it sees, `(tokens,)`, nats, float32.
+        """Log-probability of each token given what it sees, `(tokens,)`, nats.
 
-        nan where no one token stands before it: for a text's first token, and for the first behind a group. A branch's
-        first token follows what the group stands behind.
+        In float64 for a model in float64, else in float32; -inf for a token of probability 0. nan where no one token
+        stands before it: for a text's first token, and for the first behind a group. A branch's first token follows
+        what the group stands behind.
         """
         with self._held() as (evaluator, place):
             return evaluator.token_logprobs(place, partial(self._read_ahead, "token_logprobs"))

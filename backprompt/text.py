@@ -260,9 +260,10 @@ class Text:
 
     @property
     def token_logprobs(self) -> torch.Tensor:
-        """Log-probability of each token given those it sees, `(tokens,)`, nats, float32.
+        """Log-probability of each token given those it sees, `(tokens,)`, nats.
 
-        nan for the first token, and for the first one behind a group.
+        In float64 for a model in float64, else in float32. nan for the first token, and for the first one behind a
+        group; -inf for a token of probability 0.
         """
         return self.model_repr.token_logprobs
 

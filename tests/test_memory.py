@@ -81,6 +81,12 @@ def check_is_sound(lm):
     assert not any(span.is_empty and (span.rows or span.host_rows) for span in spans)
 
 
+def tensors_of(block):
+    """All tensors of a block, with the names of their fields."""
+    fields = [(name, field if isinstance(field, list) else [field]) for name, field in vars(block).items()]
+    return [(name, tensor) for name, tensors in fields for tensor in tensors]
+
+
 def watch_peaks(lm):
     """Note the most that either pool holds, whenever something is added to one."""
     peaks = {"device": 0, "host": 0}
@@ -295,8 +301,7 @@ def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
     evaluate(wide_forest(lm))
     gc.collect()
     blocks = list(lm._evaluator.memory._blocks)
-    tensors = [t for block in blocks for t in vars(block).values() if isinstance(t, torch.Tensor)]
-    tensors += [t for block in blocks for ts in vars(block).values() if isinstance(ts, list) for t in ts]
+    tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.bytes_held <= 60 * TOKEN_BYTES
 
@@ -432,8 +437,7 @@ def test_the_second_pool_stays_within_its_budget(host_tokens, model, tokenizer):
     assert 0 < peaks["host"] <= host_tokens * TOKEN_BYTES
     gc.collect()
     blocks = list(lm._evaluator.host._blocks)
-    tensors = [t for block in blocks for t in vars(block).values() if isinstance(t, torch.Tensor)]
-    tensors += [t for block in blocks for ts in vars(block).values() if isinstance(ts, list) for t in ts]
+    tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.host_bytes_held
 
@@ -649,6 +653,37 @@ def test_pinned_memory_is_refused_for_a_model_on_the_cpu_before_anything_else(mo
         load("a model that is not there", device="cpu", pin_memory=True)
 
 
+def test_all_that_moves_between_the_pools_is_page_locked(model, tokenizer, monkeypatch):
+    """Also the argmax flags, which are small; `has_logprobs` stays on the CPU, whichever pool the block lies in.
+
+    Without CUDA nothing can be page-locked, so here tensors are only noted that would be.
+    """
+    page_locked = {}
+
+    def empty(self, shape, dtype):
+        tensor = torch.empty(shape, dtype=dtype)
+        if self.is_pinned:
+            page_locked[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def of(tensor):
+        return Location(tensor.device, tensor.untyped_storage().data_ptr() in page_locked)
+
+    monkeypatch.setattr(Location, "empty", empty)
+    monkeypatch.setattr(Location, "of", of)
+    lm = make_lm(model, tokenizer, 60, host_tokens=100)
+    lm._evaluator.host._here = Location(torch.device("cpu"), is_pinned=True)
+    texts = wide_forest(lm)
+    for start in range(0, len(texts), 10):
+        evaluate(texts[start : start + 10])
+    for is_host, pool in enumerate((lm._evaluator.memory, lm._evaluator.host)):
+        names = {}
+        for name, tensor in (named for block in pool._blocks for named in tensors_of(block)):
+            names.setdefault(name, set()).add(of(tensor).is_pinned)
+        expected = {name: {bool(is_host)} for name in ("keys", "values", "hidden", "logprobs", "is_argmax")}
+        assert names == {**expected, "has_logprobs": {False}}
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("is_pinned", [False, True])
 def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
@@ -661,11 +696,9 @@ def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
     blocks = list(lm._evaluator.host._blocks)
     assert blocks
     for block in blocks:
-        tensors = [t for t in vars(block).values() if isinstance(t, torch.Tensor)]
-        tensors += [t for ts in vars(block).values() if isinstance(ts, list) for t in ts]
-        for tensor in tensors:
+        for name, tensor in tensors_of(block):
             assert tensor.device.type == "cpu"
-            assert tensor.is_pinned() == (is_pinned and tensor.dtype is not torch.bool)
+            assert tensor.is_pinned() == (is_pinned and name != "has_logprobs"), name
     before = lm.stats
     for text in texts[-20:]:
         plain = plain_logits(model, text.tokens)[-1]

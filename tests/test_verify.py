@@ -188,6 +188,9 @@ def test_what_is_not_a_number_fails(tokenizer, dtype, monkeypatch):
     verified = verify_against(monkeypatch, texts, lambda plain: plain.register_forward_hook(spoil))
     assert verified.gap == verified.largest_gap == torch.inf
     assert not verified.passed
+    figures = json.loads(json.dumps(verified.to_dict(), allow_nan=False))
+    assert (figures["gap"], figures["passed"]) == (None, False)
+    assert None in [node["largest_gap"] for node in figures["nodes"]]
     assert verified.worst.start <= 3 < verified.worst.stop
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import secrets
 from collections.abc import Sequence
@@ -122,11 +123,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _result(text: GeneratedText, sample_idx: int, num_samples: int | None) -> dict[str, Any]:
+    logprob = float(text.completion_logprobs.double().sum())
     fields = {
         "completion": text.completion,
         "finish_reason": text.finish_reason,
         "num_new_tokens": len(text.completion_tokens),
-        "logprob": float(text.completion_logprobs.double().sum()),
+        "logprob": logprob if math.isfinite(logprob) else None,  # JSON has no -inf
     }
     return fields if num_samples is None else {**fields, "sample": sample_idx}
 
