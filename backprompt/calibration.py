@@ -39,7 +39,7 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
             "must be one. Score the same completions in both."
         )
     for name, values in (("probabilities", given), ("neutral_probabilities", neutral)):
-        if not ((values >= 0) & (values < np.inf)).all():
+        if (values < 0).any():
             raise ValueError(f"{name} must be numbers of at least 0, as predict_proba returns them, not {values}.")
     is_possible = neutral > 0
     if (given[..., ~is_possible] > 0).any():
@@ -70,8 +70,6 @@ def best_threshold(probabilities: npt.ArrayLike, is_positive: npt.ArrayLike) -> 
             f"probabilities and is_positive must be two lists of one length, not of shapes {given.shape} and "
             f"{labels.shape}."
         )
-    if np.isnan(given).any():
-        raise ValueError(f"probabilities[{int(np.isnan(given).argmax())}] is NaN, which no threshold tells apart.")
     order = np.unique(given)
     thresholds = np.concatenate([[order[0]], (order[1:] + order[:-1]) / 2, [np.nextafter(order[-1], np.inf)]])
     num_right = ((given[None] >= thresholds[:, None]) == labels[None]).sum(axis=1)

@@ -349,7 +349,7 @@ def test_a_probability_divided_by_0_is_an_error(masked_lm):
             NonFiniteError, match=r"'mat.*' is possible behind a prompt, but has probability 0 by itself"
         ):
             predict(PROMPTS, COMPLETIONS, masked_lm, search=search, **options)
-    with pytest.raises(ValueError, match="which are no log-probabilities"):
+    with pytest.raises(ValueError, match="must be a finite number, not nan"):
         predict_proba(PROMPTS, COMPLETIONS, masked_lm, discount_completions=1.0, log_marg_probs_completions=nans)
 
 
@@ -359,11 +359,11 @@ def test_calibrating_with_probabilities_of_0():
         calibrate([0.2, 0.8], [1.0, 0.0])
     with pytest.raises(ValueError, match="All completions of a row have probability 0"):
         calibrate([[0.5, 0.5], [0.0, 0.0]], [0.5, 0.5])
-    with pytest.raises(ValueError, match="probabilities must be numbers of at least 0"):
+    with pytest.raises(ValueError, match="^probabilities must be numbers in order that are finite, not nan"):
         calibrate([np.nan, 0.5], [0.5, 0.5])
-    with pytest.raises(ValueError, match="neutral_probabilities must be numbers of at least 0"):
+    with pytest.raises(ValueError, match="neutral_probabilities must be numbers in order that are finite, not nan"):
         calibrate([0.5, 0.5], [[0.5, np.nan]])
-    with pytest.raises(ValueError, match=r"probabilities\[1\] is NaN"):
+    with pytest.raises(ValueError, match="probabilities must be numbers in order that are finite, not nan"):
         best_threshold([0.5, np.nan], [True, False])
 
 
