@@ -54,7 +54,7 @@ class ContinuedText(Text):
             completion = Text.from_tokens(token_ids, lm)
             plain = prompt + completion
         text = cls.__new__(cls)
-        for name in ("_segment", "_left", "_right", "_lm", "_num_segments", "_hash"):
+        for name in ("_segment", "_add_special_tokens", "_left", "_right", "_lm", "_num_segments", "_hash"):
             setattr(text, name, getattr(plain, name))
         text._prompt, text._completion = prompt, completion
         return text

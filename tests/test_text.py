@@ -156,6 +156,40 @@ def test_empty_strings_add_no_segment(lm):
     assert Text("").segments == ()
 
 
+beginnings = st.tuples(st.sampled_from(["", "", "a", "b"]), st.booleans())
+
+
+@given(parts=st.lists(beginnings, max_size=5), others=st.lists(beginnings, max_size=5), random=st.randoms())
+def test_the_beginning_says_whether_special_tokens_are_added_however_texts_are_grouped(parts, others, random):
+    """The first part decides that is not empty or that wants none; behind something it means nothing."""
+
+    def expected(parts):
+        decides = next((adds for string, adds in parts if string or not adds), True)
+        return decides, tuple(string for string, _ in parts if string)
+
+    def built(parts):
+        texts = [Text(string, add_special_tokens=adds) for string, adds in parts]
+        return grouped_at_random(texts, random) if texts else Text("")
+
+    text, other = built(parts), built(others)
+    assert (text.add_special_tokens, text.segments) == expected(parts)
+    assert (text == other) is (expected(parts) == expected(others))
+    assert text == built(parts)
+    assert hash(text) == hash(built(parts))
+    for same in (pickle.loads(pickle.dumps(text)), text + "", Text("") + text, Text("").join([text])):
+        assert same == text
+        assert hash(same) == hash(text)
+
+
+def test_a_text_without_special_tokens_says_so(lm):
+    rendered = Text("<s>Hi", lm, add_special_tokens=False)
+    assert repr(rendered + "!") == "Text('<s>Hi!', add_special_tokens=False)"
+    assert repr("x" + rendered) == "Text('x<s>Hi')"
+    assert repr("x" + rendered.frozen()) == "Text('x' + Text('<s>Hi', add_special_tokens=False).frozen())"
+    assert rendered.frozen() != Text("<s>Hi", lm).frozen()
+    assert rendered.frozen() == rendered.frozen().frozen()
+
+
 def test_an_order_of_segments_has_a_hash_of_its_own():
     """A sum of hashes would be associative too, and put all of these in one bucket."""
     texts = [sum(order, Text("")) for order in permutations("abcdef")]
@@ -294,7 +328,7 @@ def test_the_node_imports_neither_torch_nor_a_model():
 
 
 def test_a_text_holds_no_tensors(lm):
-    """Everything reachable from a text, its LM left out, is texts, strings, ints and None."""
+    """Everything reachable from a text, its LM left out, is texts, strings, ints, bools and None."""
     text = Text("a text", lm) + " of" + Text.from_tokens([1, 2], lm)
     assert text.logits.isfinite().all()
     reached: dict[int, Any] = {}
@@ -304,7 +338,7 @@ def test_a_text_holds_no_tensors(lm):
         if id(found) not in reached and not isinstance(found, (LM, type)):
             reached[id(found)] = found
             pending += gc.get_referents(found)
-    assert {type(found) for found in reached.values()} <= {Text, str, tuple, int, type(None)}
+    assert {type(found) for found in reached.values()} <= {Text, str, tuple, int, bool, type(None)}
     assert len([found for found in reached.values() if isinstance(found, Text)]) == 5
     assert not hasattr(text, "__dict__")
 
