@@ -75,7 +75,7 @@ class Text:
             template. The beginning of a text decides: this means nothing behind something else.
 
     Raises:
-        TextTypeError: `string` is not a `str`.
+        TextTypeError: `string` is not a `str`, or `add_special_tokens` no `bool`.
 
     """
 
@@ -95,6 +95,8 @@ class Text:
                 f"Text() takes a str, not {type(string).__name__}: {_shorten(repr(string))}. "
                 "Convert it with str(...) first; for token ids use Text.from_tokens(ids, lm)."
             )
+        if not isinstance(add_special_tokens, bool):
+            raise TextTypeError(f"add_special_tokens must be True or False, not {add_special_tokens!r}.")
         self._init_leaf(string, _as_lm(lm), add_special_tokens)
 
     @classmethod

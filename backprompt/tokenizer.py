@@ -175,8 +175,22 @@ class PrivateTokenizer:
 
     def _special_ids_around_a_string(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return what the tokenizer puts before and behind a string that has no special tokens."""
-        with_special: list[int] = self._private(["a"])["input_ids"][0]
-        return self._around(tuple(self._call(["a"])[0]), tuple(with_special), range(len(with_special) + 1))
+        string, ids = self._known_string()
+        with_special: list[int] = self._private([string])["input_ids"][0]
+        return self._around(ids, tuple(with_special), range(len(with_special) + 1))
+
+    def _known_string(self) -> tuple[str, tuple[int, ...]]:
+        """Return a string and its ids, none of which is a special token's, as that of an unknown character may be."""
+        special = set(getattr(self._private, "all_special_ids", ()))
+
+        def is_known(ids: tuple[int, ...]) -> bool:
+            return bool(ids) and special.isdisjoint(ids)
+
+        ids = tuple(self._call(["a"])[0])
+        if is_known(ids):
+            return "a", ids
+        encoded = ((token, tuple(self._call([token])[0])) for token in self._private.get_vocab())
+        return next((known for known in encoded if is_known(known[1])), ("a", ids))
 
     def _around(
         self, ids: tuple[int, ...], with_special: tuple[int, ...], starts: Iterable[int]

@@ -1,5 +1,6 @@
 """Conversations: the template's own string, each message a segment, and nothing computed twice as they go on."""
 
+import contextlib
 import warnings
 from functools import cache
 
@@ -300,6 +301,39 @@ def test_documents_that_do_not_see_each_other_in_a_message(lm):
     expected = Text("<user>", lm, add_special_tokens=False) + documents.frozen() + behind + "<assistant>"
     assert frozen == expected
     assert evaluate([text, frozen])[0].logits.isfinite().all()
+
+
+def _texts(lm):
+    strings = st.sampled_from(["a", "b c", " d ", "\n"])
+    plain = strings.map(lambda string: Text(string, lm))
+    tokens = st.sampled_from([(40,), (41, 42)]).map(lambda ids: Text.from_tokens(ids, lm))
+    groups = st.lists(plain | tokens, min_size=2, max_size=3).map(bp.parallel)
+    return st.lists(strings | plain | tokens | groups, min_size=1, max_size=4)
+
+
+@pytest.mark.filterwarnings("ignore:The chat template is not prefix-stable")
+@pytest.mark.parametrize("template", [*CHAT_TEMPLATES.values(), TEMPLATE, FORGETFUL])
+@settings(max_examples=20)
+@given(drawn=st.data())
+def test_its_string_is_the_templates_whatever_stands_in_it(template, drawn):
+    lm, roles = an_lm("llama3_bpe"), ["user", "assistant", "user"]
+    contents = [drawn.draw(_texts(lm)) for _ in roles]
+    options = {"chat_template": template.replace("BOS", "bos_token"), "add_generation_prompt": True}
+    joined = [sum(parts, Text("", lm)) for parts in contents]
+    plain = [{"role": role, "content": text.string} for role, text in zip(roles, joined, strict=True)]
+    messages = [{"role": role, "content": parts} for role, parts in zip(roles, contents, strict=True)]
+    expected = lm.tokenizer.apply_chat_template(plain, tokenize=False, **options)
+    is_stripped = "trim" in template and any(text.string != text.string.strip() for text in joined)
+    has_groups = any(not isinstance(segment, str) for text in joined for segment in text.segments)
+    if has_groups and (is_stripped or template == FORGETFUL):
+        with contextlib.suppress(TokenizerError):  # it may be a string that is stripped, or a text that is forgotten
+            assert chat(lm, messages, **options).string == expected
+        return
+    text = chat(lm, messages, **options)
+    assert text.string == expected
+    for kept in (tuple, bp.segments.Group):
+        given_ones = [part for text in joined for part in text.segments if isinstance(part, kept)]
+        assert [part for part in text.segments if isinstance(part, kept)] == given_ones
 
 
 def test_a_text_is_the_segments_that_it_has_and_a_reply_what_was_added(lm):

@@ -556,6 +556,23 @@ def test_an_error_shows_the_join_and_its_tokens():
         _ = text.tokens
 
 
+@pytest.mark.parametrize("unknown", ["<unk>", "<s>", None])
+def test_a_tokenizer_that_does_not_know_latin_letters(unknown):
+    """What it adds is told by a string that it knows: an unknown character is a special token, or no token at all."""
+    words = {token: idx for idx, token in enumerate(["<s>", "</s>", "<unk>", "日", "本"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token=unknown) if unknown else models.BPE(words, []))
+    backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    options = {} if unknown is None else {"unk_token": unknown}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **options)
+    a_text = Text("日", LM(_model(), tokenizer))
+    assert (a_text + "本").tokens == tuple(tokenizer("日本")["input_ids"]) == (0, 3, 4, 1)
+    assert (a_text + Text.from_tokens([4], a_text.lm)).tokens == (0, 3, 4)
+    assert Text("a", a_text.lm).tokens == tuple(tokenizer("a")["input_ids"])
+
+
 # Tokenizers without a backend
 
 
