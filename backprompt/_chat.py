@@ -112,10 +112,11 @@ class _Template:
     def __init__(self, lm: LM, options: Mapping[str, Any]) -> None:
         self.lm = lm
         self._options = options
-        for name in sorted(_DECIDED_HERE & options.keys()):
+        decided = sorted(_DECIDED_HERE & options.keys())
+        if decided:
             raise TokenizerError(
-                f"chat() returns a text and takes no {name}, which decides what apply_chat_template returns. Leave it "
-                "out: chat(lm, messages).tokens are the ids."
+                f"chat() returns a text and takes no {decided[0]}, which decides what apply_chat_template returns. "
+                "Leave it out: chat(lm, messages).tokens are the ids."
             )
         tokenizer = lm.tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None) or options.get("chat_template"))
