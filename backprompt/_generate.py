@@ -57,7 +57,7 @@ class ContinuedText(Text):
             completion = Text.from_tokens(token_ids, lm) + rest
             plain = prompt + completion
         text = cls.__new__(cls)
-        for name in ("_segment", "_left", "_right", "_lm", "_num_segments", "_hash"):
+        for name in ("_segment", "_add_special_tokens", "_left", "_right", "_lm", "_num_segments", "_hash"):
             setattr(text, name, getattr(plain, name))
         text._prompt, text._completion = prompt, completion
         return text
@@ -66,6 +66,11 @@ class ContinuedText(Text):
     def prompt(self) -> Text:
         """What was continued."""
         return self._prompt
+
+    @property
+    def completion_text(self) -> Text:
+        """What was added, as a text of its own: the ids, and the string behind them where a stop string cut a token."""
+        return self._completion
 
     @property
     def completion_tokens(self) -> tuple[int, ...]:

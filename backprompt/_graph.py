@@ -201,7 +201,8 @@ class _Walk:
 
     def _leaf(self, segment: Segment, before: _Node | None, position: int, extra: tuple[Any, ...]) -> tuple[_Node, int]:
         kind: Kind = "string" if isinstance(segment, str) else "token ids"
-        node = self._node((kind, before, segment, *extra), kind, segment, {before: 1}, position)
+        num_special = 0 if self._next_extent is None else self._next_extent.num_special
+        node = self._node((kind, before, segment, num_special, *extra), kind, segment, {before: 1}, position)
         if self._next_extent is None:
             self.uses.append(_Use(node, 0))
             return node, position

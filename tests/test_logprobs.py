@@ -359,7 +359,7 @@ def test_calibrating_with_probabilities_of_0():
         calibrate([0.2, 0.8], [1.0, 0.0])
     with pytest.raises(ValueError, match="All completions of a row have probability 0"):
         calibrate([[0.5, 0.5], [0.0, 0.0]], [0.5, 0.5])
-    with pytest.raises(ValueError, match="^probabilities must be numbers in order that are finite, not nan"):
+    with pytest.raises(ValueError, match=r"^probabilities must be numbers in order that are finite, not nan"):
         calibrate([np.nan, 0.5], [0.5, 0.5])
     with pytest.raises(ValueError, match="neutral_probabilities must be numbers in order that are finite, not nan"):
         calibrate([0.5, 0.5], [[0.5, np.nan]])
