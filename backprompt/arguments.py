@@ -163,15 +163,14 @@ def as_number(
         ValueError: or `error`: it is nan, infinite, or not within the bounds.
 
     """
-    if isinstance(given, (bool, np.bool_)) or not isinstance(given, Real):
-        raise (error or TypeError)(f"{name} must be a number, not {type(given).__name__}: {_shown(given)}.")
     low, high = bounds
-    number = float(given)
-    if not math.isfinite(number) or not low <= number <= high:
-        where = "" if bounds == (-math.inf, math.inf) else f" of at least {low:g}"
-        where = where if high == math.inf else f" from {low:g} to {high:g}"
-        raise (error or ValueError)(f"{name} must be a finite number{where}, not {given!r}.")
-    return number
+    is_number = isinstance(given, Real) and not isinstance(given, (bool, np.bool_))
+    if is_number and math.isfinite(given) and low <= given <= high:
+        return float(given)
+    where = "" if bounds == (-math.inf, math.inf) else f" of at least {low:g}"
+    where = where if high == math.inf else f" from {low:g} to {high:g}"
+    kind = error or (ValueError if is_number else TypeError)
+    raise kind(f"{name} must be a finite number{where}, not {_shown(given)}.")
 
 
 def as_bool(given: Any, name: str, *, error: type[ValueError] = ValueError) -> bool:

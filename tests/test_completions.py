@@ -153,5 +153,5 @@ def test_tokenizers_in_python_do_what_they_can(model):
         assert log_probs("The cat:\n", ["mat"], slow, **options) == log_probs("The cat:\n", ["mat"], fast, **options)
     slow, fast = LM(model, Slow(sentencepiece_bpe())), LM(model, sentencepiece_bpe())
     assert log_probs("The cat", ["mat"], slow) == log_probs("The cat", ["mat"], fast)
-    with pytest.raises(TokenizerError, match="of a prompt without a space between"):
+    with pytest.raises(TokenizerError, match="nor a completion without a space before it"):
         log_probs("The cat", ["mat"], slow, end_of_prompt="")
