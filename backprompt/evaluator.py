@@ -49,6 +49,9 @@ MAX_CANDIDATE_BYTES = 64 << 20
 MAX_EMPTY_SPANS = 10_000
 """Spans of which nothing is held any more stay in the forest up to this number, to tell what is computed again."""
 
+MAX_EMPTY_TOKENS = 1_000_000
+"""And up to this number of tokens, whose ids take 40 bytes each."""
+
 ReadAhead: TypeAlias = "Callable[[], list[Place]]"
 """Returns other texts that will probably be asked for next; called only if something must be computed."""
 
@@ -542,13 +545,13 @@ class Evaluator:
         except BaseException:
             self._prune()
             raise
-        if self.memory.num_empty_spans > MAX_EMPTY_SPANS:
-            self._prune()
-            self.memory.num_empty_spans = 0
+        if self.memory.num_empty_spans > MAX_EMPTY_SPANS or self.memory.num_empty_tokens > MAX_EMPTY_TOKENS:
+            self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # not again at the next evaluation
+            self.memory.num_empty_spans = self.memory.num_empty_tokens = 0
 
-    def _prune(self) -> None:
-        """Forget spans of which nothing is held, and results by which they would stay alive."""
-        self.forest.prune()
+    def _prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
+        """Forget spans of which nothing is held, but for the latest, and results by which they would stay alive."""
+        self.forest.prune(max_spans, max_tokens)
         spans = set(self.forest.spans())
         self._pool.retain(spans)
         self._candidates.retain(spans)
@@ -672,9 +675,10 @@ class Evaluator:
         num_coming_bytes: int = 0,
     ) -> None:
         """Let go of what is over the budget; see `Memory.evict`."""
-        if not self.memory.is_exceeded(num_coming_bytes):
+        is_exceeded = self.memory.is_exceeded(num_coming_bytes)
+        if not is_exceeded and not self.memory.is_scattered:
             return
-        if before_eviction is not None:
+        if is_exceeded and before_eviction is not None:
             before_eviction()
         try:
             self.memory.evict(self.forest, needed, last_uses, next_pass, num_coming_bytes)

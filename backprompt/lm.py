@@ -600,8 +600,8 @@ class LM:
         missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
         if missing:
             ends = evaluator.evaluate(list(missing.values()))
-            batch = Batch(evaluator, list(map(Place, ends, missing.values())))
-            new = {text: Evaluated(batch, idx) for idx, text in enumerate(missing)}
+            batch = Batch(evaluator)
+            new = {text: batch.add(Place(end, ids)) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]
