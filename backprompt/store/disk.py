@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from backprompt import forking
 from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
 from backprompt.memory import parse_bytes
 from backprompt.progress import progress_bar, showing
@@ -110,6 +111,7 @@ class DiskStore(Store):
         self._uses: dict[str, float] = {}  # name -> when it was used, not written to the index yet
         self.is_writable = self._make_folders()
         self._index = self._open_index()
+        forking.watch_store(self)
 
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r})"
@@ -274,6 +276,25 @@ class DiskStore(Store):
                 self._is_closed = True
 
     _is_closed = False
+    _is_closed_to_fork = False
+
+    def _before_fork(self) -> None:
+        """Close the index: SQLite forbids carrying a connection to another process. It is opened when asked again."""
+        self._lock.acquire()
+        if self.is_writable and not self._is_closed:  # what is only read lies in memory, or has no locks
+            self._is_closed_to_fork = True
+            with contextlib.suppress(sqlite3.Error):  # forking must go on to where locks are released
+                self._index.close()
+
+    def _after_fork(self) -> None:
+        self._lock.release()
+
+    def _opened(self) -> sqlite3.Connection:
+        """Return the index; the lock must be held."""
+        if self._is_closed_to_fork and not self._is_closed:
+            self._is_closed_to_fork = False
+            self._index = self._open_index()
+        return self._index
 
     def _file(self, name: str) -> Path:
         return self.path / "entries" / name[:2] / f"{name}.safetensors"
@@ -388,8 +409,8 @@ class DiskStore(Store):
     def _ask(self, question: Callable[[sqlite3.Connection], Answer]) -> Answer:
         """Ask the index; one that answers nonsense is made anew from the files, and asked again."""
         try:
-            with self._lock, self._index:
-                return question(self._index)
+            with self._lock, self._opened() as index:
+                return question(index)
         except (sqlite3.DatabaseError, struct.error, TypeError, ValueError) as error:
             if _is_unavailable(error):
                 raise OSError(f"The index of {self.path} cannot be used: {error}.") from error
@@ -450,8 +471,8 @@ class DiskStore(Store):
     def _database(self) -> Iterator[sqlite3.Connection]:
         """A transaction on the index; its errors are those of a file that cannot be used."""
         try:
-            with self._lock, self._index:
-                yield self._index
+            with self._lock, self._opened() as index:
+                yield index
         except sqlite3.Error as error:
             raise OSError(f"The index of {self.path} cannot be used: {error}.") from error
 
