@@ -233,7 +233,7 @@ def test_weights_that_change_while_other_threads_use_them(options, tokenizer):
     changing = Changing(tokenizer)
     options = {name: value() if name == "store" else value for name, value in options.items()}
     lm = LM(changing.model, tokenizer, max_tokens_per_forward=8, **options)
-    until = time.monotonic() + float(os.environ.get("BACKPROMPT_TEST_SECONDS", 3))
+    until = time.monotonic() + float(os.environ.get("BACKPROMPT_TEST_SECONDS", 2))
     outcomes = Counter()
 
     def use(rng, string, before):
