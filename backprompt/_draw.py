@@ -12,7 +12,6 @@ import html
 import itertools
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import networkx as nx
 from backprompt._graph import STATUSES, Status, to_networkx
 from backprompt._visible import LINE_WIDTH, shortened, visible, wrapped
 from backprompt.errors import DrawingError
+from backprompt.forking import ForkableLock, watch_store
 from backprompt.text import Text
 
 MAX_IN_A_ROW = 4
@@ -165,8 +165,9 @@ class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
         return str(picture)
 
 
-_LAYOUT_LOCK = threading.Lock()
+_LAYOUT_LOCK = ForkableLock()
 """Graphviz keeps its state in globals."""
+watch_store(_LAYOUT_LOCK)
 
 
 def _laid_out(source: str, format: str, engine: str) -> bytes | None:

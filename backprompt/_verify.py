@@ -257,6 +257,7 @@ def _compare(
         for idx, text, model_repr, extents in zip(indices, texts, reprs, lm.extents(texts), strict=True):
             drifts.add(idx, text, extents, _gaps(model_repr, plain))
             bar.update()
+        reprs[0]._check_current()  # weights that changed meanwhile are no drift
         stored_error = max(model_repr.stored_error for model_repr in reprs)
     nodes = drifts.nodes()
     num_tokens = sum(gaps.num_rows for gaps in drifts.by_key.values())

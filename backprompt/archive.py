@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from backprompt.cache import Block, BlockRows, KeysValues, Layout, RowSpec, States, gather, keys_values_of, states_of
-from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
+from backprompt.errors import DamagedEntryError, EntryTooLargeError, StaleRepresentationError, StoreVersionError
 from backprompt.identity import extend_key, gap_key, group_key, root_key
 from backprompt.radix import NOTHING, Forest, Junction, Span
 from backprompt.store.base import Entry, Header, Store
@@ -62,6 +62,7 @@ class Archive:
     Args:
         store: where to.
         root: called at first use, as it hashes the model's weights.
+        has_changed: whether the weights are others than those of the root. Then nothing is stored.
         decode: from token ids to text.
         device: where loaded tensors go.
 
@@ -71,11 +72,13 @@ class Archive:
         self,
         store: Store,
         root: Callable[[], Root],
+        has_changed: Callable[[], bool],
         decode: Callable[[Sequence[int]], str],
         device: torch.device,
     ) -> None:
         self._store = store
         self._make_root = root
+        self._has_changed = has_changed
         self._root: Root | None = None
         self._decode = decode
         self._device = device
@@ -141,7 +144,7 @@ class Archive:
 
     def under(self, root: Root) -> Archive:
         """Return an archive of the same store whose keys are built on another root."""
-        return Archive(self._store, lambda: root, self._decode, self._device)
+        return Archive(self._store, lambda: root, self._has_changed, self._decode, self._device)
 
     @property
     def root(self) -> Root:
@@ -154,7 +157,7 @@ class Archive:
 
     def save_new(self, spans: Iterable[Span]) -> None:
         """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
-        if self._store.persist != "always" or not self._can_write:
+        if self._store.persist != "always" or not self._can_write or self._has_changed():
             return
         for span in spans:
             run = _unstored(span)
@@ -166,8 +169,13 @@ class Archive:
 
         Raises:
             OSError: it cannot be written.
+            StaleRepresentationError: the weights have changed since it was computed.
 
         """
+        if self._has_changed():
+            raise StaleRepresentationError(
+                "The model's weights have changed while a text was to be stored, so it is not. Save it again."
+            )
         finder = self._finder()
         spans = [span for span in end.closure() if span.token_ids]
         for span in spans:  # asked for anew: others may have deleted entries

@@ -91,7 +91,7 @@ class NoStoreError(BackpromptError, RuntimeError):
 
 
 class StaleRepresentationError(BackpromptError, RuntimeError):
-    """A `ModelRepr` was read after the weights that it was computed with had changed."""
+    """A `ModelRepr` was read after the weights that it was computed with had changed, or they changed meanwhile."""
 
 
 class ModelLoadError(BackpromptError, OSError):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from backprompt.archive import Archive
 from backprompt.cache import CandidatePool, LogitPool, States, TokenScore, gather, keys_values_of, states_of
-from backprompt.errors import MemoryBudgetError
+from backprompt.errors import MemoryBudgetError, NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.executor import Executor
 from backprompt.growth import Growth
 from backprompt.host import HostMemory
@@ -50,6 +50,9 @@ MAX_CANDIDATE_BYTES = 64 << 20
 MAX_EMPTY_SPANS = 10_000
 """Spans of which nothing is held any more stay in the forest up to this number, to tell what is computed again."""
 
+MAX_EMPTY_TOKENS = 1_000_000
+"""And up to this number of tokens, whose ids take 40 bytes each."""
+
 ReadAhead: TypeAlias = "Callable[[], list[Place]]"
 """Returns other texts that will probably be asked for next; called only if something must be computed."""
 
@@ -66,6 +69,11 @@ class Counters:
     forward_passes: int = 0
     logit_rows: int = 0
     seconds: float = 0.0
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """What was computed with the model's weights."""
+        return self.forward_passes, self.logit_rows
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,7 @@ class Evaluator:
     def __init__(
         self,
         model: nn.Module,
+        has_changed: Callable[[], bool],
         counters: Counters,
         max_tokens_per_forward: int | None,
         memory_bytes: int,
@@ -148,9 +157,11 @@ class Evaluator:
         pack_weights: bool = False,
     ) -> None:
         self._model = model
+        self._has_changed = has_changed  # whether the weights are others now
         self.executor = Executor(model, decode, pack_weights=pack_weights)
         self.forest = Forest()
         self.counters = counters
+        self._checked_work = counters.work
         self._max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
         self._pool = LogitPool(max_result_bytes)
         self._candidates = CandidatePool(MAX_CANDIDATE_BYTES)
@@ -175,6 +186,23 @@ class Evaluator:
         self.forest.clear()
         self._forget_results()
         self._pinned.clear()
+
+    def check_unchanged(self) -> None:
+        """Raise StaleRepresentationError if weights have changed since what was computed last was begun.
+
+        Then it may be of no one state of them, and all is forgotten: they may change back without that showing.
+        """
+        if self.counters.work != self._checked_work:
+            self._raise_if_changed()
+            self._checked_work = self.counters.work
+
+    def _raise_if_changed(self) -> None:
+        if self._has_changed():
+            self.clear()
+            raise StaleRepresentationError(
+                "The model's weights have changed while they were used, so what was computed is of no one state of "
+                "them. Nothing of it is kept. Call again, and let other threads change weights between calls."
+            )
 
     def close(self) -> None:
         """Forget everything for good: whoever still refers to this must not keep copies of weights alive."""
@@ -612,13 +640,13 @@ class Evaluator:
         except BaseException:
             self._prune()
             raise
-        if self.memory.num_empty_spans > MAX_EMPTY_SPANS:
-            self._prune()
-            self.memory.num_empty_spans = 0
+        if self.memory.num_empty_spans > MAX_EMPTY_SPANS or self.memory.num_empty_tokens > MAX_EMPTY_TOKENS:
+            self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # not again at the next evaluation
+            self.memory.num_empty_spans = self.memory.num_empty_tokens = 0
 
-    def _prune(self) -> None:
-        """Forget spans of which nothing is held, and results by which they would stay alive."""
-        self.forest.prune()
+    def _prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
+        """Forget spans of which nothing is held, but for the latest, and results by which they would stay alive."""
+        self.forest.prune(max_spans, max_tokens)
         spans = set(self.forest.spans())
         self._pool.retain(spans)
         self._candidates.retain(spans)
@@ -715,7 +743,8 @@ class Evaluator:
         with_rows = [span for span in spans if span.token_ids]
         new = [span for span in with_rows if span.states is None]
         if with_rows:
-            self.memory.add(self.executor.compute(with_rows))
+            with self._blaming_weights():
+                self.memory.add(self.executor.compute(with_rows))
             self.counters.forward_passes += 1
         for span in new:
             if span.error:  # it was read back inexactly once, and so may be rows of logits that were computed with it
@@ -744,9 +773,10 @@ class Evaluator:
         num_coming_bytes: int = 0,
     ) -> None:
         """Let go of what is over the budget; see `Memory.evict`."""
-        if not self.memory.is_exceeded(num_coming_bytes):
+        is_exceeded = self.memory.is_exceeded(num_coming_bytes)
+        if not is_exceeded and not self.memory.is_scattered:
             return
-        if before_eviction is not None:
+        if is_exceeded and before_eviction is not None:
             before_eviction()
         try:
             self.memory.evict(self.forest, needed, last_uses, next_pass, num_coming_bytes)
@@ -765,15 +795,26 @@ class Evaluator:
         """Return the bytes that all of these spans take."""
         return _num_tokens(spans) * self.executor.token_bytes
 
+    @contextmanager
+    def _blaming_weights(self) -> Iterator[None]:
+        """Whatever the model does wrong while its weights change is not the model's fault."""
+        try:
+            yield
+        except (NonFiniteError, UnsupportedModelError):
+            self._raise_if_changed()
+            raise
+
     def _probe_once(self) -> None:
         if not self._is_probed:
-            probe(self._model, self.executor)
+            with self._blaming_weights():
+                probe(self._model, self.executor)
             self._is_probed = True
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""
         started = time.perf_counter()
-        logits = self.executor.logits(hidden)
+        with self._blaming_weights():
+            logits = self.executor.logits(hidden)
         self.counters.logit_rows += hidden.shape[0]
         self.counters.seconds += time.perf_counter() - started
         return logits

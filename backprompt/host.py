@@ -5,7 +5,7 @@ pools together what is held has its ancestors, and keys and values come with sta
 device's; what goes from here is gone.
 
 On both ways, what comes from one block goes to one block, with one copy a tensor. A block of which only some rows are
-left stays as it is until the room is needed.
+left stays as it is until the room is needed, or blocks are many and small.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class HostMemory(Tier):
             copies = moved(places, self._here)
             self.add(place.block for place in copies.values())
             self.hold(kind, copies)
+        if self.is_scattered:
+            self.compact(spans)
 
     def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys: bool) -> Fetch:
         """Choose what is to move back for the texts that end here, for as many of them as fit the device together.

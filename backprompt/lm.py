@@ -3,7 +3,7 @@
     texts --Encoder--> token ids --Forest, plan--> passes --Executor--> blocks of rows --> ModelRepr
 
 One lock guards all of it, so one `LM` may be used from many threads; the model itself is never touched, so it may be
-called by others meanwhile.
+called by others meanwhile. If others change its weights meanwhile, a call that computes with them raises an error.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from backprompt.errors import (
 )
 from backprompt.evaluator import Counters, Evaluator, TokenScores, Wanted, split_to_score
 from backprompt.executor import plain_surroundings
+from backprompt.forking import ForkableLock, watch_lm
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
 from backprompt.lookup import Piece
@@ -67,6 +68,11 @@ logger = logging.getLogger(__name__)
 MAX_RESULT_BYTES = 256 << 20
 """Bound of the pool of logit rows, which are large (200 kB in GPT-2) and cheap to compute again."""
 
+
+_CHANGED_WHILE_HASHED = (
+    "The model's weights have changed while they were hashed, so the hash is of no one state of them. Call again, and "
+    "let other threads change weights between calls."
+)
 
 _NAMES = ("kernel", "linears")  # fields of `Stats` that are not numbers
 
@@ -210,9 +216,10 @@ class LM:
         self._store = DiskStore(store) if isinstance(store, (str, os.PathLike)) else store
         if self._store is not None and self._store is not store:
             weakref.finalize(self, self._store.close)  # nobody else can close it
-        self._evaluator = self._make_evaluator()
-        self._monitor = WeightsMonitor(model)
+        self._monitor = WeightsMonitor(model)  # before anything is made of the weights
+        self._evaluator = self._make_evaluator(self._monitor)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
+        watch_lm(self)
 
     def __repr__(self) -> str:
         return f"LM({type(self._model).__name__}, {type(self.tokenizer).__name__}, joins={self._joins!r})"
@@ -284,7 +291,8 @@ class LM:
             EmptyTextError, TextTooLongError, TokenIdError, JoinError, TokenizerError: a text that cannot be
                 evaluated, named in the message; raised before anything is computed.
             NonFiniteError: the model returned NaN or infinity; names the text.
-            StaleRepresentationError, UnsupportedModelError: see the class.
+            StaleRepresentationError: weights changed meanwhile; nothing that was computed is kept.
+            UnsupportedModelError: see the class.
 
         """
         texts = self._own_texts(texts)
@@ -580,13 +588,16 @@ class LM:
         earlier use of `fingerprint` there is nothing to compare with, and everything is dropped.
         """
         with self._exclusive():
+            monitor = WeightsMonitor(self._model)
             weights = content_hash(self._model)
+            if monitor.has_changed():
+                raise StaleRepresentationError(_CHANGED_WHILE_HASHED)
             if self._checkpoint is not None:
                 self._checkpoint.forget_unless(weights)  # whether memory or weights are to blame
             tokenizer = PrivateTokenizer(self.tokenizer).fingerprint()
             if (weights, tokenizer) != (self._content_hash, self._tokenizer_copy.fingerprint()):
                 self._renew_encoder()
-                self._renew_evaluator()
+                self._renew_evaluator(monitor)
                 self._content_hash = weights
 
     def _own_texts(self, texts: Iterable[Text]) -> list[Text]:
@@ -679,8 +690,8 @@ class LM:
         missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
         if missing:
             ends = evaluator.evaluate(list(missing.values()))
-            batch = Batch(evaluator, list(map(Place, ends, missing.values())))
-            new = {text: Evaluated(batch, idx) for idx, text in enumerate(missing)}
+            batch = Batch(evaluator)
+            new = {text: batch.add(Place(end, ids)) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]
@@ -736,9 +747,23 @@ class LM:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Keep other threads out, and the caller's torch settings too."""
+        """Keep other threads out, and the caller's torch settings too; what is computed is of one state of the weights.
+
+        Raises:
+            StaleRepresentationError: weights changed meanwhile.
+
+        """
         with self._lock, plain_surroundings(self._evaluator.executor.device):
+            work_before = self._counters.work
             yield
+            if self._counters.work != work_before:
+                self._evaluator.check_unchanged()
+
+    def _before_fork(self) -> None:
+        self._lock.acquire()
+
+    def _after_fork(self) -> None:
+        self._lock.release()
 
     def _current(self) -> Evaluator:
         """Return the evaluator of the weights as they are now; the lock must be held."""
@@ -750,7 +775,7 @@ class LM:
         self._evaluator.end_abandoned()
         return self._evaluator
 
-    def _make_evaluator(self) -> Evaluator:
+    def _make_evaluator(self, monitor: WeightsMonitor) -> Evaluator:
         model, archive = unwrap(self._model), None
         device = model_device(model)
         host = HostMemory(self._host_memory_bytes, Location(torch.device("cpu"), self._pin_memory), Location(device))
@@ -762,9 +787,10 @@ class LM:
                 assert lm is not None
                 return lm._root(in_store=True)
 
-            archive = Archive(self._store, root, self._tokenizer_copy.decode, device)
+            archive = Archive(self._store, root, monitor.has_changed, self._tokenizer_copy.decode, device)
         return Evaluator(
             model,
+            monitor.has_changed,
             self._counters,
             self._max_tokens_per_forward,
             self._memory_bytes,
@@ -781,7 +807,10 @@ class LM:
         The first use hashes every weight.
         """
         if self._content_hash is None:
-            self._content_hash = self._hash_weights()
+            weights = self._hash_weights()
+            if self._monitor.has_changed():
+                raise StaleRepresentationError(_CHANGED_WHILE_HASHED)
+            self._content_hash = weights
         dtype = str(next(unwrap(self._model).parameters()).dtype)
         tokenizer = self._tokenizer_copy.fingerprint()
         stored_dtype = self._store.dtype if in_store and self._store is not None else None
@@ -806,11 +835,14 @@ class LM:
         self._tokenizer_copy = PrivateTokenizer(self.tokenizer)
         self._encoder = Encoder(self._tokenizer_copy, self._joins, self._add_special_tokens)
 
-    def _renew_evaluator(self) -> None:
-        """Start over with the model as it is now; nothing changes if it can no longer be evaluated."""
+    def _renew_evaluator(self, monitor: WeightsMonitor | None = None) -> None:
+        """Start over with the model as it is now, which is what `monitor` saw if that is given.
+
+        Nothing changes if it can no longer be evaluated.
+        """
         logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
-        evaluator = self._make_evaluator()
-        monitor = WeightsMonitor(self._model)
+        monitor = WeightsMonitor(self._model) if monitor is None else monitor  # before anything is made of the weights
+        evaluator = self._make_evaluator(monitor)
         self._evaluator.close()
         self._evaluator, self._monitor = evaluator, monitor
         self._evaluated = WeakKeyDictionary()
@@ -818,7 +850,8 @@ class LM:
 
 
 _SHARED: WeakValueDictionary[tuple[int, int], LM] = WeakValueDictionary()
-_SHARED_LOCK = threading.Lock()
+_SHARED_LOCK = ForkableLock()
+watch_lm(_SHARED_LOCK)
 
 
 def shared_lm(model: nn.Module, tokenizer: Any) -> LM:

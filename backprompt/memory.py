@@ -52,7 +52,7 @@ class Memory(Tier):
         self._host = host
         self._level = 0.0
         self._clock = 0
-        self.num_empty_spans = 0  # of the forest, when something was last dropped
+        self.num_empty_spans = self.num_empty_tokens = 0  # of the forest, when something was last dropped
 
     def is_exceeded(self, num_coming_bytes: int = 0) -> bool:
         """Whether more is held, or will be, than the budget allows."""
@@ -73,7 +73,7 @@ class Memory(Tier):
         next_pass: int = 0,
         num_coming_bytes: int = 0,
     ) -> None:
-        """Let go of rows until the budget holds, or nothing that may go is left.
+        """Let go of rows until the budget holds, or nothing that may go is left; join blocks that are many and small.
 
         After an error blocks may be cut in part: nothing in any of them can be trusted.
 
@@ -87,6 +87,8 @@ class Memory(Tier):
         """
         excess = self.num_bytes + num_coming_bytes - self.max_bytes
         if excess <= 0:
+            if self.is_scattered:
+                self.compact(list(forest.spans()))
             return
         num_held = self.num_bytes
         last_uses = last_uses or {}
@@ -107,7 +109,8 @@ class Memory(Tier):
         ranks = [rank(kind, span) for kind, places in dropped.items() for span in places]
         self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
         self._host.take(spans, dropped, rank)
-        self.num_empty_spans = sum(span.is_empty for span in spans)
+        empty = [span for span in spans if span.is_empty]
+        self.num_empty_spans, self.num_empty_tokens = len(empty), sum(len(span.token_ids) for span in empty)
         del dropped  # it keeps blocks alive
         self.compact(spans)
         logger.debug("Evicted %d bytes of %d; the budget is %d.", num_held - self.num_bytes, num_held, self.max_bytes)

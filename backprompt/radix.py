@@ -27,6 +27,7 @@ Attention of what stands behind a junction counts a span once for each branch th
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -371,13 +372,26 @@ class Forest:
             span.rows = span.states = None  # whoever still refers to it must not keep blocks alive
             span = parent
 
-    def prune(self) -> None:
-        """Remove the spans of which nothing is held, and what continues them."""
-        stack = [self.root]
-        while stack:
-            span = stack.pop()
-            span.children = {key: child for key, child in span.children.items() if not child.is_empty}
-            stack += span.children.values()
+    def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
+        """Remove spans of which nothing is held, until so many of them with so many tokens are left at most.
+
+        What was used longest ago goes first, and what continues a span goes before it.
+        """
+        spans = list(self.spans())
+        last_used = {span: span.last_used for span in spans if span.is_empty}
+        for span in reversed(spans):  # each before its parents
+            if span in last_used:
+                for parent in span.parents:
+                    if parent in last_used:
+                        last_used[parent] = max(last_used[parent], last_used[span])
+        latest_first = sorted(last_used, key=last_used.__getitem__, reverse=True)  # of equals, parents come first
+        num_tokens = itertools.accumulate(len(span.token_ids) for span in latest_first)
+        num_kept = sum(total <= max_tokens for total in itertools.islice(num_tokens, max_spans))
+        gone = set(latest_first[num_kept:])
+        for left in {span.parent for span in gone if span.parent is not None} - gone:
+            left.children = {key: child for key, child in left.children.items() if child not in gone}
+        for span in gone:
+            span.children = {}  # parents and children refer to each other: the cycle collector comes late
 
     def clear(self) -> None:
         """Forget everything: nothing of any span is held any more, and none is found any more."""

@@ -7,11 +7,13 @@ log-probabilities) is computed on first use, for this text and, reading ahead, f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Batch:
-    """The texts that one `evaluate` computed together: where each ends, and how far to read ahead in them.
+    """The texts that one `evaluate` computed together, and how far to read ahead in them.
+
+    It holds none of them: what one of a thousand texts is kept for must not keep the others.
 
     The head's weights are read once a call, so a row of logits alone costs as much as a dozen in company. The first
     text asked for gets its own rows only, each further one twice as many of those that follow it as the one before:
@@ -38,23 +42,33 @@ class Batch:
     """
 
     evaluator: Evaluator
-    places: list[Place]
     num_asked: dict[str, int] = field(default_factory=dict)
+    _num_texts: int = 0
+    _texts: WeakValueDictionary[int, Evaluated] = field(default_factory=WeakValueDictionary)
+
+    def add(self, place: Place) -> Evaluated:
+        """Return the next text of the batch, which ends here."""
+        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, place)
+        self._num_texts += 1
+        return evaluated
 
     def ahead_of(self, idx: int, what: str) -> list[Place]:
         """Return the texts whose `what` to compute along with that of the text at `idx`."""
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
-        ahead = (self.places[idx:] + self.places[:idx])[: 1 << min(num_asked, 20)]
-        return [place for place in ahead if place.end.states is not None]
+        indices = itertools.chain(range(idx, self._num_texts), range(idx))
+        alive = (found for i in indices if (found := self._texts.get(i)) is not None)
+        ahead = itertools.islice(alive, 1 << min(num_asked, 20))
+        return [evaluated.place for evaluated in ahead if evaluated.is_computed]
 
 
-@dataclass(eq=False, frozen=True)
+@dataclass(eq=False)
 class Evaluated:
-    """A text's place in the batch that it was computed in."""
+    """Where a text lies, and its place in the batch that it was computed in."""
 
     batch: Batch
     batch_idx: int
+    place: Place
 
     @property
     def evaluator(self) -> Evaluator:
@@ -64,12 +78,12 @@ class Evaluated:
     @property
     def token_ids(self) -> TokenIds:
         """The text's token ids."""
-        return self.batch.places[self.batch_idx].token_ids
+        return self.place.token_ids
 
     @property
     def end(self) -> Span:
         """The span at which the text ends."""
-        return self.batch.places[self.batch_idx].end
+        return self.place.end
 
     @property
     def is_computed(self) -> bool:
@@ -85,8 +99,8 @@ class Evaluated:
     def held(self, *, with_keys: bool = False) -> Iterator[Place]:
         """Keep what results are read off, computed again if it was dropped; see `Evaluator.held`."""
         with self.evaluator.held(self.token_ids, self.end, with_keys=with_keys) as end:
-            place = self.batch.places[self.batch_idx] = Place(end, self.token_ids)
-            yield place
+            self.place = Place(end, self.token_ids)
+            yield self.place
 
 
 class ModelRepr:

@@ -285,7 +285,12 @@ def test_no_other_threshold_is_right_more_often(labelled):
         ((b"ab", ["a", "b"]), {}, TypeError, "not the bytes"),
         ((PROMPTS, ["a", "b\udc80"]), {}, TokenizerError, r"completions\[1\].* lone surrogate at character 1"),
         ((["x", "\udc80"], ["a", "b"]), {}, TokenizerError, r"prompts\[1\].* lone surrogate at character 0"),
-        ((PROMPTS, ["a", "b"]), {"discount_completions": "0.5"}, TypeError, "discount_completions must be a finite number"),
+        (
+            (PROMPTS, ["a", "b"]),
+            {"discount_completions": "0.5"},
+            TypeError,
+            "discount_completions must be a finite number",
+        ),
         ((PROMPTS, ["a", "b"]), {"discount_completions": float("nan")}, ValueError, "must be a finite number"),
         ((PROMPTS, ["a", "b"]), {"prior": {"a": 0.5, "b": 0.5}}, TypeError, r"prior .* not a mapping \(dict\)"),
         ((PROMPTS, ["a", "b"]), {"prior": "0.5"}, TypeError, "prior must be numbers"),

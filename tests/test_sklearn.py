@@ -410,7 +410,7 @@ def test_what_the_pickling_check_was_for(lm):
         ({"prior": [0.5, 0.6]}, ValueError, "sum to 1"),
         ({"prior": "balanced"}, ValueError, "'training'"),
         ({"end_of_prompt": "\n"}, ValueError, "end_of_prompt"),
-        ({"discount_completions": "0.5"}, TypeError, "discount_completions must be a finite number"),
+        ({"discount_completions": "0.5"}, TypeError, "discount_completions must be a finite"),
         ({"prior": {"yes": 0.5, "no": 0.5}}, TypeError, "prior must be numbers in order"),
         ({"labels": {"a", "b"}}, TypeError, "labels must be a mapping or a sequence"),
         ({"labels": ["yes", "no\ud800"]}, ValueError, r"completions\[1\].* lone surrogate at character 2"),

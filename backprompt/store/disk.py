@@ -20,6 +20,7 @@ import errno
 import itertools
 import logging
 import os
+import sqlite3
 import tempfile
 import threading
 import time
@@ -28,6 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from backprompt import forking
 from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
 from backprompt.memory import parse_bytes
 from backprompt.progress import progress_bar, showing
@@ -80,6 +82,7 @@ class DiskStore(Store):
         self._uses: dict[str, float] = {}  # name -> when it was used, not written to the index yet
         self.is_writable = self._make_folders()
         self._index = self._open_index()
+        forking.watch_store(self)
 
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r})"
@@ -239,6 +242,25 @@ class DiskStore(Store):
                 self._is_closed = True
 
     _is_closed = False
+    _is_closed_to_fork = False
+
+    def _before_fork(self) -> None:
+        """Close the index: SQLite forbids carrying a connection to another process. It is opened when asked again."""
+        self._lock.acquire()
+        if self.is_writable and not self._is_closed:  # what is only read lies in memory, or has no locks
+            self._is_closed_to_fork = True
+            with suppress(sqlite3.Error):  # forking must go on to where locks are released
+                self._index.close()
+
+    def _after_fork(self) -> None:
+        self._lock.release()
+
+    def _opened(self) -> Index:
+        """Return the index; the lock must be held."""
+        if self._is_closed_to_fork and not self._is_closed:
+            self._is_closed_to_fork = False
+            self._index = self._open_index()
+        return self._index
 
     def _file(self, name: str) -> Path:
         return self.path / "entries" / name[:2] / f"{name}.safetensors"
@@ -416,7 +438,7 @@ class DiskStore(Store):
         """Ask the index; one that answers nonsense is made anew from the files, and asked again."""
         with self._lock:
             try:
-                return question(self._index)
+                return question(self._opened())
             except DamagedIndexError as error:
                 self._index.close()
                 if self.is_writable:
