@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
-from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -232,7 +231,10 @@ def generate(
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
         raise GenerationError(f"{decoding.num_beams} beams give no {n} continuations. Ask for more: num_beams={n}.")
     run = Run(lm, [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed, decoding)
-    _run_with_bar(run, show_progress_bar)
+    try:
+        _run_with_bar(run, show_progress_bar)
+    finally:
+        run.close()
     found = run.results(num_each)
     if decoding.is_sampling:
         samples = [text for (text,) in found]
@@ -364,16 +366,16 @@ class Run:
         """Decide what comes next for every live text; return whether any goes on, or waits."""
         with self.lm.growing(self._evaluator) as evaluator:
             if self._evaluator is None:
+                evaluator.let_grow(self, self._live)
                 self._evaluator = evaluator
-                # Whoever drops a stream does not say so: what it holds is let go of when the evaluator next looks.
-                finalize(self, evaluator.abandoned.append, self._live).atexit = False
             try:
                 grown = self._grow(evaluator)
                 self._admit(evaluator)
                 self._choose(evaluator)
                 self._settle(evaluator, grown)
-            except BaseException:
-                self._end(evaluator, self._live)
+            except BaseException:  # the evaluator ends them once it has recovered
+                evaluator.abandoned.append(self._live[:])
+                self._live.clear()
                 raise
             self._end(evaluator, [live for live in self._live if live.decoding.is_finished])
         return bool(self._live) or self._num_begun < len(self.texts)
