@@ -179,5 +179,18 @@ class Holders(RuleBasedStateMachine):
             assert self.lm.stats.host_bytes_held <= self.lm._evaluator.host.max_bytes
 
 
-Holders.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+Holders.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 TestHolders = Holders.TestCase
+
+
+def test_a_stream_that_nobody_keeps_holds_nothing_whatever_is_done_next():
+    """A random program streamed, scored and unpinned, and nothing after that looked for dropped streams."""
+    lm = LM(MODEL, TOKENIZER, joins="split", store=MemoryStore(), max_tokens_per_forward=17)
+    pin = Text("The cat", lm).pin()
+    stream = Text("The cat sat", lm).stream(max_new_tokens=5)
+    next(stream)
+    lm.token_logprobs([Text("The cat sat on", lm)])
+    assert len(lm._evaluator.held_ends()) == 2
+    del stream
+    pin.release()
+    assert not lm._evaluator.held_ends()
