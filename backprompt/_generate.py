@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
-from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -288,15 +287,18 @@ def generate(
 
 
 def run_with_bar(run: Run, show: bool | None) -> None:
-    """Let texts grow until all are finished, under a bar over their tokens."""
+    """Let texts grow until all are finished, or an error comes, under a bar over their tokens."""
     total = len(run.texts) * run.decoding.max_new_tokens
     with showing(show):
         bar = progress_bar(total, "generating", "tokens", is_long=run.decoding.max_new_tokens > 1)
-    with bar, showing(False):  # one bar is enough
-        is_going_on = True
-        while is_going_on:
-            is_going_on = run.step()
-            bar.update(run.num_tokens_done - bar.n)
+    try:
+        with bar, showing(False):  # one bar is enough
+            is_going_on = True
+            while is_going_on:
+                is_going_on = run.step()
+                bar.update(run.num_tokens_done - bar.n)
+    finally:
+        run.close()
 
 
 class Stream(Iterator[str]):
@@ -414,16 +416,16 @@ class Run:
         """Decide what comes next for every live text; return whether any goes on, or waits."""
         with self.lm.growing(self._evaluator) as evaluator:
             if self._evaluator is None:
+                evaluator.let_grow(self, self._live)
                 self._evaluator = evaluator
-                # Whoever drops a stream does not say so: what it holds is let go of when the evaluator next looks.
-                finalize(self, evaluator.abandoned.append, self._live).atexit = False
             try:
                 grown = self._grow(evaluator)
                 self._admit(evaluator)
                 self._choose(evaluator)
                 self._settle(evaluator, grown)
-            except BaseException:
-                self._end(evaluator, self._live)
+            except BaseException:  # the evaluator ends them once it has recovered
+                evaluator.abandoned.append(self._live[:])
+                self._live.clear()
                 raise
             self._end(evaluator, [live for live in self._live if live.decoding.is_finished])
         return bool(self._live) or self._num_begun < len(self.texts)

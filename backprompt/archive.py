@@ -195,10 +195,11 @@ class Archive:
             if found is None or read is None:
                 return
             loaded = span if found.num_tokens == len(span.token_ids) else forest.split(span, found.num_tokens)
-            loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
-            setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
-            loaded.is_stored = True
-            loaded.loaded_in = forest.evaluation
+            with forest.changing():
+                loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
+                setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
+                loaded.is_stored = True
+                loaded.loaded_in = forest.evaluation
             yield read.block
 
     def _note_unreadable(self, error: OSError) -> None:

@@ -411,9 +411,9 @@ class LogitPool:
             self.num_bytes -= dropped.nbytes
 
     def retain(self, spans: Container[Span]) -> None:
-        """Drop the rows of other spans than these."""
-        for end in [end for end in self._rows if end not in spans]:
-            self.num_bytes -= self._rows.pop(end).nbytes
+        """Drop the rows of other spans than these, and count anew."""
+        self._rows = OrderedDict((end, row) for end, row in self._rows.items() if end in spans)
+        self.num_bytes = sum(row.nbytes for row in self._rows.values())
 
     def clear(self) -> None:
         """Drop every row."""
@@ -458,17 +458,19 @@ class CandidatePool:
         known.update(scores)
         self._scores.move_to_end(end)
         while self.num_bytes > self.max_bytes:
-            self._drop(next(iter(self._scores)))
+            _, dropped = self._scores.popitem(last=False)
+            self.num_bytes -= _num_candidate_bytes(dropped)
 
     def retain(self, spans: Container[Span]) -> None:
-        """Drop those behind other spans than these."""
-        for end in [end for end in self._scores if end not in spans]:
-            self._drop(end)
-
-    def _drop(self, end: Span) -> None:
-        self.num_bytes -= CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(self._scores.pop(end))
+        """Drop those behind other spans than these, and count anew."""
+        self._scores = OrderedDict((end, scores) for end, scores in self._scores.items() if end in spans)
+        self.num_bytes = sum(map(_num_candidate_bytes, self._scores.values()))
 
     def clear(self) -> None:
         """Drop all of them."""
         self._scores.clear()
         self.num_bytes = 0
+
+
+def _num_candidate_bytes(scores: Mapping[int, TokenScore]) -> int:
+    return CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(scores)

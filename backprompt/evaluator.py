@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
-from weakref import finalize
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,14 @@ class Growing(Protocol):
         ...
 
 
+@dataclass(eq=False)
+class PinnedText:
+    """A text that is held for as long as its pin is not released, and the span at which it ends."""
+
+    token_ids: TokenIds = ()
+    end: Span | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What is to be scored: a text's tokens from `start` on, and tokens that may follow it and are not forwarded."""
@@ -170,8 +178,11 @@ class Evaluator:
         self._archive = archive
         self._growth = Growth(self.forest)
         self.abandoned: deque[Sequence[Growing]] = deque()
-        """Texts that were growing when whoever let them grow was discarded, by any thread at any time."""
-        self._pinned: dict[Span, int] = {}  # the ends of pinned texts, and how often each is
+        """Texts that were growing when whoever let them grow failed or was discarded, by any thread at any time."""
+        self.is_closed = False
+        self._pins: dict[PinnedText, None] = {}
+        self._growing: WeakKeyDictionary[object, Sequence[Growing]] = WeakKeyDictionary()  # by who lets them grow
+        self._in_use: dict[object, Sequence[Span]] = {}  # ends of what is being computed or read
         self._is_probed = False
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
         finalize(self, self.forest.clear).atexit = False
@@ -183,9 +194,8 @@ class Evaluator:
 
     def clear(self) -> None:
         """Forget all that was computed, pinned texts included."""
-        self.forest.clear()
-        self._forget_results()
-        self._pinned.clear()
+        self._pins.clear()
+        self._forget()
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since what was computed last was begun.
@@ -206,8 +216,43 @@ class Evaluator:
 
     def close(self) -> None:
         """Forget everything for good: whoever still refers to this must not keep copies of weights alive."""
+        self.is_closed = True
         self.clear()
         self.executor.close()
+
+    def recover(self) -> None:
+        """Make everything right again after an error, wherever it came; docs/design.md, "Failures", says how.
+
+        Where the forest is whole all that was computed is kept, and what was to be computed leaves it. Else everything
+        is forgotten; `hold_pins` computes again what pins hold.
+        """
+        self._in_use.clear()
+        if not self.forest.is_whole:
+            self._forget()
+        self._prune()
+        spans = list(self.forest.spans())
+        for tier in (self.memory, self.host):
+            tier.recount(spans)
+        self._make_room()
+
+    def hold_pins(self) -> None:
+        """Compute what pins hold where it was forgotten."""
+        lost = [pin for pin in self._pins if pin.end is None or not _is_held(pin.end, with_keys=True)]
+        if lost:
+            with self._inserted([pin.token_ids for pin in lost]) as ends, self._using(ends):
+                self._compute(ends, with_keys=True)
+                for pin, end in zip(lost, ends, strict=True):
+                    pin.end = end
+
+    def held_ends(self) -> set[Span]:
+        """Return the ends of all texts that must stay: those of pins, those that grow, and what is in use now.
+
+        Asked of those who hold them each time, and kept nowhere else, so it cannot disagree with them.
+        """
+        held = {pin.end for pin in self._pins if pin.end is not None}
+        for texts in self._growing.values():
+            held.update(end for text in texts for end in text.ends.values())
+        return held.union(*self._in_use.values())
 
     @property
     def archive(self) -> Archive | None:
@@ -231,7 +276,7 @@ class Evaluator:
         """Compute what is missing of texts given by their token ids, and return the spans at which they end.
 
         Over the budget, results are dropped again: `held` brings one back. If a pass fails, the passes before it stay
-        computed and the rest leaves no trace.
+        computed, and `recover` removes the rest.
         """
         with self._inserted(texts) as ends:
             self._compute(ends)
@@ -244,71 +289,58 @@ class Evaluator:
         What was dropped of them is computed again. Yields the span at which the text ends; `end` is the last one known.
         """
         if _is_held(end, with_keys):
-            end.num_pins += 1
-            try:
+            with self._using([end]):
                 yield end
-            finally:
-                end.num_pins -= 1
             return
         self.counters.tokens_requested += len(token_ids)
         with self._computed(token_ids, with_keys=with_keys) as end:
             yield end
 
-    def pin(self, token_ids: TokenIds) -> Span:
+    def pin(self, pin: PinnedText) -> None:
         """Compute a text and hold all of it until `unpin`.
 
         Raises:
             MemoryBudgetError: it does not fit the budget, beside what is pinned already.
 
         """
-        with self._inserted([token_ids]) as (end,):
-            pinned = _on_the_way([*self._pinned, end])
-            num_bytes = self._num_bytes(pinned)
+        with self._inserted([pin.token_ids]) as ends, self._using(ends):
+            (pin.end,) = ends
+            num_bytes = self._num_bytes(_on_the_way([*self._pinned_ends(), *ends]))
             if num_bytes > self.memory.max_bytes:
                 raise MemoryBudgetError(
-                    f"With this text of {len(token_ids)} tokens pins would hold {num_bytes:,} bytes, more than the "
+                    f"With this text of {len(pin.token_ids)} tokens pins would hold {num_bytes:,} bytes, more than the "
                     f"LM's budget of {self.memory.max_bytes:,}. Release other pins, or give the LM more: "
                     "LM(..., memory_bytes=...)."
                 )
-            end.num_pins += 1
-            try:
-                self._compute([end], with_keys=True)
-            except BaseException:
-                end.num_pins -= 1
-                raise
-            self._pinned[end] = self._pinned.get(end, 0) + 1
-        return end
+            self._compute(ends, with_keys=True)
+            self._pins[pin] = None
+
+    def let_grow(self, owner: object, texts: Sequence[Growing]) -> None:
+        """Hold the ends of these texts, as they are at any time, for as long as their owner lives."""
+        self._growing[owner] = texts
+        # Whoever drops a stream does not say so: what it has grown is ended when the evaluator next looks.
+        finalize(owner, self.abandoned.append, texts).atexit = False
 
     def begin(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Compute texts that are to grow, and hold all of each until `settle` or `end_growth`."""
+        """Compute all of texts that are to grow. The caller notes the ends where `let_grow` says, and so holds them."""
         self.count_evaluation()
-        with self._inserted(texts) as ends:
-            self._compute_and_pin(ends)
+        with self._inserted(texts) as ends, self._using(ends):
+            self._compute(ends, with_keys=True)
         return ends
 
     def grow(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Forward what texts have more than those that are held, in one pass, and hold them as well.
+        """Forward what texts have more than those that are held, in one pass; the caller notes the ends as well.
 
         Nothing of it is stored until the growth ends.
         """
         num_before = self.counters.tokens_computed
-        with self._inserted(texts, are_ends=False) as ends:
+        with self._inserted(texts, are_ends=False) as ends, self._using(ends):
             new = [end for end in dict.fromkeys(ends) if end.rows is None]
-            self._compute_and_pin(ends, use_store=False)
+            self._compute(ends, with_keys=True, use_store=False)
         self.counters.tokens_requested += max(len(texts), self.counters.tokens_computed - num_before)
         for end in new:
             self._growth.note_pass(end)
         return ends
-
-    def _compute_and_pin(self, ends: Sequence[Span], *, use_store: bool = True) -> None:
-        for end in ends:
-            end.num_pins += 1
-        try:
-            self._compute(ends, with_keys=True, use_store=use_store)
-        except BaseException:
-            for end in ends:
-                end.num_pins -= 1
-            raise
 
     def settle(self, grown: Sequence[Span], dropped: Sequence[Span], scores: Mapping[Span, TokenScore]) -> None:
         """Go on with some of the texts that are held.
@@ -320,19 +352,17 @@ class Evaluator:
             scores: of the last tokens of some that were grown.
 
         """
-        for end in dropped:
-            end.num_pins -= 1
         new = {end: score for end, score in scores.items() if not _is_scored(end, len(end.token_ids) - 1)}
         targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
         _write_scores(targets, self._as_tensors(list(new.values())))
+        held = self.held_ends()
         for end in dropped:
-            self.forest.discard(end)
-        self.memory.add(self._growth.absorb(list(dict.fromkeys(grown))))
+            self.forest.discard(end, held)
+        self.memory.add(self._growth.absorb(list(dict.fromkeys(grown)), held))
 
     def end_growth(self, ends: Sequence[Span]) -> None:
-        """Let go of texts that have grown; they may be dropped over the budget from now on, like all others."""
+        """Finish texts that have grown and that nobody holds any more: they are from now on like all others."""
         for end in ends:
-            end.num_pins -= 1
             end.is_end = True
         for end in dict.fromkeys(ends):
             self.memory.add(self._growth.finish(end))
@@ -341,7 +371,7 @@ class Evaluator:
         self._make_room()
 
     def end_abandoned(self) -> None:
-        """Let go of what grew for somebody who is no more."""
+        """Finish what grew for somebody who is no more, or who failed."""
         while self.abandoned:
             self.end_growth([end for text in self.abandoned.popleft() for end in text.ends.values()])
 
@@ -369,7 +399,7 @@ class Evaluator:
     def num_bytes_to_hold(self, ends: Collection[Span]) -> int:
         """Return the bytes of all that must be held for these texts and for what is pinned."""
         self._probe_once()  # how many bytes a token takes is known from then on
-        return self._num_bytes(_on_the_way([*self._pinned, *ends]))
+        return self._num_bytes(_on_the_way([*self._pinned_ends(), *ends]))
 
     def save(self, token_ids: TokenIds) -> None:
         """Write a text to the store, computed if need be."""
@@ -377,18 +407,14 @@ class Evaluator:
         with self._computed(token_ids, with_keys=True) as end:
             self._archive.save(end)
 
-    def is_pinned(self, end: Span) -> bool:
-        """Return whether a pin holds the text that ends here; after `clear` none does."""
-        return end in self._pinned
+    def is_pinned(self, pin: PinnedText) -> bool:
+        """Return whether a text is still held; after `clear` none is."""
+        return pin in self._pins
 
-    def unpin(self, end: Span) -> None:
-        """Undo one `pin`."""
-        if end in self._pinned:  # nothing is pinned any more after clear()
-            end.num_pins -= 1
-            self._pinned[end] -= 1
-            if not self._pinned[end]:
-                del self._pinned[end]
-            self._make_room()
+    def unpin(self, pin: PinnedText) -> None:
+        """Hold a text no more; one that is not held may be given, too."""
+        self._pins.pop(pin, None)
+        self._make_room()
 
     def pooled_logits(self, end: Span) -> Tensor | None:
         """Return a copy of the next-token logits after `end`, `(vocab,)`, if they were computed and are still held."""
@@ -619,27 +645,32 @@ class Evaluator:
     @contextmanager
     def _computed(self, token_ids: TokenIds, *, with_keys: bool) -> Iterator[Span]:
         """Compute what is missing of a text and hold it for as long as the context lasts."""
-        with self._inserted([token_ids]) as (end,):
-            end.num_pins += 1
-            try:
-                self._compute([end], with_keys=with_keys)
-                yield end
-            finally:
-                end.num_pins -= 1
-                self._make_room()
+        with self._inserted([token_ids]) as ends:
+            with self._using(ends):
+                self._compute(ends, with_keys=with_keys)
+                yield ends[0]
+            self._make_room()
+
+    @contextmanager
+    def _using(self, ends: Sequence[Span]) -> Iterator[None]:
+        """Hold the texts that end here for as long as the context lasts."""
+        use = object()
+        self._in_use[use] = ends
+        try:
+            yield
+        finally:
+            self._in_use.pop(use, None)  # `recover` may have taken it away
+
+    def _pinned_ends(self) -> list[Span]:
+        return [pin.end for pin in self._pins if pin.end is not None]
 
     @contextmanager
     def _inserted(self, texts: Sequence[TokenIds], *, are_ends: bool = True) -> Iterator[list[Span]]:
-        """Yield the ends of texts in the forest; after an error, what holds nothing leaves it."""
+        """Yield the ends of texts in the forest."""
         self._probe_once()
-        ends: list[Span] = []
-        try:
-            ends += (self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)
-            self.memory.touch(ends)
-            yield ends
-        except BaseException:
-            self._prune()
-            raise
+        ends = [self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts]
+        self.memory.touch(ends)
+        yield ends
         if self.memory.num_empty_spans > MAX_EMPTY_SPANS or self.memory.num_empty_tokens > MAX_EMPTY_TOKENS:
             self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # not again at the next evaluation
             self.memory.num_empty_spans = self.memory.num_empty_tokens = 0
@@ -716,13 +747,13 @@ class Evaluator:
             asked = set(ends)
             ends = [span for span in missing_spans(ends, with_keys=with_keys) if span in asked]  # in depth-first order
         if self.host.num_bytes:
-            pinned = _on_the_way(self._pinned)
+            pinned = _on_the_way(self._pinned_ends())
             room = self.memory.max_bytes - self._num_bytes(pinned)
             planned = self.host.plan_fetch(ends, room, pinned, with_keys=with_keys)
             if planned.num_bytes:
                 needed = _on_the_way([*planned.served, *planned.spans["states"], *planned.spans["rows"]])
                 self._make_room(before_eviction, needed, num_coming_bytes=planned.num_bytes)
-                self.memory.add(self.host.fetch(planned))
+                self.memory.add(self.host.fetch(self.forest, planned))
                 self.counters.tokens_fetched += planned.num_tokens
             ends = planned.served
         if archive is not None:
@@ -741,23 +772,27 @@ class Evaluator:
     def _forward(self, spans: Sequence[Span], *, use_store: bool) -> None:
         started = time.perf_counter()
         with_rows = [span for span in spans if span.token_ids]
-        new = [span for span in with_rows if span.states is None]
+        computed = None
         if with_rows:
             with self._blaming_weights():
-                self.memory.add(self.executor.compute(with_rows))
-            self.counters.forward_passes += 1
-        for span in new:
-            if span.error:  # it was read back inexactly once, and so may be rows of logits that were computed with it
-                span.error = 0.0
-                self._forget_results()
+                computed = self.executor.compute(with_rows)
         num_tokens = _num_tokens(with_rows)
         num_recomputed = _num_tokens(span for span in with_rows if span.was_computed)
-        for span in spans:
-            if isinstance(span, Junction):
-                span.rows = span.states = NOTHING
-            span.was_computed = True
-            span.computed_in = self.forest.evaluation
-            span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
+        with self.forest.changing():
+            if computed is not None:
+                self.memory.add((computed.keys_values, computed.states))
+                for span in computed.states_of:
+                    if span.error:  # read back inexactly once, and so may be rows of logits that were computed with it
+                        span.error = 0.0
+                        self._forget_results()
+                computed.place()
+            for span in spans:
+                if isinstance(span, Junction):
+                    span.rows = span.states = NOTHING
+                span.was_computed = True
+                span.computed_in = self.forest.evaluation
+                span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
+        self.counters.forward_passes += bool(with_rows)
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
@@ -778,11 +813,11 @@ class Evaluator:
             return
         if is_exceeded and before_eviction is not None:
             before_eviction()
-        try:
-            self.memory.evict(self.forest, needed, last_uses, next_pass, num_coming_bytes)
-        except BaseException:  # blocks may be cut in part: nothing in them can be trusted any more
-            self.clear()
-            raise
+        self.memory.evict(self.forest, self.held_ends(), needed, last_uses, next_pass, num_coming_bytes)
+
+    def _forget(self) -> None:
+        self.forest.clear()
+        self._forget_results()
 
     def _as_tensors(self, scores: Sequence[TokenScore]) -> TokenScores:
         return TokenScores.of(scores, self.executor.logprob_dtype, self.executor.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,30 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a pass left, which no span holds yet.
+
+    Attributes:
+        keys_values: of all its spans.
+        states: of those that held none; None if all did.
+        rows_of, states_of: where those of each span lie.
+
+    """
+
+    keys_values: KeysValues
+    states: States | None
+    rows_of: Mapping[Span, BlockRows[KeysValues]]
+    states_of: Mapping[Span, BlockRows[States]]
+
+    def place(self) -> None:
+        """Let the spans hold it."""
+        for span, rows in self.rows_of.items():
+            span.rows = rows
+        for span, states in self.states_of.items():
+            span.states = states
+
+
 class Executor:
     """Private copies of one model, and how to run them; to be used in `plain_surroundings`.
 
@@ -107,12 +131,11 @@ class Executor:
 
     def close(self) -> None:
         """Let go of the copies of the model, and of packed weights; nothing can be computed any more."""
-        del self._body, self._head, self._model
+        for name in ("_body", "_head", "_model"):
+            vars(self).pop(name, None)  # it may be closed already
 
-    def compute(self, spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> tuple[KeysValues, States | None]:
-        """Forward depth-first spans in one pass: all of them are computed when it returns, none if it raises.
-
-        Returns what it left: keys and values of all spans, and states of those that held none (None if all did).
+    def compute(self, spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Computed:
+        """Forward depth-first spans in one pass; they hold nothing of it before `Computed.place` is called.
 
         Raises:
             NonFiniteError: a hidden state, or what attention multiplies, is NaN or infinite; names the text.
@@ -128,18 +151,21 @@ class Executor:
             states: States | None = States.of(hidden)
         else:
             states = States.of(torch.cat([hidden[rows] for _, rows in new])) if new else None
-        for span, rows in zip(pass_.spans, pass_.slices, strict=True):
-            span.rows = BlockRows(keys_values, rows.start, rows.stop)
+        rows_of = {
+            span: BlockRows(keys_values, rows.start, rows.stop)
+            for span, rows in zip(pass_.spans, pass_.slices, strict=True)
+        }
+        states_of: dict[Span, BlockRows[States]] = {}
         start = 0
         for span, _ in new:
             assert states is not None
             stop = start + len(span.token_ids)
-            span.states = BlockRows(states, start, stop)
+            states_of[span] = BlockRows(states, start, stop)
             start = stop
         sample = States.of(hidden[:1])
         self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
         self.layout = Layout.of(keys_values, sample)
-        return keys_values, states
+        return Computed(keys_values, states, rows_of, states_of)
 
     def forward(self, pass_: Pass) -> Forwarded:
         """Forward all tokens of a pass.

@@ -43,7 +43,7 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
-from backprompt.evaluator import Counters, Evaluator, TokenScores, Wanted, split_to_score
+from backprompt.evaluator import Counters, Evaluator, PinnedText, TokenScores, Wanted, split_to_score
 from backprompt.executor import plain_surroundings
 from backprompt.forking import ForkableLock, watch_lm
 from backprompt.host import HostMemory
@@ -209,6 +209,7 @@ class LM:
         self._beyond_trained_length = beyond_trained_length
         self._pack_weights = pack_weights
         self._lock = threading.RLock()
+        self._has_failed = False  # since the evaluator last recovered
         self._counters = Counters()
         self._content_hash: str | None = None
         self._tokenizer_copy = PrivateTokenizer(tokenizer)
@@ -217,7 +218,7 @@ class LM:
         if self._store is not None and self._store is not store:
             weakref.finalize(self, self._store.close)  # nobody else can close it
         self._monitor = WeightsMonitor(model)  # before anything is made of the weights
-        self._evaluator = self._make_evaluator(self._monitor)
+        self._evaluator = self._make_evaluator(self._tokenizer_copy, self._monitor)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
         watch_lm(self)
 
@@ -472,9 +473,17 @@ class LM:
     def pin(self, text: Text) -> Pin:
         """Evaluate a text and hold all of it until it is released; see `Text.pin`."""
         (text,) = self._own_texts([text])
-        with self._exclusive():
-            (token_ids,) = self._checked_ids([text])
-            return Pin(self, self._evaluator, self._evaluator.pin(token_ids), len(token_ids))
+        pinned = PinnedText()
+        try:
+            with self._exclusive():
+                (pinned.token_ids,) = self._checked_ids([text])
+                self._evaluator.pin(pinned)
+                pin = Pin(self, self._evaluator, pinned)
+            return pin
+        except BaseException:  # whoever does not get the pin cannot release it
+            with self._exclusive():
+                self._evaluator.unpin(pinned)
+            raise
 
     def check(self, texts: Iterable[Text]) -> None:
         """Raise what `evaluate` raises for texts that cannot be evaluated; computes nothing."""
@@ -596,8 +605,7 @@ class LM:
                 self._checkpoint.forget_unless(weights)  # whether memory or weights are to blame
             tokenizer = PrivateTokenizer(self.tokenizer).fingerprint()
             if (weights, tokenizer) != (self._content_hash, self._tokenizer_copy.fingerprint()):
-                self._renew_encoder()
-                self._renew_evaluator(monitor)
+                self._start_over(PrivateTokenizer(self.tokenizer), monitor)
                 self._content_hash = weights
 
     def _own_texts(self, texts: Iterable[Text]) -> list[Text]:
@@ -749,15 +757,24 @@ class LM:
     def _exclusive(self) -> Iterator[None]:
         """Keep other threads out, and the caller's torch settings too; what is computed is of one state of the weights.
 
+        An error within, whatever it is and wherever it comes, has the evaluator recover before anything else is done.
+
         Raises:
             StaleRepresentationError: weights changed meanwhile.
 
         """
         with self._lock, plain_surroundings(self._evaluator.executor.device):
-            work_before = self._counters.work
-            yield
-            if self._counters.work != work_before:
-                self._evaluator.check_unchanged()
+            if self._has_failed:
+                self._evaluator.recover()
+                self._has_failed = False
+            try:
+                work_before = self._counters.work
+                yield
+                if self._counters.work != work_before:
+                    self._evaluator.check_unchanged()
+            except BaseException:
+                self._has_failed = True
+                raise
 
     def _before_fork(self) -> None:
         self._lock.acquire()
@@ -768,14 +785,15 @@ class LM:
     def _current(self) -> Evaluator:
         """Return the evaluator of the weights as they are now; the lock must be held."""
         if self._tokenizer_copy.has_changed():
-            self._renew_encoder()
-            self._renew_evaluator()
-        elif self._monitor.has_changed():
-            self._renew_evaluator()
+            logger.info("The tokenizer has changed.")
+            self._start_over(PrivateTokenizer(self.tokenizer))
+        elif self._monitor.has_changed() or self._evaluator.is_closed:
+            self._start_over(self._tokenizer_copy)
         self._evaluator.end_abandoned()
+        self._evaluator.hold_pins()
         return self._evaluator
 
-    def _make_evaluator(self, monitor: WeightsMonitor) -> Evaluator:
+    def _make_evaluator(self, tokenizer: PrivateTokenizer, monitor: WeightsMonitor) -> Evaluator:
         model, archive = unwrap(self._model), None
         device = model_device(model)
         host = HostMemory(self._host_memory_bytes, Location(torch.device("cpu"), self._pin_memory), Location(device))
@@ -787,7 +805,7 @@ class LM:
                 assert lm is not None
                 return lm._root(in_store=True)
 
-            archive = Archive(self._store, root, monitor.has_changed, self._tokenizer_copy.decode, device)
+            archive = Archive(self._store, root, monitor.has_changed, tokenizer.decode, device)
         return Evaluator(
             model,
             monitor.has_changed,
@@ -796,7 +814,7 @@ class LM:
             self._memory_bytes,
             host,
             MAX_RESULT_BYTES,
-            self._tokenizer_copy.decode,
+            tokenizer.decode,
             archive,
             pack_weights=self._pack_weights,
         )
@@ -829,24 +847,23 @@ class LM:
             checkpoint.remember(self._model, weights)
         return weights
 
-    def _renew_encoder(self) -> None:
-        """Start over with the tokenizer as it is now."""
-        logger.info("The tokenizer has changed.")
-        self._tokenizer_copy = PrivateTokenizer(self.tokenizer)
-        self._encoder = Encoder(self._tokenizer_copy, self._joins, self._add_special_tokens)
+    def _start_over(self, tokenizer: PrivateTokenizer, monitor: WeightsMonitor | None = None) -> None:
+        """Start over with the model as it is now, which is what `monitor` saw if that is given, and a tokenizer.
 
-    def _renew_evaluator(self, monitor: WeightsMonitor | None = None) -> None:
-        """Start over with the model as it is now, which is what `monitor` saw if that is given.
-
-        Nothing changes if it can no longer be evaluated.
+        Nothing changes if the model can no longer be evaluated.
+        An error on the way leaves the old evaluator, closed: `_current` sees that, and starts over once more.
         """
         logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
         monitor = WeightsMonitor(self._model) if monitor is None else monitor  # before anything is made of the weights
-        evaluator = self._make_evaluator(monitor)
-        self._evaluator.close()
-        self._evaluator, self._monitor = evaluator, monitor
-        self._evaluated = WeakKeyDictionary()
+        evaluator = self._make_evaluator(tokenizer, monitor)
+        encoder = Encoder(tokenizer, self._joins, self._add_special_tokens)
         self._content_hash = self._checkpoint = None
+        self._evaluator.close()
+        self._evaluated = WeakKeyDictionary()
+        self._encoder = encoder
+        self._tokenizer_copy = tokenizer
+        self._monitor = monitor
+        self._evaluator = evaluator
 
 
 _SHARED: WeakValueDictionary[tuple[int, int], LM] = WeakValueDictionary()

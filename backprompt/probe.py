@@ -113,7 +113,7 @@ def _packed_logits(executor: Executor, texts: list[tuple[int, ...]]) -> list[Ten
     spans = missing_spans(ends)
     try:
         for part in (spans[:1], spans[1:]):
-            executor.compute(part, tile_tokens=_TILE_TOKENS)
+            executor.compute(part, tile_tokens=_TILE_TOKENS).place()
         places = [[states_of(span) for span in end.path()] for end in ends]
         return [executor.logits(gather(path, lambda states: states.hidden, dim=0)) for path in places]
     finally:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backprompt.errors import GroupError, StaleRepresentationError
-from backprompt.evaluator import Evaluator
+from backprompt.evaluator import Evaluator, PinnedText
 from backprompt.identity import key_of
 from backprompt.radix import Place, Span
 from backprompt.token_graph import TokenGraph, TokenIds, flat
@@ -259,14 +259,14 @@ class Pin:
     nothing to hold any more, and releasing does nothing.
     """
 
-    def __init__(self, lm: LM, evaluator: Evaluator, end: Span, num_tokens: int) -> None:
+    def __init__(self, lm: LM, evaluator: Evaluator, text: PinnedText) -> None:
         self._lm = lm
         self._evaluator = evaluator
-        self._end: Span | None = end
-        self._num_tokens = num_tokens
+        self._text = text
 
     def __repr__(self) -> str:
-        return f"Pin({self._num_tokens} tokens, {'held' if self._is_held else 'released'})"
+        is_held = self._evaluator.is_pinned(self._text)
+        return f"Pin({len(self._text.token_ids)} tokens, {'held' if is_held else 'released'})"
 
     def __enter__(self) -> Pin:
         return self
@@ -277,18 +277,13 @@ class Pin:
     @property
     def num_bytes(self) -> int:
         """Bytes of the budget that the pin takes alone; what it shares with other pins is counted once."""
-        return _num_bytes(self._evaluator, self._end) if self._end is not None and self._is_held else 0
-
-    @property
-    def _is_held(self) -> bool:
-        return self._end is not None and self._evaluator.is_pinned(self._end)
+        is_held = self._evaluator.is_pinned(self._text)
+        return _num_bytes(self._evaluator, self._text.end) if is_held and self._text.end is not None else 0
 
     def release(self) -> None:
         """Let go; a second call does nothing."""
         with self._lm._exclusive():
-            end, self._end = self._end, None
-            if end is not None:
-                self._evaluator.unpin(end)
+            self._evaluator.unpin(self._text)
 
 
 def _num_bytes(evaluator: Evaluator, end: Span) -> int:

@@ -58,6 +58,11 @@ class Tier:
         """Count these blocks for as long as they live."""
         self._blocks.update(block for block in blocks if block is not None)
 
+    def recount(self, spans: Sequence[Span]) -> None:
+        """Count the blocks that these spans refer to, and no others any more."""
+        places = (place for kind in KINDS for place in self.held(kind, spans).values())
+        self._blocks = WeakSet(place.block for place in places if place.block is not None)
+
     def held(self, kind: Kind, spans: Iterable[Span]) -> Places:
         """Return where the spans' rows lie, of those that have any here."""
         slot = self._slots[kind]

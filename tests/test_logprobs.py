@@ -381,7 +381,7 @@ def test_options_that_leave_no_token_are_an_error(options, masked_lm):
     text = Text(PROMPTS[0], masked_lm)
     with pytest.raises(GenerationError, match="-inf for every token, so that none may follow"):
         text.generate(max_new_tokens=2, suppress_tokens=list(range(320)), **options)
-    assert not any(span.num_pins for span in masked_lm._evaluator.forest.spans())
+    assert not masked_lm._evaluator.held_ends()
 
 
 def test_beams_of_probability_0_are_no_continuations(tokenizer):
@@ -460,7 +460,7 @@ def test_logits_that_are_no_distribution_are_an_error_that_names_the_text(what, 
     assert torch.isfinite(good.generate(max_new_tokens=2).completion_logprobs).all()
     for rows in lm._evaluator._pool._rows.values():
         assert torch.isfinite(rows).all()
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
 
 
 def test_nothing_that_is_no_distribution_is_stored(tokenizer):
