@@ -1,116 +1,35 @@
-"""Compose prompts with `+` and evaluate a forest of them in packed passes, each distinct token once."""
+"""Compose prompts with `+` and evaluate a forest of them in packed passes, each distinct token once.
+
+What is public stands in `_public.py`. It is imported when the first of it is asked for: torch and transformers take
+seconds, and the command line answers `--help`, and an interrupt, before that.
+"""
 
 import logging as _logging
+import typing as _typing
+from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
 
-from backprompt import classify
-from backprompt._chat import chat
-from backprompt._draw import Drawing, draw
-from backprompt._explain import Divergence, Explanation, explain
-from backprompt._generate import GeneratedText, SelectedText, Stream, generate
-from backprompt._graph import to_networkx
-from backprompt._plot import plot_probabilities
-from backprompt._show import ShownText, ShownToken
-from backprompt._verify import NodeDrift, Verification, verify
-from backprompt.errors import (
-    BackpromptError,
-    DamagedEntryError,
-    DrawingError,
-    DriftError,
-    EmptyTextError,
-    EntryTooLargeError,
-    GenerationError,
-    GroupError,
-    JoinError,
-    MemoryBudgetError,
-    MissingDependencyError,
-    MixedModelsError,
-    ModelLoadError,
-    NonFiniteError,
-    NoStoreError,
-    NotPicklableError,
-    StaleRepresentationError,
-    StoreVersionError,
-    TextTooLongError,
-    TextTypeError,
-    TokenIdError,
-    TokenizerError,
-    UnboundTextError,
-    UnsupportedModelError,
-)
-from backprompt.evaluator import TokenScores
-from backprompt.independence import IndependenceGap, independence_gap
-from backprompt.lm import LM, Stats, evaluate, load
-from backprompt.lookup import Piece
-from backprompt.missing import Miss
-from backprompt.representation import ModelRepr, Pin
-from backprompt.store import DiskStore, MemoryStore, Store
-from backprompt.text import Text, eager, parallel
-from backprompt.tokens import Extent, Join
+if _typing.TYPE_CHECKING:
+    from backprompt._public import *  # noqa: F403
+    from backprompt._public import __all__ as __all__
 
 __version__ = "0.1.0"
 
 _logging.getLogger(__name__).addHandler(_logging.NullHandler())  # silent unless the program asks for messages
 
-__all__ = [
-    "LM",
-    "BackpromptError",
-    "DamagedEntryError",
-    "DiskStore",
-    "Divergence",
-    "Drawing",
-    "DrawingError",
-    "DriftError",
-    "EmptyTextError",
-    "EntryTooLargeError",
-    "Explanation",
-    "Extent",
-    "GeneratedText",
-    "GenerationError",
-    "GroupError",
-    "IndependenceGap",
-    "Join",
-    "JoinError",
-    "MemoryBudgetError",
-    "MemoryStore",
-    "Miss",
-    "MissingDependencyError",
-    "MixedModelsError",
-    "ModelLoadError",
-    "ModelRepr",
-    "NoStoreError",
-    "NodeDrift",
-    "NonFiniteError",
-    "NotPicklableError",
-    "Piece",
-    "Pin",
-    "SelectedText",
-    "ShownText",
-    "ShownToken",
-    "StaleRepresentationError",
-    "Stats",
-    "Store",
-    "StoreVersionError",
-    "Stream",
-    "Text",
-    "TextTooLongError",
-    "TextTypeError",
-    "TokenIdError",
-    "TokenScores",
-    "TokenizerError",
-    "UnboundTextError",
-    "UnsupportedModelError",
-    "Verification",
-    "chat",
-    "classify",
-    "draw",
-    "eager",
-    "evaluate",
-    "explain",
-    "generate",
-    "independence_gap",
-    "load",
-    "parallel",
-    "plot_probabilities",
-    "to_networkx",
-    "verify",
-]
+
+def __getattr__(name: str) -> _typing.Any:
+    """Return a public name, or a module of the package; both stay as attributes."""
+    if name == "__all__" or not name.startswith("__"):
+        if _find_spec(f"{__name__}.{name}") is not None:
+            return _import_module(f"{__name__}.{name}")
+        public = _import_module(f"{__name__}._public")
+        if name in ("__all__", *public.__all__):
+            value = globals()[name] = getattr(public, name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names of the package, those that were not asked for yet included."""
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -12,7 +12,6 @@ import html
 import itertools
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import networkx as nx
 from backprompt._graph import STATUSES, Status, to_networkx
 from backprompt._visible import LINE_WIDTH, shortened, visible, wrapped
 from backprompt.errors import DrawingError
+from backprompt.forking import ForkableLock, watch_store
 from backprompt.text import Text
 
 MAX_IN_A_ROW = 4
@@ -165,8 +165,9 @@ class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
         return str(picture)
 
 
-_LAYOUT_LOCK = threading.Lock()
+_LAYOUT_LOCK = ForkableLock()
 """Graphviz keeps its state in globals."""
+watch_store(_LAYOUT_LOCK)
 
 
 def _laid_out(source: str, format: str, engine: str) -> bytes | None:
@@ -391,7 +392,7 @@ class _Picture:
         look = _LOOKS[max(statuses, key=lambda status: (statuses[status], -STATUSES.index(status)))]
         return {
             "label": self._label(box, statuses),
-            "tooltip": graphviz.escape(self._tooltip(box)),
+            "tooltip": _attribute(self._tooltip(box)),
             "fillcolor": look.fill,
             "color": look.border,
             "style": f"rounded,filled,{look.style}",
@@ -460,7 +461,9 @@ class _Picture:
         return lines
 
     def _tooltip(self, box: _Box) -> str:
-        strings = [visible(self._graph.nodes[node]["string"]) for node in box.nodes[:20]]
+        strings = [
+            visible(shortened(self._graph.nodes[node]["string"], _TOOLTIP_CHARACTERS)) for node in box.nodes[:20]
+        ]
         return shortened(" | ".join(strings), _TOOLTIP_CHARACTERS) or " "
 
     def _legend(self) -> str:
@@ -567,6 +570,11 @@ def _html(shown: str) -> str:
     escaped = html.escape(shown).replace(" ", "&#160;")
     # A tag keeps the backslash from what follows: Graphviz replaces \N by the node's name, however it is written.
     return escaped.replace("\\", f'<FONT COLOR="{_INK}">&#92;</FONT>')
+
+
+def _attribute(shown: str) -> str:
+    r"""Return a string for attributes, in which Graphviz reads entities, and escapes such as \N twice."""
+    return html.escape(shown).replace("\\", "&#92;" * 4)
 
 
 def _told(statuses: Counter[Status]) -> str:

@@ -16,13 +16,15 @@ from importlib.util import find_spec
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
+from backprompt._visible import visible
+from backprompt.arguments import as_texts
 from backprompt.errors import MixedModelsError
 from backprompt.evaluator import Evaluator
 from backprompt.lm import lm_of
 from backprompt.lookup import where
 from backprompt.missing import Miss, Reason, misses, shown_segment
 from backprompt.radix import common_length
-from backprompt.text import Text, as_list
+from backprompt.text import Text
 from backprompt.token_graph import TokenGraph, TokenIds, flat
 
 if TYPE_CHECKING:
@@ -161,7 +163,7 @@ class Explanation:
         columns = range(3 if self.actual is not None else 2)
         widths = [max(len(row[column]) for row in rows) for column in columns]
         lines = ["  ".join(_aligned(row[column], widths[column], column) for column in columns) for row in rows]
-        return "\n".join(line.rstrip() for line in [*lines, "", *self.sentences, *self._missing_lines()])
+        return "\n".join(line.rstrip() for line in [*lines, "", *self._said()])
 
     def show(self) -> None:
         """Print it: as a table of rich where that is installed and the output is a terminal, else as plain text."""
@@ -184,13 +186,17 @@ class Explanation:
             column.justify = "right"
         for row in self._rows():
             table.add_row(*row[: len(table.columns)])
-        return Group(table, *map(RichText, [*self.sentences, *self._missing_lines()]))
+        return Group(table, *map(RichText, self._said()))
 
     def _repr_html_(self) -> str:
         head = ["", "expected", "actual"][: 2 if self.actual is None else 3]
         rows = "".join(f"<tr>{_cells(row[: len(head)], 'td')}</tr>" for row in self._rows())
-        lines = "<br>".join(html.escape(line) for line in [*self.sentences, *self._missing_lines()])
+        lines = "<br>".join(html.escape(line) for line in self._said())
         return f"<table><thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{rows}</tbody></table><p>{lines}</p>"
+
+    def _said(self) -> list[str]:
+        """Return what is said below the table; it quotes texts, and what a store says of itself."""
+        return [visible(line) for line in [*self.sentences, *self._missing_lines()]]
 
     def _rows(self) -> list[tuple[str, str, str]]:
         """Return what each figure is, its expected and its actual value; "" for what there is none of."""
@@ -329,7 +335,7 @@ def listed_texts(texts: Text | Iterable[Text], what: str) -> list[Text]:
         TextTypeError: it is a string, or nothing that one can go through.
 
     """
-    listed = as_list(texts, what)
+    listed = as_texts(texts, what)
     if not listed:
         raise ValueError(f"{what} needs at least one text.")
     return listed

@@ -7,23 +7,25 @@ How a token is chosen is decoding.py's business.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
-from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from backprompt import classify
+from backprompt.arguments import as_int, as_list, as_texts
 from backprompt.beams import BeamDecoding
+from backprompt.completions import EndOfPrompt, completion_ids, ends_behind
+from backprompt.decoded import Decoder
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
-from backprompt.errors import GenerationError, TextTypeError
+from backprompt.errors import GenerationError
 from backprompt.lookahead import MAX_PROPOSALS
 from backprompt.progress import progress_bar, showing
 from backprompt.radix import Span
+from backprompt.stops import StopStrings
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenIds, flat, with_more
 from backprompt.tokens import added
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 
 Continued = TypeVar("Continued", bound="ContinuedText")
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's, for bytes that no other token has
-
 MAX_LIVE_TEXTS = 256
 """Of more texts the others wait until one is finished."""
 
@@ -43,18 +43,20 @@ MAX_LIVE_TEXTS = 256
 class ContinuedText(Text):
     """A prompt and what follows it, a segment of token ids. Joined with `+` it gives a plain `Text`."""
 
+    # Behind the ids may stand a string: see `stops.Cut`.
+
     __slots__ = ("_completion", "_prompt")
 
     _prompt: Text
     _completion: Text
 
     @classmethod
-    def _of(cls: type[Continued], prompt: Text, token_ids: Sequence[int], lm: LM) -> Continued:
+    def _of(cls: type[Continued], prompt: Text, token_ids: Sequence[int], lm: LM, rest: str = "") -> Continued:
         with lazily():
-            completion = Text.from_tokens(token_ids, lm)
+            completion = Text.from_tokens(token_ids, lm) + rest
             plain = prompt + completion
         text = cls.__new__(cls)
-        for name in ("_segment", "_left", "_right", "_lm", "_num_segments", "_hash"):
+        for name in ("_segment", "_add_special_tokens", "_left", "_right", "_lm", "_num_segments", "_hash"):
             setattr(text, name, getattr(plain, name))
         text._prompt, text._completion = prompt, completion
         return text
@@ -65,10 +67,18 @@ class ContinuedText(Text):
         return self._prompt
 
     @property
+    def completion_text(self) -> Text:
+        """What was added, as a text of its own: the ids, and the string behind them where a stop string cut a token."""
+        return self._completion
+
+    @property
     def completion_tokens(self) -> tuple[int, ...]:
-        """The ids that were added, an end token included."""
-        segments = self._completion.segments  # one, or none where nothing was added
-        return segments[0] if segments and isinstance(segments[0], tuple) else ()
+        """The ids that were added, an end token included.
+
+        Of what a stop string ended, those before the token in which the stop string begins.
+        """
+        ids = [segment for segment in self._completion.segments if isinstance(segment, tuple)]
+        return ids[0] if ids else ()
 
     @property
     def completion(self) -> str:
@@ -78,7 +88,12 @@ class ContinuedText(Text):
         kept = [token_id for token_id in self.completion_tokens if token_id not in special]
         with lazily():
             whole, before = (self._prompt + Text.from_tokens(kept, lm)).string, self._prompt.string
-        return added(before, whole)  # a prompt may end within a character
+        return added(before, whole) + self._rest  # a prompt may end within a character
+
+    @property
+    def _rest(self) -> str:
+        segments = self._completion.segments
+        return segments[-1] if segments and isinstance(segments[-1], str) else ""
 
     def _plain(self) -> Text:
         with lazily():
@@ -86,20 +101,27 @@ class ContinuedText(Text):
 
 
 class GeneratedText(ContinuedText):
-    """What `generate` returns: a prompt and what the model added to it."""
+    """What `generate` returns: a prompt and what the model added to it, a segment of token ids.
 
-    __slots__ = ("_finish_reason", "_logprobs")
+    A stop string is cut off (with `include_stop=True`, what stands behind it). Where the cut is within a token, the
+    tokens before it stay as they were generated, and the rest of that token's string stands behind them as a string,
+    encoded as any string is: `text.tokens` has ids for it, `completion_tokens` and `completion_logprobs` have none.
+    """
+
+    __slots__ = ("_finish_reason", "_logprob_dtype", "_logprobs")
 
     _logprobs: tuple[float, ...]
+    _logprob_dtype: torch.dtype
     _finish_reason: FinishReason
 
     @property
     def completion_logprobs(self) -> Tensor:
-        """Log-probability of each added token in the model's own distribution, `(new tokens,)`, nats, float32.
+        """Log-probability of each of `completion_tokens` in the model's own distribution, `(tokens,)`, nats.
 
-        Temperature, penalties and whatever else changed what was chosen do not show here.
+        In float64 for a model in float64, else in float32. Temperature, penalties and whatever else changed what was
+        chosen do not show here.
         """
-        return torch.tensor(self._logprobs, dtype=torch.float32)
+        return torch.tensor(self._logprobs, dtype=self._logprob_dtype)
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -114,10 +136,14 @@ class GeneratedText(ContinuedText):
 class SelectedText(ContinuedText):
     """What `select` returns: a prompt and the most probable of the options."""
 
-    __slots__ = ("_option", "_probabilities")
+    __slots__ = ("_aggregate", "_option", "_probabilities")
 
+    _aggregate: classify.Aggregate
     _option: str
     _probabilities: dict[str, float]
+
+    def __repr__(self) -> str:
+        return f"<{super().__repr__()}, selected {self._option!r} by the {self._aggregate}>"
 
     @property
     def option(self) -> str:
@@ -126,19 +152,32 @@ class SelectedText(ContinuedText):
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """The probability of each option among them."""
+        """The probability of each option among them, by the rule that `aggregate` names."""
         return dict(self._probabilities)
 
+    @property
+    def aggregate(self) -> classify.Aggregate:
+        """How an option's token log-probabilities became its own: by their "mean" or their "sum"."""
+        return self._aggregate
 
-def select(prompt: Text, options: Sequence[str], *, end_of_prompt: str = " ", **scoring: Any) -> SelectedText:
+
+def select(
+    prompt: Text,
+    options: Iterable[str],
+    *,
+    end_of_prompt: EndOfPrompt = "auto",
+    aggregate: classify.Aggregate = "mean",
+    **scoring: Any,
+) -> SelectedText:
     """Return a text continued by the most probable of some options.
 
-    The probabilities are those of `classify.predict_proba(prompt, options, aggregate="sum")`.
+    The probabilities are those of `classify.predict_proba(prompt, options)`.
 
     Args:
         prompt: what to continue.
         options: what may follow.
-        end_of_prompt: " " or "": stands between the prompt and an option; see `classify.log_probs`.
+        end_of_prompt: "auto", " " or "": stands between the prompt and an option; see `classify.log_probs`.
+        aggregate: of an option's token log-probabilities, the "mean" or the "sum"; see `classify.predict_proba`.
         **scoring: other options of `classify.predict_proba`, such as `prior`.
 
     Raises:
@@ -146,19 +185,22 @@ def select(prompt: Text, options: Sequence[str], *, end_of_prompt: str = " ", **
 
     """
     lm = prompt._require_lm("a continuation")
-    scoring = {"aggregate": "sum", **scoring}
-    probabilities = classify.predict_proba(prompt, options, end_of_prompt=end_of_prompt, **scoring)
-    best = int(probabilities.argmax())
-    space = end_of_prompt if lm.needs_space_between else ""
-    (token_ids,) = lm.completion_ids([space + options[best]])
+    listed = as_list(options, "options must be a sequence of strings")
+    probabilities = classify.predict_proba(prompt, listed, end_of_prompt=end_of_prompt, aggregate=aggregate, **scoring)
+    option = listed[int(probabilities.argmax())]
+    (end,) = ends_behind(lm, [(prompt, end_of_prompt)])
+    (token_ids,) = completion_ids(lm, [(end, option)]).values()
     text = SelectedText._of(prompt, token_ids, lm)
-    text._option, text._probabilities = options[best], dict(zip(options, probabilities.tolist(), strict=True))
+    text._aggregate, text._option = aggregate, option
+    text._probabilities = dict(zip(listed, probabilities.tolist(), strict=True))
     return text
 
 
-def _generated(lm: LM, prompt: Text, found: Found) -> GeneratedText:
-    text = GeneratedText._of(prompt, [choice.token_id for choice in found.choices], lm)
-    text._logprobs = tuple(choice.logprob for choice in found.choices)
+def _generated(lm: LM, prompt: Text, found: Found, dtype: torch.dtype) -> GeneratedText:
+    kept = found.choices if found.cut is None else found.choices[: found.cut.num_tokens]
+    rest = "" if found.cut is None else found.cut.rest
+    text = GeneratedText._of(prompt, [choice.token_id for choice in kept], lm, rest)
+    text._logprobs, text._logprob_dtype = tuple(choice.logprob for choice in kept), dtype
     text._finish_reason = found.finish_reason
     return text
 
@@ -185,11 +227,12 @@ def generate(
     max_new_tokens: int,
     n: int | None = None,
     stop: str | Sequence[str] | None = None,
+    include_stop: bool = False,
     seed: int | None = None,
     show_progress_bar: bool | None = None,
     **generation_config: Any,
 ) -> Any:
-    """Let the model continue texts, all together.
+    r"""Let the model continue texts, all together.
 
     Greedy unless sampling is asked for, by `do_sample=True` or one of its fields (`temperature`, `top_p`, ...). The
     rules are those of transformers: what is not given comes from the model's `generation_config`.
@@ -198,7 +241,11 @@ def generate(
         texts: a text or many, of one `LM`, whatever they share; they may have groups, but not end in one.
         max_new_tokens: how many tokens to add to each at most.
         n: how many samples of each text; by default one.
-        stop: a string or strings; a text ends with the token that completes one of them.
+        stop: a string or strings; a text ends with the first one that is generated. What stands in the prompt does not
+            count: of "\n\n" behind a prompt that ends in "\n", both line breaks must be generated. Of several that are
+            complete with one character, the longest counts. (transformers' `stop_strings` looks at the prompt, too, and
+            the text keeps the token that completes one.)
+        include_stop: keep the stop string, which is otherwise left out of the text and its completion.
         seed: of sampling. A text's samples depend on the seed, its ids, the options and the number of the sample (of
             the same ids in the call), and not on what else is generated. By default each call has a seed of its own.
         show_progress_bar: by default on a terminal where it takes longer than two seconds.
@@ -212,27 +259,25 @@ def generate(
         GenerationError: options that contradict each other or that are not there; no room for `max_new_tokens`.
         GroupError: a text ends in a group, so there is no last token to continue.
         What `evaluate` raises. All of it before anything is computed.
+        GenerationError, on the way: the options exclude every token that may follow, or make scores NaN.
+        NonFiniteError, on the way: the model returned NaN or infinity; names the text.
         StaleRepresentationError: the model's weights change meanwhile.
 
     """
     is_single = isinstance(texts, Text)
-    listed = [texts] if isinstance(texts, Text) else list(texts)
-    for idx, text in enumerate(listed):
-        if not isinstance(text, Text):
-            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise GenerationError(f"n must be an int of at least 1, not {n!r}.")
+    listed = as_texts(texts, "generate")
+    num_each = 1 if n is None else as_int(n, "n", at_least=1, error=GenerationError)
     if not listed:
         return []
     lm = listed[0]._require_lm("a continuation")
-    decoding = lm.decoding(max_new_tokens=max_new_tokens, stop=stop, seed=seed, given=generation_config)
-    num_each = n or 1
+    stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
+    decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
     if not decoding.is_sampling and num_each > decoding.num_beams:
         if decoding.num_beams == 1:
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
         raise GenerationError(f"{decoding.num_beams} beams give no {n} continuations. Ask for more: num_beams={n}.")
     run = Run(lm, [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed, decoding)
-    _run_with_bar(run, show_progress_bar)
+    run_with_bar(run, show_progress_bar)
     found = run.results(num_each)
     if decoding.is_sampling:
         samples = [text for (text,) in found]
@@ -241,16 +286,19 @@ def generate(
     return results[0] if is_single else results
 
 
-def _run_with_bar(run: Run, show: bool | None) -> None:
-    """Let texts grow until all are finished, under a bar over their tokens."""
+def run_with_bar(run: Run, show: bool | None) -> None:
+    """Let texts grow until all are finished, or an error comes, under a bar over their tokens."""
     total = len(run.texts) * run.decoding.max_new_tokens
     with showing(show):
         bar = progress_bar(total, "generating", "tokens", is_long=run.decoding.max_new_tokens > 1)
-    with bar, showing(False):  # one bar is enough
-        is_going_on = True
-        while is_going_on:
-            is_going_on = run.step()
-            bar.update(run.num_tokens_done - bar.n)
+    try:
+        with bar, showing(False):  # one bar is enough
+            is_going_on = True
+            while is_going_on:
+                is_going_on = run.step()
+                bar.update(run.num_tokens_done - bar.n)
+    finally:
+        run.close()
 
 
 class Stream(Iterator[str]):
@@ -266,7 +314,10 @@ class Stream(Iterator[str]):
         self._lm = lm
         self._prompt = prompt
         self._run = Run(lm, [prompt], decoding)
-        self._num_given = 0
+        self._stops = decoding.stops
+        self._decoder = Decoder(lm.tokenizer, lm.tokenizer.all_special_ids)
+        self._decoded = self._decoder.begin(flat(self._run.prompts[0]))
+        self._num_decoded = self._num_given = 0
 
     @property
     def text(self) -> GeneratedText:
@@ -277,9 +328,7 @@ class Stream(Iterator[str]):
     def __next__(self) -> str:
         while True:
             is_going_on = self._run.step()
-            completion = self._settled() if is_going_on else self.text.completion
-            if is_going_on and completion.endswith("\N{REPLACEMENT CHARACTER}"):
-                continue  # a character whose other bytes are still to come
+            completion = self._stops.decided(self._settled()) if is_going_on else self.text.completion
             piece, self._num_given = completion[self._num_given :], len(completion)
             if piece:
                 return piece
@@ -287,13 +336,12 @@ class Stream(Iterator[str]):
                 raise StopIteration
 
     def _settled(self) -> str:
-        """Return the completion without the run of byte tokens at its end, which decoders decode as a whole."""
-        token_ids = list(self.text.completion_tokens)
-        tokens = self._lm.tokenizer.convert_ids_to_tokens(token_ids)
-        special = set(self._lm.tokenizer.all_special_ids)  # they are left out, so bytes around them meet
-        while token_ids and (token_ids[-1] in special or _BYTE_TOKEN.fullmatch(tokens[len(token_ids) - 1] or "")):
-            token_ids.pop()
-        return ContinuedText._of(self._prompt, token_ids, self._lm).completion
+        """Return what of the completion no token to come changes."""
+        ((found,),) = self._run.found()
+        for choice in found.choices[self._num_decoded :]:
+            self._decoded = self._decoder.with_token(self._decoded, choice.token_id)
+        self._num_decoded = len(found.choices)
+        return self._decoded.settled
 
     def close(self) -> None:
         """Stop; what was generated is kept."""
@@ -330,16 +378,16 @@ class Run:
     texts: Sequence[Text]
     decoding: Decoding
     _decodings: list[TextDecoding | BeamDecoding] = field(init=False)
-    _prompts: list[TokenIds] = field(init=False)
+    prompts: list[TokenIds] = field(init=False)
     _live: list[_Live] = field(init=False, default_factory=list)
     _num_begun: int = field(init=False, default=0)
     _evaluator: Evaluator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._prompts = self.lm.ids_to_continue(self.texts, self.decoding.max_new_tokens)
+        self.prompts = self.lm.ids_to_continue(self.texts, self.decoding.max_new_tokens)
         num_samples: Counter[tuple[int, ...]] = Counter()
         self._decodings = []
-        for ids in map(flat, self._prompts):
+        for ids in map(flat, self.prompts):
             if self.decoding.num_beams > 1:
                 self._decodings.append(BeamDecoding(self.decoding, ids))
             else:
@@ -353,27 +401,31 @@ class Run:
             self.decoding.max_new_tokens if decoding.is_finished else decoding.num_new for decoding in self._decodings
         )
 
-    def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
+    def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""
+        return [decoding.found(num_each) for decoding in self._decodings]
+
+    def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
+        """Return the same as texts."""
         return [
-            [_generated(self.lm, text, found) for found in decoding.found(num_each)]
-            for text, decoding in zip(self.texts, self._decodings, strict=True)
+            [_generated(self.lm, text, found, self.decoding.logprob_dtype) for found in row]
+            for text, row in zip(self.texts, self.found(num_each), strict=True)
         ]
 
     def step(self) -> bool:
         """Decide what comes next for every live text; return whether any goes on, or waits."""
         with self.lm.growing(self._evaluator) as evaluator:
             if self._evaluator is None:
+                evaluator.let_grow(self, self._live)
                 self._evaluator = evaluator
-                # Whoever drops a stream does not say so: what it holds is let go of when the evaluator next looks.
-                finalize(self, evaluator.abandoned.append, self._live).atexit = False
             try:
                 grown = self._grow(evaluator)
                 self._admit(evaluator)
                 self._choose(evaluator)
                 self._settle(evaluator, grown)
-            except BaseException:
-                self._end(evaluator, self._live)
+            except BaseException:  # the evaluator ends them once it has recovered
+                evaluator.abandoned.append(self._live[:])
+                self._live.clear()
                 raise
             self._end(evaluator, [live for live in self._live if live.decoding.is_finished])
         return bool(self._live) or self._num_begun < len(self.texts)
@@ -405,21 +457,20 @@ class Run:
         num_bytes += len(self._live) * num_new * evaluator.executor.token_bytes
         max_live = max(1, MAX_LIVE_TEXTS // self.decoding.num_beams)
         while stop < len(self.texts) and len(self._live) + stop - first < max_live:
-            is_sample = stop > first and self._prompts[stop] == self._prompts[stop - 1]
-            num_bytes += (num_new + (0 if is_sample else len(self._prompts[stop]))) * evaluator.executor.token_bytes
+            is_sample = stop > first and self.prompts[stop] == self.prompts[stop - 1]
+            num_bytes += (num_new + (0 if is_sample else len(self.prompts[stop]))) * evaluator.executor.token_bytes
             if num_bytes > evaluator.memory.max_bytes and (stop > first or self._live):
                 break
             stop += 1
-        ends = evaluator.begin(self._prompts[first:stop])
-        self._live += [
-            _Live(self._prompts[idx], self._decodings[idx], {(): end}) for idx, end in enumerate(ends, first)
-        ]
+        ends = evaluator.begin(self.prompts[first:stop])
+        self._live += [_Live(self.prompts[idx], self._decodings[idx], {(): end}) for idx, end in enumerate(ends, first)]
         self._num_begun = stop
 
     def _choose(self, evaluator: Evaluator) -> None:
         """Let each live text go on by the logits that it wants."""
         wanted = [(live, ids) for live in self._live for ids in live.decoding.ahead]
         rows = evaluator.next_logits([live.ends[ids] for live, ids in wanted])
+        evaluator.check_unchanged()  # before anything is chosen by them
         logits: dict[_Live, dict[Completion, Tensor]] = {}
         for (live, ids), row in zip(wanted, rows, strict=True):
             logits.setdefault(live, {})[ids] = row

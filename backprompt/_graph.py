@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import networkx as nx
 
-from backprompt.errors import TextTypeError
+from backprompt.arguments import as_texts
 from backprompt.lookup import Sketch, where
 from backprompt.passes import missing_spans
 from backprompt.radix import Forest, Place, Span
 from backprompt.segments import Group, Segment
-from backprompt.text import Text, as_list
+from backprompt.text import Text
 from backprompt.token_graph import flat
 from backprompt.tokens import Extent
 
@@ -76,10 +76,7 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
         JoinError, TokenizerError: a text that cannot be encoded.
 
     """
-    listed = as_list(texts, "a picture or graph")
-    for idx, text in enumerate(listed):
-        if not isinstance(text, Text):
-            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string).")
+    listed = as_texts(texts, "a picture or graph")
     by_lm: dict[LM | None, list[int]] = {}
     for idx, text in enumerate(listed):
         by_lm.setdefault(text.lm, []).append(idx)
@@ -204,7 +201,8 @@ class _Walk:
 
     def _leaf(self, segment: Segment, before: _Node | None, position: int, extra: tuple[Any, ...]) -> tuple[_Node, int]:
         kind: Kind = "string" if isinstance(segment, str) else "token ids"
-        node = self._node((kind, before, segment, *extra), kind, segment, {before: 1}, position)
+        num_special = 0 if self._next_extent is None else self._next_extent.num_special
+        node = self._node((kind, before, segment, num_special, *extra), kind, segment, {before: 1}, position)
         if self._next_extent is None:
             self.uses.append(_Use(node, 0))
             return node, position

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backprompt._visible import shortened, visible
+from backprompt.arguments import as_floats, as_list
 from backprompt.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def plot_probabilities(
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+        TypeError: `probabilities` are not numbers, or `completions` no sequence.
         ValueError: `probabilities` are not of one prompt, are not as many as `completions`, or not between 0 and 1.
 
     """
@@ -52,7 +54,7 @@ def plot_probabilities(
     labels = [shortened(visible(names[idx]), 40) for idx in order]
     bars = ax.barh(range(len(order)), values[order], color=[_MOST_PROBABLE, *[_OTHERS] * (len(order) - 1)])
     ax.bar_label(bars, labels=[f"{values[idx]:.1%}" for idx in order], padding=3, color=_GREY)
-    ax.set_yticks(range(len(order)), labels)
+    ax.set_yticks(range(len(order)), labels, parse_math=False, usetex=False)  # a $ is a $
     ax.invert_yaxis()
     ax.margins(x=0.15)
     left_out = f", {len(names) - len(order):,} more left out" if len(order) < len(names) else ""
@@ -70,20 +72,20 @@ def _checked(probabilities: Any, completions: Sequence[str] | None) -> tuple[Any
         if completions is not None:
             raise ValueError("A mapping names its completions itself: leave `completions` out.")
         completions, probabilities = list(probabilities), list(probabilities.values())
-    values = np.asarray(probabilities, dtype=float)
+    values = as_floats(probabilities, "probabilities")
     if values.ndim != 1 or not values.size:
         raise ValueError(
             f"plot_probabilities takes the probabilities of one prompt, (completions,), not {values.shape}. "
             "Choose a row: probabilities[0]."
         )
-    if completions is None or isinstance(completions, str) or len(completions) != len(values):
-        given = (
-            "none" if completions is None else repr(completions) if isinstance(completions, str) else len(completions)
+    names = [] if completions is None else as_list(completions, "completions must be a sequence of strings")
+    if len(names) != len(values):
+        raise ValueError(
+            f"There are {len(values)} probabilities; give as many completions, not {len(names) or 'none'}."
         )
-        raise ValueError(f"There are {len(values)} probabilities; give as many completions, not {given}.")
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError("Probabilities are between 0 and 1. Take the exponential of log-probabilities first.")
-    return values, list(completions)
+    return values, names
 
 
 def _new_axes(num_bars: int) -> Axes:

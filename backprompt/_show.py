@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backprompt._visible import visible
+from backprompt.logprobs import log_softmax
 from backprompt.token_graph import TokenIds, flat, fold
 from backprompt.tokens import added
 
@@ -159,9 +160,9 @@ def _alternatives(lm: LM, text: Text, token_ids: TokenIds, top: int) -> list[lis
     best: list[list[tuple[int, float]]] = []  # behind each token
     for start in range(0, len(token_ids) if top else 0, _ROWS_AT_A_TIME):
         logits = model_repr.all_logits(start, start + _ROWS_AT_A_TIME)  # (rows, vocab)
-        found = logits.float().log_softmax(dim=-1).topk(min(top, logits.shape[1]), dim=-1)
+        found = log_softmax(logits).topk(min(top, logits.shape[1]), dim=-1)
         best += [
-            list(zip(ids, logprobs, strict=True))
+            [(i, logprob) for i, logprob in zip(ids, logprobs, strict=True) if logprob > -math.inf]
             for ids, logprobs in zip(found.indices.tolist(), found.values.tolist(), strict=True)
         ]
     return [best[row] if best and row is not None else [] for row in predicting_rows(token_ids)]

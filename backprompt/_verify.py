@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from backprompt import skeleton
 from backprompt._explain import listed_texts, one_lm
 from backprompt.errors import DriftError, GroupError
 from backprompt.missing import shown_segment
-from backprompt.progress import is_wanted
+from backprompt.probe import differences
+from backprompt.progress import Bar, is_wanted
 from backprompt.segments import Group
 from backprompt.text import Text
 from backprompt.tokens import Extent
@@ -34,7 +34,7 @@ MIN_TEXTS_FOR_A_BAR = 5
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """The largest gap that passes, nats, at tokens that matter; measured: docs/design.md, "Exactness".
 
-In float64 many models still take their softmax in float32, and so do log-probabilities of tokens.
+In float64 many models still take their softmax in float32.
 """
 
 LIKELY = 1e-3
@@ -118,8 +118,9 @@ class Verification:
         return max(self.nodes, key=lambda node: node.gap)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all figures as dicts, lists, strings and numbers, such as JSON takes."""
-        return {**asdict(self), "nodes": [asdict(node) for node in self.nodes], "passed": self.passed}
+        """Return all figures as dicts, lists, strings and numbers, such as JSON takes; None where one is infinite."""
+        figures = {**asdict(self), "nodes": [_finite(asdict(node)) for node in self.nodes], "passed": self.passed}
+        return _finite(figures)
 
     def __str__(self) -> str:
         rows = [_HEAD, *self._rows()]
@@ -167,6 +168,10 @@ class Verification:
             )
             for node in worst
         ]
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if figure == math.inf else figure for name, figure in figures.items()}
 
 
 _HEAD = ("segment", "tokens", "gap", "largest gap", "mean gap", "argmax flips")
@@ -223,7 +228,7 @@ def verify(
         indices = sorted(random.Random(seed).sample(indices, sample))
     lm.check(given[idx] for idx in indices)
     is_shown = is_wanted(show_progress_bar, is_long=len(indices) >= MIN_TEXTS_FOR_A_BAR)
-    with tqdm(total=len(indices), desc="plain calls", disable=not is_shown) as bar:
+    with Bar(total=len(indices), desc="plain calls", disable=not is_shown) as bar:
         verification = _compare(lm, given, indices, tolerance, num_groups, bar)
     if raise_on_drift and not verification.passed:
         node = verification.worst
@@ -252,6 +257,7 @@ def _compare(
         for idx, text, model_repr, extents in zip(indices, texts, reprs, lm.extents(texts), strict=True):
             drifts.add(idx, text, extents, _gaps(model_repr, plain))
             bar.update()
+        reprs[0]._check_current()  # weights that changed meanwhile are no drift
         stored_error = max(model_repr.stored_error for model_repr in reprs)
     nodes = drifts.nodes()
     num_tokens = sum(gaps.num_rows for gaps in drifts.by_key.values())
@@ -293,14 +299,14 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
     input_ids = model_repr.input_ids
     plain_logits = plain(input_ids=input_ids[None]).logits[0]  # (tokens, vocab)
     likely, largest, mean, is_flipped = [], [], [], []
-    expected = [torch.full((1,), torch.nan)]  # token_logprobs, float32; nothing predicts the first
+    expected = [torch.full((1,), torch.nan, dtype=torch.float64)]  # token_logprobs; nothing predicts the first
     num_rows = max(1, _SLICE_BYTES // (8 * plain_logits.shape[1]))
     for start in range(0, len(input_ids), num_rows):
         plain_rows = plain_logits[start : start + num_rows].cpu()
         # On the CPU: not every device has float64, which adds no rounding of its own.
         theirs = plain_rows.double().log_softmax(dim=-1)
         ours = model_repr.all_logits(start, start + num_rows).cpu().double().log_softmax(dim=-1)
-        gaps = _differences(ours, theirs)
+        gaps = differences(ours, theirs)
         least = theirs.amax(dim=-1, keepdim=True).clamp(max=math.log(LIKELY))
         matters = (theirs >= least) | (ours >= least) | gaps.isinf()  # comparing with NaN is never true
         likely.append(gaps.where(matters, 0.0).amax(dim=-1))
@@ -308,8 +314,8 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
         mean.append(gaps.mean(dim=-1))
         is_flipped.append(ours.argmax(dim=-1) != theirs.argmax(dim=-1))
         following = input_ids[start + 1 : start + num_rows + 1].cpu()
-        expected.append(plain_rows[: len(following)].float().log_softmax(dim=-1).gather(1, following[:, None])[:, 0])
-    scored = _differences(model_repr.token_logprobs.cpu(), torch.cat(expected)).double()
+        expected.append(theirs[: len(following)].gather(1, following[:, None])[:, 0])
+    scored = differences(model_repr.token_logprobs.cpu().double(), torch.cat(expected))
     scored[0] = 0.0
     return _Gaps(
         torch.maximum(torch.cat(likely), scored),
@@ -317,11 +323,6 @@ def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
         torch.cat(mean),
         torch.cat(is_flipped),
     )
-
-
-def _differences(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return how far log-probabilities lie apart; not at all where both are -inf, infinitely where one is NaN."""
-    return torch.where(ours == theirs, 0.0, (ours - theirs).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 _SLICE_BYTES = 64 << 20

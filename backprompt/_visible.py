@@ -1,26 +1,69 @@
-"""Strings for pictures: what cannot be seen is made visible, and long ones are shortened and cut into lines."""
+"""Strings fit to be shown: whoever wrote a text must not command the terminal or the page that shows it.
+
+What cannot be seen is made visible: control characters and escape sequences, what turns the direction of the rest, what
+has no width. For pictures, long ones are shortened and cut into lines. All that the library shows of texts, files and
+models goes through here, or through `repr`, which escapes the same and more.
+"""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator
 
 LINE_WIDTH = 28
 
 _REPLACED = {"\n": "↵", "\t": "⇥"}
+_HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # make up letters and emoji
+_SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # choose between forms of the character before
+_BLANKS = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0"  # letters and marks without ink
 
 
 def visible(string: str) -> str:
     """Return a string that shows what cannot be seen, and what would change how the rest is shown."""
-    return "".join(map(_visible_character, string))
+    if string.isascii() and string.isprintable():
+        return string
+    return "".join(map(_visible_character, string, f" {string}"))
 
 
-def _visible_character(character: str) -> str:
+def visible_lines(string: str) -> str:
+    """Return the same, with its line breaks as they are."""
+    return "\n".join(map(visible, string.split("\n")))
+
+
+def visible_json(text: str) -> str:
+    r"""Return JSON that means the same, with hidden characters as \u escapes."""
+    return re.sub(r"[^ -~\t\r\n]", lambda found: _escape(found[0]) if _is_hidden(found[0]) else found[0], text)
+
+
+def _escape(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[start : start + 2].hex()}" for start in range(0, len(units), 2))
+
+
+def _visible_character(character: str, before: str) -> str:
     if character in _REPLACED:
         return _REPLACED[character]
-    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") and character not in _JOINERS
+    if character in _JOINERS or _SELECTORS.match(character):
+        is_hidden = not _is_shaped(before, character)
+    else:
+        is_hidden = _is_hidden(character) or character in _BLANKS
     return ascii(character)[1:-1] if is_hidden else character
+
+
+def _is_hidden(character: str) -> bool:
+    return character not in _JOINERS and unicodedata.category(character) in _HIDDEN_CATEGORIES
+
+
+def _is_shaped(before: str, character: str) -> bool:
+    """Return whether a joiner or selector stands where writing has them: behind a letter that is not ASCII, an emoji.
+
+    A joiner may also stand behind a selector. Anywhere else they only make two strings differ that look the same.
+    """
+    if _SELECTORS.match(before):
+        return character in _JOINERS
+    return (not before.isascii() and before not in _JOINERS) or before in "0123456789#*"  # keycaps
 
 
 def shortened(string: str, limit: int) -> str:

@@ -2,23 +2,26 @@
 
 Before spans are forwarded it looks in the store for what stands at their positions (visit.py). After a pass it writes
 new spans. An entry begins behind the last position that is stored already, so short spans go with what continues them.
+
+Entries of every store pass here on their way to a model, so here they are compared with what it computes: one that says
+of itself what cannot be is reported, set aside, and computed again.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from backprompt.cache import Block, BlockRows, KeysValues, States, gather, keys_values_of, states_of
-from backprompt.errors import EntryTooLargeError, StoreVersionError
+from backprompt.cache import Block, BlockRows, KeysValues, Layout, RowSpec, States, gather, keys_values_of, states_of
+from backprompt.errors import DamagedEntryError, EntryTooLargeError, StaleRepresentationError, StoreVersionError
 from backprompt.identity import extend_key, gap_key, group_key, root_key
 from backprompt.radix import NOTHING, Forest, Junction, Span
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, encode, parts_of
+from backprompt.store.schema import TensorSpec, check_header, check_tensors
 from backprompt.tier import Kind, Tier
 from backprompt.visit import Visit
 
@@ -31,7 +34,7 @@ Measured (benchmarks/README.md): from about 4 tokens on, writing and reading tak
 but what is stored is often never read again.
 """
 
-_STATES = ("hidden", "logprobs", "is_argmax", "has_logprobs")
+_STATES = frozenset({"hidden", "logprobs", "is_argmax", "has_logprobs"})
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Archive:
     Args:
         store: where to.
         root: called at first use, as it hashes the model's weights.
+        has_changed: whether the weights are others than those of the root. Then nothing is stored.
         decode: from token ids to text.
         device: where loaded tensors go.
 
@@ -68,28 +72,33 @@ class Archive:
         self,
         store: Store,
         root: Callable[[], Root],
+        has_changed: Callable[[], bool],
         decode: Callable[[Sequence[int]], str],
         device: torch.device,
     ) -> None:
         self._store = store
         self._make_root = root
+        self._has_changed = has_changed
         self._root: Root | None = None
         self._decode = decode
         self._device = device
         self._can_read = self._can_write = True
         self._has_warned = False
 
-    def load(self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, *, with_keys: bool) -> Loaded:
+    def load(
+        self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, layout: Layout, *, with_keys: bool
+    ) -> Loaded:
         """Let the spans on the way to `ends` hold what the store has of them, and count it; spans may be split.
 
-        It ends when `room` bytes and a span have come; but at least one text gets all that there is of it.
+        It ends when `room` bytes and a span have come; but at least one text gets all that there is of it. An entry
+        that is not of this `layout` is damaged.
         """
-        reader = _Reader(self._store, self._start_of, self._device)
+        finder, reader = self._finder(), _Reader(self._store, layout, self._device)
         num_tokens = 0
 
         def bring(kind: Kind, span: Span) -> bool:
             nonlocal num_tokens
-            for block in self._load_span(kind, forest, span, reader):
+            for block in self._load_span(kind, forest, span, finder, reader):
                 memory.add([block])
                 visit.room -= block.num_bytes
                 num_tokens += block.num_rows if kind == "states" else 0
@@ -111,7 +120,7 @@ class Archive:
         if not self._can_read:
             return 0
         try:
-            found = _Reader(self._store, self._start_of, self._device).find(span)
+            found = self._finder().find(span)
         except OSError as error:
             self._note_unreadable(error)
             return 0
@@ -125,6 +134,7 @@ class Archive:
             found = [
                 _root_of(header)
                 for header in self._store.list(self._decode(beginning).rstrip("\N{REPLACEMENT CHARACTER}"))
+                if _is_sound(header)
                 if header.position == 0 and header.token_ids[: len(beginning)] == tuple(beginning)
             ]
         except OSError as error:
@@ -134,7 +144,7 @@ class Archive:
 
     def under(self, root: Root) -> Archive:
         """Return an archive of the same store whose keys are built on another root."""
-        return Archive(self._store, lambda: root, self._decode, self._device)
+        return Archive(self._store, lambda: root, self._has_changed, self._decode, self._device)
 
     @property
     def root(self) -> Root:
@@ -147,7 +157,7 @@ class Archive:
 
     def save_new(self, spans: Iterable[Span]) -> None:
         """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
-        if self._store.persist != "always" or not self._can_write:
+        if self._store.persist != "always" or not self._can_write or self._has_changed():
             return
         for span in spans:
             run = _unstored(span)
@@ -159,31 +169,37 @@ class Archive:
 
         Raises:
             OSError: it cannot be written.
+            StaleRepresentationError: the weights have changed since it was computed.
 
         """
-        reader = _Reader(self._store, self._start_of, self._device)
+        if self._has_changed():
+            raise StaleRepresentationError(
+                "The model's weights have changed while a text was to be stored, so it is not. Save it again."
+            )
+        finder = self._finder()
         spans = [span for span in end.closure() if span.token_ids]
         for span in spans:  # asked for anew: others may have deleted entries
             assert span.parent is not None
             may_be_there = span.begins_chain or span.parent.is_stored
-            span.is_stored = may_be_there and reader.name_of(span) is not None
+            span.is_stored = may_be_there and finder.name_of(span) is not None
         self._put_text(end)
 
-    def _load_span(self, kind: Kind, forest: Forest, span: Span, reader: _Reader) -> Iterator[Block]:
+    def _load_span(self, kind: Kind, forest: Forest, span: Span, finder: _Finder, reader: _Reader) -> Iterator[Block]:
         """Load what the span does not hold, and yield it; the span is split where only a beginning can be loaded."""
         if isinstance(span, Junction):
             setattr(span, kind, NOTHING)
             return
         while getattr(span, kind) is None:
-            found = reader.find(span)
-            read = None if found is None else reader.read(kind, found)
+            found = finder.find(span)
+            read = None if found is None else reader.read(kind, found, self._known_root())
             if found is None or read is None:
                 return
             loaded = span if found.num_tokens == len(span.token_ids) else forest.split(span, found.num_tokens)
-            loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
-            setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
-            loaded.is_stored = True
-            loaded.loaded_in = forest.evaluation
+            with forest.changing():
+                loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
+                setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
+                loaded.is_stored = True
+                loaded.loaded_in = forest.evaluation
             yield read.block
 
     def _note_unreadable(self, error: OSError) -> None:
@@ -209,15 +225,15 @@ class Archive:
         """Store what is not stored of a text: branches before what stands behind their group, of whatever length."""
         spans = [span for span in end.closure() if span.token_ids]
         continued = {span.parent for span in spans if not span.begins_chain}
-        reader = _Reader(self._store, self._start_of, self._device)
+        finder = self._finder()
         for span in spans:
             if span not in continued:
-                self._put_chain(span, reader)
+                self._put_chain(span, finder)
 
-    def _put_chain(self, end: Span, reader: _Reader) -> None:
+    def _put_chain(self, end: Span, finder: _Finder) -> None:
         """Store what is not stored on the way to `end`, after making sure of what it goes behind."""
         while run := _unstored(end):
-            names = {before: reader.name_of(before) for before in _right_before(run[0])}
+            names = {before: finder.name_of(before) for before in _right_before(run[0])}
             missing = [before for before, name in names.items() if name is None]
             for before in missing:
                 before.is_stored = False  # others have deleted it
@@ -261,6 +277,9 @@ class Archive:
         self._store.put(Entry(header, tensors))
         for span in run:
             span.is_stored = True
+
+    def _finder(self) -> _Finder:
+        return _Finder(self._store, self._start_of)
 
     def _known_root(self) -> Root:
         if self._root is None:
@@ -313,17 +332,16 @@ class _Found:
     first: int
     num_tokens: int
     token_ids: tuple[int, ...]  # that the entry must begin with for this to be true
+    position: int  # of the first of them
     start: bytes  # and the key that it must begin at
 
 
-class _Reader:
-    """Reads from the store, and keeps the entry that it read last."""
+class _Finder:
+    """Asks the store's index."""
 
-    def __init__(self, store: Store, start_of: Callable[[Span], bytes], device: torch.device) -> None:
+    def __init__(self, store: Store, start_of: Callable[[Span], bytes]) -> None:
         self._store = store
         self._start_of = start_of
-        self._device = device
-        self._last: dict[Kind, tuple[str, Entry | None]] = {}  # spans of one entry come one after the other
 
     def find(self, span: Span) -> _Found | None:
         """Return the longest stored beginning of the span: of an entry that begins with it, or runs through to it."""
@@ -332,8 +350,9 @@ class _Reader:
         while True:
             start = self._start_of(first)
             match = self._store.longest(start.hex(), token_ids)
-            if match is not None and match.num_tokens > between:
-                return _Found(match.name, between, match.num_tokens - between, token_ids[: match.num_tokens], start)
+            num_common = 0 if match is None else min(match.num_tokens, len(token_ids))
+            if match is not None and num_common > between:
+                return _Found(match.name, between, num_common - between, token_ids[:num_common], first.position, start)
             assert first.parent is not None
             if first.begins_chain or not first.parent.is_stored:
                 return None  # no entry runs through what is not stored
@@ -347,26 +366,37 @@ class _Reader:
         is_whole = found is not None and found.num_tokens == len(span.token_ids)
         return found.name if found is not None and is_whole and self._store.contains(found.name) else None
 
-    def read(self, kind: Kind, found: _Found) -> _Read | None:
+
+class _Reader:
+    """Reads from the store, and keeps the entry that it read last."""
+
+    def __init__(self, store: Store, layout: Layout, device: torch.device) -> None:
+        self._store = store
+        self._layout = layout
+        self._device = device
+        self._last: dict[
+            Kind, tuple[tuple[str, bytes], Entry | None]
+        ] = {}  # spans of one entry come one after the other
+
+    def read(self, kind: Kind, found: _Found, root: Root) -> _Read | None:
         """Return these rows as a block; None if the entry is gone, damaged or another one."""
-        entry = self._entry(found.name, kind)
+        entry = self._entry(found, kind, root)
         if entry is None:
             return None
-        header = entry.header
-        if header.start != found.start.hex() or header.token_ids[: len(found.token_ids)] != found.token_ids:
+        if not _is_what_was_found(entry.header, found):
             logger.warning("The index of %r names another entry than it should; the entry is not used.", self._store)
             return None
         if kind == "states":
-            return _Read(self._states(entry, found), header.error)
-        layers = range(sum(re.fullmatch(r"keys\.\d+", name) is not None for name in entry.tensors))
+            return _Read(self._states(entry, found), entry.header.error)
+        layers = range(len(self._layout.keys))
         keys = [self._rows(entry, f"keys.{layer_idx}", found, dim=1) for layer_idx in layers]
         values = [self._rows(entry, f"values.{layer_idx}", found, dim=1) for layer_idx in layers]
-        return _Read(KeysValues(keys, values), header.error)
+        return _Read(KeysValues(keys, values), entry.header.error)
 
     def _states(self, entry: Entry, found: _Found) -> States:
         rows = {name: self._rows(entry, name, found, dim=0) for name in _STATES if name in entry.tensors}
-        if "is_argmax" not in rows:  # of a version that did not keep it: its tokens are scored anew when asked for
-            return States.of(rows["hidden"])
+        if "is_argmax" not in rows or rows["logprobs"].dtype != self._layout.logprobs.dtype:
+            return States.of(rows["hidden"])  # of another version: its tokens are scored anew when asked for
         return States(rows["hidden"], rows["logprobs"], rows["is_argmax"], rows["has_logprobs"].cpu())
 
     def _rows(self, entry: Entry, name: str, found: _Found, *, dim: int) -> torch.Tensor:
@@ -380,15 +410,77 @@ class _Reader:
         is_own = rows.is_contiguous() and rows.untyped_storage().nbytes() == rows.nbytes
         return rows if is_own else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device).copy_(rows)
 
-    def _entry(self, name: str, kind: Kind) -> Entry | None:
-        if kind not in self._last or self._last[kind][0] != name:
-            try:
-                entry = self._store.get(name, _STATES if kind == "states" else None)
-            except StoreVersionError as error:  # this one entry: others may be of this version
-                logger.warning("%s of %r is not used: %s", name, self._store, error)
-                entry = None
-            self._last[kind] = (name, entry)
+    def _entry(self, found: _Found, kind: Kind, root: Root) -> Entry | None:
+        place = (found.name, found.start)
+        if kind not in self._last or self._last[kind][0] != place:
+            self._last[kind] = (place, self._checked_entry(found, kind, root))
         return self._last[kind][1]
+
+    def _checked_entry(self, found: _Found, kind: Kind, root: Root) -> Entry | None:
+        """Return what the store has under this name, if it is what the model computes."""
+        try:
+            entry = self._store.get(found.name, _STATES if kind == "states" else None)
+            if entry is not None:
+                self._check(entry, found, kind, root)
+        except StoreVersionError as error:  # this one entry: others may be of this version
+            logger.warning("%s of %r is not used: %s", found.name, self._store, error)
+            return None
+        except DamagedEntryError as error:
+            self._set_aside(found.name, error)
+            return None
+        return entry
+
+    def _check(self, entry: Entry, found: _Found, kind: Kind, root: Root) -> None:
+        """Raise DamagedEntryError for an entry that does not deserve its name, or is not one of this model."""
+        header = entry.header
+        check_header(header)
+        if header.name != found.name:
+            raise DamagedEntryError(f"it is the entry {header.name}")
+        if header.start != found.start.hex():
+            return  # it may be sound: the index is wrong
+        if header.position != found.position:
+            raise DamagedEntryError(f"it says that it begins at {header.position}, not at {found.position}")
+        if _root_of(header) != root:
+            raise DamagedEntryError("it is another model's")
+        expected = _expected(self._layout, len(header.token_ids))
+        specs = {name: TensorSpec.of(tensor) for name, tensor in entry.tensors.items()}
+        if kind == "states":
+            expected, specs = ({name: of[name] for name in of if name in _STATES} for of in (expected, specs))
+        check_tensors(header, specs, expected)
+
+    def _set_aside(self, name: str, error: DamagedEntryError) -> None:
+        logger.warning(
+            "%s of %r is damaged: %s. It is set aside and computed again when needed.", name, self._store, error
+        )
+        try:
+            self._store.set_aside(name, str(error))
+        except OSError as failure:  # then it stays, and is not used
+            logger.warning("%s of %r cannot be set aside: %s", name, self._store, failure)
+
+
+def _is_what_was_found(header: Header, found: _Found) -> bool:
+    num_tokens = len(found.token_ids)
+    return header.start == found.start.hex() and header.token_ids[:num_tokens] == found.token_ids
+
+
+def _expected(layout: Layout, num_tokens: int) -> dict[str, TensorSpec]:
+    """Return the tensors of an entry of so many tokens."""
+    flags = RowSpec(torch.bool, ())
+    states = {"hidden": layout.hidden, "logprobs": layout.logprobs, "is_argmax": flags, "has_logprobs": flags}
+    expected = {name: TensorSpec(row.dtype, (num_tokens, *row.sizes)) for name, row in states.items()}
+    for kind, rows in (("keys", layout.keys), ("values", layout.values)):
+        for layer_idx, row in enumerate(rows):
+            heads, size = row.sizes
+            expected[f"{kind}.{layer_idx}"] = TensorSpec(row.dtype, (heads, num_tokens, size))
+    return expected
+
+
+def _is_sound(header: Header) -> bool:
+    try:
+        check_header(header)
+    except DamagedEntryError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

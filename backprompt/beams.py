@@ -7,13 +7,15 @@ beam that is left behind is a branch that nobody needs. No cache is reordered or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from backprompt.cache import TokenScore
-from backprompt.decoding import Choice, Completion, Decoding, FinishReason, Found, Rules
+from backprompt.decoding import Choice, Completion, Decoding, Found, Rules, check_scores
+from backprompt.logprobs import log_softmax
 
 UNREACHABLE = -1e9
 """transformers' score of what is not a beam."""
@@ -43,6 +45,8 @@ class BeamDecoding:
         self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of what is finished
         self._continued: dict[Completion, tuple[Choice, ...]] = {}  # the same one step before
         self._hypotheses: list[Completion] = []
+        self._watched = {(): decoding.stops.begin(prompt_ids)}  # beams, and what they were continued by last
+        self._possible: list[Completion] = [()]  # beams, but for those that fill up where fewer ways are possible
         self.ahead: list[Completion] = [()]
         self.is_finished = False
 
@@ -58,9 +62,11 @@ class BeamDecoding:
         assert self._rules is not None
         config, model = self._rules.config, self._decoding.model
         beams = [self._completion(sequence) for sequence in self._sequences[0]]
-        unprocessed = torch.stack([rows[beam] for beam in beams]).float().log_softmax(dim=-1)  # (beams, vocab)
-        scores = self._rules.processors(self._sequences[0, :, : self._num_ids], unprocessed.clone())
+        logits = torch.stack([rows[beam] for beam in beams])  # (beams, vocab)
+        unprocessed = log_softmax(logits)
+        scores = self._rules.processors(self._sequences[0, :, : self._num_ids], unprocessed.float().clone())
         accumulated = (scores + self._scores[0, :, None]).reshape(1, -1)
+        check_scores(accumulated, is_drawn=False)
         num_kept = self._is_top.shape[0]
         top_scores, top_sequences, top_indices = model._get_top_k_continuations(
             accumulated_log_probs=accumulated,
@@ -73,7 +79,7 @@ class BeamDecoding:
             num_beams=self._num_beams,
             batch_size=1,
         )
-        ends_now = self._rules.are_met(top_sequences[0, :, : self._num_ids + 1])[None]
+        ends_now = self._ends(top_sequences[0, :, : self._num_ids + 1])[None]
         lengths = {"num_beams": self._num_beams}
         common = {"early_stopping": config.early_stopping, "length_penalty": config.length_penalty}
         self._sequences, self._scores, self._indices = model._get_running_beams_for_next_iteration(
@@ -114,7 +120,7 @@ class BeamDecoding:
             self._can_improve, self._is_ended, ends_now, config.early_stopping
         )
         self.is_finished = not bool(goes_on)
-        self._note(beams, unprocessed)
+        self._note(beams, unprocessed, logits.float().argmax(dim=-1).tolist())
 
     def needed(self) -> set[Completion]:
         """Return the continuations that must stay held: what is continued next, or ends one step before its end."""
@@ -128,15 +134,27 @@ class BeamDecoding:
 
     def found(self, num: int) -> list[Found]:
         """Return the best continuations, those that are finished before those that are not."""
-        ranked = list(dict.fromkeys((*self._hypotheses, *self.ahead)))[:num]
-        return [Found(self._choices[ids], self._reason(ids)) for ids in ranked]
+        ranked = list(dict.fromkeys((*self._hypotheses, *self._possible)))[:num]
+        return [self._found(ids) for ids in ranked]
 
-    def _reason(self, completion: Completion) -> FinishReason:
-        if self._rules is None:
-            return "interrupted"
+    def _found(self, completion: Completion) -> Found:
+        choices = self._choices[completion]
+        if self._rules is None or completion not in self._hypotheses:
+            return Found(choices, "interrupted")
         ids = torch.tensor([[*self._prompt_ids, *completion]], device=self._sequences.device)
-        reason = self._decoding.reason(self._rules, ids, len(completion)) if completion in self._hypotheses else None
-        return reason or "interrupted"
+        cut = self._decoding.stops.cut(self._prompt_ids, completion)
+        reason = self._decoding.reason(self._rules, ids, len(completion), is_stopped=cut is not None)
+        return Found(choices, reason or "interrupted", cut)
+
+    def _ends(self, sequences: Tensor) -> Tensor:
+        """Return whether each of `(candidates, tokens)` is finished, `(candidates,)`."""
+        assert self._rules is not None
+        added = [tuple(ids) for ids in sequences[:, len(self._prompt_ids) :].tolist()]
+        self._watched = {
+            ids: self._decoding.stops.with_token(self._watched[ids[:-1]], ids[-1]) for ids in dict.fromkeys(added)
+        }
+        is_stopped = torch.tensor([self._watched[ids].is_stopped for ids in added], device=sequences.device)
+        return self._rules.are_met(sequences) | is_stopped
 
     def _begin(self, device: torch.device) -> None:
         prompt = torch.tensor([self._prompt_ids], device=device)
@@ -160,9 +178,12 @@ class BeamDecoding:
         """Return what a beam added so far."""
         return tuple(sequence[len(self._prompt_ids) : self._num_ids].tolist())
 
-    def _note(self, beams: Sequence[Completion], logprobs: Tensor) -> None:
+    def _note(self, beams: Sequence[Completion], logprobs: Tensor, most_probable: Sequence[int]) -> None:
         """Note the beams and what is finished, and how the model rates their last tokens."""
-        self.ahead = list(dict.fromkeys(self._completion(sequence) for sequence in self._sequences[0]))
+        beams_now = [self._completion(sequence) for sequence in self._sequences[0]]
+        self.ahead = list(dict.fromkeys(beams_now))
+        scores = self._scores[0].tolist()
+        self._possible = [ids for ids, score in zip(beams_now, scores, strict=True) if score > -math.inf]
         self._hypotheses = []
         for sequence, indices, is_ended in zip(
             self._ended[0], self._ended_indices[0], self._is_ended[0].tolist(), strict=True
@@ -175,8 +196,8 @@ class BeamDecoding:
         for ids in (*self.ahead, *self._hypotheses):
             known = self._choices.get(ids)
             if known is None:
-                row = logprobs[row_of[ids[:-1]]]
-                last = Choice(ids[-1], float(row[ids[-1]]), int(row.argmax()) == ids[-1])
+                row = row_of[ids[:-1]]
+                last = Choice(ids[-1], float(logprobs[row, ids[-1]]), most_probable[row] == ids[-1])
                 known = (*self._choices[ids[:-1]], last)
             choices[ids] = known
         self._continued, self._choices = self._choices, choices

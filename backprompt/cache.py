@@ -4,21 +4,26 @@ A pass leaves two blocks: `KeysValues`, for each layer the keys and values of al
 hidden states and log-probabilities. A computed span holds `BlockRows` of each, a range of rows, so that splitting a
 span moves nothing and spans of one pass share one allocation. A block is freed with the last span that refers to it;
 one of which only some rows are still referred to is made smaller in place (`compact`). What moves from one tier of
-memory to another goes from blocks to new blocks (`moved`).
+memory to another goes from blocks to new blocks (`moved`). A tensor costs some hundred bytes besides its numbers, so
+small blocks become one where they are many (`joined`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from backprompt.logprobs import logprob_dtype
 from backprompt.radix import Span
+
+SMALL_TENSOR_BYTES = 16 << 10
+"""A block of smaller tensors is small: the 550 bytes that a tensor takes besides its numbers count there."""
 
 CANDIDATE_END_BYTES = 200
 """What a dict takes besides its entries."""
@@ -61,9 +66,23 @@ class Block(ABC):
     def num_bytes(self) -> int:
         """Bytes of all its tensors."""
 
+    @property
+    @abstractmethod
+    def tensor_bytes(self) -> int:
+        """Bytes of one of its large tensors."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its tensors are so small that they cost more than they should."""
+        return self.tensor_bytes < SMALL_TENSOR_BYTES
+
     @abstractmethod
     def keep(self, pieces: Sequence[slice]) -> None:
         """Keep only these rows, in this order. Each tensor is copied and the old one freed before the next."""
+
+    @abstractmethod
+    def append(self, others: Sequence[Any]) -> None:
+        """Copy the rows of other blocks of the same kind and place behind its own, in their order."""
 
     @abstractmethod
     def copied(self, pieces: Sequence[slice], location: Location) -> Block:
@@ -93,11 +112,22 @@ class KeysValues(Block):
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of one of its large tensors."""
+        return self.keys[0].nbytes
+
     def keep(self, pieces: Sequence[slice]) -> None:
         """Keep only these rows, in this order."""
         for tensors in (self.keys, self.values):
             for layer_idx, tensor in enumerate(tensors):
                 tensors[layer_idx] = _picked(tensor, pieces, dim=1)
+
+    def append(self, others: Sequence[KeysValues]) -> None:
+        """Copy the rows of other blocks behind its own, in their order."""
+        for layer_idx in range(len(self.keys)):
+            self.keys[layer_idx] = _side_by_side([block.keys[layer_idx] for block in (self, *others)], dim=1)
+            self.values[layer_idx] = _side_by_side([block.values[layer_idx] for block in (self, *others)], dim=1)
 
     def copied(self, pieces: Sequence[slice], location: Location) -> KeysValues:
         """Return a block of these rows, in this order, at a location."""
@@ -114,9 +144,10 @@ class States(Block):
 
     Attributes:
         hidden: what the output head reads, `(rows, hidden)`.
-        logprobs: `(rows,)`, float32, nats; of a row's own token given those before it.
+        logprobs: `(rows,)`, nats, float64 where `hidden` is, else float32; of a row's own token given those before it.
         is_argmax: `(rows,)`, bool; whether no other token was more probable there.
-        has_logprobs: `(rows,)`, on the CPU; which of `logprobs` and `is_argmax` were computed.
+        has_logprobs: `(rows,)`, which of `logprobs` and `is_argmax` were computed; on the CPU wherever the block lies,
+            so never page-locked: it does not move.
 
     """
 
@@ -129,7 +160,7 @@ class States(Block):
     def of(cls, hidden: Tensor) -> States:
         """Return states without log-probabilities."""
         num_rows = hidden.shape[0]
-        logprobs = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
+        logprobs = torch.zeros(num_rows, dtype=logprob_dtype(hidden.dtype), device=hidden.device)
         is_argmax = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
         return cls(hidden, logprobs, is_argmax, torch.zeros(num_rows, dtype=torch.bool))
 
@@ -143,12 +174,25 @@ class States(Block):
         """Bytes of all its tensors."""
         return self.hidden.nbytes + self.logprobs.nbytes + self.is_argmax.nbytes + self.has_logprobs.nbytes
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of one of its large tensors."""
+        return self.hidden.nbytes
+
     def keep(self, pieces: Sequence[slice]) -> None:
         """Keep only these rows, in this order."""
         self.hidden = _picked(self.hidden, pieces)
         self.logprobs = _picked(self.logprobs, pieces)
         self.is_argmax = _picked(self.is_argmax, pieces)
         self.has_logprobs = _picked(self.has_logprobs, pieces)
+
+    def append(self, others: Sequence[States]) -> None:
+        """Copy the rows of other blocks behind its own, in their order."""
+        blocks = (self, *others)
+        self.hidden = _side_by_side([block.hidden for block in blocks])
+        self.logprobs = _side_by_side([block.logprobs for block in blocks])
+        self.is_argmax = _side_by_side([block.is_argmax for block in blocks])
+        self.has_logprobs = _side_by_side([block.has_logprobs for block in blocks])
 
     def copied(self, pieces: Sequence[slice], location: Location) -> States:
         """Return a block of these rows, in this order, at a location; `has_logprobs` stays on the CPU."""
@@ -160,10 +204,48 @@ class States(Block):
         )
 
 
-BlockType = TypeVar("BlockType", bound=Block)
+@dataclass(frozen=True)
+class Layout:
+    """What rows of one model look like, the same in every pass: dtypes, and sizes of all axes but that of rows.
+
+    Attributes:
+        keys: for each layer `(kv_heads, head_dim)`.
+        values: for each layer `(kv_heads, value_dim)`.
+        hidden: `(hidden,)`.
+        logprobs: `()`.
+
+    """
+
+    keys: tuple[RowSpec, ...]
+    values: tuple[RowSpec, ...]
+    hidden: RowSpec
+    logprobs: RowSpec
+
+    @classmethod
+    def of(cls, keys_values: KeysValues, states: States) -> Layout:
+        """Return that of the rows of a pass."""
+        keys, values = (
+            tuple(_row_spec(tensor, dim=1) for tensor in tensors) for tensors in (keys_values.keys, keys_values.values)
+        )
+        return cls(keys, values, _row_spec(states.hidden, dim=0), _row_spec(states.logprobs, dim=0))
 
 
 @dataclass(frozen=True)
+class RowSpec:
+    """A tensor's dtype, and the sizes of its axes but that of rows."""
+
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+
+def _row_spec(tensor: Tensor, dim: int) -> RowSpec:
+    return RowSpec(tensor.dtype, (*tensor.shape[:dim], *tensor.shape[dim + 1 :]))
+
+
+BlockType = TypeVar("BlockType", bound=Block)
+
+
+@dataclass(frozen=True, slots=True)
 class BlockRows(Generic[BlockType]):
     """Rows `start..stop` of a block: what a computed span refers to."""
 
@@ -188,8 +270,41 @@ def compact(places: Mapping[Span, BlockRows[Any]]) -> dict[Span, BlockRows[Any]]
     for block, group in _by_block(places).items():
         if sum(place.stop - place.start for place in group.values()) < block.num_rows:
             block.keep(_pieces(group))
-            compacted.update(_side_by_side(group, block))
+            compacted.update(_one_after_the_other(group, block))
     return compacted
+
+
+def joined(places: Mapping[Span, BlockRows[Any]]) -> dict[Span, BlockRows[Any]]:
+    """Let small blocks become one, as many as it takes for that one not to be small; return where spans' rows lie then.
+
+    `places` are all that refer to rows of these blocks.
+    """
+    found: dict[Span, BlockRows[Any]] = {}
+    groups = {block: group for block, group in _by_block(places).items() if block.is_small}
+    for blocks in _portions(groups):
+        first, *others = blocks
+        start = 0
+        for block in blocks:
+            found |= {span: BlockRows(first, start + at.start, start + at.stop) for span, at in groups[block].items()}
+            start += block.num_rows
+        first.append(others)
+        for other in others:
+            other.keep([])  # it may be referred to until all are joined
+    return found
+
+
+def _portions(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """Yield two and more blocks at a time that are not small together; the last ones may be."""
+    portion: list[Block] = []
+    num_bytes = 0
+    for block in blocks:
+        portion.append(block)
+        num_bytes += block.tensor_bytes
+        if num_bytes >= SMALL_TENSOR_BYTES:
+            yield portion
+            portion, num_bytes = [], 0
+    if len(portion) > 1:
+        yield portion
 
 
 def moved(places: Mapping[Span, BlockRows[Any]], location: Location) -> dict[Span, BlockRows[Any]]:
@@ -199,7 +314,7 @@ def moved(places: Mapping[Span, BlockRows[Any]], location: Location) -> dict[Spa
     """
     copies = {span: place for span, place in places.items() if not span.token_ids}
     for block, group in _by_block(places).items():
-        copies.update(_side_by_side(group, block.copied(_pieces(group), location)))
+        copies.update(_one_after_the_other(group, block.copied(_pieces(group), location)))
     return copies
 
 
@@ -223,7 +338,7 @@ def _pieces(group: Mapping[Span, BlockRows[Any]]) -> list[slice]:
     return pieces
 
 
-def _side_by_side(group: Mapping[Span, BlockRows[Any]], block: Block) -> dict[Span, BlockRows[Any]]:
+def _one_after_the_other(group: Mapping[Span, BlockRows[Any]], block: Block) -> dict[Span, BlockRows[Any]]:
     """Return the places of rows that were put into `block` one after the other."""
     places, start = {}, 0
     for span, place in group.items():
@@ -241,7 +356,14 @@ def _picked(tensor: Tensor, pieces: Sequence[slice], dim: int = 0) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = num_rows
     parts = [tensor.narrow(dim, piece.start, piece.stop - piece.start) for piece in pieces]
-    return torch.cat(parts, dim=dim, out=Location.of(tensor).empty(shape, tensor.dtype))
+    return _side_by_side(parts, dim) if parts else Location.of(tensor).empty(shape, tensor.dtype)
+
+
+def _side_by_side(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """Return tensors as one, where they lie."""
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return torch.cat(tensors, dim=dim, out=Location.of(tensors[0]).empty(shape, tensors[0].dtype))
 
 
 def keys_values_of(span: Span) -> BlockRows[KeysValues]:
@@ -289,9 +411,9 @@ class LogitPool:
             self.num_bytes -= dropped.nbytes
 
     def retain(self, spans: Container[Span]) -> None:
-        """Drop the rows of other spans than these."""
-        for end in [end for end in self._rows if end not in spans]:
-            self.num_bytes -= self._rows.pop(end).nbytes
+        """Drop the rows of other spans than these, and count anew."""
+        self._rows = OrderedDict((end, row) for end, row in self._rows.items() if end in spans)
+        self.num_bytes = sum(row.nbytes for row in self._rows.values())
 
     def clear(self) -> None:
         """Drop every row."""
@@ -336,17 +458,19 @@ class CandidatePool:
         known.update(scores)
         self._scores.move_to_end(end)
         while self.num_bytes > self.max_bytes:
-            self._drop(next(iter(self._scores)))
+            _, dropped = self._scores.popitem(last=False)
+            self.num_bytes -= _num_candidate_bytes(dropped)
 
     def retain(self, spans: Container[Span]) -> None:
-        """Drop those behind other spans than these."""
-        for end in [end for end in self._scores if end not in spans]:
-            self._drop(end)
-
-    def _drop(self, end: Span) -> None:
-        self.num_bytes -= CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(self._scores.pop(end))
+        """Drop those behind other spans than these, and count anew."""
+        self._scores = OrderedDict((end, scores) for end, scores in self._scores.items() if end in spans)
+        self.num_bytes = sum(map(_num_candidate_bytes, self._scores.values()))
 
     def clear(self) -> None:
         """Drop all of them."""
         self._scores.clear()
         self.num_bytes = 0
+
+
+def _num_candidate_bytes(scores: Mapping[int, TokenScore]) -> int:
+    return CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(scores)

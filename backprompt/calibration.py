@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from backprompt.arguments import as_floats, as_list
+
 Floats: TypeAlias = "npt.NDArray[np.floating[Any]]"
 
 
@@ -21,20 +23,32 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
         neutral_probabilities: `(completions,)`, or `(neutral prompts, completions)`, whose mean is taken.
 
     Raises:
-        ValueError: the numbers of completions differ, or a neutral probability is 0.
+        TypeError: something other than numbers.
+        ValueError: the numbers of completions differ; an element is no probability; a neutral probability is 0 where
+            the other one is not, or all of a row are 0.
 
     """
-    given, neutral = np.asarray(probabilities, dtype=float), np.asarray(neutral_probabilities, dtype=float)
+    given, neutral = (
+        as_floats(probabilities, "probabilities"),
+        as_floats(neutral_probabilities, "neutral_probabilities"),
+    )
     neutral = neutral.mean(axis=0) if neutral.ndim == 2 else neutral
-    if neutral.ndim != 1 or given.shape[-1] != len(neutral):
+    if neutral.ndim != 1 or given.ndim not in (1, 2) or given.shape[-1] != len(neutral):
         raise ValueError(
-            f"probabilities have {given.shape[-1]} completions and neutral_probabilities the shape {neutral.shape}. "
-            "Score the same completions in both."
+            f"probabilities have the shape {given.shape} and neutral_probabilities {neutral.shape}, whose last sizes "
+            "must be one. Score the same completions in both."
         )
-    if not (neutral > 0).all():
+    for name, values in (("probabilities", given), ("neutral_probabilities", neutral)):
+        if (values < 0).any():
+            raise ValueError(f"{name} must be numbers of at least 0, as predict_proba returns them, not {values}.")
+    is_possible = neutral > 0
+    if (given[..., ~is_possible] > 0).any():
         raise ValueError("A neutral probability is 0, so nothing can be divided by it. Use other neutral prompts.")
-    corrected: Floats = given / neutral
-    corrected /= corrected.sum(axis=-1, keepdims=True)
+    corrected: Floats = np.divide(given, neutral, out=np.zeros_like(given), where=is_possible)  # 0 / 0 is 0 here
+    totals = corrected.sum(axis=-1, keepdims=True)
+    if not ((totals > 0) & (totals < np.inf)).all():
+        raise ValueError("All completions of a row have probability 0, or one a neutral probability of almost 0.")
+    corrected /= totals
     return corrected
 
 
@@ -46,10 +60,11 @@ def best_threshold(probabilities: npt.ArrayLike, is_positive: npt.ArrayLike) -> 
         is_positive: whether each example is of it, `(examples,)`.
 
     Raises:
-        ValueError: they are empty or differ in shape.
+        TypeError: probabilities that are not numbers, or labels that are neither booleans nor 0 and 1.
+        ValueError: they are empty or differ in shape; a probability is not finite.
 
     """
-    given, labels = np.asarray(probabilities, dtype=float), np.asarray(is_positive, dtype=bool)
+    given, labels = as_floats(probabilities, "probabilities"), _as_booleans(is_positive)
     if given.ndim != 1 or given.shape != labels.shape or not len(given):
         raise ValueError(
             f"probabilities and is_positive must be two lists of one length, not of shapes {given.shape} and "
@@ -59,3 +74,11 @@ def best_threshold(probabilities: npt.ArrayLike, is_positive: npt.ArrayLike) -> 
     thresholds = np.concatenate([[order[0]], (order[1:] + order[:-1]) / 2, [np.nextafter(order[-1], np.inf)]])
     num_right = ((given[None] >= thresholds[:, None]) == labels[None]).sum(axis=1)
     return float(thresholds[int(num_right.argmax())])
+
+
+def _as_booleans(given: Any) -> npt.NDArray[np.bool_]:
+    listed = as_list(given, "is_positive must be booleans in order")
+    for idx, value in enumerate(listed):
+        if value not in (0, 1):
+            raise TypeError(f"is_positive[{idx}] must be True or False, not {value!r}.")
+    return np.array(listed, dtype=bool)

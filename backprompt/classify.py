@@ -1,11 +1,11 @@
 """Classification by completion probability: which of given completions is the most probable behind a prompt.
 
-A completion is a hard boundary: its ids are those of `end_of_prompt + completion` encoded by itself, behind those of
-the prompt. All prompts and completions are one forest, so a prompt's keys and values exist once, completions share
+A completion is a hard boundary: its ids are those of its string encoded by itself, behind those of the prompt; see
+completions.py. All prompts and completions are one forest, so a prompt's keys and values exist once, completions share
 what they begin with, and the first token of every completion is read off the prompt's last row.
 
-Names, options and numbers are those of CAPPr (Dubey, https://github.com/kddubey/cappr), which scores completions one
-after the other.
+Names and options are those of CAPPr (Dubey, https://github.com/kddubey/cappr), which scores completions one after the
+other; with `end_of_prompt=" "`, its default, so are the numbers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from backprompt.arguments import as_floats, as_list, as_lm, as_number, check_encodable
 from backprompt.calibration import Floats
 from backprompt.calibration import best_threshold as best_threshold
 from backprompt.calibration import calibrate as calibrate
-from backprompt.errors import EmptyTextError, GroupError, MixedModelsError, TextTypeError, UnboundTextError
+from backprompt.completions import EndOfPrompt, check_end_of_prompt, completion_ids, ends_behind
+from backprompt.errors import EmptyTextError, MixedModelsError, NonFiniteError, TextTypeError, UnboundTextError
 from backprompt.lm import LM
-from backprompt.progress import is_wanted
+from backprompt.progress import Bar, is_wanted
 from backprompt.search import Candidate, Search, make_trie
-from backprompt.segments import Group
 from backprompt.text import Text
 from backprompt.token_graph import TokenIds
 
@@ -56,7 +56,7 @@ class Example:
         completions: the candidates.
         prior: a probability for each completion; by default all are the same.
         normalize: whether probabilities shall sum to one over the completions.
-        end_of_prompt: " " or "": stands between prompt and completion; see `log_probs`.
+        end_of_prompt: "auto", " " or "": stands between prompt and completion; see `log_probs`.
 
     Raises:
         TypeError, ValueError: what `predict_proba` raises for such arguments.
@@ -67,12 +67,12 @@ class Example:
     completions: Sequence[str]
     prior: Sequence[float] | None = None
     normalize: bool = True
-    end_of_prompt: str = " "
+    end_of_prompt: EndOfPrompt = "auto"
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt, "prompt")
         object.__setattr__(self, "completions", _checked_completions(self.completions))
-        _check_end_of_prompt(self.end_of_prompt)
+        check_end_of_prompt(self.end_of_prompt)
         object.__setattr__(self, "prior", _checked_prior(self.prior, len(self.completions)))
         _check_normalize(self.normalize, len(self.completions))
 
@@ -83,9 +83,9 @@ Prompts: TypeAlias = "Prompt | Example | Sequence[Prompt] | Sequence[Example]"
 def log_probs(
     prompts: Prompts,
     completions: Sequence[str] | None = None,
-    lm: LM | None = None,
+    lm: LM | tuple[Any, Any] | None = None,
     *,
-    end_of_prompt: str = " ",
+    end_of_prompt: EndOfPrompt = "auto",
     show_progress_bar: bool | None = None,
 ) -> list[Any]:
     """Return the log-probability of each token of each completion behind each prompt, in nats.
@@ -93,13 +93,16 @@ def log_probs(
     Args:
         prompts: a string, a `Text` or an `Example`, or a sequence of them.
         completions: the candidates, for prompts that are no examples.
-        lm: may be left out where a prompt is a `Text` that has one.
-        end_of_prompt: " " or "". A completion is encoded as `end_of_prompt + completion`; it is left out for tokenizers
-            that put a space before a string by themselves (SentencePiece).
+        lm: an `LM` or a `(model, tokenizer)` tuple; may be left out where a prompt is a `Text` that has one.
+        end_of_prompt: what stands between a prompt and a completion. "auto": a space, but nothing where the prompt ends
+            in white space, in a special or added token of the tokenizer (as a chat template's header does) or in a
+            segment of token ids, or the completion begins with white space. " ": a space, always, as in CAPPr. "":
+            nothing. A completion is encoded by itself with the space before it, if there is one.
         show_progress_bar: by default on a terminal where there are at least 5 prompts.
 
     Returns:
-        For a single prompt a list of floats a completion, a float a token; for a sequence a list of such lists.
+        For a single prompt a list of floats a completion, a float a token; for a sequence a list of such lists. -inf
+        for a token of probability 0.
 
     Raises:
         TypeError, ValueError: arguments that make no sense, each with what to do instead; before anything is computed.
@@ -115,11 +118,11 @@ def log_probs(
 def predict_proba(
     prompts: Prompts,
     completions: Sequence[str] | None = None,
-    lm: LM | None = None,
+    lm: LM | tuple[Any, Any] | None = None,
     *,
     prior: Sequence[float] | None = None,
     normalize: bool = True,
-    end_of_prompt: str = " ",
+    end_of_prompt: EndOfPrompt = "auto",
     aggregate: Aggregate = "mean",
     discount_completions: float = 0.0,
     log_marg_probs_completions: Sequence[Sequence[float]] | None = None,
@@ -136,15 +139,19 @@ def predict_proba(
             disadvantage) or the "sum" (the probability of the whole completion).
         discount_completions: add this times the log-probability of each of a completion's tokens given those before it
             in the completion alone; negative against completions that are probable anywhere.
-        log_marg_probs_completions: these, if they are known: `token_logprobs(completions, lm, end_of_prompt=...)`.
+        log_marg_probs_completions: these, if they are known: `token_logprobs(completions, lm, end_of_prompt=...)`, with
+            the same `end_of_prompt`.
         neutral_prompt: divide each completion's probability by the one that it has behind this prompt, such as "N/A"
-            (domain-conditional normalisation, Holtzman et al. 2021, arXiv 2104.08315).
+            (domain-conditional normalisation, Holtzman et al. 2021, arXiv 2104.08315). By "auto" a space stands behind
+            it as it may, whatever the prompts end in.
 
     Returns:
         A float array, `(completions,)` for a single prompt and `(prompts, completions)` for a sequence; for a sequence
-        of examples a list of arrays.
+        of examples a list of arrays. 0 for a completion that the model or the prior excludes.
 
     Raises:
+        NonFiniteError: every completion behind a prompt has probability 0 and they shall be normalized; or one is
+            possible behind a prompt, and has probability 0 where it is to be divided by that.
         See `log_probs`.
 
     """
@@ -162,7 +169,11 @@ def predict_proba(
         show_progress_bar=show_progress_bar,
     )
     are_normalized = [example.normalize for example in task.work.examples] or itertools.repeat(normalize)
-    found = [_posterior(weights, is_) for weights, is_ in zip(task.weights(), are_normalized, strict=False)]
+    found = []
+    for idx, (weights, is_normalized) in enumerate(zip(task.weights(), are_normalized, strict=False)):
+        if is_normalized:
+            task.check_possible(idx, weights.max())
+        found.append(_posterior(weights, is_normalized))
     if task.work.is_single:
         return found[0]
     return found if task.work.are_examples else np.stack(found)
@@ -171,7 +182,7 @@ def predict_proba(
 def predict(
     prompts: Prompts,
     completions: Sequence[str] | None = None,
-    lm: LM | None = None,
+    lm: LM | tuple[Any, Any] | None = None,
     *,
     search: Strategy = "exhaustive",
     **options: Any,
@@ -186,6 +197,7 @@ def predict(
 
     Raises:
         ValueError: there is but one completion.
+        NonFiniteError: every completion behind a prompt has probability 0; see `predict_proba`.
         See `log_probs`.
 
     """
@@ -194,44 +206,49 @@ def predict(
     unknown = options.keys() - inspect.signature(predict_proba).parameters.keys()
     if unknown:
         raise TypeError(f"predict has no option {min(unknown)!r}; its options are those of predict_proba, and search.")
-    shared = () if completions is None else completions
-    candidates = [p.completions for p in _listed(prompts)[0] if isinstance(p, Example)] or [shared]
-    if any(len(c) == 1 for c in candidates):
+    listed, is_single = _listed(prompts, "prompts")
+    shared = None if completions is None else _checked_completions(completions)
+    candidates = [prompt.completions for prompt in listed if isinstance(prompt, Example)] or [shared or ()]
+    if any(len(row) == 1 for row in candidates):
         raise ValueError(
             "With one completion there is nothing to predict. For its probability call predict_proba with "
             "normalize=False."
         )
-    task = _Task.of(prompts, completions, lm, **options)
-    best = task.best_first() if search == "best-first" else [int(weights.argmax()) for weights in task.weights()]
+    task = _Task.of(prompts if is_single else listed, shared, lm, **options)
+    best = task.best_first() if search == "best-first" else task.exhaustive()
     found = [row[idx] for row, idx in zip(task.work.completions, best, strict=True)]
     return found[0] if task.work.is_single else found
 
 
 def token_logprobs(
     texts: Prompt | Sequence[Prompt],
-    lm: LM | None = None,
+    lm: LM | tuple[Any, Any] | None = None,
     *,
-    end_of_prompt: str = " ",
+    end_of_prompt: EndOfPrompt = "auto",
     show_progress_bar: bool | None = None,
 ) -> list[Any]:
     """Return the log-probability of each token of each text given those before it; None for a first token.
 
-    Strings are encoded as completions are: without special tokens, as `end_of_prompt + text`. A `Text` is taken as it
-    is. A bar shows by default where it takes several passes and longer than two seconds.
+    Strings are encoded as completions are, without special tokens, by "auto" as behind a prompt that a space may
+    follow. A `Text` is taken as it is. A bar shows by default where it takes several passes and longer than two
+    seconds.
 
     Returns:
         A list of floats for a single text, else a list of such lists.
 
+    Raises:
+        See `log_probs`.
+
     """
-    _check_end_of_prompt(end_of_prompt)
-    listed, is_single = _listed(texts)
+    check_end_of_prompt(end_of_prompt)
+    listed, is_single = _listed(texts, "texts")
     for idx, text in enumerate(listed):
-        _check_prompt(text, f"texts[{idx}]")
+        _check_prompt(text, "texts" if is_single else f"texts[{idx}]")
     lm = _common_lm(listed, lm)
-    strings = [text for text in listed if isinstance(text, str)]
-    space = _end(lm, end_of_prompt)
-    ids = dict(zip(strings, lm.completion_ids([space + string for string in strings]), strict=True))
-    bound = [Text.from_tokens(ids[text], lm) if isinstance(text, str) else _bound(text, lm) for text in listed]
+    ids = completion_ids(lm, [(end_of_prompt, text) for text in listed if isinstance(text, str)])
+    bound = [
+        Text.from_tokens(ids[end_of_prompt, text], lm) if isinstance(text, str) else _bound(text, lm) for text in listed
+    ]
     logprobs = lm.token_logprobs(bound, show_progress_bar=show_progress_bar)
     found = [_as_floats(of_text.cpu().double().numpy()) for of_text in logprobs]
     rows = [[None if value != value else value for value in row] for row in found]  # nan: nothing predicts it
@@ -248,7 +265,7 @@ class _Work:
     lm: LM
     prompts: list[Text]
     completions: list[tuple[str, ...]]  # of each prompt
-    ends: list[str]
+    ends: list[EndOfPrompt]  # what stands behind each
     examples: list[Example]
     is_single: bool
 
@@ -257,10 +274,10 @@ class _Work:
         cls,
         prompts: Prompts,
         completions: Sequence[str] | None,
-        lm: LM | None,
-        end_of_prompt: str,
+        lm: LM | tuple[Any, Any] | None,
+        end_of_prompt: EndOfPrompt,
     ) -> _Work:
-        listed, is_single = _listed(prompts)
+        listed, is_single = _listed(prompts, "prompts")
         if not listed:
             raise ValueError("There are no prompts.")
         examples = [prompt for prompt in listed if isinstance(prompt, Example)]
@@ -268,22 +285,20 @@ class _Work:
             raise TypeError("Give either examples or prompts, not both.")
         if examples and completions is not None:
             raise TypeError("Examples have completions of their own; leave `completions` out.")
+        if examples and end_of_prompt != "auto":
+            raise TypeError("Examples have an end_of_prompt of their own; set it there.")
         if not examples and completions is None:
             raise TypeError("predict_proba(prompts, completions, lm) needs completions, a sequence of strings.")
-        _check_end_of_prompt(end_of_prompt)
+        check_end_of_prompt(end_of_prompt)
         shared = () if completions is None else _checked_completions(completions)
         bare: list[Prompt] = [p.prompt if isinstance(p, Example) else p for p in listed]
         for idx, prompt in enumerate(bare):
             _check_prompt(prompt, "prompts" if is_single else f"prompts[{idx}]")
         lm = _common_lm(bare, lm)
         texts = [_bound(prompt, lm) for prompt in bare]
-        for text in texts:
-            if text.segments and isinstance(text.segments[-1], Group):
-                raise GroupError(
-                    f"{text!r} ends in a group, so no one token stands before a completion. Add a segment."
-                )
         per_prompt = [tuple(example.completions) for example in examples] or [shared] * len(texts)
-        ends = [example.end_of_prompt for example in examples] or [end_of_prompt] * len(texts)
+        given = [example.end_of_prompt for example in examples] or [end_of_prompt] * len(texts)
+        ends = ends_behind(lm, list(zip(texts, given, strict=True)))
         work = cls(lm, texts, per_prompt, ends, examples, is_single)
         work._check()
         return work
@@ -303,20 +318,19 @@ class _Work:
     def bar(self, show: bool | None) -> Any:
         """Return a progress bar over the prompts, which shows on long work where it is not said whether to."""
         is_shown = is_wanted(show, is_long=len(self.prompts) >= MIN_PROMPTS_FOR_A_BAR)
-        return tqdm(total=len(self.prompts), desc="prompts", disable=not is_shown)
+        return Bar(total=len(self.prompts), desc="prompts", disable=not is_shown)
 
     def _check(self) -> None:
         """Raise for what cannot be scored."""
-        longest = {
-            key: max((self.completion_ids[key[0], completion] for completion in key[1]), key=len)
-            for key in set(zip(self.ends, self.completions, strict=True))
-        }
-        self.lm.check(
-            [
-                prompt + Text.from_tokens(longest[end, row], self.lm)
-                for prompt, end, row in zip(self.prompts, self.ends, self.completions, strict=True)
-            ]
-        )
+        _ = self.prompt_ids  # refuses a prompt that ends in a group
+        longest: dict[tuple[EndOfPrompt, int], Text] = {}
+        for idx, place in enumerate(self._rows):
+            if place not in longest:
+                ids = self._ids_behind(idx)
+                _check_different(list(zip(self.completions[idx], ids, strict=True)))
+                most = max(ids, key=len)
+                longest[place] = Text.from_tokens(most, self.lm)
+        self.lm.check([prompt + longest[place] for prompt, place in zip(self.prompts, self._rows, strict=True)])
         for idx, token_ids in enumerate(self.prompt_ids):
             if not token_ids:
                 raise EmptyTextError(
@@ -357,20 +371,22 @@ class _Work:
         end = self.ends[prompt_idx]
         return [self.completion_ids[end, completion] for completion in self.completions[prompt_idx]]
 
+    @property
+    def _rows(self) -> list[tuple[EndOfPrompt, int]]:
+        """What says which ids stand behind each prompt, compared without reading all of its completions."""
+        return [(end, id(row)) for end, row in zip(self.ends, self.completions, strict=True)]
+
     @cached_property
     def prompt_ids(self) -> list[TokenIds]:
         """The ids of each prompt as they are where something follows."""
         return self.lm.prompt_ids(self.prompts)
 
     @cached_property
-    def completion_ids(self) -> dict[tuple[str, str], tuple[int, ...]]:
+    def completion_ids(self) -> dict[tuple[EndOfPrompt, str], tuple[int, ...]]:
         """The ids of each completion, by its end of prompt and itself."""
-        wanted = list(
-            dict.fromkeys((end, c) for end, row in zip(self.ends, self.completions, strict=True) for c in row)
-        )
-        space = {end: _end(self.lm, end) for end in set(self.ends)}
-        strings = [space[end] + completion for end, completion in wanted]
-        found = dict(zip(wanted, self.lm.completion_ids(strings), strict=True))
+        one_each = dict(zip(self._rows, itertools.count(), strict=False)).values()
+        wanted = [(self.ends[idx], completion) for idx in one_each for completion in self.completions[idx]]
+        found = completion_ids(self.lm, wanted)
         for (_, completion), ids in found.items():
             if not ids:
                 raise ValueError(
@@ -391,14 +407,19 @@ class _Scheme:
     log_prior: Sequence[float] | None = None
 
     def weight(self, completion_idx: int, logprobs: Floats) -> float:
-        """Return the weight of a completion whose tokens have these log-probabilities."""
+        """Return the weight of a completion whose tokens have these log-probabilities.
+
+        Of a completion with probability 0 it is -inf, whatever that is divided by; where a probability is divided by 0,
+        it is inf.
+        """
+        log_prior = 0.0 if self.log_prior is None else self.log_prior[completion_idx]
+        if -np.inf in (log_prior, logprobs.min()):
+            return -np.inf
         discounted = logprobs if self.discounts is None else logprobs + self.discounts[completion_idx]
-        weight = discounted.mean() if self.aggregate == "mean" else discounted.sum()
-        if self.neutral is not None:
-            weight = weight - self.neutral[completion_idx]
-        if self.log_prior is not None:
-            weight = weight + self.log_prior[completion_idx]
-        return float(weight)
+        weight = float(discounted.mean() if self.aggregate == "mean" else discounted.sum())
+        if self.neutral is not None and weight > -np.inf:
+            weight -= self.neutral[completion_idx]
+        return float(weight + log_prior)
 
     def candidate(self, completion_idx: int, token_ids: tuple[int, ...]) -> Candidate:
         """Return what a search needs to know of a completion."""
@@ -419,11 +440,11 @@ class _Task:
         cls,
         prompts: Prompts,
         completions: Sequence[str] | None,
-        lm: LM | None,
+        lm: LM | tuple[Any, Any] | None,
         *,
         prior: Sequence[float] | None = None,
         normalize: bool = True,
-        end_of_prompt: str = " ",
+        end_of_prompt: EndOfPrompt = "auto",
         aggregate: Aggregate = "mean",
         discount_completions: float = 0.0,
         log_marg_probs_completions: Sequence[Sequence[float]] | None = None,
@@ -431,15 +452,16 @@ class _Task:
         show_progress_bar: bool | None = None,
     ) -> _Task:
         """Check everything, and score what the weights need besides the prompts."""
+        discount = as_number(discount_completions, "discount_completions")
         if aggregate not in AGGREGATES:
             raise ValueError(f"aggregate must be one of {', '.join(map(repr, AGGREGATES))}, not {aggregate!r}.")
-        if log_marg_probs_completions is not None and not discount_completions:
+        if log_marg_probs_completions is not None and not discount:
             raise TypeError(
                 "log_marg_probs_completions would not be used. Set discount_completions, too, or leave both out."
             )
         work = _Work.of(prompts, completions, lm, end_of_prompt)
         if work.are_examples:
-            if prior is not None or not normalize or discount_completions or neutral_prompt is not None:
+            if prior is not None or not normalize or discount or neutral_prompt is not None:
                 raise TypeError(
                     "Examples have priors and normalize of their own: set them there. discount_completions and "
                     "neutral_prompt are for prompts with common completions, not for examples."
@@ -453,18 +475,42 @@ class _Task:
         if neutral_prompt is not None:
             _check_prompt(neutral_prompt, "neutral_prompt")
             behind_nothing = _Work.of(neutral_prompt, shared, work.lm, end_of_prompt)
-        discounts = _discounts(work, discount_completions, log_marg_probs_completions)
+        discounts = _discounts(work, discount, log_marg_probs_completions, end_of_prompt) if discount else {}
         neutral = None
         if behind_nothing is not None:
             (rows,) = behind_nothing.log_probs(show_progress_bar=False)
             neutral = [_Scheme(aggregate).weight(idx, row) for idx, row in enumerate(rows)]
-        scheme = _Scheme(aggregate, discounts, neutral, log_prior)
-        return cls(work, [scheme] * len(work.prompts), show_progress_bar)
+        scheme_of = {end: _Scheme(aggregate, discounts.get(end), neutral, log_prior) for end in set(work.ends)}
+        return cls(work, [scheme_of[end] for end in work.ends], show_progress_bar)
 
     def weights(self) -> Iterator[Floats]:
         """Yield, for each prompt, the weight of each completion."""
-        for scheme, rows in zip(self.schemes, self.work.log_probs(self.show_progress_bar), strict=True):
-            yield np.array([scheme.weight(idx, row) for idx, row in enumerate(rows)])
+        scored = self.work.log_probs(self.show_progress_bar)
+        for scheme, shared, rows in zip(self.schemes, self.work.completions, scored, strict=True):
+            yield np.array([_finite(scheme.weight(idx, row), shared[idx]) for idx, row in enumerate(rows)])
+
+    def check_possible(self, prompt_idx: int, best_weight: float) -> None:
+        """Raise if the best completion behind a prompt has probability 0.
+
+        Raises:
+            NonFiniteError: names the prompt.
+
+        """
+        if best_weight == -np.inf:
+            raise NonFiniteError(
+                f"Each of the {len(self.work.completions[prompt_idx])} completions has probability 0 behind "
+                f"prompts[{prompt_idx}], {self.work.prompts[prompt_idx]!r}, so none of them is the most probable one, "
+                "and their sum is 0. Give completions that the model can produce and the prior does not exclude; "
+                "log_probs tells which of their tokens the model cannot."
+            )
+
+    def exhaustive(self) -> list[int]:
+        """Return, for each prompt, the completion with the highest weight, the first of equals, scoring all."""
+        best = []
+        for idx, weights in enumerate(self.weights()):
+            self.check_possible(idx, weights.max())
+            best.append(int(weights.argmax()))
+        return best
 
     def best_first(self) -> list[int]:
         """Return, for each prompt, the completion with the highest weight, the first of equals."""
@@ -481,6 +527,7 @@ class _Task:
                     nodes = search.expand(max(1, NODES_AT_A_TIME // len(live)))
                     expanded += [(idx, search, node) for node in nodes]
                     if not nodes:
+                        self.check_possible(idx, search.best_score)
                         best[idx] = search.best_idx
                         del live[idx]
                         bar.update()
@@ -504,35 +551,89 @@ class _Task:
                 root = make_trie([scheme.candidate(i, ids_of[end, completion]) for i, completion in enumerate(row)])
                 made_for = (id(scheme), end, row)
 
-            def score(completion_idx: int, logprobs: list[float], scheme: _Scheme = scheme) -> float:
-                return scheme.weight(completion_idx, np.array(logprobs))
+            def score(
+                completion_idx: int, logprobs: list[float], scheme: _Scheme = scheme, row: Sequence[str] = row
+            ) -> float:
+                return _finite(scheme.weight(completion_idx, np.array(logprobs)), row[completion_idx])
 
             yield idx, Search(root, score)
 
 
 def _discounts(
-    work: _Work, discount: float, log_marg_probs: Sequence[Sequence[float]] | None
-) -> Sequence[Floats] | None:
-    """Return what to add to each completion's token log-probabilities, if anything."""
-    if not discount:
-        return None
+    work: _Work, discount: float, given: Sequence[Sequence[float]] | None, end_of_prompt: EndOfPrompt
+) -> dict[EndOfPrompt, list[Floats]]:
+    """Return, by what stands behind a prompt, what to add to each completion's token log-probabilities.
+
+    The same ids are scored as behind such a prompt.
+    """
     shared = work.completions[0]
-    given = log_marg_probs
     if given is None:
-        given = token_logprobs(list(shared), work.lm, end_of_prompt=work.ends[0])
-    if len(given) != len(shared):
-        raise ValueError(
-            f"log_marg_probs_completions has {len(given)} elements for {len(shared)} completions; give one a "
-            "completion."
-        )
-    for completion, row in zip(shared, given, strict=True):
-        num_tokens = len(work.completion_ids[work.ends[0], completion])
-        if len(row) != num_tokens:
+        scored = {end: token_logprobs(list(shared), work.lm, end_of_prompt=end) for end in set(work.ends)}
+    else:
+        _check_are_of(work, end_of_prompt)
+        listed = as_list(given, "log_marg_probs_completions must be a sequence of numbers for each completion")
+        if len(listed) != len(shared):
             raise ValueError(
-                f"log_marg_probs_completions has {len(row)} numbers for {completion!r}, which has {num_tokens} tokens; "
-                "give what token_logprobs(completions, lm) returns."
+                f"log_marg_probs_completions has {len(listed)} elements for {len(shared)} completions; give one a "
+                "completion."
             )
-    return [discount * np.array([0.0 if value is None else value for value in row]) for row in given]
+        scored = dict.fromkeys(work.ends, listed)
+    return {
+        end: [
+            discount * _marginals(row, completion, len(work.completion_ids[end, completion]))
+            for completion, row in zip(shared, rows, strict=True)
+        ]
+        for end, rows in scored.items()
+    }
+
+
+def _check_are_of(work: _Work, end_of_prompt: EndOfPrompt) -> None:
+    """Raise ValueError where other ids are scored behind a prompt than by `token_logprobs` of the bare completions."""
+    shared = work.completions[0]
+    bare = completion_ids(work.lm, [(end_of_prompt, completion) for completion in shared])
+    for end in dict.fromkeys(work.ends):
+        for completion in shared:
+            if work.completion_ids[end, completion] != bare[end_of_prompt, completion]:
+                idx = work.ends.index(end)
+                raise ValueError(
+                    "log_marg_probs_completions are those of completions with a space before them, but none stands "
+                    f"before {completion!r} behind prompts[{idx}], {work.prompts[idx]!r}. Leave them out, or say "
+                    'end_of_prompt="" or " " in both calls.'
+                )
+
+
+def _marginals(row: Any, completion: str, num_tokens: int) -> Floats:
+    """Return the log-probabilities of a completion's tokens by itself, `(tokens,)`; 0 for what nothing predicts."""
+    name = f"log_marg_probs_completions of {completion!r}"
+    values = as_list(row.tolist() if hasattr(row, "tolist") else row, f"{name} must be a sequence of numbers")
+    if len(values) != num_tokens:
+        raise ValueError(
+            f"log_marg_probs_completions has {len(values)} numbers for {completion!r}, which has {num_tokens} tokens; "
+            "give what token_logprobs(completions, lm) returns."
+        )
+    is_unpredicted = [value is None or (idx == 0 and value != value) for idx, value in enumerate(values)]
+    return np.array([0.0 if is_ else _logprob(v, name) for is_, v in zip(is_unpredicted, values, strict=True)])
+
+
+def _logprob(given: Any, name: str) -> float:
+    """Return a number, or -inf for a token that the model excludes."""
+    return -np.inf if given == -np.inf else as_number(given, name)
+
+
+def _finite(weight: float, completion: str) -> float:
+    """Return the weight of a completion.
+
+    Raises:
+        NonFiniteError: it is inf.
+
+    """
+    if weight == np.inf:
+        raise NonFiniteError(
+            f"The completion {completion!r} is possible behind a prompt, but has probability 0 by itself or behind the "
+            "neutral prompt, so nothing can be divided by that. Leave it out, use another neutral prompt, or a "
+            "discount_completions of at least 0."
+        )
+    return weight
 
 
 def _log(prior: Any) -> Any:
@@ -557,36 +658,24 @@ def _as_floats(logprobs: Floats) -> list[float]:
 # Arguments
 
 
-def _end(lm: LM, end_of_prompt: str) -> str:
-    return end_of_prompt if lm.needs_space_between else ""
-
-
-def _listed(given: Any) -> tuple[list[Any], bool]:
+def _listed(given: Any, name: str) -> tuple[list[Any], bool]:
     """Return what was given as a list, and whether it was a single one."""
     if isinstance(given, (str, Text, Example)):
         return [given], True
-    if not hasattr(given, "__reversed__") and not hasattr(given, "__getitem__"):
-        raise TypeError(
-            f"Prompts must be ordered, so that results can be; a {type(given).__name__} is not. Use a list."
-        )
-    return list(given), False
+    return as_list(given, f"{name} must be a string, a Text, or a sequence of them"), False
 
 
 def _check_prompt(prompt: object, name: str) -> None:
     if not isinstance(prompt, (str, Text)):
         raise TextTypeError(f"{name} is a {type(prompt).__name__}, not a str or a Text.")
-    if isinstance(prompt, str) and not prompt:
-        raise ValueError(f"{name} is empty. A completion's first token needs something before it.")
+    if isinstance(prompt, str):
+        check_encodable(prompt, name)
+        if not prompt:
+            raise ValueError(f"{name} is empty. A completion's first token needs something before it.")
 
 
-def _checked_completions(completions: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(completions, (str, Text)):
-        raise TypeError(
-            "completions must be a sequence of strings. Wrap a single one in a list (with normalize=False)."
-        )
-    if not hasattr(completions, "__reversed__") and not hasattr(completions, "__getitem__"):
-        raise TypeError(f"completions must be ordered; a {type(completions).__name__} is not. Use a list.")
-    listed = tuple(completions)
+def _checked_completions(completions: Iterable[str]) -> tuple[str, ...]:
+    listed = tuple(as_list(completions, "completions must be a sequence of strings"))
     if not listed:
         raise ValueError("There are no completions.")
     for idx, completion in enumerate(listed):
@@ -594,26 +683,35 @@ def _checked_completions(completions: Sequence[str]) -> tuple[str, ...]:
             raise TextTypeError(f"completions[{idx}] is a {type(completion).__name__}, not a str.")
         if not completion:
             raise ValueError(f"completions[{idx}] is empty, so it has no probability. Leave it out.")
+        check_encodable(completion, f"completions[{idx}]")
     repeated = [completion for completion, num_times in Counter(listed).items() if num_times > 1]
     if repeated:
         raise ValueError(f"The completion {repeated[0]!r} is there more than once. Give each one once.")
     return listed
 
 
+def _check_different(completions: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Raise ValueError for two completions that are one to the model; each comes with its ids."""
+    with_ids: dict[tuple[int, ...], str] = {}
+    for completion, token_ids in completions:
+        other = with_ids.setdefault(token_ids, completion)
+        if other != completion:
+            raise ValueError(
+                f"The completions {other!a} and {completion!a} have the same token ids, {list(token_ids)}, so the "
+                "model cannot tell them apart: the tokenizer writes both in one form, or has no tokens for their "
+                "characters. Leave one out."
+            )
+
+
 def _checked_prior(prior: Sequence[float] | None, num_completions: int) -> Any:
     if prior is None:
         return None
-    given = np.asarray(prior, dtype=float)
+    given = as_floats(prior, "prior")
     if given.shape != (num_completions,):
         raise ValueError(f"prior has the shape {given.shape} for {num_completions} completions; give a number each.")
     if not ((given >= 0) & (given <= 1)).all() or not np.isclose(given.sum(), 1):
         raise ValueError(f"prior must be probabilities that sum to 1, not {given.tolist()} (sum {given.sum():.6g}).")
     return given
-
-
-def _check_end_of_prompt(end_of_prompt: str) -> None:
-    if end_of_prompt not in ("", " "):
-        raise ValueError(f'end_of_prompt must be " " or "", not {end_of_prompt!r}. Put more at the end of the prompt.')
 
 
 def _check_normalize(normalize: bool, num_completions: int) -> None:
@@ -624,7 +722,8 @@ def _check_normalize(normalize: bool, num_completions: int) -> None:
         )
 
 
-def _common_lm(prompts: Iterable[Prompt], lm: LM | None) -> LM:
+def _common_lm(prompts: Iterable[Prompt], given: LM | tuple[Any, Any] | None) -> LM:
+    lm = None if given is None else as_lm(given)
     for prompt in prompts:
         own = prompt.lm if isinstance(prompt, Text) else None
         if own is not None and lm is not None and own is not lm:

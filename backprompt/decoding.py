@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,29 +21,19 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
+from backprompt.arguments import as_int
 from backprompt.cache import TokenScore
 from backprompt.errors import GenerationError
+from backprompt.generation_options import SAMPLING_FIELDS, checked
+from backprompt.logprobs import log_softmax, logprob_dtype
 from backprompt.lookahead import DEFAULT_NGRAM, proposals
+from backprompt.skeleton import head_dtype
+from backprompt.stops import Cut, StopStrings, as_stop_strings
 
 Completion: TypeAlias = tuple[int, ...]
 """What was added to a text."""
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
-
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-
-_OURS = {  # what `generate` of transformers takes and this does not, and what to do instead
-    "num_return_sequences": "use n=...",
-    "max_length": "use max_new_tokens=..., which does not count the prompt",
-    "stop_strings": "use stop=...",
-    "return_dict_in_generate": "a Text is returned, with completion_tokens and completion_logprobs",
-    "output_scores": "completion_logprobs are always there",
-    "output_logits": "text.logits and text.model_repr.all_logits() are always there",
-    "output_attentions": "they are never computed as a whole",
-    "output_hidden_states": "text.model_repr.hidden_states are always there",
-    "use_cache": "keys and values are always kept",
-    "cache_implementation": "keys and values are kept by the LM",
-}
 
 
 @dataclass(frozen=True)
@@ -61,10 +52,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """A continuation: its tokens as they were chosen, and why it ended."""
+    """A continuation: its tokens as they were chosen, why it ended, and what of it stays if a stop string ended it."""
 
     choices: tuple[Choice, ...]
     finish_reason: FinishReason
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +77,9 @@ class Decoding:
 
     Args:
         model: the causal LM inside all wrappers; its `generation_config` says what is not given.
-        tokenizer: for stop strings.
+        tokenizer: for transformers' `stop_strings`.
         max_new_tokens: how many tokens to add at most.
-        stop: strings that end a text with the token that completes one of them.
+        stops: strings that end a text with the token that completes one of them.
         seed: of sampling. The same text with the same options, seed and sample has the same continuation, whatever else
             is generated with it; by default each run has a seed of its own.
         given: fields of `GenerationConfig`.
@@ -103,29 +95,37 @@ class Decoding:
         tokenizer: Any,
         *,
         max_new_tokens: int,
-        stop: str | Sequence[str] | None,
+        stops: StopStrings,
         seed: int | None,
         given: Mapping[str, Any],
     ) -> None:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens must be an int of at least 1, not {max_new_tokens!r}.")
         self.model = model
-        self.max_new_tokens = max_new_tokens
-        self._seed = secrets.randbits(63) if seed is None else seed
-        self._config = _config(model, given, _stops(stop))
+        self.logprob_dtype = logprob_dtype(head_dtype(model))
+        self.max_new_tokens = as_int(max_new_tokens, "max_new_tokens", at_least=1, error=GenerationError)
+        self.stops = stops
+        own_seed = secrets.randbits(63) if seed is None else seed
+        self._seed = as_int(own_seed, "seed", at_least=0, error=GenerationError)
+        self._config = _config(model, given)
         self.is_sampling = bool(self._config.do_sample)
         self.num_beams = int(self._config.num_beams or 1)
         self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
         self.max_ngram = int(self._config.max_matching_ngram_size or DEFAULT_NGRAM)
-        _check_can_be_generated(self._config.stop_strings or (), tokenizer)
         self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary
+        strings = as_stop_strings(self._config.stop_strings, tokenizer, "stop_strings")
+        self._config.stop_strings = None
         try:
-            if self._config.stop_strings is not None:
-                self._stop_strings.append(StopStringCriteria(tokenizer, self._config.stop_strings))
-                self._config.stop_strings = None
-            self.rules(torch.zeros((1, 1), dtype=torch.long))  # what is wrong shows now, before a prompt is computed
-        except (TypeError, ValueError) as error:
+            if strings:
+                self._stop_strings.append(StopStringCriteria(tokenizer, list(strings)))
+            self._rehearse()
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise GenerationError(f"transformers refuses these options: {error}") from error
+
+    def _rehearse(self) -> None:
+        """Let all rules look at one token, so that what is wrong shows now, before a prompt is computed."""
+        ids = torch.zeros((1, 1), dtype=torch.long)
+        rules = self.rules(ids)
+        rules.processors(ids, torch.zeros((1, _num_tokens(self.model))))
+        self.reason(rules, ids, 1, is_stopped=False)
 
     def rules(self, prompt_ids: Tensor) -> Rules:
         """Return the rules for a prompt, `(1, tokens)`."""
@@ -145,8 +145,18 @@ class Decoding:
         criteria = self.model._get_stopping_criteria(config, StoppingCriteriaList())
         return Rules(config, processors, [*criteria, *self._stop_strings])
 
-    def reason(self, rules: Rules, ids: Tensor, num_new: int) -> FinishReason | None:
-        """Return why `(1, tokens)` of which `num_new` were added are finished, or None."""
+    def reason(self, rules: Rules, ids: Tensor, num_new: int, *, is_stopped: bool) -> FinishReason | None:
+        """Return why `(1, tokens)` of which `num_new` were added are finished, or None.
+
+        Args:
+            rules: of the text.
+            ids: its ids so far.
+            num_new: how many of them were added.
+            is_stopped: whether a stop string ends it.
+
+        """
+        if is_stopped:
+            return "stop"
         met = [criterion for criterion in rules.criteria if bool(criterion(ids, None).any())]
         if any(isinstance(criterion, EosTokenCriteria) for criterion in met):
             return "eos"
@@ -181,6 +191,8 @@ class TextDecoding:
         self._choices: list[Choice] = []
         self._finish_reason: FinishReason | None = None
         self._completion: Completion = ()
+        self._watched = decoding.stops.begin(prompt_ids)
+        self._cut: Cut | None = None
         self._ids: Tensor | None = None  # (1, tokens), with room for all that may come
         self._num_ahead = decoding.num_lookup_tokens
         self.ahead: list[Completion] = [()]
@@ -225,25 +237,31 @@ class TextDecoding:
 
     def found(self, num: int) -> list[Found]:
         """Return what was added so far; there is one continuation, whatever `num` asks for."""
-        return [Found(tuple(self._choices), self._finish_reason or "interrupted")]
+        return [Found(tuple(self._choices), self._finish_reason or "interrupted", self._cut)]
 
     def _choose(self, logits: Tensor) -> None:
         if self._ids is None:
             self._begin(logits.device)
         assert self._ids is not None
         num_ids = len(self._prompt_ids) + len(self._choices)
-        unprocessed = logits.float()
+        unprocessed = logits.float()  # what transformers chooses by, whatever the model computes in
         scores = self._rules.processors(self._ids[:, :num_ids], unprocessed[None].clone())  # (1, vocab)
+        check_scores(scores, is_drawn=self._generator is not None)
         if self._generator is None:
             token_id = int(scores.argmax(dim=-1))
         else:
             probabilities = scores.softmax(dim=-1)
             token_id = int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
-        logprobs = unprocessed.log_softmax(dim=-1)
-        self._choices.append(Choice(token_id, float(logprobs[token_id]), int(logprobs.argmax()) == token_id))
+        logprob, is_argmax = float(log_softmax(logits)[token_id]), int(unprocessed.argmax()) == token_id
+        self._choices.append(Choice(token_id, logprob, is_argmax))
         self._completion = (*self._completion, token_id)
         self._ids[0, num_ids] = token_id
-        self._finish_reason = self._decoding.reason(self._rules, self._ids[:, : num_ids + 1], len(self._choices))
+        self._watched = self._decoding.stops.with_token(self._watched, token_id)
+        self._finish_reason = self._decoding.reason(
+            self._rules, self._ids[:, : num_ids + 1], len(self._choices), is_stopped=self._watched.is_stopped
+        )
+        if self._watched.is_stopped:
+            self._cut = self._decoding.stops.cut(self._prompt_ids, self._completion)
 
     def _begin(self, device: torch.device) -> None:
         prompt = torch.tensor([self._prompt_ids], device=device)
@@ -263,26 +281,32 @@ class TextDecoding:
         return list(dict.fromkeys((*self._completion, *tokens) for tokens in beginnings))
 
 
-def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> GenerationConfig:
+def check_scores(scores: Tensor, *, is_drawn: bool) -> None:
+    """Raise if nothing can be chosen by scores, `(texts, vocab)`, as the options have changed them.
+
+    Raises:
+        GenerationError: one is NaN, all are -inf, or, where a token `is_drawn`, one is inf.
+
+    """
+    best = float(scores.max())  # NaN if one is
+    if best > -math.inf and not (is_drawn and best == math.inf):
+        return
+    what = "-inf for every token, so that none may follow" if best == -math.inf else str(best)
+    raise GenerationError(
+        f"The options of generate turn scores into {what}. Leave out those that exclude tokens or change their scores, "
+        "one after the other."
+    )
+
+
+def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
     """Return the options in full: what is given, else what the model's own configuration says, but greedy."""
-    for name, instead in _OURS.items():
-        if name in given:
-            raise GenerationError(f"generate takes no {name}: {instead}.")
-    options = dict(given)
+    options = checked(given, _num_tokens(model))
     asked = [name for name in SAMPLING_FIELDS if options.get(name) is not None]
     if asked and options.get("do_sample") is False:
         raise GenerationError(f"{asked[0]} is for sampling, but do_sample is False. Leave out one of the two.")
     options["do_sample"] = bool(asked) if options.get("do_sample") is None else options["do_sample"]
-    known = GenerationConfig().to_dict().keys()
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise GenerationError(
-            f"generate has no option {unknown[0]!r}. Options are max_new_tokens, stop, seed and the fields of "
-            "transformers' GenerationConfig."
-        )
     try:
         config: GenerationConfig = model._prepare_generation_config(None, **options)[0]
-        config.stop_strings = config.stop_strings if stops is None else stops
         mode = config.get_generation_mode()
     except (TypeError, ValueError) as error:
         raise GenerationError(f"transformers refuses these options: {error}") from error
@@ -301,25 +325,5 @@ def _config(model: Any, given: Mapping[str, Any], stops: list[str] | None) -> Ge
     return config
 
 
-def _check_can_be_generated(stops: str | Sequence[str], tokenizer: Any) -> None:
-    unknown, name = tokenizer.unk_token_id, tokenizer.unk_token
-    if unknown is None:
-        return
-    for string in [stops] if isinstance(stops, str) else stops:
-        if name in string:
-            continue
-        doubtful = {char for char in string if unknown in tokenizer.encode(char, add_special_tokens=False)}
-        missing = doubtful.difference(*tokenizer.get_vocab()) if doubtful else doubtful  # one may stand within a token
-        if missing:
-            raise GenerationError(
-                f"The stop string {string!r} has characters that the tokenizer has no tokens for "
-                f"({', '.join(map(repr, sorted(missing)))}), so no text would ever end with it. Leave it out."
-            )
-
-
-def _stops(stop: str | Sequence[str] | None) -> list[str] | None:
-    listed = [stop] if isinstance(stop, str) else list(stop or ())
-    for string in listed:
-        if not isinstance(string, str) or not string:
-            raise GenerationError(f"stop must be strings that are not empty, not {string!r}.")
-    return listed or None
+def _num_tokens(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)

@@ -4,13 +4,19 @@ Every message says what was given, what was needed and what to do instead. `exce
 all; `except ValueError` and the like keep working for callers who do not know this library.
 """
 
+from backprompt._visible import visible_lines
+
 
 class BackpromptError(Exception):
     """Base of every error that backprompt raises on purpose."""
 
+    def __str__(self) -> str:
+        """Return the message, fit to be shown: it may quote texts, file names and other people's messages."""
+        return visible_lines(super().__str__())
+
 
 class TextTypeError(BackpromptError, TypeError):
-    """Something that is neither a `str` nor a `Text` was used as one."""
+    """Something that is neither a `str` nor a `Text` was used as one, or something that is no sequence as several."""
 
 
 class MixedModelsError(BackpromptError, ValueError):
@@ -50,7 +56,7 @@ class UnsupportedModelError(BackpromptError, NotImplementedError):
 
 
 class NonFiniteError(BackpromptError, ArithmeticError):
-    """The model returned NaN."""
+    """The model returned NaN or infinity, or gives probability 0 to all that there is to choose from."""
 
 
 class DriftError(BackpromptError, ArithmeticError):
@@ -58,7 +64,7 @@ class DriftError(BackpromptError, ArithmeticError):
 
 
 class GenerationError(BackpromptError, ValueError):
-    """Options of `generate` that contradict each other, or that it does not have."""
+    """Options of `generate` that contradict each other, that it does not have, or that leave no token to choose."""
 
 
 class MemoryBudgetError(BackpromptError, MemoryError):
@@ -66,7 +72,10 @@ class MemoryBudgetError(BackpromptError, MemoryError):
 
 
 class DamagedEntryError(BackpromptError, ValueError):
-    """A stored entry is not what was written. Stores catch it: they report it, set the file aside, and go on."""
+    """An entry is not what was written, or not what an entry is made of.
+
+    Where one is read it is caught: it is reported and set aside, and evaluation goes on.
+    """
 
 
 class StoreVersionError(BackpromptError, ValueError):
@@ -82,7 +91,7 @@ class NoStoreError(BackpromptError, RuntimeError):
 
 
 class StaleRepresentationError(BackpromptError, RuntimeError):
-    """A `ModelRepr` was read after the weights that it was computed with had changed."""
+    """A `ModelRepr` was read after the weights that it was computed with had changed, or they changed meanwhile."""
 
 
 class ModelLoadError(BackpromptError, OSError):

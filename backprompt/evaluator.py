@@ -14,25 +14,26 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
-from weakref import finalize
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
 
 from backprompt.archive import Archive
 from backprompt.cache import CandidatePool, LogitPool, States, TokenScore, gather, keys_values_of, states_of
-from backprompt.errors import MemoryBudgetError
+from backprompt.errors import MemoryBudgetError, NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.executor import Executor
 from backprompt.growth import Growth
 from backprompt.host import HostMemory
+from backprompt.logprobs import are_distributions, log_softmax
 from backprompt.lookup import Aside, Sketch
 from backprompt.memory import Memory
 from backprompt.passes import cut_into_passes, missing_spans
-from backprompt.plan import plan_pass
+from backprompt.plan import TILE_TOKENS, plan_pass
 from backprompt.probe import probe
 from backprompt.progress import GrowingBar, progress_bar
 from backprompt.radix import NOTHING, Forest, Junction, Place, Span
-from backprompt.token_graph import TokenGraph, TokenIds, without_last
+from backprompt.token_graph import TokenGraph, TokenIds, flat, without_last
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ MAX_CANDIDATE_BYTES = 64 << 20
 
 MAX_EMPTY_SPANS = 10_000
 """Spans of which nothing is held any more stay in the forest up to this number, to tell what is computed again."""
+
+MAX_EMPTY_TOKENS = 1_000_000
+"""And up to this number of tokens, whose ids take 40 bytes each."""
 
 ReadAhead: TypeAlias = "Callable[[], list[Place]]"
 """Returns other texts that will probably be asked for next; called only if something must be computed."""
@@ -67,15 +71,21 @@ class Counters:
     logit_rows: int = 0
     seconds: float = 0.0
 
+    @property
+    def work(self) -> tuple[int, int]:
+        """What was computed with the model's weights."""
+        return self.forward_passes, self.logit_rows
+
 
 @dataclass(frozen=True)
 class TokenScores:
     """How a model rates given tokens, each given those before it.
 
     Attributes:
-        logprobs: log-probabilities, `(tokens,)`, float32, nats; nan for a token that nothing predicts.
-        is_argmax: whether greedy decoding would have chosen the token, `(tokens,)`, bool. Of tokens that are equally
-            probable in float32 the one with the lowest id is chosen; False where nothing predicts.
+        logprobs: log-probabilities, `(tokens,)`, nats, float64 for a model in float64 and else float32; -inf for a
+            token of probability 0, nan for a token that nothing predicts.
+        is_argmax: whether greedy decoding would have chosen the token, `(tokens,)`, bool. Of tokens whose logits are
+            equal in float32 the one with the lowest id is chosen; False where nothing predicts.
 
     """
 
@@ -83,9 +93,9 @@ class TokenScores:
     is_argmax: Tensor
 
     @classmethod
-    def of(cls, scores: Sequence[TokenScore], device: torch.device) -> TokenScores:
-        """Return these as tensors on a device."""
-        logprobs = torch.tensor([score.logprob for score in scores], dtype=torch.float32, device=device)
+    def of(cls, scores: Sequence[TokenScore], dtype: torch.dtype, device: torch.device) -> TokenScores:
+        """Return these as tensors on a device, log-probabilities in this dtype."""
+        logprobs = torch.tensor([score.logprob for score in scores], dtype=dtype, device=device)
         return cls(logprobs, torch.tensor([score.is_argmax for score in scores], dtype=torch.bool, device=device))
 
     def __getitem__(self, rows: slice) -> TokenScores:
@@ -103,6 +113,14 @@ class Growing(Protocol):
     def ends(self) -> Mapping[Any, Span]:
         """The ends of its continuations that are held."""
         ...
+
+
+@dataclass(eq=False)
+class PinnedText:
+    """A text that is held for as long as its pin is not released, and the span at which it ends."""
+
+    token_ids: TokenIds = ()
+    end: Span | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,19 +154,23 @@ class Evaluator:
     def __init__(
         self,
         model: nn.Module,
+        has_changed: Callable[[], bool],
         counters: Counters,
         max_tokens_per_forward: int | None,
         memory_bytes: int,
         host: HostMemory,
         max_result_bytes: int,
+        decode: Callable[[Sequence[int]], str],
         archive: Archive | None = None,
         *,
         pack_weights: bool = False,
     ) -> None:
         self._model = model
-        self.executor = Executor(model, pack_weights=pack_weights)
+        self._has_changed = has_changed  # whether the weights are others now
+        self.executor = Executor(model, decode, pack_weights=pack_weights)
         self.forest = Forest()
         self.counters = counters
+        self._checked_work = counters.work
         self._max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
         self._pool = LogitPool(max_result_bytes)
         self._candidates = CandidatePool(MAX_CANDIDATE_BYTES)
@@ -157,8 +179,12 @@ class Evaluator:
         self._archive = archive
         self._growth = Growth(self.forest)
         self.abandoned: deque[Sequence[Growing]] = deque()
-        """Texts that were growing when whoever let them grow was discarded, by any thread at any time."""
-        self._pinned: dict[Span, int] = {}  # the ends of pinned texts, and how often each is
+        """Texts that were growing when whoever let them grow failed or was discarded, by any thread at any time."""
+        self.is_closed = False
+        self._pins: dict[PinnedText, None] = {}
+        self._growing: WeakKeyDictionary[object, Sequence[Growing]] = WeakKeyDictionary()  # by who lets them grow
+        self._in_use: dict[object, Sequence[Span]] = {}  # ends of what is being computed or read
+        self.tile_tokens = TILE_TOKENS
         self._is_probed = False
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
         finalize(self, self.forest.clear).atexit = False
@@ -170,14 +196,65 @@ class Evaluator:
 
     def clear(self) -> None:
         """Forget all that was computed, pinned texts included."""
-        self.forest.clear()
-        self._forget_results()
-        self._pinned.clear()
+        self._pins.clear()
+        self._forget()
+
+    def check_unchanged(self) -> None:
+        """Raise StaleRepresentationError if weights have changed since what was computed last was begun.
+
+        Then it may be of no one state of them, and all is forgotten: they may change back without that showing.
+        """
+        if self.counters.work != self._checked_work:
+            self._raise_if_changed()
+            self._checked_work = self.counters.work
+
+    def _raise_if_changed(self) -> None:
+        if self._has_changed():
+            self.clear()
+            raise StaleRepresentationError(
+                "The model's weights have changed while they were used, so what was computed is of no one state of "
+                "them. Nothing of it is kept. Call again, and let other threads change weights between calls."
+            )
 
     def close(self) -> None:
         """Forget everything for good: whoever still refers to this must not keep copies of weights alive."""
+        self.is_closed = True
         self.clear()
         self.executor.close()
+
+    def recover(self) -> None:
+        """Make everything right again after an error, wherever it came; docs/design.md, "Failures", says how.
+
+        Where the forest is whole all that was computed is kept, and what was to be computed leaves it. Else everything
+        is forgotten; `hold_pins` computes again what pins hold.
+        """
+        self._in_use.clear()
+        if not self.forest.is_whole:
+            self._forget()
+        self._prune()
+        spans = list(self.forest.spans())
+        for tier in (self.memory, self.host):
+            tier.recount(spans)
+        self._make_room()
+
+    def hold_pins(self) -> None:
+        """Compute what pins hold where it was forgotten."""
+        lost = [pin for pin in self._pins if pin.end is None or not _is_held(pin.end, with_keys=True)]
+        if lost:
+            with self._inserted([pin.token_ids for pin in lost]) as ends, self._using(ends):
+                self._compute(ends, with_keys=True)
+                for pin, end in zip(lost, ends, strict=True):
+                    pin.end = end
+
+    def held_ends(self) -> set[Span]:
+        """Return the ends of all texts that must stay: those of pins, those that grow, and what is in use now.
+
+        Asked of those who hold them each time, and kept nowhere else, so it cannot disagree with them.
+        """
+        held = {pin.end for pin in self._pins if pin.end is not None}
+        for texts in self._growing.values():
+            held.update(end for text in texts for end in text.ends.values())
+        return held.union(*self._in_use.values())
 
     @property
     def archive(self) -> Archive | None:
@@ -201,7 +278,7 @@ class Evaluator:
         """Compute what is missing of texts given by their token ids, and return the spans at which they end.
 
         Over the budget, results are dropped again: `held` brings one back. If a pass fails, the passes before it stay
-        computed and the rest leaves no trace.
+        computed, and `recover` removes the rest.
         """
         with self._inserted(texts) as ends:
             self._compute(ends)
@@ -214,71 +291,58 @@ class Evaluator:
         What was dropped of them is computed again. Yields the span at which the text ends; `end` is the last one known.
         """
         if _is_held(end, with_keys):
-            end.num_pins += 1
-            try:
+            with self._using([end]):
                 yield end
-            finally:
-                end.num_pins -= 1
             return
         self.counters.tokens_requested += len(token_ids)
         with self._computed(token_ids, with_keys=with_keys) as end:
             yield end
 
-    def pin(self, token_ids: TokenIds) -> Span:
+    def pin(self, pin: PinnedText) -> None:
         """Compute a text and hold all of it until `unpin`.
 
         Raises:
             MemoryBudgetError: it does not fit the budget, beside what is pinned already.
 
         """
-        with self._inserted([token_ids]) as (end,):
-            pinned = _on_the_way([*self._pinned, end])
-            num_bytes = self._num_bytes(pinned)
+        with self._inserted([pin.token_ids]) as ends, self._using(ends):
+            (pin.end,) = ends
+            num_bytes = self._num_bytes(_on_the_way([*self._pinned_ends(), *ends]))
             if num_bytes > self.memory.max_bytes:
                 raise MemoryBudgetError(
-                    f"With this text of {len(token_ids)} tokens pins would hold {num_bytes:,} bytes, more than the "
+                    f"With this text of {len(pin.token_ids)} tokens pins would hold {num_bytes:,} bytes, more than the "
                     f"LM's budget of {self.memory.max_bytes:,}. Release other pins, or give the LM more: "
                     "LM(..., memory_bytes=...)."
                 )
-            end.num_pins += 1
-            try:
-                self._compute([end], with_keys=True)
-            except BaseException:
-                end.num_pins -= 1
-                raise
-            self._pinned[end] = self._pinned.get(end, 0) + 1
-        return end
+            self._compute(ends, with_keys=True)
+            self._pins[pin] = None
+
+    def let_grow(self, owner: object, texts: Sequence[Growing]) -> None:
+        """Hold the ends of these texts, as they are at any time, for as long as their owner lives."""
+        self._growing[owner] = texts
+        # Whoever drops a stream does not say so: what it has grown is ended when the evaluator next looks.
+        finalize(owner, self.abandoned.append, texts).atexit = False
 
     def begin(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Compute texts that are to grow, and hold all of each until `settle` or `end_growth`."""
+        """Compute all of texts that are to grow. The caller notes the ends where `let_grow` says, and so holds them."""
         self.count_evaluation()
-        with self._inserted(texts) as ends:
-            self._compute_and_pin(ends)
+        with self._inserted(texts) as ends, self._using(ends):
+            self._compute(ends, with_keys=True)
         return ends
 
     def grow(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Forward what texts have more than those that are held, in one pass, and hold them as well.
+        """Forward what texts have more than those that are held, in one pass; the caller notes the ends as well.
 
         Nothing of it is stored until the growth ends.
         """
         num_before = self.counters.tokens_computed
-        with self._inserted(texts, are_ends=False) as ends:
+        with self._inserted(texts, are_ends=False) as ends, self._using(ends):
             new = [end for end in dict.fromkeys(ends) if end.rows is None]
-            self._compute_and_pin(ends, use_store=False)
+            self._compute(ends, with_keys=True, use_store=False)
         self.counters.tokens_requested += max(len(texts), self.counters.tokens_computed - num_before)
         for end in new:
             self._growth.note_pass(end)
         return ends
-
-    def _compute_and_pin(self, ends: Sequence[Span], *, use_store: bool = True) -> None:
-        for end in ends:
-            end.num_pins += 1
-        try:
-            self._compute(ends, with_keys=True, use_store=use_store)
-        except BaseException:
-            for end in ends:
-                end.num_pins -= 1
-            raise
 
     def settle(self, grown: Sequence[Span], dropped: Sequence[Span], scores: Mapping[Span, TokenScore]) -> None:
         """Go on with some of the texts that are held.
@@ -290,19 +354,17 @@ class Evaluator:
             scores: of the last tokens of some that were grown.
 
         """
-        for end in dropped:
-            end.num_pins -= 1
         new = {end: score for end, score in scores.items() if not _is_scored(end, len(end.token_ids) - 1)}
         targets = [_Target(0, 0, _HeldRow(states_of(end).block, states_of(end).stop - 1)) for end in new]
-        _write_scores(targets, TokenScores.of(list(new.values()), self.executor.device))
+        _write_scores(targets, self._as_tensors(list(new.values())))
+        held = self.held_ends()
         for end in dropped:
-            self.forest.discard(end)
-        self.memory.add(self._growth.absorb(list(dict.fromkeys(grown))))
+            self.forest.discard(end, held)
+        self.memory.add(self._growth.absorb(list(dict.fromkeys(grown)), held))
 
     def end_growth(self, ends: Sequence[Span]) -> None:
-        """Let go of texts that have grown; they may be dropped over the budget from now on, like all others."""
+        """Finish texts that have grown and that nobody holds any more: they are from now on like all others."""
         for end in ends:
-            end.num_pins -= 1
             end.is_end = True
         for end in dict.fromkeys(ends):
             self.memory.add(self._growth.finish(end))
@@ -311,15 +373,23 @@ class Evaluator:
         self._make_room()
 
     def end_abandoned(self) -> None:
-        """Let go of what grew for somebody who is no more."""
+        """Finish what grew for somebody who is no more, or who failed."""
         while self.abandoned:
             self.end_growth([end for text in self.abandoned.popleft() for end in text.ends.values()])
 
     def next_logits(self, ends: Sequence[Span]) -> list[Tensor]:
-        """Return the logits after texts that are held, `(vocab,)` each."""
+        """Return the logits after texts that are held, `(vocab,)` each.
+
+        Raises:
+            NonFiniteError: a row is no distribution.
+
+        """
         rows: dict[Span, Tensor] = {}
         for group in _slices(list(dict.fromkeys(ends)), self.executor.rows_in_a_slice):
-            rows.update(zip(group, self._logits(torch.stack([_last_hidden(end) for end in group])), strict=True))
+            logits = self._logits(torch.stack([_last_hidden(end) for end in group]))
+            rows.update(zip(group, logits, strict=True))
+            for idx in _unusable_rows(logits):
+                raise self.executor.logits_error(logits[idx], _ids_up_to(group[idx]))
         return [rows[end] for end in ends]
 
     @property
@@ -331,7 +401,7 @@ class Evaluator:
     def num_bytes_to_hold(self, ends: Collection[Span]) -> int:
         """Return the bytes of all that must be held for these texts and for what is pinned."""
         self._probe_once()  # how many bytes a token takes is known from then on
-        return self._num_bytes(_on_the_way([*self._pinned, *ends]))
+        return self._num_bytes(_on_the_way([*self._pinned_ends(), *ends]))
 
     def save(self, token_ids: TokenIds) -> None:
         """Write a text to the store, computed if need be."""
@@ -339,18 +409,14 @@ class Evaluator:
         with self._computed(token_ids, with_keys=True) as end:
             self._archive.save(end)
 
-    def is_pinned(self, end: Span) -> bool:
-        """Return whether a pin holds the text that ends here; after `clear` none does."""
-        return end in self._pinned
+    def is_pinned(self, pin: PinnedText) -> bool:
+        """Return whether a text is still held; after `clear` none is."""
+        return pin in self._pins
 
-    def unpin(self, end: Span) -> None:
-        """Undo one `pin`."""
-        if end in self._pinned:  # nothing is pinned any more after clear()
-            end.num_pins -= 1
-            self._pinned[end] -= 1
-            if not self._pinned[end]:
-                del self._pinned[end]
-            self._make_room()
+    def unpin(self, pin: PinnedText) -> None:
+        """Hold a text no more; one that is not held may be given, too."""
+        self._pins.pop(pin, None)
+        self._make_room()
 
     def pooled_logits(self, end: Span) -> Tensor | None:
         """Return a copy of the next-token logits after `end`, `(vocab,)`, if they were computed and are still held."""
@@ -361,6 +427,10 @@ class Evaluator:
         """Return the next-token logits after `end`, `(vocab,)`; those of `ahead()` are computed along with it.
 
         It must not be a junction, which has no last row; those among `ahead()` are left out.
+
+        Raises:
+            NonFiniteError: the row is no distribution. Those of others may be none: they are not kept.
+
         """
         if (pooled := self.pooled_logits(end)) is not None:
             return pooled
@@ -370,17 +440,30 @@ class Evaluator:
         first: Tensor | None = None
         for group in _slices(missing, self.executor.rows_in_a_slice):
             logits = self._logits(torch.stack([_last_hidden(other) for other in group]))
-            first = logits[0].clone() if first is None else first
-            for other, row in zip(group, logits, strict=True):
-                self._pool.put(other, row)
+            unusable = set(_unusable_rows(logits))
+            if first is None:  # the row of `end`
+                if 0 in unusable:
+                    raise self.executor.logits_error(logits[0], _ids_up_to(end))
+                first = logits[0].clone()
+            for idx, (other, row) in enumerate(zip(group, logits, strict=True)):
+                if idx not in unusable:
+                    self._pool.put(other, row)
         assert first is not None
         return first
 
     def all_logits(self, place: Place, start: int, stop: int) -> Tensor:
-        """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`."""
+        """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`.
+
+        Raises:
+            NonFiniteError: a row is no distribution.
+
+        """
         hidden = self.hidden_states(place)[start:stop]
-        rows = [self._logits(piece) for piece in torch.split(hidden, self.executor.rows_in_a_slice)]
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+        pieces = [self._logits(piece) for piece in torch.split(hidden, self.executor.rows_in_a_slice)]
+        logits = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        for idx in _unusable_rows(logits):
+            raise self.executor.logits_error(logits[idx], flat(place.token_ids)[: start + idx + 1])
+        return logits
 
     def hidden_states(self, place: Place) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""
@@ -397,19 +480,31 @@ class Evaluator:
     def token_logprobs(self, place: Place, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
         if not all(map(_is_scored, self.forest.in_order(place))):
-            self.score([(other, 0) for other in (place, *ahead())])
+            self.score([(place, 0)], ahead=ahead())
         return self.scores_from(place, 0).logprobs
 
     def score(
-        self, texts: Iterable[tuple[Place, int]], candidates: Mapping[Span, Collection[int]] | None = None
+        self,
+        texts: Sequence[tuple[Place, int]],
+        candidates: Mapping[Span, Collection[int]] | None = None,
+        ahead: Iterable[Place] = (),
     ) -> dict[Span, dict[int, TokenScore]]:
         """Compute the log-probabilities of computed texts from a token of each on, counted in written order.
 
         Each row that predicts several tokens is computed once, and none that predicts only tokens before the start.
-        `candidates`: tokens to score as well that may follow the texts that end there; theirs are returned.
+
+        Args:
+            texts: each with the first token to be scored.
+            candidates: tokens to score as well that may follow the texts that end there; theirs are returned.
+            ahead: other texts to be scored along with them.
+
+        Raises:
+            NonFiniteError: a row that predicts a token of `texts`, or a candidate, is no distribution. What such rows
+                predict stays unscored.
+
         """
         first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
-        for place, start in texts:
+        for place, start in (*texts, *((other, 0) for other in ahead)):
             for span, first_row in self._spans_from(place, start):
                 first_rows[span] = min(first_row, first_rows.get(span, first_row))
         predictions = _Predictions()
@@ -429,22 +524,53 @@ class Evaluator:
                     predictions.add_candidate(end, token_id)
                 elif not _has_first_score(child):
                     predictions.add_branches(end)
+        unusable: dict[_HeldRow | Span, Tensor] = {}  # logits that are no distribution, by what they should score
         num_rows, rows_in_a_slice = predictions.num_rows, self.executor.rows_in_a_slice
         with progress_bar(num_rows, "scoring", "tokens", is_long=num_rows > rows_in_a_slice) as bar:
             for rows, targets in predictions.slices(rows_in_a_slice):
-                row_idx = torch.tensor([target.row_idx for target in targets])
-                token_ids = torch.tensor([target.token_id for target in targets])
-                scores = _picked_scores(self._logits(rows), row_idx, token_ids)
+                logits = self._logits(rows)
+                rows_left_out = set(_unusable_rows(logits))
+                if rows_left_out:
+                    unusable |= {t.sink: logits[t.row_idx] for t in targets if t.row_idx in rows_left_out}
+                    targets = [target for target in targets if target.row_idx not in rows_left_out]
+                row_idx = torch.tensor([target.row_idx for target in targets], dtype=torch.long)
+                token_ids = torch.tensor([target.token_id for target in targets], dtype=torch.long)
+                scores = _picked_scores(logits, row_idx, token_ids)
                 for end, scored in _write_scores(targets, scores).items():
                     self._candidates.put(end, scored)
                     found[end] |= scored
                 bar.update(len(rows))
+        if unusable:
+            self._check_wanted(texts, candidates, unusable)
         held: list[tuple[Span, int, Span]] = []
         for end, token_ids in candidates.items():
             held += [(end, t, child) for t in token_ids if t not in found[end] and (child := _held_child(end, t))]
         for (end, token_id, _), score in zip(held, _first_scores([child for _, _, child in held]), strict=True):
             found[end][token_id] = score
         return found
+
+    def _check_wanted(
+        self,
+        texts: Sequence[tuple[Place, int]],
+        candidates: Iterable[Span],
+        unusable: Mapping[_HeldRow | Span, Tensor],
+    ) -> None:
+        """Raise if what was wanted of texts, or behind the ends of some, was to be scored by `unusable` logits."""
+        for place, start in texts:
+            for span, first_row in self._spans_from(place, start):
+                rows = states_of(span)
+                for idx in range(first_row, len(span.token_ids)):
+                    logits = unusable.get(_HeldRow(rows.block, rows.start + idx))
+                    if logits is not None:
+                        assert span.parent is not None
+                        raise self.executor.logits_error(logits, _ids_up_to(span.parent) + span.token_ids[:idx])
+        for end in candidates:
+            children = [child for child in end.children.values() if child.token_ids and child.states is not None]
+            sinks: list[_HeldRow | Span] = [end]
+            sinks += (_HeldRow(states_of(child).block, states_of(child).start) for child in children)
+            for sink in sinks:
+                if sink in unusable:
+                    raise self.executor.logits_error(unusable[sink], _ids_up_to(end))
 
     def _recall(self, span: Span) -> None:
         """Write what was known of a span's first token before it was forwarded to where that is held."""
@@ -460,8 +586,7 @@ class Evaluator:
         """Return a copy of a scored text's scores from token `start` on, `(tokens - start,)`."""
         spans = self._spans_from(place, start)
         if not spans:
-            none = torch.empty(0, dtype=torch.float32, device=self.executor.device)
-            return TokenScores(none, none.bool())
+            return self._as_tensors([])
         _, first_row = spans[0]
         rows = [states_of(span) for span, _ in spans]
         logprobs = gather(rows, lambda states: states.logprobs, dim=0)[first_row:]
@@ -490,7 +615,7 @@ class Evaluator:
             for (token_ids, start), split in zip(texts, splits, strict=True)
         ]
         found = self.scored(wanted)
-        lasts = TokenScores.of([s for scored in found for s in scored.candidates.values()], self.executor.device)
+        lasts = self._as_tensors([s for scored in found for s in scored.candidates.values()])
         ends = itertools.accumulate(len(scored.candidates) for scored in found)
         return [
             scored.tokens.followed_by(lasts[end - len(scored.candidates) : end])
@@ -510,7 +635,7 @@ class Evaluator:
                 for idx in ready:
                     if wanted[idx].candidates:
                         candidates.setdefault(places[idx].end, {}).update(dict.fromkeys(wanted[idx].candidates))
-                scored = self.score(((places[idx], wanted[idx].start) for idx in ready), candidates)
+                scored = self.score([(places[idx], wanted[idx].start) for idx in ready], candidates)
                 for idx in ready:
                     following = {token_id: scored[places[idx].end][token_id] for token_id in wanted[idx].candidates}
                     found[idx] = Scored(self.scores_from(places[idx], wanted[idx].start), following)
@@ -522,34 +647,39 @@ class Evaluator:
     @contextmanager
     def _computed(self, token_ids: TokenIds, *, with_keys: bool) -> Iterator[Span]:
         """Compute what is missing of a text and hold it for as long as the context lasts."""
-        with self._inserted([token_ids]) as (end,):
-            end.num_pins += 1
-            try:
-                self._compute([end], with_keys=with_keys)
-                yield end
-            finally:
-                end.num_pins -= 1
-                self._make_room()
+        with self._inserted([token_ids]) as ends:
+            with self._using(ends):
+                self._compute(ends, with_keys=with_keys)
+                yield ends[0]
+            self._make_room()
+
+    @contextmanager
+    def _using(self, ends: Sequence[Span]) -> Iterator[None]:
+        """Hold the texts that end here for as long as the context lasts."""
+        use = object()
+        self._in_use[use] = ends
+        try:
+            yield
+        finally:
+            self._in_use.pop(use, None)  # `recover` may have taken it away
+
+    def _pinned_ends(self) -> list[Span]:
+        return [pin.end for pin in self._pins if pin.end is not None]
 
     @contextmanager
     def _inserted(self, texts: Sequence[TokenIds], *, are_ends: bool = True) -> Iterator[list[Span]]:
-        """Yield the ends of texts in the forest; after an error, what holds nothing leaves it."""
+        """Yield the ends of texts in the forest."""
         self._probe_once()
-        ends: list[Span] = []
-        try:
-            ends += (self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)
-            self.memory.touch(ends)
-            yield ends
-        except BaseException:
-            self._prune()
-            raise
-        if self.memory.num_empty_spans > MAX_EMPTY_SPANS:
-            self._prune()
-            self.memory.num_empty_spans = 0
+        ends = [self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts]
+        self.memory.touch(ends)
+        yield ends
+        if self.memory.num_empty_spans > MAX_EMPTY_SPANS or self.memory.num_empty_tokens > MAX_EMPTY_TOKENS:
+            self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # not again at the next evaluation
+            self.memory.num_empty_spans = self.memory.num_empty_tokens = 0
 
-    def _prune(self) -> None:
-        """Forget spans of which nothing is held, and results by which they would stay alive."""
-        self.forest.prune()
+    def _prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
+        """Forget spans of which nothing is held, but for the latest, and results by which they would stay alive."""
+        self.forest.prune(max_spans, max_tokens)
         spans = set(self.forest.spans())
         self._pool.retain(spans)
         self._candidates.retain(spans)
@@ -619,19 +749,21 @@ class Evaluator:
             asked = set(ends)
             ends = [span for span in missing_spans(ends, with_keys=with_keys) if span in asked]  # in depth-first order
         if self.host.num_bytes:
-            pinned = _on_the_way(self._pinned)
+            pinned = _on_the_way(self._pinned_ends())
             room = self.memory.max_bytes - self._num_bytes(pinned)
             planned = self.host.plan_fetch(ends, room, pinned, with_keys=with_keys)
             if planned.num_bytes:
                 needed = _on_the_way([*planned.served, *planned.spans["states"], *planned.spans["rows"]])
                 self._make_room(before_eviction, needed, num_coming_bytes=planned.num_bytes)
-                self.memory.add(self.host.fetch(planned))
+                self.memory.add(self.host.fetch(self.forest, planned))
                 self.counters.tokens_fetched += planned.num_tokens
             ends = planned.served
         if archive is not None:
             free = max(0, self.memory.max_bytes - self.memory.num_bytes)
             room = free + self._max_tokens * self.executor.token_bytes
-            loaded = archive.load(self.forest, ends, room, self.memory, with_keys=with_keys)
+            layout = self.executor.layout
+            assert layout is not None, "the probe ran a pass"
+            loaded = archive.load(self.forest, ends, room, self.memory, layout, with_keys=with_keys)
             self.counters.tokens_loaded += loaded.num_tokens
             if loaded.num_tokens:
                 logger.debug("Loaded %d tokens from the store.", loaded.num_tokens)
@@ -642,22 +774,27 @@ class Evaluator:
     def _forward(self, spans: Sequence[Span], *, use_store: bool) -> None:
         started = time.perf_counter()
         with_rows = [span for span in spans if span.token_ids]
-        new = [span for span in with_rows if span.states is None]
+        computed = None
         if with_rows:
-            self.memory.add(self.executor.compute(plan_pass(with_rows)))
-            self.counters.forward_passes += 1
-        for span in new:
-            if span.error:  # it was read back inexactly once, and so may be rows of logits that were computed with it
-                span.error = 0.0
-                self._forget_results()
+            with self._blaming_weights():
+                computed = self.executor.compute(plan_pass(with_rows, self.tile_tokens))
         num_tokens = _num_tokens(with_rows)
         num_recomputed = _num_tokens(span for span in with_rows if span.was_computed)
-        for span in spans:
-            if isinstance(span, Junction):
-                span.rows = span.states = NOTHING
-            span.was_computed = True
-            span.computed_in = self.forest.evaluation
-            span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
+        with self.forest.changing():
+            if computed is not None:
+                self.memory.add((computed.keys_values, computed.states))
+                for span in computed.states_of:
+                    if span.error:  # read back inexactly once, and so may be rows of logits that were computed with it
+                        span.error = 0.0
+                        self._forget_results()
+                computed.place()
+            for span in spans:
+                if isinstance(span, Junction):
+                    span.rows = span.states = NOTHING
+                span.was_computed = True
+                span.computed_in = self.forest.evaluation
+                span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
+        self.counters.forward_passes += bool(with_rows)
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
@@ -673,15 +810,19 @@ class Evaluator:
         num_coming_bytes: int = 0,
     ) -> None:
         """Let go of what is over the budget; see `Memory.evict`."""
-        if not self.memory.is_exceeded(num_coming_bytes):
+        is_exceeded = self.memory.is_exceeded(num_coming_bytes)
+        if not is_exceeded and not self.memory.is_scattered:
             return
-        if before_eviction is not None:
+        if is_exceeded and before_eviction is not None:
             before_eviction()
-        try:
-            self.memory.evict(self.forest, needed, last_uses, next_pass, num_coming_bytes)
-        except BaseException:  # blocks may be cut in part: nothing in them can be trusted any more
-            self.clear()
-            raise
+        self.memory.evict(self.forest, self.held_ends(), needed, last_uses, next_pass, num_coming_bytes)
+
+    def _forget(self) -> None:
+        self.forest.clear()
+        self._forget_results()
+
+    def _as_tensors(self, scores: Sequence[TokenScore]) -> TokenScores:
+        return TokenScores.of(scores, self.executor.logprob_dtype, self.executor.device)
 
     def _forget_results(self) -> None:
         self._pool.clear()
@@ -691,15 +832,26 @@ class Evaluator:
         """Return the bytes that all of these spans take."""
         return _num_tokens(spans) * self.executor.token_bytes
 
+    @contextmanager
+    def _blaming_weights(self) -> Iterator[None]:
+        """Whatever the model does wrong while its weights change is not the model's fault."""
+        try:
+            yield
+        except (NonFiniteError, UnsupportedModelError):
+            self._raise_if_changed()
+            raise
+
     def _probe_once(self) -> None:
         if not self._is_probed:
-            probe(self._model, self.executor)
+            with self._blaming_weights():
+                probe(self._model, self.executor)
             self._is_probed = True
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""
         started = time.perf_counter()
-        logits = self.executor.logits(hidden)
+        with self._blaming_weights():
+            logits = self.executor.logits(hidden)
         self.counters.logit_rows += hidden.shape[0]
         self.counters.seconds += time.perf_counter() - started
         return logits
@@ -796,18 +948,19 @@ def _hidden_rows(rows: Sequence[tuple[States, int]]) -> Tensor:
 
 
 def _picked_scores(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> TokenScores:
-    """Return `log_softmax(logits)[row_idx, token_ids]` in float32, and whether each is its row's argmax.
+    """Return `log_softmax(logits)[row_idx, token_ids]`, and whether each is its row's argmax in float32.
 
     `row_idx` is sorted. A few rows at a time: what fits the cache takes a fifth of the time that all rows at once take.
     """
     picked, is_argmax = [], []
     num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1]))
     for start in range(0, logits.shape[0], num_rows):
-        logprobs = logits[start : start + num_rows].float().log_softmax(dim=-1)
+        piece = logits[start : start + num_rows]
+        logprobs = log_softmax(piece)
         first, last = torch.searchsorted(row_idx, torch.tensor([start, start + num_rows])).tolist()
         rows, tokens = (row_idx[first:last] - start).to(logits.device), token_ids[first:last].to(logits.device)
         picked.append(logprobs[rows, tokens])
-        is_argmax.append(logprobs.argmax(dim=-1)[rows] == tokens)
+        is_argmax.append(piece.float().argmax(dim=-1)[rows] == tokens)
     return TokenScores(torch.cat(picked), torch.cat(is_argmax))
 
 
@@ -830,6 +983,17 @@ def _write_scores(targets: Sequence[_Target], scores: TokenScores) -> dict[Span,
         return {}
     values = list(map(TokenScore, scores.logprobs.tolist(), scores.is_argmax.tolist()))
     return {end: {targets[idx].token_id: values[idx] for idx in indices} for end, indices in candidates.items()}
+
+
+def _unusable_rows(logits: Tensor) -> list[int]:
+    """Return which rows of `(rows, vocab)` have no log-probabilities."""
+    is_usable = are_distributions(logits)
+    return [] if bool(is_usable.all()) else (~is_usable).nonzero()[:, 0].tolist()
+
+
+def _ids_up_to(end: Span) -> tuple[int, ...]:
+    """Return the ids of the text that ends here, those of groups before it left out."""
+    return tuple(token_id for span in end.path() for token_id in span.token_ids)
 
 
 def _is_held(end: Span, with_keys: bool) -> bool:

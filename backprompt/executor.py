@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +23,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from backprompt import skeleton
 from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
 from backprompt.attention.calls import CallsAttention
-from backprompt.cache import BlockRows, KeysValues, States
+from backprompt.cache import BlockRows, KeysValues, Layout, States
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.linear import speed_up
-from backprompt.plan import Pass
+from backprompt.logprobs import logprob_dtype
+from backprompt.nonfinite import logits_error, states_error
+from backprompt.plan import Pass, plan_pass
+from backprompt.radix import Span
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +69,36 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a pass left, which no span holds yet.
+
+    Attributes:
+        keys_values: of all its spans.
+        states: of those that held none; None if all did.
+        rows_of, states_of: where those of each span lie.
+
+    """
+
+    keys_values: KeysValues
+    states: States | None
+    rows_of: Mapping[Span, BlockRows[KeysValues]]
+    states_of: Mapping[Span, BlockRows[States]]
+
+    def place(self) -> None:
+        """Let the spans hold it."""
+        for span, rows in self.rows_of.items():
+            span.rows = rows
+        for span, states in self.states_of.items():
+            span.states = states
+
+
 class Executor:
     """Private copies of one model, and how to run them; to be used in `plain_surroundings`.
 
     Args:
         model: any causal LM.
+        decode: from token ids to text, for messages.
         pack_weights: hold packed copies of the weights of linear layers.
 
     Raises:
@@ -78,14 +106,19 @@ class Executor:
 
     """
 
-    def __init__(self, model: nn.Module, *, pack_weights: bool = False) -> None:
+    def __init__(self, model: nn.Module, decode: Callable[[Sequence[int]], str], *, pack_weights: bool = False) -> None:
         skeleton.check_supported(model)
+        self._model = model
+        self._decode = decode
         self.device = skeleton.model_device(model)
         self.limits = skeleton.limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
+        self.logprob_dtype = logprob_dtype(skeleton.head_dtype(model))
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
         """Bytes of all that is held of one token; known after the first pass."""
+        self.layout: Layout | None = None
+        """What rows look like; known after the first pass."""
         self._attention: ForestAttention = CallsAttention()
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
@@ -99,40 +132,50 @@ class Executor:
 
     def close(self) -> None:
         """Let go of the copies of the model, and of packed weights; nothing can be computed any more."""
-        del self._body, self._head
+        for name in ("_body", "_head", "_model"):
+            vars(self).pop(name, None)  # it may be closed already
 
     @property
     def kernel_name(self) -> str:
         """The attention kernel that serves; a name other than a fast kernel's says why the clear one does."""
         return self._attention.name
 
-    def compute(self, pass_: Pass) -> tuple[KeysValues, States | None]:
-        """Forward a pass: all of its spans are computed when it returns, none if it raises.
+    def compute(self, pass_: Pass) -> Computed:
+        """Forward a pass; its spans hold nothing of it before `Computed.place` is called.
 
-        Returns what it left: keys and values of all spans, and states of those that held none (None if all did).
+        Raises:
+            NonFiniteError: a hidden state, or what attention multiplies, is NaN or infinite; names the text.
+
         """
-        keys_values, hidden = self.forward(pass_)
+        forwarded = self.forward(pass_)
+        keys_values, hidden = forwarded.keys_values, forwarded.hidden
+        if not forwarded.is_finite:
+            raise self._error_of(pass_, hidden)
         new = [(span, rows) for span, rows in zip(pass_.spans, pass_.slices, strict=True) if span.states is None]
         if len(new) == len(pass_.spans):
             states: States | None = States.of(hidden)
         else:
             states = States.of(torch.cat([hidden[rows] for _, rows in new])) if new else None
-        for span, rows in zip(pass_.spans, pass_.slices, strict=True):
-            span.rows = BlockRows(keys_values, rows.start, rows.stop)
+        rows_of = {
+            span: BlockRows(keys_values, rows.start, rows.stop)
+            for span, rows in zip(pass_.spans, pass_.slices, strict=True)
+        }
+        states_of: dict[Span, BlockRows[States]] = {}
         start = 0
         for span, _ in new:
             assert states is not None
             stop = start + len(span.token_ids)
-            span.states = BlockRows(states, start, stop)
+            states_of[span] = BlockRows(states, start, stop)
             start = stop
-        self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + States.of(hidden[:1]).num_bytes
-        return keys_values, states
+        sample = States.of(hidden[:1])
+        self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
+        self.layout = Layout.of(keys_values, sample)
+        return Computed(keys_values, states, rows_of, states_of)
 
-    def forward(self, pass_: Pass) -> tuple[KeysValues, Tensor]:
-        """Forward all tokens of a pass and return their keys and values, and final hidden states `(tokens, hidden)`.
+    def forward(self, pass_: Pass) -> Forwarded:
+        """Forward all tokens of a pass.
 
         Raises:
-            NonFiniteError: a hidden state is NaN.
             UnsupportedModelError: the model's attention does something that is not implemented here.
 
         """
@@ -154,27 +197,40 @@ class Executor:
                 "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
             )
         hidden = output.last_hidden_state[0].clone()  # (tokens, hidden)
-        if bool(torch.isnan(hidden).any()):
-            raise NonFiniteError(
-                f"{self._model_name} returned NaN hidden states. Check its weights for NaN; in float16, load it in "
-                "bfloat16 or float32 instead."
-            )
-        return KeysValues(in_flight.keys, in_flight.values), hidden
+        extremes = torch.stack(in_flight.extremes)
+        is_finite = bool(hidden.isfinite().all() & extremes.isfinite().all())
+        return Forwarded(KeysValues(in_flight.keys, in_flight.values), hidden, is_finite)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
 
-        Raises:
-            NonFiniteError: a logit is NaN.
-
+        Whether a row is a distribution is for the caller to look at: `logprobs.are_distributions`.
         """
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        if bool(torch.isnan(logits.sum(dim=-1)).any()) and bool(torch.isnan(logits).any()):
-            raise NonFiniteError(
-                f"{self._model_name} returned NaN logits. Check the weights of its output head for NaN; in float16, "
-                "load it in bfloat16 or float32 instead."
-            )
         return logits
+
+    def logits_error(self, logits: Tensor, token_ids: Sequence[int]) -> NonFiniteError:
+        """Return the error for logits behind `token_ids`, `(vocab,)`, that are no distribution."""
+        return logits_error(self._model, logits, token_ids, self._decode)
+
+    def _error_of(self, pass_: Pass, hidden: Tensor) -> NonFiniteError:
+        """Return the error for a pass that is not finite; names the text.
+
+        A masked key that is NaN may spoil texts that do not see it, so each is forwarded alone, until one shows it.
+        """
+        spans = list(zip(pass_.spans, pass_.slices, strict=True))
+        spoiled = [span for span, rows in spans if not bool(hidden[rows].isfinite().all())] or list(pass_.spans)
+        for span in spoiled:
+            way = set(span.closure())
+            alone = plan_pass([part for part in pass_.spans if part in way])
+            found = self.forward(alone)
+            if not found.is_finite:
+                break
+        states = found.hidden[alone.slices[-1]]
+        is_bad = ~states.isfinite().all(dim=-1)
+        last = is_bad.tolist().index(True) if bool(is_bad.any()) else len(span.token_ids) - 1
+        before = [token_id for part in span.path()[:-1] for token_id in part.token_ids]
+        return states_error(self._model, states[last], [*before, *span.token_ids[: last + 1]], self._decode)
 
     @property
     def rows_in_a_slice(self) -> int:
@@ -224,6 +280,8 @@ class Executor:
             softcap=softcap,
             sinks=s_aux,
         )
+        # torch's attention returns numbers for some rows whose scores are NaN, so what they are made of is looked at.
+        in_flight.extremes += (*query.aminmax(), *key.aminmax())
         # Copied: a model's key may be a view of queries, keys and values together, and those must not be kept.
         layer_idx = in_flight.add_layer(_copy(key[0]), _copy(value[0]))
         kernel_before = self.kernel_name
@@ -263,6 +321,15 @@ class Executor:
             )
 
 
+@dataclass(frozen=True)
+class Forwarded:
+    """What a pass returned: keys and values, final hidden states `(tokens, hidden)`, whether no NaN or inf arose."""
+
+    keys_values: KeysValues
+    hidden: Tensor
+    is_finite: bool
+
+
 @dataclass
 class _InFlight:
     """The state of one forward call: what has been collected layer by layer."""
@@ -271,6 +338,7 @@ class _InFlight:
     max_position: int
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    extremes: list[Tensor] = field(default_factory=list)  # of all queries and keys
     _markers: list[tuple[Tensor, int | None]] = field(default_factory=list)
 
     def add_layer(self, key: Tensor, value: Tensor) -> int:

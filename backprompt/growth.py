@@ -11,7 +11,7 @@ has room for an eighth more, or 16 rows: so that one call a layer can attend to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -66,20 +66,25 @@ class Growth:
         """Note that a span was computed in a pass together with those of other texts."""
         self._mixed.update((keys_values_of(span).block, states_of(span).block))
 
-    def absorb(self, spans: Sequence[Span]) -> list[Block]:
-        """Let spans absorb what they continue, where nobody else knows of that; return blocks made for it."""
+    def absorb(self, spans: Sequence[Span], held: Container[Span]) -> list[Block]:
+        """Let spans absorb what they continue, where nobody else knows of that; return blocks made for it.
+
+        Args:
+            spans: what absorbs.
+            held: ends of texts that somebody holds.
+
+        """
         made: list[Block] = []
         absorbing = list(spans)
         while absorbing:
-            pairs = [(upper, span) for span in absorbing if (upper := _absorbable(span)) is not None]
+            pairs = [(upper, span) for span in absorbing if (upper := _absorbable(span, held)) is not None]
             apart = [(upper, span) for upper, span in pairs if _adjacent(upper, span) is None]
             made += self._make_room([pair for pair in apart if not self._has_room(*pair)])
             places = self._append(apart)
             for upper, span in pairs:
                 place = places.get(span) or _adjacent(upper, span)
                 assert place is not None
-                self._forest.absorb(span)
-                span.rows, span.states = place
+                self._forest.absorb(span, *place)
             absorbing = [span for _, span in pairs]
         for span in spans:
             if span.parent is not None and not span.parent.is_end:
@@ -194,14 +199,14 @@ def _copy_rows(source: Tensor, target: Tensor, indices: tuple[Tensor, Tensor], d
     target.index_copy_(dim, targets, source.index_select(dim, sources))
 
 
-def _absorbable(span: Span) -> Span | None:
+def _absorbable(span: Span, held: Container[Span]) -> Span | None:
     """Return what a span directly continues, if that is nobody's end and only this continues it."""
     upper = span.parent
     if (
         upper is None
         or not upper.token_ids
         or upper.is_end
-        or upper.num_pins
+        or upper in held
         or len(upper.children) > 1
         or span.begins_chain
         or upper.rows is None

@@ -5,7 +5,7 @@ pools together what is held has its ancestors, and keys and values come with sta
 device's; what goes from here is gone.
 
 On both ways, what comes from one block goes to one block, with one copy a tensor. A block of which only some rows are
-left stays as it is until the room is needed.
+left stays as it is until the room is needed, or blocks are many and small.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from backprompt.cache import Block, Location, moved
-from backprompt.radix import Span
+from backprompt.radix import Forest, Span
 from backprompt.tier import KINDS, Kind, Places, Ranking, Tier, num_bytes_of
 from backprompt.visit import Visit
 
@@ -60,7 +60,7 @@ class HostMemory(Tier):
         """Hold what the device let go of, as far as it fits.
 
         What must go for it goes before anything is copied, so the budget is never exceeded, but by one tensor of a
-        block that is made smaller. After an error blocks may be cut in part: nothing in any of them can be trusted.
+        block that is made smaller. After an error blocks may be cut in part: see `Memory.evict`.
 
         Args:
             spans: all of them, each before what continues it.
@@ -82,6 +82,8 @@ class HostMemory(Tier):
             copies = moved(places, self._here)
             self.add(place.block for place in copies.values())
             self.hold(kind, copies)
+        if self.is_scattered:
+            self.compact(spans)
 
     def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys: bool) -> Fetch:
         """Choose what is to move back for the texts that end here, for as many of them as fit the device together.
@@ -110,13 +112,14 @@ class HostMemory(Tier):
         served = visit.serve(ends, with_keys=with_keys)
         return Fetch(served, coming, num_bytes)
 
-    def fetch(self, planned: Fetch) -> list[Block]:
-        """Move back what was planned, and return the blocks on the device. After an error all of it is still here."""
+    def fetch(self, forest: Forest, planned: Fetch) -> list[Block]:
+        """Move back what was planned, and return the blocks on the device. If a copy fails all is still here."""
         copies = {kind: moved(self.held(kind, spans), self._device) for kind, spans in planned.spans.items()}
-        for kind, places in copies.items():
-            for span in planned.spans[kind]:  # each after what it continues
-                setattr(span, kind, places[span])
-                self.let_go(kind, span)
+        with forest.changing():
+            for kind, places in copies.items():
+                for span in planned.spans[kind]:  # each after what it continues
+                    setattr(span, kind, places[span])
+                    self.let_go(kind, span)
         return [place.block for places in copies.values() for place in places.values()]
 
     def _refuse(self, spans: Sequence[Span]) -> None:

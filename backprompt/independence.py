@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backprompt.errors import GroupError, TextTypeError
-from backprompt.lm import evaluate
-from backprompt.segments import Group
+from backprompt.arguments import as_texts
+from backprompt.lm import evaluate, lm_of
 from backprompt.text import Text
 
 
@@ -17,7 +17,8 @@ class IndependenceGap:
 
     Attributes:
         divergences: Kullback-Leibler divergence of the distribution under the declared mask from that under full
-            attention, `sum p_full log(p_full / p_declared)`, nats.
+            attention, `sum p_full log(p_full / p_declared)`, nats; inf where a token is possible under
+            full attention alone.
         argmax_changed: whether the most probable next token is another one.
 
     """
@@ -53,19 +54,17 @@ def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | 
         What `evaluate` raises; full attention counts every token's position.
 
     """
-    declared = [texts] if isinstance(texts, (Text, str)) else list(texts)
+    declared = as_texts(texts, "independence_gap")
     if not declared:
         raise ValueError("independence_gap needs at least one text.")
     for idx, text in enumerate(declared):
-        if not isinstance(text, Text):
-            raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
-        if text.segments and isinstance(text.segments[-1], Group) and text.lm is not None:
-            raise GroupError(f"texts[{idx}], {text!r}, ends in a group, so it has no next token. Add a segment to it.")
+        lm_of(text, idx).prompt_ids([text])  # refuses one that ends in a group
     full = [Text.from_tokens(text.tokens, text._require_lm("a representation")) for text in declared]
     divergences, argmax_changed = [], []
     reprs = evaluate([*declared, *full], show_progress_bar=show_progress_bar)
     for ours, plain in zip(reprs[: len(full)], reprs[len(full) :], strict=True):
         by_mask, by_all = (r.logits.double().log_softmax(dim=-1) for r in (ours, plain))
-        divergences.append(float((by_all.exp() * (by_all - by_mask)).sum()))
+        terms = by_all.exp() * (by_all - by_mask)
+        divergences.append(float(terms.where(by_all > -math.inf, 0.0).sum()))  # what has probability 0 adds nothing
         argmax_changed.append(bool(by_mask.argmax() != by_all.argmax()))
     return IndependenceGap(tuple(divergences), tuple(argmax_changed))

@@ -3,11 +3,12 @@
     texts --Encoder--> token ids --Forest, plan--> passes --Executor--> blocks of rows --> ModelRepr
 
 One lock guards all of it, so one `LM` may be used from many threads; the model itself is never touched, so it may be
-called by others meanwhile.
+called by others meanwhile. If others change its weights meanwhile, a call that computes with them raises an error.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import threading
@@ -15,8 +16,9 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -25,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backprompt.archive import Archive, Root
+from backprompt.arguments import as_bool, as_int, as_list, as_text, as_texts
 from backprompt.cache import Location
 from backprompt.checkpoint import Checkpoint
 from backprompt.decoding import Decoding
@@ -36,13 +39,13 @@ from backprompt.errors import (
     NotPicklableError,
     StaleRepresentationError,
     TextTooLongError,
-    TextTypeError,
     TokenIdError,
     UnboundTextError,
     UnsupportedModelError,
 )
-from backprompt.evaluator import Counters, Evaluator, TokenScores, Wanted, split_to_score
+from backprompt.evaluator import Counters, Evaluator, PinnedText, TokenScores, Wanted, split_to_score
 from backprompt.executor import plain_surroundings
+from backprompt.forking import ForkableLock, watch_lm
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
 from backprompt.lookup import Piece
@@ -51,9 +54,11 @@ from backprompt.progress import showing
 from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
+from backprompt.stops import StopStrings
 from backprompt.store import DiskStore, Store
+from backprompt.store.paths import check_folder
 from backprompt.text import Text, lazily
-from backprompt.token_graph import TokenGraph, TokenIds, flat, num_positions, without_last
+from backprompt.token_graph import TokenIds, before_last, ends_in_group, flat, is_beginning, num_positions
 from backprompt.tokenizer import PrivateTokenizer
 from backprompt.tokens import JOINS, Encoder, Extent, Join, Joins
 from backprompt.weights import WeightsMonitor, content_hash
@@ -63,6 +68,11 @@ logger = logging.getLogger(__name__)
 MAX_RESULT_BYTES = 256 << 20
 """Bound of the pool of logit rows, which are large (200 kB in GPT-2) and cheap to compute again."""
 
+
+_CHANGED_WHILE_HASHED = (
+    "The model's weights have changed while they were hashed, so the hash is of no one state of them. Call again, and "
+    "let other threads change weights between calls."
+)
 
 _NAMES = ("kernel", "linears")  # fields of `Stats` that are not numbers
 
@@ -142,6 +152,7 @@ class LM:
             passes faster, most of all those of few tokens: generation. For weights in float32 or bfloat16.
 
     Raises:
+        ValueError, TypeError: an option has a value that it cannot have.
         UnsupportedModelError: the model cannot be evaluated exactly, or its weights not be packed; names the reason.
             Some reasons show only on the first evaluation.
         TokenizerError: `tokenizer` is not one.
@@ -163,12 +174,17 @@ class LM:
         beyond_trained_length: bool = False,
         pack_weights: bool = False,
     ) -> None:
-        if joins not in JOINS:
-            raise ValueError(f"joins must be one of {', '.join(map(repr, JOINS))}, not {joins!r}.")
-        if max_tokens_per_forward is not None and not (
-            isinstance(max_tokens_per_forward, int) and max_tokens_per_forward >= 1
-        ):
-            raise ValueError(f"max_tokens_per_forward must be an int of at least 1, not {max_tokens_per_forward!r}.")
+        check_options(
+            joins=joins,
+            add_special_tokens=add_special_tokens,
+            memory_bytes=memory_bytes,
+            host_memory_bytes=host_memory_bytes,
+            pin_memory=pin_memory,
+            max_tokens_per_forward=max_tokens_per_forward,
+            store=store,
+            beyond_trained_length=beyond_trained_length,
+            pack_weights=pack_weights,
+        )
         if not isinstance(model, nn.Module):
             raise UnsupportedModelError(
                 f"An LM wraps a model of transformers, not {type(model).__name__}. "
@@ -193,18 +209,18 @@ class LM:
         self._beyond_trained_length = beyond_trained_length
         self._pack_weights = pack_weights
         self._lock = threading.RLock()
+        self._has_failed = False  # since the evaluator last recovered
         self._counters = Counters()
         self._content_hash: str | None = None
         self._tokenizer_copy = PrivateTokenizer(tokenizer)
         self._encoder = Encoder(self._tokenizer_copy, joins, add_special_tokens)
-        if not isinstance(store, (str, os.PathLike, Store, type(None))):
-            raise TypeError(f"store must be a path or a backprompt.Store, not {type(store).__name__}.")
         self._store = DiskStore(store) if isinstance(store, (str, os.PathLike)) else store
         if self._store is not None and self._store is not store:
             weakref.finalize(self, self._store.close)  # nobody else can close it
-        self._evaluator = self._make_evaluator()
-        self._monitor = WeightsMonitor(model)
+        self._monitor = WeightsMonitor(model)  # before anything is made of the weights
+        self._evaluator = self._make_evaluator(self._tokenizer_copy, self._monitor)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
+        watch_lm(self)
 
     def __repr__(self) -> str:
         return f"LM({type(self._model).__name__}, {type(self.tokenizer).__name__}, joins={self._joins!r})"
@@ -275,8 +291,9 @@ class LM:
             TextTypeError, UnboundTextError: an element is not a text of this `LM`.
             EmptyTextError, TextTooLongError, TokenIdError, JoinError, TokenizerError: a text that cannot be
                 evaluated, named in the message; raised before anything is computed.
-            NonFiniteError: the model returned NaN.
-            StaleRepresentationError, UnsupportedModelError: see the class.
+            NonFiniteError: the model returned NaN or infinity; names the text.
+            StaleRepresentationError: weights changed meanwhile; nothing that was computed is kept.
+            UnsupportedModelError: see the class.
 
         """
         texts = self._own_texts(texts)
@@ -290,28 +307,45 @@ class LM:
             return ModelRepr(self, *self._evaluate([text]))
 
     def token_logprobs(
-        self, texts: Iterable[Text], starts: Sequence[int] | None = None, *, show_progress_bar: bool | None = None
+        self,
+        texts: Iterable[Text],
+        starts: Iterable[Text | int] | None = None,
+        *,
+        show_progress_bar: bool | None = None,
     ) -> list[torch.Tensor]:
         """Evaluate texts and return the log-probabilities of their tokens, from `starts[i]` on in text i.
 
+            lm.token_logprobs([prompt + " Paris", prompt + " Lyon"], [prompt, prompt])
+
         Rows of the output head that predict only tokens before the start are not computed, and a text's last token is
-        not forwarded for this (if it is scored, and one token stands before it), since no row of its own is needed. To
-        score what follows a prompt, let the prompt's number of tokens be the start, where its tokens are a beginning of
-        the whole text's. A text may have one token more than the model has positions. `show_progress_bar` is that of
-        `evaluate`.
+        not forwarded for this (if it is scored, and one token stands before it), since no row of its own is needed. A
+        text may have one token more than the model has positions.
+
+        Args:
+            texts: of this `LM`.
+            starts: for each text what is not scored: a `Text` that it begins with, or a number of its tokens. Prefer
+                the `Text`. Where a token spans their join, a prompt's tokens are no beginning of the whole text's: a
+                `Text` is refused then, and a number scores something else.
+            show_progress_bar: see `evaluate`.
 
         Returns:
-            A tensor a text, `(tokens - start,)`, float32, nats; nan for a first token, which nothing predicts.
+            A tensor a text, `(tokens - start,)`, nats, float64 for a model in float64 and else float32; nan for a first
+            token, which nothing predicts.
 
         Raises:
-            ValueError: `starts` has another length than `texts`, or a start is negative or beyond its text's end.
+            ValueError: `starts` has another length than `texts`, a start is negative or beyond its text's end, or its
+                tokens are no beginning of its text's.
             What `evaluate` raises.
 
         """
         return [s.logprobs for s in self.token_scores(texts, starts, show_progress_bar=show_progress_bar)]
 
     def token_scores(
-        self, texts: Iterable[Text], starts: Sequence[int] | None = None, *, show_progress_bar: bool | None = None
+        self,
+        texts: Iterable[Text],
+        starts: Iterable[Text | int] | None = None,
+        *,
+        show_progress_bar: bool | None = None,
     ) -> list[TokenScores]:
         """Return what `token_logprobs` returns and, beside it, whether each token is the most probable one.
 
@@ -325,12 +359,13 @@ class LM:
 
         """
         texts = self._own_texts(texts)
-        starts = [0] * len(texts) if starts is None else list(starts)
-        if len(starts) != len(texts):
-            raise ValueError(f"starts has {len(starts)} elements for {len(texts)} texts; give one start a text.")
+        given = [0] * len(texts) if starts is None else as_list(starts, "starts must be a Text or an int for each text")
+        if len(given) != len(texts):
+            raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start a text.")
         with self._exclusive(), showing(show_progress_bar):
-            encoded = self._checked_ids(texts, starts, is_scoring=True)
-            return self._evaluator.token_scores_of(list(zip(encoded, starts, strict=True))) if texts else []
+            first = self._first_scored(texts, given)
+            encoded = self._checked_ids(texts, first, is_scoring=True)
+            return self._evaluator.token_scores_of(list(zip(encoded, first, strict=True))) if texts else []
 
     def next_token_logprobs(
         self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]], *, show_progress_bar: bool | None = None
@@ -343,7 +378,7 @@ class LM:
             show_progress_bar: see `evaluate`.
 
         Returns:
-            A tensor a text, `(ids,)`, float32, nats, on the model's device.
+            A tensor a text, `(ids,)`, nats, float64 for a model in float64 and else float32, on the model's device.
 
         Raises:
             ValueError: `token_ids` has another length than `texts`.
@@ -353,33 +388,37 @@ class LM:
 
         """
         texts = self._own_texts(texts)
+        token_ids = [
+            as_list(ids, f"token_ids[{idx}] must be a sequence of ids")
+            for idx, ids in enumerate(as_list(token_ids, "token_ids must be a sequence of ids for each text"))
+        ]
         if len(token_ids) != len(texts):
             raise ValueError(
                 f"token_ids has {len(token_ids)} elements for {len(texts)} texts; give a sequence of ids a text."
             )
         with self._exclusive(), showing(show_progress_bar):
             self._current()
-            for text, ids in zip(texts, self._encoder.encode(texts), strict=True):
-                if isinstance(ids, TokenGraph) and ids.ends_in_group:
-                    raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
+            for text, encoded in zip(texts, self._encoder.encode(texts), strict=True):
+                check_has_last_token(text, encoded)
             candidates = [tuple(map(self._known_id, ids)) for ids in token_ids]
             wanted = [Wanted(ids, len(ids), own) for ids, own in zip(self._checked_ids(texts), candidates, strict=True)]
             found = self._evaluator.scored(wanted) if wanted else []
             logprobs = [
                 scored.candidates[i].logprob for scored, own in zip(found, candidates, strict=True) for i in own
             ]
-            together = torch.tensor(logprobs, dtype=torch.float32, device=self._evaluator.executor.device)
+            executor = self._evaluator.executor
+            together = torch.tensor(logprobs, dtype=executor.logprob_dtype, device=executor.device)
             return list(torch.split(together, [len(own) for own in candidates]))
 
     def decoding(
-        self, *, max_new_tokens: int, stop: str | Sequence[str] | None, seed: int | None, given: Mapping[str, Any]
+        self, *, max_new_tokens: int, stops: StopStrings, seed: int | None, given: Mapping[str, Any]
     ) -> Decoding:
         """Return checked options of `generate`; see `backprompt.generate`."""
         return Decoding(
             unwrap(self._model),
             self.tokenizer,
             max_new_tokens=max_new_tokens,
-            stop=stop,
+            stops=stops,
             seed=seed,
             given=given,
         )
@@ -434,9 +473,17 @@ class LM:
     def pin(self, text: Text) -> Pin:
         """Evaluate a text and hold all of it until it is released; see `Text.pin`."""
         (text,) = self._own_texts([text])
-        with self._exclusive():
-            (token_ids,) = self._checked_ids([text])
-            return Pin(self, self._evaluator, self._evaluator.pin(token_ids), len(token_ids))
+        pinned = PinnedText()
+        try:
+            with self._exclusive():
+                (pinned.token_ids,) = self._checked_ids([text])
+                self._evaluator.pin(pinned)
+                pin = Pin(self, self._evaluator, pinned)
+            return pin
+        except BaseException:  # whoever does not get the pin cannot release it
+            with self._exclusive():
+                self._evaluator.unpin(pinned)
+            raise
 
     def check(self, texts: Iterable[Text]) -> None:
         """Raise what `evaluate` raises for texts that cannot be evaluated; computes nothing."""
@@ -493,24 +540,25 @@ class LM:
 
         """
         texts = self._own_texts(texts)
-        with lazily():
-            marker = Text.from_tokens([0], self)
-            followed = [text + marker for text in texts]
         with self._exclusive():
             self._current()
-            found: list[TokenIds] = []
-            for text, encoded in zip(texts, self._encoder.encode(followed), strict=True):
-                split = without_last(encoded)
-                if split is None and len(encoded) > 1:
-                    raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
-                found.append(() if split is None else split[0])
+            found = self._ids_before_more(texts)
+            for text, token_ids in zip(texts, found, strict=True):
+                check_has_last_token(text, token_ids)
             return found
 
-    def completion_ids(self, strings: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the ids of each string encoded by itself, without special tokens; see classify.py."""
+    def completion_ids(self, strings: Sequence[str], *, is_continuation: bool = False) -> list[tuple[int, ...]]:
+        """Return the ids of each string encoded by itself, without special tokens; see completions.py."""
         with self._exclusive():
             self._current()
-            return self._tokenizer_copy.encode(strings, is_continuation=False)
+            return self._tokenizer_copy.encode(strings, is_continuation=is_continuation) if strings else []
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The strings that the tokenizer takes for one token each: special tokens and others that were added."""
+        with self._exclusive():
+            self._current()
+            return self._tokenizer_copy.added_tokens
 
     @property
     def needs_space_between(self) -> bool:
@@ -549,23 +597,73 @@ class LM:
         earlier use of `fingerprint` there is nothing to compare with, and everything is dropped.
         """
         with self._exclusive():
+            monitor = WeightsMonitor(self._model)
             weights = content_hash(self._model)
+            if monitor.has_changed():
+                raise StaleRepresentationError(_CHANGED_WHILE_HASHED)
             if self._checkpoint is not None:
                 self._checkpoint.forget_unless(weights)  # whether memory or weights are to blame
             tokenizer = PrivateTokenizer(self.tokenizer).fingerprint()
             if (weights, tokenizer) != (self._content_hash, self._tokenizer_copy.fingerprint()):
-                self._renew_encoder()
-                self._renew_evaluator()
+                self._start_over(PrivateTokenizer(self.tokenizer), monitor)
                 self._content_hash = weights
 
     def _own_texts(self, texts: Iterable[Text]) -> list[Text]:
-        texts = list(texts)
-        for idx, text in enumerate(texts):
+        listed = as_list(texts, "an LM takes several Texts in a list")
+        for idx, text in enumerate(listed):
             if lm_of(text, idx) is not self:
                 raise UnboundTextError(
                     f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
                 )
-        return texts
+        return listed
+
+    def _ids_before_more(self, texts: Sequence[Text]) -> list[TokenIds]:
+        """Return the ids of texts as they are where something follows; the lock must be held."""
+        with lazily():
+            marker = Text.from_tokens([0], self)
+            followed = [Text("", self) + text + marker for text in texts]
+        return [before_last(token_ids) for token_ids in self._encoder.encode(followed)]
+
+    def _first_scored(self, texts: Sequence[Text], starts: Sequence[Text | int]) -> list[int]:
+        """Return the first token to score of each text; the lock must be held.
+
+        Raises:
+            ValueError: a start is no beginning of its text.
+
+        """
+        self._current()
+        beginnings = list(dict.fromkeys(start for start in starts if isinstance(start, Text)))
+        ids_of = dict(zip(beginnings, self._ids_before_more(beginnings), strict=True))
+        first = []
+        for idx, (text, start, whole) in enumerate(zip(texts, starts, self._encoder.encode(texts), strict=True)):
+            if isinstance(start, Text):
+                if not is_beginning(ids_of[start], whole):
+                    self._raise_no_beginning(
+                        f"starts[{idx}], {start!r}, is no beginning of {text!r}", ids_of[start], whole
+                    )
+                first.append(len(ids_of[start]))
+            elif isinstance(start, bool) or not isinstance(start, Integral):
+                raise TypeError(f"starts[{idx}] must be a Text or an int, not {type(start).__name__}: {start!r}.")
+            else:
+                first.append(int(start))
+        return first
+
+    def _raise_no_beginning(self, message: str, start: TokenIds, whole: TokenIds) -> None:
+        ids, whole_ids = flat(start), flat(whole)
+        idx = next((idx for idx, pair in enumerate(zip(ids, whole_ids, strict=False)) if pair[0] != pair[1]), None)
+        if idx is not None:
+            shown, expected = (
+                f"{i[idx]} ({self._tokenizer_copy.decode(i[idx : idx + 1])!a})" for i in (whole_ids, ids)
+            )
+            reason = f"token {idx} of the text is {shown}, and that of the start is {expected}"
+        elif len(ids) > len(whole_ids):
+            reason = f"it has {len(ids)} tokens, and the text has {len(whole_ids)}"
+        else:
+            reason = "its groups are others, or go on behind it"
+        raise ValueError(
+            f"{message}: {reason}. Where a token spans their join, let the start end before it (often before a space), "
+            "or add what follows as token ids, which are never joined: prompt + Text.from_tokens(ids, lm)."
+        )
 
     def _checked_ids(
         self, texts: Sequence[Text], starts: Sequence[int] = (), *, is_scoring: bool = False
@@ -600,17 +698,19 @@ class LM:
         missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
         if missing:
             ends = evaluator.evaluate(list(missing.values()))
-            batch = Batch(evaluator, list(map(Place, ends, missing.values())))
-            new = {text: Evaluated(batch, idx) for idx, text in enumerate(missing)}
+            batch = Batch(evaluator)
+            new = {text: batch.add(Place(end, ids)) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]
 
     def _known_id(self, token_id: int) -> int:
+        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+            raise TypeError(f"token_ids must be ints, not {type(token_id).__name__}: {token_id!r}.")
         num_embeddings = self._evaluator.executor.limits.num_embeddings
         if not 0 <= token_id < num_embeddings:
             raise TokenIdError(f"Token id {token_id} is not one of the model's, which are 0 to {num_embeddings - 1}.")
-        return token_id
+        return int(token_id)
 
     def _check_can_be_evaluated(
         self, evaluator: Evaluator, text: Text, token_ids: TokenIds, length: int | None = None
@@ -655,21 +755,45 @@ class LM:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Keep other threads out, and the caller's torch settings too."""
+        """Keep other threads out, and the caller's torch settings too; what is computed is of one state of the weights.
+
+        An error within, whatever it is and wherever it comes, has the evaluator recover before anything else is done.
+
+        Raises:
+            StaleRepresentationError: weights changed meanwhile.
+
+        """
         with self._lock, plain_surroundings(self._evaluator.executor.device):
-            yield
+            if self._has_failed:
+                self._evaluator.recover()
+                self._has_failed = False
+            try:
+                work_before = self._counters.work
+                yield
+                if self._counters.work != work_before:
+                    self._evaluator.check_unchanged()
+            except BaseException:
+                self._has_failed = True
+                raise
+
+    def _before_fork(self) -> None:
+        self._lock.acquire()
+
+    def _after_fork(self) -> None:
+        self._lock.release()
 
     def _current(self) -> Evaluator:
         """Return the evaluator of the weights as they are now; the lock must be held."""
         if self._tokenizer_copy.has_changed():
-            self._renew_encoder()
-            self._renew_evaluator()
-        elif self._monitor.has_changed():
-            self._renew_evaluator()
+            logger.info("The tokenizer has changed.")
+            self._start_over(PrivateTokenizer(self.tokenizer))
+        elif self._monitor.has_changed() or self._evaluator.is_closed:
+            self._start_over(self._tokenizer_copy)
         self._evaluator.end_abandoned()
+        self._evaluator.hold_pins()
         return self._evaluator
 
-    def _make_evaluator(self) -> Evaluator:
+    def _make_evaluator(self, tokenizer: PrivateTokenizer, monitor: WeightsMonitor) -> Evaluator:
         model, archive = unwrap(self._model), None
         device = model_device(model)
         host = HostMemory(self._host_memory_bytes, Location(torch.device("cpu"), self._pin_memory), Location(device))
@@ -681,14 +805,16 @@ class LM:
                 assert lm is not None
                 return lm._root(in_store=True)
 
-            archive = Archive(self._store, root, self._tokenizer_copy.decode, device)
+            archive = Archive(self._store, root, monitor.has_changed, tokenizer.decode, device)
         return Evaluator(
             model,
+            monitor.has_changed,
             self._counters,
             self._max_tokens_per_forward,
             self._memory_bytes,
             host,
             MAX_RESULT_BYTES,
+            tokenizer.decode,
             archive,
             pack_weights=self._pack_weights,
         )
@@ -699,7 +825,10 @@ class LM:
         The first use hashes every weight.
         """
         if self._content_hash is None:
-            self._content_hash = self._hash_weights()
+            weights = self._hash_weights()
+            if self._monitor.has_changed():
+                raise StaleRepresentationError(_CHANGED_WHILE_HASHED)
+            self._content_hash = weights
         dtype = str(next(unwrap(self._model).parameters()).dtype)
         tokenizer = self._tokenizer_copy.fingerprint()
         stored_dtype = self._store.dtype if in_store and self._store is not None else None
@@ -718,25 +847,28 @@ class LM:
             checkpoint.remember(self._model, weights)
         return weights
 
-    def _renew_encoder(self) -> None:
-        """Start over with the tokenizer as it is now."""
-        logger.info("The tokenizer has changed.")
-        self._tokenizer_copy = PrivateTokenizer(self.tokenizer)
-        self._encoder = Encoder(self._tokenizer_copy, self._joins, self._add_special_tokens)
+    def _start_over(self, tokenizer: PrivateTokenizer, monitor: WeightsMonitor | None = None) -> None:
+        """Start over with the model as it is now, which is what `monitor` saw if that is given, and a tokenizer.
 
-    def _renew_evaluator(self) -> None:
-        """Start over with the model as it is now; nothing changes if it can no longer be evaluated."""
+        Nothing changes if the model can no longer be evaluated.
+        An error on the way leaves the old evaluator, closed: `_current` sees that, and starts over once more.
+        """
         logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
-        evaluator = self._make_evaluator()
-        monitor = WeightsMonitor(self._model)
-        self._evaluator.close()
-        self._evaluator, self._monitor = evaluator, monitor
-        self._evaluated = WeakKeyDictionary()
+        monitor = WeightsMonitor(self._model) if monitor is None else monitor  # before anything is made of the weights
+        evaluator = self._make_evaluator(tokenizer, monitor)
+        encoder = Encoder(tokenizer, self._joins, self._add_special_tokens)
         self._content_hash = self._checkpoint = None
+        self._evaluator.close()
+        self._evaluated = WeakKeyDictionary()
+        self._encoder = encoder
+        self._tokenizer_copy = tokenizer
+        self._monitor = monitor
+        self._evaluator = evaluator
 
 
 _SHARED: WeakValueDictionary[tuple[int, int], LM] = WeakValueDictionary()
-_SHARED_LOCK = threading.Lock()
+_SHARED_LOCK = ForkableLock()
+watch_lm(_SHARED_LOCK)
 
 
 def shared_lm(model: nn.Module, tokenizer: Any) -> LM:
@@ -775,9 +907,7 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
     """
     if isinstance(texts, Text):
         return texts._require_lm("a representation").evaluate([texts], show_progress_bar=show_progress_bar)[0]
-    if isinstance(texts, str):
-        raise TextTypeError(f"evaluate takes texts, not the str {texts[:40]!r}. Wrap it: Text(string, lm).")
-    listed = list(texts)
+    listed = as_texts(texts, "evaluate")
     by_lm: dict[LM, list[int]] = {}
     for idx, text in enumerate(listed):
         by_lm.setdefault(lm_of(text, idx), []).append(idx)
@@ -788,10 +918,15 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
     return [reprs[idx] for idx in range(len(listed))]
 
 
+def check_has_last_token(text: Text, token_ids: TokenIds) -> None:
+    """Raise GroupError for a text that ends in a group; `token_ids` are its own."""
+    if ends_in_group(token_ids):
+        raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
+
+
 def lm_of(text: object, idx: int) -> LM:
     """Return the `LM` of an element of `texts`."""
-    if not isinstance(text, Text):
-        raise TextTypeError(f"texts[{idx}] is a {type(text).__name__}, not a Text. Wrap strings: Text(string, lm).")
+    text = as_text(text, f"texts[{idx}]")
     if text.lm is None:
         raise UnboundTextError(
             f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that "
@@ -818,15 +953,24 @@ def load(
         **lm_options: what `LM` takes.
 
     Raises:
+        ValueError, TypeError: a device that is not there, a dtype that weights cannot have, an option that `LM` does
+            not have, or a value that it cannot have; before anything is loaded.
         ModelLoadError: the model or the tokenizer cannot be found or downloaded.
+        OSError: the path of a store cannot be the folder of one; see `DiskStore`.
         UnsupportedModelError: see `LM`.
 
     """
-    chosen = torch.device(device) if device is not None else _default_device()
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise TypeError(f"name must be a hub id or the path of a model's folder, not {name!r}.")
+    chosen = _default_device() if device is None else _available(device)
+    dtype = _dtype_of_weights(dtype, chosen)
+    if show_progress_bar is not None:
+        as_bool(show_progress_bar, "show_progress_bar")
+    check_options(**lm_options)
     if lm_options.get("pin_memory"):
-        _check_can_pin(chosen)  # before a model is loaded for it
-    if dtype is None:
-        dtype = torch.float32 if chosen.type == "cpu" else "auto"
+        _check_can_pin(chosen)
+    if isinstance(store := lm_options.get("store"), (str, os.PathLike)):
+        check_folder(store)
     checkpoint = Checkpoint.find(name, dtype)
     logger.info("Loading %s on %s, dtype %s.", name, chosen, dtype)
     try:
@@ -862,6 +1006,66 @@ def _show_bars_of_transformers(show: bool) -> None:
         transformers_logging.enable_progress_bar()
     else:
         transformers_logging.disable_progress_bar()
+
+
+def check_options(**given: Any) -> None:
+    """Raise for options of an `LM` that are none, or have a value that they cannot have.
+
+    Raises:
+        TypeError: an option that there is not, or a store that is neither one nor a path.
+        ValueError: another value that an option cannot have.
+
+    """
+    for name, value in given.items():
+        match name:
+            case "joins":
+                if value not in JOINS:
+                    raise ValueError(f"joins must be one of {', '.join(map(repr, JOINS))}, not {value!r}.")
+            case "add_special_tokens" | "pin_memory" | "beyond_trained_length" | "pack_weights":
+                as_bool(value, name)
+            case "memory_bytes" | "host_memory_bytes":
+                if value is not None:
+                    parse_bytes(value, name)
+            case "max_tokens_per_forward":
+                if value is not None:
+                    as_int(value, name, at_least=1)
+            case "store":
+                if not (value is None or isinstance(value, (Store, os.PathLike)) or (isinstance(value, str) and value)):
+                    raise TypeError(f"store must be a path or a backprompt.Store, not {value!r}.")
+            case _:
+                options = ", ".join(inspect.getfullargspec(LM.__init__).kwonlyargs)
+                raise TypeError(f"An LM has no option {name!r}. It has {options}.")
+
+
+def _available(device: str | int | torch.device) -> torch.device:
+    """Return a device that is there."""
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f'device must be the name of one, such as "cpu", or a torch.device, not {device!r}.')
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an assertion where torch is without CUDA
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        raise ValueError(
+            f"device={str(device)!r} cannot be used: {reason}. Leave it out for {str(_default_device())!r}."
+        ) from error
+    if found.type == "meta":
+        raise ValueError("device='meta' holds no weights. Leave it out, or name one that does.")
+    return found
+
+
+def _dtype_of_weights(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """Return the dtype that weights are loaded in."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if isinstance(dtype, str) and dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f'dtype must be "auto" or a floating-point dtype of torch, as "float32" or torch.bfloat16, not {dtype!r}.'
+        )
+    return found
 
 
 def _check_can_pin(device: torch.device) -> None:

@@ -52,7 +52,7 @@ class Memory(Tier):
         self._host = host
         self._level = 0.0
         self._clock = 0
-        self.num_empty_spans = 0  # of the forest, when something was last dropped
+        self.num_empty_spans = self.num_empty_tokens = 0  # of the forest, when something was last dropped
 
     def is_exceeded(self, num_coming_bytes: int = 0) -> bool:
         """Whether more is held, or will be, than the budget allows."""
@@ -68,17 +68,19 @@ class Memory(Tier):
     def evict(
         self,
         forest: Forest,
+        held: Set[Span],
         needed: Set[Span] = frozenset(),
         last_uses: Mapping[Span, int] | None = None,
         next_pass: int = 0,
         num_coming_bytes: int = 0,
     ) -> None:
-        """Let go of rows until the budget holds, or nothing that may go is left.
+        """Let go of rows until the budget holds, or nothing that may go is left; join blocks that are many and small.
 
-        After an error blocks may be cut in part: nothing in any of them can be trusted.
+        After an error blocks may be cut in part: the forest is not whole any more.
 
         Args:
             forest: all spans.
+            held: the ends of texts that somebody holds.
             needed: what must stay where it is, and with it what it continues.
             last_uses: of the spans that passes to come attend to, the number of the last such pass.
             next_pass: the number of the next pass.
@@ -87,6 +89,8 @@ class Memory(Tier):
         """
         excess = self.num_bytes + num_coming_bytes - self.max_bytes
         if excess <= 0:
+            if self.is_scattered:
+                self.compact(list(forest.spans()))
             return
         num_held = self.num_bytes
         last_uses = last_uses or {}
@@ -103,13 +107,15 @@ class Memory(Tier):
             worth = (smaller - 1) * self._cost(span) if kind == "states" else 0.0
             return (0, span.credit + worth, span.last_used)
 
-        dropped = self.shrink(spans, excess, lambda kind, span: None if span.num_pins else rank(kind, span))
-        ranks = [rank(kind, span) for kind, places in dropped.items() for span in places]
-        self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
-        self._host.take(spans, dropped, rank)
-        self.num_empty_spans = sum(span.is_empty for span in spans)
-        del dropped  # it keeps blocks alive
-        self.compact(spans)
+        with forest.changing():
+            dropped = self.shrink(spans, excess, lambda kind, span: None if span in held else rank(kind, span))
+            ranks = [rank(kind, span) for kind, places in dropped.items() for span in places]
+            self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
+            self._host.take(spans, dropped, rank)
+            empty = [span for span in spans if span.is_empty]
+            self.num_empty_spans, self.num_empty_tokens = len(empty), sum(len(span.token_ids) for span in empty)
+            del dropped  # it keeps blocks alive
+            self.compact(spans)
         logger.debug("Evicted %d bytes of %d; the budget is %d.", num_held - self.num_bytes, num_held, self.max_bytes)
 
     def _cost(self, span: Span) -> float:

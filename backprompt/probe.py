@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from backprompt import skeleton
 from backprompt.cache import gather, states_of
-from backprompt.errors import UnsupportedModelError
+from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.executor import Executor
+from backprompt.logprobs import are_distributions
 from backprompt.passes import missing_spans
 from backprompt.plan import plan_pass
 from backprompt.radix import Forest
@@ -31,6 +32,8 @@ In float64 many models still take their softmax in float32.
 
 _PATHS = ("aaaabbbcc", "aaaabbbd", "aaaaee")
 _TILE_TOKENS = 3
+_MAX_TRIES = 4
+"""With so many sets of tokens: a few rows of an embedding that are not finite are no reason to refuse a model."""
 
 
 def probe(model: nn.Module, executor: Executor) -> None:
@@ -38,12 +41,18 @@ def probe(model: nn.Module, executor: Executor) -> None:
 
     Raises:
         UnsupportedModelError: the two differ by more than the tolerance, or the model cannot be run packed.
+        NonFiniteError: NaN or infinity in the plain call itself, or on the way in a packed pass.
 
     """
-    texts = [_token_ids(path, executor.limits.num_embeddings) for path in _PATHS]
     name = type(model).__name__
+    texts, plain_logits = _plain_logits(model, executor)
     try:
         packed = _packed_logits(executor, texts)
+    except NonFiniteError as error:
+        # In float16 the plain call may be just within, and torch's attention returns numbers for some scores of NaN.
+        raise NonFiniteError(
+            f"{error} (The plain call returned numbers for the same tokens, a few of the probe's.)"
+        ) from error
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
@@ -53,11 +62,12 @@ def probe(model: nn.Module, executor: Executor) -> None:
             f"{name} cannot be run on a packed row of texts: {type(error).__name__}: {error}. Use a family whose "
             "layers go through transformers' attention interface (GPT-2, Llama, Qwen, Mistral, Gemma, OPT, Phi ...)."
         ) from error
-    plain_model = skeleton.plain_copy(model)
-    for ids, logits in zip(texts, packed, strict=True):
-        plain = plain_model(input_ids=torch.tensor([ids], device=executor.device)).logits[0]
+    for ids, logits, plain in zip(texts, packed, plain_logits, strict=True):
+        if logits.dtype == torch.float16:
+            for idx in (~are_distributions(logits)).nonzero()[:, 0].tolist():
+                raise executor.logits_error(logits[idx], ids[: idx + 1])
         scale = max(1.0, float(plain[plain.isfinite()].abs().max()))
-        gap = float((logits.float() - plain.float()).nan_to_num().abs().max())
+        gap = float(differences(logits.float(), plain.float()).max())
         if not gap <= TOLERANCE[logits.dtype] * scale:
             raise UnsupportedModelError(
                 f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
@@ -66,9 +76,35 @@ def probe(model: nn.Module, executor: Executor) -> None:
             )
 
 
-def _token_ids(path: str, num_embeddings: int) -> tuple[int, ...]:
-    """Spread the probe's tokens over the vocabulary; equal paths get equal ids."""
-    return tuple((31 * idx + 7 * ord(letter) + 11) % num_embeddings for idx, letter in enumerate(path))
+def differences(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return how far numbers lie apart; not at all where both are -inf, infinitely where one is NaN."""
+    return torch.where(ours == theirs, 0.0, (ours - theirs).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _plain_logits(model: nn.Module, executor: Executor) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+    """Return texts whose plain logits are distributions, and these, `(tokens, vocab)` each."""
+    plain_model = skeleton.plain_copy(model)
+    error: NonFiniteError | None = None
+    for attempt in range(_MAX_TRIES):
+        texts = [_token_ids(path, executor.limits.num_embeddings, attempt) for path in _PATHS]
+        plain = [plain_model(input_ids=torch.tensor([ids], device=executor.device)).logits[0] for ids in texts]
+        unusable = [
+            (row, ids[: idx + 1])
+            for ids, logits in zip(texts, plain, strict=True)
+            for idx, row in enumerate(logits)
+            if not bool(are_distributions(row))
+        ]
+        if not unusable:
+            return texts, plain
+        error = error or executor.logits_error(*unusable[0])
+    raise NonFiniteError(
+        f"{error} So it does for each of {_MAX_TRIES} sets of tokens, with which it is tried before its first text."
+    )
+
+
+def _token_ids(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...]:
+    """Spread the probe's tokens over the vocabulary; equal paths get equal ids, in each attempt other ones."""
+    return tuple((31 * idx + 7 * ord(letter) + 11 + 5 * attempt) % num_embeddings for idx, letter in enumerate(path))
 
 
 def _packed_logits(executor: Executor, texts: list[tuple[int, ...]]) -> list[Tensor]:
@@ -78,7 +114,7 @@ def _packed_logits(executor: Executor, texts: list[tuple[int, ...]]) -> list[Ten
     spans = missing_spans(ends)
     try:
         for part in (spans[:1], spans[1:]):
-            executor.compute(plan_pass(part, _TILE_TOKENS))
+            executor.compute(plan_pass(part, _TILE_TOKENS)).place()
         places = [[states_of(span) for span in end.path()] for end in ends]
         return [executor.logits(gather(path, lambda states: states.hidden, dim=0)) for path in places]
     finally:

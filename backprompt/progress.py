@@ -10,12 +10,15 @@ here. `TQDM_DISABLE=1` in the environment hides every bar (tqdm 4.66 or newer), 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
+
+from backprompt.arguments import as_bool
 
 DELAY_SECONDS = 2.0
 """A bar that nobody asked for shows when work has taken so long."""
@@ -23,9 +26,37 @@ DELAY_SECONDS = 2.0
 _SHOW: ContextVar[bool | None] = ContextVar("backprompt_show_progress_bar", default=None)
 
 
+class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+    """A progress bar whose lock an interrupt does not leave behind.
+
+    tqdm takes its lock, draws, and lets go of it: an interrupt while it draws leaves the lock taken, and whoever shows
+    a bar in another thread waits for ever. Its lock is also two, taken one after the other; this one is taken in one
+    step.
+    """
+
+    _lock = threading.RLock()
+
+    def refresh(self, nolock: bool = False, lock_args: tuple[Any, ...] | None = None) -> Any:
+        """Draw the bar; `lock_args` are tqdm's, and nothing here gives any."""
+        with nullcontext() if nolock else self._lock:
+            return super().refresh(nolock=True)
+
+    def clear(self, nolock: bool = False) -> None:
+        """Take the bar off the screen."""
+        with nullcontext() if nolock else self._lock:
+            super().clear(nolock=True)
+
+
 @contextmanager
 def showing(show: bool | None) -> Iterator[None]:
-    """Let bars show at once (True) or never (False) for as long as the context lasts; None leaves it as it is."""
+    """Let bars show at once (True) or never (False) for as long as the context lasts; None leaves it as it is.
+
+    Raises:
+        ValueError: it is none of the three.
+
+    """
+    if show is not None:
+        as_bool(show, "show_progress_bar")
     token = _SHOW.set(_SHOW.get() if show is None else show)
     try:
         yield
@@ -56,9 +87,9 @@ def progress_bar(total: int, desc: str, unit: str, *, is_long: bool = True) -> A
     """
     show = _SHOW.get()
     if not is_wanted(show, is_long=is_long):
-        return tqdm(disable=True)
+        return Bar(disable=True)
     delay = 0.0 if show else DELAY_SECONDS
-    return tqdm(total=total, desc=desc, unit=f" {unit}", unit_scale=total >= 10_000, delay=delay)
+    return Bar(total=total, desc=desc, unit=f" {unit}", unit_scale=total >= 10_000, delay=delay)
 
 
 class GrowingBar:

@@ -27,8 +27,10 @@ Attention of what stands behind a junction counts a span once for each branch th
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -74,7 +76,6 @@ class Span:
         was_computed: whether it was computed before, though nothing of it may be held now.
         computed_in, loaded_in: the number of the evaluation that forwarded it last, or read it from a store; or 0.
         is_end: whether a text may end here that somebody knows of, so that this object must stay where it is.
-        num_pins: how many pins hold the texts that end here.
         credit, last_used: when it may be evicted: see memory.py.
         is_stored: whether a store has all up to its end.
         error: what storing it in fewer bits cost, where it was read back from a store that does so; see store/.
@@ -94,7 +95,6 @@ class Span:
         "key",
         "last_used",
         "loaded_in",
-        "num_pins",
         "parent",
         "position",
         "rows",
@@ -115,7 +115,6 @@ class Span:
         self.was_computed = False
         self.computed_in = self.loaded_in = 0
         self.is_end = False
-        self.num_pins = 0
         self.credit = 0.0
         self.last_used = 0
         self.is_stored = False
@@ -249,12 +248,27 @@ class Forest:
     Attributes:
         root: what texts begin behind.
         evaluation: the number of the latest evaluation, the first being 1.
+        is_whole: False while things change that belong together, and for good after an error that cut this short: then
+            nothing in the forest can be trusted, and all that is left to do is `clear`.
 
     """
 
     def __init__(self) -> None:
         self.root = Span((), 0, None)
         self.evaluation = 0
+        self.is_whole = True
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Let things change that belong together: all of them, or the forest is not whole any more.
+
+        An error may come at any line, as Ctrl-C does. Whatever changes where spans stand, their tokens or their rows in
+        more than one step does it in here, and here as little else as it can. At each moment all spans that hold
+        something are found from the root, so that `clear` reaches them.
+        """
+        self.is_whole = False
+        yield
+        self.is_whole = True
 
     def insert(self, token_ids: TokenIds | Sequence[int], *, is_end: bool = True) -> Span:
         """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed.
@@ -331,60 +345,87 @@ class Forest:
         """Cut `span` after `num_tokens` and return the new upper part; `span` itself becomes the lower part."""
         assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
         upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
-        span.parent.children[child_key(span.parent, span.position, span.token_ids[0])] = upper
-        span.token_ids = span.token_ids[num_tokens:]
-        span.position += num_tokens
-        span.parent = upper
-        upper.children[span.token_ids[0]] = span
-        for slot in SLOTS:
-            place: Rows | None = getattr(span, slot)
-            if place is not None:
-                first, second = place.split(num_tokens)
-                setattr(upper, slot, first)
-                setattr(span, slot, second)
         upper.was_computed, upper.is_stored, upper.error = span.was_computed, span.is_stored, span.error
         upper.computed_in, upper.loaded_in = span.computed_in, span.loaded_in
         upper.credit, upper.last_used = span.credit, span.last_used
+        upper.children[span.token_ids[num_tokens]] = span
+        with self.changing():
+            span.parent.children[child_key(span.parent, span.position, span.token_ids[0])] = upper
+            span.token_ids = span.token_ids[num_tokens:]
+            span.position += num_tokens
+            span.parent = upper
+            for slot in SLOTS:
+                place: Rows | None = getattr(span, slot)
+                if place is not None:
+                    first, second = place.split(num_tokens)
+                    setattr(upper, slot, first)
+                    setattr(span, slot, second)
         return upper
 
-    def absorb(self, span: Span) -> None:
-        """Let `span` begin where what it continues begins, which is there no more; the opposite of `split`."""
+    def absorb(self, span: Span, rows: Rows, states: Rows) -> None:
+        """Let `span` begin where what it continues begins, which is there no more; the opposite of `split`.
+
+        Args:
+            span: what absorbs.
+            rows, states: where its keys and values, and its states, lie from now on.
+
+        """
         upper = span.parent
         assert upper is not None and upper.parent is not None and len(upper.children) == 1, span
-        upper.parent.children[child_key(upper.parent, upper.position, upper.token_ids[0])] = span
-        span.token_ids = upper.token_ids + span.token_ids
-        span.position = upper.position
-        span.parent = upper.parent
-        upper.rows = upper.states = None  # whoever still refers to it must not keep blocks alive
+        with self.changing():
+            upper.rows = upper.states = None  # whoever still refers to it must not keep blocks alive
+            upper.parent.children[child_key(upper.parent, upper.position, upper.token_ids[0])] = span
+            span.token_ids = upper.token_ids + span.token_ids
+            span.position = upper.position
+            span.parent = upper.parent
+            span.rows, span.states = rows, states
 
-    def discard(self, span: Span) -> None:
+    def discard(self, span: Span, held: Container[Span]) -> None:
         """Remove a span that nothing continues and nobody knows of, and what it continued, as far as that holds there.
 
-        What is not a leaf, is pinned or ends a text stays. One that was removed before may be given again.
+        What is not a leaf, is among those `held` or ends a text stays. One that was removed before may be given again.
         """
-        while span.token_ids and span.parent is not None and not (span.children or span.num_pins or span.is_end):
+        while span.token_ids and span.parent is not None and not (span.children or span in held or span.is_end):
             parent = span.parent
             key = child_key(parent, span.position, span.token_ids[0])
             if parent.children.get(key) is not span:
                 return
-            del parent.children[key]
-            span.rows = span.states = None  # whoever still refers to it must not keep blocks alive
+            with self.changing():
+                span.rows = span.states = None  # whoever still refers to it must not keep blocks alive
+                del parent.children[key]
             span = parent
 
-    def prune(self) -> None:
-        """Remove the spans of which nothing is held, and what continues them."""
-        stack = [self.root]
-        while stack:
-            span = stack.pop()
-            span.children = {key: child for key, child in span.children.items() if not child.is_empty}
-            stack += span.children.values()
+    def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
+        """Remove spans of which nothing is held, until so many of them with so many tokens are left at most.
+
+        What was used longest ago goes first, and what continues a span goes before it.
+        """
+        spans = list(self.spans())
+        last_used = {span: span.last_used for span in spans if span.is_empty}
+        for span in reversed(spans):  # each before its parents
+            if span in last_used:
+                for parent in span.parents:
+                    if parent in last_used:
+                        last_used[parent] = max(last_used[parent], last_used[span])
+        latest_first = sorted(last_used, key=last_used.__getitem__, reverse=True)  # of equals, parents come first
+        num_tokens = itertools.accumulate(len(span.token_ids) for span in latest_first)
+        num_kept = sum(total <= max_tokens for total in itertools.islice(num_tokens, max_spans))
+        gone = set(latest_first[num_kept:])
+        for left in {span.parent for span in gone if span.parent is not None} - gone:
+            left.children = {key: child for key, child in left.children.items() if child not in gone}
+        for span in gone:
+            span.children = {}  # parents and children refer to each other: the cycle collector comes late
 
     def clear(self) -> None:
-        """Forget everything: nothing of any span is held any more, and none is found any more."""
-        for span in self.spans():
-            for slot in SLOTS:
-                setattr(span, slot, None)
-        self.root.children = {}
+        """Forget everything: nothing of any span is held any more, and none is found any more. Makes it whole again."""
+        with self.changing():
+            stack = [self.root]  # `spans` looks at more than children, which may not be whole
+            while stack:
+                span = stack.pop()
+                stack += span.children.values()
+                for slot in SLOTS:
+                    setattr(span, slot, None)
+            self.root.children = {}
 
     def spans(self) -> Iterator[Span]:
         """Yield every span below the root, each before what continues it, depth first."""

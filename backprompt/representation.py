@@ -7,17 +7,19 @@ log-probabilities) is computed on first use, for this text and, reading ahead, f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from backprompt.errors import GroupError, StaleRepresentationError
-from backprompt.evaluator import Evaluator
+from backprompt.evaluator import Evaluator, PinnedText
 from backprompt.identity import key_of
 from backprompt.radix import Place, Span
 from backprompt.token_graph import TokenGraph, TokenIds, flat
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Batch:
-    """The texts that one `evaluate` computed together: where each ends, and how far to read ahead in them.
+    """The texts that one `evaluate` computed together, and how far to read ahead in them.
+
+    It holds none of them: what one of a thousand texts is kept for must not keep the others.
 
     The head's weights are read once a call, so a row of logits alone costs as much as a dozen in company. The first
     text asked for gets its own rows only, each further one twice as many of those that follow it as the one before:
@@ -38,23 +42,33 @@ class Batch:
     """
 
     evaluator: Evaluator
-    places: list[Place]
     num_asked: dict[str, int] = field(default_factory=dict)
+    _num_texts: int = 0
+    _texts: WeakValueDictionary[int, Evaluated] = field(default_factory=WeakValueDictionary)
+
+    def add(self, place: Place) -> Evaluated:
+        """Return the next text of the batch, which ends here."""
+        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, place)
+        self._num_texts += 1
+        return evaluated
 
     def ahead_of(self, idx: int, what: str) -> list[Place]:
         """Return the texts whose `what` to compute along with that of the text at `idx`."""
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
-        ahead = (self.places[idx:] + self.places[:idx])[: 1 << min(num_asked, 20)]
-        return [place for place in ahead if place.end.states is not None]
+        indices = itertools.chain(range(idx, self._num_texts), range(idx))
+        alive = (found for i in indices if (found := self._texts.get(i)) is not None)
+        ahead = itertools.islice(alive, 1 << min(num_asked, 20))
+        return [evaluated.place for evaluated in ahead if evaluated.is_computed]
 
 
-@dataclass(eq=False, frozen=True)
+@dataclass(eq=False)
 class Evaluated:
-    """A text's place in the batch that it was computed in."""
+    """Where a text lies, and its place in the batch that it was computed in."""
 
     batch: Batch
     batch_idx: int
+    place: Place
 
     @property
     def evaluator(self) -> Evaluator:
@@ -64,12 +78,12 @@ class Evaluated:
     @property
     def token_ids(self) -> TokenIds:
         """The text's token ids."""
-        return self.batch.places[self.batch_idx].token_ids
+        return self.place.token_ids
 
     @property
     def end(self) -> Span:
         """The span at which the text ends."""
-        return self.batch.places[self.batch_idx].end
+        return self.place.end
 
     @property
     def is_computed(self) -> bool:
@@ -85,8 +99,8 @@ class Evaluated:
     def held(self, *, with_keys: bool = False) -> Iterator[Place]:
         """Keep what results are read off, computed again if it was dropped; see `Evaluator.held`."""
         with self.evaluator.held(self.token_ids, self.end, with_keys=with_keys) as end:
-            place = self.batch.places[self.batch_idx] = Place(end, self.token_ids)
-            yield place
+            self.place = Place(end, self.token_ids)
+            yield self.place
 
 
 class ModelRepr:
@@ -164,10 +178,11 @@ class ModelRepr:
 
     @property
     def token_logprobs(self) -> Tensor:
-        """Log-probability of each token given what it sees, `(tokens,)`, nats, float32.
+        """Log-probability of each token given what it sees, `(tokens,)`, nats.
 
-        nan where no one token stands before it: for a text's first token, and for the first behind a group. A branch's
-        first token follows what the group stands behind.
+        In float64 for a model in float64, else in float32; -inf for a token of probability 0. nan where no one token
+        stands before it: for a text's first token, and for the first behind a group. A branch's first token follows
+        what the group stands behind.
         """
         with self._held() as (evaluator, place):
             return evaluator.token_logprobs(place, partial(self._read_ahead, "token_logprobs"))
@@ -244,14 +259,14 @@ class Pin:
     nothing to hold any more, and releasing does nothing.
     """
 
-    def __init__(self, lm: LM, evaluator: Evaluator, end: Span, num_tokens: int) -> None:
+    def __init__(self, lm: LM, evaluator: Evaluator, text: PinnedText) -> None:
         self._lm = lm
         self._evaluator = evaluator
-        self._end: Span | None = end
-        self._num_tokens = num_tokens
+        self._text = text
 
     def __repr__(self) -> str:
-        return f"Pin({self._num_tokens} tokens, {'held' if self._is_held else 'released'})"
+        is_held = self._evaluator.is_pinned(self._text)
+        return f"Pin({len(self._text.token_ids)} tokens, {'held' if is_held else 'released'})"
 
     def __enter__(self) -> Pin:
         return self
@@ -262,18 +277,13 @@ class Pin:
     @property
     def num_bytes(self) -> int:
         """Bytes of the budget that the pin takes alone; what it shares with other pins is counted once."""
-        return _num_bytes(self._evaluator, self._end) if self._end is not None and self._is_held else 0
-
-    @property
-    def _is_held(self) -> bool:
-        return self._end is not None and self._evaluator.is_pinned(self._end)
+        is_held = self._evaluator.is_pinned(self._text)
+        return _num_bytes(self._evaluator, self._text.end) if is_held and self._text.end is not None else 0
 
     def release(self) -> None:
         """Let go; a second call does nothing."""
         with self._lm._exclusive():
-            end, self._end = self._end, None
-            if end is not None:
-                self._evaluator.unpin(end)
+            self._evaluator.unpin(self._text)
 
 
 def _num_bytes(evaluator: Evaluator, end: Span) -> int:

@@ -29,7 +29,7 @@ class Candidate:
 
     Attributes:
         token_ids: its ids; not empty.
-        offset: its score if all its tokens had log-probability 0.
+        offset: its score if all its tokens had log-probability 0; may be inf or -inf.
         divisor: by what the sum of its log-probabilities is divided in its score: 1, or the number of its tokens.
 
     """
@@ -39,8 +39,11 @@ class Candidate:
     divisor: int
 
     def bound(self, logprob: float) -> float:
-        """Return the highest score that it can reach after tokens with a log-probability of `logprob` in all."""
-        return logprob / self.divisor + self.offset
+        """Return the highest score that it can reach after tokens with a log-probability of `logprob` in all.
+
+        -inf after a token of probability 0, whatever the offset.
+        """
+        return logprob / self.divisor + self.offset if logprob > -math.inf else -math.inf
 
 
 @dataclass(eq=False)

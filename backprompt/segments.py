@@ -23,10 +23,19 @@ POSITIONS: tuple[Positions, ...] = ("shared", "sequential")
 
 @dataclass(frozen=True)
 class Branch:
-    """One of the alternatives of a group; a frozen one sees nothing but itself and starts at position 0."""
+    """One of the alternatives of a group; a frozen one sees nothing but itself and starts at position 0.
+
+    Attributes:
+        segments: what it consists of.
+        is_frozen: whether it is a text of its own.
+        add_special_tokens: whether a frozen one gets the special tokens of the tokenizer. What is not frozen begins as
+            the text does that it stands in.
+
+    """
 
     segments: tuple[Segment, ...]
     is_frozen: bool = False
+    add_special_tokens: bool = True
 
 
 MAX_DEPTH = 50
@@ -93,9 +102,13 @@ def shown(segments: Iterable[Segment]) -> str:
 
 def _shown_group(group: Group) -> str:
     branches = [
-        f"({shown(branch.segments)}).frozen()" if branch.is_frozen else shown(branch.segments)
-        for branch in group.branches
+        f"{_shown_text(branch)}.frozen()" if branch.is_frozen else shown(branch.segments) for branch in group.branches
     ]
     if group.positions == "sequential":
         return f"parallel([{', '.join(branches)}], positions='sequential')"
     return branches[0] if len(branches) == 1 else f"({' | '.join(branches)})"
+
+
+def _shown_text(branch: Branch) -> str:
+    inner = shown(branch.segments)
+    return f"({inner})" if branch.add_special_tokens else f"Text({inner}, add_special_tokens=False)"

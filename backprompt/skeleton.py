@@ -250,6 +250,12 @@ def logit_row_bytes(model: nn.Module) -> int:
     return weight.shape[0] * weight.element_size()
 
 
+def head_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the output head's weights."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight.dtype
+
+
 def hidden_size(model: nn.Module) -> int:
     """Return the size of what the output head reads."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from backprompt.arguments import as_list, as_lm
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown
 
@@ -70,28 +71,34 @@ class Text:
         string: the text. An empty string is allowed and adds nothing.
         lm: the `LM` that evaluates it, or a `(model, tokenizer)` tuple. Without one, the text takes the `LM` of the
             first text that it is joined with.
+        add_special_tokens: whether the text gets the special tokens that the tokenizer puts around a string, which an
+            `LM` may leave out for all texts. False is for a string that has them already, such as a rendered chat
+            template. The beginning of a text decides: this means nothing behind something else.
 
     Raises:
-        TextTypeError: `string` is not a `str`.
+        TextTypeError: `string` is not a `str`, or `add_special_tokens` no `bool`.
 
     """
 
-    __slots__ = ("__weakref__", "_hash", "_left", "_lm", "_num_segments", "_right", "_segment")
+    __slots__ = ("__weakref__", "_add_special_tokens", "_hash", "_left", "_lm", "_num_segments", "_right", "_segment")
 
     _lm: LM | None
     _left: Text | None
     _right: Text | None
     _segment: Segment
+    _add_special_tokens: bool
     _num_segments: int
     _hash: int
 
-    def __init__(self, string: str, lm: LM | tuple[Any, Any] | None = None) -> None:
+    def __init__(self, string: str, lm: LM | tuple[Any, Any] | None = None, *, add_special_tokens: bool = True) -> None:
         if not isinstance(string, str):
             raise TextTypeError(
                 f"Text() takes a str, not {type(string).__name__}: {_shorten(repr(string))}. "
                 "Convert it with str(...) first; for token ids use Text.from_tokens(ids, lm)."
             )
-        self._init_leaf(string, _as_lm(lm))
+        if not isinstance(add_special_tokens, bool):
+            raise TextTypeError(f"add_special_tokens must be True or False, not {add_special_tokens!r}.")
+        self._init_leaf(string, None if lm is None else as_lm(lm), add_special_tokens)
 
     @classmethod
     def from_tokens(cls, token_ids: Iterable[int], lm: LM | tuple[Any, Any]) -> Text:
@@ -104,17 +111,18 @@ class Text:
             TextTypeError: an element is not an `int`.
 
         """
-        segment = tuple(token_ids)
+        segment = tuple(as_list(token_ids, "Text.from_tokens takes ints in order"))
         for token_id in segment:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise TextTypeError(
                     f"Text.from_tokens takes ints, not {type(token_id).__name__}: {token_id!r}. "
                     "A tensor or an array of ids becomes ints with .tolist()."
                 )
-        return _leaf(segment, _as_lm(lm))
+        return _leaf(segment, None if lm is None else as_lm(lm))
 
-    def _init_leaf(self, segment: Segment, lm: LM | None) -> None:
+    def _init_leaf(self, segment: Segment, lm: LM | None, add_special_tokens: bool) -> None:
         self._segment = segment
+        self._add_special_tokens = add_special_tokens
         self._left = self._right = None
         self._lm = lm
         self._num_segments = 1 if segment else 0
@@ -133,9 +141,14 @@ class Text:
         return _concatenate(_as_text(other, "+"), self)
 
     def join(self, texts: Iterable[Text | str]) -> Text:
-        """Return the texts with this one between each two of them, as `str.join` does."""
+        """Return the texts with this one between each two of them, as `str.join` does, also with a string's characters.
+
+        Raises:
+            TextTypeError: an element is neither a `Text` nor a `str`, or there is no order, as in a set or a mapping.
+
+        """
         joined: Text | None = None
-        for item in texts:
+        for item in texts if isinstance(texts, str) else as_list(texts, "join takes texts in order"):
             text = _as_text(item, "join")
             joined = text if joined is None else _concatenate(_concatenate(joined, self), text)
         return Text("", self._lm) if joined is None else _concatenate(Text("", self._lm), joined)
@@ -160,7 +173,8 @@ class Text:
         segments = self.segments
         if not segments or _is_frozen(segments):
             return self
-        return _leaf(Group((Branch(segments, is_frozen=True),)), self._lm)
+        branch = Branch(segments, is_frozen=True, add_special_tokens=self._add_special_tokens)
+        return _leaf(Group((branch,)), self._lm)
 
     # Reading, without a model
 
@@ -173,6 +187,11 @@ class Text:
     def segments(self) -> tuple[Segment, ...]:
         """From left to right: strings, tuples of token ids, and groups; empty ones left out."""
         return tuple(self._walk_segments())
+
+    @property
+    def add_special_tokens(self) -> bool:
+        """Whether it gets the special tokens of the tokenizer, where the `LM` adds them; its beginning decides."""
+        return self._add_special_tokens
 
     @property
     def string(self) -> str:
@@ -190,17 +209,20 @@ class Text:
         return self.string
 
     def __repr__(self) -> str:
-        return f"Text({_shorten(shown(self._walk_segments()))})"
+        option = "" if self._add_special_tokens else ", add_special_tokens=False"
+        return f"Text({_shorten(shown(self._walk_segments()))}{option})"
 
     def __hash__(self) -> int:
-        return hash((self._hash, self._num_segments, id(self._lm)))
+        return hash((self._hash, self._num_segments, self._add_special_tokens, id(self._lm)))
 
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
         if not isinstance(other, Text):
             return NotImplemented
-        if self._lm is not other._lm or self._num_segments != other._num_segments or self._hash != other._hash:
+        if self._lm is not other._lm or self._add_special_tokens is not other._add_special_tokens:
+            return False
+        if self._num_segments != other._num_segments or self._hash != other._hash:
             return False
         return all(a == b for a, b in zip(self._walk_segments(), other._walk_segments(), strict=True))
 
@@ -211,7 +233,7 @@ class Text:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _from_segments, (self.segments, self._lm)
+        return _from_segments, (self.segments, self._lm, self._add_special_tokens)
 
     def _walk_segments(self) -> Iterator[Segment]:
         stack = [self]
@@ -254,9 +276,10 @@ class Text:
 
     @property
     def token_logprobs(self) -> torch.Tensor:
-        """Log-probability of each token given those it sees, `(tokens,)`, nats, float32.
+        """Log-probability of each token given those it sees, `(tokens,)`, nats.
 
-        nan for the first token, and for the first one behind a group.
+        In float64 for a model in float64, else in float32. nan for the first token, and for the first one behind a
+        group; -inf for a token of probability 0.
         """
         return self.model_repr.token_logprobs
 
@@ -279,8 +302,9 @@ class Text:
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
             answer.option, answer.probabilities
 
-        The probabilities are those of `classify.predict_proba(text, options, aggregate="sum")`, whose other options
-        may be given, too. Raises what that raises.
+        The probabilities are those of `classify.predict_proba(text, options)`, whose other options may be given, too:
+        `aggregate="sum"` weighs the probabilities of whole options, and not the mean over their tokens. Raises what
+        that raises.
         """
         from backprompt._generate import select
 
@@ -291,6 +315,7 @@ class Text:
         *,
         max_new_tokens: int,
         stop: str | Sequence[str] | None = None,
+        include_stop: bool = False,
         seed: int | None = None,
         **generation_config: Any,
     ) -> Stream:
@@ -299,12 +324,15 @@ class Text:
             for piece in text.stream(max_new_tokens=100):
                 print(piece, end="", flush=True)
 
+        No piece has a part of a stop string that is left out: the beginning of one is held back until it is decided.
         Its `.text` is what there is so far, a `GeneratedText`. Arguments and errors are those of `backprompt.generate`.
         """
         from backprompt._generate import Stream
+        from backprompt.stops import StopStrings
 
         lm = self._require_lm("a continuation")
-        decoding = lm.decoding(max_new_tokens=max_new_tokens, stop=stop, seed=seed, given=generation_config)
+        stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
+        decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
         return Stream(lm, self, decoding)
 
     def draw(self, **options: Any) -> Drawing:
@@ -351,6 +379,11 @@ class Text:
         """
         self._require_lm("a representation").save(self)
 
+    @property
+    def _is_nothing(self) -> bool:
+        """Whether joining changes nothing: an empty text may still say how what follows begins."""
+        return self._num_segments == 0 and self._add_special_tokens
+
     def _plain(self) -> Text:
         """Return this text without what a subclass knows besides."""
         return self
@@ -368,31 +401,16 @@ class Text:
             self._lm.evaluate([self])
 
 
-def as_list(texts: Text | Iterable[Text], what: str) -> list[Text]:
-    """Return a text or several as a list, its elements unchecked; `what` takes them.
-
-    Raises:
-        TextTypeError: it is a string, or nothing that one can go through.
-
-    """
-    if isinstance(texts, Text):
-        return [texts]
-    if isinstance(texts, str):
-        raise TextTypeError(f"{what} takes texts, not the str {_shorten(repr(texts))}. Wrap it: Text(string, lm).")
-    if not isinstance(texts, Iterable):
-        raise TextTypeError(f"{what} takes a Text or several in a list, not {type(texts).__name__}: {texts!r}.")
-    return list(texts)
-
-
 def _concatenate(left: Text, right: Text) -> Text:
     """Return `left + right`; raises MixedModelsError where the two are bound to different models."""
     lm = _common_lm(left._lm, right)
     left, right = left._plain(), right._plain()
-    if right._num_segments == 0 and left._lm is lm:
+    if (right._is_nothing or (right._num_segments == 0 and not left._is_nothing)) and left._lm is lm:
         return left
-    if left._num_segments == 0 and right._lm is lm:
+    if left._is_nothing and right._lm is lm:
         return right
     text = Text.__new__(Text)
+    text._add_special_tokens = (right if left._is_nothing else left)._add_special_tokens
     text._segment = ""
     text._left, text._right, text._lm = left, right, lm
     text._num_segments = left._num_segments + right._num_segments
@@ -422,11 +440,8 @@ def parallel(texts: Iterable[Text | str], *, positions: Positions = "shared") ->
     """
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, not {positions!r}.")
-    if isinstance(texts, (str, Text)):
-        raise TextTypeError(f"parallel takes several texts, not one: {_shorten(repr(texts))}. Put them in a list.")
-    if not isinstance(texts, Iterable):
-        raise TextTypeError(f"parallel takes a list of texts, not {type(texts).__name__}.")
-    return _in_parallel([_as_text(text, "parallel") for text in texts], positions)
+    listed = as_list(texts, "parallel takes a list of texts")
+    return _in_parallel([_as_text(text, "parallel") for text in listed], positions)
 
 
 def _in_parallel(given: Sequence[Text], positions: Positions) -> Text:
@@ -438,15 +453,27 @@ def _in_parallel(given: Sequence[Text], positions: Positions) -> Text:
         segments = text.segments
         merged = _shared_group(segments) if positions == "shared" or _is_frozen(segments) else None
         branches += merged.branches if merged is not None else [Branch(segments)] if segments else []
+    if not branches:
+        return Text("", lm)
+    # What stands before a group stands there once, unless no branch wants it.
+    seeing = [text for text in given if not _sees_nothing(text.segments)]
+    add_special_tokens = not seeing or any(text._add_special_tokens for text in seeing)
     if len(branches) == 1 and not branches[0].is_frozen:
-        return _from_segments(branches[0].segments, lm)
-    return _leaf(Group(tuple(branches), positions if len(branches) > 1 else "shared"), lm) if branches else Text("", lm)
+        return _from_segments(branches[0].segments, lm, add_special_tokens)
+    group = Group(tuple(branches), positions if len(branches) > 1 else "shared")
+    return _leaf(group, lm, add_special_tokens)
 
 
 def _shared_group(segments: Sequence[Segment]) -> Group | None:
     """Return the group that is all there is, if its branches share positions."""
     only = segments[0] if len(segments) == 1 else None
     return only if isinstance(only, Group) and only.positions == "shared" else None
+
+
+def _sees_nothing(segments: Sequence[Segment]) -> bool:
+    """Return whether a branch with these segments is empty or begins frozen, so nothing before it matters to it."""
+    first = segments[0] if segments else None
+    return first is None or (isinstance(first, Group) and all(branch.is_frozen for branch in first.branches))
 
 
 def _is_frozen(segments: Sequence[Segment]) -> bool:
@@ -464,15 +491,15 @@ def _common_lm(lm: LM | None, text: Text) -> LM | None:
     return text._lm if lm is None else lm
 
 
-def _leaf(segment: Segment, lm: LM | None) -> Text:
+def _leaf(segment: Segment, lm: LM | None, add_special_tokens: bool = True) -> Text:
     text = Text.__new__(Text)
-    text._init_leaf(segment, lm)
+    text._init_leaf(segment, lm, add_special_tokens)
     return text
 
 
-def _from_segments(segments: Sequence[Segment], lm: LM | None) -> Text:
+def _from_segments(segments: Sequence[Segment], lm: LM | None, add_special_tokens: bool = True) -> Text:
     """Build a text of these segments."""
-    text = Text("", lm)
+    text = Text("", lm, add_special_tokens=add_special_tokens)
     for segment in segments:
         text = _concatenate(text, _leaf(segment, lm))
     return text
@@ -487,18 +514,6 @@ def _as_text(value: object, operation: str) -> Text:
         f"{operation} takes a Text or a str, not {type(value).__name__}: {_shorten(repr(value))}. "
         "Convert it with str(...) first."
     )
-
-
-def _as_lm(lm: LM | tuple[Any, Any] | None) -> LM | None:
-    if lm is None:
-        return None
-    from backprompt.lm import LM, shared_lm  # the node knows no model until it is given one
-
-    if isinstance(lm, LM):
-        return lm
-    if isinstance(lm, tuple) and len(lm) == 2:
-        return shared_lm(*lm)
-    raise TextTypeError(f"A text is bound to an LM or to a (model, tokenizer) tuple, not to {type(lm).__name__}.")
 
 
 def _shorten(string: str, limit: int = _REPR_CHARACTERS) -> str:

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 from weakref import WeakSet
 
-from backprompt.cache import Block, BlockRows, compact
+from backprompt.cache import Block, BlockRows, compact, joined
 from backprompt.radix import Span
 
 Kind: TypeAlias = Literal["rows", "states"]
 """Which of the two things a span holds: keys and values, or states."""
+
+MAX_SMALL_BLOCKS = 128
+"""More of them are too many: a long run of evaluations of a few tokens each would leave two a piece."""
 
 KINDS: tuple[Kind, ...] = ("states", "rows")
 """Both; a span holds the second only with the first."""
@@ -54,6 +57,11 @@ class Tier:
     def add(self, blocks: Iterable[Block | None]) -> None:
         """Count these blocks for as long as they live."""
         self._blocks.update(block for block in blocks if block is not None)
+
+    def recount(self, spans: Sequence[Span]) -> None:
+        """Count the blocks that these spans refer to, and no others any more."""
+        places = (place for kind in KINDS for place in self.held(kind, spans).values())
+        self._blocks = WeakSet(place.block for place in places if place.block is not None)
 
     def held(self, kind: Kind, spans: Iterable[Span]) -> Places:
         """Return where the spans' rows lie, of those that have any here."""
@@ -106,11 +114,22 @@ class Tier:
                 offer(next_kind, waiting)
         return dropped
 
+    @property
+    def is_scattered(self) -> bool:
+        """Whether it has so many small blocks that their tensors cost more than they should."""
+        return sum(block.is_small for block in self._blocks) > MAX_SMALL_BLOCKS
+
     def compact(self, spans: Sequence[Span]) -> None:
-        """Make the blocks smaller of which only some rows are still held."""
+        """Make the blocks smaller of which only some rows are still held, and small ones fewer where they are many."""
         for kind in self._slots:
-            places = self.held(kind, spans)
-            self.hold(kind, compact({span: place for span, place in places.items() if place.block in self._blocks}))
+            self.hold(kind, compact(self._own(kind, spans)))
+        if self.is_scattered:
+            for kind in self._slots:
+                self.hold(kind, joined(self._own(kind, spans)))
+
+    def _own(self, kind: Kind, spans: Sequence[Span]) -> Places:
+        """Return where the spans' rows lie that were added here."""
+        return {span: place for span, place in self.held(kind, spans).items() if place.block in self._blocks}
 
 
 def _goes_after(kind: Kind, span: Span, places: Mapping[Kind, Places]) -> list[tuple[Kind, Span]]:

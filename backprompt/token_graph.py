@@ -55,11 +55,6 @@ class TokenGraph:
         """One more than the largest position."""
         return fold(self, None, lambda state, position, ids: None, lambda state, ends, position: None)[1]
 
-    @property
-    def ends_in_group(self) -> bool:
-        """Whether there is no last token, which the next one would follow."""
-        return isinstance(self.parts[-1], TokenGroup)
-
 
 def flat(token_ids: TokenIds) -> tuple[int, ...]:
     """Return all ids in written order."""
@@ -79,6 +74,33 @@ def without_last(token_ids: TokenIds) -> tuple[TokenIds, int] | None:
     if not isinstance(last, tuple) or len(last) == 1:
         return None
     return TokenGraph((*parts, last[:-1])), last[-1]
+
+
+def before_last(token_ids: TokenIds) -> TokenIds:
+    """Return a text without its last token, which does not stand in a group."""
+    if not isinstance(token_ids, TokenGraph):
+        return token_ids[:-1]
+    *parts, last = token_ids.parts
+    assert isinstance(last, tuple), "a text that ends in a group has no last token"
+    return TokenGraph((*parts, last[:-1]) if len(last) > 1 else tuple(parts))
+
+
+def is_beginning(token_ids: TokenIds, whole: TokenIds) -> bool:
+    """Return whether a text begins with these tokens, none of them in a group that goes on."""
+    parts, whole_parts = _parts(token_ids), _parts(whole)
+    if not len(token_ids):
+        return True
+    if len(parts) > len(whole_parts) or parts[:-1] != whole_parts[: len(parts) - 1]:
+        return False
+    last, its_counterpart = parts[-1], whole_parts[len(parts) - 1]
+    if isinstance(last, tuple) and isinstance(its_counterpart, tuple):
+        return its_counterpart[: len(last)] == last
+    return last == its_counterpart
+
+
+def ends_in_group(token_ids: TokenIds) -> bool:
+    """Return whether there is no last token, which the next one would follow."""
+    return isinstance(token_ids, TokenGraph) and isinstance(token_ids.parts[-1], TokenGroup)
 
 
 def with_more(token_ids: TokenIds, more: tuple[int, ...]) -> TokenIds:
@@ -137,7 +159,11 @@ def fold(
             state, position = join(state, ends, last), last
         return state, position
 
-    return walk(token_ids.parts if isinstance(token_ids, TokenGraph) else (token_ids,), root, 0)
+    return walk(_parts(token_ids), root, 0)
+
+
+def _parts(token_ids: TokenIds) -> tuple[Part, ...]:
+    return token_ids.parts if isinstance(token_ids, TokenGraph) else (token_ids,)
 
 
 def _merged(parts: Iterable[Part], *, is_first: bool) -> tuple[Part, ...]:

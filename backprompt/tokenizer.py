@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
+from backprompt.arguments import check_encodable
 from backprompt.errors import TokenIdError, TokenizerError
 
 # Splitting patterns in which no alternative matches a letter followed by a space, none looks behind, and a letter run
@@ -35,11 +37,14 @@ _SAMPLE = "It's 7 o'clock:  Zoë's naïve   “test”\n\n#42 , don't\tre-fund 1
 class EncodesStrings(Protocol):
     """What encoding texts needs of a tokenizer."""
 
-    prefix_ids: tuple[int, ...]
-    suffix_ids: tuple[int, ...]
+    encodes_continuations: bool
 
     def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
         """Return the ids of each string, without special tokens."""
+        ...
+
+    def special_ids_around(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return what the tokenizer puts before and behind a string that has these ids without special tokens."""
         ...
 
     def cut(self, string: str, start: int = 0) -> int:
@@ -55,8 +60,8 @@ class PrivateTokenizer:
     """A copy of `tokenizer` that nobody else changes or locks.
 
     Attributes:
-        prefix_ids: what the tokenizer puts before every string (a BOS token, or nothing).
-        suffix_ids: what it puts behind every string.
+        encodes_continuations: whether it can encode a string as what follows something else; those written in Python,
+            without a `tokenizers` backend, cannot.
 
     Raises:
         TokenizerError: `tokenizer` is not a tokenizer of transformers.
@@ -83,26 +88,45 @@ class PrivateTokenizer:
             self._continuing = _make_backend(backend, tokenizer, is_continuation=True)
             if list(self._whole.encode(_SAMPLE, add_special_tokens=False).ids) == self._call([_SAMPLE])[0]:
                 self._backend = self._whole  # else the tokenizer does something of its own around its backend
+        self.encodes_continuations = self._continuing is not None
         self._can_cut = self._backend is not None and _is_cuttable(self._backend)
-        self.prefix_ids, self.suffix_ids = self._special_ids()
+        self._special_ids = self._special_ids_around_a_string()
 
     def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
         """Return the ids of each string, without special tokens around it.
 
         Raises:
-            TokenizerError: a continuation, for a tokenizer without a backend.
+            TokenizerError: a string with a lone surrogate; a continuation, for a tokenizer without a backend.
 
         """
+        for string in strings:
+            check_encodable(string, "A string")
         backend = self._continuing if is_continuation else self._backend
         if backend is not None:
             return [tuple(encoding.ids) for encoding in backend.encode_batch_fast(strings, add_special_tokens=False)]
         if is_continuation:
             raise TokenizerError(
-                f"{type(self._original).__name__} has no `tokenizers` backend, so a string cannot be encoded as a "
-                "continuation of token ids or of another segment. Use its fast version, or joins='exact' with "
-                "strings only."
+                f"{type(self._original).__name__} has no `tokenizers` backend, so it encodes a text's strings from the "
+                "beginning on, as one string, and none behind token ids or a group, nor apart as joins='split' does, "
+                "nor a completion without a space before it. Use its fast version, end_of_prompt=' ', or give such a "
+                "string as ids: Text.from_tokens(tokenizer(string, add_special_tokens=False).input_ids, lm)."
             )
         return [tuple(ids) for ids in self._call(list(strings))]
+
+    def special_ids_around(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return what the tokenizer puts before and behind a string that has these ids without special tokens.
+
+        A backend puts the same around every string. Code in Python may look at the ids first: ByT5's appends no second
+        end token.
+
+        Raises:
+            TokenizerError: the tokenizer changes the string's own tokens.
+
+        """
+        if self._whole is not None or not ids or not hasattr(self._private, "build_inputs_with_special_tokens"):
+            return self._special_ids
+        with_special = tuple(self._private.build_inputs_with_special_tokens(list(ids)))
+        return self._around(ids, with_special, (len(self._special_ids[0]), *range(len(with_special) + 1)))
 
     def cut(self, string: str, start: int = 0) -> int:
         """Return the last place from `start` on where `string` can be cut without changing ids, whatever follows; or 0.
@@ -134,6 +158,16 @@ class PrivateTokenizer:
         )
         return decoded
 
+    @cached_property
+    def added_tokens(self) -> tuple[str, ...]:
+        """What stands for one token where it stands in a string: special tokens and others that were added."""
+        is_split = getattr(self._private, "split_special_tokens", False)
+        plain = self._private.all_special_tokens if is_split else ()
+        added: Iterable[str] = getattr(
+            self._private, "get_added_vocab", tuple
+        )()  # that of mistral_common knows none in strings
+        return tuple(token for token in added if token and token not in plain)
+
     def has_changed(self) -> bool:
         """Return whether the user's tokenizer differs from this copy, as far as a quick look can tell."""
         return _quick_state(self._original, self._words) != self._state
@@ -153,13 +187,32 @@ class PrivateTokenizer:
         encoded: list[list[int]] = self._private(strings, add_special_tokens=False)["input_ids"]
         return encoded
 
-    def _special_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return what the tokenizer puts before and behind a string."""
-        without = self._call(["a"])[0]
-        with_special: list[int] = self._private(["a"])["input_ids"][0]
-        for start in range(len(with_special) - len(without) + 1):
-            if with_special[start : start + len(without)] == without:
-                return tuple(with_special[:start]), tuple(with_special[start + len(without) :])
+    def _special_ids_around_a_string(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return what the tokenizer puts before and behind a string that has no special tokens."""
+        string, ids = self._known_string()
+        with_special: list[int] = self._private([string])["input_ids"][0]
+        return self._around(ids, tuple(with_special), range(len(with_special) + 1))
+
+    def _known_string(self) -> tuple[str, tuple[int, ...]]:
+        """Return a string and its ids, none of which is a special token's, as that of an unknown character may be."""
+        special = set(getattr(self._private, "all_special_ids", ()))
+
+        def is_known(ids: tuple[int, ...]) -> bool:
+            return bool(ids) and special.isdisjoint(ids)
+
+        ids = tuple(self._call(["a"])[0])
+        if is_known(ids):
+            return "a", ids
+        encoded = ((token, tuple(self._call([token])[0])) for token in self._private.get_vocab())
+        return next((known for known in encoded if is_known(known[1])), ("a", ids))
+
+    def _around(
+        self, ids: tuple[int, ...], with_special: tuple[int, ...], starts: Iterable[int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return what stands before and behind `ids`, which begin at one of `starts`."""
+        for start in starts:
+            if with_special[start : start + len(ids)] == ids:
+                return with_special[:start], with_special[start + len(ids) :]
         raise TokenizerError(
             f"{type(self._original).__name__} changes a string's own tokens when it adds special ones, so texts cannot "
             "be composed with it. Pass add_special_tokens=False to the LM and write the special tokens into the text."

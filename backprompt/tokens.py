@@ -17,14 +17,16 @@ Under `joins="split"` every segment is encoded on its own, the later ones as con
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
+from backprompt.arguments import lone_surrogate, surrogate_message
 from backprompt.errors import JoinError, TokenizerError
 from backprompt.radix import common_length
-from backprompt.segments import Group, Segment, leaves
+from backprompt.segments import Branch, Group, Segment, leaves
 from backprompt.text import Text
 from backprompt.token_graph import Part, TokenBranch, TokenGroup, TokenIds, as_token_ids
 from backprompt.tokenizer import EncodesStrings
@@ -42,7 +44,8 @@ class Join:
         segment_idx: index of the segment that begins here, counting strings and runs of token ids in written order.
         left: the string of the run before the join.
         right: the segment after it.
-        split_tokens: the ids around the join if both sides are encoded apart; the common ids at both ends left out.
+        split_tokens: the ids around the join if both sides are encoded apart; the common ids at both ends left out. Of
+            a tokenizer that encodes no continuations, the ids of the left side only, from the first that changes on.
         joined_tokens: the ids that take their place in the string of both.
 
     """
@@ -90,8 +93,7 @@ class Encoder:
     def __init__(self, tokenizer: EncodesStrings, joins: Joins, add_special_tokens: bool) -> None:
         self.tokenizer = tokenizer
         self._joins = joins
-        self._prefix_ids = tokenizer.prefix_ids if add_special_tokens else ()
-        self._suffix_ids = tokenizer.suffix_ids if add_special_tokens else ()
+        self._add_special_tokens = add_special_tokens
         self._encoded: WeakKeyDictionary[Text, TokenIds] = WeakKeyDictionary()
 
     def encode(self, texts: Sequence[Text]) -> list[TokenIds]:
@@ -113,7 +115,8 @@ class Encoder:
     def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
         """Return which tokens each string and each run of token ids of each text became, in written order.
 
-        Every beginning of every run is encoded, and every segment alone; texts that share them share the work.
+        Every beginning of every run is encoded and, by a tokenizer that encodes continuations, every segment alone;
+        texts that share them share the work.
         """
         chains = {chain for text in texts for chain in _chains(text.segments)}
         beginnings = {
@@ -121,14 +124,17 @@ class Encoder:
             for chain in chains
             for stop in range(1, len(chain.leaves) + 1)
         }
-        alone = {_alone(leaf) for chain in chains for leaf in chain.leaves}
+        leaves_alone = (
+            {leaf for chain in chains for leaf in chain.leaves} if self.tokenizer.encodes_continuations else ()
+        )
+        alone = {_alone(leaf) for leaf in leaves_alone}
         ids_of = self._encode_chains(beginnings | alone, split=self._joins == "split")
         encoded = self.encode(texts)
         return [self._extents(text, len(ids), ids_of) for text, ids in zip(texts, encoded, strict=True)]
 
     def _extents(self, text: Text, num_tokens: int, ids_of: Mapping[_Chain, tuple[int, ...]]) -> list[Extent]:
         extents: list[Extent] = []
-        num_special = self._num_prefix_ids(text.segments, ids_of)
+        num_special = self._num_prefix_ids(_as_branch(text), ids_of)
         for chain, num_before in zip(_chains(text.segments), num_special, strict=True):
             start = extents[-1].stop if extents else 0
             own = _extents_of(chain, ids_of, start + num_before)
@@ -154,29 +160,40 @@ class Encoder:
             if is_string:
                 string += "".join(map(str, run))
             else:
-                ids_before = self._ids_before(before)
+                ids_before = self._ids_before(before, text.add_special_tokens)
                 ids = ids_before + tuple(int(token_id) for leaf in run for token_id in leaf)
                 string += added(self.tokenizer.decode(ids_before), self.tokenizer.decode(ids))
             before += run
         return string
 
-    def _ids_before(self, before: list[Leaf]) -> tuple[int, ...]:
+    def _ids_before(self, before: list[Leaf], add_special_tokens: bool) -> tuple[int, ...]:
         """Return the ids of what stands before something else."""
         if not before:
             return ()
-        (ids,) = self._encode_chains([_Chain(tuple(before), False)], split=self._joins == "split").values()
-        return ids if _needs_no_prefix((ids,), before[:1], self._prefix_ids) else self._prefix_ids + ids
+        branch = Branch(tuple(before), is_frozen=True, add_special_tokens=add_special_tokens)
+        ids_of = self._encode_chains([_Chain(tuple(before), False)], split=self._joins == "split")
+        (ids,) = ids_of.values()
+        return self._special_ids(branch, ids_of)[0] + ids
 
     def _encode_new(self, texts: list[Text]) -> list[TokenIds]:
-        segments = [text.segments for text in texts]
-        for text, its_segments in zip(texts, segments, strict=True):
-            _check_encodable(text, its_segments)
-        encoded = self._encode_segments(segments, split=self._joins == "split")
+        branches = [_as_branch(text) for text in texts]
+        for text, branch in zip(texts, branches, strict=True):
+            _check_encodable(text, branch.segments)
+        encoded = self._encode_branches(branches, split=self._joins == "split")
         if self._joins == "error":
-            for text, joined, split in zip(texts, encoded, self._encode_segments(segments, split=True), strict=True):
-                if joined != split:
-                    self._raise_join_error(text)
+            for text in self._with_changed_joins(texts, branches, encoded):
+                self._raise_join_error(text)
         return encoded
+
+    def _with_changed_joins(
+        self, texts: Sequence[Text], branches: Sequence[Branch], encoded: Sequence[TokenIds]
+    ) -> Iterator[Text]:
+        """Yield the texts whose tokens, `encoded`, are others than those of their segments apart."""
+        if self.tokenizer.encodes_continuations:
+            apart = self._encode_branches(branches, split=True)
+            yield from (text for text, ids, split in zip(texts, encoded, apart, strict=True) if ids != split)
+        else:
+            yield from filter(self.joins, texts)
 
     def _raise_join_error(self, text: Text) -> None:
         joins = "\n  ".join(map(str, self.joins(text)))
@@ -185,10 +202,10 @@ class Encoder:
             'Move the join to a place where no token spans it (often before a space), or use joins="exact" or "split".'
         )
 
-    def _encode_segments(self, texts: Sequence[tuple[Segment, ...]], *, split: bool) -> list[TokenIds]:
-        """Encode texts given by their segments, all together."""
-        ids_of = self._encode_chains({chain for segments in texts for chain in _chains(segments)}, split=split)
-        return [as_token_ids(self._whole(segments, ids_of)) for segments in texts]
+    def _encode_branches(self, texts: Sequence[Branch], *, split: bool) -> list[TokenIds]:
+        """Encode texts, all together."""
+        ids_of = self._encode_chains({chain for text in texts for chain in _chains(text.segments)}, split=split)
+        return [as_token_ids(self._whole(text, ids_of)) for text in texts]
 
     def _encode_chains(self, chains: Iterable[_Chain], *, split: bool) -> dict[_Chain, tuple[int, ...]]:
         """Return the ids of chains, without special tokens; each distinct piece of string is encoded once."""
@@ -199,15 +216,33 @@ class Encoder:
         return {chain: end.ids(pieces) for chain, end in ends.items()}
 
     def _whole(
-        self, segments: tuple[Segment, ...], ids_of: Mapping[_Chain, tuple[int, ...]], *, is_last: bool = True
+        self, branch: Branch, ids_of: Mapping[_Chain, tuple[int, ...]], *, is_last: bool = True
     ) -> tuple[Part, ...]:
         """Return the parts of a text with the special tokens of a whole string; not `is_last`: something follows."""
-        parts = self._parts(segments, False, ids_of)
-        if not _needs_no_prefix(parts, segments, self._prefix_ids):
-            parts = (self._prefix_ids, *parts)
-        if is_last and self._suffix_ids and all(isinstance(segment, str) for segment in segments):
-            parts = (*parts, self._suffix_ids)
-        return parts
+        prefix, suffix = self._special_ids(branch, ids_of)
+        parts = self._parts(branch.segments, False, ids_of)
+        if prefix and parts and isinstance(parts[0], tuple) and parts[0][: len(prefix)] == prefix:
+            self._warn_of_repeated(prefix)
+        return ((prefix,) if prefix else ()) + parts + ((suffix,) if suffix and is_last else ())
+
+    def _special_ids(
+        self, branch: Branch, ids_of: Mapping[_Chain, tuple[int, ...]]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the special tokens before and behind a text; behind it only if it is made of strings alone."""
+        segments = branch.segments
+        if not (self._add_special_tokens and branch.add_special_tokens and _begins_with_string(segments)):
+            return (), ()
+        first = next(_pieces_of(segments, is_continuation=False), None)
+        prefix, suffix = self.tokenizer.special_ids_around(ids_of[first] if isinstance(first, _Chain) else ())
+        return prefix, suffix if all(isinstance(segment, str) for segment in segments) else ()
+
+    def _warn_of_repeated(self, prefix: tuple[int, ...]) -> None:
+        warnings.warn(
+            f"A text begins with {self.tokenizer.decode(prefix)!r}, which the tokenizer puts before every string: it "
+            "stands there twice, as in the plain call. For a string that has its special tokens already, such as a "
+            "rendered chat template, write Text(string, lm, add_special_tokens=False).",
+            stacklevel=2,
+        )
 
     def _parts(
         self, segments: tuple[Segment, ...], is_continuation: bool, ids_of: Mapping[_Chain, tuple[int, ...]]
@@ -220,30 +255,24 @@ class Encoder:
             branches = []
             for branch in piece.group.branches:
                 if branch.is_frozen:
-                    inner = self._whole(branch.segments, ids_of, is_last=False)
+                    inner = self._whole(branch, ids_of, is_last=False)
                 else:
                     inner = self._parts(branch.segments, piece.is_continuation, ids_of)
                 branches.append(TokenBranch(inner, branch.is_frozen))
             parts.append(TokenGroup(tuple(branches), piece.group.positions == "sequential"))
         return tuple(parts)
 
-    def _num_prefix_ids(
-        self, segments: tuple[Segment, ...], ids_of: Mapping[_Chain, tuple[int, ...]], *, is_whole: bool = True
-    ) -> list[int]:
-        """Return how many special tokens stand before each chain of a text (`is_whole`) or of a part of one."""
+    def _num_prefix_ids(self, branch: Branch, ids_of: Mapping[_Chain, tuple[int, ...]]) -> list[int]:
+        """Return how many special tokens stand before each chain of a branch; a frozen one is a text of its own."""
         counts: list[int] = []
-        for piece in _pieces_of(segments, is_continuation=False):
+        for piece in _pieces_of(branch.segments, is_continuation=False):
             if isinstance(piece, _Chain):
                 counts.append(0)
             else:
-                for branch in piece.group.branches:
-                    counts += self._num_prefix_ids(branch.segments, ids_of, is_whole=branch.is_frozen)
-        if (
-            is_whole
-            and counts
-            and not _needs_no_prefix(self._parts(segments, False, ids_of), segments, self._prefix_ids)
-        ):
-            counts[0] += len(self._prefix_ids)
+                for inner in piece.group.branches:
+                    counts += self._num_prefix_ids(inner, ids_of)
+        if branch.is_frozen and counts:
+            counts[0] += len(self._special_ids(branch, ids_of)[0])
         return counts
 
     def _changed_joins(self, chain: _Chain, num_before: int) -> Iterator[Join]:
@@ -260,6 +289,8 @@ class Encoder:
         They may: in "x " + " " + "y" the "y" takes apart what the spaces had become.
         """
         (_, run), *rest = strings
+        if not self.tokenizer.encodes_continuations:
+            return self._joins_that_change_the_left_side(run, rest, is_continuation)
         (ids,) = self.tokenizer.encode([run], is_continuation=is_continuation)
         ids_apart, joins = ids, []
         for idx, string in rest:
@@ -269,6 +300,19 @@ class Encoder:
                 joins.append(Join(idx, run, string, *_differing_middles(ids + right, joined)))
             run, ids, ids_apart = run + string, joined, ids_apart + right
         return joins if ids != ids_apart else []
+
+    def _joins_that_change_the_left_side(
+        self, run: str, rest: list[tuple[int, str]], is_continuation: bool
+    ) -> list[Join]:
+        """Return the joins behind which the ids of what stands before are others: all that a beginning can tell."""
+        runs = list(itertools.accumulate((string for _, string in rest), initial=run))
+        encoded = self.tokenizer.encode(runs, is_continuation=is_continuation)
+        joins = []
+        for (idx, string), left, ids, joined in zip(rest, runs[:-1], encoded[:-1], encoded[1:], strict=True):
+            num_same = common_length(ids, joined, 0)
+            if num_same < len(ids):
+                joins.append(Join(idx, left, string, ids[num_same:], joined[num_same:]))
+        return joins
 
 
 class _Chain(NamedTuple):
@@ -311,23 +355,22 @@ def _chains(segments: Iterable[Segment], is_continuation: bool = False) -> Itera
                 yield from _chains(branch.segments, piece.is_continuation and not branch.is_frozen)
 
 
-def _needs_no_prefix(parts: Sequence[Part], segments: Sequence[Segment], prefix_ids: tuple[int, ...]) -> bool:
-    """Return whether what a text begins with has the tokenizer's first special tokens already, or must not have them.
+def _as_branch(text: Text) -> Branch:
+    """Return a text as a frozen branch, which is one."""
+    return Branch(text.segments, is_frozen=True, add_special_tokens=text.add_special_tokens)
 
-    Token ids are taken as they are. A group's branches begin side by side, whatever their order.
+
+def _begins_with_string(segments: Sequence[Segment]) -> bool:
+    """Return whether special tokens belong before what begins so: before strings, not before ids taken as they are.
+
+    A group's branches begin side by side, whatever their order.
     """
     if not segments:
-        return not prefix_ids
-    first_segment, first_part = segments[0], parts[0]
-    if isinstance(first_segment, Group):
-        assert isinstance(first_part, TokenGroup)
-        return all(
-            token_branch.is_frozen or _needs_no_prefix(token_branch.parts, branch.segments, prefix_ids)
-            for branch, token_branch in zip(first_segment.branches, first_part.branches, strict=True)
-        )
-    return not isinstance(first_segment, str) or (
-        isinstance(first_part, tuple) and first_part[: len(prefix_ids)] == prefix_ids
-    )
+        return True  # the empty string
+    first = segments[0]
+    if isinstance(first, Group):
+        return any(not branch.is_frozen and _begins_with_string(branch.segments) for branch in first.branches)
+    return isinstance(first, str)
 
 
 @dataclass(frozen=True)
@@ -436,7 +479,8 @@ class _TrieNode:
 def _extents_of(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]], first: int) -> list[Extent]:
     """Return the extents of a chain's leaves, whose tokens begin at `first`.
 
-    `ids_of` has all its beginnings, and its leaves alone.
+    `ids_of` has all its beginnings, and its leaves alone if the tokenizer encodes continuations. Else a join is changed
+    if what stands before it has other ids than without what follows.
     """
     ids = ids_of[chain]
     extents: list[Extent] = []
@@ -447,7 +491,8 @@ def _extents_of(chain: _Chain, ids_of: Mapping[_Chain, tuple[int, ...]], first: 
         start = min(num_same, stop)  # a later join may have changed tokens further back
         replaced = before[start:] if num_same < len(before) else ()
         joined = ids_of[_Chain(chain.leaves[: idx + 1], chain.is_continuation)]
-        is_changed = idx > 0 and joined != before + ids_of[_alone(chain.leaves[idx])]
+        alone = ids_of.get(_alone(chain.leaves[idx]))
+        is_changed = idx > 0 and (joined[: len(before)] != before if alone is None else joined != before + alone)
         extents.append(Extent(chain.leaves[idx], first + start, first + stop, replaced, is_changed))
         stop = start
     return extents[::-1]
@@ -474,12 +519,7 @@ def _check_encodable(text: Text, segments: Sequence[Segment]) -> None:
     for segment in leaves(segments):
         if not isinstance(segment, str):
             continue
-        try:
-            _ = segment.isascii() or segment.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"{text!a} holds a lone surrogate at character {num_before + error.start} of its strings: half of a "
-                "UTF-16 pair, which is no character. Decode the source as UTF-8, or replace it with "
-                "string.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
-            ) from error
+        position = lone_surrogate(segment)
+        if position is not None:
+            raise TokenizerError(surrogate_message(ascii(text), num_before + position))
         num_before += len(segment)

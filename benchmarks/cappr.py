@@ -118,8 +118,10 @@ def with_classify(lm: LM, workload: Workload) -> Scores:
     prompts = [compose(lm, prompt) for prompt in workload.prompts]
     completions = [prompt.completions for prompt in workload.prompts]
     if all(own == completions[0] for own in completions):
-        return classify.log_probs(prompts, completions[0], show_progress_bar=False)
-    examples = [classify.Example(prompt, own) for prompt, own in zip(prompts, completions, strict=True)]
+        return classify.log_probs(prompts, completions[0], end_of_prompt=" ", show_progress_bar=False)
+    examples = [
+        classify.Example(prompt, own, end_of_prompt=" ") for prompt, own in zip(prompts, completions, strict=True)
+    ]
     return classify.log_probs(examples, show_progress_bar=False)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from intents import DATA, INSTRUCTION, INTENTS, SHOTS, Question, num_common, num_right, read_questions
+from intents import DATA, INSTRUCTION, INTENTS, SHOTS, Question, num_right, read_questions
 from torch import Tensor
 
 from backprompt import LM, Stats, Text, evaluate, independence_gap, parallel
@@ -87,8 +87,8 @@ def classify(lm: LM, arrange: Arrange, chosen: Sequence[Sequence[Question]], que
 def completion_logprobs(lm: LM, prompts: Sequence[Text]) -> Tensor:
     """The log-probability of each intent's keywords behind each prompt, prompt by prompt."""
     leaves = [(prompt, prompt + f" {keywords}\n") for prompt in prompts for keywords in INTENTS.values()]
-    starts = [num_common(leaf.tokens, prompt.tokens) for prompt, leaf in leaves]
-    return torch.stack([logprobs.sum() for logprobs in lm.token_logprobs([leaf for _, leaf in leaves], starts)])
+    found = lm.token_logprobs([leaf for _, leaf in leaves], [prompt for prompt, _ in leaves])
+    return torch.stack([logprobs.sum() for logprobs in found])
 
 
 def ask(message: str) -> str:

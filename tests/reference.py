@@ -30,11 +30,15 @@ def plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
 
 
 def plain_token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
-    """The log-probability of each id after those before it, (tokens,), nats, float32; nan for the first."""
-    logprobs = plain_logits(model, ids)[:-1].float().log_softmax(dim=-1)  # (tokens - 1, vocab)
+    """The log-probability of each id after those before it, (tokens,), nats, float32 at least; nan for the first."""
+    logprobs = _log_softmax(plain_logits(model, ids)[:-1])  # (tokens - 1, vocab)
     next_ids = torch.tensor(list(ids)[1:], dtype=torch.long, device=logprobs.device)
     following = logprobs.gather(1, next_ids[:, None])[:, 0]  # (tokens - 1,)
     return torch.cat([following.new_full((1,), float("nan")), following])
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
 
 def plain_is_argmax(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
@@ -124,13 +128,13 @@ def masked_logits(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
 
 
 def masked_token_logprobs(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
-    """The log-probability of each token in written order, nats, float32; nan where no one row predicts it."""
-    text, logprobs = written(parts), masked_logits(model, parts).float().log_softmax(dim=-1)
+    """The log-probability of each token in written order, nats, float32 at least; nan where no one row predicts it."""
+    text, logprobs = written(parts), _log_softmax(masked_logits(model, parts))
     values = [
         float("nan") if row is None else float(logprobs[row, token_id])
         for token_id, row in zip(text.ids, text.predictors, strict=True)
     ]
-    return torch.tensor(values, device=logprobs.device)
+    return torch.tensor(values, dtype=logprobs.dtype, device=logprobs.device)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from backprompt import LM, EntryTooLargeError, NoStoreError, Text, evaluate
 from backprompt.store import DiskStore, Entry, MemoryStore
-from backprompt.store.disk import _packed
+from backprompt.store.index import _packed
 from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
@@ -221,13 +221,54 @@ def test_a_full_disk_stops_nothing_and_is_said_once(model, tokenizer, tmp_path, 
     assert list((tmp_path / "prompts.bp").glob("entries/*/*")) == []
 
 
+def test_what_a_full_disk_does_not_take_is_not_lost(model, tokenizer, tmp_path, monkeypatch, caplog):
+    """Results are returned and stay in memory; who asked for them to be stored gets an error, and may ask again."""
+    lm = LM(model, tokenizer, store=DiskStore(tmp_path / "prompts.bp", persist="explicit"))
+    text = Text(SHOTS, lm)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("backprompt.store.disk.os.fsync", full)
+        with pytest.raises(OSError, match="Free some space") as caught:
+            text.save()
+    assert caught.value.errno == 28
+    assert str(tmp_path / "prompts.bp") in str(caught.value)
+    assert_plain(model, text)
+    num_computed = lm.stats.tokens_computed
+    assert num_computed == len(text.tokens)
+    text.save()
+    assert lm.stats.tokens_computed == num_computed
+    again = LM(model, tokenizer, store=tmp_path / "prompts.bp")
+    assert_plain(model, Text(SHOTS, again))
+    assert again.stats.tokens_computed == 0
+
+
+@pytest.mark.parametrize("where", ["disk.os.fsync", "disk.tempfile.mkstemp", "index.Index.insert"])
+def test_a_generation_on_a_full_disk_ends_and_is_kept(where, model, tokenizer, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    prompt = tuple(range(5, 25))
+    monkeypatch.setattr(f"backprompt.store.{where}", full)
+    lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
+    text = Text.from_tokens(prompt, lm)
+    generated = text.generate(max_new_tokens=6)
+    assert generated.tokens == (*prompt, *plain_greedy(model, prompt, 6))
+    assert caplog.text.count("Evaluation goes on; nothing more is stored in this process") == 1
+    num_computed = lm.stats.tokens_computed
+    evaluate(text)
+    assert lm.stats.tokens_computed == num_computed
+
+
 def test_an_index_that_is_wrong_gives_no_wrong_numbers(model, tokenizer, tmp_path, caplog):
     """Token ids in the index are those of another text: the entry itself says so."""
     ids = tuple(range(5, 45))
     other = (*ids[:-1], 99)
     with DiskStore(tmp_path / "prompts.bp") as store:
         evaluate(Text.from_tokens(ids, LM(model, tokenizer, store=store)))
-        with store._database() as index:
+        with store._index._connection as index:
             index.execute("UPDATE entries SET token_ids = ?", (_packed(other),))
         lm = LM(model, tokenizer, store=store)
         assert_plain(model, Text.from_tokens(other, lm))

@@ -72,15 +72,6 @@ def test_the_rules_are_those_of_transformers(lm, model, options):
             torch.testing.assert_close(one.completion_logprobs, expected_logprobs, rtol=0, atol=ATOL)
 
 
-def test_stop_strings_end_beams_as_in_transformers(lm, model):
-    text = Text(PROMPTS[0], lm)
-    stop = text.generate(max_new_tokens=12, num_beams=3).completion[6:8]
-    found = text.generate(max_new_tokens=20, num_beams=3, stop=stop)
-    options = {"num_beams": 3, "stop_strings": [stop], "tokenizer": lm.tokenizer}
-    assert [found.completion_tokens] == theirs(model, text.tokens, max_new_tokens=20, **options)
-    assert found.finish_reason == "stop"
-
-
 def beams_by_hand(model, ids, num_beams, num_tokens):
     """All that plain beam search looks at: the beams of each step, without an end token."""
     beams = [((), 0.0)]
@@ -148,7 +139,7 @@ def test_texts_do_not_see_each_others_beams(model, tokenizer, numbers, num_beams
             assert [found.completion_tokens] == theirs(model, text.tokens, **options)
     if pinned is not None:
         pinned.release()
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
 
 
 def test_an_interrupted_beam_search_keeps_nothing_pinned(lm, monkeypatch):
@@ -165,7 +156,7 @@ def test_an_interrupted_beam_search_keeps_nothing_pinned(lm, monkeypatch):
     text = Text(PROMPTS[0], lm)
     with pytest.raises(KeyboardInterrupt):
         text.generate(max_new_tokens=10, num_beams=3)
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
     monkeypatch.undo()
     assert [text.generate(max_new_tokens=10, num_beams=3).completion_tokens] == theirs(
         lm.model, text.tokens, max_new_tokens=10, num_beams=3

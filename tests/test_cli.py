@@ -3,11 +3,14 @@
 `run(...)` is `main([...])` in this process; the results are compared with the library's own calls on the same model.
 """
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import logging
 import os
+import random
 import re
 import shlex
 import signal
@@ -27,7 +30,10 @@ import backprompt
 from backprompt import LM, Text, load
 from backprompt.classify import predict_proba
 from backprompt.cli import main
+from backprompt.cli.arguments import read_completions
 from backprompt.cli.rows import Input, Output, Row
+from backprompt.cli.score import AGGREGATES
+from backprompt.cli.wording import in_options
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -96,7 +102,7 @@ def no_model(monkeypatch) -> None:
     def refuse(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("backprompt.cli.arguments.load", refuse)
+    monkeypatch.setattr("backprompt.load", refuse)
 
 
 def write_jsonl(path: str, values: list) -> None:
@@ -133,6 +139,14 @@ def test_scores_are_those_of_predict_proba(score, lm):
         assert [row["probabilities"][label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-6)
         assert row["prediction"] == LABELS[expected.argmax()] == next(iter(row["probabilities"]))
         assert row["probability"] == max(row["probabilities"].values())
+
+
+def test_a_lone_surrogate_among_completions_is_bad_input(score):
+    Path("labels.json").write_text('["good", "bad\\ud800"]')
+    code, printed, said = score("prompts.jsonl", "--completions", "labels.json")
+    assert (code, printed) == (2, "")
+    assert "completions[1]" in said
+    assert "lone surrogate at character 3" in said
 
 
 def test_scoring_options(score, lm):
@@ -176,7 +190,7 @@ def test_slices_share_what_prompts_have_in_common(model, monkeypatch, run, lm):
         lms.append(load(*arguments, **options))
         return lms[-1]
 
-    monkeypatch.setattr("backprompt.cli.arguments.load", remembered)
+    monkeypatch.setattr("backprompt.load", remembered)
     run("score", "prompts.jsonl", "--completions", "labels.txt", "--model", model, "--slice", "2", "--device", "cpu")
     before = lm.stats
     lm.clear()
@@ -220,7 +234,15 @@ def test_stop_strings_and_other_options(generate, lm):
     (first,) = backprompt.generate([Text(PROMPTS[0], lm)], max_new_tokens=1)
     write_jsonl("prompts.jsonl", [PROMPTS[0]])
     _, printed, _ = generate("prompts.jsonl", "--stop", "never this", "--stop", first.completion)
-    assert json.loads(printed)["finish_reason"] == "stop"
+    row = json.loads(printed)
+    assert {name: row[name] for name in ("completion", "finish_reason", "num_new_tokens", "logprob")} == {
+        "completion": "",
+        "finish_reason": "stop",
+        "num_new_tokens": 0,
+        "logprob": 0.0,
+    }
+    _, printed, _ = generate("prompts.jsonl", "--stop", first.completion, "--include-stop")
+    assert json.loads(printed)["completion"] == first.completion
     _, printed, _ = generate("prompts.jsonl", "--option", f"suppress_tokens=[{first.completion_tokens[0]}]")
     expected = Text(PROMPTS[0], lm).generate(max_new_tokens=4, suppress_tokens=list(first.completion_tokens))
     assert json.loads(printed)["completion"] == expected.completion
@@ -250,6 +272,87 @@ def test_csv_in_and_out(score, lm):
     assert [row["prediction"] for row in rows] == backprompt.classify.predict(prompts, LABELS, lm)
     for row in rows:
         assert json.loads(row["probabilities"])[row["prediction"]] == float(row["probability"])
+
+
+def test_what_passes_through_is_what_the_input_has_to_the_letter(score):
+    lines = [
+        r'{"id":12345678901234567890, "prompt" :"The cat","x": [1.10, 3.14159265358979323846, 1e5, -0.0]}',
+        r'{ "prompt": "\u0054he c\u00e4t \ud83d\ude00", "y": {"nested": {"nested": null}}, "é": "日本"}  ',
+        '{"prompt": "The dog",\t"z": 1e-400}\r',
+    ]
+    Path("in.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert score("in.jsonl", "-o", "out.jsonl")[0] == 0
+    written = Path("out.jsonl").read_text(encoding="utf-8")
+    for line, found in zip(lines, written.splitlines(), strict=True):
+        assert found.startswith(f'{{{line.strip()[1:-1].strip()}, "prediction": ')
+        assert list(json.loads(found)) == [*json.loads(line), "prediction", "probability", "probabilities"]
+    Path("out.jsonl").write_text(written[: written.index('"The dog"') + 3], encoding="utf-8")
+    assert score("in.jsonl", "-o", "out.jsonl", "--resume")[0] == 0
+    assert rounded(Path("out.jsonl").read_text(encoding="utf-8")) == rounded(written)
+
+
+def test_json_on_a_terminal_has_no_control_characters_and_means_the_same(score):
+    row = {"prompt": "a\x1b]0;title\x07", "\x7f": "\x9b31m\u202e\ufeff\U000e0041", "kept": "\u200d é 日本 \xa0 😀"}
+    Path("in.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    _, printed, _ = score("in.jsonl")
+    assert re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ufeff\U000e0041]", printed) is None
+    assert {name: json.loads(printed)[name] for name in row} == row
+    assert row["kept"] in printed
+
+
+MARK = "\ufeff"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\r\n\r\n"])
+@pytest.mark.parametrize("mark", ["", MARK], ids=["", "mark"])
+def test_marks_ends_of_lines_and_empty_lines_do_not_matter(mark, end):
+    lines = [json.dumps({"prompt": prompt}) for prompt in PROMPTS]
+    for last in ("", end):
+        Path("in.jsonl").write_bytes((mark + end.join(lines) + last).encode())
+        Path("in.csv").write_bytes((mark + end.join(["prompt", "a", '"b\r\nc"']) + last).encode())
+        Path("labels.txt").write_bytes((mark + end.join(LABELS) + last).encode())
+        assert [row.parts for row in Input("in.jsonl", "jsonl").rows()] == [(prompt,) for prompt in PROMPTS]
+        assert [row.parts for row in Input("in.csv", "csv").rows()] == [("a",), ("b\r\nc",)]
+        assert read_completions("labels.txt") == LABELS
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv", "labels.txt"])
+def test_other_encodings_are_named(score, name, encoding):
+    content = {"in.jsonl": '{"prompt": "ä"}\n', "in.csv": "prompt\nä\n", "labels.txt": "gut\nböse\n"}[name]
+    Path(name).write_bytes(content.encode(encoding))
+    code, _, said = score("prompts.jsonl" if name == "labels.txt" else name)
+    assert code == 2
+    where = name if name == "labels.txt" else f"line 1 of {name}"
+    assert only_line(said).startswith(f"backprompt: error: {where} ")
+    assert "UTF-16" in said
+
+
+def test_formulas_are_escaped_on_request(score):
+    cells = ["=1+1", "+a", "-a", "@a", "\ta", "\uff1da", "-1.5", "+2e3", "a=", "'=a"]
+    with open("in.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["prompt", "x"], *([f"The cat {idx}", cell] for idx, cell in enumerate(cells))])
+    Path("labels.txt").write_text("=good\nbad\n")
+    assert score("in.csv", "-o", "plain.csv")[0] == 0
+    assert [row["x"] for row in read_csv(Path("plain.csv").read_bytes().decode())] == cells
+    assert score("in.csv", "-o", "out.csv", "--escape-formulas")[0] == 0
+    written = Path("out.csv").read_bytes()
+    rows = read_csv(written.decode())
+    assert [row["x"] for row in rows] == [*(f"'{cell}" for cell in cells[:6]), *cells[6:]]
+    assert {row["prediction"] for row in rows} <= {"'=good", "bad"}
+    Path("out.csv").write_bytes(written[: written.index(b"The cat 5") + 16])
+    code, _, said = score("in.csv", "-o", "out.csv", "--resume")
+    assert (code, "so it cannot be gone on with" in only_line(said)) == (2, True)
+    assert score("in.csv", "-o", "out.csv", "--escape-formulas", "--resume")[0] == 0
+    assert rounded(Path("out.csv").read_bytes().decode()) == rounded(written.decode())
+
+
+def test_a_column_cannot_be_a_formula(score):
+    Path("in.csv").write_text("prompt,=x\na,b\n")
+    code, _, said = score("in.csv", "-o", "out.csv", "--escape-formulas")
+    assert (code, "has a column '=x'" in only_line(said)) == (2, True)
+    assert "is for CSV" in score("in.csv", "--escape-formulas")[2]
 
 
 def test_strings_and_lists_of_parts_are_prompts(score, lm):
@@ -288,7 +391,7 @@ def test_a_store_serves_the_next_process(score, monkeypatch):
         lms.append(load(*arguments, **options))
         return lms[-1]
 
-    monkeypatch.setattr("backprompt.cli.arguments.load", remembered)
+    monkeypatch.setattr("backprompt.load", remembered)
     first, second = (score("prompts.jsonl", "--store", "prompts.bp", "--memory", "1 MB")[1] for _ in range(2))
     assert rounded(first) == rounded(second)
     assert lms[0].stats.tokens_loaded == 0 < lms[1].stats.tokens_loaded
@@ -331,6 +434,7 @@ def test_what_was_cut_off_anywhere_is_gone_on_with(tmp_path_factory, format, row
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     output = new_output()
+    output.claim()
     num_done, _ = output.resume(iter(given_rows), lambda fields: None)
     write(num_done, output=output)
     assert path.read_bytes() == whole
@@ -355,7 +459,7 @@ def test_an_interruption_loses_only_what_was_not_written(score, monkeypatch, nam
             raise KeyboardInterrupt
         return predict_proba(prompts, *arguments, **options)
 
-    monkeypatch.setattr("backprompt.cli.score.predict_proba", interrupted)
+    monkeypatch.setattr("backprompt.classify.predict_proba", interrupted)
     code, _, said = score("prompts.jsonl", "-o", name, "--slice", "2")
     assert code == 130
     assert only_line(said) == "backprompt: interrupted; go on with --resume"
@@ -385,10 +489,9 @@ def test_resume_begins_where_there_is_nothing(score):
 @pytest.mark.usefixtures("folder")
 def test_a_killed_process_leaves_a_beginning(model, score):
     """SIGKILL, as soon as two of five rows are there; nobody closes the input."""
-    command = [sys.executable, "-m", "backprompt", "score", "-", "--completions", "labels.txt", "--model", str(model)]
+    command = ["-m", "backprompt", "score", "-", "--completions", "labels.txt", "--model", model]
     command += ["--device", "cpu", "-o", "out.jsonl", "--slice", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(backprompt.__file__).parent.parent)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    with in_a_process(*command, stdin=subprocess.PIPE) as process:
         lines = Path("prompts.jsonl").read_bytes().splitlines(keepends=True)
         process.stdin.write(b"".join(lines[:2]))
         process.stdin.flush()
@@ -406,8 +509,174 @@ def test_a_killed_process_leaves_a_beginning(model, score):
     assert [row["id"] for row in found] == list(range(len(PROMPTS)))
 
 
+def in_a_process(*arguments: object, **options) -> subprocess.Popen:
+    """A process of this Python with this package, whose standard error can be read; it takes signals as by default."""
+
+    def take_signals() -> None:  # a job in the background has them ignored
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    root = Path(backprompt.__file__).parent.parent
+    before = options.pop("before", "")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, [before]), str(root)])}
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, preexec_fn=take_signals, **pipes, **options)
+
+
+def test_an_interrupt_while_torch_is_imported(model):
+    """Ends the process by the signal, as shells want it to; nothing but a line is said."""
+    Path("slow").mkdir()
+    Path("slow/torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    arguments = ["prompts.jsonl", "--completions", "labels.txt", "--model", model, "-o", "out.jsonl"]
+    with in_a_process("-m", "backprompt", "score", *arguments, before="slow") as process:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read().decode()
+    assert said == "backprompt: interrupted; go on with --resume\n"
+    assert process.returncode == -signal.SIGINT
+
+
+SIGNALLED = """
+import json, os, signal, sys, time
+import backprompt, backprompt.cli
+backprompt.LM  # torch, imported once for all
+for delay, number, *sys.argv[1:] in json.loads(sys.argv[1]):
+    process = os.fork()
+    if not process:
+        os._exit(backprompt.cli.main())
+    time.sleep(delay)
+    os.kill(process, number)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+
+
+def test_whenever_a_signal_comes_the_rows_are_those_of_an_uninterrupted_run(generate, model):
+    """Each output gets three signals at random times, and is gone on with each time."""
+    prompts = [{"id": idx, "prompt": PROMPTS[idx % 5], "x": 1.0} for idx in range(20)]
+    write_jsonl("prompts.jsonl", prompts)
+    options = ["prompts.jsonl", "--n", 2, "--temperature", 0.9, "--seed", 1, "--slice", 1]
+    names = ["0.jsonl", "1.csv", "2.jsonl", "3.csv"]
+    draw = random.Random(1)
+    runs = []
+    for name in names:
+        command = ["generate", *options, "--max-new-tokens", 4, "--model", str(model), "--device", "cpu"]
+        for number in draw.choices([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGPIPE], k=3):
+            runs.append([draw.uniform(0, 0.8), number, *map(str, command), "-o", name, "--resume"])
+    with in_a_process("-c", SIGNALLED, json.dumps(runs)) as process:
+        printed, said = (given.decode() for given in process.communicate())
+    assert set(said.splitlines()) <= {"backprompt: interrupted; go on with --resume"} | {
+        f"backprompt: {2 * len(prompts)} rows are there, nothing to do"
+    }
+    codes = [int(code) for code in printed.split()]
+    assert all(code in (0, -run[1]) for code, run in zip(codes, runs, strict=True))
+    assert any(codes)
+    for name in names:
+        assert generate(*options, "-o", name, "--resume")[0] == 0
+        whole = f"whole{Path(name).suffix}"
+        assert os.path.exists(whole) or generate(*options, "-o", whole)[0] == 0
+        assert rounded(Path(name).read_text()) == rounded(Path(whole).read_text())
+        assert [path.name for path in Path().glob(f"{name}*")] == [name]
+
+
 def written(path: str) -> list[bytes]:
     return Path(path).read_bytes().splitlines() if os.path.exists(path) else []
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("mode", ["--resume", "--overwrite"])
+def test_an_output_that_another_process_writes_to(score, mode):
+    Path("out.jsonl").write_text('{"id": 0, "pro')
+    with open("out.jsonl", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, _, said = score("prompts.jsonl", "-o", "out.jsonl", mode)
+    assert code == 2
+    assert "out.jsonl is being written to by another process" in only_line(said)
+    assert Path("out.jsonl").read_text() == '{"id": 0, "pro'
+
+
+def test_two_processes_that_begin_together(score, monkeypatch):
+    """The second one finds an output that was not there when it looked."""
+
+    def load_slowly(*arguments, **options):
+        Path("out.jsonl").write_text("of the first one")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr("backprompt.load", load_slowly)
+    code, _, said = score("prompts.jsonl", "-o", "out.jsonl")
+    assert code == 2
+    assert "out.jsonl was not there, and is by now: another process writes to it" in only_line(said)
+    assert Path("out.jsonl").read_text() == "of the first one"
+
+
+def test_an_output_is_kept_from_others_while_it_is_written(score, monkeypatch):
+    found = []
+
+    def look(*arguments, **options):
+        with open("out.jsonl", "ab") as other, contextlib.suppress(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append("not kept")
+        return predict_proba(*arguments, **options)
+
+    monkeypatch.setattr("backprompt.classify.predict_proba", look)
+    for mode in ([], ["--overwrite"]):
+        assert score("prompts.jsonl", "-o", "out.jsonl", *mode)[0] == 0
+        assert not found
+
+
+def test_outputs_that_are_no_files(score):
+    Path("link.jsonl").symlink_to("behind.jsonl")
+    assert score("prompts.jsonl", "-o", "link.jsonl")[0] == 0
+    assert len(read_jsonl("behind.jsonl")) == len(PROMPTS)
+    assert score("prompts.jsonl", "-o", os.devnull, "--format", "jsonl") == (0, "", "")
+    os.mkfifo("pipe.jsonl")
+    rows = []
+    reader = threading.Thread(target=lambda: rows.extend(read_jsonl("pipe.jsonl")))
+    reader.start()
+    assert score("prompts.jsonl", "-o", "pipe.jsonl")[0] == 0
+    reader.join()
+    assert [row["id"] for row in rows] == list(range(len(PROMPTS)))
+    for path in ("pipe.jsonl", os.devnull):
+        code, _, said = score("prompts.jsonl", "-o", path, "--format", "jsonl", "--resume")
+        assert (code, "--resume goes on with a file" in only_line(said)) == (2, True)
+    assert list(Path().glob("*.options.json*")) == []
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("kind", ["link", "hard link", "standard input", "standard output"])
+def test_the_input_is_not_written_to(score, monkeypatch, kind):
+    output = {"link": "link.jsonl", "hard link": "hard.jsonl", "standard output": "-"}.get(kind, "prompts.jsonl")
+    Path("link.jsonl").symlink_to("prompts.jsonl")
+    os.link("prompts.jsonl", "hard.jsonl")
+    before = Path("prompts.jsonl").read_bytes()
+    with open("prompts.jsonl", "a+") as file, pytest.MonkeyPatch.context() as patch:
+        file.seek(0)
+        if kind.startswith("standard"):
+            patch.setattr(sys, "stdin" if kind.endswith("input") else "stdout", file)
+        given = "-" if kind == "standard input" else "prompts.jsonl"
+        code, _, said = score(given, "-o", output, *([] if output == "-" else ["--overwrite"]))
+    assert code == 2
+    assert "is the input. Give the output another name" in only_line(said)
+    assert Path("prompts.jsonl").read_bytes() == before
+
+
+def test_options_of_an_output_that_was_replaced_do_not_matter(generate):
+    """A process that was killed between emptying an output and saying how it is written leaves those of before."""
+    Path("out.jsonl").write_text("")
+    write_jsonl("out.jsonl.options.json", [{"backprompt": {"max_new_tokens": 7}}])
+    Path("out.jsonl.options.json.part").write_text('{"backpro')
+    assert generate("prompts.jsonl", "-o", "out.jsonl", "--resume")[0] == 0
+    assert len(read_jsonl("out.jsonl")) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("closed", ["stderr", "both"])
+def test_a_closed_standard_error_gets_nothing_into_the_output(score, monkeypatch, closed):
+    monkeypatch.setattr(sys, "stderr", None)
+    if closed == "both":
+        monkeypatch.setattr(sys, "stdout", None)
+    code, printed, _ = score("prompts.jsonl", "-v")
+    assert code == (0 if closed == "stderr" else 2)
+    assert all(json.loads(line) for line in printed.splitlines())
 
 
 def test_who_closes_the_output_is_not_told(model, monkeypatch):
@@ -439,6 +708,9 @@ BAD_LINES = {
     "not a number": ('{"prompt": "a", "x": NaN}', "NaN is no finite number"),
     "a number that is too large": ('{"prompt": "a", "x": 1e999}', "1e999 is no finite number"),
     "brackets without end": ("[" * 100_000, "is no JSON that can be read"),
+    "two fields of one name": ('{"prompt": "a", "prompt": "b"}', "an object has two fields called 'prompt'"),
+    "two fields within": ('{"prompt": "a", "x": [{"y": 1, "y": 1}]}', "an object has two fields called 'y'"),
+    "NUL": ('{"prompt": "a\0"}', "holds NUL bytes"),
 }
 
 
@@ -458,7 +730,9 @@ def test_a_bad_line_is_named_before_a_model_is_loaded(score, line, problem):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"prompt\na\n\xff\n", "is not UTF-8"),
+        (b"prompt\na\n\xff\n", "line 3 of in.csv is not UTF-8"),
+        (b"prompt\n" + b"a\n" * 9_000 + b"\xff\n", "line 9002 of in.csv is not UTF-8"),
+        (b"prompt\na\0\n", "line 2 of in.csv holds NUL bytes"),
         (b"prompt,id\na\n", "line 2 of in.csv has 1 value for the 2 columns"),
         (b"text,id\na,1\n", "line 2 of in.csv has no column 'prompt'"),
         (b"prompt,prompt\na,1\n", "two columns called 'prompt'"),
@@ -485,7 +759,11 @@ def test_bad_csv(score, content, problem):
         (["prompts.jsonl", "-o", "labels.txt", "--format", "csv", "--overwrite"], "labels.txt is --completions"),
         (["prompts.jsonl", "-o", "prior.txt", "--prior", "prior.txt", "--format", "csv", "--resume"], "is --prior"),
         (["prompts.jsonl", "-o", ".", "--format", "csv"], ". is a folder"),
-        (["prompts.jsonl", "--store", "labels.txt"], "--store labels.txt is a file"),
+        (["prompts.jsonl", "--store", "labels.txt"], "--store: [Errno 20] This cannot be the folder of a store"),
+        (["prompts.jsonl", "--store", "labels.txt/prompts.bp"], "Not a directory. Name a folder"),
+        (["prompts.jsonl", "--store", "x" * 5000], "File name too long. Choose a shorter path"),
+        (["prompts.jsonl", "--store", ""], "the path is empty. Name a folder"),
+        (["prompts.jsonl", "--store", "."], "it has other content, such as"),
         (["prompts.jsonl", "--discount-completions", "nan"], "nan is no finite number"),
         (["prompts.jsonl", "-o", "prompts.jsonl", "--overwrite"], "is the input"),
         (["prompts.jsonl", "-o", "nowhere/out.jsonl"], "there is no folder nowhere"),
@@ -580,7 +858,7 @@ def test_what_is_there_stays_until_there_are_new_rows(run, score, monkeypatch, m
     arguments = ["score", "prompts.jsonl", "--completions", "labels.txt", "-o", "out.jsonl", mode]
     assert run(*arguments, "--model", "nowhere/at-all")[0] == 2
     assert Path("out.jsonl").read_text() == '{"id": 0, "pro'
-    monkeypatch.setattr("backprompt.cli.score.predict_proba", fail)
+    monkeypatch.setattr("backprompt.classify.predict_proba", fail)
     assert score("prompts.jsonl", "-o", "out.jsonl", mode)[0] == 3
     assert Path("out.jsonl").read_text() == '{"id": 0, "pro'
     assert not Path("out.jsonl.options.json").exists()
@@ -629,10 +907,12 @@ def test_completions_are_read_once_and_lines_end_where_they_do(run, model):
     ("arguments", "problem"),
     [
         (["--temperature", "0"], "transformers refuses these options"),
-        (["--top-k", "-3"], "transformers refuses these options"),
+        (["--top-k", "-3"], "--top-k must be an int of at least 0, not -3"),
+        (["--seed", "-1"], "argument --seed: -1 is not at least 0"),
         (["--stop", ""], "argument --stop: it must not be empty"),
         (["--option", "foo=1"], "generate has no option 'foo'"),
         (["--option", "max_new_tokens=4"], "Give it once, as --max-new-tokens"),
+        (["--option", "include_stop=true"], "Give it once, as --include-stop"),
         (["--temperature", "1", "--option", "temperature=0.5"], "Give it once, as --temperature"),
     ],
 )
@@ -642,6 +922,46 @@ def test_bad_options_of_generation(generate, arguments, problem):
     assert problem in only_line(said)
     assert "line 1 of" not in said
     assert not Path("out.jsonl").exists()
+
+
+IN_OPTIONS = [
+    ("score", ["--completions", "one.json"], "Set --no-normalize, or give more"),
+    ("score", ["--completions", "empty.json"], "completion 2 of --completions is empty"),
+    ("score", ["--completions", "half.json"], "half.json holds half of a surrogate pair"),
+    ("score", ["--completions", "labels.txt", "--prior", "0.5,0.5"], "error: --prior has the shape (2,)"),
+    ("score", ["--completions", "labels.txt", "--joins", "error"], "--joins exact or --joins split"),
+    ("draw", ["-o", "tree.svg", "--max-children", "1"], "error: --max-children must be"),
+    ("verify", ["--tolerance", "-1"], "error: --tolerance must be"),
+    ("generate", ["--option", "max_length=3"], "use --max-new-tokens, which does not count the prompt"),
+    ("generate", ["--option", "return_dict=1"], "Options are --max-new-tokens, --stop, --seed, and with --option"),
+    ("generate", ["--temperature", "0.5", "--option", "do_sample=false"], "error: --temperature is for sampling"),
+    ("generate", ["--temperature", "0"], "these options: --temperature (=0.0)"),
+    ("generate", ["--temperature", "1", "--option", "num_beams=2"], "beam search (--option num_beams=N)"),
+    ("generate", ["--max-new-tokens", "1000"], "there is no room for --max-new-tokens 1000."),
+    ("generate", ["--option", "guidance_scale=2", "--stop", "'temperature=1'"], "generate does not do classifier-free"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments", "problem"), IN_OPTIONS)
+def test_the_librarys_errors_speak_of_options(run, model, command, arguments, problem):
+    write_jsonl("prompts.jsonl", [{"parts": ["Set normalize=False. The c", "at s", "at"]}])
+    for name, labels in {"one": ["good"], "empty": ["good", ""], "half": ["good", "\ud83d"]}.items():
+        Path(f"{name}.json").write_text(json.dumps(labels))
+    own = {"generate": ["--max-new-tokens", 4]}.get(command, [])
+    code, _, said = run(command, "prompts.jsonl", "--model", model, "--device", "cpu", *own, *arguments)
+    assert code == 2
+    assert problem in only_line(said)
+    without_quoted = re.sub(r"(?<!\w)'[^']*'", "", said)
+    assert re.findall(r"(?<!--option )\b[a-z_]+=[^0\s]|\w\(\.\.\.", without_quoted) == []
+
+
+def test_what_errors_quote_stays_as_it_is():
+    said = (
+        "Text('set normalize=False') has no room for max_new_tokens=3, \"n=2\"; num_beams=3, model's `top_k`, 'top_p'"
+    )
+    expected = said.replace("max_new_tokens=3", "--max-new-tokens 3").replace("num_beams=3", "--option num_beams=3")
+    expected = expected.replace("`top_k`", "--top-k")
+    assert in_options(said) == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
@@ -682,7 +1002,7 @@ def test_an_error_that_nobody_foresaw_has_its_own_code_and_a_traceback_on_reques
     def fail(*arguments, **options):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("backprompt.cli.score.predict_proba", fail)
+    monkeypatch.setattr("backprompt.classify.predict_proba", fail)
     code, _, said = score("prompts.jsonl")
     assert code == 3
     assert only_line(said) == "backprompt: error: RuntimeError: two lines (with --traceback it is shown where)"
@@ -694,6 +1014,18 @@ def test_no_command(run):
     assert run()[0] == 2
     code, printed, _ = run("--version")
     assert (code, printed) == (0, f"backprompt {backprompt.__version__}\n")
+
+
+def test_help_and_wrong_options_need_not_wait_for_torch(model):
+    program = "import sys; from backprompt.cli import main\n"
+    program += "try: main(sys.argv[1:])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    for arguments in (["score", "--help"], ["--version"], ["score", "--no-such-option"]):
+        with in_a_process("-c", program, *arguments) as process:
+            assert process.stdout.read().splitlines()[-1] == b"False"
+
+
+def test_choices_are_those_of_the_library():
+    assert AGGREGATES == backprompt.classify.AGGREGATES
 
 
 @pytest.mark.parametrize(
@@ -717,6 +1049,59 @@ def test_messages_on_request(score):
     assert "backprompt: debug: Evicted" in score("prompts.jsonl", "-vv", "--memory", "10 kB", "--slice", "1")[2]
     assert logging.getLogger("backprompt").level == logging.NOTSET
     assert [type(handler) for handler in logging.getLogger("backprompt").handlers] == [logging.NullHandler]
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u200b"
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e]")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [f"{HOSTILE}.jsonl"],
+        ["bad.jsonl"],
+        [f"{HOSTILE} there.jsonl"],
+        ["prompts.jsonl", f"--{HOSTILE}"],
+        ["prompts.jsonl", "--slice", HOSTILE],
+        ["prompts.jsonl", "--device", HOSTILE],
+        ["prompts.jsonl", "--model", HOSTILE],
+        ["prompts.jsonl", "--prior", HOSTILE],
+        ["prompts.jsonl", "--column", HOSTILE],
+        ["prompts.jsonl", "--memory", HOSTILE],
+        ["prompts.jsonl", "--completions", "repeated.txt"],
+        ["prompts.jsonl", "-o", f"{HOSTILE}/out.jsonl"],
+        ["prompts.jsonl", "-o", f"{HOSTILE} there.jsonl"],
+    ],
+)
+def test_errors_on_a_terminal_have_no_control_characters(score, arguments):
+    Path("repeated.txt").write_text(f"{HOSTILE}\n{HOSTILE}\n")
+    write_jsonl(f"{HOSTILE} there.jsonl", [{HOSTILE: HOSTILE}])
+    Path("bad.jsonl").write_text(json.dumps({"prompt": {HOSTILE: HOSTILE}}, ensure_ascii=False))
+    code, _, said = score(*arguments)
+    assert code == 2
+    assert CONTROL.search(said) is None
+    only_line(said)
+
+
+def test_messages_and_tables_on_a_terminal_have_no_control_characters(score, run, model, monkeypatch):
+    def warn(*arguments, **options):
+        logging.getLogger("backprompt.test").warning("a file called %s", HOSTILE)
+        raise RuntimeError(HOSTILE)
+
+    text = f"The cat sat on the mat{HOSTILE}, and so on: one, two, three, four."
+    write_jsonl("prompts.jsonl", [text, f"{text} And"])
+    Path("labels.txt").write_text(f"{HOSTILE}a\nb\n")
+    options = ["--model", model, "--device", "cpu"]
+    printed = [score("prompts.jsonl", "--store", "prompts.bp")[1]]
+    for command in (["store", "ls", "prompts.bp"], ["explain", "prompts.jsonl", *options]):
+        printed += [run(*command)[1], run(*command, "--json")[1]]
+    printed += [run("verify", "prompts.jsonl", *options)[1], run("draw", "prompts.jsonl", "-o", "-", *options)[1]]
+    monkeypatch.setattr("backprompt.classify.predict_proba", warn)
+    printed.append(score("prompts.jsonl")[2])
+    assert "a file called \\x1b]0;title" in printed[-1]
+    for shown in printed:
+        assert shown
+        assert CONTROL.search(shown) is None
 
 
 def test_a_bar_where_standard_error_is_a_terminal(score, monkeypatch):
@@ -749,7 +1134,7 @@ def test_explain_computes_nothing_unless_asked(run, model, monkeypatch):
         lms.append(load(*arguments, **options))
         return lms[-1]
 
-    monkeypatch.setattr("backprompt.cli.arguments.load", remembered)
+    monkeypatch.setattr("backprompt.load", remembered)
     arguments = ["explain", "prompts.jsonl", "--completions", "labels.txt", "--model", model, "--device", "cpu"]
     code, printed, said = run(*arguments, "--json")
     found = json.loads(printed)
@@ -778,7 +1163,7 @@ def test_verify(run, model):
 
 def test_draw_needs_no_model(run, monkeypatch):
     pytest.importorskip("pygraphviz")
-    monkeypatch.setattr("backprompt.cli.arguments.load", None)
+    monkeypatch.setattr("backprompt.load", None)
     write_jsonl("prompts.jsonl", [{"parts": ["Once ", "upon"]}, {"parts": ["Once ", "more <&>"]}])
     assert run("draw", "prompts.jsonl", "-o", "tree.svg") == (0, "", "")
     expected = backprompt.draw([Text("Once ") + "upon", Text("Once ") + "more <&>"]).pipe("svg")
@@ -812,7 +1197,7 @@ def test_draw_shows_what_was_computed(run, model):
         (["-o", "nowhere/tree.svg"], "there is no folder nowhere"),
         (["-o", "tree.svg", "--run"], "--run and --store need a model"),
         (["-o", "tree.svg", "--completions", "nowhere.txt"], "nowhere.txt cannot be read"),
-        (["-o", "tree.svg", "--max-children", "1"], "max_children must be"),
+        (["-o", "tree.svg", "--max-children", "1"], "--max-children must be"),
         ([], "required: -o/--output"),
         (["-o", "folder.svg"], "folder.svg is a folder"),
     ],
@@ -890,6 +1275,17 @@ def test_looking_into_a_store_makes_none(run):
     assert code == 2
     assert "nowhere.bp is no store" in only_line(said)
     assert not Path("nowhere.bp").exists()
+
+
+@pytest.mark.parametrize("path", ["prompts.jsonl", "prompts.jsonl/below", "x" * 5000, "a\0b", "", "."])
+def test_a_path_of_no_store_is_said_in_a_line(run, path):
+    """And nothing is made there."""
+    before = sorted(os.listdir())
+    for command in (["ls"], ["stat"], ["find", "a"], ["verify"], ["prune", "0"]):
+        code, _, said = run("store", command[0], path, *command[1:])
+        assert code == 2
+        assert only_line(said).startswith("backprompt: error: [Errno")
+    assert sorted(os.listdir()) == before
 
 
 # demo

@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -27,7 +28,7 @@ from backprompt.attention.calls import PreparedCalls
 from backprompt.cache import Location
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS
-from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe, unigram
+from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe
 
 ATOL = 5e-5
 PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is 12 + 34? Answer:", "The cat"]
@@ -96,18 +97,6 @@ def test_decoding_rules_are_those_of_transformers(lm, model, options):
         assert found.finish_reason == ("eos" if ended else "length")
 
 
-def test_stop_strings_end_a_text_as_in_transformers(lm, model):
-    text = Text(PROMPTS[0], lm)
-    whole = text.generate(max_new_tokens=30)
-    stop = whole.completion[5:8]
-    found = text.generate(max_new_tokens=30, stop=stop)
-    assert stop in found.completion
-    assert len(found.completion_tokens) < 30
-    assert found.finish_reason == "stop"
-    expected = theirs(model, text.tokens, max_new_tokens=30, stop_strings=[stop], tokenizer=lm.tokenizer)
-    assert found.completion_tokens == expected
-
-
 def test_what_the_models_own_configuration_says_counts(tokenizer):
     """But for sampling, which must be asked for."""
     model = FAMILIES["gpt2"]()
@@ -130,17 +119,6 @@ def test_texts_with_groups_are_continued(lm):
         torch.testing.assert_close(logprob, text.logits.log_softmax(dim=-1)[token_id], rtol=0, atol=ATOL)
         text += Text.from_tokens([token_id], lm)
     assert text.tokens == found.tokens
-
-
-def test_the_models_own_stop_strings_count(tokenizer):
-    model = FAMILIES["gpt2"]()
-    lm = LM(model, tokenizer)
-    text = Text(PROMPTS[0], lm)
-    stop = text.generate(max_new_tokens=20).completion[4:6]
-    expected = text.generate(max_new_tokens=20, stop=stop)
-    model.generation_config.stop_strings = [stop]
-    found = text.generate(max_new_tokens=20)
-    assert (found.completion_tokens, found.finish_reason) == (expected.completion_tokens, "stop")
 
 
 # Sampling
@@ -248,18 +226,18 @@ def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
     growth = lm._evaluator._growth
     absorb, num_calls = growth.absorb, 0
 
-    def fail(span):
+    def fail(spans, held):
         nonlocal num_calls
         num_calls += 1
         if num_calls == 6:
             raise MemoryError
-        return absorb(span)
+        return absorb(spans, held)
 
     monkeypatch.setattr(growth, "absorb", fail)
     texts = [Text(prompt, lm) for prompt in PROMPTS]
     with pytest.raises(MemoryError):
         generate(texts, max_new_tokens=NEW)
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
     for text, found in zip(texts, generate(texts, max_new_tokens=NEW), strict=True):
         assert found.completion_tokens == plain_greedy(lm.model, text.tokens, NEW)
 
@@ -390,7 +368,7 @@ def test_a_stopped_stream_keeps_what_was_generated(lm):
     evaluate(stream.text)
     assert (lm.stats - before).tokens_computed == len(stream.text.tokens)
     assert lm.stats.bytes_held == len(stream.text.tokens) * lm._evaluator.executor.token_bytes
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
 
 
 @FLAT
@@ -426,7 +404,7 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
         assert stream.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
         expected = plain_token_logprobs(model, stream.text.tokens)
         torch.testing.assert_close(stream.text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
     assert lm.stats.tokens_reused >= 0
     gc.disable()  # blocks must not wait for it
     try:
@@ -446,7 +424,7 @@ def test_a_stream_that_nobody_keeps_holds_nothing(model, tokenizer):
     gc.collect()
     evaluate(Text("The", lm))
     assert lm.stats.bytes_held == 0
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
 
 
 def test_a_stream_overtakes_another_of_the_same_text(lm, model):
@@ -462,7 +440,7 @@ def test_a_stream_overtakes_another_of_the_same_text(lm, model):
     list(ahead)
     assert ahead.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
     assert lm.stats.tokens_computed == len(ahead.text.tokens) - 1
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
 
 
 def test_threads_generate_beside_each_other(lm, model):
@@ -535,16 +513,40 @@ def test_special_tokens_are_left_out_of_the_string(tokenizer):
         ({"temperature": 0.5, "do_sample": False}, "temperature is for sampling, but do_sample is False"),
         ({"temperatur": 0.5}, "no option 'temperatur'"),
         ({"max_length": 9}, "takes no max_length: use max_new_tokens"),
-        ({"stop_strings": ["a"]}, "use stop="),
         ({"num_return_sequences": 2}, "use n="),
         ({"assistant_early_exit": 1}, "not assisted generation"),
         ({"guidance_scale": 1.5}, "classifier-free guidance"),
-        ({"stop": ""}, "stop must be strings that are not empty"),
-        ({"stop": [3]}, "stop must be strings"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": -1.0}, "top_p"),
         ({"token_healing": True}, "token healing"),
         ({"output_attentions": True}, "takes no output_attentions"),
+        ({"penalty_alpha": 0.5}, "takes no penalty_alpha: it is for contrastive search"),
+        ({"num_beam_groups": 2}, "takes no num_beam_groups"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an int of at least 1, not True"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be an int of at least 1, not 2.0"),
+        ({"n": True}, "n must be an int of at least 1, not True"),
+        ({"seed": "x"}, "seed must be an int of at least 0, not 'x'"),
+        ({"seed": -1}, "seed must be an int of at least 0, not -1"),
+        ({"seed": True}, "seed must be an int"),
+        ({"do_sample": "yes"}, "do_sample must be True or False, not 'yes'"),
+        ({"temperature": True}, "temperature must be a finite number of at least 0, not True"),
+        ({"temperature": float("inf")}, "temperature must be a finite number"),
+        ({"top_p": 2}, "top_p must be a finite number from 0 to 1, not 2"),
+        ({"top_p": float("nan")}, "top_p must be a finite number"),
+        ({"eta_cutoff": 5.0}, "eta_cutoff must be a finite number from 0 to 1"),
+        ({"top_k": True}, "top_k must be an int of at least 0"),
+        ({"num_beams": "3"}, "num_beams must be an int of at least 1, not '3'"),
+        ({"num_beams": 2, "length_penalty": "x"}, "length_penalty must be a finite number, not 'x'"),
+        ({"num_beams": 2, "early_stopping": "banana"}, 'True, False or "never"'),
+        ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens must be an int of at least 1"),
+        ({"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": "x"}, "max_matching_ngram_size must be an int"),
+        ({"eos_token_id": []}, "eos_token_id must be token ids"),
+        ({"eos_token_id": 10**9}, "eos_token_id has the id 1000000000, but those of the model are 0 to 319"),
+        ({"eos_token_id": [1, True]}, "an id of eos_token_id must be an int"),
+        ({"suppress_tokens": [400]}, "suppress_tokens has the id 400"),
+        ({"max_time": "x"}, "max_time must be a finite number of at least 0"),
+        ({"sequence_bias": [[[400], 1.0]]}, "transformers refuses these options"),
+        ({"exponential_decay_length_penalty": 3}, "transformers refuses these options"),
     ],
     ids=str,
 )
@@ -554,21 +556,25 @@ def test_options_that_make_no_sense(lm, options, message):
     assert lm.stats.forward_passes == 0
 
 
-def test_stop_strings_that_no_token_can_spell_are_refused(model):
-    lm = LM(model, unigram())
-    text = Text("The cat", lm)
-    with pytest.raises(GenerationError, match=r"^The stop string '☃' has characters that the tokenizer has no tokens"):
-        text.generate(max_new_tokens=3, stop=["cat", "\u2603"])
+def test_numbers_of_any_kind_are_options(lm):
+    text = Text(PROMPTS[0], lm)
+    options = {"max_new_tokens": 4, "temperature": 2.0, "top_k": 50, "seed": 3, "eos_token_id": [9]}
+    others = {
+        "max_new_tokens": np.int64(4),
+        "temperature": 2,
+        "top_k": np.int32(50),
+        "seed": np.int64(3),
+        "eos_token_id": np.array([9]),
+    }
+    assert text.generate(**others, n=np.int64(1)) == text.generate(**options, n=1)
+
+
+def test_a_bar_is_shown_or_not(lm):
+    with pytest.raises(ValueError, match="show_progress_bar must be True or False, not 'no'"):
+        generate(Text("The cat", lm), max_new_tokens=2, show_progress_bar="no")
+    with pytest.raises(ValueError, match="show_progress_bar must be True or False, not 0"):
+        evaluate(Text("The cat", lm), show_progress_bar=0)
     assert lm.stats.forward_passes == 0
-    text.generate(max_new_tokens=3, stop=["cat", lm.tokenizer.unk_token])
-
-
-def test_stop_strings_within_a_token_are_not_refused(model):
-    tokenizer = unigram()
-    lm = LM(model, tokenizer)
-    piece, token_id = next(item for item in tokenizer.get_vocab().items() if len(item[0]) > 3 and item[0].isalpha())
-    found = Text("The cat", lm).generate(max_new_tokens=3, stop=piece[1:], sequence_bias=[[[token_id], 1e4]])
-    assert (found.completion_tokens, found.finish_reason) == ((token_id,), "stop")
 
 
 def test_texts_that_cannot_be_continued(lm):
@@ -612,7 +618,7 @@ def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate(texts, max_new_tokens=NEW)
     done = lm.stats.tokens_computed
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
     found = generate(texts, max_new_tokens=NEW)
     assert lm.stats.tokens_computed == num_distinct([text.tokens[:-1] for text in found])
     assert done > 0
@@ -621,13 +627,19 @@ def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):
 # A choice among options
 
 
-def test_select_is_classification_by_the_sum(lm):
+def test_select_is_classification(lm):
     prompt = Text(PROMPTS[0], lm)
     options = ["mat", "mat and the cat", "46"]
-    found = prompt.select(options)
-    expected = classify.predict_proba(prompt, options, aggregate="sum")
-    assert found.probabilities == dict(zip(options, expected.tolist(), strict=True))
-    assert found.option == options[expected.argmax()]
+    for aggregate in classify.AGGREGATES:
+        found = prompt.select(options, aggregate=aggregate)
+        expected = classify.predict_proba(prompt, options, aggregate=aggregate)
+        assert found.probabilities == dict(zip(options, expected.tolist(), strict=True))
+        assert found.option == options[expected.argmax()]
+        assert found.aggregate == aggregate
+        assert f"selected {found.option!r} by the {aggregate}" in repr(found)
+    found = prompt.select(iter(options))
+    assert found.aggregate == "mean"
+    assert found.probabilities == prompt.select(options, aggregate="mean").probabilities
     assert found.completion_tokens == lm.completion_ids([" " + found.option])[0]
     assert found.string == prompt.string + " " + found.option
     assert type(found + ".") is Text

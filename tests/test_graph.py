@@ -96,9 +96,9 @@ def test_nodes_are_segments_and_their_numbers_the_order_of_evaluation(monkeypatc
     forwarded: list[int] = []
     compute = lm._evaluator.executor.compute
 
-    def compute_and_note(spans):
-        forwarded.extend(token_id for span in spans for token_id in span.token_ids)
-        return compute(spans)
+    def compute_and_note(pass_):
+        forwarded.extend(pass_.token_ids)
+        return compute(pass_)
 
     monkeypatch.setattr(lm._evaluator.executor, "compute", compute_and_note)
     evaluate(texts)

@@ -12,7 +12,16 @@ from test_tokens import BUILDERS, PRIVATE, lm, string_ids
 import backprompt as bp
 from backprompt import LM, MixedModelsError, Text, TextTypeError
 from backprompt.segments import Branch, Group
-from backprompt.token_graph import TokenBranch, TokenGraph, TokenGroup, as_token_ids, flat, fold, num_positions
+from backprompt.token_graph import (
+    TokenBranch,
+    TokenGraph,
+    TokenGroup,
+    as_token_ids,
+    ends_in_group,
+    flat,
+    fold,
+    num_positions,
+)
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -27,6 +36,25 @@ def branches(*strings):
 
 
 # Building
+
+
+def test_a_group_gets_no_special_tokens_if_none_of_its_branches_wants_them():
+    """They stand before it, once; a frozen branch has its own, or none."""
+    bare, plain = Text("a", add_special_tokens=False), Text("b")
+    for group in (bare | bare, bare | "", bare | plain.frozen(), (bare | bare) | bare, bp.parallel([bare])):
+        assert not group.add_special_tokens
+        assert not (group + plain).add_special_tokens
+    for group in (
+        bare | plain,
+        plain | bare,
+        (bare | bare) | plain,
+        bare.frozen() | plain,
+        bare.frozen() | "",
+        bare | (plain | bare),
+    ):
+        assert group.add_special_tokens
+    assert bp.parallel([bare]) == bare
+    assert (bare.frozen() | plain).segments[0].branches[0] == Branch(("a",), is_frozen=True, add_special_tokens=False)
 
 
 def test_python_binds_plus_before_the_bar():
@@ -117,7 +145,7 @@ def test_a_bar_with_something_else_raises(other):
 
 
 def test_parallel_checks_what_it_is_given():
-    with pytest.raises(TextTypeError, match="several texts"):
+    with pytest.raises(TextTypeError, match="list of texts, not the str 'ab'"):
         bp.parallel("ab")
     with pytest.raises(TextTypeError, match="list of texts, not int"):
         bp.parallel(5)
@@ -178,7 +206,7 @@ def test_the_one_form_of_a_graph_means_the_same(given_parts):
     assert num_positions(graph) == visible(graph)[2]
     if isinstance(graph, TokenGraph):
         assert any(isinstance(part, TokenGroup) for part in graph.parts)
-        assert graph.ends_in_group == isinstance(graph.parts[-1], TokenGroup)
+        assert ends_in_group(graph) == isinstance(graph.parts[-1], TokenGroup)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -187,7 +215,7 @@ def test_branches_are_encoded_apart(name):
     an_lm = lm(name)
     cont = lambda string: tuple(string_ids(name, string, is_continuation=True))  # noqa: E731
     start = lambda string: tuple(string_ids(name, string, is_continuation=False))  # noqa: E731
-    prefix = PRIVATE[name].prefix_ids
+    prefix, _ = PRIVATE[name].special_ids_around(())
     group = Text("the ref", an_lm) | "und the"
     (graph,) = an_lm._encoder.encode(["See " + group + "und"])
     inner = TokenGroup((TokenBranch((cont("the ref"),)), TokenBranch((cont("und the"),))))
@@ -201,7 +229,7 @@ def test_branches_are_encoded_apart(name):
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_frozen_text_is_encoded_as_a_text_of_its_own(name):
     an_lm = lm(name)
-    frozen, suffix = Text("the ref", an_lm), PRIVATE[name].suffix_ids
+    frozen, (_, suffix) = Text("the ref", an_lm), PRIVATE[name].special_ids_around(())
     own = frozen.tokens[: len(frozen.tokens) - len(suffix)]
     (graph,) = an_lm._encoder.encode(["See " + frozen.frozen() + "und"])
     assert graph.parts[1] == TokenGroup((TokenBranch((own,), is_frozen=True),))
@@ -210,9 +238,24 @@ def test_a_frozen_text_is_encoded_as_a_text_of_its_own(name):
     assert first.tokens == own + tuple(string_ids(name, "und", is_continuation=True))
 
 
+@pytest.mark.parametrize("name", ["llama3_bpe", "sentencepiece_bpe", "unigram", "byte_level_bpe"])
+def test_groups_and_frozen_texts_without_special_tokens(name):
+    an_lm = lm(name)
+    bare = Text("the ref", an_lm, add_special_tokens=False)
+    ids, und = tuple(string_ids(name, "the ref", is_continuation=False)), tuple(string_ids(name, "und", True))
+    prefix, _ = PRIVATE[name].special_ids_around(())
+    assert (bare.frozen() + "und").tokens == ids + und
+    assert (Text("the ref", an_lm).frozen() + "und").tokens == prefix + ids + und
+    assert ((bare | bare) + "und").tokens == ids + ids + und
+    assert ((bare | Text("the ref")) + "und").tokens == prefix + ids + ids + und
+    graph = bp.to_networkx([bare.frozen() + "und", Text("the ref", an_lm).frozen() + "und"])
+    own = [data["token_ids"] for _, data in graph.nodes(data=True) if data["is_frozen"]]
+    assert own == ([ids, prefix + ids] if prefix else [ids])
+
+
 def test_a_frozen_segment_of_the_tokens_that_end_a_text_stays():
     an_lm = lm("unigram")
-    suffix = PRIVATE["unigram"].suffix_ids
+    _, suffix = PRIVATE["unigram"].special_ids_around(())
     assert suffix
     text = Text("a", an_lm) + Text.from_tokens(suffix, an_lm).frozen() + "b"
     assert len(text.tokens) == len((Text("a", an_lm) + Text.from_tokens([5], an_lm).frozen() + "b").tokens)

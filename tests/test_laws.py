@@ -8,7 +8,7 @@ A forest is drawn as a list of texts, each a list of segments from a small alpha
 """
 
 import itertools
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
@@ -73,8 +73,7 @@ def tokenizer(name: str):
 def small_lm(name: str, tokenizer_name: str, max_tokens: int, tile_tokens: int, **options) -> LM:
     """An LM whose passes and tiles are so small that short texts need many of both."""
     lm = LM(family(name), tokenizer(tokenizer_name), max_tokens_per_forward=max_tokens, **options)
-    executor = lm._evaluator.executor
-    executor.compute = partial(executor.compute, tile_tokens=tile_tokens)
+    lm._evaluator.tile_tokens = tile_tokens
     return lm
 
 

@@ -42,10 +42,11 @@ from backprompt import evaluator as evaluator_module
 from backprompt.cache import KeysValues, States
 from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
-from tiny_tokenizers import byte_level_bpe
+from tiny_tokenizers import TOKENIZERS, byte_level_bpe
 
 ATOL = 5e-5  # float32: tests/test_models.py says what was measured
 ROW_BYTES = VOCAB_SIZE * 4  # of logits
+FOUR_LMS = {name: LM(FAMILIES["gpt2"](), make()) for name, make in TOKENIZERS.items()}
 TOKEN_BYTES = 2 * (2 * 32 * 4) + 32 * 4 + 4 + 1 + 1  # keys, values, hidden state, log-probability, argmax, known
 
 
@@ -434,6 +435,75 @@ def test_starts_that_fit_no_text_are_refused_before_anything_runs(lm, calls):
     assert lm.token_logprobs([]) == []
 
 
+def test_a_start_that_is_a_text(model, tokenizer):
+    """Scored from behind its tokens; refused where a token spans the join."""
+    lm = LM(model, tokenizer)
+    prompt = Text("The cat sat on the", lm)
+    texts = [prompt + " mat", prompt + " mat, and the cat", prompt]
+    found = lm.token_logprobs(texts, [prompt, len(prompt.tokens), prompt])
+    for text, logprobs in zip(texts, found, strict=True):
+        expected = plain_token_logprobs(model, text.tokens)[len(prompt.tokens) :]
+        torch.testing.assert_close(logprobs, expected, rtol=0, atol=5e-5)
+    scores = lm.token_scores(texts, [Text(prompt.string)] * 3)  # without an LM it is of this one
+    assert [score.logprobs.tolist() for score in scores] == [logprobs.tolist() for logprobs in found]
+    before = lm.stats
+    merging = Text("The other c", lm)
+    assert (merging + "at").tokens[: len(merging.tokens)] != merging.tokens
+    with pytest.raises(
+        ValueError, match=r"starts\[1\], Text\('The other c'\), is no beginning of .*token \d+ of the text"
+    ):
+        lm.token_logprobs([texts[0], merging + "at"], [prompt, merging])
+    with pytest.raises(ValueError, match="tokens, and the text has"):
+        lm.token_logprobs([prompt], [prompt + " mat"])
+    assert (lm.stats - before).tokens_computed == 0
+
+
+@given(st.lists(st.sampled_from(["The", " cat", "c", "at", " sat", " ", "\n"]), min_size=2, max_size=6), st.data())
+def test_a_start_is_taken_where_its_tokens_are_a_beginning(parts, data):
+    lm = FOUR_LMS[data.draw(st.sampled_from(sorted(FOUR_LMS)))]
+    num_before = data.draw(st.integers(0, len(parts)))
+    start, text = (Text("", lm).join(some) for some in (parts[:num_before], parts))
+    (ids,) = lm.prompt_ids([start])
+    if text.tokens[: len(ids)] == ids:
+        (found,) = lm.token_logprobs([text], [start])
+        assert len(found) == len(text.tokens) - len(ids)
+        torch.testing.assert_close(found, text.token_logprobs[len(ids) :], rtol=0, atol=5e-5, equal_nan=True)
+    else:
+        with pytest.raises(ValueError, match="is no beginning of"):
+            lm.token_logprobs([text], [start])
+
+
+def test_starts_of_texts_with_groups(model, tokenizer):
+    lm = LM(model, tokenizer)
+    group = Text("See", lm) + (Text(" the cat") | " the mat")
+    text = group + " and" + "."
+    for start, num_scored in [(group, len(text.tokens) - len(group.tokens)), (group + " and", 1)]:
+        (found,) = lm.token_logprobs([text], [start])
+        assert len(found) == num_scored
+        torch.testing.assert_close(found, text.token_logprobs[-num_scored:], rtol=0, atol=ATOL, equal_nan=True)
+    for other in (Text("See the cat the mat", lm), Text("See", lm) + (Text(" the cat") | " the dog")):
+        with pytest.raises(ValueError, match="is no beginning of"):
+            lm.token_logprobs([text], [other])
+
+
+@pytest.mark.parametrize(
+    ("starts", "error", "match"),
+    [
+        (["The"], TypeError, r"starts\[0\] must be a Text or an int, not str"),
+        ([True], TypeError, r"starts\[0\] must be a Text or an int, not bool"),
+        ([1.0], TypeError, "not float"),
+        ({0: 1}, TypeError, "not a mapping"),
+        ([-1], ValueError, "between 0 and that, not -1"),
+        ([1, 1], ValueError, "one start a text"),
+    ],
+)
+def test_starts_that_make_no_sense(model, tokenizer, starts, error, match):
+    lm = LM(model, tokenizer)
+    with pytest.raises(error, match=match):
+        lm.token_scores([Text("The cat sat", lm)], starts)
+    assert lm.stats.tokens_computed == 0
+
+
 @pytest.mark.parametrize("what", ["logits", "token_logprobs"])
 @pytest.mark.parametrize("order", [1, -1])
 def test_reading_all_of_many_texts_takes_few_calls_of_the_head(what, order, lm, calls):
@@ -619,7 +689,7 @@ def test_a_bad_text_is_refused_before_anything_is_computed(kind, lm, calls):
 
 
 def test_other_kinds_of_texts_are_refused(lm, model, tokenizer):
-    with pytest.raises(TextTypeError, match=r"evaluate takes texts, not the str 'a cat'. Wrap it: Text\(string, lm\)"):
+    with pytest.raises(TextTypeError, match=r"evaluate takes a Text or .*, not the str 'a cat'. Wrap it: Text\("):
         evaluate("a cat")
     with pytest.raises(UnboundTextError, match=r"Text\('a cat'\) has no model.*Text\(string, lm\)"):
         Text("a cat").logits  # noqa: B018
@@ -660,11 +730,23 @@ def test_beyond_the_trained_length_a_rotary_model_is_refused_unless_asked_to(tok
         ({"max_tokens_per_forward": -5}, r"max_tokens_per_forward must be an int of at least 1, not -5"),
         ({"max_tokens_per_forward": 1.5}, "max_tokens_per_forward must be .*, not 1.5"),
         ({"max_tokens_per_forward": "16"}, "max_tokens_per_forward must be .*, not '16'"),
+        ({"max_tokens_per_forward": True}, "max_tokens_per_forward must be .*, not True"),
+        ({"memory_bytes": "banana"}, "memory_bytes must be a number of bytes"),
+        ({"memory_bytes": True}, "memory_bytes must be a number of bytes"),
+        ({"host_memory_bytes": -1}, "host_memory_bytes must be a number of bytes"),
+        ({"add_special_tokens": "no"}, "add_special_tokens must be True or False, not 'no'"),
+        ({"pin_memory": 1}, "pin_memory must be True or False, not 1"),
+        ({"beyond_trained_length": "yes"}, "beyond_trained_length must be True or False"),
+        ({"pack_weights": None}, "pack_weights must be True or False"),
+        ({"store": 3}, "store must be a path or a backprompt.Store, not 3"),
+        ({"store": ""}, "store must be a path or a backprompt.Store, not ''"),
     ],
 )
 def test_bad_options_are_refused(options, message, model, tokenizer):
     with pytest.raises((ValueError, TypeError), match=message):
         LM(model, tokenizer, **options)
+    with pytest.raises((ValueError, TypeError), match=message):
+        load("not looked for", device="cpu", **options)
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", None, len])
@@ -701,6 +783,40 @@ def test_load_passes_its_options_on(checkpoint):
     assert representation.logits.dtype == torch.bfloat16
     assert len(text.tokens) > len(plain_ids(lm.tokenizer, text.string))  # "T" and "he" did not merge
     assert lm.stats.forward_passes >= len(text.tokens) / 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "banana"}, ValueError, r"device='banana' cannot be used: Expected one of .*\. Leave it out for '"),
+        ({"device": torch.device("cuda", 99)}, ValueError, "device='cuda:99' cannot be used"),
+        ({"device": "meta"}, ValueError, "device='meta' holds no weights"),
+        ({"device": True}, TypeError, "device must be the name of one"),
+        ({"dtype": "banana"}, ValueError, "floating-point dtype of torch, .* not 'banana'"),
+        ({"dtype": torch.int8}, ValueError, "not torch.int8"),
+        ({"dtype": float}, ValueError, "not <class 'float'>"),
+        ({"show_progress_bar": "no"}, ValueError, "show_progress_bar must be True or False, not 'no'"),
+        ({"memory": "2 GB"}, TypeError, "An LM has no option 'memory'. It has joins, .*, memory_bytes"),
+        ({"name": None}, TypeError, "name must be a hub id or the path of a model's folder, not None"),
+        ({"name": ""}, TypeError, "name must be"),
+    ],
+)
+def test_what_load_cannot_take_is_refused_before_anything_is_looked_for(options, error, message, monkeypatch):
+    monkeypatch.setattr("backprompt.lm.AutoTokenizer", None)
+    with pytest.raises(error, match=message):
+        load(**{"name": "anything", **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_where_there_is_none_says_what_there_is(checkpoint):
+    with pytest.raises(ValueError, match=r"device='cuda' cannot be used: .*Leave it out"):
+        load(checkpoint, device="cuda")
+
+
+def test_a_dtype_by_name_is_the_dtype(checkpoint):
+    for dtype in ("float16", "torch.float16", torch.float16):
+        assert load(checkpoint, device="cpu", dtype=dtype).model.dtype is torch.float16
+    assert load(checkpoint, device="cpu", dtype="auto").model.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/folder/anywhere"])

@@ -22,13 +22,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerFast
 
 from backprompt import LM, GenerationError, ModelLoadError, TextTooLongError
 from backprompt.integrations import lm_eval as integration
 from backprompt.integrations.lm_eval import BackpromptLM
-from reference import plain_greedy
+from reference import plain_greedy, plain_token_logprobs
 from tiny_models import MAX_POSITIONS, build
-from tiny_tokenizers import TOKENIZERS, byte_level_bpe
+from tiny_tokenizers import TOKENIZERS, byte_level_bpe, unigram
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 ATOL = 1e-4
@@ -207,13 +208,43 @@ def test_a_greedy_continuation_is_called_one(models):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("max_length", [7, None])
-def test_strings_have_the_rolling_loglikelihoods_of_hf(family, max_length, models, monkeypatch):
-    for model in models[family]:
+def test_strings_have_the_rolling_loglikelihoods_of_hf_where_asked_for(family, max_length, models, monkeypatch):
+    hf, ours = models[family]
+    for model in (hf, ours):
         monkeypatch.setattr(model, "_max_length", max_length)
     strings = instances([(SENTENCES * num,) for num in (0, 1, 5)] + [("Hello",)])
-    expected, found = (model.loglikelihood_rolling(strings, disable_tqdm=True) for model in models[family])
+    expected = hf.loglikelihood_rolling(strings, disable_tqdm=True)
+    own = ours.loglikelihood_rolling(strings, disable_tqdm=True)
+    monkeypatch.setattr(ours, "_rolling_as_hf", True)
+    found = ours.loglikelihood_rolling(strings, disable_tqdm=True)
     assert found == pytest.approx(expected, abs=ATOL)
     assert 0 >= found[0] > found[1] > found[2]
+    if family == "gpt2":  # its tokenizer adds nothing
+        assert own == found
+
+
+def test_a_rolling_loglikelihood_is_that_of_the_strings_own_tokens(folders):
+    """By hand: BOS once, and the string's tokens behind it; `hf` scores a second BOS behind the first."""
+    ours, as_hf = (BackpromptLM(folders["llama"], rolling_as_hf=value) for value in (False, True))
+    tokenizer, model = ours.tokenizer, ours.lm.model
+    strings = ["The cat sat on the mat.", "<|begin_of_text|>The cat", "<|begin_of_text|>"]
+    encoded = [tokenizer.encode(string, add_special_tokens=False) for string in strings]
+    bos = tokenizer.bos_token_id
+    assert encoded[1][0] == bos
+    behind = [encoded[0], encoded[1][1:], []]
+    expected = [float(plain_token_logprobs(model, [bos, *ids])[1:].double().sum()) for ids in behind]
+    found = ours.loglikelihood_rolling(instances([(string,) for string in strings]), disable_tqdm=True)
+    assert found == pytest.approx(expected, abs=ATOL)
+    (behind_nothing,) = ours.loglikelihood(instances([("", strings[0])]), disable_tqdm=True)
+    assert found[0] == pytest.approx(behind_nothing[0], abs=1e-9)
+    with_two = float(plain_token_logprobs(model, [bos, bos, *behind[0]])[1:].double().sum())
+    (found_as_hf,) = as_hf.loglikelihood_rolling(instances([(strings[0],)]), disable_tqdm=True)
+    assert found_as_hf == pytest.approx(with_two, abs=ATOL)
+    assert abs(found_as_hf - found[0]) > 0.1
+    other = BackpromptLM(folders["llama"], prefix_token_id=7)
+    (found_behind_7,) = other.loglikelihood_rolling(instances([(strings[0],)]), disable_tqdm=True)
+    behind_7 = float(plain_token_logprobs(model, [7, *behind[0]])[1:].double().sum())
+    assert found_behind_7 == pytest.approx(behind_7, abs=ATOL)
 
 
 @pytest.mark.parametrize("options", [{"add_bos_token": True}, {"add_bos_token": False}, {"prefix_token_id": 7}])
@@ -282,6 +313,9 @@ def test_an_lm_serves_with_its_own_options(tmp_path):
     lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
     first = BackpromptLM(lm).loglikelihood(instances(PAIRS), disable_tqdm=True)
     before = lm.stats
+    pair = BackpromptLM((lm.model, lm.tokenizer))
+    assert pair.lm is not lm
+    assert pair.loglikelihood(instances(PAIRS), disable_tqdm=True) == first  # computed anew
     assert BackpromptLM(lm, tokenizer=byte_level_bpe()).loglikelihood(instances(PAIRS), disable_tqdm=True) == first
     assert (lm.stats - before).tokens_computed == 0
 
@@ -315,6 +349,15 @@ def test_where_no_cuda_is_the_default_of_the_command_line_is_not_taken_literally
         (lambda lm: BackpromptLM(lm, dtype="float16", memory_bytes=3), TypeError, "memory_bytes, dtype must be given"),
         (lambda lm: BackpromptLM(lm.model), TypeError, "not GPT2LMHeadModel"),
         (lambda lm: BackpromptLM("nowhere"), ModelLoadError, "nowhere"),
+        (lambda lm: BackpromptLM("nowhere", rolling_as_hf="yes"), ValueError, "rolling_as_hf must be True or False"),
+        (lambda lm: BackpromptLM("nowhere", add_bos_token=1), ValueError, "add_bos_token must be True or False"),
+        (lambda lm: BackpromptLM("nowhere", max_length="many"), ValueError, "max_length must be an int of at least 1"),
+        (lambda lm: BackpromptLM("nowhere", prefix_token_id=True), ValueError, "prefix_token_id must be an int"),
+        (
+            lambda lm: BackpromptLM("nowhere", memory_bytes="banana"),
+            ValueError,
+            "memory_bytes must be a number of bytes",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(make, error, message, models):
@@ -336,7 +379,11 @@ def test_requests_that_cannot_be_answered_are_refused_before_anything_runs(model
     monkeypatch.setattr(ours, "_prefix_token_id", None)
     with pytest.raises(ValueError, match="prefix_token_id="):
         ours.loglikelihood(instances(PAIRS), disable_tqdm=True)
-    assert (ours.lm.stats - before).tokens_requested == 0
+    with pytest.raises(ValueError, match="prefix_token_id="):
+        ours.loglikelihood_rolling(instances([("The cat",)]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="prefix_token_id="):
+        ours.generate_until(instances([("The cat", {"max_gen_toks": 3}), ("", {"max_gen_toks": 4})]), disable_tqdm=True)
+    assert (ours.lm.stats - before).forward_passes == 0
     monkeypatch.setattr(ours, "_max_length", 10 * MAX_POSITIONS)
     with pytest.raises(TextTooLongError, match="128 positions"):
         ours.loglikelihood(instances(PAIRS[-4:]), disable_tqdm=True)
@@ -359,6 +406,59 @@ def test_generated_strings_are_those_of_hf(models):
     expected = hf.generate_until(instances(copy.deepcopy(requests)), disable_tqdm=True)
     assert ours.generate_until(instances(requests), disable_tqdm=True) == expected
     assert len(set(expected)) > 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stop_strings_that_begin_in_the_context_do_not_count_as_for_hf(family, models):
+    """Each is the end of its context and the beginning of what comes, or stands further behind, or both are there."""
+    hf, ours = models[family]
+    contexts = ["Question: What is it?\n", "The cat sat on the", "Answer: ", "says\n\n", "naïve"]
+    free = hf.generate_until(instances([(context, {"max_gen_toks": 12}) for context in contexts]), disable_tqdm=True)
+    requests = []
+    for context, string in zip(contexts, free, strict=True):
+        ends = [context[-2:] + string[:1], context[-1:] + string[:2]]
+        for until in (ends, [*ends, string[4:6]], ["\n\n", string[:1]], [" "], [" " + string[:2], string[7:9]]):
+            requests.append((context, {"until": [stop for stop in until if stop], "max_gen_toks": 12}))
+    one_by_one = HFLM(pretrained=hf.model, tokenizer=hf.tokenizer, batch_size=1)  # in a batch the others go on as well
+    expected = one_by_one.generate_until(instances(copy.deepcopy(requests)), disable_tqdm=True)
+    assert ours.generate_until(instances(requests), disable_tqdm=True) == expected
+    assert free[0] in expected  # the first ones end nothing
+    assert len(set(expected)) > len(contexts)
+
+
+def test_a_space_that_sentencepiece_drops_is_no_part_of_a_stop_string_as_for_hf(models):
+    hf, ours = models["gemma"]
+    first = hf.tokenizer.convert_tokens_to_ids("▁the")
+    options = {"until": [" the"], "max_gen_toks": 6, "sequence_bias": [[[first], 1e4]], "no_repeat_ngram_size": 1}
+    expected = hf.generate_until(instances([("cat", copy.deepcopy(options))]), disable_tqdm=True)
+    assert ours.generate_until(instances([("cat", options)]), disable_tqdm=True) == expected
+    assert expected[0].startswith("the")
+    assert len(expected[0]) > 3
+
+
+def test_a_tokenizer_without_special_tokens_serves(tmp_path):
+    """Nothing ends a generation but the number of tokens; texts without a context need a token to be chosen."""
+    tokenizer = byte_level_bpe()
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, clean_up_tokenization_spaces=False)
+    ours = BackpromptLM(LM(build("gpt2"), plain))
+    assert (ours.eot_token_id, plain.pad_token_id) == (None, None)
+    options = {"max_gen_toks": 8, "until": ["\n\n\n"]}
+    (found,) = ours.generate_until(instances([("The cat", options)]), disable_tqdm=True)
+    assert found == plain.decode(plain_greedy(ours.lm.model, plain.encode("The cat"), 8)).split("\n\n\n")[0]
+    (sampled,) = ours.generate_until(instances([("The cat", {**options, "do_sample": True})]), disable_tqdm=True)
+    assert sampled
+    answers = ours.loglikelihood(instances([("The cat", " sat")]), disable_tqdm=True)
+    assert_same(answers, BackpromptLM(LM(build("gpt2"), tokenizer)).loglikelihood(instances([("The cat", " sat")])))
+    chosen = BackpromptLM(ours.lm, prefix_token_id=0)
+    assert chosen.loglikelihood_rolling(instances([("The cat",)]), disable_tqdm=True)[0] < 0
+    assert chosen.generate_until(instances([("", options)]), disable_tqdm=True)
+
+
+def test_stop_strings_of_a_task_that_the_tokenizer_cannot_spell_end_nothing():
+    ours = BackpromptLM(LM(build("gpt2"), unigram()))
+    requests = [("The cat", {"max_gen_toks": 8, "until": until}) for until in (["\u2603"], [])]
+    first, second = ours.generate_until(instances(requests), disable_tqdm=True)
+    assert first == second
 
 
 def test_repeats_are_samples_and_sampling_fields_of_greedy_tasks_are_left_out(models):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from backprompt import LM, GenerationError, Text, generate
 from backprompt.decoding import TextDecoding
 from backprompt.lookahead import proposals
+from backprompt.stops import StopStrings
 from reference import plain_greedy, plain_token_logprobs
 from tiny_models import FAMILIES
 
@@ -117,12 +118,14 @@ def test_what_is_chosen_does_not_change(tokenizer, family, num_tokens, max_ngram
             assert found.completion_tokens == one.completion_tokens
             assert found.finish_reason == one.finish_reason
             torch.testing.assert_close(found.completion_logprobs, one.completion_logprobs, rtol=0, atol=ATOL)
-    assert not any(span.num_pins for span in lm._evaluator.forest.spans())
+    assert not lm._evaluator.held_ends()
 
 
 def test_less_is_proposed_after_what_was_wrong_and_more_after_what_was_right(lm):
     """The prompt counts from 100 to 129, so what follows a number there is the next one."""
-    options = lm.decoding(max_new_tokens=50, stop=None, seed=None, given={"prompt_lookup_num_tokens": 8})
+    options = lm.decoding(
+        max_new_tokens=50, stops=StopStrings(None, lm.tokenizer), seed=None, given={"prompt_lookup_num_tokens": 8}
+    )
     text = TextDecoding(options, list(range(100, 130)), 0)
 
     def num_proposed_after(*token_ids):

@@ -1,6 +1,7 @@
 """The byte budgets: what is held stays within them, what is dropped is computed again, and no number changes."""
 
 import gc
+from collections import Counter
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from backprompt import LM, MemoryBudgetError, Text, evaluate, load
+from backprompt import LM, MemoryBudgetError, Text, evaluate, load, tier
 from backprompt.cache import Location
 from backprompt.host import HostMemory
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
-from backprompt.store import MemoryStore
+from backprompt.store import DiskStore, MemoryStore
 from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
@@ -81,6 +82,12 @@ def check_is_sound(lm):
     assert not any(span.is_empty and (span.rows or span.host_rows) for span in spans)
 
 
+def tensors_of(block):
+    """All tensors of a block, with the names of their fields."""
+    fields = [(name, field if isinstance(field, list) else [field]) for name, field in vars(block).items()]
+    return [(name, tensor) for name, tensors in fields for tensor in tensors]
+
+
 def watch_peaks(lm):
     """Note the most that either pool holds, whenever something is added to one."""
     peaks = {"device": 0, "host": 0}
@@ -110,8 +117,11 @@ class AnyUse(RuleBasedStateMachine):
         num_tokens=st.sampled_from([0, 1, 10, 30, 60, 120, 1000]),
         host_tokens=st.sampled_from([0, 3, 20, 60, 1000]),
         pass_tokens=st.sampled_from([1, 7, 64]),
+        max_small_blocks=st.sampled_from([0, 2, tier.MAX_SMALL_BLOCKS]),
     )
-    def start(self, num_tokens, host_tokens, pass_tokens):
+    def start(self, num_tokens, host_tokens, pass_tokens, max_small_blocks):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(tier, "MAX_SMALL_BLOCKS", max_small_blocks)
         self.lm = make_lm(self.model, self.tokenizer, num_tokens, pass_tokens, host_tokens=host_tokens)
         self.texts = wide_forest(self.lm, num_branches=3, num_leaves=3)
         self.texts += [Text("Question: What is 12 + 34? ", self.lm), Text("One alone.", self.lm)]
@@ -209,6 +219,10 @@ class AnyUse(RuleBasedStateMachine):
     def check(self, actual, expected):
         torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL, equal_nan=True)
 
+    def teardown(self):
+        if hasattr(self, "patch"):
+            self.patch.undo()
+
 
 AnyUse.TestCase.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
 TestAnyUse = AnyUse.TestCase
@@ -228,10 +242,11 @@ def test_a_forest_ten_times_over_the_budget_is_computed_once(model, tokenizer, p
     peaks = []
     compute = lm._evaluator.executor.compute
 
-    def compute_and_note(spans, **options):
-        blocks = compute(spans, **options)
+    def compute_and_note(pass_):
+        computed = compute(pass_)
+        blocks = (computed.keys_values, computed.states)
         peaks.append(lm._evaluator.memory.num_bytes + sum(block.num_bytes for block in blocks if block is not None))
-        return blocks
+        return computed
 
     lm._evaluator.executor.compute = compute_and_note
     before = lm.stats
@@ -295,8 +310,7 @@ def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
     evaluate(wide_forest(lm))
     gc.collect()
     blocks = list(lm._evaluator.memory._blocks)
-    tensors = [t for block in blocks for t in vars(block).values() if isinstance(t, torch.Tensor)]
-    tensors += [t for block in blocks for ts in vars(block).values() if isinstance(ts, list) for t in ts]
+    tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.bytes_held <= 60 * TOKEN_BYTES
 
@@ -308,12 +322,137 @@ def test_a_text_larger_than_the_budget_is_computed_and_then_dropped(model, token
     assert lm.stats.bytes_held <= 3 * TOKEN_BYTES
 
 
-def test_spans_that_hold_nothing_do_not_pile_up(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.evaluator.MAX_EMPTY_SPANS", 20)
+# Long runs
+
+
+KEPT = ("Span", "Junction", "KeysValues", "States", "BlockRows", "Tensor", "TokenScore", "Evaluated", "Batch")
+
+
+def count_live():
+    """How many objects there are of each type of which an evaluation leaves some."""
+    gc.collect()
+    types = Counter(type(found).__name__ for found in gc.get_objects())
+    return {name: types[name] for name in KEPT}
+
+
+def differences(before, after):
+    return {name: after[name] - before[name] for name in KEPT}
+
+
+@pytest.mark.parametrize("limit", [("SPANS", 20), ("TOKENS", 60)])
+def test_spans_that_hold_nothing_do_not_pile_up(limit, model, tokenizer, monkeypatch):
+    what, bound = limit
+    monkeypatch.setattr(f"backprompt.evaluator.MAX_EMPTY_{what}", bound)
     lm = make_lm(model, tokenizer, 10)
     for number in range(100):
         evaluate(Text(f"{number} cats", lm))
-        assert len(list(lm._evaluator.forest.spans())) <= 40
+        empty = [span for span in lm._evaluator.forest.spans() if span.is_empty]
+        assert len(empty if what == "SPANS" else [i for span in empty for i in span.token_ids]) <= bound
+    before = lm.stats
+    evaluate(Text("84 cats", lm))  # dropped, and remembered
+    done = lm.stats - before
+    assert 0 < done.tokens_recomputed == done.tokens_computed
+    before = lm.stats
+    evaluate(Text("13 cats", lm))  # forgotten
+    done = lm.stats - before
+    assert done.tokens_recomputed < done.tokens_computed
+
+
+def test_twenty_thousand_texts_leave_no_more_than_ten_thousand(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("backprompt.evaluator.MAX_EMPTY_SPANS", 500)
+    lm = make_lm(model, tokenizer, 200, pass_tokens=256)
+    counts = [count_live()]
+    for first in range(0, 20_000, 50):
+        evaluate([Text.from_tokens([number % 317, number // 317], lm) for number in range(first, first + 50)])
+        if first in (9_950, 19_950):
+            counts.append(count_live())
+    half, whole = (differences(counts[0], later) for later in counts[1:])
+    assert whole["Span"] <= 500 + 200 * TOKEN_BYTES // STATE_BYTES
+    assert whole["KeysValues"] + whole["States"] <= 2 * tier.MAX_SMALL_BLOCKS
+    assert all(whole[name] <= 1.15 * half[name] + 50 for name in KEPT), (half, whole)
+
+
+WAYS = {
+    "evaluated": lambda lm, n: evaluate(Text.from_tokens([n, 5], lm)),
+    "read": lambda lm, n: (Text.from_tokens([n, 5], lm).logits, Text.from_tokens([n, 5], lm).token_logprobs),
+    "scored": lambda lm, n: lm.token_logprobs([Text.from_tokens([n, 5, 6], lm)]),
+    "followed": lambda lm, n: lm.next_token_logprobs([Text.from_tokens([n, 5], lm)], [[7, 8]]),
+    "branched": lambda lm, n: evaluate(Text("The ", lm) + (Text.from_tokens([n], lm) | Text("cat", lm)) + " sat"),
+    "generated": lambda lm, n: Text.from_tokens([n, 5], lm).generate(max_new_tokens=3),
+    "streamed": lambda lm, n: next(Text.from_tokens([n, 5], lm).stream(max_new_tokens=3)),
+    "saved": lambda lm, n: Text.from_tokens([n, 5], lm).save(),
+    "pinned": lambda lm, n: Text.from_tokens([n, 5], lm).pin().release(),
+}
+
+
+@pytest.mark.parametrize(("way", "host_tokens"), [*((way, 0) for way in WAYS), ("evaluated", 8), ("generated", 8)])
+def test_a_long_run_keeps_no_more_than_a_short_one(way, host_tokens, model, tokenizer, monkeypatch, tmp_path):
+    """Texts that nobody asks for again, over budgets that some of them fill."""
+    monkeypatch.setattr("backprompt.evaluator.MAX_EMPTY_SPANS", 20)
+    monkeypatch.setattr("backprompt.lm.MAX_RESULT_BYTES", 20 * 1280)
+    monkeypatch.setattr("backprompt.evaluator.MAX_CANDIDATE_BYTES", 20 * 600)
+    monkeypatch.setattr("backprompt.tier.MAX_SMALL_BLOCKS", 4)
+    options = {"store": DiskStore(tmp_path, persist="explicit")} if way == "saved" else {}
+    lm = make_lm(model, tokenizer, 8, host_tokens=host_tokens, **options)
+    counts = [count_live()]
+    for number in range(120):
+        WAYS[way](lm, number)
+        if number in (59, 119):
+            counts.append(count_live())
+    half, whole = (differences(counts[0], later) for later in counts[1:])
+    assert whole["KeysValues"] + whole["States"] <= 2 * (4 + 2 + 2)
+    assert all(whole[name] <= half[name] + 25 for name in KEPT), (half, whole)
+
+
+def test_one_text_that_is_kept_keeps_none_that_it_was_evaluated_with(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("backprompt.evaluator.MAX_EMPTY_SPANS", 20)
+    lm = make_lm(model, tokenizer, 30, pass_tokens=64)
+    kept = []
+    for first in range(0, 1000, 50):
+        texts = [Text.from_tokens([number % 317, number // 317, 5], lm) for number in range(first, first + 50)]
+        kept.append(evaluate(texts)[7])
+        if first == 0:
+            before = count_live()
+    after = count_live()
+    assert after["Evaluated"] <= before["Evaluated"] + len(kept)
+    assert after["Span"] <= before["Span"] + 3 * len(kept) + 20
+
+
+def test_small_blocks_become_one_and_no_row_changes(model, tokenizer, monkeypatch):
+    lm = make_lm(model, tokenizer, 1000)
+    texts = [Text(f"{number} cats sat", lm) for number in range(30)]
+    expected = [evaluate(text).hidden_states for text in texts]
+    for text in texts[::2]:
+        assert text.token_logprobs.shape == (len(text.tokens),)
+    memory, before = lm._evaluator.memory, lm.stats
+    assert len(memory._blocks) >= 60
+    monkeypatch.setattr(tier, "MAX_SMALL_BLOCKS", 8)
+    evaluate(Text("And 1 more.", lm))
+    assert len(memory._blocks) <= 8
+    check_is_sound(lm)
+    assert lm.stats.bytes_held - before.bytes_held == TOKEN_BYTES * (lm.stats - before).tokens_computed
+    before = lm.stats
+    for text, hidden in zip(texts, expected, strict=True):
+        assert torch.equal(text.model_repr.hidden_states, hidden)
+        logprobs = plain_token_logprobs(model, text.tokens)
+        torch.testing.assert_close(text.token_logprobs, logprobs, rtol=0, atol=ATOL, equal_nan=True)
+        logits = plain_logits(model, (*text.tokens, 5))[-1]
+        torch.testing.assert_close((text + Text.from_tokens([5], lm)).logits, logits, rtol=0, atol=ATOL)
+    assert (lm.stats - before).tokens_computed == len(texts)
+
+
+def test_texts_grow_on_while_small_blocks_become_one(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tier, "MAX_SMALL_BLOCKS", 0)
+    lm = make_lm(model, tokenizer, 1000)
+    streams = [Text(f"The cat {number}", lm).stream(max_new_tokens=20) for number in range(3)]
+    for number in range(20):
+        evaluate(Text(f"{number} more", lm))
+        for stream in streams:
+            stream._run.step()
+    for number, stream in enumerate(streams):
+        plain = plain_greedy(model, Text(f"The cat {number}", lm).tokens, 20)
+        assert stream.text.completion_tokens == plain
+    check_is_sound(lm)
 
 
 def test_logits_are_those_of_their_own_text_after_a_clear(model, tokenizer):
@@ -432,8 +571,7 @@ def test_the_second_pool_stays_within_its_budget(host_tokens, model, tokenizer):
     assert 0 < peaks["host"] <= host_tokens * TOKEN_BYTES
     gc.collect()
     blocks = list(lm._evaluator.host._blocks)
-    tensors = [t for block in blocks for t in vars(block).values() if isinstance(t, torch.Tensor)]
-    tensors += [t for block in blocks for ts in vars(block).values() if isinstance(ts, list) for t in ts]
+    tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.host_bytes_held
 
@@ -649,6 +787,37 @@ def test_pinned_memory_is_refused_for_a_model_on_the_cpu_before_anything_else(mo
         load("a model that is not there", device="cpu", pin_memory=True)
 
 
+def test_all_that_moves_between_the_pools_is_page_locked(model, tokenizer, monkeypatch):
+    """Also the argmax flags, which are small; `has_logprobs` stays on the CPU, whichever pool the block lies in.
+
+    Without CUDA nothing can be page-locked, so here tensors are only noted that would be.
+    """
+    page_locked = {}
+
+    def empty(self, shape, dtype):
+        tensor = torch.empty(shape, dtype=dtype)
+        if self.is_pinned:
+            page_locked[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def of(tensor):
+        return Location(tensor.device, tensor.untyped_storage().data_ptr() in page_locked)
+
+    monkeypatch.setattr(Location, "empty", empty)
+    monkeypatch.setattr(Location, "of", of)
+    lm = make_lm(model, tokenizer, 60, host_tokens=100)
+    lm._evaluator.host._here = Location(torch.device("cpu"), is_pinned=True)
+    texts = wide_forest(lm)
+    for start in range(0, len(texts), 10):
+        evaluate(texts[start : start + 10])
+    for is_host, pool in enumerate((lm._evaluator.memory, lm._evaluator.host)):
+        names = {}
+        for name, tensor in (named for block in pool._blocks for named in tensors_of(block)):
+            names.setdefault(name, set()).add(of(tensor).is_pinned)
+        expected = {name: {bool(is_host)} for name in ("keys", "values", "hidden", "logprobs", "is_argmax")}
+        assert names == {**expected, "has_logprobs": {False}}
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("is_pinned", [False, True])
 def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
@@ -661,11 +830,9 @@ def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
     blocks = list(lm._evaluator.host._blocks)
     assert blocks
     for block in blocks:
-        tensors = [t for t in vars(block).values() if isinstance(t, torch.Tensor)]
-        tensors += [t for ts in vars(block).values() if isinstance(ts, list) for t in ts]
-        for tensor in tensors:
+        for name, tensor in tensors_of(block):
             assert tensor.device.type == "cpu"
-            assert tensor.is_pinned() == (is_pinned and tensor.dtype is not torch.bool)
+            assert tensor.is_pinned() == (is_pinned and name != "has_logprobs"), name
     before = lm.stats
     for text in texts[-20:]:
         plain = plain_logits(model, text.tokens)[-1]

@@ -1,13 +1,15 @@
 """Bars show when they are asked for or work takes long, and count it; messages are silent by default."""
 
+import io
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import backprompt
 from backprompt import LM, DiskStore, Text, evaluate, independence_gap, progress
 from backprompt.classify import predict_proba, token_logprobs
-from backprompt.progress import GrowingBar, progress_bar, showing
+from backprompt.progress import Bar, GrowingBar, progress_bar, showing
 
 
 @pytest.fixture
@@ -191,3 +193,39 @@ def test_messages_say_what_was_done(model, tokenizer, caplog):
     lm.evaluate([Text("Question: What is 12 + 34?", lm)])
     assert "Attention of GPT2LMHeadModel runs on the kernel" in caplog.text
     assert "Evicted" in caplog.text
+
+
+class Interrupted(io.StringIO):
+    """A terminal on which drawing is interrupted, each time after one more write."""
+
+    def __init__(self, num_writes: int) -> None:
+        super().__init__()
+        self.num_writes = num_writes
+
+    def write(self, string: str) -> int:
+        self.num_writes -= 1
+        if self.num_writes == -1:
+            raise KeyboardInterrupt
+        return super().write(string)
+
+
+@pytest.mark.parametrize("num_writes", range(12))
+def test_an_interrupt_leaves_no_lock_behind(num_writes):
+    """Else a bar in another thread, and tqdm's own, would wait for ever."""
+    try:
+        with Bar(total=3, file=Interrupted(num_writes), mininterval=0) as bar:
+            bar.update()
+            bar.refresh()
+            bar.clear()
+            Bar.write("said", file=bar.fp)
+    except KeyboardInterrupt:
+        pass
+
+    def is_free() -> bool:
+        is_taken = Bar.get_lock().acquire(timeout=1)
+        if is_taken:
+            Bar.get_lock().release()
+        return is_taken
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(is_free).result()

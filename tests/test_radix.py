@@ -189,7 +189,7 @@ def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
     parent, block = span.parent, object()
     span.rows, span.states = BlockRows(block, 20, 24), BlockRows(block, 30, 34)
     span.host_rows, span.host_states = BlockRows(block, 40, 44), BlockRows(block, 50, 54)
-    span.was_computed, span.num_pins = True, 1
+    span.was_computed = True
     upper = forest.split(span, num_tokens)
     assert parent is not None
     assert parent.children == {6: upper, 1: sibling}
@@ -206,7 +206,6 @@ def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
     assert upper.host_states == BlockRows(block, 50, 50 + num_tokens)
     assert span.host_states == BlockRows(block, 50 + num_tokens, 54)
     assert upper.was_computed
-    assert (upper.num_pins, span.num_pins) == (0, 1)  # a pin holds the text that ends here
     check_is_radix_tree(forest)
 
 
@@ -246,6 +245,32 @@ def test_prune_leaves_what_is_computed(computed_batch: list[Ids], batch: list[Id
     check_is_radix_tree(forest)
     assert sorted(held(forest)) == sorted(prefixes(computed_batch))
     assert computed.tokens() == prefixes(computed_batch)
+
+
+@given(batches, st.data(), st.integers(0, 20), st.integers(0, 60))
+def test_prune_leaves_the_latest_of_what_holds_nothing(
+    batch: list[Ids], data: st.DataObject, max_spans: int, max_tokens: int
+) -> None:
+    """By the latest use of a span or of what continues it; there is room for no other one."""
+    forest = Forest()
+    for ids in batch:
+        forest.insert(ids).last_used = data.draw(st.integers(0, 5))
+    before = list(forest.spans())
+    latest = {span: max(below.last_used for below in before if span in below.path()) for span in before}
+    forest.prune(max_spans, max_tokens)
+    left = set(forest.spans())
+    check_is_radix_tree(forest)
+    assert left <= set(before)
+    assert len(left) <= max_spans
+    assert sum(len(span.token_ids) for span in left) <= max_tokens
+    assert all(span.parent is forest.root or span.parent in left for span in left)
+    gone = [span for span in before if span not in left]
+    assert all(latest[span] <= min(map(latest.__getitem__, left), default=5) for span in gone)
+    if gone:
+        first = min(gone, key=lambda span: (-latest[span], before.index(span)))
+        num_tokens = sum(len(span.token_ids) for span in left) + len(first.token_ids)
+        assert len(left) == max_spans or num_tokens > max_tokens
+    assert not any(span.children for span in gone)
 
 
 def test_prune_takes_what_stands_below_a_span_that_is_not_computed() -> None:

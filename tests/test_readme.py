@@ -130,14 +130,17 @@ def test_readme_example_of_explaining(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_public_names() -> None:
     public = {
-        name for name, value in vars(backprompt).items() if not name.startswith("_") and not inspect.ismodule(value)
+        name
+        for name, value in vars(backprompt._public).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert public | {"classify"} == set(backprompt.__all__)  # a module that is public as such
     assert {"LM", "Text", "evaluate", "load", "eager", "ModelRepr", "BackpromptError"} <= public
 
 
 def test_every_error_is_also_a_built_in_kind() -> None:
-    errors = [value for value in vars(backprompt).values() if inspect.isclass(value) and issubclass(value, Exception)]
+    values = [getattr(backprompt, name) for name in backprompt.__all__]
+    errors = [value for value in values if inspect.isclass(value) and issubclass(value, Exception)]
     assert len(errors) > 10
     for error in errors:
         if error is not backprompt.BackpromptError:

@@ -153,8 +153,8 @@ def test_bars_are_sorted_and_labelled() -> None:
         ([[0.5, 0.5]], ["a", "b"], r"probabilities\[0\]"),
         ([0.5, 0.5], ["a"], "2 probabilities; give as many completions, not 1"),
         ([0.5, 0.5], None, "not none"),
-        ([-0.7, -0.7], ["a", "b"], "between 0 and 1"),
-        ([0.5, float("nan")], ["a", "b"], "between 0 and 1"),
+        ([-0.7, -0.7], ["a", "b"], "between 0 and 1|that are finite"),
+        ([0.5, float("nan")], ["a", "b"], "between 0 and 1|that are finite"),
         ({"a": 1.0}, ["a"], "leave `completions` out"),
     ],
 )

@@ -75,6 +75,15 @@ def test_probabilities_are_those_of_classify(lm, options):
     assert classifier.predict(NEW).tolist() == [["mixed", "negative", "positive"][row.argmax()] for row in expected]
 
 
+def test_shots_have_the_space_that_the_inputs_have(lm):
+    shots = [("a bold one", "yes"), ("a square", "no")]
+    classifier = PromptClassifier(lm, "{text}\nLabel:\n", shots=shots, separator="##").fit(X, BINARY)
+    assert classifier.context_.string == "a bold one\nLabel:\nyes##a square\nLabel:\nno##"
+    (prompt,) = classifier.prompts(NEW[:1])
+    expected = classify.predict_proba(prompt, ["no", "yes"], lm, end_of_prompt="")
+    np.testing.assert_array_equal(classifier.predict_proba(NEW[:1])[0], expected)
+
+
 def test_priors(lm):
     y = ["b"] * 6 + ["a"] * 2 + ["c"] * 4
     prompts = [f"Review: {x}\nLabel:" for x in NEW]
@@ -232,6 +241,18 @@ def test_candidates_of_a_search_share_one_cache(lm, n_jobs):
     assert computed < sum(map(len, each)), "candidates and folds have tokens in common"
 
 
+def test_clones_of_a_model_and_a_tokenizer_share_their_lm(lm):
+    pair = (lm.model, lm.tokenizer)
+    classifier = PromptClassifier(pair, TEMPLATE)
+    assert isinstance(classifier.lm, LM)
+    assert clone(classifier).lm is classifier.lm is classifier.get_params()["lm"]
+    found = classifier.fit(X, BINARY).predict_proba(NEW)
+    np.testing.assert_array_equal(found, PromptClassifier(classifier.lm, TEMPLATE).fit(X, BINARY).predict_proba(NEW))
+    shared = classifier.lm
+    assert classifier.set_params(lm=lm).lm is lm
+    assert classifier.set_params(lm=pair).lm is shared
+
+
 def test_processes_are_refused(lm):
     classifier = PromptClassifier(lm, TEMPLATE, shots=2).fit(X, Y)
     assert clone(classifier).lm is lm
@@ -356,7 +377,7 @@ def test_what_the_pickling_check_was_for(lm):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"lm": ("model", "tokenizer")}, TypeError, "backprompt.LM, not tuple"),
+        ({"lm": "gpt2"}, TypeError, r"an LM or a \(model, tokenizer\) tuple, not as str"),
         ({"template": 3}, TypeError, "template must be a str"),
         ({"template": "Review: {review}"}, ValueError, "unknown field {review}"),
         ({"template": "Review: {text} {}"}, ValueError, "unknown field {}"),
@@ -389,6 +410,11 @@ def test_what_the_pickling_check_was_for(lm):
         ({"prior": [0.5, 0.6]}, ValueError, "sum to 1"),
         ({"prior": "balanced"}, ValueError, "'training'"),
         ({"end_of_prompt": "\n"}, ValueError, "end_of_prompt"),
+        ({"discount_completions": "0.5"}, TypeError, "discount_completions must be a finite"),
+        ({"prior": {"yes": 0.5, "no": 0.5}}, TypeError, "prior must be numbers in order"),
+        ({"labels": {"a", "b"}}, TypeError, "labels must be a mapping or a sequence"),
+        ({"labels": ["yes", "no\ud800"]}, ValueError, r"completions\[1\].* lone surrogate at character 2"),
+        ({"calibrate_on": ["a", "\ud800"]}, ValueError, r"calibrate_on\[1\].* lone surrogate at character 0"),
         ({"aggregate": "max"}, ValueError, "'mean', 'sum'"),
         ({"separator": None}, TypeError, "separator must be a str"),
         ({"instruction": None}, TypeError, "instruction must be a str"),

@@ -1,16 +1,21 @@
 """Stores: one contract for all, and what a folder must survive: crashes, flipped bytes, full disks, many writers."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
+import re
 import signal
+import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import time
 from itertools import takewhile
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -19,24 +24,31 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from threads import in_threads
 
+from backprompt import LM, load
 from backprompt.errors import EntryTooLargeError, StoreVersionError
 from backprompt.store import DiskStore, Entry, Header, Match, MemoryStore
 from backprompt.store.file import to_pieces
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8]
 
 
 def make_entry(number, num_tokens=3, start="root", dtype=torch.float32, text=None):
-    """An entry whose content follows from its arguments."""
+    """An entry whose content follows from its arguments; that of a model of one layer."""
     generator = torch.Generator().manual_seed(number)
     drawn = torch.rand((2, num_tokens, 4), generator=generator)
+    computed = torch.float32 if dtype == torch.int8 else dtype
     tensors = {
         "keys.0": (drawn * 100).to(dtype),
-        "values.0": drawn.transpose(0, 2),  # not contiguous
-        "hidden": drawn[0].clone(),
+        "values.0": drawn.transpose(0, 2)[..., :1].to(computed),  # not contiguous
+        "hidden": drawn[0].to(computed),
         "logprobs": torch.tensor([float("nan"), *(-1.5,) * (num_tokens - 1)]),
-        "none": torch.empty(0, 4),
+        "is_argmax": drawn[0, :, 0] > 0.5,
+        "has_logprobs": drawn[0, :, 1] > 0.5,
     }
+    dtypes = {}
+    if dtype == torch.int8:
+        tensors["keys.0.scale"] = drawn[..., :1].clone()
+        dtypes = dict.fromkeys(("keys", "values", "hidden"), "float32")
     ids = tuple((number * 31 + idx) % 1000 for idx in range(num_tokens))
     header = Header(
         start=start,
@@ -46,7 +58,9 @@ def make_entry(number, num_tokens=3, start="root", dtype=torch.float32, text=Non
         text=f"text {number}" if text is None else text,
         model="m",
         tokenizer="t",
-        dtype=str(dtype),
+        dtype=str(computed),
+        exactness="int8" if dtypes else "exact",
+        dtypes=dtypes,
     )
     return Entry(header, tensors)
 
@@ -208,7 +222,7 @@ class AnyOperations(RuleBasedStateMachine):
                 index.write_bytes(b"no database at all" * 100)
         self.store = DiskStore(self.path)
 
-    @rule(number=st.integers(0, 5), num_tokens=st.integers(1, 4), at=st.sampled_from(["fsync", "replace", "_insert"]))
+    @rule(number=st.integers(0, 5), num_tokens=st.integers(1, 4), at=st.sampled_from(["fsync", "replace", "insert"]))
     def crash_in_put(self, number, num_tokens, at):
         """The process dies within a put: the entry is there as a whole or not at all."""
         entry = make_entry(number, num_tokens)
@@ -218,13 +232,13 @@ class AnyOperations(RuleBasedStateMachine):
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("backprompt.store.disk." + ("_insert" if at == "_insert" else f"os.{at}"), die)
+            patch.setattr("backprompt.store.disk." + ("Index.insert" if at == "insert" else f"os.{at}"), die)
             try:
                 self.store.put(entry)
             except KeyboardInterrupt:
                 self.store = DiskStore(self.path)
         if self.store.contains(name):
-            assert at == "_insert" or name in self.expected
+            assert at == "insert" or name in self.expected
             self.expected[name] = entry
             self.store.put(entry)  # brings the index up to date
 
@@ -329,7 +343,7 @@ def test_other_versions_get_a_clear_answer(tmp_path, monkeypatch):
         store.put(make_entry(1))
     with pytest.raises(StoreVersionError, match=r"format 99.*reads format 1"):
         store.get(make_entry(1).header.name)
-    store._index.execute("PRAGMA user_version = 99")
+    store._index._connection.execute("PRAGMA user_version = 99")
     store.close()
     with pytest.raises(StoreVersionError, match="newer version"):
         DiskStore(tmp_path / "store")
@@ -362,25 +376,452 @@ def test_a_damaged_index_is_made_anew_whatever_it_answers(tmp_path, caplog):
 def test_an_index_of_nonsense_is_made_anew(tmp_path, caplog, broken):
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-        store._index.execute(f"UPDATE entries SET {broken}")
+        store._index._connection.execute(f"UPDATE entries SET {broken}")
         ids = make_entry(1).header.token_ids
         assert [header.text for header in store.list()] == ["text 1"]
         assert store.longest("root", ids) == Match(make_entry(1).header.name, len(ids))
 
 
-def test_one_file_that_cannot_be_read_is_one_entry_less(tmp_path, caplog):
+def test_one_file_that_cannot_be_read_is_one_entry_less(tmp_path, caplog, monkeypatch):
     store = DiskStore(tmp_path / "store")
     for number in range(2):
         store.put(make_entry(number))
     file = store._file(make_entry(0).header.name)
-    file.unlink()
-    file.mkdir()  # reading it is an OSError
+    opened = os.open
+
+    def refuse(path, *arguments):
+        if str(path) == str(file):
+            raise OSError(5, "Input/output error")
+        return opened(path, *arguments)
+
+    monkeypatch.setattr("backprompt.store.file.os.open", refuse)
     assert store.get(make_entry(0).header.name) is None
     assert "cannot be read" in caplog.text
     assert_same(store.get(make_entry(1).header.name), make_entry(1))
     assert list(store.verify()) == [make_entry(0).header.name]
     store.rebuild()
     assert [header.name for header in store.list()] == [make_entry(1).header.name]
+
+
+# An index that may come from anywhere
+
+ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r)"
+
+
+def within(seconds, work):
+    """Run this in a thread, and return what it returns; it must not take longer."""
+    found = []
+    thread = Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it hangs"
+    return found[0]
+
+
+def run_sql(script):
+    def change(index):
+        with sqlite3.connect(index) as connection:
+            connection.executescript(script)
+        connection.close()
+
+    return change
+
+
+def replaced_by(content):
+    def change(index):
+        index.unlink()
+        index.write_bytes(content)
+
+    return change
+
+
+def instead(make):
+    """Something else stands where the index should, or one of SQLite's other files of it."""
+
+    def change(index):
+        index.unlink()
+        make(index)
+
+    return change
+
+
+HOSTILE = {
+    "endless trigger on a row deleted": run_sql(
+        "CREATE TRIGGER t AFTER DELETE ON entries BEGIN "
+        f"INSERT INTO needs SELECT x, x FROM ({ENDLESS} SELECT x FROM r); END;"
+    ),
+    "endless trigger on a row changed": run_sql(
+        f"CREATE TRIGGER t BEFORE UPDATE ON entries BEGIN SELECT sum(x) FROM ({ENDLESS} SELECT x FROM r); END;"
+    ),
+    "endless trigger on a row added": run_sql(
+        f"CREATE TRIGGER t BEFORE INSERT ON entries BEGIN SELECT sum(x) FROM ({ENDLESS} SELECT x FROM r); END;"
+    ),
+    "triggers that call each other": run_sql(
+        "CREATE TRIGGER t AFTER DELETE ON entries BEGIN INSERT INTO needs VALUES (random(), random()); END;"
+        "CREATE TRIGGER u AFTER INSERT ON needs BEGIN INSERT INTO needs VALUES (random(), random()); END;"
+    ),
+    "an endless view for a table": run_sql(
+        f"DROP TABLE entries; CREATE VIEW entries AS {ENDLESS} SELECT x AS name, x AS start, x AS end, x AS token_ids, "
+        "x AS position, x AS num_tokens, x AS num_bytes, x AS text, 0.0 AS error, x AS last_used FROM r;"
+    ),
+    "an endless view besides": run_sql(f"CREATE VIEW v AS {ENDLESS} SELECT x FROM r;"),
+    "a table besides": run_sql("CREATE TABLE more (x);"),
+    "a table of another kind": run_sql("DROP TABLE needs; CREATE VIRTUAL TABLE needs USING fts5 (name, behind);"),
+    "a column more": run_sql("ALTER TABLE entries ADD COLUMN more TEXT;"),
+    "a column that is computed": run_sql("ALTER TABLE entries ADD COLUMN more AS (hex(zeroblob(500000000)));"),
+    "an index less": run_sql("DROP INDEX by_start;"),
+    "a statement too long": run_sql(f"CREATE VIEW v AS SELECT '{'x' * 500_000}';"),
+    "an expression too deep": run_sql(f"CREATE VIEW v AS SELECT 1{'+1' * 300};"),
+    "a larger value than any": run_sql("UPDATE entries SET token_ids = zeroblob(3000000);"),
+    "a longer name than any": run_sql("UPDATE entries SET name = hex(zeroblob(500)) || rowid;"),
+    "sums of something else": run_sql("UPDATE entries SET num_bytes = 'many', num_tokens = 1e999, error = 'x';"),
+    "sums that overflow": run_sql("UPDATE entries SET num_bytes = 9223372036854775807;"),
+    "negative sizes": run_sql("UPDATE entries SET num_bytes = -5, num_tokens = -5;"),
+    "an error that is infinite": run_sql("UPDATE entries SET error = 1e999;"),
+    "another application's": replaced_by(b""),  # made below
+    "nothing": replaced_by(b""),
+    "random bytes": replaced_by(random.Random(0).randbytes(20_000)),
+    "a database cut off": lambda index: index.write_bytes(index.read_bytes()[:5000]),
+    "a folder": instead(lambda index: (index / "below").mkdir(parents=True)),
+    "a link to a file": instead(lambda index: index.symlink_to(index.parent.parent / "precious.sqlite")),
+    "a link to nothing": instead(lambda index: index.symlink_to(index.parent.parent / "nowhere")),
+    "a pipe": instead(lambda index: os.mkfifo(index)),
+    "a log that is a pipe": lambda index: os.mkfifo(f"{index}-wal"),
+    "a log that is a folder": lambda index: os.mkdir(f"{index}-shm"),
+    "a journal that is a pipe": lambda index: os.mkfifo(f"{index}-journal"),
+}
+OTHER_APPLICATION = "PRAGMA user_version = 7; CREATE TABLE letters (x); INSERT INTO letters VALUES ('dear');"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes have names")
+@pytest.mark.parametrize("is_writable", [True, False])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatch):
+    """In bounded time it answers what the files say; all that was there before is there still."""
+    monkeypatch.setattr("backprompt.store.index._MAX_VALUE_BYTES", 1 << 20)
+    monkeypatch.setattr("backprompt.store.disk.os.fsync", lambda _: None)
+    precious = tmp_path / "precious.sqlite"
+    run_sql(OTHER_APPLICATION)(precious)
+    kept = precious.read_bytes()
+    index = tmp_path / "store" / "index.sqlite"
+    entries = [make_entry(number) for number in range(3)]
+    with DiskStore(tmp_path / "store") as store:
+        for entry in entries:
+            store.put(entry)
+    HOSTILE[kind](index)
+    if kind == "another application's":
+        index.write_bytes(kept)
+    if not is_writable:
+        monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+
+    def use():
+        with DiskStore(tmp_path / "store") as store:
+            for entry in entries:
+                ids = entry.header.token_ids
+                assert store.longest("root", ids) == Match(entry.header.name, len(ids))
+                assert_same(store.get(entry.header.name), entry)
+            assert sorted(header.text for header in store.find("")) == ["text 0", "text 1", "text 2"]
+            stats = store.stats()
+            assert (stats.num_entries, stats.num_tokens, stats.largest_error) == (3, 9, 0.0)
+            assert stats.num_bytes == sum(file.stat().st_size for file in store.path.glob("entries/*/*"))
+            assert list(store.verify()) == []
+            store.rebuild()
+            if is_writable:
+                store.put(make_entry(3))
+                store.delete(make_entry(3).header.name)
+                assert len(store.prune(0)) == 3
+        return True
+
+    assert within(20, use)
+    assert precious.read_bytes() == kept
+    if kind == "another application's":
+        place = tmp_path / "store" / "damaged" / "index.sqlite.1" if is_writable else index
+        assert place.read_bytes() == kept
+
+
+def test_what_is_set_aside_stands_in_nobodys_way(tmp_path, caplog):
+    """Each index under a name of its own, and what its log has goes with it: it may be another application's."""
+    for number in (1, 2):
+        DiskStore(tmp_path / "store").close()
+        index = tmp_path / "store" / "index.sqlite"
+        with sqlite3.connect(tmp_path / "live.sqlite") as live:
+            live.execute("PRAGMA journal_mode = WAL")
+            live.execute(f"CREATE TABLE letters{number} (x)")
+            live.commit()
+            for suffix in ("", "-wal"):  # as they are while somebody writes
+                Path(f"{index}{suffix}").write_bytes(Path(f"{tmp_path}/live.sqlite{suffix}").read_bytes())
+        live.close()
+        DiskStore(tmp_path / "store").close()
+    damaged = tmp_path / "store" / "damaged"
+    assert str(damaged / "index.sqlite.2") in caplog.text
+    for number in (1, 2):
+        with sqlite3.connect(damaged / f"index.sqlite.{number}") as aside:
+            tables = [name for (name,) in aside.execute("SELECT name FROM sqlite_master")]
+        aside.close()
+        assert tables == [f"letters{idx}" for idx in range(1, number + 1)]
+
+
+def test_a_question_that_takes_too_long_is_broken_off(tmp_path, monkeypatch):
+    """Whatever makes it so: pages of a damaged file may lead to each other."""
+    monkeypatch.setattr("backprompt.store.index._SCAN_SECONDS", 0.2)
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+        with monkeypatch.context() as patch:
+            patch.setattr("backprompt.store.index._TOTALS", f"{ENDLESS} SELECT sum(x), 0, 0, 0.0 FROM r")
+
+            def ask():
+                with pytest.raises(OSError, match="cannot be used") as caught:
+                    store.stats()
+                return caught.value
+
+            assert within(30, ask).errno == 5
+        assert store.stats().num_entries == 1
+    assert (tmp_path / "store" / "damaged" / "index.sqlite.1").exists()
+
+
+PAGE_BYTES = 512
+LEVELS = 12
+
+
+def interior_page(child):
+    """A page of a table of SQLite's whose 40 children are one and the same."""
+    cells = [struct.pack(">IB", child, key + 1) for key in range(39)]  # 5 bytes each, at the end of the page
+    starts = [PAGE_BYTES - 5 * (idx + 1) for idx in range(len(cells))]
+    head = struct.pack(">BHHHBI", 5, 0, len(cells), starts[-1], 0, child) + struct.pack(f">{len(starts)}H", *starts)
+    return head.ljust(starts[-1], b"\0") + b"".join(reversed(cells))
+
+
+@pytest.mark.parametrize("asked", [DiskStore.stats, DiskStore.rebuild, lambda store: list(store.list())])
+def test_pages_that_lead_to_one_page_many_times_are_not_walked_to_the_end(asked, tmp_path, monkeypatch):
+    """An index of a few kB with 40 ** 12 rows, and the tables of ours: no look at its schema shows that."""
+    monkeypatch.setattr("backprompt.store.index._SCAN_SECONDS", 0.2)
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+    index = tmp_path / "store" / "index.sqlite"
+    with sqlite3.connect(index) as connection:
+        for change in ("journal_mode = DELETE", f"page_size = {PAGE_BYTES}"):
+            connection.execute(f"PRAGMA {change}")
+    connection.execute("VACUUM")
+    ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'entries'")
+    connection.close()
+    content = bytearray(index.read_bytes())
+    start = (root - 1) * PAGE_BYTES
+    content += content[start : start + PAGE_BYTES]
+    for _ in range(LEVELS - 1):
+        content += interior_page(len(content) // PAGE_BYTES)
+    content[start : start + PAGE_BYTES] = interior_page(len(content) // PAGE_BYTES)
+    struct.pack_into(">I", content, 28, len(content) // PAGE_BYTES)
+    index.write_bytes(content)
+    assert index.stat().st_size < 20_000
+
+    def use():
+        with DiskStore(tmp_path / "store") as store:
+            asked(store)
+            assert store.stats().num_entries == 1
+        return True
+
+    assert within(60, use)
+    assert (tmp_path / "store" / "damaged" / "index.sqlite.1").read_bytes()[28:] == content[28:]
+
+
+def test_a_full_index_is_an_error_of_the_system(tmp_path):
+    """And is not taken for damage."""
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+        ((pages,),) = store._index._ask("PRAGMA page_count")
+        store._index._ask(f"PRAGMA max_page_count = {pages}")
+        large = make_entry(2, num_tokens=5000)
+        with pytest.raises(OSError, match="Free some space") as caught:
+            store.put(large)
+        assert caught.value.errno == 28
+        assert str(tmp_path / "store") in str(caught.value)
+        assert list((tmp_path / "store" / "damaged").iterdir()) == []
+        assert_same(store.get(make_entry(1).header.name), make_entry(1))
+        assert_same(store.get(large.header.name), large)
+
+
+# What is not ours
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    """Files of other names, in other folders, behind links; also where they look like an entry."""
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+    entry = make_entry(2).header.name
+    foreign = [
+        "entries/notes.txt",
+        "entries/gpt2/model.safetensors",
+        "entries/ro/model.safetensors",
+        f"entries/zz/{entry}.safetensors",
+        f"entries/ro/{entry}.safetensors.bak",
+        "writing/letter.txt",
+        "damaged/old.txt",
+        "mine.txt",
+    ]
+    for name in foreign:
+        (tmp_path / "store" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "store" / name).write_text("mine")
+        os.utime(tmp_path / "store" / name, (0, 0))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    linked = make_entry(3, start="link").header.name
+    (elsewhere / f"{linked}.safetensors").write_text("mine")
+    (tmp_path / "store" / "entries" / "li").symlink_to(elsewhere)
+    with DiskStore(tmp_path / "store") as store:
+        assert list(store.verify()) == []
+        store.rebuild()
+        assert store.stats().num_entries == 1
+        assert len(store.prune(0)) == 1
+    for name in foreign:
+        assert (tmp_path / "store" / name).read_text() == "mine", name
+    assert (elsewhere / f"{linked}.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../../mine", "../entries/../../mine", "", "a/b", "a\0b", "x" * 300, "\ud800"])
+def test_a_name_is_no_path(name, tmp_path):
+    (tmp_path / "mine.safetensors").write_text("mine")
+    with DiskStore(tmp_path / "store") as store:
+        assert store.get(name) is None
+        assert not store.contains(name)
+        store.delete(name)
+        store.set_aside(name, "it is damaged")
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["entries", "damaged", "writing"])
+def test_a_stores_own_folder_is_no_link(name, tmp_path):
+    """What is old in `writing` is deleted, and what is damaged is moved: not in somebody's other folder."""
+    DiskStore(tmp_path / "store").close()
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "tmp1").write_text("mine")
+    os.utime(precious / "tmp1", (0, 0))
+    (tmp_path / "store" / name).rmdir()
+    (tmp_path / "store" / name).symlink_to(precious)
+    with pytest.raises(OSError, match="it is a link"):
+        DiskStore(tmp_path / "store")
+    assert (precious / "tmp1").read_text() == "mine"
+
+
+def test_a_folder_where_an_entry_should_be_is_set_aside(tmp_path):
+    with DiskStore(tmp_path / "store") as store:
+        for number in range(2):
+            store.put(make_entry(number))
+        name = make_entry(0).header.name
+        store._file(name).unlink()
+        store._file(name).mkdir()
+        (store._file(name) / "mine.txt").write_text("mine")
+        assert len(store.prune(0)) == 2
+        (aside,) = (store.path / "damaged").iterdir()
+        assert (aside / "mine.txt").read_text() == "mine"
+
+
+# Paths
+
+
+def with_files(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "nowhere")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "main.py").write_text("mine")
+
+
+BAD_PATHS = [
+    ("file", errno.ENOTDIR, "Name a folder"),
+    ("file/prompts.bp", errno.ENOTDIR, "Name a folder"),
+    ("x" * 300, errno.ENAMETOOLONG, "Choose a shorter path"),
+    ("x/" * 3000, errno.ENAMETOOLONG, "Choose a shorter path"),
+    ("loop", errno.ELOOP, "Name a folder"),
+    ("dangling", errno.ENOTDIR, "Name a folder"),
+    ("project", errno.EEXIST, "it has other content, such as 'main.py'"),
+    ("a\0b", errno.EINVAL, "Name a folder"),
+    ("\ud800", errno.EINVAL, "Name a folder"),
+]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have other errors")
+@pytest.mark.parametrize(("name", "number", "advice"), BAD_PATHS)
+def test_a_path_of_no_store_says_what_to_do(name, number, advice, tmp_path, model, tokenizer):
+    with_files(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    given = f"{tmp_path}/{name}"
+    for make in (DiskStore, lambda path: LM(model, tokenizer, store=path), lambda path: load("nowhere", store=path)):
+        with pytest.raises(OSError, match=re.escape(advice)) as caught:
+            make(given)
+        assert caught.value.errno == number
+        assert caught.value.filename == given
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_path_is_no_folder():
+    with pytest.raises(FileNotFoundError, match="the path is empty"):
+        DiskStore("")
+    with pytest.raises(TypeError, match="must be a str or a Path, not bytes"):
+        DiskStore(b"prompts.bp")
+
+
+def test_a_folder_of_hidden_files_may_become_a_store(tmp_path):
+    (tmp_path / ".gitignore").write_text("*")
+    with DiskStore(tmp_path) as store:
+        store.put(make_entry(1))
+    (tmp_path / "notes.txt").write_text("mine")
+    with DiskStore(tmp_path) as store:  # it is one now
+        assert store.stats().num_entries == 1
+
+
+def failing(number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_cannot_be_made(number, tmp_path, monkeypatch):
+    monkeypatch.setattr("backprompt.store.disk.Path.mkdir", failing(number))
+    with pytest.raises(OSError, match="cannot be made") as caught:
+        DiskStore(tmp_path / "store")
+    assert caught.value.errno == number
+    assert str(tmp_path / "store") in str(caught.value)
+    assert re.search("Choose a folder of your own|Free some space", str(caught.value))
+
+
+def test_a_folder_of_somebody_elses(tmp_path, monkeypatch):
+    """As root may look into any folder and write to it, the system's answers are played."""
+    with monkeypatch.context() as patch:
+        patch.setattr("backprompt.store.paths.os.listdir", failing(errno.EACCES))
+        with pytest.raises(PermissionError, match="Choose a folder of your own"):
+            DiskStore(tmp_path)
+    monkeypatch.setattr("backprompt.store.paths.os.access", lambda *_: False)
+    with pytest.raises(PermissionError, match="cannot be written to"):
+        DiskStore(tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_is_only_read_says_so(tmp_path, monkeypatch):
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+    monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+    with DiskStore(tmp_path / "store") as store:
+        for change in (lambda: store.put(make_entry(2)), lambda: store.prune(0)):
+            with pytest.raises(PermissionError, match=r"only read.*Choose a folder of your own"):
+                change()
+        store.rebuild()
+        assert store.stats().num_entries == 1
+
+
+def test_a_store_stays_where_it_was_opened(tmp_path, monkeypatch):
+    """Also when the process goes to another folder."""
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with DiskStore("store") as store:
+        store.put(make_entry(1))
+        monkeypatch.chdir(tmp_path / "other")
+        assert_same(store.get(make_entry(1).header.name), make_entry(1))
+        store.put(make_entry(2))
+        assert store.stats().num_entries == 2
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 # Surroundings
@@ -436,17 +877,17 @@ def test_a_read_only_folder_whose_writer_is_at_work_shows_what_is_there(tmp_path
             assert store.longest("root", make_entry(1).header.token_ids) is not None
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "tempfile.mkstemp", "Path.mkdir"])
+def test_a_full_disk_leaves_nothing_behind(where, tmp_path, monkeypatch):
     store = DiskStore(tmp_path / "store")
     store.put(make_entry(1))
 
-    def full(_):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr("backprompt.store.disk.os.fsync", full)
-        with pytest.raises(OSError, match="No space"):
+        patch.setattr(f"backprompt.store.disk.{where}", failing(errno.ENOSPC))
+        with pytest.raises(OSError, match=r"No space left on device\. Free some space") as caught:
             store.put(make_entry(2))
+    assert caught.value.errno == errno.ENOSPC
+    assert str(store.path) in str(caught.value)
     assert not store.contains(make_entry(2).header.name)
     assert list((store.path / "writing").iterdir()) == []
     assert [header.text for header in store.list()] == ["text 1"]
@@ -500,7 +941,7 @@ def test_an_index_that_was_not_finished_is_made_anew(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("backprompt.store.disk._insert", die)
+        patch.setattr("backprompt.store.index.Index._insert", die)
         with pytest.raises(KeyboardInterrupt):
             DiskStore(tmp_path / "store")
     with DiskStore(tmp_path / "store") as store:
@@ -509,7 +950,7 @@ def test_an_index_that_was_not_finished_is_made_anew(tmp_path, monkeypatch):
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
     DiskStore(tmp_path / "store").close()
-    left, fresh = (tmp_path / "store" / "writing" / name for name in ("left", "fresh"))
+    left, fresh = (tmp_path / "store" / "writing" / name for name in ("tmp_left", "tmp_fresh"))
     left.write_bytes(b"half an entry")
     fresh.write_bytes(b"another process is at it")
     os.utime(left, (0, 0))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import backprompt as bp
@@ -156,6 +156,44 @@ def test_empty_strings_add_no_segment(lm):
     assert Text("").segments == ()
 
 
+beginnings = st.tuples(st.sampled_from(["", "", "a", "b"]), st.booleans(), st.booleans())
+
+
+@given(parts=st.lists(beginnings, max_size=5), others=st.lists(beginnings, max_size=5), random=st.randoms())
+@example(parts=[("", True, True), ("a", False, False)], others=[("a", True, True)], random=Random(0))
+@example(parts=[("", True, True), ("", False, False), ("a", True, False)], others=[], random=Random(0))
+@example(parts=[("a", True, False), ("", False, True), ("b", False, False)], others=[], random=Random(0))
+def test_the_beginning_says_whether_special_tokens_are_added_however_texts_are_grouped(lm, parts, others, random):
+    """The first part decides that is not empty or that wants none; behind something it means nothing."""
+
+    def expected(parts):
+        decides = next((adds for string, adds, _ in parts if string or not adds), True)
+        return decides, tuple(string for string, _, _ in parts if string), any(is_bound for _, _, is_bound in parts)
+
+    def built(parts):
+        texts = [Text(string, lm if is_bound else None, add_special_tokens=adds) for string, adds, is_bound in parts]
+        return grouped_at_random(texts, random) if texts else Text("")
+
+    text, other = built(parts), built(others)
+    assert (text.add_special_tokens, text.segments, text.lm is lm) == expected(parts)
+    assert (text == other) is (expected(parts) == expected(others))
+    assert text == built(parts)
+    assert hash(text) == hash(built(parts))
+    reduced, arguments = text.__reduce__()
+    for same in (reduced(*arguments), text + "", Text("") + text, Text("").join([text])):
+        assert same == text
+        assert hash(same) == hash(text)
+
+
+def test_a_text_without_special_tokens_says_so(lm):
+    rendered = Text("<s>Hi", lm, add_special_tokens=False)
+    assert repr(rendered + "!") == "Text('<s>Hi!', add_special_tokens=False)"
+    assert repr("x" + rendered) == "Text('x<s>Hi')"
+    assert repr("x" + rendered.frozen()) == "Text('x' + Text('<s>Hi', add_special_tokens=False).frozen())"
+    assert rendered.frozen() != Text("<s>Hi", lm).frozen()
+    assert rendered.frozen() == rendered.frozen().frozen()
+
+
 def test_an_order_of_segments_has_a_hash_of_its_own():
     """A sum of hashes would be associative too, and put all of these in one bucket."""
     texts = [sum(order, Text("")) for order in permutations("abcdef")]
@@ -284,17 +322,22 @@ def test_the_guard_against_work_sees_work(lm):
 
 
 def test_the_node_imports_neither_torch_nor_a_model():
-    tree = ast.parse(inspect.getsource(backprompt.text))
+    assert imports_of(backprompt.text) == {"backprompt.arguments", "backprompt.errors", "backprompt.segments"}
+    assert imports_of(backprompt.arguments) == {"backprompt._visible", "backprompt.errors", "numpy", "numpy.typing"}
+
+
+def imports_of(module):
+    """What a module imports when it is imported, the standard library left out."""
+    tree = ast.parse(inspect.getsource(module))
     imported = {statement.module for statement in tree.body if isinstance(statement, ast.ImportFrom)}
     imported |= {
         alias.name for statement in tree.body if isinstance(statement, ast.Import) for alias in statement.names
     }
-    outside = {module for module in imported if module.split(".")[0] not in sys.stdlib_module_names}
-    assert outside == {"backprompt.errors", "backprompt.segments"}
+    return {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
 
 
 def test_a_text_holds_no_tensors(lm):
-    """Everything reachable from a text, its LM left out, is texts, strings, ints and None."""
+    """Everything reachable from a text, its LM left out, is texts, strings, ints, bools and None."""
     text = Text("a text", lm) + " of" + Text.from_tokens([1, 2], lm)
     assert text.logits.isfinite().all()
     reached: dict[int, Any] = {}
@@ -304,7 +347,7 @@ def test_a_text_holds_no_tensors(lm):
         if id(found) not in reached and not isinstance(found, (LM, type)):
             reached[id(found)] = found
             pending += gc.get_referents(found)
-    assert {type(found) for found in reached.values()} <= {Text, str, tuple, int, type(None)}
+    assert {type(found) for found in reached.values()} <= {Text, str, tuple, int, bool, type(None)}
     assert len([found for found in reached.values() if isinstance(found, Text)]) == 5
     assert not hasattr(text, "__dict__")
 
@@ -415,6 +458,12 @@ def test_only_strings_and_texts_are_composed(compose, value):
     assert isinstance(raised.value, TypeError)
 
 
+@pytest.mark.parametrize("value", [None, 0, "False"])
+def test_special_tokens_are_added_or_not(value):
+    with pytest.raises(bp.TextTypeError, match="add_special_tokens must be True or False"):
+        Text("a", add_special_tokens=value)
+
+
 def test_sum_without_a_start_says_what_to_start_from():
     with pytest.raises(bp.TextTypeError, match=r"sum\(texts, Text\(''\)\)"):
         sum([Text("a"), Text("b")])
@@ -428,7 +477,7 @@ def test_token_ids_are_ints(lm, token_ids):
 
 @pytest.mark.parametrize("bad_lm", ["gpt2", 1, (build,), [1, 2]], ids=["a name", "an int", "a tuple of one", "a list"])
 def test_a_text_is_bound_to_nothing_but_an_lm(bad_lm):
-    with pytest.raises(bp.TextTypeError, match=r"an LM or to a \(model, tokenizer\) tuple"):
+    with pytest.raises(bp.TextTypeError, match=r"an LM or a \(model, tokenizer\) tuple"):
         Text("a", bad_lm)
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import tracemalloc
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain, groupby
@@ -13,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AddedToken, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import backprompt as bp
 from backprompt import LM, Text
@@ -77,6 +79,43 @@ NOT_CUTTABLE = {
 }
 BUILDERS = {**CUTTABLE, **NOT_CUTTABLE}
 
+
+class CharacterTokenizer(PreTrainedTokenizer):
+    """Written in Python: a token a character, <s> in front, and none for what it does not know."""
+
+    def __init__(self) -> None:
+        self._ids = {character: idx for idx, character in enumerate(["<s>", "<unk>", *"abcdefghijklm ,."])}
+        super().__init__(bos_token="<s>", unk_token="<unk>", special_tokens_pattern="bos")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self._ids, **self.added_tokens_encoder}
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids.get(token, 1)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return dict(enumerate(self._ids)).get(index, "<unk>")
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+# Without a backend; the first appends no second </s>, the second puts a second <s> in front.
+IN_PYTHON = {"byt5": ByT5Tokenizer, "characters": CharacterTokenizer}
+
+# What test strings often begin or end with, and what both libraries say about it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:A text begins with:UserWarning"),
+    pytest.mark.filterwarnings("ignore:This sequence already has </s>:UserWarning"),
+]
+
 FRAGMENTS = [
     *("'s", "'ll", "don't", " I'd've ", " can'T", "the", " cat", " a b c ", "the cat", "Kenobi", "re", "fund", "x"),
     *(" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u00a0", "\u3000", "▁", ", ", "...", "1", "234", " 56"),
@@ -105,7 +144,7 @@ segment_lists = st.lists(parts, max_size=4).map(lambda drawn: [*chain(*drawn)])
 
 @cache
 def plain(name: str) -> PreTrainedTokenizerFast:
-    return BUILDERS[name]()
+    return {**BUILDERS, **IN_PYTHON}[name]()
 
 
 @cache
@@ -129,7 +168,7 @@ def string_ids(name: str, string: str, is_continuation: bool) -> list[int]:
 
 def reference_ids(name: str, segments: Sequence[Segment], joins: str = "exact") -> tuple[int, ...]:
     """Strings side by side as one string (under "split": apart), what comes later as a continuation, special tokens."""
-    runs: list[Segment] = []
+    runs: list[str | tuple[int, ...]] = []
     for segment in filter(len, segments):
         if joins == "exact" and runs and isinstance(runs[-1], str) and isinstance(segment, str):
             runs[-1] += segment
@@ -142,13 +181,13 @@ def reference_ids(name: str, segments: Sequence[Segment], joins: str = "exact") 
         return tuple(ids)
     bos = [plain(name).bos_token_id] if name in ("llama3_bpe", "sentencepiece_bpe") else []
     eos = [plain(name).eos_token_id] if name == "unigram" and all(isinstance(run, str) for run in runs) else []
-    return tuple((bos if ids[:1] != bos else []) + ids + eos)
+    return tuple(bos + ids + eos)
 
 
 @cache
 def lm(name: str, **options: Any) -> LM:
     """An LM whose tokenizer no test changes."""
-    return LM(_model(), BUILDERS[name](), **options)
+    return LM(_model(), plain(name), **options)
 
 
 @cache
@@ -164,15 +203,24 @@ def text_of(segments: Sequence[Segment], lm: LM) -> Text:
 # joins="exact"
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [*BUILDERS, *IN_PYTHON])
 @given(pieces=cut_strings())
 @example(pieces=["hello there<|endoftext|>", "you"])
 @example(pieces=["\U0001f468", "\u200d", "\U0001f469", "e", "\u0301", " ", " x"])
+@example(pieces=["", ""])
+@example(pieces=["<|begin_of_text|>the", "<s>"])
+@example(pieces=["<", "s>the", " cat</", "s>"])
+@example(pieces=["the</s>", "</s>"])
+@example(pieces=["<s>"])
+@example(pieces=["</s>"])
 def test_tokens_are_those_of_the_whole_string(name, pieces):
+    """Also where it begins or ends with special tokens that the tokenizer adds: whatever that does then."""
     string, tokenizer = "".join(pieces), plain(name)
-    adds_bos = tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
-    assume(not (adds_bos and string.startswith(tokenizer.bos_token)))
-    assert text_of(pieces, lm(name)).tokens == tuple(tokenizer(string)["input_ids"])
+    text = text_of(pieces, lm(name))
+    assert text.tokens == tuple(tokenizer(string)["input_ids"])
+    bare = Text("", lm(name), add_special_tokens=False) + text
+    assert bare.tokens == tuple(tokenizer(string, add_special_tokens=False)["input_ids"])
+    assert bare.string == string
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -379,14 +427,38 @@ def test_special_tokens_around_ids(name):
 
 
 @pytest.mark.parametrize("name", ["llama3_bpe", "sentencepiece_bpe"])
-def test_a_string_that_begins_with_bos_gets_no_second_one(name):
+def test_a_second_bos_is_warned_of(name):
+    """The plain call puts one before a string that has one; `add_special_tokens=False` does not."""
     bos, tokenizer = plain(name).bos_token, plain(name)
-    expected = tuple(tokenizer(bos + "a cat", add_special_tokens=False)["input_ids"])
-    for cut in range(len(bos) + 3):
-        string = bos + "a cat"
-        assert (Text(string[:cut], lm(name)) + string[cut:]).tokens == expected
-    assert expected.count(tokenizer.bos_token_id) == 1
-    assert Text("a" + bos, lm(name)).tokens[0] == tokenizer.bos_token_id
+    string = bos + "a cat"
+    for cut in range(len(string)):
+        an_lm = LM(_model(), tokenizer)
+        with pytest.warns(UserWarning, match=f"begins with {re.escape(repr(bos))}, which the tokenizer puts before"):
+            assert (Text(string[:cut], an_lm) + string[cut:]).tokens == tuple(tokenizer(string)["input_ids"])
+        bare = Text(string[:cut], an_lm, add_special_tokens=False) + string[cut:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert bare.tokens == tuple(tokenizer(string, add_special_tokens=False)["input_ids"])
+            assert bare.tokens.count(tokenizer.bos_token_id) == 1
+            assert ("a" + bare).tokens == ("a" + Text(string, an_lm)).tokens
+            assert (bare + Text.from_tokens([7], an_lm)).tokens == (*bare.tokens, 7)
+            assert (bare + Text.from_tokens([7], an_lm)).string.startswith(string)
+
+
+@pytest.mark.parametrize("name", ["llama3_bpe", "sentencepiece_bpe", "unigram"])
+def test_texts_of_one_string_with_and_without_special_tokens_are_told_apart(name):
+    texts = [Text("the cat", lm(name)), Text("the cat", lm(name), add_special_tokens=False)]
+    first, second = (text.tokens for text in texts)
+    assert first == tuple(plain(name)("the cat")["input_ids"]) != second
+    num_distinct = len({ids[:stop] for ids in (first, second) for stop in range(1, len(ids) + 1)})
+    assert bp.explain(texts).tokens_distinct == num_distinct
+    nodes = [data for _, data in bp.to_networkx(texts).nodes(data=True)]
+    assert sum(node["num_own_tokens"] for node in nodes) == num_distinct
+    assert len(nodes) == (1 if name == "unigram" else 2)  # which only appends something, as a longer text would
+    verification = bp.verify(texts)
+    assert verification.passed
+    assert verification.num_tokens == len(first) + len(second)
+    assert [[t.token_id for t in text.show(top=0).tokens] for text in texts] == [list(first), list(second)]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -484,60 +556,91 @@ def test_an_error_shows_the_join_and_its_tokens():
         _ = text.tokens
 
 
+@pytest.mark.parametrize("unknown", ["<unk>", "<s>", None])
+def test_a_tokenizer_that_does_not_know_latin_letters(unknown):
+    """What it adds is told by a string that it knows: an unknown character is a special token, or no token at all."""
+    words = {token: idx for idx, token in enumerate(["<s>", "</s>", "<unk>", "日", "本"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token=unknown) if unknown else models.BPE(words, []))
+    backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    options = {} if unknown is None else {"unk_token": unknown}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **options)
+    a_text = Text("日", LM(_model(), tokenizer))
+    assert (a_text + "本").tokens == tuple(tokenizer("日本")["input_ids"]) == (0, 3, 4, 1)
+    assert (a_text + Text.from_tokens([4], a_text.lm)).tokens == (0, 3, 4)
+    assert Text("a", a_text.lm).tokens == tuple(tokenizer("a")["input_ids"])
+
+
 # Tokenizers without a backend
 
 
-class CharacterTokenizer(PreTrainedTokenizer):
-    """Written in Python: a token a character, <s> in front, and none for what it does not know."""
-
-    def __init__(self) -> None:
-        self._ids = {character: idx for idx, character in enumerate(["<s>", "<unk>", *"abcdefghijklm ,."])}
-        super().__init__(bos_token="<s>", unk_token="<unk>", special_tokens_pattern="bos")
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._ids)
-
-    def get_vocab(self) -> dict[str, int]:
-        return {**self._ids, **self.added_tokens_encoder}
-
-    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return list(text)
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return self._ids.get(token, 1)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return list(self._ids)[index]
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return "".join(tokens)
-
-
-@given(pieces=st.lists(st.text("abc ,z", max_size=3), max_size=4))
-def test_a_tokenizer_in_python_encodes_strings(pieces):
-    tokenizer = python_lm().tokenizer
-    assert text_of(pieces, python_lm()).tokens == tuple(tokenizer("".join(pieces))["input_ids"])
+@pytest.mark.parametrize("name", IN_PYTHON)
+@given(pieces=cut_strings(), ids=st.lists(st.integers(3, 9), max_size=2).map(tuple))
+@example(pieces=["a</", "s>", "b"], ids=())
+@example(pieces=["a<", "s>", "b"], ids=(5,))
+def test_extents_of_a_tokenizer_in_python(name, pieces, ids):
+    """A join is changed where what stands before it has other ids alone."""
+    tokenizer, text = plain(name), text_of([*pieces, ids], lm(name))
+    (extents,) = lm(name).extents([text])
+    assert [extent.segment for extent in extents] == list(text.segments)
+    tokens = text.tokens
+    covered = [token for extent in extents for token in tokens[extent.start : extent.stop]]
+    assert covered == (list(tokens) if extents else [])
+    so_far, joins = "", []
+    for idx, (segment, extent) in enumerate(zip(text.segments, extents, strict=True)):
+        if not isinstance(segment, str):
+            assert tokens[extent.start : extent.stop] == ids
+            continue
+        left, joined = (tokenizer(s, add_special_tokens=False)["input_ids"] for s in (so_far, so_far + segment))
+        is_changed = joined[: len(left)] != left
+        assert extent.is_join_changed is is_changed
+        joins += [(idx, so_far, segment)] if is_changed else []
+        so_far += segment
+    assert [(join.segment_idx, join.left, join.right) for join in text.joins()] == joins
+    strict = text_of([*pieces, ids], lm(name, joins="error"))
+    if joins:
+        with pytest.raises(bp.JoinError, match=f"segment {joins[0][0]}: "):
+            _ = strict.tokens
+    else:
+        assert strict.tokens == tokens
 
 
-@cache
-def python_lm(joins: str = "exact") -> LM:
-    return LM(_model(), CharacterTokenizer(), joins=joins)
+def test_what_a_changed_join_replaces_in_python():
+    text = Text("a<", lm("characters")) + "s>b"
+    a, less, bos, b = 2, 1, 0, 3
+    assert text.tokens == (bos, a, bos, b)
+    assert text.joins() == [bp.Join(1, "a<", "s>b", (less,), (bos, b))]
+    (_, extent) = lm("characters").extents([text])[0]
+    assert (extent.start, extent.replaced) == (2, (less,))
+
+
+def test_looking_at_texts_of_a_tokenizer_in_python():
+    """All that tells tokens apart by segments."""
+    text = Text("abc", lm("characters")) + " de" + Text.from_tokens([5, 6], lm("characters"))
+    assert bp.verify([text, Text("abc", text.lm)]).passed
+    assert [node.stop - node.start for node in bp.verify(text).nodes] == [4, 3, 2]
+    assert bp.explain([text, Text("abc", text.lm) + "d"]).tokens_distinct == 10
+    assert [token.begins_segment for token in text.show().tokens].count(True) == 3
+    assert [data["num_tokens"] for _, data in bp.to_networkx(text).nodes(data=True)] == [4, 3, 2]
+    assert text.draw().source.count("label=") >= 3
 
 
 def test_a_tokenizer_in_python_encodes_no_continuations():
-    ids = Text.from_tokens([3, 4], python_lm())
+    ids = Text.from_tokens([3, 4], lm("characters"))
     assert ((Text("ab") + ids).tokens, (Text("ab") + ids).string) == ((0, 2, 3, 3, 4), "abbc")
     for ask in (
         lambda: (ids + "a").tokens,
         lambda: (ids + "a").logits,
-        lambda: (Text("a", python_lm()) + "b").joins(),
-        lambda: (Text("a", python_lm("split")) + "b").tokens,
-        lambda: (Text("a", python_lm("error")) + "b").tokens,
+        lambda: (ids + "a" + "b").joins(),
+        lambda: bp.verify(ids + "a"),
+        lambda: lm("characters").extents([(Text("a") | "b") + ids + "a"]),
+        lambda: (Text("a", lm("characters", joins="split")) + "b").tokens,
     ):
         with pytest.raises(bp.TokenizerError, match="CharacterTokenizer has no `tokenizers` backend"):
             ask()
-    assert Text("ab", python_lm("split")).tokens == (0, 2, 3)
+    assert Text("ab", lm("characters", joins="split")).tokens == (0, 2, 3)
 
 
 # Refusals

@@ -8,7 +8,7 @@ import torch
 from test_lookup import CONTEXT
 
 import backprompt as bp
-from backprompt import LM, DriftError, Text, evaluate, skeleton, verify
+from backprompt import LM, DriftError, StaleRepresentationError, Text, _verify, evaluate, skeleton, verify
 from backprompt.store import MemoryStore
 from reference import plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
@@ -52,6 +52,26 @@ def test_the_figures_are_those_of_the_plain_call(family, tokenizer):
     assert 0 < verified.largest_gap < 1e-4
     assert verified.tolerance == 1e-3
     assert verify(texts, tolerance=0.5).tolerance == 0.5
+
+
+def test_weights_that_change_meanwhile_are_no_drift(tokenizer, monkeypatch):
+    model = FAMILIES["gpt2"]()
+    texts = questions(LM(model, tokenizer))
+    compare, num_compared = _verify._gaps, []
+
+    def change_at_the_end(model_repr, plain):
+        num_compared.append(1)
+        gaps = compare(model_repr, plain)
+        if len(num_compared) == len(texts):
+            with torch.no_grad():
+                model.lm_head.weight.mul_(2)
+        return gaps
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_verify, "_gaps", change_at_the_end)
+        with pytest.raises(StaleRepresentationError):
+            verify(texts)
+    assert verify(texts).passed
 
 
 def test_drift_is_found_and_raised(model, tokenizer):
@@ -188,6 +208,9 @@ def test_what_is_not_a_number_fails(tokenizer, dtype, monkeypatch):
     verified = verify_against(monkeypatch, texts, lambda plain: plain.register_forward_hook(spoil))
     assert verified.gap == verified.largest_gap == torch.inf
     assert not verified.passed
+    figures = json.loads(json.dumps(verified.to_dict(), allow_nan=False))
+    assert (figures["gap"], figures["passed"]) == (None, False)
+    assert None in [node["largest_gap"] for node in figures["nodes"]]
     assert verified.worst.start <= 3 < verified.worst.stop
 
 
@@ -272,7 +295,7 @@ def test_what_is_refused(model, tokenizer):
         verify(text, tolerance=-1.0)
     with pytest.raises(ValueError, match="tolerance must be"):
         verify(text, tolerance=float("nan"))
-    with pytest.raises(bp.TextTypeError, match="verify takes texts"):
+    with pytest.raises(bp.TextTypeError, match="verify takes a Text or several in a list, not the str"):
         verify("The cat")
     with pytest.raises(bp.MixedModelsError):
         verify([text, Text("The cat", LM(model, tokenizer))])

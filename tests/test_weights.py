@@ -12,6 +12,8 @@ import random
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,12 @@ from threads import in_threads
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model
 
-from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load, weights
+from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load, to_networkx, weights
+from backprompt import lm as lm_module
+from backprompt.executor import Executor
+from backprompt.store import MemoryStore
 from backprompt.weights import content_hash, sample_hash
-from reference import plain_ids, plain_logits, plain_token_logprobs
+from reference import plain_greedy, plain_ids, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe, llama3_bpe
 
@@ -186,6 +191,174 @@ def test_threads_that_clear_and_start_over_meanwhile(model, tokenizer):
 
     assert lm.fingerprint == lm.fingerprint
     in_threads(4, work)
+
+
+class Changing:
+    """A model whose weights go through a circle of states, a parameter at a time."""
+
+    def __init__(self, tokenizer):
+        self.model = FAMILIES["llama"]()
+        other = dict(FAMILIES["llama"](seed=1).named_parameters())
+        names = ("model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight")
+        chosen = [(parameter, other[name]) for name, parameter in self.model.named_parameters() if name in names]
+        there = [(parameter, new.detach()) for parameter, new in chosen]
+        self.circle = there + [(parameter, parameter.detach().clone()) for parameter, _ in chosen]
+        self.num_begun = self.num_done = 0
+        self.strings = [f"Question: {a} + 34? The cat sat on the mat, and" for a in range(3)]
+        self.ids = {string: plain_ids(tokenizer, string) for string in self.strings}
+        self.logits, self.logprobs, self.generated = [], [], []
+        for _ in self.circle:
+            self.logits.append({string: plain_logits(self.model, ids)[-1] for string, ids in self.ids.items()})
+            self.logprobs.append({s: plain_token_logprobs(self.model, ids) for s, ids in self.ids.items()})
+            self.generated.append({string: plain_greedy(self.model, ids, 3) for string, ids in self.ids.items()})
+            self.change()
+
+    def change(self):
+        parameter, new = self.circle[self.num_begun % len(self.circle)]
+        self.num_begun += 1
+        with torch.no_grad():
+            parameter.copy_(new)
+        self.num_done += 1
+
+    def check(self, found, expected, num_done_before):
+        """`found` is what is expected of a state that there was since so many changes were done."""
+        states = [number % len(self.circle) for number in range(num_done_before, self.num_begun + 1)]
+        gaps = [(found - expected[state]).abs().nan_to_num().max() for state in states]
+        assert min(gaps) <= ATOL, gaps
+
+
+@pytest.mark.parametrize("options", [{}, {"store": MemoryStore}, {"pack_weights": True}])
+def test_weights_that_change_while_other_threads_use_them(options, tokenizer):
+    """Each call gives the numbers of a state that there was meanwhile, or says that it cannot; nothing torn is kept."""
+    changing = Changing(tokenizer)
+    options = {name: value() if name == "store" else value for name, value in options.items()}
+    lm = LM(changing.model, tokenizer, max_tokens_per_forward=8, **options)
+    until = time.monotonic() + float(os.environ.get("BACKPROMPT_TEST_SECONDS", 2))
+    outcomes = Counter()
+
+    def use(rng, string, before):
+        text = Text(string, lm)
+        kind = rng.choice(["logits", "logprobs", "generated", "picture", "pinned", "cleared"])
+        if kind == "logits":
+            changing.check(text.logits, [of[string] for of in changing.logits], before)
+        elif kind == "logprobs":
+            (found,) = lm.token_logprobs([text], [1])
+            changing.check(found, [of[string][1:] for of in changing.logprobs], before)
+        elif kind == "generated":
+            found = text.generate(max_new_tokens=3).completion_tokens
+            states = range(before, changing.num_begun + 1)
+            assert found in [changing.generated[number % len(changing.circle)][string] for number in states]
+        elif kind == "picture":
+            to_networkx([text])
+        elif kind == "pinned":
+            text.pin().release()
+        else:
+            lm.clear()
+        return kind
+
+    def work(idx):
+        rng = random.Random(idx)
+        while time.monotonic() < until:
+            if idx == 0:
+                changing.change()
+                time.sleep(rng.choice([0, 0.02, 0.2, 0.5]))
+            else:
+                try:
+                    outcomes[use(rng, rng.choice(changing.strings), changing.num_done)] += 1
+                except StaleRepresentationError:
+                    outcomes["stale"] += 1
+
+    in_threads(4, work)
+    assert set(outcomes) - {"stale", "cleared"}, outcomes
+    for _ in changing.circle:
+        for used in (lm, LM(changing.model, tokenizer, **options)):
+            for string in changing.strings:
+                expected = changing.logits[changing.num_done % len(changing.circle)][string]
+                torch.testing.assert_close(Text(string, used).logits, expected, rtol=0, atol=ATOL)
+        changing.change()
+
+
+@pytest.mark.parametrize("store", [None, MemoryStore])
+@pytest.mark.parametrize("forward", [1, 2, 3])
+def test_what_was_computed_while_weights_changed_is_not_kept(forward, store, tokenizer, monkeypatch):
+    """Not even where they change back so that nothing shows it later: through `.data`."""
+    model = FAMILIES["gpt2"]()
+    store = store() if store is not None else None
+    lm = LM(model, tokenizer, max_tokens_per_forward=16, store=store)
+    text = Text("Question: What is 12 + 34? The cat sat on the mat, and sat.", lm)
+    evaluate(Text("Probe.", lm))
+    assert len(text.tokens) > 32
+    weight, calls, original = model.transformer.h[1].mlp.c_fc.weight, [], GPT2Model.forward
+    own = weight.data
+
+    def change_meanwhile(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == forward:
+            weight.data = own * 2
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT2Model, "forward", change_meanwhile)
+        with pytest.raises(StaleRepresentationError, match="while they were used"):
+            evaluate(text)
+    assert lm.stats.bytes_held == 0
+    weight.data = own
+    assert_equals_plain(model, [text])
+    assert_equals_plain(model, [Text(text.string, LM(model, tokenizer, store=store))])
+
+
+def test_a_token_that_was_chosen_while_weights_changed_is_none(model, tokenizer, monkeypatch):
+    lm = LM(model, tokenizer)
+    stream = Text("The cat", lm).stream(max_new_tokens=8)
+    next(stream)
+    before = stream.text.completion_tokens
+    logits = Executor.logits
+
+    def change_meanwhile(self, hidden):
+        found = logits(self, hidden)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-1)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Executor, "logits", change_meanwhile)
+        with pytest.raises(StaleRepresentationError, match="while they were used"):
+            stream._run.step()
+    assert stream.text.completion_tokens == before
+    with pytest.raises(StaleRepresentationError, match="since this continuation was begun"):
+        stream._run.step()
+    assert lm.stats.bytes_held == 0
+
+
+@pytest.mark.parametrize("use", [lambda lm: lm.fingerprint, LM.refresh])
+def test_a_hash_of_weights_that_changed_meanwhile_is_none(use, model, tokenizer, monkeypatch):
+    lm = LM(model, tokenizer)
+
+    def change_meanwhile(model):
+        found = content_hash(model)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm_module, "content_hash", change_meanwhile)
+        with pytest.raises(StaleRepresentationError, match="while they were hashed"):
+            use(lm)
+    assert lm.fingerprint == LM(model, tokenizer).fingerprint
+
+
+def test_weights_that_change_while_an_lm_is_made_are_noticed(model, tokenizer, monkeypatch):
+    original = Executor.__init__
+
+    def change_then(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Executor, "__init__", change_then)
+        lm = LM(model, tokenizer, pack_weights=True)
+    assert_equals_plain(model, [Text("The cat", lm)])
 
 
 def test_an_equal_text_may_go_while_another_one_is_evaluated(tokenizer, monkeypatch):

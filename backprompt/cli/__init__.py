@@ -3,8 +3,11 @@
 __init__.py    commands, errors in one line, exit codes
 arguments.py   what several commands have in common
 rows.py        JSONL and CSV, in and out
+wording.py     the library's errors, in terms of options
 stream.py      jobs over rows, a slice at a time, which can go on after an interruption
 score.py, generate.py, stores.py, demo.py    a command each
+
+Nothing here imports torch until a command runs: `--help`, and what is wrong with options, need not wait for it.
 """
 
 from __future__ import annotations
@@ -14,17 +17,19 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-import transformers
-
+from backprompt import __version__
+from backprompt._visible import visible
 from backprompt.cli import demo, generate, reports, score, stores
 from backprompt.cli.arguments import say
-from backprompt.errors import BackpromptError
-from backprompt.progress import showing
+from backprompt.cli.wording import in_options
+from backprompt.errors import BackpromptError, CommandError
+from backprompt.progress import Bar, is_terminal, showing
 
 OK, CHECK_FAILED, BAD_INPUT, FAILED, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
 
@@ -48,13 +53,17 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command, and return its exit code."""
-    arguments = _parser().parse_args(argv)
-    if sys.stdout is None and getattr(arguments, "output", "-") == "-":
-        say("error: standard output is closed. Send it somewhere, /dev/null if it is not needed.")
-        return BAD_INPUT
+    """Run a command, and return its exit code.
+
+    Without `argv` it is the program itself: an interrupt then ends the process as the signal does.
+    """
+    arguments = argparse.Namespace()
     try:
-        with _messages(arguments.verbose, has_bars=not arguments.no_progress and sys.stderr.isatty()):
+        _parser().parse_args(argv, arguments)
+        if sys.stdout is None and getattr(arguments, "output", "-") == "-":
+            say("error: standard output is closed. Send it somewhere, /dev/null if it is not needed.")
+            return BAD_INPUT
+        with _messages(arguments.verbose, has_bars=not arguments.no_progress and is_terminal()):
             code: int = arguments.run(arguments)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -62,10 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumable = getattr(arguments, "output", "-") != "-" and hasattr(arguments, "resume")
         say(f"interrupted{'; go on with --resume' if resumable else ''}")
+        if argv is None:
+            _end_by_interrupt()
         return INTERRUPTED
     except Exception as error:
         if _is_closed_pipe(error):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing it at exit says nothing
+            if sys.stdout is not None:  # so that flushing it at exit says nothing
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return CLOSED
         if arguments.traceback:
             raise
@@ -79,7 +91,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say it, and leave."""
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message} ({self.prog} --help says more)\n")
+        self.exit(BAD_INPUT, f"{self.prog}: error: {visible(message)} ({self.prog} --help says more)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,17 +102,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"backprompt {_version()}")
+    parser.add_argument("--version", action="version", version=f"backprompt {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (demo, score, generate, reports, stores):
         command.add(commands)
     return parser
 
 
-def _version() -> str:
-    from backprompt import __version__  # the package imports nothing of this folder, but may not be complete yet
+def _end_by_interrupt() -> None:
+    """End the process by the signal itself, which shells show as 130.
 
-    return __version__
+    A shell goes on with its loop behind a program that catches the interrupt and only exits with 130.
+    """
+    if os.name != "posix":
+        return
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError):  # who read it has gone, too
+            sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -109,6 +129,8 @@ def _messages(verbose: int, *, has_bars: bool) -> Iterator[None]:
 
     Warnings always; with -v what is done; with -vv all. Those of transformers from -v on.
     """
+    import transformers
+
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logger, handler = logging.getLogger("backprompt"), _Lines()
     before = (logger.level, transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
@@ -135,13 +157,14 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message."""
-        from tqdm import tqdm
-
-        tqdm.write(f"backprompt: {record.levelname.lower()}: {' '.join(record.getMessage().split())}", file=sys.stderr)
+        if sys.stderr is not None:
+            message = " ".join(record.getMessage().split())
+            Bar.write(f"backprompt: {record.levelname.lower()}: {visible(message)}", file=sys.stderr)
 
 
 def _in_a_line(error: BaseException, *, with_kind: bool) -> str:
-    message = " ".join(str(error).split())
+    said = str(error) if isinstance(error, CommandError) else in_options(str(error))
+    message = " ".join(said.split())
     if not with_kind:
         return message
     named = f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
+import stat
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm import tqdm
-
-from backprompt.cli.rows import FORMATS, PIPE, Input, Row, check_is_there, format_of
+import backprompt
+from backprompt._visible import visible
+from backprompt.cli.rows import FORMATS, PIPE, Input, Row, check_is_there, decoded, format_of
 from backprompt.errors import CommandError
-from backprompt.lm import LM, load
-from backprompt.memory import parse_bytes
+from backprompt.progress import Bar, is_terminal
 from backprompt.text import Text
 from backprompt.tokens import JOINS
+
+if TYPE_CHECKING:
+    from backprompt.lm import LM
 
 _HELP_WIDTH = 100
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
@@ -95,6 +98,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = 
 
 def check_model_arguments(arguments: argparse.Namespace) -> None:
     """Raise for what can be seen to be wrong without loading a model."""
+    import torch
+
+    from backprompt.memory import parse_bytes
+    from backprompt.store.paths import check_folder
+
     if arguments.memory is not None:
         parse_bytes(arguments.memory, "--memory")
     if arguments.device is not None:
@@ -105,23 +113,38 @@ def check_model_arguments(arguments: argparse.Namespace) -> None:
             raise CommandError(
                 f"--device {arguments.device}: {reason}. Leave it out for a device that is there."
             ) from error
-    if arguments.store is not None and os.path.exists(arguments.store) and not os.path.isdir(arguments.store):
-        raise CommandError(f"--store {arguments.store} is a file. Name a folder, which is made if it is not there.")
+    if arguments.store is not None:
+        try:
+            check_folder(arguments.store)
+        except OSError as error:
+            raise CommandError(f"--store: {error}") from error
 
 
 def check_output(arguments: argparse.Namespace) -> None:
     """Raise for an output that cannot be written to, or that is one of the files that are read."""
     path = arguments.output
+    written = _status(path, sys.stdout)
+    for name, what in (("input", "the input"), ("completions", "--completions"), ("prior", "--prior")):
+        given = getattr(arguments, name, None)
+        read = None if given is None else _status(given, sys.stdin)
+        if written is not None and read is not None and os.path.samestat(written, read):
+            output = "standard output" if path == PIPE else path
+            raise CommandError(f"{output} is {what}. Give the output another name.")
     if path == PIPE:
         return
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise CommandError(f"{path} cannot be written to: there is no folder {os.path.dirname(path)}.")
     if os.path.isdir(path):
         raise CommandError(f"{path} is a folder. Give the output the name of a file.")
-    for name, what in (("input", "the input"), ("completions", "--completions"), ("prior", "--prior")):
-        given = getattr(arguments, name, None) or PIPE
-        if given != PIPE and os.path.exists(given) and os.path.exists(path) and os.path.samefile(path, given):
-            raise CommandError(f"{path} is {what}. Give the output another name.")
+
+
+def _status(path: str, pipe: Any) -> os.stat_result | None:
+    """Return what tells a regular file from others, behind links and pipes, too; None for what is none."""
+    try:
+        status = os.fstat(pipe.fileno()) if path == PIPE else os.stat(path)
+    except (AttributeError, OSError, ValueError):  # a pipe that is closed, or is an object of Python's
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -131,8 +154,10 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def load_model(arguments: argparse.Namespace) -> LM:
     """Return the model that the arguments ask for."""
+    import torch
+
     dtype = arguments.dtype
-    return load(
+    return backprompt.load(
         arguments.model,
         device=arguments.device,
         dtype=dtype if dtype in (None, "auto") else getattr(torch, dtype),
@@ -166,7 +191,10 @@ def read_completions(path: str) -> list[str]:
         return [line for line in re.split(r"\r?\n", text) if line.strip()]
     try:
         found = json.loads(text)
-    except ValueError as error:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(f"{path} holds half of a surrogate pair, which is no character.") from error
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"{path} is not JSON: {error}.") from error
     if not isinstance(found, list) or not all(isinstance(completion, str) for completion in found):
         raise CommandError(f"{path} must be a JSON list of strings.")
@@ -181,11 +209,9 @@ def read_text(path: str) -> str:
 
     """
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return decoded(Path(path).read_bytes(), path)
     except OSError as error:
         raise CommandError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{path} is not UTF-8.") from error
 
 
 def finite(given: str) -> float:
@@ -197,13 +223,15 @@ def finite(given: str) -> float:
 
 
 def say(message: str) -> None:
-    """Print a message to standard error."""
-    print(f"backprompt: {message}", file=sys.stderr)
+    """Print a message to standard error, fit for a terminal; if that is closed nobody wants to know."""
+    if sys.stderr is not None:
+        with contextlib.suppress(BrokenPipeError):
+            print(f"backprompt: {visible(message)}", file=sys.stderr)
 
 
 def shows_progress(arguments: argparse.Namespace) -> bool | None:
     """Return what functions take as `show_progress_bar`: their default where standard error is a terminal."""
-    return None if sys.stderr.isatty() and not arguments.no_progress else False
+    return None if is_terminal() and not arguments.no_progress else False
 
 
 def progress(
@@ -211,4 +239,4 @@ def progress(
 ) -> Any:
     """Return a bar over prompts, on standard error."""
     is_shown = shows_progress(arguments) is not False
-    return tqdm(rows, total=total, initial=initial, unit=" prompts", disable=not is_shown)
+    return Bar(rows, total=total, initial=initial, unit=" prompts", disable=not is_shown)

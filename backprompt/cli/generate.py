@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backprompt._generate import GeneratedText
-from backprompt._generate import generate as generate_all
+import backprompt
 from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments, finite
-from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
-from backprompt.decoding import SAMPLING_FIELDS
+from backprompt.cli.stream import Compute, Job, add_output_arguments, not_negative, positive, stream
 from backprompt.errors import CommandError
-from backprompt.lm import LM
 from backprompt.text import Text
 
-_OWN_OPTIONS = ("max_new_tokens", "n", "stop", "seed")
+if TYPE_CHECKING:
+    from backprompt._generate import GeneratedText
+    from backprompt.lm import LM
+
+_OWN_OPTIONS = ("max_new_tokens", "n", "stop", "include_stop", "seed")
 NEW_FIELDS = ("completion", "finish_reason", "num_new_tokens", "logprob")
 
 
@@ -32,7 +34,7 @@ def add(commands: Any) -> None:
         and all prompts of a slice run together.
 
         Each row of the input becomes one of the output, or N rows with --n, with the fields "completion",
-        "finish_reason" ("eos", "stop", "length"), "num_new_tokens" and "logprob" (of the completion, nats); with --n
+        "finish_reason" ("eos", "stop", "length"), "num_new_tokens" and "logprob" (of these tokens, nats); with --n
         also "sample", from 0 on. A sample depends on the seed, the prompt and its number, not on other rows; so equal
         prompts have equal samples.""",
         run=run,
@@ -51,9 +53,11 @@ def add(commands: Any) -> None:
         action="append",
         type=_unescaped,
         metavar="TEXT",
-        help="end behind this; may be given more than once; \\n, \\t and \\\\ mean what they mean in C",
+        help="end before this when it is generated, and leave it out; may be given more than once; "
+        "\\n, \\t and \\\\ mean what they mean in C",
     )
-    group.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
+    group.add_argument("--include-stop", action="store_true", help="keep what --stop names")
+    group.add_argument("--seed", type=not_negative, help="of sampling (default: another one each time)")
     group.add_argument("--do-sample", action="store_true", default=None, help="sample; so do the next three")
     group.add_argument("--temperature", type=finite)
     group.add_argument("--top-p", type=finite)
@@ -72,6 +76,9 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue all of the input."""
+    from backprompt.generation_options import SAMPLING_FIELDS
+    from backprompt.stops import StopStrings
+
     named = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
     config = {name: value for name, value in named.items() if value is not None}
     for name, value in arguments.option:
@@ -79,24 +86,24 @@ def run(arguments: argparse.Namespace) -> int:
             own = f"--{name.replace('_', '-')}"
             raise CommandError(f"--option {name}: generate has {own} for that. Give it once, as {own}.")
         config[name] = value
-    if (arguments.n or 1) > 1 and not any(config.get(name) for name in ("do_sample", *SAMPLING_FIELDS)):
+    if (arguments.n or 1) > 1 and not any(config.get(name) for name in ("do_sample", "num_beams", *SAMPLING_FIELDS)):
         raise CommandError(
             f"Greedy decoding gives one continuation, not {arguments.n}. Ask for sampling: --do-sample, --temperature."
         )
     seed = secrets.randbits(63) if arguments.seed is None else arguments.seed  # one for all slices
 
     def computed_with(lm: LM) -> Compute:
-        lm.decoding(
-            max_new_tokens=arguments.max_new_tokens, stop=arguments.stop, seed=seed, given=config
-        )  # checks them
+        stops = StopStrings(arguments.stop, lm.tokenizer, include_stop=arguments.include_stop)
+        lm.decoding(max_new_tokens=arguments.max_new_tokens, stops=stops, seed=seed, given=config)  # checks them
 
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
             distinct = {prompt.tokens: prompt for prompt in prompts}  # samples must not depend on how slices are cut
-            found = generate_all(
+            found = backprompt.generate(
                 distinct.values(),
                 max_new_tokens=arguments.max_new_tokens,
                 n=arguments.n or 1,
                 stop=arguments.stop,
+                include_stop=arguments.include_stop,
                 seed=seed,
                 show_progress_bar=False,
                 **config,
@@ -110,17 +117,18 @@ def run(arguments: argparse.Namespace) -> int:
         return compute
 
     new_fields = NEW_FIELDS if arguments.n is None else (*NEW_FIELDS, "sample")
-    compared = {name: getattr(arguments, name) for name in ("max_new_tokens", "n", "stop", "seed", *named)}
+    compared = {name: getattr(arguments, name) for name in (*_OWN_OPTIONS, *named)}
     compared["option"] = dict(arguments.option)
     return stream(arguments, Job(new_fields, computed_with, compared, rows_per_prompt=arguments.n or 1))
 
 
 def _result(text: GeneratedText, sample_idx: int, num_samples: int | None) -> dict[str, Any]:
+    logprob = float(text.completion_logprobs.double().sum())
     fields = {
         "completion": text.completion,
         "finish_reason": text.finish_reason,
         "num_new_tokens": len(text.completion_tokens),
-        "logprob": float(text.completion_logprobs.double().sum()),
+        "logprob": logprob if math.isfinite(logprob) else None,  # JSON has no -inf
     }
     return fields if num_samples is None else {**fields, "sample": sample_idx}
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backprompt._draw import draw
-from backprompt._explain import explain
-from backprompt._verify import verify
+import backprompt
 from backprompt.cli.arguments import (
     add_command,
     add_input_arguments,
@@ -23,11 +20,13 @@ from backprompt.cli.arguments import (
     read_input,
     shows_progress,
 )
-from backprompt.cli.rows import PIPE, Row
+from backprompt.cli.rows import PIPE, Row, as_json
 from backprompt.cli.stream import positive
 from backprompt.errors import CommandError
-from backprompt.lm import LM
 from backprompt.text import Text
+
+if TYPE_CHECKING:
+    from backprompt.lm import LM
 
 PICTURES = ("svg", "png", "pdf", "gv", "dot")
 
@@ -151,9 +150,9 @@ def run_explain(arguments: argparse.Namespace) -> int:
     """Print the account."""
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
-    explained = explain(make_texts(rows, completions, lm), analyze=arguments.is_run)
+    explained = backprompt.explain(make_texts(rows, completions, lm), analyze=arguments.is_run)
     if arguments.json:
-        print(json.dumps(explained.to_dict(), ensure_ascii=False))
+        print(as_json(explained.to_dict()))
     else:
         explained.show()
     return 0
@@ -173,7 +172,7 @@ def run_draw(arguments: argparse.Namespace) -> int:
     texts = make_texts(rows, completions, lm)
     if lm is not None and arguments.is_run:
         lm.evaluate(texts)
-    drawing = draw(texts, max_children=arguments.max_children)
+    drawing = backprompt.draw(texts, max_children=arguments.max_children)
     data = drawing.source.encode() if format in ("gv", "dot") else drawing.pipe(format)
     assert isinstance(data, bytes)
     if arguments.output == PIPE:
@@ -188,12 +187,12 @@ def run_verify(arguments: argparse.Namespace) -> int:
     """Print how far the numbers lie from plain calls."""
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
-    found = verify(
+    found = backprompt.verify(
         make_texts(rows, completions, lm),
         sample=arguments.sample,
         seed=arguments.seed,
         tolerance=arguments.tolerance,
         show_progress_bar=shows_progress(arguments),
     )
-    print(json.dumps(found.to_dict(), ensure_ascii=False) if arguments.json else found)
+    print(as_json(found.to_dict(), allow_nan=True) if arguments.json else found)
     return 1 if arguments.fail_on_drift and not found.passed else 0

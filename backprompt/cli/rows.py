@@ -1,8 +1,9 @@
 """Rows: prompts in, results out, as JSONL or CSV, through files or pipes.
 
 A row of input is a prompt and whatever else its line holds; what else it holds passes through to the output, so that
-rows can be told apart there. Output is written in the order of the input, and only ever appended to. So what a process
-that was killed has left is a beginning of the whole, but perhaps for its last row, and another one goes on behind it.
+rows can be told apart there: from JSONL to JSONL as it is written, numbers to the last digit. Output is written in the
+order of the input, and only ever appended to. So what a process that was killed has left is a beginning of the whole,
+but perhaps for its last row, and another one goes on behind it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ import csv
 import io
 import itertools
 import json
+import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
+from backprompt._visible import visible_json
 from backprompt.errors import CommandError
+
+logger = logging.getLogger(__name__)
 
 Format: TypeAlias = Literal["jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("jsonl", "csv")
@@ -29,6 +35,10 @@ PROMPT_FIELDS = ("prompt", "prompts", "parts")
 """Where a prompt is looked for if no field is named: a string, or a list of strings that `+` joins."""
 
 _MAX_CSV_FIELD = 2**31 - 1  # csv's own limit is 131,072 characters
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# What spreadsheets take for the beginning of a formula; the last four are of full width.
+_FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,14 @@ class Row:
         where: it stands, for messages.
         parts: of the prompt, to be joined with `+`.
         fields: all that the row holds, the prompt included.
+        source: the fields as the input has them, a JSON object; None for other input.
 
     """
 
     where: str
     parts: tuple[str, ...]
     fields: Mapping[str, Any]
+    source: str | None = None
 
 
 def check_is_there(path: str) -> None:
@@ -126,14 +138,13 @@ class Input:
     def _json_rows(self, file: BinaryIO) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
             where = f"line {number} of {self.name}"
-            try:
-                string = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise CommandError(f"{where} is not UTF-8.") from error
+            string = decoded(line, where, may_have_mark=number == 1)
             if not string.strip():
                 continue
             try:
-                value = json.loads(string, parse_constant=_finite, parse_float=_finite)
+                value = json.loads(
+                    string, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_without_repeats
+                )
                 if "\\u" in string:
                     json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
@@ -142,15 +153,15 @@ class Input:
                 raise CommandError(f"{where} is not JSON: {error.msg} (column {error.colno}).") from error
             except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
                 raise CommandError(f"{where} is no JSON that can be read: {error}.") from error
+            source = string.strip() if isinstance(value, dict) else None
             fields = {self.field or PROMPT_FIELDS[0]: value} if isinstance(value, str) else value
             if not isinstance(fields, dict):
                 raise CommandError(f"{where} is neither a JSON object nor a JSON string, but {shown(value)}.")
-            yield Row(where, self._parts(fields, where), fields)
+            yield Row(where, self._parts(fields, where), fields, source)
 
     def _csv_rows(self, file: BinaryIO) -> Iterator[Row]:
         csv.field_size_limit(_MAX_CSV_FIELD)
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.reader(text, strict=True)
+        reader = csv.reader(self._csv_lines(file), strict=True)
         try:
             names = next(reader, [])
             repeated = [name for idx, name in enumerate(names) if name in names[:idx]]
@@ -168,10 +179,12 @@ class Input:
                 yield Row(where, self._parts(fields, where), fields)
         except csv.Error as error:
             raise CommandError(f"line {reader.line_num} of {self.name} is not CSV: {error}.") from error
-        except UnicodeDecodeError as error:
-            raise CommandError(f"{self.name} is not UTF-8, somewhere behind line {reader.line_num}.") from error
-        finally:
-            text.detach()  # else it would close the file
+
+    def _csv_lines(self, file: BinaryIO) -> Iterator[str]:
+        r"""Yield lines with their ends, which are \n, \r\n or \r."""
+        for number, line in enumerate(file, 1):
+            text = decoded(line, f"line {number} of {self.name}", may_have_mark=number == 1)
+            yield from re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text)
 
     def _parts(self, fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
         candidates = PROMPT_FIELDS if self.field is None else (self.field,)
@@ -191,6 +204,27 @@ class Input:
         if not any(parts):
             raise CommandError(f"{where}: {found[0]!r} is empty.")
         return tuple(parts)
+
+
+def decoded(data: bytes, where: str, *, may_have_mark: bool = True) -> str:
+    """Return text from UTF-8, without the byte-order mark that it may begin with.
+
+    Raises:
+        CommandError: it is something else, or holds NUL, which only other encodings of text have.
+
+    """
+    try:
+        text = data.decode("utf-8-sig" if may_have_mark else "utf-8")
+    except UnicodeDecodeError as error:
+        is_utf_16 = data[:2] in _UTF_16 or b"\0" in data
+        hint = " It looks like UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8." if is_utf_16 else ""
+        raise CommandError(f"{where} is not UTF-8.{hint}") from error
+    if "\0" in text:
+        raise CommandError(
+            f"{where} holds NUL bytes. If it is UTF-16, convert it, as with iconv -f UTF-16LE -t UTF-8; JSON writes "
+            "the character NUL as \\u0000."
+        )
+    return text
 
 
 def checked(rows: Iterable[Row], new_fields: Sequence[str], output_format: Format) -> Iterator[Row]:
@@ -219,16 +253,27 @@ class Output:
         format: of its rows.
         new_fields: what results add to a row's own fields.
         rows_per_prompt: how many rows each row of input becomes.
+        escapes_formulas: CSV: put ' before cells that spreadsheets would run.
 
     """
 
-    def __init__(self, path: str, format: Format, new_fields: Sequence[str], rows_per_prompt: int = 1) -> None:
+    def __init__(
+        self,
+        path: str,
+        format: Format,
+        new_fields: Sequence[str],
+        rows_per_prompt: int = 1,
+        *,
+        escapes_formulas: bool = False,
+    ) -> None:
         self.path = path
         self.format = format
         self._new_fields = tuple(new_fields)
         self._rows_per_prompt = rows_per_prompt
+        self._cell = _escaped_cell if escapes_formulas else _cell
         self._columns: list[str] | None = None
         self._file: BinaryIO | None = None
+        self._claimed: BinaryIO | None = None
         self._num_kept_bytes = 0
         self._tail = b""
 
@@ -307,11 +352,10 @@ class Output:
     def _beginning(self, row: Row) -> bytes:
         """Return what is written next, up to the first result: the header of CSV, if there is none yet, or the row."""
         if self.format == "jsonl":
-            line = json.dumps({**row.fields, self._new_fields[0]: 0}, ensure_ascii=False)
-            return line.removesuffix("0}").encode()
+            return _json_row(row, {self._new_fields[0]: 0}).removesuffix("0}").encode()
         if self._columns is None:
             return _csv_line([*row.fields, *self._new_fields]).encode()
-        own = [_cell(row.fields.get(name, "")) for name in self._columns if name not in self._new_fields]
+        own = [self._cell(row.fields.get(name, "")) for name in self._columns if name not in self._new_fields]
         return _csv_line([*own, "0"]).removesuffix("0\n").encode()
 
     def _check_alike(self, written: _Written, row: Row, check: Callable[[Mapping[str, Any]], str | None]) -> None:
@@ -319,7 +363,7 @@ class Output:
         own = {name: value for name, value in written.fields.items() if name not in self._new_fields}
         fields: Mapping[str, Any] = row.fields
         if self.format == "csv":
-            fields = {name: _cell(row.fields.get(name, "")) for name in own}
+            fields = {name: self._cell(row.fields.get(name, "")) for name in own}
         new = {name: value for name, value in written.fields.items() if name in self._new_fields}
         has_names = has_names or list(written.fields) == [*row.fields, *self._new_fields]
         if not has_names or json.dumps(own) != json.dumps(fields):
@@ -361,26 +405,47 @@ class Output:
                 yield _Written(idx, fields, stop_byte)
                 idx += 1
 
-    def open(self) -> None:
-        """Open the file; what it holds stays until `cut_off`.
+    def claim(self) -> None:
+        """Keep other processes from writing to a file that is there, until `close`.
 
         Raises:
-            CommandError: it cannot be written to.
+            CommandError: one writes to it; or it cannot be read.
+
+        """
+        try:
+            self._claimed = open(self.path, "rb")  # noqa: SIM115  # `close` closes it
+        except OSError as error:
+            raise CommandError(f"{self.path} cannot be read: {error.strerror}.") from error
+        _lock(self._claimed, self.path)
+
+    def open(self) -> None:
+        """Open the file; what it holds stays until `cut_off`. One that was not there before is claimed.
+
+        Raises:
+            CommandError: it cannot be written to, or is there by now.
 
         """
         if self.path == PIPE:
             self._file = sys.stdout.buffer
             return
+        is_new = self._claimed is None and (os.path.isfile(self.path) or not os.path.exists(self.path))
         try:
-            self._file = open(self.path, "ab")  # noqa: SIM115  # `close` closes it
+            self._file = open(os.path.realpath(self.path), "xb" if is_new else "ab")  # noqa: SIM115  # see `close`
+        except FileExistsError as error:
+            raise CommandError(
+                f"{self.path} was not there, and is by now: another process writes to it. Give the output another name."
+            ) from error
         except OSError as error:
             raise CommandError(f"{self.path} cannot be written to: {error.strerror}.") from error
+        if is_new:
+            _lock(self._file, self.path)
 
     def write(self, row: Row, results: Iterable[Mapping[str, Any]]) -> None:
         """Append a row for each result of a row of input."""
         assert self._file is not None
+        header = self._header(row)
         try:
-            text = "".join(self._lines(row, results))
+            text = header + "".join(self._lines(row, results))
         except ValueError as error:
             raise CommandError(f"{row.where}: a result is no finite number, which JSON has no word for.") from error
         self._file.write(text.encode())
@@ -397,24 +462,32 @@ class Output:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None and self.path != PIPE:
-            self._file.close()
+        """Close the file, and let others write to it."""
+        try:
+            if self._file is not None and self.path != PIPE:
+                self._file.close()
+        finally:
+            if self._claimed is not None:
+                self._claimed.close()
 
     def _lines(self, row: Row, results: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-        if self.format == "csv" and self._columns is None:
-            self._columns = self._columns_for(row)
-            yield _csv_line(self._columns)
         for result in results:
             fields = {**row.fields, **result}
             if self.format == "jsonl":
-                yield json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+                yield _json_row(row, result) + "\n"
             else:
                 assert self._columns is not None
-                yield _csv_line([_cell(fields.get(name, "")) for name in self._columns])
+                yield _csv_line([self._cell(fields.get(name, "")) for name in self._columns])
 
-    def _columns_for(self, row: Row) -> list[str]:
-        return [*row.fields, *self._new_fields] if self._columns is None else self._columns
+    def _header(self, row: Row) -> str:
+        """Return the header of CSV, from the first row that is written; nothing where there is one already."""
+        if self.format == "jsonl" or self._columns is not None:
+            return ""
+        self._columns = [*row.fields, *self._new_fields]
+        formula = next((name for name in self._columns if self._cell(name) != name), None)
+        if formula is not None:
+            raise CommandError(f"{row.where} has a column {formula!r}, which is taken for a formula. Rename it.")
+        return _csv_line(self._columns)
 
 
 @dataclass(frozen=True)
@@ -464,7 +537,63 @@ def _cell(value: Any) -> str:
     """Return a value as CSV has it: a string as it is, nothing for None, all else as JSON."""
     if isinstance(value, str):
         return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return "" if value is None else as_json(value)
+
+
+def _escaped_cell(value: Any) -> str:
+    """Return the same, with ' before what spreadsheets take for a formula; a number is none."""
+    cell = _cell(value)
+    return f"'{cell}" if _FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell
+
+
+def _json_row(row: Row, new: Mapping[str, Any]) -> str:
+    """Return a row with new fields as one JSON object: what is the input's own as it is written there."""
+    own = as_json(row.fields) if row.source is None else visible_json(row.source)
+    members = [object[1:-1].strip() for object in (own, as_json(new))]
+    return f"{{{', '.join(filter(None, members))}}}"
+
+
+def as_json(value: Any, *, allow_nan: bool = False) -> str:
+    """Return a value as JSON that terminals can show: other alphabets as they are, control characters escaped.
+
+    Raises:
+        ValueError: it holds a number that is not finite, which JSON has no word for.
+
+    """
+    return visible_json(json.dumps(value, ensure_ascii=False, allow_nan=allow_nan))
+
+
+def _lock(file: BinaryIO, name: str) -> None:
+    """Keep other processes of this program from writing to a file until it is closed, where the system can.
+
+    The system lets go of the lock when the process ends, however it does.
+
+    Raises:
+        CommandError: another one writes to it.
+
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CommandError(
+            f"{name} is being written to by another process. Wait for it, or give the output another name."
+        ) from error
+    except OSError as error:  # some network file systems have no locks
+        logger.debug("%s cannot be locked: %s", name, error)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object: what `json.loads` calls, which would keep the last of two values silently."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for idx, name in enumerate(names) if name in names[:idx])
+        raise ValueError(f"an object has two fields called {repeated!r}")
+    return fields
 
 
 def _finite(number: str) -> float:
@@ -477,7 +606,7 @@ def _finite(number: str) -> float:
 
 def shown(value: Any) -> str:
     """Return a value as JSON, the beginning of it if it is long."""
-    string = json.dumps(value, ensure_ascii=False)
+    string = as_json(value)
     return string if len(string) <= 40 else f"{string[:37]}..."
 
 

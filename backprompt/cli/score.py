@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backprompt.classify import AGGREGATES, Example, predict_proba
+import backprompt
 from backprompt.cli.arguments import (
     add_command,
     add_input_arguments,
@@ -18,9 +18,16 @@ from backprompt.cli.arguments import (
 )
 from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
 from backprompt.errors import CommandError
-from backprompt.lm import LM
 from backprompt.text import Text
 
+if TYPE_CHECKING:
+    from backprompt.completions import EndOfPrompt
+    from backprompt.lm import LM
+
+AGGREGATES = ("mean", "sum")
+"""Those of `backprompt.classify`, which imports torch."""
+
+ENDS_OF_PROMPT: dict[str, EndOfPrompt] = {"auto": "auto", "space": " ", "nothing": ""}
 NEW_FIELDS = ("prediction", "probability", "probabilities")
 
 
@@ -71,9 +78,10 @@ def add(commands: Any) -> None:
     )
     group.add_argument(
         "--end-of-prompt",
-        choices=("space", "nothing"),
-        default="space",
-        help="what stands between prompt and completion (default: %(default)s)",
+        choices=tuple(ENDS_OF_PROMPT),
+        default="auto",
+        help="what stands between prompt and completion; auto: a space where neither has one, nothing behind white "
+        "space and special tokens (default: %(default)s)",
     )
     add_output_arguments(parser)
     add_model_arguments(parser)
@@ -85,9 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "prior": None if arguments.prior is None else _prior(arguments.prior),
         "normalize": not arguments.no_normalize,
-        "end_of_prompt": " " if arguments.end_of_prompt == "space" else "",
+        "end_of_prompt": ENDS_OF_PROMPT[arguments.end_of_prompt],
     }
-    Example("checks what can be checked without a model", completions, **options)
+    backprompt.classify.Example("checks what can be checked without a model", completions, **options)
     options |= {
         "aggregate": arguments.aggregate,
         "discount_completions": arguments.discount_completions,
@@ -97,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def computed_with(lm: LM) -> Compute:
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
-            found = predict_proba(prompts, completions, lm, show_progress_bar=False, **options)
+            found = backprompt.classify.predict_proba(prompts, completions, lm, show_progress_bar=False, **options)
             return [[_result(completions, probabilities.tolist(), num_kept)] for probabilities in found]
 
         return compute

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import backprompt
+from backprompt._visible import visible
 from backprompt.cli.arguments import add_command, shows_progress
-from backprompt.cli.rows import counted
+from backprompt.cli.rows import as_json, counted
 from backprompt.errors import CommandError
-from backprompt.memory import parse_bytes
-from backprompt.store import DiskStore
-from backprompt.store.base import Header
+
+if TYPE_CHECKING:
+    from backprompt.store import DiskStore
+    from backprompt.store.base import Header
 
 _SHOWN_CHARACTERS = 60
 
@@ -75,14 +76,14 @@ def _add(parts: Any, name: str, summary: str, run: Any, example: str) -> argpars
 def run_list(arguments: argparse.Namespace) -> int:
     """Print the entries."""
     with _opened(arguments) as store:
-        _print_headers(store.list(arguments.prefix), as_json=arguments.json)
+        _print_headers(store.list(arguments.prefix), is_json=arguments.json)
     return 0
 
 
 def run_find(arguments: argparse.Namespace) -> int:
     """Print the entries whose text begins so."""
     with _opened(arguments) as store:
-        return 0 if _print_headers(store.list(arguments.prefix), as_json=arguments.json) else 1
+        return 0 if _print_headers(store.list(arguments.prefix), is_json=arguments.json) else 1
 
 
 def run_stat(arguments: argparse.Namespace) -> int:
@@ -90,7 +91,7 @@ def run_stat(arguments: argparse.Namespace) -> int:
     with _opened(arguments) as store:
         stats = store.stats()
     if arguments.json:
-        print(json.dumps({**vars(stats), "path": str(store.path), "is_writable": store.is_writable}))
+        print(as_json({**vars(stats), "path": str(store.path), "is_writable": store.is_writable}))
         return 0
     print(f"entries          {stats.num_entries:,}")
     print(f"tokens           {stats.num_tokens:,}")
@@ -105,10 +106,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
         num_entries = store.stats().num_entries
         damaged = store.verify(show_progress_bar=shows_progress(arguments))
     if arguments.json:
-        print(json.dumps({"num_entries": num_entries, "damaged": list(damaged)}))
+        print(as_json({"num_entries": num_entries, "damaged": list(damaged)}))
     else:
         for name in damaged:
-            print(name)
+            print(visible(name))
         sound = counted(num_entries - len(damaged), "entry is", "entries are")
         print(f"{sound} sound, {len(damaged):,} damaged.", file=sys.stderr)
     return 1 if damaged else 0
@@ -116,6 +117,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_prune(arguments: argparse.Namespace) -> int:
     """Delete entries, and say how many."""
+    from backprompt.memory import parse_bytes
+
     size = arguments.size
     max_bytes = parse_bytes(int(size) if size.isdecimal() else size, "SIZE")
     with _opened(arguments) as store:
@@ -124,7 +127,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
         deleted = store.prune(max_bytes, show_progress_bar=shows_progress(arguments))
         stats = store.stats()
     if arguments.json:
-        print(json.dumps({"deleted": list(deleted), **vars(stats)}))
+        print(as_json({"deleted": list(deleted), **vars(stats)}))
     else:
         gone, left = counted(len(deleted), "entry", "entries"), counted(stats.num_entries, "is", "are")
         print(f"{gone} deleted; {left} left, of {stats.num_bytes:,} bytes.")
@@ -133,17 +136,22 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 def _opened(arguments: argparse.Namespace) -> DiskStore:
     """Open a store that is there: a folder that is none must not become one by looking into it."""
-    path = Path(arguments.path)
-    if not (path / "entries").is_dir():
-        raise CommandError(f"{path} is no store: it has no folder 'entries'.")
-    return DiskStore(path, persist="never")
+    from backprompt.store.paths import FOLDERS, check_folder
+
+    try:
+        folder = check_folder(arguments.path)
+        if not (folder / FOLDERS[0]).is_dir():
+            raise CommandError(f"{arguments.path} is no store: it has no folder {FOLDERS[0]!r}.")
+        return backprompt.DiskStore(folder, persist="never")
+    except OSError as error:
+        raise CommandError(str(error)) from error
 
 
-def _print_headers(headers: Iterable[Header], *, as_json: bool) -> int:
+def _print_headers(headers: Iterable[Header], *, is_json: bool) -> int:
     """Print entries, a line each, and return how many."""
     num_headers = 0
     for header in headers:
-        print(json.dumps(_described(header), ensure_ascii=False) if as_json else _line(header))
+        print(as_json(_described(header)) if is_json else visible(_line(header)))
         num_headers += 1
     return num_headers
 
@@ -163,7 +171,7 @@ def _described(header: Header) -> dict[str, Any]:
 
 
 def _line(header: Header) -> str:
-    text = json.dumps(header.text.encode(errors="replace").decode(), ensure_ascii=False)
+    text = as_json(header.text.encode(errors="replace").decode())
     text = text if len(text) <= _SHOWN_CHARACTERS else f'{text[: _SHOWN_CHARACTERS - 4]}..."'
     where = f"{header.position}..{header.position + len(header.token_ids) - 1}"
     dtype = header.dtype.removeprefix("torch.")

@@ -10,6 +10,7 @@ checked when its slice is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
@@ -17,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from backprompt.cli.arguments import (
     bound,
@@ -30,9 +31,12 @@ from backprompt.cli.arguments import (
     say,
 )
 from backprompt.cli.rows import FORMATS, PIPE, Input, Output, Row, checked, counted, format_of, shown
+from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
-from backprompt.lm import LM
 from backprompt.text import Text
+
+if TYPE_CHECKING:
+    from backprompt.lm import LM
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +89,12 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
     mode.add_argument("--overwrite", action="store_true", help="replace FILE, if it is there")
     group.add_argument(
+        "--escape-formulas",
+        action="store_true",
+        help="CSV: put ' before cells that begin with =, +, - or @ and are no numbers, which spreadsheets would run; "
+        "this changes what such cells hold",
+    )
+    group.add_argument(
         "--slice",
         type=positive,
         default=PROMPTS_A_SLICE,
@@ -101,19 +111,33 @@ def positive(given: str) -> int:
     return number
 
 
+def not_negative(given: str) -> int:
+    """Return an int of at least 0: a type of argparse."""
+    number = int(given)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{given} is not at least 0")
+    return number
+
+
 def stream(arguments: argparse.Namespace, job: Job) -> int:
     """Do a job with all of the input; return the exit code."""
     check_model_arguments(arguments)
     given = read_input(arguments)
-    output = _output(arguments, job)
+    with contextlib.closing(_output(arguments, job)) as output:
+        return _stream(arguments, job, given, output)
+
+
+def _stream(arguments: argparse.Namespace, job: Job, given: Input, output: Output) -> int:
     begun = Begun(output.path, {**model_options(arguments), **job.options})
     total = _num_rows(given, job, output) if given.is_file else None
     rows = checked(given.rows(), job.new_fields, output.format)
     num_done = 0
     begun.found()
-    if arguments.resume and os.path.isfile(output.path):
-        begun.check()
-        num_done, rows = output.resume(rows, job.check_written)
+    if os.path.isfile(output.path):
+        output.claim()
+        if arguments.resume:
+            begun.check()
+            num_done, rows = output.resume(rows, job.check_written)
     first = next(rows, None)
     if first is None:
         if not num_done:
@@ -124,19 +148,16 @@ def stream(arguments: argparse.Namespace, job: Job) -> int:
     lm = load_model(arguments)
     compute = job.compute(lm)
     output.open()
-    try:
-        with progress(arguments, total, initial=num_done) as bar:
-            for idx, group in enumerate(_slices(itertools.chain([first], rows), arguments.slice)):
-                computed = _computed(lm, compute, group)
-                if idx == 0:  # until now nothing that was there is lost
-                    output.cut_off()
-                    begun.write()
-                for row, results in zip(group, computed, strict=True):
-                    output.write(row, results)
-                output.flush()
-                bar.update(len(group))
-    finally:
-        output.close()
+    with progress(arguments, total, initial=num_done) as bar:
+        for idx, group in enumerate(_slices(itertools.chain([first], rows), arguments.slice)):
+            computed = _computed(lm, compute, group)
+            if idx == 0:  # until now nothing that was there is lost
+                output.cut_off()
+                begun.write()
+            for row, results in zip(group, computed, strict=True):
+                output.write(row, results)
+            output.flush()
+            bar.update(len(group))
     begun.remove()
     return 0
 
@@ -156,8 +177,11 @@ class Begun:
         self._options = dict(options)
 
     def check(self) -> None:
-        """Raise CommandError if there is such a file, and it names other options; without one nobody knows."""
-        found = self.found()
+        """Raise CommandError if there is such a file, and it names other options; without one nobody knows.
+
+        Where no row is written yet nothing was begun: what the file says may be of an output that was replaced.
+        """
+        found = self.found() if os.path.getsize(self._output) else None
         for name, now in self._options.items():
             if found is not None and (before := found.get(name)) != now:
                 raise CommandError(
@@ -169,8 +193,10 @@ class Begun:
         """Say how it is written from now on."""
         if not self._is_kept:
             return
+        part = Path(f"{self._path}.part")
         try:
-            self._path.write_text(json.dumps({_MARK: self._options}), encoding="utf-8")
+            part.write_text(json.dumps({_MARK: self._options}), encoding="utf-8")
+            part.replace(self._path)  # so that it is there as a whole, or not at all
         except OSError as error:
             logger.warning("%s cannot be written (%s): --resume cannot compare options.", self._path, error.strerror)
 
@@ -198,12 +224,21 @@ class Begun:
 
 def _output(arguments: argparse.Namespace, job: Job) -> Output:
     path = arguments.output
-    output = Output(path, format_of(path, arguments.format), job.new_fields, job.rows_per_prompt)
-    if path == PIPE:
-        if arguments.resume:
-            raise CommandError("--resume goes on with a file: name it with -o FILE.")
-        return output
+    escapes_formulas = arguments.escape_formulas
+    output = Output(
+        path,
+        format_of(path, arguments.format),
+        job.new_fields,
+        job.rows_per_prompt,
+        escapes_formulas=escapes_formulas,
+    )
+    if escapes_formulas and output.format != "csv":
+        raise CommandError("--escape-formulas is for CSV: only spreadsheets run formulas. Leave it out for JSONL.")
     check_output(arguments)
+    if arguments.resume and (path == PIPE or (os.path.exists(path) and not os.path.isfile(path))):
+        raise CommandError("--resume goes on with a file: name it with -o FILE.")
+    if path == PIPE:
+        return output
     if os.path.isfile(path) and not (arguments.resume or arguments.overwrite):
         raise CommandError(f"{path} is there already. Go on with it: --resume; or replace it: --overwrite.")
     return output
@@ -232,5 +267,5 @@ def _computed(lm: LM, compute: Compute, rows: Sequence[Row]) -> Sequence[Sequenc
             try:
                 compute([text])
             except BackpromptError as error:
-                raise CommandError(f"{row.where}: {error}") from error
+                raise CommandError(f"{row.where}: {in_options(str(error))}") from error
         raise

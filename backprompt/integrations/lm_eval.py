@@ -7,7 +7,8 @@ module is imported first; then `lm_eval.simple_evaluate(model="backprompt", mode
 may be passed as well: `simple_evaluate(model=BackpromptLM(lm), ...)`.
 
 What is scored is what the harness's `hf` backend scores: the same ids behind the same ids, cut off on the left in the
-same way. Its arguments have the same names where they mean the same.
+same way; but for rolling log-likelihoods with a tokenizer that adds BOS, before which `hf` puts a second one. Its
+arguments have the same names where they mean the same.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from backprompt._generate import generate
+from backprompt._generate import Run, run_with_bar
+from backprompt.arguments import as_bool, as_int, as_lm, check_encodable
 from backprompt.classify import TOKENS_AT_A_TIME
-from backprompt.decoding import SAMPLING_FIELDS
 from backprompt.errors import GenerationError
+from backprompt.generation_options import SAMPLING_FIELDS
 from backprompt.lm import LM, load
+from backprompt.progress import Bar
+from backprompt.stops import StopStrings, missing_characters
 from backprompt.text import Text
 
 try:
@@ -65,7 +68,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
     What it computed stays in the `LM` for the tasks to come, within its `memory_bytes`.
 
     Args:
-        pretrained: a hub id or the path of a model, or an `LM`.
+        pretrained: a hub id or the path of a model, an `LM`, or a `(model, tokenizer)` tuple.
         tokenizer: what to encode with, its id, path or object; by default the model's own.
         dtype: of the weights; by default the checkpoint's, as for `hf`.
         device: by default, and for CUDA where there is none (the command line's default), as for `backprompt.load`. An
@@ -73,6 +76,9 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         max_length: how many tokens the model is given at most; by default what its configuration says.
         add_bos_token: whether the tokenizer adds special tokens to a context; by default as the tokenizer does.
         prefix_token_id: stands before what has no context; by default BOS, or else EOS.
+        rolling_as_hf: in rolling log-likelihoods, let the tokenizer add its special tokens behind the prefix token, and
+            score them as part of the string, as `hf` does: with a tokenizer that adds BOS a second BOS is scored behind
+            the first. By default a string's own tokens are scored behind the prefix token.
         chat_template_args: for the tokenizer's chat template.
         batch_size, max_batch_size: taken from the command line and not used, as there are no batches: a pass is filled
             up to `max_tokens_per_forward` tokens.
@@ -80,13 +86,14 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
     Raises:
         TypeError: an option that is none, or one that comes too late for an `LM`; before anything is loaded.
+        ValueError: an option has a value that it cannot have; before anything is loaded.
         What `backprompt.load` raises.
 
     """
 
     def __init__(
         self,
-        pretrained: str | LM,
+        pretrained: str | LM | tuple[Any, Any],
         *,
         tokenizer: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -94,6 +101,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
+        rolling_as_hf: bool = False,
         chat_template_args: dict[str, Any] | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
@@ -107,6 +115,15 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 f"BackpromptLM, and {', '.join(LM_OPTIONS)}. For a model that is loaded in another way pass an LM: "
                 "BackpromptLM(LM(model, tokenizer))."
             )
+        as_bool(rolling_as_hf, "rolling_as_hf")
+        if add_bos_token is not None:
+            as_bool(add_bos_token, "add_bos_token")
+        if max_length is not None:
+            as_int(max_length, "max_length", at_least=1)
+        if prefix_token_id is not None:
+            as_int(prefix_token_id, "prefix_token_id", at_least=0)
+        if isinstance(pretrained, tuple):
+            pretrained = as_lm(pretrained)
         if isinstance(pretrained, LM):
             late = [*lm_options, *(["dtype"] if dtype is not None else [])]
             if late:
@@ -122,6 +139,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         self.tokenizer = _tokenizer(self.lm, pretrained, tokenizer, add_bos_token)
         self.add_bos_token = add_bos_token
         self.chat_template_args = chat_template_args or {}
+        self._rolling_as_hf = rolling_as_hf
         self._max_length = max_length
         own_ids = (prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         self._prefix_token_id = next((token_id for token_id in own_ids if token_id is not None), None)
@@ -138,9 +156,10 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         return int(resolve_max_length(config, self.tokenizer))
 
     @property
-    def eot_token_id(self) -> int:
-        """The tokenizer's EOS."""
-        return int(self.tokenizer.eos_token_id)
+    def eot_token_id(self) -> int | None:
+        """The tokenizer's EOS, if it has one."""
+        token_id = self.tokenizer.eos_token_id
+        return None if token_id is None else int(token_id)
 
     @property
     def prefix_token_id(self) -> int:
@@ -176,6 +195,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         add = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self._prefix):
             add = False  # it has them already
+        check_encodable(string, "A string of a request")
         ids: list[int] = self.tokenizer.encode(string, **({} if add is None else {"add_special_tokens": add}))
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
@@ -199,13 +219,18 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each whole string, in nats, in windows of at most `max_length` tokens.
 
-        Every token is scored once. The windows of all strings are one forest.
+        Every token of a string is scored once, the first behind the prefix token; see `rolling_as_hf`. The windows of
+        all strings are one forest.
+
+        Raises:
+            ValueError: there is no prefix token.
+
         """
         windows: list[tuple[None, list[int], list[int]]] = []
         num_windows = []
-        for (string,) in tqdm([request.args for request in requests], desc="Tokenizing inputs", disable=disable_tqdm):
+        for (string,) in Bar([request.args for request in requests], desc="Tokenizing inputs", disable=disable_tqdm):
             pairs = utils.get_rolling_token_windows(
-                self.tok_encode(string), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+                self._rolling_ids(string), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
             own = [(None, *utils.make_disjoint_window(pair)) for pair in pairs]
             windows += own
@@ -216,6 +241,13 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
+    def _rolling_ids(self, string: str) -> list[int]:
+        """Return the ids of a string that are scored behind the prefix token."""
+        if self._rolling_as_hf:
+            return self.tok_encode(string)
+        ids = self.tok_encode(string, add_special_tokens=False)
+        return ids[1:] if ids[:1] == [self.prefix_token_id] else ids  # it is written in the string
+
     @property
     def max_gen_toks(self) -> int:
         """How many tokens a request generates at most that does not say."""
@@ -225,25 +257,34 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """Return what the model generates behind each context, up to the first of its stop strings.
 
         Requests with the same options are generated together. Options are those of `backprompt.generate`, with the
-        harness's names for the number of tokens and the stop strings.
+        harness's names for the number of tokens and the stop strings. Stop strings count in what is generated, decoded
+        by itself, as for `hf`.
 
         Raises:
-            GenerationError: options that there are not.
+            GenerationError: options that there are not, or no room for a context.
+            ValueError: there is no token to put in an empty context.
+            What `backprompt.generate` raises. All of it before anything is computed.
 
         """
         by_options: dict[str, list[int]] = {}
         for idx, request in enumerate(requests):
             by_options.setdefault(repr(sorted(request.args[1].items())), []).append(idx)
+        begun = [
+            (indices, self._begun([requests[idx].args[0] for idx in indices], requests[indices[0]].args[1]))
+            for indices in by_options.values()
+        ]
         found: dict[int, str] = {}
-        for indices in by_options.values():
-            contexts = [requests[idx].args[0] for idx in indices]
-            completions = self._generated(contexts, requests[indices[0]].args[1], disable_tqdm)
-            for idx, string in zip(indices, completions, strict=True):
-                found[idx] = string
-                self.cache_hook.add_partial("generate_until", requests[idx].args, string)
+        for indices, (run, stop) in begun:
+            run_with_bar(run, not disable_tqdm)
+            for idx, (best, *_) in zip(indices, run.found(), strict=True):
+                ids = [choice.token_id for choice in best.choices]
+                string = self.tokenizer.decode(ids, skip_special_tokens=True)
+                found[idx] = str(postprocess_generated_text(string, stop, None))
+                self.cache_hook.add_partial("generate_until", requests[idx].args, found[idx])
         return [found[idx] for idx in range(len(requests))]
 
-    def _generated(self, contexts: Sequence[str], given: dict[str, Any], disable_tqdm: bool) -> list[str]:
+    def _begun(self, contexts: Sequence[str], given: dict[str, Any]) -> tuple[Run, list[str]]:
+        """Return a generation, checked and with nothing computed, and the strings at which to cut its results."""
         options = normalize_gen_kwargs(given, self.max_gen_toks)
         end = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
         stop = [string for string in handle_stop_sequences(options.pop("until", None), eos=end) if string]
@@ -256,13 +297,17 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 f"The task asks for {max_new_tokens} tokens, which leaves no room for a context in the model's "
                 f"{self.max_length}. Give it fewer: --gen_kwargs max_gen_toks=..."
             )
+        # A task's stop strings are made for no tokenizer; one that it cannot spell never comes.
+        spelled = [string for string in stop if not missing_characters(string, self.tokenizer)]
+        decoding = self.lm.decoding(
+            max_new_tokens=max_new_tokens,
+            stops=StopStrings(spelled, self.tokenizer, is_behind_prompt=False),
+            seed=options.pop("seed", None),
+            given=options,
+        )
         encoded = (self.tok_encode(context, left_truncate_len=room) for context in contexts)
         prompts = [Text.from_tokens(ids or [self.prefix_token_id], self.lm) for ids in encoded]
-        generated = generate(
-            prompts, max_new_tokens=max_new_tokens, stop=stop, show_progress_bar=not disable_tqdm, **options
-        )
-        strings = (self.tokenizer.decode(text.completion_tokens, skip_special_tokens=True) for text in generated)
-        return [postprocess_generated_text(string, stop, None) for string in strings]
+        return Run(self.lm, prompts, decoding), stop
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
@@ -288,7 +333,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 self.max_length,
             )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(tasks)
-        with tqdm(total=len(tasks), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+        with Bar(total=len(tasks), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for chosen in _slices(tasks):
                 for idx, result in zip(chosen, self._score([tasks[idx] for idx in chosen]), strict=True):
                     found[idx] = result

@@ -16,8 +16,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from backprompt import classify
+from backprompt.arguments import as_list, as_lm, as_number, check_encodable
 from backprompt.calibration import Floats
 from backprompt.classify import Aggregate, Example
+from backprompt.completions import EndOfPrompt, ends_behind, space_before
 from backprompt.errors import TextTypeError
 from backprompt.lm import LM
 from backprompt.text import Text
@@ -49,9 +51,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
 
         instruction + shot 1 + separator + shot 2 + separator + ... + template with the input in it
 
-    where a shot is the template with an example in it, followed by `end_of_prompt` and its label. The probability of
-    each label behind that is `backprompt.classify.predict_proba`'s. `fit` trains nothing: it chooses classes, shots,
-    prior and calibration.
+    where a shot is the template with an example in it, followed by its label, with the space between that
+    `end_of_prompt` asks for. The probability of each label behind that is `backprompt.classify.predict_proba`'s. `fit`
+    trains nothing: it chooses classes, shots, prior and calibration.
 
     `X` is a sequence, array or series of strings, as scikit-learn's text vectorizers take it: one dimension. Of a data
     frame give one column, `X["message"]`.
@@ -60,7 +62,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
     use all cores), or use joblib's "threading" backend.
 
     Args:
-        lm: the model, a `backprompt.LM`.
+        lm: the model, a `backprompt.LM` or a `(model, tokenizer)` tuple, of which the attribute is the `LM`.
         template: of one input, with the field `{text}`: "Message: {text}\nKeywords:". Braces that stand for themselves
             are doubled, as in `str.format`.
         labels: the completion of each class: a mapping from classes, or a sequence in the order of `classes_`; by
@@ -70,7 +72,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             take turns, and the first 4 of 8 shots drawn are the 4 that `shots=4` draws: such prompts share them.
         instruction: what all prompts begin with.
         separator: what stands behind each shot.
-        end_of_prompt: " " or "", between prompt and label.
+        end_of_prompt: "auto", " " or "": stands between prompt and label, in shots, too; see `classify.log_probs`.
         prior: a probability for each of `classes_`; "training": the classes' frequencies in the training data; None:
             all are the same. Applied after calibration.
         calibrate_on: inputs whose mean probabilities are divided by, which corrects for what the prompt prefers
@@ -93,14 +95,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
 
     def __init__(
         self,
-        lm: LM,
+        lm: LM | tuple[Any, Any],
         template: str,
         labels: Mapping[Any, str] | Sequence[str] | None = None,
         *,
         shots: Shots = 0,
         instruction: str | Text = "",
         separator: str = "\n\n",
-        end_of_prompt: str = " ",
+        end_of_prompt: EndOfPrompt = "auto",
         prior: Sequence[float] | Literal["training"] | None = None,
         calibrate_on: Sequence[str] | Literal["training"] | None = None,
         aggregate: Aggregate = "mean",
@@ -119,6 +121,16 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         self.aggregate = aggregate
         self.discount_completions = discount_completions
         self.random_state = random_state
+
+    @property
+    def lm(self) -> LM:
+        """The model."""
+        return self._lm
+
+    @lm.setter
+    def lm(self, given: LM | tuple[Any, Any]) -> None:
+        # Now, and not in `fit`: clones share an `LM`, but copy what is in a tuple.
+        self._lm = as_lm(given) if isinstance(given, tuple) else given
 
     def fit(self, X: Any, y: Any) -> PromptClassifier:
         """Choose classes, shots and prior; with `calibrate_on`, score those inputs. Nothing else is computed.
@@ -210,7 +222,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         context = Text("", self.lm) + self.instruction
         for x, label in self.shots_:
             completion = self.completions_[self.classes_.tolist().index(label)]
-            context += self.template.format(text=x) + self.end_of_prompt + completion + self.separator
+            prompt = context + self.template.format(text=x)
+            (end,) = ends_behind(self.lm, [(prompt, self.end_of_prompt)])
+            context = prompt + space_before(completion, end) + completion + self.separator
         return context
 
     def _prompts(self, inputs: Sequence[str], name: str = "X") -> list[Text]:
@@ -239,10 +253,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
     # Arguments
 
     def _check_options(self) -> None:
-        if not isinstance(self.lm, LM):
-            raise TypeError(
-                f"lm must be a backprompt.LM, not {type(self.lm).__name__}: backprompt.load(name) makes one."
-            )
+        as_lm(self.lm)
         _check_template(self.template)
         for name, given, kinds in (("instruction", self.instruction, (str, Text)), ("separator", self.separator, str)):
             if not isinstance(given, kinds):
@@ -251,6 +262,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             raise ValueError(
                 f"aggregate must be one of {', '.join(map(repr, classify.AGGREGATES))}, not {self.aggregate!r}."
             )
+        as_number(self.discount_completions, "discount_completions")
         shots = self.shots
         if isinstance(shots, (bool, str, Text)) or not isinstance(shots, (Integral, Sequence)):
             raise TypeError(f"shots must be a number or a list of (x, class) pairs, not {shots!r}.")
@@ -326,6 +338,7 @@ def _checked_inputs(given: Any, name: str = "X") -> list[str]:
                 f"{name}[{idx}] is a {type(x).__name__}, not a str: {x!r:.60}. Convert inputs to strings, and fill or "
                 "drop missing ones."
             )
+        check_encodable(x, f"{name}[{idx}]")
     return inputs
 
 
@@ -349,8 +362,6 @@ def _completions(labels: Mapping[Any, str] | Sequence[str] | None, classes: Any)
                 stacklevel=3,
             )
         return list(map(str, listed))
-    if isinstance(labels, (str, Text)) or not hasattr(labels, "__getitem__"):
-        raise TypeError(f"labels must be a mapping or a sequence of strings, not {labels!r}.")
     if isinstance(labels, Mapping):
         missing = [label for label in listed if label not in labels]
         if missing:
@@ -360,12 +371,13 @@ def _completions(labels: Mapping[Any, str] | Sequence[str] | None, classes: Any)
                 f"{ENCODED}"
             )
         return [labels[label] for label in listed]
-    if len(labels) != len(listed):
+    given = as_list(labels, "labels must be a mapping or a sequence of strings")
+    if len(given) != len(listed):
         raise ValueError(
-            f"labels has {len(labels)} completions for {len(listed)} classes, {', '.join(map(repr, listed))}. Give "
+            f"labels has {len(given)} completions for {len(listed)} classes, {', '.join(map(repr, listed))}. Give "
             "one a class, in this order, or a mapping from classes."
         )
-    return list(labels)
+    return given
 
 
 def _prior(prior: Any, class_idx: Any) -> Any:

@@ -12,6 +12,7 @@ What every implementation promises:
 - *Immutable*: a name stands for one content, so putting it again changes nothing that a reader sees, and whoever has
   got an entry may keep it, whatever is deleted meanwhile.
 - *Honest*: `get` returns what was put, bit by bit, or None. What is damaged is reported, set aside, and then absent.
+  Whoever can write to a store can put wrong numbers of the right shapes into it; an `LM` refuses all else (schema.py).
 - *Shared*: any number of threads may use one store at once, and processes one folder or bucket.
 
 Nothing in it needs a file system: names are short strings, entries are bytes with a small header, and the only question
@@ -137,6 +138,16 @@ class Store(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove the entry; one that is not there is no error."""
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Take away an entry that turned out to be damaged, so that it can be put again; by default it is deleted.
+
+        Args:
+            name: of the entry.
+            reason: what is wrong with it, which was reported already.
+
+        """
+        self.delete(name)
 
     @abstractmethod
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:

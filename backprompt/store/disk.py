@@ -2,86 +2,58 @@
 
     prompts.bp/
         entries/3f/3f...-a0....safetensors    an entry a file, named by its keys (file.py has the format): the truth
-        index.sqlite                          what is in the files' headers, for lookups; rebuilt from them if need be
-        damaged/                              files that failed their checksum, set aside
+        index.sqlite                          what is in the files' headers, for lookups (index.py); made from them
+        damaged/                              what was damaged, or is not ours and was in the way: set aside
         writing/                              files that are being written
 
 An entry is written beside, synced, and renamed to its name, so it is there as a whole or not at all; the index follows.
 An entry that the index does not know (the process died in between, or a file was copied in) is found when the index
 is rebuilt. Prompts are private: folders and files are readable by their owner only.
+
+Nothing that a store did not make is deleted. What stands where an entry or the index should is moved to `damaged`; all
+else is left alone.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import itertools
 import logging
 import os
-import re
 import sqlite3
-import struct
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from backprompt import forking
 from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
 from backprompt.memory import parse_bytes
 from backprompt.progress import progress_bar, showing
-from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist, num_common
+from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist
 from backprompt.store.file import read_entry, read_header, to_pieces
+from backprompt.store.index import SUFFIXES, DamagedIndexError, Index, StoreStats
+from backprompt.store.paths import FOLDERS, INDEX, check_folder, explained, explaining
 from backprompt.store.precision import StoredDtype, check_stored_dtype
+from backprompt.store.schema import is_name
 
 logger = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 3
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS entries (
-    name TEXT PRIMARY KEY, start TEXT NOT NULL, end TEXT NOT NULL, token_ids BLOB NOT NULL,
-    position INTEGER NOT NULL, num_tokens INTEGER NOT NULL, num_bytes INTEGER NOT NULL, text TEXT NOT NULL,
-    error REAL NOT NULL, last_used REAL NOT NULL
-);
-CREATE TABLE IF NOT EXISTS needs (name TEXT NOT NULL, behind TEXT NOT NULL, PRIMARY KEY (name, behind)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_behind ON needs (behind);
-CREATE INDEX IF NOT EXISTS by_start ON entries (start, token_ids);
-CREATE INDEX IF NOT EXISTS by_use ON entries (last_used, position);
-"""
-_NEIGHBOURS = (
-    "SELECT name, token_ids FROM entries WHERE start = ? AND token_ids <= ? ORDER BY token_ids DESC LIMIT 1",
-    "SELECT name, token_ids FROM entries WHERE start = ? AND token_ids > ? ORDER BY token_ids LIMIT 1",
-)
-"""In the order of token ids, what has the longest common beginning with a sequence stands right before or after it."""
-_LEAST_VALUABLE = """
-SELECT name, num_bytes FROM entries AS entry
-WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end)
-AND NOT EXISTS (SELECT 1 FROM needs WHERE needs.behind = entry.name)
-ORDER BY last_used, position DESC LIMIT 100
-"""
-"""What nothing else begins behind, or in its middle: an entry is of no use without what stands before it."""
+_WRITING = "tmp"  # what names of files in the folder of that name begin with
 _USES_A_BATCH = 64
 _ABANDONED_SECONDS = 24 * 3600
-_LOCK_SECONDS = 30.0
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """What a store holds; `largest_error` is that of storing in fewer bits (`Header.error`), 0 where nothing is."""
-
-    num_entries: int
-    num_tokens: int
-    num_bytes: int
-    largest_error: float
 
 
 class DiskStore(Store):
     """Entries in a folder, made if it is not there. A folder that cannot be written to is read.
 
     Args:
-        path: the folder.
+        path: the folder: one that is not there yet, an empty one, or a store's.
         persist: what an `LM` puts into it: see `Store`.
         max_bytes: how much the files may take, a number or text such as "10 GB"; what was not used for longest goes
             first, and nothing before what begins behind it.
@@ -89,7 +61,7 @@ class DiskStore(Store):
             cost accuracy, which is measured and kept with each entry.
 
     Raises:
-        OSError: the folder cannot be made or read.
+        OSError: the folder cannot be made or read, is a file, or has other content; `errno` says which.
         StoreVersionError: a newer version of backprompt wrote it.
 
     """
@@ -102,7 +74,7 @@ class DiskStore(Store):
         max_bytes: int | str | None = None,
         dtype: StoredDtype | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = check_folder(path)
         self.persist = check_persist(persist)
         self.dtype = check_stored_dtype(dtype)
         self.max_bytes = None if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
@@ -110,21 +82,27 @@ class DiskStore(Store):
         self._uses: dict[str, float] = {}  # name -> when it was used, not written to the index yet
         self.is_writable = self._make_folders()
         self._index = self._open_index()
+        forking.watch_store(self)
 
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r})"
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
         """Return the entry after checking its bytes; a damaged one is set aside."""
-        entry = self._read(name, tensors)
+        entry = self._read(name, tensors) if is_name(name) else None
         if entry is not None:
             self._note_use(name)
         return entry
 
     def put(self, entry: Entry) -> None:
-        """Write the entry beside, sync it, rename it, and note it in the index."""
-        if not self.is_writable:
-            raise PermissionError(f"{self.path} cannot be written to.")
+        """Write the entry beside, sync it, rename it, and note it in the index.
+
+        Raises:
+            DamagedEntryError: it is no entry that could be read again.
+            EntryTooLargeError, OSError: see `Store.put`.
+
+        """
+        self._check_writable()
         final = self._file(entry.header.name)
         try:
             num_bytes = final.stat().st_size
@@ -136,42 +114,42 @@ class DiskStore(Store):
                     f"An entry of {num_bytes:,} bytes does not fit {self}, which may take {self.max_bytes:,}. "
                     "Give it more: DiskStore(path, max_bytes=...)."
                 ) from None
-            self._write(final, pieces)
+            with explaining("An entry cannot be stored", self.path):
+                self._write(final, pieces)
         # Also where a process died between file and index.
-        self._ask(lambda index: _insert(index, entry.header, num_bytes, time.time()))
+        self._ask(lambda index: index.insert(entry.header, num_bytes, time.time()))
         if self.max_bytes is not None:
             self.prune(show_progress_bar=False)
 
     def contains(self, name: str) -> bool:
         """Return whether the file is there."""
-        return self._file(name).exists()
+        return is_name(name) and self._file(name).exists()
 
     def delete(self, name: str) -> None:
         """Remove the file, then forget it."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._file(name))
+        if not is_name(name):
+            return
+        file = self._file(name)
+        with suppress(FileNotFoundError):
+            if file.is_dir():  # it is no entry, and in the way
+                self._move_aside(file)
+            else:
+                os.unlink(file)
         self._forget(name)
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Move the file into the folder `damaged`, then forget it."""
+        if is_name(name):
+            self._move_aside(self._file(name))
+            self._forget(name)
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
         """Look at the two neighbours in the index."""
-        asked = _packed(token_ids)
-
-        def neighbours(index: sqlite3.Connection) -> list[Match]:
-            rows = [row for query in _NEIGHBOURS for row in index.execute(query, (start, asked)).fetchall()]
-            return [Match(_checked_name(name), num_common(_unpacked(packed), token_ids)) for name, packed in rows]
-
-        matches = self._ask(neighbours)
-        best = max(matches, key=lambda match: match.num_tokens, default=None)
-        return best if best is not None and best.num_tokens else None
+        return self._ask(lambda index: index.longest(start, token_ids))
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
         """Yield the headers of all entries whose text begins so, in the order of their texts."""
-        query = "SELECT name FROM entries WHERE substr(text, 1, ?) = ? ORDER BY text"
-
-        def names(index: sqlite3.Connection) -> list[str]:
-            return [_checked_name(name) for (name,) in index.execute(query, (len(text_prefix), text_prefix)).fetchall()]
-
-        for name in self._ask(names):
+        for name in self._ask(lambda index: index.names(text_prefix)):
             header = self._header(self._file(name))
             if header is not None:
                 yield header
@@ -184,9 +162,7 @@ class DiskStore(Store):
 
     def stats(self) -> StoreStats:
         """Return how much is stored."""
-        query = "SELECT count(*), total(num_tokens), total(num_bytes), ifnull(max(error), 0.0) FROM entries"
-        num_entries, num_tokens, num_bytes, error = self._ask(lambda index: index.execute(query).fetchone())
-        return StoreStats(num_entries, int(num_tokens), int(num_bytes), error)
+        return self._ask(Index.totals)
 
     def verify(self, *, show_progress_bar: bool | None = None) -> Sequence[str]:
         """Read every entry, set the damaged ones aside, and return the names of those that cannot be read.
@@ -213,10 +189,12 @@ class DiskStore(Store):
 
         Raises:
             ValueError: there is neither.
+            OSError: the folder cannot be written to.
 
         """
         if max_bytes is None and self.max_bytes is None:
             raise ValueError('Say how much may stay: store.prune("1 GB"), or open the store with max_bytes.')
+        self._check_writable()
         limit = self.max_bytes if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
         assert limit is not None
         excess = self.stats().num_bytes - limit
@@ -228,7 +206,7 @@ class DiskStore(Store):
             progress_bar(max(excess, 0), "deleting", "bytes", is_long=excess > 0) as bar,
         ):
             while excess > 0:
-                leaves: list[tuple[str, int]] = self._ask(lambda index: index.execute(_LEAST_VALUABLE).fetchall())
+                leaves = self._ask(Index.least_valuable)
                 if not leaves:
                     break
                 for name, num_bytes in leaves:
@@ -248,22 +226,12 @@ class DiskStore(Store):
             show_progress_bar: by default on a terminal where it takes longer than two seconds.
 
         """
-        with self._database() as index:
-            index.execute("DELETE FROM entries")
-            index.execute("DELETE FROM needs")
-            files = list(self._files())
-            with (
-                showing(show_progress_bar),
-                progress_bar(len(files), "indexing", "entries", is_long=len(files) > 1) as bar,
-            ):
-                for file in files:
-                    header = self._header(file)
-                    with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile
-                        status = file.stat()
-                        if header is not None:
-                            _insert(index, header, status.st_size, status.st_mtime)
-                    bar.update()
-            index.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # only now: one that was cut off is made again
+        with self._lock, showing(show_progress_bar):
+            if self.is_writable:
+                self._ask(lambda index: index.rebuild(self._described()))
+            else:
+                self._index.close()
+                self._index = self._index_in_memory()
 
     def close(self) -> None:
         """Write the last uses and close the index."""
@@ -274,12 +242,52 @@ class DiskStore(Store):
                 self._is_closed = True
 
     _is_closed = False
+    _is_closed_to_fork = False
+
+    def _before_fork(self) -> None:
+        """Close the index: SQLite forbids carrying a connection to another process. It is opened when asked again."""
+        self._lock.acquire()
+        if self.is_writable and not self._is_closed:  # what is only read lies in memory, or has no locks
+            self._is_closed_to_fork = True
+            with suppress(sqlite3.Error):  # forking must go on to where locks are released
+                self._index.close()
+
+    def _after_fork(self) -> None:
+        self._lock.release()
+
+    def _opened(self) -> Index:
+        """Return the index; the lock must be held."""
+        if self._is_closed_to_fork and not self._is_closed:
+            self._is_closed_to_fork = False
+            self._index = self._open_index()
+        return self._index
 
     def _file(self, name: str) -> Path:
         return self.path / "entries" / name[:2] / f"{name}.safetensors"
 
     def _files(self) -> Iterator[Path]:
-        return (self.path / "entries").glob("*/*.safetensors")
+        """Yield what lies where an entry should; what else is in the folders is not ours, nor where links lead to."""
+        with os.scandir(self.path / "entries") as found:
+            folders = sorted(folder.path for folder in found if folder.is_dir(follow_symlinks=False))
+        for folder in map(Path, folders):
+            try:
+                files = sorted(folder.glob("*.safetensors"))
+            except OSError as error:  # this one folder: others may be sound
+                logger.warning("%s cannot be read: %s", folder, error)
+                continue
+            yield from (file for file in files if is_name(file.stem) and self._file(file.stem) == file)
+
+    def _described(self) -> Iterator[tuple[Header, int, float]]:
+        """Yield what the index is made of: for each file its header, its bytes, and when it was written."""
+        files = list(self._files())
+        with progress_bar(len(files), "indexing", "entries", is_long=len(files) > 1) as bar:
+            for file in files:
+                header = self._header(file)
+                if header is not None:
+                    with suppress(FileNotFoundError):  # deleted by another process meanwhile
+                        status = file.stat()
+                        yield header, status.st_size, status.st_mtime
+                bar.update()
 
     def _read(self, name: str, tensors: Collection[str] | None) -> Entry | None:
         try:
@@ -290,9 +298,10 @@ class DiskStore(Store):
             self._forget(name)  # deleted by another process, or from outside
             return None
         except DamagedEntryError as error:
-            self._set_aside(name, error)
+            self._report(self._file(name), error)
+            self.set_aside(name, str(error))
             return None
-        except OSError as error:  # this one entry: others may be sound
+        except (OSError, MemoryError) as error:  # this one entry: others may be sound
             logger.warning("%s cannot be read (%s). It is computed again when needed.", self._file(name), error)
             return None
         return entry
@@ -300,19 +309,19 @@ class DiskStore(Store):
     def _header(self, file: Path) -> Header | None:
         """Return an entry's header; None where it cannot be had, after saying why. A damaged file is moved aside."""
         try:
-            with open(file, "rb") as opened:
-                header = read_header(opened)
+            header = read_header(file)
             if header.name != file.stem:
                 raise DamagedEntryError(f"it is the entry {header.name}")
         except FileNotFoundError:
             return None  # deleted by another process meanwhile
         except DamagedEntryError as error:
-            self._move_aside(file, error)
+            self._report(file, error)
+            self._move_aside(file)
             return None
         except StoreVersionError as error:
             logger.warning("%s: %s", file, error)
             return None
-        except OSError as error:  # this one file: others may be sound
+        except (OSError, MemoryError) as error:  # this one file: others may be sound
             logger.warning("%s cannot be read: %s", file, error)
             return None
         return header
@@ -325,10 +334,10 @@ class DiskStore(Store):
             return True
 
     def _write(self, final: Path, pieces: Sequence[memoryview]) -> None:
-        with contextlib.suppress(FileExistsError):
+        with suppress(FileExistsError):
             final.parent.mkdir(mode=0o700)
             _sync_folder(final.parent.parent)
-        descriptor, temporary = tempfile.mkstemp(dir=self.path / "writing")  # mode 0600
+        descriptor, temporary = tempfile.mkstemp(prefix=_WRITING, dir=self.path / "writing")  # mode 0600
         try:
             with open(descriptor, "wb") as file:
                 file.writelines(pieces)
@@ -336,131 +345,117 @@ class DiskStore(Store):
                 os.fsync(file.fileno())
             os.replace(temporary, final)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
         _sync_folder(final.parent)
 
+    def _check_writable(self) -> None:
+        if not self.is_writable:
+            raise explained(
+                OSError(errno.EACCES, "the folder cannot be written to"), "The store is only read", self.path
+            )
+
     def _make_folders(self) -> bool:
         """Make what is missing; return whether the folder can be written to."""
-        writing = self.path / "writing"
+        folders = [self.path / name for name in FOLDERS]
         try:
-            for folder in (self.path, self.path / "entries", self.path / "damaged", writing):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with explaining("The folder of a store cannot be made", self.path):
+                for folder in (self.path, *folders):
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError:
-            if not (self.path / "entries").is_dir():
+            if not folders[0].is_dir():
                 raise
             return False
-        if not (os.access(self.path, os.W_OK) and os.access(self.path / "entries", os.W_OK)):
+        if not all(os.access(folder, os.R_OK | os.W_OK | os.X_OK) for folder in (self.path, *folders)):
             return False
-        for left in writing.iterdir():  # by a process that was killed
-            with contextlib.suppress(FileNotFoundError):
-                if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
-                    left.unlink()
+        for folder in folders:
+            if folder.is_symlink():  # files would be deleted and moved where it leads to
+                raise explained(OSError(errno.ELOOP, "it is a link"), "This cannot be a store's own folder", folder)
+        self._clear_away()
         return True
 
-    def _open_index(self) -> sqlite3.Connection:
+    def _clear_away(self) -> None:
+        """Delete the files that a process left that was killed while it wrote them."""
+        with os.scandir(self.path / "writing") as found:
+            left = [file for file in found if file.name.startswith(_WRITING) and file.is_file(follow_symlinks=False)]
+        for file in left:
+            try:
+                if file.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                    os.unlink(file.path)
+            except OSError as error:  # another process was faster, or it is somebody else's
+                logger.debug("%s cannot be deleted: %s", file.path, error)
+
+    def _open_index(self) -> Index:
         """Open the index; one that is missing, unfinished or damaged is made anew."""
-        file = self.path / "index.sqlite"
+        file = self.path / INDEX
         if not self.is_writable:
-            return self._open_index_to_read(file)
+            return Index.open_to_read(file) or self._index_in_memory()
         try:
-            index = self._connect(file)
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            if _is_unavailable(error):
-                raise OSError(f"The index of {self.path} cannot be opened: {error}.") from error
+            return self._finished(Index.open(file))
+        except DamagedIndexError as error:
             self._move_index_aside(error)
-            index = self._connect(file)
-        self._index = index
-        (version,) = index.execute("PRAGMA user_version").fetchone()
-        if version < _SCHEMA_VERSION:
-            self.rebuild()
+        return self._new_index()
+
+    def _new_index(self) -> Index:
+        try:
+            return self._finished(Index.open(self.path / INDEX)) if self.is_writable else self._index_in_memory()
+        except DamagedIndexError as error:
+            raise self._unusable(error) from error
+
+    def _finished(self, index: Index) -> Index:
+        """Return the index, made of all files if it was not."""
+        if not index.is_finished:
+            try:
+                index.rebuild(self._described())
+            except BaseException:
+                index.close()
+                raise
+        return index
+
+    def _index_in_memory(self) -> Index:
+        index = Index.in_memory()
+        index.rebuild(self._described())
         return index
 
     def _move_index_aside(self, error: Exception) -> None:
-        logger.warning("The index of %s is damaged (%s); it is made anew from the files.", self.path, error)
-        file = self.path / "index.sqlite"
-        os.replace(file, self.path / "damaged" / file.name)
-        for suffix in ("-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{file}{suffix}")
+        """Move all files of the index to names that nothing has: they may be those of another application."""
+        numbered = (self.path / "damaged" / f"{INDEX}.{number}" for number in itertools.count(1))
+        aside = next(name for name in numbered if not any(os.path.lexists(f"{name}{suffix}") for suffix in SUFFIXES))
+        logger.warning(
+            "The index of %s is damaged, or not one (%s); it is set aside as %s, and made anew from the entries.",
+            self.path,
+            error,
+            aside,
+        )
+        with explaining("The index of a store cannot be set aside", self.path / INDEX):
+            aside.parent.mkdir(mode=0o700, exist_ok=True)
+            for suffix in SUFFIXES:
+                with suppress(FileNotFoundError):
+                    os.rename(f"{self.path / INDEX}{suffix}", f"{aside}{suffix}")
 
-    def _ask(self, question: Callable[[sqlite3.Connection], Answer]) -> Answer:
+    def _ask(self, question: Callable[[Index], Answer]) -> Answer:
         """Ask the index; one that answers nonsense is made anew from the files, and asked again."""
-        try:
-            with self._lock, self._index:
-                return question(self._index)
-        except (sqlite3.DatabaseError, struct.error, TypeError, ValueError) as error:
-            if _is_unavailable(error):
-                raise OSError(f"The index of {self.path} cannot be used: {error}.") from error
-            self._renew_index(error)
-        with self._database() as index:
-            return question(index)
-
-    def _renew_index(self, error: Exception) -> None:
         with self._lock:
-            self._index.close()
-            if self.is_writable:
-                self._move_index_aside(error)
-                self._index = self._open_index()
-            else:
-                self._index = self._index_in_memory()
+            try:
+                return question(self._opened())
+            except DamagedIndexError as error:
+                self._index.close()
+                if self.is_writable:
+                    self._move_index_aside(error)
+            self._index = self._new_index()
+            try:
+                return question(self._index)
+            except DamagedIndexError as error:
+                raise self._unusable(error) from error
 
-    def _open_index_to_read(self, file: Path) -> sqlite3.Connection:
-        log = Path(f"{file}-wal")
-        has_all = file.exists() and not (log.exists() and log.stat().st_size)  # immutable files are read without logs
-        if has_all:
-            index = sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True, check_same_thread=False)
-            with contextlib.suppress(sqlite3.Error):
-                (version,) = index.execute("PRAGMA user_version").fetchone()
-                if version == _SCHEMA_VERSION:
-                    return index
-            index.close()
-        return self._index_in_memory()
-
-    def _index_in_memory(self) -> sqlite3.Connection:
-        self._index = sqlite3.connect(":memory:", check_same_thread=False)
-        self._index.executescript(_SCHEMA)
-        self.rebuild()
-        return self._index
-
-    def _connect(self, file: Path) -> sqlite3.Connection:
-        # sqlite's own files take this one's permissions. Not opened where it exists: closing it would let go of locks.
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        index = sqlite3.connect(file, timeout=_LOCK_SECONDS, check_same_thread=False)
-        try:
-            (version,) = index.execute("PRAGMA user_version").fetchone()
-            if version > _SCHEMA_VERSION:
-                raise StoreVersionError(
-                    f"{self.path} was written by a newer version of backprompt. Upgrade to read it."
-                )
-            index.execute("PRAGMA synchronous = NORMAL")
-            if version < _SCHEMA_VERSION:
-                _patiently(lambda: index.execute("PRAGMA journal_mode = WAL"))
-                index.executescript("DROP TABLE IF EXISTS entries; DROP TABLE IF EXISTS needs;" if version else "")
-                index.executescript(_SCHEMA)
-            index.execute("SELECT count(*) FROM entries").fetchone()
-        except BaseException:
-            index.close()
-            raise
-        return index
-
-    @contextlib.contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection]:
-        """A transaction on the index; its errors are those of a file that cannot be used."""
-        try:
-            with self._lock, self._index:
-                yield self._index
-        except sqlite3.Error as error:
-            raise OSError(f"The index of {self.path} cannot be used: {error}.") from error
+    def _unusable(self, error: DamagedIndexError) -> OSError:
+        return explained(OSError(errno.EIO, str(error)), "The index of a store cannot be used", self.path / INDEX)
 
     def _forget(self, name: str) -> None:
         """Take a name out of the index, if that can be done: an index that names too much does no harm."""
         if self.is_writable:
-            with self._hinting() as index:
-                index.execute("DELETE FROM entries WHERE name = ?", (name,))
-                index.execute("DELETE FROM needs WHERE name = ?", (name,))
+            self._hint(lambda index: index.forget(name))
 
     def _note_use(self, name: str) -> None:
         with self._lock:
@@ -470,81 +465,33 @@ class DiskStore(Store):
 
     def _write_uses(self) -> None:
         with self._lock:
-            uses = [(used, name) for name, used in self._uses.items()]
+            uses = dict(self._uses)
             self._uses.clear()
             if uses and self.is_writable:
-                with self._hinting() as index:
-                    index.executemany("UPDATE entries SET last_used = ? WHERE name = ?", uses)
+                self._hint(lambda index: index.note_uses(uses.items()))
 
-    @contextlib.contextmanager
-    def _hinting(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that may fail: what it writes helps, but nothing depends on it."""
+    def _hint(self, note: Callable[[Index], None]) -> None:
+        """Tell the index what helps it, but nothing depends on."""
         try:
-            with self._database() as index:
-                yield index
+            self._ask(note)
         except OSError as error:
             logger.info("The index of %s was not brought up to date: %s", self.path, error)
 
-    def _set_aside(self, name: str, error: DamagedEntryError) -> None:
-        self._move_aside(self._file(name), error)
-        self._forget(name)
-
-    def _move_aside(self, file: Path, error: DamagedEntryError) -> None:
+    def _report(self, file: Path, error: DamagedEntryError) -> None:
         logger.warning("%s is damaged: %s. It is set aside and computed again when needed.", file, error)
-        if self.is_writable:
-            with contextlib.suppress(FileNotFoundError):  # another thread or process was faster
-                os.replace(file, self.path / "damaged" / file.name)
 
-
-def _insert(index: sqlite3.Connection, header: Header, num_bytes: int, last_used: float) -> None:
-    place = (header.name, header.start, header.end, _packed(header.token_ids), header.position)
-    text = header.text.encode(errors="replace").decode()  # half of a UTF-16 pair is no text for SQLite
-    values = (*place, len(header.token_ids), num_bytes, text, header.error, last_used)
-    index.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
-    needs = [(header.name, name) for name in header.behind]
-    index.executemany("INSERT OR IGNORE INTO needs VALUES (?, ?)", needs)
-
-
-def _patiently(attempt: Callable[[], object]) -> None:
-    """Try until another process lets go of the database: changing its mode does not wait for locks by itself."""
-    until = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            attempt()
+    def _move_aside(self, file: Path) -> None:
+        """Move a damaged file out of the way, if that can be done."""
+        if not self.is_writable:
             return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-
-
-def _is_unavailable(error: Exception) -> bool:
-    """Return whether the index may be sound, but cannot be used now; any other error of SQLite's means damage."""
-    words = ("locked", "busy", "full", "disk I/O", "readonly", "unable to open")
-    return isinstance(error, sqlite3.ProgrammingError) or (  # it is closed
-        isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in words)
-    )
-
-
-def _checked_name(name: object) -> str:
-    """Return a name from the index.
-
-    Raises:
-        ValueError: it is none, so the index is damaged.
-
-    """
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"{name!r} is no entry's name")
-    return name
-
-
-def _packed(token_ids: Sequence[int]) -> bytes:
-    """Return bytes whose order is that of the ids: big-endian, 8 bytes each."""
-    return struct.pack(f">{len(token_ids)}Q", *token_ids)
-
-
-def _unpacked(packed: bytes) -> tuple[int, ...]:
-    return struct.unpack(f">{len(packed) // 8}Q", packed)
+        folder = self.path / "damaged"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            os.replace(file, folder / file.name)
+        except FileNotFoundError:  # another thread or process was faster
+            logger.debug("%s was gone before it could be set aside.", file)
+        except OSError as error:
+            logger.warning("%s cannot be set aside: %s", file, error)
 
 
 def _sync_folder(folder: Path) -> None:

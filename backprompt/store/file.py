@@ -10,44 +10,84 @@
 
 Any reader of safetensors can read it. Each tensor is read and checked by itself, so reading hidden states does not
 read keys and values.
+
+What a file says of itself is checked before memory is taken for it: the header against the schema (schema.py), and
+what it says of the data against the size of the file. Checksums find accidents. Whoever can write to the folder can
+write right checksums, too, so they show nothing else.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from backprompt.errors import DamagedEntryError, StoreVersionError
+from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
 from backprompt.store.base import Entry, Header
+from backprompt.store.schema import TensorSpec, check_header, check_tensors
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 20
 
-_MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
+MAX_HEADER_BYTES = 32 << 20
+"""Room for millions of tokens. A header is read and parsed as a whole."""
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
     "I8": torch.int8,
-    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
+_MAX_LENGTH = 1 << 48
+"""Of an axis and of a file, so that products of them stay small numbers."""
+
+_FIELDS = {field.name for field in fields(Header)}
+_NEEDED_FIELDS = {
+    field.name for field in fields(Header) if field.default is MISSING and field.default_factory is MISSING
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes lie in a file, and what they are."""
+
+    spec: TensorSpec
+    start: int
+    checksums: list[int]
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a file's header says, checked."""
+
+    header: Header
+    places: Mapping[str, _Place]
+
 
 def to_pieces(entry: Entry) -> list[memoryview]:
-    """Return the file's content: its header, then each tensor's bytes, which are not copied where they can be used."""
+    """Return the file's content: its header, then each tensor's bytes, which are not copied where they can be used.
+
+    Raises:
+        DamagedEntryError: it is no entry that could be read again.
+        EntryTooLargeError: its header does not fit a file.
+
+    """
+    check_header(entry.header)
+    check_tensors(entry.header, {name: TensorSpec.of(tensor) for name, tensor in entry.tensors.items()})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entry.tensors.items()}
     # Larger items first, so that each tensor begins at a multiple of its item's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -69,18 +109,22 @@ def to_pieces(entry: Entry) -> list[memoryview]:
     table["__metadata__"]["check"] = str(_check_of(table))
     described = json.dumps(table).encode()
     described += b" " * (-len(described) % 8)  # safetensors aligns the data so
+    if len(described) > MAX_HEADER_BYTES:
+        raise EntryTooLargeError(f"The header of {len(entry.header.token_ids):,} tokens does not fit a file.")
     return [memoryview(len(described).to_bytes(8, "little") + described), *pieces]
 
 
-def read_header(file: BinaryIO) -> Header:
+def read_header(path: Path) -> Header:
     """Return what the entry stands for.
 
     Raises:
-        DamagedEntryError: a byte of the file's header is not what was written.
+        OSError: the file cannot be read, or is not there.
+        DamagedEntryError: it is no whole entry, as far as its header tells.
         StoreVersionError: another version of backprompt wrote it.
 
     """
-    return _read_table(file)[1]
+    with _opened(path) as file:
+        return _read_contents(file).header
 
 
 def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
@@ -89,67 +133,190 @@ def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
     Large tensors are read and checked side by side: most of the time goes into finding memory for them.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedEntryError, StoreVersionError: see `read_header`.
+        MemoryError: there is no room for its tensors, which the file is large enough for.
+        OSError, DamagedEntryError, StoreVersionError: see `read_header`.
 
     """
-    with open(path, "rb") as file:
-        table, header, data_start = _read_table(file)
-    checksums = json.loads(table.pop("__metadata__")["checksums"])
-    chosen = [name for name in table if names is None or name in names]
+    with _opened(path) as file:
+        contents = _read_contents(file)
+    chosen = {name: place for name, place in contents.places.items() if names is None or name in names}
 
     def read(name: str) -> Tensor:
-        return _read_tensor(path, name, table[name], data_start, checksums[name])
+        return _read_tensor(path, name, chosen[name])
 
-    if sum(table[name]["data_offsets"][1] - table[name]["data_offsets"][0] for name in chosen) < CHUNK_BYTES:
-        return Entry(header, {name: read(name) for name in chosen})
+    if sum(place.spec.num_bytes for place in chosen.values()) < CHUNK_BYTES:
+        return Entry(contents.header, {name: read(name) for name in chosen})
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        return Entry(header, dict(zip(chosen, pool.map(read, chosen), strict=True)))
+        return Entry(contents.header, dict(zip(chosen, pool.map(read, chosen), strict=True)))
 
 
-def _read_tensor(path: Path, name: str, place: Mapping[str, Any], data_start: int, checksums: list[int]) -> Tensor:
-    first, last = place["data_offsets"]
-    tensor = torch.empty(place["shape"], dtype=_DTYPES[place["dtype"]])
+def _opened(path: Path) -> BinaryIO:
+    """Open a file to read it; one that others would have to write to first, a pipe or a device, is refused at once."""
+    try:
+        file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
+    except IsADirectoryError as error:
+        raise DamagedEntryError("it is no regular file") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise DamagedEntryError("it is no regular file")
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _read_tensor(path: Path, name: str, place: _Place) -> Tensor:
+    try:
+        tensor = torch.empty(place.spec.shape, dtype=place.spec.dtype)
+    except RuntimeError as error:  # torch's own kind of a MemoryError
+        raise MemoryError(f"no room for {place.spec.num_bytes:,} bytes of tensor {name!r}") from error
     data = _bytes_of(tensor)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(data_start + first)
-        num_read = 0
-        while num_read < last - first and (num_more := file.readinto(data[num_read:])):
-            num_read += num_more
-    if num_read != last - first:
-        raise DamagedEntryError(f"tensor {name!r} is cut off")
-    if _checksums(data) != checksums:
+    with _opened(path) as file:
+        file.seek(place.start)
+        _read_into(file, data, f"tensor {name!r} is cut off")
+    if _checksums(data) != place.checksums:
         raise DamagedEntryError(f"tensor {name!r} has other bytes than were written")
     return tensor
 
 
-def _read_table(file: BinaryIO) -> tuple[dict[str, Any], Header, int]:
-    """Return the checked safetensors header, the entry's header, and where the data begins."""
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= _MAX_HEADER_BYTES:
+def _read_into(file: BinaryIO, data: memoryview, complaint: str) -> None:
+    """Fill `data`; what the file lacks is damage."""
+    num_read = 0
+    while num_read < len(data) and (num_more := file.readinto(data[num_read:])):  # type: ignore[attr-defined]
+        num_read += num_more
+    if num_read != len(data):
+        raise DamagedEntryError(complaint)
+
+
+def _read_contents(file: BinaryIO) -> _Contents:
+    """Return what the file's header says; nothing of the data is read."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    if not 10 <= num_bytes <= _MAX_LENGTH:
+        raise DamagedEntryError(f"it cannot be {num_bytes} bytes long")
+    start = bytearray(8)
+    _read_into(file, memoryview(start), "it is cut off")
+    length = int.from_bytes(start, "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, num_bytes - len(start)):
         raise DamagedEntryError(f"its header cannot be {length} bytes long")
-    try:
-        table = json.loads(file.read(length))
-        described = table["__metadata__"]
-        check = int(described.pop("check"))
-        is_whole = check == _check_of(table)
-        version = described["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedEntryError(f"its header cannot be read: {error}") from error
-    if not is_whole:
+    described = bytearray(length)
+    _read_into(file, memoryview(described), "it is cut off")
+    table = _object(described)
+    metadata = _checked_metadata(table)
+    header = _header_of(_object(metadata["entry"]))
+    places = _places_of(table, _object(metadata["checksums"]), len(start) + length, num_bytes)
+    check_tensors(header, {name: place.spec for name, place in places.items()})
+    return _Contents(header, places)
+
+
+def _checked_metadata(table: dict[str, Any]) -> dict[str, str]:
+    """Take the metadata out of a header, and return it after comparing the header with its checksum.
+
+    Another version's header is not looked at any further: what it is made of is not known here.
+    """
+    metadata = table.get("__metadata__")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DamagedEntryError("its header has no metadata")
+    check = metadata.pop("check", None)
+    if check != str(_check_of(table)):
         raise DamagedEntryError("its header has other bytes than were written")
+    version = metadata.get("format", "")
+    if not re.fullmatch(r"[0-9]{1,9}", version):
+        raise DamagedEntryError("its header names no format")
     if version != str(FORMAT):
         raise StoreVersionError(
             f"it has format {version}, and this version of backprompt reads format {FORMAT}. Use the version that "
             "wrote it, or a new folder."
         )
-    fields = json.loads(described["entry"])
-    return table, Header(**fields | {name: tuple(fields.get(name, ())) for name in ("token_ids", "behind")}), 8 + length
+    if metadata.keys() != {"format", "entry", "checksums"}:
+        raise DamagedEntryError("its header has other metadata than an entry's")
+    del table["__metadata__"]
+    return metadata
+
+
+def _header_of(described: dict[str, Any]) -> Header:
+    if not _NEEDED_FIELDS <= described.keys() <= _FIELDS:
+        raise DamagedEntryError("its header has other fields than an entry's")
+    for name in ("token_ids", "behind"):
+        if isinstance(described.get(name), list):
+            described[name] = tuple(described[name])
+    header = Header(**described)
+    check_header(header)
+    return header
+
+
+def _places_of(table: dict[str, Any], checksums: dict[str, Any], data_start: int, num_bytes: int) -> dict[str, _Place]:
+    """Return where each tensor lies; together they are all of the file's data, and do not overlap."""
+    if checksums.keys() != table.keys():
+        raise DamagedEntryError("its checksums are those of other tensors")
+    places, starts = {}, []
+    for name, described in table.items():
+        if not isinstance(described, dict) or described.keys() != {"dtype", "shape", "data_offsets"}:
+            raise DamagedEntryError("a tensor is not described by its dtype, shape and offsets")
+        dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise DamagedEntryError("a tensor has a dtype that no entry has")
+        if not _are_lengths(shape, 1, 3) or not _are_lengths(offsets, 2, 2):
+            raise DamagedEntryError("a tensor's shape or offsets are no small numbers")
+        spec = TensorSpec(_DTYPES[dtype], tuple(shape))
+        if offsets[1] - offsets[0] != spec.num_bytes:
+            raise DamagedEntryError("a tensor's shape and offsets contradict each other")
+        _check_checksums(checksums[name], spec.num_bytes)
+        places[name] = _Place(spec, data_start + offsets[0], checksums[name])
+        starts.append((data_start + offsets[0], data_start + offsets[1]))
+    stop = data_start
+    for start, next_stop in sorted(starts):
+        if start != stop:
+            raise DamagedEntryError("its tensors overlap, or leave gaps")
+        stop = next_stop
+    if stop != num_bytes:
+        raise DamagedEntryError(f"its tensors end after {stop:,} bytes, and the file after {num_bytes:,}")
+    return places
+
+
+def _check_checksums(checksums: object, num_bytes: int) -> None:
+    num_chunks = -(-num_bytes // CHUNK_BYTES)
+    if not isinstance(checksums, list) or len(checksums) != num_chunks:
+        raise DamagedEntryError("a tensor has not a checksum for each of its chunks")
+    if not all(type(checksum) is int and 0 <= checksum < 1 << 32 for checksum in checksums):
+        raise DamagedEntryError("a checksum is not a number of 32 bits")
+
+
+def _are_lengths(numbers: object, fewest: int, most: int) -> bool:
+    return (
+        isinstance(numbers, list)
+        and fewest <= len(numbers) <= most
+        and all(type(number) is int and 0 <= number <= _MAX_LENGTH for number in numbers)
+    )
+
+
+def _object(encoded: str | bytearray) -> dict[str, Any]:
+    """Return the JSON object, in which each name stands once and each number is one."""
+    try:
+        decoded = json.loads(encoded, object_pairs_hook=_without_duplicates, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise DamagedEntryError(f"its header cannot be read: {error}") from error
+    if not isinstance(decoded, dict):
+        raise DamagedEntryError("its header cannot be read: it is no object")
+    return decoded
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    decoded = dict(pairs)
+    if len(decoded) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return decoded
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def _check_of(table: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(table, sort_keys=True).encode())
+    try:
+        return zlib.crc32(json.dumps(table, sort_keys=True).encode())
+    except RecursionError as error:
+        raise DamagedEntryError("its header is nested too deeply") from error
 
 
 def _checksums(data: memoryview) -> list[int]:

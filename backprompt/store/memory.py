@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from threading import Lock
 
+from backprompt.forking import ForkableLock, watch_store
 from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist, num_common
 from backprompt.store.precision import StoredDtype, check_stored_dtype
 
@@ -16,7 +16,8 @@ class MemoryStore(Store):
         self.persist = check_persist(persist)
         self.dtype = check_stored_dtype(dtype)
         self._entries: dict[str, Entry] = {}
-        self._lock = Lock()
+        self._lock = ForkableLock()
+        watch_store(self._lock)
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
         """Return copies, so that the caller cannot change what is stored."""

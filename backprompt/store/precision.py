@@ -17,8 +17,16 @@ from torch import Tensor
 StoredDtype: TypeAlias = Literal["float16", "int8"]
 STORED_DTYPES: tuple[StoredDtype, ...] = ("float16", "int8")
 
-_SCALE = ".scale"
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCALE = ".scale"
+"""What the name of a tensor of scales ends in, behind the name of the tensor that they belong to."""
+
+COMPUTED_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What keys, values and hidden states are computed in, by name."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,15 @@ def encode(tensors: Mapping[str, Tensor], dtype: StoredDtype) -> Encoded:
 def decode(tensors: Mapping[str, Tensor], name: str, dtypes: Mapping[str, str]) -> Tensor:
     """Return the tensor that was encoded under this name, or, if it was not, the one that has it."""
     kind = name.split(".")[0]
-    scale, stored = tensors.get(name + _SCALE), tensors[name]
+    scale, stored = tensors.get(name + SCALE), tensors[name]
     if kind not in dtypes:
         return stored
-    return (stored if scale is None else stored * scale).to(_DTYPES[dtypes[kind]])
+    return (stored if scale is None else stored * scale).to(COMPUTED_DTYPES[dtypes[kind]])
 
 
 def parts_of(name: str) -> tuple[str, str]:
     """Return the names of the tensors that decoding this one may need."""
-    return name, name + _SCALE
+    return name, name + SCALE
 
 
 def check_stored_dtype(dtype: StoredDtype | None) -> StoredDtype | None:
@@ -87,7 +95,7 @@ def _in_fewer_bits(name: str, tensor: Tensor, dtype: StoredDtype) -> dict[str, T
     scale = tensor.float().abs().amax(dim=-1, keepdim=True) / 127  # (kv_heads, tokens, 1)
     quotient = tensor.float() / scale.where(scale > 0, 1)
     # A scale too small for a normal number is inexact enough for a quotient beyond 127.
-    return {name: quotient.round().clamp(-127, 127).to(torch.int8), name + _SCALE: scale}
+    return {name: quotient.round().clamp(-127, 127).to(torch.int8), name + SCALE: scale}
 
 
 def _relative_error(decoded: Tensor, given: Tensor) -> float:

@@ -1,0 +1,217 @@
+"""Checks and conversions of arguments that public functions share.
+
+Each raises an error that says what was given, what was needed and what to do, before anything is computed. A table, a
+mapping and a set can be gone through, and give column names, keys and no order: all are refused where a sequence is
+needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Reversible, Set
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from backprompt._visible import shortened
+from backprompt.errors import TextTypeError, TokenizerError
+
+if TYPE_CHECKING:
+    from backprompt.lm import LM
+    from backprompt.text import Text
+
+_REPR_CHARACTERS = 60
+
+
+def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
+    """Return what can be gone through as a list, its elements unchecked.
+
+    Args:
+        given: a list, tuple, array, series, generator and the like.
+        needed: how the error begins, such as "completions must be a sequence of strings".
+        any_order: whether a set will do.
+
+    Raises:
+        TextTypeError: it is a string, bytes, a mapping, a data frame, a set, or nothing that one can go through.
+
+    """
+    if type(given) in (list, tuple):
+        return list(given)
+    kind = type(given).__name__
+    if isinstance(given, (str, bytes, bytearray, memoryview)):
+        raise TextTypeError(f"{needed}, not the {kind} {_shown(given)}. Put a single one in a list.")
+    if isinstance(given, Mapping):
+        raise TextTypeError(
+            f"{needed}, not a mapping ({kind}), of which the keys would be taken. Give what is meant: "
+            "list(d.values()), or one of them, d[key]."
+        )
+    if hasattr(type(given), "columns") or hasattr(type(given), "column_names"):
+        raise TextTypeError(
+            f"{needed}, not a table ({kind}), of which the names of its columns would be taken. Give one column, such "
+            'as df["text"].'
+        )
+    if isinstance(given, Set) and not isinstance(given, Reversible) and not any_order:
+        raise TextTypeError(f"{needed}, ordered, so that results can be; a {kind} is not. Use a list.")
+    try:
+        elements = iter(given)
+    except TypeError as error:
+        raise TextTypeError(f"{needed}, not {kind}: {_shown(given)}.") from error
+    return list(elements)
+
+
+def as_texts(texts: Any, function: str) -> list[Text]:
+    """Return a text or several as a list; `function` takes them.
+
+    Raises:
+        TextTypeError: see `as_list`; or an element is not a `Text`.
+
+    """
+    from backprompt.text import Text  # which uses what is above
+
+    needed = f"{function} takes a Text or several in a list"
+    if isinstance(texts, Text):
+        return [texts]
+    if isinstance(texts, str):
+        raise TextTypeError(f"{needed}, not the str {_shown(texts)}. Wrap it: Text(string, lm).")
+    listed = as_list(texts, needed)
+    return [as_text(text, f"texts[{idx}]") for idx, text in enumerate(listed)]
+
+
+def as_text(given: object, name: str) -> Text:
+    """Return what is a `Text`; `name` says where it stands.
+
+    Raises:
+        TextTypeError: it is none.
+
+    """
+    from backprompt.text import Text
+
+    if not isinstance(given, Text):
+        raise TextTypeError(f"{name} is a {type(given).__name__}, not a Text. Wrap strings: Text(string, lm).")
+    return given
+
+
+def as_lm(given: Any) -> LM:
+    """Return an `LM`, of a `(model, tokenizer)` tuple the one that all such tuples share.
+
+    Raises:
+        TextTypeError: it is neither.
+        What `LM` raises for the model and the tokenizer.
+
+    """
+    from backprompt.lm import LM, shared_lm  # texts know no model until they are given one
+
+    if isinstance(given, LM):
+        return given
+    if isinstance(given, tuple) and len(given) == 2:
+        return shared_lm(*given)
+    raise TextTypeError(
+        f"The model is given as an LM or a (model, tokenizer) tuple, not as {type(given).__name__}: {_shown(given)}. "
+        "backprompt.load(name) makes an LM."
+    )
+
+
+def check_encodable(string: str, name: str) -> None:
+    """Raise TokenizerError for a lone surrogate; `name` says where the string stands."""
+    position = lone_surrogate(string)
+    if position is not None:
+        raise TokenizerError(surrogate_message(f"{name}, {_shown(string)},", position))
+
+
+def lone_surrogate(string: str) -> int | None:
+    """Return where half of a UTF-16 pair stands alone, which is no character and cannot be encoded."""
+    try:
+        _ = string.isascii() or string.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def surrogate_message(shown: str, position: int) -> str:
+    """Return what an error says of a lone surrogate."""
+    return (
+        f"{shown} holds a lone surrogate at character {position}: half of a UTF-16 pair, which is no character. Decode "
+        "the source as UTF-8, or replace it with string.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+    )
+
+
+def as_int(given: Any, name: str, *, at_least: int, error: type[ValueError] = ValueError) -> int:
+    """Return a whole number as an int; a bool is none.
+
+    Raises:
+        ValueError: as `error`: it is no whole number, or too small.
+
+    """
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < at_least:
+        raise error(f"{name} must be an int of at least {at_least}, not {given!r}.")
+    return int(given)
+
+
+def as_number(
+    given: Any,
+    name: str,
+    *,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    error: type[Exception] | None = None,
+) -> float:
+    """Return a finite number as a float; a bool is none.
+
+    Raises:
+        TypeError: or `error`: it is no number.
+        ValueError: or `error`: it is nan, infinite, or not within the bounds.
+
+    """
+    low, high = bounds
+    is_number = isinstance(given, Real) and not isinstance(given, (bool, np.bool_))
+    if is_number and math.isfinite(given) and low <= given <= high:
+        return float(given)
+    where = "" if bounds == (-math.inf, math.inf) else f" of at least {low:g}"
+    where = where if high == math.inf else f" from {low:g} to {high:g}"
+    kind = error or (ValueError if is_number else TypeError)
+    raise kind(f"{name} must be a finite number{where}, not {_shown(given)}.")
+
+
+def as_bool(given: Any, name: str, *, error: type[ValueError] = ValueError) -> bool:
+    """Return True or False; a number or a string is neither.
+
+    Raises:
+        ValueError: as `error`.
+
+    """
+    if not isinstance(given, bool):
+        raise error(f"{name} must be True or False, not {given!r}.")
+    return given
+
+
+def as_floats(given: Any, name: str) -> npt.NDArray[np.float64]:
+    """Return an array, a tensor, a series, or a sequence or nested sequences of finite numbers as an array of floats.
+
+    Raises:
+        TypeError: it is something else, or has elements that are not numbers.
+        ValueError: rows are of different lengths, or a number is nan or infinite.
+
+    """
+    needed = f"{name} must be numbers in order"
+    if hasattr(given, "detach"):
+        given = given.detach().cpu().double().numpy()  # torch's, of which numpy does not know all dtypes
+    elif not hasattr(given, "__array__"):
+        given = as_list(given, needed)
+    try:
+        array = np.asarray(given)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{needed}, in rows of one length: {error}.") from error
+    if array.dtype.kind == "O" and all(isinstance(value, Real) for value in array.flat):
+        array = array.astype(float)
+    if array.dtype.kind not in "fiu" and array.size:
+        odd = next((value for value in array.flat if not isinstance(value, Real)), array.flat[0])
+        raise TypeError(f"{needed}, not {type(odd).__name__}: {_shown(odd)}.")
+    floats = array.astype(float)
+    if not np.isfinite(floats).all():
+        raise ValueError(f"{needed} that are finite, not {floats[~np.isfinite(floats)][0]}.")
+    return floats
+
+
+def _shown(given: object) -> str:
+    return shortened(ascii(given) if isinstance(given, str) else repr(given), _REPR_CHARACTERS)

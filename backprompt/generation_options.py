@@ -1,0 +1,120 @@
+"""Fields of transformers' `GenerationConfig` that `generate` takes, and what values they have.
+
+transformers looks at many of them only where they are used, or not at all: a string as a seed, a probability of 2, the
+number of an unknown token or an option of a way to decode that is not done would do something else, silently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from transformers import GenerationConfig
+
+from backprompt.arguments import as_bool, as_int, as_number
+from backprompt.errors import GenerationError
+
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+
+_CACHE = "keys and values are kept by the LM"
+_OURS = {  # what `generate` of transformers takes and this does not, and what to do instead
+    "num_return_sequences": "use n=...",
+    "max_length": "use max_new_tokens=..., which does not count the prompt",
+    "return_dict_in_generate": "a Text is returned, with completion_tokens and completion_logprobs",
+    "output_scores": "completion_logprobs are always there",
+    "output_logits": "text.logits and text.model_repr.all_logits() are always there",
+    "output_attentions": "they are never computed as a whole",
+    "output_hidden_states": "text.model_repr.hidden_states are always there",
+    "use_cache": "keys and values are always kept",
+    "cache_implementation": _CACHE,
+    "cache_config": _CACHE,
+    "low_memory": _CACHE,
+    "num_beam_groups": "beams are searched as one group",
+    "diversity_penalty": "beams are searched as one group",
+    "penalty_alpha": "it is for contrastive search, which is not done",
+    "dola_layers": "it is for DoLa decoding, which is not done",
+    "is_assistant": "it is for a model that proposes tokens to another, which is not done",
+    "compile_config": "nothing is compiled",
+    "disable_compile": "nothing is compiled",
+    "transformers_version": "it says nothing about decoding",
+}
+
+_PROBABILITY = (0.0, 1.0)
+_NOT_NEGATIVE = (0.0, math.inf)
+_ANY = (-math.inf, math.inf)
+
+
+def checked(given: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
+    """Return fields of `GenerationConfig`, numbers as Python's own; None stays, as what is not given.
+
+    Args:
+        given: by name.
+        num_tokens: how many tokens the model knows.
+
+    Raises:
+        GenerationError: a field that is not there or not done, or a value that it cannot have.
+
+    """
+    for name, instead in _OURS.items():
+        if name in given:
+            raise GenerationError(f"generate takes no {name}: {instead}.")
+    known = GenerationConfig().to_dict().keys()
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise GenerationError(
+            f"generate has no option {unknown[0]!r}. It has max_new_tokens, stop, include_stop, seed and the fields "
+            "of transformers' GenerationConfig."
+        )
+    as_token_ids: Callable[..., Any] = partial(_as_token_ids, num_tokens=num_tokens)
+    checks = {**_CHECKS, **dict.fromkeys(_TOKEN_IDS, as_token_ids)}
+    return {
+        name: value if value is None or name not in checks else checks[name](value, name=name)
+        for name, value in given.items()
+    }
+
+
+def _as_early_stopping(given: Any, name: str) -> bool | str:
+    if given == "never":
+        return "never"
+    if not isinstance(given, bool):
+        raise GenerationError(f'{name} must be True, False or "never", not {given!r}.')
+    return given
+
+
+def _as_token_ids(given: Any, name: str, num_tokens: int) -> int | list[int]:
+    ids = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not ids:
+        raise GenerationError(f"{name} must be token ids, not {given!r}. Leave it out.")
+    numbers = [as_int(token_id, f"an id of {name}", at_least=0, error=GenerationError) for token_id in ids]
+    if max(numbers) >= num_tokens:
+        raise GenerationError(f"{name} has the id {max(numbers)}, but those of the model are 0 to {num_tokens - 1}.")
+    return numbers if isinstance(given, Iterable) else numbers[0]
+
+
+def _int(at_least: int) -> Callable[..., Any]:
+    return partial(as_int, at_least=at_least, error=GenerationError)
+
+
+def _number(bounds: tuple[float, float]) -> Callable[..., Any]:
+    return partial(as_number, bounds=bounds, error=GenerationError)
+
+
+_TOKEN_IDS = ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
+_CHECKS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("num_beams", "prompt_lookup_num_tokens", "max_matching_ngram_size"), _int(1)),
+    **dict.fromkeys(
+        ("top_k", "min_new_tokens", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), _int(0)
+    ),
+    **dict.fromkeys(
+        ("temperature", "repetition_penalty", "encoder_repetition_penalty", "max_time"), _number(_NOT_NEGATIVE)
+    ),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"), _number(_PROBABILITY)),
+    **dict.fromkeys(("length_penalty", "guidance_scale"), _number(_ANY)),
+    **dict.fromkeys(
+        ("do_sample", "renormalize_logits", "remove_invalid_values", "token_healing"),
+        partial(as_bool, error=GenerationError),
+    ),
+    "early_stopping": _as_early_stopping,
+}

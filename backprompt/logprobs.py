@@ -1,0 +1,25 @@
+"""From logits to log-probabilities: in which precision, and which logits have any.
+
+A logit of -inf is one like others: its token has probability 0 and the log-probability -inf. NaN, +inf, and a row in
+which every logit is -inf are no distribution; the log-softmax of such a row would be NaN throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def logprob_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of log-probabilities of a model that computes in `dtype`: float64 for that, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Return log-probabilities over the last axis, nats, of the same shape, in `logprob_dtype`."""
+    return logits.to(logprob_dtype(logits.dtype)).log_softmax(dim=-1)
+
+
+def are_distributions(logits: Tensor) -> Tensor:
+    """Return which rows of `(..., vocab)` have log-probabilities: no NaN, no +inf, and not -inf throughout."""
+    return logits.amax(dim=-1).isfinite()  # the largest of a row with NaN is NaN

@@ -1,0 +1,402 @@
+"""The index of a folder of entries: what is in their headers, in SQLite, for lookups.
+
+It knows nothing that the files do not say, so a damaged one is made anew from them (disk.py). Damaged is all that is
+not an index as this version makes it: another schema, down to a trigger, a view or a column; an answer of another type;
+a question that takes longer than any index needs. A folder may come from anywhere, so its index is opened as one that
+may be hostile: no code of its schema is trusted, what it can make SQLite do is bounded, and its schema is compared
+before anything else is asked. What is no regular file is not opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import sqlite3
+import stat
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from backprompt.errors import StoreVersionError
+from backprompt.store.base import Header, Match, num_common
+from backprompt.store.paths import explaining
+from backprompt.store.schema import MAX_NAME_LENGTH, is_name
+
+SUFFIXES = ("", "-wal", "-shm", "-journal")
+"""Of the files that SQLite makes of one database."""
+
+_SCHEMA_VERSION = 3
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+    name TEXT PRIMARY KEY, start TEXT NOT NULL, end TEXT NOT NULL, token_ids BLOB NOT NULL,
+    position INTEGER NOT NULL, num_tokens INTEGER NOT NULL, num_bytes INTEGER NOT NULL, text TEXT NOT NULL,
+    error REAL NOT NULL, last_used REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS needs (name TEXT NOT NULL, behind TEXT NOT NULL, PRIMARY KEY (name, behind)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_behind ON needs (behind);
+CREATE INDEX IF NOT EXISTS by_start ON entries (start, token_ids);
+CREATE INDEX IF NOT EXISTS by_use ON entries (last_used, position);
+"""
+"""Compared to the letter: to change it is to change the version."""
+
+_NAME = f"CASE WHEN length(name) <= {MAX_NAME_LENGTH} THEN name END"
+_TOKEN_IDS = "CASE WHEN length(token_ids) <= :max_bytes THEN substr(token_ids, 1, length(:asked)) END"
+_NEIGHBOURS = (
+    f"SELECT {_NAME}, {_TOKEN_IDS} FROM entries WHERE start = :start AND token_ids <= :asked "
+    "ORDER BY token_ids DESC LIMIT 1",
+    f"SELECT {_NAME}, {_TOKEN_IDS} FROM entries WHERE start = :start AND token_ids > :asked ORDER BY token_ids LIMIT 1",
+)
+"""In the order of token ids, what has the longest common beginning with a sequence stands right before or after it."""
+
+_NAMES_BY_TEXT = f"SELECT {_NAME} FROM entries WHERE substr(text, 1, ?) = ? ORDER BY text"
+_TOTALS = """
+SELECT count(name), ifnull(sum(num_tokens), 0), ifnull(sum(num_bytes), 0), ifnull(max(error), 0.0) FROM entries
+"""
+_LEAST_VALUABLE = f"""
+SELECT {_NAME}, num_bytes FROM entries AS entry
+WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end)
+AND NOT EXISTS (SELECT 1 FROM needs WHERE needs.behind = entry.name)
+ORDER BY last_used, position DESC LIMIT 100
+"""
+"""What nothing else begins behind, or in its middle: an entry is of no use without what stands before it."""
+
+_MAX_VALUE_BYTES = 128 << 20
+"""Of a row: room for all of an entry's header (file.py) twice over."""
+
+_LOCK_SECONDS = 30.0
+_LOOKUP_SECONDS = 10.0
+_SCAN_SECONDS = 60.0
+"""Of this thread's time on a processor, not of waiting: many times what a lookup, or a walk through all rows, takes."""
+
+_STEPS_A_CHECK = 100_000
+"""Instructions of SQLite's between two looks at the clock: some milliseconds."""
+
+
+class DamagedIndexError(Exception):
+    """The index is not one that this version makes, or answers nonsense. It never leaves a store."""
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What a store holds; `largest_error` is that of storing in fewer bits (`Header.error`), 0 where nothing is."""
+
+    num_entries: int
+    num_tokens: int
+    num_bytes: int
+    largest_error: float
+
+
+class Index:
+    """Questions to one index, one at a time: whoever has it holds a lock around each.
+
+    Every method raises DamagedIndexError where the index is damaged, and OSError where it cannot be used now.
+
+    Attributes:
+        is_finished: whether it was made of all files.
+
+    """
+
+    def __init__(self, connection: sqlite3.Connection, file: Path | None) -> None:
+        self._connection = connection
+        self._file = file
+        self._until = math.inf  # of this thread's time
+        self.is_finished = True
+        connection.set_progress_handler(self._is_late, _STEPS_A_CHECK)
+        _harden(connection)
+
+    @classmethod
+    def open(cls, file: Path) -> Index:
+        """Open an index to read and to write it, made if it is not there.
+
+        Raises:
+            StoreVersionError: a newer version of backprompt made it.
+
+        """
+        _check_kind_of(file)
+        with suppress(FileExistsError), explaining("The index of a store cannot be made", file):
+            # sqlite's own files take this one's permissions. Not opened where it exists: closing it lets go of locks.
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        return cls._connected(str(file), file, is_uri=False, prepare=cls._prepare)
+
+    @classmethod
+    def open_to_read(cls, file: Path) -> Index | None:
+        """Open an index whose folder cannot be written to; None where it is not there, or not all of it can be read."""
+        log = Path(f"{file}-wal")
+        try:
+            _check_kind_of(file)
+            if not file.exists() or (log.exists() and log.stat().st_size):  # immutable files are read without logs
+                return None
+            return cls._connected(f"{file.as_uri()}?immutable=1", file, is_uri=True, prepare=cls._check_finished)
+        except (DamagedIndexError, StoreVersionError, OSError):
+            return None
+
+    @classmethod
+    def in_memory(cls) -> Index:
+        """Return an empty index."""
+        index = cls(sqlite3.connect(":memory:", check_same_thread=False), None)
+        index._connection.executescript(_SCHEMA)
+        return index
+
+    @classmethod
+    def _connected(cls, name: str, file: Path, *, is_uri: bool, prepare: Callable[[Index], None]) -> Index:
+        with _translated(file):
+            connection = sqlite3.connect(name, timeout=_LOCK_SECONDS, check_same_thread=False, uri=is_uri)
+        try:
+            with _translated(file):
+                index = cls(connection, file)
+            prepare(index)
+        except BaseException:
+            connection.close()
+            raise
+        return index
+
+    def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
+        """Look at the two neighbours of these ids; see `Store.longest`."""
+        asked = _packed(token_ids)
+        given = {"start": start, "asked": asked, "max_bytes": _MAX_VALUE_BYTES}
+        with self._transaction():
+            rows = [row for query in _NEIGHBOURS for row in self._ask(query, given)]
+            matches = [Match(_checked_name(name), num_common(_unpacked(packed), token_ids)) for name, packed in rows]
+        best = max(matches, key=lambda match: match.num_tokens, default=None)
+        return best if best is not None and best.num_tokens else None
+
+    def names(self, text_prefix: str) -> list[str]:
+        """Return the names of all entries whose text begins so, in the order of their texts."""
+        with self._transaction():
+            rows = self._ask(_NAMES_BY_TEXT, (len(text_prefix), text_prefix), _SCAN_SECONDS)
+            return [_checked_name(name) for (name,) in rows]
+
+    def totals(self) -> StoreStats:
+        """Return how much is stored."""
+        with self._transaction():
+            ((num_entries, num_tokens, num_bytes, error),) = self._ask(_TOTALS, (), _SCAN_SECONDS)
+            return StoreStats(
+                _checked_number(num_entries),
+                _checked_number(num_tokens),
+                _checked_number(num_bytes),
+                _checked_error(error),
+            )
+
+    def least_valuable(self) -> list[tuple[str, int]]:
+        """Return names and bytes of entries that may go, those first that were not used for longest."""
+        with self._transaction():
+            rows = self._ask(_LEAST_VALUABLE, (), _SCAN_SECONDS)
+            return [(_checked_name(name), _checked_number(num_bytes, least=1)) for name, num_bytes in rows]
+
+    def rebuild(self, described: Iterable[tuple[Header, int, float]]) -> None:
+        """Forget all, and insert these headers, with the bytes and the time of last use of each."""
+        with self._transaction():
+            for table in ("entries", "needs"):  # with a condition, row by row, which can be broken off
+                self._ask(f"DELETE FROM {table} WHERE true", (), _SCAN_SECONDS)
+            for header, num_bytes, last_used in described:
+                self._insert(header, num_bytes, last_used)
+            # Only now: one that was cut off is made again.
+            self._ask(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        self.is_finished = True
+
+    def insert(self, header: Header, num_bytes: int, last_used: float) -> None:
+        """Note an entry."""
+        with self._transaction():
+            self._insert(header, num_bytes, last_used)
+
+    def forget(self, name: str) -> None:
+        """Take a name out, if it is there."""
+        with self._transaction():
+            self._ask("DELETE FROM entries WHERE name = ?", (name,))
+            self._ask("DELETE FROM needs WHERE name = ?", (name,))
+
+    def note_uses(self, uses: Iterable[tuple[str, float]]) -> None:
+        """Note when entries were used."""
+        with self._transaction():
+            for name, used in uses:
+                self._ask("UPDATE entries SET last_used = ? WHERE name = ?", (used, name))
+
+    def close(self) -> None:
+        """Close it; a second call does nothing."""
+        self._connection.close()
+
+    def _insert(self, header: Header, num_bytes: int, last_used: float) -> None:
+        place = (header.name, header.start, header.end, _packed(header.token_ids), header.position)
+        text = header.text.encode(errors="replace").decode()  # half of a UTF-16 pair is no text for SQLite
+        values = (*place, len(header.token_ids), num_bytes, text, header.error, last_used)
+        self._ask("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        for behind in header.behind:
+            self._ask("INSERT OR IGNORE INTO needs VALUES (?, ?)", (header.name, behind))
+
+    def _prepare(self) -> None:
+        """Compare the schema with ours, or make it where there is none."""
+        with _translated(self._file):
+            version, schema = self._version(), self._schema()
+            if not schema and version == 0:
+                _patiently(lambda: self._ask("PRAGMA journal_mode = WAL"))
+                # All at once: another process must not see a part of it.
+                _patiently(lambda: self._connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;"))
+            else:
+                self._check(version, schema)
+            self._ask("PRAGMA synchronous = NORMAL")
+            self._ask("SELECT 1 FROM entries LIMIT 1")
+        self.is_finished = version == _SCHEMA_VERSION
+
+    def _check_finished(self) -> None:
+        with _translated(self._file):
+            version = self._version()
+            self._check(version, self._schema())
+        if version != _SCHEMA_VERSION:
+            raise DamagedIndexError("it was not finished")
+
+    def _check(self, version: int, schema: list[tuple[Any, ...]]) -> None:
+        if version > _SCHEMA_VERSION and any(row[:2] == ("table", "entries") for row in schema):
+            raise StoreVersionError(f"{self._file} was written by a newer version of backprompt. Upgrade to read it.")
+        if schema != _own_schema():
+            raise DamagedIndexError("it has not the tables of an index")
+
+    def _version(self) -> int:
+        ((version,),) = self._ask("PRAGMA user_version")
+        return _checked_number(version)
+
+    def _schema(self) -> list[tuple[Any, ...]]:
+        # Its own length is bounded by what SQLite accepts as a statement (_harden).
+        return self._ask("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name LIMIT 100")
+
+    def _ask(
+        self, statement: str, given: Sequence[Any] | dict[str, Any] = (), seconds: float = _LOOKUP_SECONDS
+    ) -> list[Any]:
+        """Return all rows of the answer."""
+        self._until = time.thread_time() + seconds
+        try:
+            return self._connection.execute(statement, given).fetchall()
+        finally:
+            self._until = math.inf
+
+    def _is_late(self) -> bool:
+        return time.thread_time() > self._until
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _translated(self._file), self._connection:
+            yield
+
+
+@cache
+def _own_schema() -> list[tuple[Any, ...]]:
+    index = Index.in_memory()
+    try:
+        return index._schema()
+    finally:
+        index.close()
+
+
+def _harden(connection: sqlite3.Connection) -> None:
+    """Bound what a hostile file can make SQLite do, as far as this version of Python can."""
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA cell_size_check = ON")
+    if sys.version_info >= (3, 11):
+        for limit, most in (
+            (sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES),
+            (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
+            (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 100),
+            (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 10),
+            (sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH, 1),
+            (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
+        ):
+            connection.setlimit(limit, most)
+    if sys.version_info >= (3, 12):
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_ENABLE_TRIGGER, False)
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_ENABLE_VIEW, False)
+
+
+def _check_kind_of(file: Path) -> None:
+    """Raise where one of the database's files is a folder, a link, a pipe or the like; nothing is opened."""
+    for suffix in SUFFIXES:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(f"{file}{suffix}").st_mode):
+                raise DamagedIndexError(f"{file.name}{suffix} is no regular file")
+
+
+@contextmanager
+def _translated(file: Path | None) -> Iterator[None]:
+    """Let errors of SQLite, and of what is made of its answers, say whether the index is damaged or cannot be used."""
+    try:
+        yield
+    except (sqlite3.Error, struct.error, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, StoreVersionError):
+            raise
+        number, advice = _why_unavailable(error)
+        if number is None:
+            raise DamagedIndexError(str(error)) from error
+        raise OSError(number, f"The index of a store cannot be used: {error}. {advice}", str(file)) from error
+
+
+def _why_unavailable(error: Exception) -> tuple[int | None, str]:
+    """Return an error number and what to do where the index may be sound, but cannot be used now; else None."""
+    if isinstance(error, sqlite3.ProgrammingError):
+        return errno.EBADF, "The store is closed; open it again."
+    if isinstance(error, sqlite3.OperationalError):
+        for word, number, advice in _UNAVAILABLE:
+            if word in str(error):
+                return number, advice
+    return None, ""
+
+
+_UNAVAILABLE = (
+    ("locked", errno.EBUSY, "Another process has been writing to it for long; try again."),
+    ("busy", errno.EBUSY, "Another process has been writing to it for long; try again."),
+    ("full", errno.ENOSPC, "Free some space."),
+    ("disk I/O", errno.EIO, "The disk does not read or write it."),
+    ("readonly", errno.EACCES, "You have no permission to write to it."),
+    ("unable to open", errno.EACCES, "You may have no permission, or no space."),
+)
+
+
+def _patiently(attempt: Callable[[], object]) -> None:
+    """Try until another process lets go of the database: changing its mode does not wait for locks by itself."""
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            attempt()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
+def _checked_name(name: object) -> str:
+    """Return a name from the index.
+
+    Raises:
+        ValueError: it is none, so the index is damaged.
+
+    """
+    if not isinstance(name, str) or not is_name(name):
+        raise ValueError(f"{str(name)[:60]!r} is no entry's name")
+    return name
+
+
+def _checked_number(number: object, least: int = 0) -> int:
+    if not isinstance(number, int) or number < least:
+        raise ValueError(f"{str(number)[:60]!r} is no number of anything")
+    return number
+
+
+def _checked_error(error: object) -> float:
+    if not isinstance(error, float) or not 0 <= error < math.inf:
+        raise ValueError(f"{str(error)[:60]!r} is no error")
+    return error
+
+
+def _packed(token_ids: Sequence[int]) -> bytes:
+    """Return bytes whose order is that of the ids: big-endian, 8 bytes each."""
+    return struct.pack(f">{len(token_ids)}Q", *token_ids)
+
+
+def _unpacked(packed: bytes) -> tuple[int, ...]:
+    return struct.unpack(f">{len(packed) // 8}Q", packed)

@@ -1,0 +1,80 @@
+"""The folder of a store: where it may be, and what an error of the system means there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+INDEX = "index.sqlite"
+FOLDERS = ("entries", "damaged", "writing")
+"""A store's own. The first one tells a store from other folders."""
+
+_ANOTHER_FOLDER = "Name a folder that is a store's, that is empty, or that can be made, such as prompts.bp"
+_MORE_SPACE = "Free some space, or choose another disk"
+_PERMISSION = "Choose a folder of your own, or see to it that you may write to this one"
+_ADVICE = {
+    errno.ENOENT: _ANOTHER_FOLDER,
+    errno.ENOTDIR: _ANOTHER_FOLDER,
+    errno.EEXIST: _ANOTHER_FOLDER,
+    errno.EINVAL: _ANOTHER_FOLDER,
+    errno.ELOOP: _ANOTHER_FOLDER,
+    errno.ENAMETOOLONG: "Choose a shorter path",
+    errno.ENOSPC: _MORE_SPACE,
+    errno.EDQUOT: _MORE_SPACE,
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: _PERMISSION,
+}
+
+
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a folder that is a store or may become one; makes nothing.
+
+    Raises:
+        OSError: it is a file, stands below one, has other content, cannot be looked into, or cannot be made.
+        TypeError: it is no path.
+
+    """
+    given = os.fspath(path)
+    if not isinstance(given, str):
+        raise TypeError(f"The path of a store must be a str or a Path, not {type(given).__name__}.")
+    with explaining("This cannot be the folder of a store", given):
+        if not given:
+            raise OSError(errno.ENOENT, "the path is empty")
+        try:
+            folder = Path(os.path.abspath(given))
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            _check_can_be_made(folder)
+            return folder
+        except ValueError as error:  # a NUL, or half of a UTF-16 pair
+            raise OSError(errno.EINVAL, f"it is no path ({error})") from error
+        foreign = [name for name in names if not name.startswith((".", INDEX)) and name not in FOLDERS]
+        if foreign and not (folder / FOLDERS[0]).is_dir():
+            raise OSError(errno.EEXIST, f"it has other content, such as {min(foreign)!r}")
+    return folder
+
+
+def _check_can_be_made(folder: Path) -> None:
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, f"{above} cannot be written to")
+
+
+@contextmanager
+def explaining(what: str, path: str | Path) -> Iterator[None]:
+    """Let an error of the system say what cannot be done, with which path, and what to do instead."""
+    try:
+        yield
+    except OSError as error:
+        raise explained(error, what, path) from error
+
+
+def explained(error: OSError, what: str, path: str | Path) -> OSError:
+    """Return an error of the same kind that says so."""
+    number = error.errno or errno.EIO
+    advice = _ADVICE.get(number, "See whether the folder is there, and yours")
+    return OSError(number, f"{what}: {error.strerror or error}. {advice}", str(path))

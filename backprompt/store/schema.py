@@ -1,0 +1,202 @@
+"""What an entry is made of. Whoever reads one compares it with this before its data is read or used.
+
+Of an entry of T tokens these tensors are there, with the same number of layers for keys and for values, and no others:
+
+    hidden                     (T, hidden)                  floating point
+    logprobs                   (T,)                         float32 or float64
+    has_logprobs, is_argmax    (T,)                         bool; entries of before it was kept have no `is_argmax`
+    keys.0, keys.1, ...        (kv_heads, T, head_dim)      floating point
+    values.0, values.1, ...    (kv_heads, T, value_dim)     floating point
+
+In a store of fewer bits (precision.py) floating-point tensors may be float16, and with "int8" those of keys and values
+int8, with the scales beside them: "keys.0.scale", (kv_heads, T, 1), float32.
+
+Anything else is damage. An entry with the right shapes and wrong numbers cannot be told from a right one: a store is
+trusted as far as the permissions of its folder go.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backprompt.errors import DamagedEntryError
+from backprompt.identity import EXACT
+from backprompt.store.base import Header
+from backprompt.store.precision import COMPUTED_DTYPES, SCALE, STORED_DTYPES
+
+MAX_INT = (1 << 63) - 1
+"""Of token ids and positions: what keys and SQLite have room for."""
+
+MAX_NAME_LENGTH = 200
+"""Of an entry's name, so that it can be the name of a file."""
+
+_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_LENGTH}}}")
+_WORDS = re.compile(r"[ -~]{1,200}")
+_LAYER = re.compile(r"(keys|values)\.(0|[1-9][0-9]{0,5})")
+_NUM_AXES = {"keys": 3, "values": 3, "hidden": 2, "logprobs": 1, "is_argmax": 1, "has_logprobs": 1}
+_STATES = frozenset({"hidden", "logprobs", "is_argmax", "has_logprobs"})
+_OPTIONAL = frozenset({"is_argmax"})
+_FLOATS = frozenset(COMPUTED_DTYPES.values())
+_KINDS = frozenset({"keys", "values", "hidden"})
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's dtype and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """Return those of a tensor."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of such a tensor's data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def is_name(name: object) -> bool:
+    """Return whether this can be the name of an entry."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def check_header(header: Header) -> None:
+    """Raise for a header that no entry has.
+
+    Raises:
+        DamagedEntryError: a field is not of its type, or not in the range that it may have.
+
+    """
+    if not (is_name(header.start) and is_name(header.end) and is_name(header.name)):
+        raise DamagedEntryError("its start or its end is no key")
+    if not isinstance(header.behind, tuple) or not all(map(is_name, header.behind)):
+        raise DamagedEntryError("what it goes behind is no list of names")
+    if not _is_index(header.position):
+        raise DamagedEntryError("its position is not a number from 0 to 2**63 - 1")
+    if not isinstance(header.token_ids, tuple) or not header.token_ids or not all(map(_is_index, header.token_ids)):
+        raise DamagedEntryError("its token ids are not numbers from 0 to 2**63 - 1")
+    if header.position + len(header.token_ids) > MAX_INT:
+        raise DamagedEntryError("its position is not a number from 0 to 2**63 - 1")
+    if not isinstance(header.text, str):
+        raise DamagedEntryError("its text is not a string")
+    words = (header.model, header.tokenizer, header.dtype)
+    if not all(isinstance(word, str) and _WORDS.fullmatch(word) for word in words):
+        raise DamagedEntryError("its model, tokenizer or dtype is no name")
+    if type(header.error) is not float or not 0 <= header.error < math.inf:
+        raise DamagedEntryError("its error is not a finite number of at least 0")
+    _check_precision(header)
+
+
+def check_tensors(
+    header: Header, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec] | None = None
+) -> None:
+    """Raise for tensors that an entry with this header cannot have.
+
+    Args:
+        header: it was checked.
+        found: what is said to be there.
+        expected: what the model computes for so many tokens, of all tensors or of those that were asked for; by default
+            whatever some model may compute.
+
+    Raises:
+        DamagedEntryError: a tensor is missing, is one too many, or has another shape or dtype.
+
+    """
+    scales = {name: spec for name, spec in found.items() if isinstance(name, str) and name.endswith(SCALE)}
+    tensors = {name: spec for name, spec in found.items() if name not in scales}
+    _check_names(tensors, _names_of_any_model(tensors) if expected is None else frozenset(expected))
+    for name in scales:
+        if name.removesuffix(SCALE) not in tensors:
+            raise DamagedEntryError(f"there is a scale of no tensor: {_shown(name)}")
+    for name, spec in tensors.items():
+        _check_shape(header, name, spec, None if expected is None else expected[name])
+        _check_dtype(header, name, spec, None if expected is None else expected[name])
+        _check_scale(header, name, spec, scales.get(name + SCALE))
+
+
+def _check_precision(header: Header) -> None:
+    """Raise where it is not clear how the tensors were stored."""
+    if header.exactness != EXACT and header.exactness not in STORED_DTYPES:
+        raise DamagedEntryError("its exactness is unknown")
+    kinds = frozenset() if header.exactness == EXACT else _KINDS
+    dtypes = header.dtypes
+    if not isinstance(dtypes, Mapping) or dtypes.keys() != kinds or not COMPUTED_DTYPES.keys() >= _strings(dtypes):
+        raise DamagedEntryError("it does not say rightly what its tensors were before they were stored")
+
+
+def _strings(dtypes: Mapping[str, str]) -> set[str]:
+    return {dtype if isinstance(dtype, str) else "no dtype" for dtype in dtypes.values()}
+
+
+def _names_of_any_model(tensors: Mapping[str, TensorSpec]) -> frozenset[str]:
+    """Return what must be there with as many layers as there seem to be."""
+    layers = [_LAYER.fullmatch(name) for name in tensors]
+    num_layers = max((int(layer[2]) + 1 for layer in layers if layer is not None), default=1)
+    if num_layers > len(tensors):  # so that what is made here is no larger than what was read
+        raise DamagedEntryError("it lacks layers")
+    return _STATES | {f"{kind}.{idx}" for kind in ("keys", "values") for idx in range(num_layers)}
+
+
+def _check_names(found: Mapping[str, TensorSpec], expected: frozenset[str]) -> None:
+    missing, extra = expected - found.keys() - _OPTIONAL, found.keys() - expected
+    if missing:
+        raise DamagedEntryError(f"it lacks the tensor {_shown(min(missing))}")
+    if extra:
+        raise DamagedEntryError(f"it has a tensor too many: {_shown(min(extra))}")
+
+
+def _check_shape(header: Header, name: str, spec: TensorSpec, expected: TensorSpec | None) -> None:
+    kind = name.split(".")[0]
+    token_axis = 1 if kind in ("keys", "values") else 0
+    if expected is not None and spec.shape != expected.shape:
+        raise DamagedEntryError(
+            f"tensor {name!r} has the shape {spec.shape}, and the model computes {expected.shape} for its tokens"
+        )
+    if len(spec.shape) != _NUM_AXES[kind] or min(spec.shape) < 1 or spec.shape[token_axis] != len(header.token_ids):
+        raise DamagedEntryError(f"tensor {name!r} has the shape {spec.shape}, of {len(header.token_ids)} tokens")
+
+
+def _check_dtype(header: Header, name: str, spec: TensorSpec, expected: TensorSpec | None) -> None:
+    kind = name.split(".")[0]
+    if kind == "logprobs":
+        is_right = spec.dtype in (torch.float32, torch.float64)
+    elif kind not in _KINDS:
+        is_right = spec.dtype == torch.bool
+    else:
+        computed = COMPUTED_DTYPES[header.dtypes[kind]] if header.dtypes else spec.dtype
+        if expected is not None and computed != expected.dtype:
+            raise DamagedEntryError(f"tensor {name!r} was {computed}, and the model computes {expected.dtype}")
+        is_right = computed in _FLOATS and spec.dtype in (computed, _stored_dtype(header, kind))
+    if not is_right:
+        raise DamagedEntryError(f"tensor {name!r} is {spec.dtype}")
+
+
+def _check_scale(header: Header, name: str, spec: TensorSpec, scale: TensorSpec | None) -> None:
+    if (spec.dtype == torch.int8) != (scale is not None):
+        raise DamagedEntryError(f"the scale of tensor {name!r} is {'missing' if scale is None else 'one too many'}")
+    if scale is not None and scale != TensorSpec(torch.float32, (*spec.shape[:-1], 1)):
+        raise DamagedEntryError(f"the scale of tensor {name!r} is {scale.dtype} of the shape {scale.shape}")
+
+
+def _stored_dtype(header: Header, kind: str) -> torch.dtype | None:
+    """Return in what dtype such a tensor may be stored besides the one that it was computed in."""
+    if header.exactness == EXACT:
+        return None
+    return torch.int8 if header.exactness == "int8" and kind != "hidden" else torch.float16
+
+
+def _is_index(number: object) -> bool:
+    return type(number) is int and 0 <= number <= MAX_INT
+
+
+def _shown(name: object) -> str:
+    return repr(str(name)[:60])

@@ -1,0 +1,286 @@
+"""Ctrl-C at any line: afterwards the numbers are right, only what somebody holds is held, and the budgets are kept.
+
+A tracer raises KeyboardInterrupt at the n-th line of the package that an operation runs through. Here a sample of lines
+is taken; `BACKPROMPT_EVERY_LINE=1` takes every distinct line of each operation, and every instruction of what must be
+all or nothing: half an hour on one core.
+"""
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import backprompt
+from backprompt import LM, Text, evaluate, generate
+from backprompt.store import MemoryStore
+from reference import plain_greedy, plain_logits, plain_token_logprobs
+from tiny_models import build
+from tiny_tokenizers import byte_level_bpe
+
+ATOL = 5e-5
+TOKEN_BYTES = 646
+PACKAGE = str(Path(backprompt.__file__).parent)
+TAKES_ALL = bool(os.environ.get("BACKPROMPT_EVERY_LINE"))
+NUM_SAMPLED = 4  # lines of each operation
+
+# The lock and torch's settings are let go of by Python itself, at whose own lines no signal arrives.
+EXEMPT = {"_exclusive", "plain_surroundings"}
+
+# What changes several things that belong together: always taken.
+CRITICAL = {
+    "split",
+    "absorb",
+    "discard",
+    "clear",
+    "changing",
+    "place",
+    "_start_over",
+    "release",
+    "pin",
+    "unpin",
+    "step",
+}
+
+
+class Event(NamedTuple):
+    """A line that is run, or an instruction of it."""
+
+    file: str
+    function: str
+    line: int
+    instruction: int
+
+
+class Tracer:
+    """Notes what is run of the package, and raises at one event.
+
+    Args:
+        raise_at: the number of the event to raise at; None for none.
+
+    """
+
+    def __init__(self, raise_at: int | None = None) -> None:
+        self.events: list[Event] = []
+        self._raise_at = raise_at
+
+    def run(self, work: Callable[[], object]) -> None:
+        before = sys.gettrace()
+        sys.settrace(self._enter)
+        try:
+            work()
+        finally:
+            sys.settrace(before)
+
+    def _enter(self, frame, event, argument):
+        code = frame.f_code
+        if not code.co_filename.startswith(PACKAGE) or code.co_name in EXEMPT:
+            return None
+        frame.f_trace_opcodes = TAKES_ALL and code.co_name in CRITICAL
+        return self._trace
+
+    def _trace(self, frame, event, argument):
+        if event == ("opcode" if frame.f_trace_opcodes else "line"):
+            instruction = frame.f_lasti if frame.f_trace_opcodes else -1
+            code = frame.f_code
+            self.events.append(Event(Path(code.co_filename).name, code.co_name, frame.f_lineno, instruction))
+            if len(self.events) - 1 == self._raise_at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._trace
+
+
+def chosen(events, seen, seed):
+    """Return the numbers of events to raise at: the first of each distinct one, or of a sample of those not `seen`."""
+    first = {event: idx for idx, event in reversed(list(enumerate(events)))}
+    if TAKES_ALL:
+        return list(first.values())
+    new = sorted(set(first) - seen)
+    seen.update(new)
+    always = {event for event in new if event.function in CRITICAL}
+    sample = random.Random(seed).sample(sorted(set(new) - always), min(NUM_SAMPLED, len(new) - len(always)))
+    return [first[event] for event in (*always, *sample)]
+
+
+class World:
+    """An `LM` with a pin, a stream under way and a full memory, and what one may do with it."""
+
+    def __init__(self, model, tokenizer):
+        self.model = model
+        self.lm = LM(
+            model,
+            tokenizer,
+            memory_bytes=40 * TOKEN_BYTES,
+            host_memory_bytes=20 * TOKEN_BYTES,
+            max_tokens_per_forward=17,
+            store=MemoryStore(persist="explicit"),
+        )
+        self.pinned = Text("The cat sat", self.lm)
+        self.pin = self.pinned.pin()
+        self.stream = Text("The cat is", self.lm).stream(max_new_tokens=12)
+        next(self.stream)
+        self.other = Text("Question: What is 12 + 34?", self.lm)
+        self.found = evaluate([self.other, self.other + " Answer: 46", self.pinned + " on the mat and slept"])
+        self.texts = [self.pinned, self.other + " Answer", Text("The dog", self.lm), self.pinned + " on a hat"]
+        self.new_pin = None
+
+    def evaluate(self):
+        evaluate(self.texts)
+
+    def read_logits(self):
+        [found.logits for found in self.found]
+
+    def read_logprobs(self):
+        [found.token_logprobs for found in self.found]
+
+    def token_scores(self):
+        self.lm.token_scores(self.texts, [1, 2, 0, 3])
+
+    def next_token_logprobs(self):
+        self.lm.next_token_logprobs(self.texts, [[1, 2], [3], [4], [5, 6]])
+
+    def generate(self):
+        generate(self.texts[:3], max_new_tokens=4)
+
+    def beams(self):
+        generate(self.texts[:2], max_new_tokens=3, num_beams=2)
+
+    def go_on_with_the_stream(self):
+        next(self.stream)
+
+    def close_the_stream(self):
+        self.stream.close()
+
+    def begin_a_stream(self):
+        with self.texts[3].stream(max_new_tokens=3) as stream:
+            list(stream)
+
+    def pin_another(self):
+        self.new_pin = (self.pinned + " on a").pin()
+
+    def unpin(self):
+        self.pin.release()
+
+    def clear(self):
+        self.lm.clear()
+
+    def save(self):
+        (self.pinned + " on the mat").save()
+
+    def load(self):
+        self.lm.evaluate([self.pinned + " on the mat, loaded"])
+
+    def refresh(self):
+        self.lm.refresh()
+
+    def check_holders(self, operation):
+        """Check that nothing is held but what somebody holds, also while the traceback keeps all frames alive."""
+        lm = self.lm
+        assert not lm._lock._is_owned()
+        assert torch.is_grad_enabled()
+        lm.check([])  # what must be renewed, computed again or ended is, from here on
+        evaluator = lm._evaluator
+        pins = [pin for pin in (self.pin, self.new_pin) if pin is not None and evaluator.is_pinned(pin._text)]
+        assert self.pin in pins or operation in ("unpin", "clear", "refresh")
+        assert len(evaluator._pins) == len(pins)
+        growing = {end for live in self.stream._run._live for end in live.ends.values()}
+        assert evaluator.held_ends() == growing | {pin._text.end for pin in pins}
+        for pin in pins:
+            assert evaluator.forest.insert(pin._text.token_ids) is pin._text.end
+            assert all(span.rows is not None for span in pin._text.end.closure())
+
+    def check(self):
+        """Check all else that is promised."""
+        lm = self.lm
+        self.check_counts()
+        self.check_numbers()
+        self.check_counts()
+        self.stream.close()
+        assert lm.stats.bytes_held <= 40 * TOKEN_BYTES
+        assert lm.stats.host_bytes_held <= 20 * TOKEN_BYTES
+        lm.clear()
+        assert (lm.stats.bytes_held, lm.stats.host_bytes_held, lm.stats.result_bytes_held) == (0, 0, 0)
+        before = lm.stats
+        evaluate(self.texts[2:])
+        ids = [text.tokens for text in self.texts[2:]]
+        distinct = len({own[:stop] for own in ids for stop in range(1, len(own) + 1)})
+        assert (lm.stats - before).tokens_computed + (lm.stats - before).tokens_loaded == distinct
+
+    def check_counts(self):
+        evaluator, stats = self.lm._evaluator, self.lm.stats
+        for num_bytes, slots in (
+            (stats.bytes_held, ("rows", "states")),
+            (stats.host_bytes_held, ("host_rows", "host_states")),
+        ):
+            places = (getattr(span, slot) for span in evaluator.forest.spans() for slot in slots)
+            blocks = {place.block for place in places if place is not None and place.block is not None}
+            assert num_bytes == sum(block.num_bytes for block in blocks)
+
+    def check_numbers(self):
+        for text in [*self.texts, self.other]:
+            torch.testing.assert_close(text.logits, expected(self.model, text)[-1], rtol=0, atol=ATOL)
+        for text, found in zip(self.texts, self.lm.token_logprobs(self.texts), strict=True):
+            logprobs = plain_token_logprobs(self.model, text.tokens)
+            torch.testing.assert_close(found, logprobs, rtol=0, atol=ATOL, equal_nan=True)
+        if self.lm._evaluator is self.found[0]._evaluated.evaluator:
+            for text, found in zip((self.other,), self.found, strict=False):
+                torch.testing.assert_close(found.logits, expected(self.model, text)[-1], rtol=0, atol=ATOL)
+                next(self.stream, None)
+        completion = self.stream.text.completion_tokens
+        assert completion == plain_greedy(self.model, self.stream.text.prompt.tokens, len(completion))
+
+
+LOGITS = {}
+
+
+def expected(model, text):
+    if text.tokens not in LOGITS:
+        LOGITS[text.tokens] = plain_logits(model, text.tokens)
+    return LOGITS[text.tokens]
+
+
+OPERATIONS = [
+    "evaluate",
+    "read_logits",
+    "read_logprobs",
+    "token_scores",
+    "next_token_logprobs",
+    "generate",
+    "beams",
+    "go_on_with_the_stream",
+    "close_the_stream",
+    "begin_a_stream",
+    "pin_another",
+    "unpin",
+    "clear",
+    "save",
+    "load",
+    "refresh",
+]
+
+
+def interrupt(world, operation, raise_at):
+    """Run an operation up to an event, check what it leaves, and return the events that came."""
+    tracer = Tracer(raise_at)
+    try:
+        tracer.run(getattr(world, operation))
+    except KeyboardInterrupt:
+        world.check_holders(operation)
+    world.check_holders(operation)
+    world.check()
+    return tracer.events
+
+
+def test_an_interrupt_at_any_line():
+    model, tokenizer = build("gpt2"), byte_level_bpe()
+    seen: set[Event] = set()
+    for seed, operation in enumerate(OPERATIONS):
+        events = interrupt(World(model, tokenizer), operation, None)
+        for idx in chosen(events, seen, seed):
+            try:
+                interrupt(World(model, tokenizer), operation, idx)
+            except Exception as error:
+                raise AssertionError(f"{operation}, interrupted at event {idx}, {events[idx]}") from error
