@@ -782,7 +782,6 @@ class Evaluator:
         num_recomputed = _num_tokens(span for span in with_rows if span.was_computed)
         with self.forest.changing():
             if computed is not None:
-                self.memory.add((computed.keys_values, computed.states))
                 for span in computed.states_of:
                     if span.error:  # read back inexactly once, and so may be rows of logits that were computed with it
                         span.error = 0.0
@@ -794,6 +793,8 @@ class Evaluator:
                 span.was_computed = True
                 span.computed_in = self.forest.evaluation
                 span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
+            if computed is not None:
+                self.memory.add((computed.keys_values, computed.states))
         self.counters.forward_passes += bool(with_rows)
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed

@@ -145,7 +145,7 @@ def test_a_lone_surrogate_among_completions_is_bad_input(score):
     Path("labels.json").write_text('["good", "bad\\ud800"]')
     code, printed, said = score("prompts.jsonl", "--completions", "labels.json")
     assert (code, printed) == (2, "")
-    assert "completions[1]" in said
+    assert "completion 2 of --completions" in said
     assert "lone surrogate at character 3" in said
 
 
@@ -927,13 +927,17 @@ def test_bad_options_of_generation(generate, arguments, problem):
 IN_OPTIONS = [
     ("score", ["--completions", "one.json"], "Set --no-normalize, or give more"),
     ("score", ["--completions", "empty.json"], "completion 2 of --completions is empty"),
-    ("score", ["--completions", "half.json"], "half.json holds half of a surrogate pair"),
+    ("score", ["--completions", "half.json"], "lone surrogate"),
     ("score", ["--completions", "labels.txt", "--prior", "0.5,0.5"], "error: --prior has the shape (2,)"),
     ("score", ["--completions", "labels.txt", "--joins", "error"], "--joins exact or --joins split"),
     ("draw", ["-o", "tree.svg", "--max-children", "1"], "error: --max-children must be"),
     ("verify", ["--tolerance", "-1"], "error: --tolerance must be"),
     ("generate", ["--option", "max_length=3"], "use --max-new-tokens, which does not count the prompt"),
-    ("generate", ["--option", "return_dict=1"], "Options are --max-new-tokens, --stop, --seed, and with --option"),
+    (
+        "generate",
+        ["--option", "return_dict=1"],
+        "It has --max-new-tokens, --stop, --include-stop, --seed, and with --option",
+    ),
     ("generate", ["--temperature", "0.5", "--option", "do_sample=false"], "error: --temperature is for sampling"),
     ("generate", ["--temperature", "0"], "these options: --temperature (=0.0)"),
     ("generate", ["--temperature", "1", "--option", "num_beams=2"], "beam search (--option num_beams=N)"),

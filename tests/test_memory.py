@@ -713,10 +713,10 @@ def test_a_failed_move_leaves_nothing_half_moved(num_copies, model, tokenizer, m
     before = lm.stats
     fetch = HostMemory.fetch
 
-    def failing_fetch(self, planned):
+    def failing_fetch(self, forest, planned):
         with monkeypatch.context() as patch:
             fail_after(patch)
-            return fetch(self, planned)
+            return fetch(self, forest, planned)
 
     with monkeypatch.context() as patch:
         patch.setattr(HostMemory, "fetch", failing_fetch)

@@ -191,9 +191,6 @@ def read_completions(path: str) -> list[str]:
         return [line for line in re.split(r"\r?\n", text) if line.strip()]
     try:
         found = json.loads(text)
-        json.dumps(found, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise CommandError(f"{path} holds half of a surrogate pair, which is no character.") from error
     except (ValueError, RecursionError) as error:
         raise CommandError(f"{path} is not JSON: {error}.") from error
     if not isinstance(found, list) or not all(isinstance(completion, str) for completion in found):
