@@ -10,96 +10,61 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks import cappr, generation, harness, lookahead, search, store
-from benchmarks.bench import Bench, describe_machine
-from benchmarks.report import draw_plots, table, write_tables
-from benchmarks.workloads import SUITES
+from benchmarks.peer import PeerProgram
+from benchmarks.report import draw_plots, write_tables
+from benchmarks.suite import Results, Suite
+from benchmarks.suites import find_suites
 
 RESULTS = Path(__file__).parent / "results.json"
 
-OTHER_SUITES: dict[str, Callable[..., Any]] = {
-    "store": store.measure,
-    "lm-eval": harness.measure,
-    "search": search.measure,
-    "generation": generation.measure,
-    "lookahead": lookahead.measure,
-    "cappr": cappr.measure,
-}
-
 
 def main() -> None:
+    suites = find_suites()
+    peers = sorted(((suite.peer, suite) for suite in suites if suite.peer is not None), key=lambda pair: pair[0].option)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--only", nargs="+", choices=[*(suite.name for suite in SUITES), *OTHER_SUITES], help="suites to measure"
-    )
-    parser.add_argument(
-        "--cappr-python",
-        type=Path,
-        metavar="PATH",
-        default=os.environ.get("CAPPR_PYTHON"),
-        help="the interpreter of an environment with CAPPr, for the suite cappr; default: $CAPPR_PYTHON",
-    )
-    parser.add_argument(
-        "--vllm-python",
-        type=Path,
-        metavar="PATH",
-        default=os.environ.get("VLLM_PYTHON"),
-        help="the interpreter of an environment with vLLM, for the suite generation; default: $VLLM_PYTHON",
-    )
+    parser.add_argument("--only", nargs="+", choices=[suite.name for suite in suites], help="suites to measure")
+    for peer, suite in peers:
+        parser.add_argument(
+            peer.option,
+            type=Path,
+            metavar="PATH",
+            default=peer.default,
+            help=f"the interpreter of an environment with {peer.name}, for the suite {suite.name}; "
+            f"default: ${peer.variable}",
+        )
     parser.add_argument("--report", action="store_true", help="measure nothing; write tables and plots")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     arguments = parser.parse_args()
-    if arguments.cappr_python is not None and not arguments.cappr_python.is_file():
-        parser.error(f"there is no interpreter {arguments.cappr_python}.\n{cappr.HOW_TO_INSTALL}")
-    if arguments.vllm_python is not None and not arguments.vllm_python.is_file():
-        parser.error(f"there is no interpreter {arguments.vllm_python}.")
+    pythons: dict[PeerProgram, Path | None] = {peer: getattr(arguments, peer.destination) for peer, _ in peers}
+    for peer, python in pythons.items():
+        if python is not None and not python.is_file():
+            parser.error("\n".join(filter(None, [f"there is no interpreter {python}.", peer.how_to_install])))
     if not arguments.report:
-        _measure(arguments.results, arguments.only, arguments.cappr_python, arguments.vllm_python)
+        chosen = [suite for suite in suites if not arguments.only or suite.name in arguments.only]
+        _measure(arguments.results, chosen, pythons)
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
     if arguments.results == RESULTS:
         write_tables(results)
     draw_plots(results, arguments.results.parent / "plots")
 
 
-def _measure(path: Path, only: list[str] | None, cappr_python: Path | None, vllm_python: Path | None) -> None:
+def _measure(path: Path, suites: list[Suite], pythons: dict[PeerProgram, Path | None]) -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machines": {}, "lines": []}
-    chosen = [suite for suite in SUITES if not only or suite.name in only]
-    bench = Bench() if chosen else None
-    for suite in chosen:
-        assert bench is not None
-        lines = []
-        for make in suite.workloads:
-            lines.append(asdict(bench.measure(suite, make())))
-            print(table(lines[-1:]), flush=True)
-        results["machines"][suite.name] = describe_machine(bench.lm)
-        results["lines"] = [line for line in results["lines"] if line["suite"] != suite.name] + lines
-        _write(path, results)  # a suite that is done is kept
-    for name in OTHER_SUITES:
-        if only and name not in only:
-            continue
-        if name == "cappr" and cappr_python is None:
-            print(cappr.HOW_TO_INSTALL)
-            continue
-        say = partial(print, flush=True)
-        measure = OTHER_SUITES[name]
-        if name == "cappr":
-            measure = partial(measure, cappr_python)
-        if name == "generation":
-            measure = partial(measure, vllm_python=vllm_python)
-        results[name], results["machines"][name] = measure(say)
-        _write(path, results)
+    say = partial(print, flush=True)
+    for suite in suites:
+        measured = suite.measure(say, pythons[suite.peer] if suite.peer is not None else None)
+        if measured is not None:
+            suite.keep(results, measured.rows)
+            results["machines"][suite.name] = measured.machine
+            _write(path, results)  # a suite that is done is kept
 
 
-def _write(path: Path, results: dict[str, Any]) -> None:
+def _write(path: Path, results: Results) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -7,25 +7,20 @@ neighbours in time. A rival that takes long runs once.
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-import transformers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from backprompt import LM, evaluate
 from benchmarks import workloads
-from benchmarks.contenders import RIVALS, Scores, compose, encode, with_backprompt
+from benchmarks.contenders import RIVALS, Rival, Scores, compose, encode, with_backprompt
 from benchmarks.measure import Spread, dense_seconds, matmul_seconds, peak_bytes_of, seconds_of
-from benchmarks.workloads import Suite, Workload
+from benchmarks.workloads import Workload
 
 TOLERANCE = 1e-3  # nats; the rivals sum the same products in other orders
 SLOW_SECONDS = 5.0
 """A rival that takes longer runs once."""
-COPYING = frozenset({"cache recipe (deepcopy)", "original toy"})
 MAX_COPIED_TOKENS = 100_000
 """Rivals that copy keys and values for every text do not run on more: of 316,000 tokens the toy would hold 23 GB."""
 
@@ -61,8 +56,8 @@ class Bench:
         warm_up = workloads.two_choices()
         self.run(warm_up, self.completion_lengths(warm_up))
         few = encode(self.tokenizer, workloads.classes(2, 4))
-        for rival in RIVALS.values():
-            rival(self.model, few)
+        for rival in RIVALS:
+            rival.run(self.model, few)
 
     def completion_lengths(self, workload: Workload) -> list[list[int]]:
         return [[len(ids) for ids in prompt.completions] for prompt in encode(self.tokenizer, workload)]
@@ -71,8 +66,8 @@ class Bench:
         self.lm.clear()
         return with_backprompt(self.lm, workload, lengths)
 
-    def measure(self, suite: Suite, workload: Workload) -> Line:
-        """Measure one workload.
+    def measure(self, suite: str, workload: Workload, rivals: tuple[Rival, ...], num_rounds: int) -> Line:
+        """Measure one workload of the suite of that name.
 
         Raises:
             AssertionError: a rival's numbers differ, or a join changed tokens, so the work would not be the same.
@@ -88,7 +83,7 @@ class Bench:
         scores = self._run_noting_pass_sizes(workload, lengths, pass_sizes)
         done = self.lm.stats - before
         line = Line(
-            suite=suite.name,
+            suite=suite,
             workload=workload.name,
             num_texts=workload.num_texts,
             tokens_in_strings=sum(map(len, expected_ids)),
@@ -98,10 +93,10 @@ class Bench:
             logit_rows=done.logit_rows,
         )
         rows = self.lm._evaluator.executor.rows_in_a_slice
-        too_large = COPYING if line.tokens_in_strings > MAX_COPIED_TOKENS else frozenset()
-        rivals = [name for name in suite.rivals if name not in too_large]
+        if line.tokens_in_strings > MAX_COPIED_TOKENS:
+            rivals = tuple(rival for rival in rivals if not rival.copies_for_each_text)
         seconds: dict[str, list[float]] = {}
-        for round_idx in range(suite.rounds):
+        for round_idx in range(num_rounds):
             fresh = workload.with_fresh_prefix(f"Control {round_idx}. ")
             for name, seconds_spent in {
                 "backprompt": lambda: seconds_of(lambda: self.run(workload, lengths)),
@@ -110,33 +105,33 @@ class Bench:
                 "dense forward": lambda: dense_seconds(self.model, done.tokens_computed, done.logit_rows, rows),
             }.items():
                 seconds.setdefault(name, []).append(seconds_spent())
-            for name in rivals:
-                if seconds.get(name, [0.0])[0] < SLOW_SECONDS:
-                    seconds.setdefault(name, []).append(self._run_rival(name, encoded, scores, line))
+            for rival in rivals:
+                if seconds.get(rival.name, [0.0])[0] < SLOW_SECONDS:
+                    seconds.setdefault(rival.name, []).append(self._run_rival(rival, encoded, scores, line))
         ours = seconds["backprompt"]
         line.fraction_of_matmul_limit = Spread.of_ratios(seconds["matrix products"], ours)
         line.fraction_of_dense_forward = Spread.of_ratios(seconds["dense forward"], ours)
         line.seconds = {name: Spread.of(values) for name, values in seconds.items()}
         self.lm.clear()  # what is held now would not count as growth
         line.peak_bytes["backprompt"] = peak_bytes_of(lambda: self.run(workload, lengths))
-        for name in rivals:
-            if line.seconds[name].lowest < 5 * SLOW_SECONDS:
-                line.peak_bytes[name] = peak_bytes_of(lambda name=name: RIVALS[name](self.model, encoded))
+        for rival in rivals:
+            if line.seconds[rival.name].lowest < 5 * SLOW_SECONDS:
+                line.peak_bytes[rival.name] = peak_bytes_of(lambda rival=rival: rival.run(self.model, encoded))
         line.seconds_to_evaluate_again = self._seconds_again(workload)
         self.lm.clear()
         return line
 
-    def _run_rival(self, name: str, encoded: list, scores: Scores, line: Line) -> float:
+    def _run_rival(self, rival: Rival, encoded: list, scores: Scores, line: Line) -> float:
         """Return a rival's seconds, extrapolated where it ran a sample, after comparing its numbers with ours."""
         started = time.perf_counter()
-        done = RIVALS[name](self.model, encoded)
+        done = rival.run(self.model, encoded)
         seconds = time.perf_counter() - started
         scored = [(ours, theirs) for ours, theirs in zip(scores, done.scores, strict=True) if theirs]  # not left out
         gaps = [abs(a - b) for ours, theirs in scored for a, b in zip(ours, theirs, strict=True)]
-        assert all(gap < TOLERANCE for gap in gaps), f"{name} is off by {max(gaps)} nats"
+        assert all(gap < TOLERANCE for gap in gaps), f"{rival.name} is off by {max(gaps)} nats"
         line.largest_gap_nats = max([line.largest_gap_nats, *gaps])
         if done.fraction < 1:
-            line.sampled[name] = done.fraction
+            line.sampled[rival.name] = done.fraction
         return seconds / done.fraction
 
     def _seconds_again(self, workload: Workload) -> float:
@@ -160,26 +155,3 @@ class Bench:
 
 def _num_shared(texts: list[tuple[int, ...]]) -> int:
     return next((idx for idx, ids in enumerate(zip(*texts)) if len(set(ids)) > 1), min(map(len, texts)))  # noqa: B905  # the shortest ends it
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def describe_machine(lm: LM) -> dict[str, object]:
-    """What the numbers were taken on."""
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kernel": lm.stats.kernel,
-        "linears": lm.stats.linears,
-    }

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from backprompt import LM, Text, evaluate
+from benchmarks.plots import Look
 from benchmarks.workloads import Prompt, Workload
 
 Scores = list[list[float]]
@@ -34,6 +35,18 @@ class Done:
 
     scores: Scores
     fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A program that is timed: its name in `results.json` and in plots, and how plots draw it."""
+
+    name: str
+    look: Look
+
+
+BACKPROMPT = Contender("backprompt", Look("#d55e00", "o"))
+DENSE_FORWARD = Contender("dense forward", Look("#0072b2", "x", style="--"))
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,15 @@ def _chunks(sizes: list[int]) -> Iterator[tuple[int, int]]:
 
 
 # Rivals
+
+
+@dataclass(frozen=True)
+class Rival(Contender):
+    """Another way to do the work, in this process."""
+
+    heading: str  # of its column in tables
+    run: Callable[[GPT2LMHeadModel, list[EncodedPrompt]], Done]
+    copies_for_each_text: bool = False  # keys and values; not run on many texts, whose copies would not fit
 
 
 @torch.no_grad()
@@ -274,14 +296,17 @@ def generating(num_tokens: int) -> Callable[[GPT2LMHeadModel, list[EncodedPrompt
     return generate
 
 
-RIVALS: dict[str, Callable[[GPT2LMHeadModel, list[EncodedPrompt]], Done]] = {
-    "plain padded": plain_padded,
-    "cache recipe (deepcopy)": cache_recipe,
-    "CAPPr's way": cappr_way,
-    "original toy": toy_way,
-    "generating 1 token": generating(1),
-    "generating 4 tokens": generating(4),
-}
+PLAIN_PADDED = Rival("plain padded", Look("#8c8c8c", "s"), "plain padded", plain_padded)
+CACHE_RECIPE = Rival(
+    "cache recipe (deepcopy)", Look("#56b4e9", "^", "////"), "cache recipe", cache_recipe, copies_for_each_text=True
+)
+CAPPR_WAY = Rival("CAPPr's way", Look("#009e73", "D", "...."), "CAPPr's way", cappr_way)
+ORIGINAL_TOY = Rival("original toy", Look("#cc79a7", "v", "xxxx"), "original toy", toy_way, copies_for_each_text=True)
+GENERATING_1 = Rival("generating 1 token", Look("#56b4e9", "^"), "generating 1 token", generating(1))
+GENERATING_4 = Rival("generating 4 tokens", Look("#cc79a7", "v"), "generating 4 tokens", generating(4))
+
+SCORING_RIVALS = (PLAIN_PADDED, CACHE_RECIPE, CAPPR_WAY, ORIGINAL_TOY)
+RIVALS = (*SCORING_RIVALS, GENERATING_1, GENERATING_4)
 
 
 def _logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:

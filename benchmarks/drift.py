@@ -8,7 +8,6 @@ GPT-2 124M with random weights, and on the demo model of the examples, whose pro
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,31 +16,32 @@ import torch
 
 from backprompt import LM, Text, Verification, load, verify
 from benchmarks import workloads
-from benchmarks.search import INSTRUCTION, SHOTS
+from benchmarks.report import with_tables
+from benchmarks.suites.search import INSTRUCTION, SHOTS
+from benchmarks.tables import Table, markdown, markdown_row
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "design.md"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LABELS = ("track order", "request refund", "reset account password", "report damaged parcel")
 NUM_SHOTS, NUM_QUESTIONS, NUM_COMPARED = 2, 8, 4
-HEAD = ("model", "dtype", "gap", "largest gap", "mean gap", "argmax flips", "tolerated")
+HEAD = ["model", "dtype", "gap", "largest gap", "mean gap", "argmax flips", "tolerated"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"replace the table in {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
-    lines = ["| " + " | ".join(HEAD) + " |", "| " + " | ".join("---" for _ in HEAD) + " |"]
+    rows = []
     for name, make_lm in models():
         for dtype in DTYPES:
-            lines.append(row(name, dtype, verify(texts_of(make_lm(dtype)), sample=NUM_COMPARED)))
-            print(lines[-1], flush=True)
-    table = "\n".join(lines)
-    print(f"\n{table}")
+            rows.append(cells(name, dtype, verify(texts_of(make_lm(dtype)), sample=NUM_COMPARED)))
+            print(markdown_row(rows[-1]), flush=True)
+    table = Table("drift", markdown(HEAD, rows))
+    print(f"\n{table.text}")
     if arguments.write:
-        page = PAGE.read_text(encoding="utf-8")
-        pattern = r"(?<=<!-- drift -->\n).*?(?=\n<!-- /drift -->)"
-        PAGE.write_text(re.sub(pattern, lambda _: table, page, count=1, flags=re.DOTALL), encoding="utf-8")
+        page = with_tables(PAGE.read_text(encoding="utf-8"), {table.marker: table.text})
+        PAGE.write_text(page, encoding="utf-8")
 
 
 def models() -> Iterator[tuple[str, Callable[[torch.dtype], LM]]]:
@@ -63,9 +63,9 @@ def texts_of(lm: LM) -> list[Text]:
     return [context + f"Message: {question}\nTopic:" + f" {label}" for question in questions for label in LABELS]
 
 
-def row(name: str, dtype: torch.dtype, verified: Verification) -> str:
-    """One line of the table."""
-    cells = (
+def cells(name: str, dtype: torch.dtype, verified: Verification) -> list[str]:
+    """A row of the table."""
+    return [
         name,
         str(dtype).removeprefix("torch."),
         f"{verified.gap:.1e}",
@@ -73,8 +73,7 @@ def row(name: str, dtype: torch.dtype, verified: Verification) -> str:
         f"{verified.mean_gap:.1e}",
         f"{verified.argmax_flips:,} of {verified.num_tokens:,}",
         f"{verified.tolerance:.1e}",
-    )
-    return "| " + " | ".join(cells) + " |"
+    ]
 
 
 if __name__ == "__main__":

@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class PeerProgram:
+    """The program that a peer runs: the name that people know, and how the command line learns of its interpreter."""
+
+    name: str
+    how_to_install: str = ""
+
+    @property
+    def option(self) -> str:
+        return f"--{self.name.lower()}-python"
+
+    @property
+    def destination(self) -> str:
+        """The option's attribute in what argparse returns."""
+        return self.option.strip("-").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """The variable of the environment that stands in for the option."""
+        return f"{self.name.upper()}_PYTHON"
+
+    @property
+    def default(self) -> str | None:
+        return os.environ.get(self.variable)
 
 
 class Peer:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -217,29 +215,3 @@ def deep(depth: int) -> Workload:
     parts = [f"{writer.text(384 // depth)}\n" for _ in range(depth)]
     prompts = [Prompt(tuple(parts[: idx + 1]), (" " + writer.words(2),)) for idx in range(depth)]
     return Workload(f"depth {depth}", tuple(prompts))
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Workloads that one table or plot shows together, and how often each is run."""
-
-    name: str
-    workloads: tuple[Callable[[], Workload], ...]
-    rounds: int
-    rivals: tuple[str, ...]
-
-
-ALL_RIVALS = ("plain padded", "cache recipe (deepcopy)", "CAPPr's way", "original toy")
-
-SUITES = (
-    Suite("five", (two_choices, partial(classes, 2), partial(classes, 16), few_shots, nested), 3, ALL_RIVALS),
-    Suite("others", (notebook, nothing_shared, single_text), 3, ALL_RIVALS),
-    Suite(
-        "prefix",
-        tuple(partial(shared_prefix, num_words) for num_words in (0, 40, 80, 160, 320, 745)),
-        2,
-        ("plain padded", "cache recipe (deepcopy)"),
-    ),
-    Suite("depth", tuple(partial(deep, depth) for depth in (1, 4, 16, 64)), 2, ("plain padded",)),
-    Suite("leaves", (ten_thousand_leaves,), 1, ("CAPPr's way",)),
-)

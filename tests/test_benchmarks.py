@@ -10,14 +10,25 @@ import pytest
 
 from backprompt import LM
 from benchmarks import __main__ as command
-from benchmarks import cappr, report, workloads
+from benchmarks import contenders, report, suites, workloads
+from benchmarks.measure import Spread
+from benchmarks.plots import files_of
+from benchmarks.rows import from_json
+from benchmarks.suite import Suite
+from benchmarks.suites.cappr import cases, duel
 from tiny_models import build
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results.json"
 
 
 def spread(*values: float) -> dict[str, Any]:
-    return {"median": sorted(values)[len(values) // 2], "lowest": min(values), "highest": max(values)}
+    return vars(Spread.of(list(values)))
+
+
+@pytest.fixture
+def committed() -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return results
 
 
 @pytest.fixture
@@ -31,6 +42,7 @@ def measured() -> dict[str, Any]:
             "table": table,
             "workload": f"{table} {num_classes}",
             "classes": num_classes,
+            "texts": 96 * num_classes,
             "tokens in strings": 5000,
             "distinct tokens": 400,
             "computed": 399,
@@ -53,12 +65,11 @@ def measured() -> dict[str, Any]:
         "CAPPr": [{**setting, "peak": 5_678_000_000, "seconds": 8.0}],
     }
     lines = [line("five", 77), *(line(table, num) for num in (2, 64) for table in ("curve", "names"))]
-    return {"lines": lines, "memory": memory, "versions": {}}
+    return {"lines": lines, "memory": memory, "versions": {}, "threads": 2}
 
 
-def test_tables_show_the_suite_against_cappr(measured: dict[str, Any]) -> None:
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    without = {name: value for name, value in results.items() if name != "cappr"}
+def test_tables_show_the_suite_against_cappr(measured: dict[str, Any], committed: dict[str, Any]) -> None:
+    without = {name: value for name, value in committed.items() if name != "cappr"}
     others = report.tables_of(copy.deepcopy(without))
     tables = report.tables_of({**without, "cappr": measured})
     assert {name: tables[name] for name in others} == others
@@ -69,9 +80,88 @@ def test_tables_show_the_suite_against_cappr(measured: dict[str, Any]) -> None:
     assert "| 64 | 13.0 | 91.0 | 92.0 | 93.0 | 13.0 | 91.0 |" in tables["table curve"]
     assert "1,000 tokens of 76,812 bytes, where the strings have 1,000 distinct ones" in tables["table memory"]
     assert "| 5,678 | 8.0 |" in tables["table memory"]
-    pages = "".join((report.ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "benchmarks/README.md"))
+    pages = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
     for name in set(tables) - set(others):
         assert re.search(f"<!-- {name} -->\n.*?<!-- /{name} -->", pages, flags=re.DOTALL), name
+
+
+def test_every_marker_is_of_one_suite_and_every_plot_is_drawn(committed: dict[str, Any]) -> None:
+    """No marker without a table, no table without a marker; the same of plots and their committed files."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
+    assert set(re.findall(r"<!-- /(.*?) -->", pages)) == set(report.tables_of(committed))
+    files = [path for plot in report.plots_of(committed) for path in files_of(plot, RESULTS.parent / "plots").values()]
+    assert sorted(files) == sorted((RESULTS.parent / "plots").iterdir())
+
+
+@pytest.mark.parametrize("suite", suites.find_suites(), ids=lambda suite: suite.name)
+def test_rows_are_written_as_they_were_read(suite: Suite, committed: dict[str, Any]) -> None:
+    rows, kept = suite.rows(committed), {"lines": [{"suite": "another"}]}
+    suite.keep(kept, rows)
+    expected = committed.get(suite.name, [line for line in committed["lines"] if line["suite"] == suite.name])
+    assert json.dumps(kept.get(suite.name, kept["lines"][1:])) == json.dumps(expected)
+    assert kept["lines"][0] == {"suite": "another"}
+    assert suite.rows(kept) == rows
+    suite.keep(kept, rows)
+    assert suite.rows(kept) == rows
+    assert suite.is_measured(kept)
+    assert not suite.is_measured({"machines": {}, "lines": []})
+
+
+def test_rows_with_other_keys_are_refused() -> None:
+    assert from_json(dict[str, Spread | None], {"a": spread(1.0), "b": None}) == {"a": Spread.of([1.0]), "b": None}
+    with pytest.raises(ValueError, match=r"Spread has the keys .*'values'.*, but the results have \['median'\]"):
+        from_json(list[Spread], [{"median": 1.0}])
+
+
+A_SUITE = """
+from dataclasses import dataclass
+from benchmarks.suite import Measured, Suite
+from benchmarks.tables import Table, markdown
+
+@dataclass(frozen=True)
+class Row:
+    seconds: float
+
+class Toy(Suite):
+    name, place, rows_type = "toy", 5, list[Row]
+
+    def measure(self, say, peer_python):
+        say("measuring")
+        return Measured([Row(12.5)], {"processor": "an abacus"})
+
+    def tables(self, results):
+        return [Table("table toy", markdown(["s"], [[str(row.seconds)] for row in self.rows(results)]))]
+
+SUITE = Toy()
+"""
+
+
+def test_adding_a_suite_is_adding_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "toy.py").write_text(A_SUITE, encoding="utf-8")
+    names = [suite.name for suite in suites.find_suites()]
+    monkeypatch.setattr(suites, "__path__", [*suites.__path__, str(tmp_path)])
+    assert [suite.name for suite in suites.find_suites()] == ["toy", *names]
+    path = tmp_path / "results.json"
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--only", "toy", "--results", str(path)])
+    monkeypatch.setattr(command, "draw_plots", lambda results, folder: None)  # matplotlib is not there in tests
+    command.main()
+    assert capsys.readouterr().out == "measuring\n"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert results == {"machines": {"toy": {"processor": "an abacus"}}, "lines": [], "toy": [{"seconds": 12.5}]}
+    tables = report.tables_of(results)
+    assert tables == {"table toy": "| s |\n| --- |\n| 12.5 |", "machine": "processor an abacus"}
+    page = "<!-- table five -->\nold\n<!-- /table five -->\n<!-- table toy -->\nold\n<!-- /table toy -->"
+    assert report.with_tables(page, tables) == page[: page.index("toy")] + (
+        "toy -->\n| s |\n| --- |\n| 12.5 |\n<!-- /table toy -->"
+    )
+
+
+def test_two_tables_with_one_marker_are_refused(monkeypatch: pytest.MonkeyPatch, committed: dict[str, Any]) -> None:
+    monkeypatch.setattr(report, "find_suites", lambda: suites.find_suites() * 2)
+    with pytest.raises(ValueError, match=r"same marker: .*'again', 'again'"):
+        report.tables_of(committed)
 
 
 @pytest.fixture(scope="module")
@@ -82,31 +172,33 @@ def tokenizer() -> Any:
 def test_parts_encoded_apart_are_the_composed_prompt(tokenizer: Any) -> None:
     """CAPPr encodes what it caches, each prompt and each completion apart; a text must have the same ids."""
     lm = LM(build("gpt2", vocab_size=workloads.VOCABULARY), tokenizer)
-    for case in cappr.cases():
+    for case in cases.cases():
         few = workloads.Workload(case.workload.name, case.workload.prompts[:3])
-        encoded = cappr.encode(tokenizer, cappr.with_spaces(few))
-        assert [cappr.compose(lm, prompt).tokens for prompt in few.prompts] == [prompt.ids for prompt in encoded]
+        encoded = contenders.encode(tokenizer, cases.with_spaces(few))
+        assert [duel.compose(lm, prompt).tokens for prompt in few.prompts] == [prompt.ids for prompt in encoded]
         if case.table == "names":
             assert {len(ids) for prompt in encoded for ids in prompt.completions} == {1}
 
 
 def test_scores_of_classify_are_compared_one_by_one(tokenizer: Any) -> None:
     lm = LM(build("gpt2", vocab_size=workloads.VOCABULARY), tokenizer)
-    case = cappr.joined_by_spaces(cappr.Case("", workloads.Workload("", workloads.two_choices().prompts[:2]), (), 0))
-    scores = cappr.with_classify(lm, case.workload)
+    case = cases.joined_by_spaces(cases.Case("", workloads.Workload("", workloads.two_choices().prompts[:2]), (), 0))
+    scores = duel.with_classify(lm, case.workload)
     before = lm.stats
-    assert cappr.largest_gap(scores, scores) == 0
-    (encoded, _) = cappr.encode(tokenizer, cappr.with_spaces(case.workload))
-    ids = [(prompt.ids, prompt.completions) for prompt in cappr.encode(tokenizer, cappr.with_spaces(case.workload))]
+    assert duel.largest_gap(scores, scores) == 0
+    (encoded, _) = contenders.encode(tokenizer, cases.with_spaces(case.workload))
+    ids = [
+        (prompt.ids, prompt.completions) for prompt in contenders.encode(tokenizer, cases.with_spaces(case.workload))
+    ]
     assert [len(row) for row in scores[0]] == [len(completion) for completion in encoded.completions]
-    assert cappr.distinct_tokens(ids) >= before.tokens_computed > 0
+    assert duel.distinct_tokens(ids) >= before.tokens_computed > 0
     other = copy.deepcopy(scores)
     other[1][1][0] += 0.01
     with pytest.raises(AssertionError, match=r"off by 0\.0"):
-        cappr.largest_gap(scores, other)
+        duel.largest_gap(scores, other)
     del other[1][1][0]
     with pytest.raises(ValueError, match="zip"):
-        cappr.largest_gap(scores, other)
+        duel.largest_gap(scores, other)
 
 
 def test_without_cappr_its_suite_says_how_to_get_it(

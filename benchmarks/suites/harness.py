@@ -6,18 +6,20 @@ warm. `hf` runs with the batch size that is the fastest on a sample.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from benchmarks import workloads
-from benchmarks.bench import describe_machine
+from benchmarks.machine import describe_machine
 from benchmarks.measure import Spread
+from benchmarks.rows import Key, as_json
+from benchmarks.suite import Measured, Results, Say, Suite
+from benchmarks.tables import Table, markdown, with_range
 from benchmarks.workloads import Writer
 
 NUM_QUESTIONS = 60
@@ -33,29 +35,69 @@ TASKS = {
 }
 
 
-def measure(say: Callable[[str], None]) -> tuple[list[dict[str, Any]], dict[str, object]]:
-    """Measure all of it; returns a line a task, and the machine, both as can be written to JSON."""
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens forwarded, padding included."""
 
-    from backprompt.integrations.lm_eval import BackpromptLM
-
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="backprompt-bench-") as folder:
-        path = Path(folder)
-        workloads.make_model().save_pretrained(path / "model")
-        workloads.make_tokenizer().save_pretrained(path / "model")
-        _write_tasks(path)
-        tasks = TaskManager(include_path=folder, include_defaults=False)
-        hf, ours = HFLM(pretrained=str(path / "model"), device="cpu"), BackpromptLM(str(path / "model"), device="cpu")
-        lines = []
-        for name, label in TASKS.items():
-            lines.append({"task": label, **_compare(hf, ours, name, tasks)})
-            say(json.dumps(lines[-1]))
-        return lines, describe_machine(ours.lm)
+    hf: int
+    backprompt: int
 
 
-def _compare(hf: Any, ours: Any, task: str, tasks: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Seconds:
+    hf: float
+    backprompt: Spread
+
+
+@dataclass(frozen=True)
+class Line:
+    """A task, run as a whole with both model types."""
+
+    task: str
+    questions: int
+    requests: int
+    tokens_in_all_requests: Annotated[int, Key("tokens in all requests")]
+    tokens: Tokens
+    seconds: Seconds
+    batch_size: Annotated[int, Key("batch size")]  # of hf
+    seconds_of_a_sample: Annotated[dict[str, float], Key("seconds of a sample")]  # by hf's batch size
+    gap: float
+    accuracy: float
+
+
+class Harness(Suite):
+    """A line a task."""
+
+    name = "lm-eval"
+    place = 70
+    rows_type = list[Line]
+
+    def measure(self, say: Say, peer_python: Path | None) -> Measured:
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        from backprompt.integrations.lm_eval import BackpromptLM
+
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+        with tempfile.TemporaryDirectory(prefix="backprompt-bench-") as folder:
+            path = Path(folder)
+            workloads.make_model().save_pretrained(path / "model")
+            workloads.make_tokenizer().save_pretrained(path / "model")
+            _write_tasks(path)
+            tasks = TaskManager(include_path=folder, include_defaults=False)
+            hf = HFLM(pretrained=str(path / "model"), device="cpu")
+            ours = BackpromptLM(str(path / "model"), device="cpu")
+            lines = []
+            for name in TASKS:
+                lines.append(_compare(hf, ours, name, tasks))
+                say(json.dumps(as_json(lines[-1])))
+            return Measured(lines, describe_machine(ours.lm))
+
+    def tables(self, results: Results) -> list[Table]:
+        return [Table("table harness", harness_table(self.rows(results)))]
+
+
+def _compare(hf: Any, ours: Any, task: str, tasks: Any) -> Line:
     samples = {}
     for size in BATCH_SIZES:
         hf.batch_size_per_gpu = size
@@ -70,17 +112,18 @@ def _compare(hf: Any, ours: Any, task: str, tasks: Any) -> dict[str, Any]:
         own_seconds, found = _run(ours, task, tasks)
         seconds.append(own_seconds)
         done = ours.lm.stats - before
-    return {
-        "questions": NUM_QUESTIONS,
-        "requests": 4 * NUM_QUESTIONS,
-        "tokens in all requests": done.tokens_requested,
-        "tokens": {"hf": sum(hf_tokens), "backprompt": done.tokens_computed},
-        "seconds": {"hf": hf_seconds, "backprompt": dataclasses.asdict(Spread.of(seconds))},
-        "batch size": best,
-        "seconds of a sample": {str(size): value for size, value in samples.items()},
-        "gap": _gap(found, expected, task),
-        "accuracy": found["results"][task]["acc,none"],
-    }
+    return Line(
+        task=TASKS[task],
+        questions=NUM_QUESTIONS,
+        requests=4 * NUM_QUESTIONS,
+        tokens_in_all_requests=done.tokens_requested,
+        tokens=Tokens(sum(hf_tokens), done.tokens_computed),
+        seconds=Seconds(hf_seconds, Spread.of(seconds)),
+        batch_size=best,
+        seconds_of_a_sample={str(size): value for size, value in samples.items()},
+        gap=_gap(found, expected, task),
+        accuracy=found["results"][task]["acc,none"],
+    )
 
 
 def _run(model: Any, task: str, tasks: Any, limit: int | None = None) -> tuple[float, dict[str, Any]]:
@@ -150,3 +193,33 @@ def _write_tasks(folder: Path) -> None:
             **options[name],
         }
         (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+
+
+def harness_table(lines: list[Line]) -> str:
+    headings = [
+        "8 shots",
+        "requests",
+        "tokens in all of them",
+        "tokens, `hf`",
+        "tokens, `backprompt`",
+        "seconds, `hf` (batch size)",
+        "seconds, `backprompt` (lowest to highest)",
+        "times faster",
+    ]
+    rows = [
+        [
+            f"{line.questions} questions, {line.task}",
+            f"{line.requests:,}",
+            f"{line.tokens_in_all_requests:,}",
+            f"{line.tokens.hf:,}",
+            f"{line.tokens.backprompt:,}",
+            f"{line.seconds.hf:.1f} ({line.batch_size})",
+            with_range(line.seconds.backprompt, 1),
+            f"{line.seconds.hf / line.seconds.backprompt.median:.0f}",
+        ]
+        for line in lines
+    ]
+    return markdown(headings, rows)
+
+
+SUITE = Harness()
