@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from backprompt import LM, GroupError, Text, TokenIdError, classify
 from backprompt.classify import Example, predict
-from backprompt.search import Candidate, Search, make_trie
+from backprompt.classify.search import Candidate, Search, make_trie
 from reference import plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe

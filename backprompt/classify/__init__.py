@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 from backprompt.arguments import as_floats, as_list, as_lm, as_number, check_encodable
-from backprompt.calibration import Floats
-from backprompt.calibration import best_threshold as best_threshold
-from backprompt.calibration import calibrate as calibrate
-from backprompt.completions import EndOfPrompt, check_end_of_prompt, completion_ids, ends_behind
+from backprompt.classify.calibration import Floats
+from backprompt.classify.calibration import best_threshold as best_threshold
+from backprompt.classify.calibration import calibrate as calibrate
+from backprompt.classify.completions import EndOfPrompt, check_end_of_prompt, completion_ids, ends_behind
+from backprompt.classify.search import Candidate, Search, make_trie
 from backprompt.errors import EmptyTextError, MixedModelsError, NonFiniteError, TextTypeError, UnboundTextError
 from backprompt.lm import LM
 from backprompt.progress import Bar, is_wanted
-from backprompt.search import Candidate, Search, make_trie
 from backprompt.text import Text
 from backprompt.token_graph import TokenIds
 
