@@ -15,15 +15,44 @@ and one without is encoded as a continuation.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
+from backprompt.arguments import as_list, check_encodable
+from backprompt.errors import TextTypeError
 from backprompt.lm import LM
 from backprompt.segments import Group
 from backprompt.text import Text
 
 EndOfPrompt: TypeAlias = Literal["auto", " ", ""]
 ENDS_OF_PROMPT: tuple[EndOfPrompt, ...] = ("auto", " ", "")
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedCompletions:
+    """The completions of a prompt, or of many prompts that they stand behind in the same way.
+
+    Attributes:
+        strings: as they were given.
+        end: what stands between a prompt and each of them.
+        token_ids: of each behind such a prompt; no two are the same, and none is empty.
+
+    """
+
+    strings: tuple[str, ...]
+    end: EndOfPrompt
+    token_ids: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.strings)
+
+    @cached_property
+    def longest(self) -> tuple[int, ...]:
+        """The ids of the first of those with the most tokens."""
+        return max(self.token_ids, key=len)
 
 
 def check_end_of_prompt(given: object) -> None:
@@ -80,3 +109,61 @@ def completion_ids(
         strings = [completion for _, completion in own]
         found.update(zip(own, lm.completion_ids(strings, is_continuation=not kind), strict=True))
     return found
+
+
+def encoded(lm: LM, behind: Sequence[tuple[EndOfPrompt, tuple[str, ...]]]) -> list[EncodedCompletions]:
+    """Return the encoded completions behind each prompt, one object for all prompts with one tuple and one end.
+
+    Raises:
+        TokenizerError: see `completion_ids`.
+        ValueError: a completion has no tokens, or two of a prompt's have the same.
+
+    """
+    distinct = {(end, id(strings)): (end, strings) for end, strings in behind}
+    ids = completion_ids(lm, [(end, completion) for end, strings in distinct.values() for completion in strings])
+    for (_, completion), token_ids in ids.items():
+        if not token_ids:
+            raise ValueError(f"The completion {completion!r} has no tokens, so it has no probability. Leave it out.")
+    made = {
+        key: EncodedCompletions(strings, end, tuple(ids[end, completion] for completion in strings))
+        for key, (end, strings) in distinct.items()
+    }
+    for completions in made.values():
+        _check_different(completions)
+    return [made[end, id(strings)] for end, strings in behind]
+
+
+def checked_completions(given: Iterable[str]) -> tuple[str, ...]:
+    """Return completions as a tuple.
+
+    Raises:
+        TextTypeError, TokenizerError: one is no string, or none that can be encoded.
+        ValueError: there are none, one is empty, or two are equal.
+
+    """
+    listed = tuple(as_list(given, "completions must be a sequence of strings"))
+    if not listed:
+        raise ValueError("There are no completions.")
+    for idx, completion in enumerate(listed):
+        if not isinstance(completion, str):
+            raise TextTypeError(f"completions[{idx}] is a {type(completion).__name__}, not a str.")
+        if not completion:
+            raise ValueError(f"completions[{idx}] is empty, so it has no probability. Leave it out.")
+        check_encodable(completion, f"completions[{idx}]")
+    repeated = [completion for completion, num_times in Counter(listed).items() if num_times > 1]
+    if repeated:
+        raise ValueError(f"The completion {repeated[0]!r} is there more than once. Give each one once.")
+    return listed
+
+
+def _check_different(completions: EncodedCompletions) -> None:
+    """Raise ValueError for two completions that are one to the model."""
+    with_ids: dict[tuple[int, ...], str] = {}
+    for completion, token_ids in zip(completions.strings, completions.token_ids, strict=True):
+        other = with_ids.setdefault(token_ids, completion)
+        if other != completion:
+            raise ValueError(
+                f"The completions {other!a} and {completion!a} have the same token ids, {list(token_ids)}, so the "
+                "model cannot tell them apart: the tokenizer writes both in one form, or has no tokens for their "
+                "characters. Leave one out."
+            )

@@ -18,8 +18,8 @@ import numpy as np
 from backprompt import classify
 from backprompt.arguments import as_list, as_lm, as_number, check_encodable
 from backprompt.classify import Aggregate, Example
-from backprompt.classify.calibration import Floats
 from backprompt.classify.completions import EndOfPrompt, ends_behind, space_before
+from backprompt.classify.weighing import Floats
 from backprompt.errors import TextTypeError
 from backprompt.lm import LM
 from backprompt.text import Text
