@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-from backprompt.arguments import as_list, check_encodable
+from backprompt.arguments import as_choice, as_list, check_encodable
 from backprompt.errors import TextTypeError
 from backprompt.lm import LM
 from backprompt.segments import Group
@@ -57,11 +57,7 @@ class EncodedCompletions:
 
 def check_end_of_prompt(given: object) -> None:
     """Raise ValueError for what is no `EndOfPrompt`."""
-    if given not in ENDS_OF_PROMPT:
-        raise ValueError(
-            f"end_of_prompt must be one of {', '.join(map(repr, ENDS_OF_PROMPT))}, not {given!r}. Put more at the end "
-            "of the prompt."
-        )
+    as_choice(given, "end_of_prompt", ENDS_OF_PROMPT, advice=" Put more at the end of the prompt.")
 
 
 def ends_behind(lm: LM, prompts: Sequence[tuple[Text, EndOfPrompt]]) -> list[EndOfPrompt]:

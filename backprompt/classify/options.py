@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from backprompt.arguments import as_number
+from backprompt.arguments import as_choice, as_number
 from backprompt.classify.completions import EndOfPrompt
 from backprompt.classify.prompts import Prompt
 from backprompt.classify.weighing import AGGREGATES, Aggregate
@@ -33,8 +33,7 @@ class Options:
     def __post_init__(self) -> None:
         discount = as_number(self.discount_completions, "discount_completions")
         object.__setattr__(self, "discount_completions", discount)
-        if self.aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate must be one of {', '.join(map(repr, AGGREGATES))}, not {self.aggregate!r}.")
+        as_choice(self.aggregate, "aggregate", AGGREGATES)
         if self.log_marg_probs_completions is not None and not discount:
             raise TypeError(
                 "log_marg_probs_completions would not be used. Set discount_completions, too, or leave both out."

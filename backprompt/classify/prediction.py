@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from backprompt.arguments import as_choice
 from backprompt.classify.completions import EndOfPrompt, checked_completions
 from backprompt.classify.options import Options
 from backprompt.classify.prompts import Example, Prompt, Prompts, as_prompts
@@ -98,8 +99,7 @@ def predict(
         See `log_probs`.
 
     """
-    if search not in STRATEGIES:
-        raise ValueError(f"search must be one of {', '.join(map(repr, STRATEGIES))}, not {search!r}.")
+    as_choice(search, "search", STRATEGIES)
     named = Options.named(options)
     listed, is_single = as_prompts(prompts, "prompts")
     shared = None if completions is None else checked_completions(completions)
