@@ -1,4 +1,4 @@
-"""What stands between a prompt and a completion, and which ids a completion has there.
+"""Completions: the space between a prompt and a completion, if there is one, and the ids that the completion has.
 
 A completion is a hard boundary: its ids are those of its string encoded by itself, with a space before it or without.
 
@@ -7,9 +7,9 @@ A completion is a hard boundary: its ids are those of its string encoded by itse
     " "             " yes"             " yes"
     ""              "yes"              "yes"
 
-A completion that begins with white space gets no more of it by "auto". Some tokenizers put a space before every string
-by themselves, such as those of SentencePiece: there a string with a space before it is what they make of the string,
-and one without is encoded as a continuation.
+By "auto" no space is put before a completion that begins with white space. Some tokenizers, such as those of
+SentencePiece, put a space before every string by themselves: with them the bare string stands for a completion with a
+space before it, and a completion without one is encoded as a continuation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class EncodedCompletions:
 
     Attributes:
         strings: as they were given.
-        end: what stands between a prompt and each of them.
+        end: the end of the prompts, which decides whether a space stands before each.
         token_ids: of each behind such a prompt; no two are the same, and none is empty.
 
     """
@@ -56,12 +56,12 @@ class EncodedCompletions:
 
 
 def check_end_of_prompt(given: object) -> None:
-    """Raise ValueError for what is no `EndOfPrompt`."""
+    """Raise ValueError for a value that is no `EndOfPrompt`."""
     as_choice(given, "end_of_prompt", ENDS_OF_PROMPT, advice=" Put more at the end of the prompt.")
 
 
 def ends_behind(lm: LM, prompts: Sequence[tuple[Text, EndOfPrompt]]) -> list[EndOfPrompt]:
-    """Return what an `end_of_prompt` means behind each prompt; "auto" stays where a space may stand between."""
+    """Return the meaning of an `end_of_prompt` behind each prompt; "auto" stays where a space may stand between."""
     added_tokens = lm.added_tokens
     return [end if end != "auto" or _takes_a_space(prompt, added_tokens) else "" for prompt, end in prompts]
 
@@ -79,7 +79,7 @@ def _takes_a_space(prompt: Text, added_tokens: tuple[str, ...]) -> bool:
 
 
 def space_before(completion: str, end: EndOfPrompt) -> str:
-    """Return what stands before a completion behind a prompt with this end: a space or nothing."""
+    """Return the space before a completion behind a prompt with this end, or an empty string."""
     if end != "auto":
         return end
     return "" if completion[:1].isspace() else " "

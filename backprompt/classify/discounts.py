@@ -64,7 +64,7 @@ def _as_rows(given: Sequence[Sequence[float]], num_completions: int) -> list[Any
 
 
 def _marginals(row: Any, completion: str, num_tokens: int) -> Floats:
-    """Return the log-probabilities of a completion's tokens by itself, `(tokens,)`; 0 for what nothing predicts."""
+    """Return the log-probabilities of a completion's tokens by itself, `(tokens,)`; 0 for an unpredicted token."""
     name = f"log_marg_probs_completions of {completion!r}"
     values = as_list(row.tolist() if hasattr(row, "tolist") else row, f"{name} must be a sequence of numbers")
     if len(values) != num_tokens:

@@ -14,7 +14,7 @@ from backprompt.classify.weighing import AGGREGATES, Aggregate
 
 @dataclass(frozen=True)
 class Options:
-    """How completions are scored and weighed; `predict_proba` says what each of its keywords means.
+    """How completions are scored and weighed; the docstring of `predict_proba` describes each.
 
     Raises:
         TypeError, ValueError: a value that makes no sense whatever the prompts are.

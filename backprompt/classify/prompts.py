@@ -57,13 +57,13 @@ def as_prompts(given: Any, name: str) -> tuple[list[Any], bool]:
 
 
 def check_prompts(prompts: Iterable[object], name: str, *, is_single: bool) -> None:
-    """Raise for the first that is no prompt, under its own name."""
+    """Raise for the first element that is no prompt, under its own name; see `check_prompt`."""
     for idx, prompt in enumerate(prompts):
         check_prompt(prompt, name if is_single else f"{name}[{idx}]")
 
 
 def check_prompt(prompt: object, name: str) -> None:
-    """Raise TextTypeError, TokenizerError or ValueError for what is neither a `Text` nor a string with characters."""
+    """Raise TextTypeError, TokenizerError or ValueError for anything but a `Text` or a string with characters."""
     if not isinstance(prompt, (str, Text)):
         raise TextTypeError(f"{name} is a {type(prompt).__name__}, not a str or a Text.")
     if isinstance(prompt, str):

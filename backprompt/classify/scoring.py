@@ -1,7 +1,7 @@
 """Prompts with completions, and the log-probabilities of their tokens.
 
-All prompts and completions are one forest, so a prompt's keys and values exist once, completions share what they begin
-with, and the first token of every completion is read off the prompt's last row.
+All prompts and completions are one forest, so a prompt's keys and values exist once, completions share their common
+beginnings, and the first token of every completion is read off the prompt's last row.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class PromptsWithCompletions:
         prompts: as texts.
         prompt_ids: of each prompt, as they are where something follows.
         completions: of each prompt; one object for prompts with common completions.
-        examples: what was given where each prompt has completions of its own; else empty.
+        examples: those that were given where each prompt has completions of its own; else empty.
         is_single: whether a prompt was given, and no sequence.
 
     """
@@ -133,7 +133,7 @@ class PromptsWithCompletions:
         lm: LM | tuple[Any, Any] | None,
         end_of_prompt: EndOfPrompt,
     ) -> PromptsWithCompletions:
-        """Check and encode what `log_probs` takes; its errors are those of `log_probs`."""
+        """Check and encode the arguments of `log_probs`, with its errors."""
         listed, is_single = as_prompts(prompts, "prompts")
         examples = _examples_among(listed, completions, end_of_prompt)
         check_end_of_prompt(end_of_prompt)

@@ -52,7 +52,7 @@ class WeighedCompletions:
 
     @classmethod
     def of(cls, pairs: PromptsWithCompletions, options: Options) -> WeighedCompletions:
-        """Check the options against the prompts, then score what weights need besides the prompts.
+        """Check the options against the prompts, then score the neutral prompt and the discounts.
 
         Raises:
             TypeError, ValueError: options that do not fit the prompts; before anything is computed.
@@ -175,13 +175,13 @@ def _weights_alone(neutral: PromptsWithCompletions, weighing: Weighing) -> list[
 
 
 def as_candidate(weighing: Weighing, completion_idx: int, token_ids: tuple[int, ...]) -> Candidate:
-    """Return what a search needs to know of a completion."""
+    """Return a completion as a search sees it."""
     offset = weighing.weight(completion_idx, np.zeros(len(token_ids)))
     return Candidate(token_ids, offset, len(token_ids) if weighing.aggregate == "mean" else 1)
 
 
 def _score_of(weighing: Weighing, completions: EncodedCompletions) -> Callable[[int, list[float]], float]:
-    """Return what a search scores complete completions by."""
+    """Return the function by which a search scores complete completions."""
 
     def score(completion_idx: int, logprobs: list[float]) -> float:
         weight = weighing.weight(completion_idx, np.array(logprobs))
