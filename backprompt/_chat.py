@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from backprompt._generate import ContinuedText
+from backprompt._visible import shortened
 from backprompt.arguments import as_list, as_lm
 from backprompt.errors import TextTypeError, TokenizerError
 from backprompt.lm import LM
@@ -328,7 +329,7 @@ class _Conversation:
         if isinstance(content, list) and isinstance(self._whole, str) and content and str(content) in self._whole:
             raise TokenizerError(
                 f"The chat template takes strings and writes the list of messages[{idx}] as Python shows it: "
-                f"{str(content)[:60]}. Give its content as a str, or as a list of strings and texts."
+                f"{shortened(str(content), 60)}. Give its content as a str, or as a list of strings and texts."
             )
 
 

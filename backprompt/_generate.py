@@ -18,7 +18,7 @@ from torch import Tensor
 from backprompt import classify
 from backprompt.arguments import as_int, as_list, as_texts
 from backprompt.beams import BeamDecoding
-from backprompt.completions import EndOfPrompt, completion_ids, ends_behind
+from backprompt.classify.completions import EndOfPrompt, completion_ids, ends_behind
 from backprompt.decoded import Decoder
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
 from backprompt.errors import GenerationError

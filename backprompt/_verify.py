@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from backprompt import skeleton
 from backprompt._explain import listed_texts, one_lm
+from backprompt.arguments import as_int
 from backprompt.errors import DriftError, GroupError
 from backprompt.missing import shown_segment
 from backprompt.probe import differences
@@ -213,8 +214,7 @@ def verify(
     """
     given = listed_texts(texts, "verify")
     lm = one_lm(given)
-    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 1):
-        raise ValueError(f"sample must be a number of texts of at least 1, not {sample!r}.")
+    sample = None if sample is None else as_int(sample, "sample", at_least=1)
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be a number of nats of at least 0, not {tolerance!r}.")
     indices = [idx for idx, text in enumerate(given) if not any(isinstance(part, Group) for part in text.segments)]

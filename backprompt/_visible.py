@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 LINE_WIDTH = 28
 
+_GIVEN_CHARACTERS = 60
+
 _REPLACED = {"\n": "↵", "\t": "⇥"}
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # make up letters and emoji
@@ -66,11 +68,21 @@ def _is_shaped(before: str, character: str) -> bool:
     return (not before.isascii() and before not in _JOINERS) or before in "0123456789#*"  # keycaps
 
 
-def shortened(string: str, limit: int) -> str:
-    """Return a string with its middle left out where it is longer than `limit` characters."""
+def abbreviated(given: object) -> str:
+    """Return how an error shows a value that was given."""
+    return shortened(ascii(given) if isinstance(given, str) else repr(given), _GIVEN_CHARACTERS)
+
+
+def shortened(string: str, limit: int, gap: str = "…") -> str:
+    """Return a string with a gap for its middle where it is longer than `limit` characters."""
     if len(string) <= limit:
         return string
-    return f"{string[: (limit + 1) // 2]}…{string[len(string) - limit // 2 :]}"
+    return f"{string[: (limit + 1) // 2]}{gap}{string[len(string) - limit // 2 :]}"
+
+
+def beginning(string: str, limit: int, end: str = "...") -> str:
+    """Return a string, at most `limit` characters long: one that is longer with `end` for all that is cut off."""
+    return string if len(string) <= limit else f"{string[: limit - len(end)]}{end}"
 
 
 def wrapped(shown: str, width: int = LINE_WIDTH) -> Iterator[str]:

@@ -8,21 +8,21 @@ needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Reversible, Set
+from collections.abc import Mapping, Reversible, Sequence, Set
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from backprompt._visible import shortened
+from backprompt._visible import abbreviated
 from backprompt.errors import TextTypeError, TokenizerError
 
 if TYPE_CHECKING:
     from backprompt.lm import LM
     from backprompt.text import Text
 
-_REPR_CHARACTERS = 60
+Choice = TypeVar("Choice")
 
 
 def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
@@ -41,7 +41,7 @@ def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
         return list(given)
     kind = type(given).__name__
     if isinstance(given, (str, bytes, bytearray, memoryview)):
-        raise TextTypeError(f"{needed}, not the {kind} {_shown(given)}. Put a single one in a list.")
+        raise TextTypeError(f"{needed}, not the {kind} {abbreviated(given)}. Put a single one in a list.")
     if isinstance(given, Mapping):
         raise TextTypeError(
             f"{needed}, not a mapping ({kind}), of which the keys would be taken. Give what is meant: "
@@ -57,7 +57,7 @@ def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
     try:
         elements = iter(given)
     except TypeError as error:
-        raise TextTypeError(f"{needed}, not {kind}: {_shown(given)}.") from error
+        raise TextTypeError(f"{needed}, not {kind}: {abbreviated(given)}.") from error
     return list(elements)
 
 
@@ -74,7 +74,7 @@ def as_texts(texts: Any, function: str) -> list[Text]:
     if isinstance(texts, Text):
         return [texts]
     if isinstance(texts, str):
-        raise TextTypeError(f"{needed}, not the str {_shown(texts)}. Wrap it: Text(string, lm).")
+        raise TextTypeError(f"{needed}, not the str {abbreviated(texts)}. Wrap it: Text(string, lm).")
     listed = as_list(texts, needed)
     return [as_text(text, f"texts[{idx}]") for idx, text in enumerate(listed)]
 
@@ -108,8 +108,8 @@ def as_lm(given: Any) -> LM:
     if isinstance(given, tuple) and len(given) == 2:
         return shared_lm(*given)
     raise TextTypeError(
-        f"The model is given as an LM or a (model, tokenizer) tuple, not as {type(given).__name__}: {_shown(given)}. "
-        "backprompt.load(name) makes an LM."
+        f"The model is given as an LM or a (model, tokenizer) tuple, not as {type(given).__name__}: "
+        f"{abbreviated(given)}. backprompt.load(name) makes an LM."
     )
 
 
@@ -117,7 +117,7 @@ def check_encodable(string: str, name: str) -> None:
     """Raise TokenizerError for a lone surrogate; `name` says where the string stands."""
     position = lone_surrogate(string)
     if position is not None:
-        raise TokenizerError(surrogate_message(f"{name}, {_shown(string)},", position))
+        raise TokenizerError(surrogate_message(f"{name}, {abbreviated(string)},", position))
 
 
 def lone_surrogate(string: str) -> int | None:
@@ -170,10 +170,10 @@ def as_number(
     where = "" if bounds == (-math.inf, math.inf) else f" of at least {low:g}"
     where = where if high == math.inf else f" from {low:g} to {high:g}"
     kind = error or (ValueError if is_number else TypeError)
-    raise kind(f"{name} must be a finite number{where}, not {_shown(given)}.")
+    raise kind(f"{name} must be a finite number{where}, not {abbreviated(given)}.")
 
 
-def as_bool(given: Any, name: str, *, error: type[ValueError] = ValueError) -> bool:
+def as_bool(given: Any, name: str, *, error: type[Exception] = ValueError) -> bool:
     """Return True or False; a number or a string is neither.
 
     Raises:
@@ -183,6 +183,19 @@ def as_bool(given: Any, name: str, *, error: type[ValueError] = ValueError) -> b
     if not isinstance(given, bool):
         raise error(f"{name} must be True or False, not {given!r}.")
     return given
+
+
+def as_choice(given: Any, name: str, choices: Sequence[Choice], *, advice: str = "") -> Choice:
+    """Return one of the choices.
+
+    Raises:
+        ValueError: it is none of them; the error ends with the advice.
+
+    """
+    if given not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {given!r}.{advice}")
+    chosen: Choice = given
+    return chosen
 
 
 def as_floats(given: Any, name: str) -> npt.NDArray[np.float64]:
@@ -206,12 +219,8 @@ def as_floats(given: Any, name: str) -> npt.NDArray[np.float64]:
         array = array.astype(float)
     if array.dtype.kind not in "fiu" and array.size:
         odd = next((value for value in array.flat if not isinstance(value, Real)), array.flat[0])
-        raise TypeError(f"{needed}, not {type(odd).__name__}: {_shown(odd)}.")
+        raise TypeError(f"{needed}, not {type(odd).__name__}: {abbreviated(odd)}.")
     floats = array.astype(float)
     if not np.isfinite(floats).all():
         raise ValueError(f"{needed} that are finite, not {floats[~np.isfinite(floats)][0]}.")
     return floats
-
-
-def _shown(given: object) -> str:
-    return shortened(ascii(given) if isinstance(given, str) else repr(given), _REPR_CHARACTERS)

@@ -548,7 +548,7 @@ class LM:
             return found
 
     def completion_ids(self, strings: Sequence[str], *, is_continuation: bool = False) -> list[tuple[int, ...]]:
-        """Return the ids of each string encoded by itself, without special tokens; see completions.py."""
+        """Return the ids of each string encoded by itself, without special tokens; see classify/completions.py."""
         with self._exclusive():
             self._current()
             return self._tokenizer_copy.encode(strings, is_continuation=is_continuation) if strings else []

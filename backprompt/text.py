@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from backprompt.arguments import as_list, as_lm
+from backprompt._visible import abbreviated, shortened
+from backprompt.arguments import as_bool, as_choice, as_list, as_lm
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown
 
@@ -93,11 +94,10 @@ class Text:
     def __init__(self, string: str, lm: LM | tuple[Any, Any] | None = None, *, add_special_tokens: bool = True) -> None:
         if not isinstance(string, str):
             raise TextTypeError(
-                f"Text() takes a str, not {type(string).__name__}: {_shorten(repr(string))}. "
+                f"Text() takes a str, not {type(string).__name__}: {abbreviated(string)}. "
                 "Convert it with str(...) first; for token ids use Text.from_tokens(ids, lm)."
             )
-        if not isinstance(add_special_tokens, bool):
-            raise TextTypeError(f"add_special_tokens must be True or False, not {add_special_tokens!r}.")
+        as_bool(add_special_tokens, "add_special_tokens", error=TextTypeError)
         self._init_leaf(string, None if lm is None else as_lm(lm), add_special_tokens)
 
     @classmethod
@@ -210,7 +210,7 @@ class Text:
 
     def __repr__(self) -> str:
         option = "" if self._add_special_tokens else ", add_special_tokens=False"
-        return f"Text({_shorten(shown(self._walk_segments()))}{option})"
+        return f"Text({shortened(shown(self._walk_segments()), _REPR_CHARACTERS, gap='...')}{option})"
 
     def __hash__(self) -> int:
         return hash((self._hash, self._num_segments, self._add_special_tokens, id(self._lm)))
@@ -438,8 +438,7 @@ def parallel(texts: Iterable[Text | str], *, positions: Positions = "shared") ->
         GroupError: groups are nested too deep.
 
     """
-    if positions not in POSITIONS:
-        raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, not {positions!r}.")
+    as_choice(positions, "positions", POSITIONS)
     listed = as_list(texts, "parallel takes a list of texts")
     return _in_parallel([_as_text(text, "parallel") for text in listed], positions)
 
@@ -511,13 +510,6 @@ def _as_text(value: object, operation: str) -> Text:
     if isinstance(value, str):
         return Text(value)
     raise TextTypeError(
-        f"{operation} takes a Text or a str, not {type(value).__name__}: {_shorten(repr(value))}. "
+        f"{operation} takes a Text or a str, not {type(value).__name__}: {abbreviated(value)}. "
         "Convert it with str(...) first."
     )
-
-
-def _shorten(string: str, limit: int = _REPR_CHARACTERS) -> str:
-    """Return `string` with its middle left out where it is longer than `limit` characters."""
-    if len(string) <= limit:
-        return string
-    return f"{string[: limit // 2]}...{string[-limit // 2 :]}"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import backprompt as bp
 from backprompt import LM, Text, TextTypeError, TokenizerError
-from backprompt.arguments import as_floats, as_lm, as_number
-from backprompt.calibration import best_threshold, calibrate
+from backprompt.arguments import as_choice, as_floats, as_lm, as_number
 from backprompt.classify import Example, log_probs, predict, predict_proba, token_logprobs
+from backprompt.classify.calibration import best_threshold, calibrate
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
@@ -122,6 +122,47 @@ def test_what_is_no_number_is_refused(odd):
         as_number(odd, "value")
     with pytest.raises((TypeError, ValueError), match="values must be numbers in order"):
         as_floats([odd, 0.5] if odd is not True else [True], "values")
+
+
+TAKE_INTS = {
+    "top": (0, lambda top: TEXT.show(top=top)),
+    "sample": (1, lambda sample: bp.verify([TEXT], sample=sample)),
+    "max_children": (2, lambda number: bp.draw(TEXT, max_children=number)),
+    "max_characters": (2, lambda number: bp.draw(TEXT, max_characters=number)),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_INTS)
+def test_ints_have_one_rule(name):
+    """A bool, a float and a string are none; whole numbers of numpy are, as they come from arrays."""
+    least, call = TAKE_INTS[name]
+    for odd in (True, float(least), str(least), None, least - 1):
+        if odd is None and name == "sample":
+            continue  # all of the texts
+        with pytest.raises(ValueError, match=f"^{name} must be an int of at least {least}, not {odd!r}"):
+            call(odd)
+    call(np.int64(least))
+
+
+def test_bars_to_plot():
+    with pytest.raises(ValueError, match="top must be an int of at least 1, not False"):
+        bp.plot_probabilities([0.5, 0.5], OPTIONS, top=False)
+
+
+TAKE_CHOICES = {
+    "search": ("'exhaustive', 'best-first'", lambda odd: predict(TEXT, OPTIONS, search=odd)),
+    "aggregate": ("'mean', 'sum'", lambda odd: predict_proba(TEXT, OPTIONS, aggregate=odd)),
+    "end_of_prompt": ("'auto', ' ', ''", lambda odd: log_probs(TEXT, OPTIONS, end_of_prompt=odd)),
+    "positions": ("'shared', 'sequential'", lambda odd: bp.parallel([TEXT, "a"], positions=odd)),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_CHOICES)
+def test_choices_are_named(name):
+    choices, call = TAKE_CHOICES[name]
+    with pytest.raises(ValueError, match=f"^{name} must be one of {choices}, not 'odd'"):
+        call("odd")
+    assert as_choice("b", name, ("a", "b")) == "b"
 
 
 @pytest.mark.parametrize("labels", [["yes", "no"], [2, 0], [None, True]])

@@ -1,6 +1,10 @@
 """Classification: the plain call's log-probabilities, CAPPr's arithmetic, and errors before anything is computed."""
 
+import ast
+import inspect
 import json
+import typing
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +26,18 @@ from backprompt import (
     UnboundTextError,
     classify,
 )
-from backprompt.classify import Example, best_threshold, calibrate, log_probs, predict, predict_proba, token_logprobs
+from backprompt.classify import (
+    Example,
+    best_threshold,
+    calibrate,
+    log_probs,
+    predict,
+    predict_proba,
+    search,
+    token_logprobs,
+    weighing,
+)
+from backprompt.classify.options import Options
 from reference import plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, sentencepiece_bpe
@@ -175,7 +190,7 @@ def test_prompts_are_computed_once_whatever_the_completions(model):
 
 
 def test_prompts_stream_through_within_the_budget(model, monkeypatch):
-    monkeypatch.setattr(classify, "TOKENS_AT_A_TIME", 200)
+    monkeypatch.setattr("backprompt.classify.scoring.TOKENS_AT_A_TIME", 200)
     lm = LM(model, byte_level_bpe(), memory_bytes=60 * 646)
     instruction = "Question: What is it? "
     prompts = [instruction + f"{number} cats sat on the mat, and" for number in range(30)]
@@ -188,7 +203,7 @@ def test_prompts_stream_through_within_the_budget(model, monkeypatch):
 
 def test_a_shared_instruction_outlives_any_number_of_prompts(model, monkeypatch):
     """What many scored prompts leave behind goes before the keys and values that all of them continue."""
-    monkeypatch.setattr(classify, "TOKENS_AT_A_TIME", 200)
+    monkeypatch.setattr("backprompt.classify.scoring.TOKENS_AT_A_TIME", 200)
     lm = LM(model, byte_level_bpe(), memory_bytes=100 * 645)
     instruction = "Question: What is it?"
     prompts = [instruction + f" {number} cats sat on the mat, and" for number in range(100, 300)]
@@ -339,6 +354,66 @@ def test_numbers_are_float64_arrays(lm):
     assert isinstance(found, np.ndarray)
     assert found.dtype == np.float64
     assert not isinstance(found, torch.Tensor)
+
+
+# How it is put together
+
+
+def test_public_names():
+    assert classify.__all__ == [
+        "AGGREGATES",
+        "STRATEGIES",
+        "Aggregate",
+        "EndOfPrompt",
+        "Example",
+        "Prompt",
+        "Prompts",
+        "Strategy",
+        "best_threshold",
+        "calibrate",
+        "log_probs",
+        "predict",
+        "predict_proba",
+        "token_logprobs",
+    ]
+    for name in ("log_probs", "predict", "predict_proba", "token_logprobs", "Example"):
+        assert typing.get_type_hints(getattr(classify, name))  # its annotations mean something where it is defined
+
+
+def test_options_are_the_keywords_of_predict_proba():
+    """With the same defaults; `predict` takes them by name."""
+    parameters = inspect.signature(predict_proba).parameters.values()
+    keywords = {found.name: found.default for found in parameters if found.kind is found.KEYWORD_ONLY}
+    assert keywords == {field.name: field.default for field in fields(Options)}
+
+
+def test_predict_hands_on_each_option(lm):
+    """The choice is that of predict_proba with the same options, whatever the option."""
+    marginals = token_logprobs(COMPLETIONS, lm)
+    for options in (
+        {"prior": [0.97, 0.01, 0.01, 0.01]},
+        {"prior": [0.01, 0.01, 0.01, 0.97]},
+        {"normalize": False},
+        {"end_of_prompt": ""},
+        {"aggregate": "sum"},
+        {"discount_completions": -1.0},
+        {"discount_completions": -1.0, "log_marg_probs_completions": marginals},
+        {"neutral_prompt": "N/A"},
+        {"show_progress_bar": False},
+    ):
+        found = predict(PROMPTS, COMPLETIONS, lm, **options)
+        probabilities = predict_proba(PROMPTS, COMPLETIONS, lm, **options)
+        assert found == [COMPLETIONS[idx] for idx in probabilities.argmax(axis=1)], options
+
+
+def test_search_and_weighing_know_no_model():
+    """They import numpy, checks of arguments and errors, and nothing else of the package or of torch."""
+    for module, known in ((search, set()), (weighing, {"numpy", "backprompt.arguments", "backprompt.errors"})):
+        body = ast.parse(inspect.getsource(module)).body
+        imported = {node.module for node in body if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+        others = {name for name in imported if name.startswith(("backprompt", "torch", "transformers", "numpy"))}
+        assert others - {"numpy.typing"} == known
 
 
 # CAPPr's own numbers

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from backprompt import LM, GroupError, Text, TokenizerError, chat
 from backprompt.classify import Example, log_probs, predict, predict_proba, token_logprobs
-from backprompt.completions import completion_ids, ends_behind
+from backprompt.classify.completions import completion_ids, ends_behind
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, sentencepiece_bpe
 

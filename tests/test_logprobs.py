@@ -12,7 +12,6 @@ from backprompt import (
     GenerationError,
     NonFiniteError,
     Text,
-    classify,
     evaluate,
     generate,
     independence_gap,
@@ -21,6 +20,8 @@ from backprompt import (
 )
 from backprompt._generate import select
 from backprompt.classify import best_threshold, calibrate, log_probs, predict, predict_proba, token_logprobs
+from backprompt.classify.weighed import as_candidate
+from backprompt.classify.weighing import Weighing
 from backprompt.cli import generate as cli_generate
 from backprompt.integrations.sklearn import PromptClassifier
 from backprompt.store import DiskStore, MemoryStore
@@ -305,17 +306,18 @@ def test_weights_are_never_nan_and_what_a_search_takes_for_them(data):
     logprobs = np.array(data.draw(st.lists(st.sampled_from([-np.inf, -3.0, -0.5, 0.0]), min_size=1, max_size=4)))
     added = st.sampled_from([data.draw(st.sampled_from([-np.inf, np.inf])), -1.0, 0.5])  # one discount: one sign
     discounts = np.array(data.draw(st.lists(added, min_size=len(logprobs), max_size=len(logprobs))))
-    scheme = classify._Scheme(
+    weighing = Weighing(
         data.draw(st.sampled_from(["mean", "sum"])),
         data.draw(st.sampled_from([None, [discounts]])),
         data.draw(st.sampled_from([None, [-np.inf], [-2.0]])),
         data.draw(st.sampled_from([None, [-np.inf], [-1.0]])),
     )
-    weight = scheme.weight(0, logprobs)
+    weight = weighing.weight(0, logprobs)
     assert not np.isnan(weight)
     if -np.inf in logprobs:
         assert weight == -np.inf
-    assert scheme.candidate(0, tuple(range(len(logprobs)))).bound(float(logprobs.sum())) == pytest.approx(weight)
+    candidate = as_candidate(weighing, 0, tuple(range(len(logprobs))))
+    assert candidate.bound(float(logprobs.sum())) == pytest.approx(weight)
 
 
 def test_where_no_completion_is_possible_an_error_says_so(masked_lm):

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backprompt import LM, GroupError, Text, TokenIdError, classify
+from backprompt import LM, GroupError, Text, TokenIdError
 from backprompt.classify import Example, predict
-from backprompt.search import Candidate, Search, make_trie
+from backprompt.classify.search import Candidate, Search, make_trie
 from reference import plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe
@@ -162,7 +162,7 @@ def test_best_first_finds_what_exhaustive_search_finds(any_lm, data):
 @pytest.mark.parametrize("memory_tokens", [0, 40])
 @pytest.mark.parametrize("max_live", [1, 2])
 def test_best_first_within_a_budget(model, monkeypatch, memory_tokens, max_live):
-    monkeypatch.setattr(classify, "MAX_LIVE_SEARCHES", max_live)
+    monkeypatch.setattr("backprompt.classify.weighed.MAX_LIVE_SEARCHES", max_live)
     completions = [f"{a} {b}" for a in WORDS for b in WORDS]
     lm = LM(model, byte_level_bpe(), memory_bytes=memory_tokens * 645)
     assert predict(PROMPTS, completions, lm, search="best-first") == predict(

@@ -19,7 +19,7 @@ from rich.console import Console
 import backprompt
 from backprompt import LM, DrawingError, Text, plot_probabilities
 from backprompt._show import ShownText, ShownToken
-from backprompt._visible import visible, visible_json, visible_lines
+from backprompt._visible import abbreviated, beginning, shortened, visible, visible_json, visible_lines
 from backprompt.missing import Miss
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
@@ -107,6 +107,21 @@ def test_visible_strings(text):
         assert is_clean(shown)
     assert "\n" not in visible(text)
     assert visible(visible(text)) == visible(text)
+
+
+@given(HOSTILE, st.integers(4, 20), st.sampled_from(["...", '..."', "…"]))
+def test_long_strings_say_that_something_is_left_out(string, limit, mark):
+    cut = beginning(string, limit, end=mark)
+    assert len(cut) <= limit
+    assert cut == (string if len(string) <= limit else string[: limit - len(mark)] + mark)
+    before, after = string[: (limit + 1) // 2], string[len(string) - limit // 2 :]
+    assert shortened(string, limit, gap=mark) == (string if len(string) <= limit else f"{before}{mark}{after}")
+
+
+@given(HOSTILE)
+def test_what_was_given_is_shown_in_one_line(string):
+    assert abbreviated(string).replace("…", "").isascii()
+    assert max(map(len, (abbreviated(string * 99), abbreviated([string] * 99)))) <= 61
 
 
 @given(ENCODABLE)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
-from backprompt._visible import visible_json
+from backprompt._visible import beginning, visible_json
 from backprompt.errors import CommandError
 
 logger = logging.getLogger(__name__)
@@ -606,8 +606,7 @@ def _finite(number: str) -> float:
 
 def shown(value: Any) -> str:
     """Return a value as JSON, the beginning of it if it is long."""
-    string = as_json(value)
-    return string if len(string) <= 40 else f"{string[:37]}..."
+    return beginning(as_json(value), 40)
 
 
 def counted(number: int, one: str, many: str) -> str:

@@ -21,7 +21,7 @@ from backprompt.errors import CommandError
 from backprompt.text import Text
 
 if TYPE_CHECKING:
-    from backprompt.completions import EndOfPrompt
+    from backprompt.classify.completions import EndOfPrompt
     from backprompt.lm import LM
 
 AGGREGATES = ("mean", "sum")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import backprompt
-from backprompt._visible import visible
+from backprompt._visible import beginning, visible
 from backprompt.cli.arguments import add_command, shows_progress
 from backprompt.cli.rows import as_json, counted
 from backprompt.errors import CommandError
@@ -171,8 +171,7 @@ def _described(header: Header) -> dict[str, Any]:
 
 
 def _line(header: Header) -> str:
-    text = as_json(header.text.encode(errors="replace").decode())
-    text = text if len(text) <= _SHOWN_CHARACTERS else f'{text[: _SHOWN_CHARACTERS - 4]}..."'
+    text = beginning(as_json(header.text.encode(errors="replace").decode()), _SHOWN_CHARACTERS, end='..."')
     where = f"{header.position}..{header.position + len(header.token_ids) - 1}"
     dtype = header.dtype.removeprefix("torch.")
     kind = dtype if header.exactness == "exact" else f"{dtype} as {header.exactness}"

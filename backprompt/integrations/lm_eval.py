@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from backprompt._generate import Run, run_with_bar
 from backprompt.arguments import as_bool, as_int, as_lm, check_encodable
-from backprompt.classify import TOKENS_AT_A_TIME
+from backprompt.classify.scoring import TOKENS_AT_A_TIME
 from backprompt.errors import GenerationError
 from backprompt.generation_options import SAMPLING_FIELDS
 from backprompt.lm import LM, load
@@ -323,7 +323,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             ValueError: a continuation has no tokens, or more than the model can be given; before anything is computed.
 
         """
-        tasks = [self._task(strings, context, continuation) for strings, context, continuation in requests]
+        continuations = [self._continuation(*request) for request in requests]
         num_cut = sum(len(context) + len(given) > self.max_length + 1 for _, context, given in requests)
         if num_cut:
             logger.warning(
@@ -332,10 +332,10 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 len(requests),
                 self.max_length,
             )
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(tasks)
-        with Bar(total=len(tasks), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for chosen in _slices(tasks):
-                for idx, result in zip(chosen, self._score([tasks[idx] for idx in chosen]), strict=True):
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(continuations)
+        with Bar(total=len(continuations), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+            for chosen in _slices(continuations):
+                for idx, result in zip(chosen, self._score([continuations[idx] for idx in chosen]), strict=True):
                     found[idx] = result
                     strings = requests[idx][0]
                     if strings is not None:
@@ -343,7 +343,9 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 bar.update(len(chosen))
         return found
 
-    def _task(self, strings: tuple[str, str] | None, context: list[int], continuation: list[int]) -> _Task:
+    def _continuation(
+        self, strings: tuple[str, str] | None, context: list[int], continuation: list[int]
+    ) -> _Continuation:
         if not 1 <= len(continuation) <= self.max_length or not context:
             what = "" if strings is None else f" ({strings[1][:40]!r} behind {strings[0][-40:]!r})"
             raise ValueError(
@@ -351,12 +353,14 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 f"needs at least one of each, and at most max_length={self.max_length} of continuation."
             )
         ids = (*context, *continuation)[-(self.max_length + 1) :]
-        return _Task(ids, len(ids) - len(continuation))
+        return _Continuation(ids, len(ids) - len(continuation))
 
-    def _score(self, tasks: Sequence[_Task]) -> Iterator[tuple[float, bool]]:
-        """Yield what each task's request is answered with; all of them are one forest."""
-        texts = [Text.from_tokens(task.token_ids, self.lm) for task in tasks]
-        scores = self.lm.token_scores(texts, [task.start for task in tasks], show_progress_bar=False)
+    def _score(self, continuations: Sequence[_Continuation]) -> Iterator[tuple[float, bool]]:
+        """Yield the sum of log-probabilities of each, and whether it is the greedy one; all of them are one forest."""
+        texts = [Text.from_tokens(continuation.token_ids, self.lm) for continuation in continuations]
+        scores = self.lm.token_scores(
+            texts, [continuation.start for continuation in continuations], show_progress_bar=False
+        )
         num_scored = [len(score.logprobs) for score in scores]
         logprobs = torch.split(torch.cat([score.logprobs for score in scores]).double().cpu(), num_scored)
         is_argmax = torch.split(torch.cat([score.is_argmax for score in scores]).cpu(), num_scored)
@@ -365,22 +369,25 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class _Task:
-    """Ids, at most `max_length` and one more that is scored and not forwarded, to be scored from `start` on."""
+class _Continuation:
+    """Ids of a request, of which those from `start` on are scored.
+
+    There are at most `max_length`, and one more that is scored and not forwarded.
+    """
 
     token_ids: tuple[int, ...]
     start: int
 
 
-def _slices(tasks: Sequence[_Task]) -> Iterator[list[int]]:
-    """Yield the indices of tasks to be scored together, so that what shares a beginning comes together."""
+def _slices(continuations: Sequence[_Continuation]) -> Iterator[list[int]]:
+    """Yield the indices of continuations to be scored together, so that what shares a beginning comes together."""
     # As bytes they compare fast. Their order means nothing, but what has a common beginning is side by side in it.
-    order = sorted(range(len(tasks)), key=lambda idx: array("i", tasks[idx].token_ids).tobytes())
+    order = sorted(range(len(continuations)), key=lambda idx: array("i", continuations[idx].token_ids).tobytes())
     chosen: list[int] = []
     num_tokens = 0
     for idx in order:
         chosen.append(idx)
-        num_tokens += len(tasks[idx].token_ids)
+        num_tokens += len(continuations[idx].token_ids)
         if num_tokens >= TOKENS_AT_A_TIME:
             yield chosen
             chosen, num_tokens = [], 0

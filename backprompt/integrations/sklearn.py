@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from backprompt import classify
-from backprompt.arguments import as_list, as_lm, as_number, check_encodable
-from backprompt.calibration import Floats
+from backprompt._visible import abbreviated
+from backprompt.arguments import as_choice, as_list, as_lm, as_number, check_encodable
 from backprompt.classify import Aggregate, Example
-from backprompt.completions import EndOfPrompt, ends_behind, space_before
+from backprompt.classify.completions import EndOfPrompt, ends_behind, space_before
+from backprompt.classify.weighing import Floats
 from backprompt.errors import TextTypeError
 from backprompt.lm import LM
 from backprompt.text import Text
@@ -258,10 +259,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         for name, given, kinds in (("instruction", self.instruction, (str, Text)), ("separator", self.separator, str)):
             if not isinstance(given, kinds):
                 raise TextTypeError(f"{name} must be a str, not {type(given).__name__}.")
-        if self.aggregate not in classify.AGGREGATES:
-            raise ValueError(
-                f"aggregate must be one of {', '.join(map(repr, classify.AGGREGATES))}, not {self.aggregate!r}."
-            )
+        as_choice(self.aggregate, "aggregate", classify.AGGREGATES)
         as_number(self.discount_completions, "discount_completions")
         shots = self.shots
         if isinstance(shots, (bool, str, Text)) or not isinstance(shots, (Integral, Sequence)):
@@ -335,8 +333,8 @@ def _checked_inputs(given: Any, name: str = "X") -> list[str]:
     for idx, x in enumerate(inputs):
         if not isinstance(x, str):
             raise TextTypeError(
-                f"{name}[{idx}] is a {type(x).__name__}, not a str: {x!r:.60}. Convert inputs to strings, and fill or "
-                "drop missing ones."
+                f"{name}[{idx}] is a {type(x).__name__}, not a str: {abbreviated(x)}. Convert inputs to strings, and "
+                "fill or drop missing ones."
             )
         check_encodable(x, f"{name}[{idx}]")
     return inputs
@@ -398,7 +396,7 @@ def _checked_shots(shots: Sequence[Any], classes: Any) -> list[tuple[str, Any]]:
             raise TypeError(f"shots[{idx}] must be a pair (x, class), not {shot!r}.")
         x, label = shot
         if not isinstance(x, str):
-            raise TextTypeError(f"shots[{idx}] has a {type(x).__name__} for its input, not a str: {x!r:.60}.")
+            raise TextTypeError(f"shots[{idx}] has a {type(x).__name__} for its input, not a str: {abbreviated(x)}.")
         if label not in listed:
             raise ValueError(
                 f"shots[{idx}] has the class {label!r}, but y has only {', '.join(map(repr, listed))}. {ENCODED}"

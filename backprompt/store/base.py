@@ -29,6 +29,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from backprompt.arguments import as_choice
 from backprompt.store.precision import StoredDtype
 
 
@@ -180,9 +181,7 @@ def check_persist(persist: Persist) -> Persist:
         ValueError: it is none of `PERSIST`.
 
     """
-    if persist not in PERSIST:
-        raise ValueError(f"persist must be one of {', '.join(map(repr, PERSIST))}, not {persist!r}.")
-    return persist
+    return as_choice(persist, "persist", PERSIST)
 
 
 def num_common(some: Sequence[int], others: Sequence[int]) -> int:

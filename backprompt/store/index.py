@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from backprompt._visible import abbreviated
 from backprompt.errors import StoreVersionError
 from backprompt.store.base import Header, Match, num_common
 from backprompt.store.paths import explaining
@@ -377,19 +378,19 @@ def _checked_name(name: object) -> str:
 
     """
     if not isinstance(name, str) or not is_name(name):
-        raise ValueError(f"{str(name)[:60]!r} is no entry's name")
+        raise ValueError(f"{abbreviated(str(name))} is no entry's name")
     return name
 
 
 def _checked_number(number: object, least: int = 0) -> int:
     if not isinstance(number, int) or number < least:
-        raise ValueError(f"{str(number)[:60]!r} is no number of anything")
+        raise ValueError(f"{abbreviated(str(number))} is no number of anything")
     return number
 
 
 def _checked_error(error: object) -> float:
     if not isinstance(error, float) or not 0 <= error < math.inf:
-        raise ValueError(f"{str(error)[:60]!r} is no error")
+        raise ValueError(f"{abbreviated(str(error))} is no error")
     return error
 
 

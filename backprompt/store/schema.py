@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backprompt._visible import abbreviated
 from backprompt.errors import DamagedEntryError
 from backprompt.identity import EXACT
 from backprompt.store.base import Header
@@ -116,7 +117,7 @@ def check_tensors(
     _check_names(tensors, _names_of_any_model(tensors) if expected is None else frozenset(expected))
     for name in scales:
         if name.removesuffix(SCALE) not in tensors:
-            raise DamagedEntryError(f"there is a scale of no tensor: {_shown(name)}")
+            raise DamagedEntryError(f"there is a scale of no tensor: {abbreviated(str(name))}")
     for name, spec in tensors.items():
         _check_shape(header, name, spec, None if expected is None else expected[name])
         _check_dtype(header, name, spec, None if expected is None else expected[name])
@@ -149,9 +150,9 @@ def _names_of_any_model(tensors: Mapping[str, TensorSpec]) -> frozenset[str]:
 def _check_names(found: Mapping[str, TensorSpec], expected: frozenset[str]) -> None:
     missing, extra = expected - found.keys() - _OPTIONAL, found.keys() - expected
     if missing:
-        raise DamagedEntryError(f"it lacks the tensor {_shown(min(missing))}")
+        raise DamagedEntryError(f"it lacks the tensor {abbreviated(min(missing))}")
     if extra:
-        raise DamagedEntryError(f"it has a tensor too many: {_shown(min(extra))}")
+        raise DamagedEntryError(f"it has a tensor too many: {abbreviated(str(min(extra)))}")
 
 
 def _check_shape(header: Header, name: str, spec: TensorSpec, expected: TensorSpec | None) -> None:
@@ -196,7 +197,3 @@ def _stored_dtype(header: Header, kind: str) -> torch.dtype | None:
 
 def _is_index(number: object) -> bool:
     return type(number) is int and 0 <= number <= MAX_INT
-
-
-def _shown(name: object) -> str:
-    return repr(str(name)[:60])

@@ -1,15 +1,14 @@
-"""What is done with probabilities once they are there: correcting them, and choosing a threshold. Plain functions."""
+"""Probabilities corrected for a prompt's preferences, and a threshold chosen by labelled data. Plain functions."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from backprompt.arguments import as_floats, as_list
-
-Floats: TypeAlias = "npt.NDArray[np.floating[Any]]"
+from backprompt.classify.weighing import Floats
 
 
 def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike) -> Floats:

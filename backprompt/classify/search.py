@@ -1,9 +1,9 @@
 """Best-first search for the best of many completions, without scoring all of them. Pure Python.
 
 The completions are a trie of token ids. A node that was *expanded* (forwarded) tells the log-probabilities of all its
-children. Log-probabilities are at most 0, so the tokens still to come can only take away from what a path has: the best
-that any completion below a node can reach, its *bound*, is what it would reach if they took nothing. Nodes are expanded
-in the order of their bounds, until none can still beat the best completion that is complete (A* with this bound as its
+children. Log-probabilities are at most 0, so the tokens still to come can only lower the score of a path: a node's
+*bound* is the best score that any completion below it would have if they lowered nothing. Nodes are expanded in the
+order of their bounds, until none can still beat the best completion that is complete (A* with this bound as its
 heuristic; Hart, Nilsson and Raphael 1968).
 
     (root) -- cancel --+-- order            expanded: (root), cancel. "cancel order" has -0.9, and the bound of
@@ -25,12 +25,12 @@ SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Candidate:
-    """A completion: its ids, and what its score is made of.
+    """A completion: its ids, and the terms of its score.
 
     Attributes:
         token_ids: its ids; not empty.
         offset: its score if all its tokens had log-probability 0; may be inf or -inf.
-        divisor: by what the sum of its log-probabilities is divided in its score: 1, or the number of its tokens.
+        divisor: of the sum of its log-probabilities in its score: 1, or the number of its tokens.
 
     """
 

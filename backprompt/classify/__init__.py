@@ -1,0 +1,31 @@
+"""Classification by completion probability: which of given completions is the most probable behind a prompt.
+
+A completion is a hard boundary: its ids are those of its string encoded by itself, behind those of the prompt.
+
+Names and options are those of CAPPr (Dubey, https://github.com/kddubey/cappr), which scores completions one after the
+other; with `end_of_prompt=" "`, its default, so are the numbers.
+"""
+
+from backprompt.classify.calibration import best_threshold, calibrate
+from backprompt.classify.completions import EndOfPrompt
+from backprompt.classify.prediction import STRATEGIES, Strategy, predict, predict_proba
+from backprompt.classify.prompts import Example, Prompt, Prompts
+from backprompt.classify.scoring import log_probs, token_logprobs
+from backprompt.classify.weighing import AGGREGATES, Aggregate
+
+__all__ = [
+    "AGGREGATES",
+    "STRATEGIES",
+    "Aggregate",
+    "EndOfPrompt",
+    "Example",
+    "Prompt",
+    "Prompts",
+    "Strategy",
+    "best_threshold",
+    "calibrate",
+    "log_probs",
+    "predict",
+    "predict_proba",
+    "token_logprobs",
+]

@@ -1,0 +1,165 @@
+"""Completions: the space between a prompt and a completion, if there is one, and the ids that the completion has.
+
+A completion is a hard boundary: its ids are those of its string encoded by itself, with a space before it or without.
+
+    end_of_prompt   behind "Answer:"   behind "Answer: ", "<|assistant|>", token ids
+    "auto"          " yes"             "yes"
+    " "             " yes"             " yes"
+    ""              "yes"              "yes"
+
+By "auto" no space is put before a completion that begins with white space. Some tokenizers, such as those of
+SentencePiece, put a space before every string by themselves: with them the bare string stands for a completion with a
+space before it, and a completion without one is encoded as a continuation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+from backprompt.arguments import as_choice, as_list, check_encodable
+from backprompt.errors import TextTypeError
+from backprompt.lm import LM
+from backprompt.segments import Group
+from backprompt.text import Text
+
+EndOfPrompt: TypeAlias = Literal["auto", " ", ""]
+ENDS_OF_PROMPT: tuple[EndOfPrompt, ...] = ("auto", " ", "")
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedCompletions:
+    """The completions of a prompt, or of many prompts that they stand behind in the same way.
+
+    Attributes:
+        strings: as they were given.
+        end: the end of the prompts, which decides whether a space stands before each.
+        token_ids: of each behind such a prompt; no two are the same, and none is empty.
+
+    """
+
+    strings: tuple[str, ...]
+    end: EndOfPrompt
+    token_ids: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.strings)
+
+    @cached_property
+    def longest(self) -> tuple[int, ...]:
+        """The ids of the first of those with the most tokens."""
+        return max(self.token_ids, key=len)
+
+
+def check_end_of_prompt(given: object) -> None:
+    """Raise ValueError for a value that is no `EndOfPrompt`."""
+    as_choice(given, "end_of_prompt", ENDS_OF_PROMPT, advice=" Put more at the end of the prompt.")
+
+
+def ends_behind(lm: LM, prompts: Sequence[tuple[Text, EndOfPrompt]]) -> list[EndOfPrompt]:
+    """Return the meaning of an `end_of_prompt` behind each prompt; "auto" stays where a space may stand between."""
+    added_tokens = lm.added_tokens
+    return [end if end != "auto" or _takes_a_space(prompt, added_tokens) else "" for prompt, end in prompts]
+
+
+def _takes_a_space(prompt: Text, added_tokens: tuple[str, ...]) -> bool:
+    """Return whether a prompt ends in a string that ends neither in white space nor in one of the tokens."""
+    segments = prompt.segments
+    while segments and isinstance(segments[-1], Group):  # a frozen text alone is that text; others are refused
+        segments = segments[-1].branches[-1].segments
+    if not segments:
+        return True
+    strings = itertools.takewhile(lambda segment: isinstance(segment, str), reversed(segments))
+    run = "".join(reversed([str(string) for string in strings]))
+    return bool(run) and not run[-1].isspace() and not run.endswith(added_tokens)
+
+
+def space_before(completion: str, end: EndOfPrompt) -> str:
+    """Return the space before a completion behind a prompt with this end, or an empty string."""
+    if end != "auto":
+        return end
+    return "" if completion[:1].isspace() else " "
+
+
+def completion_ids(
+    lm: LM, completions: Iterable[tuple[EndOfPrompt, str]]
+) -> dict[tuple[EndOfPrompt, str], tuple[int, ...]]:
+    """Return the ids of completions behind prompts with these ends, without special tokens.
+
+    Raises:
+        TokenizerError: the tokenizer cannot encode a completion, or not without a space.
+
+    """
+    wanted = list(dict.fromkeys(completions))
+    spaces = [space_before(completion, end) for end, completion in wanted]
+    if lm.needs_space_between:
+        strings = [space + completion for space, (_, completion) in zip(spaces, wanted, strict=True)]
+        return dict(zip(wanted, lm.completion_ids(strings), strict=True))
+    found: dict[tuple[EndOfPrompt, str], tuple[int, ...]] = {}
+    for kind in (" ", ""):
+        own = [key for key, space in zip(wanted, spaces, strict=True) if space == kind]
+        strings = [completion for _, completion in own]
+        found.update(zip(own, lm.completion_ids(strings, is_continuation=not kind), strict=True))
+    return found
+
+
+def encoded(lm: LM, behind: Sequence[tuple[EndOfPrompt, tuple[str, ...]]]) -> list[EncodedCompletions]:
+    """Return the encoded completions behind each prompt, one object for all prompts with one tuple and one end.
+
+    Raises:
+        TokenizerError: see `completion_ids`.
+        ValueError: a completion has no tokens, or two of a prompt's have the same.
+
+    """
+    distinct = {(end, id(strings)): (end, strings) for end, strings in behind}
+    ids = completion_ids(lm, [(end, completion) for end, strings in distinct.values() for completion in strings])
+    for (_, completion), token_ids in ids.items():
+        if not token_ids:
+            raise ValueError(f"The completion {completion!r} has no tokens, so it has no probability. Leave it out.")
+    made = {
+        key: EncodedCompletions(strings, end, tuple(ids[end, completion] for completion in strings))
+        for key, (end, strings) in distinct.items()
+    }
+    for completions in made.values():
+        _check_different(completions)
+    return [made[end, id(strings)] for end, strings in behind]
+
+
+def checked_completions(given: Iterable[str]) -> tuple[str, ...]:
+    """Return completions as a tuple.
+
+    Raises:
+        TextTypeError, TokenizerError: one is no string, or none that can be encoded.
+        ValueError: there are none, one is empty, or two are equal.
+
+    """
+    listed = tuple(as_list(given, "completions must be a sequence of strings"))
+    if not listed:
+        raise ValueError("There are no completions.")
+    for idx, completion in enumerate(listed):
+        if not isinstance(completion, str):
+            raise TextTypeError(f"completions[{idx}] is a {type(completion).__name__}, not a str.")
+        if not completion:
+            raise ValueError(f"completions[{idx}] is empty, so it has no probability. Leave it out.")
+        check_encodable(completion, f"completions[{idx}]")
+    repeated = [completion for completion, num_times in Counter(listed).items() if num_times > 1]
+    if repeated:
+        raise ValueError(f"The completion {repeated[0]!r} is there more than once. Give each one once.")
+    return listed
+
+
+def _check_different(completions: EncodedCompletions) -> None:
+    """Raise ValueError for two completions that are one to the model."""
+    with_ids: dict[tuple[int, ...], str] = {}
+    for completion, token_ids in zip(completions.strings, completions.token_ids, strict=True):
+        other = with_ids.setdefault(token_ids, completion)
+        if other != completion:
+            raise ValueError(
+                f"The completions {other!a} and {completion!a} have the same token ids, {list(token_ids)}, so the "
+                "model cannot tell them apart: the tokenizer writes both in one form, or has no tokens for their "
+                "characters. Leave one out."
+            )

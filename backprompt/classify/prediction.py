@@ -1,0 +1,120 @@
+"""How probable each completion is behind a prompt, and which is the most probable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from backprompt.arguments import as_choice
+from backprompt.classify.completions import EndOfPrompt, checked_completions
+from backprompt.classify.options import Options
+from backprompt.classify.prompts import Example, Prompt, Prompts, as_prompts
+from backprompt.classify.scoring import PromptsWithCompletions
+from backprompt.classify.weighed import WeighedCompletions
+from backprompt.classify.weighing import Aggregate
+from backprompt.lm import LM
+
+Strategy: TypeAlias = Literal["exhaustive", "best-first"]
+STRATEGIES: tuple[Strategy, ...] = ("exhaustive", "best-first")
+
+
+def predict_proba(
+    prompts: Prompts,
+    completions: Sequence[str] | None = None,
+    lm: LM | tuple[Any, Any] | None = None,
+    *,
+    prior: Sequence[float] | None = None,
+    normalize: bool = True,
+    end_of_prompt: EndOfPrompt = "auto",
+    aggregate: Aggregate = "mean",
+    discount_completions: float = 0.0,
+    log_marg_probs_completions: Sequence[Sequence[float]] | None = None,
+    neutral_prompt: Prompt | None = None,
+    show_progress_bar: bool | None = None,
+) -> Any:
+    """Return the probability of each completion behind each prompt.
+
+    Args:
+        prompts, completions, lm, end_of_prompt, show_progress_bar: see `log_probs`.
+        prior: a probability for each completion; by default all are the same.
+        normalize: whether probabilities shall sum to one over the completions.
+        aggregate: of a completion's token log-probabilities, the "mean" (as CAPPr does: long completions are not at a
+            disadvantage) or the "sum" (the probability of the whole completion).
+        discount_completions: add this times the log-probability of each of a completion's tokens given those before it
+            in the completion alone; negative against completions that are probable anywhere.
+        log_marg_probs_completions: these, if they are known: `token_logprobs(completions, lm, end_of_prompt=...)`, with
+            the same `end_of_prompt`.
+        neutral_prompt: divide each completion's probability by the one that it has behind this prompt, such as "N/A"
+            (domain-conditional normalisation, Holtzman et al. 2021, arXiv 2104.08315). By "auto" a space stands behind
+            it as it may, whatever the prompts end in.
+
+    Returns:
+        A float array, `(completions,)` for a single prompt and `(prompts, completions)` for a sequence; for a sequence
+        of examples a list of arrays. 0 for a completion that the model or the prior excludes.
+
+    Raises:
+        NonFiniteError: every completion behind a prompt has probability 0 and they shall be normalized; or one is
+            possible behind a prompt, and has probability 0 where it is to be divided by that.
+        See `log_probs`.
+
+    """
+    options = Options(
+        prior=prior,
+        normalize=normalize,
+        end_of_prompt=end_of_prompt,
+        aggregate=aggregate,
+        discount_completions=discount_completions,
+        log_marg_probs_completions=log_marg_probs_completions,
+        neutral_prompt=neutral_prompt,
+        show_progress_bar=show_progress_bar,
+    )
+    pairs = PromptsWithCompletions.of(prompts, completions, lm, end_of_prompt)
+    found = list(WeighedCompletions.of(pairs, options).probabilities())
+    if pairs.is_single:
+        return found[0]
+    return found if pairs.are_examples else np.stack(found)
+
+
+def predict(
+    prompts: Prompts,
+    completions: Sequence[str] | None = None,
+    lm: LM | tuple[Any, Any] | None = None,
+    *,
+    search: Strategy = "exhaustive",
+    **options: Any,
+) -> Any:
+    """Return the most probable completion behind each prompt: a `str` for a single prompt, else a list of them.
+
+    Args:
+        prompts, completions, lm: see `log_probs`.
+        search: "exhaustive" scores every completion. "best-first" finds the same one and scores only those that may
+            still be it: for hundreds of completions and more, many of which begin alike.
+        **options: those of `predict_proba`.
+
+    Raises:
+        ValueError: there is but one completion.
+        NonFiniteError: every completion behind a prompt has probability 0; see `predict_proba`.
+        See `log_probs`.
+
+    """
+    as_choice(search, "search", STRATEGIES)
+    named = Options.named(options)
+    listed, is_single = as_prompts(prompts, "prompts")
+    shared = None if completions is None else checked_completions(completions)
+    _check_are_several([prompt.completions for prompt in listed if isinstance(prompt, Example)] or [shared or ()])
+    pairs = PromptsWithCompletions.of(prompts if is_single else listed, shared, lm, named.end_of_prompt)
+    weighed = WeighedCompletions.of(pairs, named)
+    best = weighed.best_first() if search == "best-first" else weighed.exhaustive()
+    found = [own.strings[idx] for own, idx in zip(pairs.completions, best, strict=True)]
+    return found[0] if pairs.is_single else found
+
+
+def _check_are_several(candidates: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError for a single completion."""
+    if any(len(completions) == 1 for completions in candidates):
+        raise ValueError(
+            "With one completion there is nothing to predict. For its probability call predict_proba with "
+            "normalize=False."
+        )

@@ -1,0 +1,95 @@
+"""The prompts that completions stand behind: strings, texts and examples, checked and bound to one `LM`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from backprompt.arguments import as_list, as_lm, check_encodable
+from backprompt.classify.completions import EndOfPrompt, check_end_of_prompt, checked_completions
+from backprompt.classify.weighing import check_normalize, checked_prior
+from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
+from backprompt.lm import LM
+from backprompt.text import Text
+
+Prompt: TypeAlias = str | Text
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with completions of its own, for `log_probs`, `predict_proba` and `predict`.
+
+    Args:
+        prompt: what the completions follow.
+        completions: the candidates.
+        prior: a probability for each completion; by default all are the same.
+        normalize: whether probabilities shall sum to one over the completions.
+        end_of_prompt: "auto", " " or "": stands between prompt and completion; see `log_probs`.
+
+    Raises:
+        TypeError, ValueError: what `predict_proba` raises for such arguments.
+
+    """
+
+    prompt: Prompt
+    completions: Sequence[str]
+    prior: Sequence[float] | None = None
+    normalize: bool = True
+    end_of_prompt: EndOfPrompt = "auto"
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt, "prompt")
+        object.__setattr__(self, "completions", checked_completions(self.completions))
+        check_end_of_prompt(self.end_of_prompt)
+        object.__setattr__(self, "prior", checked_prior(self.prior, len(self.completions)))
+        check_normalize(self.normalize, len(self.completions))
+
+
+Prompts: TypeAlias = Prompt | Example | Sequence[Prompt] | Sequence[Example]
+
+
+def as_prompts(given: Any, name: str) -> tuple[list[Any], bool]:
+    """Return prompts as a list, its elements unchecked, and whether a single one was given."""
+    if isinstance(given, (str, Text, Example)):
+        return [given], True
+    return as_list(given, f"{name} must be a string, a Text, or a sequence of them"), False
+
+
+def check_prompts(prompts: Iterable[object], name: str, *, is_single: bool) -> None:
+    """Raise for the first element that is no prompt, under its own name; see `check_prompt`."""
+    for idx, prompt in enumerate(prompts):
+        check_prompt(prompt, name if is_single else f"{name}[{idx}]")
+
+
+def check_prompt(prompt: object, name: str) -> None:
+    """Raise TextTypeError, TokenizerError or ValueError for anything but a `Text` or a string with characters."""
+    if not isinstance(prompt, (str, Text)):
+        raise TextTypeError(f"{name} is a {type(prompt).__name__}, not a str or a Text.")
+    if isinstance(prompt, str):
+        check_encodable(prompt, name)
+        if not prompt:
+            raise ValueError(f"{name} is empty. A completion's first token needs something before it.")
+
+
+def common_lm(prompts: Iterable[Prompt], given: LM | tuple[Any, Any] | None) -> LM:
+    """Return the `LM` that was given and that the texts among the prompts have.
+
+    Raises:
+        MixedModelsError, UnboundTextError: there are several, or none.
+
+    """
+    lm = None if given is None else as_lm(given)
+    for prompt in prompts:
+        own = prompt.lm if isinstance(prompt, Text) else None
+        if own is not None and lm is not None and own is not lm:
+            raise MixedModelsError(f"{prompt!r} belongs to another LM than the one to score with. Use one of them.")
+        lm = own if lm is None else lm
+    if lm is None:
+        raise UnboundTextError("No LM to score with: pass lm=..., or build prompts with Text(string, lm).")
+    return lm
+
+
+def bound(prompt: Prompt, lm: LM) -> Text:
+    """Return a prompt as a text of this `LM`."""
+    return Text("", lm) + prompt

@@ -1,0 +1,229 @@
+"""Prompts with completions, and the log-probabilities of their tokens.
+
+All prompts and completions are one forest, so a prompt's keys and values exist once, completions share their common
+beginnings, and the first token of every completion is read off the prompt's last row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from backprompt.classify.completions import (
+    EncodedCompletions,
+    EndOfPrompt,
+    check_end_of_prompt,
+    checked_completions,
+    completion_ids,
+    encoded,
+    ends_behind,
+)
+from backprompt.classify.prompts import Example, Prompt, Prompts, as_prompts, bound, check_prompts, common_lm
+from backprompt.classify.weighing import Floats
+from backprompt.errors import EmptyTextError
+from backprompt.lm import LM
+from backprompt.progress import Bar, is_wanted
+from backprompt.text import Text
+from backprompt.token_graph import TokenIds
+
+MIN_PROMPTS_FOR_A_BAR = 5
+TOKENS_AT_A_TIME = 1 << 20
+"""Texts are scored in slices of about as many tokens, counted in strings: their ids take memory, too."""
+
+
+def log_probs(
+    prompts: Prompts,
+    completions: Sequence[str] | None = None,
+    lm: LM | tuple[Any, Any] | None = None,
+    *,
+    end_of_prompt: EndOfPrompt = "auto",
+    show_progress_bar: bool | None = None,
+) -> list[Any]:
+    """Return the log-probability of each token of each completion behind each prompt, in nats.
+
+    Args:
+        prompts: a string, a `Text` or an `Example`, or a sequence of them.
+        completions: the candidates, for prompts that are no examples.
+        lm: an `LM` or a `(model, tokenizer)` tuple; may be left out where a prompt is a `Text` that has one.
+        end_of_prompt: what stands between a prompt and a completion. "auto": a space, but nothing where the prompt ends
+            in white space, in a special or added token of the tokenizer (as a chat template's header does) or in a
+            segment of token ids, or the completion begins with white space. " ": a space, always, as in CAPPr. "":
+            nothing. A completion is encoded by itself with the space before it, if there is one.
+        show_progress_bar: by default on a terminal where there are at least 5 prompts.
+
+    Returns:
+        For a single prompt a list of floats a completion, a float a token; for a sequence a list of such lists. -inf
+        for a token of probability 0.
+
+    Raises:
+        TypeError, ValueError: arguments that make no sense, each with what to do instead; before anything is computed.
+        GroupError: a prompt ends in a group, so no one token stands before the completion.
+        What `LM.token_logprobs` raises, such as TextTooLongError, which names the prompt.
+
+    """
+    pairs = PromptsWithCompletions.of(prompts, completions, lm, end_of_prompt)
+    scored = [[logprobs.tolist() for logprobs in rows] for rows in pairs.log_probs(show_progress_bar)]
+    return scored[0] if pairs.is_single else scored
+
+
+def token_logprobs(
+    texts: Prompt | Sequence[Prompt],
+    lm: LM | tuple[Any, Any] | None = None,
+    *,
+    end_of_prompt: EndOfPrompt = "auto",
+    show_progress_bar: bool | None = None,
+) -> list[Any]:
+    """Return the log-probability of each token of each text given those before it; None for a first token.
+
+    Strings are encoded as completions are, without special tokens, by "auto" as behind a prompt that a space may
+    follow. A `Text` is taken as it is. A bar shows by default where it takes several passes and longer than two
+    seconds.
+
+    Returns:
+        A list of floats for a single text, else a list of such lists.
+
+    Raises:
+        See `log_probs`.
+
+    """
+    check_end_of_prompt(end_of_prompt)
+    listed, is_single = as_prompts(texts, "texts")
+    check_prompts(listed, "texts", is_single=is_single)
+    lm = common_lm(listed, lm)
+    ids = completion_ids(lm, [(end_of_prompt, text) for text in listed if isinstance(text, str)])
+    as_texts = [
+        Text.from_tokens(ids[end_of_prompt, text], lm) if isinstance(text, str) else bound(text, lm) for text in listed
+    ]
+    logprobs = lm.token_logprobs(as_texts, show_progress_bar=show_progress_bar)
+    found = [of_text.cpu().double().tolist() for of_text in logprobs]
+    rows = [[None if value != value else value for value in row] for row in found]  # nan: nothing predicts it
+    return rows[0] if is_single else rows
+
+
+@dataclass(frozen=True)
+class PromptsWithCompletions:
+    """Prompts bound to an `LM`, and the completions of each: checked and encoded, nothing of them computed.
+
+    Attributes:
+        lm: the `LM` of all of them.
+        prompts: as texts.
+        prompt_ids: of each prompt, as they are where something follows.
+        completions: of each prompt; one object for prompts with common completions.
+        examples: those that were given where each prompt has completions of its own; else empty.
+        is_single: whether a prompt was given, and no sequence.
+
+    """
+
+    lm: LM
+    prompts: list[Text]
+    prompt_ids: list[TokenIds]
+    completions: list[EncodedCompletions]
+    examples: list[Example]
+    is_single: bool
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Prompts,
+        completions: Sequence[str] | None,
+        lm: LM | tuple[Any, Any] | None,
+        end_of_prompt: EndOfPrompt,
+    ) -> PromptsWithCompletions:
+        """Check and encode the arguments of `log_probs`, with its errors."""
+        listed, is_single = as_prompts(prompts, "prompts")
+        examples = _examples_among(listed, completions, end_of_prompt)
+        check_end_of_prompt(end_of_prompt)
+        shared = () if completions is None else checked_completions(completions)
+        bare: list[Prompt] = [example.prompt for example in examples] or listed
+        check_prompts(bare, "prompts", is_single=is_single)
+        lm = common_lm(bare, lm)
+        texts = [bound(prompt, lm) for prompt in bare]
+        per_prompt = [tuple(example.completions) for example in examples] or [shared] * len(texts)
+        given_ends = [example.end_of_prompt for example in examples] or [end_of_prompt] * len(texts)
+        ends = ends_behind(lm, list(zip(texts, given_ends, strict=True)))
+        prompt_ids = lm.prompt_ids(texts)  # refuses a prompt that ends in a group
+        behind = encoded(lm, list(zip(ends, per_prompt, strict=True)))
+        pairs = cls(lm, texts, prompt_ids, behind, examples, is_single)
+        pairs._check_lengths()
+        return pairs
+
+    @property
+    def are_examples(self) -> bool:
+        """Whether each prompt has completions of its own."""
+        return bool(self.examples)
+
+    def log_probs(self, show_progress_bar: bool | None) -> Iterator[list[Floats]]:
+        """Yield, for each prompt, an array of token log-probabilities a completion."""
+        with self.bar(show_progress_bar) as bar:
+            for rows in self._scored():
+                bar.update()
+                yield rows
+
+    def bar(self, show: bool | None) -> Any:
+        """Return a progress bar over the prompts; by default it shows on long work only."""
+        is_shown = is_wanted(show, is_long=len(self.prompts) >= MIN_PROMPTS_FOR_A_BAR)
+        return Bar(total=len(self.prompts), desc="prompts", disable=not is_shown)
+
+    def behind(self, prompt_idx: int, token_ids: tuple[int, ...]) -> Text:
+        """Return a prompt with ids behind it."""
+        prompt_ids = self.prompt_ids[prompt_idx]
+        if isinstance(prompt_ids, tuple):
+            return Text.from_tokens(prompt_ids + token_ids, self.lm)  # the prompt is not encoded again
+        return self.prompts[prompt_idx] + Text.from_tokens(token_ids, self.lm)
+
+    def _check_lengths(self) -> None:
+        """Raise for a prompt without tokens, or too many of them with its longest completion."""
+        longest = {own: Text.from_tokens(own.longest, self.lm) for own in dict.fromkeys(self.completions)}
+        self.lm.check([prompt + longest[own] for prompt, own in zip(self.prompts, self.completions, strict=True)])
+        for idx, token_ids in enumerate(self.prompt_ids):
+            if not token_ids:
+                raise EmptyTextError(
+                    f"prompts[{idx}], {self.prompts[idx]!r}, has no tokens. A completion's first token needs something "
+                    "before it."
+                )
+
+    def _scored(self) -> Iterator[list[Floats]]:
+        first, num_tokens = 0, 0
+        for idx, (prompt_ids, completions) in enumerate(zip(self.prompt_ids, self.completions, strict=True)):
+            num_tokens += (len(prompt_ids) + len(completions.longest)) * len(completions)
+            if num_tokens >= TOKENS_AT_A_TIME or idx == len(self.prompts) - 1:
+                yield from self._score(range(first, idx + 1))
+                first, num_tokens = idx + 1, 0
+
+    def _score(self, prompt_idxs: Sequence[int]) -> Iterator[list[Floats]]:
+        """Score some prompts' completions together."""
+        pairs = [(idx, token_ids) for idx in prompt_idxs for token_ids in self.completions[idx].token_ids]
+        starts = [len(self.prompt_ids[idx]) for idx, _ in pairs]
+        texts = [self.behind(*pair) for pair in pairs]
+        found = self.lm.token_logprobs(texts, starts, show_progress_bar=False)  # there is a bar over the prompts
+        together = torch.cat(found).cpu().double().numpy()  # one transfer
+        ends = np.cumsum([len(token_ids) for _, token_ids in pairs])
+        rows = iter(np.split(together, ends[:-1]))
+        for idx in prompt_idxs:
+            yield [next(rows) for _ in self.completions[idx].strings]
+
+
+def _examples_among(listed: Sequence[Any], completions: object, end_of_prompt: EndOfPrompt) -> list[Example]:
+    """Return the examples where all prompts are some, and no examples where none is.
+
+    Raises:
+        TypeError: some are, or completions stand in two places or nowhere.
+        ValueError: there are no prompts.
+
+    """
+    if not listed:
+        raise ValueError("There are no prompts.")
+    examples = [prompt for prompt in listed if isinstance(prompt, Example)]
+    if examples and len(examples) < len(listed):
+        raise TypeError("Give either examples or prompts, not both.")
+    if examples and completions is not None:
+        raise TypeError("Examples have completions of their own; leave `completions` out.")
+    if examples and end_of_prompt != "auto":
+        raise TypeError("Examples have an end_of_prompt of their own; set it there.")
+    if not examples and completions is None:
+        raise TypeError("predict_proba(prompts, completions, lm) needs completions, a sequence of strings.")
+    return examples

@@ -1,0 +1,114 @@
+"""How token log-probabilities become the weight of a completion, and weights become probabilities. Pure numpy.
+
+A *weight* is the logarithm of a completion's probability, up to a constant that all completions of a prompt share:
+
+    mean or sum of (token log-probabilities + discounts) - weight behind the neutral prompt + log(prior)
+
+-inf is the weight of a completion that the model or the prior excludes, whatever its probability is divided by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from backprompt.arguments import as_floats
+from backprompt.errors import NonFiniteError
+
+Floats: TypeAlias = "npt.NDArray[np.floating[Any]]"
+Aggregate: TypeAlias = Literal["mean", "sum"]
+AGGREGATES: tuple[Aggregate, ...] = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How the completions of a prompt are weighed.
+
+    Attributes:
+        aggregate: of a completion's token log-probabilities, their "mean" or their "sum".
+        discounts: for each completion an array `(tokens,)`, added to its token log-probabilities.
+        neutral_weights: each completion's weight behind the neutral prompt, which is subtracted.
+        log_prior: each completion's, which is added.
+        normalize: whether probabilities shall sum to one over the completions.
+
+    """
+
+    aggregate: Aggregate
+    discounts: Sequence[Floats] | None = None
+    neutral_weights: Sequence[float] | None = None
+    log_prior: Sequence[float] | None = None
+    normalize: bool = True
+
+    def weight(self, completion_idx: int, logprobs: Floats) -> float:
+        """Return the weight of a completion whose tokens have these log-probabilities, `(tokens,)`.
+
+        inf for a possible completion whose probability is to be divided by 0.
+        """
+        log_prior = 0.0 if self.log_prior is None else self.log_prior[completion_idx]
+        if -np.inf in (log_prior, logprobs.min()):
+            return -np.inf
+        discounted = logprobs if self.discounts is None else logprobs + self.discounts[completion_idx]
+        weight = float(discounted.mean() if self.aggregate == "mean" else discounted.sum())
+        if self.neutral_weights is not None and weight > -np.inf:
+            weight -= self.neutral_weights[completion_idx]
+        return float(weight + log_prior)
+
+    def probabilities(self, weights: Floats) -> Floats:
+        """Return the probability of each completion, `(completions,)`: Bayes' rule, without underflow if normalized."""
+        if not self.normalize:
+            return np.exp(weights)
+        probabilities: Floats = np.exp(weights - weights.max())
+        probabilities /= probabilities.sum()
+        return probabilities
+
+
+def finite_weight(weight: float, completion: str) -> float:
+    """Return the weight of a completion; -inf is one.
+
+    Raises:
+        NonFiniteError: the weight is inf.
+
+    """
+    if weight == np.inf:
+        raise NonFiniteError(
+            f"The completion {completion!r} is possible behind a prompt, but has probability 0 by itself or behind the "
+            "neutral prompt, so nothing can be divided by that. Leave it out, use another neutral prompt, or a "
+            "discount_completions of at least 0."
+        )
+    return weight
+
+
+def log_of_prior(prior: Sequence[float] | None) -> Any:
+    """Return the logarithm of each probability, `(completions,)`; -inf for a probability of 0."""
+    with np.errstate(divide="ignore"):
+        return None if prior is None else np.log(prior)
+
+
+def checked_prior(prior: Sequence[float] | None, num_completions: int) -> Any:
+    """Return a prior as an array `(completions,)`, or None where there is none.
+
+    Raises:
+        TypeError, ValueError: other things than a probability for each completion, or a sum that is not 1.
+
+    """
+    if prior is None:
+        return None
+    given = as_floats(prior, "prior")
+    if given.shape != (num_completions,):
+        raise ValueError(f"prior has the shape {given.shape} for {num_completions} completions; give a number each.")
+    if not ((given >= 0) & (given <= 1)).all() or not np.isclose(given.sum(), 1):
+        raise ValueError(f"prior must be probabilities that sum to 1, not {given.tolist()} (sum {given.sum():.6g}).")
+    return given
+
+
+def check_normalize(normalize: bool, num_completions: int) -> None:
+    """Raise ValueError for a single completion whose probability would be normalized to 1."""
+    if normalize and num_completions == 1:
+        raise ValueError(
+            "With one completion a normalized probability is 1, whatever it is. Set normalize=False, or give more "
+            "completions."
+        )
