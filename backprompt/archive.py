@@ -199,7 +199,7 @@ class Archive:
                 loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
                 setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
                 loaded.is_stored = True
-                loaded.loaded_in = forest.evaluation
+                loaded.loaded_in = forest.stamp()
             yield read.block
 
     def _note_unreadable(self, error: OSError) -> None:

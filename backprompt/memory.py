@@ -49,7 +49,7 @@ class Memory(Tier):
     def __init__(self, max_bytes: int, hidden_size: int, host: HostMemory) -> None:
         super().__init__(max_bytes, "rows", "states")
         self._hidden_size = hidden_size
-        self._host = host
+        self.host = host
         self._level = 0.0
         self._clock = 0
         self.num_empty_spans = self.num_empty_tokens = 0  # of the forest, when something was last dropped
@@ -111,7 +111,7 @@ class Memory(Tier):
             dropped = self.shrink(spans, excess, lambda kind, span: None if span in held else rank(kind, span))
             ranks = [rank(kind, span) for kind, places in dropped.items() for span in places]
             self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
-            self._host.take(spans, dropped, rank)
+            self.host.take(spans, dropped, rank)
             empty = [span for span in spans if span.is_empty]
             self.num_empty_spans, self.num_empty_tokens = len(empty), sum(len(span.token_ids) for span in empty)
             del dropped  # it keeps blocks alive

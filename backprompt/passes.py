@@ -25,7 +25,7 @@ def missing_spans(ends: Iterable[Span], *, with_keys: bool = False) -> list[Span
     """
     wanted: dict[Span, list[Span]] = {}  # all spans on the way, with those that continue them
     for end in ends:
-        if end.states is not None and not (with_keys and end.rows is None):
+        if is_held(end, with_keys=with_keys):
             continue
         stack = [end]
         while stack:
@@ -68,13 +68,54 @@ def _is_missing(span: Span) -> bool:
     return span.parent is not None and span.rows is None
 
 
+def is_held(end: Span, *, with_keys: bool = False) -> bool:
+    """Return whether a text's last span holds its states on the device, `with_keys`: and its keys and values."""
+    return end.states is not None and not (with_keys and end.rows is None)
+
+
+def on_the_way(ends: Iterable[Span]) -> set[Span]:
+    """Return the spans on the way to all of `ends`."""
+    spans: set[Span] = set()
+    for end in ends:
+        spans.update(end.closure(known=spans))
+    return spans
+
+
+def num_tokens_of(spans: Iterable[Span]) -> int:
+    """Return how many tokens the spans have."""
+    return sum(len(span.token_ids) for span in spans)
+
+
+def last_uses(passes: Sequence[Sequence[Span]]) -> dict[Span, int]:
+    """Return, for each span that passes attend to, the number of the last such pass."""
+    last_uses: dict[Span, int] = {}
+    for pass_idx, spans in enumerate(passes):
+        stack = [parent for span in spans for parent in span.parents]
+        while stack:
+            ancestor = stack.pop()
+            if last_uses.get(ancestor) != pass_idx:
+                last_uses[ancestor] = pass_idx
+                stack += ancestor.parents
+    return last_uses
+
+
+def is_cut_off(spans: Sequence[Span]) -> bool:
+    """Return whether something that a pass continues was dropped since the pass was planned."""
+    own = set(spans)
+    return any(
+        parent.parent is not None and parent.rows is None and parent not in own
+        for span in spans
+        for parent in span.parents
+    )
+
+
 def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> list[tuple[Span, ...]]:
     """Group depth-first `spans` into passes of at most `max_tokens` tokens and about equal size.
 
     A span that does not fit is split in the forest, which changes no result: the cut-off part sees the first part's
     keys as it sees any ancestor's.
     """
-    num_tokens = sum(len(span.token_ids) for span in spans)
+    num_tokens = num_tokens_of(spans)
     num_passes = -(-num_tokens // max_tokens)
     target = -(-num_tokens // num_passes) if num_passes else 0
     passes: list[tuple[Span, ...]] = []

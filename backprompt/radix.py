@@ -257,6 +257,21 @@ class Forest:
         self.root = Span((), 0, None)
         self.evaluation = 0
         self.is_whole = True
+        self._is_stamped = True  # whether `evaluation` was given to something
+
+    def begin_evaluation(self) -> None:
+        """Begin another evaluation, unless nothing was computed or loaded in the latest: then that one goes on.
+
+        So an evaluation is counted once, however many of those who take part in it begin it.
+        """
+        if self._is_stamped:
+            self.evaluation += 1
+            self._is_stamped = False
+
+    def stamp(self) -> int:
+        """Return the number of the evaluation under way, for a span that it computes or loads."""
+        self._is_stamped = True
+        return self.evaluation
 
     @contextmanager
     def changing(self) -> Iterator[None]:

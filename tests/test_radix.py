@@ -330,3 +330,13 @@ def test_a_chain_of_ten_thousand_spans() -> None:
     assert list(forest.spans()) == end.path()
     forest.clear()
     assert list(forest.spans()) == []
+
+
+def test_an_evaluation_that_has_computed_nothing_goes_on() -> None:
+    forest = Forest()
+    for _ in range(3):
+        forest.begin_evaluation()
+    assert (forest.evaluation, forest.stamp(), forest.stamp()) == (1, 1, 1)
+    forest.begin_evaluation()
+    forest.begin_evaluation()
+    assert forest.evaluation == 2
