@@ -36,7 +36,36 @@ from typing import Protocol, TypeAlias
 
 from backprompt.token_graph import TokenGraph, TokenIds, fold
 
-ChildKey: TypeAlias = "int | tuple[int | None, ...]"
+BranchEnd: TypeAlias = "tuple[Span, bool]"
+"""The span at which a branch ends, and whether the branch is frozen."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaterKey:
+    """The key of a span that leaves a gap of positions behind what it continues: its position and its first token."""
+
+    position: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class JunctionKey:
+    """The key of a junction: how often each branch ends there. Spans are told apart by identity.
+
+    An end stays the end when spans are split.
+    """
+
+    num_branches: frozenset[tuple[BranchEnd, int]]
+
+    @classmethod
+    def of(cls, ends: Iterable[BranchEnd]) -> JunctionKey:
+        """Return the key of the junction at which these branches end; their order does not matter."""
+        return cls(frozenset(Counter(ends).items()))
+
+
+ChildKey: TypeAlias = "int | LaterKey | JunctionKey"
+"""By which a span is found among the children of another; for most the first token."""
+
 
 
 class Rows(Protocol):
@@ -166,9 +195,9 @@ class Span:
             _count_chain(counts, self.parent, None, 1)
         return dict(reversed(counts.items()))
 
-    def junction(self, ends: Iterable[tuple[Span, bool]]) -> Span | None:
+    def junction(self, ends: Iterable[BranchEnd]) -> Span | None:
         """Return the junction behind a group that stands here, given by where its branches end, each frozen or not."""
-        return self.children.get(_junction_key(ends))
+        return self.children.get(JunctionKey.of(ends))
 
     @property
     def is_empty(self) -> bool:
@@ -219,7 +248,7 @@ class Junction(Span):
 
     __slots__ = ("branches",)
 
-    def __init__(self, position: int, parent: Span, branches: Mapping[tuple[Span, bool], int]) -> None:
+    def __init__(self, position: int, parent: Span, branches: Mapping[BranchEnd, int]) -> None:
         super().__init__((), position, parent)
         self.branches = branches
 
@@ -331,14 +360,14 @@ class Forest:
             span, num_matched = child, num_matched + num_common
         return span
 
-    def _join(self, before: Span, ends: Sequence[tuple[Span, bool]], position: int) -> Span:
+    def _join(self, before: Span, ends: Sequence[BranchEnd], position: int) -> Span:
         """Return the junction behind branches that end at `ends`, each frozen or not."""
         branches = Counter(ends)
         for end, _ in ends:
             end.is_end = True
         junction = before.junction(ends)
         if junction is None:
-            junction = before.children[_junction_key(ends)] = Junction(position, before, branches)
+            junction = before.children[JunctionKey.of(ends)] = Junction(position, before, branches)
         return junction
 
     def num_computed(self, token_ids: Sequence[int]) -> int:
@@ -473,12 +502,7 @@ def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> 
 
 def child_key(parent: Span, position: int, token_id: int) -> ChildKey:
     """Return what a span is found by among the children of another: its first token, and where that leaves a gap."""
-    return token_id if position == parent.stop else (position, token_id)
-
-
-def _junction_key(ends: Iterable[tuple[Span, bool]]) -> ChildKey:
-    # An end stays the end when spans are split. None tells the key from those of spans at later positions.
-    return (None, *sorted(2 * id(end) + is_frozen for end, is_frozen in ends))
+    return token_id if position == parent.stop else LaterKey(position, token_id)
 
 
 def common_length(span_ids: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
