@@ -1,4 +1,4 @@
-"""Computing: texts go into the forest, and what they miss is fetched, loaded or forwarded, within the budget.
+"""Computing: texts go into the forest, and their missing spans are fetched, loaded or forwarded, within the budget.
 
 Keeps the forest of spans, the executor that forwards them, the tiers of memory in which their rows lie, the pools of
 results that were read off them, and who holds texts. All of it is of one state of the model's weights: if these have
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from backprompt.archive import Archive
 from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.executor import Executor
+from backprompt.forest import Forest
 from backprompt.holders import Holders
 from backprompt.memory import Memory
 from backprompt.passes import (
     cut_into_passes,
     is_cut_off,
-    is_held,
     last_uses,
     missing_spans,
     num_tokens_of,
@@ -34,7 +34,7 @@ from backprompt.plan import TILE_TOKENS, plan_pass
 from backprompt.pools import Pools
 from backprompt.probe import probe
 from backprompt.progress import GrowingBar
-from backprompt.radix import NOTHING, Forest, Junction, Span
+from backprompt.radix import NOTHING, Junction, Span
 from backprompt.token_graph import TokenIds
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class _Coming:
-    """What memory is needed for: bytes that come back, the spans that must stay, and the uses in the passes to come."""
+    """The needs for which room is made: spans that must stay, their uses in passes to come, bytes that come back."""
 
     needed: Set[Span] = frozenset()
     last_uses: Mapping[Span, int] | None = None
@@ -101,10 +101,10 @@ class Computation:
     Args:
         model: the user's, for the probe.
         has_changed: whether its weights are others now.
-        executor: what forwards and applies the head.
+        executor: runs passes and the output head.
         memory: the device's tier, with the second pool below it.
         pools: of results.
-        archive: what connects the forest with a store, if there is one.
+        archive: the connection of the forest with a store, if there is one.
         counters: of the `LM`.
         max_tokens_per_forward: of a pass; None for the device's default.
 
@@ -160,17 +160,17 @@ class Computation:
 
     @contextmanager
     def held(self, texts: Sequence[TokenIds], request: Request) -> Iterator[list[Span]]:
-        """Compute what is missing of texts and hold them for as long as the context lasts; yield their ends."""
+        """Compute the missing spans of texts and hold the texts for as long as the context lasts; yield their ends."""
         with self.inserted(texts) as ends, self.holders.using(ends):
             self.compute(ends, request)
             yield ends
 
     def compute(self, ends: Iterable[Span], request: Request) -> None:
-        """Bring what is missing of the texts that end here, pass by pass, within the budget.
+        """Compute the missing spans of the texts that end here, pass by pass, within the budget.
 
-        What is dropped although a later pass needs it comes back or is planned and forwarded again.
+        A span that is dropped although a later pass needs it comes back or is planned and forwarded again.
         """
-        waiting = dict.fromkeys(end for end in ends if not is_held(end, with_keys=request.with_keys))
+        waiting = dict.fromkeys(end for end in ends if not end.is_held(with_keys=request.with_keys))
         if waiting and not request.is_step:
             self.forest.begin_evaluation()
         is_stuck = False  # then one text alone goes on
@@ -181,11 +181,11 @@ class Computation:
                 is_stuck = len(waiting) == num_waiting
 
     def _compute_some(self, waiting: dict[Span, None], request: Request, bar: GrowingBar, *, is_stuck: bool) -> None:
-        """Bring what is missing of those for which there is room, or of the first; those that got it wait no more."""
+        """Compute the missing spans of the texts that there is room for, or of the first; these texts wait no more."""
         asked = list(waiting)[: 1 if is_stuck else None]
         group = self._bring_back(asked, request)
         for end in group:
-            if is_held(end, with_keys=request.with_keys):
+            if end.is_held(with_keys=request.with_keys):
                 del waiting[end]
         missing = missing_spans(group, with_keys=request.with_keys)
         passes = cut_into_passes(self.forest, missing, self.max_tokens)
@@ -341,8 +341,8 @@ class Computation:
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.
 
-        What was computed meanwhile may be of no one state of them, and all is forgotten: they may change back without
-        that showing.
+        The work since then may be of no one state of the weights, and all is forgotten: weights may change back
+        unnoticed.
         """
         if self.counters.work != self._checked_work:
             self._raise_if_changed()

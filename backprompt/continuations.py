@@ -58,7 +58,7 @@ class Continuations:
         counters = self._computation.counters
         num_before = counters.tokens_computed
         with self._computation.inserted(texts, are_ends=False) as ends, self._computation.holders.using(ends):
-            new = [end for end in dict.fromkeys(ends) if end.rows is None]
+            new = [end for end in dict.fromkeys(ends) if not end.is_held(with_keys=True)]
             self._computation.compute(ends, Request(with_keys=True, is_step=True))
         counters.tokens_requested += max(len(texts), counters.tokens_computed - num_before)
         for end in new:
@@ -88,7 +88,7 @@ class Continuations:
         archive = self._computation.archive
         for end in dict.fromkeys(ends):
             self._computation.memory.add(self.growth.finish(end))
-            if archive is not None and end.rows is not None:
+            if archive is not None and end.is_held(with_keys=True):
                 archive.save_new([end])
         self._computation.make_room()
 

@@ -20,7 +20,6 @@ from backprompt.holders import PinnedText
 from backprompt.host import HostMemory
 from backprompt.lookup import Aside, Sketch
 from backprompt.memory import Memory
-from backprompt.passes import is_held
 from backprompt.pools import Pools
 from backprompt.radix import Span
 from backprompt.readout import Readout
@@ -33,13 +32,13 @@ class Evaluator:
 
     Attributes:
         forest: all spans.
-        executor: what forwards them.
+        executor: runs passes and the output head.
         memory: the device's tier.
         host: the second pool.
-        archive: what connects the forest with a store, if there is one.
-        holders: who holds texts.
+        archive: the connection of the forest with a store, if there is one.
+        holders: the pins, growing texts and uses that hold texts.
         max_tokens_per_forward: how many tokens one packed pass forwards at most.
-        computation: inserts texts, computes what they miss, evicts.
+        computation: inserts texts, computes their missing spans, evicts.
         scoring: log-probabilities of tokens.
         readout: logits, hidden states, keys and values.
         continuations: texts that grow.
@@ -89,7 +88,7 @@ class Evaluator:
         return self.computation.token_bytes
 
     def begin_evaluation(self) -> None:
-        """Begin another evaluation: what was computed before is reused from now on."""
+        """Begin another evaluation: all spans that are held now count as reused from now on."""
         self.forest.begin_evaluation()
 
     def sketch(self, texts: Iterable[TokenIds], asides: Iterable[Aside] = ()) -> Sketch:
@@ -97,7 +96,7 @@ class Evaluator:
         return Sketch(self.forest, texts, self.archive, asides)
 
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Compute what is missing of texts given by their token ids, and return the spans at which they end.
+        """Compute the missing spans of texts given by their token ids, and return the spans at which the texts end.
 
         Over the budget, results are dropped again: `held` brings one back. If a pass fails, the passes before it stay
         computed, and `recover` removes the rest.
@@ -110,9 +109,9 @@ class Evaluator:
     def held(self, token_ids: TokenIds, end: Span, *, with_keys: bool = False) -> Iterator[Span]:
         """Keep a text's states (`with_keys`: and its keys and values) for as long as the context lasts.
 
-        What was dropped of them is computed again. Yields the span at which the text ends; `end` is the last one known.
+        Dropped spans are computed again. Yields the span at which the text ends; `end` is the last one known.
         """
-        if is_held(end, with_keys=with_keys):
+        if end.is_held(with_keys=with_keys):
             with self.holders.using([end]):
                 yield end
             return
@@ -128,7 +127,7 @@ class Evaluator:
 
     @contextmanager
     def _computed(self, token_ids: TokenIds, request: Request) -> Iterator[Span]:
-        """Compute what is missing of a text and hold it for as long as the context lasts."""
+        """Compute the missing spans of a text and hold the text for as long as the context lasts."""
         with self.computation.inserted([token_ids]) as ends:
             with self.holders.using(ends):
                 self.computation.compute(ends, request)
@@ -164,8 +163,8 @@ class Evaluator:
         self.computation.make_room()
 
     def hold_pins(self) -> None:
-        """Compute what pins hold where it was forgotten."""
-        lost = [pin for pin in self.holders.pins if pin.end is None or not is_held(pin.end, with_keys=True)]
+        """Compute pinned texts again where they were forgotten."""
+        lost = [pin for pin in self.holders.pins if pin.end is None or not pin.end.is_held(with_keys=True)]
         if lost:
             with self.computation.held([pin.token_ids for pin in lost], Request(with_keys=True)) as ends:
                 for pin, end in zip(lost, ends, strict=True):
@@ -176,11 +175,11 @@ class Evaluator:
         return self.computation.num_bytes_of([*self.holders.pinned_ends(), *ends])
 
     def check_unchanged(self) -> None:
-        """Raise StaleRepresentationError, and forget all, if weights changed since what was computed last was begun."""
+        """Raise StaleRepresentationError, and forget all, if weights have changed since the last check."""
         self.computation.check_unchanged()
 
     def recover(self) -> None:
-        """Make everything right again after an error, wherever it came; `hold_pins` computes what pins have lost."""
+        """Make everything right again after an error, wherever it came; `hold_pins` computes lost pins again."""
         self.computation.recover()
 
     def clear(self) -> None:

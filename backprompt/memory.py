@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 from backprompt.cache import keys_values_of, states_of
+from backprompt.forest import Forest
 from backprompt.host import HostMemory
-from backprompt.radix import Forest, Span
+from backprompt.radix import Span
 from backprompt.tier import Kind, Rank, Tier
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class Memory(Tier):
 def _times_smaller(spans: Iterable[Span]) -> float:
     """Return how many times smaller a token's states are than all that may be held of it."""
     for span in spans:
-        if span.token_ids and span.rows is not None and span.states is not None:
+        if span.token_ids and span.is_held(with_keys=True):
             rows, states = keys_values_of(span).num_bytes, states_of(span).num_bytes
             return (rows + states) / states
     return 1.0

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from backprompt.radix import Forest, Span, depth_first
+from backprompt.forest import Forest, depth_first
+from backprompt.radix import Span
 
 MIN_CUT_TOKENS = 32
 """A span is cut at the end of a pass only where at least this many tokens of it still fit."""
@@ -25,7 +26,7 @@ def missing_spans(ends: Iterable[Span], *, with_keys: bool = False) -> list[Span
     """
     wanted: dict[Span, list[Span]] = {}  # all spans on the way, with those that continue them
     for end in ends:
-        if is_held(end, with_keys=with_keys):
+        if end.is_held(with_keys=with_keys):
             continue
         stack = [end]
         while stack:
@@ -65,12 +66,7 @@ def _num_missing(root: Span, children: Mapping[Span, list[Span]]) -> dict[Span, 
 
 def _is_missing(span: Span) -> bool:
     """Return whether a span on the way to an end that must be computed has to be forwarded."""
-    return span.parent is not None and span.rows is None
-
-
-def is_held(end: Span, *, with_keys: bool = False) -> bool:
-    """Return whether a text's last span holds its states on the device, `with_keys`: and its keys and values."""
-    return end.states is not None and not (with_keys and end.rows is None)
+    return span.parent is not None and not span.is_held(with_keys=True)
 
 
 def on_the_way(ends: Iterable[Span]) -> set[Span]:
@@ -103,7 +99,7 @@ def is_cut_off(spans: Sequence[Span]) -> bool:
     """Return whether something that a pass continues was dropped since the pass was planned."""
     own = set(spans)
     return any(
-        parent.parent is not None and parent.rows is None and parent not in own
+        parent.parent is not None and not parent.is_held(with_keys=True) and parent not in own
         for span in spans
         for parent in span.parents
     )

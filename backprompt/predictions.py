@@ -204,13 +204,13 @@ def last_row_of(span: Span) -> HeldRow:
 
 def held_children(end: Span) -> list[Span]:
     """Return the spans that continue this one and hold their states, junctions left out."""
-    return [child for child in end.children.values() if child.token_ids and child.states is not None]
+    return [child for child in end.children.values() if child.token_ids and child.is_held()]
 
 
 def held_child(end: Span, token_id: int) -> Span | None:
     """Return the span that directly continues this one with a token, if its states are held."""
     child = end.children.get(token_id)
-    return None if child is None or child.states is None else child
+    return child if child is not None and child.is_held() else None
 
 
 def slices(items: list[Item], size: int) -> Iterator[list[Item]]:

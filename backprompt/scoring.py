@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backprompt.cache import gather, states_of
 from backprompt.computation import Computation, Request
+from backprompt.forest import Forest
 from backprompt.logprobs import are_distributions
 from backprompt.predictions import (
     HeldRow,
@@ -32,14 +33,14 @@ from backprompt.predictions import (
     write_scores,
 )
 from backprompt.progress import progress_bar
-from backprompt.radix import Forest, Place, Span
+from backprompt.radix import Place, Span
 from backprompt.scores import TokenScore, TokenScores
 from backprompt.token_graph import TokenGraph, TokenIds, without_last
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be scored: a text's tokens from `start` on, and tokens that may follow it and are not forwarded."""
+    """A text to be scored: its tokens from `start` on, and tokens that may follow it and are not forwarded."""
 
     token_ids: TokenIds
     start: int
@@ -93,14 +94,14 @@ class Scoring:
         ]
 
     def scored(self, wanted: Sequence[Wanted]) -> list[Scored]:
-        """Evaluate texts and score what is wanted of each."""
+        """Evaluate texts and score the wanted tokens of each."""
         found: dict[int, Scored] = {}
         with self._computation.inserted([text.token_ids for text in wanted]) as ends:
             places = [Place(end, text.token_ids) for end, text in zip(ends, wanted, strict=True)]
 
             def collect() -> None:
                 """Read off what is there, before any of it is dropped."""
-                ready = [idx for idx, place in enumerate(places) if idx not in found and place.end.states is not None]
+                ready = [idx for idx, place in enumerate(places) if idx not in found and place.end.is_held()]
                 candidates: dict[Span, dict[int, None]] = {}
                 for idx in ready:
                     if wanted[idx].candidates:
@@ -193,7 +194,7 @@ class Scoring:
         return found
 
     def _carry_out(self, predictions: Predictions, found: dict[Span, dict[int, TokenScore]]) -> dict[Sink, Tensor]:
-        """Score what was added, the candidates into `found`.
+        """Compute the scores of all predictions, those of candidates into `found`.
 
         Returns:
             The logits that are no distribution, by what they should have scored.
@@ -217,7 +218,7 @@ class Scoring:
     def _check_wanted(
         self, texts: Sequence[tuple[Place, int]], candidates: Iterable[Span], unusable: Mapping[Sink, Tensor]
     ) -> None:
-        """Raise if what was wanted of texts, or behind the ends of some, was to be scored by `unusable` logits."""
+        """Raise if a wanted token of the texts, or a candidate, was to be scored by `unusable` logits."""
         executor = self._computation.executor
         for place, start in texts:
             for span, first_row in _spans_from(self._computation.forest, place, start):
@@ -234,7 +235,7 @@ class Scoring:
                     raise executor.logits_error(unusable[sink], ids_up_to(end))
 
     def _recall(self, span: Span) -> None:
-        """Write what was known of a span's first token before it was forwarded to where that is held."""
+        """Write the score that a span's first token got before it was forwarded, if any, to where it is held now."""
         assert span.parent is not None
         score = self._candidates.get(span.parent).get(span.token_ids[0])
         if score is not None and not has_first_score(span):

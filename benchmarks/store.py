@@ -227,7 +227,7 @@ def _budget(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: 
 
 
 def _watch_peak(lm: LM) -> list[int]:
-    """Return a list that grows by the bytes that are held right after each pass."""
+    """Return a list that grows by the bytes that are held whenever blocks are added, as after each pass."""
     held: list[int] = [0]
     memory = lm._evaluator.memory
     add = memory.add

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from backprompt.radix import Forest
+from backprompt.forest import Forest
 from backprompt.holders import Holders, PinnedText
 
 
