@@ -416,7 +416,7 @@ class Run:
         """Decide what comes next for every live text; return whether any goes on, or waits."""
         with self.lm.growing(self._evaluator) as evaluator:
             if self._evaluator is None:
-                evaluator.let_grow(self, self._live)
+                evaluator.continuations.let_grow(self, self._live)
                 self._evaluator = evaluator
             try:
                 grown = self._grow(evaluator)
@@ -424,7 +424,7 @@ class Run:
                 self._choose(evaluator)
                 self._settle(evaluator, grown)
             except BaseException:  # the evaluator ends them once it has recovered
-                evaluator.abandoned.append(self._live[:])
+                evaluator.continuations.abandoned.append(self._live[:])
                 self._live.clear()
                 raise
             self._end(evaluator, [live for live in self._live if live.decoding.is_finished])
@@ -441,7 +441,7 @@ class Run:
         """Forward the continuations after which the logits are wanted; return those that were not held before."""
         grown = [(live, ids) for live in self._live for ids in live.decoding.ahead if ids not in live.ends]
         if grown:
-            ends = evaluator.grow([with_more(live.prompt_ids, ids) for live, ids in grown])
+            ends = evaluator.continuations.grow([with_more(live.prompt_ids, ids) for live, ids in grown])
             for (live, ids), end in zip(grown, ends, strict=True):
                 live.ends[ids] = end
         return grown
@@ -462,14 +462,14 @@ class Run:
             if num_bytes > evaluator.memory.max_bytes and (stop > first or self._live):
                 break
             stop += 1
-        ends = evaluator.begin(self.prompts[first:stop])
+        ends = evaluator.continuations.begin(self.prompts[first:stop])
         self._live += [_Live(self.prompts[idx], self._decodings[idx], {(): end}) for idx, end in enumerate(ends, first)]
         self._num_begun = stop
 
     def _choose(self, evaluator: Evaluator) -> None:
         """Let each live text go on by the logits that it wants."""
         wanted = [(live, ids) for live in self._live for ids in live.decoding.ahead]
-        rows = evaluator.next_logits([live.ends[ids] for live, ids in wanted])
+        rows = evaluator.readout.next_logits([live.ends[ids] for live, ids in wanted])
         evaluator.check_unchanged()  # before anything is chosen by them
         logits: dict[_Live, dict[Completion, Tensor]] = {}
         for (live, ids), row in zip(wanted, rows, strict=True):
@@ -485,9 +485,9 @@ class Run:
             needed = live.decoding.needed()
             dropped += [end for ids, end in live.ends.items() if ids not in needed]
             live.ends = {ids: end for ids, end in live.ends.items() if ids in needed}
-        evaluator.settle([live.ends[ids] for live, ids in grown if ids in live.ends], dropped, scores)
+        evaluator.continuations.settle([live.ends[ids] for live, ids in grown if ids in live.ends], dropped, scores)
 
     def _end(self, evaluator: Evaluator, finished: Sequence[_Live]) -> None:
         ended = list(finished)
         self._live[:] = [live for live in self._live if live not in ended]  # in place: see `step`
-        evaluator.end_growth([end for live in ended for end in live.ends.values()])
+        evaluator.continuations.end([end for live in ended for end in live.ends.values()])

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import networkx as nx
 
 from backprompt.arguments import as_texts
+from backprompt.forest import Forest
 from backprompt.lookup import Sketch, where
 from backprompt.passes import missing_spans
-from backprompt.radix import Forest, Place, Span
+from backprompt.radix import Place, Span
 from backprompt.segments import Group, Segment
 from backprompt.text import Text
 from backprompt.token_graph import flat

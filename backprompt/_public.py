@@ -35,12 +35,12 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
-from backprompt.evaluator import TokenScores
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
 from backprompt.lookup import Piece
 from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
+from backprompt.scores import TokenScores
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
 from backprompt.tokens import Extent, Join

@@ -17,8 +17,9 @@ import torch
 
 from backprompt.cache import Block, BlockRows, KeysValues, Layout, RowSpec, States, gather, keys_values_of, states_of
 from backprompt.errors import DamagedEntryError, EntryTooLargeError, StaleRepresentationError, StoreVersionError
+from backprompt.forest import Forest
 from backprompt.identity import extend_key, gap_key, group_key, root_key
-from backprompt.radix import NOTHING, Forest, Junction, Span
+from backprompt.radix import NOTHING, Junction, Span
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, encode, parts_of
 from backprompt.store.schema import TensorSpec, check_header, check_tensors
@@ -199,7 +200,7 @@ class Archive:
                 loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
                 setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
                 loaded.is_stored = True
-                loaded.loaded_in = forest.evaluation
+                loaded.loaded_in = forest.stamp()
             yield read.block
 
     def _note_unreadable(self, error: OSError) -> None:
@@ -239,7 +240,7 @@ class Archive:
                 before.is_stored = False  # others have deleted it
             if not missing:
                 self._put(run, tuple(dict.fromkeys(name for name in names.values() if name is not None)))
-            elif run[0].begins_chain or any(before.rows is None for before in missing):
+            elif run[0].begins_chain or any(not before.is_held(with_keys=True) for before in missing):
                 return  # of no use without it
 
     def _put(self, run: list[Span], behind: tuple[str, ...]) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from backprompt.cache import TokenScore
 from backprompt.decoding import Choice, Completion, Decoding, Found, Rules, check_scores
 from backprompt.logprobs import log_softmax
+from backprompt.scores import TokenScore
 
 UNREACHABLE = -1e9
 """transformers' score of what is not a beam."""

@@ -1,4 +1,4 @@
-"""Where representations lie: blocks of computed rows, and pools of logit rows and of scores of candidates.
+"""Where representations lie: blocks of computed rows.
 
 A pass leaves two blocks: `KeysValues`, for each layer the keys and values of all its rows, and `States`, their final
 hidden states and log-probabilities. A computed span holds `BlockRows` of each, a range of rows, so that splitting a
@@ -11,8 +11,7 @@ small blocks become one where they are many (`joined`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -24,12 +23,6 @@ from backprompt.radix import Span
 
 SMALL_TENSOR_BYTES = 16 << 10
 """A block of smaller tensors is small: the 550 bytes that a tensor takes besides its numbers count there."""
-
-CANDIDATE_END_BYTES = 200
-"""What a dict takes besides its entries."""
-
-CANDIDATE_BYTES = 200
-"""What an entry of a dict from int to `TokenScore` takes, all objects included, when the dict is half full."""
 
 
 @dataclass(frozen=True)
@@ -383,94 +376,3 @@ def states_of(span: Span) -> BlockRows[States]:
 def gather(places: Iterable[BlockRows[BlockType]], pick: Callable[[BlockType], Tensor], dim: int) -> Tensor:
     """Return rows of several blocks as one new tensor; `pick` chooses a block's tensor."""
     return torch.cat([pick(rows.block).narrow(dim, rows.start, rows.stop - rows.start) for rows in places], dim=dim)
-
-
-class LogitPool:
-    """Last rows of logits, the most recently used ones, under a bound of bytes of their own."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._rows: OrderedDict[Span, Tensor] = OrderedDict()
-
-    def get(self, end: Span) -> Tensor | None:
-        """Return the row that a text ending at this span left here, `(vocab,)`, or None. Do not write to it."""
-        row = self._rows.get(end)
-        if row is not None:
-            self._rows.move_to_end(end)
-        return row
-
-    def put(self, end: Span, row: Tensor) -> None:
-        """Keep a copy of `row`, dropping the least recently used rows over the bound."""
-        if row.nbytes > self.max_bytes or end in self._rows:
-            return
-        self._rows[end] = row.clone()  # a row of a slice would keep the whole slice alive
-        self.num_bytes += row.nbytes
-        while self.num_bytes > self.max_bytes:
-            _, dropped = self._rows.popitem(last=False)
-            self.num_bytes -= dropped.nbytes
-
-    def retain(self, spans: Container[Span]) -> None:
-        """Drop the rows of other spans than these, and count anew."""
-        self._rows = OrderedDict((end, row) for end, row in self._rows.items() if end in spans)
-        self.num_bytes = sum(row.nbytes for row in self._rows.values())
-
-    def clear(self) -> None:
-        """Drop every row."""
-        self._rows.clear()
-        self.num_bytes = 0
-
-
-@dataclass(frozen=True, slots=True)
-class TokenScore:
-    """The log-probability of a token in nats, and whether it is the most probable one."""
-
-    logprob: float
-    is_argmax: bool
-
-
-class CandidatePool:
-    """Scores of tokens that were scored as what may follow a text, but not forwarded: the latest used ones.
-
-    Under a bound of bytes of their own.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._scores: OrderedDict[Span, dict[int, TokenScore]] = OrderedDict()
-
-    def get(self, end: Span) -> Mapping[int, TokenScore]:
-        """Return what is known of what follows the text that ends here, by token id."""
-        known = self._scores.get(end)
-        if known is None:
-            return {}
-        self._scores.move_to_end(end)
-        return known
-
-    def put(self, end: Span, scores: Mapping[int, TokenScore]) -> None:
-        """Keep these, dropping those of the least recently used texts over the bound."""
-        if end not in self._scores:
-            self._scores[end] = {}
-            self.num_bytes += CANDIDATE_END_BYTES
-        known = self._scores[end]
-        self.num_bytes += CANDIDATE_BYTES * len(scores.keys() - known.keys())
-        known.update(scores)
-        self._scores.move_to_end(end)
-        while self.num_bytes > self.max_bytes:
-            _, dropped = self._scores.popitem(last=False)
-            self.num_bytes -= _num_candidate_bytes(dropped)
-
-    def retain(self, spans: Container[Span]) -> None:
-        """Drop those behind other spans than these, and count anew."""
-        self._scores = OrderedDict((end, scores) for end, scores in self._scores.items() if end in spans)
-        self.num_bytes = sum(map(_num_candidate_bytes, self._scores.values()))
-
-    def clear(self) -> None:
-        """Drop all of them."""
-        self._scores.clear()
-        self.num_bytes = 0
-
-
-def _num_candidate_bytes(scores: Mapping[int, TokenScore]) -> int:
-    return CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(scores)

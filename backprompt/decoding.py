@@ -22,11 +22,11 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from backprompt.arguments import as_int
-from backprompt.cache import TokenScore
 from backprompt.errors import GenerationError
 from backprompt.generation_options import SAMPLING_FIELDS, checked
 from backprompt.logprobs import log_softmax, logprob_dtype
 from backprompt.lookahead import DEFAULT_NGRAM, proposals
+from backprompt.scores import TokenScore
 from backprompt.skeleton import head_dtype
 from backprompt.stops import Cut, StopStrings, as_stop_strings
 

@@ -151,7 +151,7 @@ class Executor:
         keys_values, hidden = forwarded.keys_values, forwarded.hidden
         if not forwarded.is_finite:
             raise self._error_of(pass_, hidden)
-        new = [(span, rows) for span, rows in zip(pass_.spans, pass_.slices, strict=True) if span.states is None]
+        new = [(span, rows) for span, rows in zip(pass_.spans, pass_.slices, strict=True) if not span.is_held()]
         if len(new) == len(pass_.spans):
             states: States | None = States.of(hidden)
         else:

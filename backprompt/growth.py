@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from backprompt.cache import Block, BlockRows, KeysValues, Location, States, keys_values_of, states_of
-from backprompt.radix import Forest, Span
+from backprompt.forest import Forest
+from backprompt.radix import Span
 
 ROWS_AT_A_TIME = 16
 """A text has room for as many rows more than it needs, or an eighth of them."""
@@ -153,7 +154,7 @@ class Growth:
 
     def _move_out(self, span: Span) -> list[Block]:
         """Give what was generated blocks of its own; those of several texts would keep the others' rows alive."""
-        if not span.token_ids or span.rows is None or span.states is None:
+        if not (span.token_ids and span.is_held(with_keys=True)):
             return []
         made: list[Block] = []
         rows, states = keys_values_of(span), states_of(span)
@@ -209,9 +210,8 @@ def _absorbable(span: Span, held: Container[Span]) -> Span | None:
         or upper in held
         or len(upper.children) > 1
         or span.begins_chain
-        or upper.rows is None
-        or span.rows is None
-        or span.states is None
+        or not upper.is_held(with_keys=True)
+        or not span.is_held(with_keys=True)
         or (upper.is_stored, upper.error) != (span.is_stored, span.error)
     ):
         return None

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from backprompt.cache import Block, Location, moved
-from backprompt.radix import Forest, Span
+from backprompt.forest import Forest
+from backprompt.radix import Span
 from backprompt.tier import KINDS, Kind, Places, Ranking, Tier, num_bytes_of
 from backprompt.visit import Visit
 

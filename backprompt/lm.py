@@ -30,6 +30,7 @@ from backprompt.archive import Archive, Root
 from backprompt.arguments import as_bool, as_int, as_list, as_text, as_texts
 from backprompt.cache import Location
 from backprompt.checkpoint import Checkpoint
+from backprompt.computation import Counters
 from backprompt.decoding import Decoding
 from backprompt.errors import (
     EmptyTextError,
@@ -43,9 +44,10 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
-from backprompt.evaluator import Counters, Evaluator, PinnedText, TokenScores, Wanted, split_to_score
+from backprompt.evaluator import Evaluator
 from backprompt.executor import plain_surroundings
 from backprompt.forking import ForkableLock, watch_lm
+from backprompt.holders import PinnedText
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
 from backprompt.lookup import Piece
@@ -53,6 +55,8 @@ from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.progress import showing
 from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
+from backprompt.scores import TokenScores
+from backprompt.scoring import Wanted, split_to_score
 from backprompt.skeleton import model_device, unwrap
 from backprompt.stops import StopStrings
 from backprompt.store import DiskStore, Store
@@ -298,7 +302,7 @@ class LM:
         """
         texts = self._own_texts(texts)
         with self._exclusive(), showing(show_progress_bar):
-            self._current().count_evaluation()
+            self._current().begin_evaluation()
             return [ModelRepr(self, evaluated) for evaluated in self._evaluate(texts)]
 
     def representation(self, text: Text) -> ModelRepr:
@@ -365,7 +369,7 @@ class LM:
         with self._exclusive(), showing(show_progress_bar):
             first = self._first_scored(texts, given)
             encoded = self._checked_ids(texts, first, is_scoring=True)
-            return self._evaluator.token_scores_of(list(zip(encoded, first, strict=True))) if texts else []
+            return self._evaluator.scoring.token_scores(list(zip(encoded, first, strict=True))) if texts else []
 
     def next_token_logprobs(
         self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]], *, show_progress_bar: bool | None = None
@@ -402,7 +406,7 @@ class LM:
                 check_has_last_token(text, encoded)
             candidates = [tuple(map(self._known_id, ids)) for ids in token_ids]
             wanted = [Wanted(ids, len(ids), own) for ids, own in zip(self._checked_ids(texts), candidates, strict=True)]
-            found = self._evaluator.scored(wanted) if wanted else []
+            found = self._evaluator.scoring.scored(wanted) if wanted else []
             logprobs = [
                 scored.candidates[i].logprob for scored, own in zip(found, candidates, strict=True) for i in own
             ]
@@ -584,7 +588,7 @@ class LM:
         Texts and representations stay valid and are recomputed when asked.
         """
         with self._exclusive():
-            self._evaluator.end_abandoned()
+            self._evaluator.continuations.end_abandoned()
             self._evaluator.clear()
 
     def refresh(self) -> None:
@@ -789,7 +793,7 @@ class LM:
             self._start_over(PrivateTokenizer(self.tokenizer))
         elif self._monitor.has_changed() or self._evaluator.is_closed:
             self._start_over(self._tokenizer_copy)
-        self._evaluator.end_abandoned()
+        self._evaluator.continuations.end_abandoned()
         self._evaluator.hold_pins()
         return self._evaluator
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from backprompt.archive import Archive
+from backprompt.forest import Forest
 from backprompt.passes import cut_into_passes, missing_spans
-from backprompt.radix import Forest, Junction, Place, Span, child_key, common_length
+from backprompt.radix import Junction, Place, Span, child_key, common_length
 from backprompt.token_graph import TokenIds
 
 Where: TypeAlias = Literal["memory", "host", "disk", "evicted", "absent"]
@@ -127,7 +128,7 @@ class Sketch:
         """Return whether all of it is held or stored."""
         before, span = self._asides[aside]
         while span is not before:
-            if span.states is None or span.parent is None:
+            if not span.is_held() or span.parent is None:
                 return False
             span = span.parent
         return True
@@ -208,7 +209,7 @@ class Sketch:
             return  # of no use without what it continues
         has_rows = _mark_of_all(span, "rows")
         part: Span | None = None
-        while part is not span and span.token_ids and (span.states is None or span.rows is None):
+        while part is not span and span.token_ids and not span.is_held(with_keys=True):
             num_stored = archive.num_stored(span)
             if not num_stored:
                 return

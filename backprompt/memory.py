@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 from backprompt.cache import keys_values_of, states_of
+from backprompt.forest import Forest
 from backprompt.host import HostMemory
-from backprompt.radix import Forest, Span
+from backprompt.radix import Span
 from backprompt.tier import Kind, Rank, Tier
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Memory(Tier):
     def __init__(self, max_bytes: int, hidden_size: int, host: HostMemory) -> None:
         super().__init__(max_bytes, "rows", "states")
         self._hidden_size = hidden_size
-        self._host = host
+        self.host = host
         self._level = 0.0
         self._clock = 0
         self.num_empty_spans = self.num_empty_tokens = 0  # of the forest, when something was last dropped
@@ -111,7 +112,7 @@ class Memory(Tier):
             dropped = self.shrink(spans, excess, lambda kind, span: None if span in held else rank(kind, span))
             ranks = [rank(kind, span) for kind, places in dropped.items() for span in places]
             self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
-            self._host.take(spans, dropped, rank)
+            self.host.take(spans, dropped, rank)
             empty = [span for span in spans if span.is_empty]
             self.num_empty_spans, self.num_empty_tokens = len(empty), sum(len(span.token_ids) for span in empty)
             del dropped  # it keeps blocks alive
@@ -129,7 +130,7 @@ class Memory(Tier):
 def _times_smaller(spans: Iterable[Span]) -> float:
     """Return how many times smaller a token's states are than all that may be held of it."""
     for span in spans:
-        if span.token_ids and span.rows is not None and span.states is not None:
+        if span.token_ids and span.is_held(with_keys=True):
             rows, states = keys_values_of(span).num_bytes, states_of(span).num_bytes
             return (rows + states) / states
     return 1.0

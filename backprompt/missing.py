@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 from backprompt.archive import MIN_TOKENS, Archive, Root
 from backprompt.evaluator import Evaluator
+from backprompt.forest import Forest
 from backprompt.lookup import Aside, Piece, Sketch, positions_of, where
-from backprompt.radix import Forest
 from backprompt.segments import shown
 from backprompt.token_graph import TokenIds, flat
 from backprompt.tokens import Extent

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from backprompt.radix import Forest, Span, depth_first
+from backprompt.forest import Forest, depth_first
+from backprompt.radix import Span
 
 MIN_CUT_TOKENS = 32
 """A span is cut at the end of a pass only where at least this many tokens of it still fit."""
@@ -25,7 +26,7 @@ def missing_spans(ends: Iterable[Span], *, with_keys: bool = False) -> list[Span
     """
     wanted: dict[Span, list[Span]] = {}  # all spans on the way, with those that continue them
     for end in ends:
-        if end.states is not None and not (with_keys and end.rows is None):
+        if end.is_held(with_keys=with_keys):
             continue
         stack = [end]
         while stack:
@@ -65,7 +66,43 @@ def _num_missing(root: Span, children: Mapping[Span, list[Span]]) -> dict[Span, 
 
 def _is_missing(span: Span) -> bool:
     """Return whether a span on the way to an end that must be computed has to be forwarded."""
-    return span.parent is not None and span.rows is None
+    return span.parent is not None and not span.is_held(with_keys=True)
+
+
+def on_the_way(ends: Iterable[Span]) -> set[Span]:
+    """Return the spans on the way to all of `ends`."""
+    spans: set[Span] = set()
+    for end in ends:
+        spans.update(end.closure(known=spans))
+    return spans
+
+
+def num_tokens_of(spans: Iterable[Span]) -> int:
+    """Return how many tokens the spans have."""
+    return sum(len(span.token_ids) for span in spans)
+
+
+def last_uses(passes: Sequence[Sequence[Span]]) -> dict[Span, int]:
+    """Return, for each span that passes attend to, the number of the last such pass."""
+    last_uses: dict[Span, int] = {}
+    for pass_idx, spans in enumerate(passes):
+        stack = [parent for span in spans for parent in span.parents]
+        while stack:
+            ancestor = stack.pop()
+            if last_uses.get(ancestor) != pass_idx:
+                last_uses[ancestor] = pass_idx
+                stack += ancestor.parents
+    return last_uses
+
+
+def is_cut_off(spans: Sequence[Span]) -> bool:
+    """Return whether something that a pass continues was dropped since the pass was planned."""
+    own = set(spans)
+    return any(
+        parent.parent is not None and not parent.is_held(with_keys=True) and parent not in own
+        for span in spans
+        for parent in span.parents
+    )
 
 
 def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> list[tuple[Span, ...]]:
@@ -74,7 +111,7 @@ def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> l
     A span that does not fit is split in the forest, which changes no result: the cut-off part sees the first part's
     keys as it sees any ancestor's.
     """
-    num_tokens = sum(len(span.token_ids) for span in spans)
+    num_tokens = num_tokens_of(spans)
     num_passes = -(-num_tokens // max_tokens)
     target = -(-num_tokens // num_passes) if num_passes else 0
     passes: list[tuple[Span, ...]] = []

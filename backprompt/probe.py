@@ -19,10 +19,10 @@ from backprompt import skeleton
 from backprompt.cache import gather, states_of
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.executor import Executor
+from backprompt.forest import Forest
 from backprompt.logprobs import are_distributions
 from backprompt.passes import missing_spans
 from backprompt.plan import plan_pass
-from backprompt.radix import Forest
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design.md, "Exactness".

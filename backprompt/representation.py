@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from backprompt.errors import GroupError, StaleRepresentationError
-from backprompt.evaluator import Evaluator, PinnedText
+from backprompt.evaluator import Evaluator
+from backprompt.holders import PinnedText
 from backprompt.identity import key_of
 from backprompt.radix import Place, Span
 from backprompt.token_graph import TokenGraph, TokenIds, flat
@@ -170,11 +171,11 @@ class ModelRepr:
             )
         with self._lm._exclusive():
             self._check_evaluator(self._lm._evaluator)
-            pooled = self._evaluated.evaluator.pooled_logits(self._evaluated.end)
+            pooled = self._evaluated.evaluator.readout.pooled_logits(self._evaluated.end)
             if pooled is not None:  # also where the text's states were dropped
                 return pooled
             with self._held() as (evaluator, place):
-                return evaluator.last_logits(place.end, partial(self._read_ahead, "logits"))
+                return evaluator.readout.last_logits(place.end, partial(self._read_ahead, "logits"))
 
     @property
     def token_logprobs(self) -> Tensor:
@@ -185,13 +186,13 @@ class ModelRepr:
         what the group stands behind.
         """
         with self._held() as (evaluator, place):
-            return evaluator.token_logprobs(place, partial(self._read_ahead, "token_logprobs"))
+            return evaluator.readout.token_logprobs(place, partial(self._read_ahead, "token_logprobs"))
 
     @property
     def hidden_states(self) -> Tensor:
         """Final hidden states, which the output head reads, `(tokens, hidden)`, in the model's dtype."""
         with self._held() as (evaluator, place):
-            return evaluator.hidden_states(place)
+            return evaluator.readout.hidden_states(place)
 
     def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the logits after each of the tokens `start..stop`, `(tokens, vocab)`.
@@ -203,7 +204,7 @@ class ModelRepr:
         with self._lm._exclusive():
             self._check_current()
             with self._held() as (evaluator, place):
-                return evaluator.all_logits(place, start, stop)
+                return evaluator.readout.all_logits(place, start, stop)
 
     def past_key_values(self) -> DynamicCache:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
@@ -223,7 +224,7 @@ class ModelRepr:
                 "number of cached tokens for the next position. Read logits and log-probabilities from the text itself."
             )
         with self._held(with_keys=True) as (evaluator, place):
-            return evaluator.executor.dynamic_cache(*evaluator.keys_values(place.end))
+            return evaluator.executor.dynamic_cache(*evaluator.readout.keys_values(place.end))
 
     @contextmanager
     def _held(self, *, with_keys: bool = False) -> Iterator[tuple[Evaluator, Place]]:

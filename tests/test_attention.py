@@ -18,9 +18,9 @@ from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
 from backprompt.attention.kernels import ChosenKernel, Kernel, KernelOutput, additive_mask, choose_kernel, clear_kernel
 from backprompt.cache import BlockRows, KeysValues
+from backprompt.forest import Forest
 from backprompt.passes import cut_into_passes, missing_spans
 from backprompt.plan import Pass, plan_pass
-from backprompt.radix import Forest
 
 Ids = tuple[int, ...]
 

@@ -139,7 +139,7 @@ def test_texts_do_not_see_each_others_beams(model, tokenizer, numbers, num_beams
             assert [found.completion_tokens] == theirs(model, text.tokens, **options)
     if pinned is not None:
         pinned.release()
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
 
 
 def test_an_interrupted_beam_search_keeps_nothing_pinned(lm, monkeypatch):
@@ -156,7 +156,7 @@ def test_an_interrupted_beam_search_keeps_nothing_pinned(lm, monkeypatch):
     text = Text(PROMPTS[0], lm)
     with pytest.raises(KeyboardInterrupt):
         text.generate(max_new_tokens=10, num_beams=3)
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
     monkeypatch.undo()
     assert [text.generate(max_new_tokens=10, num_beams=3).completion_tokens] == theirs(
         lm.model, text.tokens, max_new_tokens=10, num_beams=3

@@ -223,7 +223,7 @@ def test_what_is_evaluated_between_steps_leaves_nothing_behind(model, tokenizer)
 
 
 def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
-    growth = lm._evaluator._growth
+    growth = lm._evaluator.continuations.growth
     absorb, num_calls = growth.absorb, 0
 
     def fail(spans, held):
@@ -237,7 +237,7 @@ def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
     texts = [Text(prompt, lm) for prompt in PROMPTS]
     with pytest.raises(MemoryError):
         generate(texts, max_new_tokens=NEW)
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
     for text, found in zip(texts, generate(texts, max_new_tokens=NEW), strict=True):
         assert found.completion_tokens == plain_greedy(lm.model, text.tokens, NEW)
 
@@ -368,7 +368,7 @@ def test_a_stopped_stream_keeps_what_was_generated(lm):
     evaluate(stream.text)
     assert (lm.stats - before).tokens_computed == len(stream.text.tokens)
     assert lm.stats.bytes_held == len(stream.text.tokens) * lm._evaluator.executor.token_bytes
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
 
 
 @FLAT
@@ -404,7 +404,7 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
         assert stream.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
         expected = plain_token_logprobs(model, stream.text.tokens)
         torch.testing.assert_close(stream.text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
     assert lm.stats.tokens_reused >= 0
     gc.disable()  # blocks must not wait for it
     try:
@@ -424,7 +424,7 @@ def test_a_stream_that_nobody_keeps_holds_nothing(model, tokenizer):
     gc.collect()
     evaluate(Text("The", lm))
     assert lm.stats.bytes_held == 0
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
 
 
 def test_a_stream_overtakes_another_of_the_same_text(lm, model):
@@ -440,7 +440,7 @@ def test_a_stream_overtakes_another_of_the_same_text(lm, model):
     list(ahead)
     assert ahead.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
     assert lm.stats.tokens_computed == len(ahead.text.tokens) - 1
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
 
 
 def test_threads_generate_beside_each_other(lm, model):
@@ -618,7 +618,7 @@ def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate(texts, max_new_tokens=NEW)
     done = lm.stats.tokens_computed
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
     found = generate(texts, max_new_tokens=NEW)
     assert lm.stats.tokens_computed == num_distinct([text.tokens[:-1] for text in found])
     assert done > 0

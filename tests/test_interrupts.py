@@ -185,9 +185,9 @@ class World:
         evaluator = lm._evaluator
         pins = [pin for pin in (self.pin, self.new_pin) if pin is not None and evaluator.is_pinned(pin._text)]
         assert self.pin in pins or operation in ("unpin", "clear", "refresh")
-        assert len(evaluator._pins) == len(pins)
+        assert len(evaluator.holders.pins) == len(pins)
         growing = {end for live in self.stream._run._live for end in live.ends.values()}
-        assert evaluator.held_ends() == growing | {pin._text.end for pin in pins}
+        assert evaluator.holders.ends() == growing | {pin._text.end for pin in pins}
         for pin in pins:
             assert evaluator.forest.insert(pin._text.token_ids) is pin._text.end
             assert all(span.rows is not None for span in pin._text.end.closure())

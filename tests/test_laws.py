@@ -73,7 +73,7 @@ def tokenizer(name: str):
 def small_lm(name: str, tokenizer_name: str, max_tokens: int, tile_tokens: int, **options) -> LM:
     """An LM whose passes and tiles are so small that short texts need many of both."""
     lm = LM(family(name), tokenizer(tokenizer_name), max_tokens_per_forward=max_tokens, **options)
-    lm._evaluator.tile_tokens = tile_tokens
+    lm._evaluator.computation.tile_tokens = tile_tokens
     return lm
 
 
@@ -175,7 +175,7 @@ def test_p3_each_distinct_token_is_forwarded_once(segments: list[list], max_toke
     forwarded: list[int] = []
     forward = lm._evaluator.executor.forward
     with lm._exclusive():
-        lm._evaluator._probe_once()
+        lm._evaluator.computation.probe_once()
     lm._evaluator.executor.forward = lambda pass_: forwarded.append(pass_.num_tokens) or forward(pass_)
     texts = usable([compose(s, lm) for s in segments])
     split_at = data.draw(st.integers(0, len(texts)))

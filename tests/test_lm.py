@@ -38,7 +38,6 @@ from backprompt import (
     evaluate,
     load,
 )
-from backprompt import evaluator as evaluator_module
 from backprompt.cache import KeysValues, States
 from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
@@ -373,18 +372,40 @@ def test_next_token_logprobs_are_float32_whatever_the_default_dtype(lm):
     assert found.dtype is scored.dtype is torch.float32
 
 
+BEGINNINGS = {
+    "evaluate": lambda text: evaluate(text),
+    "logits": lambda text: text.logits,
+    "token_logprobs": lambda text: text.lm.token_logprobs([text]),
+    "next_token_logprobs": lambda text: text.lm.next_token_logprobs([text], [[1, 2]]),
+    "generate": lambda text: text.generate(max_new_tokens=3),
+    "pin": lambda text: text.pin(),
+}
+
+
+@pytest.mark.parametrize("begin", BEGINNINGS.values(), ids=BEGINNINGS.keys())
+def test_an_evaluation_is_counted_once(begin, model, tokenizer):
+    """Wherever it begins, and however many passes it takes; evaluating what is held all goes uncounted."""
+    lm = LM(model, tokenizer, max_tokens_per_forward=2)
+    for number, string in enumerate(["The cat sat", "A dog ran off", "Somebody"], 1):
+        begin(Text(string, lm))
+        assert lm._evaluator.forest.evaluation == number
+    begin(Text("The cat sat", lm))
+    begin(Text("Nobody", lm))
+    assert lm._evaluator.forest.evaluation == 4
+
+
 def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(evaluator_module, "MAX_EMPTY_SPANS", 10)
+    monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 10)
     lm = LM(model, tokenizer, memory_bytes=0)
     for first in range(40):
         lm.token_logprobs([Text.from_tokens([first, 5, 6, 7], lm)])
     evaluator = lm._evaluator
-    assert set(evaluator._candidates._scores) <= set(evaluator.forest.spans())
+    assert set(evaluator.computation.pools.candidates._scores) <= set(evaluator.forest.spans())
     assert lm.stats.result_bytes_held <= 20 * 400
 
 
 def test_what_is_known_of_tokens_not_forwarded_is_bounded(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(evaluator_module, "MAX_CANDIDATE_BYTES", 600)
+    monkeypatch.setattr("backprompt.pools.MAX_CANDIDATE_BYTES", 600)
     lm = LM(model, tokenizer)
     texts = [Text("The cat", lm) + Text.from_tokens([token_id], lm) for token_id in range(40, 60)]
     for chosen in (texts[:2], texts, texts[5:]):

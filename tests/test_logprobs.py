@@ -383,7 +383,7 @@ def test_options_that_leave_no_token_are_an_error(options, masked_lm):
     text = Text(PROMPTS[0], masked_lm)
     with pytest.raises(GenerationError, match="-inf for every token, so that none may follow"):
         text.generate(max_new_tokens=2, suppress_tokens=list(range(320)), **options)
-    assert not masked_lm._evaluator.held_ends()
+    assert not masked_lm._evaluator.holders.ends()
 
 
 def test_beams_of_probability_0_are_no_continuations(tokenizer):
@@ -460,9 +460,9 @@ def test_logits_that_are_no_distribution_are_an_error_that_names_the_text(what, 
         with pytest.raises(NonFiniteError, match=match):
             read()
     assert torch.isfinite(good.generate(max_new_tokens=2).completion_logprobs).all()
-    for rows in lm._evaluator._pool._rows.values():
+    for rows in lm._evaluator.computation.pools.logits._rows.values():
         assert torch.isfinite(rows).all()
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
 
 
 def test_nothing_that_is_no_distribution_is_stored(tokenizer):
@@ -536,7 +536,7 @@ def test_scores_of_nan_that_torch_hides_are_an_error(name, tokenizer, monkeypatc
     model = FAMILIES["llama"]()
     with torch.no_grad():
         model.get_submodule(f"model.layers.1.self_attn.{name}").weight[...] = torch.nan
-    monkeypatch.setattr("backprompt.evaluator.probe", lambda model, executor: None)
+    monkeypatch.setattr("backprompt.computation.probe", lambda model, executor: None)
     text = Text.from_tokens((5, 6, 7), LM(model, tokenizer))
     with pytest.raises(
         NonFiniteError, match=rf"queries or keys of NaN or infinity at the end of .*{name}.weight' has NaN"

@@ -118,7 +118,7 @@ def test_what_is_chosen_does_not_change(tokenizer, family, num_tokens, max_ngram
             assert found.completion_tokens == one.completion_tokens
             assert found.finish_reason == one.finish_reason
             torch.testing.assert_close(found.completion_logprobs, one.completion_logprobs, rtol=0, atol=ATOL)
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()
 
 
 def test_less_is_proposed_after_what_was_wrong_and_more_after_what_was_right(lm):

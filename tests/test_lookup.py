@@ -11,7 +11,8 @@ from test_memory import TOKEN_BYTES, make_lm
 
 import backprompt as bp
 from backprompt import LM, Piece, Text, evaluate
-from backprompt.radix import SLOTS, Forest
+from backprompt.forest import Forest
+from backprompt.radix import SLOTS
 from backprompt.store import DiskStore, MemoryStore
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe

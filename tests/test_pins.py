@@ -167,10 +167,10 @@ class Holders(RuleBasedStateMachine):
             return
         evaluator = self.lm._evaluator
         pinned = {evaluator.forest.insert(pin._text.token_ids) for pin in self.pins}
-        assert set(evaluator._pinned_ends()) == pinned
+        assert set(evaluator.holders.pinned_ends()) == pinned
         assert all(span.rows is not None for end in pinned for span in end.closure())
         growing = {end for stream in self.streams for live in stream._run._live for end in live.ends.values()}
-        assert evaluator.held_ends() == pinned | growing
+        assert evaluator.holders.ends() == pinned | growing
 
     @invariant()
     def budgets_hold(self):
@@ -190,7 +190,7 @@ def test_a_stream_that_nobody_keeps_holds_nothing_whatever_is_done_next():
     stream = Text("The cat sat", lm).stream(max_new_tokens=5)
     next(stream)
     lm.token_logprobs([Text("The cat sat on", lm)])
-    assert len(lm._evaluator.held_ends()) == 2
+    assert len(lm._evaluator.holders.ends()) == 2
     del stream
     pin.release()
-    assert not lm._evaluator.held_ends()
+    assert not lm._evaluator.holders.ends()

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt.cache import BlockRows
+from backprompt.forest import Forest
 from backprompt.passes import MIN_CUT_TOKENS, cut_into_passes, missing_spans
 from backprompt.plan import KeySegment, Pass, plan_pass
-from backprompt.radix import Forest, Span
+from backprompt.radix import Span
 
 Ids = tuple[int, ...]
 Scene = tuple[list[list[Ids]], list[Ids]]

@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backprompt.cache import BlockRows
-from backprompt.radix import Forest, Span
+from backprompt.forest import Forest
+from backprompt.radix import Junction, JunctionKey, Span
 
 Ids = tuple[int, ...]
 
@@ -330,3 +331,44 @@ def test_a_chain_of_ten_thousand_spans() -> None:
     assert list(forest.spans()) == end.path()
     forest.clear()
     assert list(forest.spans()) == []
+
+
+def test_an_evaluation_that_has_computed_nothing_goes_on() -> None:
+    forest = Forest()
+    for _ in range(3):
+        forest.begin_evaluation()
+    assert (forest.evaluation, forest.stamp(), forest.stamp()) == (1, 1, 1)
+    forest.begin_evaluation()
+    forest.begin_evaluation()
+    assert forest.evaluation == 2
+
+
+@pytest.mark.parametrize(
+    ("slots", "held", "with_keys", "anywhere", "anywhere_with_keys"),
+    [
+        ((), False, False, False, False),
+        (("states",), True, False, True, False),
+        (("states", "rows"), True, True, True, True),
+        (("host_states",), False, False, True, False),
+        (("host_states", "host_rows"), False, False, True, True),
+        (("states", "host_rows"), True, False, True, True),
+    ],
+)
+def test_where_a_span_is_held_and_with_what(slots, held, with_keys, anywhere, anywhere_with_keys) -> None:
+    span = Forest().insert((1, 2))
+    for slot in slots:
+        setattr(span, slot, BlockRows(object(), 0, 2))
+    assert (span.is_held(), span.is_held(with_keys=True)) == (held, with_keys)
+    assert (span.is_held(in_host=True), span.is_held(in_host=True, with_keys=True)) == (anywhere, anywhere_with_keys)
+    assert span.is_empty == (not anywhere)
+
+
+def test_a_junction_is_found_by_its_branches_in_any_order_each_as_often_as_it_is_there() -> None:
+    forest = Forest()
+    context = forest.insert((1,))
+    a, b = forest.insert((1, 2, 3)), forest.insert((1, 4))
+    junction = context.children[JunctionKey.of([(a, False), (b, True), (a, False)])] = Junction(3, context, {})
+    forest.split(a, 1)  # an end stays the end
+    assert context.junction([(b, True), (a, False), (a, False)]) is junction
+    for ends in ([(a, False), (b, True)], [(a, False), (b, False), (a, False)], [(a, True), (b, True), (a, True)]):
+        assert context.junction(ends) is None

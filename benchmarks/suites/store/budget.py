@@ -117,15 +117,16 @@ def measure_budget(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, f
 
 
 def _watch_peak(lm: LM) -> list[int]:
-    """Return a list that grows by the bytes that are held right after each pass."""
+    """Return a list that grows by the bytes that are held whenever blocks are added, as after each pass."""
     held: list[int] = [0]
-    forward = lm._evaluator._forward
+    memory = lm._evaluator.memory
+    add = memory.add
 
-    def forward_and_note(spans: Any) -> None:
-        forward(spans)
-        held.append(lm._evaluator.memory.num_bytes)
+    def add_and_note(blocks: Any) -> None:
+        add(blocks)
+        held.append(memory.num_bytes)
 
-    lm._evaluator._forward = forward_and_note  # type: ignore[method-assign]
+    memory.add = add_and_note  # type: ignore[method-assign]
     return held
 
 
