@@ -311,7 +311,7 @@ class Computation:
         self.holders.stop_using()
         if not self.forest.is_whole:
             self._forget()
-        self._prune()
+        self._prune(MAX_EMPTY_SPANS, MAX_EMPTY_TOKENS)
         spans = list(self.forest.spans())
         for tier in (self.memory, self.memory.host):
             tier.recount(spans)
@@ -326,7 +326,7 @@ class Computation:
         self.forest.clear()
         self.pools.clear()
 
-    def _prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
+    def _prune(self, max_spans: int, max_tokens: int) -> None:
         """Forget spans of which nothing is held, but for the latest, and results by which they would stay alive."""
         self.forest.prune(max_spans, max_tokens)
         self.pools.retain(set(self.forest.spans()))

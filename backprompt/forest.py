@@ -186,17 +186,19 @@ class Forest:
     def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
         """Remove spans of which nothing is held, until so many of them with so many tokens are left at most.
 
-        What was used longest ago goes first, and what continues a span goes before it.
+        Spans that were never computed all go. Of the others the ones that were used longest ago go first, and a span
+        goes after those that continue it.
         """
         spans = list(self.spans())
-        last_used = {span: span.last_used for span in spans if span.is_empty}
+        last_used = {span: span.last_used if span.was_computed else -1 for span in spans if span.is_empty}
         for span in reversed(spans):  # each before its parents
             if span in last_used:
                 for parent in span.parents:
                     if parent in last_used:
                         last_used[parent] = max(last_used[parent], last_used[span])
         latest_first = sorted(last_used, key=last_used.__getitem__, reverse=True)  # of equals, parents come first
-        num_tokens = itertools.accumulate(len(span.token_ids) for span in latest_first)
+        remembered = list(itertools.takewhile(lambda span: last_used[span] >= 0, latest_first))
+        num_tokens = itertools.accumulate(len(span.token_ids) for span in remembered)
         num_kept = sum(total <= max_tokens for total in itertools.islice(num_tokens, max_spans))
         gone = set(latest_first[num_kept:])
         for left in {span.parent for span in gone if span.parent is not None} - gone:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from backprompt import LM, MemoryBudgetError, Text, evaluate, load, tier
+from backprompt import LM, MemoryBudgetError, Text, TokenIdError, evaluate, load, tier
 from backprompt.cache import Location
 from backprompt.host import HostMemory
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
@@ -685,6 +685,18 @@ def test_a_store_serves_what_neither_pool_holds(model, tokenizer):
     assert_plain(model, continued)
     assert lm.stats.host_bytes_held <= 40 * TOKEN_BYTES
     check_is_sound(lm)
+
+
+def test_a_refused_request_forgets_nothing_of_what_was_dropped(model, tokenizer):
+    lm = make_lm(model, tokenizer, 0)
+    texts = wide_forest(lm, num_branches=4)
+    evaluate(texts)
+    with pytest.raises(TokenIdError):
+        lm.next_token_logprobs(texts[:1], [[10**6]])
+    before = lm.stats
+    evaluate(texts)
+    done = lm.stats - before
+    assert done.tokens_recomputed == done.tokens_computed == num_distinct(texts)
 
 
 @pytest.mark.parametrize("num_copies", [0, 1, 3, 5])

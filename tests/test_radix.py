@@ -257,6 +257,8 @@ def test_prune_leaves_the_latest_of_what_holds_nothing(
     for ids in batch:
         forest.insert(ids).last_used = data.draw(st.integers(0, 5))
     before = list(forest.spans())
+    for span in before:
+        span.was_computed = True
     latest = {span: max(below.last_used for below in before if span in below.path()) for span in before}
     forest.prune(max_spans, max_tokens)
     left = set(forest.spans())
@@ -272,6 +274,17 @@ def test_prune_leaves_the_latest_of_what_holds_nothing(
         num_tokens = sum(len(span.token_ids) for span in left) + len(first.token_ids)
         assert len(left) == max_spans or num_tokens > max_tokens
     assert not any(span.children for span in gone)
+
+
+def test_prune_takes_what_was_never_computed_and_remembers_the_rest() -> None:
+    """1 (dropped) -- 2 (dropped); 1 -- 3 (inserted only); 4 (inserted only) -- 5 (dropped)"""
+    forest = Forest()
+    first, second, third, fourth, fifth = (forest.insert(ids) for ids in ((1,), (1, 2), (1, 3), (4,), (4, 5)))
+    for span in (first, second, fifth):
+        span.was_computed = True
+    forest.prune(10, 10)
+    assert set(forest.spans()) == {first, second, fourth, fifth}
+    assert third not in first.children.values()
 
 
 def test_prune_takes_what_stands_below_a_span_that_is_not_computed() -> None:
