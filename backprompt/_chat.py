@@ -20,9 +20,9 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from backprompt._generate import ContinuedText
-from backprompt.arguments import as_list, as_lm
+from backprompt.arguments import as_list
 from backprompt.errors import TextTypeError, TokenizerError
-from backprompt.lm import LM
+from backprompt.lm import LM, as_lm
 from backprompt.text import Text
 
 Rendered: TypeAlias = "str | tuple[int, ...]"

@@ -17,7 +17,6 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from backprompt._visible import visible
-from backprompt.arguments import as_texts
 from backprompt.errors import MixedModelsError
 from backprompt.evaluator import Evaluator
 from backprompt.lm import lm_of
@@ -25,11 +24,12 @@ from backprompt.lookup import where
 from backprompt.missing import Miss, Reason, misses, shown_segment
 from backprompt.radix import common_length
 from backprompt.text import Text
+from backprompt.texts import as_texts
 from backprompt.token_graph import TokenGraph, TokenIds, flat
 
 if TYPE_CHECKING:
+    from backprompt.extents import Extent
     from backprompt.lm import LM, Stats
-    from backprompt.tokens import Extent
 
 MAX_SHOWN = 12
 """How many missing segments the printed account names."""
@@ -353,8 +353,7 @@ def one_lm(texts: Sequence[Text]) -> LM:
             raise MixedModelsError(
                 f"texts[{idx}], {text!r}, belongs to another LM than texts[0]. Ask about the texts of one LM at a time."
             )
-    assert texts[0].lm is not None
-    return texts[0].lm
+    return lm_of(texts[0], 0)
 
 
 def _expected(lm: LM, evaluator: Evaluator, texts: Sequence[Text]) -> Explanation:

@@ -16,23 +16,24 @@ import torch
 from torch import Tensor
 
 from backprompt import classify
-from backprompt.arguments import as_int, as_list, as_texts
+from backprompt.arguments import as_int, as_list
 from backprompt.beams import BeamDecoding
 from backprompt.completions import EndOfPrompt, completion_ids, ends_behind
 from backprompt.decoded import Decoder
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
 from backprompt.errors import GenerationError
+from backprompt.lm import LM, bound_lm
 from backprompt.lookahead import MAX_PROPOSALS
 from backprompt.progress import progress_bar, showing
 from backprompt.radix import Span
 from backprompt.stops import StopStrings
 from backprompt.text import Text, lazily
+from backprompt.texts import as_texts
 from backprompt.token_graph import TokenIds, flat, with_more
 from backprompt.tokens import added
 
 if TYPE_CHECKING:
     from backprompt.evaluator import Evaluator
-    from backprompt.lm import LM
 
 Continued = TypeVar("Continued", bound="ContinuedText")
 
@@ -83,7 +84,7 @@ class ContinuedText(Text):
     @property
     def completion(self) -> str:
         """What was added, as a string, special tokens such as an end token left out."""
-        lm = self._require_lm("the string of token ids")
+        lm = bound_lm(self, "the string of token ids")
         special = set(lm.tokenizer.all_special_ids)
         kept = [token_id for token_id in self.completion_tokens if token_id not in special]
         with lazily():
@@ -184,7 +185,7 @@ def select(
         What `classify.predict_proba` raises.
 
     """
-    lm = prompt._require_lm("a continuation")
+    lm = bound_lm(prompt, "a continuation")
     listed = as_list(options, "options must be a sequence of strings")
     probabilities = classify.predict_proba(prompt, listed, end_of_prompt=end_of_prompt, aggregate=aggregate, **scoring)
     option = listed[int(probabilities.argmax())]
@@ -269,7 +270,7 @@ def generate(
     num_each = 1 if n is None else as_int(n, "n", at_least=1, error=GenerationError)
     if not listed:
         return []
-    lm = listed[0]._require_lm("a continuation")
+    lm = bound_lm(listed[0], "a continuation")
     stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
     decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
     if not decoding.is_sampling and num_each > decoding.num_beams:
@@ -299,6 +300,22 @@ def run_with_bar(run: Run, show: bool | None) -> None:
                 bar.update(run.num_tokens_done - bar.n)
     finally:
         run.close()
+
+
+def stream(
+    prompt: Text,
+    *,
+    max_new_tokens: int,
+    stop: str | Sequence[str] | None = None,
+    include_stop: bool = False,
+    seed: int | None = None,
+    **generation_config: Any,
+) -> Stream:
+    """Return an iterator over the strings that the model adds to a text; see `Text.stream`."""
+    lm = bound_lm(prompt, "a continuation")
+    stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
+    decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
+    return Stream(lm, prompt, decoding)
 
 
 class Stream(Iterator[str]):

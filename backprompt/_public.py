@@ -36,6 +36,7 @@ from backprompt.errors import (
     UnsupportedModelError,
 )
 from backprompt.evaluator import TokenScores
+from backprompt.extents import Extent, Join
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM, Stats, evaluate, load
 from backprompt.lookup import Piece
@@ -43,7 +44,6 @@ from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
-from backprompt.tokens import Extent, Join
 
 __all__ = [
     "LM",

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backprompt._visible import visible
+from backprompt.lm import LM, bound_lm
 from backprompt.logprobs import log_softmax
 from backprompt.token_graph import TokenIds, flat, fold
 from backprompt.tokens import added
 
 if TYPE_CHECKING:
-    from backprompt.lm import LM
     from backprompt.text import Text
     from backprompt.tokenizer import PrivateTokenizer
 
@@ -127,7 +127,7 @@ def show(text: Text, *, top: int = 5) -> ShownText:
     """Return a text with its tokens coloured by log-probability; see `Text.show`."""
     if isinstance(top, bool) or not isinstance(top, int) or top < 0:
         raise ValueError(f"top must be an int of at least 0, not {top!r}.")
-    lm = text._require_lm("log-probabilities")
+    lm = bound_lm(text, "log-probabilities")
     model_repr = text.model_repr
     with lm._exclusive():
         (token_ids,) = lm._encoder.encode([text])

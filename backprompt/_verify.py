@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from backprompt import skeleton
 from backprompt._explain import listed_texts, one_lm
 from backprompt.errors import DriftError, GroupError
+from backprompt.extents import Extent
 from backprompt.missing import shown_segment
 from backprompt.probe import differences
 from backprompt.progress import Bar, is_wanted
 from backprompt.segments import Group
 from backprompt.text import Text
-from backprompt.tokens import Extent
 
 if TYPE_CHECKING:
     from backprompt.lm import LM

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 LINE_WIDTH = 28
 
+_GIVEN_CHARACTERS = 60
+
 _REPLACED = {"\n": "↵", "\t": "⇥"}
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # make up letters and emoji
@@ -64,6 +66,11 @@ def _is_shaped(before: str, character: str) -> bool:
     if _SELECTORS.match(before):
         return character in _JOINERS
     return (not before.isascii() and before not in _JOINERS) or before in "0123456789#*"  # keycaps
+
+
+def abbreviated(given: object) -> str:
+    """Return how an error shows a value that was given."""
+    return shortened(ascii(given) if isinstance(given, str) else repr(given), _GIVEN_CHARACTERS)
 
 
 def shortened(string: str, limit: int) -> str:

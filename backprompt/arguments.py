@@ -10,19 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Reversible, Set
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from backprompt._visible import shortened
+from backprompt._visible import abbreviated
 from backprompt.errors import TextTypeError, TokenizerError
-
-if TYPE_CHECKING:
-    from backprompt.lm import LM
-    from backprompt.text import Text
-
-_REPR_CHARACTERS = 60
 
 
 def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
@@ -41,7 +35,7 @@ def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
         return list(given)
     kind = type(given).__name__
     if isinstance(given, (str, bytes, bytearray, memoryview)):
-        raise TextTypeError(f"{needed}, not the {kind} {_shown(given)}. Put a single one in a list.")
+        raise TextTypeError(f"{needed}, not the {kind} {abbreviated(given)}. Put a single one in a list.")
     if isinstance(given, Mapping):
         raise TextTypeError(
             f"{needed}, not a mapping ({kind}), of which the keys would be taken. Give what is meant: "
@@ -57,67 +51,15 @@ def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
     try:
         elements = iter(given)
     except TypeError as error:
-        raise TextTypeError(f"{needed}, not {kind}: {_shown(given)}.") from error
+        raise TextTypeError(f"{needed}, not {kind}: {abbreviated(given)}.") from error
     return list(elements)
-
-
-def as_texts(texts: Any, function: str) -> list[Text]:
-    """Return a text or several as a list; `function` takes them.
-
-    Raises:
-        TextTypeError: see `as_list`; or an element is not a `Text`.
-
-    """
-    from backprompt.text import Text  # which uses what is above
-
-    needed = f"{function} takes a Text or several in a list"
-    if isinstance(texts, Text):
-        return [texts]
-    if isinstance(texts, str):
-        raise TextTypeError(f"{needed}, not the str {_shown(texts)}. Wrap it: Text(string, lm).")
-    listed = as_list(texts, needed)
-    return [as_text(text, f"texts[{idx}]") for idx, text in enumerate(listed)]
-
-
-def as_text(given: object, name: str) -> Text:
-    """Return what is a `Text`; `name` says where it stands.
-
-    Raises:
-        TextTypeError: it is none.
-
-    """
-    from backprompt.text import Text
-
-    if not isinstance(given, Text):
-        raise TextTypeError(f"{name} is a {type(given).__name__}, not a Text. Wrap strings: Text(string, lm).")
-    return given
-
-
-def as_lm(given: Any) -> LM:
-    """Return an `LM`, of a `(model, tokenizer)` tuple the one that all such tuples share.
-
-    Raises:
-        TextTypeError: it is neither.
-        What `LM` raises for the model and the tokenizer.
-
-    """
-    from backprompt.lm import LM, shared_lm  # texts know no model until they are given one
-
-    if isinstance(given, LM):
-        return given
-    if isinstance(given, tuple) and len(given) == 2:
-        return shared_lm(*given)
-    raise TextTypeError(
-        f"The model is given as an LM or a (model, tokenizer) tuple, not as {type(given).__name__}: {_shown(given)}. "
-        "backprompt.load(name) makes an LM."
-    )
 
 
 def check_encodable(string: str, name: str) -> None:
     """Raise TokenizerError for a lone surrogate; `name` says where the string stands."""
     position = lone_surrogate(string)
     if position is not None:
-        raise TokenizerError(surrogate_message(f"{name}, {_shown(string)},", position))
+        raise TokenizerError(surrogate_message(f"{name}, {abbreviated(string)},", position))
 
 
 def lone_surrogate(string: str) -> int | None:
@@ -170,7 +112,7 @@ def as_number(
     where = "" if bounds == (-math.inf, math.inf) else f" of at least {low:g}"
     where = where if high == math.inf else f" from {low:g} to {high:g}"
     kind = error or (ValueError if is_number else TypeError)
-    raise kind(f"{name} must be a finite number{where}, not {_shown(given)}.")
+    raise kind(f"{name} must be a finite number{where}, not {abbreviated(given)}.")
 
 
 def as_bool(given: Any, name: str, *, error: type[ValueError] = ValueError) -> bool:
@@ -206,12 +148,8 @@ def as_floats(given: Any, name: str) -> npt.NDArray[np.float64]:
         array = array.astype(float)
     if array.dtype.kind not in "fiu" and array.size:
         odd = next((value for value in array.flat if not isinstance(value, Real)), array.flat[0])
-        raise TypeError(f"{needed}, not {type(odd).__name__}: {_shown(odd)}.")
+        raise TypeError(f"{needed}, not {type(odd).__name__}: {abbreviated(odd)}.")
     floats = array.astype(float)
     if not np.isfinite(floats).all():
         raise ValueError(f"{needed} that are finite, not {floats[~np.isfinite(floats)][0]}.")
     return floats
-
-
-def _shown(given: object) -> str:
-    return shortened(ascii(given) if isinstance(given, str) else repr(given), _REPR_CHARACTERS)

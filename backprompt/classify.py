@@ -21,13 +21,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
-from backprompt.arguments import as_floats, as_list, as_lm, as_number, check_encodable
+from backprompt.arguments import as_floats, as_list, as_number, check_encodable
 from backprompt.calibration import Floats
 from backprompt.calibration import best_threshold as best_threshold
 from backprompt.calibration import calibrate as calibrate
 from backprompt.completions import EndOfPrompt, check_end_of_prompt, completion_ids, ends_behind
 from backprompt.errors import EmptyTextError, MixedModelsError, NonFiniteError, TextTypeError, UnboundTextError
-from backprompt.lm import LM
+from backprompt.lm import LM, as_lm
 from backprompt.progress import Bar, is_wanted
 from backprompt.search import Candidate, Search, make_trie
 from backprompt.text import Text
@@ -725,7 +725,7 @@ def _check_normalize(normalize: bool, num_completions: int) -> None:
 def _common_lm(prompts: Iterable[Prompt], given: LM | tuple[Any, Any] | None) -> LM:
     lm = None if given is None else as_lm(given)
     for prompt in prompts:
-        own = prompt.lm if isinstance(prompt, Text) else None
+        own = as_lm(prompt.lm) if isinstance(prompt, Text) and prompt.lm is not None else None
         if own is not None and lm is not None and own is not lm:
             raise MixedModelsError(f"{prompt!r} belongs to another LM than the one to score with. Use one of them.")
         lm = own if lm is None else lm

@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backprompt.archive import Archive, Root
-from backprompt.arguments import as_bool, as_int, as_list, as_text, as_texts
+from backprompt.arguments import as_bool, as_int, as_list
 from backprompt.cache import Location
 from backprompt.checkpoint import Checkpoint
 from backprompt.decoding import Decoding
+from backprompt.engine import Engine, as_engine
 from backprompt.errors import (
     EmptyTextError,
     GroupError,
@@ -39,12 +40,14 @@ from backprompt.errors import (
     NotPicklableError,
     StaleRepresentationError,
     TextTooLongError,
+    TextTypeError,
     TokenIdError,
     UnboundTextError,
     UnsupportedModelError,
 )
 from backprompt.evaluator import Counters, Evaluator, PinnedText, TokenScores, Wanted, split_to_score
 from backprompt.executor import plain_surroundings
+from backprompt.extents import Extent, Join
 from backprompt.forking import ForkableLock, watch_lm
 from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
@@ -57,10 +60,11 @@ from backprompt.skeleton import model_device, unwrap
 from backprompt.stops import StopStrings
 from backprompt.store import DiskStore, Store
 from backprompt.store.paths import check_folder
-from backprompt.text import Text, lazily
+from backprompt.text import Text, bound_engine, lazily
+from backprompt.texts import as_text, as_texts
 from backprompt.token_graph import TokenIds, before_last, ends_in_group, flat, is_beginning, num_positions
 from backprompt.tokenizer import PrivateTokenizer
-from backprompt.tokens import JOINS, Encoder, Extent, Join, Joins
+from backprompt.tokens import JOINS, Encoder, Joins
 from backprompt.weights import WeightsMonitor, content_hash
 
 logger = logging.getLogger(__name__)
@@ -124,7 +128,7 @@ class Stats:
         return replace(self, **differences)
 
 
-class LM:
+class LM(Engine[Text]):
     """A causal language model of transformers with its tokenizer; starts with an empty cache.
 
     The model is left as found: evaluation runs on a private copy that shares its weights, in eval mode, without
@@ -906,7 +910,7 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
 
     """
     if isinstance(texts, Text):
-        return texts._require_lm("a representation").evaluate([texts], show_progress_bar=show_progress_bar)[0]
+        return bound_lm(texts, "a representation").evaluate([texts], show_progress_bar=show_progress_bar)[0]
     listed = as_texts(texts, "evaluate")
     by_lm: dict[LM, list[int]] = {}
     for idx, text in enumerate(listed):
@@ -932,7 +936,31 @@ def lm_of(text: object, idx: int) -> LM:
             f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that "
             "has one."
         )
-    return text.lm
+    return as_lm(text.lm)
+
+
+def bound_lm(text: Text, what: str) -> LM:
+    """Return the `LM` of a text; `what` is wanted of it.
+
+    Raises:
+        UnboundTextError: the text has none.
+
+    """
+    return as_lm(bound_engine(text, what))
+
+
+def as_lm(given: Any) -> LM:
+    """Return an `LM`, of a `(model, tokenizer)` tuple the one that all such tuples share.
+
+    Raises:
+        TextTypeError: it is neither.
+        What `LM` raises for the model and the tokenizer.
+
+    """
+    engine = as_engine(given)
+    if not isinstance(engine, LM):
+        raise TextTypeError(f"An LM is needed here, not {type(engine).__name__}.")
+    return engine
 
 
 def load(

@@ -25,11 +25,11 @@ import torch
 from transformers import AutoTokenizer
 
 from backprompt._generate import Run, run_with_bar
-from backprompt.arguments import as_bool, as_int, as_lm, check_encodable
+from backprompt.arguments import as_bool, as_int, check_encodable
 from backprompt.classify import TOKENS_AT_A_TIME
 from backprompt.errors import GenerationError
 from backprompt.generation_options import SAMPLING_FIELDS
-from backprompt.lm import LM, load
+from backprompt.lm import LM, as_lm, load
 from backprompt.progress import Bar
 from backprompt.stops import StopStrings, missing_characters
 from backprompt.text import Text

@@ -16,12 +16,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from backprompt import classify
-from backprompt.arguments import as_list, as_lm, as_number, check_encodable
+from backprompt.arguments import as_list, as_number, check_encodable
 from backprompt.calibration import Floats
 from backprompt.classify import Aggregate, Example
 from backprompt.completions import EndOfPrompt, ends_behind, space_before
 from backprompt.errors import TextTypeError
-from backprompt.lm import LM
+from backprompt.lm import LM, as_lm
 from backprompt.text import Text
 
 try:
