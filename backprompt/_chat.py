@@ -157,7 +157,7 @@ class _Template:
 
     def written(self, string: str) -> Rendered:
         """Return how a string stands in what it renders."""
-        return self.lm.completion_ids([string])[0] if self.renders_ids else string
+        return self.lm.session.completion_ids([string])[0] if self.renders_ids else string
 
     def written_token(self, token_id: int) -> Rendered:
         """Return how a token stands in what it renders."""

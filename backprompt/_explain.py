@@ -29,7 +29,8 @@ from backprompt.token_graph import TokenGraph, TokenIds, flat
 
 if TYPE_CHECKING:
     from backprompt.extents import Extent
-    from backprompt.lm import LM, Stats
+    from backprompt.lm import LM
+    from backprompt.stats import Stats
 
 MAX_SHOWN = 12
 """How many missing segments the printed account names."""
@@ -318,8 +319,8 @@ def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanati
     listed = listed_texts(texts, "explain")
     lm = one_lm(listed)
     lm.check(listed)
-    with lm._exclusive():
-        explained = _expected(lm, lm._current(), listed)
+    with lm.session.exclusive():
+        explained = _expected(lm, lm.session.current(), listed)
         if not analyze:
             return explained
         before = lm.stats
@@ -358,8 +359,8 @@ def one_lm(texts: Sequence[Text]) -> LM:
 
 def _expected(lm: LM, evaluator: Evaluator, texts: Sequence[Text]) -> Explanation:
     """Return what evaluating the texts would do; the lock must be held."""
-    encoded = lm._encoder.encode(texts)
-    extents = lm._encoder.extents(texts)
+    encoded = lm.session.encoder.encode(texts)
+    extents = lm.session.encoder.extents(texts)
     sketch = evaluator.sketch(encoded)
     num_tokens = {"memory": 0, "host": 0, "disk": 0, "evicted": 0, "absent": 0}
     for span in sketch.forest.spans():

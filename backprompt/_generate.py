@@ -8,7 +8,7 @@ How a token is chosen is decoding.py's business.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -272,7 +272,7 @@ def generate(
         return []
     lm = bound_lm(listed[0], "a continuation")
     stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
-    decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
+    decoding = _decoding(lm, stops, max_new_tokens, seed, generation_config)
     if not decoding.is_sampling and num_each > decoding.num_beams:
         if decoding.num_beams == 1:
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
@@ -285,6 +285,12 @@ def generate(
         found = [samples[start : start + num_each] for start in range(0, len(samples), num_each)]
     results: list[Any] = [row[0] for row in found] if n is None else found
     return results[0] if is_single else results
+
+
+def _decoding(lm: LM, stops: StopStrings, max_new_tokens: int, seed: int | None, given: Mapping[str, Any]) -> Decoding:
+    return Decoding(
+        lm.session.causal_lm, lm.tokenizer, max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=given
+    )
 
 
 def run_with_bar(run: Run, show: bool | None) -> None:
@@ -314,7 +320,7 @@ def stream(
     """Return an iterator over the strings that the model adds to a text; see `Text.stream`."""
     lm = bound_lm(prompt, "a continuation")
     stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
-    decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
+    decoding = _decoding(lm, stops, max_new_tokens, seed, generation_config)
     return Stream(lm, prompt, decoding)
 
 
@@ -401,7 +407,7 @@ class Run:
     _evaluator: Evaluator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.prompts = self.lm.ids_to_continue(self.texts, self.decoding.max_new_tokens)
+        self.prompts = self.lm.session.ids_to_continue(self.texts, self.decoding.max_new_tokens)
         num_samples: Counter[tuple[int, ...]] = Counter()
         self._decodings = []
         for ids in map(flat, self.prompts):
@@ -431,7 +437,7 @@ class Run:
 
     def step(self) -> bool:
         """Decide what comes next for every live text; return whether any goes on, or waits."""
-        with self.lm.growing(self._evaluator) as evaluator:
+        with self.lm.session.growing(self._evaluator) as evaluator:
             if self._evaluator is None:
                 evaluator.let_grow(self, self._live)
                 self._evaluator = evaluator
@@ -451,7 +457,7 @@ class Run:
         """Let go of what is live, and begin with nothing more."""
         self._num_begun = len(self.texts)
         if self._live and self._evaluator is not None:
-            with self.lm._exclusive():
+            with self.lm.session.exclusive():
                 self._end(self._evaluator, self._live)
 
     def _grow(self, evaluator: Evaluator) -> list[tuple[_Live, Completion]]:

@@ -272,8 +272,8 @@ class _Walk:
 
 def _add_encoded(merged: _Merged, lm: LM, texts: dict[int, Text]) -> int:
     """Merge texts of one `LM` in, with their tokens, and what the `LM` holds of these; return how many they have."""
-    with lm._exclusive():
-        evaluator, encoder = lm._current(), lm._encoder
+    with lm.session.exclusive():
+        evaluator, encoder = lm.session.current(), lm.session.encoder
         all_token_ids = encoder.encode(list(texts.values()))
         sketch = evaluator.sketch(all_token_ids)
         statuses = [list(_statuses(sketch, place)) for place in sketch.places]

@@ -38,10 +38,12 @@ from backprompt.errors import (
 from backprompt.evaluator import TokenScores
 from backprompt.extents import Extent, Join
 from backprompt.independence import IndependenceGap, independence_gap
-from backprompt.lm import LM, Stats, evaluate, load
+from backprompt.lm import LM, evaluate
+from backprompt.loading import load
 from backprompt.lookup import Piece
 from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
+from backprompt.stats import Stats
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
 

@@ -129,10 +129,10 @@ def show(text: Text, *, top: int = 5) -> ShownText:
         raise ValueError(f"top must be an int of at least 0, not {top!r}.")
     lm = bound_lm(text, "log-probabilities")
     model_repr = text.model_repr
-    with lm._exclusive():
-        (token_ids,) = lm._encoder.encode([text])
-        (extents,) = lm._encoder.extents([text])
-        tokenizer = lm._tokenizer_copy
+    with lm.session.exclusive():
+        (token_ids,) = lm.session.encoder.encode([text])
+        (extents,) = lm.session.encoder.extents([text])
+        tokenizer = lm.session.private_tokenizer
     alternatives = _alternatives(lm, text, token_ids, top)
     starts = {extent.start: extent for extent in extents if extent.start < extent.stop}
     logprobs = model_repr.token_logprobs.tolist()

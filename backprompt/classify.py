@@ -379,7 +379,7 @@ class _Work:
     @cached_property
     def prompt_ids(self) -> list[TokenIds]:
         """The ids of each prompt as they are where something follows."""
-        return self.lm.prompt_ids(self.prompts)
+        return self.lm.session.prompt_ids(self.prompts)
 
     @cached_property
     def completion_ids(self) -> dict[tuple[EndOfPrompt, str], tuple[int, ...]]:

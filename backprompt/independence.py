@@ -58,7 +58,7 @@ def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | 
     if not declared:
         raise ValueError("independence_gap needs at least one text.")
     for idx, text in enumerate(declared):
-        lm_of(text, idx).prompt_ids([text])  # refuses one that ends in a group
+        lm_of(text, idx).session.prompt_ids([text])  # refuses one that ends in a group
     full = [Text.from_tokens(text.tokens, bound_lm(text, "a representation")) for text in declared]
     divergences, argmax_changed = [], []
     reprs = evaluate([*declared, *full], show_progress_bar=show_progress_bar)

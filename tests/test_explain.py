@@ -425,7 +425,7 @@ def test_extents_cover_a_text_and_say_what_a_join_replaced(name, data):
         assert edges[-1] == len(text.tokens) or not extents
         for idx, extent in enumerate(extents[1:], 1):
             before = compose(list(text.segments[:idx]), lm)
-            (alone,) = lm.prompt_ids([before])
+            (alone,) = lm.session.prompt_ids([before])
             is_followed = extent.replaced or not extents[idx].start < len(alone)
             assert (*text.tokens[: extent.start], *extent.replaced) == alone or not is_followed
 

@@ -640,7 +640,7 @@ def test_select_is_classification(lm):
     found = prompt.select(iter(options))
     assert found.aggregate == "mean"
     assert found.probabilities == prompt.select(options, aggregate="mean").probabilities
-    assert found.completion_tokens == lm.completion_ids([" " + found.option])[0]
+    assert found.completion_tokens == lm.session.completion_ids([" " + found.option])[0]
     assert found.string == prompt.string + " " + found.option
     assert type(found + ".") is Text
     assert prompt.select(options, end_of_prompt="", prior=[0, 0, 1]).string == prompt.string + "46"

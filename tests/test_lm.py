@@ -463,7 +463,7 @@ def test_a_start_is_taken_where_its_tokens_are_a_beginning(parts, data):
     lm = FOUR_LMS[data.draw(st.sampled_from(sorted(FOUR_LMS)))]
     num_before = data.draw(st.integers(0, len(parts)))
     start, text = (Text("", lm).join(some) for some in (parts[:num_before], parts))
-    (ids,) = lm.prompt_ids([start])
+    (ids,) = lm.session.prompt_ids([start])
     if text.tokens[: len(ids)] == ids:
         (found,) = lm.token_logprobs([text], [start])
         assert len(found) == len(text.tokens) - len(ids)
@@ -527,7 +527,7 @@ def test_rows_are_computed_in_bounded_slices(lm, model, calls, monkeypatch):
 
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_rows_held_are_bounded_and_computed_again_when_dropped(num_rows, model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.lm.MAX_RESULT_BYTES", num_rows * ROW_BYTES)
+    monkeypatch.setattr("backprompt.session.MAX_RESULT_BYTES", num_rows * ROW_BYTES)
     lm = LM(model, tokenizer)
     texts = [Text(f"{number} cats", lm) for number in range(10)]
     evaluate(texts)
@@ -802,7 +802,7 @@ def test_load_passes_its_options_on(checkpoint):
     ],
 )
 def test_what_load_cannot_take_is_refused_before_anything_is_looked_for(options, error, message, monkeypatch):
-    monkeypatch.setattr("backprompt.lm.AutoTokenizer", None)
+    monkeypatch.setattr("backprompt.loading.AutoTokenizer", None)
     with pytest.raises(error, match=message):
         load(**{"name": "anything", **options})
 
