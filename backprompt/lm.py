@@ -345,46 +345,6 @@ class LM(Engine[Text]):
         """
         self._session.refresh()
 
-    # Names that tests still use
-
-    @property
-    def _evaluator(self) -> Any:
-        return self._session.evaluator
-
-    @property
-    def _encoder(self) -> Any:
-        return self._session.encoder
-
-    @property
-    def _tokenizer_copy(self) -> Any:
-        return self._session.private_tokenizer
-
-    @property
-    def _exclusive(self) -> Any:
-        return self._session.exclusive
-
-    @property
-    def _lock(self) -> Any:
-        return self._session.lock
-
-    @property
-    def _store(self) -> Any:
-        return self._session.store
-
-    @property
-    def _counters(self) -> Any:
-        return self._session.counters
-
-    @property
-    def _root(self) -> Any:
-        return self._session.fingerprint.root
-
-    @property
-    def _current(self) -> Any:
-        return self._session.current
-
-    # End of these
-
 
 _SHARED: WeakValueDictionary[tuple[int, int], LM] = WeakValueDictionary()
 _SHARED_SESSIONS: WeakValueDictionary[tuple[int, int], Session] = WeakValueDictionary()

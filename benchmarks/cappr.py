@@ -239,7 +239,7 @@ class Duel:
             "distinct tokens": distinct_tokens(ids),
             "classes": num_classes,
             "held": num_bytes,
-            "bytes a token": self.lm._evaluator.executor.token_bytes,
+            "bytes a token": self.lm.session.evaluator.executor.token_bytes,
             "backprompt": {"peak": peak, "seconds": seconds_ours},
             "CAPPr": lines,
         }

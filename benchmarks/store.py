@@ -229,13 +229,13 @@ def _budget(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: 
 def _watch_peak(lm: LM) -> list[int]:
     """Return a list that grows by the bytes that are held right after each pass."""
     held: list[int] = [0]
-    forward = lm._evaluator._forward
+    forward = lm.session.evaluator._forward
 
     def forward_and_note(spans: Any) -> None:
         forward(spans)
-        held.append(lm._evaluator.memory.num_bytes)
+        held.append(lm.session.evaluator.memory.num_bytes)
 
-    lm._evaluator._forward = forward_and_note  # type: ignore[method-assign]
+    lm.session.evaluator._forward = forward_and_note  # type: ignore[method-assign]
     return held
 
 

@@ -157,7 +157,7 @@ def test_seconds_are_those_of_this_lm(model, tokenizer):
     assert explain(texts).seconds is explain(texts).seconds_saved is None
     assert "unknown until something was computed" in str(explain(texts))
     evaluate(texts[0])
-    lm._counters.seconds = 0.5 * lm._counters.tokens_computed
+    lm.session.counters.seconds = 0.5 * lm.session.counters.tokens_computed
     explained = explain(texts)
     assert explained.seconds == pytest.approx(0.5 * explained.tokens_to_compute)
     plain = sum(len(text.tokens) for text in texts)

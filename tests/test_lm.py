@@ -378,7 +378,7 @@ def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypat
     lm = LM(model, tokenizer, memory_bytes=0)
     for first in range(40):
         lm.token_logprobs([Text.from_tokens([first, 5, 6, 7], lm)])
-    evaluator = lm._evaluator
+    evaluator = lm.session.evaluator
     assert set(evaluator._candidates._scores) <= set(evaluator.forest.spans())
     assert lm.stats.result_bytes_held <= 20 * 400
 
@@ -585,7 +585,7 @@ def test_a_failed_pass_keeps_what_was_computed_and_stores_nothing_half(error, fa
         evaluate(texts)
     kept = sum(calls.bodies[: failing_pass - 1])
     assert lm.stats.bytes_held == kept * TOKEN_BYTES
-    assert all(span.rows is not None for span in lm._evaluator.forest.spans())
+    assert all(span.rows is not None for span in lm.session.evaluator.forest.spans())
 
     calls.bodies.clear()
     evaluate(texts)
