@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from backprompt._generate import ContinuedText
 from backprompt.arguments import as_list
+from backprompt.bound import as_lm
 from backprompt.errors import TextTypeError, TokenizerError
-from backprompt.lm import LM, as_lm
+from backprompt.lm import LM
 from backprompt.text import Text
 
 Rendered: TypeAlias = "str | tuple[int, ...]"

@@ -17,9 +17,9 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from backprompt._visible import visible
+from backprompt.bound import lm_of
 from backprompt.errors import MixedModelsError
 from backprompt.evaluator import Evaluator
-from backprompt.lm import lm_of
 from backprompt.lookup import where
 from backprompt.missing import Miss, Reason, misses, shown_segment
 from backprompt.radix import common_length

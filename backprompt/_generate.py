@@ -18,11 +18,12 @@ from torch import Tensor
 from backprompt import classify
 from backprompt.arguments import as_int, as_list
 from backprompt.beams import BeamDecoding
+from backprompt.bound import bound_lm
 from backprompt.completions import EndOfPrompt, completion_ids, ends_behind
 from backprompt.decoded import Decoder
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
 from backprompt.errors import GenerationError
-from backprompt.lm import LM, bound_lm
+from backprompt.lm import LM
 from backprompt.lookahead import MAX_PROPOSALS
 from backprompt.progress import progress_bar, showing
 from backprompt.radix import Span

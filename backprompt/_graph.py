@@ -20,8 +20,9 @@ from typing import Any, Literal, TypeAlias
 
 import networkx as nx
 
+from backprompt.bound import as_lm
 from backprompt.extents import Extent
-from backprompt.lm import LM, as_lm
+from backprompt.lm import LM
 from backprompt.lookup import Sketch, where
 from backprompt.passes import missing_spans
 from backprompt.radix import Forest, Place, Span

@@ -9,6 +9,7 @@ from backprompt._graph import to_networkx
 from backprompt._plot import plot_probabilities
 from backprompt._show import ShownText, ShownToken
 from backprompt._verify import NodeDrift, Verification, verify
+from backprompt.bound import evaluate
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
@@ -38,7 +39,7 @@ from backprompt.errors import (
 from backprompt.evaluator import TokenScores
 from backprompt.extents import Extent, Join
 from backprompt.independence import IndependenceGap, independence_gap
-from backprompt.lm import LM, evaluate
+from backprompt.lm import LM
 from backprompt.loading import load
 from backprompt.lookup import Piece
 from backprompt.missing import Miss

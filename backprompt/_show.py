@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backprompt._visible import visible
-from backprompt.lm import LM, bound_lm
+from backprompt.bound import bound_lm
+from backprompt.lm import LM
 from backprompt.logprobs import log_softmax
 from backprompt.token_graph import TokenIds, flat, fold
 from backprompt.tokens import added

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from backprompt.arguments import as_floats, as_list, as_number, check_encodable
+from backprompt.bound import as_lm
 from backprompt.calibration import Floats
 from backprompt.calibration import best_threshold as best_threshold
 from backprompt.calibration import calibrate as calibrate
 from backprompt.completions import EndOfPrompt, check_end_of_prompt, completion_ids, ends_behind
 from backprompt.errors import EmptyTextError, MixedModelsError, NonFiniteError, TextTypeError, UnboundTextError
-from backprompt.lm import LM, as_lm
+from backprompt.lm import LM
 from backprompt.progress import Bar, is_wanted
 from backprompt.search import Candidate, Search, make_trie
 from backprompt.text import Text

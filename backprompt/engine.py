@@ -9,6 +9,7 @@ called.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from backprompt._visible import abbreviated
@@ -141,15 +142,21 @@ def as_engine(given: Any) -> Engine[Any]:
         What the factory raises for the model and the tokenizer.
 
     """
-    if isinstance(given, Engine):
-        return given
+    engine: Engine[Any] = given
+    if _is_engine(given.__class__):
+        return engine
     if isinstance(given, tuple) and len(given) == 2:
-        engine: Engine[Any] = outside(FACTORY)(*given)
+        engine = outside(FACTORY)(*given)
         return engine
     raise TextTypeError(
         "The model is given as an LM or a (model, tokenizer) tuple, not as "
         f"{type(given).__name__}: {abbreviated(given)}. backprompt.load(name) makes an LM."
     )
+
+
+@lru_cache(maxsize=64)  # a protocol looks at all of its methods each time
+def _is_engine(kind: type) -> bool:
+    return issubclass(kind, Engine)
 
 
 Function = Callable[..., Any]

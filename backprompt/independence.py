@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backprompt.lm import bound_lm, evaluate, lm_of
+from backprompt.bound import bound_lm, evaluate, lm_of
 from backprompt.text import Text
 from backprompt.texts import as_texts
 

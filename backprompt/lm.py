@@ -1,4 +1,4 @@
-"""LM: the façade of a model with its tokenizer, as users see it, and the functions that make and find one.
+"""LM: the façade of a model with its tokenizer, as users see it.
 
 It documents and delegates: all state is its `Session`'s. One lock guards that, so one `LM` may be used from many
 threads; the model itself is never touched, so it may be called by others meanwhile. If others change its weights
@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, overload
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
-from backprompt.engine import Engine, as_engine
+from backprompt.engine import Engine
 from backprompt.errors import (
     NotPicklableError,
-    TextTypeError,
-    UnboundTextError,
     UnsupportedModelError,
 )
 from backprompt.evaluator import TokenScores
@@ -33,8 +31,7 @@ from backprompt.scores import next_token_logprobs, token_scores
 from backprompt.session import Session
 from backprompt.stats import Stats, stats_of
 from backprompt.store import Store
-from backprompt.text import Text, bound_engine
-from backprompt.texts import as_text, as_texts
+from backprompt.text import Text
 from backprompt.token_graph import flat
 from backprompt.tokens import Joins
 
@@ -368,76 +365,3 @@ def _facade_of(session: Session) -> LM:
     lm = LM.__new__(LM)
     lm._session = session
     return lm
-
-
-@overload
-def evaluate(texts: Text, *, show_progress_bar: bool | None = None) -> ModelRepr: ...
-
-
-@overload
-def evaluate(texts: Iterable[Text], *, show_progress_bar: bool | None = None) -> list[ModelRepr]: ...
-
-
-def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> ModelRepr | list[ModelRepr]:
-    """Evaluate a text, or many texts with one plan for all of them.
-
-    Each distinct token that is not cached is forwarded exactly once. Texts of several `LM` objects are evaluated
-    an `LM` at a time.
-
-    Args:
-        texts: a text, or many.
-        show_progress_bar: by default on a terminal where it takes several passes and longer than two seconds.
-
-    Returns:
-        A `ModelRepr` for a text, or a list of them in the order of `texts`.
-
-    Raises:
-        See `LM.evaluate`.
-
-    """
-    if isinstance(texts, Text):
-        return bound_lm(texts, "a representation").evaluate([texts], show_progress_bar=show_progress_bar)[0]
-    listed = as_texts(texts, "evaluate")
-    by_lm: dict[LM, list[int]] = {}
-    for idx, text in enumerate(listed):
-        by_lm.setdefault(lm_of(text, idx), []).append(idx)
-    reprs: dict[int, ModelRepr] = {}
-    for lm, indices in by_lm.items():
-        own = [listed[idx] for idx in indices]
-        reprs.update(zip(indices, lm.evaluate(own, show_progress_bar=show_progress_bar), strict=True))
-    return [reprs[idx] for idx in range(len(listed))]
-
-
-def lm_of(text: object, idx: int) -> LM:
-    """Return the `LM` of an element of `texts`."""
-    text = as_text(text, f"texts[{idx}]")
-    if text.lm is None:
-        raise UnboundTextError(
-            f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that "
-            "has one."
-        )
-    return as_lm(text.lm)
-
-
-def bound_lm(text: Text, what: str) -> LM:
-    """Return the `LM` of a text; `what` is wanted of it.
-
-    Raises:
-        UnboundTextError: the text has none.
-
-    """
-    return as_lm(bound_engine(text, what))
-
-
-def as_lm(given: Any) -> LM:
-    """Return an `LM`, of a `(model, tokenizer)` tuple the one that all such tuples share.
-
-    Raises:
-        TextTypeError: it is neither.
-        What `LM` raises for the model and the tokenizer.
-
-    """
-    engine = as_engine(given)
-    if not isinstance(engine, LM):
-        raise TextTypeError(f"An LM is needed here, not {type(engine).__name__}.")
-    return engine

@@ -40,7 +40,7 @@ from backprompt.radix import Place
 from backprompt.skeleton import model_device, unwrap
 from backprompt.store import DiskStore, Store
 from backprompt.text import Text, bound_engine, lazily
-from backprompt.texts import as_text
+from backprompt.texts import engine_of
 from backprompt.token_graph import TokenIds, before_last, num_positions
 from backprompt.tokenizer import PrivateTokenizer
 from backprompt.tokens import Encoder
@@ -378,16 +378,11 @@ def session_of(text: object, idx: int) -> Session:
 
     Raises:
         TextTypeError: it is no `Text`.
-        UnboundTextError: it has no model that computes in this process.
+        UnboundTextError: it has no model, or one that is no `LM`.
 
     """
-    text = as_text(text, f"texts[{idx}]")
-    if text.lm is None:
-        raise UnboundTextError(
-            f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that "
-            "has one."
-        )
-    session = getattr(text.lm, "session", None)
+    engine = engine_of(text, idx)
+    session = getattr(engine, "session", None)
     if not isinstance(session, Session):
-        raise UnboundTextError(f"texts[{idx}], {text!r}, is bound to {type(text.lm).__name__}, which is no LM.")
+        raise UnboundTextError(f"texts[{idx}], {text!r}, is bound to {type(engine).__name__}, which is no LM.")
     return session

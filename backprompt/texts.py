@@ -6,7 +6,8 @@ from typing import Any
 
 from backprompt._visible import abbreviated
 from backprompt.arguments import as_list
-from backprompt.errors import TextTypeError
+from backprompt.engine import Engine
+from backprompt.errors import TextTypeError, UnboundTextError
 from backprompt.text import Text
 
 
@@ -36,3 +37,20 @@ def as_text(given: object, name: str) -> Text:
     if not isinstance(given, Text):
         raise TextTypeError(f"{name} is a {type(given).__name__}, not a Text. Wrap strings: Text(string, lm).")
     return given
+
+
+def engine_of(given: object, idx: int) -> Engine[Text]:
+    """Return the engine of an element of `texts`.
+
+    Raises:
+        TextTypeError: it is no `Text`.
+        UnboundTextError: it has no model.
+
+    """
+    text = as_text(given, f"texts[{idx}]")
+    if text.lm is None:
+        raise UnboundTextError(
+            f"texts[{idx}], {text!r}, has no model. Build it with Text(string, lm), or join it with a text that "
+            "has one."
+        )
+    return text.lm

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import backprompt as bp
 from backprompt import LM, Text, TextTypeError, TokenizerError
 from backprompt.arguments import as_floats, as_number
+from backprompt.bound import as_lm
 from backprompt.calibration import best_threshold, calibrate
 from backprompt.classify import Example, log_probs, predict, predict_proba, token_logprobs
-from backprompt.lm import as_lm
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 

@@ -40,8 +40,9 @@ def test_names_that_there_are_not():
 
 
 def test_no_module_needs_another_to_be_imported_first():
-    """No two need each other while they are imported, so the order in which they are does not matter."""
+    """Nor do two know each other, later or for types alone: knowledge points one way, but for the package's root."""
     files = {name_of(path): path for path in FOLDER.rglob("*.py") if "examples" not in path.parts}
+    del files["backprompt"]
     graph = {name: (set(imported(path)) - {name}) & files.keys() for name, path in files.items()}
     assert len(graph) > 40
     assert {"backprompt.lm", "backprompt.skeleton"} <= graph["backprompt._public"] | graph["backprompt.executor"]
@@ -54,8 +55,8 @@ def name_of(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules that one imports when it is imported, not later and not for types alone."""
-    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+    """The modules that one imports, be it when it is imported, later, or for types alone."""
+    for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(statement, ast.ImportFrom):
             yield statement.module
             yield from (f"{statement.module}.{alias.name}" for alias in statement.names)

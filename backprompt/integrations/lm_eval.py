@@ -26,11 +26,12 @@ from transformers import AutoTokenizer
 
 from backprompt._generate import Run, run_with_bar
 from backprompt.arguments import as_bool, as_int, check_encodable
+from backprompt.bound import as_lm
 from backprompt.classify import TOKENS_AT_A_TIME
 from backprompt.decoding import Decoding
 from backprompt.errors import GenerationError
 from backprompt.generation_options import SAMPLING_FIELDS
-from backprompt.lm import LM, as_lm
+from backprompt.lm import LM
 from backprompt.loading import load
 from backprompt.progress import Bar
 from backprompt.stops import StopStrings, missing_characters

@@ -17,11 +17,12 @@ import numpy as np
 
 from backprompt import classify
 from backprompt.arguments import as_list, as_number, check_encodable
+from backprompt.bound import as_lm
 from backprompt.calibration import Floats
 from backprompt.classify import Aggregate, Example
 from backprompt.completions import EndOfPrompt, ends_behind, space_before
 from backprompt.errors import TextTypeError
-from backprompt.lm import LM, as_lm
+from backprompt.lm import LM
 from backprompt.text import Text
 
 try:
