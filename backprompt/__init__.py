@@ -6,14 +6,36 @@ seconds, and the command line answers `--help`, and an interrupt, before that.
 
 import logging as _logging
 import typing as _typing
+from functools import partial as _partial
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
+
+from backprompt import engine as _engine
 
 if _typing.TYPE_CHECKING:
     from backprompt._public import *  # noqa: F403
     from backprompt._public import __all__ as __all__
 
 __version__ = "0.1.0"
+
+_OUTSIDE = {
+    _engine.FACTORY: "lm.shared_lm",
+    "generate": "_generate.generate",
+    "select": "_generate.select",
+    "stream": "_generate.stream",
+    "draw": "_draw.draw",
+    "show": "_show.show",
+}
+"""Where the functions stand that texts ask for by name, so that the node imports none of them."""
+
+
+def _find(place: str) -> _typing.Any:
+    module, function = place.split(".")
+    return getattr(_import_module(f"{__name__}.{module}"), function)
+
+
+for _name, _place in _OUTSIDE.items():
+    _engine.register(_name, _partial(_find, _place))
 
 _logging.getLogger(__name__).addHandler(_logging.NullHandler())  # silent unless the program asks for messages
 

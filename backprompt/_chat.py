@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from backprompt._generate import ContinuedText
 from backprompt._visible import shortened
-from backprompt.arguments import as_list, as_lm
+from backprompt.arguments import as_list
+from backprompt.bound import as_lm
 from backprompt.errors import TextTypeError, TokenizerError
 from backprompt.lm import LM
 from backprompt.text import Text
@@ -158,7 +159,7 @@ class _Template:
 
     def written(self, string: str) -> Rendered:
         """Return how a string stands in what it renders."""
-        return self.lm.completion_ids([string])[0] if self.renders_ids else string
+        return self.lm.session.completion_ids([string])[0] if self.renders_ids else string
 
     def written_token(self, token_id: int) -> Rendered:
         """Return how a token stands in what it renders."""

@@ -17,19 +17,20 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from backprompt._visible import visible
-from backprompt.arguments import as_texts
+from backprompt.bound import lm_of
 from backprompt.errors import MixedModelsError
 from backprompt.evaluator import Evaluator
-from backprompt.lm import lm_of
 from backprompt.lookup import where
 from backprompt.missing import Miss, Reason, misses, shown_segment
 from backprompt.radix import common_length
 from backprompt.text import Text
+from backprompt.texts import as_texts
 from backprompt.token_graph import TokenGraph, TokenIds, flat
 
 if TYPE_CHECKING:
-    from backprompt.lm import LM, Stats
-    from backprompt.tokens import Extent
+    from backprompt.extents import Extent
+    from backprompt.lm import LM
+    from backprompt.stats import Stats
 
 MAX_SHOWN = 12
 """How many missing segments the printed account names."""
@@ -318,8 +319,8 @@ def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanati
     listed = listed_texts(texts, "explain")
     lm = one_lm(listed)
     lm.check(listed)
-    with lm._exclusive():
-        explained = _expected(lm, lm._current(), listed)
+    with lm.session.exclusive():
+        explained = _expected(lm, lm.session.current(), listed)
         if not analyze:
             return explained
         before = lm.stats
@@ -353,14 +354,13 @@ def one_lm(texts: Sequence[Text]) -> LM:
             raise MixedModelsError(
                 f"texts[{idx}], {text!r}, belongs to another LM than texts[0]. Ask about the texts of one LM at a time."
             )
-    assert texts[0].lm is not None
-    return texts[0].lm
+    return lm_of(texts[0], 0)
 
 
 def _expected(lm: LM, evaluator: Evaluator, texts: Sequence[Text]) -> Explanation:
     """Return what evaluating the texts would do; the lock must be held."""
-    encoded = lm._encoder.encode(texts)
-    extents = lm._encoder.extents(texts)
+    encoded = lm.session.encoder.encode(texts)
+    extents = lm.session.encoder.extents(texts)
     sketch = evaluator.sketch(encoded)
     num_tokens = {"memory": 0, "host": 0, "disk": 0, "evicted": 0, "absent": 0}
     for span in sketch.forest.spans():

@@ -8,7 +8,7 @@ How a token is chosen is decoding.py's business.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -16,23 +16,25 @@ import torch
 from torch import Tensor
 
 from backprompt import classify
-from backprompt.arguments import as_int, as_list, as_texts
+from backprompt.arguments import as_int, as_list
 from backprompt.beams import BeamDecoding
+from backprompt.bound import bound_lm
 from backprompt.classify.completions import EndOfPrompt, completion_ids, ends_behind
 from backprompt.decoded import Decoder
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
 from backprompt.errors import GenerationError
+from backprompt.lm import LM
 from backprompt.lookahead import MAX_PROPOSALS
 from backprompt.progress import progress_bar, showing
 from backprompt.radix import Span
 from backprompt.stops import StopStrings
 from backprompt.text import Text, lazily
+from backprompt.texts import as_texts
 from backprompt.token_graph import TokenIds, flat, with_more
 from backprompt.tokens import added
 
 if TYPE_CHECKING:
     from backprompt.evaluator import Evaluator
-    from backprompt.lm import LM
 
 Continued = TypeVar("Continued", bound="ContinuedText")
 
@@ -83,7 +85,7 @@ class ContinuedText(Text):
     @property
     def completion(self) -> str:
         """What was added, as a string, special tokens such as an end token left out."""
-        lm = self._require_lm("the string of token ids")
+        lm = bound_lm(self, "the string of token ids")
         special = set(lm.tokenizer.all_special_ids)
         kept = [token_id for token_id in self.completion_tokens if token_id not in special]
         with lazily():
@@ -184,7 +186,7 @@ def select(
         What `classify.predict_proba` raises.
 
     """
-    lm = prompt._require_lm("a continuation")
+    lm = bound_lm(prompt, "a continuation")
     listed = as_list(options, "options must be a sequence of strings")
     probabilities = classify.predict_proba(prompt, listed, end_of_prompt=end_of_prompt, aggregate=aggregate, **scoring)
     option = listed[int(probabilities.argmax())]
@@ -269,9 +271,9 @@ def generate(
     num_each = 1 if n is None else as_int(n, "n", at_least=1, error=GenerationError)
     if not listed:
         return []
-    lm = listed[0]._require_lm("a continuation")
+    lm = bound_lm(listed[0], "a continuation")
     stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
-    decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
+    decoding = _decoding(lm, stops, max_new_tokens, seed, generation_config)
     if not decoding.is_sampling and num_each > decoding.num_beams:
         if decoding.num_beams == 1:
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
@@ -284,6 +286,12 @@ def generate(
         found = [samples[start : start + num_each] for start in range(0, len(samples), num_each)]
     results: list[Any] = [row[0] for row in found] if n is None else found
     return results[0] if is_single else results
+
+
+def _decoding(lm: LM, stops: StopStrings, max_new_tokens: int, seed: int | None, given: Mapping[str, Any]) -> Decoding:
+    return Decoding(
+        lm.session.causal_lm, lm.tokenizer, max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=given
+    )
 
 
 def run_with_bar(run: Run, show: bool | None) -> None:
@@ -299,6 +307,22 @@ def run_with_bar(run: Run, show: bool | None) -> None:
                 bar.update(run.num_tokens_done - bar.n)
     finally:
         run.close()
+
+
+def stream(
+    prompt: Text,
+    *,
+    max_new_tokens: int,
+    stop: str | Sequence[str] | None = None,
+    include_stop: bool = False,
+    seed: int | None = None,
+    **generation_config: Any,
+) -> Stream:
+    """Return an iterator over the strings that the model adds to a text; see `Text.stream`."""
+    lm = bound_lm(prompt, "a continuation")
+    stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
+    decoding = _decoding(lm, stops, max_new_tokens, seed, generation_config)
+    return Stream(lm, prompt, decoding)
 
 
 class Stream(Iterator[str]):
@@ -384,7 +408,7 @@ class Run:
     _evaluator: Evaluator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.prompts = self.lm.ids_to_continue(self.texts, self.decoding.max_new_tokens)
+        self.prompts = self.lm.session.ids_to_continue(self.texts, self.decoding.max_new_tokens)
         num_samples: Counter[tuple[int, ...]] = Counter()
         self._decodings = []
         for ids in map(flat, self.prompts):
@@ -414,7 +438,7 @@ class Run:
 
     def step(self) -> bool:
         """Decide what comes next for every live text; return whether any goes on, or waits."""
-        with self.lm.growing(self._evaluator) as evaluator:
+        with self.lm.session.growing(self._evaluator) as evaluator:
             if self._evaluator is None:
                 evaluator.continuations.let_grow(self, self._live)
                 self._evaluator = evaluator
@@ -434,7 +458,7 @@ class Run:
         """Let go of what is live, and begin with nothing more."""
         self._num_begun = len(self.texts)
         if self._live and self._evaluator is not None:
-            with self.lm._exclusive():
+            with self.lm.session.exclusive():
                 self._end(self._evaluator, self._live)
 
     def _grow(self, evaluator: Evaluator) -> list[tuple[_Live, Completion]]:

@@ -16,22 +16,21 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import networkx as nx
 
-from backprompt.arguments import as_texts
+from backprompt.bound import as_lm
+from backprompt.extents import Extent
 from backprompt.forest import Forest
+from backprompt.lm import LM
 from backprompt.lookup import Sketch, where
 from backprompt.passes import missing_spans
 from backprompt.radix import Place, Span
 from backprompt.segments import Group, Segment
 from backprompt.text import Text
+from backprompt.texts import as_texts
 from backprompt.token_graph import flat
-from backprompt.tokens import Extent
-
-if TYPE_CHECKING:
-    from backprompt.lm import LM
 
 Kind: TypeAlias = Literal["string", "token ids", "special tokens", "junction"]
 
@@ -80,7 +79,7 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
     listed = as_texts(texts, "a picture or graph")
     by_lm: dict[LM | None, list[int]] = {}
     for idx, text in enumerate(listed):
-        by_lm.setdefault(text.lm, []).append(idx)
+        by_lm.setdefault(None if text.lm is None else as_lm(text.lm), []).append(idx)
     nodes: list[_Node] = []
     num_tokens = 0
     for lm, indices in by_lm.items():
@@ -275,8 +274,8 @@ class _Walk:
 
 def _add_encoded(merged: _Merged, lm: LM, texts: dict[int, Text]) -> int:
     """Merge texts of one `LM` in, with their tokens, and what the `LM` holds of these; return how many they have."""
-    with lm._exclusive():
-        evaluator, encoder = lm._current(), lm._encoder
+    with lm.session.exclusive():
+        evaluator, encoder = lm.session.current(), lm.session.encoder
         all_token_ids = encoder.encode(list(texts.values()))
         sketch = evaluator.sketch(all_token_ids)
         statuses = [list(_statuses(sketch, place)) for place in sketch.places]

@@ -9,6 +9,7 @@ from backprompt._graph import to_networkx
 from backprompt._plot import plot_probabilities
 from backprompt._show import ShownText, ShownToken
 from backprompt._verify import NodeDrift, Verification, verify
+from backprompt.bound import evaluate
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
@@ -35,15 +36,17 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
+from backprompt.extents import Extent, Join
 from backprompt.independence import IndependenceGap, independence_gap
-from backprompt.lm import LM, Stats, evaluate, load
+from backprompt.lm import LM
+from backprompt.loading import load
 from backprompt.lookup import Piece
 from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
 from backprompt.scores import TokenScores
+from backprompt.stats import Stats
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel
-from backprompt.tokens import Extent, Join
 
 __all__ = [
     "LM",

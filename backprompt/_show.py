@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 from backprompt._visible import visible
 from backprompt.arguments import as_int
+from backprompt.bound import bound_lm
+from backprompt.lm import LM
 from backprompt.logprobs import log_softmax
 from backprompt.token_graph import TokenIds, flat, fold
 from backprompt.tokens import added
 
 if TYPE_CHECKING:
-    from backprompt.lm import LM
     from backprompt.text import Text
     from backprompt.tokenizer import PrivateTokenizer
 
@@ -127,12 +128,12 @@ class ShownText:
 def show(text: Text, *, top: int = 5) -> ShownText:
     """Return a text with its tokens coloured by log-probability; see `Text.show`."""
     top = as_int(top, "top", at_least=0)
-    lm = text._require_lm("log-probabilities")
+    lm = bound_lm(text, "log-probabilities")
     model_repr = text.model_repr
-    with lm._exclusive():
-        (token_ids,) = lm._encoder.encode([text])
-        (extents,) = lm._encoder.extents([text])
-        tokenizer = lm._tokenizer_copy
+    with lm.session.exclusive():
+        (token_ids,) = lm.session.encoder.encode([text])
+        (extents,) = lm.session.encoder.extents([text])
+        tokenizer = lm.session.private_tokenizer
     alternatives = _alternatives(lm, text, token_ids, top)
     starts = {extent.start: extent for extent in extents if extent.start < extent.stop}
     logprobs = model_repr.token_logprobs.tolist()

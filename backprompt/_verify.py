@@ -19,16 +19,16 @@ from backprompt import skeleton
 from backprompt._explain import listed_texts, one_lm
 from backprompt.arguments import as_int
 from backprompt.errors import DriftError, GroupError
+from backprompt.extents import Extent
 from backprompt.missing import shown_segment
 from backprompt.probe import differences
 from backprompt.progress import Bar, is_wanted
+from backprompt.representation import ModelRepr, check_current
 from backprompt.segments import Group
 from backprompt.text import Text
-from backprompt.tokens import Extent
 
 if TYPE_CHECKING:
     from backprompt.lm import LM
-    from backprompt.representation import ModelRepr
 
 MIN_TEXTS_FOR_A_BAR = 5
 
@@ -246,9 +246,9 @@ def _compare(
 ) -> Verification:
     texts = [given[idx] for idx in indices]
     drifts = _Drifts()
-    with lm._exclusive():
+    with lm.session.exclusive():
         reprs = lm.evaluate(texts)
-        plain = skeleton.plain_copy(skeleton.unwrap(lm._model))
+        plain = skeleton.plain_copy(skeleton.unwrap(lm.session.model))
         dtype = next(plain.parameters()).dtype
         if tolerance is None:
             if dtype not in TOLERANCE:
@@ -257,7 +257,7 @@ def _compare(
         for idx, text, model_repr, extents in zip(indices, texts, reprs, lm.extents(texts), strict=True):
             drifts.add(idx, text, extents, _gaps(model_repr, plain))
             bar.update()
-        reprs[0]._check_current()  # weights that changed meanwhile are no drift
+        check_current(reprs[0])  # weights that changed meanwhile are no drift
         stored_error = max(model_repr.stored_error for model_repr in reprs)
     nodes = drifts.nodes()
     num_tokens = sum(gaps.num_rows for gaps in drifts.by_key.values())

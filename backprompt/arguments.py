@@ -10,17 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Reversible, Sequence, Set
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from backprompt._visible import abbreviated
 from backprompt.errors import TextTypeError, TokenizerError
-
-if TYPE_CHECKING:
-    from backprompt.lm import LM
-    from backprompt.text import Text
 
 Choice = TypeVar("Choice")
 
@@ -59,58 +55,6 @@ def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
     except TypeError as error:
         raise TextTypeError(f"{needed}, not {kind}: {abbreviated(given)}.") from error
     return list(elements)
-
-
-def as_texts(texts: Any, function: str) -> list[Text]:
-    """Return a text or several as a list; `function` takes them.
-
-    Raises:
-        TextTypeError: see `as_list`; or an element is not a `Text`.
-
-    """
-    from backprompt.text import Text  # which uses what is above
-
-    needed = f"{function} takes a Text or several in a list"
-    if isinstance(texts, Text):
-        return [texts]
-    if isinstance(texts, str):
-        raise TextTypeError(f"{needed}, not the str {abbreviated(texts)}. Wrap it: Text(string, lm).")
-    listed = as_list(texts, needed)
-    return [as_text(text, f"texts[{idx}]") for idx, text in enumerate(listed)]
-
-
-def as_text(given: object, name: str) -> Text:
-    """Return what is a `Text`; `name` says where it stands.
-
-    Raises:
-        TextTypeError: it is none.
-
-    """
-    from backprompt.text import Text
-
-    if not isinstance(given, Text):
-        raise TextTypeError(f"{name} is a {type(given).__name__}, not a Text. Wrap strings: Text(string, lm).")
-    return given
-
-
-def as_lm(given: Any) -> LM:
-    """Return an `LM`, of a `(model, tokenizer)` tuple the one that all such tuples share.
-
-    Raises:
-        TextTypeError: it is neither.
-        What `LM` raises for the model and the tokenizer.
-
-    """
-    from backprompt.lm import LM, shared_lm  # texts know no model until they are given one
-
-    if isinstance(given, LM):
-        return given
-    if isinstance(given, tuple) and len(given) == 2:
-        return shared_lm(*given)
-    raise TextTypeError(
-        f"The model is given as an LM or a (model, tokenizer) tuple, not as {type(given).__name__}: "
-        f"{abbreviated(given)}. backprompt.load(name) makes an LM."
-    )
 
 
 def check_encodable(string: str, name: str) -> None:

@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 class Forkable(Protocol):
     """Must not be copied in the middle of a change."""
 
-    def _before_fork(self) -> None:
+    def before_fork(self) -> None:
         """Wait until no other thread is in the middle of one, and let none begin."""
         ...
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
         """Let other threads go on; called in the parent and in the child."""
         ...
 
@@ -48,10 +48,12 @@ class ForkableLock:
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
 
-    def _before_fork(self) -> None:
+    def before_fork(self) -> None:
+        """Wait until no other thread holds it."""
         self._lock.acquire()
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """Let go of it."""
         self._lock.release()
 
 
@@ -74,13 +76,13 @@ def watch_store(store: Forkable) -> None:
 def _before() -> None:
     _fork_lock.acquire()
     for owner in (*_lms, *_stores):
-        owner._before_fork()
+        owner.before_fork()
         _held.append(owner)
 
 
 def _after_in_parent() -> None:
     while _held:
-        _held.pop()._after_fork()
+        _held.pop().after_fork()
     _fork_lock.release()
 
 

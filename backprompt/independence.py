@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backprompt.arguments import as_texts
-from backprompt.lm import evaluate, lm_of
+from backprompt.bound import bound_lm, evaluate, lm_of
 from backprompt.text import Text
+from backprompt.texts import as_texts
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | 
     if not declared:
         raise ValueError("independence_gap needs at least one text.")
     for idx, text in enumerate(declared):
-        lm_of(text, idx).prompt_ids([text])  # refuses one that ends in a group
-    full = [Text.from_tokens(text.tokens, text._require_lm("a representation")) for text in declared]
+        lm_of(text, idx).session.prompt_ids([text])  # refuses one that ends in a group
+    full = [Text.from_tokens(text.tokens, bound_lm(text, "a representation")) for text in declared]
     divergences, argmax_changed = [], []
     reprs = evaluate([*declared, *full], show_progress_bar=show_progress_bar)
     for ours, plain in zip(reprs[: len(full)], reprs[len(full) :], strict=True):

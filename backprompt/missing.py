@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeAlias
 
 from backprompt.archive import MIN_TOKENS, Archive, Root
 from backprompt.evaluator import Evaluator
+from backprompt.extents import Extent
 from backprompt.forest import Forest
 from backprompt.lookup import Aside, Piece, Sketch, positions_of, where
 from backprompt.segments import shown
 from backprompt.token_graph import TokenIds, flat
-from backprompt.tokens import Extent
 
 Reason: TypeAlias = Literal["evicted", "join", "other model", "elsewhere", "too short", "never computed"]
 

@@ -7,101 +7,26 @@ log-probabilities) is computed on first use, for this text and, reading ahead, f
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from backprompt.errors import GroupError, StaleRepresentationError
+from backprompt.evaluated import Evaluated
 from backprompt.evaluator import Evaluator
 from backprompt.holders import PinnedText
 from backprompt.identity import key_of
 from backprompt.radix import Place, Span
-from backprompt.token_graph import TokenGraph, TokenIds, flat
+from backprompt.session import Session
+from backprompt.text import Text
+from backprompt.token_graph import TokenGraph, flat
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
-
-    from backprompt.lm import LM
-
-
-@dataclass(eq=False)
-class Batch:
-    """The texts that one `evaluate` computed together, and how far to read ahead in them.
-
-    It holds none of them: what one of a thousand texts is kept for must not keep the others.
-
-    The head's weights are read once a call, so a row of logits alone costs as much as a dozen in company. The first
-    text asked for gets its own rows only, each further one twice as many of those that follow it as the one before:
-    whoever reads one text pays for one, and whoever reads all of them pays for few calls.
-    """
-
-    evaluator: Evaluator
-    num_asked: dict[str, int] = field(default_factory=dict)
-    _num_texts: int = 0
-    _texts: WeakValueDictionary[int, Evaluated] = field(default_factory=WeakValueDictionary)
-
-    def add(self, place: Place) -> Evaluated:
-        """Return the next text of the batch, which ends here."""
-        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, place)
-        self._num_texts += 1
-        return evaluated
-
-    def ahead_of(self, idx: int, what: str) -> list[Place]:
-        """Return the texts whose `what` to compute along with that of the text at `idx`."""
-        num_asked = self.num_asked.get(what, 0)
-        self.num_asked[what] = num_asked + 1
-        indices = itertools.chain(range(idx, self._num_texts), range(idx))
-        alive = (found for i in indices if (found := self._texts.get(i)) is not None)
-        ahead = itertools.islice(alive, 1 << min(num_asked, 20))
-        return [evaluated.place for evaluated in ahead if evaluated.is_computed]
-
-
-@dataclass(eq=False)
-class Evaluated:
-    """Where a text lies, and its place in the batch that it was computed in."""
-
-    batch: Batch
-    batch_idx: int
-    place: Place
-
-    @property
-    def evaluator(self) -> Evaluator:
-        """What computed it."""
-        return self.batch.evaluator
-
-    @property
-    def token_ids(self) -> TokenIds:
-        """The text's token ids."""
-        return self.place.token_ids
-
-    @property
-    def end(self) -> Span:
-        """The span at which the text ends."""
-        return self.place.end
-
-    @property
-    def is_computed(self) -> bool:
-        """Whether what results are read off is still there."""
-        return self.end.states is not None
-
-    @property
-    def has_keys(self) -> bool:
-        """Whether its keys and values are still there, too."""
-        return self.end.rows is not None
-
-    @contextmanager
-    def held(self, *, with_keys: bool = False) -> Iterator[Place]:
-        """Keep what results are read off, computed again if it was dropped; see `Evaluator.held`."""
-        with self.evaluator.held(self.token_ids, self.end, with_keys=with_keys) as end:
-            self.place = Place(end, self.token_ids)
-            yield self.place
 
 
 class ModelRepr:
@@ -112,8 +37,8 @@ class ModelRepr:
     what was already computed may be read until an evaluation notices the change.
     """
 
-    def __init__(self, lm: LM, evaluated: Evaluated) -> None:
-        self._lm = lm
+    def __init__(self, session: Session, evaluated: Evaluated) -> None:
+        self._session = session
         self._evaluated = evaluated
 
     def __repr__(self) -> str:
@@ -136,9 +61,9 @@ class ModelRepr:
         It covers model, adapter, dtype, tokenizer and token ids, and whether something of it was stored in fewer bits.
         The first use hashes the model's weights.
         """
-        with self._lm._exclusive():
+        with self._session.exclusive():
             self._check_current()
-            root = self._lm._root(in_store=self.stored_error > 0)
+            root = self._session.fingerprint.root(in_store=self.stored_error > 0)
             return key_of(self._evaluated.token_ids, root.key).hex()
 
     @property
@@ -148,7 +73,7 @@ class ModelRepr:
         0 unless the `LM`'s store stores in fewer bits (`DiskStore(path, dtype="int8")`) and something came from there;
         then `key` differs from that of the exact representation.
         """
-        with self._lm._exclusive():
+        with self._session.exclusive():
             return max(span.error for span in self._evaluated.end.closure())
 
     @property
@@ -169,8 +94,8 @@ class ModelRepr:
                 f"This text of {self.num_tokens} tokens ends in a group, so it has no last token, and nothing to "
                 "predict the next one from. Add a segment behind the group: text + '...'."
             )
-        with self._lm._exclusive():
-            self._check_evaluator(self._lm._evaluator)
+        with self._session.exclusive():
+            self._check_evaluator(self._session.evaluator)
             pooled = self._evaluated.evaluator.readout.pooled_logits(self._evaluated.end)
             if pooled is not None:  # also where the text's states were dropped
                 return pooled
@@ -201,7 +126,7 @@ class ModelRepr:
         logits are large (tokens x vocab): ask for the rows that you need.
         """
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
-        with self._lm._exclusive():
+        with self._session.exclusive():
             self._check_current()
             with self._held() as (evaluator, place):
                 return evaluator.readout.all_logits(place, start, stop)
@@ -229,8 +154,8 @@ class ModelRepr:
     @contextmanager
     def _held(self, *, with_keys: bool = False) -> Iterator[tuple[Evaluator, Place]]:
         """Hold the lock and the text in the evaluator, where it is computed again if it was dropped."""
-        with self._lm._exclusive():
-            self._check_evaluator(self._lm._evaluator)
+        with self._session.exclusive():
+            self._check_evaluator(self._session.evaluator)
             if not self._evaluated.is_computed or (with_keys and not self._evaluated.has_keys):
                 self._check_current()  # something will be computed
             with self._evaluated.held(with_keys=with_keys) as place:
@@ -238,7 +163,7 @@ class ModelRepr:
 
     def _check_current(self) -> None:
         """Look whether the weights have changed, before something is computed with them."""
-        self._check_evaluator(self._lm._current())
+        self._check_evaluator(self._session.current())
 
     def _check_evaluator(self, current: Evaluator) -> None:
         if current is not self._evaluated.evaluator:
@@ -253,6 +178,11 @@ class ModelRepr:
         return self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
 
 
+def check_current(model_repr: ModelRepr) -> None:
+    """Raise StaleRepresentationError if the weights have changed since; the lock must be held."""
+    model_repr._check_current()
+
+
 class Pin:
     """Holds all of a text's representation within the `LM`'s budget, until it is released.
 
@@ -260,8 +190,8 @@ class Pin:
     nothing to hold any more, and releasing does nothing.
     """
 
-    def __init__(self, lm: LM, evaluator: Evaluator, text: PinnedText) -> None:
-        self._lm = lm
+    def __init__(self, session: Session, evaluator: Evaluator, text: PinnedText) -> None:
+        self._session = session
         self._evaluator = evaluator
         self._text = text
 
@@ -283,8 +213,24 @@ class Pin:
 
     def release(self) -> None:
         """Let go; a second call does nothing."""
-        with self._lm._exclusive():
+        with self._session.exclusive():
             self._evaluator.unpin(self._text)
+
+
+def pinned(session: Session, text: Text) -> Pin:
+    """Evaluate a text and hold all of it until it is released; see `Text.pin`."""
+    (text,) = session.own_texts([text])
+    held = PinnedText()
+    try:
+        with session.exclusive():
+            (held.token_ids,) = session.checked_ids([text])
+            session.evaluator.pin(held)
+            pin = Pin(session, session.evaluator, held)
+        return pin
+    except BaseException:  # whoever does not get the pin cannot release it
+        with session.exclusive():
+            session.evaluator.unpin(held)
+        raise
 
 
 def _num_bytes(evaluator: Evaluator, end: Span) -> int:

@@ -20,19 +20,14 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from backprompt._visible import abbreviated, shortened
-from backprompt.arguments import as_bool, as_choice, as_list, as_lm
+from backprompt.arguments import as_bool, as_choice, as_list
+from backprompt.engine import Engine, Pinned, Representation, Shown, TextStream, as_engine, outside
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
+from backprompt.extents import Join
 from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown
 
 if TYPE_CHECKING:
-    import torch
-
-    from backprompt._draw import Drawing
-    from backprompt._generate import SelectedText, Stream
-    from backprompt._show import ShownText
-    from backprompt.lm import LM
-    from backprompt.representation import ModelRepr, Pin
-    from backprompt.tokens import Join
+    from torch import Tensor
 
 _PRIME = (1 << 61) - 1
 _BASE = 0x1A2B3C4D5E6F789
@@ -83,7 +78,7 @@ class Text:
 
     __slots__ = ("__weakref__", "_add_special_tokens", "_hash", "_left", "_lm", "_num_segments", "_right", "_segment")
 
-    _lm: LM | None
+    _lm: Engine[Text] | None
     _left: Text | None
     _right: Text | None
     _segment: Segment
@@ -91,17 +86,19 @@ class Text:
     _num_segments: int
     _hash: int
 
-    def __init__(self, string: str, lm: LM | tuple[Any, Any] | None = None, *, add_special_tokens: bool = True) -> None:
+    def __init__(
+        self, string: str, lm: Engine[Text] | tuple[Any, Any] | None = None, *, add_special_tokens: bool = True
+    ) -> None:
         if not isinstance(string, str):
             raise TextTypeError(
                 f"Text() takes a str, not {type(string).__name__}: {abbreviated(string)}. "
                 "Convert it with str(...) first; for token ids use Text.from_tokens(ids, lm)."
             )
         as_bool(add_special_tokens, "add_special_tokens", error=TextTypeError)
-        self._init_leaf(string, None if lm is None else as_lm(lm), add_special_tokens)
+        self._init_leaf(string, None if lm is None else as_engine(lm), add_special_tokens)
 
     @classmethod
-    def from_tokens(cls, token_ids: Iterable[int], lm: LM | tuple[Any, Any]) -> Text:
+    def from_tokens(cls, token_ids: Iterable[int], lm: Engine[Text] | tuple[Any, Any]) -> Text:
         """Return a text of one segment made of token ids, which are never re-tokenized.
 
         Such a segment is a hard boundary: what follows it is encoded as a continuation (no special tokens, no dummy
@@ -118,9 +115,9 @@ class Text:
                     f"Text.from_tokens takes ints, not {type(token_id).__name__}: {token_id!r}. "
                     "A tensor or an array of ids becomes ints with .tolist()."
                 )
-        return _leaf(segment, None if lm is None else as_lm(lm))
+        return _leaf(segment, None if lm is None else as_engine(lm))
 
-    def _init_leaf(self, segment: Segment, lm: LM | None, add_special_tokens: bool) -> None:
+    def _init_leaf(self, segment: Segment, lm: Engine[Text] | None, add_special_tokens: bool) -> None:
         self._segment = segment
         self._add_special_tokens = add_special_tokens
         self._left = self._right = None
@@ -179,7 +176,7 @@ class Text:
     # Reading, without a model
 
     @property
-    def lm(self) -> LM | None:
+    def lm(self) -> Engine[Text] | None:
         """The `LM` that this text is bound to, or None."""
         return self._lm
 
@@ -203,7 +200,7 @@ class Text:
         strings = [part for part in parts if isinstance(part, str)]
         if len(strings) == len(parts):
             return "".join(strings)
-        return self._require_lm("the string of token ids").string(self)
+        return bound_engine(self, "the string of token ids").string(self)
 
     def __str__(self) -> str:
         return self.string
@@ -249,23 +246,23 @@ class Text:
     @property
     def tokens(self) -> tuple[int, ...]:
         """The token ids that the model sees, special tokens included. Needs a tokenizer, not a forward pass."""
-        return self._require_lm("token ids").tokens(self)
+        return bound_engine(self, "token ids").tokens(self)
 
     def joins(self) -> list[Join]:
         """Return every join whose tokens differ from those of its two sides encoded apart."""
-        return self._require_lm("joins").joins(self)
+        return bound_engine(self, "joins").joins(self)
 
     @property
-    def model_repr(self) -> ModelRepr:
-        """The model's representation of this text, computed now if it is not cached."""
-        return self._require_lm("a representation").representation(self)
+    def model_repr(self) -> Representation:
+        """The model's representation of this text, a `ModelRepr`, computed now if it is not cached."""
+        return bound_engine(self, "a representation").representation(self)
 
-    def __call__(self) -> ModelRepr:
+    def __call__(self) -> Representation:
         """Evaluate now and return the `ModelRepr`."""
         return self.model_repr
 
     @property
-    def logits(self) -> torch.Tensor:
+    def logits(self) -> Tensor:
         """Next-token logits, shape `(vocab,)`, in the model's dtype.
 
         Raises:
@@ -275,7 +272,7 @@ class Text:
         return self.model_repr.logits
 
     @property
-    def token_logprobs(self) -> torch.Tensor:
+    def token_logprobs(self) -> Tensor:
         """Log-probability of each token given those it sees, `(tokens,)`, nats.
 
         In float64 for a model in float64, else in float32. nan for the first token, and for the first one behind a
@@ -292,11 +289,9 @@ class Text:
             A `GeneratedText`, or with `n` a list of them.
 
         """
-        from backprompt._generate import generate  # the node knows no model until it is asked for one
+        return outside("generate")(self, **options)
 
-        return generate(self, **options)
-
-    def select(self, options: Sequence[str], **scoring: Any) -> SelectedText:
+    def select(self, options: Sequence[str], **scoring: Any) -> Any:
         """Continue this text by the most probable of some strings.
 
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
@@ -305,10 +300,12 @@ class Text:
         The probabilities are those of `classify.predict_proba(text, options)`, whose other options may be given, too:
         `aggregate="sum"` weighs the probabilities of whole options, and not the mean over their tokens. Raises what
         that raises.
-        """
-        from backprompt._generate import select
 
-        return select(self, options, **scoring)
+        Returns:
+            A `SelectedText`.
+
+        """
+        return outside("select")(self, options, **scoring)
 
     def stream(
         self,
@@ -318,8 +315,8 @@ class Text:
         include_stop: bool = False,
         seed: int | None = None,
         **generation_config: Any,
-    ) -> Stream:
-        """Return an iterator over what the model adds, a string at a time as it is decided.
+    ) -> TextStream:
+        """Return a `Stream`, an iterator over the strings that the model adds, each as it is decided.
 
             for piece in text.stream(max_new_tokens=100):
                 print(piece, end="", flush=True)
@@ -327,22 +324,17 @@ class Text:
         No piece has a part of a stop string that is left out: the beginning of one is held back until it is decided.
         Its `.text` is what there is so far, a `GeneratedText`. Arguments and errors are those of `backprompt.generate`.
         """
-        from backprompt._generate import Stream
-        from backprompt.stops import StopStrings
+        found: TextStream = outside("stream")(
+            self, max_new_tokens=max_new_tokens, stop=stop, include_stop=include_stop, seed=seed, **generation_config
+        )
+        return found
 
-        lm = self._require_lm("a continuation")
-        stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
-        decoding = lm.decoding(max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=generation_config)
-        return Stream(lm, self, decoding)
+    def draw(self, **options: Any) -> Any:
+        """Return a picture of this text's segments, a `Drawing`; see `backprompt.draw`, whose options these are."""
+        return outside("draw")(self, **options)
 
-    def draw(self, **options: Any) -> Drawing:
-        """Return a picture of this text's segments; see `backprompt.draw`, whose options these are."""
-        from backprompt._draw import draw  # the drawing reads the node, which knows nothing of it
-
-        return draw(self, **options)
-
-    def show(self, *, top: int = 5) -> ShownText:
-        """Return this text with its tokens coloured by log-probability; evaluates it.
+    def show(self, *, top: int = 5) -> Shown:
+        """Return this text with its tokens coloured by log-probability, a `ShownText`; evaluates it.
 
         In notebooks it shows itself, and names the most probable alternatives where the pointer rests; `print` it in
         terminals (without colours where `NO_COLOR` is set or the output is no terminal).
@@ -355,18 +347,17 @@ class Text:
             What `backprompt.evaluate` raises.
 
         """
-        from backprompt._show import show  # the node knows no model until it is asked for one
+        found: Shown = outside("show")(self, top=top)
+        return found
 
-        return show(self, top=top)
-
-    def pin(self) -> Pin:
-        """Evaluate now, and hold all of the representation until `.release()` or the end of a `with` block.
+    def pin(self) -> Pinned:
+        """Evaluate now and return a `Pin`: it holds the representation until `.release()` or the end of a `with` block.
 
         Raises:
             MemoryBudgetError: the pinned texts together do not fit the `LM`'s `memory_bytes`.
 
         """
-        return self._require_lm("a representation").pin(self)
+        return bound_engine(self, "a representation").pin(self)
 
     def save(self) -> None:
         """Write the representation to the `LM`'s store, whatever its size, computing it if need be.
@@ -377,7 +368,7 @@ class Text:
             OSError: the store cannot be written to.
 
         """
-        self._require_lm("a representation").save(self)
+        bound_engine(self, "a representation").save(self)
 
     @property
     def _is_nothing(self) -> bool:
@@ -388,17 +379,24 @@ class Text:
         """Return this text without what a subclass knows besides."""
         return self
 
-    def _require_lm(self, what: str) -> LM:
-        if self._lm is None:
-            raise UnboundTextError(
-                f"{self!r} has no model, and {what} cannot be had without one. "
-                "Build it with Text(string, lm), or join it with a text that has an LM."
-            )
-        return self._lm
-
     def _evaluate_eagerly(self) -> None:
         if self._lm is not None and self._lm.tokens(self):
             self._lm.evaluate([self])
+
+
+def bound_engine(text: Text, what: str) -> Engine[Text]:
+    """Return the engine of a text; `what` is wanted of it.
+
+    Raises:
+        UnboundTextError: the text has none.
+
+    """
+    if text.lm is None:
+        raise UnboundTextError(
+            f"{text!r} has no model, and {what} cannot be had without one. "
+            "Build it with Text(string, lm), or join it with a text that has an LM."
+        )
+    return text.lm
 
 
 def _concatenate(left: Text, right: Text) -> Text:
@@ -480,7 +478,7 @@ def _is_frozen(segments: Sequence[Segment]) -> bool:
     return group is not None and len(group.branches) == 1
 
 
-def _common_lm(lm: LM | None, text: Text) -> LM | None:
+def _common_lm(lm: Engine[Text] | None, text: Text) -> Engine[Text] | None:
     """Return the `LM` of what is bound to `lm` together with `text`."""
     if lm is not None and text._lm is not None and text._lm is not lm:
         raise MixedModelsError(
@@ -490,13 +488,13 @@ def _common_lm(lm: LM | None, text: Text) -> LM | None:
     return text._lm if lm is None else lm
 
 
-def _leaf(segment: Segment, lm: LM | None, add_special_tokens: bool = True) -> Text:
+def _leaf(segment: Segment, lm: Engine[Text] | None, add_special_tokens: bool = True) -> Text:
     text = Text.__new__(Text)
     text._init_leaf(segment, lm, add_special_tokens)
     return text
 
 
-def _from_segments(segments: Sequence[Segment], lm: LM | None, add_special_tokens: bool = True) -> Text:
+def _from_segments(segments: Sequence[Segment], lm: Engine[Text] | None, add_special_tokens: bool = True) -> Text:
     """Build a text of these segments."""
     text = Text("", lm, add_special_tokens=add_special_tokens)
     for segment in segments:

@@ -76,7 +76,7 @@ class Bench:
         lengths, encoded = self.completion_lengths(workload), encode(self.tokenizer, workload)
         texts = [text for prompt in workload.prompts for text in compose(self.lm, prompt)]
         expected_ids = [prompt.ids + completion for prompt in encoded for completion in prompt.completions]
-        self.lm._encoder.encode(texts)  # all together: one at a time takes long
+        self.lm.session.encoder.encode(texts)  # all together: one at a time takes long
         assert [text.tokens for text in texts] == expected_ids, f"{workload.name}: joins change tokens"
 
         before, pass_sizes = self.lm.stats, []
@@ -92,7 +92,7 @@ class Bench:
             forward_passes=done.forward_passes,
             logit_rows=done.logit_rows,
         )
-        rows = self.lm._evaluator.executor.rows_in_a_slice
+        rows = self.lm.session.evaluator.executor.rows_in_a_slice
         if line.tokens_in_strings > MAX_COPIED_TOKENS:
             rivals = tuple(rival for rival in rivals if not rival.copies_for_each_text)
         seconds: dict[str, list[float]] = {}
@@ -144,7 +144,7 @@ class Bench:
         return seconds
 
     def _run_noting_pass_sizes(self, workload: Workload, lengths: list[list[int]], pass_sizes: list[int]) -> Scores:
-        executor = self.lm._evaluator.executor
+        executor = self.lm.session.evaluator.executor
         forward = executor.forward
         executor.forward = lambda pass_: pass_sizes.append(pass_.num_tokens) or forward(pass_)  # type: ignore
         try:

@@ -76,7 +76,7 @@ def matmul_seconds(lm: LM, pass_sizes: list[int], num_logit_rows: int, rows_in_a
 
 
 def _own_seconds(lm: LM, pass_sizes: list[int], num_logit_rows: int, rows_in_a_slice: int) -> float:
-    body, head = lm._evaluator.executor._body, lm._evaluator.executor._head.lm_head
+    body, head = lm.session.evaluator.executor._body, lm.session.evaluator.executor._head.lm_head
     layers = [(layer, _num_inputs(layer)) for block in body.h for layer in _linear_layers(block)]
     buffers = {n: {size: torch.randn(n, size) for size in {size for _, size in layers}} for n in set(pass_sizes)}
     slices = _slices(num_logit_rows, rows_in_a_slice)

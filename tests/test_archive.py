@@ -169,7 +169,7 @@ def test_what_is_worth_it_is_stored(model, tokenizer):
     evaluate([Text(SHOTS, lm) + str(number) for number in range(10, 30)])
     assert len(list(store.list())) == 1
     assert SHOTS.startswith(next(store.list()).text)
-    assert next(store.list("Question: What")).model == lm._root().model
+    assert next(store.list("Question: What")).model == lm.session.fingerprint.root().model
 
 
 @pytest.mark.parametrize("persist", ["explicit", "never"])
@@ -282,9 +282,9 @@ def test_what_is_loaded_stays_within_the_budget(model, tokenizer):
     texts = [SHOTS + f"And number {number} is a number as good as any other." for number in range(12)]
     lm = LM(model, tokenizer, store=store)
     evaluate([Text(string, lm) for string in texts])
-    token_bytes = lm._evaluator.executor.token_bytes
+    token_bytes = lm.session.evaluator.executor.token_bytes
     lm = LM(model, tokenizer, store=store, memory_bytes=20 * token_bytes, max_tokens_per_forward=16)
-    memory, peaks = lm._evaluator.memory, []
+    memory, peaks = lm.session.evaluator.memory, []
     add = memory.add
     memory.add = lambda blocks: (add(blocks), peaks.append(memory.num_bytes))
     asked = [Text(string, lm) for string in texts]
@@ -303,7 +303,7 @@ def test_many_stored_texts_are_continued_with_room_for_few(model, tokenizer):
     strings = [SHOTS + f"And number {number} is a number as good as any other." for number in range(12)]
     lm = LM(model, tokenizer, store=store)
     evaluate([Text(string, lm) for string in strings])
-    token_bytes = lm._evaluator.executor.token_bytes
+    token_bytes = lm.session.evaluator.executor.token_bytes
     lm = LM(model, tokenizer, store=store, memory_bytes=100 * token_bytes, max_tokens_per_forward=16)
     texts = [Text(string, lm) + " So it is." for string in strings]
     evaluate(texts)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import backprompt as bp
 from backprompt import LM, Text, TextTypeError, TokenizerError
-from backprompt.arguments import as_choice, as_floats, as_lm, as_number
+from backprompt.arguments import as_choice, as_floats, as_number
+from backprompt.bound import as_lm
 from backprompt.classify import Example, log_probs, predict, predict_proba, token_logprobs
 from backprompt.classify.calibration import best_threshold, calibrate
 from tiny_models import FAMILIES

@@ -96,7 +96,7 @@ def test_each_distinct_token_is_computed_once_in_a_pass_a_step_and_only_the_best
     assert stats.tokens_computed == len(text.tokens) + len(forwarded)
     assert stats.forward_passes == 10
     held = {ids[:-1][:stop] for ids, _ in beams for stop in range(1, 10)}  # what is finished stays to be continued
-    assert stats.bytes_held == (len(text.tokens) + len(held)) * lm._evaluator.executor.token_bytes
+    assert stats.bytes_held == (len(text.tokens) + len(held)) * lm.session.evaluator.executor.token_bytes
     again = text + Text.from_tokens(found.completion_tokens[:-1], lm)
     before = lm.stats
     evaluate([again])
@@ -105,7 +105,7 @@ def test_each_distinct_token_is_computed_once_in_a_pass_a_step_and_only_the_best
 
 def test_a_long_beam_is_few_spans(lm):
     found = Text(PROMPTS[0], lm).generate(max_new_tokens=60, num_beams=3)
-    end = lm._evaluator.forest.insert(found.tokens[:-1])
+    end = lm.session.evaluator.forest.insert(found.tokens[:-1])
     assert len(end.path()) <= 5
 
 
@@ -139,11 +139,11 @@ def test_texts_do_not_see_each_others_beams(model, tokenizer, numbers, num_beams
             assert [found.completion_tokens] == theirs(model, text.tokens, **options)
     if pinned is not None:
         pinned.release()
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()
 
 
 def test_an_interrupted_beam_search_keeps_nothing_pinned(lm, monkeypatch):
-    executor = lm._evaluator.executor
+    executor = lm.session.evaluator.executor
     forward, passes = executor.forward, []
 
     def interrupt(pass_):
@@ -156,7 +156,7 @@ def test_an_interrupted_beam_search_keeps_nothing_pinned(lm, monkeypatch):
     text = Text(PROMPTS[0], lm)
     with pytest.raises(KeyboardInterrupt):
         text.generate(max_new_tokens=10, num_beams=3)
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()
     monkeypatch.undo()
     assert [text.generate(max_new_tokens=10, num_beams=3).completion_tokens] == theirs(
         lm.model, text.tokens, max_new_tokens=10, num_beams=3

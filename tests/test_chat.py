@@ -219,7 +219,7 @@ def test_short_replies_stand_where_the_template_writes_them(lm, trim):
     lm.tokenizer.chat_template = TEMPLATE.replace(" | trim", trim)
     end = lm.tokenizer.convert_tokens_to_ids("<|end|>")
     for character in ("a", "s", "e", " "):
-        (token_id,) = lm.completion_ids([character])[0][:1]
+        (token_id,) = lm.session.completion_ids([character])[0][:1]
         reply = chat(lm, MESSAGES).generate(max_new_tokens=2, sequence_bias=[[[token_id], 1e4]], eos_token_id=end)
         assert reply.completion == 2 * character
         messages = [*MESSAGES, {"role": "assistant", "content": reply}, QUESTION]

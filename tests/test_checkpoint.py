@@ -15,7 +15,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from backprompt import LM, Text, checkpoint, lm, load
+from backprompt import LM, Text, checkpoint, load
+from backprompt import fingerprint as fingerprint_module
 from backprompt.checkpoint import Checkpoint
 from backprompt.weights import content_hash
 from tiny_models import FAMILIES
@@ -49,7 +50,7 @@ def hashed(monkeypatch):
         calls.append(model)
         return content_hash(model)
 
-    monkeypatch.setattr(lm, "content_hash", counted)
+    monkeypatch.setattr(fingerprint_module, "content_hash", counted)
     return calls
 
 
@@ -87,9 +88,9 @@ def test_nor_does_a_load_in_another_process_by_another_path(folder, hashed, tmp_
     expected = fingerprint(folder)
     (tmp_path / "link").symlink_to(folder)
     code = (
-        "from backprompt import checkpoint, lm, load\n"
+        "from backprompt import checkpoint, fingerprint, load\n"
         "checkpoint.RACY_SECONDS = 0\n"
-        "lm.content_hash = None\n"
+        "fingerprint.content_hash = None\n"
         "print(load('link', device='cpu').fingerprint)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONHASHSEED": "1234"}
@@ -400,7 +401,7 @@ def test_a_model_handed_out_while_its_weights_are_hashed_is_not_remembered(folde
         return content_hash(model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lm, "content_hash", hash_while_others_write)
+        patch.setattr(fingerprint_module, "content_hash", hash_while_others_write)
         assert loaded.fingerprint != computed(folder)
     assert remembered(home) == []
 

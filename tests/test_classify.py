@@ -143,7 +143,7 @@ def test_examples_have_completions_of_their_own(lm):
 def test_sentencepiece_puts_the_space_itself(model):
     """With a space the ids are those that CAPPr gives, without one those that the whole string has."""
     lm = LM(model, sentencepiece_bpe())
-    assert not lm.needs_space_between
+    assert not lm.session.needs_space_between
     for prompt in PROMPTS:
         (found,) = log_probs(prompt, ["mat"], lm)
         np.testing.assert_allclose(found, plain(lm, prompt, "mat", end=""), rtol=0, atol=ATOL)
@@ -219,7 +219,7 @@ def test_a_shared_instruction_outlives_any_number_of_prompts(model, monkeypatch)
 def test_a_prompt_without_tokens_is_refused(model, tokenizer):
     """Also where the tokenizer would append one."""
     lm = LM(model, TOKENIZERS[tokenizer]())
-    if lm.prompt_ids([Text("", lm)]) != [()]:
+    if lm.session.prompt_ids([Text("", lm)]) != [()]:
         pytest.skip("this tokenizer begins every text with a token")
     with pytest.raises(EmptyTextError, match=r"prompts\[1\], Text\(''\), has no tokens"):
         log_probs([Text("The cat", lm), Text("", lm)], ["the cat", "a"], lm)
@@ -229,7 +229,9 @@ def test_a_prompt_without_tokens_is_refused(model, tokenizer):
 def test_options_and_numbers_of_the_wrong_kind(lm):
     with pytest.raises(TypeError, match="predict has no option 'agregate'"):
         predict(PROMPTS, COMPLETIONS, lm, agregate="sum")
-    marginals = [[0.0] * len(ids) for ids in lm.completion_ids([" " + completion for completion in COMPLETIONS])]
+    marginals = [
+        [0.0] * len(ids) for ids in lm.session.completion_ids([" " + completion for completion in COMPLETIONS])
+    ]
     options = {"discount_completions": 1.0, "log_marg_probs_completions": [marginals[0], [0.0], *marginals[2:]]}
     with pytest.raises(ValueError, match="has 1 numbers for 'mat and the cat', which has"):
         predict_proba(PROMPTS, COMPLETIONS, lm, **options)
@@ -432,7 +434,7 @@ def test_cappr_gives_the_same_numbers(name):
     CAPPr leaves `end_of_prompt` out where the tokenizer puts a space before a string by itself, so one is there always.
     """
     lm, recorded = CAPPR_LMS[name](), RECORDED[name]
-    no_space = "" if lm.needs_space_between else " "
+    no_space = "" if lm.session.needs_space_between else " "
     found = log_probs(PROMPTS, COMPLETIONS, lm, end_of_prompt=" ")
     for ours, theirs in zip(found, recorded["log_probs"], strict=True):
         for row, expected in zip(ours, theirs, strict=True):

@@ -324,7 +324,8 @@ def test_tune_a_prompt_computes_each_token_once(
         for train, test in tune_a_prompt.FOLDS.split(messages, desks):
             fitted = candidate.fit(messages[train], desks[train])
             completions = [  # but for the last tokens, which are scored and not forwarded
-                Text.from_tokens(ids[:-1], lm) for ids in lm.completion_ids([f" {c}" for c in fitted.completions_])
+                Text.from_tokens(ids[:-1], lm)
+                for ids in lm.session.completion_ids([f" {c}" for c in fitted.completions_])
             ]
             leaves += [prompt + completion for prompt in fitted.prompts(messages[test]) for completion in completions]
             right += (fitted.predict(messages[test]) == desks[test]).sum()

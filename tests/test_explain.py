@@ -158,7 +158,7 @@ def test_seconds_are_those_of_this_lm(model, tokenizer):
     assert explain(texts).seconds is explain(texts).seconds_saved is None
     assert "unknown until something was computed" in str(explain(texts))
     evaluate(texts[0])
-    lm._counters.seconds = 0.5 * lm._counters.tokens_computed
+    lm.session.counters.seconds = 0.5 * lm.session.counters.tokens_computed
     explained = explain(texts)
     assert explained.seconds == pytest.approx(0.5 * explained.tokens_to_compute)
     plain = sum(len(text.tokens) for text in texts)
@@ -426,7 +426,7 @@ def test_extents_cover_a_text_and_say_what_a_join_replaced(name, data):
         assert edges[-1] == len(text.tokens) or not extents
         for idx, extent in enumerate(extents[1:], 1):
             before = compose(list(text.segments[:idx]), lm)
-            (alone,) = lm.prompt_ids([before])
+            (alone,) = lm.session.prompt_ids([before])
             is_followed = extent.replaced or not extents[idx].start < len(alone)
             assert (*text.tokens[: extent.start], *extent.replaced) == alone or not is_followed
 

@@ -196,7 +196,7 @@ def test_samples_of_one_prompt_share_it_and_nothing_is_held_twice(lm):
     found = generate(prompt, max_new_tokens=20, n=16, do_sample=True, seed=1, show_progress_bar=False)
     distinct = num_distinct([text.tokens[:-1] for text in found])
     assert lm.stats.tokens_computed == distinct
-    assert lm.stats.bytes_held == distinct * lm._evaluator.executor.token_bytes
+    assert lm.stats.bytes_held == distinct * lm.session.evaluator.executor.token_bytes
 
 
 def test_shorter_continuations_of_one_prompt_hold_nothing_twice(lm):
@@ -206,7 +206,7 @@ def test_shorter_continuations_of_one_prompt_hold_nothing_twice(lm):
         assert text.generate(max_new_tokens=num_new).tokens == whole.tokens[: len(text.tokens) + num_new]
         evaluate(Text.from_tokens(whole.tokens[: len(text.tokens) + num_new // 2], lm))
     assert lm.stats.tokens_computed == len(whole.tokens) - 1
-    assert lm.stats.bytes_held == lm.stats.tokens_computed * lm._evaluator.executor.token_bytes
+    assert lm.stats.bytes_held == lm.stats.tokens_computed * lm.session.evaluator.executor.token_bytes
 
 
 def test_what_is_evaluated_between_steps_leaves_nothing_behind(model, tokenizer):
@@ -223,7 +223,7 @@ def test_what_is_evaluated_between_steps_leaves_nothing_behind(model, tokenizer)
 
 
 def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
-    growth = lm._evaluator.continuations.growth
+    growth = lm.session.evaluator.continuations.growth
     absorb, num_calls = growth.absorb, 0
 
     def fail(spans, held):
@@ -237,7 +237,7 @@ def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
     texts = [Text(prompt, lm) for prompt in PROMPTS]
     with pytest.raises(MemoryError):
         generate(texts, max_new_tokens=NEW)
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()
     for text, found in zip(texts, generate(texts, max_new_tokens=NEW), strict=True):
         assert found.completion_tokens == plain_greedy(lm.model, text.tokens, NEW)
 
@@ -245,7 +245,7 @@ def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
 def test_a_continuation_is_few_spans(lm):
     """However many steps it took, what follows attends to it in a few calls."""
     found = Text(PROMPTS[0], lm).generate(max_new_tokens=60)
-    end = lm._evaluator.forest.insert(found.tokens[:-1])
+    end = lm.session.evaluator.forest.insert(found.tokens[:-1])
     assert len(end.path()) == 2
     assert len({id(span.rows.block) for span in end.path()}) == 2
 
@@ -285,7 +285,7 @@ def test_a_text_that_is_cut_while_it_grows_keeps_no_others_rows(lm):
     while run.step():
         pass
     distinct = num_distinct([row[0].tokens[:-1] for row in run.results()])
-    assert lm.stats.bytes_held == distinct * lm._evaluator.executor.token_bytes
+    assert lm.stats.bytes_held == distinct * lm.session.evaluator.executor.token_bytes
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_finished_texts_leave_the_batch_and_waiting_ones_join(lm, model, monkeyp
     texts = [Text(f"{number} cats sat on the", lm) for number in range(5)]
     options = {"max_new_tokens": 10, "eos_token_id": list(range(0, 320, 5))}
     sizes = []
-    executor = lm._evaluator.executor
+    executor = lm.session.evaluator.executor
     forward = executor.forward
     monkeypatch.setattr(executor, "forward", lambda pass_: sizes.append(pass_.num_tokens) or forward(pass_))
     for text, found in zip(texts, generate(texts, **options), strict=True):
@@ -367,8 +367,8 @@ def test_a_stopped_stream_keeps_what_was_generated(lm):
     assert stream.text.completion_tokens == expected.completion_tokens[:num_new]
     evaluate(stream.text)
     assert (lm.stats - before).tokens_computed == len(stream.text.tokens)
-    assert lm.stats.bytes_held == len(stream.text.tokens) * lm._evaluator.executor.token_bytes
-    assert not lm._evaluator.holders.ends()
+    assert lm.stats.bytes_held == len(stream.text.tokens) * lm.session.evaluator.executor.token_bytes
+    assert not lm.session.evaluator.holders.ends()
 
 
 @FLAT
@@ -404,7 +404,7 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
         assert stream.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
         expected = plain_token_logprobs(model, stream.text.tokens)
         torch.testing.assert_close(stream.text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()
     assert lm.stats.tokens_reused >= 0
     gc.disable()  # blocks must not wait for it
     try:
@@ -424,7 +424,7 @@ def test_a_stream_that_nobody_keeps_holds_nothing(model, tokenizer):
     gc.collect()
     evaluate(Text("The", lm))
     assert lm.stats.bytes_held == 0
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()
 
 
 def test_a_stream_overtakes_another_of_the_same_text(lm, model):
@@ -434,13 +434,13 @@ def test_a_stream_overtakes_another_of_the_same_text(lm, model):
         behind._run.step()
     for _ in range(7):
         ahead._run.step()
-    spans = list(lm._evaluator.forest.spans())
+    spans = list(lm.session.evaluator.forest.spans())
     assert all(end in spans for stream in (behind, ahead) for live in stream._run._live for end in live.ends.values())
     behind.close()
     list(ahead)
     assert ahead.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
     assert lm.stats.tokens_computed == len(ahead.text.tokens) - 1
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()
 
 
 def test_threads_generate_beside_each_other(lm, model):
@@ -604,7 +604,7 @@ def test_changed_weights_are_noticed(tokenizer):
 def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):
     texts = [Text(prompt, lm) for prompt in PROMPTS]
     texts[0].generate(max_new_tokens=NEW)  # is there when the others are interrupted
-    executor = lm._evaluator.executor
+    executor = lm.session.evaluator.executor
     forward, num_passes = executor.forward, 0
 
     def interrupt(pass_):
@@ -618,7 +618,7 @@ def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate(texts, max_new_tokens=NEW)
     done = lm.stats.tokens_computed
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()
     found = generate(texts, max_new_tokens=NEW)
     assert lm.stats.tokens_computed == num_distinct([text.tokens[:-1] for text in found])
     assert done > 0
@@ -640,7 +640,7 @@ def test_select_is_classification(lm):
     found = prompt.select(iter(options))
     assert found.aggregate == "mean"
     assert found.probabilities == prompt.select(options, aggregate="mean").probabilities
-    assert found.completion_tokens == lm.completion_ids([" " + found.option])[0]
+    assert found.completion_tokens == lm.session.completion_ids([" " + found.option])[0]
     assert found.string == prompt.string + " " + found.option
     assert type(found + ".") is Text
     assert prompt.select(options, end_of_prompt="", prior=[0, 0, 1]).string == prompt.string + "46"

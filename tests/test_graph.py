@@ -73,7 +73,7 @@ def test_tokens_are_those_that_an_evaluation_computes(tokenizer: str, data: st.D
 def test_segments_bring_all_tokens_and_joins_are_those_of_the_text(tokenizer: str, data: st.DataObject) -> None:
     lm = new_lm(tokenizer)
     (text, *_) = data.draw(forests(lm))
-    (extents,) = lm._encoder.extents([text])
+    (extents,) = lm.session.encoder.extents([text])
     stops = [0, *(extent.stop for extent in extents)]
     assert stops[-1] == len(text.tokens)
     assert [extent.start for extent in extents] == stops[:-1]
@@ -94,13 +94,13 @@ def test_nodes_are_segments_and_their_numbers_the_order_of_evaluation(monkeypatc
     graph = to_networkx(texts)
     evaluate(Text("x", lm))  # the probe forwards tokens of its own
     forwarded: list[int] = []
-    compute = lm._evaluator.executor.compute
+    compute = lm.session.evaluator.executor.compute
 
     def compute_and_note(pass_):
         forwarded.extend(pass_.token_ids)
         return compute(pass_)
 
-    monkeypatch.setattr(lm._evaluator.executor, "compute", compute_and_note)
+    monkeypatch.setattr(lm.session.evaluator.executor, "compute", compute_and_note)
     evaluate(texts)
     strings = [data["string"] for _, data in graph.nodes(data=True)]
     assert [data["written_order"] for data in by_string(graph).values()] != [0, 1, 2, 3, 4]

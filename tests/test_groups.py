@@ -25,7 +25,7 @@ def models():
 
 def parts_of(text):
     """A text as the reference takes it."""
-    (token_ids,) = text.lm._encoder.encode([text])
+    (token_ids,) = text.lm.session.encoder.encode([text])
     return (token_ids,) if isinstance(token_ids, tuple) else token_ids.parts
 
 
@@ -92,7 +92,7 @@ def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, m
             host_memory_bytes=host_bytes,
             store=store,
         )
-        lm._evaluator.computation.tile_tokens = tile_tokens
+        lm.session.evaluator.computation.tile_tokens = tile_tokens
         texts = [text for text in (build(lm, given_segments) for given_segments in drawn) if text.tokens]
         evaluate(data.draw(st.permutations(texts)))
         for text in texts:

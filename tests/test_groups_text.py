@@ -217,10 +217,10 @@ def test_branches_are_encoded_apart(name):
     start = lambda string: tuple(string_ids(name, string, is_continuation=False))  # noqa: E731
     prefix, _ = PRIVATE[name].special_ids_around(())
     group = Text("the ref", an_lm) | "und the"
-    (graph,) = an_lm._encoder.encode(["See " + group + "und"])
+    (graph,) = an_lm.session.encoder.encode(["See " + group + "und"])
     inner = TokenGroup((TokenBranch((cont("the ref"),)), TokenBranch((cont("und the"),))))
     assert graph == TokenGraph((prefix + start("See "), inner, cont("und")))
-    (graph,) = an_lm._encoder.encode([group + "und"])
+    (graph,) = an_lm.session.encoder.encode([group + "und"])
     inner = TokenGroup((TokenBranch((start("the ref"),)), TokenBranch((start("und the"),))))
     assert graph == TokenGraph((prefix, inner, cont("und")) if prefix else (inner, cont("und")))
     assert graph.flat == (group + "und").tokens
@@ -231,7 +231,7 @@ def test_a_frozen_text_is_encoded_as_a_text_of_its_own(name):
     an_lm = lm(name)
     frozen, (_, suffix) = Text("the ref", an_lm), PRIVATE[name].special_ids_around(())
     own = frozen.tokens[: len(frozen.tokens) - len(suffix)]
-    (graph,) = an_lm._encoder.encode(["See " + frozen.frozen() + "und"])
+    (graph,) = an_lm.session.encoder.encode(["See " + frozen.frozen() + "und"])
     assert graph.parts[1] == TokenGroup((TokenBranch((own,), is_frozen=True),))
     assert graph.parts[2] == tuple(string_ids(name, "und", is_continuation=True))
     first = frozen.frozen() + "und"

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import torch
+
 import backprompt
 
 FOLDER = Path(backprompt.__file__).parent
@@ -38,8 +40,9 @@ def test_names_that_there_are_not():
 
 
 def test_no_module_needs_another_to_be_imported_first():
-    """No two need each other while they are imported, so the order in which they are does not matter."""
+    """Nor do two know each other, later or for types alone: knowledge points one way, but for the package's root."""
     files = {name_of(path): path for path in FOLDER.rglob("*.py") if "examples" not in path.parts}
+    del files["backprompt"]
     graph = {name: (set(imported(path)) - {name}) & files.keys() for name, path in files.items()}
     assert len(graph) > 40
     assert {"backprompt.lm", "backprompt.skeleton"} <= graph["backprompt._public"] | graph["backprompt.executor"]
@@ -52,10 +55,55 @@ def name_of(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules that one imports when it is imported, not later and not for types alone."""
-    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+    """The modules that one imports, be it when it is imported, later, or for types alone."""
+    for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(statement, ast.ImportFrom):
             yield statement.module
             yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
         elif isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)
+
+
+def test_no_module_uses_what_another_keeps_to_itself():
+    """A name with an underscore is used only where it is defined, or by what inherits it."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FOLDER.rglob("*.py")}
+    defined = {path: set(defined_in(tree)) for path, tree in trees.items()}
+    anywhere = set().union(*defined.values()) - {*dir(torch.Tensor), *vars(torch.nn.Module())}
+    assert {"_session", "_evaluated", "_concatenate"} <= anywhere
+    used = {
+        f"{path.name}: {ast.unparse(node)}"
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in anywhere - defined[path] and is_not_of_itself(node)
+    }
+    imported_names = {
+        f"{path.name}: {alias.name}"
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("backprompt.")
+        for alias in node.names
+        if is_private(alias.name)
+    }
+    assert used | imported_names == set()
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def is_not_of_itself(node: ast.Attribute) -> bool:
+    return not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"})
+
+
+def defined_in(tree: ast.Module) -> Iterator[str]:
+    """The private names that a module defines: functions, classes, variables, and attributes that a class sets."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names = [node.id]
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and not is_not_of_itself(node):
+            names = [node.attr]
+        else:
+            names = []
+        yield from filter(is_private, names)

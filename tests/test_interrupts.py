@@ -179,10 +179,10 @@ class World:
     def check_holders(self, operation):
         """Check that nothing is held but what somebody holds, also while the traceback keeps all frames alive."""
         lm = self.lm
-        assert not lm._lock._is_owned()
+        assert not lm.session.lock._is_owned()
         assert torch.is_grad_enabled()
         lm.check([])  # what must be renewed, computed again or ended is, from here on
-        evaluator = lm._evaluator
+        evaluator = lm.session.evaluator
         pins = [pin for pin in (self.pin, self.new_pin) if pin is not None and evaluator.is_pinned(pin._text)]
         assert self.pin in pins or operation in ("unpin", "clear", "refresh")
         assert len(evaluator.holders.pins) == len(pins)
@@ -210,7 +210,7 @@ class World:
         assert (lm.stats - before).tokens_computed + (lm.stats - before).tokens_loaded == distinct
 
     def check_counts(self):
-        evaluator, stats = self.lm._evaluator, self.lm.stats
+        evaluator, stats = self.lm.session.evaluator, self.lm.stats
         for num_bytes, slots in (
             (stats.bytes_held, ("rows", "states")),
             (stats.host_bytes_held, ("host_rows", "host_states")),
@@ -225,7 +225,7 @@ class World:
         for text, found in zip(self.texts, self.lm.token_logprobs(self.texts), strict=True):
             logprobs = plain_token_logprobs(self.model, text.tokens)
             torch.testing.assert_close(found, logprobs, rtol=0, atol=ATOL, equal_nan=True)
-        if self.lm._evaluator is self.found[0]._evaluated.evaluator:
+        if self.lm.session.evaluator is self.found[0]._evaluated.evaluator:
             for text, found in zip((self.other,), self.found, strict=False):
                 torch.testing.assert_close(found.logits, expected(self.model, text)[-1], rtol=0, atol=ATOL)
                 next(self.stream, None)

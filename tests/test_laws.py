@@ -73,7 +73,7 @@ def tokenizer(name: str):
 def small_lm(name: str, tokenizer_name: str, max_tokens: int, tile_tokens: int, **options) -> LM:
     """An LM whose passes and tiles are so small that short texts need many of both."""
     lm = LM(family(name), tokenizer(tokenizer_name), max_tokens_per_forward=max_tokens, **options)
-    lm._evaluator.computation.tile_tokens = tile_tokens
+    lm.session.evaluator.computation.tile_tokens = tile_tokens
     return lm
 
 
@@ -124,7 +124,7 @@ def test_p1_ids_are_those_of_the_whole_string(tokenizer_name: str, segments: lis
     private = tokenizer(tokenizer_name)
     lm = LM(family("llama"), private)
     texts = [compose(s, lm) for s in segments]
-    lm._encoder.encode(texts)
+    lm.session.encoder.encode(texts)
     for text in texts:
         assert text.tokens == tuple(plain_ids(private, text.string))
 
@@ -173,10 +173,10 @@ def test_p2_grouping_of_plus_does_not_matter(pieces: list, data: st.DataObject) 
 def test_p3_each_distinct_token_is_forwarded_once(segments: list[list], max_tokens: int, data: st.DataObject) -> None:
     lm = LM(family("llama"), tokenizer("byte_level_bpe"), max_tokens_per_forward=max_tokens)
     forwarded: list[int] = []
-    forward = lm._evaluator.executor.forward
-    with lm._exclusive():
-        lm._evaluator.computation.probe_once()
-    lm._evaluator.executor.forward = lambda pass_: forwarded.append(pass_.num_tokens) or forward(pass_)
+    forward = lm.session.evaluator.executor.forward
+    with lm.session.exclusive():
+        lm.session.evaluator.computation.probe_once()
+    lm.session.evaluator.executor.forward = lambda pass_: forwarded.append(pass_.num_tokens) or forward(pass_)
     texts = usable([compose(s, lm) for s in segments])
     split_at = data.draw(st.integers(0, len(texts)))
     for part in (texts[:split_at], texts, texts):
@@ -200,8 +200,8 @@ def test_p4_branches_share_what_they_have_in_common() -> None:
 def test_p5_building_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LM(family("gpt2"), tokenizer("byte_level_bpe"))
     calls: list[str] = []
-    monkeypatch.setattr(lm._encoder, "encode", lambda texts: calls.append("encode"))
-    monkeypatch.setattr(lm._evaluator, "evaluate", lambda texts: calls.append("evaluate"))
+    monkeypatch.setattr(lm.session.encoder, "encode", lambda texts: calls.append("encode"))
+    monkeypatch.setattr(lm.session.evaluator, "evaluate", lambda texts: calls.append("evaluate"))
     texts = [Text("Hello", lm) + " there" + name for name in (" Senator", " General")]
     assert len(set(texts)) == 2
     assert not calls
@@ -282,7 +282,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def only_computed_spans_are_kept(self) -> None:
         if hasattr(self, "lm"):
-            assert all(span.states is not None for span in self.lm._evaluator.forest.spans())
+            assert all(span.states is not None for span in self.lm.session.evaluator.forest.spans())
 
 
 AnyOrder.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)

@@ -388,10 +388,10 @@ def test_an_evaluation_is_counted_once(begin, model, tokenizer):
     lm = LM(model, tokenizer, max_tokens_per_forward=2)
     for number, string in enumerate(["The cat sat", "A dog ran off", "Somebody"], 1):
         begin(Text(string, lm))
-        assert lm._evaluator.forest.evaluation == number
+        assert lm.session.evaluator.forest.evaluation == number
     begin(Text("The cat sat", lm))
     begin(Text("Nobody", lm))
-    assert lm._evaluator.forest.evaluation == 4
+    assert lm.session.evaluator.forest.evaluation == 4
 
 
 def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypatch):
@@ -399,7 +399,7 @@ def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypat
     lm = LM(model, tokenizer, memory_bytes=0)
     for first in range(40):
         lm.token_logprobs([Text.from_tokens([first, 5, 6, 7], lm)])
-    evaluator = lm._evaluator
+    evaluator = lm.session.evaluator
     assert set(evaluator.computation.pools.candidates._scores) <= set(evaluator.forest.spans())
     assert lm.stats.result_bytes_held <= 20 * 400
 
@@ -484,7 +484,7 @@ def test_a_start_is_taken_where_its_tokens_are_a_beginning(parts, data):
     lm = FOUR_LMS[data.draw(st.sampled_from(sorted(FOUR_LMS)))]
     num_before = data.draw(st.integers(0, len(parts)))
     start, text = (Text("", lm).join(some) for some in (parts[:num_before], parts))
-    (ids,) = lm.prompt_ids([start])
+    (ids,) = lm.session.prompt_ids([start])
     if text.tokens[: len(ids)] == ids:
         (found,) = lm.token_logprobs([text], [start])
         assert len(found) == len(text.tokens) - len(ids)
@@ -548,7 +548,7 @@ def test_rows_are_computed_in_bounded_slices(lm, model, calls, monkeypatch):
 
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_rows_held_are_bounded_and_computed_again_when_dropped(num_rows, model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.lm.MAX_RESULT_BYTES", num_rows * ROW_BYTES)
+    monkeypatch.setattr("backprompt.session.MAX_RESULT_BYTES", num_rows * ROW_BYTES)
     lm = LM(model, tokenizer)
     texts = [Text(f"{number} cats", lm) for number in range(10)]
     evaluate(texts)
@@ -606,7 +606,7 @@ def test_a_failed_pass_keeps_what_was_computed_and_stores_nothing_half(error, fa
         evaluate(texts)
     kept = sum(calls.bodies[: failing_pass - 1])
     assert lm.stats.bytes_held == kept * TOKEN_BYTES
-    assert all(span.rows is not None for span in lm._evaluator.forest.spans())
+    assert all(span.rows is not None for span in lm.session.evaluator.forest.spans())
 
     calls.bodies.clear()
     evaluate(texts)
@@ -823,7 +823,7 @@ def test_load_passes_its_options_on(checkpoint):
     ],
 )
 def test_what_load_cannot_take_is_refused_before_anything_is_looked_for(options, error, message, monkeypatch):
-    monkeypatch.setattr("backprompt.lm.AutoTokenizer", None)
+    monkeypatch.setattr("backprompt.loading.AutoTokenizer", None)
     with pytest.raises(error, match=message):
         load(**{"name": "anything", **options})
 

@@ -165,7 +165,7 @@ def test_verify_sees_log_probabilities_of_float64_that_were_taken_in_float32(dou
     texts = [Text(prompt, double_lm) for prompt in PROMPTS]
     evaluate(texts)
     assert verify(texts, tolerance=1e-11).passed
-    for span in double_lm._evaluator.forest.spans():
+    for span in double_lm.session.evaluator.forest.spans():
         if span.states is not None:
             block = span.states.block
             block.logprobs.copy_(block.logprobs.float())
@@ -383,7 +383,7 @@ def test_options_that_leave_no_token_are_an_error(options, masked_lm):
     text = Text(PROMPTS[0], masked_lm)
     with pytest.raises(GenerationError, match="-inf for every token, so that none may follow"):
         text.generate(max_new_tokens=2, suppress_tokens=list(range(320)), **options)
-    assert not masked_lm._evaluator.holders.ends()
+    assert not masked_lm.session.evaluator.holders.ends()
 
 
 def test_beams_of_probability_0_are_no_continuations(tokenizer):
@@ -460,9 +460,9 @@ def test_logits_that_are_no_distribution_are_an_error_that_names_the_text(what, 
         with pytest.raises(NonFiniteError, match=match):
             read()
     assert torch.isfinite(good.generate(max_new_tokens=2).completion_logprobs).all()
-    for rows in lm._evaluator.computation.pools.logits._rows.values():
+    for rows in lm.session.evaluator.computation.pools.logits._rows.values():
         assert torch.isfinite(rows).all()
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()
 
 
 def test_nothing_that_is_no_distribution_is_stored(tokenizer):

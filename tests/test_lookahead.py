@@ -83,8 +83,8 @@ def test_what_was_proposed_in_vain_is_not_held(lm):
     found, done = count(lm, text, max_new_tokens=30, prompt_lookup_num_tokens=5)
     num_held = len(text.tokens) + 29
     assert done.tokens_computed > num_held
-    assert lm.stats.bytes_held == num_held * lm._evaluator.executor.token_bytes
-    assert len(lm._evaluator.forest.insert(found.tokens[:-1]).path()) == 2
+    assert lm.stats.bytes_held == num_held * lm.session.evaluator.executor.token_bytes
+    assert len(lm.session.evaluator.forest.insert(found.tokens[:-1]).path()) == 2
     before = lm.stats
     assert text.generate(max_new_tokens=30).completion_tokens == found.completion_tokens
     assert (lm.stats - before).tokens_computed == 0
@@ -118,7 +118,7 @@ def test_what_is_chosen_does_not_change(tokenizer, family, num_tokens, max_ngram
             assert found.completion_tokens == one.completion_tokens
             assert found.finish_reason == one.finish_reason
             torch.testing.assert_close(found.completion_logprobs, one.completion_logprobs, rtol=0, atol=ATOL)
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()
 
 
 def test_less_is_proposed_after_what_was_wrong_and_more_after_what_was_right(lm):

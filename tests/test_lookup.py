@@ -22,7 +22,7 @@ CONTEXT = "Question: What is 12 + 34? Answer: 46. Question: What is 5 + 6? Answe
 
 def state_of(lm):
     """All that a look-up might change."""
-    evaluator = lm._evaluator
+    evaluator = lm.session.evaluator
     fields = [slot for slot in type(evaluator.forest.root).__slots__ if slot not in ("children", "parent")]
     return (
         lm.stats,
@@ -43,7 +43,7 @@ def only(texts, lm):
 
 def held_by_walking(lm, token_ids):
     """How many of the first tokens the forest holds states of; by itself, without `Sketch`."""
-    span, num_held = lm._evaluator.forest.root, 0
+    span, num_held = lm.session.evaluator.forest.root, 0
     while num_held < len(token_ids):
         span = span.children.get(token_ids[num_held])
         if span is None or span.states is None:
@@ -100,7 +100,7 @@ def test_the_second_pool(model, tokenizer):
     assert places == {"memory", "host"}
     before = lm.stats
     in_host = sum(
-        len(span.token_ids) for span in lm._evaluator.forest.spans() if span.states is None and span.host_states
+        len(span.token_ids) for span in lm.session.evaluator.forest.spans() if span.states is None and span.host_states
     )
     distinct = {
         text.tokens[: idx + 1]
@@ -231,8 +231,8 @@ def test_what_is_absent_is_what_is_computed(drawn, num_evaluated):
     lm = LM(MODEL, TOKENIZER, max_tokens_per_forward=7)
     texts = [text for text in (build(lm, one) for one in drawn) if text.tokens]
     evaluate(texts[:num_evaluated])
-    with lm._exclusive():
-        passes = lm._evaluator.sketch(lm._encoder.encode(texts)).passes(7)
+    with lm.session.exclusive():
+        passes = lm.session.evaluator.sketch(lm.session.encoder.encode(texts)).passes(7)
     before = lm.stats
     evaluate(texts)
     done = lm.stats - before

@@ -55,7 +55,7 @@ def check_is_sound(lm):
 
     On the device no block holds rows that nobody refers to.
     """
-    evaluator = lm._evaluator
+    evaluator = lm.session.evaluator
     spans = list(evaluator.forest.spans())
     for kind in ("rows", "states"):
         for span in spans:
@@ -91,7 +91,7 @@ def tensors_of(block):
 def watch_peaks(lm):
     """Note the most that either pool holds, whenever something is added to one."""
     peaks = {"device": 0, "host": 0}
-    for name, pool in (("device", lm._evaluator.memory), ("host", lm._evaluator.host)):
+    for name, pool in (("device", lm.session.evaluator.memory), ("host", lm.session.evaluator.host)):
 
         def add(blocks, add=pool.add, pool=pool, name=name):
             add(blocks)
@@ -184,7 +184,7 @@ class AnyUse(RuleBasedStateMachine):
             self.pins.append((self.texts[idx], self.texts[idx].pin()))
         except MemoryBudgetError:
             held = [text for text, _ in self.pins]
-            assert num_distinct([*held, self.texts[idx]]) * TOKEN_BYTES > self.lm._evaluator.memory.max_bytes
+            assert num_distinct([*held, self.texts[idx]]) * TOKEN_BYTES > self.lm.session.evaluator.memory.max_bytes
 
     @rule(idx=st.integers(0, 10))
     def release(self, idx):
@@ -199,11 +199,11 @@ class AnyUse(RuleBasedStateMachine):
     @invariant()
     def budgets_hold(self):
         if hasattr(self, "lm"):
-            assert self.lm.stats.bytes_held <= self.lm._evaluator.memory.max_bytes
-            assert self.lm.stats.host_bytes_held <= self.lm._evaluator.host.max_bytes
+            assert self.lm.stats.bytes_held <= self.lm.session.evaluator.memory.max_bytes
+            assert self.lm.stats.host_bytes_held <= self.lm.session.evaluator.host.max_bytes
             check_is_sound(self.lm)
             assert self.peaks["device"] <= self.max_peak_tokens * TOKEN_BYTES
-            assert self.peaks["host"] <= self.lm._evaluator.host.max_bytes
+            assert self.peaks["host"] <= self.lm.session.evaluator.host.max_bytes
             if self.has_room_for_all:
                 assert self.lm.stats.tokens_recomputed == 0
 
@@ -240,15 +240,17 @@ def test_a_forest_ten_times_over_the_budget_is_computed_once(model, tokenizer, p
     lm = make_lm(model, tokenizer, distinct // 10, pass_tokens)
     texts = wide_forest(lm, num_branches=20)
     peaks = []
-    compute = lm._evaluator.executor.compute
+    compute = lm.session.evaluator.executor.compute
 
     def compute_and_note(pass_):
         computed = compute(pass_)
         blocks = (computed.keys_values, computed.states)
-        peaks.append(lm._evaluator.memory.num_bytes + sum(block.num_bytes for block in blocks if block is not None))
+        peaks.append(
+            lm.session.evaluator.memory.num_bytes + sum(block.num_bytes for block in blocks if block is not None)
+        )
         return computed
 
-    lm._evaluator.executor.compute = compute_and_note
+    lm.session.evaluator.executor.compute = compute_and_note
     before = lm.stats
     evaluate(texts)
     done = lm.stats - before
@@ -299,7 +301,7 @@ def test_what_was_used_last_stays(model, tokenizer):
     evaluate([first, second])
     evaluate(first)
     evaluate(third)
-    evaluator = lm._evaluator
+    evaluator = lm.session.evaluator
     held = [evaluator.forest.num_computed(text.tokens) == len(text.tokens) for text in (first, second, third)]
     assert held == [True, False, True]
 
@@ -309,7 +311,7 @@ def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
     lm = make_lm(model, tokenizer, 60, pass_tokens=512)
     evaluate(wide_forest(lm))
     gc.collect()
-    blocks = list(lm._evaluator.memory._blocks)
+    blocks = list(lm.session.evaluator.memory._blocks)
     tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.bytes_held <= 60 * TOKEN_BYTES
@@ -346,7 +348,7 @@ def test_spans_that_hold_nothing_do_not_pile_up(limit, model, tokenizer, monkeyp
     lm = make_lm(model, tokenizer, 10)
     for number in range(100):
         evaluate(Text(f"{number} cats", lm))
-        empty = [span for span in lm._evaluator.forest.spans() if span.is_empty]
+        empty = [span for span in lm.session.evaluator.forest.spans() if span.is_empty]
         assert len(empty if what == "SPANS" else [i for span in empty for i in span.token_ids]) <= bound
     before = lm.stats
     evaluate(Text("84 cats", lm))  # dropped, and remembered
@@ -424,7 +426,7 @@ def test_small_blocks_become_one_and_no_row_changes(model, tokenizer, monkeypatc
     expected = [evaluate(text).hidden_states for text in texts]
     for text in texts[::2]:
         assert text.token_logprobs.shape == (len(text.tokens),)
-    memory, before = lm._evaluator.memory, lm.stats
+    memory, before = lm.session.evaluator.memory, lm.stats
     assert len(memory._blocks) >= 60
     monkeypatch.setattr(tier, "MAX_SMALL_BLOCKS", 8)
     evaluate(Text("And 1 more.", lm))
@@ -532,7 +534,7 @@ def test_what_comes_back_is_what_went(model, tokenizer):
 
     expected = read()
     evaluate([Text(f"{number} cats sat on the mat", lm) for number in range(20)])
-    assert lm._evaluator.forest.num_computed(text.tokens) == 0
+    assert lm.session.evaluator.forest.num_computed(text.tokens) == 0
     before = lm.stats
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(read(), expected, strict=True))
     done = lm.stats - before
@@ -570,7 +572,7 @@ def test_the_second_pool_stays_within_its_budget(host_tokens, model, tokenizer):
         check_is_sound(lm)
     assert 0 < peaks["host"] <= host_tokens * TOKEN_BYTES
     gc.collect()
-    blocks = list(lm._evaluator.host._blocks)
+    blocks = list(lm.session.evaluator.host._blocks)
     tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.host_bytes_held
@@ -603,10 +605,10 @@ def test_what_a_part_of_a_text_continues_stays_when_the_part_moves_back(model, t
     )
     for text in (stem, second, first, stem, other):
         evaluate(text)
-    spans = [lm._evaluator.forest.insert(text.tokens) for text in (first, stem, second, other)]
+    spans = [lm.session.evaluator.forest.insert(text.tokens) for text in (first, stem, second, other)]
     assert [span.rows is None for span in spans] == [True, False, True, False]
-    add = lm._evaluator.memory.add
-    lm._evaluator.memory.add = lambda blocks: (add(blocks), check_is_sound(lm))
+    add = lm.session.evaluator.memory.add
+    lm.session.evaluator.memory.add = lambda blocks: (add(blocks), check_is_sound(lm))
     evaluate([Text.from_tokens((*text.tokens, 7), lm) for text in (first, second)])
     assert lm.stats.tokens_recomputed == 0
 
@@ -633,10 +635,10 @@ def test_a_pass_that_goes_is_one_block_and_one_copy_a_tensor(model, tokenizer, m
     before = lm.stats
     texts = wide_forest(lm, num_branches=3)
     evaluate(texts)
-    assert len(list(lm._evaluator.forest.spans())) > 20
-    assert len(lm._evaluator.host._blocks) == 2  # keys and values; states
+    assert len(list(lm.session.evaluator.forest.spans())) > 20
+    assert len(lm.session.evaluator.host._blocks) == 2  # keys and values; states
     assert len(copied) == 2 * 2 + 3  # of each of two layers; hidden states, log-probabilities, argmax flags
-    lm._evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
+    lm.session.evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
     evaluate(texts)
     assert len(copied) == (2 * 2 + 3) + 3  # states
     evaluate([text + " And so on." for text in texts])
@@ -654,11 +656,11 @@ def test_scores_move_with_their_tokens(model, tokenizer):
     lm = make_lm(model, tokenizer, 1000, 1000, host_tokens=1000)
     texts = [Text.from_tokens(own, lm) for own in ids]
     first = lm.token_scores(texts)
-    lm._evaluator.memory.max_bytes = 40 * STATE_BYTES  # of 70 tokens
+    lm.session.evaluator.memory.max_bytes = 40 * STATE_BYTES  # of 70 tokens
     evaluate(Text("Something else.", lm))
-    num_moved = sum(len(span.token_ids) for span in lm._evaluator.forest.spans() if span.host_states is not None)
+    num_moved = sum(len(span.token_ids) for span in lm.session.evaluator.forest.spans() if span.host_states is not None)
     assert 20 < num_moved < 60
-    lm._evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
+    lm.session.evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
     before = lm.stats
     for scores, earlier, flags in zip(lm.token_scores(texts), first, expected, strict=True):
         assert torch.equal(scores.is_argmax, flags)
@@ -747,7 +749,7 @@ def test_a_pin_brings_a_text_back_and_holds_it_on_the_device(model, tokenizer):
     pin = texts[0].pin()
     assert (lm.stats - before).tokens_fetched >= len(texts[0].tokens) - len(texts[1].tokens)
     evaluate(texts[::-1])
-    assert lm._evaluator.forest.num_computed(texts[0].tokens) == len(texts[0].tokens)
+    assert lm.session.evaluator.forest.num_computed(texts[0].tokens) == len(texts[0].tokens)
     assert (lm.stats - before).tokens_computed == 0
     pin.release()
     lm.clear()
@@ -784,10 +786,10 @@ def test_texts_that_cannot_go_on_together_go_on_alone(model, tokenizer, monkeypa
 
 
 def test_the_second_pool_is_off_where_the_model_lies_in_host_memory(model, tokenizer):
-    assert LM(model, tokenizer)._evaluator.host.max_bytes == 0
+    assert LM(model, tokenizer).session.evaluator.host.max_bytes == 0
     assert default_host_bytes(torch.device("mps")) == 0
     assert 10**6 < default_host_bytes(torch.device("cuda")) < 10**13
-    assert LM(model, tokenizer, host_memory_bytes="2 GB")._evaluator.host.max_bytes == 2 * 10**9
+    assert LM(model, tokenizer, host_memory_bytes="2 GB").session.evaluator.host.max_bytes == 2 * 10**9
     with pytest.raises(ValueError, match="host_memory_bytes must be"):
         LM(model, tokenizer, host_memory_bytes="some")
 
@@ -818,11 +820,11 @@ def test_all_that_moves_between_the_pools_is_page_locked(model, tokenizer, monke
     monkeypatch.setattr(Location, "empty", empty)
     monkeypatch.setattr(Location, "of", of)
     lm = make_lm(model, tokenizer, 60, host_tokens=100)
-    lm._evaluator.host._here = Location(torch.device("cpu"), is_pinned=True)
+    lm.session.evaluator.host._here = Location(torch.device("cpu"), is_pinned=True)
     texts = wide_forest(lm)
     for start in range(0, len(texts), 10):
         evaluate(texts[start : start + 10])
-    for is_host, pool in enumerate((lm._evaluator.memory, lm._evaluator.host)):
+    for is_host, pool in enumerate((lm.session.evaluator.memory, lm.session.evaluator.host)):
         names = {}
         for name, tensor in (named for block in pool._blocks for named in tensors_of(block)):
             names.setdefault(name, set()).add(of(tensor).is_pinned)
@@ -839,7 +841,7 @@ def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
     texts = wide_forest(lm)
     for start in range(0, len(texts), 10):
         evaluate(texts[start : start + 10])
-    blocks = list(lm._evaluator.host._blocks)
+    blocks = list(lm.session.evaluator.host._blocks)
     assert blocks
     for block in blocks:
         for name, tensor in tensors_of(block):
@@ -930,7 +932,7 @@ def test_budgets_that_are_not(given_):
 def test_the_default_is_a_share_of_what_is_free(model, tokenizer):
     default = default_max_bytes(torch.device("cpu"))
     assert 10**6 < default < 10**13
-    assert LM(model, tokenizer)._evaluator.memory.max_bytes == pytest.approx(default, rel=0.5)
+    assert LM(model, tokenizer).session.evaluator.memory.max_bytes == pytest.approx(default, rel=0.5)
     with pytest.raises(ValueError, match="2 GB"):
         LM(model, tokenizer, memory_bytes="a lot")
 

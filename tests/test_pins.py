@@ -142,7 +142,7 @@ class Holders(RuleBasedStateMachine):
 
     @rule(idx=st.integers(0, 50))
     def save(self, idx):
-        if self.lm._store is not None:
+        if self.lm.session.store is not None:
             self.pick(idx).save()
 
     @rule()
@@ -165,7 +165,7 @@ class Holders(RuleBasedStateMachine):
     def only_what_somebody_holds_is_pinned(self):
         if not hasattr(self, "lm"):
             return
-        evaluator = self.lm._evaluator
+        evaluator = self.lm.session.evaluator
         pinned = {evaluator.forest.insert(pin._text.token_ids) for pin in self.pins}
         assert set(evaluator.holders.pinned_ends()) == pinned
         assert all(span.rows is not None for end in pinned for span in end.closure())
@@ -175,8 +175,8 @@ class Holders(RuleBasedStateMachine):
     @invariant()
     def budgets_hold(self):
         if hasattr(self, "lm") and not any(stream._run._live for stream in self.streams):
-            assert self.lm.stats.bytes_held <= self.lm._evaluator.memory.max_bytes
-            assert self.lm.stats.host_bytes_held <= self.lm._evaluator.host.max_bytes
+            assert self.lm.stats.bytes_held <= self.lm.session.evaluator.memory.max_bytes
+            assert self.lm.stats.host_bytes_held <= self.lm.session.evaluator.host.max_bytes
 
 
 Holders.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
@@ -190,7 +190,7 @@ def test_a_stream_that_nobody_keeps_holds_nothing_whatever_is_done_next():
     stream = Text("The cat sat", lm).stream(max_new_tokens=5)
     next(stream)
     lm.token_logprobs([Text("The cat sat on", lm)])
-    assert len(lm._evaluator.holders.ends()) == 2
+    assert len(lm.session.evaluator.holders.ends()) == 2
     del stream
     pin.release()
-    assert not lm._evaluator.holders.ends()
+    assert not lm.session.evaluator.holders.ends()

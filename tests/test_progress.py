@@ -130,7 +130,7 @@ def test_a_long_continuation_of_one_text_shows_a_bar(texts, lm, capsys):
 @pytest.mark.usefixtures("at_once")
 def test_scoring_shows_a_bar(texts, lm, is_shown, monkeypatch):
     evaluate(texts, show_progress_bar=False)
-    evaluator = lm._evaluator
+    evaluator = lm.session.evaluator
     monkeypatch.setattr(type(evaluator.executor), "rows_in_a_slice", 4)
     lm.token_logprobs(texts)
     assert is_shown("scoring") == [True]

@@ -202,13 +202,13 @@ def test_best_first_encodes_each_prompt_once(model, tokenizer, monkeypatch):
     lm = LM(model, TOKENIZERS[tokenizer]())
     completions = [f"{a} {b}" for a in WORDS for b in WORDS]
     lengths = []
-    encode = lm._tokenizer_copy.encode
+    encode = lm.session.private_tokenizer.encode
     monkeypatch.setattr(
-        lm._tokenizer_copy,
+        lm.session.private_tokenizer,
         "encode",
         lambda strings, **options: lengths.append(sum(map(len, strings))) or encode(strings, **options),
     )
-    monkeypatch.setattr(lm._encoder.tokenizer, "encode", lm._tokenizer_copy.encode)
+    monkeypatch.setattr(lm.session.encoder.tokenizer, "encode", lm.session.private_tokenizer.encode)
     predict(PROMPTS, completions, lm, search="best-first")
     assert sum(lengths) <= 3 * sum(map(len, PROMPTS)) + 2 * sum(map(len, completions)) + 100
 

@@ -41,7 +41,7 @@ def lm(model):
 def distinct_tokens(lm, prompts, completions):
     """The distinct tokens that scoring a forest forwards, each known by all that stands before it: no last ones."""
     prefixes = set()
-    ids = lm.completion_ids([f" {completion}" for completion in completions])
+    ids = lm.session.completion_ids([f" {completion}" for completion in completions])
     for prompt in prompts:
         for completion in ids:
             text = prompt.tokens + completion

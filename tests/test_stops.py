@@ -46,7 +46,7 @@ def theirs(lm, text, **options):
 
 def forced(lm, string):
     """Options with which the model generates these tokens and no others, in this order."""
-    ids = lm._tokenizer_copy.encode([string], is_continuation=True)[0]
+    ids = lm.session.private_tokenizer.encode([string], is_continuation=True)[0]
     biases = [[[token_id], 1e4] for token_id in ids[:1]]
     biases += [[list(ids[:stop]), 1e4 * 10**stop] for stop in range(2, len(ids) + 1)]
     return {"max_new_tokens": len(ids), "sequence_bias": biases}
@@ -156,7 +156,7 @@ def test_a_stop_string_within_tokens(lm):
     assert kept == whole.completion_tokens[: len(kept)]
     assert lm.tokenizer.decode(kept) == " cat"
     assert found.segments == ("The", kept, " th")
-    assert found.tokens == prompt.tokens + kept + lm._tokenizer_copy.encode([" th"], is_continuation=True)[0]
+    assert found.tokens == prompt.tokens + kept + lm.session.private_tokenizer.encode([" th"], is_continuation=True)[0]
     assert (found + "e mat").tokens == whole.tokens
     computed = lm.stats.tokens_computed
     _ = (found + "e").logits

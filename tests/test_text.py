@@ -7,6 +7,7 @@ Text("a") + "b" + "c"            ((a b) c)
 import ast
 import copy
 import gc
+import importlib
 import inspect
 import operator
 import pickle
@@ -15,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import reduce
+from graphlib import TopologicalSorter
 from itertools import permutations
 from random import Random
 from typing import Any
@@ -28,6 +30,7 @@ from hypothesis import strategies as st
 import backprompt as bp
 import backprompt.text
 from backprompt import LM, Text
+from backprompt.session import Session
 from backprompt.tokenizer import PrivateTokenizer
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
@@ -55,7 +58,8 @@ def no_work(monkeypatch) -> None:
         raise AssertionError("something was tokenized or computed")
 
     for owner, names in [
-        (LM, ("evaluate", "tokens", "joins", "string", "_current")),
+        (LM, ("evaluate", "tokens", "joins", "string")),
+        (Session, ("current",)),
         (PrivateTokenizer, ("encode", "decode", "cut", "has_changed")),
         (torch.nn.Module, ("__call__",)),
     ]:
@@ -322,18 +326,24 @@ def test_the_guard_against_work_sees_work(lm):
 
 
 def test_the_node_imports_neither_torch_nor_a_model():
-    own = {"_visible", "arguments", "errors", "segments"}
-    assert imports_of(backprompt.text) == {f"backprompt.{name}" for name in own}
-    assert imports_of(backprompt.arguments) == {"backprompt._visible", "backprompt.errors", "numpy", "numpy.typing"}
+    """Nor does a module that it imports, later or for types alone; of torch the types of tensors are known."""
+    node = {"text", "segments", "extents", "engine", "arguments", "errors", "_visible"}
+    found = {name: imports_of(importlib.import_module(f"backprompt.{name}")) for name in node}
+    own = {name: {module for module in imports if module.startswith("backprompt")} for name, imports in found.items()}
+    assert set().union(*own.values()) <= {f"backprompt.{name}" for name in node}
+    assert own["arguments"] == {"backprompt._visible", "backprompt.errors"}
+    assert own["engine"] == {"backprompt._visible", "backprompt.extents", "backprompt.errors"}
+    TopologicalSorter({f"backprompt.{name}": imports for name, imports in own.items()}).prepare()
+    at_import = {name: imports_of(importlib.import_module(f"backprompt.{name}"), later=False) for name in node}
+    assert set().union(*at_import.values()) - set().union(*own.values()) == {"numpy", "numpy.typing"}
 
 
-def imports_of(module):
-    """What a module imports when it is imported, the standard library left out."""
+def imports_of(module, *, later=True):
+    """What a module imports, the standard library left out; unless `later`, when it is imported and not for types."""
     tree = ast.parse(inspect.getsource(module))
-    imported = {statement.module for statement in tree.body if isinstance(statement, ast.ImportFrom)}
-    imported |= {
-        alias.name for statement in tree.body if isinstance(statement, ast.Import) for alias in statement.names
-    }
+    statements = list(ast.walk(tree)) if later else tree.body
+    imported = {statement.module for statement in statements if isinstance(statement, ast.ImportFrom)}
+    imported |= {alias.name for found in statements if isinstance(found, ast.Import) for alias in found.names}
     return {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
 
 

@@ -382,19 +382,21 @@ def test_a_chain_twice_as_long_costs_twice_as_much(name, segment, cost):
     assert cost(lambda: encoder.encode([long])) < 2.5 * cost(lambda: encoder.encode([short]))
 
 
-@pytest.mark.parametrize("ask", [lambda lm, texts: lm._encoder.encode(texts), LM.evaluate], ids=["encode", "evaluate"])
+@pytest.mark.parametrize(
+    "ask", [lambda lm, texts: lm.session.encoder.encode(texts), LM.evaluate], ids=["encode", "evaluate"]
+)
 def test_results_do_not_get_lost_when_an_equal_text_dies_meanwhile(ask, monkeypatch):
     """They are remembered for as long as a text lives; another thread may drop it at any moment."""
     asked = LM(_model(), byte_level_bpe())
     equal = [Text("remembered", asked)]
     assert equal[0].logits.isfinite().all()
-    encode = asked._encoder.tokenizer.encode
+    encode = asked.session.encoder.tokenizer.encode
 
     def encode_and_drop(strings, *, is_continuation):
         equal.clear()
         return encode(strings, is_continuation=is_continuation)
 
-    monkeypatch.setattr(asked._encoder.tokenizer, "encode", encode_and_drop)
+    monkeypatch.setattr(asked.session.encoder.tokenizer, "encode", encode_and_drop)
     assert len(ask(asked, [Text("remembered", asked), Text("new", asked)])) == 2
     assert equal == []
 

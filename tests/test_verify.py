@@ -21,7 +21,7 @@ def questions(lm):
 
 
 def held_states(lm):
-    return [span.states for span in lm._evaluator.forest.spans() if span.states is not None]
+    return [span.states for span in lm.session.evaluator.forest.spans() if span.states is not None]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
@@ -81,7 +81,7 @@ def test_drift_is_found_and_raised(model, tokenizer):
     evaluate(texts)
     assert verify(texts, raise_on_drift=True).passed
     (segment,) = [e for e in lm.extents(texts[2:3])[0] if e.segment == " What is 1 + 1?"]
-    end = lm._evaluator.forest.insert(texts[2].tokens[: segment.stop])
+    end = lm.session.evaluator.forest.insert(texts[2].tokens[: segment.stop])
     end.states.block.hidden[end.states.stop - 1] += 3.0
     verified = verify(texts)
     assert not verified.passed

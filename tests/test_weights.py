@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model
 
 from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load, to_networkx, weights
-from backprompt import lm as lm_module
+from backprompt import fingerprint as fingerprint_module
 from backprompt.executor import Executor
 from backprompt.store import MemoryStore
 from backprompt.weights import content_hash, sample_hash
@@ -341,7 +341,7 @@ def test_a_hash_of_weights_that_changed_meanwhile_is_none(use, model, tokenizer,
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(lm_module, "content_hash", change_meanwhile)
+        patch.setattr(fingerprint_module, "content_hash", change_meanwhile)
         with pytest.raises(StaleRepresentationError, match="while they were hashed"):
             use(lm)
     assert lm.fingerprint == LM(model, tokenizer).fingerprint

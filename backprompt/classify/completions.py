@@ -62,7 +62,7 @@ def check_end_of_prompt(given: object) -> None:
 
 def ends_behind(lm: LM, prompts: Sequence[tuple[Text, EndOfPrompt]]) -> list[EndOfPrompt]:
     """Return the meaning of an `end_of_prompt` behind each prompt; "auto" stays where a space may stand between."""
-    added_tokens = lm.added_tokens
+    added_tokens = lm.session.added_tokens
     return [end if end != "auto" or _takes_a_space(prompt, added_tokens) else "" for prompt, end in prompts]
 
 
@@ -96,14 +96,14 @@ def completion_ids(
     """
     wanted = list(dict.fromkeys(completions))
     spaces = [space_before(completion, end) for end, completion in wanted]
-    if lm.needs_space_between:
+    if lm.session.needs_space_between:
         strings = [space + completion for space, (_, completion) in zip(spaces, wanted, strict=True)]
-        return dict(zip(wanted, lm.completion_ids(strings), strict=True))
+        return dict(zip(wanted, lm.session.completion_ids(strings), strict=True))
     found: dict[tuple[EndOfPrompt, str], tuple[int, ...]] = {}
     for kind in (" ", ""):
         own = [key for key, space in zip(wanted, spaces, strict=True) if space == kind]
         strings = [completion for _, completion in own]
-        found.update(zip(own, lm.completion_ids(strings, is_continuation=not kind), strict=True))
+        found.update(zip(own, lm.session.completion_ids(strings, is_continuation=not kind), strict=True))
     return found
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from backprompt.arguments import as_list, as_lm, check_encodable
+from backprompt.arguments import as_list, check_encodable
+from backprompt.bound import as_lm
 from backprompt.classify.completions import EndOfPrompt, check_end_of_prompt, checked_completions
 from backprompt.classify.weighing import check_normalize, checked_prior
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
@@ -81,7 +82,7 @@ def common_lm(prompts: Iterable[Prompt], given: LM | tuple[Any, Any] | None) -> 
     """
     lm = None if given is None else as_lm(given)
     for prompt in prompts:
-        own = prompt.lm if isinstance(prompt, Text) else None
+        own = as_lm(prompt.lm) if isinstance(prompt, Text) and prompt.lm is not None else None
         if own is not None and lm is not None and own is not lm:
             raise MixedModelsError(f"{prompt!r} belongs to another LM than the one to score with. Use one of them.")
         lm = own if lm is None else lm

@@ -145,7 +145,7 @@ class PromptsWithCompletions:
         per_prompt = [tuple(example.completions) for example in examples] or [shared] * len(texts)
         given_ends = [example.end_of_prompt for example in examples] or [end_of_prompt] * len(texts)
         ends = ends_behind(lm, list(zip(texts, given_ends, strict=True)))
-        prompt_ids = lm.prompt_ids(texts)  # refuses a prompt that ends in a group
+        prompt_ids = lm.session.prompt_ids(texts)  # refuses a prompt that ends in a group
         behind = encoded(lm, list(zip(ends, per_prompt, strict=True)))
         pairs = cls(lm, texts, prompt_ids, behind, examples, is_single)
         pairs._check_lengths()

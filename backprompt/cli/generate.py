@@ -76,6 +76,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue all of the input."""
+    from backprompt.decoding import Decoding
     from backprompt.generation_options import SAMPLING_FIELDS
     from backprompt.stops import StopStrings
 
@@ -94,7 +95,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     def computed_with(lm: LM) -> Compute:
         stops = StopStrings(arguments.stop, lm.tokenizer, include_stop=arguments.include_stop)
-        lm.decoding(max_new_tokens=arguments.max_new_tokens, stops=stops, seed=seed, given=config)  # checks them
+        Decoding(  # checks them
+            lm.session.causal_lm,
+            lm.tokenizer,
+            max_new_tokens=arguments.max_new_tokens,
+            stops=stops,
+            seed=seed,
+            given=config,
+        )
 
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
             distinct = {prompt.tokens: prompt for prompt in prompts}  # samples must not depend on how slices are cut

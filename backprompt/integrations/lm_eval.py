@@ -25,11 +25,14 @@ import torch
 from transformers import AutoTokenizer
 
 from backprompt._generate import Run, run_with_bar
-from backprompt.arguments import as_bool, as_int, as_lm, check_encodable
+from backprompt.arguments import as_bool, as_int, check_encodable
+from backprompt.bound import as_lm
 from backprompt.classify.scoring import TOKENS_AT_A_TIME
+from backprompt.decoding import Decoding
 from backprompt.errors import GenerationError
 from backprompt.generation_options import SAMPLING_FIELDS
-from backprompt.lm import LM, load
+from backprompt.lm import LM
+from backprompt.loading import load
 from backprompt.progress import Bar
 from backprompt.stops import StopStrings, missing_characters
 from backprompt.text import Text
@@ -152,7 +155,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """How many tokens the model is given at most."""
         if self._max_length is not None:
             return self._max_length
-        config = self.lm._model.config  # not lm.model: whoever reads that may write weights, which LM counts on
+        config = self.lm.session.model.config  # not lm.model: whoever reads that may write weights, which LM counts on
         return int(resolve_max_length(config, self.tokenizer))
 
     @property
@@ -299,7 +302,9 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             )
         # A task's stop strings are made for no tokenizer; one that it cannot spell never comes.
         spelled = [string for string in stop if not missing_characters(string, self.tokenizer)]
-        decoding = self.lm.decoding(
+        decoding = Decoding(
+            self.lm.session.causal_lm,
+            self.lm.tokenizer,
             max_new_tokens=max_new_tokens,
             stops=StopStrings(spelled, self.tokenizer, is_behind_prompt=False),
             seed=options.pop("seed", None),

@@ -17,7 +17,8 @@ import numpy as np
 
 from backprompt import classify
 from backprompt._visible import abbreviated
-from backprompt.arguments import as_choice, as_list, as_lm, as_number, check_encodable
+from backprompt.arguments import as_choice, as_list, as_number, check_encodable
+from backprompt.bound import as_lm
 from backprompt.classify import Aggregate, Example
 from backprompt.classify.completions import EndOfPrompt, ends_behind, space_before
 from backprompt.classify.weighing import Floats

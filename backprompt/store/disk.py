@@ -244,7 +244,7 @@ class DiskStore(Store):
     _is_closed = False
     _is_closed_to_fork = False
 
-    def _before_fork(self) -> None:
+    def before_fork(self) -> None:
         """Close the index: SQLite forbids carrying a connection to another process. It is opened when asked again."""
         self._lock.acquire()
         if self.is_writable and not self._is_closed:  # what is only read lies in memory, or has no locks
@@ -252,7 +252,8 @@ class DiskStore(Store):
             with suppress(sqlite3.Error):  # forking must go on to where locks are released
                 self._index.close()
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """Let other threads go on."""
         self._lock.release()
 
     def _opened(self) -> Index:

@@ -168,7 +168,7 @@ class _Race:
     def _ours(self, name: str, spent: dict[str, float]) -> tuple[Completions, float, int]:
         """Continue the texts with one of our LMs; also note the seconds that its matrix products take alone."""
         lm = self._lms[name]
-        executor, pass_sizes = lm._evaluator.executor, []
+        executor, pass_sizes = lm.session.evaluator.executor, []
         forward = executor.forward
         executor.forward = lambda pass_: pass_sizes.append(pass_.num_tokens) or forward(pass_)  # type: ignore
         lm.clear()
@@ -207,7 +207,7 @@ def _samples(lm: LM, prompt: Text) -> Samples:
     lm.clear()
     texts = generate(prompt, max_new_tokens=NEW_TOKENS, n=NUM_SAMPLES, do_sample=True, seed=1, show_progress_bar=False)
     distinct = {text.tokens[:stop] for text in texts for stop in range(len(prompt.tokens) + 1, len(text.tokens))}
-    needed = (len(prompt.tokens) + len(distinct)) * lm._evaluator.executor.token_bytes
+    needed = (len(prompt.tokens) + len(distinct)) * lm.session.evaluator.executor.token_bytes
     return Samples(
         prompt_tokens=len(prompt.tokens),
         samples=NUM_SAMPLES,

@@ -162,7 +162,7 @@ class Duel:
             distinct_tokens=distinct_tokens(ids),
             classes=num_classes,
             held=num_bytes,
-            bytes_a_token=self.lm._evaluator.executor.token_bytes,
+            bytes_a_token=self.lm.session.evaluator.executor.token_bytes,
             backprompt=Peak(peak, seconds_ours),
             cappr=lines,
         )

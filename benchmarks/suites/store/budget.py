@@ -119,7 +119,7 @@ def measure_budget(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, f
 def _watch_peak(lm: LM) -> list[int]:
     """Return a list that grows by the bytes that are held whenever blocks are added, as after each pass."""
     held: list[int] = [0]
-    memory = lm._evaluator.memory
+    memory = lm.session.evaluator.memory
     add = memory.add
 
     def add_and_note(blocks: Any) -> None:

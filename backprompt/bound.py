@@ -1,0 +1,80 @@
+"""The `LM` that texts are bound to, and the evaluation of texts of one `LM` or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, overload
+
+from backprompt.engine import as_engine
+from backprompt.errors import TextTypeError
+from backprompt.lm import LM
+from backprompt.representation import ModelRepr
+from backprompt.text import Text, bound_engine
+from backprompt.texts import as_texts, engine_of
+
+
+@overload
+def evaluate(texts: Text, *, show_progress_bar: bool | None = None) -> ModelRepr: ...
+
+
+@overload
+def evaluate(texts: Iterable[Text], *, show_progress_bar: bool | None = None) -> list[ModelRepr]: ...
+
+
+def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> ModelRepr | list[ModelRepr]:
+    """Evaluate a text, or many texts with one plan for all of them.
+
+    Each distinct token that is not cached is forwarded exactly once. Texts of several `LM` objects are evaluated
+    an `LM` at a time.
+
+    Args:
+        texts: a text, or many.
+        show_progress_bar: by default on a terminal where it takes several passes and longer than two seconds.
+
+    Returns:
+        A `ModelRepr` for a text, or a list of them in the order of `texts`.
+
+    Raises:
+        See `LM.evaluate`.
+
+    """
+    if isinstance(texts, Text):
+        return bound_lm(texts, "a representation").evaluate([texts], show_progress_bar=show_progress_bar)[0]
+    listed = as_texts(texts, "evaluate")
+    by_lm: dict[LM, list[int]] = {}
+    for idx, text in enumerate(listed):
+        by_lm.setdefault(lm_of(text, idx), []).append(idx)
+    reprs: dict[int, ModelRepr] = {}
+    for lm, indices in by_lm.items():
+        own = [listed[idx] for idx in indices]
+        reprs.update(zip(indices, lm.evaluate(own, show_progress_bar=show_progress_bar), strict=True))
+    return [reprs[idx] for idx in range(len(listed))]
+
+
+def lm_of(text: object, idx: int) -> LM:
+    """Return the `LM` of an element of `texts`."""
+    return as_lm(engine_of(text, idx))
+
+
+def bound_lm(text: Text, what: str) -> LM:
+    """Return the `LM` of a text; `what` is wanted of it.
+
+    Raises:
+        UnboundTextError: the text has none.
+
+    """
+    return as_lm(bound_engine(text, what))
+
+
+def as_lm(given: Any) -> LM:
+    """Return an `LM`, of a `(model, tokenizer)` tuple the one that all such tuples share.
+
+    Raises:
+        TextTypeError: it is neither.
+        What `LM` raises for the model and the tokenizer.
+
+    """
+    engine = given if isinstance(given, LM) else as_engine(given)
+    if not isinstance(engine, LM):
+        raise TextTypeError(f"An LM is needed here, not {type(engine).__name__}.")
+    return engine

@@ -1,0 +1,86 @@
+"""Where evaluated texts lie, and which texts were evaluated together with them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+from backprompt.evaluator import Evaluator
+from backprompt.radix import Place, Span
+from backprompt.token_graph import TokenIds
+
+
+@dataclass(eq=False)
+class Batch:
+    """The texts that one `evaluate` computed together, and how far to read ahead in them.
+
+    It holds none of them: what one of a thousand texts is kept for must not keep the others.
+
+    The head's weights are read once a call, so a row of logits alone costs as much as a dozen in company. The first
+    text asked for gets its own rows only, each further one twice as many of those that follow it as the one before:
+    whoever reads one text pays for one, and whoever reads all of them pays for few calls.
+    """
+
+    evaluator: Evaluator
+    num_asked: dict[str, int] = field(default_factory=dict)
+    _num_texts: int = 0
+    _texts: WeakValueDictionary[int, Evaluated] = field(default_factory=WeakValueDictionary)
+
+    def add(self, place: Place) -> Evaluated:
+        """Return the next text of the batch, which ends here."""
+        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, place)
+        self._num_texts += 1
+        return evaluated
+
+    def ahead_of(self, idx: int, what: str) -> list[Place]:
+        """Return the texts whose `what` to compute along with that of the text at `idx`."""
+        num_asked = self.num_asked.get(what, 0)
+        self.num_asked[what] = num_asked + 1
+        indices = itertools.chain(range(idx, self._num_texts), range(idx))
+        alive = (found for i in indices if (found := self._texts.get(i)) is not None)
+        ahead = itertools.islice(alive, 1 << min(num_asked, 20))
+        return [evaluated.place for evaluated in ahead if evaluated.is_computed]
+
+
+@dataclass(eq=False)
+class Evaluated:
+    """Where a text lies, and its place in the batch that it was computed in."""
+
+    batch: Batch
+    batch_idx: int
+    place: Place
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """What computed it."""
+        return self.batch.evaluator
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The text's token ids."""
+        return self.place.token_ids
+
+    @property
+    def end(self) -> Span:
+        """The span at which the text ends."""
+        return self.place.end
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether what results are read off is still there."""
+        return self.end.states is not None
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether its keys and values are still there, too."""
+        return self.end.rows is not None
+
+    @contextmanager
+    def held(self, *, with_keys: bool = False) -> Iterator[Place]:
+        """Keep what results are read off, computed again if it was dropped; see `Evaluator.held`."""
+        with self.evaluator.held(self.token_ids, self.end, with_keys=with_keys) as end:
+            self.place = Place(end, self.token_ids)
+            yield self.place

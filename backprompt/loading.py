@@ -1,0 +1,133 @@
+"""Loading a model and its tokenizer: devices, dtypes, and whether the files decide about all weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from backprompt.arguments import as_bool
+from backprompt.checkpoint import Checkpoint
+from backprompt.errors import ModelLoadError
+from backprompt.lm import LM
+from backprompt.options import check_can_pin, check_options
+from backprompt.store.paths import check_folder
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    show_progress_bar: bool | None = None,
+    **lm_options: Any,
+) -> LM:
+    """Load a causal LM and its tokenizer by hub id or local path.
+
+    Args:
+        name: what `from_pretrained` of transformers takes.
+        device: "cuda", "mps", "cpu" ...; by default the first of these that there is.
+        dtype: of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
+        show_progress_bar: False hides the bars of transformers; by default they show as transformers is set to.
+        **lm_options: what `LM` takes.
+
+    Raises:
+        ValueError, TypeError: a device that is not there, a dtype that weights cannot have, an option that `LM` does
+            not have, or a value that it cannot have; before anything is loaded.
+        ModelLoadError: the model or the tokenizer cannot be found or downloaded.
+        OSError: the path of a store cannot be the folder of one; see `DiskStore`.
+        UnsupportedModelError: see `LM`.
+
+    """
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise TypeError(f"name must be a hub id or the path of a model's folder, not {name!r}.")
+    chosen = _default_device() if device is None else _available(device)
+    dtype = _dtype_of_weights(dtype, chosen)
+    if show_progress_bar is not None:
+        as_bool(show_progress_bar, "show_progress_bar")
+    check_options(**lm_options)
+    if lm_options.get("pin_memory"):
+        check_can_pin(chosen)
+    if isinstance(store := lm_options.get("store"), (str, os.PathLike)):
+        check_folder(store)
+    checkpoint = Checkpoint.find(name, dtype)
+    logger.info("Loading %s on %s, dtype %s.", name, chosen, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        with _bars_of_transformers(show_progress_bar):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"Could not load {str(name)!r}: {error}\nIf the model hub cannot be reached, download the model elsewhere "
+            "and pass the path of its folder: backprompt.load('path/to/model')."
+        ) from error
+    model, loading_info = loaded
+    lm = LM(model.to(chosen), tokenizer, **lm_options)
+    is_unchanged = checkpoint == Checkpoint.find(name, dtype)
+    if checkpoint is not None and is_unchanged and checkpoint.decides(model, loading_info):
+        lm.session.fingerprint.checkpoint = checkpoint
+    return lm
+
+
+@contextmanager
+def _bars_of_transformers(show: bool | None) -> Iterator[None]:
+    """Show or hide what shows while transformers loads a model; it has one setting for the whole process."""
+    before = transformers_logging.is_progress_bar_enabled()
+    _show_bars_of_transformers(before if show is None else show)
+    try:
+        yield
+    finally:
+        _show_bars_of_transformers(before)
+
+
+def _show_bars_of_transformers(show: bool) -> None:
+    if show:
+        transformers_logging.enable_progress_bar()
+    else:
+        transformers_logging.disable_progress_bar()
+
+
+def _available(device: str | int | torch.device) -> torch.device:
+    """Return a device that is there."""
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f'device must be the name of one, such as "cpu", or a torch.device, not {device!r}.')
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an assertion where torch is without CUDA
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        raise ValueError(
+            f"device={str(device)!r} cannot be used: {reason}. Leave it out for {str(_default_device())!r}."
+        ) from error
+    if found.type == "meta":
+        raise ValueError("device='meta' holds no weights. Leave it out, or name one that does.")
+    return found
+
+
+def _dtype_of_weights(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """Return the dtype that weights are loaded in."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if isinstance(dtype, str) and dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f'dtype must be "auto" or a floating-point dtype of torch, as "float32" or torch.bfloat16, not {dtype!r}.'
+        )
+    return found
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
