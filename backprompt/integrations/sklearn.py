@@ -7,7 +7,6 @@ are scikit-learn's own. Clones keep the `LM`, so all candidates of a search shar
 from __future__ import annotations
 
 import string
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from backprompt import classify
+from backprompt._warn import warn_caller
 from backprompt.arguments import as_list, as_lm, as_number, check_encodable
 from backprompt.calibration import Floats
 from backprompt.classify import Aggregate, Example
@@ -356,10 +356,9 @@ def _completions(labels: Mapping[Any, str] | Sequence[str] | None, classes: Any)
     listed = classes.tolist()
     if labels is None:
         if listed == list(range(len(listed))) and not isinstance(listed[0], bool):
-            warnings.warn(
+            warn_caller(
                 f"The classes are the numbers 0 to {listed[-1]}, and so are the completions that are scored. If they "
-                f"stand for something, give `labels`, a sequence of strings. {ENCODED}",
-                stacklevel=3,
+                f"stand for something, give `labels`, a sequence of strings. {ENCODED}"
             )
         return list(map(str, listed))
     if isinstance(labels, Mapping):
