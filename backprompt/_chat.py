@@ -1,7 +1,7 @@
 """Conversations: the model's chat template as a text whose segments are the messages.
 
 A template that only ever appends (prefix-stable) lets a conversation go on where it stopped: what was computed for its
-first turns serves all that begin with them. What the model generated goes in as the token ids that it generated, and
+first turns serves all that begin with them. A generated reply goes in as the token ids that the model generated, and
 a text or group within a message as the segments that it has.
 
 All is told from what the template renders: a turn ends where the messages up to it end when they are rendered alone,
@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from backprompt._generate import ContinuedText
 from backprompt._visible import visible
 from backprompt._warn import warn_caller
-from backprompt.arguments import as_list, as_lm
+from backprompt.arguments import as_bool, as_list, as_lm
 from backprompt.errors import TextTypeError, TokenizerError
 from backprompt.lm import LM
 from backprompt.text import Text
+from backprompt.tokenizer import Speller
 
 Rendered: TypeAlias = "str | tuple[int, ...]"
 """What a template makes of messages: a string, or ids where the tokenizer renders nothing else."""
@@ -84,6 +85,8 @@ def chat(
             decides what `apply_chat_template` returns.
         TextTypeError: a message is not such a dict, or its content has something else than text in it.
         MixedModelsError: a content is a text of another `LM`.
+        ValueError: `add_generation_prompt` is neither True nor False, or `continue_final_message` neither these nor a
+            string.
 
     Warns:
         UserWarning: the template writes earlier turns in another way when others follow, so that turn and all after it
@@ -91,6 +94,10 @@ def chat(
 
     """
     lm = as_lm(lm)
+    if add_generation_prompt is not None:
+        as_bool(add_generation_prompt, "add_generation_prompt")
+    if not isinstance(continue_final_message, str):
+        as_bool(continue_final_message, "continue_final_message")
     messages = as_list(messages, "chat takes messages in order")
     for idx, message in enumerate(messages):
         _check_message(message, idx)
@@ -164,8 +171,7 @@ class _Template:
         """Return how a token stands in what it renders."""
         if self.renders_ids:
             return (token_id,)
-        decoded: str = self.lm.tokenizer.decode([token_id])
-        return decoded
+        return Speller(self.lm.tokenizer).decode([token_id])
 
     def text(self, rendered: Rendered) -> Text:
         """Return a part of what it renders as a text."""
@@ -406,7 +412,7 @@ def _filled_part(part: Any, left: Iterator[str]) -> Mapping[str, Any]:
 def _own(lm: LM, text: Text) -> Text:
     """Return the text that stands within a message: of one that was continued, the ids and string of `completion`.
 
-    That has no special tokens: an end token would end the message that quotes it.
+    The completion has no special tokens: an end token would end the message that quotes it.
     """
     if not isinstance(text, ContinuedText):
         return text

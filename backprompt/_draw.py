@@ -21,8 +21,9 @@ from typing import Any
 import graphviz
 import networkx as nx
 
-from backprompt._graph import STATUSES, Status, to_networkx
+from backprompt._graph import STATUSES, Status, graph_of
 from backprompt._visible import LINE_WIDTH, shortened, visible, wrapped
+from backprompt.arguments import as_int, as_texts
 from backprompt.errors import DrawingError
 from backprompt.forking import ForkableLock, watch_store
 from backprompt.text import Text
@@ -94,10 +95,9 @@ def draw(
         TextTypeError, JoinError, TokenizerError: see `to_networkx`.
 
     """
-    for name, value in (("max_children", max_children), ("max_characters", max_characters)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise ValueError(f"{name} must be an int of at least 2, not {value!r}.")
-    graph = to_networkx(texts)
+    max_children = as_int(max_children, "max_children", at_least=2)
+    max_characters = as_int(max_characters, "max_characters", at_least=2)
+    graph = graph_of(as_texts(texts, "draw"))
     return _Picture(graph, _Folding(graph, max_children), max_characters).drawn()
 
 

@@ -23,7 +23,7 @@ from backprompt.decoded import Decoder
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
 from backprompt.errors import GenerationError
 from backprompt.lookahead import MAX_PROPOSALS
-from backprompt.progress import progress_bar, showing
+from backprompt.progress import check_show, progress_bar, showing
 from backprompt.radix import Span
 from backprompt.stops import StopStrings
 from backprompt.text import Text, lazily
@@ -266,6 +266,7 @@ def generate(
     """
     is_single = isinstance(texts, Text)
     listed = as_texts(texts, "generate")
+    check_show(show_progress_bar)
     num_each = 1 if n is None else as_int(n, "n", at_least=1, error=GenerationError)
     if not listed:
         return []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backprompt._visible import shortened, visible
-from backprompt.arguments import as_floats, as_list
+from backprompt.arguments import as_floats, as_int, as_list
 from backprompt.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def plot_probabilities(
 
     """
     values, names = _checked(probabilities, completions)
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise ValueError(f"top must be an int of at least 1, not {top!r}.")
+    top = as_int(top, "top", at_least=1)
     order = np.argsort(-values, kind="stable")[:top]
     if ax is None:
         ax = _new_axes(len(order))

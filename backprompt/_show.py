@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backprompt._visible import visible
+from backprompt.arguments import as_int
 from backprompt.logprobs import log_softmax
 from backprompt.token_graph import TokenIds, flat, fold
 from backprompt.tokens import added
@@ -125,8 +126,7 @@ class ShownText:
 
 def show(text: Text, *, top: int = 5) -> ShownText:
     """Return a text with its tokens coloured by log-probability; see `Text.show`."""
-    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
-        raise ValueError(f"top must be an int of at least 0, not {top!r}.")
+    top = as_int(top, "top", at_least=0)
     lm = text._require_lm("log-probabilities")
     model_repr = text.model_repr
     with lm._exclusive():

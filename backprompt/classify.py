@@ -21,14 +21,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
-from backprompt.arguments import as_floats, as_list, as_lm, as_number, check_encodable
+from backprompt.arguments import as_bool, as_floats, as_list, as_lm, as_number, check_encodable
 from backprompt.calibration import Floats
 from backprompt.calibration import best_threshold as best_threshold
 from backprompt.calibration import calibrate as calibrate
 from backprompt.completions import EndOfPrompt, check_end_of_prompt, completion_ids, ends_behind
 from backprompt.errors import EmptyTextError, MixedModelsError, NonFiniteError, TextTypeError, UnboundTextError
 from backprompt.lm import LM
-from backprompt.progress import Bar, is_wanted
+from backprompt.progress import Bar, check_show, is_wanted
 from backprompt.search import Candidate, Search, make_trie
 from backprompt.text import Text
 from backprompt.token_graph import TokenIds
@@ -74,7 +74,7 @@ class Example:
         object.__setattr__(self, "completions", _checked_completions(self.completions))
         check_end_of_prompt(self.end_of_prompt)
         object.__setattr__(self, "prior", _checked_prior(self.prior, len(self.completions)))
-        _check_normalize(self.normalize, len(self.completions))
+        _check_normalize(as_bool(self.normalize, "normalize"), len(self.completions))
 
 
 Prompts: TypeAlias = "Prompt | Example | Sequence[Prompt] | Sequence[Example]"
@@ -95,9 +95,10 @@ def log_probs(
         completions: the candidates, for prompts that are no examples.
         lm: an `LM` or a `(model, tokenizer)` tuple; may be left out where a prompt is a `Text` that has one.
         end_of_prompt: what stands between a prompt and a completion. "auto": a space, but nothing where the prompt ends
-            in white space, in a special or added token of the tokenizer (as a chat template's header does) or in a
-            segment of token ids, or the completion begins with white space. " ": a space, always, as in CAPPr. "":
-            nothing. A completion is encoded by itself with the space before it, if there is one.
+            in white space, in a special token (as a chat template's header does), in another added token that does
+            not end in a letter or digit (`<think>`), or in token ids, or the completion begins with white space. " ": a
+            space, always, as in CAPPr. "": nothing. A completion is encoded by itself with the space before
+            it, if there is one.
         show_progress_bar: by default on a terminal where there are at least 5 prompts.
 
     Returns:
@@ -453,8 +454,9 @@ class _Task:
     ) -> _Task:
         """Check everything, and score what the weights need besides the prompts."""
         discount = as_number(discount_completions, "discount_completions")
-        if aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate must be one of {', '.join(map(repr, AGGREGATES))}, not {aggregate!r}.")
+        check_aggregate(aggregate)
+        check_show(show_progress_bar)
+        as_bool(normalize, "normalize")
         if log_marg_probs_completions is not None and not discount:
             raise TypeError(
                 "log_marg_probs_completions would not be used. Set discount_completions, too, or leave both out."
@@ -712,6 +714,12 @@ def _checked_prior(prior: Sequence[float] | None, num_completions: int) -> Any:
     if not ((given >= 0) & (given <= 1)).all() or not np.isclose(given.sum(), 1):
         raise ValueError(f"prior must be probabilities that sum to 1, not {given.tolist()} (sum {given.sum():.6g}).")
     return given
+
+
+def check_aggregate(aggregate: object) -> None:
+    """Raise ValueError for what is no `Aggregate`."""
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate must be one of {', '.join(map(repr, AGGREGATES))}, not {aggregate!r}.")
 
 
 def _check_normalize(normalize: bool, num_completions: int) -> None:

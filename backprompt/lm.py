@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backprompt.archive import Archive, Root
-from backprompt.arguments import as_bool, as_int, as_list, as_text, as_texts
+from backprompt.arguments import as_bool, as_int, as_list, as_text, as_texts, is_int
 from backprompt.cache import Location
 from backprompt.checkpoint import Checkpoint
 from backprompt.decoding import Decoding
@@ -50,7 +49,7 @@ from backprompt.host import HostMemory
 from backprompt.identity import EXACT, root_key
 from backprompt.lookup import Piece
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
-from backprompt.progress import showing
+from backprompt.progress import check_show, showing
 from backprompt.radix import Place
 from backprompt.representation import Batch, Evaluated, ModelRepr, Pin
 from backprompt.skeleton import model_device, unwrap
@@ -555,7 +554,7 @@ class LM:
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
-        """The strings that the tokenizer takes for one token each: special tokens and others that were added."""
+        """The strings that are one token each and take no space behind them: special ones, added ones like <think>."""
         with self._exclusive():
             self._current()
             return self._tokenizer_copy.added_tokens
@@ -642,7 +641,7 @@ class LM:
                         f"starts[{idx}], {start!r}, is no beginning of {text!r}", ids_of[start], whole
                     )
                 first.append(len(ids_of[start]))
-            elif isinstance(start, bool) or not isinstance(start, Integral):
+            elif not is_int(start):
                 raise TypeError(f"starts[{idx}] must be a Text or an int, not {type(start).__name__}: {start!r}.")
             else:
                 first.append(int(start))
@@ -705,7 +704,7 @@ class LM:
         return [known[text] for text in texts]
 
     def _known_id(self, token_id: int) -> int:
-        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+        if not is_int(token_id):
             raise TypeError(f"token_ids must be ints, not {type(token_id).__name__}: {token_id!r}.")
         num_embeddings = self._evaluator.executor.limits.num_embeddings
         if not 0 <= token_id < num_embeddings:
@@ -964,8 +963,7 @@ def load(
         raise TypeError(f"name must be a hub id or the path of a model's folder, not {name!r}.")
     chosen = _default_device() if device is None else _available(device)
     dtype = _dtype_of_weights(dtype, chosen)
-    if show_progress_bar is not None:
-        as_bool(show_progress_bar, "show_progress_bar")
+    check_show(show_progress_bar)
     check_options(**lm_options)
     if lm_options.get("pin_memory"):
         _check_can_pin(chosen)

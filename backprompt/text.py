@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from backprompt.arguments import as_list, as_lm
+from backprompt.arguments import as_bool, as_list, as_lm
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown
 
@@ -96,8 +96,7 @@ class Text:
                 f"Text() takes a str, not {type(string).__name__}: {_shorten(repr(string))}. "
                 "Convert it with str(...) first; for token ids use Text.from_tokens(ids, lm)."
             )
-        if not isinstance(add_special_tokens, bool):
-            raise TextTypeError(f"add_special_tokens must be True or False, not {add_special_tokens!r}.")
+        add_special_tokens = as_bool(add_special_tokens, "add_special_tokens", error=TextTypeError)
         self._init_leaf(string, None if lm is None else as_lm(lm), add_special_tokens)
 
     @classmethod

@@ -9,14 +9,13 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from backprompt import classify
 from backprompt._warn import warn_caller
-from backprompt.arguments import as_list, as_lm, as_number, check_encodable
+from backprompt.arguments import as_int, as_list, as_lm, as_number, check_encodable, is_int
 from backprompt.calibration import Floats
 from backprompt.classify import Aggregate, Example
 from backprompt.completions import EndOfPrompt, ends_behind, space_before
@@ -258,16 +257,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         for name, given, kinds in (("instruction", self.instruction, (str, Text)), ("separator", self.separator, str)):
             if not isinstance(given, kinds):
                 raise TextTypeError(f"{name} must be a str, not {type(given).__name__}.")
-        if self.aggregate not in classify.AGGREGATES:
-            raise ValueError(
-                f"aggregate must be one of {', '.join(map(repr, classify.AGGREGATES))}, not {self.aggregate!r}."
-            )
+        classify.check_aggregate(self.aggregate)
         as_number(self.discount_completions, "discount_completions")
         shots = self.shots
-        if isinstance(shots, (bool, str, Text)) or not isinstance(shots, (Integral, Sequence)):
+        if isinstance(shots, (str, Text)) or not (is_int(shots) or isinstance(shots, Sequence)):
             raise TypeError(f"shots must be a number or a list of (x, class) pairs, not {shots!r}.")
-        if isinstance(shots, Integral) and shots < 0:
-            raise ValueError(f"shots must be at least 0, not {shots}.")
+        if is_int(shots):
+            as_int(shots, "shots", at_least=0)
 
 
 def _check_template(template: object) -> None:
