@@ -383,7 +383,8 @@ class Forest:
     def discard(self, span: Span, held: Container[Span]) -> None:
         """Remove a span that nothing continues and nobody knows of, and what it continued, as far as that holds there.
 
-        What is not a leaf, is among those `held` or ends a text stays. One that was removed before may be given again.
+        A span that is no leaf, is among those `held` or ends a text stays. One that was
+        removed before may be given again.
         """
         while span.token_ids and span.parent is not None and not (span.children or span in held or span.is_end):
             parent = span.parent
@@ -398,7 +399,7 @@ class Forest:
     def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
         """Remove spans of which nothing is held, until so many of them with so many tokens are left at most.
 
-        What was used longest ago goes first, and what continues a span goes before it.
+        The span used longest ago goes first, and spans that continue another go before it.
         """
         spans = list(self.spans())
         last_used = {span: span.last_used for span in spans if span.is_empty}
