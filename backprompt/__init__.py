@@ -1,6 +1,6 @@
 """Compose prompts with `+` and evaluate a forest of them in packed passes, each distinct token once.
 
-What is public stands in `_public.py`. It is imported when the first of it is asked for: torch and transformers take
+Public names stand in `_public.py`, which is imported when the first of them is asked for: torch and transformers take
 seconds, and the command line answers `--help`, and an interrupt, before that.
 """
 

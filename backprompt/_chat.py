@@ -1,7 +1,7 @@
 """Conversations: the model's chat template as a text whose segments are the messages.
 
 A template that only ever appends (prefix-stable) lets a conversation go on where it stopped: what was computed for its
-first turns serves all that begin with them. What the model generated goes in as the token ids that it generated, and
+first turns serves all that begin with them. A generated reply goes in as the token ids that the model generated, and
 a text or group within a message as the segments that it has.
 
 All is told from what the template renders: a turn ends where the messages up to it end when they are rendered alone,
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,12 +19,14 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from backprompt._generate import ContinuedText
-from backprompt._visible import shortened
-from backprompt.arguments import as_list
+from backprompt._visible import shortened, visible
+from backprompt._warn import warn_caller
+from backprompt.arguments import as_bool, as_list
 from backprompt.bound import as_lm
 from backprompt.errors import TextTypeError, TokenizerError
 from backprompt.lm import LM
 from backprompt.text import Text
+from backprompt.tokenizer import Speller
 
 Rendered: TypeAlias = "str | tuple[int, ...]"
 """What a template makes of messages: a string, or ids where the tokenizer renders nothing else."""
@@ -85,6 +86,8 @@ def chat(
             decides what `apply_chat_template` returns.
         TextTypeError: a message is not such a dict, or its content has something else than text in it.
         MixedModelsError: a content is a text of another `LM`.
+        ValueError: `add_generation_prompt` is neither True nor False, or `continue_final_message` neither these nor a
+            string.
 
     Warns:
         UserWarning: the template writes earlier turns in another way when others follow, so that turn and all after it
@@ -92,6 +95,10 @@ def chat(
 
     """
     lm = as_lm(lm)
+    if add_generation_prompt is not None:
+        as_bool(add_generation_prompt, "add_generation_prompt")
+    if not isinstance(continue_final_message, str):
+        as_bool(continue_final_message, "continue_final_message")
     messages = as_list(messages, "chat takes messages in order")
     for idx, message in enumerate(messages):
         _check_message(message, idx)
@@ -165,8 +172,7 @@ class _Template:
         """Return how a token stands in what it renders."""
         if self.renders_ids:
             return (token_id,)
-        decoded: str = self.lm.tokenizer.decode([token_id])
-        return decoded
+        return Speller(self.lm.tokenizer).decode([token_id])
 
     def text(self, rendered: Rendered) -> Text:
         """Return a part of what it renders as a text."""
@@ -234,10 +240,10 @@ class _Conversation:
             if _begins(self._whole, beginning):
                 yield len(beginning)
             elif idx + 1 < len(self._messages) or "continue_final_message" not in self._ending:
-                warnings.warn(
-                    f"The chat template is not prefix-stable: messages up to messages[{idx}] ({message['role']}) are "
-                    "written differently when others follow, so from there on they are computed again in each turn.",
-                    stacklevel=4,
+                role = visible(str(message["role"]))
+                warn_caller(
+                    f"The chat template is not prefix-stable: messages up to messages[{idx}] ({role}) are written "
+                    "differently when others follow, so from there on they are computed again in each turn."
                 )
 
     def _places(self) -> Iterator[_Place]:
@@ -265,12 +271,12 @@ class _Conversation:
         else:
             return
         stop, text = len(before) + len(written), reply.completion_text
-        if token_ids[-1] in self._lm.tokenizer.all_special_ids:  # an end token, which the string leaves out
-            end = self._template.written_token(token_ids[-1])
-            if _begins(self._whole[stop:], end):
-                stop += len(end)
-            elif stop == len(self._whole):  # the reply is to go on
-                text = Text.from_tokens(token_ids[:-1], self._lm)
+        num_said = _num_before_end_tokens(self._lm, reply)
+        if num_said < len(token_ids):  # end tokens, which the string leaves out; the template may write its own
+            end = self._template.written_token(token_ids[num_said])
+            is_written = _begins(self._whole[stop:], end)
+            stop += len(end) if is_written else 0
+            text = Text.from_tokens(token_ids[: num_said + is_written], self._lm)
         yield _Place(len(before), stop, text)
 
     def _places_in(self, idx: int) -> list[_Place]:
@@ -322,7 +328,7 @@ class _Conversation:
             start, string = stop + len(before), self._strings[idx][number]
             stop = start + len(string)
             written += before + string
-            places.append(_Place(start, stop, _own(self._texts[idx][number])))
+            places.append(_Place(start, stop, _own(self._lm, self._texts[idx][number])))
         return places if written + str(rest) == self._whole else None
 
     def _check_is_no_list(self, message: Message, idx: int) -> None:
@@ -404,9 +410,25 @@ def _filled_part(part: Any, left: Iterator[str]) -> Mapping[str, Any]:
     return {"type": "text", "text": next(left) if isinstance(part, Text) else part}
 
 
-def _own(text: Text) -> Text:
-    """Return the text that stands in a message: of one that was continued, what was added."""
-    return text.completion_text if isinstance(text, ContinuedText) else text
+def _own(lm: LM, text: Text) -> Text:
+    """Return the text that stands within a message: of one that was continued, the ids and string of `completion`.
+
+    The completion has no special tokens: an end token would end the message that quotes it.
+    """
+    if not isinstance(text, ContinuedText):
+        return text
+    special = lm.tokenizer.all_special_ids
+    said = Text.from_tokens([token_id for token_id in text.completion_tokens if token_id not in special], lm)
+    return said + text._rest
+
+
+def _num_before_end_tokens(lm: LM, reply: ContinuedText) -> int:
+    """Return how many of a reply's ids stand before the end tokens that it ends with; all where a string ends it."""
+    token_ids, special = reply.completion_tokens, lm.tokenizer.all_special_ids
+    num_said = len(token_ids)
+    while num_said and not reply._rest and token_ids[num_said - 1] in special:
+        num_said -= 1
+    return num_said
 
 
 def _string(lm: LM, text: Text) -> str:

@@ -21,12 +21,13 @@ from typing import Any
 import graphviz
 import networkx as nx
 
-from backprompt._graph import STATUSES, Status, to_networkx
+from backprompt._graph import STATUSES, Status, graph_of
 from backprompt._visible import LINE_WIDTH, shortened, visible, wrapped
 from backprompt.arguments import as_int
 from backprompt.errors import DrawingError
 from backprompt.forking import ForkableLock, watch_store
 from backprompt.text import Text
+from backprompt.texts import as_texts
 
 MAX_IN_A_ROW = 4
 """Of more segments than this that only follow each other, all but the first become one box."""
@@ -97,7 +98,7 @@ def draw(
     """
     max_children = as_int(max_children, "max_children", at_least=2)
     max_characters = as_int(max_characters, "max_characters", at_least=2)
-    graph = to_networkx(texts)
+    graph = graph_of(as_texts(texts, "draw"))
     return _Picture(graph, _Folding(graph, max_children), max_characters).drawn()
 
 

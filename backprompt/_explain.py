@@ -17,6 +17,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from backprompt._visible import visible
+from backprompt.arguments import as_bool
 from backprompt.bound import lm_of
 from backprompt.errors import MixedModelsError
 from backprompt.evaluator import Evaluator
@@ -310,12 +311,13 @@ def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanati
         analyze: evaluate them then, and add the actual figures.
 
     Raises:
-        ValueError: there are no texts.
+        ValueError: there are no texts, or `analyze` is neither True nor False.
         TextTypeError, UnboundTextError: an element is not a text, or has no model.
         MixedModelsError: texts of two different `LM` objects.
         What `evaluate` raises for texts that cannot be evaluated, also without `analyze`.
 
     """
+    as_bool(analyze, "analyze")
     listed = listed_texts(texts, "explain")
     lm = one_lm(listed)
     lm.check(listed)

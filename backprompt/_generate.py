@@ -25,7 +25,7 @@ from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextD
 from backprompt.errors import GenerationError
 from backprompt.lm import LM
 from backprompt.lookahead import MAX_PROPOSALS
-from backprompt.progress import progress_bar, showing
+from backprompt.progress import check_show, progress_bar, showing
 from backprompt.radix import Span
 from backprompt.stops import StopStrings
 from backprompt.text import Text, lazily
@@ -268,6 +268,7 @@ def generate(
     """
     is_single = isinstance(texts, Text)
     listed = as_texts(texts, "generate")
+    check_show(show_progress_bar)
     num_each = 1 if n is None else as_int(n, "n", at_least=1, error=GenerationError)
     if not listed:
         return []

@@ -76,7 +76,11 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
         JoinError, TokenizerError: a text that cannot be encoded.
 
     """
-    listed = as_texts(texts, "a picture or graph")
+    return graph_of(as_texts(texts, "to_networkx"))
+
+
+def graph_of(listed: Sequence[Text]) -> nx.DiGraph:
+    """Return the graph of texts; see `to_networkx`."""
     by_lm: dict[LM | None, list[int]] = {}
     for idx, text in enumerate(listed):
         by_lm.setdefault(None if text.lm is None else as_lm(text.lm), []).append(idx)

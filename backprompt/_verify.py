@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from backprompt import skeleton
 from backprompt._explain import listed_texts, one_lm
-from backprompt.arguments import as_int
+from backprompt.arguments import as_bool, as_int, as_number
 from backprompt.errors import DriftError, GroupError
 from backprompt.extents import Extent
 from backprompt.missing import shown_segment
 from backprompt.probe import differences
-from backprompt.progress import Bar, is_wanted
+from backprompt.progress import Bar, check_show, is_wanted
 from backprompt.representation import ModelRepr, check_current
 from backprompt.segments import Group
 from backprompt.text import Text
@@ -204,8 +204,9 @@ def verify(
 
     Raises:
         DriftError: with `raise_on_drift`: a gap is larger than the tolerance; names the segment.
-        ValueError: there are no texts; `sample` is not at least 1; `tolerance` is negative, or missing for a dtype that
-            has none.
+        TypeError: `tolerance` is no number.
+        ValueError: there are no texts; `sample` is no int of at least 1, or `seed` none of at least 0; `tolerance` is
+            negative or infinite, or missing for a dtype that has none; another argument is neither True nor False.
         GroupError: all of the texts have groups or frozen segments.
         TextTypeError, UnboundTextError: an element is not a text, or has no model.
         MixedModelsError: texts of two different `LM` objects.
@@ -214,9 +215,13 @@ def verify(
     """
     given = listed_texts(texts, "verify")
     lm = one_lm(given)
-    sample = None if sample is None else as_int(sample, "sample", at_least=1)
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance must be a number of nats of at least 0, not {tolerance!r}.")
+    if sample is not None:
+        sample = as_int(sample, "sample", at_least=1)
+    if tolerance is not None:
+        tolerance = as_number(tolerance, "tolerance", bounds=(0, math.inf))
+    seed = as_int(seed, "seed", at_least=0)
+    as_bool(raise_on_drift, "raise_on_drift")
+    check_show(show_progress_bar)
     indices = [idx for idx, text in enumerate(given) if not any(isinstance(part, Group) for part in text.segments)]
     if not indices:
         raise GroupError(

@@ -1,8 +1,8 @@
 """Strings fit to be shown: whoever wrote a text must not command the terminal or the page that shows it.
 
-What cannot be seen is made visible: control characters and escape sequences, what turns the direction of the rest, what
-has no width. For pictures, long ones are shortened and cut into lines. All that the library shows of texts, files and
-models goes through here, or through `repr`, which escapes the same and more.
+Invisible characters are made visible: control characters and escape sequences, marks that turn the direction of the
+rest, characters without width. For pictures, long ones are shortened and cut into lines. All that the library shows of
+texts, files and models goes through here, or through `repr`, which escapes the same and more.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
             'as df["text"].'
         )
     if isinstance(given, Set) and not isinstance(given, Reversible) and not any_order:
-        raise TextTypeError(f"{needed}, ordered, so that results can be; a {kind} is not. Use a list.")
+        raise TextTypeError(f"{needed}; a {kind} has no order. Use a list.")
     try:
         elements = iter(given)
     except TypeError as error:
@@ -88,9 +88,14 @@ def as_int(given: Any, name: str, *, at_least: int, error: type[ValueError] = Va
         ValueError: as `error`: it is no whole number, or too small.
 
     """
-    if isinstance(given, bool) or not isinstance(given, Integral) or given < at_least:
-        raise error(f"{name} must be an int of at least {at_least}, not {given!r}.")
+    if not is_int(given) or given < at_least:
+        raise error(f"{name} must be an int of at least {at_least}, not {abbreviated(given)}.")
     return int(given)
+
+
+def is_int(given: Any) -> bool:
+    """Return whether it is a whole number, of Python or numpy; a bool is none."""
+    return isinstance(given, Integral) and not isinstance(given, bool)
 
 
 def as_number(
@@ -118,15 +123,15 @@ def as_number(
 
 
 def as_bool(given: Any, name: str, *, error: type[Exception] = ValueError) -> bool:
-    """Return True or False; a number or a string is neither.
+    """Return True or False, of Python or numpy, as a bool; a number or a string is neither.
 
     Raises:
         ValueError: as `error`.
 
     """
-    if not isinstance(given, bool):
-        raise error(f"{name} must be True or False, not {given!r}.")
-    return given
+    if not isinstance(given, (bool, np.bool_)):
+        raise error(f"{name} must be True or False, not {abbreviated(given)}.")
+    return bool(given)
 
 
 def as_choice(given: Any, name: str, choices: Sequence[Choice], *, advice: str = "") -> Choice:

@@ -1,6 +1,6 @@
 """The string of a continuation whose tokens come one at a time, decoded a few of them at a time.
 
-What a token adds to a string depends on what stands before it: decoders drop the space before the first token, bytes of
+The string that a token adds depends on the tokens before it: decoders drop the space before the first token, bytes of
 several tokens make one character, and SentencePiece's byte tokens are decoded a run at a time. So a token is decoded
 behind those before it, as far back as that matters. The end of the string may be *open*: part of a character, or a run
 of byte tokens, which the next token may change.
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backprompt.tokenizer import Speller
 from backprompt.tokens import added
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's, for bytes that no other token has
@@ -49,12 +50,14 @@ class Decoder:
 
     Args:
         tokenizer: of transformers.
-        left_out: ids that are no part of the string, so that what stands around them meets.
+        left_out: ids that are no part of the string, so that what stands around them meets; the string has no part of
+            ids that the tokenizer lacks either.
 
     """
 
     def __init__(self, tokenizer: Any, left_out: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._speller = Speller(tokenizer)
         self._left_out = frozenset(left_out)
 
     def begin(self, prompt_ids: Sequence[int]) -> Decoded:
@@ -63,25 +66,21 @@ class Decoder:
         while start > 0 and self._is_byte(prompt_ids[start]):
             start -= 1
         window = tuple(prompt_ids[start:])
-        return Decoded("", "", window, self._decode(window))
+        return Decoded("", "", window, self._speller.decode(window))
 
     def with_token(self, decoded: Decoded, token_id: int) -> Decoded:
         """Return a continuation with one more token."""
-        if token_id in self._left_out:
+        if token_id in self._left_out or self._speller.lacks(token_id):
             return decoded
         window = (*decoded.window, token_id)
-        more = added(decoded.before, self._decode(window))
+        more = added(decoded.before, self._speller.decode(window))
         is_open = not more or more.endswith("\N{REPLACEMENT CHARACTER}")  # some decoders leave half a character out
         if is_open or self._is_byte(token_id):
             return Decoded(decoded.settled, more, window, decoded.before)
-        return Decoded(decoded.settled + more, "", (token_id,), self._decode((token_id,)))
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        decoded: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return decoded
+        return Decoded(decoded.settled + more, "", (token_id,), self._speller.decode((token_id,)))
 
     def _is_byte(self, token_id: int) -> bool:
+        if self._speller.lacks(token_id):
+            return False
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         return isinstance(token, str) and _BYTE_TOKEN.fullmatch(token) is not None

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from backprompt.arguments import as_bool
 from backprompt.checkpoint import Checkpoint
 from backprompt.errors import ModelLoadError
 from backprompt.lm import LM
 from backprompt.options import check_can_pin, check_options
+from backprompt.progress import check_show
 from backprompt.store.paths import check_folder
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,7 @@ def load(
         raise TypeError(f"name must be a hub id or the path of a model's folder, not {name!r}.")
     chosen = _default_device() if device is None else _available(device)
     dtype = _dtype_of_weights(dtype, chosen)
-    if show_progress_bar is not None:
-        as_bool(show_progress_bar, "show_progress_bar")
+    check_show(show_progress_bar)
     check_options(**lm_options)
     if lm_options.get("pin_memory"):
         check_can_pin(chosen)

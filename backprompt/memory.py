@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from backprompt.arguments import is_int
 from backprompt.cache import keys_values_of, states_of
 from backprompt.forest import Forest
 from backprompt.host import HostMemory
@@ -147,8 +148,8 @@ def parse_bytes(given: int | str, name: str = "memory_bytes") -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", given.lower())
         if match is not None and match[2] in _UNITS:
             return int(float(match[1]) * _UNITS[match[2]])
-    elif isinstance(given, int) and not isinstance(given, bool) and given >= 0:
-        return given
+    elif is_int(given) and given >= 0:
+        return int(given)
     raise ValueError(f'{name} must be a number of bytes such as 2_000_000_000 or "2 GB", not {given!r}.')
 
 

@@ -55,8 +55,7 @@ def showing(show: bool | None) -> Iterator[None]:
         ValueError: it is none of the three.
 
     """
-    if show is not None:
-        as_bool(show, "show_progress_bar")
+    check_show(show)
     token = _SHOW.set(_SHOW.get() if show is None else show)
     try:
         yield
@@ -64,8 +63,20 @@ def showing(show: bool | None) -> Iterator[None]:
         _SHOW.reset(token)
 
 
+def check_show(show: bool | None) -> None:
+    """Raise ValueError for what is neither True, False nor None, as `show_progress_bar`."""
+    if show is not None:
+        as_bool(show, "show_progress_bar")
+
+
 def is_wanted(show: bool | None, *, is_long: bool) -> bool:
-    """Return whether a bar may show: as is said, and where nothing is, over long work on a terminal."""
+    """Return whether a bar may show: as is said, and where nothing is, over long work on a terminal.
+
+    Raises:
+        ValueError: see `check_show`.
+
+    """
+    check_show(show)
     return is_long and is_terminal() if show is None else show
 
 

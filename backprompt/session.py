@@ -311,7 +311,7 @@ class Session:
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
-        """The strings that the tokenizer takes for one token each: special tokens and others that were added."""
+        """The strings that are one token each and take no space behind them: special ones, added ones like <think>."""
         with self.exclusive():
             self.current()
             return self.private_tokenizer.added_tokens

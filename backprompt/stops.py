@@ -73,7 +73,7 @@ class StopStrings:
     Args:
         given: a string or strings; None or no strings end nothing.
         tokenizer: of transformers.
-        include_stop: whether the stop string stays, which is otherwise cut off. What stands behind it is cut off.
+        include_stop: whether the stop string stays, which is otherwise cut off. The string behind it is cut off.
         is_behind_prompt: whether a continuation is decoded behind its prompt, and not by itself, where SentencePiece
             drops a space before the first token.
 

@@ -94,7 +94,7 @@ class Text:
                 f"Text() takes a str, not {type(string).__name__}: {abbreviated(string)}. "
                 "Convert it with str(...) first; for token ids use Text.from_tokens(ids, lm)."
             )
-        as_bool(add_special_tokens, "add_special_tokens", error=TextTypeError)
+        add_special_tokens = as_bool(add_special_tokens, "add_special_tokens", error=TextTypeError)
         self._init_leaf(string, None if lm is None else as_engine(lm), add_special_tokens)
 
     @classmethod

@@ -56,6 +56,40 @@ class EncodesStrings(Protocol):
         ...
 
 
+class Speller:
+    """Decodes ids by a tokenizer of transformers, and leaves out those that the tokenizer lacks.
+
+    A model may have more embeddings than its tokenizer has tokens. A `tokenizers` backend leaves such ids out by
+    itself; tokenizers in Python decode them to anything, or raise.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._has_backend = isinstance(getattr(tokenizer, "backend_tokenizer", None), Backend)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the string of ids, special tokens included, nothing cleaned up."""
+        decoded: str = self._tokenizer.decode(
+            self.known(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+    def known(self, token_ids: Iterable[int]) -> list[int]:
+        """Return the ids without those that a tokenizer in Python lacks."""
+        return [token_id for token_id in token_ids if not self.lacks(token_id)]
+
+    def lacks(self, token_id: int) -> bool:
+        """Return whether this is no id of a tokenizer in Python."""
+        if self._has_backend or token_id < getattr(self._tokenizer, "vocab_size", 0):
+            return False
+        return token_id not in self._other_ids
+
+    @cached_property
+    def _other_ids(self) -> frozenset[int]:
+        """Those that are added, or otherwise not counted by `vocab_size`."""
+        return frozenset(self._tokenizer.get_vocab().values())
+
+
 class PrivateTokenizer:
     """A copy of `tokenizer` that nobody else changes or locks.
 
@@ -77,6 +111,7 @@ class PrivateTokenizer:
         self._original = tokenizer
         self._fingerprint: str | None = None
         self._private: Any = copy.deepcopy(tokenizer)
+        self._speller = Speller(self._private)
         self._words = _sample_words(tokenizer)
         self._state = _quick_state(tokenizer, self._words)
         self._whole: Backend | None = None
@@ -144,7 +179,7 @@ class PrivateTokenizer:
         return 0
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the string of `token_ids`, special tokens included, nothing cleaned up.
+        """Return the string of `token_ids`, special tokens included, nothing cleaned up; see `Speller`.
 
         Raises:
             TokenIdError: an id that is negative or beyond all vocabularies.
@@ -153,20 +188,23 @@ class PrivateTokenizer:
         for token_id in token_ids:
             if not 0 <= token_id < 1 << 32:
                 raise TokenIdError(f"No tokenizer has the token id {token_id}; ids count from 0.")
-        decoded: str = self._private.decode(
-            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return decoded
+        return self._speller.decode(token_ids)
 
     @cached_property
     def added_tokens(self) -> tuple[str, ...]:
-        """What stands for one token where it stands in a string: special tokens and others that were added."""
+        """What stands for one token in a string and takes no space behind it.
+
+        Those are the special tokens and, of others that were added, those that are no words, such as `<think>`: what
+        ends in a letter or a digit is separated from what follows as any word is.
+        """
         is_split = getattr(self._private, "split_special_tokens", False)
-        plain = self._private.all_special_tokens if is_split else ()
+        special = self._private.all_special_tokens
         added: Iterable[str] = getattr(
             self._private, "get_added_vocab", tuple
         )()  # that of mistral_common knows none in strings
-        return tuple(token for token in added if token and token not in plain)
+        return tuple(
+            token for token in added if token and (not is_split if token in special else not token[-1].isalnum())
+        )
 
     def has_changed(self) -> bool:
         """Return whether the user's tokenizer differs from this copy, as far as a quick look can tell."""

@@ -17,12 +17,12 @@ Under `joins="split"` every segment is encoded on its own, the later ones as con
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
+from backprompt._warn import warn_caller
 from backprompt.arguments import lone_surrogate, surrogate_message
 from backprompt.errors import JoinError, TokenizerError
 from backprompt.extents import Extent, Join
@@ -187,11 +187,10 @@ class Encoder:
         return prefix, suffix if all(isinstance(segment, str) for segment in segments) else ()
 
     def _warn_of_repeated(self, prefix: tuple[int, ...]) -> None:
-        warnings.warn(
+        warn_caller(
             f"A text begins with {self.tokenizer.decode(prefix)!r}, which the tokenizer puts before every string: it "
             "stands there twice, as in the plain call. For a string that has its special tokens already, such as a "
-            "rendered chat template, write Text(string, lm, add_special_tokens=False).",
-            stacklevel=2,
+            "rendered chat template, write Text(string, lm, add_special_tokens=False)."
         )
 
     def _parts(

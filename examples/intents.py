@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from backprompt import LM, ModelRepr, Stats, Text, evaluate
+from backprompt._visible import visible
 from demo_model import add_model_argument, load_model
 from plain import Continuation, Estimate, estimate_seconds, sorted_batches, token_logprobs
 
@@ -158,7 +159,7 @@ def print_predictions(scored: Scored, questions: Sequence[Question]) -> None:
     for question, row in zip(questions, scored.probabilities, strict=True):
         intent = list(INTENTS)[row.argmax()]
         is_right = intent == question.intent
-        string = textwrap.shorten(question.string, 58, placeholder=" ...")
+        string = visible(textwrap.shorten(question.string, 58, placeholder=" ..."))
         print(f"{'ok' if is_right else '--':<4}{row.max():.2f}  {intent:<30}{string}")
         if not is_right:
             print(f"{'':10}not: {question.intent}")

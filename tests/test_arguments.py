@@ -220,3 +220,115 @@ def test_a_model_and_a_tokenizer_are_an_lm():
         for call in (lambda lm: log_probs("a", OPTIONS, lm), lambda lm: bp.chat(lm, []), lambda lm: Text("a", lm)):
             with pytest.raises(TextTypeError, match=r"an LM or a \(model, tokenizer\) tuple"):
                 call(odd)
+
+
+# Flags and numbers
+
+EXAMPLE_TEXTS = ["The cat", "There were"]
+BOOLS = {
+    "Text": ("add_special_tokens", lambda given: Text("a", LM_, add_special_tokens=given)),
+    "LM": ("pack_weights", lambda given: LM(MODEL, TOKENIZER, pack_weights=given)),
+    "Example": ("normalize", lambda given: Example("The cat", OPTIONS, normalize=given)),
+    "predict_proba": ("normalize", lambda given: predict_proba(TEXT, OPTIONS, normalize=given)),
+    "select": ("normalize", lambda given: TEXT.select(OPTIONS, normalize=given)),
+    "verify": ("raise_on_drift", lambda given: bp.verify(TEXT, raise_on_drift=given)),
+    "explain": ("analyze", lambda given: bp.explain(TEXT, analyze=given)),
+    "generate": ("include_stop", lambda given: TEXT.generate(max_new_tokens=1, stop="x", include_stop=given)),
+    "do_sample": ("do_sample", lambda given: TEXT.generate(max_new_tokens=1, do_sample=given)),
+    "chat": ("add_generation_prompt", lambda given: bp.chat(CHATTY, MESSAGES, add_generation_prompt=given)),
+    "chat's last": ("continue_final_message", lambda given: bp.chat(CHATTY, ANSWERED, continue_final_message=given)),
+}
+BARS = {
+    "evaluate": lambda given: bp.evaluate(TEXT, show_progress_bar=given),
+    "load": lambda given: bp.load("nowhere", show_progress_bar=given),
+    "generate": lambda given: bp.generate(TEXT, max_new_tokens=1, show_progress_bar=given),
+    "verify": lambda given: bp.verify(TEXT, show_progress_bar=given),
+    "independence_gap": lambda given: bp.independence_gap(TEXT, show_progress_bar=given),
+    "log_probs": lambda given: log_probs(EXAMPLE_TEXTS, OPTIONS, LM_, show_progress_bar=given),
+    "predict_proba": lambda given: predict_proba(EXAMPLE_TEXTS, OPTIONS, LM_, show_progress_bar=given),
+    "with a discount": lambda given: predict_proba(
+        EXAMPLE_TEXTS, OPTIONS, LM_, discount_completions=-0.5, show_progress_bar=given
+    ),
+    "predict": lambda given: predict(EXAMPLE_TEXTS, OPTIONS, LM_, show_progress_bar=given),
+    "best-first": lambda given: predict(EXAMPLE_TEXTS, OPTIONS, LM_, search="best-first", show_progress_bar=given),
+    "token_logprobs": lambda given: token_logprobs(EXAMPLE_TEXTS, LM_, show_progress_bar=given),
+    "LM.token_logprobs": lambda given: LM_.token_logprobs([TEXT], show_progress_bar=given),
+    "LM.next_token_logprobs": lambda given: LM_.next_token_logprobs([TEXT], [[1]], show_progress_bar=given),
+}
+INTS = {
+    "sample": (1, lambda given: bp.verify(TEXT, sample=given)),
+    "seed": (0, lambda given: bp.verify(TEXT, seed=given)),
+    "top": (1, lambda given: bp.plot_probabilities([0.5, 0.5], OPTIONS, top=given)),
+    "top of show": (0, lambda given: TEXT.show(top=given)),
+    "max_children": (2, lambda given: bp.draw(TEXT, max_children=given)),
+    "max_characters": (2, lambda given: bp.draw(TEXT, max_characters=given)),
+    "max_new_tokens": (1, lambda given: TEXT.generate(max_new_tokens=given)),
+    "n": (1, lambda given: bp.generate(TEXT, max_new_tokens=1, do_sample=True, n=given)),
+    "max_tokens_per_forward": (1, lambda given: LM(MODEL, TOKENIZER, max_tokens_per_forward=given)),
+    "top_k": (0, lambda given: TEXT.generate(max_new_tokens=1, do_sample=True, top_k=given)),
+}
+MESSAGES = [{"role": "user", "content": "a"}]
+ANSWERED = [*MESSAGES, {"role": "assistant", "content": "b"}]
+
+
+def _chatty():
+    tokenizer = byte_level_bpe()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    return LM(MODEL, tokenizer)
+
+
+CHATTY = _chatty()
+
+
+@pytest.mark.parametrize("where", BOOLS)
+def test_a_flag_is_true_or_false(where):
+    name, call = BOOLS[where]
+    before = LM_.stats
+    for given_ in ("no", 1, 0, np.int64(1), [True])[where == "chat's last" :]:  # there a string names a field
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be True or False, not "):
+            call(given_)
+    assert (LM_.stats - before).tokens_requested == 0
+    for given_ in (True, np.True_, np.False_):
+        call(given_)
+
+
+@pytest.mark.parametrize("where", BARS)
+def test_a_bar_shows_or_does_not(where, capfd):
+    before = LM_.stats
+    for given_ in ("no", 0, 1):
+        with pytest.raises(ValueError, match="show_progress_bar must be True or False, not "):
+            BARS[where](given_)
+    assert (LM_.stats - before).tokens_requested == 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("where", INTS)
+def test_a_count_is_a_whole_number(where):
+    least, call = INTS[where]
+    name, before = where.split()[0], LM_.stats
+    for given_ in (least - 1, True, np.True_, 2.0, "2", np.float32(2)):
+        with pytest.raises(ValueError, match=f"{name} must be an int of at least {least}, not "):
+            call(given_)
+    assert (LM_.stats - before).tokens_computed == 0
+    call(np.int64(max(least, 1)))
+
+
+def test_a_tolerance_is_a_number_of_nats():
+    for given_, error in (("0.1", TypeError), (True, TypeError), (-1, ValueError), (float("nan"), ValueError)):
+        with pytest.raises(error, match="tolerance must be a finite number of at least 0, not "):
+            bp.verify(TEXT, tolerance=given_)
+    assert bp.verify(TEXT, tolerance=np.float32(0.5)).tolerance == 0.5
+
+
+def test_bytes_are_counted_by_numbers_of_numpy_too(tmp_path):
+    assert bp.DiskStore(tmp_path / "store", max_bytes=np.int64(10**6)).max_bytes == 10**6
+    with pytest.raises(ValueError, match="max_bytes must be a number of bytes"):
+        bp.DiskStore(tmp_path / "store", max_bytes=True)
+
+
+def test_what_takes_texts_is_named():
+    for name in ("draw", "to_networkx"):
+        with pytest.raises(TextTypeError, match=f"^{name} takes a Text"):
+            getattr(bp, name)({})
+    with pytest.raises(TextTypeError, match="a set has no order"):
+        bp.draw({TEXT})

@@ -349,6 +349,55 @@ def test_a_text_is_the_segments_that_it_has_and_a_reply_what_was_added(lm):
         chat(lm, [{"role": "user", "content": Text("a", LM(build("gpt2"), byte_level_bpe()))}])
 
 
+# Replies and their end tokens
+
+
+def chatml():
+    tokenizer = byte_level_bpe()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|other_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATES["ChatML"].replace("BOS", "''")
+    return LM(build("gpt2", vocab_size=len(tokenizer)), tokenizer)
+
+
+@pytest.mark.parametrize("ends", [[], ["<|im_end|>"], ["<|im_end|>"] * 2, ["<|other_end|>"]], ids="-".join)
+@pytest.mark.parametrize("rest", ["", "you"])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+@pytest.mark.parametrize("has_more", [True, False])
+def test_a_quoted_reply_brings_no_end_token_along(ends, rest, role, has_more):
+    lm = chatml()
+    ids = [*lm.completion_ids(["hello"])[0], *map(lm.tokenizer.convert_tokens_to_ids, ends)]
+    reply = GeneratedText._of(chat(lm, [QUESTION]), ids, lm, rest)
+    contents = [[reply], [reply, " there"], ["You said: ", reply, ". Why?"], [{"type": "text", "text": reply}]]
+    for content in contents[: 3 if role == "user" else 4]:
+        plain = "".join(part if isinstance(part, str) else reply.completion for part in content)
+        messages = [[QUESTION, {"role": role, "content": c}, *([QUESTION] * has_more)] for c in (content, plain)]
+        if isinstance(content[0], dict):
+            lm.tokenizer.chat_template = IN_PARTS
+        assert chat(lm, messages[0]).string == chat(lm, messages[1]).string
+    lm.tokenizer.chat_template = chatml().tokenizer.chat_template
+    if not rest:
+        messages = [[QUESTION, {"role": "assistant", "content": c}] for c in (reply, reply.completion)]
+        assert chat(lm, messages[0]).string == chat(lm, messages[1]).string
+
+
+def test_a_rest_behind_an_end_token_stays():
+    lm = chatml()
+    ids = [*lm.completion_ids(["hello"])[0], lm.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    reply = GeneratedText._of(chat(lm, [QUESTION]), ids, lm, "you")
+    messages = [QUESTION, {"role": "assistant", "content": reply}]
+    assert chat(lm, messages).string == reply.string + "<|im_end|>\n"
+    assert chat(lm, messages, continue_final_message=True).string == reply.string
+    assert reply.string.endswith("hello<|im_end|>you")
+
+
+def test_the_warning_shows_a_role_and_names_the_callers_line(lm):
+    lm.tokenizer.chat_template = FORGETFUL
+    said = {"role": "assistant\x1b[31m", "content": "Here."}
+    with pytest.warns(UserWarning, match=r"\(assistant\\x1b\[31m\)") as caught:
+        chat(lm, [QUESTION, said, QUESTION])
+    assert caught[0].filename == __file__
+
+
 def test_content_in_parts(lm):
     lm.tokenizer.chat_template = IN_PARTS
     parts = [{"type": "text", "text": "Read "}, {"type": "text", "text": "this. "}]

@@ -286,7 +286,7 @@ def test_no_other_threshold_is_right_more_often(labelled):
         ((PROMPTS, ["a", ""]), {}, ValueError, r"completions\[1\] is empty"),
         ((PROMPTS, ["a", "b", "a"]), {}, ValueError, "'a' is there more than once"),
         ((PROMPTS, "ab"), {}, TypeError, "sequence of strings"),
-        ((PROMPTS, {"a", "b"}), {}, TypeError, "ordered"),
+        ((PROMPTS, {"a", "b"}), {}, TypeError, "a set has no order"),
         ((PROMPTS, ["a", 1]), {}, TypeError, r"completions\[1\] is a int"),
         (([], ["a", "b"]), {}, ValueError, "no prompts"),
         ((["x", ""], ["a", "b"]), {}, ValueError, r"prompts\[1\] is empty"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from backprompt import LM, GroupError, Text, TokenizerError, chat
 from backprompt.classify import Example, log_probs, predict, predict_proba, token_logprobs
 from backprompt.classify.completions import completion_ids, ends_behind
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, sentencepiece_bpe
 
 LMS = {name: LM(FAMILIES["gpt2"](), make()) for name, make in TOKENIZERS.items()}
@@ -49,6 +49,16 @@ def test_a_space_between_two_that_have_none(tokenizer, data):
     ids = scored_ids(prompt, completion, lm)
     assert ids == continued(completion if has_one else f" {completion}", lm)
     assert scored_ids(prompt, completion, lm, "") == continued(completion, lm)
+
+
+def test_a_word_that_was_added_is_a_word():
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens(["covid", "<think>", "</tool_call>", "2026"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["END"]})
+    lm = LM(build("gpt2", vocab_size=len(tokenizer)), tokenizer)
+    for end, space in (("covid", " "), ("2026", " "), ("<think>", ""), ("</tool_call>", ""), ("END", "")):
+        prompt = Text(f"Is it {end}", lm)
+        assert prompt.select(["yes", "no"]).string.removeprefix(prompt.string) in (f"{space}yes", f"{space}no")
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

@@ -116,6 +116,18 @@ def test_there_are_twenty_requests(example: Callable[[str], ModuleType]) -> None
 # intents.py
 
 
+def test_a_question_commands_no_terminal(
+    example: Callable[[str], ModuleType], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    intents = example("intents")
+    lm = load(str(model_folder))
+    intent = next(iter(intents.INTENTS))
+    (tmp_path / "questions.tsv").write_text(f"Where\x1b[31m is \u202eit?\t{intent}\n")
+    questions = intents.read_questions(tmp_path / "questions.tsv")
+    intents.print_predictions(intents.score_tree(lm, intents.build_tree(lm, intents.SHOTS[:1], questions)), questions)
+    assert "Where\\x1b[31m is \\u202eit?" in capsys.readouterr().out
+
+
 def test_intents_tree_is_scored_as_plain_calls_would(example: Callable[[str], ModuleType], model_folder: Path) -> None:
     intents = example("intents")
     lm = load(model_folder)

@@ -13,7 +13,7 @@ from backprompt._generate import ContinuedText
 from backprompt.decoded import Decoder
 from backprompt.stops import Cut, StopStrings
 from backprompt.tokens import added
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram
 
 ATOL = 5e-5
@@ -245,6 +245,30 @@ def test_tokens_one_at_a_time_have_the_string_of_all_of_them(lms, data):
         whole = tokenizer.decode(some[:num], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert decoded.string == added(before, whole)
         assert decoded.settled.startswith(settled)
+
+
+def test_ids_that_a_tokenizer_in_python_lacks_have_no_string():
+    """The embedding has more rows than there are tokens, as some models have."""
+    tokenizer = ByT5Tokenizer()
+    first = len(tokenizer)
+    lm = LM(build("gpt2", vocab_size=first + 8), tokenizer)
+    prompt = Text("ab", lm)
+    some = [*tokenizer.encode("x€", add_special_tokens=False), tokenizer.convert_tokens_to_ids("<extra_id_7>")]
+    ids = [token_id for known in some for token_id in (first, known, first + 7)]
+    assert (prompt + Text.from_tokens(ids, lm)).string.removesuffix("</s>") == "abx€<extra_id_7>"
+    biased = {"sequence_bias": [[[first + number], 1e4] for number in range(8)]}
+    for options in ({}, {"stop": "zq"}):
+        found = prompt.generate(max_new_tokens=6, do_sample=True, seed=1, **biased, **options)
+        assert found.completion == ""
+        assert min(found.completion_tokens) >= first
+    assert "".join(prompt.stream(max_new_tokens=6, do_sample=True, seed=1, **biased)) == ""
+    shown = (prompt + found.completion_text).show(top=9)
+    assert [token.string for token in shown.tokens if token.token_id >= first] == [""] * 6
+    decoder = Decoder(tokenizer)
+    decoded = decoder.begin([first])
+    for token_id in ids:
+        decoded = decoder.with_token(decoded, token_id)
+    assert decoded.string == "x€<extra_id_7>"
 
 
 def test_a_character_that_the_prompt_begins_is_generated(lm):

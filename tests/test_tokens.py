@@ -127,6 +127,15 @@ strings = st.lists(fragments, max_size=6).map("".join)
 token_ids = st.lists(st.integers(0, 319), min_size=1, max_size=4).map(tuple)
 
 
+def test_a_warning_names_the_line_that_caused_it():
+    lm = LM(build("gpt2"), BUILDERS["llama3_bpe"]())
+    bos = lm.tokenizer.bos_token
+    for text in (Text(f"{bos}a", lm), Text(f"{bos}b", lm) + "c"):
+        with pytest.warns(UserWarning, match="stands there twice") as caught:
+            bp.evaluate(text)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
 @st.composite
 def cut_strings(draw) -> list[str]:
     """A string in pieces, cut anywhere: also inside words, emoji and pairs of spaces, and twice at one place."""

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from backprompt.arguments import as_choice, as_number
+from backprompt.arguments import as_bool, as_choice, as_number
 from backprompt.classify.completions import EndOfPrompt
 from backprompt.classify.prompts import Prompt
 from backprompt.classify.weighing import AGGREGATES, Aggregate
+from backprompt.progress import check_show
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Options:
         discount = as_number(self.discount_completions, "discount_completions")
         object.__setattr__(self, "discount_completions", discount)
         as_choice(self.aggregate, "aggregate", AGGREGATES)
+        as_bool(self.normalize, "normalize")
+        check_show(self.show_progress_bar)
         if self.log_marg_probs_completions is not None and not discount:
             raise TypeError(
                 "log_marg_probs_completions would not be used. Set discount_completions, too, or leave both out."

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from backprompt.arguments import as_list, check_encodable
+from backprompt.arguments import as_bool, as_list, check_encodable
 from backprompt.bound import as_lm
 from backprompt.classify.completions import EndOfPrompt, check_end_of_prompt, checked_completions
 from backprompt.classify.weighing import check_normalize, checked_prior
@@ -44,7 +44,7 @@ class Example:
         object.__setattr__(self, "completions", checked_completions(self.completions))
         check_end_of_prompt(self.end_of_prompt)
         object.__setattr__(self, "prior", checked_prior(self.prior, len(self.completions)))
-        check_normalize(self.normalize, len(self.completions))
+        check_normalize(as_bool(self.normalize, "normalize"), len(self.completions))
 
 
 Prompts: TypeAlias = Prompt | Example | Sequence[Prompt] | Sequence[Example]

@@ -26,7 +26,7 @@ from backprompt.classify.prompts import Example, Prompt, Prompts, as_prompts, bo
 from backprompt.classify.weighing import Floats
 from backprompt.errors import EmptyTextError
 from backprompt.lm import LM
-from backprompt.progress import Bar, is_wanted
+from backprompt.progress import Bar, check_show, is_wanted
 from backprompt.text import Text
 from backprompt.token_graph import TokenIds
 
@@ -50,9 +50,10 @@ def log_probs(
         completions: the candidates, for prompts that are no examples.
         lm: an `LM` or a `(model, tokenizer)` tuple; may be left out where a prompt is a `Text` that has one.
         end_of_prompt: what stands between a prompt and a completion. "auto": a space, but nothing where the prompt ends
-            in white space, in a special or added token of the tokenizer (as a chat template's header does) or in a
-            segment of token ids, or the completion begins with white space. " ": a space, always, as in CAPPr. "":
-            nothing. A completion is encoded by itself with the space before it, if there is one.
+            in white space, in a special token (as a chat template's header does), in another added token that does
+            not end in a letter or digit (`<think>`), or in token ids, or the completion begins with white space. " ": a
+            space, always, as in CAPPr. "": nothing. A completion is encoded by itself with the space before it, if
+            there is one.
         show_progress_bar: by default on a terminal where there are at least 5 prompts.
 
     Returns:
@@ -65,6 +66,7 @@ def log_probs(
         What `LM.token_logprobs` raises, such as TextTooLongError, which names the prompt.
 
     """
+    check_show(show_progress_bar)
     pairs = PromptsWithCompletions.of(prompts, completions, lm, end_of_prompt)
     scored = [[logprobs.tolist() for logprobs in rows] for rows in pairs.log_probs(show_progress_bar)]
     return scored[0] if pairs.is_single else scored
@@ -91,6 +93,7 @@ def token_logprobs(
 
     """
     check_end_of_prompt(end_of_prompt)
+    check_show(show_progress_bar)
     listed, is_single = as_prompts(texts, "texts")
     check_prompts(listed, "texts", is_single=is_single)
     lm = common_lm(listed, lm)

@@ -36,6 +36,7 @@ from backprompt.loading import load
 from backprompt.progress import Bar
 from backprompt.stops import StopStrings, missing_characters
 from backprompt.text import Text
+from backprompt.tokenizer import Speller
 
 try:
     from lm_eval import utils
@@ -281,7 +282,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             run_with_bar(run, not disable_tqdm)
             for idx, (best, *_) in zip(indices, run.found(), strict=True):
                 ids = [choice.token_id for choice in best.choices]
-                string = self.tokenizer.decode(ids, skip_special_tokens=True)
+                string = self.tokenizer.decode(Speller(self.tokenizer).known(ids), skip_special_tokens=True)
                 found[idx] = str(postprocess_generated_text(string, stop, None))
                 self.cache_hook.add_partial("generate_until", requests[idx].args, found[idx])
         return [found[idx] for idx in range(len(requests))]

@@ -7,17 +7,16 @@ are scikit-learn's own. Clones keep the `LM`, so all candidates of a search shar
 from __future__ import annotations
 
 import string
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from backprompt import classify
 from backprompt._visible import abbreviated
-from backprompt.arguments import as_choice, as_list, as_number, check_encodable
+from backprompt._warn import warn_caller
+from backprompt.arguments import as_choice, as_int, as_list, as_number, check_encodable, is_int
 from backprompt.bound import as_lm
 from backprompt.classify import Aggregate, Example
 from backprompt.classify.completions import EndOfPrompt, ends_behind, space_before
@@ -263,10 +262,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         as_choice(self.aggregate, "aggregate", classify.AGGREGATES)
         as_number(self.discount_completions, "discount_completions")
         shots = self.shots
-        if isinstance(shots, (bool, str, Text)) or not isinstance(shots, (Integral, Sequence)):
+        if isinstance(shots, (str, Text)) or not (is_int(shots) or isinstance(shots, Sequence)):
             raise TypeError(f"shots must be a number or a list of (x, class) pairs, not {shots!r}.")
-        if isinstance(shots, Integral) and shots < 0:
-            raise ValueError(f"shots must be at least 0, not {shots}.")
+        if is_int(shots):
+            as_int(shots, "shots", at_least=0)
 
 
 def _check_template(template: object) -> None:
@@ -355,10 +354,9 @@ def _completions(labels: Mapping[Any, str] | Sequence[str] | None, classes: Any)
     listed = classes.tolist()
     if labels is None:
         if listed == list(range(len(listed))) and not isinstance(listed[0], bool):
-            warnings.warn(
+            warn_caller(
                 f"The classes are the numbers 0 to {listed[-1]}, and so are the completions that are scored. If they "
-                f"stand for something, give `labels`, a sequence of strings. {ENCODED}",
-                stacklevel=3,
+                f"stand for something, give `labels`, a sequence of strings. {ENCODED}"
             )
         return list(map(str, listed))
     if isinstance(labels, Mapping):

@@ -10,8 +10,8 @@ An entry is written beside, synced, and renamed to its name, so it is there as a
 An entry that the index does not know (the process died in between, or a file was copied in) is found when the index
 is rebuilt. Prompts are private: folders and files are readable by their owner only.
 
-Nothing that a store did not make is deleted. What stands where an entry or the index should is moved to `damaged`; all
-else is left alone.
+Nothing that a store did not make is deleted. Another file in the place of an entry or the index is moved to
+`damaged`; all else is left alone.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@
 Any reader of safetensors can read it. Each tensor is read and checked by itself, so reading hidden states does not
 read keys and values.
 
-What a file says of itself is checked before memory is taken for it: the header against the schema (schema.py), and
-what it says of the data against the size of the file. Checksums find accidents. Whoever can write to the folder can
-write right checksums, too, so they show nothing else.
+A file is checked before memory is taken for it: its header against the schema (schema.py), and the size of the data in
+the header against the size of the file. Checksums find accidents. Whoever can write to the folder can write
+right checksums, too, so they show nothing else.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The index of a folder of entries: what is in their headers, in SQLite, for lookups.
 
-It knows nothing that the files do not say, so a damaged one is made anew from them (disk.py). Damaged is all that is
-not an index as this version makes it: another schema, down to a trigger, a view or a column; an answer of another type;
-a question that takes longer than any index needs. A folder may come from anywhere, so its index is opened as one that
-may be hostile: no code of its schema is trusted, what it can make SQLite do is bounded, and its schema is compared
-before anything else is asked. What is no regular file is not opened.
+The index knows nothing that the files do not say, so a damaged one is made anew from them (disk.py). Damaged is all
+that is not an index as this version makes it: another schema, down to a trigger, a view or a column; an answer of
+another type; a question that takes longer than any index needs. A folder may come from anywhere, so its index is opened
+as one that may be hostile: no code of its schema is trusted, what it can make SQLite do is bounded, and its schema is
+compared before anything else is asked. Only a regular file is opened.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _STEPS_A_CHECK = 100_000
 
 
 class DamagedIndexError(Exception):
-    """The index is not one that this version makes, or answers nonsense. It never leaves a store."""
+    """The index is not one that this version makes, or answers nonsense. The error never leaves a store."""
 
 
 @dataclass(frozen=True)
