@@ -113,6 +113,20 @@ def as_lm(given: Any) -> LM:
     )
 
 
+def as_string(given: Any, name: str) -> str:
+    """Return a string that can be encoded; `name` says where it stands.
+
+    Raises:
+        TextTypeError: it is no string.
+        TokenizerError: it holds a lone surrogate.
+
+    """
+    if not isinstance(given, str):
+        raise TextTypeError(f"{name} must be a string, not {type(given).__name__}: {_shown(given)}.")
+    check_encodable(given, name)
+    return given
+
+
 def check_encodable(string: str, name: str) -> None:
     """Raise TokenizerError for a lone surrogate; `name` says where the string stands."""
     position = lone_surrogate(string)
