@@ -121,8 +121,8 @@ def _watch_peak(lm: LM) -> list[int]:
     held: list[int] = [0]
     forward = lm._evaluator._forward
 
-    def forward_and_note(spans: Any) -> None:
-        forward(spans)
+    def forward_and_note(spans: Any, *, use_store: bool) -> None:
+        forward(spans, use_store=use_store)
         held.append(lm._evaluator.memory.num_bytes)
 
     lm._evaluator._forward = forward_and_note  # type: ignore[method-assign]
