@@ -458,18 +458,21 @@ class DiskStore(Store):
     def _ask(self, question: Callable[[Index], Answer]) -> Answer:
         """Ask the index; one that answers nonsense is made anew from the files, and asked again."""
         with self._lock:
-            try:
-                return question(self._opened())
-            except DamagedIndexError as error:
-                self._close_index()
-                if self.is_writable:
-                    self._move_index_aside(error)
-                else:
-                    self._index = self._index_in_memory()
-            try:
-                return question(self._opened())
-            except DamagedIndexError as error:
-                raise self._unusable(error) from error
+            return self._answered(question)
+
+    def _answered(self, question: Callable[[Index], Answer]) -> Answer:
+        try:
+            return question(self._opened())
+        except DamagedIndexError as error:
+            self._close_index()
+            if self.is_writable:
+                self._move_index_aside(error)
+            else:
+                self._index = self._index_in_memory()
+        try:
+            return question(self._opened())
+        except DamagedIndexError as error:
+            raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> OSError:
         return explained(OSError(errno.EIO, str(error)), "The index of a store cannot be used", self.path / INDEX)
