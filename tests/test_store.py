@@ -1028,6 +1028,24 @@ def test_an_index_in_use_for_too_long_is_an_error_of_the_system(tmp_path):
     assert_same(store.get(make_entry(1).header.name), make_entry(1))
 
 
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOSPC])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_index_that_cannot_be_opened_once_is_opened_the_next_time(number, damaged, tmp_path, monkeypatch):
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+        if damaged:
+            store._index._connection.execute("UPDATE entries SET name = x'ff'")
+        else:
+            store._before_fork()
+            store._after_fork()
+        with monkeypatch.context() as patch:
+            patch.setattr("backprompt.store.disk.Index.open", failing(number))
+            with pytest.raises(OSError, match=os.strerror(number)):
+                store.find("")
+        assert [header.text for header in store.find("")] == ["text 1"]
+        assert_same(store.get(make_entry(1).header.name), make_entry(1))
+
+
 @pytest.mark.parametrize("options", [{"max_bytes": "a lot"}, {"max_bytes": -1}, {"persist": "often"}])
 def test_options_that_are_none(options, tmp_path):
     with pytest.raises(ValueError, match="must be"):
