@@ -57,6 +57,20 @@ def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
     return list(elements)
 
 
+def as_string(given: Any, name: str) -> str:
+    """Return a string that can be encoded; `name` says where it stands.
+
+    Raises:
+        TextTypeError: it is no string.
+        TokenizerError: it holds a lone surrogate.
+
+    """
+    if not isinstance(given, str):
+        raise TextTypeError(f"{name} must be a string, not {type(given).__name__}: {abbreviated(given)}.")
+    check_encodable(given, name)
+    return given
+
+
 def check_encodable(string: str, name: str) -> None:
     """Raise TokenizerError for a lone surrogate; `name` says where the string stands."""
     position = lone_surrogate(string)

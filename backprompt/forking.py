@@ -19,8 +19,6 @@ import threading
 from typing import Protocol
 from weakref import WeakSet
 
-import torch
-
 logger = logging.getLogger(__name__)
 
 
@@ -59,23 +57,28 @@ class ForkableLock:
 
 _lms: WeakSet[Forkable] = WeakSet()
 _stores: WeakSet[Forkable] = WeakSet()
+_watch_lock = threading.RLock()  # around each change of the two sets, and each walk through them
 _fork_lock = threading.RLock()
 _held: list[Forkable] = []  # by the thread that holds `_fork_lock`
 
 
 def watch_lm(lm: Forkable) -> None:
     """Let forking wait for it, for as long as it lives, before it waits for a store."""
-    _lms.add(lm)
+    with _watch_lock:
+        _lms.add(lm)
 
 
 def watch_store(store: Forkable) -> None:
     """Let forking wait for it, for as long as it lives."""
-    _stores.add(store)
+    with _watch_lock:
+        _stores.add(store)
 
 
 def _before() -> None:
     _fork_lock.acquire()
-    for owner in (*_lms, *_stores):
+    with _watch_lock:  # not while it waits for others, which may be about to add one
+        owners = (*_lms, *_stores)
+    for owner in owners:
         owner.before_fork()
         _held.append(owner)
 
@@ -87,8 +90,14 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
+    global _watch_lock
+    _watch_lock = threading.RLock()  # another thread may have held it
     _after_in_parent()
-    if _lms and torch.get_num_threads() > 1:
+    if not _lms:
+        return
+    import torch  # which whoever has an LM has; others need not wait for it
+
+    if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         logger.info("This process was forked: torch computes on one thread, as the others of its parent are not there.")
 

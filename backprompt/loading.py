@@ -50,7 +50,7 @@ def load(
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise TypeError(f"name must be a hub id or the path of a model's folder, not {name!r}.")
-    chosen = _default_device() if device is None else _available(device)
+    chosen = _default_device() if device is None else available_device(device)
     dtype = _dtype_of_weights(dtype, chosen)
     check_show(show_progress_bar)
     check_options(**lm_options)
@@ -95,20 +95,30 @@ def _show_bars_of_transformers(show: bool) -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _available(device: str | int | torch.device) -> torch.device:
-    """Return a device that is there."""
+def available_device(device: str | int | torch.device, named: str | None = None) -> torch.device:
+    """Return a device that is there.
+
+    Args:
+        device: what was asked for.
+        named: how an error calls it; by default as an argument, `device='cuda'`.
+
+    Raises:
+        TypeError: it is no device.
+        ValueError: it is not there, or holds no weights.
+
+    """
+    named = f"device={str(device)!r}" if named is None else named
     if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
         raise TypeError(f'device must be the name of one, such as "cpu", or a torch.device, not {device!r}.')
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an assertion where torch is without CUDA
+    # An assertion where torch is without CUDA, an import where a device is another package's.
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        raise ValueError(
-            f"device={str(device)!r} cannot be used: {reason}. Leave it out for {str(_default_device())!r}."
-        ) from error
+        raise ValueError(f"{named} cannot be used: {reason}. Leave it out for {str(_default_device())!r}.") from error
     if found.type == "meta":
-        raise ValueError("device='meta' holds no weights. Leave it out, or name one that does.")
+        raise ValueError(f"{named} holds no weights. Leave it out, or name one that does.")
     return found
 
 

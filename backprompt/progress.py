@@ -9,6 +9,7 @@ here. `TQDM_DISABLE=1` in the environment hides every bar (tqdm 4.66 or newer), 
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -45,6 +46,15 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
         """Take the bar off the screen."""
         with nullcontext() if nolock else self._lock:
             super().clear(nolock=True)
+
+
+def _renew_lock() -> None:
+    """Give a forked child a lock of its own: a thread that is not there may have held its parent's."""
+    Bar._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextmanager

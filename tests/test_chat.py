@@ -365,7 +365,7 @@ def chatml():
 @pytest.mark.parametrize("has_more", [True, False])
 def test_a_quoted_reply_brings_no_end_token_along(ends, rest, role, has_more):
     lm = chatml()
-    ids = [*lm.completion_ids(["hello"])[0], *map(lm.tokenizer.convert_tokens_to_ids, ends)]
+    ids = [*lm.session.completion_ids(["hello"])[0], *map(lm.tokenizer.convert_tokens_to_ids, ends)]
     reply = GeneratedText._of(chat(lm, [QUESTION]), ids, lm, rest)
     contents = [[reply], [reply, " there"], ["You said: ", reply, ". Why?"], [{"type": "text", "text": reply}]]
     for content in contents[: 3 if role == "user" else 4]:
@@ -382,7 +382,7 @@ def test_a_quoted_reply_brings_no_end_token_along(ends, rest, role, has_more):
 
 def test_a_rest_behind_an_end_token_stays():
     lm = chatml()
-    ids = [*lm.completion_ids(["hello"])[0], lm.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    ids = [*lm.session.completion_ids(["hello"])[0], lm.tokenizer.convert_tokens_to_ids("<|im_end|>")]
     reply = GeneratedText._of(chat(lm, [QUESTION]), ids, lm, "you")
     messages = [QUESTION, {"role": "assistant", "content": reply}]
     assert chat(lm, messages).string == reply.string + "<|im_end|>\n"

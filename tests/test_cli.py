@@ -769,7 +769,9 @@ def test_bad_csv(score, content, problem):
         (["prompts.jsonl", "-o", "nowhere/out.jsonl"], "there is no folder nowhere"),
         (["prompts.jsonl", "--resume"], "name it with -o FILE"),
         (["prompts.jsonl", "--memory", "lots"], "--memory must be a number of bytes"),
-        (["prompts.jsonl", "--device", "abacus"], "--device abacus"),
+        (["prompts.jsonl", "--device", "abacus"], "--device abacus cannot be used"),
+        (["prompts.jsonl", "--device", "hpu"], "--device hpu cannot be used: No module named"),
+        (["prompts.jsonl", "--device", "meta"], "--device meta holds no weights"),
         (["prompts.jsonl", "--prior", "0.5,0.5"], "prior has the shape (2,) for 3 completions"),
         (["prompts.jsonl", "--prior", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["prompts.jsonl", "--no-such-option"], "unrecognized arguments: --no-such-option"),
@@ -973,7 +975,7 @@ def test_what_errors_quote_stays_as_it_is():
 def test_a_device_that_is_not_there(score):
     code, _, said = score("prompts.jsonl", "--device", "cuda")
     assert code == 2
-    assert only_line(said).startswith("backprompt: error: --device cuda: ")
+    assert only_line(said).startswith("backprompt: error: --device cuda cannot be used: ")
 
 
 @pytest.mark.usefixtures("no_model")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks h
 
 SECONDS = 120
 PRELUDE = '''
-import os, threading
+import os, sys, threading
 import torch
 from backprompt import LM, Text, evaluate
 from backprompt.store import DiskStore, MemoryStore
@@ -175,5 +175,67 @@ def test_forks_in_the_middle_of_the_calls_of_other_threads_that_share_a_store(tm
             fresh = LM(model, byte_level_bpe(), store=other)
             check([f"{{child}} of the children. {{LONG}}" for child in range(9)], fresh)
             assert fresh.stats.tokens_computed < fresh.stats.tokens_loaded / 2, fresh.stats
+        """
+    )
+
+
+def test_a_bar_whose_lock_another_thread_held_shows_in_the_child():
+    run(
+        """
+        from backprompt.progress import Bar, progress_bar, showing
+
+        held, stop = threading.Event(), threading.Event()
+
+        def draw():
+            with Bar._lock:
+                held.set()
+                stop.wait()
+
+        thread = threading.Thread(target=draw, daemon=True)
+        thread.start()
+        held.wait()
+
+        def work():
+            with showing(True), progress_bar(2, "counting", "words") as bar:
+                bar.update(2)
+
+        pid = in_child(work)
+        for _ in range(200):
+            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                break
+            threading.Event().wait(0.1)
+        else:
+            os.kill(pid, 9)
+            raise AssertionError("the child waits for ever")
+        stop.set()
+        thread.join()
+        work()
+        """
+    )
+
+
+def test_a_store_that_another_thread_makes_while_forking_looks_for_all():
+    """It would be added to the set of them in the middle of a walk through it."""
+    run(
+        """
+        from weakref import WeakSet
+        from backprompt import forking
+
+        made, failed = [], []
+        sys.unraisablehook = lambda raised: failed.append(raised.exc_value)
+
+        class Watched(WeakSet):
+            def __iter__(self):
+                for store in super().__iter__():
+                    if not made:
+                        thread = threading.Thread(target=lambda: made.append(MemoryStore()))
+                        thread.start()
+                        thread.join(1)  # it waits until the walk is over
+                    yield store
+
+        kept = [forking.ForkableLock() for _ in range(2)]
+        forking._stores = Watched(kept)
+        wait(in_child(lambda: MemoryStore().close()))
+        assert not failed, failed
         """
     )

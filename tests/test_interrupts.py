@@ -7,16 +7,19 @@ all or nothing: half an hour on one core.
 
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
+from test_store import make_entry
 
 import backprompt
 from backprompt import LM, Text, evaluate, generate
-from backprompt.store import MemoryStore
+from backprompt.store import DiskStore, MemoryStore
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
@@ -269,6 +272,8 @@ def interrupt(world, operation, raise_at):
         tracer.run(getattr(world, operation))
     except KeyboardInterrupt:
         world.check_holders(operation)
+    else:
+        assert raise_at is None, f"only {len(tracer.events)} events came"
     world.check_holders(operation)
     world.check()
     return tracer.events
@@ -284,3 +289,49 @@ def test_an_interrupt_at_any_line():
                 interrupt(World(model, tokenizer), operation, idx)
             except Exception as error:
                 raise AssertionError(f"{operation}, interrupted at event {idx}, {events[idx]}") from error
+
+
+def close_to_fork(store):
+    store.before_fork()
+    store.after_fork()
+
+
+def damage_the_index(store):
+    store._index._connection.execute("UPDATE entries SET name = x'ff'")
+    store._index._connection.commit()
+
+
+# A file that was opened right before the interrupt is closed by Python, which warns of it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("spoil", [close_to_fork, damage_the_index])
+def test_a_disk_store_is_of_use_after_an_interrupt_at_any_line_while_it_opens_its_index(spoil, tmp_path):
+    with DiskStore(tmp_path / "sound") as store:
+        store.put(make_entry(1))
+
+    def find(raise_at):
+        """Return the events of the first `find`, interrupted at one of them."""
+        folder = tmp_path / str(raise_at)
+        shutil.copytree(tmp_path / "sound", folder)
+        tracer = Tracer(raise_at)
+        with DiskStore(folder) as store:
+            spoil(store)
+            try:
+                tracer.run(lambda: store.find(""))
+            except KeyboardInterrupt:
+                assert not store._lock._is_owned()
+            else:
+                assert raise_at is None
+            assert [header.text for header in store.find("text")] == ["text 1"]
+            store.put(make_entry(2))
+            assert store.stats().num_entries == 2
+        shutil.rmtree(folder)
+        return tracer.events
+
+    events = find(None)
+    assert any(event.function == "_open_index" for event in events)
+    first = {event: idx for idx, event in reversed(list(enumerate(events)))}
+    for event, idx in first.items():
+        try:
+            find(idx)
+        except Exception as error:
+            raise AssertionError(f"interrupted at event {idx}, {event}") from error

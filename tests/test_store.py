@@ -25,7 +25,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from threads import in_threads
 
 from backprompt import LM, load
-from backprompt.errors import EntryTooLargeError, StoreVersionError
+from backprompt.errors import (
+    DamagedEntryError,
+    EntryTooLargeError,
+    StoreVersionError,
+    TextTypeError,
+    TokenIdError,
+    TokenizerError,
+)
 from backprompt.store import DiskStore, Entry, Header, Match, MemoryStore
 from backprompt.store.file import to_pieces
 
@@ -79,6 +86,23 @@ def assert_same(found, put, names=None):
 def store(request, tmp_path):
     with MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "prompts.bp") as made:
         yield made
+
+
+WRONG_ARGUMENTS = {
+    "list of nothing": lambda store: store.list(None),
+    "list of half a pair": lambda store: store.list("\ud800"),
+    "list of a number": lambda store: store.list(3),
+    "a start of half a pair": lambda store: store.longest("\ud800", [1]),
+    "a start that is a number": lambda store: store.longest(3, [1]),
+    "a negative id": lambda store: store.longest("root", [1, -1]),
+    "a large id": lambda store: store.longest("root", [1 << 63]),
+    "an id that is a float": lambda store: store.longest("root", [1.0]),
+    "ids that are a string": lambda store: store.longest("root", "12"),
+    "ids that are nothing": lambda store: store.longest("root", None),
+    "get of a number": lambda store: store.get(3),
+    "deleting nothing": lambda store: store.delete(None),
+    "contains of bytes": lambda store: store.contains(b"x"),
+}
 
 
 class TestContract:
@@ -172,6 +196,17 @@ class TestContract:
                 draw.choice([store.put, lambda e: store.delete(e.header.name)])(entry)
 
         in_threads(8, work)
+
+    @pytest.mark.parametrize("ask", WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
+    def test_a_wrong_argument_is_refused_and_harms_nothing(self, store, ask, caplog):
+        put = make_entry(1)
+        store.put(put)
+        with pytest.raises((TextTypeError, TokenizerError, TokenIdError), match=r"must be|surrogate"):
+            ask(store)
+        assert not caplog.records
+        assert_same(store.get(put.header.name), put)
+        if isinstance(store, DiskStore):
+            assert not list((store.path / "damaged").iterdir())
 
 
 # Any operations, against a dict
@@ -343,10 +378,26 @@ def test_other_versions_get_a_clear_answer(tmp_path, monkeypatch):
         store.put(make_entry(1))
     with pytest.raises(StoreVersionError, match=r"format 99.*reads format 1"):
         store.get(make_entry(1).header.name)
-    store._index._connection.execute("PRAGMA user_version = 99")
-    store.close()
-    with pytest.raises(StoreVersionError, match="newer version"):
-        DiskStore(tmp_path / "store")
+
+
+def test_the_index_of_a_newer_version_is_left_alone(tmp_path, caplog):
+    """That version may be using it: to set it aside, and to have ours set aside by it, would never end."""
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+        store._index._connection.execute("PRAGMA user_version = 99")
+    before = (tmp_path / "store" / "index.sqlite").read_bytes()
+    for number in (2, 3):  # opened again, with what was put meanwhile
+        caplog.clear()
+        with DiskStore(tmp_path / "store") as store:
+            assert "newer version" in caplog.text
+            assert len(store.find("")) == number - 1
+            store.put(make_entry(number))
+            ids = make_entry(number).header.token_ids
+            assert store.longest("root", ids) == Match(make_entry(number).header.name, len(ids))
+            store.rebuild()
+            assert store.stats().num_entries == number
+    assert (tmp_path / "store" / "index.sqlite").read_bytes() == before
+    assert not list((tmp_path / "store" / "damaged").iterdir())
 
 
 def test_a_damaged_index_is_made_anew_whatever_it_answers(tmp_path, caplog):
@@ -688,6 +739,16 @@ def test_a_name_is_no_path(name, tmp_path):
     assert (tmp_path / "mine.safetensors").read_text() == "mine"
 
 
+def test_a_header_that_no_entry_has_is_refused_where_a_file_of_its_name_is_there_too(tmp_path, caplog):
+    with DiskStore(tmp_path / "store") as store:
+        entry = make_entry(1)
+        store.put(entry)
+        with pytest.raises(DamagedEntryError, match="token ids"):
+            store.put(Entry(dataclasses.replace(entry.header, token_ids=(-1,)), entry.tensors))
+        assert [header.name for header in store.find("")] == [entry.header.name]
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("name", ["entries", "damaged", "writing"])
 def test_a_stores_own_folder_is_no_link(name, tmp_path):
     """What is old in `writing` is deleted, and what is damaged is moved: not in somebody's other folder."""
@@ -962,9 +1023,27 @@ def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
 def test_an_index_in_use_for_too_long_is_an_error_of_the_system(tmp_path):
     store = DiskStore(tmp_path / "store")
     store.close()
-    with pytest.raises(OSError, match="cannot be used"):
+    with pytest.raises(OSError, match=r"cannot be used: it is closed\. Open it again"):
         store.put(make_entry(1))
     assert_same(store.get(make_entry(1).header.name), make_entry(1))
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOSPC])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_index_that_cannot_be_opened_once_is_opened_the_next_time(number, damaged, tmp_path, monkeypatch):
+    with DiskStore(tmp_path / "store") as store:
+        store.put(make_entry(1))
+        if damaged:
+            store._index._connection.execute("UPDATE entries SET name = x'ff'")
+        else:
+            store.before_fork()
+            store.after_fork()
+        with monkeypatch.context() as patch:
+            patch.setattr("backprompt.store.disk.Index.open", failing(number))
+            with pytest.raises(OSError, match=os.strerror(number)):
+                store.find("")
+        assert [header.text for header in store.find("")] == ["text 1"]
+        assert_same(store.get(make_entry(1).header.name), make_entry(1))
 
 
 @pytest.mark.parametrize("options", [{"max_bytes": "a lot"}, {"max_bytes": -1}, {"persist": "often"}])

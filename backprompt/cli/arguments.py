@@ -98,21 +98,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = 
 
 def check_model_arguments(arguments: argparse.Namespace) -> None:
     """Raise for what can be seen to be wrong without loading a model."""
-    import torch
-
+    from backprompt.loading import available_device
     from backprompt.memory import parse_bytes
     from backprompt.store.paths import check_folder
 
     if arguments.memory is not None:
         parse_bytes(arguments.memory, "--memory")
     if arguments.device is not None:
-        try:
-            torch.empty(0, device=arguments.device)
-        except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise CommandError(
-                f"--device {arguments.device}: {reason}. Leave it out for a device that is there."
-            ) from error
+        available_device(arguments.device, f"--device {arguments.device}")
     if arguments.store is not None:
         try:
             check_folder(arguments.store)

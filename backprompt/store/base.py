@@ -21,15 +21,17 @@ besides get and put is "what begins like this at this key?", so a remote object 
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from backprompt.arguments import as_choice
+from backprompt.arguments import as_choice, as_list
+from backprompt.errors import TextTypeError, TokenIdError
 from backprompt.store.precision import StoredDtype
 
 
@@ -101,8 +103,15 @@ PERSIST: tuple[Persist, ...] = ("always", "explicit", "never")
 StoreType = TypeVar("StoreType", bound="Store")
 
 
+MAX_INT = (1 << 63) - 1
+"""Of token ids and positions: what keys and SQLite have room for."""
+
+
 class Store(ABC):
     """Representations by key. See the top of this file for what is promised.
+
+    Every method raises a TypeError for what is not of the type that it takes, a string that cannot be encoded is a
+    TokenizerError, and a token id that is not from 0 to 2**63 - 1 a TokenIdError.
 
     Attributes:
         persist: what an `LM` puts into it: "always" all that is worth it, "explicit" what `text.save()` names,
@@ -182,6 +191,32 @@ def check_persist(persist: Persist) -> Persist:
 
     """
     return as_choice(persist, "persist", PERSIST)
+
+
+def check_name(name: object) -> None:
+    """Raise TextTypeError for what is no string. A string that is no entry's name is the name of none."""
+    if not isinstance(name, str):
+        raise TextTypeError(f"An entry's name must be a string, not {type(name).__name__}: {str(name)[:60]!r}.")
+
+
+def as_token_ids(given: Any) -> tuple[int, ...]:
+    """Return token ids as a tuple.
+
+    Raises:
+        TextTypeError: it is no sequence of whole numbers.
+        TokenIdError: one is not from 0 to 2**63 - 1.
+
+    """
+    needed = "token_ids must be a sequence of whole numbers"
+    listed = as_list(given, needed)
+    try:
+        ids = tuple(map(operator.index, listed))
+    except TypeError as error:
+        raise TextTypeError(f"{needed}: {error}.") from error
+    if ids and not 0 <= min(ids) <= max(ids) <= MAX_INT:
+        odd = next(token_id for token_id in ids if not 0 <= token_id <= MAX_INT)
+        raise TokenIdError(f"token_ids must be numbers from 0 to 2**63 - 1, not {odd}.")
+    return ids
 
 
 def num_common(some: Sequence[int], others: Sequence[int]) -> int:

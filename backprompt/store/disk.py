@@ -30,15 +30,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from backprompt import forking
+from backprompt.arguments import as_string
 from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
 from backprompt.memory import parse_bytes
 from backprompt.progress import progress_bar, showing
-from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist
+from backprompt.store.base import Entry, Header, Match, Persist, Store, as_token_ids, check_name, check_persist
 from backprompt.store.file import read_entry, read_header, to_pieces
-from backprompt.store.index import SUFFIXES, DamagedIndexError, Index, StoreStats
+from backprompt.store.index import SUFFIXES, DamagedIndexError, Index, NewerIndexError, StoreStats
 from backprompt.store.paths import FOLDERS, INDEX, check_folder, explained, explaining
 from backprompt.store.precision import StoredDtype, check_stored_dtype
-from backprompt.store.schema import is_name
+from backprompt.store.schema import check_header, is_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,6 @@ class DiskStore(Store):
 
     Raises:
         OSError: the folder cannot be made or read, is a file, or has other content; `errno` says which.
-        StoreVersionError: a newer version of backprompt wrote it.
 
     """
 
@@ -81,7 +81,9 @@ class DiskStore(Store):
         self._lock = threading.RLock()
         self._uses: dict[str, float] = {}  # name -> when it was used, not written to the index yet
         self.is_writable = self._make_folders()
-        self._index = self._open_index()
+        self._index: Index | None = None  # not open: the next question opens it
+        with self._lock:
+            self._opened()
         forking.watch_store(self)
 
     def __repr__(self) -> str:
@@ -89,6 +91,7 @@ class DiskStore(Store):
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
         """Return the entry after checking its bytes; a damaged one is set aside."""
+        check_name(name)
         entry = self._read(name, tensors) if is_name(name) else None
         if entry is not None:
             self._note_use(name)
@@ -103,6 +106,7 @@ class DiskStore(Store):
 
         """
         self._check_writable()
+        check_header(entry.header)
         final = self._file(entry.header.name)
         try:
             num_bytes = final.stat().st_size
@@ -123,10 +127,12 @@ class DiskStore(Store):
 
     def contains(self, name: str) -> bool:
         """Return whether the file is there."""
+        check_name(name)
         return is_name(name) and self._file(name).exists()
 
     def delete(self, name: str) -> None:
         """Remove the file, then forget it."""
+        check_name(name)
         if not is_name(name):
             return
         file = self._file(name)
@@ -145,11 +151,16 @@ class DiskStore(Store):
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
         """Look at the two neighbours in the index."""
-        return self._ask(lambda index: index.longest(start, token_ids))
+        key, ids = as_string(start, "start"), as_token_ids(token_ids)
+        return self._ask(lambda index: index.longest(key, ids))
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
-        """Yield the headers of all entries whose text begins so, in the order of their texts."""
-        for name in self._ask(lambda index: index.names(text_prefix)):
+        """Return the headers of all entries whose text begins so, in the order of their texts."""
+        prefix = as_string(text_prefix, "text_prefix")
+        return self._headers(self._ask(lambda index: index.names(prefix)))
+
+    def _headers(self, names: Sequence[str]) -> Iterator[Header]:
+        for name in names:
             header = self._header(self._file(name))
             if header is not None:
                 yield header
@@ -230,7 +241,7 @@ class DiskStore(Store):
             if self.is_writable:
                 self._ask(lambda index: index.rebuild(self._described()))
             else:
-                self._index.close()
+                self._close_index()
                 self._index = self._index_in_memory()
 
     def close(self) -> None:
@@ -238,30 +249,35 @@ class DiskStore(Store):
         with self._lock:
             if not self._is_closed:
                 self._write_uses()
-                self._index.close()
+                self._close_index()
                 self._is_closed = True
 
     _is_closed = False
-    _is_closed_to_fork = False
 
     def before_fork(self) -> None:
         """Close the index: SQLite forbids carrying a connection to another process. It is opened when asked again."""
         self._lock.acquire()
         if self.is_writable and not self._is_closed:  # what is only read lies in memory, or has no locks
-            self._is_closed_to_fork = True
             with suppress(sqlite3.Error):  # forking must go on to where locks are released
-                self._index.close()
+                self._close_index()
 
     def after_fork(self) -> None:
         """Let other threads go on."""
         self._lock.release()
 
     def _opened(self) -> Index:
-        """Return the index; the lock must be held."""
-        if self._is_closed_to_fork and not self._is_closed:
-            self._is_closed_to_fork = False
+        """Return the index, opened where it is not; the lock must be held."""
+        if self._is_closed:
+            raise explained(OSError(errno.EBADF, "it is closed"), "The store cannot be used", self.path)
+        if self._index is None:
             self._index = self._open_index()
         return self._index
+
+    def _close_index(self) -> None:
+        """Close the index; whatever interrupts this, the next question opens it again. The lock must be held."""
+        index, self._index = self._index, None
+        if index is not None:
+            index.close()
 
     def _file(self, name: str) -> Path:
         return self.path / "entries" / name[:2] / f"{name}.safetensors"
@@ -396,12 +412,17 @@ class DiskStore(Store):
             return self._finished(Index.open(file))
         except DamagedIndexError as error:
             self._move_index_aside(error)
-        return self._new_index()
-
-    def _new_index(self) -> Index:
+        except NewerIndexError as error:
+            logger.warning(
+                "%s; it is left alone, and %s is indexed in memory each time it is opened. Upgrade backprompt, or "
+                "delete the index where no newer version uses the store.",
+                error,
+                self.path,
+            )
+            return self._index_in_memory()
         try:
-            return self._finished(Index.open(self.path / INDEX)) if self.is_writable else self._index_in_memory()
-        except DamagedIndexError as error:
+            return self._finished(Index.open(file))
+        except (DamagedIndexError, NewerIndexError) as error:
             raise self._unusable(error) from error
 
     def _finished(self, index: Index) -> Index:
@@ -438,19 +459,23 @@ class DiskStore(Store):
     def _ask(self, question: Callable[[Index], Answer]) -> Answer:
         """Ask the index; one that answers nonsense is made anew from the files, and asked again."""
         with self._lock:
-            try:
-                return question(self._opened())
-            except DamagedIndexError as error:
-                self._index.close()
-                if self.is_writable:
-                    self._move_index_aside(error)
-            self._index = self._new_index()
-            try:
-                return question(self._index)
-            except DamagedIndexError as error:
-                raise self._unusable(error) from error
+            return self._answered(question)
 
-    def _unusable(self, error: DamagedIndexError) -> OSError:
+    def _answered(self, question: Callable[[Index], Answer]) -> Answer:
+        try:
+            return question(self._opened())
+        except DamagedIndexError as error:
+            self._close_index()
+            if self.is_writable:
+                self._move_index_aside(error)
+            else:
+                self._index = self._index_in_memory()
+        try:
+            return question(self._opened())
+        except DamagedIndexError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> OSError:
         return explained(OSError(errno.EIO, str(error)), "The index of a store cannot be used", self.path / INDEX)
 
     def _forget(self, name: str) -> None:

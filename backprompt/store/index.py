@@ -2,9 +2,12 @@
 
 The index knows nothing that the files do not say, so a damaged one is made anew from them (disk.py). Damaged is all
 that is not an index as this version makes it: another schema, down to a trigger, a view or a column; an answer of
-another type; a question that takes longer than any index needs. A folder may come from anywhere, so its index is opened
-as one that may be hostile: no code of its schema is trusted, what it can make SQLite do is bounded, and its schema is
-compared before anything else is asked. Only a regular file is opened.
+another type; a question that takes longer than any index needs. An index of a newer version is not damaged: that
+version may be using it, so it is left alone, and asked nothing.
+
+A folder may come from anywhere, so its index is opened as one that may be hostile: no code of its schema is trusted,
+the work that it can make SQLite do is bounded, and its schema is compared before anything else is asked. Only a regular
+file is opened.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from backprompt._visible import abbreviated
-from backprompt.errors import StoreVersionError
 from backprompt.store.base import Header, Match, num_common
 from backprompt.store.paths import explaining
 from backprompt.store.schema import MAX_NAME_LENGTH, is_name
@@ -84,6 +86,10 @@ class DamagedIndexError(Exception):
     """The index is not one that this version makes, or answers nonsense. The error never leaves a store."""
 
 
+class NewerIndexError(Exception):
+    """A newer version of backprompt made the index. It never leaves a store."""
+
+
 @dataclass(frozen=True)
 class StoreStats:
     """What a store holds; `largest_error` is that of storing in fewer bits (`Header.error`), 0 where nothing is."""
@@ -117,7 +123,7 @@ class Index:
         """Open an index to read and to write it, made if it is not there.
 
         Raises:
-            StoreVersionError: a newer version of backprompt made it.
+            NewerIndexError: a newer version of backprompt made it.
 
         """
         _check_kind_of(file)
@@ -135,7 +141,7 @@ class Index:
             if not file.exists() or (log.exists() and log.stat().st_size):  # immutable files are read without logs
                 return None
             return cls._connected(f"{file.as_uri()}?immutable=1", file, is_uri=True, prepare=cls._check_finished)
-        except (DamagedIndexError, StoreVersionError, OSError):
+        except (DamagedIndexError, NewerIndexError, OSError):
             return None
 
     @classmethod
@@ -164,7 +170,7 @@ class Index:
         given = {"start": start, "asked": asked, "max_bytes": _MAX_VALUE_BYTES}
         with self._transaction():
             rows = [row for query in _NEIGHBOURS for row in self._ask(query, given)]
-            matches = [Match(_checked_name(name), num_common(_unpacked(packed), token_ids)) for name, packed in rows]
+        matches = [Match(_checked_name(name), num_common(_unpacked(packed), token_ids)) for name, packed in rows]
         best = max(matches, key=lambda match: match.num_tokens, default=None)
         return best if best is not None and best.num_tokens else None
 
@@ -172,24 +178,24 @@ class Index:
         """Return the names of all entries whose text begins so, in the order of their texts."""
         with self._transaction():
             rows = self._ask(_NAMES_BY_TEXT, (len(text_prefix), text_prefix), _SCAN_SECONDS)
-            return [_checked_name(name) for (name,) in rows]
+        return [_checked_name(name) for (name,) in rows]
 
     def totals(self) -> StoreStats:
         """Return how much is stored."""
         with self._transaction():
             ((num_entries, num_tokens, num_bytes, error),) = self._ask(_TOTALS, (), _SCAN_SECONDS)
-            return StoreStats(
-                _checked_number(num_entries),
-                _checked_number(num_tokens),
-                _checked_number(num_bytes),
-                _checked_error(error),
-            )
+        return StoreStats(
+            _checked_number(num_entries),
+            _checked_number(num_tokens),
+            _checked_number(num_bytes),
+            _checked_error(error),
+        )
 
     def least_valuable(self) -> list[tuple[str, int]]:
         """Return names and bytes of entries that may go, those first that were not used for longest."""
         with self._transaction():
             rows = self._ask(_LEAST_VALUABLE, (), _SCAN_SECONDS)
-            return [(_checked_name(name), _checked_number(num_bytes, least=1)) for name, num_bytes in rows]
+        return [(_checked_name(name), _checked_number(num_bytes, least=1)) for name, num_bytes in rows]
 
     def rebuild(self, described: Iterable[tuple[Header, int, float]]) -> None:
         """Forget all, and insert these headers, with the bytes and the time of last use of each."""
@@ -254,7 +260,7 @@ class Index:
 
     def _check(self, version: int, schema: list[tuple[Any, ...]]) -> None:
         if version > _SCHEMA_VERSION and any(row[:2] == ("table", "entries") for row in schema):
-            raise StoreVersionError(f"{self._file} was written by a newer version of backprompt. Upgrade to read it.")
+            raise NewerIndexError(f"{self._file} was made by a newer version of backprompt")
         if schema != _own_schema():
             raise DamagedIndexError("it has not the tables of an index")
 
@@ -273,6 +279,8 @@ class Index:
         self._until = time.thread_time() + seconds
         try:
             return self._connection.execute(statement, given).fetchall()
+        except UnicodeDecodeError as error:  # a message of SQLite's that quotes bytes of the file
+            raise DamagedIndexError(str(error)) from error
         finally:
             self._until = math.inf
 
@@ -324,22 +332,21 @@ def _check_kind_of(file: Path) -> None:
 
 @contextmanager
 def _translated(file: Path | None) -> Iterator[None]:
-    """Let errors of SQLite, and of what is made of its answers, say whether the index is damaged or cannot be used."""
+    """Let errors of SQLite say whether the index is damaged or cannot be used."""
     try:
         yield
-    except (sqlite3.Error, struct.error, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, StoreVersionError):
-            raise
+    except sqlite3.ProgrammingError:  # the question is wrong, which says nothing of the index
+        raise
+    except sqlite3.Error as error:
         number, advice = _why_unavailable(error)
         if number is None:
             raise DamagedIndexError(str(error)) from error
-        raise OSError(number, f"The index of a store cannot be used: {error}. {advice}", str(file)) from error
+        reason = str(error).rstrip(".")
+        raise OSError(number, f"The index of a store cannot be used: {reason}. {advice}", str(file)) from error
 
 
 def _why_unavailable(error: Exception) -> tuple[int | None, str]:
     """Return an error number and what to do where the index may be sound, but cannot be used now; else None."""
-    if isinstance(error, sqlite3.ProgrammingError):
-        return errno.EBADF, "The store is closed; open it again."
     if isinstance(error, sqlite3.OperationalError):
         for word, number, advice in _UNAVAILABLE:
             if word in str(error):
@@ -371,26 +378,21 @@ def _patiently(attempt: Callable[[], object]) -> None:
 
 
 def _checked_name(name: object) -> str:
-    """Return a name from the index.
-
-    Raises:
-        ValueError: it is none, so the index is damaged.
-
-    """
+    """Return a name from the index."""
     if not isinstance(name, str) or not is_name(name):
-        raise ValueError(f"{abbreviated(str(name))} is no entry's name")
+        raise DamagedIndexError(f"{abbreviated(str(name))} is no entry's name")
     return name
 
 
 def _checked_number(number: object, least: int = 0) -> int:
     if not isinstance(number, int) or number < least:
-        raise ValueError(f"{abbreviated(str(number))} is no number of anything")
+        raise DamagedIndexError(f"{abbreviated(str(number))} is no number of anything")
     return number
 
 
 def _checked_error(error: object) -> float:
     if not isinstance(error, float) or not 0 <= error < math.inf:
-        raise ValueError(f"{abbreviated(str(error))} is no error")
+        raise DamagedIndexError(f"{abbreviated(str(error))} is no error")
     return error
 
 
@@ -399,5 +401,7 @@ def _packed(token_ids: Sequence[int]) -> bytes:
     return struct.pack(f">{len(token_ids)}Q", *token_ids)
 
 
-def _unpacked(packed: bytes) -> tuple[int, ...]:
+def _unpacked(packed: object) -> tuple[int, ...]:
+    if not isinstance(packed, bytes) or len(packed) % 8:
+        raise DamagedIndexError("its token ids are none")
     return struct.unpack(f">{len(packed) // 8}Q", packed)

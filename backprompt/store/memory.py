@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from backprompt.arguments import as_string
 from backprompt.forking import ForkableLock, watch_store
-from backprompt.store.base import Entry, Header, Match, Persist, Store, check_persist, num_common
+from backprompt.store.base import (
+    Entry,
+    Header,
+    Match,
+    Persist,
+    Store,
+    as_token_ids,
+    check_name,
+    check_persist,
+    num_common,
+)
 from backprompt.store.precision import StoredDtype, check_stored_dtype
 
 
@@ -21,6 +32,7 @@ class MemoryStore(Store):
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
         """Return copies, so that the caller cannot change what is stored."""
+        check_name(name)
         entry = self._entries.get(name)
         return None if entry is None else _copy(entry, tensors)
 
@@ -32,25 +44,29 @@ class MemoryStore(Store):
 
     def contains(self, name: str) -> bool:
         """Return whether there is such an entry."""
+        check_name(name)
         return name in self._entries
 
     def delete(self, name: str) -> None:
         """Remove the entry, if there is one."""
+        check_name(name)
         with self._lock:
             self._entries.pop(name, None)
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
         """Compare with all that starts here."""
+        start, ids = as_string(start, "start"), as_token_ids(token_ids)
         here = (header for header in self.list() if header.start == start)
-        matches = [Match(header.name, num_common(header.token_ids, token_ids)) for header in here]
+        matches = [Match(header.name, num_common(header.token_ids, ids)) for header in here]
         best = max(matches, key=lambda match: match.num_tokens, default=None)
         return best if best is not None and best.num_tokens else None
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
-        """Yield the headers of what is there now."""
+        """Return the headers of what is there now."""
+        prefix = as_string(text_prefix, "text_prefix")
         with self._lock:
             headers = [entry.header for entry in self._entries.values()]
-        yield from (header for header in headers if header.text.startswith(text_prefix))
+        return (header for header in headers if header.text.startswith(prefix))
 
     def close(self) -> None:
         """Do nothing."""

@@ -21,6 +21,7 @@ _ADVICE = {
     errno.EEXIST: _ANOTHER_FOLDER,
     errno.EINVAL: _ANOTHER_FOLDER,
     errno.ELOOP: _ANOTHER_FOLDER,
+    errno.EBADF: "Open it again",
     errno.ENAMETOOLONG: "Choose a shorter path",
     errno.ENOSPC: _MORE_SPACE,
     errno.EDQUOT: _MORE_SPACE,
@@ -77,4 +78,4 @@ def explained(error: OSError, what: str, path: str | Path) -> OSError:
     """Return an error of the same kind that says so."""
     number = error.errno or errno.EIO
     advice = _ADVICE.get(number, "See whether the folder is there, and yours")
-    return OSError(number, f"{what}: {error.strerror or error}. {advice}", str(path))
+    return OSError(number, f"{what}: {str(error.strerror or error).rstrip('.')}. {advice}", str(path))

@@ -28,11 +28,8 @@ from torch import Tensor
 from backprompt._visible import abbreviated
 from backprompt.errors import DamagedEntryError
 from backprompt.identity import EXACT
-from backprompt.store.base import Header
+from backprompt.store.base import MAX_INT, Header
 from backprompt.store.precision import COMPUTED_DTYPES, SCALE, STORED_DTYPES
-
-MAX_INT = (1 << 63) - 1
-"""Of token ids and positions: what keys and SQLite have room for."""
 
 MAX_NAME_LENGTH = 200
 """Of an entry's name, so that it can be the name of a file."""

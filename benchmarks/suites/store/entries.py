@@ -153,11 +153,19 @@ def measure_many(folder: Path) -> ManyEntries:
             text=f"text {idx}",
             model="model",
             tokenizer="tokenizer",
-            dtype="torch.float32",
+            dtype="torch.float16",
         )
         for idx in range(NUM_ENTRIES)
     ]
-    writing = seconds_of(lambda: [store.put(Entry(header, {"hidden": torch.zeros(16, 8)})) for header in headers])
+    tensors = {  # 512 bytes
+        "keys.0": torch.zeros(1, 16, 4, dtype=torch.float16),
+        "values.0": torch.zeros(1, 16, 4, dtype=torch.float16),
+        "hidden": torch.zeros(16, 5, dtype=torch.float16),
+        "logprobs": torch.zeros(16),
+        "is_argmax": torch.zeros(16, dtype=torch.bool),
+        "has_logprobs": torch.ones(16, dtype=torch.bool),
+    }
+    writing = seconds_of(lambda: [store.put(Entry(header, tensors)) for header in headers])
     store.close()
     opening = [seconds_of(lambda: DiskStore(folder / "many.bp").close()) for _ in range(ROUNDS)]
     before = resident_bytes()
