@@ -419,14 +419,14 @@ def _own(lm: LM, text: Text) -> Text:
         return text
     special = lm.tokenizer.all_special_ids
     said = Text.from_tokens([token_id for token_id in text.completion_tokens if token_id not in special], lm)
-    return said + text._rest
+    return said + text.completion_rest
 
 
 def _num_before_end_tokens(lm: LM, reply: ContinuedText) -> int:
     """Return how many of a reply's ids stand before the end tokens that it ends with; all where a string ends it."""
     token_ids, special = reply.completion_tokens, lm.tokenizer.all_special_ids
     num_said = len(token_ids)
-    while num_said and not reply._rest and token_ids[num_said - 1] in special:
+    while num_said and not reply.completion_rest and token_ids[num_said - 1] in special:
         num_said -= 1
     return num_said
 

@@ -90,10 +90,11 @@ class ContinuedText(Text):
         kept = [token_id for token_id in self.completion_tokens if token_id not in special]
         with lazily():
             whole, before = (self._prompt + Text.from_tokens(kept, lm)).string, self._prompt.string
-        return added(before, whole) + self._rest  # a prompt may end within a character
+        return added(before, whole) + self.completion_rest  # a prompt may end within a character
 
     @property
-    def _rest(self) -> str:
+    def completion_rest(self) -> str:
+        """The string behind `completion_tokens` where a stop string cut a token; else empty."""
         segments = self._completion.segments
         return segments[-1] if segments and isinstance(segments[-1], str) else ""
 

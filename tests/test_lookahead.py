@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backprompt import LM, GenerationError, Text, generate
-from backprompt.decoding import TextDecoding
+from backprompt.decoding import Decoding, TextDecoding
 from backprompt.lookahead import proposals
 from backprompt.stops import StopStrings
 from reference import plain_greedy, plain_token_logprobs
@@ -123,8 +123,13 @@ def test_what_is_chosen_does_not_change(tokenizer, family, num_tokens, max_ngram
 
 def test_less_is_proposed_after_what_was_wrong_and_more_after_what_was_right(lm):
     """The prompt counts from 100 to 129, so what follows a number there is the next one."""
-    options = lm.decoding(
-        max_new_tokens=50, stops=StopStrings(None, lm.tokenizer), seed=None, given={"prompt_lookup_num_tokens": 8}
+    options = Decoding(
+        lm.session.causal_lm,
+        lm.tokenizer,
+        max_new_tokens=50,
+        stops=StopStrings(None, lm.tokenizer),
+        seed=None,
+        given={"prompt_lookup_num_tokens": 8},
     )
     text = TextDecoding(options, list(range(100, 130)), 0)
 

@@ -391,7 +391,7 @@ WAYS = {
 def test_a_long_run_keeps_no_more_than_a_short_one(way, host_tokens, model, tokenizer, monkeypatch, tmp_path):
     """Texts that nobody asks for again, over budgets that some of them fill."""
     monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 20)
-    monkeypatch.setattr("backprompt.lm.MAX_RESULT_BYTES", 20 * 1280)
+    monkeypatch.setattr("backprompt.session.MAX_RESULT_BYTES", 20 * 1280)
     monkeypatch.setattr("backprompt.pools.MAX_CANDIDATE_BYTES", 20 * 600)
     monkeypatch.setattr("backprompt.tier.MAX_SMALL_BLOCKS", 4)
     options = {"store": DiskStore(tmp_path, persist="explicit")} if way == "saved" else {}
