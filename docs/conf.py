@@ -66,7 +66,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"DynamicCache|Tensor|Axes|Floats|FinishReason|NotFittedError"),
     ("py:.*", r"Prompts?|Aggregate|Strategy|Segment|StoredDtype"),
     # The protocols of backprompt/engine.py; docstrings name the classes behind them.
-    ("py:.*", r"Engine|Representation|Pinned|TextStream|Shown|AnyText"),
+    ("py:.*", r"(backprompt\.engine\.)?(Engine|Representation|Pinned|TextStream|Shown|AnyText)"),
 ]
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Warns|Yields|Note):$")

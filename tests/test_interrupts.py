@@ -31,7 +31,7 @@ TAKES_ALL = bool(os.environ.get("BACKPROMPT_EVERY_LINE"))
 NUM_SAMPLED = 4  # lines of each operation
 
 # The lock and torch's settings are let go of by Python itself, at whose own lines no signal arrives.
-EXEMPT = {"_exclusive", "plain_surroundings"}
+EXEMPT = {"exclusive", "plain_surroundings"}
 
 # What changes several things that belong together: always taken.
 CRITICAL = {
