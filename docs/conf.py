@@ -66,7 +66,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"DynamicCache|Tensor|Axes|Floats|FinishReason|NotFittedError"),
     ("py:.*", r"Prompts?|Aggregate|Strategy|Segment|StoredDtype"),
     # The protocols of backprompt/engine.py; docstrings name the classes behind them.
-    ("py:.*", r"(backprompt\.engine\.)?(Engine|Representation|Pinned|TextStream|Shown|AnyText)"),
+    ("py:.*", r"(backprompt\.engine\.)?(Engine|Representation|Pinned|TextStream)"),
+    ("py:.*", r"(backprompt\.engine\.)?(Shown|AnyText)"),
 ]
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Warns|Yields|Note):$")
