@@ -15,15 +15,26 @@ from dataclasses import dataclass
 
 import torch
 
-from backprompt.cache import Block, BlockRows, KeysValues, Layout, RowSpec, States, gather, keys_values_of, states_of
+from backprompt.blocks import (
+    STATES,
+    Block,
+    BlockRows,
+    KeysValues,
+    Layout,
+    States,
+    gather_each,
+    keys_values_of,
+    states_of,
+    token_axis,
+)
 from backprompt.errors import DamagedEntryError, EntryTooLargeError, StaleRepresentationError, StoreVersionError
 from backprompt.forest import Forest
 from backprompt.identity import extend_key, gap_key, group_key, root_key
-from backprompt.radix import NOTHING, Junction, Span
+from backprompt.radix import NOTHING, Junction, Kind, Span
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, encode, parts_of
 from backprompt.store.schema import TensorSpec, check_header, check_tensors
-from backprompt.tier import Kind, Tier
+from backprompt.tier import Tier
 from backprompt.visit import Visit
 
 logger = logging.getLogger(__name__)
@@ -34,8 +45,6 @@ MIN_TOKENS = 16
 Measured (benchmarks/README.md): from about 4 tokens on, writing and reading take no longer than computing once more;
 but what is stored is often never read again.
 """
-
-_STATES = frozenset({"hidden", "logprobs", "is_argmax", "has_logprobs"})
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Archive:
         self._has_warned = False
 
     def load(
-        self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, layout: Layout, *, with_keys: bool
+        self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, layout: Layout, *, with_keys_values: bool
     ) -> Loaded:
         """Let the spans on the way to `ends` hold what the store has of them, and count it; spans may be split.
 
@@ -103,13 +112,13 @@ class Archive:
                 memory.add([block])
                 visit.room -= block.num_bytes
                 num_tokens += block.num_rows if kind == "states" else 0
-            return getattr(span, kind) is not None
+            return span.holds(kind)
 
         visit = Visit(room, bring)
         served = list(ends)
         if self._can_read:
             try:
-                served = visit.serve(ends, with_keys=with_keys)
+                served = visit.serve(ends, with_keys_values=with_keys_values)
                 for span in visit.absent:
                     span.is_stored = False  # or not any more
             except OSError as error:
@@ -188,17 +197,17 @@ class Archive:
     def _load_span(self, kind: Kind, forest: Forest, span: Span, finder: _Finder, reader: _Reader) -> Iterator[Block]:
         """Load what the span does not hold, and yield it; the span is split where only a beginning can be loaded."""
         if isinstance(span, Junction):
-            setattr(span, kind, NOTHING)
+            span.move(kind, NOTHING, "device")
             return
-        while getattr(span, kind) is None:
+        while not span.holds(kind):
             found = finder.find(span)
             read = None if found is None else reader.read(kind, found, self._known_root())
             if found is None or read is None:
                 return
             loaded = span if found.num_tokens == len(span.token_ids) else forest.split(span, found.num_tokens)
             with forest.changing():
-                loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
-                setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
+                loaded.error = max(loaded.error if loaded.is_held() else 0.0, read.error)
+                loaded.move(kind, BlockRows(read.block, 0, found.num_tokens), "device")
                 loaded.is_stored = True
                 loaded.loaded_in = forest.stamp()
             yield read.block
@@ -240,23 +249,14 @@ class Archive:
                 before.is_stored = False  # others have deleted it
             if not missing:
                 self._put(run, tuple(dict.fromkeys(name for name in names.values() if name is not None)))
-            elif run[0].begins_chain or any(not before.is_held(with_keys=True) for before in missing):
+            elif run[0].begins_chain or any(not before.is_held(with_keys_values=True) for before in missing):
                 return  # of no use without it
 
     def _put(self, run: list[Span], behind: tuple[str, ...]) -> None:
         root = self._known_root()
         token_ids = tuple(token_id for span in run for token_id in span.token_ids)
-        states = [states_of(span) for span in run]
-        rows = [keys_values_of(span) for span in run]
-        tensors = {
-            "hidden": gather(states, lambda block: block.hidden, dim=0).cpu(),
-            "logprobs": gather(states, lambda block: block.logprobs, dim=0).cpu(),
-            "is_argmax": gather(states, lambda block: block.is_argmax, dim=0).cpu(),
-            "has_logprobs": gather(states, lambda block: block.has_logprobs, dim=0).cpu(),
-        }
-        for layer_idx in range(len(rows[0].block.keys)):
-            tensors[f"keys.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.keys[i], dim=1).cpu()  # type: ignore[misc]
-            tensors[f"values.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.values[i], dim=1).cpu()  # type: ignore[misc]
+        rows = ([states_of(span) for span in run], [keys_values_of(span) for span in run])
+        tensors = {name: tensor.cpu() for of_kind in rows for name, tensor in gather_each(of_kind)}
         error, dtypes = max(span.error for span in run[-1].closure()), {}
         if self._store.dtype is not None:
             encoded = encode(tensors, self._store.dtype)
@@ -389,21 +389,27 @@ class _Reader:
             return None
         if kind == "states":
             return _Read(self._states(entry, found), entry.header.error)
-        layers = range(len(self._layout.keys))
-        keys = [self._rows(entry, f"keys.{layer_idx}", found, dim=1) for layer_idx in layers]
-        values = [self._rows(entry, f"values.{layer_idx}", found, dim=1) for layer_idx in layers]
-        return _Read(KeysValues(keys, values), entry.header.error)
+        return _Read(KeysValues(self._tensors(entry, KeysValues, found)), entry.header.error)
 
     def _states(self, entry: Entry, found: _Found) -> States:
-        rows = {name: self._rows(entry, name, found, dim=0) for name in _STATES if name in entry.tensors}
-        if "is_argmax" not in rows or rows["logprobs"].dtype != self._layout.logprobs.dtype:
-            return States.of(rows["hidden"])  # of another version: its tokens are scored anew when asked for
-        return States(rows["hidden"], rows["logprobs"], rows["is_argmax"], rows["has_logprobs"].cpu())
+        is_scored = (
+            "is_argmax" in entry.tensors and entry.tensors["logprobs"].dtype == self._layout.rows["logprobs"].dtype
+        )
+        if not is_scored:  # of another version: its tokens are scored anew when asked for
+            return States.of(self._rows(entry, "hidden", found))
+        return States(self._tensors(entry, States, found))
 
-    def _rows(self, entry: Entry, name: str, found: _Found, *, dim: int) -> torch.Tensor:
-        """Return rows of a tensor on the device, in storage of their own."""
+    def _tensors(self, entry: Entry, block_type: type[Block], found: _Found) -> dict[str, torch.Tensor]:
+        """Return all tensors of a block."""
+        names = [name for name in self._layout.rows if (name in STATES) == (block_type is States)]
+        return {name: self._rows(entry, name, found) for name in names}
+
+    def _rows(self, entry: Entry, name: str, found: _Found) -> torch.Tensor:
+        """Return rows of a tensor where a block has them, in storage of their own."""
+        device = "cpu" if name in States.on_host else self._device
+        axis = token_axis(name)
         parts = {
-            part: entry.tensors[part].narrow(dim, found.first, found.num_tokens).to(self._device)
+            part: entry.tensors[part].narrow(axis, found.first, found.num_tokens).to(device)
             for part in parts_of(name)
             if part in entry.tensors
         }
@@ -420,7 +426,7 @@ class _Reader:
     def _checked_entry(self, found: _Found, kind: Kind, root: Root) -> Entry | None:
         """Return what the store has under this name, if it is what the model computes."""
         try:
-            entry = self._store.get(found.name, _STATES if kind == "states" else None)
+            entry = self._store.get(found.name, STATES if kind == "states" else None)
             if entry is not None:
                 self._check(entry, found, kind, root)
         except StoreVersionError as error:  # this one entry: others may be of this version
@@ -446,7 +452,7 @@ class _Reader:
         expected = _expected(self._layout, len(header.token_ids))
         specs = {name: TensorSpec.of(tensor) for name, tensor in entry.tensors.items()}
         if kind == "states":
-            expected, specs = ({name: of[name] for name in of if name in _STATES} for of in (expected, specs))
+            expected, specs = ({name: of[name] for name in of if name in STATES} for of in (expected, specs))
         check_tensors(header, specs, expected)
 
     def _set_aside(self, name: str, error: DamagedEntryError) -> None:
@@ -466,14 +472,7 @@ def _is_what_was_found(header: Header, found: _Found) -> bool:
 
 def _expected(layout: Layout, num_tokens: int) -> dict[str, TensorSpec]:
     """Return the tensors of an entry of so many tokens."""
-    flags = RowSpec(torch.bool, ())
-    states = {"hidden": layout.hidden, "logprobs": layout.logprobs, "is_argmax": flags, "has_logprobs": flags}
-    expected = {name: TensorSpec(row.dtype, (num_tokens, *row.sizes)) for name, row in states.items()}
-    for kind, rows in (("keys", layout.keys), ("values", layout.values)):
-        for layer_idx, row in enumerate(rows):
-            heads, size = row.sizes
-            expected[f"{kind}.{layer_idx}"] = TensorSpec(row.dtype, (heads, num_tokens, size))
-    return expected
+    return {name: TensorSpec(row.dtype, layout.shape(name, num_tokens)) for name, row in layout.rows.items()}
 
 
 def _is_sound(header: Header) -> bool:

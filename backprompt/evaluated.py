@@ -71,16 +71,16 @@ class Evaluated:
     @property
     def is_computed(self) -> bool:
         """Whether what results are read off is still there."""
-        return self.end.states is not None
+        return self.end.is_held()
 
     @property
-    def has_keys(self) -> bool:
+    def has_keys_values(self) -> bool:
         """Whether its keys and values are still there, too."""
-        return self.end.rows is not None
+        return self.end.is_held(with_keys_values=True)
 
     @contextmanager
-    def held(self, *, with_keys: bool = False) -> Iterator[Place]:
+    def held(self, *, with_keys_values: bool = False) -> Iterator[Place]:
         """Keep what results are read off, computed again if it was dropped; see `Evaluator.held`."""
-        with self.evaluator.held(self.token_ids, self.end, with_keys=with_keys) as end:
+        with self.evaluator.held(self.token_ids, self.end, with_keys_values=with_keys_values) as end:
             self.place = Place(end, self.token_ids)
             yield self.place

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 from backprompt.archive import Archive
 from backprompt.forest import Forest
 from backprompt.passes import cut_into_passes, missing_spans
-from backprompt.radix import Junction, Place, Span, child_key, common_length
+from backprompt.radix import Junction, Kind, Place, Span, child_key, common_length
 from backprompt.token_graph import TokenIds
 
 Where: TypeAlias = Literal["memory", "host", "disk", "evicted", "absent"]
@@ -47,7 +47,7 @@ class _Mark:
 
     where: Where
     block = None
-    start = stop = 0
+    start = stop = num_bytes = 0
 
     def split(self, num_tokens: int) -> tuple[_Mark, _Mark]:
         return self, self
@@ -190,7 +190,7 @@ class Sketch:
 
     def _mark(self, span: Span) -> None:
         if isinstance(span, Junction):  # it holds nothing of its own
-            span.states, span.rows = _mark_of_all(span, "states"), _mark_of_all(span, "rows")
+            span.place(states=_mark_of_all(span, "states"), keys_values=_mark_of_all(span, "keys_values"))
         reached = self._reached.get(span)
         if reached is None:
             return
@@ -200,23 +200,24 @@ class Sketch:
         if reached.num_tokens == len(held.token_ids):
             span.key = held.key
         if span.token_ids:
-            span.states = _MEMORY if held.states is not None else _HOST if held.host_states is not None else None
-            span.rows = _MEMORY if held.rows is not None else _HOST if held.host_rows is not None else None
+            span.place(states=_mark_of(held, "states"), keys_values=_mark_of(held, "keys_values"))
 
     def _mark_stored(self, span: Span, archive: Archive) -> None:
         """Mark what the store has of what is not held, as `Archive.load` would load it."""
         if _mark_of_all(span, "states") is None:
             return  # of no use without what it continues
-        has_rows = _mark_of_all(span, "rows")
+        can_continue = _mark_of_all(span, "keys_values") is not None
         part: Span | None = None
-        while part is not span and span.token_ids and not span.is_held(with_keys=True):
+        while part is not span and span.token_ids and not span.is_held(with_keys_values=True):
             num_stored = archive.num_stored(span)
             if not num_stored:
                 return
             part = span if num_stored == len(span.token_ids) else self.forest.split(span, num_stored)
             part.is_stored = True
-            part.states = part.states or _DISK
-            part.rows = part.rows or (_DISK if has_rows is not None else None)
+            if not part.is_held():
+                part.place(states=_DISK)
+            if can_continue and not part.is_held(with_keys_values=True):
+                part.place(keys_values=_DISK)
 
 
 def where(span: Span) -> Where:
@@ -226,10 +227,16 @@ def where(span: Span) -> Where:
     return "evicted" if span.was_computed else "absent"
 
 
-def _mark_of_all(span: Span, kind: Literal["states", "rows"]) -> _Mark | None:
+def _mark_of(held: Span, kind: Kind) -> _Mark | None:
+    """Return the mark for where one of the two of a held span lies."""
+    if held.rows_in(kind, "device") is not None:
+        return _MEMORY
+    return _HOST if held.rows_in(kind, "host") is not None else None
+
+
+def _mark_of_all(span: Span, kind: Kind) -> _Mark | None:
     """Return a mark if all that a span stands on bears one."""
-    above = [parent for parent in span.parents if parent.parent is not None]
-    return _MEMORY if all(getattr(parent, kind) is not None for parent in above) else None
+    return _MEMORY if all(parent.holds(kind) for parent in span.parents if parent.parent is not None) else None
 
 
 def positions_of(held: Forest, runs: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:

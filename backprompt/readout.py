@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from backprompt.cache import gather, keys_values_of, states_of
+from backprompt.blocks import KeysValues, gather, gather_each, keys_values_of, last_hidden, states_of
 from backprompt.computation import Computation
 from backprompt.predictions import is_scored, slices
 from backprompt.radix import Place, Span
@@ -47,7 +47,7 @@ class Readout:
         executor = self._computation.executor
         rows: dict[Span, Tensor] = {}
         for group in slices(list(dict.fromkeys(ends)), executor.rows_in_a_slice):
-            logits = self._computation.logits(torch.stack([_last_hidden(end) for end in group]))
+            logits = self._computation.logits(torch.stack([last_hidden(end) for end in group]))
             rows.update(zip(group, logits, strict=True))
             for idx in unusable_rows(logits):
                 raise executor.logits_error(logits[idx], ids_up_to(group[idx]))
@@ -75,7 +75,7 @@ class Readout:
         missing = missing[: max(1, self._pool.max_bytes // executor.logit_row_bytes)]
         first: Tensor | None = None
         for group in slices(missing, executor.rows_in_a_slice):
-            logits = self._computation.logits(torch.stack([_last_hidden(other) for other in group]))
+            logits = self._computation.logits(torch.stack([last_hidden(other) for other in group]))
             unusable = set(unusable_rows(logits))
             if first is None:  # the row of `end`
                 if 0 in unusable:
@@ -111,17 +111,8 @@ class Readout:
     def hidden_states(self, place: Place) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""
         spans = self._computation.forest.in_order(place)
-        return gather(map(states_of, spans), lambda states: states.hidden, dim=0)
+        return gather(map(states_of, spans), "hidden")
 
-    def keys_values(self, end: Span) -> tuple[list[Tensor], list[Tensor]]:
-        """Return copies of the text's keys and values, for each layer `(kv_heads, tokens, head_dim)`."""
-        places = [keys_values_of(span) for span in end.path()]
-        num_layers = len(places[0].block.keys)
-        keys = [gather(places, lambda block, i=i: block.keys[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
-        values = [gather(places, lambda block, i=i: block.values[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
-        return keys, values
-
-
-def _last_hidden(end: Span) -> Tensor:
-    rows = states_of(end)
-    return rows.block.hidden[rows.stop - 1]
+    def keys_values(self, end: Span) -> KeysValues:
+        """Return a copy of the text's keys and values."""
+        return KeysValues(dict(gather_each([keys_values_of(span) for span in end.path()])))

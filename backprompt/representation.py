@@ -148,17 +148,17 @@ class ModelRepr:
                 "past_key_values() is not there for texts with groups or frozen segments: the model would take the "
                 "number of cached tokens for the next position. Read logits and log-probabilities from the text itself."
             )
-        with self._held(with_keys=True) as (evaluator, place):
-            return evaluator.executor.dynamic_cache(*evaluator.readout.keys_values(place.end))
+        with self._held(with_keys_values=True) as (evaluator, place):
+            return evaluator.executor.dynamic_cache(evaluator.readout.keys_values(place.end))
 
     @contextmanager
-    def _held(self, *, with_keys: bool = False) -> Iterator[tuple[Evaluator, Place]]:
+    def _held(self, *, with_keys_values: bool = False) -> Iterator[tuple[Evaluator, Place]]:
         """Hold the lock and the text in the evaluator, where it is computed again if it was dropped."""
         with self._session.exclusive():
             self._check_evaluator(self._session.evaluator)
-            if not self._evaluated.is_computed or (with_keys and not self._evaluated.has_keys):
+            if not self._evaluated.is_computed or (with_keys_values and not self._evaluated.has_keys_values):
                 self._check_current()  # something will be computed
-            with self._evaluated.held(with_keys=with_keys) as place:
+            with self._evaluated.held(with_keys_values=with_keys_values) as place:
                 yield self._evaluated.evaluator, place
 
     def _check_current(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from backprompt.cache import gather, states_of
+from backprompt.blocks import gather, states_of
 from backprompt.computation import Computation, Request
 from backprompt.forest import Forest
 from backprompt.logprobs import are_distributions
@@ -156,8 +156,7 @@ class Scoring:
             return self._as_tensors([])
         _, first_row = spans[0]
         rows = [states_of(span) for span, _ in spans]
-        logprobs = gather(rows, lambda states: states.logprobs, dim=0)[first_row:]
-        return TokenScores(logprobs, gather(rows, lambda states: states.is_argmax, dim=0)[first_row:])
+        return TokenScores(gather(rows, "logprobs")[first_row:], gather(rows, "is_argmax")[first_row:])
 
     def note_last(self, scores: Mapping[Span, TokenScore]) -> None:
         """Keep the scores of computed spans' last tokens that somebody else has computed, where they are new."""

@@ -25,7 +25,7 @@ from torch import nn
 
 from backprompt.archive import Archive
 from backprompt.arguments import as_list
-from backprompt.cache import Location
+from backprompt.blocks import Location
 from backprompt.computation import Counters
 from backprompt.errors import NoStoreError, StaleRepresentationError, UnboundTextError
 from backprompt.evaluated import Batch, Evaluated
