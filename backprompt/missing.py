@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
-from backprompt.archive import MIN_TOKENS, Archive, Root
+from backprompt.archive import MIN_TOKENS, Archive
 from backprompt.evaluator import Evaluator
 from backprompt.extents import Extent
 from backprompt.forest import Forest
 from backprompt.lookup import Aside, Piece, Sketch, positions_of, where
 from backprompt.segments import shown
+from backprompt.span_keys import Root
 from backprompt.token_graph import TokenIds, flat
 
 Reason: TypeAlias = Literal["evicted", "join", "other model", "elsewhere", "too short", "never computed"]
