@@ -96,7 +96,7 @@ class Evaluator:
         return Sketch(self.forest, texts, self.archive, asides)
 
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Compute the missing spans of texts given by their token ids, and return the spans at which the texts end.
+        """Compute the missing spans of texts given by their token ids, and return the ends of the texts.
 
         Over the budget, results are dropped again: `held` brings one back. If a pass fails, the passes before it stay
         computed, and `recover` removes the rest.
@@ -109,7 +109,7 @@ class Evaluator:
     def held(self, token_ids: TokenIds, end: Span, *, with_keys_values: bool = False) -> Iterator[Span]:
         """Keep a text's states (`with_keys_values`: and its keys and values) for as long as the context lasts.
 
-        Dropped spans are computed again. Yields the span at which the text ends; `end` is the last one known.
+        Dropped spans are computed again. Yields the text's end; `end` is the last one known.
         """
         if end.is_held(with_keys_values=with_keys_values):
             with self.holders.using([end]):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from backprompt.radix import BranchEnd, Junction, JunctionKey, Place, Rows, Span, child_key, common_length
+from backprompt.radix import BranchEnd, Inserted, Junction, JunctionKey, Rows, Span, child_key, common_length
 from backprompt.token_graph import TokenGraph, TokenIds, fold
 
 
@@ -69,10 +69,10 @@ class Forest:
         end.is_end |= is_end
         return end
 
-    def in_order(self, place: Place) -> list[Span]:
+    def in_order(self, text: Inserted) -> list[Span]:
         """Return the spans of a text in written order, those of repeated branches repeatedly; junctions left out."""
-        if not isinstance(place.token_ids, TokenGraph):
-            return place.end.path()
+        if not isinstance(text.token_ids, TokenGraph):
+            return text.end.path()
         spans: list[Span] = []
 
         def continue_(span: Span, position: int, ids: tuple[int, ...]) -> Span:
@@ -85,7 +85,7 @@ class Forest:
             spans.extend(reversed(chain))
             return end
 
-        fold(place.token_ids, self.root, continue_, self._join)
+        fold(text.token_ids, self.root, continue_, self._join)
         return spans
 
     def extend(self, span: Span, position: int, ids: tuple[int, ...]) -> Span:

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 from backprompt.archive import Archive
 from backprompt.forest import Forest
 from backprompt.passes import cut_into_passes, missing_spans
-from backprompt.radix import Junction, Kind, Place, Span, child_key, common_length
+from backprompt.radix import Inserted, Junction, Kind, Span, child_key, common_length
 from backprompt.token_graph import TokenIds
 
 Where: TypeAlias = Literal["memory", "host", "disk", "evicted", "absent"]
@@ -101,7 +101,7 @@ class Sketch:
     ) -> None:
         self.forest = Forest()
         self.forest.evaluation = held.evaluation
-        self.places = [Place(self.forest.insert(token_ids), token_ids) for token_ids in texts]
+        self.texts = [Inserted(self.forest.insert(token_ids), token_ids) for token_ids in texts]
         self._asides = {aside: self._insert_aside(aside) for aside in asides}
         self._reached: dict[Span, _Reached] = {self.forest.root: _Reached(held.root, 0)}
         for span in list(self.forest.spans()):
@@ -111,11 +111,11 @@ class Sketch:
             if archive is not None:
                 self._mark_stored(span, archive)
 
-    def pieces(self, place: Place) -> list[Piece]:
+    def pieces(self, text: Inserted) -> list[Piece]:
         """Return where the tokens of one of the texts lie, in written order; neighbours in one place as one piece."""
         pieces: list[Piece] = []
         start = 0
-        for span in self.forest.in_order(place):
+        for span in self.forest.in_order(text):
             stop = start + len(span.token_ids)
             if pieces and pieces[-1].where == where(span):
                 pieces[-1] = Piece(pieces[-1].start, stop, where(span))
@@ -135,14 +135,14 @@ class Sketch:
 
     def passes(self, max_tokens: int) -> list[tuple[Span, ...]]:
         """Return the passes that evaluating the texts takes; their spans are cut as passes need."""
-        missing = missing_spans(place.end for place in self.places)
+        missing = missing_spans(text.end for text in self.texts)
         passes = cut_into_passes(self.forest, missing, max_tokens)
         return [spans for spans in passes if any(span.token_ids for span in spans)]
 
     def _insert_aside(self, aside: Aside) -> tuple[Span, Span]:
         """Return what it stands behind, and where it ends."""
         num_before = 0
-        spans = iter(self.forest.in_order(self.places[aside.text_idx]))
+        spans = iter(self.forest.in_order(self.texts[aside.text_idx]))
         span = next(spans)
         while num_before + len(span.token_ids) <= aside.token_idx:
             num_before += len(span.token_ids)

@@ -11,8 +11,11 @@ true.
                           +-- " ran" --+-- " off"
                                        +-- " home"
 
+The *end* of a text is the span that holds its last token and none behind it, or a junction where it ends in a group.
+Inserting a text splits a span where that is needed for it to have one.
+
 Splitting a span leaves the object in place as the *lower* part (a new span becomes the upper one), so whoever holds
-the span at which a text ends still holds the end of that text.
+the end of a text still holds it.
 
 A *junction* stands where a group of branches ends: a span without tokens that has several parents, what the group
 stands behind and the ends of its branches. Branches are spans like all others: a shared one continues what the group
@@ -35,7 +38,7 @@ from typing import Literal, Protocol, TypeAlias
 from backprompt.token_graph import TokenIds
 
 BranchEnd: TypeAlias = "tuple[Span, bool]"
-"""The span at which a branch ends, and whether the branch is frozen."""
+"""The end of a branch, and whether the branch is frozen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class Span:
         host_keys_values, host_states: where they lie in the second pool (host.py); never in both.
         was_computed: whether it was computed before, though nothing of it may be held now.
         computed_in, loaded_in: the number of the evaluation that forwarded it last, or read it from a store; or 0.
-        is_end: whether a text may end here that somebody knows of, so that this object must stay where it is.
+        is_end: whether it is the end of a text that somebody knows of, so that this object must stay where it is.
         credit, last_used: when it may be evicted: see memory.py.
         is_stored: whether a store has all up to its end.
         error: what storing it in fewer bits cost, where it was read back from a store that does so; see store/.
@@ -281,8 +284,8 @@ class Span:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where a text stands in the forest: the span at which it ends, and what it consists of."""
+class Inserted:
+    """A text that was inserted into the forest: its end, and what it consists of."""
 
     end: Span
     token_ids: TokenIds
