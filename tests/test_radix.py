@@ -1,16 +1,19 @@
 """The forest of spans spells what was inserted, shares every common beginning, and loses no row when it splits."""
 
+import ast
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import backprompt
 from backprompt.blocks import BlockRows
 from backprompt.forest import Forest
-from backprompt.radix import Junction, JunctionKey, Span
+from backprompt.radix import KINDS, Junction, JunctionKey, Kind, Pool, Span
 
 Ids = tuple[int, ...]
 
@@ -381,6 +384,31 @@ def test_where_a_span_is_held_and_with_what(slots, held, with_keys, anywhere, an
     assert span.is_empty == (not anywhere)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thing_lies_in_one_pool_at_most(kind: Kind) -> None:
+    span = Forest().insert((1, 2))
+
+    def lies_in(kind: Kind) -> list[Pool]:
+        return [pool for pool in ("device", "host") if span.rows_in(kind, pool) is not None]
+
+    (other,) = set(KINDS) - {kind}
+    rows = BlockRows(object(), 0, 2)
+    span.move(kind, rows, "host")
+    assert (lies_in(kind), lies_in(other)) == (["host"], [])
+    span.place(**{kind: rows})
+    assert (lies_in(kind), lies_in(other)) == (["device"], [])
+    span.move(kind, rows, "host")
+    span.move(other, rows, "device")
+    assert (lies_in(kind), lies_in(other)) == (["host"], ["device"])
+    span.let_go(kind, "device")  # it does not lie there
+    assert lies_in(kind) == ["host"]
+    span.let_go(kind, "host")
+    assert (lies_in(kind), lies_in(other)) == ([], ["device"])
+    span.move(kind, rows, "host")
+    span.drop()
+    assert (lies_in(kind), lies_in(other)) == ([], [])
+
+
 def test_a_junction_is_found_by_its_branches_in_any_order_each_as_often_as_it_is_there() -> None:
     forest = Forest()
     context = forest.insert((1,))
@@ -390,3 +418,16 @@ def test_a_junction_is_found_by_its_branches_in_any_order_each_as_often_as_it_is
     assert context.junction([(b, True), (a, False), (a, False)]) is junction
     for ends in ([(a, False), (b, True)], [(a, False), (b, False), (a, False)], [(a, True), (b, True), (a, True)]):
         assert context.junction(ends) is None
+
+
+def test_only_spans_say_and_set_where_their_rows_lie():
+    """No other module compares these attributes with None, or writes them."""
+    slots = {"keys_values", "states", "host_keys_values", "host_states"}
+    found = set()
+    for path in Path(backprompt.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            given = [node.left, *node.comparators] if isinstance(node, ast.Compare) else [node]
+            is_use = isinstance(node, ast.Compare) or isinstance(getattr(node, "ctx", None), ast.Store)
+            if is_use and any(isinstance(part, ast.Attribute) and part.attr in slots for part in given):
+                found.add(path.name)
+    assert found == {"radix.py"}
