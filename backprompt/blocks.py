@@ -224,23 +224,9 @@ class States(Block):
         """Which of `logprobs` and `is_argmax` were computed, `(tokens,)`, bool, on the CPU."""
         return self.tensors["has_logprobs"]
 
-    def has_scores(self, start: int, stop: int) -> list[bool]:
-        """Return which tokens of the rows `start..stop` have their log-probabilities."""
-        found: list[bool] = self.has_logprobs[start:stop].tolist()
-        return found
-
-    def has_score(self, row: int) -> bool:
-        """Return whether the token of a row has its log-probability."""
-        return bool(self.has_logprobs[row])
-
     def is_scored(self, start: int, stop: int) -> bool:
         """Return whether all tokens of the rows `start..stop` have their log-probabilities."""
         return bool(self.has_logprobs[start:stop].all())
-
-    def scores(self, rows: Sequence[int]) -> tuple[list[float], list[bool]]:
-        """Return the log-probabilities of rows' tokens, and whether each is the most probable one; two transfers."""
-        indices = torch.tensor(rows, device=self.logprobs.device)
-        return self.logprobs[indices].tolist(), self.is_argmax[indices].tolist()
 
     def write_scores(self, rows: Tensor, logprobs: Tensor, is_argmax: Tensor) -> None:
         """Write log-probabilities of rows' tokens; `rows`, `(rows,)`, lies on the CPU."""
@@ -249,16 +235,10 @@ class States(Block):
         self.is_argmax[indices] = is_argmax
         self.has_logprobs[rows] = True
 
-    def write_score(self, row: int, logprob: float, is_argmax: bool) -> None:
-        """Write the log-probability of one row's token."""
-        self.logprobs[row] = logprob
-        self.is_argmax[row] = is_argmax
-        self.has_logprobs[row] = True
-
-    def note_unpredicted(self, row: int) -> None:
-        """Note that nothing predicts a row's token: its log-probability is NaN."""
-        self.logprobs[row] = torch.nan
-        self.has_logprobs[row] = True
+    def note_unpredicted(self, rows: Tensor) -> None:
+        """Note that nothing predicts these rows' tokens: their log-probabilities are NaN; see `write_scores`."""
+        self.logprobs[rows.to(self.logprobs.device)] = torch.nan
+        self.has_logprobs[rows] = True
 
 
 @dataclass(frozen=True)
@@ -390,19 +370,6 @@ def gather(rows: Iterable[BlockRows[Any]], name: str) -> Tensor:
 def gather_each(rows: Sequence[BlockRows[Any]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the name of each tensor of some blocks, and rows of it as one new tensor."""
     yield from ((name, gather(rows, name)) for name in rows[0].block.tensors)
-
-
-def gather_hidden(rows: Sequence[tuple[States, int]]) -> Tensor:
-    """Return the hidden states of single rows, in their order, `(rows, hidden)`."""
-    by_block: dict[States, list[int]] = {}
-    for idx, (block, _) in enumerate(rows):
-        by_block.setdefault(block, []).append(idx)
-    first = rows[0][0].hidden
-    hidden = first.new_empty((len(rows), first.shape[1]))
-    for block, indices in by_block.items():
-        source = torch.tensor([rows[idx][1] for idx in indices], device=hidden.device)
-        hidden[torch.tensor(indices, device=hidden.device)] = block.hidden[source]
-    return hidden
 
 
 def keys_values_of(span: Span) -> BlockRows[KeysValues]:

@@ -215,7 +215,9 @@ class LM(Engine[Text]):
             What `evaluate` raises.
 
         """
-        return [s.logprobs for s in self.token_scores(texts, starts, show_progress_bar=show_progress_bar)]
+        with showing(show_progress_bar):
+            found = token_scores(self._session, texts, starts)
+        return list(torch.split(found.scores.logprobs, list(found.lengths)))
 
     def token_scores(
         self,
@@ -236,7 +238,7 @@ class LM(Engine[Text]):
 
         """
         with showing(show_progress_bar):
-            return token_scores(self._session, texts, starts)
+            return token_scores(self._session, texts, starts).split()
 
     def next_token_logprobs(
         self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]], *, show_progress_bar: bool | None = None

@@ -16,7 +16,8 @@ from backprompt.blocks import KeysValues, gather, gather_each, keys_values_of, l
 from backprompt.computation import Computation
 from backprompt.predictions import is_scored, slices
 from backprompt.radix import Inserted, Span
-from backprompt.scoring import Scoring, ids_up_to, unusable_rows
+from backprompt.reading import Ready, ids_up_to
+from backprompt.scoring import Scoring, unusable_rows
 from backprompt.token_graph import flat
 
 ReadAhead: TypeAlias = "Callable[[], list[Inserted]]"
@@ -104,9 +105,8 @@ class Readout:
 
     def token_logprobs(self, text: Inserted, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
-        if not all(map(is_scored, self._computation.forest.in_order(text))):
-            self._scoring.score([(text, 0)], ahead=ahead())
-        return self._scoring.scores_from(text, 0).logprobs
+        is_known = all(map(is_scored, self._computation.forest.in_order(text)))
+        return self._scoring.read([Ready(text, 0)], () if is_known else ahead()).scores.logprobs
 
     def hidden_states(self, text: Inserted) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""

@@ -9,15 +9,14 @@ import torch
 
 from backprompt.arguments import as_list
 from backprompt.limits import check_has_last_token
-from backprompt.scores import TokenScores
-from backprompt.scoring import Wanted
+from backprompt.scoring import ScoredTexts, Wanted
 from backprompt.session import Session
 from backprompt.text import Text, lazily
 from backprompt.token_graph import TokenIds, flat, is_beginning
 
 
-def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> list[TokenScores]:
-    """Return the scores of each text's tokens from its start on; see `LM.token_scores`."""
+def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
+    """Return the scores of each text's tokens from its start on; see `LM.token_scores`. There is a text."""
     texts = session.own_texts(texts)
     given = [0] * len(texts) if starts is None else as_list(starts, "starts must be a Text or an int for each text")
     if len(given) != len(texts):
@@ -25,7 +24,7 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
     with session.exclusive():
         first = _first_scored(session, texts, given)
         encoded = session.checked_ids(texts, first, is_scoring=True)
-        return session.evaluator.scoring.token_scores(list(zip(encoded, first, strict=True))) if texts else []
+        return session.evaluator.scoring.token_scores(list(zip(encoded, first, strict=True)))
 
 
 def next_token_logprobs(
@@ -48,11 +47,8 @@ def next_token_logprobs(
         limits = session.limits
         candidates = [tuple(map(limits.as_id, ids)) for ids in token_ids]
         wanted = [Wanted(ids, len(ids), own) for ids, own in zip(session.checked_ids(texts), candidates, strict=True)]
-        found = session.evaluator.scoring.scored(wanted) if wanted else []
-        logprobs = [scored.candidates[i].logprob for scored, own in zip(found, candidates, strict=True) for i in own]
-        executor = session.evaluator.executor
-        together = torch.tensor(logprobs, dtype=executor.logprob_dtype, device=executor.device)
-        return list(torch.split(together, [len(own) for own in candidates]))
+        found = session.evaluator.scoring.scored(wanted)
+        return list(torch.split(found.scores.logprobs, list(found.lengths)))
 
 
 def _first_scored(session: Session, texts: Sequence[Text], starts: Sequence[Text | int]) -> list[int]:
