@@ -14,9 +14,10 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from backprompt.blocks import Block, Location, SpanRows, moved
+from backprompt.blocks import Block, Location
 from backprompt.forest import Forest
 from backprompt.radix import KINDS, Kind, Span
+from backprompt.span_rows import SpanRows, moved
 from backprompt.tier import Ranking, Tier, num_bytes_of
 from backprompt.visit import Visit
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 from weakref import WeakSet
 
-from backprompt.blocks import Block, BlockRows, SpanRows, compact, joined
+from backprompt.blocks import Block, BlockRows
 from backprompt.radix import KINDS, Kind, Pool, Span, rows_of
+from backprompt.span_rows import SpanRows, compact, joined
 
 MAX_SMALL_BLOCKS = 128
 """More of them are too many: a long run of evaluations of a few tokens each would leave two a piece."""
