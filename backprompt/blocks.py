@@ -33,7 +33,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
 }
 """The axes of each kind of tensor. Of keys and values there is one a layer: "keys.0", "values.0", "keys.1" ..."""
 
-STATES = frozenset({"hidden", "logprobs", "is_argmax", "has_logprobs"})
+STATE_TENSORS = frozenset({"hidden", "logprobs", "is_argmax", "has_logprobs"})
 """The tensors of `States`."""
 
 IN_MODEL_DTYPE = frozenset({"keys", "values", "hidden"})

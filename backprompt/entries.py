@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backprompt.blocks import STATES, Block, KeysValues, Layout, States, token_axis
+from backprompt.blocks import STATE_TENSORS, Block, KeysValues, Layout, States, token_axis
 from backprompt.errors import DamagedEntryError, StoreVersionError
 from backprompt.identity import root_key
 from backprompt.radix import Kind, Span
@@ -107,7 +107,7 @@ class Reader:
 
     def _tensors(self, entry: Entry, block_type: type[Block], found: Found) -> dict[str, torch.Tensor]:
         """Return all tensors of a block."""
-        names = [name for name in self._layout.rows if (name in STATES) == (block_type is States)]
+        names = [name for name in self._layout.rows if (name in STATE_TENSORS) == (block_type is States)]
         return {name: self._rows(entry, name, found) for name in names}
 
     def _rows(self, entry: Entry, name: str, found: Found) -> torch.Tensor:
@@ -132,7 +132,7 @@ class Reader:
     def _checked_entry(self, found: Found, kind: Kind, root: Root) -> Entry | None:
         """Return what the store has under this name, if it is what the model computes."""
         try:
-            entry = self._store.get(found.name, STATES if kind == "states" else None)
+            entry = self._store.get(found.name, STATE_TENSORS if kind == "states" else None)
             if entry is not None:
                 self._check(entry, found, kind, root)
         except StoreVersionError as error:  # this one entry: others may be of this version
@@ -158,7 +158,7 @@ class Reader:
         expected = _expected(self._layout, len(header.token_ids))
         specs = {name: TensorSpec.of(tensor) for name, tensor in entry.tensors.items()}
         if kind == "states":
-            expected, specs = ({name: of[name] for name in of if name in STATES} for of in (expected, specs))
+            expected, specs = ({name: of[name] for name in of if name in STATE_TENSORS} for of in (expected, specs))
         check_tensors(header, specs, expected)
 
     def _set_aside(self, name: str, error: DamagedEntryError) -> None:

@@ -110,8 +110,7 @@ class Growth:
 
     def _has_room(self, upper: Span, span: Span) -> bool:
         """Whether there is room behind a span's rows for those of what continues it."""
-        held = _Held.of(upper)
-        keys_values, states = held.keys_values, held.states
+        keys_values, states = _Held.of(upper)
         buffer = self._buffers.get(keys_values.block)
         return (
             buffer is not None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from backprompt._visible import abbreviated
-from backprompt.blocks import AXES, IN_MODEL_DTYPE, STATES, kind_of, layer_names, token_axis
+from backprompt.blocks import AXES, IN_MODEL_DTYPE, STATE_TENSORS, kind_of, layer_names, token_axis
 from backprompt.errors import DamagedEntryError
 from backprompt.identity import EXACT
 from backprompt.store.base import MAX_INT, Header
@@ -139,7 +139,7 @@ def _names_of_any_model(tensors: Mapping[str, TensorSpec]) -> frozenset[str]:
     num_layers = max((int(layer[2]) + 1 for layer in layers if layer is not None), default=1)
     if num_layers > len(tensors):  # so that what is made here is no larger than what was read
         raise DamagedEntryError("it lacks layers")
-    return STATES.union(*map(layer_names, range(num_layers)))
+    return STATE_TENSORS.union(*map(layer_names, range(num_layers)))
 
 
 def _check_names(found: Mapping[str, TensorSpec], expected: frozenset[str]) -> None:
