@@ -26,7 +26,7 @@ from backprompt.forest import Forest
 from backprompt.lm import LM
 from backprompt.lookup import Sketch, where
 from backprompt.passes import missing_spans
-from backprompt.radix import Place, Span
+from backprompt.radix import Inserted, Span
 from backprompt.segments import Group, Segment
 from backprompt.text import Text
 from backprompt.texts import as_texts
@@ -282,28 +282,28 @@ def _add_encoded(merged: _Merged, lm: LM, texts: dict[int, Text]) -> int:
         evaluator, encoder = lm.session.current(), lm.session.encoder
         all_token_ids = encoder.encode(list(texts.values()))
         sketch = evaluator.sketch(all_token_ids)
-        statuses = [list(_statuses(sketch, place)) for place in sketch.places]
+        statuses = [list(_statuses(sketch, text)) for text in sketch.texts]
         extents = encoder.extents(list(texts.values()))
         token_bytes = evaluator.executor.token_bytes
     claims = _Claims()
-    places = [Place(claims.forest.insert(token_ids), token_ids) for token_ids in all_token_ids if token_ids]
-    places_left = iter(places)
+    inserted = [Inserted(claims.forest.insert(token_ids), token_ids) for token_ids in all_token_ids if token_ids]
+    inserted_left = iter(inserted)
     for (text_idx, text), token_ids, its_extents, its_statuses in zip(
         texts.items(), all_token_ids, extents, statuses, strict=True
     ):
         encoding = _Encoding(flat(token_ids), its_extents, encoder.tokenizer.decode)
         uses = merged.add(text, text_idx, encoding)
         if token_ids:
-            claims.claim(next(places_left), uses, its_statuses)
-    claims.note_order(places)
+            claims.claim(next(inserted_left), uses, its_statuses)
+    claims.note_order(inserted)
     for node in claims.nodes:
         node.num_bytes = node.num_own_tokens * token_bytes if token_bytes else None
     return sum(map(len, all_token_ids))
 
 
-def _statuses(sketch: Sketch, place: Place) -> Iterator[Status]:
+def _statuses(sketch: Sketch, text: Inserted) -> Iterator[Status]:
     """Yield the status of each token of a text, in written order."""
-    for span in sketch.forest.in_order(place):
+    for span in sketch.forest.in_order(text):
         yield from itertools.repeat(_status(sketch, span), len(span.token_ids))
 
 
@@ -328,9 +328,9 @@ class _Claims:
         self.nodes: dict[_Node, None] = {}
         self._owners: dict[Span, _Node] = {}
 
-    def claim(self, place: Place, uses: Sequence[_Use], statuses: Sequence[Status]) -> None:
+    def claim(self, text: Inserted, uses: Sequence[_Use], statuses: Sequence[Status]) -> None:
         """Count a text's tokens at its nodes, but for those that are counted elsewhere."""
-        rest = self.forest.in_order(place)[::-1]
+        rest = self.forest.in_order(text)[::-1]
         start = 0
         for use in uses:
             self.nodes[use.node] = None
@@ -349,9 +349,9 @@ class _Claims:
             if use.node.statuses:
                 use.node.status = _of_most_tokens(use.node.statuses)
 
-    def note_order(self, places: Sequence[Place]) -> None:
+    def note_order(self, inserted: Sequence[Inserted]) -> None:
         """Number the nodes as their first own tokens are forwarded."""
-        for order, span in enumerate(missing_spans(place.end for place in places)):
+        for order, span in enumerate(missing_spans(text.end for text in inserted)):
             owner = self._owners.get(span)
             if owner is not None and owner.order < 0:
                 owner.order = order

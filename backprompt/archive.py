@@ -2,9 +2,6 @@
 
 Before spans are forwarded it looks in the store for what stands at their positions (visit.py). After a pass it writes
 new spans. An entry begins behind the last position that is stored already, so short spans go with what continues them.
-
-Entries of every store pass here on their way to a model, so here they are compared with what it computes: one that says
-of itself what cannot be is reported, set aside, and computed again.
 """
 
 from __future__ import annotations
@@ -15,15 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from backprompt.cache import Block, BlockRows, KeysValues, Layout, RowSpec, States, gather, keys_values_of, states_of
-from backprompt.errors import DamagedEntryError, EntryTooLargeError, StaleRepresentationError, StoreVersionError
+from backprompt.blocks import Block, BlockRows, Layout, gather_each, keys_values_of, states_of
+from backprompt.entries import Finder, Reader, is_sound, root_of
+from backprompt.errors import EntryTooLargeError, StaleRepresentationError
 from backprompt.forest import Forest
-from backprompt.identity import extend_key, gap_key, group_key, root_key
-from backprompt.radix import NOTHING, Junction, Span
+from backprompt.radix import NOTHING, Junction, Kind, Span
+from backprompt.span_keys import Root, SpanKeys
 from backprompt.store.base import Entry, Header, Store
-from backprompt.store.precision import decode, encode, parts_of
-from backprompt.store.schema import TensorSpec, check_header, check_tensors
-from backprompt.tier import Kind, Tier
+from backprompt.store.precision import encode
+from backprompt.tier import Tier
 from backprompt.visit import Visit
 
 logger = logging.getLogger(__name__)
@@ -34,19 +31,6 @@ MIN_TOKENS = 16
 Measured (benchmarks/README.md): from about 4 tokens on, writing and reading take no longer than computing once more;
 but what is stored is often never read again.
 """
-
-_STATES = frozenset({"hidden", "logprobs", "is_argmax", "has_logprobs"})
-
-
-@dataclass(frozen=True)
-class Root:
-    """What all keys are built on, and what it stands for."""
-
-    key: bytes
-    model: str
-    tokenizer: str
-    dtype: str
-    exactness: str
 
 
 @dataclass(frozen=True)
@@ -78,23 +62,22 @@ class Archive:
         device: torch.device,
     ) -> None:
         self._store = store
-        self._make_root = root
+        self._keys = SpanKeys(root)
         self._has_changed = has_changed
-        self._root: Root | None = None
         self._decode = decode
         self._device = device
         self._can_read = self._can_write = True
         self._has_warned = False
 
     def load(
-        self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, layout: Layout, *, with_keys: bool
+        self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, layout: Layout, *, with_keys_values: bool
     ) -> Loaded:
         """Let the spans on the way to `ends` hold what the store has of them, and count it; spans may be split.
 
         It ends when `room` bytes and a span have come; but at least one text gets all that there is of it. An entry
         that is not of this `layout` is damaged.
         """
-        finder, reader = self._finder(), _Reader(self._store, layout, self._device)
+        finder, reader = Finder(self._store, self._keys), Reader(self._store, layout, self._device)
         num_tokens = 0
 
         def bring(kind: Kind, span: Span) -> bool:
@@ -103,13 +86,13 @@ class Archive:
                 memory.add([block])
                 visit.room -= block.num_bytes
                 num_tokens += block.num_rows if kind == "states" else 0
-            return getattr(span, kind) is not None
+            return span.holds(kind)
 
         visit = Visit(room, bring)
         served = list(ends)
         if self._can_read:
             try:
-                served = visit.serve(ends, with_keys=with_keys)
+                served = visit.serve(ends, with_keys_values=with_keys_values)
                 for span in visit.absent:
                     span.is_stored = False  # or not any more
             except OSError as error:
@@ -121,7 +104,7 @@ class Archive:
         if not self._can_read:
             return 0
         try:
-            found = self._finder().find(span)
+            found = Finder(self._store, self._keys).find(span)
         except OSError as error:
             self._note_unreadable(error)
             return 0
@@ -133,15 +116,15 @@ class Archive:
             return []
         try:
             found = [
-                _root_of(header)
+                root_of(header)
                 for header in self._store.list(self._decode(beginning).rstrip("\N{REPLACEMENT CHARACTER}"))
-                if _is_sound(header)
+                if is_sound(header)
                 if header.position == 0 and header.token_ids[: len(beginning)] == tuple(beginning)
             ]
         except OSError as error:
             self._note_unreadable(error)
             return []
-        return [root for root in dict.fromkeys(found) if root.key != self._known_root().key]
+        return [root for root in dict.fromkeys(found) if root.key != self._keys.root.key]
 
     def under(self, root: Root) -> Archive:
         """Return an archive of the same store whose keys are built on another root."""
@@ -150,7 +133,7 @@ class Archive:
     @property
     def root(self) -> Root:
         """What its keys are built on; the first use hashes the model's weights."""
-        return self._known_root()
+        return self._keys.root
 
     def drops(self, num_tokens: int) -> bool:
         """Return whether a run of so many tokens is too short for a store that is filled without being asked."""
@@ -177,7 +160,7 @@ class Archive:
             raise StaleRepresentationError(
                 "The model's weights have changed while a text was to be stored, so it is not. Save it again."
             )
-        finder = self._finder()
+        finder = Finder(self._store, self._keys)
         spans = [span for span in end.closure() if span.token_ids]
         for span in spans:  # asked for anew: others may have deleted entries
             assert span.parent is not None
@@ -185,20 +168,20 @@ class Archive:
             span.is_stored = may_be_there and finder.name_of(span) is not None
         self._put_text(end)
 
-    def _load_span(self, kind: Kind, forest: Forest, span: Span, finder: _Finder, reader: _Reader) -> Iterator[Block]:
+    def _load_span(self, kind: Kind, forest: Forest, span: Span, finder: Finder, reader: Reader) -> Iterator[Block]:
         """Load what the span does not hold, and yield it; the span is split where only a beginning can be loaded."""
         if isinstance(span, Junction):
-            setattr(span, kind, NOTHING)
+            span.move(kind, NOTHING, "device")
             return
-        while getattr(span, kind) is None:
+        while not span.holds(kind):
             found = finder.find(span)
-            read = None if found is None else reader.read(kind, found, self._known_root())
+            read = None if found is None else reader.read(kind, found, self._keys.root)
             if found is None or read is None:
                 return
             loaded = span if found.num_tokens == len(span.token_ids) else forest.split(span, found.num_tokens)
             with forest.changing():
-                loaded.error = max(loaded.error if loaded.states is not None else 0.0, read.error)
-                setattr(loaded, kind, BlockRows(read.block, 0, found.num_tokens))
+                loaded.error = max(loaded.error if loaded.is_held() else 0.0, read.error)
+                loaded.move(kind, BlockRows(read.block, 0, found.num_tokens), "device")
                 loaded.is_stored = True
                 loaded.loaded_in = forest.stamp()
             yield read.block
@@ -226,12 +209,12 @@ class Archive:
         """Store what is not stored of a text: branches before what stands behind their group, of whatever length."""
         spans = [span for span in end.closure() if span.token_ids]
         continued = {span.parent for span in spans if not span.begins_chain}
-        finder = self._finder()
+        finder = Finder(self._store, self._keys)
         for span in spans:
             if span not in continued:
                 self._put_chain(span, finder)
 
-    def _put_chain(self, end: Span, finder: _Finder) -> None:
+    def _put_chain(self, end: Span, finder: Finder) -> None:
         """Store what is not stored on the way to `end`, after making sure of what it goes behind."""
         while run := _unstored(end):
             names = {before: finder.name_of(before) for before in _right_before(run[0])}
@@ -240,30 +223,21 @@ class Archive:
                 before.is_stored = False  # others have deleted it
             if not missing:
                 self._put(run, tuple(dict.fromkeys(name for name in names.values() if name is not None)))
-            elif run[0].begins_chain or any(not before.is_held(with_keys=True) for before in missing):
+            elif run[0].begins_chain or any(not before.is_held(with_keys_values=True) for before in missing):
                 return  # of no use without it
 
     def _put(self, run: list[Span], behind: tuple[str, ...]) -> None:
-        root = self._known_root()
+        root = self._keys.root
         token_ids = tuple(token_id for span in run for token_id in span.token_ids)
-        states = [states_of(span) for span in run]
-        rows = [keys_values_of(span) for span in run]
-        tensors = {
-            "hidden": gather(states, lambda block: block.hidden, dim=0).cpu(),
-            "logprobs": gather(states, lambda block: block.logprobs, dim=0).cpu(),
-            "is_argmax": gather(states, lambda block: block.is_argmax, dim=0).cpu(),
-            "has_logprobs": gather(states, lambda block: block.has_logprobs, dim=0).cpu(),
-        }
-        for layer_idx in range(len(rows[0].block.keys)):
-            tensors[f"keys.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.keys[i], dim=1).cpu()  # type: ignore[misc]
-            tensors[f"values.{layer_idx}"] = gather(rows, lambda block, i=layer_idx: block.values[i], dim=1).cpu()  # type: ignore[misc]
+        rows = ([states_of(span) for span in run], [keys_values_of(span) for span in run])
+        tensors = {name: tensor.cpu() for of_kind in rows for name, tensor in gather_each(of_kind)}
         error, dtypes = max(span.error for span in run[-1].closure()), {}
         if self._store.dtype is not None:
             encoded = encode(tensors, self._store.dtype)
             tensors, dtypes, error = encoded.tensors, encoded.dtypes, max(error, encoded.error)
         header = Header(
-            start=self._start_of(run[0]).hex(),
-            end=self._key_of(run[-1]).hex(),
+            start=self._keys.start_of(run[0]).hex(),
+            end=self._keys.key_of(run[-1]).hex(),
             position=run[0].position,
             token_ids=token_ids,
             text=self._decode(token_ids),
@@ -278,218 +252,6 @@ class Archive:
         self._store.put(Entry(header, tensors))
         for span in run:
             span.is_stored = True
-
-    def _finder(self) -> _Finder:
-        return _Finder(self._store, self._start_of)
-
-    def _known_root(self) -> Root:
-        if self._root is None:
-            self._root = self._make_root()
-        return self._root
-
-    def _key_of(self, span: Span) -> bytes:
-        """Return the key of everything up to the span's last token."""
-        if span.parent is None:
-            return self._known_root().key
-        for part in span.closure(known=_Keyed()):
-            assert part.parent is not None
-            before = self._key_of(part.parent) if part.parent.key is None else part.parent.key
-            if isinstance(part, Junction):
-                branches = [
-                    (self._key_of(end), is_frozen)
-                    for (end, is_frozen), repeats in part.branches.items()
-                    for _ in range(repeats)
-                ]
-                part.key = group_key(before, branches, part.position)
-            else:
-                part.key = extend_key(before, part.position, part.token_ids)
-        assert span.key is not None
-        return span.key
-
-    def _start_of(self, span: Span) -> bytes:
-        """Return the key at which an entry begins that begins with this span."""
-        assert span.parent is not None
-        before = self._key_of(span.parent)
-        return before if span.position == span.parent.stop else gap_key(before, span.position)
-
-
-def _root_of(header: Header) -> Root:
-    key = root_key(model=header.model, dtype=header.dtype, tokenizer=header.tokenizer, exactness=header.exactness)
-    return Root(key, header.model, header.tokenizer, header.dtype, header.exactness)
-
-
-class _Keyed:
-    """All spans whose key is known."""
-
-    def __contains__(self, span: object) -> bool:
-        return isinstance(span, Span) and span.key is not None
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Rows `first..first + num_tokens` of an entry are said to be a beginning of a span."""
-
-    name: str
-    first: int
-    num_tokens: int
-    token_ids: tuple[int, ...]  # that the entry must begin with for this to be true
-    position: int  # of the first of them
-    start: bytes  # and the key that it must begin at
-
-
-class _Finder:
-    """Asks the store's index."""
-
-    def __init__(self, store: Store, start_of: Callable[[Span], bytes]) -> None:
-        self._store = store
-        self._start_of = start_of
-
-    def find(self, span: Span) -> _Found | None:
-        """Return the longest stored beginning of the span: of an entry that begins with it, or runs through to it."""
-        first, between = span, 0
-        token_ids = span.token_ids
-        while True:
-            start = self._start_of(first)
-            match = self._store.longest(start.hex(), token_ids)
-            num_common = 0 if match is None else min(match.num_tokens, len(token_ids))
-            if match is not None and num_common > between:
-                return _Found(match.name, between, num_common - between, token_ids[:num_common], first.position, start)
-            assert first.parent is not None
-            if first.begins_chain or not first.parent.is_stored:
-                return None  # no entry runs through what is not stored
-            first = first.parent
-            between += len(first.token_ids)
-            token_ids = first.token_ids + token_ids
-
-    def name_of(self, span: Span) -> str | None:
-        """Return the name of the entry that has the last token of a span; None if there is none any more."""
-        found = self.find(span)
-        is_whole = found is not None and found.num_tokens == len(span.token_ids)
-        return found.name if found is not None and is_whole and self._store.contains(found.name) else None
-
-
-class _Reader:
-    """Reads from the store, and keeps the entry that it read last."""
-
-    def __init__(self, store: Store, layout: Layout, device: torch.device) -> None:
-        self._store = store
-        self._layout = layout
-        self._device = device
-        self._last: dict[
-            Kind, tuple[tuple[str, bytes], Entry | None]
-        ] = {}  # spans of one entry come one after the other
-
-    def read(self, kind: Kind, found: _Found, root: Root) -> _Read | None:
-        """Return these rows as a block; None if the entry is gone, damaged or another one."""
-        entry = self._entry(found, kind, root)
-        if entry is None:
-            return None
-        if not _is_what_was_found(entry.header, found):
-            logger.warning("The index of %r names another entry than it should; the entry is not used.", self._store)
-            return None
-        if kind == "states":
-            return _Read(self._states(entry, found), entry.header.error)
-        layers = range(len(self._layout.keys))
-        keys = [self._rows(entry, f"keys.{layer_idx}", found, dim=1) for layer_idx in layers]
-        values = [self._rows(entry, f"values.{layer_idx}", found, dim=1) for layer_idx in layers]
-        return _Read(KeysValues(keys, values), entry.header.error)
-
-    def _states(self, entry: Entry, found: _Found) -> States:
-        rows = {name: self._rows(entry, name, found, dim=0) for name in _STATES if name in entry.tensors}
-        if "is_argmax" not in rows or rows["logprobs"].dtype != self._layout.logprobs.dtype:
-            return States.of(rows["hidden"])  # of another version: its tokens are scored anew when asked for
-        return States(rows["hidden"], rows["logprobs"], rows["is_argmax"], rows["has_logprobs"].cpu())
-
-    def _rows(self, entry: Entry, name: str, found: _Found, *, dim: int) -> torch.Tensor:
-        """Return rows of a tensor on the device, in storage of their own."""
-        parts = {
-            part: entry.tensors[part].narrow(dim, found.first, found.num_tokens).to(self._device)
-            for part in parts_of(name)
-            if part in entry.tensors
-        }
-        rows = decode(parts, name, entry.header.dtypes)
-        is_own = rows.is_contiguous() and rows.untyped_storage().nbytes() == rows.nbytes
-        return rows if is_own else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device).copy_(rows)
-
-    def _entry(self, found: _Found, kind: Kind, root: Root) -> Entry | None:
-        place = (found.name, found.start)
-        if kind not in self._last or self._last[kind][0] != place:
-            self._last[kind] = (place, self._checked_entry(found, kind, root))
-        return self._last[kind][1]
-
-    def _checked_entry(self, found: _Found, kind: Kind, root: Root) -> Entry | None:
-        """Return what the store has under this name, if it is what the model computes."""
-        try:
-            entry = self._store.get(found.name, _STATES if kind == "states" else None)
-            if entry is not None:
-                self._check(entry, found, kind, root)
-        except StoreVersionError as error:  # this one entry: others may be of this version
-            logger.warning("%s of %r is not used: %s", found.name, self._store, error)
-            return None
-        except DamagedEntryError as error:
-            self._set_aside(found.name, error)
-            return None
-        return entry
-
-    def _check(self, entry: Entry, found: _Found, kind: Kind, root: Root) -> None:
-        """Raise DamagedEntryError for an entry that does not deserve its name, or is not one of this model."""
-        header = entry.header
-        check_header(header)
-        if header.name != found.name:
-            raise DamagedEntryError(f"it is the entry {header.name}")
-        if header.start != found.start.hex():
-            return  # it may be sound: the index is wrong
-        if header.position != found.position:
-            raise DamagedEntryError(f"it says that it begins at {header.position}, not at {found.position}")
-        if _root_of(header) != root:
-            raise DamagedEntryError("it is another model's")
-        expected = _expected(self._layout, len(header.token_ids))
-        specs = {name: TensorSpec.of(tensor) for name, tensor in entry.tensors.items()}
-        if kind == "states":
-            expected, specs = ({name: of[name] for name in of if name in _STATES} for of in (expected, specs))
-        check_tensors(header, specs, expected)
-
-    def _set_aside(self, name: str, error: DamagedEntryError) -> None:
-        logger.warning(
-            "%s of %r is damaged: %s. It is set aside and computed again when needed.", name, self._store, error
-        )
-        try:
-            self._store.set_aside(name, str(error))
-        except OSError as failure:  # then it stays, and is not used
-            logger.warning("%s of %r cannot be set aside: %s", name, self._store, failure)
-
-
-def _is_what_was_found(header: Header, found: _Found) -> bool:
-    num_tokens = len(found.token_ids)
-    return header.start == found.start.hex() and header.token_ids[:num_tokens] == found.token_ids
-
-
-def _expected(layout: Layout, num_tokens: int) -> dict[str, TensorSpec]:
-    """Return the tensors of an entry of so many tokens."""
-    flags = RowSpec(torch.bool, ())
-    states = {"hidden": layout.hidden, "logprobs": layout.logprobs, "is_argmax": flags, "has_logprobs": flags}
-    expected = {name: TensorSpec(row.dtype, (num_tokens, *row.sizes)) for name, row in states.items()}
-    for kind, rows in (("keys", layout.keys), ("values", layout.values)):
-        for layer_idx, row in enumerate(rows):
-            heads, size = row.sizes
-            expected[f"{kind}.{layer_idx}"] = TensorSpec(row.dtype, (heads, num_tokens, size))
-    return expected
-
-
-def _is_sound(header: Header) -> bool:
-    try:
-        check_header(header)
-    except DamagedEntryError:
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Rows from an entry, and what storing them in fewer bits cost."""
-
-    block: Block
-    error: float
 
 
 def _right_before(span: Span) -> list[Span]:

@@ -73,14 +73,14 @@ class Request:
     """What a computation is asked for, besides the texts.
 
     Attributes:
-        with_keys: whether the texts' ends shall hold keys and values, too.
+        with_keys_values: whether the texts' ends shall hold keys and values, too.
         is_step: whether this is a step of a generation: part of the evaluation that began the generation, and neither
             read from the store nor written to it.
         before_eviction: called before anything is let go of over the budget, to read off what is there.
 
     """
 
-    with_keys: bool = False
+    with_keys_values: bool = False
     is_step: bool = False
     before_eviction: Callable[[], None] | None = None
 
@@ -170,7 +170,7 @@ class Computation:
 
         A span that is dropped although a later pass needs it comes back or is planned and forwarded again.
         """
-        waiting = dict.fromkeys(end for end in ends if not end.is_held(with_keys=request.with_keys))
+        waiting = dict.fromkeys(end for end in ends if not end.is_held(with_keys_values=request.with_keys_values))
         if waiting and not request.is_step:
             self.forest.begin_evaluation()
         is_stuck = False  # then one text alone goes on
@@ -185,9 +185,9 @@ class Computation:
         asked = list(waiting)[: 1 if is_stuck else None]
         group = self._bring_back(asked, request)
         for end in group:
-            if end.is_held(with_keys=request.with_keys):
+            if end.is_held(with_keys_values=request.with_keys_values):
                 del waiting[end]
-        missing = missing_spans(group, with_keys=request.with_keys)
+        missing = missing_spans(group, with_keys_values=request.with_keys_values)
         passes = cut_into_passes(self.forest, missing, self.max_tokens)
         bar.expect(sum(map(num_tokens_of, passes)), is_long=len(passes) > 1)
         uses = last_uses(passes)
@@ -215,7 +215,7 @@ class Computation:
         archive = None if request.is_step else self.archive
         served = ends
         if self.memory.host.num_bytes or archive is not None:
-            asked, in_order = set(ends), missing_spans(ends, with_keys=request.with_keys)
+            asked, in_order = set(ends), missing_spans(ends, with_keys_values=request.with_keys_values)
             served = [span for span in in_order if span in asked]  # depth first
         if self.memory.host.num_bytes:
             served = self._fetch(served, request)
@@ -229,9 +229,9 @@ class Computation:
         host = self.memory.host
         pinned = on_the_way(self.holders.pinned_ends())
         room = self.memory.max_bytes - num_tokens_of(pinned) * self.executor.token_bytes
-        planned = host.plan_fetch(ends, room, pinned, with_keys=request.with_keys)
+        planned = host.plan_fetch(ends, room, pinned, with_keys_values=request.with_keys_values)
         if planned.num_bytes:
-            needed = on_the_way([*planned.served, *planned.spans["states"], *planned.spans["rows"]])
+            needed = on_the_way([*planned.served, *planned.spans["states"], *planned.spans["keys_values"]])
             self._make_room_for(_Coming(needed, num_bytes=planned.num_bytes), request)
             self.memory.add(host.fetch(self.forest, planned))
             self.counters.tokens_fetched += planned.num_tokens
@@ -243,7 +243,7 @@ class Computation:
         room = free + self.max_tokens * self.executor.token_bytes
         layout = self.executor.layout
         assert layout is not None, "the probe ran a pass"
-        loaded = archive.load(self.forest, ends, room, self.memory, layout, with_keys=request.with_keys)
+        loaded = archive.load(self.forest, ends, room, self.memory, layout, with_keys_values=request.with_keys_values)
         self.counters.tokens_loaded += loaded.num_tokens
         if loaded.num_tokens:
             logger.debug("Loaded %d tokens from the store.", loaded.num_tokens)
@@ -252,13 +252,13 @@ class Computation:
     def _forward(self, spans: Sequence[Span]) -> None:
         """Forward the spans in one pass, and let them hold what came of it."""
         started = time.perf_counter()
-        with_rows = [span for span in spans if span.token_ids]
+        with_tokens = [span for span in spans if span.token_ids]
         computed = None
-        if with_rows:
+        if with_tokens:
             with self._blaming_weights():
-                computed = self.executor.compute(plan_pass(with_rows, self.tile_tokens))
-        num_tokens = num_tokens_of(with_rows)
-        num_recomputed = num_tokens_of(span for span in with_rows if span.was_computed)
+                computed = self.executor.compute(plan_pass(with_tokens, self.tile_tokens))
+        num_tokens = num_tokens_of(with_tokens)
+        num_recomputed = num_tokens_of(span for span in with_tokens if span.was_computed)
         with self.forest.changing():
             if computed is not None:
                 for span in computed.states_of:
@@ -269,11 +269,10 @@ class Computation:
                 self.memory.add((computed.keys_values, computed.states))
             for span in spans:
                 if isinstance(span, Junction):
-                    span.rows = span.states = NOTHING
+                    span.place(keys_values=NOTHING, states=NOTHING)
                 span.was_computed = True
                 span.computed_in = self.forest.stamp()
-                span.host_rows = span.host_states = None  # states may have gone there since the pass was planned
-        self.counters.forward_passes += bool(with_rows)
+        self.counters.forward_passes += bool(with_tokens)
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started

@@ -47,7 +47,7 @@ class Continuations:
     def begin(self, texts: Sequence[TokenIds]) -> list[Span]:
         """Compute all of texts that are to grow. The caller notes the ends where `let_grow` says, and so holds them."""
         self._computation.forest.begin_evaluation()
-        with self._computation.held(texts, Request(with_keys=True)) as ends:
+        with self._computation.held(texts, Request(with_keys_values=True)) as ends:
             return ends
 
     def grow(self, texts: Sequence[TokenIds]) -> list[Span]:
@@ -58,8 +58,8 @@ class Continuations:
         counters = self._computation.counters
         num_before = counters.tokens_computed
         with self._computation.inserted(texts, are_ends=False) as ends, self._computation.holders.using(ends):
-            new = [end for end in dict.fromkeys(ends) if not end.is_held(with_keys=True)]
-            self._computation.compute(ends, Request(with_keys=True, is_step=True))
+            new = [end for end in dict.fromkeys(ends) if not end.is_held(with_keys_values=True)]
+            self._computation.compute(ends, Request(with_keys_values=True, is_step=True))
         counters.tokens_requested += max(len(texts), counters.tokens_computed - num_before)
         for end in new:
             self.growth.note_pass(end)
@@ -88,7 +88,7 @@ class Continuations:
         archive = self._computation.archive
         for end in dict.fromkeys(ends):
             self._computation.memory.add(self.growth.finish(end))
-            if archive is not None and end.is_held(with_keys=True):
+            if archive is not None and end.is_held(with_keys_values=True):
                 archive.save_new([end])
         self._computation.make_room()
 

@@ -1,4 +1,4 @@
-"""Where evaluated texts lie, and which texts were evaluated together with them."""
+"""Evaluated texts: their ends in the forest, and which texts were evaluated together with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 from backprompt.evaluator import Evaluator
-from backprompt.radix import Place, Span
+from backprompt.radix import Inserted, Span
 from backprompt.token_graph import TokenIds
 
 
@@ -29,29 +29,29 @@ class Batch:
     _num_texts: int = 0
     _texts: WeakValueDictionary[int, Evaluated] = field(default_factory=WeakValueDictionary)
 
-    def add(self, place: Place) -> Evaluated:
-        """Return the next text of the batch, which ends here."""
-        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, place)
+    def add(self, inserted: Inserted) -> Evaluated:
+        """Return the next text of the batch."""
+        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, inserted)
         self._num_texts += 1
         return evaluated
 
-    def ahead_of(self, idx: int, what: str) -> list[Place]:
+    def ahead_of(self, idx: int, what: str) -> list[Inserted]:
         """Return the texts whose `what` to compute along with that of the text at `idx`."""
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
         indices = itertools.chain(range(idx, self._num_texts), range(idx))
         alive = (found for i in indices if (found := self._texts.get(i)) is not None)
         ahead = itertools.islice(alive, 1 << min(num_asked, 20))
-        return [evaluated.place for evaluated in ahead if evaluated.is_computed]
+        return [evaluated.inserted for evaluated in ahead if evaluated.is_computed]
 
 
 @dataclass(eq=False)
 class Evaluated:
-    """Where a text lies, and its place in the batch that it was computed in."""
+    """A text that was evaluated, and its place in the batch that it was computed in."""
 
     batch: Batch
     batch_idx: int
-    place: Place
+    inserted: Inserted
 
     @property
     def evaluator(self) -> Evaluator:
@@ -61,26 +61,26 @@ class Evaluated:
     @property
     def token_ids(self) -> TokenIds:
         """The text's token ids."""
-        return self.place.token_ids
+        return self.inserted.token_ids
 
     @property
     def end(self) -> Span:
-        """The span at which the text ends."""
-        return self.place.end
+        """The text's end."""
+        return self.inserted.end
 
     @property
     def is_computed(self) -> bool:
         """Whether what results are read off is still there."""
-        return self.end.states is not None
+        return self.end.is_held()
 
     @property
-    def has_keys(self) -> bool:
+    def has_keys_values(self) -> bool:
         """Whether its keys and values are still there, too."""
-        return self.end.rows is not None
+        return self.end.is_held(with_keys_values=True)
 
     @contextmanager
-    def held(self, *, with_keys: bool = False) -> Iterator[Place]:
+    def held(self, *, with_keys_values: bool = False) -> Iterator[Inserted]:
         """Keep what results are read off, computed again if it was dropped; see `Evaluator.held`."""
-        with self.evaluator.held(self.token_ids, self.end, with_keys=with_keys) as end:
-            self.place = Place(end, self.token_ids)
-            yield self.place
+        with self.evaluator.held(self.token_ids, self.end, with_keys_values=with_keys_values) as end:
+            self.inserted = Inserted(end, self.token_ids)
+            yield self.inserted

@@ -96,7 +96,7 @@ class Evaluator:
         return Sketch(self.forest, texts, self.archive, asides)
 
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Compute the missing spans of texts given by their token ids, and return the spans at which the texts end.
+        """Compute the missing spans of texts given by their token ids, and return the ends of the texts.
 
         Over the budget, results are dropped again: `held` brings one back. If a pass fails, the passes before it stay
         computed, and `recover` removes the rest.
@@ -106,23 +106,23 @@ class Evaluator:
         return ends
 
     @contextmanager
-    def held(self, token_ids: TokenIds, end: Span, *, with_keys: bool = False) -> Iterator[Span]:
-        """Keep a text's states (`with_keys`: and its keys and values) for as long as the context lasts.
+    def held(self, token_ids: TokenIds, end: Span, *, with_keys_values: bool = False) -> Iterator[Span]:
+        """Keep a text's states (`with_keys_values`: and its keys and values) for as long as the context lasts.
 
-        Dropped spans are computed again. Yields the span at which the text ends; `end` is the last one known.
+        Dropped spans are computed again. Yields the text's end; `end` is the last one known.
         """
-        if end.is_held(with_keys=with_keys):
+        if end.is_held(with_keys_values=with_keys_values):
             with self.holders.using([end]):
                 yield end
             return
         self._counters.tokens_requested += len(token_ids)
-        with self._computed(token_ids, Request(with_keys=with_keys)) as end:
+        with self._computed(token_ids, Request(with_keys_values=with_keys_values)) as end:
             yield end
 
     def save(self, token_ids: TokenIds) -> None:
         """Write a text to the store, computed if need be."""
         assert self.archive is not None
-        with self._computed(token_ids, Request(with_keys=True)) as end:
+        with self._computed(token_ids, Request(with_keys_values=True)) as end:
             self.archive.save(end)
 
     @contextmanager
@@ -150,7 +150,7 @@ class Evaluator:
                     f"LM's budget of {self.memory.max_bytes:,}. Release other pins, or give the LM more: "
                     "LM(..., memory_bytes=...)."
                 )
-            self.computation.compute(ends, Request(with_keys=True))
+            self.computation.compute(ends, Request(with_keys_values=True))
             self.holders.pin(pin)
 
     def is_pinned(self, pin: PinnedText) -> bool:
@@ -164,9 +164,9 @@ class Evaluator:
 
     def hold_pins(self) -> None:
         """Compute pinned texts again where they were forgotten."""
-        lost = [pin for pin in self.holders.pins if pin.end is None or not pin.end.is_held(with_keys=True)]
+        lost = [pin for pin in self.holders.pins if pin.end is None or not pin.end.is_held(with_keys_values=True)]
         if lost:
-            with self.computation.held([pin.token_ids for pin in lost], Request(with_keys=True)) as ends:
+            with self.computation.held([pin.token_ids for pin in lost], Request(with_keys_values=True)) as ends:
                 for pin, end in zip(lost, ends, strict=True):
                     pin.end = end
 

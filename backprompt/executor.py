@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from backprompt import skeleton
 from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
 from backprompt.attention.calls import CallsAttention
-from backprompt.cache import BlockRows, KeysValues, Layout, States
+from backprompt.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.linear import speed_up
 from backprompt.logprobs import logprob_dtype
@@ -76,21 +76,19 @@ class Computed:
     Attributes:
         keys_values: of all its spans.
         states: of those that held none; None if all did.
-        rows_of, states_of: where those of each span lie.
+        keys_values_of, states_of: where those of each span lie.
 
     """
 
     keys_values: KeysValues
     states: States | None
-    rows_of: Mapping[Span, BlockRows[KeysValues]]
+    keys_values_of: Mapping[Span, BlockRows[KeysValues]]
     states_of: Mapping[Span, BlockRows[States]]
 
     def place(self) -> None:
         """Let the spans hold it."""
-        for span, rows in self.rows_of.items():
-            span.rows = rows
-        for span, states in self.states_of.items():
-            span.states = states
+        for span, keys_values in self.keys_values_of.items():
+            span.place(keys_values=keys_values, states=self.states_of.get(span))
 
 
 class Executor:
@@ -155,8 +153,8 @@ class Executor:
         if len(new) == len(pass_.spans):
             states: States | None = States.of(hidden)
         else:
-            states = States.of(torch.cat([hidden[rows] for _, rows in new])) if new else None
-        rows_of = {
+            states = States.of_rows(hidden, [rows for _, rows in new]) if new else None
+        keys_values_of = {
             span: BlockRows(keys_values, rows.start, rows.stop)
             for span, rows in zip(pass_.spans, pass_.slices, strict=True)
         }
@@ -167,10 +165,10 @@ class Executor:
             stop = start + len(span.token_ids)
             states_of[span] = BlockRows(states, start, stop)
             start = stop
-        sample = States.of(hidden[:1])
+        sample = States.of_rows(hidden, [slice(0, 1)])
         self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
         self.layout = Layout.of(keys_values, sample)
-        return Computed(keys_values, states, rows_of, states_of)
+        return Computed(keys_values, states, keys_values_of, states_of)
 
     def forward(self, pass_: Pass) -> Forwarded:
         """Forward all tokens of a pass.
@@ -199,7 +197,7 @@ class Executor:
         hidden = output.last_hidden_state[0].clone()  # (tokens, hidden)
         extremes = torch.stack(in_flight.extremes)
         is_finite = bool(hidden.isfinite().all() & extremes.isfinite().all())
-        return Forwarded(KeysValues(in_flight.keys, in_flight.values), hidden, is_finite)
+        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
@@ -237,10 +235,11 @@ class Executor:
         """How many logit rows one call of `logits` should compute at most."""
         return max(1, HEAD_SLICE_BYTES // self.logit_row_bytes)
 
-    def dynamic_cache(self, keys: list[Tensor], values: list[Tensor]) -> DynamicCache:
-        """Return a cache for `model(..., past_key_values=...)` made of each layer's `(kv_heads, tokens, head_dim)`."""
+    def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
+        """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""
         cache = DynamicCache(config=self._config)
-        for layer_idx, (key, value) in enumerate(zip(keys, values, strict=True)):
+        for layer_idx in range(keys_values.num_layers):
+            key, value = keys_values.layer(layer_idx, slice(None))
             cache.update(key[None], value[None], layer_idx)
         return cache
 

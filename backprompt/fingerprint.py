@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from backprompt.archive import Root
 from backprompt.checkpoint import Checkpoint
 from backprompt.errors import StaleRepresentationError
 from backprompt.identity import EXACT, root_key
 from backprompt.skeleton import unwrap
+from backprompt.span_keys import Root
 from backprompt.store import Store
 from backprompt.tokenizer import PrivateTokenizer
 from backprompt.weights import WeightsMonitor, content_hash

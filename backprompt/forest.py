@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from backprompt.radix import SLOTS, BranchEnd, Junction, JunctionKey, Place, Rows, Span, child_key, common_length
+from backprompt.radix import BranchEnd, Inserted, Junction, JunctionKey, Rows, Span, child_key, common_length
 from backprompt.token_graph import TokenGraph, TokenIds, fold
 
 
@@ -69,10 +69,10 @@ class Forest:
         end.is_end |= is_end
         return end
 
-    def in_order(self, place: Place) -> list[Span]:
+    def in_order(self, text: Inserted) -> list[Span]:
         """Return the spans of a text in written order, those of repeated branches repeatedly; junctions left out."""
-        if not isinstance(place.token_ids, TokenGraph):
-            return place.end.path()
+        if not isinstance(text.token_ids, TokenGraph):
+            return text.end.path()
         spans: list[Span] = []
 
         def continue_(span: Span, position: int, ids: tuple[int, ...]) -> Span:
@@ -85,7 +85,7 @@ class Forest:
             spans.extend(reversed(chain))
             return end
 
-        fold(place.token_ids, self.root, continue_, self._join)
+        fold(text.token_ids, self.root, continue_, self._join)
         return spans
 
     def extend(self, span: Span, position: int, ids: tuple[int, ...]) -> Span:
@@ -120,7 +120,7 @@ class Forest:
         span, num_matched = self.root, 0
         while num_matched < len(ids):
             child = span.children.get(ids[num_matched])
-            if child is None or not child.is_held(with_keys=True):
+            if child is None or not child.is_held(with_keys_values=True):
                 break
             num_common = common_length(child.token_ids, ids, num_matched)
             num_matched += num_common
@@ -142,31 +142,26 @@ class Forest:
             span.token_ids = span.token_ids[num_tokens:]
             span.position += num_tokens
             span.parent = upper
-            for slot in SLOTS:
-                place: Rows | None = getattr(span, slot)
-                if place is not None:
-                    first, second = place.split(num_tokens)
-                    setattr(upper, slot, first)
-                    setattr(span, slot, second)
+            span.give(upper, num_tokens)
         return upper
 
-    def absorb(self, span: Span, rows: Rows, states: Rows) -> None:
+    def absorb(self, span: Span, keys_values: Rows, states: Rows) -> None:
         """Let `span` begin where what it continues begins, which is there no more; the opposite of `split`.
 
         Args:
             span: what absorbs.
-            rows, states: where its keys and values, and its states, lie from now on.
+            keys_values, states: where these lie from now on.
 
         """
         upper = span.parent
         assert upper is not None and upper.parent is not None and len(upper.children) == 1, span
         with self.changing():
-            upper.rows = upper.states = None  # whoever still refers to it must not keep blocks alive
+            upper.drop()
             upper.parent.children[child_key(upper.parent, upper.position, upper.token_ids[0])] = span
             span.token_ids = upper.token_ids + span.token_ids
             span.position = upper.position
             span.parent = upper.parent
-            span.rows, span.states = rows, states
+            span.place(keys_values=keys_values, states=states)
 
     def discard(self, span: Span, held: Container[Span]) -> None:
         """Remove a span that nothing continues and nobody knows of, and what it continued, as far as that holds there.
@@ -179,7 +174,7 @@ class Forest:
             if parent.children.get(key) is not span:
                 return
             with self.changing():
-                span.rows = span.states = None  # whoever still refers to it must not keep blocks alive
+                span.drop()
                 del parent.children[key]
             span = parent
 
@@ -213,8 +208,7 @@ class Forest:
             while stack:
                 span = stack.pop()
                 stack += span.children.values()
-                for slot in SLOTS:
-                    setattr(span, slot, None)
+                span.drop()
             self.root.children = {}
 
     def spans(self) -> Iterator[Span]:

@@ -11,14 +11,12 @@ has room for an eighth more, or 16 rows: so that one call a layer can attend to 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
 
-import torch
-from torch import Tensor
-
-from backprompt.cache import Block, BlockRows, KeysValues, Location, States, keys_values_of, states_of
+from backprompt.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
 from backprompt.forest import Forest
 from backprompt.radix import Span
 
@@ -39,15 +37,25 @@ class _Buffer:
     room: dict[int, int]
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """Rows that go to another place: a span's, and where they begin there."""
+class _Held(NamedTuple):
+    """Where both of a span lie."""
 
-    rows: BlockRows[KeysValues]
+    keys_values: BlockRows[KeysValues]
     states: BlockRows[States]
-    to_keys_values: KeysValues
-    to_states: States
-    start: int
+
+    @classmethod
+    def of(cls, span: Span) -> _Held:
+        """Return those of a span that holds both."""
+        return cls(keys_values_of(span), states_of(span))
+
+    def with_next(self, others: _Held) -> _Held | None:
+        """Return these rows and others as one, if those lie right behind these."""
+        keys_values, states = self.keys_values.with_next(others.keys_values), self.states.with_next(others.states)
+        return None if keys_values is None or states is None else _Held(keys_values, states)
+
+
+_Copy: TypeAlias = "tuple[BlockRows[Any], Block, int]"
+"""Rows that go into a block, and where they begin there."""
 
 
 class Growth:
@@ -79,13 +87,14 @@ class Growth:
         absorbing = list(spans)
         while absorbing:
             pairs = [(upper, span) for span in absorbing if (upper := _absorbable(span, held)) is not None]
-            apart = [(upper, span) for upper, span in pairs if _adjacent(upper, span) is None]
+            together = {span: _Held.of(upper).with_next(_Held.of(span)) for upper, span in pairs}
+            apart = [(upper, span) for upper, span in pairs if together[span] is None]
             made += self._make_room([pair for pair in apart if not self._has_room(*pair)])
-            places = self._append(apart)
-            for upper, span in pairs:
-                place = places.get(span) or _adjacent(upper, span)
-                assert place is not None
-                self._forest.absorb(span, *place)
+            together |= self._append(apart)
+            for _, span in pairs:
+                both = together[span]
+                assert both is not None
+                self._forest.absorb(span, both.keys_values, both.states)
             absorbing = [span for _, span in pairs]
         for span in spans:
             if span.parent is not None and not span.parent.is_end:
@@ -101,103 +110,78 @@ class Growth:
 
     def _has_room(self, upper: Span, span: Span) -> bool:
         """Whether there is room behind a span's rows for those of what continues it."""
-        rows, states = keys_values_of(upper), states_of(upper)
-        buffer = self._buffers.get(rows.block)
+        keys_values, states = _Held.of(upper)
+        buffer = self._buffers.get(keys_values.block)
         return (
             buffer is not None
             and buffer.states() is states.block
-            and rows.block.num_rows == states.block.num_rows == buffer.num_rows
-            and rows.stop == states.stop
-            and rows.stop + len(span.token_ids) <= buffer.room.get(rows.stop, 0)
+            and keys_values.block.num_rows == states.block.num_rows == buffer.num_rows
+            and keys_values.stop == states.stop
+            and keys_values.stop + len(span.token_ids) <= buffer.room.get(keys_values.stop, 0)
         )
 
     def _make_room(self, pairs: Sequence[tuple[Span, Span]]) -> list[Block]:
         """Copy the rows of spans into one buffer, each with room for what continues it and some more."""
         if not pairs:
             return []
-        first, start = pairs[0][0], 0
-        copies: list[_Copy] = []
+        num_rows = 0
         room: dict[int, int] = {}
-        starts = []
+        ranges: list[tuple[int, int]] = []
         for upper, span in pairs:
-            num_rows = len(upper.token_ids) + len(span.token_ids)
-            num_rows += max(ROWS_AT_A_TIME, num_rows // 8)
-            starts.append(start)
-            room[start + len(upper.token_ids)] = start + num_rows
-            start += num_rows
-        keys_values = _empty_keys_values(keys_values_of(first).block, start)
-        states = _empty_states(states_of(first).block, start)
-        for (upper, _), start in zip(pairs, starts, strict=True):
-            copies.append(_Copy(keys_values_of(upper), states_of(upper), keys_values, states, start))
-        _copy(copies)
-        self._buffers[keys_values] = _Buffer(ref(states), keys_values.num_rows, room)
+            num_needed = len(upper.token_ids) + len(span.token_ids)
+            start, stop = num_rows, num_rows + len(upper.token_ids)
+            num_rows += num_needed + max(ROWS_AT_A_TIME, num_needed // 8)
+            ranges.append((start, stop))
+            room[stop] = num_rows
+        first = _Held.of(pairs[0][0])
+        # A masked key that is nan would spoil the rows that do not see it, so the room is of zeros.
+        keys_values, states = first.keys_values.block.zeros(num_rows), first.states.block.zeros(num_rows)
+        copies: list[_Copy] = []
+        for (upper, _), (start, _) in zip(pairs, ranges, strict=True):
+            copies += [(keys_values_of(upper), keys_values, start), (states_of(upper), states, start)]
+        copy_rows(copies)
+        self._buffers[keys_values] = _Buffer(ref(states), num_rows, room)
         self._mixed.update((keys_values, states))
-        for (upper, _), start in zip(pairs, starts, strict=True):
-            stop = start + len(upper.token_ids)
-            upper.rows, upper.states = BlockRows(keys_values, start, stop), BlockRows(states, start, stop)
+        for (upper, _), rows in zip(pairs, ranges, strict=True):
+            upper.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
         return [keys_values, states]
 
-    def _append(
-        self, pairs: Sequence[tuple[Span, Span]]
-    ) -> dict[Span, tuple[BlockRows[KeysValues], BlockRows[States]]]:
+    def _append(self, pairs: Sequence[tuple[Span, Span]]) -> dict[Span, _Held]:
         """Copy spans' rows behind those of what they continue; return where both lie then."""
-        copies, places = [], {}
+        copies: list[_Copy] = []
+        together: dict[Span, _Held] = {}
         for upper, span in pairs:
-            rows, states = keys_values_of(upper), states_of(upper)
-            copies.append(_Copy(keys_values_of(span), states_of(span), rows.block, states.block, rows.stop))
-            room = self._buffers[rows.block].room
-            stop = rows.stop + len(span.token_ids)
-            room[stop] = room.pop(rows.stop)
-            places[span] = BlockRows(rows.block, rows.start, stop), BlockRows(states.block, states.start, stop)
-        _copy(copies)
-        return places
+            keys_values, states = keys_values_of(upper), states_of(upper)
+            start, stop = keys_values.stop, keys_values.stop + len(span.token_ids)
+            room = self._buffers[keys_values.block].room
+            room[stop] = room.pop(start)
+            copies += [
+                (keys_values_of(span), keys_values.block, start),
+                (states_of(span), states.block, start),
+            ]
+            together[span] = _Held(
+                BlockRows(keys_values.block, keys_values.start, stop), BlockRows(states.block, states.start, stop)
+            )
+        copy_rows(copies)
+        return together
 
     def _move_out(self, span: Span) -> list[Block]:
         """Give what was generated blocks of its own; those of several texts would keep the others' rows alive."""
-        if not (span.token_ids and span.is_held(with_keys=True)):
+        if not (span.token_ids and span.is_held(with_keys_values=True)):
             return []
         made: list[Block] = []
-        rows, states = keys_values_of(span), states_of(span)
-        if rows.block in self._mixed and rows.block.num_rows > len(span.token_ids):
-            keys_values = rows.block.copied([slice(rows.start, rows.stop)], Location.of(rows.block.keys[0]))
-            span.rows = BlockRows(keys_values, 0, len(span.token_ids))
-            made.append(keys_values)
-        if states.block in self._mixed and states.block.num_rows > len(span.token_ids):
-            own = states.block.copied([slice(states.start, states.stop)], Location.of(states.block.hidden))
-            span.states = BlockRows(own, 0, len(span.token_ids))
-            made.append(own)
+        keys_values, states = keys_values_of(span), states_of(span)
+        if self._is_shared(keys_values.block, span):
+            span.place(keys_values=keys_values.alone())
+            made.append(keys_values_of(span).block)
+        if self._is_shared(states.block, span):
+            span.place(states=states.alone())
+            made.append(states_of(span).block)
         return made
 
-
-def _copy(copies: Iterable[_Copy]) -> None:
-    """Copy rows, those from one block to another together."""
-    by_keys_values: dict[tuple[KeysValues, KeysValues], list[tuple[slice, int]]] = {}
-    by_states: dict[tuple[States, States], list[tuple[slice, int]]] = {}
-    for copy in copies:
-        rows, states = slice(copy.rows.start, copy.rows.stop), slice(copy.states.start, copy.states.stop)
-        by_keys_values.setdefault((copy.rows.block, copy.to_keys_values), []).append((rows, copy.start))
-        by_states.setdefault((copy.states.block, copy.to_states), []).append((states, copy.start))
-    for (block, into), moves in by_keys_values.items():
-        indices = _indices(moves)
-        for sources, targets in ((block.keys, into.keys), (block.values, into.values)):
-            for source, target in zip(sources, targets, strict=True):
-                _copy_rows(source, target, indices, dim=1)
-    for (states_block, states_into), moves in by_states.items():
-        indices = _indices(moves)
-        for name in ("hidden", "logprobs", "is_argmax", "has_logprobs"):
-            _copy_rows(getattr(states_block, name), getattr(states_into, name), indices, dim=0)
-
-
-def _indices(moves: Iterable[tuple[slice, int]]) -> tuple[Tensor, Tensor]:
-    """Return which rows go, and to which rows."""
-    pairs = [(row, start + idx) for rows, start in moves for idx, row in enumerate(range(rows.start, rows.stop))]
-    sources, targets = torch.tensor(pairs).unbind(dim=1)
-    return sources, targets
-
-
-def _copy_rows(source: Tensor, target: Tensor, indices: tuple[Tensor, Tensor], dim: int) -> None:
-    sources, targets = (index.to(source.device) for index in indices)
-    target.index_copy_(dim, targets, source.index_select(dim, sources))
+    def _is_shared(self, block: Block, span: Span) -> bool:
+        """Whether a block that a span refers to has rows of other texts, or room."""
+        return block in self._mixed and block.num_rows > len(span.token_ids)
 
 
 def _absorbable(span: Span, held: Container[Span]) -> Span | None:
@@ -210,33 +194,9 @@ def _absorbable(span: Span, held: Container[Span]) -> Span | None:
         or upper in held
         or len(upper.children) > 1
         or span.begins_chain
-        or not upper.is_held(with_keys=True)
-        or not span.is_held(with_keys=True)
+        or not upper.is_held(with_keys_values=True)
+        or not span.is_held(with_keys_values=True)
         or (upper.is_stored, upper.error) != (span.is_stored, span.error)
     ):
         return None
     return upper
-
-
-def _adjacent(upper: Span, lower: Span) -> tuple[BlockRows[KeysValues], BlockRows[States]] | None:
-    """Return where both lie together, if they lie side by side already."""
-    rows, more_rows = keys_values_of(upper), keys_values_of(lower)
-    states, more_states = states_of(upper), states_of(lower)
-    if (rows.block, rows.stop) != (more_rows.block, more_rows.start):
-        return None
-    if (states.block, states.stop) != (more_states.block, more_states.start):
-        return None
-    return BlockRows(rows.block, rows.start, more_rows.stop), BlockRows(states.block, states.start, more_states.stop)
-
-
-def _empty_keys_values(like: KeysValues, num_rows: int) -> KeysValues:
-    """Return zeros: a masked key that is nan would spoil the rows that do not see it."""
-    keys, values = (
-        [Location.of(t).empty((t.shape[0], num_rows, t.shape[2]), t.dtype).zero_() for t in tensors]
-        for tensors in (like.keys, like.values)
-    )
-    return KeysValues(keys, values)
-
-
-def _empty_states(like: States, num_rows: int) -> States:
-    return States.of(Location.of(like.hidden).empty((num_rows, like.hidden.shape[1]), like.hidden.dtype))

@@ -27,7 +27,7 @@ class Growing(Protocol):
 
 @dataclass(eq=False)
 class PinnedText:
-    """A text that is held for as long as its pin is not released, and the span at which it ends."""
+    """A text that is held for as long as its pin is not released, and its end."""
 
     token_ids: TokenIds = ()
     end: Span | None = None

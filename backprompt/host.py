@@ -14,10 +14,11 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from backprompt.cache import Block, Location, moved
+from backprompt.blocks import Block, Location
 from backprompt.forest import Forest
-from backprompt.radix import Span
-from backprompt.tier import KINDS, Kind, Places, Ranking, Tier, num_bytes_of
+from backprompt.radix import KINDS, Kind, Span
+from backprompt.span_rows import SpanRows, moved
+from backprompt.tier import Ranking, Tier, num_bytes_of
 from backprompt.visit import Visit
 
 
@@ -53,11 +54,11 @@ class HostMemory(Tier):
     """
 
     def __init__(self, max_bytes: int, here: Location, device: Location) -> None:
-        super().__init__(max_bytes, "host_rows", "host_states")
+        super().__init__(max_bytes, "host")
         self._here = here
         self._device = device
 
-    def take(self, spans: Sequence[Span], dropped: Mapping[Kind, Places], rank: Ranking) -> None:
+    def take(self, spans: Sequence[Span], dropped: Mapping[Kind, SpanRows], rank: Ranking) -> None:
         """Hold what the device let go of, as far as it fits.
 
         What must go for it goes before anything is copied, so the budget is never exceeded, but by one tensor of a
@@ -71,57 +72,54 @@ class HostMemory(Tier):
         """
         if not self.max_bytes or not any(dropped.values()):
             return
-        for kind, places in dropped.items():
-            self.hold(kind, places)
+        for kind, rows in dropped.items():
+            self.hold(kind, rows)
         self._refuse(spans)
         num_held = sum(num_bytes_of(self.held(kind, spans)) for kind in dropped)
         self.shrink(spans, num_held - self.max_bytes, rank)
-        coming = {kind: self.held(kind, places) for kind, places in dropped.items()}
+        coming = {kind: self.held(kind, rows) for kind, rows in dropped.items()}
         if self.num_bytes + sum(map(num_bytes_of, coming.values())) > self.max_bytes:
             self.compact(spans)
-        for kind, places in coming.items():
-            copies = moved(places, self._here)
-            self.add(place.block for place in copies.values())
+        for kind, rows in coming.items():
+            copies = moved(rows, self._here)
+            self.add(part.block for part in copies.values())
             self.hold(kind, copies)
         if self.is_scattered:
             self.compact(spans)
 
-    def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys: bool) -> Fetch:
+    def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys_values: bool) -> Fetch:
         """Choose what is to move back for the texts that end here, for as many of them as fit the device together.
 
         Changes nothing. What these texts need takes `max_bytes` and a span at most, what is there already included and
         `pinned` spans not; or it is one text's.
         """
-        coming: dict[Kind, list[Span]] = {"states": [], "rows": []}
+        coming: dict[Kind, list[Span]] = {kind: [] for kind in KINDS}
         num_bytes = 0
 
         def bring(kind: Kind, span: Span) -> bool:
             nonlocal num_bytes
             if kind == "states" and span not in pinned:
-                visit.room -= sum(
-                    place.num_bytes for on_device in KINDS if (place := getattr(span, on_device)) is not None
-                )
-            place = getattr(span, self._slots[kind])
-            if place is None:
-                return getattr(span, kind) is not None
+                visit.room -= span.num_bytes("device")
+            rows = span.rows_in(kind, "host")
+            if rows is None:
+                return span.holds(kind)
             coming[kind].append(span)
-            num_bytes += place.num_bytes
-            visit.room -= place.num_bytes
+            num_bytes += rows.num_bytes
+            visit.room -= rows.num_bytes
             return True
 
         visit = Visit(max_bytes, bring)
-        served = visit.serve(ends, with_keys=with_keys)
+        served = visit.serve(ends, with_keys_values=with_keys_values)
         return Fetch(served, coming, num_bytes)
 
     def fetch(self, forest: Forest, planned: Fetch) -> list[Block]:
         """Move back what was planned, and return the blocks on the device. If a copy fails all is still here."""
         copies = {kind: moved(self.held(kind, spans), self._device) for kind, spans in planned.spans.items()}
         with forest.changing():
-            for kind, places in copies.items():
+            for kind, rows in copies.items():
                 for span in planned.spans[kind]:  # each after what it continues
-                    setattr(span, kind, places[span])
-                    self.let_go(kind, span)
-        return [place.block for places in copies.values() for place in places.values()]
+                    span.move(kind, rows[span], "device")
+        return [part.block for rows in copies.values() for part in rows.values()]
 
     def _refuse(self, spans: Sequence[Span]) -> None:
         """Let go of what cannot stay, whatever else goes, and of what continues it.
@@ -138,7 +136,7 @@ class HostMemory(Tier):
                 # Of a junction's parents the largest: they may have beginnings in common.
                 above = max((num_above.get(parent, math.inf) for parent in span.parents), default=math.inf)
                 if above + own <= self.max_bytes and not span.is_empty:
-                    if span in held or getattr(span, kind) is not None:
+                    if span in held or span.holds(kind):
                         num_above[span] = above + own
                 else:
-                    self.let_go(kind, span)
+                    span.let_go(kind, "host")

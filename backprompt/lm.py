@@ -291,7 +291,7 @@ class LM(Engine[Text]):
         with self._session.exclusive():
             evaluator = self._session.current()
             sketch = evaluator.sketch(self._session.encoder.encode(texts))
-            return [sketch.pieces(place) for place in sketch.places]
+            return [sketch.pieces(inserted) for inserted in sketch.texts]
 
     def extents(self, texts: Iterable[Text]) -> list[list[Extent]]:
         """Return which tokens of each text its strings and runs of token ids became, in written order.

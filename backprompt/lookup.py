@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 from backprompt.archive import Archive
 from backprompt.forest import Forest
 from backprompt.passes import cut_into_passes, missing_spans
-from backprompt.radix import Junction, Place, Span, child_key, common_length
+from backprompt.radix import Inserted, Junction, Kind, Span, child_key, common_length
 from backprompt.token_graph import TokenIds
 
 Where: TypeAlias = Literal["memory", "host", "disk", "evicted", "absent"]
@@ -47,7 +47,7 @@ class _Mark:
 
     where: Where
     block = None
-    start = stop = 0
+    start = stop = num_bytes = 0
 
     def split(self, num_tokens: int) -> tuple[_Mark, _Mark]:
         return self, self
@@ -101,7 +101,7 @@ class Sketch:
     ) -> None:
         self.forest = Forest()
         self.forest.evaluation = held.evaluation
-        self.places = [Place(self.forest.insert(token_ids), token_ids) for token_ids in texts]
+        self.texts = [Inserted(self.forest.insert(token_ids), token_ids) for token_ids in texts]
         self._asides = {aside: self._insert_aside(aside) for aside in asides}
         self._reached: dict[Span, _Reached] = {self.forest.root: _Reached(held.root, 0)}
         for span in list(self.forest.spans()):
@@ -111,11 +111,11 @@ class Sketch:
             if archive is not None:
                 self._mark_stored(span, archive)
 
-    def pieces(self, place: Place) -> list[Piece]:
+    def pieces(self, text: Inserted) -> list[Piece]:
         """Return where the tokens of one of the texts lie, in written order; neighbours in one place as one piece."""
         pieces: list[Piece] = []
         start = 0
-        for span in self.forest.in_order(place):
+        for span in self.forest.in_order(text):
             stop = start + len(span.token_ids)
             if pieces and pieces[-1].where == where(span):
                 pieces[-1] = Piece(pieces[-1].start, stop, where(span))
@@ -135,14 +135,14 @@ class Sketch:
 
     def passes(self, max_tokens: int) -> list[tuple[Span, ...]]:
         """Return the passes that evaluating the texts takes; their spans are cut as passes need."""
-        missing = missing_spans(place.end for place in self.places)
+        missing = missing_spans(text.end for text in self.texts)
         passes = cut_into_passes(self.forest, missing, max_tokens)
         return [spans for spans in passes if any(span.token_ids for span in spans)]
 
     def _insert_aside(self, aside: Aside) -> tuple[Span, Span]:
         """Return what it stands behind, and where it ends."""
         num_before = 0
-        spans = iter(self.forest.in_order(self.places[aside.text_idx]))
+        spans = iter(self.forest.in_order(self.texts[aside.text_idx]))
         span = next(spans)
         while num_before + len(span.token_ids) <= aside.token_idx:
             num_before += len(span.token_ids)
@@ -190,7 +190,7 @@ class Sketch:
 
     def _mark(self, span: Span) -> None:
         if isinstance(span, Junction):  # it holds nothing of its own
-            span.states, span.rows = _mark_of_all(span, "states"), _mark_of_all(span, "rows")
+            span.place(states=_mark_of_all(span, "states"), keys_values=_mark_of_all(span, "keys_values"))
         reached = self._reached.get(span)
         if reached is None:
             return
@@ -200,23 +200,24 @@ class Sketch:
         if reached.num_tokens == len(held.token_ids):
             span.key = held.key
         if span.token_ids:
-            span.states = _MEMORY if held.states is not None else _HOST if held.host_states is not None else None
-            span.rows = _MEMORY if held.rows is not None else _HOST if held.host_rows is not None else None
+            span.place(states=_mark_of(held, "states"), keys_values=_mark_of(held, "keys_values"))
 
     def _mark_stored(self, span: Span, archive: Archive) -> None:
         """Mark what the store has of what is not held, as `Archive.load` would load it."""
         if _mark_of_all(span, "states") is None:
             return  # of no use without what it continues
-        has_rows = _mark_of_all(span, "rows")
+        can_continue = _mark_of_all(span, "keys_values") is not None
         part: Span | None = None
-        while part is not span and span.token_ids and not span.is_held(with_keys=True):
+        while part is not span and span.token_ids and not span.is_held(with_keys_values=True):
             num_stored = archive.num_stored(span)
             if not num_stored:
                 return
             part = span if num_stored == len(span.token_ids) else self.forest.split(span, num_stored)
             part.is_stored = True
-            part.states = part.states or _DISK
-            part.rows = part.rows or (_DISK if has_rows is not None else None)
+            if not part.is_held():
+                part.place(states=_DISK)
+            if can_continue and not part.is_held(with_keys_values=True):
+                part.place(keys_values=_DISK)
 
 
 def where(span: Span) -> Where:
@@ -226,10 +227,16 @@ def where(span: Span) -> Where:
     return "evicted" if span.was_computed else "absent"
 
 
-def _mark_of_all(span: Span, kind: Literal["states", "rows"]) -> _Mark | None:
+def _mark_of(held: Span, kind: Kind) -> _Mark | None:
+    """Return the mark for where one of the two of a held span lies."""
+    if held.rows_in(kind, "device") is not None:
+        return _MEMORY
+    return _HOST if held.rows_in(kind, "host") is not None else None
+
+
+def _mark_of_all(span: Span, kind: Kind) -> _Mark | None:
     """Return a mark if all that a span stands on bears one."""
-    above = [parent for parent in span.parents if parent.parent is not None]
-    return _MEMORY if all(getattr(parent, kind) is not None for parent in above) else None
+    return _MEMORY if all(parent.holds(kind) for parent in span.parents if parent.parent is not None) else None
 
 
 def positions_of(held: Forest, runs: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:

@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 from backprompt.arguments import is_int
-from backprompt.cache import keys_values_of, states_of
+from backprompt.blocks import keys_values_of, states_of
 from backprompt.forest import Forest
 from backprompt.host import HostMemory
-from backprompt.radix import Span
-from backprompt.tier import Kind, Rank, Tier
+from backprompt.radix import Kind, Span
+from backprompt.tier import Rank, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Memory(Tier):
     """The device's tier: what passes attend to and results are read off. What it lets go of goes to the second pool."""
 
     def __init__(self, max_bytes: int, hidden_size: int, host: HostMemory) -> None:
-        super().__init__(max_bytes, "rows", "states")
+        super().__init__(max_bytes, "device")
         self._hidden_size = hidden_size
         self.host = host
         self._level = 0.0
@@ -111,7 +111,7 @@ class Memory(Tier):
 
         with forest.changing():
             dropped = self.shrink(spans, excess, lambda kind, span: None if span in held else rank(kind, span))
-            ranks = [rank(kind, span) for kind, places in dropped.items() for span in places]
+            ranks = [rank(kind, span) for kind, rows in dropped.items() for span in rows]
             self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
             self.host.take(spans, dropped, rank)
             empty = [span for span in spans if span.is_empty]
@@ -131,9 +131,9 @@ class Memory(Tier):
 def _times_smaller(spans: Iterable[Span]) -> float:
     """Return how many times smaller a token's states are than all that may be held of it."""
     for span in spans:
-        if span.token_ids and span.is_held(with_keys=True):
-            rows, states = keys_values_of(span).num_bytes, states_of(span).num_bytes
-            return (rows + states) / states
+        if span.token_ids and span.is_held(with_keys_values=True):
+            states_bytes = states_of(span).num_bytes
+            return (keys_values_of(span).num_bytes + states_bytes) / states_bytes
     return 1.0
 
 

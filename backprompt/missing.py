@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
-from backprompt.archive import MIN_TOKENS, Archive, Root
+from backprompt.archive import MIN_TOKENS, Archive
 from backprompt.evaluator import Evaluator
 from backprompt.extents import Extent
 from backprompt.forest import Forest
 from backprompt.lookup import Aside, Piece, Sketch, positions_of, where
 from backprompt.segments import shown
+from backprompt.span_keys import Root
 from backprompt.token_graph import TokenIds, flat
 
 Reason: TypeAlias = Literal["evicted", "join", "other model", "elsewhere", "too short", "never computed"]
@@ -126,8 +127,8 @@ def _missing_segments(
 ) -> list[_Segment]:
     """Return the segments of which something is held nowhere, those that texts share once."""
     found: dict[tuple[Any, ...], _Segment] = {}
-    for text_idx, (place, token_ids) in enumerate(zip(sketch.places, encoded, strict=True)):
-        spans = sketch.forest.in_order(place)
+    for text_idx, (inserted, token_ids) in enumerate(zip(sketch.texts, encoded, strict=True)):
+        spans = sketch.forest.in_order(inserted)
         starts = [0, *accumulate(len(span.token_ids) for span in spans)]
         for segment_idx, extent in enumerate(extents[text_idx]):
             if extent.start == extent.stop:
@@ -163,7 +164,7 @@ def _under_other_roots(
     found = []
     for root in roots:
         sketch = Sketch(Forest(), [encoded[idx] for idx in texts], archive.under(root))
-        pieces = {idx: sketch.pieces(place) for idx, place in zip(texts, sketch.places, strict=True)}
+        pieces = {idx: sketch.pieces(inserted) for idx, inserted in zip(texts, sketch.texts, strict=True)}
         found.append((_differing(root, archive.root), pieces))
     return found
 

@@ -15,18 +15,18 @@ MIN_CUT_TOKENS = 32
 """A span is cut at the end of a pass only where at least this many tokens of it still fit."""
 
 
-def missing_spans(ends: Iterable[Span], *, with_keys: bool = False) -> list[Span]:
+def missing_spans(ends: Iterable[Span], *, with_keys_values: bool = False) -> list[Span]:
     """Return the spans to forward so that `ends` hold their states, depth first; each before what continues it.
 
     These are the spans on the way that hold no states, and what they continue and holds no keys and values any more.
-    `with_keys`: the ends shall hold keys and values, too.
+    `with_keys_values`: the ends shall hold keys and values, too.
 
     Texts that share nothing come as asked for. Of several continuations of one span the one with the most tokens to
     compute comes first: it joins the causal run of what it continues, and the small ones lie side by side behind it.
     """
     wanted: dict[Span, list[Span]] = {}  # all spans on the way, with those that continue them
     for end in ends:
-        if end.is_held(with_keys=with_keys):
+        if end.is_held(with_keys_values=with_keys_values):
             continue
         stack = [end]
         while stack:
@@ -66,7 +66,7 @@ def _num_missing(root: Span, children: Mapping[Span, list[Span]]) -> dict[Span, 
 
 def _is_missing(span: Span) -> bool:
     """Return whether a span on the way to an end that must be computed has to be forwarded."""
-    return span.parent is not None and not span.is_held(with_keys=True)
+    return span.parent is not None and not span.is_held(with_keys_values=True)
 
 
 def on_the_way(ends: Iterable[Span]) -> set[Span]:
@@ -99,7 +99,7 @@ def is_cut_off(spans: Sequence[Span]) -> bool:
     """Return whether something that a pass continues was dropped since the pass was planned."""
     own = set(spans)
     return any(
-        parent.parent is not None and not parent.is_held(with_keys=True) and parent not in own
+        parent.parent is not None and not parent.is_held(with_keys_values=True) and parent not in own
         for span in spans
         for parent in span.parents
     )

@@ -310,8 +310,9 @@ def _cross_segments(reach: Mapping[tuple[Span, int], list[slice]], layout: _Layo
         if idx is not None:
             block, key_start, key_stop = None, layout.starts[idx], layout.starts[idx + 1]
         else:
-            assert span.rows is not None, f"{span!r} is neither in the pass nor computed"
-            block, key_start, key_stop = span.rows.block, span.rows.start, span.rows.stop
+            held = span.keys_values
+            assert held is not None, f"{span!r} is neither in the pass nor computed"
+            block, key_start, key_stop = held.block, held.start, held.stop
         for rows in slices:
             segment = KeySegment(rows.start, rows.stop, block, key_start, key_stop, span.position, times)
             last_idx = last_of_rows.get((rows.start, rows.stop, times))

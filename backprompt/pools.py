@@ -1,6 +1,6 @@
 """Pools of results that no block holds: rows of logits, and scores of tokens that were not forwarded.
 
-Each pool keeps the latest used of them by the span at which their text ends, under a bound of bytes of its own.
+Each pool keeps the latest used of them by the end of their text, under a bound of bytes of its own.
 """
 
 from __future__ import annotations

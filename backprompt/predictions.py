@@ -13,7 +13,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from backprompt.cache import States, states_of
+from backprompt.blocks import States, gather_hidden, states_of
 from backprompt.logprobs import log_softmax
 from backprompt.radix import Span
 from backprompt.scores import TokenScore, TokenScores
@@ -63,12 +63,11 @@ class Predictions:
         of all its branches, so they are added together.
         """
         rows = states_of(span)
-        is_scored = rows.block.has_logprobs[rows.start : rows.stop].tolist()
+        is_scored = rows.block.has_scores(rows.start, rows.stop)
         assert span.parent is not None
         if first_row == 0 and not is_scored[0]:
             if not span.parent.token_ids:
-                rows.block.logprobs[rows.start] = torch.nan  # nothing predicts a first token, or one behind a junction
-                rows.block.has_logprobs[rows.start] = True
+                rows.block.note_unpredicted(rows.start)  # a first token, or one behind a junction
             else:
                 self.add_branches(span.parent)
         for idx in range(max(1, first_row), len(is_scored)):
@@ -100,20 +99,7 @@ class Predictions:
                 for row_idx, row in enumerate(group)
                 for token_id, sink in self._rows[row]
             ]
-            yield _hidden_rows(group), targets
-
-
-def _hidden_rows(rows: Sequence[tuple[States, int]]) -> Tensor:
-    """Return the hidden states of the rows, in their order, `(rows, hidden)`."""
-    by_block: dict[States, list[int]] = {}
-    for idx, (block, _) in enumerate(rows):
-        by_block.setdefault(block, []).append(idx)
-    first = rows[0][0].hidden
-    hidden = first.new_empty((len(rows), first.shape[1]))
-    for block, indices in by_block.items():
-        source = torch.tensor([rows[idx][1] for idx in indices], device=hidden.device)
-        hidden[torch.tensor(indices, device=hidden.device)] = block.hidden[source]
-    return hidden
+            yield gather_hidden(group), targets
 
 
 def picked_scores(logits: Tensor, targets: Sequence[Target]) -> TokenScores:
@@ -147,10 +133,8 @@ def write_scores(targets: Sequence[Target], scores: TokenScores) -> dict[Span, d
             candidates.setdefault(target.sink, []).append(idx)
     for block, pairs in by_block.items():
         indices, block_rows = torch.tensor(pairs).unbind(dim=1)
-        rows, chosen = block_rows.to(scores.logprobs.device), indices.to(scores.logprobs.device)
-        block.logprobs[rows] = scores.logprobs[chosen]
-        block.is_argmax[rows] = scores.is_argmax[chosen]
-        block.has_logprobs[block_rows] = True
+        chosen = indices.to(scores.logprobs.device)
+        block.write_scores(block_rows, scores.logprobs[chosen], scores.is_argmax[chosen])
     if not candidates:
         return {}
     values = list(map(TokenScore, scores.logprobs.tolist(), scores.is_argmax.tolist()))
@@ -160,9 +144,7 @@ def write_scores(targets: Sequence[Target], scores: TokenScores) -> dict[Span, d
 def write_first_score(span: Span, score: TokenScore) -> None:
     """Write the score of a span's first token to where it is held."""
     row = first_row_of(span)
-    row.block.logprobs[row.row] = score.logprob
-    row.block.is_argmax[row.row] = score.is_argmax
-    row.block.has_logprobs[row.row] = True
+    row.block.write_score(row.row, score.logprob, score.is_argmax)
 
 
 def first_scores(spans: Sequence[Span]) -> list[TokenScore]:
@@ -172,22 +154,21 @@ def first_scores(spans: Sequence[Span]) -> list[TokenScore]:
         by_block.setdefault(states_of(span).block, []).append(idx)
     found: dict[int, TokenScore] = {}
     for block, indices in by_block.items():
-        rows = torch.tensor([states_of(spans[idx]).start for idx in indices], device=block.logprobs.device)
-        scores = map(TokenScore, block.logprobs[rows].tolist(), block.is_argmax[rows].tolist())
-        found.update(zip(indices, scores, strict=True))
+        logprobs, is_argmax = block.scores([states_of(spans[idx]).start for idx in indices])
+        found.update(zip(indices, map(TokenScore, logprobs, is_argmax), strict=True))
     return [found[idx] for idx in range(len(spans))]
 
 
 def is_scored(span: Span, first_row: int = 0) -> bool:
     """Return whether all tokens of a computed span from `first_row` on have their scores."""
     rows = states_of(span)
-    return bool(rows.block.has_logprobs[rows.start + first_row : rows.stop].all())
+    return rows.block.is_scored(rows.start + first_row, rows.stop)
 
 
 def has_first_score(span: Span) -> bool:
     """Return whether the first token of a computed span has its score."""
-    row = first_row_of(span)
-    return bool(row.block.has_logprobs[row.row])
+    rows = states_of(span)
+    return rows.block.has_score(rows.start)
 
 
 def first_row_of(span: Span) -> HeldRow:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backprompt import skeleton
-from backprompt.cache import gather, states_of
+from backprompt.blocks import gather, states_of
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.executor import Executor
 from backprompt.forest import Forest
@@ -116,6 +116,6 @@ def _packed_logits(executor: Executor, texts: list[tuple[int, ...]]) -> list[Ten
         for part in (spans[:1], spans[1:]):
             executor.compute(plan_pass(part, _TILE_TOKENS)).place()
         places = [[states_of(span) for span in end.path()] for end in ends]
-        return [executor.logits(gather(path, lambda states: states.hidden, dim=0)) for path in places]
+        return [executor.logits(gather(path, "hidden")) for path in places]
     finally:
         forest.clear()  # spans refer to each other: without this, their tensors would wait for the cycle collector

@@ -11,8 +11,11 @@ true.
                           +-- " ran" --+-- " off"
                                        +-- " home"
 
+The *end* of a text is the span that holds its last token and none behind it, or a junction where it ends in a group.
+Inserting a text splits a span where that is needed for it to have one.
+
 Splitting a span leaves the object in place as the *lower* part (a new span becomes the upper one), so whoever holds
-the span at which a text ends still holds the end of that text.
+the end of a text still holds it.
 
 A *junction* stands where a group of branches ends: a span without tokens that has several parents, what the group
 stands behind and the ends of its branches. Branches are spans like all others: a shared one continues what the group
@@ -30,12 +33,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from backprompt.token_graph import TokenIds
 
 BranchEnd: TypeAlias = "tuple[Span, bool]"
-"""The span at which a branch ends, and whether the branch is frozen."""
+"""The end of a branch, and whether the branch is frozen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +86,43 @@ class Rows(Protocol):
         """The row after the last."""
         ...
 
+    @property
+    def num_bytes(self) -> int:
+        """Their share of the block's bytes."""
+        ...
+
     def split(self, num_tokens: int) -> tuple[Rows, Rows]:
         """Return the first `num_tokens` rows and the others; both share the block."""
         ...
 
 
-SLOTS = ("rows", "states", "host_rows", "host_states")
-"""The attributes of a `Span` that say where something of it lies."""
+Kind: TypeAlias = Literal["states", "keys_values"]
+"""Which of the two that a span may hold; `KINDS`: both. A span holds its keys and values only with its states."""
+
+KINDS: tuple[Kind, ...] = ("states", "keys_values")
+
+Pool: TypeAlias = Literal["device", "host"]
+"""Which of the two pools of memory something of a span lies in."""
+
+_SLOTS: Mapping[tuple[Kind, Pool], str] = {
+    ("states", "device"): "states",
+    ("keys_values", "device"): "keys_values",
+    ("states", "host"): "host_states",
+    ("keys_values", "host"): "host_keys_values",
+}
+"""The attributes of a `Span` that say where something of it lies. They are set by its methods only."""
 
 
 class Span:
     """A run of token ids, the position of its first one, what it continues and what continues it.
 
     Attributes:
-        rows: where its keys and values lie on the model's device; None where they do not.
+        keys_values: where its keys and values lie on the model's device; None where they do not.
         states: where its final hidden states and log-probabilities lie there; None where they do not.
-        host_rows, host_states: where they lie in the second pool (host.py); never in both.
+        host_keys_values, host_states: where they lie in the second pool (host.py); never in both.
         was_computed: whether it was computed before, though nothing of it may be held now.
         computed_in, loaded_in: the number of the evaluation that forwarded it last, or read it from a store; or 0.
-        is_end: whether a text may end here that somebody knows of, so that this object must stay where it is.
+        is_end: whether it is the end of a text that somebody knows of, so that this object must stay where it is.
         credit, last_used: when it may be evicted: see memory.py.
         is_stored: whether a store has all up to its end.
         error: what storing it in fewer bits cost, where it was read back from a store that does so; see store/.
@@ -114,16 +135,16 @@ class Span:
         "computed_in",
         "credit",
         "error",
-        "host_rows",
+        "host_keys_values",
         "host_states",
         "is_end",
         "is_stored",
         "key",
+        "keys_values",
         "last_used",
         "loaded_in",
         "parent",
         "position",
-        "rows",
         "states",
         "token_ids",
         "was_computed",
@@ -134,9 +155,9 @@ class Span:
         self.position = position
         self.parent = parent
         self.children: dict[ChildKey, Span] = {}
-        self.rows: Rows | None = None
+        self.keys_values: Rows | None = None
         self.states: Rows | None = None
-        self.host_rows: Rows | None = None
+        self.host_keys_values: Rows | None = None
         self.host_states: Rows | None = None
         self.was_computed = False
         self.computed_in = self.loaded_in = 0
@@ -149,7 +170,7 @@ class Span:
 
     def __repr__(self) -> str:
         if self.is_held():
-            state = "held" if self.is_held(with_keys=True) else "held, without keys"
+            state = "held" if self.is_held(with_keys_values=True) else "held, without keys"
         else:
             state = "not held" if self.is_empty else "held in the second pool"
         return f"Span({len(self.token_ids)} tokens at {self.position}, {len(self.children)} children, {state})"
@@ -196,16 +217,60 @@ class Span:
         """Return the junction behind a group that stands here, given by where its branches end, each frozen or not."""
         return self.children.get(JunctionKey.of(ends))
 
-    def is_held(self, *, with_keys: bool = False, in_host: bool = False) -> bool:
-        """Whether its states lie on the device, `with_keys`: and its keys and values; `in_host`: in either pool."""
+    def is_held(self, *, with_keys_values: bool = False, in_host: bool = False) -> bool:
+        """Whether its states lie on the device, and its keys and values if asked for; `in_host`: in either pool."""
         has_states = self.states is not None or (in_host and self.host_states is not None)
-        has_keys = self.rows is not None or (in_host and self.host_rows is not None)
-        return has_states and (has_keys or not with_keys)
+        has_keys_values = self.keys_values is not None or (in_host and self.host_keys_values is not None)
+        return has_states and (has_keys_values or not with_keys_values)
+
+    def holds(self, kind: Kind) -> bool:
+        """Whether its states lie on the device, and its keys and values if these are meant."""
+        return self.is_held(with_keys_values=kind == "keys_values")
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing of it is held, neither on the device nor in the second pool."""
         return not self.is_held(in_host=True)
+
+    def rows_in(self, kind: Kind, pool: Pool) -> Rows | None:
+        """Return where something of it lies in a pool; None where it does not."""
+        rows: Rows | None = getattr(self, _SLOTS[kind, pool])
+        return rows
+
+    def place(self, *, keys_values: Rows | None = None, states: Rows | None = None) -> None:
+        """Let what is given lie on the device, and in the second pool no more."""
+        if states is not None:
+            self.states, self.host_states = states, None
+        if keys_values is not None:
+            self.keys_values, self.host_keys_values = keys_values, None
+
+    def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
+        """Let something of it lie here in a pool, and in the other one no more."""
+        setattr(self, _SLOTS[kind, pool], rows)
+        setattr(self, _SLOTS[kind, "host" if pool == "device" else "device"], None)
+
+    def let_go(self, kind: Kind, pool: Pool) -> None:
+        """Let something of it lie in a pool no more."""
+        setattr(self, _SLOTS[kind, pool], None)
+
+    def drop(self) -> None:
+        """Let nothing of it lie anywhere: whoever still refers to the span must not keep blocks alive."""
+        for slot in _SLOTS.values():
+            setattr(self, slot, None)
+
+    def give(self, upper: Span, num_tokens: int) -> None:
+        """Give the rows of its first tokens to another span, in either pool; nothing is copied."""
+        for slot in _SLOTS.values():
+            rows: Rows | None = getattr(self, slot)
+            if rows is not None:
+                first, second = rows.split(num_tokens)
+                setattr(upper, slot, first)
+                setattr(self, slot, second)
+
+    def num_bytes(self, pool: Pool) -> int:
+        """Return the bytes of all of it that lies in a pool."""
+        found = (self.rows_in(kind, pool) for kind in KINDS)
+        return sum(rows.num_bytes for rows in found if rows is not None)
 
     def path(self) -> list[Span]:
         """Return the spans from the first below the root down to this one, where no junction lies between."""
@@ -219,11 +284,17 @@ class Span:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where a text stands in the forest: the span at which it ends, and what it consists of."""
+class Inserted:
+    """A text that was inserted into the forest: its end, and what it consists of."""
 
     end: Span
     token_ids: TokenIds
+
+
+def rows_of(spans: Iterable[Span], kind: Kind, pool: Pool) -> dict[Span, Rows]:
+    """Return where something of spans lies in a pool, of those of which it lies there."""
+    slot = _SLOTS[kind, pool]
+    return {span: rows for span in spans if (rows := getattr(span, slot)) is not None}
 
 
 class Nothing:

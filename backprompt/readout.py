@@ -12,14 +12,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from backprompt.cache import gather, keys_values_of, states_of
+from backprompt.blocks import KeysValues, gather, gather_each, keys_values_of, last_hidden, states_of
 from backprompt.computation import Computation
 from backprompt.predictions import is_scored, slices
-from backprompt.radix import Place, Span
+from backprompt.radix import Inserted, Span
 from backprompt.scoring import Scoring, ids_up_to, unusable_rows
 from backprompt.token_graph import flat
 
-ReadAhead: TypeAlias = "Callable[[], list[Place]]"
+ReadAhead: TypeAlias = "Callable[[], list[Inserted]]"
 """Returns other texts that will probably be asked for next; called only if something must be computed."""
 
 
@@ -47,7 +47,7 @@ class Readout:
         executor = self._computation.executor
         rows: dict[Span, Tensor] = {}
         for group in slices(list(dict.fromkeys(ends)), executor.rows_in_a_slice):
-            logits = self._computation.logits(torch.stack([_last_hidden(end) for end in group]))
+            logits = self._computation.logits(torch.stack([last_hidden(end) for end in group]))
             rows.update(zip(group, logits, strict=True))
             for idx in unusable_rows(logits):
                 raise executor.logits_error(logits[idx], ids_up_to(group[idx]))
@@ -70,12 +70,12 @@ class Readout:
         if (pooled := self.pooled_logits(end)) is not None:
             return pooled
         executor = self._computation.executor
-        ends = dict.fromkeys([end, *(place.end for place in ahead() if place.end.token_ids)])
+        ends = dict.fromkeys([end, *(text.end for text in ahead() if text.end.token_ids)])
         missing = [other for other in ends if self._pool.get(other) is None]
         missing = missing[: max(1, self._pool.max_bytes // executor.logit_row_bytes)]
         first: Tensor | None = None
         for group in slices(missing, executor.rows_in_a_slice):
-            logits = self._computation.logits(torch.stack([_last_hidden(other) for other in group]))
+            logits = self._computation.logits(torch.stack([last_hidden(other) for other in group]))
             unusable = set(unusable_rows(logits))
             if first is None:  # the row of `end`
                 if 0 in unusable:
@@ -87,7 +87,7 @@ class Readout:
         assert first is not None
         return first
 
-    def all_logits(self, place: Place, start: int, stop: int) -> Tensor:
+    def all_logits(self, text: Inserted, start: int, stop: int) -> Tensor:
         """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`.
 
         Raises:
@@ -95,33 +95,24 @@ class Readout:
 
         """
         executor = self._computation.executor
-        hidden = self.hidden_states(place)[start:stop]
+        hidden = self.hidden_states(text)[start:stop]
         pieces = [self._computation.logits(piece) for piece in torch.split(hidden, executor.rows_in_a_slice)]
         logits = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         for idx in unusable_rows(logits):
-            raise executor.logits_error(logits[idx], flat(place.token_ids)[: start + idx + 1])
+            raise executor.logits_error(logits[idx], flat(text.token_ids)[: start + idx + 1])
         return logits
 
-    def token_logprobs(self, place: Place, ahead: ReadAhead) -> Tensor:
+    def token_logprobs(self, text: Inserted, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
-        if not all(map(is_scored, self._computation.forest.in_order(place))):
-            self._scoring.score([(place, 0)], ahead=ahead())
-        return self._scoring.scores_from(place, 0).logprobs
+        if not all(map(is_scored, self._computation.forest.in_order(text))):
+            self._scoring.score([(text, 0)], ahead=ahead())
+        return self._scoring.scores_from(text, 0).logprobs
 
-    def hidden_states(self, place: Place) -> Tensor:
+    def hidden_states(self, text: Inserted) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""
-        spans = self._computation.forest.in_order(place)
-        return gather(map(states_of, spans), lambda states: states.hidden, dim=0)
+        spans = self._computation.forest.in_order(text)
+        return gather(map(states_of, spans), "hidden")
 
-    def keys_values(self, end: Span) -> tuple[list[Tensor], list[Tensor]]:
-        """Return copies of the text's keys and values, for each layer `(kv_heads, tokens, head_dim)`."""
-        places = [keys_values_of(span) for span in end.path()]
-        num_layers = len(places[0].block.keys)
-        keys = [gather(places, lambda block, i=i: block.keys[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
-        values = [gather(places, lambda block, i=i: block.values[i], dim=1) for i in range(num_layers)]  # type: ignore[misc]
-        return keys, values
-
-
-def _last_hidden(end: Span) -> Tensor:
-    rows = states_of(end)
-    return rows.block.hidden[rows.stop - 1]
+    def keys_values(self, end: Span) -> KeysValues:
+        """Return a copy of the text's keys and values."""
+        return KeysValues(dict(gather_each([keys_values_of(span) for span in end.path()])))

@@ -1,6 +1,6 @@
 """ModelRepr: what a model knows of one text.
 
-A `ModelRepr` is thin: it names a text's token ids and where they end in the forest. Tensors lie with the `LM`, are
+A `ModelRepr` is thin: it names a text's token ids and its end in the forest. Tensors lie with the `LM`, are
 copied out when asked for, and are recomputed if they are gone. What can be had from hidden states (logits,
 log-probabilities) is computed on first use, for this text and, reading ahead, for those evaluated together with it.
 """
@@ -20,7 +20,7 @@ from backprompt.evaluated import Evaluated
 from backprompt.evaluator import Evaluator
 from backprompt.holders import PinnedText
 from backprompt.identity import key_of
-from backprompt.radix import Place, Span
+from backprompt.radix import Inserted, Span
 from backprompt.session import Session
 from backprompt.text import Text
 from backprompt.token_graph import TokenGraph, flat
@@ -99,8 +99,8 @@ class ModelRepr:
             pooled = self._evaluated.evaluator.readout.pooled_logits(self._evaluated.end)
             if pooled is not None:  # also where the text's states were dropped
                 return pooled
-            with self._held() as (evaluator, place):
-                return evaluator.readout.last_logits(place.end, partial(self._read_ahead, "logits"))
+            with self._held() as (evaluator, text):
+                return evaluator.readout.last_logits(text.end, partial(self._read_ahead, "logits"))
 
     @property
     def token_logprobs(self) -> Tensor:
@@ -110,14 +110,14 @@ class ModelRepr:
         stands before it: for a text's first token, and for the first behind a group. A branch's first token follows
         what the group stands behind.
         """
-        with self._held() as (evaluator, place):
-            return evaluator.readout.token_logprobs(place, partial(self._read_ahead, "token_logprobs"))
+        with self._held() as (evaluator, text):
+            return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
 
     @property
     def hidden_states(self) -> Tensor:
         """Final hidden states, which the output head reads, `(tokens, hidden)`, in the model's dtype."""
-        with self._held() as (evaluator, place):
-            return evaluator.readout.hidden_states(place)
+        with self._held() as (evaluator, text):
+            return evaluator.readout.hidden_states(text)
 
     def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the logits after each of the tokens `start..stop`, `(tokens, vocab)`.
@@ -128,8 +128,8 @@ class ModelRepr:
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
         with self._session.exclusive():
             self._check_current()
-            with self._held() as (evaluator, place):
-                return evaluator.readout.all_logits(place, start, stop)
+            with self._held() as (evaluator, text):
+                return evaluator.readout.all_logits(text, start, stop)
 
     def past_key_values(self) -> DynamicCache:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
@@ -148,18 +148,18 @@ class ModelRepr:
                 "past_key_values() is not there for texts with groups or frozen segments: the model would take the "
                 "number of cached tokens for the next position. Read logits and log-probabilities from the text itself."
             )
-        with self._held(with_keys=True) as (evaluator, place):
-            return evaluator.executor.dynamic_cache(*evaluator.readout.keys_values(place.end))
+        with self._held(with_keys_values=True) as (evaluator, text):
+            return evaluator.executor.dynamic_cache(evaluator.readout.keys_values(text.end))
 
     @contextmanager
-    def _held(self, *, with_keys: bool = False) -> Iterator[tuple[Evaluator, Place]]:
+    def _held(self, *, with_keys_values: bool = False) -> Iterator[tuple[Evaluator, Inserted]]:
         """Hold the lock and the text in the evaluator, where it is computed again if it was dropped."""
         with self._session.exclusive():
             self._check_evaluator(self._session.evaluator)
-            if not self._evaluated.is_computed or (with_keys and not self._evaluated.has_keys):
+            if not self._evaluated.is_computed or (with_keys_values and not self._evaluated.has_keys_values):
                 self._check_current()  # something will be computed
-            with self._evaluated.held(with_keys=with_keys) as place:
-                yield self._evaluated.evaluator, place
+            with self._evaluated.held(with_keys_values=with_keys_values) as text:
+                yield self._evaluated.evaluator, text
 
     def _check_current(self) -> None:
         """Look whether the weights have changed, before something is computed with them."""
@@ -172,7 +172,7 @@ class ModelRepr:
                 "tokens was computed. Evaluate the text again: evaluate(text), or text.model_repr."
             )
 
-    def _read_ahead(self, what: str) -> list[Place]:
+    def _read_ahead(self, what: str) -> list[Inserted]:
         """Return the texts to compute `what` for along with this one; something must be computed."""
         self._check_current()
         return self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from backprompt.cache import gather, states_of
+from backprompt.blocks import gather, states_of
 from backprompt.computation import Computation, Request
 from backprompt.forest import Forest
 from backprompt.logprobs import are_distributions
@@ -33,7 +33,7 @@ from backprompt.predictions import (
     write_scores,
 )
 from backprompt.progress import progress_bar
-from backprompt.radix import Place, Span
+from backprompt.radix import Inserted, Span
 from backprompt.scores import TokenScore, TokenScores
 from backprompt.token_graph import TokenGraph, TokenIds, without_last
 
@@ -97,19 +97,19 @@ class Scoring:
         """Evaluate texts and score the wanted tokens of each."""
         found: dict[int, Scored] = {}
         with self._computation.inserted([text.token_ids for text in wanted]) as ends:
-            places = [Place(end, text.token_ids) for end, text in zip(ends, wanted, strict=True)]
+            inserted = [Inserted(end, text.token_ids) for end, text in zip(ends, wanted, strict=True)]
 
             def collect() -> None:
                 """Read off what is there, before any of it is dropped."""
-                ready = [idx for idx, place in enumerate(places) if idx not in found and place.end.is_held()]
+                ready = [idx for idx, text in enumerate(inserted) if idx not in found and text.end.is_held()]
                 candidates: dict[Span, dict[int, None]] = {}
                 for idx in ready:
                     if wanted[idx].candidates:
-                        candidates.setdefault(places[idx].end, {}).update(dict.fromkeys(wanted[idx].candidates))
-                scored = self.score([(places[idx], wanted[idx].start) for idx in ready], candidates)
+                        candidates.setdefault(inserted[idx].end, {}).update(dict.fromkeys(wanted[idx].candidates))
+                scored = self.score([(inserted[idx], wanted[idx].start) for idx in ready], candidates)
                 for idx in ready:
-                    following = {token_id: scored[places[idx].end][token_id] for token_id in wanted[idx].candidates}
-                    found[idx] = Scored(self.scores_from(places[idx], wanted[idx].start), following)
+                    following = {token_id: scored[inserted[idx].end][token_id] for token_id in wanted[idx].candidates}
+                    found[idx] = Scored(self.scores_from(inserted[idx], wanted[idx].start), following)
 
             self._computation.compute(ends, Request(before_eviction=collect))
             collect()
@@ -117,9 +117,9 @@ class Scoring:
 
     def score(
         self,
-        texts: Sequence[tuple[Place, int]],
+        texts: Sequence[tuple[Inserted, int]],
         candidates: Mapping[Span, Collection[int]] | None = None,
-        ahead: Iterable[Place] = (),
+        ahead: Iterable[Inserted] = (),
     ) -> dict[Span, dict[int, TokenScore]]:
         """Compute the log-probabilities of computed texts from a token of each on, counted in written order.
 
@@ -149,15 +149,14 @@ class Scoring:
             found[end][token_id] = score
         return found
 
-    def scores_from(self, place: Place, start: int) -> TokenScores:
+    def scores_from(self, text: Inserted, start: int) -> TokenScores:
         """Return a copy of a scored text's scores from token `start` on, `(tokens - start,)`."""
-        spans = _spans_from(self._computation.forest, place, start)
+        spans = _spans_from(self._computation.forest, text, start)
         if not spans:
             return self._as_tensors([])
         _, first_row = spans[0]
         rows = [states_of(span) for span, _ in spans]
-        logprobs = gather(rows, lambda states: states.logprobs, dim=0)[first_row:]
-        return TokenScores(logprobs, gather(rows, lambda states: states.is_argmax, dim=0)[first_row:])
+        return TokenScores(gather(rows, "logprobs")[first_row:], gather(rows, "is_argmax")[first_row:])
 
     def note_last(self, scores: Mapping[Span, TokenScore]) -> None:
         """Keep the scores of computed spans' last tokens that somebody else has computed, where they are new."""
@@ -165,11 +164,11 @@ class Scoring:
         targets = [Target(0, 0, last_row_of(end)) for end in new]
         write_scores(targets, self._as_tensors(list(new.values())))
 
-    def _add_texts(self, predictions: Predictions, texts: Iterable[tuple[Place, int]]) -> None:
+    def _add_texts(self, predictions: Predictions, texts: Iterable[tuple[Inserted, int]]) -> None:
         """Add the tokens of texts that have no score yet, from a token of each on."""
         first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
-        for place, start in texts:
-            for span, first_row in _spans_from(self._computation.forest, place, start):
+        for text, start in texts:
+            for span, first_row in _spans_from(self._computation.forest, text, start):
                 first_rows[span] = min(first_row, first_rows.get(span, first_row))
         for span, first_row in first_rows.items():
             if first_row == 0:
@@ -216,12 +215,12 @@ class Scoring:
         return unusable
 
     def _check_wanted(
-        self, texts: Sequence[tuple[Place, int]], candidates: Iterable[Span], unusable: Mapping[Sink, Tensor]
+        self, texts: Sequence[tuple[Inserted, int]], candidates: Iterable[Span], unusable: Mapping[Sink, Tensor]
     ) -> None:
         """Raise if a wanted token of the texts, or a candidate, was to be scored by `unusable` logits."""
         executor = self._computation.executor
-        for place, start in texts:
-            for span, first_row in _spans_from(self._computation.forest, place, start):
+        for text, start in texts:
+            for span, first_row in _spans_from(self._computation.forest, text, start):
                 rows = states_of(span)
                 for idx in range(first_row, len(span.token_ids)):
                     logits = unusable.get(HeldRow(rows.block, rows.start + idx))
@@ -257,12 +256,12 @@ def ids_up_to(end: Span) -> tuple[int, ...]:
     return tuple(token_id for span in end.path() for token_id in span.token_ids)
 
 
-def _spans_from(forest: Forest, place: Place, start: int) -> list[tuple[Span, int]]:
+def _spans_from(forest: Forest, text: Inserted, start: int) -> list[tuple[Span, int]]:
     """Return the spans of a text's tokens from `start` on, in written order, each with its first such row."""
-    if not isinstance(place.token_ids, TokenGraph):
-        return [(span, max(0, start - span.position)) for span in _path_from(place.end, start)]
+    if not isinstance(text.token_ids, TokenGraph):
+        return [(span, max(0, start - span.position)) for span in _path_from(text.end, start)]
     spans, num_before = [], 0
-    for span in forest.in_order(place):
+    for span in forest.in_order(text):
         stop = num_before + len(span.token_ids)
         if stop > start:
             spans.append((span, max(0, start - num_before)))

@@ -25,7 +25,7 @@ from torch import nn
 
 from backprompt.archive import Archive
 from backprompt.arguments import as_list
-from backprompt.cache import Location
+from backprompt.blocks import Location
 from backprompt.computation import Counters
 from backprompt.errors import NoStoreError, StaleRepresentationError, UnboundTextError
 from backprompt.evaluated import Batch, Evaluated
@@ -37,7 +37,7 @@ from backprompt.host import HostMemory
 from backprompt.limits import TextLimits, check_has_last_token
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.options import Options, check_can_pin
-from backprompt.radix import Place
+from backprompt.radix import Inserted
 from backprompt.scoring import split_to_score
 from backprompt.skeleton import model_device, unwrap
 from backprompt.store import DiskStore, Store
@@ -283,7 +283,7 @@ class Session:
         if missing:
             ends = evaluator.evaluate(list(missing.values()))
             batch = Batch(evaluator)
-            new = {text: batch.add(Place(end, ids)) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
+            new = {text: batch.add(Inserted(end, ids)) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]

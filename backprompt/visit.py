@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from backprompt.radix import Span
-from backprompt.tier import KINDS, Kind
+from backprompt.radix import KINDS, Kind, Span
 
 
 class Visit:
@@ -26,14 +25,14 @@ class Visit:
     def __init__(self, room: int, bring: Callable[[Kind, Span], bool]) -> None:
         self.room = room
         self._bring = bring
-        self._has: dict[Kind, dict[Span, bool]] = {"states": {}, "rows": {}}
+        self._has: dict[Kind, dict[Span, bool]] = {kind: {} for kind in KINDS}
 
-    def serve(self, ends: Sequence[Span], *, with_keys: bool) -> list[Span]:
+    def serve(self, ends: Sequence[Span], *, with_keys_values: bool) -> list[Span]:
         """Bring what the texts that end here need; return the ends of those that got it, at least the first."""
         served: list[Span] = []
         for end in ends:
             for kind in KINDS:
-                if kind == "rows" and self._has["states"][end] and not with_keys:
+                if kind == "keys_values" and self._has["states"][end] and not with_keys_values:
                     continue
                 for span in end.closure(known=self._has[kind]):
                     if served and self.room < 0:
@@ -49,7 +48,7 @@ class Visit:
 
     def _may_hold(self, kind: Kind, span: Span) -> bool:
         """Whether what it continues holds such, and it has states if this is for keys and values."""
-        if kind == "rows" and not (span.states is not None or self._has["states"].get(span)):
+        if kind == "keys_values" and not (span.is_held() or self._has["states"].get(span)):
             return False
         parents = [parent for parent in span.parents if parent.parent is not None]
-        return all(self._has[kind].get(parent) or getattr(parent, kind) is not None for parent in parents)
+        return all(self._has[kind].get(parent) or parent.holds(kind) for parent in parents)

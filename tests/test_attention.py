@@ -17,7 +17,7 @@ from backprompt.attention import calls, kernels
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
 from backprompt.attention.kernels import ChosenKernel, Kernel, KernelOutput, additive_mask, choose_kernel, clear_kernel
-from backprompt.cache import BlockRows, KeysValues
+from backprompt.blocks import BlockRows, KeysValues
 from backprompt.forest import Forest
 from backprompt.passes import cut_into_passes, missing_spans
 from backprompt.plan import Pass, plan_pass
@@ -255,7 +255,7 @@ class Layers:
     def block(self, names: Sequence[Ids]) -> KeysValues:
         """What a pass over these tokens leaves behind, as far as attention reads it."""
         keys, values = ([self.rows(layer_idx, names)[i].contiguous() for layer_idx in (0, 1)] for i in (1, 2))
-        return KeysValues(keys, values)
+        return KeysValues.of(keys, values)
 
     def expected(self, layer_idx: int, names: Sequence[Ids], scoring: Scoring) -> Tensor:
         """What these tokens get: attention over all that leads to each, itself included, within the window."""
@@ -282,7 +282,7 @@ def passes_over(
             yield plan_pass(group, tile_tokens), names
             block = layers.block(names)
             for span, start, stop in zip(group, ends, ends[1:], strict=False):
-                span.rows = span.states = BlockRows(block, start, stop)
+                span.keys_values = span.states = BlockRows(block, start, stop)
 
 
 def batches_of_texts(seed: int, num_texts: int) -> tuple[list[Ids], ...]:
@@ -360,7 +360,7 @@ def attend_last_pass(batches: Sequence[Sequence[Ids]], window: int | None) -> li
 
     rows = layers.rows(1, names)
     blocks = [segment.block for segment in pass_.segments if segment.block is not None]
-    given = [*rows, *(tensor for block in blocks for tensor in (*block.keys, *block.values))]
+    given = [*rows, *(tensor for block in blocks for tensor in block.tensors.values())]
     before = [tensor.clone() for tensor in given]
     CallsAttention(ChosenKernel("counting", kernel)).prepare(pass_).attend(1, *rows, Scoring(0.4, window))
     assert all(map(torch.equal, given, before))

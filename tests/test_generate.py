@@ -25,7 +25,7 @@ from backprompt import (
 )
 from backprompt._generate import Run
 from backprompt.attention.calls import PreparedCalls
-from backprompt.cache import Location
+from backprompt.blocks import Location
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS
 from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe
@@ -247,7 +247,7 @@ def test_a_continuation_is_few_spans(lm):
     found = Text(PROMPTS[0], lm).generate(max_new_tokens=60)
     end = lm.session.evaluator.forest.insert(found.tokens[:-1])
     assert len(end.path()) == 2
-    assert len({id(span.rows.block) for span in end.path()}) == 2
+    assert len({id(span.keys_values.block) for span in end.path()}) == 2
 
 
 def test_a_step_is_a_few_kernel_calls_however_many_texts_grow(lm, monkeypatch):

@@ -193,7 +193,7 @@ class World:
         assert evaluator.holders.ends() == growing | {pin._text.end for pin in pins}
         for pin in pins:
             assert evaluator.forest.insert(pin._text.token_ids) is pin._text.end
-            assert all(span.rows is not None for span in pin._text.end.closure())
+            assert all(span.keys_values is not None for span in pin._text.end.closure())
 
     def check(self):
         """Check all else that is promised."""
@@ -215,8 +215,8 @@ class World:
     def check_counts(self):
         evaluator, stats = self.lm.session.evaluator, self.lm.stats
         for num_bytes, slots in (
-            (stats.bytes_held, ("rows", "states")),
-            (stats.host_bytes_held, ("host_rows", "host_states")),
+            (stats.bytes_held, ("keys_values", "states")),
+            (stats.host_bytes_held, ("host_keys_values", "host_states")),
         ):
             places = (getattr(span, slot) for span in evaluator.forest.spans() for slot in slots)
             blocks = {place.block for place in places if place is not None and place.block is not None}

@@ -38,7 +38,7 @@ from backprompt import (
     evaluate,
     load,
 )
-from backprompt.cache import KeysValues, States
+from backprompt.blocks import KeysValues, States
 from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe
@@ -204,9 +204,7 @@ def all_blocks():
 
 
 def tensors_of(block):
-    if isinstance(block, KeysValues):
-        return [*block.keys, *block.values]
-    return [block.hidden, block.logprobs, block.is_argmax, block.has_logprobs]
+    return list(block.tensors.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -606,7 +604,7 @@ def test_a_failed_pass_keeps_what_was_computed_and_stores_nothing_half(error, fa
         evaluate(texts)
     kept = sum(calls.bodies[: failing_pass - 1])
     assert lm.stats.bytes_held == kept * TOKEN_BYTES
-    assert all(span.rows is not None for span in lm.session.evaluator.forest.spans())
+    assert all(span.keys_values is not None for span in lm.session.evaluator.forest.spans())
 
     calls.bodies.clear()
     evaluate(texts)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from backprompt import LM, MemoryBudgetError, Text, TokenIdError, evaluate, load, tier
-from backprompt.cache import Location
+from backprompt.blocks import Location
 from backprompt.host import HostMemory
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.store import DiskStore, MemoryStore
@@ -57,7 +57,7 @@ def check_is_sound(lm):
     """
     evaluator = lm.session.evaluator
     spans = list(evaluator.forest.spans())
-    for kind in ("rows", "states"):
+    for kind in ("keys_values", "states"):
         for span in spans:
             places = getattr(span, kind), getattr(span, f"host_{kind}")
             assert None in places
@@ -68,7 +68,7 @@ def check_is_sound(lm):
             assert parent.parent is None or places[0] is None or getattr(parent, kind) is not None
     for pool, prefix in ((evaluator.memory, ""), (evaluator.host, "host_")):
         blocks = set()
-        for kind in ("rows", "states"):
+        for kind in ("keys_values", "states"):
             num_rows = {}
             for place in filter(None, (getattr(span, prefix + kind) for span in spans)):
                 num_rows[place.block] = num_rows.get(place.block, 0) + place.stop - place.start
@@ -76,16 +76,15 @@ def check_is_sound(lm):
             blocks |= set(num_rows)
         assert blocks == set(pool._blocks)
     for span in spans:
-        for place in filter(None, (span.rows, span.states, span.host_rows, span.host_states)):
+        for place in filter(None, (span.keys_values, span.states, span.host_keys_values, span.host_states)):
             assert place.stop - place.start == len(span.token_ids)
-    assert all(span.rows is None or span.states is not None for span in spans)
-    assert not any(span.is_empty and (span.rows or span.host_rows) for span in spans)
+    assert all(span.keys_values is None or span.states is not None for span in spans)
+    assert not any(span.is_empty and (span.keys_values or span.host_keys_values) for span in spans)
 
 
 def tensors_of(block):
-    """All tensors of a block, with the names of their fields."""
-    fields = [(name, field if isinstance(field, list) else [field]) for name, field in vars(block).items()]
-    return [(name, tensor) for name, tensors in fields for tensor in tensors]
+    """All tensors of a block, with their kinds."""
+    return [(name.split(".")[0], tensor) for name, tensor in block.tensors.items()]
 
 
 def watch_peaks(lm):
@@ -476,7 +475,7 @@ def test_a_failed_compaction_leaves_nothing_half_cut(model, tokenizer, monkeypat
     lm = make_lm(model, tokenizer, 60)
     texts = wide_forest(lm)
     with monkeypatch.context() as patch:
-        patch.setattr("backprompt.cache.States.keep", fail)
+        patch.setattr("backprompt.blocks.States.keep", fail)
         with pytest.raises(torch.OutOfMemoryError):
             [evaluate(texts[:num_texts]) for num_texts in range(1, len(texts))]
     assert lm.stats.bytes_held == 0
@@ -606,7 +605,7 @@ def test_what_a_part_of_a_text_continues_stays_when_the_part_moves_back(model, t
     for text in (stem, second, first, stem, other):
         evaluate(text)
     spans = [lm.session.evaluator.forest.insert(text.tokens) for text in (first, stem, second, other)]
-    assert [span.rows is None for span in spans] == [True, False, True, False]
+    assert [span.keys_values is None for span in spans] == [True, False, True, False]
     add = lm.session.evaluator.memory.add
     lm.session.evaluator.memory.add = lambda blocks: (add(blocks), check_is_sound(lm))
     evaluate([Text.from_tokens((*text.tokens, 7), lm) for text in (first, second)])

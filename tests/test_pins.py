@@ -168,7 +168,7 @@ class Holders(RuleBasedStateMachine):
         evaluator = self.lm.session.evaluator
         pinned = {evaluator.forest.insert(pin._text.token_ids) for pin in self.pins}
         assert set(evaluator.holders.pinned_ends()) == pinned
-        assert all(span.rows is not None for end in pinned for span in end.closure())
+        assert all(span.keys_values is not None for end in pinned for span in end.closure())
         growing = {end for stream in self.streams for live in stream._run._live for end in live.ends.values()}
         assert evaluator.holders.ends() == pinned | growing
 

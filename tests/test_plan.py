@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt.cache import BlockRows
+from backprompt.blocks import BlockRows
 from backprompt.forest import Forest
 from backprompt.passes import MIN_CUT_TOKENS, cut_into_passes, missing_spans
 from backprompt.plan import KeySegment, Pass, plan_pass
@@ -81,10 +81,10 @@ class World:
         block, start = object(), 0
         self.blocks.append(block)
         for span in spans:
-            if span.rows is None:
+            if span.keys_values is None:
                 tokens = tokens_of([span])
                 self.token_at |= {(block, start + row): token for row, token in enumerate(tokens)}
-                span.rows = span.states = BlockRows(block, start, start + len(tokens))
+                span.keys_values = span.states = BlockRows(block, start, start + len(tokens))
                 start += len(tokens)
 
     @property
@@ -147,7 +147,7 @@ def test_missing_spans_are_what_is_wanted_and_not_computed(scene: Scene) -> None
     world = World(computed)
     spans = missing_spans([world.forest.insert(ids) for ids in wanted])
     assert sorted(tokens_of(spans)) == sorted(prefixes(wanted) - world.computed)
-    assert all(span.rows is None for span in spans)
+    assert all(span.keys_values is None for span in spans)
 
 
 @given(scenes)
@@ -355,8 +355,8 @@ def test_what_lies_apart_in_memory_is_attended_to_apart() -> None:
     for block_of_second, start in ((object(), 25), (None, 0)):
         forest = Forest()
         first, second, end = (forest.insert(range(num_tokens)) for num_tokens in (20, 30, 33))
-        first.rows = BlockRows(block := object(), 5, 25)
-        second.rows = BlockRows(block_of_second or block, start, start + 10)
+        first.keys_values = BlockRows(block := object(), 5, 25)
+        second.keys_values = BlockRows(block_of_second or block, start, start + 10)
         assert cross(plan_pass([end])) == (
             KeySegment(0, 3, block, 5, 25, key_position=0),
             KeySegment(0, 3, block_of_second or block, start, start + 10, key_position=20),

@@ -1,16 +1,19 @@
 """The forest of spans spells what was inserted, shares every common beginning, and loses no row when it splits."""
 
+import ast
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from backprompt.cache import BlockRows
+import backprompt
+from backprompt.blocks import BlockRows
 from backprompt.forest import Forest
-from backprompt.radix import Junction, JunctionKey, Span
+from backprompt.radix import KINDS, Junction, JunctionKey, Kind, Pool, Span
 
 Ids = tuple[int, ...]
 
@@ -72,21 +75,23 @@ class Computed:
         end = self._forest.insert(ids)
         block, num_rows = object(), 7  # the rows before these are another text's
         for span in path_to(end):
-            if span.rows is None:
+            if span.keys_values is None:
                 stop = num_rows + len(span.token_ids)
-                span.rows = span.states = BlockRows(block, num_rows, stop)
+                span.keys_values = span.states = BlockRows(block, num_rows, stop)
                 for row in range(num_rows, stop):
                     self._token_at[block, row] = spelled(span)[: span.position + row - num_rows + 1]
                 num_rows = stop
 
     def tokens_of(self, span: Span) -> list[Ids]:
         """What leads to the tokens that the rows of `span` stand for."""
-        rows = span.rows
+        rows = span.keys_values
         assert rows is not None
         return [self._token_at[rows.block, row] for row in range(rows.start, rows.stop)]
 
     def tokens(self) -> set[Ids]:
-        return {token for span in all_spans(self._forest) if span.rows is not None for token in self.tokens_of(span)}
+        return {
+            token for span in all_spans(self._forest) if span.keys_values is not None for token in self.tokens_of(span)
+        }
 
 
 def path_to(end: Span) -> list[Span]:
@@ -172,7 +177,7 @@ def test_a_split_keeps_every_row_with_its_token(computed_batch: list[Ids], batch
     for ids in batch:
         forest.insert(ids)
     for span in all_spans(forest):
-        if span.rows is not None:
+        if span.keys_values is not None:
             ids = spelled(span)
             assert computed.tokens_of(span) == [ids[: stop + 1] for stop in range(span.position, len(ids))]
     assert computed.tokens() == prefixes(computed_batch)
@@ -188,8 +193,8 @@ def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
     forest = Forest()
     below, sibling, span = forest.insert((5, 6, 7, 8, 9, 10)), forest.insert((5, 1)), forest.insert((5, 6, 7, 8, 9))
     parent, block = span.parent, object()
-    span.rows, span.states = BlockRows(block, 20, 24), BlockRows(block, 30, 34)
-    span.host_rows, span.host_states = BlockRows(block, 40, 44), BlockRows(block, 50, 54)
+    span.keys_values, span.states = BlockRows(block, 20, 24), BlockRows(block, 30, 34)
+    span.host_keys_values, span.host_states = BlockRows(block, 40, 44), BlockRows(block, 50, 54)
     span.was_computed = True
     upper = forest.split(span, num_tokens)
     assert parent is not None
@@ -198,12 +203,12 @@ def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
     assert (upper.children, span.children) == ({span.token_ids[0]: span}, {10: below})
     assert (upper.token_ids, span.token_ids) == ((6, 7, 8, 9)[:num_tokens], (6, 7, 8, 9)[num_tokens:])
     assert (upper.position, span.position) == (1, 1 + num_tokens)
-    assert upper.rows == BlockRows(block, 20, 20 + num_tokens)
-    assert span.rows == BlockRows(block, 20 + num_tokens, 24)
+    assert upper.keys_values == BlockRows(block, 20, 20 + num_tokens)
+    assert span.keys_values == BlockRows(block, 20 + num_tokens, 24)
     assert upper.states == BlockRows(block, 30, 30 + num_tokens)
     assert span.states == BlockRows(block, 30 + num_tokens, 34)
-    assert upper.host_rows == BlockRows(block, 40, 40 + num_tokens)
-    assert span.host_rows == BlockRows(block, 40 + num_tokens, 44)
+    assert upper.host_keys_values == BlockRows(block, 40, 40 + num_tokens)
+    assert span.host_keys_values == BlockRows(block, 40 + num_tokens, 44)
     assert upper.host_states == BlockRows(block, 50, 50 + num_tokens)
     assert span.host_states == BlockRows(block, 50 + num_tokens, 54)
     assert upper.was_computed
@@ -305,9 +310,9 @@ def test_prune_leaves_what_is_held_in_the_second_pool() -> None:
     forest.prune()
     assert list(all_spans(forest)) == spans[:2]
     assert repr(spans[1]) == "Span(1 tokens at 1, 0 children, held in the second pool)"
-    spans[1].host_rows = BlockRows(object(), 0, 1)
+    spans[1].host_keys_values = BlockRows(object(), 0, 1)
     forest.clear()
-    assert (spans[1].host_rows, spans[1].host_states) == (None, None)
+    assert (spans[1].host_keys_values, spans[1].host_states) == (None, None)
 
 
 @given(batches)
@@ -320,7 +325,7 @@ def test_clear_forgets_every_span_also_for_those_who_hold_one(batch: list[Ids]) 
     spans = list(all_spans(forest))
     forest.clear()
     assert list(all_spans(forest)) == []
-    assert [(span.rows, span.states) for span in spans] == [(None, None)] * len(spans)
+    assert [(span.keys_values, span.states) for span in spans] == [(None, None)] * len(spans)
     assert [spelled(end) for end in ends] == batch
     assert [forest.num_computed(ids) for ids in batch] == [0] * len(batch)
 
@@ -336,7 +341,7 @@ def test_a_chain_of_ten_thousand_spans() -> None:
     assert list(forest.spans()) == end.path()
     assert forest.insert(ids) is end
     for span in end.path():
-        span.rows = span.states = BlockRows(object(), 0, 1)
+        span.keys_values = span.states = BlockRows(object(), 0, 1)
     branch = forest.insert((*ids, 1))
     assert branch.parent is end
     assert forest.num_computed((*ids, 1)) == len(ids)
@@ -361,19 +366,47 @@ def test_an_evaluation_that_has_computed_nothing_goes_on() -> None:
     [
         ((), False, False, False, False),
         (("states",), True, False, True, False),
-        (("states", "rows"), True, True, True, True),
+        (("states", "keys_values"), True, True, True, True),
         (("host_states",), False, False, True, False),
-        (("host_states", "host_rows"), False, False, True, True),
-        (("states", "host_rows"), True, False, True, True),
+        (("host_states", "host_keys_values"), False, False, True, True),
+        (("states", "host_keys_values"), True, False, True, True),
     ],
 )
 def test_where_a_span_is_held_and_with_what(slots, held, with_keys, anywhere, anywhere_with_keys) -> None:
     span = Forest().insert((1, 2))
     for slot in slots:
         setattr(span, slot, BlockRows(object(), 0, 2))
-    assert (span.is_held(), span.is_held(with_keys=True)) == (held, with_keys)
-    assert (span.is_held(in_host=True), span.is_held(in_host=True, with_keys=True)) == (anywhere, anywhere_with_keys)
+    assert (span.is_held(), span.is_held(with_keys_values=True)) == (held, with_keys)
+    assert (span.is_held(in_host=True), span.is_held(in_host=True, with_keys_values=True)) == (
+        anywhere,
+        anywhere_with_keys,
+    )
     assert span.is_empty == (not anywhere)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thing_lies_in_one_pool_at_most(kind: Kind) -> None:
+    span = Forest().insert((1, 2))
+
+    def lies_in(kind: Kind) -> list[Pool]:
+        return [pool for pool in ("device", "host") if span.rows_in(kind, pool) is not None]
+
+    (other,) = set(KINDS) - {kind}
+    rows = BlockRows(object(), 0, 2)
+    span.move(kind, rows, "host")
+    assert (lies_in(kind), lies_in(other)) == (["host"], [])
+    span.place(**{kind: rows})
+    assert (lies_in(kind), lies_in(other)) == (["device"], [])
+    span.move(kind, rows, "host")
+    span.move(other, rows, "device")
+    assert (lies_in(kind), lies_in(other)) == (["host"], ["device"])
+    span.let_go(kind, "device")  # it does not lie there
+    assert lies_in(kind) == ["host"]
+    span.let_go(kind, "host")
+    assert (lies_in(kind), lies_in(other)) == ([], ["device"])
+    span.move(kind, rows, "host")
+    span.drop()
+    assert (lies_in(kind), lies_in(other)) == ([], [])
 
 
 def test_a_junction_is_found_by_its_branches_in_any_order_each_as_often_as_it_is_there() -> None:
@@ -385,3 +418,16 @@ def test_a_junction_is_found_by_its_branches_in_any_order_each_as_often_as_it_is
     assert context.junction([(b, True), (a, False), (a, False)]) is junction
     for ends in ([(a, False), (b, True)], [(a, False), (b, False), (a, False)], [(a, True), (b, True), (a, True)]):
         assert context.junction(ends) is None
+
+
+def test_only_spans_say_and_set_where_their_rows_lie():
+    """No other module compares these attributes with None, or writes them."""
+    slots = {"keys_values", "states", "host_keys_values", "host_states"}
+    found = set()
+    for path in Path(backprompt.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            given = [node.left, *node.comparators] if isinstance(node, ast.Compare) else [node]
+            is_use = isinstance(node, ast.Compare) or isinstance(getattr(node, "ctx", None), ast.Store)
+            if is_use and any(isinstance(part, ast.Attribute) and part.attr in slots for part in given):
+                found.add(path.name)
+    assert found == {"radix.py"}

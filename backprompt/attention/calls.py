@@ -21,11 +21,12 @@ from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, ch
 from backprompt.plan import Call, KeySegment, Pass
 
 
-class KeysValues(Protocol):
-    """A block of computed rows: `keys[layer]` and `values[layer]`, each `(kv_heads, rows, head_dim)`."""
+class Layers(Protocol):
+    """Keys and values of computed rows."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    def layer(self, layer_idx: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, those of some rows, each `(kv_heads, rows, head_dim)`."""
+        ...
 
 
 class CallsAttention:
@@ -83,18 +84,12 @@ class PreparedCalls:
         joined = _Joined(query, value)
         for masked in self._calls(query, scoring.window):
             call = masked.call
-            keys, values = key, value
-            if call.block is not None:
-                block = cast(KeysValues, call.block)  # the plan does not look into blocks
-                keys, values = block.keys[layer_idx], block.values[layer_idx]
-            output, lse = kernel(
-                query[:, call.rows],
-                keys[:, call.keys],
-                values[:, call.keys],
-                scoring.scaling,
-                call.is_causal,
-                masked.mask,
-            )
+            if call.block is None:
+                keys, values = key[:, call.keys], value[:, call.keys]
+            else:
+                block = cast(Layers, call.block)  # the plan does not look into blocks
+                keys, values = block.layer(layer_idx, call.keys)
+            output, lse = kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.mask)
             if call.is_own:
                 joined.start_with(call.rows, output, lse)
                 continue

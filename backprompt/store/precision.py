@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from backprompt.blocks import IN_MODEL_DTYPE, kind_of
+
 StoredDtype: TypeAlias = Literal["float16", "int8"]
 STORED_DTYPES: tuple[StoredDtype, ...] = ("float16", "int8")
 
@@ -50,9 +52,9 @@ def encode(tensors: Mapping[str, Tensor], dtype: StoredDtype) -> Encoded:
     encoded = Encoded({}, {}, 0.0)
     error = 0.0
     for name, tensor in tensors.items():
-        kind = name.split(".")[0]
+        kind = kind_of(name)
         parts = {name: tensor}
-        if kind in ("keys", "values", "hidden"):
+        if kind in IN_MODEL_DTYPE:
             encoded.dtypes[kind] = str(tensor.dtype).removeprefix("torch.")
             fewer_bits = _in_fewer_bits(name, tensor, dtype)
             decoded = decode(fewer_bits, name, encoded.dtypes)
@@ -64,7 +66,7 @@ def encode(tensors: Mapping[str, Tensor], dtype: StoredDtype) -> Encoded:
 
 def decode(tensors: Mapping[str, Tensor], name: str, dtypes: Mapping[str, str]) -> Tensor:
     """Return the tensor that was encoded under this name, or, if it was not, the one that has it."""
-    kind = name.split(".")[0]
+    kind = kind_of(name)
     scale, stored = tensors.get(name + SCALE), tensors[name]
     if kind not in dtypes:
         return stored

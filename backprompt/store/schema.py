@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from backprompt._visible import abbreviated
+from backprompt.blocks import AXES, IN_MODEL_DTYPE, STATE_TENSORS, kind_of, layer_names, token_axis
 from backprompt.errors import DamagedEntryError
 from backprompt.identity import EXACT
 from backprompt.store.base import MAX_INT, Header
@@ -37,11 +38,8 @@ MAX_NAME_LENGTH = 200
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_LENGTH}}}")
 _WORDS = re.compile(r"[ -~]{1,200}")
 _LAYER = re.compile(r"(keys|values)\.(0|[1-9][0-9]{0,5})")
-_NUM_AXES = {"keys": 3, "values": 3, "hidden": 2, "logprobs": 1, "is_argmax": 1, "has_logprobs": 1}
-_STATES = frozenset({"hidden", "logprobs", "is_argmax", "has_logprobs"})
 _OPTIONAL = frozenset({"is_argmax"})
 _FLOATS = frozenset(COMPUTED_DTYPES.values())
-_KINDS = frozenset({"keys", "values", "hidden"})
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def _check_precision(header: Header) -> None:
     """Raise where it is not clear how the tensors were stored."""
     if header.exactness != EXACT and header.exactness not in STORED_DTYPES:
         raise DamagedEntryError("its exactness is unknown")
-    kinds = frozenset() if header.exactness == EXACT else _KINDS
+    kinds = frozenset() if header.exactness == EXACT else IN_MODEL_DTYPE
     dtypes = header.dtypes
     if not isinstance(dtypes, Mapping) or dtypes.keys() != kinds or not COMPUTED_DTYPES.keys() >= _strings(dtypes):
         raise DamagedEntryError("it does not say rightly what its tensors were before they were stored")
@@ -141,7 +139,7 @@ def _names_of_any_model(tensors: Mapping[str, TensorSpec]) -> frozenset[str]:
     num_layers = max((int(layer[2]) + 1 for layer in layers if layer is not None), default=1)
     if num_layers > len(tensors):  # so that what is made here is no larger than what was read
         raise DamagedEntryError("it lacks layers")
-    return _STATES | {f"{kind}.{idx}" for kind in ("keys", "values") for idx in range(num_layers)}
+    return STATE_TENSORS.union(*map(layer_names, range(num_layers)))
 
 
 def _check_names(found: Mapping[str, TensorSpec], expected: frozenset[str]) -> None:
@@ -153,21 +151,20 @@ def _check_names(found: Mapping[str, TensorSpec], expected: frozenset[str]) -> N
 
 
 def _check_shape(header: Header, name: str, spec: TensorSpec, expected: TensorSpec | None) -> None:
-    kind = name.split(".")[0]
-    token_axis = 1 if kind in ("keys", "values") else 0
     if expected is not None and spec.shape != expected.shape:
         raise DamagedEntryError(
             f"tensor {name!r} has the shape {spec.shape}, and the model computes {expected.shape} for its tokens"
         )
-    if len(spec.shape) != _NUM_AXES[kind] or min(spec.shape) < 1 or spec.shape[token_axis] != len(header.token_ids):
+    is_right = len(spec.shape) == len(AXES[kind_of(name)]) and min(spec.shape) >= 1
+    if not is_right or spec.shape[token_axis(name)] != len(header.token_ids):
         raise DamagedEntryError(f"tensor {name!r} has the shape {spec.shape}, of {len(header.token_ids)} tokens")
 
 
 def _check_dtype(header: Header, name: str, spec: TensorSpec, expected: TensorSpec | None) -> None:
-    kind = name.split(".")[0]
+    kind = kind_of(name)
     if kind == "logprobs":
         is_right = spec.dtype in (torch.float32, torch.float64)
-    elif kind not in _KINDS:
+    elif kind not in IN_MODEL_DTYPE:
         is_right = spec.dtype == torch.bool
     else:
         computed = COMPUTED_DTYPES[header.dtypes[kind]] if header.dtypes else spec.dtype
