@@ -2,7 +2,7 @@
 
 from backprompt import classify
 from backprompt._chat import chat
-from backprompt._draw import Drawing, draw
+from backprompt._draw import draw
 from backprompt._explain import Divergence, Explanation, explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
 from backprompt._graph import to_networkx
@@ -10,6 +10,7 @@ from backprompt._plot import plot_probabilities
 from backprompt._show import ShownText, ShownToken
 from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.bound import evaluate
+from backprompt.drawing import Drawing
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
