@@ -31,7 +31,7 @@ from backprompt.stops import StopStrings
 from backprompt.text import Text, lazily
 from backprompt.texts import as_texts
 from backprompt.token_graph import TokenIds, flat, with_more
-from backprompt.tokens import added
+from backprompt.tokenizer import added
 
 if TYPE_CHECKING:
     from backprompt.evaluator import Evaluator

@@ -22,6 +22,7 @@ from backprompt.errors import (
 )
 from backprompt.extents import Extent, Join
 from backprompt.forking import ForkableLock, watch_lm
+from backprompt.joins import Joins
 from backprompt.lookup import Piece
 from backprompt.options import Options, check_options
 from backprompt.progress import showing
@@ -33,7 +34,6 @@ from backprompt.store import Store
 from backprompt.text import Text
 from backprompt.text_scores import next_token_logprobs, token_scores
 from backprompt.token_graph import flat
-from backprompt.tokens import Joins
 
 
 class LM(Engine[Text]):

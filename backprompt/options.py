@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from backprompt.arguments import as_bool, as_int
+from backprompt.joins import JOINS, Joins
 from backprompt.memory import parse_bytes
 from backprompt.store import Store
-from backprompt.tokens import JOINS, Joins
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from backprompt.archive import Archive
 from backprompt.arguments import as_list
 from backprompt.cache import Location
 from backprompt.computation import Counters
+from backprompt.encoder import Encoder
 from backprompt.errors import NoStoreError, StaleRepresentationError, UnboundTextError
 from backprompt.evaluated import Batch, Evaluated
 from backprompt.evaluator import Evaluator
@@ -45,7 +46,6 @@ from backprompt.text import Text, bound_engine, lazily
 from backprompt.texts import engine_of
 from backprompt.token_graph import TokenIds, before_last, num_positions
 from backprompt.tokenizer import PrivateTokenizer
-from backprompt.tokens import Encoder
 
 logger = logging.getLogger(__name__)
 

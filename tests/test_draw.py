@@ -193,11 +193,15 @@ def test_no_more_boxes_for_more_texts(lm: LM, texts: Callable[[LM, int], list[Te
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_every_node_is_in_one_box_and_frames_are_within_each_other_or_apart(data: st.DataObject) -> None:
-    strings = st.sampled_from("abcd").map(Text)
-    joined = st.deferred(lambda: st.lists(pieces, min_size=1, max_size=3).map(lambda some: sum(some[1:], some[0])))
-    groups = st.deferred(lambda: st.lists(joined, min_size=2, max_size=3).map(backprompt.parallel))
-    pieces = strings | groups | joined.map(Text.frozen)
-    graph = to_networkx(data.draw(st.lists(joined, min_size=1, max_size=8)))
+    def joined(pieces: st.SearchStrategy[Text]) -> st.SearchStrategy[Text]:
+        return st.lists(pieces, min_size=1, max_size=3).map(lambda some: sum(some[1:], some[0]))
+
+    def side_by_side_or_frozen(pieces: st.SearchStrategy[Text]) -> st.SearchStrategy[Text]:
+        groups = st.lists(joined(pieces), min_size=2, max_size=3).map(backprompt.parallel)
+        return groups | joined(pieces).map(Text.frozen)
+
+    pieces = st.recursive(st.sampled_from("abcd").map(Text), side_by_side_or_frozen, max_leaves=12)
+    graph = to_networkx(data.draw(st.lists(joined(pieces), min_size=1, max_size=8)))
     folding = Folding(graph, data.draw(st.integers(2, 3)))
     assert sorted(node for box in folding.boxes.values() for node in box.nodes) == sorted(graph)
     assert all(node in folding.boxes[name].nodes for node, name in folding.of.items())

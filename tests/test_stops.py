@@ -12,7 +12,7 @@ from backprompt import LM, GenerationError, Text, TextTypeError, TokenizerError,
 from backprompt._generate import ContinuedText
 from backprompt.decoded import Decoder
 from backprompt.stops import Cut, StopStrings
-from backprompt.tokens import added
+from backprompt.tokenizer import added
 from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram
 
