@@ -3,7 +3,7 @@
 from backprompt import classify
 from backprompt._chat import chat
 from backprompt._draw import draw
-from backprompt._explain import Divergence, Explanation, explain
+from backprompt._explain import explain
 from backprompt._generate import GeneratedText, SelectedText, Stream, generate
 from backprompt._graph import to_networkx
 from backprompt._plot import plot_probabilities
@@ -37,6 +37,7 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
+from backprompt.explanation import Divergence, Explanation
 from backprompt.extents import Extent, Join
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM
