@@ -175,7 +175,7 @@ class LM(Engine[Text]):
         """
         texts = self._session.own_texts(texts)
         with self._session.exclusive(), showing(show_progress_bar):
-            self._session.current().begin_evaluation()
+            self._session.current().forest.begin_evaluation()
             return [ModelRepr(self._session, evaluated) for evaluated in self._session.evaluate(texts)]
 
     def representation(self, text: Text) -> ModelRepr:

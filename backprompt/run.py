@@ -143,7 +143,7 @@ class Run:
         """Let each live text go on by the logits that it wants."""
         wanted = [(live, ids) for live in self._live for ids in live.decoding.ahead]
         rows = evaluator.readout.next_logits([live.ends[ids] for live, ids in wanted])
-        evaluator.check_unchanged()  # before anything is chosen by them
+        evaluator.computation.check_unchanged()  # before anything is chosen by them
         logits: dict[_Live, dict[Completion, Tensor]] = {}
         for (live, ids), row in zip(wanted, rows, strict=True):
             logits.setdefault(live, {})[ids] = row

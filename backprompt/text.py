@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from backprompt._visible import abbreviated, shortened
-from backprompt.arguments import as_bool, as_choice, as_list
+from backprompt.arguments import as_bool, as_choice, as_list, is_python_int
 from backprompt.engine import Engine, Pinned, Representation, Shown, TextStream, as_engine, outside
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.extents import Join
@@ -110,7 +110,7 @@ class Text:
         """
         segment = tuple(as_list(token_ids, "Text.from_tokens takes ints in order"))
         for token_id in segment:
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
+            if not is_python_int(token_id):
                 raise TextTypeError(
                     f"Text.from_tokens takes ints, not {type(token_id).__name__}: {token_id!r}. "
                     "A tensor or an array of ids becomes ints with .tolist()."
