@@ -29,6 +29,8 @@ from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, le
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from backprompt.drawing import Drawing
+
 _PRIME = (1 << 61) - 1
 _BASE = 0x1A2B3C4D5E6F789
 _REPR_CHARACTERS = 60
@@ -329,9 +331,10 @@ class Text:
         )
         return found
 
-    def draw(self, **options: Any) -> Any:
-        """Return a picture of this text's segments, a `Drawing`; see `backprompt.draw`, whose options these are."""
-        return outside("draw")(self, **options)
+    def draw(self, **options: Any) -> Drawing:
+        """Return a picture of this text's segments; see `backprompt.draw`, whose options these are."""
+        drawing: Drawing = outside("draw")(self, **options)
+        return drawing
 
     def show(self, *, top: int = 5) -> Shown:
         """Return this text with its tokens coloured by log-probability, a `ShownText`; evaluates it.
