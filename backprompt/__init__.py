@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _OUTSIDE = {
     _engine.FACTORY: "lm.shared_lm",
     "generate": "_generate.generate",
-    "select": "_generate.select",
+    "select": "selected.select",
     "stream": "_generate.stream",
     "draw": "_draw.draw",
     "show": "_show.show",

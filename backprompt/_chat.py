@@ -18,11 +18,11 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from backprompt._generate import ContinuedText
 from backprompt._visible import shortened, visible
 from backprompt._warn import warn_caller
 from backprompt.arguments import as_bool, as_list
 from backprompt.bound import as_lm
+from backprompt.continued import ContinuedText
 from backprompt.errors import TextTypeError, TokenizerError
 from backprompt.lm import LM
 from backprompt.text import Text

@@ -1,211 +1,27 @@
-"""Generation: texts continued by the model, many at once, each step one packed pass of one token a text.
+"""Generation: texts continued by the model, many at once or one as a stream.
 
-A continuation is a text like any other: a prompt and a segment of token ids, whose keys and values are kept. Texts that
-are finished leave the batch and waiting ones take their place; nothing is padded, and samples of one prompt share it.
-How a token is chosen is decoding.py's business.
+A continuation is a text like any other (continued.py): a prompt and a segment of token ids, whose keys and values are
+kept. The texts of a call are continued together (run.py); how a token is chosen is decoding.py's business.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, overload
 
-import torch
-from torch import Tensor
-
-from backprompt import classify
-from backprompt.arguments import as_int, as_list
-from backprompt.beams import BeamDecoding
+from backprompt.arguments import as_int
 from backprompt.bound import bound_lm
-from backprompt.classify.completions import EndOfPrompt, completion_ids, ends_behind
+from backprompt.continued import GeneratedText
 from backprompt.decoded import Decoder
-from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
+from backprompt.decoding import Decoding
 from backprompt.errors import GenerationError
 from backprompt.lm import LM
-from backprompt.lookahead import MAX_PROPOSALS
-from backprompt.progress import check_show, progress_bar, showing
-from backprompt.radix import Span
+from backprompt.progress import check_show
+from backprompt.run import Run, run_with_bar
 from backprompt.stops import StopStrings
-from backprompt.text import Text, lazily
+from backprompt.text import Text
 from backprompt.texts import as_texts
-from backprompt.token_graph import TokenIds, flat, with_more
-from backprompt.tokens import added
-
-if TYPE_CHECKING:
-    from backprompt.evaluator import Evaluator
-
-Continued = TypeVar("Continued", bound="ContinuedText")
-
-MAX_LIVE_TEXTS = 256
-"""Of more texts the others wait until one is finished."""
-
-
-class ContinuedText(Text):
-    """A prompt and what follows it, a segment of token ids. Joined with `+` it gives a plain `Text`."""
-
-    # Behind the ids may stand a string: see `stops.Cut`.
-
-    __slots__ = ("_completion", "_prompt")
-
-    _prompt: Text
-    _completion: Text
-
-    @classmethod
-    def _of(cls: type[Continued], prompt: Text, token_ids: Sequence[int], lm: LM, rest: str = "") -> Continued:
-        with lazily():
-            completion = Text.from_tokens(token_ids, lm) + rest
-            plain = prompt + completion
-        text = cls.__new__(cls)
-        for name in ("_segment", "_add_special_tokens", "_left", "_right", "_lm", "_num_segments", "_hash"):
-            setattr(text, name, getattr(plain, name))
-        text._prompt, text._completion = prompt, completion
-        return text
-
-    @property
-    def prompt(self) -> Text:
-        """What was continued."""
-        return self._prompt
-
-    @property
-    def completion_text(self) -> Text:
-        """What was added, as a text of its own: the ids, and the string behind them where a stop string cut a token."""
-        return self._completion
-
-    @property
-    def completion_tokens(self) -> tuple[int, ...]:
-        """The ids that were added, an end token included.
-
-        Of what a stop string ended, those before the token in which the stop string begins.
-        """
-        ids = [segment for segment in self._completion.segments if isinstance(segment, tuple)]
-        return ids[0] if ids else ()
-
-    @property
-    def completion(self) -> str:
-        """What was added, as a string, special tokens such as an end token left out."""
-        lm = bound_lm(self, "the string of token ids")
-        special = set(lm.tokenizer.all_special_ids)
-        kept = [token_id for token_id in self.completion_tokens if token_id not in special]
-        with lazily():
-            whole, before = (self._prompt + Text.from_tokens(kept, lm)).string, self._prompt.string
-        return added(before, whole) + self.completion_rest  # a prompt may end within a character
-
-    @property
-    def completion_rest(self) -> str:
-        """The string behind `completion_tokens` where a stop string cut a token; else empty."""
-        segments = self._completion.segments
-        return segments[-1] if segments and isinstance(segments[-1], str) else ""
-
-    def _plain(self) -> Text:
-        with lazily():
-            return self._prompt + self._completion
-
-
-class GeneratedText(ContinuedText):
-    """What `generate` returns: a prompt and what the model added to it, a segment of token ids.
-
-    A stop string is cut off (with `include_stop=True`, what stands behind it). Where the cut is within a token, the
-    tokens before it stay as they were generated, and the rest of that token's string stands behind them as a string,
-    encoded as any string is: `text.tokens` has ids for it, `completion_tokens` and `completion_logprobs` have none.
-    """
-
-    __slots__ = ("_finish_reason", "_logprob_dtype", "_logprobs")
-
-    _logprobs: tuple[float, ...]
-    _logprob_dtype: torch.dtype
-    _finish_reason: FinishReason
-
-    @property
-    def completion_logprobs(self) -> Tensor:
-        """Log-probability of each of `completion_tokens` in the model's own distribution, `(tokens,)`, nats.
-
-        In float64 for a model in float64, else in float32. Temperature, penalties and whatever else changed what was
-        chosen do not show here.
-        """
-        return torch.tensor(self._logprobs, dtype=self._logprob_dtype)
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        """Why it ended.
-
-        "eos": an end token; "stop": a stop string; "length": `max_new_tokens`; "criteria": another criterion of the
-        options, such as `max_time`; "interrupted": nobody asked for more.
-        """
-        return self._finish_reason
-
-
-class SelectedText(ContinuedText):
-    """What `select` returns: a prompt and the most probable of the options."""
-
-    __slots__ = ("_aggregate", "_option", "_probabilities")
-
-    _aggregate: classify.Aggregate
-    _option: str
-    _probabilities: dict[str, float]
-
-    def __repr__(self) -> str:
-        return f"<{super().__repr__()}, selected {self._option!r} by the {self._aggregate}>"
-
-    @property
-    def option(self) -> str:
-        """The option that was chosen, as it was given."""
-        return self._option
-
-    @property
-    def probabilities(self) -> dict[str, float]:
-        """The probability of each option among them, by the rule that `aggregate` names."""
-        return dict(self._probabilities)
-
-    @property
-    def aggregate(self) -> classify.Aggregate:
-        """How an option's token log-probabilities became its own: by their "mean" or their "sum"."""
-        return self._aggregate
-
-
-def select(
-    prompt: Text,
-    options: Iterable[str],
-    *,
-    end_of_prompt: EndOfPrompt = "auto",
-    aggregate: classify.Aggregate = "mean",
-    **scoring: Any,
-) -> SelectedText:
-    """Return a text continued by the most probable of some options.
-
-    The probabilities are those of `classify.predict_proba(prompt, options)`.
-
-    Args:
-        prompt: what to continue.
-        options: what may follow.
-        end_of_prompt: "auto", " " or "": stands between the prompt and an option; see `classify.log_probs`.
-        aggregate: of an option's token log-probabilities, the "mean" or the "sum"; see `classify.predict_proba`.
-        **scoring: other options of `classify.predict_proba`, such as `prior`.
-
-    Raises:
-        What `classify.predict_proba` raises.
-
-    """
-    lm = bound_lm(prompt, "a continuation")
-    listed = as_list(options, "options must be a sequence of strings")
-    probabilities = classify.predict_proba(prompt, listed, end_of_prompt=end_of_prompt, aggregate=aggregate, **scoring)
-    option = listed[int(probabilities.argmax())]
-    (end,) = ends_behind(lm, [(prompt, end_of_prompt)])
-    (token_ids,) = completion_ids(lm, [(end, option)]).values()
-    text = SelectedText._of(prompt, token_ids, lm)
-    text._aggregate, text._option = aggregate, option
-    text._probabilities = dict(zip(listed, probabilities.tolist(), strict=True))
-    return text
-
-
-def _generated(lm: LM, prompt: Text, found: Found, dtype: torch.dtype) -> GeneratedText:
-    kept = found.choices if found.cut is None else found.choices[: found.cut.num_tokens]
-    rest = "" if found.cut is None else found.cut.rest
-    text = GeneratedText._of(prompt, [choice.token_id for choice in kept], lm, rest)
-    text._logprobs, text._logprob_dtype = tuple(choice.logprob for choice in kept), dtype
-    text._finish_reason = found.finish_reason
-    return text
+from backprompt.token_graph import flat
 
 
 @overload
@@ -296,21 +112,6 @@ def _decoding(lm: LM, stops: StopStrings, max_new_tokens: int, seed: int | None,
     )
 
 
-def run_with_bar(run: Run, show: bool | None) -> None:
-    """Let texts grow until all are finished, or an error comes, under a bar over their tokens."""
-    total = len(run.texts) * run.decoding.max_new_tokens
-    with showing(show):
-        bar = progress_bar(total, "generating", "tokens", is_long=run.decoding.max_new_tokens > 1)
-    try:
-        with bar, showing(False):  # one bar is enough
-            is_going_on = True
-            while is_going_on:
-                is_going_on = run.step()
-                bar.update(run.num_tokens_done - bar.n)
-    finally:
-        run.close()
-
-
 def stream(
     prompt: Text,
     *,
@@ -378,142 +179,3 @@ class Stream(Iterator[str]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-@dataclass(eq=False)
-class _Live:
-    """A text that grows: its prompt, and the spans at which those of its continuations end that are held."""
-
-    prompt_ids: TokenIds
-    decoding: TextDecoding | BeamDecoding
-    ends: dict[Completion, Span]
-
-
-@dataclass(eq=False)
-class Run:
-    """Texts that are being continued. Each `step` decides at least one token for every live one.
-
-    Args:
-        lm: of all texts.
-        texts: what to continue. One that is there several times is sampled several times.
-        decoding: the options.
-
-    """
-
-    lm: LM
-    texts: Sequence[Text]
-    decoding: Decoding
-    _decodings: list[TextDecoding | BeamDecoding] = field(init=False)
-    prompts: list[TokenIds] = field(init=False)
-    _live: list[_Live] = field(init=False, default_factory=list)
-    _num_begun: int = field(init=False, default=0)
-    _evaluator: Evaluator | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        self.prompts = self.lm.session.ids_to_continue(self.texts, self.decoding.max_new_tokens)
-        num_samples: Counter[tuple[int, ...]] = Counter()
-        self._decodings = []
-        for ids in map(flat, self.prompts):
-            if self.decoding.num_beams > 1:
-                self._decodings.append(BeamDecoding(self.decoding, ids))
-            else:
-                self._decodings.append(TextDecoding(self.decoding, ids, num_samples[ids]))
-            num_samples[ids] += 1
-
-    @property
-    def num_tokens_done(self) -> int:
-        """How many tokens are decided on; all that were asked for where a text is finished."""
-        return sum(
-            self.decoding.max_new_tokens if decoding.is_finished else decoding.num_new for decoding in self._decodings
-        )
-
-    def found(self, num_each: int = 1) -> list[list[Found]]:
-        """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""
-        return [decoding.found(num_each) for decoding in self._decodings]
-
-    def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
-        """Return the same as texts."""
-        return [
-            [_generated(self.lm, text, found, self.decoding.logprob_dtype) for found in row]
-            for text, row in zip(self.texts, self.found(num_each), strict=True)
-        ]
-
-    def step(self) -> bool:
-        """Decide what comes next for every live text; return whether any goes on, or waits."""
-        with self.lm.session.growing(self._evaluator) as evaluator:
-            if self._evaluator is None:
-                evaluator.continuations.let_grow(self, self._live)
-                self._evaluator = evaluator
-            try:
-                grown = self._grow(evaluator)
-                self._admit(evaluator)
-                self._choose(evaluator)
-                self._settle(evaluator, grown)
-            except BaseException:  # the evaluator ends them once it has recovered
-                evaluator.continuations.abandoned.append(self._live[:])
-                self._live.clear()
-                raise
-            self._end(evaluator, [live for live in self._live if live.decoding.is_finished])
-        return bool(self._live) or self._num_begun < len(self.texts)
-
-    def close(self) -> None:
-        """Let go of what is live, and begin with nothing more."""
-        self._num_begun = len(self.texts)
-        if self._live and self._evaluator is not None:
-            with self.lm.session.exclusive():
-                self._end(self._evaluator, self._live)
-
-    def _grow(self, evaluator: Evaluator) -> list[tuple[_Live, Completion]]:
-        """Forward the continuations after which the logits are wanted; return those that were not held before."""
-        grown = [(live, ids) for live in self._live for ids in live.decoding.ahead if ids not in live.ends]
-        if grown:
-            ends = evaluator.continuations.grow([with_more(live.prompt_ids, ids) for live, ids in grown])
-            for (live, ids), end in zip(grown, ends, strict=True):
-                live.ends[ids] = end
-        return grown
-
-    def _admit(self, evaluator: Evaluator) -> None:
-        """Begin with as many of the waiting texts as there is room for, at least one if none is live."""
-        first, stop = self._num_begun, self._num_begun
-        if first == len(self.texts):
-            return
-        num_new = self.decoding.max_new_tokens * self.decoding.num_beams
-        num_new += MAX_PROPOSALS * self.decoding.num_lookup_tokens
-        num_bytes = evaluator.num_bytes_to_hold([end for live in self._live for end in live.ends.values()])
-        num_bytes += len(self._live) * num_new * evaluator.executor.token_bytes
-        max_live = max(1, MAX_LIVE_TEXTS // self.decoding.num_beams)
-        while stop < len(self.texts) and len(self._live) + stop - first < max_live:
-            is_sample = stop > first and self.prompts[stop] == self.prompts[stop - 1]
-            num_bytes += (num_new + (0 if is_sample else len(self.prompts[stop]))) * evaluator.executor.token_bytes
-            if num_bytes > evaluator.memory.max_bytes and (stop > first or self._live):
-                break
-            stop += 1
-        ends = evaluator.continuations.begin(self.prompts[first:stop])
-        self._live += [_Live(self.prompts[idx], self._decodings[idx], {(): end}) for idx, end in enumerate(ends, first)]
-        self._num_begun = stop
-
-    def _choose(self, evaluator: Evaluator) -> None:
-        """Let each live text go on by the logits that it wants."""
-        wanted = [(live, ids) for live in self._live for ids in live.decoding.ahead]
-        rows = evaluator.readout.next_logits([live.ends[ids] for live, ids in wanted])
-        evaluator.check_unchanged()  # before anything is chosen by them
-        logits: dict[_Live, dict[Completion, Tensor]] = {}
-        for (live, ids), row in zip(wanted, rows, strict=True):
-            logits.setdefault(live, {})[ids] = row
-        for live, own in logits.items():
-            live.decoding.choose(own)
-
-    def _settle(self, evaluator: Evaluator, grown: Sequence[tuple[_Live, Completion]]) -> None:
-        """Note what was learnt of what was forwarded, and let go of what is not needed to go on."""
-        scores = {live.ends[ids]: score for live, ids in grown if (score := live.decoding.score_of(ids)) is not None}
-        dropped: list[Span] = []
-        for live in self._live:
-            needed = live.decoding.needed()
-            dropped += [end for ids, end in live.ends.items() if ids not in needed]
-            live.ends = {ids: end for ids, end in live.ends.items() if ids in needed}
-        evaluator.continuations.settle([live.ends[ids] for live, ids in grown if ids in live.ends], dropped, scores)
-
-    def _end(self, evaluator: Evaluator, finished: Sequence[_Live]) -> None:
-        ended = list(finished)
-        self._live[:] = [live for live in self._live if live not in ended]  # in place: see `step`
-        evaluator.continuations.end([end for live in ended for end in live.ends.values()])

@@ -2,14 +2,16 @@
 
 from backprompt import classify
 from backprompt._chat import chat
-from backprompt._draw import Drawing, draw
-from backprompt._explain import Divergence, Explanation, explain
-from backprompt._generate import GeneratedText, SelectedText, Stream, generate
+from backprompt._draw import draw
+from backprompt._explain import explain
+from backprompt._generate import Stream, generate
 from backprompt._graph import to_networkx
 from backprompt._plot import plot_probabilities
 from backprompt._show import ShownText, ShownToken
 from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.bound import evaluate
+from backprompt.continued import GeneratedText
+from backprompt.drawing import Drawing
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
@@ -36,6 +38,7 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
+from backprompt.explanation import Divergence, Explanation
 from backprompt.extents import Extent, Join
 from backprompt.independence import IndependenceGap, independence_gap
 from backprompt.lm import LM
@@ -44,6 +47,7 @@ from backprompt.lookup import Piece
 from backprompt.missing import Miss
 from backprompt.representation import ModelRepr, Pin
 from backprompt.scores import TokenScores
+from backprompt.selected import SelectedText
 from backprompt.stats import Stats
 from backprompt.store import DiskStore, MemoryStore, Store
 from backprompt.text import Text, eager, parallel

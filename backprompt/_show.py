@@ -20,7 +20,7 @@ from backprompt.bound import bound_lm
 from backprompt.lm import LM
 from backprompt.logprobs import log_softmax
 from backprompt.token_graph import TokenIds, flat, fold
-from backprompt.tokens import added
+from backprompt.tokenizer import added
 
 if TYPE_CHECKING:
     from backprompt.text import Text

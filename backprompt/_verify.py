@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from backprompt import skeleton
-from backprompt._explain import listed_texts, one_lm
 from backprompt.arguments import as_bool, as_int, as_number
+from backprompt.bound import one_lm
 from backprompt.errors import DriftError, GroupError
 from backprompt.extents import Extent
 from backprompt.missing import shown_segment
@@ -26,6 +26,7 @@ from backprompt.progress import Bar, check_show, is_wanted
 from backprompt.representation import ModelRepr, check_current
 from backprompt.segments import Group
 from backprompt.text import Text
+from backprompt.texts import listed_texts
 
 if TYPE_CHECKING:
     from backprompt.lm import LM

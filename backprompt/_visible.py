@@ -85,6 +85,11 @@ def beginning(string: str, limit: int, end: str = "...") -> str:
     return string if len(string) <= limit else f"{string[: limit - len(end)]}{end}"
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number with the word for so many; `many` is by default `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def wrapped(shown: str, width: int = LINE_WIDTH) -> Iterator[str]:
     """Yield lines at most `width` wide, cut behind a space or a line's end where there is one."""
     while shown:

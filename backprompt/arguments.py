@@ -112,6 +112,11 @@ def is_int(given: Any) -> bool:
     return isinstance(given, Integral) and not isinstance(given, bool)
 
 
+def is_python_int(given: Any) -> bool:
+    """Return whether it is an int of Python, as elements of an array or a tensor are not; a bool is none."""
+    return isinstance(given, int) and not isinstance(given, bool)
+
+
 def as_number(
     given: Any,
     name: str,

@@ -95,10 +95,11 @@ class _Coming:
     num_bytes: int = 0
 
 
-class Computation:
-    """Computes spans, each once for as long as it is held.
+@dataclass(frozen=True)
+class Means:
+    """What computing takes.
 
-    Args:
+    Attributes:
         model: the user's, for the probe.
         has_changed: whether its weights are others now.
         executor: runs passes and the output head.
@@ -110,29 +111,33 @@ class Computation:
 
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        has_changed: Callable[[], bool],
-        executor: Executor,
-        memory: Memory,
-        pools: Pools,
-        archive: Archive | None,
-        counters: Counters,
-        max_tokens_per_forward: int | None,
-    ) -> None:
-        self._model = model
-        self._has_changed = has_changed
-        self.executor = executor
-        self.memory = memory
-        self.pools = pools
-        self.archive = archive
-        self.counters = counters
-        self.max_tokens = max_tokens_per_forward or DEFAULT_TOKENS_PER_FORWARD.get(executor.device.type, 1024)
+    model: nn.Module
+    has_changed: Callable[[], bool]
+    executor: Executor
+    memory: Memory
+    pools: Pools
+    archive: Archive | None
+    counters: Counters
+    max_tokens_per_forward: int | None
+
+
+class Computation:
+    """Computes spans, each once for as long as it is held."""
+
+    def __init__(self, means: Means) -> None:
+        self._model = means.model
+        self._has_changed = means.has_changed
+        self.executor = means.executor
+        self.memory = means.memory
+        self.pools = means.pools
+        self.archive = means.archive
+        self.counters = means.counters
+        default = DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
+        self.max_tokens = means.max_tokens_per_forward or default
         self.forest = Forest()
         self.holders = Holders()
         self.tile_tokens = TILE_TOKENS
-        self._checked_work = counters.work
+        self._checked_work = self.counters.work
         self._is_probed = False
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
         finalize(self, self.forest.clear).atexit = False

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backprompt.tokenizer import Speller
-from backprompt.tokens import added
+from backprompt.tokenizer import Speller, added
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's, for bytes that no other token has
 

@@ -6,21 +6,14 @@ weights change, the `LM` drops its evaluator, with all of this, and makes a new 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
-
-from backprompt.archive import Archive
-from backprompt.computation import Computation, Counters, Request
+from backprompt.computation import Computation, Means, Request
 from backprompt.continuations import Continuations
 from backprompt.errors import MemoryBudgetError
-from backprompt.executor import Executor
 from backprompt.holders import PinnedText
-from backprompt.host import HostMemory
 from backprompt.lookup import Aside, Sketch
-from backprompt.memory import Memory
-from backprompt.pools import Pools
 from backprompt.radix import Span
 from backprompt.readout import Readout
 from backprompt.scoring import Scoring
@@ -35,6 +28,7 @@ class Evaluator:
         executor: runs passes and the output head.
         memory: the device's tier.
         host: the second pool.
+        pools: of rows of logits, and of the log-probabilities of candidates.
         archive: the connection of the forest with a store, if there is one.
         holders: the pins, growing texts and uses that hold texts.
         max_tokens_per_forward: how many tokens one packed pass forwards at most.
@@ -46,29 +40,13 @@ class Evaluator:
 
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        has_changed: Callable[[], bool],
-        counters: Counters,
-        max_tokens_per_forward: int | None,
-        memory_bytes: int,
-        host: HostMemory,
-        max_result_bytes: int,
-        decode: Callable[[Sequence[int]], str],
-        archive: Archive | None = None,
-        *,
-        pack_weights: bool = False,
-    ) -> None:
-        self.executor = Executor(model, decode, pack_weights=pack_weights)
-        self.memory = Memory(memory_bytes, self.executor.hidden_size, host)
-        self.host = host
-        self.archive = archive
-        self._pools = Pools(max_result_bytes)
-        self._counters = counters
-        self.computation = Computation(
-            model, has_changed, self.executor, self.memory, self._pools, archive, counters, max_tokens_per_forward
-        )
+    def __init__(self, means: Means) -> None:
+        self.computation = Computation(means)
+        self.executor = means.executor
+        self.memory = means.memory
+        self.host = means.memory.host
+        self.pools = means.pools
+        self.archive = means.archive
         self.forest = self.computation.forest
         self.holders = self.computation.holders
         self.max_tokens_per_forward = self.computation.max_tokens
@@ -76,20 +54,6 @@ class Evaluator:
         self.readout = Readout(self.computation, self.scoring)
         self.continuations = Continuations(self.computation, self.scoring)
         self.is_closed = False
-
-    @property
-    def result_bytes_held(self) -> int:
-        """Bytes of the rows of logits, and of the log-probabilities of candidates, in their pools."""
-        return self._pools.num_bytes
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of all that is held of one token; the first use runs the probe."""
-        return self.computation.token_bytes
-
-    def begin_evaluation(self) -> None:
-        """Begin another evaluation: all spans that are held now count as reused from now on."""
-        self.forest.begin_evaluation()
 
     def sketch(self, texts: Iterable[TokenIds], asides: Iterable[Aside] = ()) -> Sketch:
         """Return what is held of texts, in a forest of their own; changes, loads and forwards nothing."""
@@ -115,7 +79,7 @@ class Evaluator:
             with self.holders.using([end]):
                 yield end
             return
-        self._counters.tokens_requested += len(token_ids)
+        self.computation.counters.tokens_requested += len(token_ids)
         with self._computed(token_ids, Request(with_keys_values=with_keys_values)) as end:
             yield end
 
@@ -174,20 +138,8 @@ class Evaluator:
         """Return the bytes of all that must be held for these texts and for what is pinned."""
         return self.computation.num_bytes_of([*self.holders.pinned_ends(), *ends])
 
-    def check_unchanged(self) -> None:
-        """Raise StaleRepresentationError, and forget all, if weights have changed since the last check."""
-        self.computation.check_unchanged()
-
-    def recover(self) -> None:
-        """Make everything right again after an error, wherever it came; `hold_pins` computes lost pins again."""
-        self.computation.recover()
-
-    def clear(self) -> None:
-        """Forget all that was computed, pinned texts included."""
-        self.computation.clear()
-
     def close(self) -> None:
         """Forget everything for good: whoever still refers to this must not keep copies of weights alive."""
         self.is_closed = True
-        self.clear()
+        self.computation.clear()
         self.executor.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from backprompt.bound import bound_lm, evaluate, lm_of
 from backprompt.text import Text
-from backprompt.texts import as_texts
+from backprompt.texts import listed_texts
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | 
         What `evaluate` raises; full attention counts every token's position.
 
     """
-    declared = as_texts(texts, "independence_gap")
-    if not declared:
-        raise ValueError("independence_gap needs at least one text.")
+    declared = listed_texts(texts, "independence_gap")
     for idx, text in enumerate(declared):
         lm_of(text, idx).session.prompt_ids([text])  # refuses one that ends in a group
     full = [Text.from_tokens(text.tokens, bound_lm(text, "a representation")) for text in declared]

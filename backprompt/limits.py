@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 
+from backprompt.arguments import is_int
 from backprompt.errors import EmptyTextError, GroupError, TextTooLongError, TokenIdError
 from backprompt.skeleton import Limits
 from backprompt.text import Text
@@ -59,7 +59,7 @@ class TextLimits:
             TokenIdError: the model has no such id.
 
         """
-        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+        if not is_int(token_id):
             raise TypeError(f"token_ids must be ints, not {type(token_id).__name__}: {token_id!r}.")
         num_embeddings = self.model.num_embeddings
         if not 0 <= token_id < num_embeddings:
@@ -90,7 +90,10 @@ class TextLimits:
             )
 
 
-def check_has_last_token(text: Text, token_ids: TokenIds) -> None:
-    """Raise GroupError for a text that ends in a group; `token_ids` are its own."""
+def check_has_last_token(shown: str, token_ids: TokenIds) -> None:
+    """Raise GroupError for a text that ends in a group; the error shows the text so."""
     if ends_in_group(token_ids):
-        raise GroupError(f"{text!r} ends in a group, so it has no last token. Add a segment behind it.")
+        raise GroupError(
+            f"{shown} ends in a group, so it has no last token, and nothing to predict the next one from. Add a "
+            "segment behind the group: text + '...'."
+        )

@@ -22,6 +22,7 @@ from backprompt.errors import (
 )
 from backprompt.extents import Extent, Join
 from backprompt.forking import ForkableLock, watch_lm
+from backprompt.joins import Joins
 from backprompt.lookup import Piece
 from backprompt.options import Options, check_options
 from backprompt.progress import showing
@@ -33,7 +34,6 @@ from backprompt.store import Store
 from backprompt.text import Text
 from backprompt.text_scores import next_token_logprobs, token_scores
 from backprompt.token_graph import flat
-from backprompt.tokens import Joins
 
 
 class LM(Engine[Text]):
@@ -175,7 +175,7 @@ class LM(Engine[Text]):
         """
         texts = self._session.own_texts(texts)
         with self._session.exclusive(), showing(show_progress_bar):
-            self._session.current().begin_evaluation()
+            self._session.current().forest.begin_evaluation()
             return [ModelRepr(self._session, evaluated) for evaluated in self._session.evaluate(texts)]
 
     def representation(self, text: Text) -> ModelRepr:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from backprompt.arguments import as_bool, as_int
+from backprompt.arguments import as_bool, as_choice, as_int
+from backprompt.joins import JOINS, Joins
 from backprompt.memory import parse_bytes
 from backprompt.store import Store
-from backprompt.tokens import JOINS, Joins
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ def check_options(**given: Any) -> None:
     for name, value in given.items():
         match name:
             case "joins":
-                if value not in JOINS:
-                    raise ValueError(f"joins must be one of {', '.join(map(repr, JOINS))}, not {value!r}.")
+                as_choice(value, name, JOINS)
             case "add_special_tokens" | "pin_memory" | "beyond_trained_length" | "pack_weights":
                 as_bool(value, name)
             case "memory_bytes" | "host_memory_bytes":

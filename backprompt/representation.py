@@ -20,6 +20,7 @@ from backprompt.evaluated import Evaluated
 from backprompt.evaluator import Evaluator
 from backprompt.holders import PinnedText
 from backprompt.identity import key_of
+from backprompt.limits import check_has_last_token
 from backprompt.radix import Inserted, Span
 from backprompt.session import Session
 from backprompt.text import Text
@@ -89,11 +90,7 @@ class ModelRepr:
             GroupError: the text ends in a group, so there is no last token that the next one would follow.
 
         """
-        if not self._evaluated.end.token_ids:
-            raise GroupError(
-                f"This text of {self.num_tokens} tokens ends in a group, so it has no last token, and nothing to "
-                "predict the next one from. Add a segment behind the group: text + '...'."
-            )
+        check_has_last_token(f"This text of {self.num_tokens} tokens", self._evaluated.token_ids)
         with self._session.exclusive():
             self._check_evaluator(self._session.evaluator)
             pooled = self._evaluated.evaluator.readout.pooled_logits(self._evaluated.end)

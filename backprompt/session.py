@@ -26,17 +26,19 @@ from torch import nn
 from backprompt.archive import Archive
 from backprompt.arguments import as_list
 from backprompt.blocks import Location
-from backprompt.computation import Counters
+from backprompt.computation import Counters, Means
+from backprompt.encoder import Encoder
 from backprompt.errors import NoStoreError, StaleRepresentationError, UnboundTextError
 from backprompt.evaluated import Batch, Evaluated
 from backprompt.evaluator import Evaluator
-from backprompt.executor import plain_surroundings
+from backprompt.executor import Executor, plain_surroundings
 from backprompt.fingerprint import Fingerprint
 from backprompt.forking import watch_lm
 from backprompt.host import HostMemory
 from backprompt.limits import TextLimits, check_has_last_token
-from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory import Memory, default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.options import Options, check_can_pin
+from backprompt.pools import Pools
 from backprompt.radix import Inserted
 from backprompt.scoring import split_to_score
 from backprompt.skeleton import model_device, unwrap
@@ -45,7 +47,6 @@ from backprompt.text import Text, bound_engine, lazily
 from backprompt.texts import engine_of
 from backprompt.token_graph import TokenIds, before_last, num_positions
 from backprompt.tokenizer import PrivateTokenizer
-from backprompt.tokens import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +116,13 @@ class Session:
         """
         with self.lock, plain_surroundings(self.evaluator.executor.device):
             if self._has_failed:
-                self.evaluator.recover()
+                self.evaluator.computation.recover()
                 self._has_failed = False
             try:
                 work_before = self.counters.work
                 yield
                 if self.counters.work != work_before:
-                    self.evaluator.check_unchanged()
+                    self.evaluator.computation.check_unchanged()
             except BaseException:
                 self._has_failed = True
                 raise
@@ -159,7 +160,7 @@ class Session:
         """Drop everything that was computed; see `LM.clear`."""
         with self.exclusive():
             self.evaluator.continuations.end_abandoned()
-            self.evaluator.clear()
+            self.evaluator.computation.clear()
 
     def refresh(self) -> None:
         """Hash every weight and the tokenizer again; see `LM.refresh`."""
@@ -215,7 +216,7 @@ class Session:
             self.current()
             found = self.ids_before_more(texts)
             for text, token_ids in zip(texts, found, strict=True):
-                check_has_last_token(text, token_ids)
+                check_has_last_token(repr(text), token_ids)
             return found
 
     def ids_to_continue(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:
@@ -346,17 +347,18 @@ class Session:
         if self.store is not None:  # a cycle with the session would keep tensors alive for longer than the LM
             root = partial(fingerprint.root, in_store=True)
             archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode, device)
+        executor = Executor(model, tokenizer.decode, pack_weights=self.options.pack_weights)
         return Evaluator(
-            model,
-            fingerprint.has_changed,
-            self.counters,
-            self.options.max_tokens_per_forward,
-            self._memory_bytes,
-            host,
-            MAX_RESULT_BYTES,
-            tokenizer.decode,
-            archive,
-            pack_weights=self.options.pack_weights,
+            Means(
+                model=model,
+                has_changed=fingerprint.has_changed,
+                executor=executor,
+                memory=Memory(self._memory_bytes, executor.hidden_size, host),
+                pools=Pools(MAX_RESULT_BYTES),
+                archive=archive,
+                counters=self.counters,
+                max_tokens_per_forward=self.options.max_tokens_per_forward,
+            )
         )
 
     def _start_over(self, fingerprint: Fingerprint) -> None:

@@ -71,7 +71,7 @@ def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
         seconds=counters.seconds,
         bytes_held=evaluator.memory.num_bytes,
         host_bytes_held=evaluator.host.num_bytes,
-        result_bytes_held=evaluator.result_bytes_held,
+        result_bytes_held=evaluator.pools.num_bytes,
         packed_weight_bytes=evaluator.executor.linears.packed_bytes,
         kernel=evaluator.executor.kernel_name,
         linears=evaluator.executor.linears.name,

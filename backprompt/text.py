@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from backprompt._visible import abbreviated, shortened
-from backprompt.arguments import as_bool, as_choice, as_list
+from backprompt.arguments import as_bool, as_choice, as_list, is_python_int
 from backprompt.engine import Engine, Pinned, Representation, Shown, TextStream, as_engine, outside
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.extents import Join
@@ -28,6 +28,8 @@ from backprompt.segments import POSITIONS, Branch, Group, Positions, Segment, le
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from backprompt.drawing import Drawing
 
 _PRIME = (1 << 61) - 1
 _BASE = 0x1A2B3C4D5E6F789
@@ -110,7 +112,7 @@ class Text:
         """
         segment = tuple(as_list(token_ids, "Text.from_tokens takes ints in order"))
         for token_id in segment:
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
+            if not is_python_int(token_id):
                 raise TextTypeError(
                     f"Text.from_tokens takes ints, not {type(token_id).__name__}: {token_id!r}. "
                     "A tensor or an array of ids becomes ints with .tolist()."
@@ -329,9 +331,10 @@ class Text:
         )
         return found
 
-    def draw(self, **options: Any) -> Any:
-        """Return a picture of this text's segments, a `Drawing`; see `backprompt.draw`, whose options these are."""
-        return outside("draw")(self, **options)
+    def draw(self, **options: Any) -> Drawing:
+        """Return a picture of this text's segments; see `backprompt.draw`, whose options these are."""
+        drawing: Drawing = outside("draw")(self, **options)
+        return drawing
 
     def show(self, *, top: int = 5) -> Shown:
         """Return this text with its tokens coloured by log-probability, a `ShownText`; evaluates it.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 
 import torch
 
-from backprompt.arguments import as_list
+from backprompt.arguments import as_list, is_int
 from backprompt.limits import check_has_last_token
 from backprompt.scores import TokenScores
 from backprompt.scoring import Wanted
@@ -44,7 +43,7 @@ def next_token_logprobs(
     with session.exclusive():
         session.current()
         for text, encoded in zip(texts, session.encoder.encode(texts), strict=True):
-            check_has_last_token(text, encoded)
+            check_has_last_token(repr(text), encoded)
         limits = session.limits
         candidates = [tuple(map(limits.as_id, ids)) for ids in token_ids]
         wanted = [Wanted(ids, len(ids), own) for ids, own in zip(session.checked_ids(texts), candidates, strict=True)]
@@ -74,7 +73,7 @@ def _first_scored(session: Session, texts: Sequence[Text], starts: Sequence[Text
                 message = f"starts[{idx}], {start!r}, is no beginning of {text!r}"
                 raise ValueError(f"{message}: {_why_no_beginning(session, ids_of[start], whole)}. {_ADVICE}")
             first.append(len(ids_of[start]))
-        elif isinstance(start, bool) or not isinstance(start, Integral):
+        elif not is_int(start):
             raise TypeError(f"starts[{idx}] must be a Text or an int, not {type(start).__name__}: {start!r}.")
         else:
             first.append(int(start))

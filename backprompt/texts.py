@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from backprompt._visible import abbreviated
@@ -25,6 +26,20 @@ def as_texts(texts: Any, function: str) -> list[Text]:
         raise TextTypeError(f"{needed}, not the str {abbreviated(texts)}. Wrap it: Text(string, lm).")
     listed = as_list(texts, needed)
     return [as_text(text, f"texts[{idx}]") for idx, text in enumerate(listed)]
+
+
+def listed_texts(texts: Text | Iterable[Text], what: str) -> list[Text]:
+    """Return a text or several as a list; `what` takes them.
+
+    Raises:
+        ValueError: there are none.
+        TextTypeError: it is a string, or nothing that one can go through.
+
+    """
+    listed = as_texts(texts, what)
+    if not listed:
+        raise ValueError(f"{what} needs at least one text.")
+    return listed
 
 
 def as_text(given: object, name: str) -> Text:

@@ -80,8 +80,7 @@ def before_last(token_ids: TokenIds) -> TokenIds:
     """Return a text without its last token, which does not stand in a group."""
     if not isinstance(token_ids, TokenGraph):
         return token_ids[:-1]
-    *parts, last = token_ids.parts
-    assert isinstance(last, tuple), "a text that ends in a group has no last token"
+    parts, last = _before_and_last_ids(token_ids)
     return TokenGraph((*parts, last[:-1]) if len(last) > 1 else tuple(parts))
 
 
@@ -107,9 +106,15 @@ def with_more(token_ids: TokenIds, more: tuple[int, ...]) -> TokenIds:
     """Return a text with ids behind its last token."""
     if not isinstance(token_ids, TokenGraph):
         return token_ids + more
-    *parts, last = token_ids.parts
-    assert isinstance(last, tuple), "a text that ends in a group has no last token"
+    parts, last = _before_and_last_ids(token_ids)
     return TokenGraph((*parts, last + more))
+
+
+def _before_and_last_ids(graph: TokenGraph) -> tuple[tuple[Part, ...], tuple[int, ...]]:
+    """Return the parts before the ids with which a text ends, and these."""
+    *parts, last = graph.parts
+    assert isinstance(last, tuple), "a text that ends in a group has no last token"
+    return tuple(parts), last
 
 
 def as_token_ids(parts: Iterable[Part]) -> TokenIds:

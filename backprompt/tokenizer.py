@@ -374,3 +374,10 @@ def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
     else:
         parts.append(tuple(tokenizer(_SAMPLE)["input_ids"]))
     return tuple(parts)
+
+
+def added(before: str, after: str) -> str:
+    """Return what `after` adds to `before`, from where they first differ."""
+    if after.startswith(before):
+        return after[len(before) :]
+    return after[next(idx for idx, pair in enumerate(zip(before, after + "\0", strict=False)) if pair[0] != pair[1]) :]

@@ -212,7 +212,7 @@ def test_a_full_disk_stops_nothing_and_is_said_once(model, tokenizer, tmp_path, 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("backprompt.store.disk.os.fsync", full)
+    monkeypatch.setattr("backprompt.store.folder.os.fsync", full)
     lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
     for number in range(3):
         assert_plain(model, Text(SHOTS + f"And {number} is a number as good as any other.", lm))
@@ -230,7 +230,7 @@ def test_what_a_full_disk_does_not_take_is_not_lost(model, tokenizer, tmp_path, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("backprompt.store.disk.os.fsync", full)
+        patch.setattr("backprompt.store.folder.os.fsync", full)
         with pytest.raises(OSError, match="Free some space") as caught:
             text.save()
     assert caught.value.errno == 28
@@ -245,7 +245,7 @@ def test_what_a_full_disk_does_not_take_is_not_lost(model, tokenizer, tmp_path, 
     assert again.stats.tokens_computed == 0
 
 
-@pytest.mark.parametrize("where", ["disk.os.fsync", "disk.tempfile.mkstemp", "index.Index.insert"])
+@pytest.mark.parametrize("where", ["folder.os.fsync", "folder.tempfile.mkstemp", "index.Index.insert"])
 def test_a_generation_on_a_full_disk_ends_and_is_kept(where, model, tokenizer, tmp_path, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -268,7 +268,7 @@ def test_an_index_that_is_wrong_gives_no_wrong_numbers(model, tokenizer, tmp_pat
     other = (*ids[:-1], 99)
     with DiskStore(tmp_path / "prompts.bp") as store:
         evaluate(Text.from_tokens(ids, LM(model, tokenizer, store=store)))
-        with store._index._connection as index:
+        with store._catalog._index._connection as index:
             index.execute("UPDATE entries SET token_ids = ?", (_packed(other),))
         lm = LM(model, tokenizer, store=store)
         assert_plain(model, Text.from_tokens(other, lm))

@@ -31,7 +31,9 @@ from backprompt import LM, Text, load
 from backprompt.classify import predict_proba
 from backprompt.cli import main
 from backprompt.cli.arguments import read_completions
-from backprompt.cli.rows import Input, Output, Row
+from backprompt.cli.input import Input
+from backprompt.cli.output import Output
+from backprompt.cli.rows import Row
 from backprompt.cli.score import AGGREGATES
 from backprompt.cli.wording import in_options
 from tiny_models import build

@@ -171,7 +171,7 @@ def test_forks_in_the_middle_of_the_calls_of_other_threads_that_share_a_store(tm
         check([f"The parent. {{LONG}}"], lms[1])
         with DiskStore(stores[0].path) as other:
             assert not other.verify()
-            assert other.stats().num_entries == len(list(other._files()))
+            assert other.stats().num_entries == len(list(other._folder.files()))
             fresh = LM(model, byte_level_bpe(), store=other)
             check([f"{{child}} of the children. {{LONG}}" for child in range(9)], fresh)
             assert fresh.stats.tokens_computed < fresh.stats.tokens_loaded / 2, fresh.stats

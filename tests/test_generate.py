@@ -23,9 +23,9 @@ from backprompt import (
     evaluate,
     generate,
 )
-from backprompt._generate import Run
 from backprompt.attention.calls import PreparedCalls
 from backprompt.blocks import Location
+from backprompt.run import Run
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS
 from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe
@@ -304,7 +304,7 @@ def test_what_is_known_of_chosen_tokens_is_kept(lm, options):
 
 
 def test_finished_texts_leave_the_batch_and_waiting_ones_join(lm, model, monkeypatch):
-    monkeypatch.setattr("backprompt._generate.MAX_LIVE_TEXTS", 2)
+    monkeypatch.setattr("backprompt.run.MAX_LIVE_TEXTS", 2)
     texts = [Text(f"{number} cats sat on the", lm) for number in range(5)]
     options = {"max_new_tokens": 10, "eos_token_id": list(range(0, 320, 5))}
     sizes = []

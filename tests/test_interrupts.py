@@ -292,13 +292,13 @@ def test_an_interrupt_at_any_line():
 
 
 def close_to_fork(store):
-    store.before_fork()
-    store.after_fork()
+    store._catalog.before_fork()
+    store._catalog.after_fork()
 
 
 def damage_the_index(store):
-    store._index._connection.execute("UPDATE entries SET name = x'ff'")
-    store._index._connection.commit()
+    store._catalog._index._connection.execute("UPDATE entries SET name = x'ff'")
+    store._catalog._index._connection.commit()
 
 
 # A file that was opened right before the interrupt is closed by Python, which warns of it.
@@ -318,7 +318,7 @@ def test_a_disk_store_is_of_use_after_an_interrupt_at_any_line_while_it_opens_it
             try:
                 tracer.run(lambda: store.find(""))
             except KeyboardInterrupt:
-                assert not store._lock._is_owned()
+                assert not store._catalog._lock._is_owned()
             else:
                 assert raise_at is None
             assert [header.text for header in store.find("text")] == ["text 1"]

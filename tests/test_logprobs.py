@@ -18,12 +18,12 @@ from backprompt import (
     probe,
     verify,
 )
-from backprompt._generate import select
 from backprompt.classify import best_threshold, calibrate, log_probs, predict, predict_proba, token_logprobs
 from backprompt.classify.weighed import as_candidate
 from backprompt.classify.weighing import Weighing
 from backprompt.cli import generate as cli_generate
 from backprompt.integrations.sklearn import PromptClassifier
+from backprompt.selected import select
 from backprompt.store import DiskStore, MemoryStore
 from backprompt.store.base import Entry
 from reference import plain_logits, plain_token_logprobs

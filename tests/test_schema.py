@@ -236,7 +236,7 @@ def broken_contents(content, model_too=True):
 
 @pytest.fixture(autouse=True)
 def without_waiting_for_disks(monkeypatch):
-    monkeypatch.setattr("backprompt.store.disk.os.fsync", lambda _: None)
+    monkeypatch.setattr("backprompt.store.folder.os.fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def stored(model, tokenizer, tmp_path):
 def overwrite(store, entry, content):
     """Let the index know of an entry whose file is another one."""
     store.put(entry)
-    store._file(entry.header.name).write_bytes(content)
+    store._folder.file(entry.header.name).write_bytes(content)
 
 
 def assert_right(model, lm, ids):
@@ -472,7 +472,7 @@ def test_a_damaged_entry_that_cannot_be_set_aside_is_not_used(model, stored, mon
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("backprompt.store.disk.os.replace", refuse)
+    monkeypatch.setattr("backprompt.store.folder.os.replace", refuse)
     assert_right(model, lm, LONGER)
     assert_right(model, lm, LONGER)
     assert "cannot be set aside" in caplog.text

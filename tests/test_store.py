@@ -267,7 +267,7 @@ class AnyOperations(RuleBasedStateMachine):
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("backprompt.store.disk." + ("Index.insert" if at == "insert" else f"os.{at}"), die)
+            patch.setattr("backprompt.store." + ("index.Index.insert" if at == "insert" else f"folder.os.{at}"), die)
             try:
                 self.store.put(entry)
             except KeyboardInterrupt:
@@ -281,7 +281,7 @@ class AnyOperations(RuleBasedStateMachine):
     def flip_a_byte(self, data):
         if self.expected:
             name = data.draw(st.sampled_from(sorted(self.expected)))
-            file = self.store._file(name)
+            file = self.store._folder.file(name)
             content = bytearray(file.read_bytes())
             content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
             file.write_bytes(content)
@@ -318,7 +318,7 @@ def test_a_thousand_flipped_bytes_never_give_a_wrong_tensor(tmp_path, monkeypatc
     store = DiskStore(tmp_path / "store")
     entry = make_entry(1, num_tokens=50)
     content = b"".join(to_pieces(entry))
-    file = store._file(entry.header.name)
+    file = store._folder.file(entry.header.name)
     file.parent.mkdir()
     draw = random.Random(0)
     num_noticed = 0
@@ -339,7 +339,7 @@ def test_a_file_that_is_cut_off_is_noticed(tmp_path, size):
     store = DiskStore(tmp_path / "store")
     entry = make_entry(1)
     store.put(entry)
-    file = store._file(entry.header.name)
+    file = store._folder.file(entry.header.name)
     file.write_bytes(file.read_bytes()[:size])
     assert store.get(entry.header.name) is None
     assert [aside.name for aside in (store.path / "damaged").iterdir()] == [file.name]
@@ -350,7 +350,7 @@ def test_verify_names_what_is_damaged_and_sets_it_aside(tmp_path, caplog):
     entries = [make_entry(number) for number in range(5)]
     for entry in entries:
         store.put(entry)
-    file = store._file(entries[2].header.name)
+    file = store._folder.file(entries[2].header.name)
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -366,8 +366,8 @@ def test_an_entry_under_another_name_is_not_served(tmp_path):
     store = DiskStore(tmp_path / "store")
     one, other = make_entry(1), make_entry(2)
     store.put(one)
-    file = store._file(other.header.name)
-    file.write_bytes(store._file(one.header.name).read_bytes())
+    file = store._folder.file(other.header.name)
+    file.write_bytes(store._folder.file(one.header.name).read_bytes())
     assert store.get(other.header.name) is None
 
 
@@ -384,7 +384,7 @@ def test_the_index_of_a_newer_version_is_left_alone(tmp_path, caplog):
     """That version may be using it: to set it aside, and to have ours set aside by it, would never end."""
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-        store._index._connection.execute("PRAGMA user_version = 99")
+        store._catalog._index._connection.execute("PRAGMA user_version = 99")
     before = (tmp_path / "store" / "index.sqlite").read_bytes()
     for number in (2, 3):  # opened again, with what was put meanwhile
         caplog.clear()
@@ -427,7 +427,7 @@ def test_a_damaged_index_is_made_anew_whatever_it_answers(tmp_path, caplog):
 def test_an_index_of_nonsense_is_made_anew(tmp_path, caplog, broken):
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-        store._index._connection.execute(f"UPDATE entries SET {broken}")
+        store._catalog._index._connection.execute(f"UPDATE entries SET {broken}")
         ids = make_entry(1).header.token_ids
         assert [header.text for header in store.list()] == ["text 1"]
         assert store.longest("root", ids) == Match(make_entry(1).header.name, len(ids))
@@ -437,7 +437,7 @@ def test_one_file_that_cannot_be_read_is_one_entry_less(tmp_path, caplog, monkey
     store = DiskStore(tmp_path / "store")
     for number in range(2):
         store.put(make_entry(number))
-    file = store._file(make_entry(0).header.name)
+    file = store._folder.file(make_entry(0).header.name)
     opened = os.open
 
     def refuse(path, *arguments):
@@ -550,7 +550,7 @@ OTHER_APPLICATION = "PRAGMA user_version = 7; CREATE TABLE letters (x); INSERT I
 def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatch):
     """In bounded time it answers what the files say; all that was there before is there still."""
     monkeypatch.setattr("backprompt.store.index._MAX_VALUE_BYTES", 1 << 20)
-    monkeypatch.setattr("backprompt.store.disk.os.fsync", lambda _: None)
+    monkeypatch.setattr("backprompt.store.folder.os.fsync", lambda _: None)
     precious = tmp_path / "precious.sqlite"
     run_sql(OTHER_APPLICATION)(precious)
     kept = precious.read_bytes()
@@ -563,7 +563,7 @@ def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatc
     if kind == "another application's":
         index.write_bytes(kept)
     if not is_writable:
-        monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+        monkeypatch.setattr("backprompt.store.folder.os.access", lambda *_: False)
 
     def use():
         with DiskStore(tmp_path / "store") as store:
@@ -679,8 +679,8 @@ def test_a_full_index_is_an_error_of_the_system(tmp_path):
     """And is not taken for damage."""
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-        ((pages,),) = store._index._ask("PRAGMA page_count")
-        store._index._ask(f"PRAGMA max_page_count = {pages}")
+        ((pages,),) = store._catalog._index._ask("PRAGMA page_count")
+        store._catalog._index._ask(f"PRAGMA max_page_count = {pages}")
         large = make_entry(2, num_tokens=5000)
         with pytest.raises(OSError, match="Free some space") as caught:
             store.put(large)
@@ -769,9 +769,9 @@ def test_a_folder_where_an_entry_should_be_is_set_aside(tmp_path):
         for number in range(2):
             store.put(make_entry(number))
         name = make_entry(0).header.name
-        store._file(name).unlink()
-        store._file(name).mkdir()
-        (store._file(name) / "mine.txt").write_text("mine")
+        store._folder.file(name).unlink()
+        store._folder.file(name).mkdir()
+        (store._folder.file(name) / "mine.txt").write_text("mine")
         assert len(store.prune(0)) == 2
         (aside,) = (store.path / "damaged").iterdir()
         assert (aside / "mine.txt").read_text() == "mine"
@@ -840,7 +840,7 @@ def failing(number):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC])
 def test_a_folder_that_cannot_be_made(number, tmp_path, monkeypatch):
-    monkeypatch.setattr("backprompt.store.disk.Path.mkdir", failing(number))
+    monkeypatch.setattr("backprompt.store.folder.Path.mkdir", failing(number))
     with pytest.raises(OSError, match="cannot be made") as caught:
         DiskStore(tmp_path / "store")
     assert caught.value.errno == number
@@ -863,7 +863,7 @@ def test_a_folder_of_somebody_elses(tmp_path, monkeypatch):
 def test_a_store_that_is_only_read_says_so(tmp_path, monkeypatch):
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-    monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+    monkeypatch.setattr("backprompt.store.folder.os.access", lambda *_: False)
     with DiskStore(tmp_path / "store") as store:
         for change in (lambda: store.put(make_entry(2)), lambda: store.prune(0)):
             with pytest.raises(PermissionError, match=r"only read.*Choose a folder of your own"):
@@ -919,7 +919,7 @@ def test_a_folder_that_cannot_be_written_to_is_read(tmp_path, monkeypatch):
     """As above, for those who may write anywhere."""
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-    monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+    monkeypatch.setattr("backprompt.store.folder.os.access", lambda *_: False)
     with DiskStore(tmp_path / "store") as store:
         assert not store.is_writable
         assert_same(store.get(make_entry(1).header.name), make_entry(1))
@@ -932,7 +932,7 @@ def test_a_read_only_folder_whose_writer_is_at_work_shows_what_is_there(tmp_path
         store.put(make_entry(0))
     with DiskStore(tmp_path / "store") as writing:
         writing.put(make_entry(1))
-        monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+        monkeypatch.setattr("backprompt.store.folder.os.access", lambda *_: False)
         with DiskStore(tmp_path / "store") as store:
             assert [header.text for header in store.list()] == ["text 0", "text 1"]
             assert store.longest("root", make_entry(1).header.token_ids) is not None
@@ -944,7 +944,7 @@ def test_a_full_disk_leaves_nothing_behind(where, tmp_path, monkeypatch):
     store.put(make_entry(1))
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"backprompt.store.disk.{where}", failing(errno.ENOSPC))
+        patch.setattr(f"backprompt.store.folder.{where}", failing(errno.ENOSPC))
         with pytest.raises(OSError, match=r"No space left on device\. Free some space") as caught:
             store.put(make_entry(2))
     assert caught.value.errno == errno.ENOSPC
@@ -1034,12 +1034,12 @@ def test_an_index_that_cannot_be_opened_once_is_opened_the_next_time(number, dam
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
         if damaged:
-            store._index._connection.execute("UPDATE entries SET name = x'ff'")
+            store._catalog._index._connection.execute("UPDATE entries SET name = x'ff'")
         else:
-            store.before_fork()
-            store.after_fork()
+            store._catalog.before_fork()
+            store._catalog.after_fork()
         with monkeypatch.context() as patch:
-            patch.setattr("backprompt.store.disk.Index.open", failing(number))
+            patch.setattr("backprompt.store.catalog.Index.open", failing(number))
             with pytest.raises(OSError, match=os.strerror(number)):
                 store.find("")
         assert [header.text for header in store.find("")] == ["text 1"]

@@ -22,9 +22,9 @@ from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizer, PreTrai
 
 import backprompt as bp
 from backprompt import LM, Text
+from backprompt.encoder import Encoder
 from backprompt.text import Segment
 from backprompt.tokenizer import PrivateTokenizer
-from backprompt.tokens import Encoder
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS, TRAINING_LINES, byte_level_bpe, llama3_bpe, sentencepiece_bpe
 

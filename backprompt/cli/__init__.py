@@ -2,7 +2,9 @@
 
 __init__.py    commands, errors in one line, exit codes
 arguments.py   what several commands have in common
-rows.py        JSONL and CSV, in and out
+rows.py        rows of JSONL and CSV; records.py has their bytes
+input.py       where prompts come from
+output.py      where results go
 wording.py     the library's errors, in terms of options
 stream.py      jobs over rows, a slice at a time, which can go on after an interruption
 score.py, generate.py, stores.py, demo.py    a command each

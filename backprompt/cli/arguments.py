@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import backprompt
 from backprompt._visible import visible
-from backprompt.cli.rows import FORMATS, PIPE, Input, Row, check_is_there, decoded, format_of
+from backprompt.cli.input import Input, decoded
+from backprompt.cli.rows import FORMATS, PIPE, Row, check_is_there, format_of
 from backprompt.errors import CommandError
+from backprompt.joins import JOINS
 from backprompt.progress import Bar, is_terminal
 from backprompt.text import Text
-from backprompt.tokens import JOINS
 
 if TYPE_CHECKING:
     from backprompt.lm import LM

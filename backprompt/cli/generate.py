@@ -17,7 +17,7 @@ from backprompt.errors import CommandError
 from backprompt.text import Text
 
 if TYPE_CHECKING:
-    from backprompt._generate import GeneratedText
+    from backprompt.continued import GeneratedText
     from backprompt.lm import LM
 
 _OWN_OPTIONS = ("max_new_tokens", "n", "stop", "include_stop", "seed")

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import backprompt
-from backprompt._visible import beginning, visible
+from backprompt._visible import beginning, counted, visible
 from backprompt.cli.arguments import add_command, shows_progress
-from backprompt.cli.rows import as_json, counted
+from backprompt.cli.rows import as_json
 from backprompt.errors import CommandError
 
 if TYPE_CHECKING:

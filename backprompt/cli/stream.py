@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from backprompt._visible import counted
 from backprompt.cli.arguments import (
     bound,
     check_model_arguments,
@@ -30,7 +31,9 @@ from backprompt.cli.arguments import (
     read_input,
     say,
 )
-from backprompt.cli.rows import FORMATS, PIPE, Input, Output, Row, checked, counted, format_of, shown
+from backprompt.cli.input import Input
+from backprompt.cli.output import Output
+from backprompt.cli.rows import FORMATS, PIPE, Row, checked, format_of, shown
 from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
 from backprompt.text import Text

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from backprompt._generate import Run, run_with_bar
 from backprompt.arguments import as_bool, as_int, check_encodable
 from backprompt.bound import as_lm
 from backprompt.classify.scoring import TOKENS_AT_A_TIME
@@ -34,6 +33,7 @@ from backprompt.generation_options import SAMPLING_FIELDS
 from backprompt.lm import LM
 from backprompt.loading import load
 from backprompt.progress import Bar
+from backprompt.run import Run, run_with_bar
 from backprompt.stops import StopStrings, missing_characters
 from backprompt.text import Text
 from backprompt.tokenizer import Speller
