@@ -28,7 +28,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 # Inputs are standard normal, so outputs and log-sum-exps are below 8 and their last bit is below 8 * eps. Sums in
 # float32 and float64 lose a few bits more; the shorter dtypes lose that bit in each partial result and in the whole.
-ATOL = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+KERNEL_ATOL = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def attend_by_hand(
@@ -50,7 +50,7 @@ def attend_by_hand(
 
 def check_close(result: KernelOutput, expected: KernelOutput, dtype: torch.dtype) -> None:
     for tensor, wanted in zip(result, expected, strict=True):
-        torch.testing.assert_close(tensor.double().cpu(), wanted.double().cpu(), atol=ATOL[dtype], rtol=0)
+        torch.testing.assert_close(tensor.double().cpu(), wanted.double().cpu(), atol=KERNEL_ATOL[dtype], rtol=0)
 
 
 def draw(heads: int, rows: int, dim: int, seed: int) -> Tensor:
@@ -61,7 +61,7 @@ def draw(heads: int, rows: int, dim: int, seed: int) -> Tensor:
 # The clear kernel
 
 
-@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+@pytest.mark.parametrize("dtype", list(KERNEL_ATOL), ids=str)
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("kind", ["causal", "unmasked", "masked"])
@@ -88,7 +88,7 @@ def test_the_clear_kernel_is_torchs_attention(is_causal: bool) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(
         query[None], key[None], value[None], is_causal=is_causal, scale=0.4, enable_gqa=True
     )
-    torch.testing.assert_close(output, expected[0].transpose(0, 1), atol=ATOL[torch.float32], rtol=0)
+    torch.testing.assert_close(output, expected[0].transpose(0, 1), atol=KERNEL_ATOL[torch.float32], rtol=0)
 
 
 def test_a_row_that_sees_nothing_gets_nothing() -> None:
@@ -100,7 +100,7 @@ def test_a_row_that_sees_nothing_gets_nothing() -> None:
     check_close((output, lse), attend_by_hand(query, key, value, Scoring(0.4), visible), torch.float32)
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.sampled_from(list(ATOL)))
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.sampled_from(list(KERNEL_ATOL)))
 def test_partial_results_join_to_attention_over_all_keys(part_of_key: list[int], dtype: torch.dtype) -> None:
     """Whichever way the keys are dealt out, and in whichever order the parts are joined."""
     num_keys = len(part_of_key)
@@ -306,7 +306,7 @@ scorings = st.builds(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+@pytest.mark.parametrize("dtype", list(KERNEL_ATOL), ids=str)
 @pytest.mark.parametrize("is_clear", [True, False])
 @given(
     batches=st.builds(batches_of_texts, seed=st.integers(0, 2**32 - 1), num_texts=st.integers(1, 20)),

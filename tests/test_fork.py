@@ -20,6 +20,7 @@ import os, sys, threading
 import torch
 from backprompt import LM, Text, evaluate
 from backprompt.store import DiskStore, MemoryStore
+from comparing import assert_close
 from reference import plain_logits
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
@@ -34,7 +35,7 @@ def check(strings, lm=lm):
     for string in strings:
         text = Text(string, lm)
         expected = EXPECTED[string] if string in EXPECTED else plain_logits(model, text.tokens)[-1]
-        torch.testing.assert_close(text.logits, expected, rtol=0, atol=5e-5)
+        assert_close(text.logits, expected)
 
 
 def in_child(work):
@@ -120,7 +121,7 @@ def test_a_child_goes_on_with_what_was_computed_though_torch_has_lost_its_thread
 
         pids = [in_child(work) for _ in range(2)]
         for idx, logits in enumerate(DataLoader(Scored(), batch_size=None, num_workers=2)):
-            torch.testing.assert_close(logits, EXPECTED[STRINGS[idx]], rtol=0, atol=5e-5)
+            assert_close(logits, EXPECTED[STRINGS[idx]])
         with multiprocessing.get_context("fork").Pool(2) as pool:
             assert pool.map(argmax, STRINGS) == [int(EXPECTED[string].argmax()) for string in STRINGS]
         check(STRINGS)

@@ -20,11 +20,11 @@ from test_store import make_entry
 import backprompt
 from backprompt import LM, Text, evaluate, generate
 from backprompt.store import DiskStore, MemoryStore
+from comparing import assert_close, num_distinct_ids
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
-ATOL = 5e-5
 TOKEN_BYTES = 646
 PACKAGE = str(Path(backprompt.__file__).parent)
 TAKES_ALL = bool(os.environ.get("BACKPROMPT_EVERY_LINE"))
@@ -209,7 +209,7 @@ class World:
         before = lm.stats
         evaluate(self.texts[2:])
         ids = [text.tokens for text in self.texts[2:]]
-        distinct = len({own[:stop] for own in ids for stop in range(1, len(own) + 1)})
+        distinct = num_distinct_ids(ids)
         assert (lm.stats - before).tokens_computed + (lm.stats - before).tokens_loaded == distinct
 
     def check_counts(self):
@@ -224,13 +224,13 @@ class World:
 
     def check_numbers(self):
         for text in [*self.texts, self.other]:
-            torch.testing.assert_close(text.logits, expected(self.model, text)[-1], rtol=0, atol=ATOL)
+            assert_close(text.logits, expected(self.model, text)[-1])
         for text, found in zip(self.texts, self.lm.token_logprobs(self.texts), strict=True):
             logprobs = plain_token_logprobs(self.model, text.tokens)
-            torch.testing.assert_close(found, logprobs, rtol=0, atol=ATOL, equal_nan=True)
+            assert_close(found, logprobs)
         if self.lm.session.evaluator is self.found[0]._evaluated.evaluator:
             for text, found in zip((self.other,), self.found, strict=False):
-                torch.testing.assert_close(found.logits, expected(self.model, text)[-1], rtol=0, atol=ATOL)
+                assert_close(found.logits, expected(self.model, text)[-1])
                 next(self.stream, None)
         completion = self.stream.text.completion_tokens
         assert completion == plain_greedy(self.model, self.stream.text.prompt.tokens, len(completion))

@@ -10,10 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from backprompt import LM, Text, UnsupportedModelError, generate, linear
 from backprompt.linear import Linears, OneDnnLinear, speed_up
+from comparing import assert_close
 from reference import plain_greedy, plain_logits
 from tiny_models import FAMILIES
-
-ATOL = 5e-5
 
 
 def conv1d(num_out, num_in):
@@ -58,7 +57,7 @@ def test_models_give_the_numbers_of_the_plain_call(family, way, tokenizer, monke
     assert lm.stats.linears == ("onednn, packed" if way == "packed" else "onednn")
     texts = [Text(string, lm) for string in ("The cat sat on the", "The cat")]
     for text in texts:
-        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     for text, found in zip(texts, generate(texts, max_new_tokens=4), strict=True):
         assert found.completion_tokens == plain_greedy(model, text.tokens, 4)
 
@@ -81,7 +80,7 @@ def test_a_change_of_weights_is_packed_again(tokenizer):
         model.transformer.h[1].mlp.c_fc.weight.mul_(1.5)
         model.lm_head.weight.mul_(0.5)
     assert not torch.allclose(text.logits, before)
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
 
 
 def test_what_was_read_before_a_change_keeps_no_packed_copy_alive(tokenizer):
@@ -125,7 +124,7 @@ def test_what_surrounds_the_first_model_does_not_matter(tokenizer):
         lm = LM(model, tokenizer, pack_weights=True)
     assert torch.equal(torch.rand(3), expected)
     text = Text("The cat sat on the", lm)
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     assert linear._failure(torch.float32) is None
 
 

@@ -14,11 +14,11 @@ from backprompt.cache import Location
 from backprompt.host import HostMemory
 from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.store import DiskStore, MemoryStore
+from comparing import assert_close, assert_equals_plain, num_distinct
 from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
-ATOL = 5e-5
 STATE_BYTES = 32 * 4 + 4 + 1 + 1  # hidden state, log-probability, whether argmax, whether known
 KEY_BYTES = 2 * (2 * 32 * 4)  # keys and values of two layers
 TOKEN_BYTES = KEY_BYTES + STATE_BYTES
@@ -44,10 +44,6 @@ def wide_forest(lm, num_branches=12, num_leaves=6):
     root = Text("Question: What is 12 + 34? ", lm)
     branches = [root + f"The {number} cats sat on the mat. " for number in range(100, 100 + num_branches)]
     return [branch + f"Answer {leaf}!" for branch in branches for leaf in range(num_leaves)]
-
-
-def num_distinct(texts):
-    return len({text.tokens[:end] for text in texts for end in range(1, len(text.tokens) + 1)})
 
 
 def check_is_sound(lm):
@@ -144,23 +140,23 @@ class AnyUse(RuleBasedStateMachine):
 
     @rule(idx=st.integers(0, 10))
     def read_logits(self, idx):
-        self.check(self.texts[idx].logits, EXPECTED[self.texts[idx].tokens][0])
+        assert_close(self.texts[idx].logits, EXPECTED[self.texts[idx].tokens][0])
 
     @rule(idx=st.integers(0, 10))
     def read_logprobs(self, idx):
-        self.check(self.texts[idx].token_logprobs, EXPECTED[self.texts[idx].tokens][1])
+        assert_close(self.texts[idx].token_logprobs, EXPECTED[self.texts[idx].tokens][1])
 
     @rule(idx=st.integers(0, 100))
     def read_an_old_representation(self, idx):
         if self.reprs:
             text, found = self.reprs[idx % len(self.reprs)]
-            self.check(found.all_logits(-1)[0], EXPECTED[text.tokens][0])
+            assert_close(found.all_logits(-1)[0], EXPECTED[text.tokens][0])
 
     @rule(idx=st.integers(0, 100))
     def read_the_logits_of_an_old_representation(self, idx):
         if self.reprs:
             text, found = self.reprs[idx % len(self.reprs)]
-            self.check(found.logits, EXPECTED[text.tokens][0])
+            assert_close(found.logits, EXPECTED[text.tokens][0])
 
     @rule(idx=st.integers(0, 10))
     def continue_a_cache(self, idx):
@@ -168,14 +164,14 @@ class AnyUse(RuleBasedStateMachine):
         cache = text.model_repr.past_key_values()
         assert cache.get_seq_length() == len(text.tokens)
         logits = self.model(torch.tensor([[5]]), past_key_values=cache).logits[0, -1]
-        self.check(logits, plain_logits(self.model, (*text.tokens, 5))[-1])
+        assert_close(logits, plain_logits(self.model, (*text.tokens, 5))[-1])
 
     @rule(indices=st.lists(st.integers(0, 10), max_size=11), data=st.data())
     def score(self, indices, data):
         texts = [self.texts[idx] for idx in indices]
         starts = [data.draw(st.integers(0, len(text.tokens))) for text in texts]
         for text, start, logprobs in zip(texts, starts, self.lm.token_logprobs(texts, starts), strict=True):
-            self.check(logprobs, EXPECTED[text.tokens][1][start:])
+            assert_close(logprobs, EXPECTED[text.tokens][1][start:])
 
     @rule(idx=st.integers(0, 10))
     def pin(self, idx):
@@ -215,9 +211,6 @@ class AnyUse(RuleBasedStateMachine):
                 assert text.model_repr.past_key_values().get_seq_length() == len(text.tokens)
             done = self.lm.stats - before
             assert (done.tokens_computed, done.tokens_fetched) == (0, 0)
-
-    def check(self, actual, expected):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL, equal_nan=True)
 
     def teardown(self):
         if hasattr(self, "patch"):
@@ -266,7 +259,7 @@ def test_scoring_a_forest_over_the_budget_reads_each_pass_before_it_goes(model, 
     before = lm.stats
     for text, logprobs in zip(texts, lm.token_logprobs(texts), strict=True):
         expected = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(logprobs, expected)
     assert (lm.stats - before).tokens_computed <= 1.2 * num_distinct(texts)
 
 
@@ -279,14 +272,14 @@ def test_keys_and_values_go_first_and_results_stay(model, tokenizer):
     reprs = evaluate(texts)
     before = lm.stats
     for text, found in zip(texts, reprs, strict=True):
-        torch.testing.assert_close(found.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(found.logits, plain_logits(model, text.tokens)[-1])
         expected = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(found.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(found.token_logprobs, expected)
     evaluate(texts)
     assert (lm.stats - before).tokens_computed == 0
 
     continued = texts[0] + " And so on."
-    torch.testing.assert_close(continued.logits, plain_logits(model, continued.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(continued.logits, plain_logits(model, continued.tokens)[-1])
     done = lm.stats - before
     assert done.tokens_recomputed > 0
     assert done.tokens_computed <= len(continued.tokens)
@@ -320,7 +313,7 @@ def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
 def test_a_text_larger_than_the_budget_is_computed_and_then_dropped(model, tokenizer):
     lm = make_lm(model, tokenizer, 3)
     text = Text("Question: What is 12 + 34? The cat sat on the mat.", lm)
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     assert lm.stats.bytes_held <= 3 * TOKEN_BYTES
 
 
@@ -437,9 +430,9 @@ def test_small_blocks_become_one_and_no_row_changes(model, tokenizer, monkeypatc
     for text, hidden in zip(texts, expected, strict=True):
         assert torch.equal(text.model_repr.hidden_states, hidden)
         logprobs = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(text.token_logprobs, logprobs, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(text.token_logprobs, logprobs)
         logits = plain_logits(model, (*text.tokens, 5))[-1]
-        torch.testing.assert_close((text + Text.from_tokens([5], lm)).logits, logits, rtol=0, atol=ATOL)
+        assert_close((text + Text.from_tokens([5], lm)).logits, logits)
     assert (lm.stats - before).tokens_computed == len(texts)
 
 
@@ -466,7 +459,7 @@ def test_logits_are_those_of_their_own_text_after_a_clear(model, tokenizer):
     for reads in ([texts[0].logits, old[0].logits], [old[2].logits], [old[1].token_logprobs], [texts[1].logits]):
         assert reads
     for text, found in zip(texts, old, strict=True):
-        torch.testing.assert_close(found.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(found.logits, plain_logits(model, text.tokens)[-1])
 
 
 def test_a_failed_compaction_leaves_nothing_half_cut(model, tokenizer, monkeypatch):
@@ -481,17 +474,10 @@ def test_a_failed_compaction_leaves_nothing_half_cut(model, tokenizer, monkeypat
             [evaluate(texts[:num_texts]) for num_texts in range(1, len(texts))]
     assert lm.stats.bytes_held == 0
     for text in texts:
-        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(text.logits, plain_logits(model, text.tokens)[-1])
 
 
 # The second pool
-
-
-def assert_plain(model, texts):
-    for text in texts:
-        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
-        expected = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
 
 
 @pytest.mark.parametrize("pass_tokens", [8, 32, 256])
@@ -506,12 +492,12 @@ def test_a_forest_that_both_pools_hold_is_computed_once(model, tokenizer, pass_t
     evaluate(texts)
     evaluate(texts)
     assert (lm.stats - before).tokens_computed == distinct
-    assert_plain(model, texts[::7])
+    assert_equals_plain(model, texts[::7])
     for text, logprobs in zip(continued, lm.token_logprobs(continued), strict=True):
         expected = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(logprobs, expected)
     evaluate(continued)  # their last tokens were scored and not forwarded
-    assert_plain(model, continued[::7])
+    assert_equals_plain(model, continued[::7])
     done = lm.stats - before
     assert done.tokens_computed == num_distinct(texts + continued)
     assert done.tokens_recomputed == 0
@@ -677,14 +663,14 @@ def test_a_store_serves_what_neither_pool_holds(model, tokenizer):
     evaluate(texts)
     before = lm.stats
     for text in texts[::-1]:
-        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     continued = [Text.from_tokens([*ids, 7], lm) for ids in token_ids]
     evaluate(continued)
     done = lm.stats - before
     assert done.tokens_computed == len(texts)
     assert done.tokens_fetched >= 40
     assert done.tokens_loaded >= 40
-    assert_plain(model, continued)
+    assert_equals_plain(model, continued)
     assert lm.stats.host_bytes_held <= 40 * TOKEN_BYTES
     check_is_sound(lm)
 
@@ -737,7 +723,7 @@ def test_a_failed_move_leaves_nothing_half_moved(num_copies, model, tokenizer, m
         with pytest.raises(torch.OutOfMemoryError):
             [text.model_repr.past_key_values() for text in texts]
     check_is_sound(lm)
-    assert_plain(model, texts[::5])
+    assert_equals_plain(model, texts[::5])
     assert (lm.stats - before).tokens_computed == 0
 
 
@@ -850,7 +836,7 @@ def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
     before = lm.stats
     for text in texts[-20:]:
         plain = plain_logits(model, text.tokens)[-1]
-        torch.testing.assert_close(text.logits, plain, rtol=0, atol=1e-3)  # ATOL was measured on the CPU
+        assert_close(text.logits, plain, atol=1e-3)  # ATOL was measured on the CPU
     assert (lm.stats - before).tokens_fetched > 0
 
 
@@ -907,9 +893,9 @@ def test_a_pin_of_what_was_cleared_or_changed_holds_nothing(tokenizer):
     changed = text.pin()
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight += 0.1
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     changed.release()
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
 
 
 # What the budget may be

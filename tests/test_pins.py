@@ -10,11 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from backprompt import LM, MemoryBudgetError, Text, evaluate, generate
 from backprompt.store import MemoryStore
+from comparing import assert_close
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
-ATOL = 5e-5
 NEW = 8
 SEGMENTS = ["The cat", " sat", " on the mat", "s", "'s", " 12", "34", ", and", " Question: What is it?", "\n\n"]
 MODEL = FAMILIES["gpt2"]()
@@ -26,10 +26,6 @@ def logits_of(ids):
     if ids not in LOGITS:
         LOGITS[ids] = plain_logits(MODEL, ids)
     return LOGITS[ids]
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL, equal_nan=True)
 
 
 class Holders(RuleBasedStateMachine):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from backprompt import LM, Text, evaluate
 from backprompt.store import DiskStore, MemoryStore
 from backprompt.store.precision import decode, encode, parts_of
+from comparing import assert_close
 from reference import plain_logits
 from tiny_models import FAMILIES
 
@@ -148,7 +149,7 @@ def test_who_did_not_ask_for_fewer_bits_never_reads_them(stored, model, tokenize
     for dtype in {None, *DTYPES} - {stored}:
         lm = LM(model, tokenizer, store=make_store(dtype))
         text = Text(SHOTS, lm)
-        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=5e-5)
+        assert_close(text.logits, plain_logits(model, text.tokens)[-1])
         assert lm.stats.tokens_loaded == 0
 
 
@@ -162,7 +163,7 @@ def test_what_is_computed_again_is_exact_again(model, tokenizer, make_store):
     assert text().stored_error > 0
     for header in list(store.list()):
         store.delete(header.name)
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=5e-5)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     assert text().stored_error == 0
 
 

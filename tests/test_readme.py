@@ -10,6 +10,7 @@ import torch
 
 import backprompt
 from benchmarks.report import tables_of, with_tables
+from comparing import num_distinct
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -32,8 +33,7 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert printed.startswith("Hello there. General Kenobi...\n")
     texts, lm = names["texts"], names["lm"]
-    distinct = {text.tokens[:stop] for text in texts for stop in range(1, len(text.tokens) + 1)}
-    assert lm.stats.tokens_computed == len(distinct)
+    assert lm.stats.tokens_computed == num_distinct(texts)
     assert lm.model.dtype is torch.float32
 
 
@@ -60,8 +60,7 @@ def test_readme_example_of_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("tree.svg").read_text(encoding="utf-8").count("Dear") == 2  # in its box, and in what is told of it
     assert capsys.readouterr().out.startswith("¦")
     longer = [draft + " Yours,", draft + " Love,"]
-    distinct = {text.tokens[:stop] for text in longer for stop in range(1, len(text.tokens) + 1)}
-    assert names["num_tokens"] == len(distinct)
+    assert names["num_tokens"] == num_distinct(longer)
 
 
 @pytest.mark.usefixtures("gpt2_in_this_folder")

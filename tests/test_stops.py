@@ -13,10 +13,10 @@ from backprompt._generate import ContinuedText
 from backprompt.decoded import Decoder
 from backprompt.stops import Cut, StopStrings
 from backprompt.tokens import added
+from reference import generated_by_transformers
 from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram
 
-ATOL = 5e-5
 NEW = 12
 PROMPTS = ["The cat sat on the", "Question:\n", "naïve 東京 ", "The cat the cat the"]
 WAYS = {
@@ -37,11 +37,7 @@ def lm(lms):
 
 
 def theirs(lm, text, **options):
-    """The ids that `generate` of transformers appends to one prompt."""
-    ids = torch.tensor([text.tokens])
-    options = {"do_sample": False, "pad_token_id": 0, "tokenizer": lm.tokenizer, **options}
-    found = lm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    return tuple(found[0, ids.shape[1] :].tolist())
+    return generated_by_transformers(lm.model, text.tokens, tokenizer=lm.tokenizer, **options)
 
 
 def forced(lm, string):

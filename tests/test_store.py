@@ -22,7 +22,6 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from threads import in_threads
 
 from backprompt import LM, load
 from backprompt.errors import (
@@ -33,8 +32,9 @@ from backprompt.errors import (
     TokenIdError,
     TokenizerError,
 )
-from backprompt.store import DiskStore, Entry, Header, Match, MemoryStore
+from backprompt.store import DiskStore, Entry, Header, Match
 from backprompt.store.file import to_pieces
+from threads import in_threads
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8]
 
@@ -80,12 +80,6 @@ def assert_same(found, put, names=None):
     for name, tensor in expected.items():
         assert found.tensors[name].dtype == tensor.dtype
         assert torch.equal(found.tensors[name].nan_to_num(9), tensor.nan_to_num(9)), name
-
-
-@pytest.fixture(params=["memory", "disk"])
-def store(request, tmp_path):
-    with MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "prompts.bp") as made:
-        yield made
 
 
 WRONG_ARGUMENTS = {
