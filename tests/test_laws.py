@@ -100,8 +100,7 @@ def test_p1_same_numbers_as_the_plain_call(name: str, segments: list[list], max_
     limit = 32 if name == "phi3_longrope" else LIMIT
     texts = [text for text in usable([compose(s, lm) for s in segments]) if len(text.tokens) <= limit]
     evaluate(texts)
-    for text in texts:
-        assert_equals_plain(model, [text])
+    assert_equals_plain(model, texts)
 
 
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
