@@ -52,17 +52,6 @@ class ContinuedText(Text):
     _prompt: Text
     _completion: Text
 
-    @classmethod
-    def _of(cls: type[Continued], prompt: Text, token_ids: Sequence[int], lm: LM, rest: str = "") -> Continued:
-        with lazily():
-            completion = Text.from_tokens(token_ids, lm) + rest
-            plain = prompt + completion
-        text = cls.__new__(cls)
-        for name in ("_segment", "_add_special_tokens", "_left", "_right", "_lm", "_num_segments", "_hash"):
-            setattr(text, name, getattr(plain, name))
-        text._prompt, text._completion = prompt, completion
-        return text
-
     @property
     def prompt(self) -> Text:
         """What was continued."""
@@ -193,16 +182,28 @@ def select(
     option = listed[int(probabilities.argmax())]
     (end,) = ends_behind(lm, [(prompt, end_of_prompt)])
     (token_ids,) = completion_ids(lm, [(end, option)]).values()
-    text = SelectedText._of(prompt, token_ids, lm)
+    text = continued(SelectedText, prompt, token_ids, lm)
     text._aggregate, text._option = aggregate, option
     text._probabilities = dict(zip(listed, probabilities.tolist(), strict=True))
+    return text
+
+
+def continued(kind: type[Continued], prompt: Text, token_ids: Sequence[int], lm: LM, rest: str = "") -> Continued:
+    """Return a text of this kind: a prompt, these ids, and a string behind them (see `stops.Cut`)."""
+    with lazily():
+        completion = Text.from_tokens(token_ids, lm) + rest
+        plain = prompt + completion
+    text = kind.__new__(kind)
+    for name in ("_segment", "_add_special_tokens", "_left", "_right", "_lm", "_num_segments", "_hash"):
+        setattr(text, name, getattr(plain, name))
+    text._prompt, text._completion = prompt, completion
     return text
 
 
 def _generated(lm: LM, prompt: Text, found: Found, dtype: torch.dtype) -> GeneratedText:
     kept = found.choices if found.cut is None else found.choices[: found.cut.num_tokens]
     rest = "" if found.cut is None else found.cut.rest
-    text = GeneratedText._of(prompt, [choice.token_id for choice in kept], lm, rest)
+    text = continued(GeneratedText, prompt, [choice.token_id for choice in kept], lm, rest)
     text._logprobs, text._logprob_dtype = tuple(choice.logprob for choice in kept), dtype
     text._finish_reason = found.finish_reason
     return text
@@ -339,21 +340,21 @@ class Stream(Iterator[str]):
             raise GenerationError("Beams are decided on at the end, so there are no pieces to stream. Use generate.")
         self._lm = lm
         self._prompt = prompt
-        self._run = Run(lm, [prompt], decoding)
+        self.run = Run(lm, [prompt], decoding)
         self._stops = decoding.stops
         self._decoder = Decoder(lm.tokenizer, lm.tokenizer.all_special_ids)
-        self._decoded = self._decoder.begin(flat(self._run.prompts[0]))
+        self._decoded = self._decoder.begin(flat(self.run.prompts[0]))
         self._num_decoded = self._num_given = 0
 
     @property
     def text(self) -> GeneratedText:
         """The prompt and what was added so far."""
-        ((text,),) = self._run.results()
+        ((text,),) = self.run.results()
         return text
 
     def __next__(self) -> str:
         while True:
-            is_going_on = self._run.step()
+            is_going_on = self.run.step()
             completion = self._stops.decided(self._settled()) if is_going_on else self.text.completion
             piece, self._num_given = completion[self._num_given :], len(completion)
             if piece:
@@ -363,7 +364,7 @@ class Stream(Iterator[str]):
 
     def _settled(self) -> str:
         """Return what of the completion no token to come changes."""
-        ((found,),) = self._run.found()
+        ((found,),) = self.run.found()
         for choice in found.choices[self._num_decoded :]:
             self._decoded = self._decoder.with_token(self._decoded, choice.token_id)
         self._num_decoded = len(found.choices)
@@ -371,7 +372,7 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """Stop; what was generated is kept."""
-        self._run.close()
+        self.run.close()
 
     def __enter__(self) -> Stream:
         return self
@@ -426,6 +427,11 @@ class Run:
         return sum(
             self.decoding.max_new_tokens if decoding.is_finished else decoding.num_new for decoding in self._decodings
         )
+
+    @property
+    def ends(self) -> set[Span]:
+        """The spans at which the texts that grow end, each as far as it is held."""
+        return {end for live in self._live for end in live.ends.values()}
 
     def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""

@@ -1,5 +1,7 @@
 """LMs that share a store: what one computed the other finds, wherever either cuts a text; and never another model's."""
 
+import struct
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,9 +9,9 @@ from hypothesis import strategies as st
 
 from backprompt import LM, EntryTooLargeError, NoStoreError, Text, evaluate
 from backprompt.store import DiskStore, Entry, MemoryStore
-from backprompt.store.index import _packed
 from comparing import assert_close, assert_equals_plain, beginnings
 from reference import plain_greedy, plain_is_argmax, plain_token_logprobs
+from stores import change_index
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
@@ -256,8 +258,7 @@ def test_an_index_that_is_wrong_gives_no_wrong_numbers(model, tokenizer, tmp_pat
     other = (*ids[:-1], 99)
     with DiskStore(tmp_path / "prompts.bp") as store:
         evaluate(Text.from_tokens(ids, LM(model, tokenizer, store=store)))
-        with store._index._connection as index:
-            index.execute("UPDATE entries SET token_ids = ?", (_packed(other),))
+        change_index(store, "UPDATE entries SET token_ids = ?", struct.pack(f">{len(other)}Q", *other))
         lm = LM(model, tokenizer, store=store)
         assert_equals_plain(model, [Text.from_tokens(other, lm)])
         assert lm.stats.tokens_loaded == 0

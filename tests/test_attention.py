@@ -106,12 +106,12 @@ def test_partial_results_join_to_attention_over_all_keys(part_of_key: list[int],
     num_keys = len(part_of_key)
     tensors = draw(4, 5, 8, seed=0), draw(2, num_keys, 8, seed=1), draw(2, num_keys, 6, seed=2)
     query, key, value = (tensor.to(dtype) for tensor in tensors)
-    joined, rows = calls._Joined(query, value), slice(0, 5)
+    joined, rows = calls.Joined(query, value), slice(0, 5)
     for i, part in enumerate(dict.fromkeys(part_of_key)):
         keys = [idx for idx, other in enumerate(part_of_key) if other == part]
         partial_result = clear_kernel(query, key[:, keys], value[:, keys], 0.4, False, None)
         (joined.add if i else joined.start_with)(rows, *partial_result)
-    result = joined.result(sinks=None), joined._lse
+    result = joined.result(sinks=None), joined.lse
     check_close(result, attend_by_hand(query, key, value, Scoring(0.4)), dtype)
 
 
@@ -139,7 +139,7 @@ LAYOUTS: dict[str, Callable[[int, int, int, int], Tensor]] = {
 def test_a_fast_kernel_is_the_clear_one(
     heads: int, kv_heads: int, dim: int, layout: str, dtype: torch.dtype, device: str
 ) -> None:
-    name, kernel = kernels._FAST_KERNELS[device]
+    name, kernel = kernels.FAST_KERNELS[device]
     chosen = choose_kernel(torch.device(device), dtype, heads, kv_heads, dim)
     if chosen.name != name:
         pytest.skip(f"not used here: {chosen.name}")
@@ -162,7 +162,7 @@ def test_a_fast_kernel_is_the_clear_one(
 def fast_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[str, Kernel]]]:
     """A table of fast kernels to write to; nothing that was chosen by another table is remembered."""
     table: dict[str, tuple[str, Kernel]] = {}
-    monkeypatch.setattr(kernels, "_FAST_KERNELS", table)
+    monkeypatch.setattr(kernels, "FAST_KERNELS", table)
     choose_kernel.cache_clear()
     yield table
     choose_kernel.cache_clear()

@@ -172,7 +172,7 @@ def test_forks_in_the_middle_of_the_calls_of_other_threads_that_share_a_store(tm
         check([f"The parent. {{LONG}}"], lms[1])
         with DiskStore(stores[0].path) as other:
             assert not other.verify()
-            assert other.stats().num_entries == len(list(other._files()))
+            assert other.stats().num_entries == len(list(other.path.glob("entries/*/*.safetensors")))
             fresh = LM(model, byte_level_bpe(), store=other)
             check([f"{{child}} of the children. {{LONG}}" for child in range(9)], fresh)
             assert fresh.stats.tokens_computed < fresh.stats.tokens_loaded / 2, fresh.stats
@@ -235,7 +235,7 @@ def test_a_store_that_another_thread_makes_while_forking_looks_for_all():
                     yield store
 
         kept = [forking.ForkableLock() for _ in range(2)]
-        forking._stores = Watched(kept)
+        forking.stores = Watched(kept)
         wait(in_child(lambda: MemoryStore().close()))
         assert not failed, failed
         """

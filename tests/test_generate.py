@@ -198,9 +198,9 @@ def test_what_is_evaluated_between_steps_leaves_nothing_behind(model, tokenizer)
     for prompt in PROMPTS * 2:
         stream = Text(prompt, lm).stream(max_new_tokens=NEW)
         for _ in range(5):
-            stream._run.step()
+            stream.run.step()
         evaluate(Text.from_tokens(stream.text.tokens[:-1], lm))
-        stream._run.step()
+        stream.run.step()
         stream.close()
         assert lm.stats.bytes_held <= 60 * 646
 
@@ -260,7 +260,7 @@ def test_room_that_nobody_has_used_yet_may_hold_anything(lm, monkeypatch):
 def test_a_text_that_is_cut_while_it_grows_keeps_no_others_rows(lm):
     prompt = Text("The cat sat on the", lm)
     streams = [(prompt + f" mat {idx}").stream(max_new_tokens=20) for idx in range(6)]
-    run = Run(lm, [prompt + f" mat {idx}" for idx in range(8)], streams[0]._run.decoding)
+    run = Run(lm, [prompt + f" mat {idx}" for idx in range(8)], streams[0].run.decoding)
     for _ in range(12):
         run.step()
     cut = run.results()[3][0]
@@ -412,11 +412,11 @@ def test_a_stream_overtakes_another_of_the_same_text(lm, model):
     text = Text(PROMPTS[0], lm)
     behind, ahead = text.stream(max_new_tokens=NEW), text.stream(max_new_tokens=NEW)
     for _ in range(3):
-        behind._run.step()
+        behind.run.step()
     for _ in range(7):
-        ahead._run.step()
-    spans = list(lm.session.evaluator.forest.spans())
-    assert all(end in spans for stream in (behind, ahead) for live in stream._run._live for end in live.ends.values())
+        ahead.run.step()
+    spans = set(lm.session.evaluator.forest.spans())
+    assert behind.run.ends | ahead.run.ends <= spans
     behind.close()
     list(ahead)
     assert ahead.text.completion_tokens == plain_greedy(model, text.tokens, NEW)

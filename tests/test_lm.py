@@ -39,6 +39,7 @@ from backprompt import (
     load,
 )
 from backprompt.cache import KeysValues, States
+from backprompt.pools import CANDIDATE_BYTES, CANDIDATE_END_BYTES
 from comparing import assert_close, assert_equals_plain, num_distinct, num_distinct_ids
 from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
@@ -171,10 +172,13 @@ def test_a_longer_text_forwards_only_what_is_new(lm, calls):
 def test_tokens_reused_counts_no_less_than_nothing(lm):
     """What `clear` makes necessary to compute again was asked for again."""
     text = Text("The cat sat", lm)
+    before = lm.stats
     representation = evaluate(text)
     lm.clear()
     representation.logits  # noqa: B018
-    assert lm.stats.tokens_reused >= 0
+    done = lm.stats - before
+    assert done.tokens_requested == done.tokens_computed == 2 * len(text.tokens)
+    assert done.tokens_reused == 0
 
 
 # Bytes
@@ -383,7 +387,9 @@ def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypat
     for first in range(40):
         lm.token_logprobs([Text.from_tokens([first, 5, 6, 7], lm)])
     evaluator = lm.session.evaluator
-    assert set(evaluator.computation.pools.candidates._scores) <= set(evaluator.forest.spans())
+    candidates = evaluator.computation.pools.candidates
+    known = [scores for span in evaluator.forest.spans() if (scores := candidates.get(span))]
+    assert candidates.num_bytes == sum(CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(scores) for scores in known) > 0
     assert lm.stats.result_bytes_held <= 20 * 400
 
 

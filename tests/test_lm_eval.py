@@ -167,8 +167,8 @@ def test_any_ids_have_the_answers_of_hf(data, models, monkeypatch):
     hf, ours = models["gpt2"]
     monkeypatch.setattr(integration, "TOKENS_AT_A_TIME", data.draw(st.sampled_from([1, 30, 1000])))
     max_length = data.draw(st.integers(4, 12))
-    for model in (hf, ours):
-        monkeypatch.setattr(model, "_max_length", max_length)
+    monkeypatch.setattr(hf, "_max_length", max_length)
+    ours = BackpromptLM(ours.lm, max_length=max_length)
     requests = []
     for idx in range(data.draw(st.integers(1, 6))):
         context = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=9))
@@ -212,17 +212,15 @@ def test_a_greedy_continuation_is_called_one(models):
 @pytest.mark.parametrize("max_length", [7, None])
 def test_strings_have_the_rolling_loglikelihoods_of_hf_where_asked_for(family, max_length, models, monkeypatch):
     hf, ours = models[family]
-    for model in (hf, ours):
-        monkeypatch.setattr(model, "_max_length", max_length)
+    monkeypatch.setattr(hf, "_max_length", max_length)
+    own, as_hf = (BackpromptLM(ours.lm, max_length=max_length, rolling_as_hf=value) for value in (False, True))
     strings = instances([(SENTENCES * num,) for num in (0, 1, 5)] + [("Hello",)])
     expected = hf.loglikelihood_rolling(strings, disable_tqdm=True)
-    own = ours.loglikelihood_rolling(strings, disable_tqdm=True)
-    monkeypatch.setattr(ours, "_rolling_as_hf", True)
-    found = ours.loglikelihood_rolling(strings, disable_tqdm=True)
+    found = as_hf.loglikelihood_rolling(strings, disable_tqdm=True)
     assert found == pytest.approx(expected, abs=SUM_ATOL)
     assert 0 >= found[0] > found[1] > found[2]
     if family == "gpt2":  # its tokenizer adds nothing
-        assert own == found
+        assert own.loglikelihood_rolling(strings, disable_tqdm=True) == found
 
 
 def test_a_rolling_loglikelihood_is_that_of_the_strings_own_tokens(folders):
@@ -378,17 +376,19 @@ def test_requests_that_cannot_be_answered_are_refused_before_anything_runs(model
             ours.loglikelihood(instances(pairs), disable_tqdm=True)
     with pytest.raises(GenerationError, match="max_gen_toks"):
         ours.generate_until(instances([("The cat", {"max_gen_toks": MAX_POSITIONS})]))
-    monkeypatch.setattr(ours, "_prefix_token_id", None)
+    tokenizer = byte_level_bpe()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    bare = BackpromptLM(LM(ours.lm.model, tokenizer))
     with pytest.raises(ValueError, match="prefix_token_id="):
-        ours.loglikelihood(instances(PAIRS), disable_tqdm=True)
+        bare.loglikelihood(instances(PAIRS), disable_tqdm=True)
     with pytest.raises(ValueError, match="prefix_token_id="):
-        ours.loglikelihood_rolling(instances([("The cat",)]), disable_tqdm=True)
+        bare.loglikelihood_rolling(instances([("The cat",)]), disable_tqdm=True)
     with pytest.raises(ValueError, match="prefix_token_id="):
-        ours.generate_until(instances([("The cat", {"max_gen_toks": 3}), ("", {"max_gen_toks": 4})]), disable_tqdm=True)
-    assert (ours.lm.stats - before).forward_passes == 0
-    monkeypatch.setattr(ours, "_max_length", 10 * MAX_POSITIONS)
+        bare.generate_until(instances([("The cat", {"max_gen_toks": 3}), ("", {"max_gen_toks": 4})]), disable_tqdm=True)
+    assert (ours.lm.stats - before).forward_passes == bare.lm.stats.forward_passes == 0
+    longer = BackpromptLM(ours.lm, max_length=10 * MAX_POSITIONS)
     with pytest.raises(TextTooLongError, match="128 positions"):
-        ours.loglikelihood(instances(PAIRS[-4:]), disable_tqdm=True)
+        longer.loglikelihood(instances(PAIRS[-4:]), disable_tqdm=True)
 
 
 def test_generated_strings_are_those_of_hf(models):

@@ -399,7 +399,7 @@ def test_a_probability_of_0_is_null_on_the_command_line(masked, tokenizer):
     """JSON has no infinity. Token 300 is masked, and the options force it."""
     text = Text(PROMPTS[0], LM(masked, tokenizer)).generate(max_new_tokens=2, forced_eos_token_id=300)
     assert text.completion_logprobs[-1] == -torch.inf
-    assert cli_generate._result(text, 0, None)["logprob"] is None
+    assert cli_generate.result_of(text, 0, None)["logprob"] is None
 
 
 # Rows that are no distribution
@@ -461,8 +461,10 @@ def test_logits_that_are_no_distribution_are_an_error_that_names_the_text(what, 
         with pytest.raises(NonFiniteError, match=match):
             read()
     assert torch.isfinite(good.generate(max_new_tokens=2).completion_logprobs).all()
-    for rows in lm.session.evaluator.computation.pools.logits._rows.values():
-        assert torch.isfinite(rows).all()
+    evaluator = lm.session.evaluator
+    pooled = [evaluator.computation.pools.logits.get(span) for span in evaluator.forest.spans()]
+    assert any(row is not None for row in pooled)
+    assert all(torch.isfinite(row).all() for row in pooled if row is not None)
     assert not lm.session.evaluator.holders.ends()
 
 
@@ -502,7 +504,7 @@ def test_a_model_is_not_refused_for_rows_of_its_embedding_that_nobody_uses(token
     """Such as rows that pad it: the tokens that the probe begins with are among them."""
     model = FAMILIES["llama"]()
     text = Text(PROMPTS[0], LM(FAMILIES["llama"](), tokenizer))
-    unused = sorted(set(probe._token_ids("aaaabbbcc", 320, 0)) - set(text.tokens))
+    unused = sorted(set(probe.token_ids_of("aaaabbbcc", 320, 0)) - set(text.tokens))
     assert unused
     with torch.no_grad():
         model.model.embed_tokens.weight[unused] = torch.nan

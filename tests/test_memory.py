@@ -70,7 +70,7 @@ def check_is_sound(lm):
                 num_rows[place.block] = num_rows.get(place.block, 0) + place.stop - place.start
             assert all(block.num_rows == num or (prefix and block.num_rows > num) for block, num in num_rows.items())
             blocks |= set(num_rows)
-        assert blocks == set(pool._blocks)
+        assert blocks == set(pool.blocks)
     for span in spans:
         for place in filter(None, (span.rows, span.states, span.host_rows, span.host_states)):
             assert place.stop - place.start == len(span.token_ids)
@@ -304,7 +304,7 @@ def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
     lm = make_lm(model, tokenizer, 60, pass_tokens=512)
     evaluate(wide_forest(lm))
     gc.collect()
-    blocks = list(lm.session.evaluator.memory._blocks)
+    blocks = lm.session.evaluator.memory.blocks
     tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.bytes_held <= 60 * TOKEN_BYTES
@@ -420,10 +420,10 @@ def test_small_blocks_become_one_and_no_row_changes(model, tokenizer, monkeypatc
     for text in texts[::2]:
         assert text.token_logprobs.shape == (len(text.tokens),)
     memory, before = lm.session.evaluator.memory, lm.stats
-    assert len(memory._blocks) >= 60
+    assert len(memory.blocks) >= 60
     monkeypatch.setattr(tier, "MAX_SMALL_BLOCKS", 8)
     evaluate(Text("And 1 more.", lm))
-    assert len(memory._blocks) <= 8
+    assert len(memory.blocks) <= 8
     check_is_sound(lm)
     assert lm.stats.bytes_held - before.bytes_held == TOKEN_BYTES * (lm.stats - before).tokens_computed
     before = lm.stats
@@ -443,7 +443,7 @@ def test_texts_grow_on_while_small_blocks_become_one(model, tokenizer, monkeypat
     for number in range(20):
         evaluate(Text(f"{number} more", lm))
         for stream in streams:
-            stream._run.step()
+            stream.run.step()
     for number, stream in enumerate(streams):
         plain = plain_greedy(model, Text(f"The cat {number}", lm).tokens, 20)
         assert stream.text.completion_tokens == plain
@@ -456,8 +456,7 @@ def test_logits_are_those_of_their_own_text_after_a_clear(model, tokenizer):
     texts = wide_forest(lm, num_branches=2, num_leaves=2)
     old = evaluate(texts)
     lm.clear()
-    for reads in ([texts[0].logits, old[0].logits], [old[2].logits], [old[1].token_logprobs], [texts[1].logits]):
-        assert reads
+    _ = [texts[0].logits, old[0].logits, old[2].logits, old[1].token_logprobs, texts[1].logits]
     for text, found in zip(texts, old, strict=True):
         assert_close(found.logits, plain_logits(model, text.tokens)[-1])
 
@@ -558,7 +557,7 @@ def test_the_second_pool_stays_within_its_budget(host_tokens, model, tokenizer):
         check_is_sound(lm)
     assert 0 < peaks["host"] <= host_tokens * TOKEN_BYTES
     gc.collect()
-    blocks = list(lm.session.evaluator.host._blocks)
+    blocks = lm.session.evaluator.host.blocks
     tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.host_bytes_held
@@ -622,7 +621,7 @@ def test_a_pass_that_goes_is_one_block_and_one_copy_a_tensor(model, tokenizer, m
     texts = wide_forest(lm, num_branches=3)
     evaluate(texts)
     assert len(list(lm.session.evaluator.forest.spans())) > 20
-    assert len(lm.session.evaluator.host._blocks) == 2  # keys and values; states
+    assert len(lm.session.evaluator.host.blocks) == 2  # keys and values; states
     assert len(copied) == 2 * 2 + 3  # of each of two layers; hidden states, log-probabilities, argmax flags
     lm.session.evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
     evaluate(texts)
@@ -805,14 +804,14 @@ def test_all_that_moves_between_the_pools_is_page_locked(model, tokenizer, monke
 
     monkeypatch.setattr(Location, "empty", empty)
     monkeypatch.setattr(Location, "of", of)
-    lm = make_lm(model, tokenizer, 60, host_tokens=100)
-    lm.session.evaluator.host._here = Location(torch.device("cpu"), is_pinned=True)
+    monkeypatch.setattr("backprompt.session.check_can_pin", lambda device: None)
+    lm = make_lm(model, tokenizer, 60, host_tokens=100, pin_memory=True)
     texts = wide_forest(lm)
     for start in range(0, len(texts), 10):
         evaluate(texts[start : start + 10])
     for is_host, pool in enumerate((lm.session.evaluator.memory, lm.session.evaluator.host)):
         names = {}
-        for name, tensor in (named for block in pool._blocks for named in tensors_of(block)):
+        for name, tensor in (named for block in pool.blocks for named in tensors_of(block)):
             names.setdefault(name, set()).add(of(tensor).is_pinned)
         expected = {name: {bool(is_host)} for name in ("keys", "values", "hidden", "logprobs", "is_argmax")}
         assert names == {**expected, "has_logprobs": {False}}
@@ -827,7 +826,7 @@ def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
     texts = wide_forest(lm)
     for start in range(0, len(texts), 10):
         evaluate(texts[start : start + 10])
-    blocks = list(lm.session.evaluator.host._blocks)
+    blocks = lm.session.evaluator.host.blocks
     assert blocks
     for block in blocks:
         for name, tensor in tensors_of(block):

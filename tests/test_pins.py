@@ -100,12 +100,14 @@ class Holders(RuleBasedStateMachine):
     @rule(idx=st.integers(0, 50))
     def pin(self, idx):
         with contextlib.suppress(MemoryBudgetError):
-            self.pins.append(self.pick(idx).pin())
+            text = self.pick(idx)
+            self.pins.append((text, text.pin()))
 
     @rule(idx=st.integers(0, 50))
     def unpin(self, idx):
         if self.pins:
-            self.pins.pop(idx % len(self.pins)).release()
+            _, pin = self.pins.pop(idx % len(self.pins))
+            pin.release()
 
     @rule(idx=st.integers(0, 50), lookup=st.sampled_from([None, 3]))
     def stream(self, idx, lookup):
@@ -162,15 +164,15 @@ class Holders(RuleBasedStateMachine):
         if not hasattr(self, "lm"):
             return
         evaluator = self.lm.session.evaluator
-        pinned = {evaluator.forest.insert(pin._text.token_ids) for pin in self.pins}
+        pinned = {evaluator.forest.insert(text.tokens) for text, _ in self.pins}
         assert set(evaluator.holders.pinned_ends()) == pinned
         assert all(span.rows is not None for end in pinned for span in end.closure())
-        growing = {end for stream in self.streams for live in stream._run._live for end in live.ends.values()}
+        growing = set().union(*(stream.run.ends for stream in self.streams))
         assert evaluator.holders.ends() == pinned | growing
 
     @invariant()
     def budgets_hold(self):
-        if hasattr(self, "lm") and not any(stream._run._live for stream in self.streams):
+        if hasattr(self, "lm") and not any(stream.run.ends for stream in self.streams):
             assert self.lm.stats.bytes_held <= self.lm.session.evaluator.memory.max_bytes
             assert self.lm.stats.host_bytes_held <= self.lm.session.evaluator.host.max_bytes
 

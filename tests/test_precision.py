@@ -67,9 +67,9 @@ def test_rows_do_not_depend_on_where_an_entry_is_cut(stored):
     tensors = draw_tensors(2)
     whole = encode(tensors, stored).tensors
     part = encode({"keys.0": tensors["keys.0"][:, 2:4]}, stored).tensors
-    for name in parts_of("keys.0"):
-        if name in whole:
-            assert torch.equal(whole[name][:, 2:4], part[name])
+    assert part.keys() == whole.keys() & set(parts_of("keys.0"))
+    for name, tensor in part.items():
+        assert torch.equal(whole[name][:, 2:4], tensor)
 
 
 def test_numbers_that_do_not_fit_stay_as_they_are():
@@ -86,15 +86,14 @@ def test_numbers_that_do_not_fit_stay_as_they_are():
 
 @pytest.fixture(params=["memory", "disk"])
 def make_store(request, tmp_path):
-    """Makes stores of the same entries that differ in the dtype asked for."""
+    """Makes stores of the same entries that differ in the dtype asked for, one after the other."""
     shared = MemoryStore()
 
     def make(dtype):
         if request.param == "disk":
             return DiskStore(tmp_path / "prompts.bp", dtype=dtype)
-        store = MemoryStore(dtype=dtype)
-        store._entries = shared._entries
-        return store
+        shared.dtype = dtype
+        return shared
 
     return make
 

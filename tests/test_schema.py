@@ -18,6 +18,7 @@ from backprompt.errors import EntryTooLargeError
 from backprompt.store import DiskStore, Entry, Header, MemoryStore
 from comparing import assert_close
 from reference import plain_logits
+from stores import file_of
 from tiny_models import FAMILIES
 
 IDS = tuple(range(5, 45))
@@ -252,7 +253,7 @@ def stored(model, tokenizer, tmp_path):
 def overwrite(store, entry, content):
     """Let the index know of an entry whose file is another one."""
     store.put(entry)
-    store._file(entry.header.name).write_bytes(content)
+    file_of(store, entry.header.name).write_bytes(content)
 
 
 def assert_right(model, lm, ids):

@@ -279,8 +279,8 @@ def test_a_private_tokenizer_is_the_whole_of_it(name):
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding()
     private = PrivateTokenizer(tokenizer)
-    assert json.loads(private._whole.to_str()) == expected
-    continuing = json.loads(private._continuing.to_str())
+    assert json.loads(private.whole.to_str()) == expected
+    continuing = json.loads(private.continuing.to_str())
     edited = {"normalizer", "pre_tokenizer", "post_processor"}
     assert {key for key in expected if continuing[key] != expected[key]} <= edited
 

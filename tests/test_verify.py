@@ -58,7 +58,7 @@ def test_the_figures_are_those_of_the_plain_call(family, tokenizer):
 def test_weights_that_change_meanwhile_are_no_drift(tokenizer, monkeypatch):
     model = FAMILIES["gpt2"]()
     texts = questions(LM(model, tokenizer))
-    compare, num_compared = _verify._gaps, []
+    compare, num_compared = _verify.gaps_of, []
 
     def change_at_the_end(model_repr, plain):
         num_compared.append(1)
@@ -69,7 +69,7 @@ def test_weights_that_change_meanwhile_are_no_drift(tokenizer, monkeypatch):
         return gaps
 
     with monkeypatch.context() as patch:
-        patch.setattr(_verify, "_gaps", change_at_the_end)
+        patch.setattr(_verify, "gaps_of", change_at_the_end)
         with pytest.raises(StaleRepresentationError):
             verify(texts)
     assert verify(texts).passed
