@@ -140,21 +140,21 @@ class Stream(Iterator[str]):
             raise GenerationError("Beams are decided on at the end, so there are no pieces to stream. Use generate.")
         self._lm = lm
         self._prompt = prompt
-        self._run = Run(lm, [prompt], decoding)
+        self.run = Run(lm, [prompt], decoding)
         self._stops = decoding.stops
         self._decoder = Decoder(lm.tokenizer, lm.tokenizer.all_special_ids)
-        self._decoded = self._decoder.begin(flat(self._run.prompts[0]))
+        self._decoded = self._decoder.begin(flat(self.run.prompts[0]))
         self._num_decoded = self._num_given = 0
 
     @property
     def text(self) -> GeneratedText:
         """The prompt and what was added so far."""
-        ((text,),) = self._run.results()
+        ((text,),) = self.run.results()
         return text
 
     def __next__(self) -> str:
         while True:
-            is_going_on = self._run.step()
+            is_going_on = self.run.step()
             completion = self._stops.decided(self._settled()) if is_going_on else self.text.completion
             piece, self._num_given = completion[self._num_given :], len(completion)
             if piece:
@@ -164,7 +164,7 @@ class Stream(Iterator[str]):
 
     def _settled(self) -> str:
         """Return what of the completion no token to come changes."""
-        ((found,),) = self._run.found()
+        ((found,),) = self.run.found()
         for choice in found.choices[self._num_decoded :]:
             self._decoded = self._decoder.with_token(self._decoded, choice.token_id)
         self._num_decoded = len(found.choices)
@@ -172,7 +172,7 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """Stop; what was generated is kept."""
-        self._run.close()
+        self.run.close()
 
     def __enter__(self) -> Stream:
         return self

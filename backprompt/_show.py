@@ -41,10 +41,10 @@ class _Shade:
     mark: str  # in plain text
 
     def __str__(self) -> str:
-        return f"≥ {self.least:.3g}" if self.least else f"< {_SHADES[-2].least:.3g}"
+        return f"≥ {self.least:.3g}" if self.least else f"< {SHADES[-2].least:.3g}"
 
 
-_SHADES = (
+SHADES = (
     _Shade(0.5, 0.0, 0, ""),
     _Shade(0.1, 0.14, 230, "░"),
     _Shade(0.01, 0.30, 222, "▒"),
@@ -96,20 +96,20 @@ class ShownText:
 
     def ansi(self) -> str:
         """Return the text with the escape sequences that terminals take for colours."""
-        legend = " ".join(_painted(f" {shade} ", shade) for shade in _SHADES)
+        legend = " ".join(_painted(f" {shade} ", shade) for shade in SHADES)
         body = "".join(_mark(token) + _painted(_broken(token.string), _shade_of(token)) for token in self.tokens)
         return f"{body}\n\n{legend}  {self._joins_explained()}".rstrip()
 
     def plain(self) -> str:
         """Return the text with marks before improbable tokens."""
-        legend = "  ".join(f"{shade.mark} {shade}" for shade in _SHADES[1:])
+        legend = "  ".join(f"{shade.mark} {shade}" for shade in SHADES[1:])
         body = "".join(_mark(token) + _mark_of_shade(token) + _broken(token.string) for token in self.tokens)
         return f"{body}\n\nprobability: {legend}  {self._joins_explained()}".rstrip()
 
     def _repr_html_(self) -> str:
         legend = " ".join(
             f'<span style="{_style(shade)}; padding: 0 0.5em; border-radius: 3px">{html.escape(str(shade))}</span>'
-            for shade in _SHADES
+            for shade in SHADES
         )
         joins = self._joins_explained("│", "║")
         return (
@@ -196,9 +196,9 @@ def _string_of(tokenizer: PrivateTokenizer, before: tuple[int, ...], token_id: i
 
 def _shade_of(token: ShownToken) -> _Shade:
     if math.isnan(token.logprob):
-        return _SHADES[0]
+        return SHADES[0]
     probability = math.exp(token.logprob)
-    return next(shade for shade in _SHADES if probability >= shade.least)
+    return next(shade for shade in SHADES if probability >= shade.least)
 
 
 def _is_marked(token: ShownToken) -> bool:

@@ -261,7 +261,7 @@ def _compare(
                 raise ValueError(f"There is no tolerance for {dtype}. Give one: verify(texts, tolerance=...), in nats.")
             tolerance = TOLERANCE[dtype]
         for idx, text, model_repr, extents in zip(indices, texts, reprs, lm.extents(texts), strict=True):
-            drifts.add(idx, text, extents, _gaps(model_repr, plain))
+            drifts.add(idx, text, extents, gaps_of(model_repr, plain))
             bar.update()
         check_current(reprs[0])  # weights that changed meanwhile are no drift
         stored_error = max(model_repr.stored_error for model_repr in reprs)
@@ -300,7 +300,7 @@ class _Gaps:
     is_flipped: Tensor
 
 
-def _gaps(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
+def gaps_of(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
     """Compare all rows, a few at a time: those of a whole text are large."""
     input_ids = model_repr.input_ids
     plain_logits = plain(input_ids=input_ids[None]).logits[0]  # (tokens, vocab)

@@ -65,7 +65,7 @@ class Checkpoint:
         if folder is None:
             return None
         folder = folder.resolve()
-        files = _files(folder)
+        files = files_in(folder)
         return cls(folder, str(dtype), files) if files and _are_settled(files) else None
 
     def decides(self, model: nn.Module, loading_info: Mapping[str, Any]) -> bool:
@@ -87,13 +87,13 @@ class Checkpoint:
         except OSError:
             return None
         content_hash = entry[:_HASH_LENGTH].decode("ascii", "replace")
-        if entry != self._entry(model, content_hash) or _files(self.folder) != self.files:
+        if entry != self._entry(model, content_hash) or files_in(self.folder) != self.files:
             return None
         return content_hash
 
     def remember(self, model: nn.Module, content_hash: str) -> None:
         """Keep the content hash of the model, which must be as loaded from these files."""
-        if _files(self.folder) != self.files:  # weights may be mapped into memory from files: they changed as well
+        if files_in(self.folder) != self.files:  # weights may be mapped into memory from files: they changed as well
             return
         try:
             _write(self._entry_path(), self._entry(model, content_hash))
@@ -148,7 +148,7 @@ class _File:
     ctime_ns: int
 
 
-def _files(folder: Path) -> tuple[_File, ...] | None:
+def files_in(folder: Path) -> tuple[_File, ...] | None:
     """Return the files in a folder and below, in order; None where that cannot be said."""
     try:
         files: list[_File] = []

@@ -74,7 +74,7 @@ def speed_up(models: Iterable[nn.Module], *, pack: bool) -> Linears:
         reason = _why_not(dtypes)
         if reason is not None:
             raise UnsupportedModelError(f"pack_weights=True: {reason} Leave pack_weights out.")
-    elif dtypes != {torch.float32} or _why_not(dtypes) is not None or not _is_faster():
+    elif dtypes != {torch.float32} or _why_not(dtypes) is not None or not is_faster():
         return Linears("torch")
     made = {layer: OneDnnLinear(layer, is_packed=pack) for _, _, layer in layers}  # one may stand in several places
     for parent, name, layer in layers:
@@ -117,13 +117,13 @@ def _why_not(dtypes: set[torch.dtype]) -> str | None:
     for dtype in dtypes:
         if dtype not in (torch.float32, torch.bfloat16):
             return f"weights of {dtype} cannot be packed, only those of torch.float32 and torch.bfloat16."
-        if (failure := _failure(dtype)) is not None:
+        if (failure := failure_of(dtype)) is not None:
             return f"oneDNN of this torch cannot serve {dtype} here ({failure})."
     return None
 
 
 @lru_cache
-def _failure(dtype: torch.dtype) -> str | None:
+def failure_of(dtype: torch.dtype) -> str | None:
     """Return why oneDNN's products of this type are not used, or None, by a tiny case."""
     rows, weight, bias = (_drawn(shape).to(dtype) for shape in ((1, 5, 48), (33, 48), (33,)))
     expected = nn.functional.linear(rows.double(), weight.double(), bias.double())
@@ -140,7 +140,7 @@ def _failure(dtype: torch.dtype) -> str | None:
 
 
 @lru_cache
-def _is_faster() -> bool:
+def is_faster() -> bool:
     """Return whether oneDNN was faster with weights as they lie, in both orders, for few rows and for more."""
     weight, bias = _drawn((_COMPARED_SIZE, _COMPARED_SIZE)), _drawn((_COMPARED_SIZE,))
     ratios = []

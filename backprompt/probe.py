@@ -86,7 +86,7 @@ def _plain_logits(model: nn.Module, executor: Executor) -> tuple[list[tuple[int,
     plain_model = skeleton.plain_copy(model)
     error: NonFiniteError | None = None
     for attempt in range(_MAX_TRIES):
-        texts = [_token_ids(path, executor.limits.num_embeddings, attempt) for path in _PATHS]
+        texts = [token_ids_of(path, executor.limits.num_embeddings, attempt) for path in _PATHS]
         plain = [plain_model(input_ids=torch.tensor([ids], device=executor.device)).logits[0] for ids in texts]
         unusable = [
             (row, ids[: idx + 1])
@@ -102,7 +102,7 @@ def _plain_logits(model: nn.Module, executor: Executor) -> tuple[list[tuple[int,
     )
 
 
-def _token_ids(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...]:
+def token_ids_of(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...]:
     """Spread the probe's tokens over the vocabulary; equal paths get equal ids, in each attempt other ones."""
     return tuple((31 * idx + 7 * ord(letter) + 11 + 5 * attempt) % num_embeddings for idx, letter in enumerate(path))
 

@@ -74,6 +74,11 @@ class Run:
             self.decoding.max_new_tokens if decoding.is_finished else decoding.num_new for decoding in self._decodings
         )
 
+    @property
+    def ends(self) -> set[Span]:
+        """The spans at which the texts that grow end, each as far as it is held."""
+        return {end for live in self._live for end in live.ends.values()}
+
     def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""
         return [decoding.found(num_each) for decoding in self._decodings]

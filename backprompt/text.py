@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from backprompt.drawing import Drawing
 
-_PRIME = (1 << 61) - 1
+PRIME = (1 << 61) - 1
 _BASE = 0x1A2B3C4D5E6F789
 _REPR_CHARACTERS = 60
 
@@ -125,7 +125,7 @@ class Text:
         self._left = self._right = None
         self._lm = lm
         self._num_segments = 1 if segment else 0
-        self._hash = hash(segment) % _PRIME if segment else 0
+        self._hash = hash(segment) % PRIME if segment else 0
         if _EAGER.get():
             self._evaluate_eagerly()
 
@@ -415,8 +415,8 @@ def _concatenate(left: Text, right: Text) -> Text:
     text._segment = ""
     text._left, text._right, text._lm = left, right, lm
     text._num_segments = left._num_segments + right._num_segments
-    shift = _BASE if right._num_segments == 1 else pow(_BASE, right._num_segments, _PRIME)
-    text._hash = (left._hash * shift + right._hash) % _PRIME
+    shift = _BASE if right._num_segments == 1 else pow(_BASE, right._num_segments, PRIME)
+    text._hash = (left._hash * shift + right._hash) % PRIME
     if _EAGER.get():
         text._evaluate_eagerly()
     return text

@@ -44,6 +44,11 @@ class Tier:
         """Bytes of keys, values, hidden states and log-probabilities that are alive."""
         return sum(block.num_bytes for block in self._blocks)
 
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks that are counted here and alive."""
+        return list(self._blocks)
+
     def add(self, blocks: Iterable[Block | None]) -> None:
         """Count these blocks for as long as they live."""
         self._blocks.update(block for block in blocks if block is not None)

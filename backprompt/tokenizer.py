@@ -96,6 +96,8 @@ class PrivateTokenizer:
     Attributes:
         encodes_continuations: whether it can encode a string as what follows something else; those written in Python,
             without a `tokenizers` backend, cannot.
+        whole: the copy of the backend, or None.
+        continuing: the copy that encodes what follows something else, or None.
 
     Raises:
         TokenizerError: `tokenizer` is not a tokenizer of transformers.
@@ -114,16 +116,16 @@ class PrivateTokenizer:
         self._speller = Speller(self._private)
         self._words = _sample_words(tokenizer)
         self._state = _quick_state(tokenizer, self._words)
-        self._whole: Backend | None = None
+        self.whole: Backend | None = None
         self._backend: Backend | None = None
-        self._continuing: Backend | None = None
+        self.continuing: Backend | None = None
         backend = getattr(self._private, "backend_tokenizer", None)
         if isinstance(backend, Backend):
-            self._whole = _make_backend(backend, tokenizer, is_continuation=False)
-            self._continuing = _make_backend(backend, tokenizer, is_continuation=True)
-            if list(self._whole.encode(_SAMPLE, add_special_tokens=False).ids) == self._call([_SAMPLE])[0]:
-                self._backend = self._whole  # else the tokenizer does something of its own around its backend
-        self.encodes_continuations = self._continuing is not None
+            self.whole = _make_backend(backend, tokenizer, is_continuation=False)
+            self.continuing = _make_backend(backend, tokenizer, is_continuation=True)
+            if list(self.whole.encode(_SAMPLE, add_special_tokens=False).ids) == self._call([_SAMPLE])[0]:
+                self._backend = self.whole  # else the tokenizer does something of its own around its backend
+        self.encodes_continuations = self.continuing is not None
         self._can_cut = self._backend is not None and _is_cuttable(self._backend)
         self._special_ids = self._special_ids_around_a_string()
 
@@ -136,7 +138,7 @@ class PrivateTokenizer:
         """
         for string in strings:
             check_encodable(string, "A string")
-        backend = self._continuing if is_continuation else self._backend
+        backend = self.continuing if is_continuation else self._backend
         if backend is not None:
             return [tuple(encoding.ids) for encoding in backend.encode_batch_fast(strings, add_special_tokens=False)]
         if is_continuation:
@@ -158,7 +160,7 @@ class PrivateTokenizer:
             TokenizerError: the tokenizer changes the string's own tokens.
 
         """
-        if self._whole is not None or not ids or not hasattr(self._private, "build_inputs_with_special_tokens"):
+        if self.whole is not None or not ids or not hasattr(self._private, "build_inputs_with_special_tokens"):
             return self._special_ids
         with_special = tuple(self._private.build_inputs_with_special_tokens(list(ids)))
         return self._around(ids, with_special, (len(self._special_ids[0]), *range(len(with_special) + 1)))
@@ -213,8 +215,8 @@ class PrivateTokenizer:
     def fingerprint(self) -> str:
         """Return the SHA-256 of all that decides about ids, as hex."""
         if self._fingerprint is None:
-            if self._whole is not None:
-                described = self._whole.to_str()
+            if self.whole is not None:
+                described = self.whole.to_str()
             else:  # the vocabulary and the settings that transformers saves
                 settings = repr(sorted(self._private.init_kwargs.items()))
                 described = json.dumps({"vocab": self._private.get_vocab(), "init": settings}, sort_keys=True)

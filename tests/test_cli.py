@@ -1354,9 +1354,8 @@ def test_documented_commands_run(run, page, model):
 
 
 def test_documented_python_runs():
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs/command_line.md").read_text(encoding="utf-8"), re.DOTALL)[
-        0
-    ]
+    page = (ROOT / "docs/command_line.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     logger = logging.getLogger("backprompt")
     before = logger.level
     try:

@@ -1,7 +1,7 @@
 """The forest of spans spells what was inserted, shares every common beginning, and loses no row when it splits."""
 
 import ast
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -14,26 +14,14 @@ import backprompt
 from backprompt.blocks import BlockRows
 from backprompt.forest import Forest
 from backprompt.radix import KINDS, Junction, JunctionKey, Kind, Pool, Span
+from comparing import beginnings
+from spans import spelled
 
 Ids = tuple[int, ...]
 
 # Three token ids, so that texts share their beginnings, end inside one another and repeat.
 texts = st.lists(st.integers(0, 2), max_size=8).map(tuple)
 batches = st.lists(texts, max_size=12)
-
-
-def prefixes(batch: Iterable[Ids]) -> set[Ids]:
-    """All non-empty beginnings of all texts: the distinct tokens, each named by what leads to it."""
-    return {ids[:stop] for ids in batch for stop in range(1, len(ids) + 1)}
-
-
-def spelled(span: Span) -> Ids:
-    """The token ids from the root to the end of `span`, found by following parents."""
-    ids: Ids = ()
-    while span.parent is not None:
-        ids = span.token_ids + ids
-        span = span.parent
-    return ids
 
 
 def all_spans(forest: Forest) -> Iterator[Span]:
@@ -144,7 +132,7 @@ def test_every_text_is_spelled_by_the_path_to_its_end_also_after_later_inserts(b
 def test_each_distinct_token_is_held_once(batch: list[Ids]) -> None:
     forest = filled(batch)
     check_is_radix_tree(forest)
-    assert sorted(held(forest)) == sorted(prefixes(batch))
+    assert sorted(held(forest)) == sorted(beginnings(batch))
 
 
 @given(batches, st.randoms())
@@ -180,7 +168,7 @@ def test_a_split_keeps_every_row_with_its_token(computed_batch: list[Ids], batch
         if span.keys_values is not None:
             ids = spelled(span)
             assert computed.tokens_of(span) == [ids[: stop + 1] for stop in range(span.position, len(ids))]
-    assert computed.tokens() == prefixes(computed_batch)
+    assert computed.tokens() == beginnings(computed_batch)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3])
@@ -234,7 +222,7 @@ def test_num_computed_is_the_longest_computed_beginning(computed_batch: list[Ids
     for other in batch:
         forest.insert(other)
     spans = list(all_spans(forest))
-    known = prefixes(computed_batch)
+    known = beginnings(computed_batch)
     assert forest.num_computed(ids) == sum(ids[:stop] in known for stop in range(1, len(ids) + 1))
     assert list(all_spans(forest)) == spans
 
@@ -249,8 +237,8 @@ def test_prune_leaves_what_is_computed(computed_batch: list[Ids], batch: list[Id
         forest.insert(ids)
     forest.prune()
     check_is_radix_tree(forest)
-    assert sorted(held(forest)) == sorted(prefixes(computed_batch))
-    assert computed.tokens() == prefixes(computed_batch)
+    assert sorted(held(forest)) == sorted(beginnings(computed_batch))
+    assert computed.tokens() == beginnings(computed_batch)
 
 
 @given(batches, st.data(), st.integers(0, 20), st.integers(0, 60))

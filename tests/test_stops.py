@@ -13,10 +13,10 @@ from backprompt.continued import ContinuedText, continue_as
 from backprompt.decoded import Decoder
 from backprompt.stops import Cut, StopStrings
 from backprompt.tokenizer import added
+from reference import generated_by_transformers
 from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram
 
-ATOL = 5e-5
 NEW = 12
 PROMPTS = ["The cat sat on the", "Question:\n", "naïve 東京 ", "The cat the cat the"]
 WAYS = {
@@ -37,11 +37,7 @@ def lm(lms):
 
 
 def theirs(lm, text, **options):
-    """The ids that `generate` of transformers appends to one prompt."""
-    ids = torch.tensor([text.tokens])
-    options = {"do_sample": False, "pad_token_id": 0, "tokenizer": lm.tokenizer, **options}
-    found = lm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    return tuple(found[0, ids.shape[1] :].tolist())
+    return generated_by_transformers(lm.model, text.tokens, tokenizer=lm.tokenizer, **options)
 
 
 def forced(lm, string):
@@ -328,9 +324,9 @@ def test_a_reply_that_was_cut_stands_in_a_chat_as_it_is(lm, monkeypatch):
 )
 def test_what_is_no_stop_string(lm, options, message):
     before = lm.stats
-    for continued in (Text("The", lm).generate, Text("The", lm).stream):
+    for begin in (Text("The", lm).generate, Text("The", lm).stream):
         with pytest.raises((GenerationError, TextTypeError, TokenizerError), match=message):
-            continued(max_new_tokens=3, **options)
+            begin(max_new_tokens=3, **options)
     assert lm.stats == before
 
 

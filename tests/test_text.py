@@ -216,7 +216,7 @@ def test_the_lm_is_part_of_identity(lm, other_lm):
 
 
 def test_texts_of_one_hash_are_told_apart(monkeypatch):
-    monkeypatch.setattr(backprompt.text, "_PRIME", 1)
+    monkeypatch.setattr(backprompt.text, "PRIME", 1)
     texts = [Text("a") + "b", Text("b") + "a", Text("c") + "d"]
     assert len({hash(text) for text in texts}) == 1
     assert len(set(texts)) == 3

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
                 **config,
             )
             results = {
-                token_ids: [_result(text, idx, arguments.n) for idx, text in enumerate(samples)]
+                token_ids: [result_of(text, idx, arguments.n) for idx, text in enumerate(samples)]
                 for token_ids, samples in zip(distinct, found, strict=True)
             }
             return [results[prompt.tokens] for prompt in prompts]
@@ -130,7 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
     return stream(arguments, Job(new_fields, computed_with, compared, rows_per_prompt=arguments.n or 1))
 
 
-def _result(text: GeneratedText, sample_idx: int, num_samples: int | None) -> dict[str, Any]:
+def result_of(text: GeneratedText, sample_idx: int, num_samples: int | None) -> dict[str, Any]:
+    """Return the fields that a row gets of one continuation."""
     logprob = float(text.completion_logprobs.double().sum())
     fields = {
         "completion": text.completion,
