@@ -1,4 +1,4 @@
-"""Drift from the plain call by dtype: `python -m benchmarks.drift --write` renews the table in docs/design/exactness.md.
+"""Drift from the plain call by dtype: the table in docs/design/exactness.md, renewed by `--write`.
 
 Eight questions behind two worked examples, each with four labels, evaluated as one forest; 4 of the 32 texts are
 compared with the plain call by `backprompt.verify` (half precision is slow on CPUs that have none of their own). On
