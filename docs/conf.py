@@ -117,7 +117,7 @@ def prepare(
     options: object,
     lines: list[str],
 ) -> None:
-    """Mark indented examples as code; put sentences that name no error behind "Raises"."""
+    """Mark indented examples as code; put sentences of "Raises" behind its errors."""
     prepared: list[str] = []
     sentences: list[str] = []
     section, is_code, is_sentence = "", False, False
