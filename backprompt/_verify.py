@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MIN_TEXTS_FOR_A_BAR = 5
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
-"""The largest gap that passes, nats, at tokens that matter; measured: docs/design.md, "Exactness".
+"""The largest gap that passes, nats, at tokens that matter; measured: docs/design/exactness.md.
 
 In float64 many models still take their softmax in float32.
 """

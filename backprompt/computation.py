@@ -307,7 +307,7 @@ class Computation:
         )
 
     def recover(self) -> None:
-        """Make everything right again after an error, wherever it came; docs/design.md, "Failures", says how.
+        """Make everything right again after an error, wherever it came: "Failures" in docs/design/evaluation.md.
 
         Where the forest is whole all that was computed is kept, and what was to be computed leaves it. Else everything
         is forgotten.

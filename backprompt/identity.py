@@ -1,4 +1,4 @@
-"""Keys that name a representation by content: section "Identity" of docs/design.md.
+"""Keys that name a representation by content: section "Keys by content" of docs/design/forest.md.
 
 A key belongs to a position, not to a span, so it does not depend on how spans happen to be cut:
 `key(i) = SHA-256(key(i - 1), position, token id)`, from a root key that covers the model, its adapter, its dtype, the

@@ -6,7 +6,7 @@ operations are those that torch's own compiler calls (`torch/_inductor/fx_passes
 so one that is missing, refuses its arguments or gives other numbers is not used. The products are the same but for
 rounding.
 
-The measurements are in `docs/design.md`, "Matrix products".
+The measurements are in `docs/design/model.md`, "Matrix products".
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from backprompt.passes import missing_spans
 from backprompt.plan import plan_pass
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
-"""Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design.md, "Exactness".
+"""Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
 
 In float64 many models still take their softmax in float32.
 """

@@ -41,8 +41,8 @@ exit codes:
   {CHECK_FAILED:<5}a check failed: damaged entries, numbers beyond the tolerance, nothing found
   {BAD_INPUT:<5}wrong options, input that cannot be used, a model that cannot be loaded
   {FAILED:<5}another failure: no memory, no space, a bug
-  {INTERRUPTED:<5}interrupted; what was written stays
-  {CLOSED:<5}who read the output has closed it
+  {INTERRUPTED:<5}interrupted; the rows written so far stay
+  {CLOSED:<5}the reader of the output has closed it
 
 examples:
   backprompt demo
