@@ -79,7 +79,6 @@ def test_no_module_uses_what_another_keeps_to_itself():
 
 def test_no_test_uses_what_a_module_keeps_to_itself():
     """Nor patches it: a test that needs a seam finds one with a public name, or the seam gets one."""
-    # Until the parts of a picture are modules of their own.
     trees = parsed(Path(__file__).parent)
     assert len(trees) > 40
     assert private_uses(trees, kept_by(parsed(FOLDER))) == set()
