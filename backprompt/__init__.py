@@ -11,12 +11,12 @@ from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 
 from backprompt import engine as _engine
+from backprompt.version import __version__ as __version__
 
 if _typing.TYPE_CHECKING:
     from backprompt._public import *  # noqa: F403
     from backprompt._public import __all__ as __all__
 
-__version__ = "0.1.0"
 
 _OUTSIDE = {
     _engine.FACTORY: "lm.shared_lm",

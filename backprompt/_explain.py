@@ -19,11 +19,10 @@ from backprompt.extents import Extent
 from backprompt.lm import LM
 from backprompt.lookup import where
 from backprompt.missing import misses, shown_segment
-from backprompt.radix import common_length
 from backprompt.stats import Stats
 from backprompt.text import Text
 from backprompt.texts import listed_texts
-from backprompt.token_graph import TokenGraph, TokenIds, flat
+from backprompt.token_graph import TokenGraph, TokenIds, common_length, flat
 
 
 def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanation:

@@ -33,6 +33,7 @@ import transformers
 from torch import nn
 from transformers.utils.hub import cached_file
 
+from backprompt.version import __version__
 from backprompt.weights import HASH_FORMAT, sample_hash
 
 logger = logging.getLogger(__name__)
@@ -117,8 +118,6 @@ class Checkpoint:
         return _private_folder() / self._key()
 
     def _key(self) -> str:
-        from backprompt import __version__  # the package imports this module
-
         versions = (HASH_FORMAT, __version__, torch.__version__, transformers.__version__)
         return hashlib.sha256(repr((versions, str(self.folder), self.dtype, self.files)).encode()).hexdigest()
 

@@ -27,10 +27,9 @@ from backprompt.chains import Chain, Leaf, chains_of, pieces_of
 from backprompt.errors import JoinError, TokenizerError
 from backprompt.extents import Extent, Join
 from backprompt.joins import Joins, changed_joins
-from backprompt.radix import common_length
 from backprompt.segments import Branch, Group, Segment, leaves
 from backprompt.text import Text
-from backprompt.token_graph import Part, TokenBranch, TokenGroup, TokenIds, as_token_ids
+from backprompt.token_graph import Part, TokenBranch, TokenGroup, TokenIds, as_token_ids, common_length
 from backprompt.tokenizer import EncodesStrings, added
 from backprompt.trie import encode_chains
 

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from backprompt.radix import BranchEnd, Inserted, Junction, JunctionKey, Rows, Span, child_key, common_length
-from backprompt.token_graph import TokenGraph, TokenIds, fold
+from backprompt.radix import BranchEnd, Inserted, Junction, JunctionKey, Rows, Span, child_key
+from backprompt.token_graph import TokenGraph, TokenIds, common_length, fold
 
 
 class Forest:

@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 from backprompt.chains import Chain, chains_of
 from backprompt.extents import Join
-from backprompt.radix import common_length
 from backprompt.text import Text
+from backprompt.token_graph import common_length
 from backprompt.tokenizer import EncodesStrings
 
 Joins: TypeAlias = Literal["exact", "split", "error"]

@@ -18,8 +18,8 @@ from typing import Literal, TypeAlias
 from backprompt.archive import Archive
 from backprompt.forest import Forest
 from backprompt.passes import cut_into_passes, missing_spans
-from backprompt.radix import Inserted, Junction, Kind, Span, child_key, common_length
-from backprompt.token_graph import TokenIds
+from backprompt.radix import Inserted, Junction, Kind, Span, child_key
+from backprompt.token_graph import TokenIds, common_length
 
 Where: TypeAlias = Literal["memory", "host", "disk", "evicted", "absent"]
 """In the device's memory, in the second pool, in the store; computed once and dropped, or not known at all."""

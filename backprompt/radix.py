@@ -348,16 +348,3 @@ def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: i
 def child_key(parent: Span, position: int, token_id: int) -> ChildKey:
     """Return what a span is found by among the children of another: its first token, and where that leaves a gap."""
     return token_id if position == parent.stop else LaterKey(position, token_id)
-
-
-def common_length(span_ids: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
-    """Return how many of `span_ids` equal `ids` from `offset` on."""
-    window = ids[offset : offset + len(span_ids)]
-    if window == span_ids:
-        return len(span_ids)
-    num_common = 0
-    for a, b in zip(span_ids, window, strict=False):
-        if a != b:
-            break
-        num_common += 1
-    return num_common

@@ -209,3 +209,16 @@ def _runs(parts: Iterable[Part]) -> Iterator[tuple[int, ...]]:
         else:
             for branch in part.branches:
                 yield from _runs(branch.parts)
+
+
+def common_length(own: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
+    """Return how many of `own`, from the first on, equal `ids` from `offset` on."""
+    window = ids[offset : offset + len(own)]
+    if window == own:
+        return len(own)
+    num_common = 0
+    for a, b in zip(own, window, strict=False):
+        if a != b:
+            break
+        num_common += 1
+    return num_common

@@ -25,13 +25,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from backprompt import __version__
 from backprompt._visible import visible
 from backprompt.cli import demo, generate, reports, score, stores
 from backprompt.cli.arguments import say
 from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
 from backprompt.progress import Bar, is_terminal, showing
+from backprompt.version import __version__
 
 OK, CHECK_FAILED, BAD_INPUT, FAILED, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
 
