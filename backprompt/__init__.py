@@ -10,7 +10,7 @@ from functools import partial as _partial
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 
-from backprompt import engine as _engine
+from backprompt.text import engine as _engine
 from backprompt.version import __version__ as __version__
 
 if _typing.TYPE_CHECKING:
@@ -20,17 +20,17 @@ if _typing.TYPE_CHECKING:
 
 _OUTSIDE = {
     _engine.FACTORY: "lm.shared_lm",
-    "generate": "_generate.generate",
+    "generate": "generation.generate.generate",
     "select": "selected.select",
-    "stream": "_generate.stream",
-    "draw": "_draw.draw",
-    "show": "_show.show",
+    "stream": "generation.generate.stream",
+    "draw": "inspection.draw.draw",
+    "show": "inspection.show.show",
 }
 """Where the functions stand that texts ask for by name, so that the node imports none of them."""
 
 
 def _find(place: str) -> _typing.Any:
-    module, function = place.split(".")
+    module, function = place.rsplit(".", 1)
     return getattr(_import_module(f"{__name__}.{module}"), function)
 
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from backprompt._visible import abbreviated
 from backprompt.errors import TextTypeError, TokenizerError
+from backprompt.visible import abbreviated
 
 Choice = TypeVar("Choice")
 

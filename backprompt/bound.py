@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-from backprompt.engine import as_engine
 from backprompt.errors import MixedModelsError, TextTypeError
 from backprompt.lm import LM
-from backprompt.representation import ModelRepr
-from backprompt.text import Text, bound_engine
-from backprompt.texts import as_texts, engine_of
+from backprompt.session.representation import ModelRepr
+from backprompt.text.checks import as_texts, engine_of
+from backprompt.text.engine import as_engine
+from backprompt.text.node import Text, bound_engine
 
 
 @overload

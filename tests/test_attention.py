@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backprompt import plan
 from backprompt.attention import calls, kernels
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
 from backprompt.attention.kernels import ChosenKernel, Kernel, KernelOutput, additive_mask, choose_kernel, clear_kernel
-from backprompt.blocks import BlockRows, KeysValues
-from backprompt.forest import Forest
-from backprompt.passes import cut_into_passes, missing_spans
-from backprompt.plan import Pass, plan_pass
+from backprompt.forest import plan
+from backprompt.forest.forest import Forest
+from backprompt.forest.passes import cut_into_passes, missing_spans
+from backprompt.forest.plan import Pass, plan_pass
+from backprompt.memory.blocks import BlockRows, KeysValues
 
 Ids = tuple[int, ...]
 

@@ -129,7 +129,7 @@ def test_texts_do_not_see_each_others_beams(model, tokenizer, numbers, num_beams
         texts[0].generate(max_new_tokens=9)  # some of it is there already
     pinned = texts[-1].pin() if data.draw(st.booleans()) else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("backprompt.run.MAX_LIVE_TEXTS", max_live)
+        patch.setattr("backprompt.generation.run.MAX_LIVE_TEXTS", max_live)
         for text, found in zip(texts, generate(texts, **options, show_progress_bar=False), strict=True):
             assert [found.completion_tokens] == theirs(model, text.tokens, **options)
     if pinned is not None:

@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 import backprompt as bp
 from backprompt import LM, GeneratedText, Text, TextTypeError, TokenizerError, chat, evaluate
-from backprompt.continued import continue_as
+from backprompt.generation.continued import continue_as
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, sentencepiece_bpe
 
@@ -333,7 +333,7 @@ def test_its_string_is_the_templates_whatever_stands_in_it(template, drawn):
         return
     text = chat(lm, messages, **options)
     assert text.string == expected
-    for kept in (tuple, bp.segments.Group):
+    for kept in (tuple, bp.text.segments.Group):
         given_ones = [part for text in joined for part in text.segments if isinstance(part, kept)]
         assert [part for part in text.segments if isinstance(part, kept)] == given_ones
 

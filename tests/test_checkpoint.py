@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from backprompt import LM, Text, checkpoint, load
-from backprompt import fingerprint as fingerprint_module
-from backprompt.checkpoint import Checkpoint
-from backprompt.weights import content_hash
+from backprompt.model.checkpoint import Checkpoint
+from backprompt.model.weights import content_hash
+from backprompt.session import fingerprint as fingerprint_module
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 

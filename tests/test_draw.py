@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import backprompt
 from backprompt import LM, Drawing, DrawingError, Text, draw, evaluate, to_networkx
-from backprompt._graph import Status
-from backprompt._visible import shortened, visible, wrapped
-from backprompt.folding import Folding
-from backprompt.frames import frames_of
-from backprompt.looks import LOOKS, MEANINGS, Look, swatch
+from backprompt.inspection.folding import Folding
+from backprompt.inspection.frames import frames_of
+from backprompt.inspection.graph import Status
+from backprompt.inspection.looks import LOOKS, MEANINGS, Look, swatch
+from backprompt.visible import shortened, visible, wrapped
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 

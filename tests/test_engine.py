@@ -8,8 +8,8 @@ import pytest
 
 import backprompt as bp
 from backprompt import LM, Text
-from backprompt.engine import Engine
 from backprompt.errors import TextTypeError
+from backprompt.text.engine import Engine
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -86,7 +86,7 @@ def test_an_lm_is_an_engine():
 TYPED = """
 from typing_extensions import assert_type
 import backprompt as bp
-from backprompt.engine import Engine
+from backprompt.text.engine import Engine
 
 def use(text: bp.Text) -> None:
     assert_type(text.draw(), bp.Drawing)

@@ -13,9 +13,9 @@ from test_memory import TOKEN_BYTES, make_lm
 
 import backprompt as bp
 from backprompt import LM, Divergence, Text, evaluate, explain
-from backprompt.forest import Forest
-from backprompt.lookup import positions_of
-from backprompt.radix import NOTHING
+from backprompt.evaluation.lookup import positions_of
+from backprompt.forest.forest import Forest
+from backprompt.forest.span import NOTHING
 from backprompt.store import MemoryStore
 from comparing import num_distinct
 from tiny_models import FAMILIES

@@ -23,8 +23,8 @@ from backprompt import (
     generate,
 )
 from backprompt.attention.calls import PreparedCalls
-from backprompt.blocks import Location
-from backprompt.run import Run
+from backprompt.generation.run import Run
+from backprompt.memory.blocks import Location
 from comparing import assert_close, num_distinct_ids
 from reference import generated_by_transformers, plain_greedy, plain_logits, plain_token_logprobs
 from threads import in_threads
@@ -285,7 +285,7 @@ def test_what_is_known_of_chosen_tokens_is_kept(lm, options):
 
 
 def test_finished_texts_leave_the_batch_and_waiting_ones_join(lm, model, monkeypatch):
-    monkeypatch.setattr("backprompt.run.MAX_LIVE_TEXTS", 2)
+    monkeypatch.setattr("backprompt.generation.run.MAX_LIVE_TEXTS", 2)
     texts = [Text(f"{number} cats sat on the", lm) for number in range(5)]
     options = {"max_new_tokens": 10, "eos_token_id": list(range(0, 320, 5))}
     sizes = []

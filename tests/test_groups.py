@@ -82,7 +82,7 @@ def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, m
     memory_bytes = data.draw(st.sampled_from([None, 0, 5_000, 20_000]))
     host_bytes = data.draw(st.sampled_from([0, 10_000]))
     tile_tokens = data.draw(st.sampled_from([1, 4, 128]))
-    monkeypatch.setattr("backprompt.archive.MIN_TOKENS", data.draw(st.sampled_from([1, 16])))
+    monkeypatch.setattr("backprompt.evaluation.archive.MIN_TOKENS", data.draw(st.sampled_from([1, 16])))
     for _ in range(2):
         lm = LM(
             model,

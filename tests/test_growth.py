@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from backprompt.growth import ROWS_AT_A_TIME, Growth
+from backprompt.memory.growth import ROWS_AT_A_TIME, Growth
 from tiny_blocks import TOKEN_BYTES, assert_right, compute, inserted
 
 PROMPTS = ((1, 2, 3), (1, 2, 4, 5))

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt.blocks import Location
-from backprompt.host import HostMemory
-from backprompt.radix import KINDS
-from backprompt.tier import Tier
+from backprompt.forest.span import KINDS
+from backprompt.memory.blocks import Location
+from backprompt.memory.host import HostMemory
+from backprompt.memory.tier import Tier
 from tiny_blocks import (
     KEYS_VALUES_BYTES,
     STATES_BYTES,

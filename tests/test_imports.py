@@ -46,7 +46,9 @@ def test_no_module_needs_another_to_be_imported_first():
     del files["backprompt"]
     graph = {name: (set(imported(path)) - {name}) & files.keys() for name, path in files.items()}
     assert len(graph) > 40
-    assert {"backprompt.lm", "backprompt.skeleton"} <= graph["backprompt._public"] | graph["backprompt.executor"]
+    assert {"backprompt.lm", "backprompt.model.skeleton"} <= graph["backprompt._public"] | graph[
+        "backprompt.model.executor"
+    ]
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
@@ -86,17 +88,17 @@ def test_no_test_uses_what_a_module_keeps_to_itself():
 
 def test_uses_of_what_is_kept_are_found():
     source = """
-from backprompt.text import _EAGER, Text
+from backprompt.text.node import _EAGER, Text
 text._left
 self._left
 text._right
 patch.setattr(text, "_left", 1)
-patch.setattr("backprompt.text._EAGER", 1)
+patch.setattr("backprompt.text.node._EAGER", 1)
 patch.setattr(text, "left", 1)
 def _right(): ...
 """
     found = private_uses({Path("a.py"): ast.parse(source)}, {"_left", "_right", "_EAGER"})
-    places = ("_EAGER", "text._left", "'_left'", "'backprompt.text._EAGER'")
+    places = ("_EAGER", "text._left", "'_left'", "'backprompt.text.node._EAGER'")
     assert found == {f"a.py: {place}" for place in places}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from backprompt import LM, Text, UnsupportedModelError, generate, linear
-from backprompt.linear import Linears, OneDnnLinear, speed_up
+from backprompt.model.linear import Linears, OneDnnLinear, speed_up
 from comparing import assert_close
 from reference import plain_greedy, plain_logits
 from tiny_models import FAMILIES
@@ -206,5 +206,5 @@ def test_layers_with_a_mind_of_their_own_are_left_alone(monkeypatch):
 def test_the_faster_one_serves(seconds, expected, monkeypatch):
     """In turns: torch's product, then oneDNN's. The clock is read before and after each."""
     times = iter([0.0, seconds[0], 0.0, seconds[1]] * 1000)
-    monkeypatch.setattr("backprompt.linear.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr("backprompt.model.linear.time", SimpleNamespace(perf_counter=lambda: next(times)))
     assert linear.is_faster.__wrapped__() is expected

@@ -38,8 +38,8 @@ from backprompt import (
     evaluate,
     load,
 )
-from backprompt.blocks import KeysValues, States
-from backprompt.pools import CANDIDATE_BYTES, CANDIDATE_END_BYTES
+from backprompt.evaluation.pools import CANDIDATE_BYTES, CANDIDATE_END_BYTES
+from backprompt.memory.blocks import KeysValues, States
 from comparing import assert_close, assert_equals_plain, num_distinct, num_distinct_ids
 from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
@@ -380,7 +380,7 @@ def test_an_evaluation_is_counted_once(begin, model, tokenizer):
 
 
 def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 10)
+    monkeypatch.setattr("backprompt.evaluation.computation.MAX_EMPTY_SPANS", 10)
     lm = LM(model, tokenizer, memory_bytes=0)
     for first in range(40):
         lm.token_logprobs([Text.from_tokens([first, 5, 6, 7], lm)])
@@ -392,7 +392,7 @@ def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypat
 
 
 def test_what_is_known_of_tokens_not_forwarded_is_bounded(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.pools.MAX_CANDIDATE_BYTES", 600)
+    monkeypatch.setattr("backprompt.evaluation.pools.MAX_CANDIDATE_BYTES", 600)
     lm = LM(model, tokenizer)
     texts = [Text("The cat", lm) + Text.from_tokens([token_id], lm) for token_id in range(40, 60)]
     for chosen in (texts[:2], texts, texts[5:]):
@@ -523,7 +523,7 @@ def test_reading_all_of_many_texts_takes_few_calls_of_the_head(what, order, lm, 
 
 
 def test_rows_are_computed_in_bounded_slices(lm, model, calls, monkeypatch):
-    monkeypatch.setattr("backprompt.executor.HEAD_SLICE_BYTES", 7 * ROW_BYTES)
+    monkeypatch.setattr("backprompt.model.executor.HEAD_SLICE_BYTES", 7 * ROW_BYTES)
     texts = [Text(f"The cat sat on the mat {number} times", lm) for number in range(100, 130)]
     evaluate(texts)
     assert_equals_plain(model, texts)
@@ -535,7 +535,7 @@ def test_rows_are_computed_in_bounded_slices(lm, model, calls, monkeypatch):
 
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_rows_held_are_bounded_and_computed_again_when_dropped(num_rows, model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.session.MAX_RESULT_BYTES", num_rows * ROW_BYTES)
+    monkeypatch.setattr("backprompt.session.session.MAX_RESULT_BYTES", num_rows * ROW_BYTES)
     lm = LM(model, tokenizer)
     texts = [Text(f"{number} cats", lm) for number in range(10)]
     evaluate(texts)

@@ -22,8 +22,8 @@ from backprompt.classify import best_threshold, calibrate, log_probs, predict, p
 from backprompt.classify.weighed import as_candidate
 from backprompt.classify.weighing import Weighing
 from backprompt.cli import generate as cli_generate
+from backprompt.generation.selected import select
 from backprompt.integrations.sklearn import PromptClassifier
-from backprompt.selected import select
 from backprompt.store import DiskStore, MemoryStore
 from backprompt.store.base import Entry
 from comparing import assert_close
@@ -539,7 +539,7 @@ def test_scores_of_nan_that_torch_hides_are_an_error(name, tokenizer, monkeypatc
     model = FAMILIES["llama"]()
     with torch.no_grad():
         model.get_submodule(f"model.layers.1.self_attn.{name}").weight[...] = torch.nan
-    monkeypatch.setattr("backprompt.computation.probe", lambda model, executor: None)
+    monkeypatch.setattr("backprompt.evaluation.computation.probe", lambda model, executor: None)
     text = Text.from_tokens((5, 6, 7), LM(model, tokenizer))
     with pytest.raises(
         NonFiniteError, match=rf"queries or keys of NaN or infinity at the end of .*{name}.weight' has NaN"

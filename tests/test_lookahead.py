@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backprompt import LM, GenerationError, Text, generate
-from backprompt.decoding import Decoding, TextDecoding
-from backprompt.lookahead import proposals
-from backprompt.stops import StopStrings
+from backprompt.generation.decoding import Decoding, TextDecoding
+from backprompt.generation.lookahead import proposals
+from backprompt.generation.stops import StopStrings
 from comparing import assert_close
 from reference import plain_greedy, plain_token_logprobs
 from tiny_models import FAMILIES

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from backprompt import LM, MemoryBudgetError, Text, TokenIdError, evaluate, load, tier
-from backprompt.blocks import Location
-from backprompt.host import HostMemory
-from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory.blocks import Location
+from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory.host import HostMemory
 from backprompt.store import DiskStore, MemoryStore
 from comparing import assert_close, assert_equals_plain, num_distinct
 from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
@@ -336,7 +336,7 @@ def differences(before, after):
 @pytest.mark.parametrize("limit", [("SPANS", 20), ("TOKENS", 60)])
 def test_spans_that_hold_nothing_do_not_pile_up(limit, model, tokenizer, monkeypatch):
     what, bound = limit
-    monkeypatch.setattr(f"backprompt.computation.MAX_EMPTY_{what}", bound)
+    monkeypatch.setattr(f"backprompt.evaluation.computation.MAX_EMPTY_{what}", bound)
     lm = make_lm(model, tokenizer, 10)
     for number in range(100):
         evaluate(Text(f"{number} cats", lm))
@@ -353,7 +353,7 @@ def test_spans_that_hold_nothing_do_not_pile_up(limit, model, tokenizer, monkeyp
 
 
 def test_twenty_thousand_texts_leave_no_more_than_ten_thousand(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 500)
+    monkeypatch.setattr("backprompt.evaluation.computation.MAX_EMPTY_SPANS", 500)
     lm = make_lm(model, tokenizer, 200, pass_tokens=256)
     counts = [count_live()]
     for first in range(0, 20_000, 50):
@@ -382,10 +382,10 @@ WAYS = {
 @pytest.mark.parametrize(("way", "host_tokens"), [*((way, 0) for way in WAYS), ("evaluated", 8), ("generated", 8)])
 def test_a_long_run_keeps_no_more_than_a_short_one(way, host_tokens, model, tokenizer, monkeypatch, tmp_path):
     """Texts that nobody asks for again, over budgets that some of them fill."""
-    monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 20)
-    monkeypatch.setattr("backprompt.session.MAX_RESULT_BYTES", 20 * 1280)
-    monkeypatch.setattr("backprompt.pools.MAX_CANDIDATE_BYTES", 20 * 600)
-    monkeypatch.setattr("backprompt.tier.MAX_SMALL_BLOCKS", 4)
+    monkeypatch.setattr("backprompt.evaluation.computation.MAX_EMPTY_SPANS", 20)
+    monkeypatch.setattr("backprompt.session.session.MAX_RESULT_BYTES", 20 * 1280)
+    monkeypatch.setattr("backprompt.evaluation.pools.MAX_CANDIDATE_BYTES", 20 * 600)
+    monkeypatch.setattr("backprompt.memory.tier.MAX_SMALL_BLOCKS", 4)
     options = {"store": DiskStore(tmp_path, persist="explicit")} if way == "saved" else {}
     lm = make_lm(model, tokenizer, 8, host_tokens=host_tokens, **options)
     counts = [count_live()]
@@ -399,7 +399,7 @@ def test_a_long_run_keeps_no_more_than_a_short_one(way, host_tokens, model, toke
 
 
 def test_one_text_that_is_kept_keeps_none_that_it_was_evaluated_with(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 20)
+    monkeypatch.setattr("backprompt.evaluation.computation.MAX_EMPTY_SPANS", 20)
     lm = make_lm(model, tokenizer, 30, pass_tokens=64)
     kept = []
     for first in range(0, 1000, 50):
@@ -467,7 +467,7 @@ def test_a_failed_compaction_leaves_nothing_half_cut(model, tokenizer, monkeypat
     lm = make_lm(model, tokenizer, 60)
     texts = wide_forest(lm)
     with monkeypatch.context() as patch:
-        patch.setattr("backprompt.blocks.States.keep", fail)
+        patch.setattr("backprompt.memory.blocks.States.keep", fail)
         with pytest.raises(torch.OutOfMemoryError):
             [evaluate(texts[:num_texts]) for num_texts in range(1, len(texts))]
     assert lm.stats.bytes_held == 0
@@ -760,7 +760,9 @@ def test_what_moves_back_leaves_room_for_pins(model, tokenizer):
 @pytest.mark.timeout(60)
 def test_texts_that_cannot_go_on_together_go_on_alone(model, tokenizer, monkeypatch):
     """Whatever is let go of meanwhile: an evaluation ends."""
-    monkeypatch.setattr("backprompt.computation.is_cut_off", lambda spans: len({span.path()[0] for span in spans}) > 1)
+    monkeypatch.setattr(
+        "backprompt.evaluation.computation.is_cut_off", lambda spans: len({span.path()[0] for span in spans}) > 1
+    )
     lm = make_lm(model, tokenizer, 1000, 64)
     texts = [Text.from_tokens(range(first, first + 10), lm) for first in (10, 20, 30)]
     before = lm.stats
@@ -803,7 +805,7 @@ def test_all_that_moves_between_the_pools_is_page_locked(model, tokenizer, monke
 
     monkeypatch.setattr(Location, "empty", empty)
     monkeypatch.setattr(Location, "of", of)
-    monkeypatch.setattr("backprompt.session.check_can_pin", lambda device: None)
+    monkeypatch.setattr("backprompt.session.session.check_can_pin", lambda device: None)
     lm = make_lm(model, tokenizer, 60, host_tokens=100, pin_memory=True)
     texts = wide_forest(lm)
     for start in range(0, len(texts), 10):

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt.blocks import BlockRows
-from backprompt.forest import Forest
-from backprompt.passes import MIN_CUT_TOKENS, cut_into_passes, missing_spans
-from backprompt.plan import KeySegment, Pass, plan_pass
-from backprompt.radix import Span
+from backprompt.forest.forest import Forest
+from backprompt.forest.passes import MIN_CUT_TOKENS, cut_into_passes, missing_spans
+from backprompt.forest.plan import KeySegment, Pass, plan_pass
+from backprompt.forest.span import Span
+from backprompt.memory.blocks import BlockRows
 from comparing import beginnings
 from spans import spelled
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from backprompt import LM, MissingDependencyError, Text, UnboundTextError, plot_probabilities
-from backprompt._show import SHADES
+from backprompt.inspection.show import SHADES
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS
 

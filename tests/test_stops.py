@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from backprompt import LM, GenerationError, Text, TextTypeError, TokenizerError, chat, generate
-from backprompt.continued import ContinuedText, continue_as
-from backprompt.decoded import Decoder
-from backprompt.stops import Cut, StopStrings
-from backprompt.tokenizer import added
+from backprompt.generation.continued import ContinuedText, continue_as
+from backprompt.generation.stops import Cut, StopStrings
+from backprompt.tokens.decoded import Decoder
+from backprompt.tokens.tokenizer import added
 from reference import generated_by_transformers
 from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram

@@ -22,9 +22,9 @@ from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizer, PreTrai
 
 import backprompt as bp
 from backprompt import LM, Text
-from backprompt.encoder import Encoder
-from backprompt.text import Segment
-from backprompt.tokenizer import PrivateTokenizer
+from backprompt.text.node import Segment
+from backprompt.tokens.encoder import Encoder
+from backprompt.tokens.tokenizer import PrivateTokenizer
 from comparing import num_distinct
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS, TRAINING_LINES, byte_level_bpe, llama3_bpe, sentencepiece_bpe
@@ -287,7 +287,7 @@ def test_a_private_tokenizer_is_the_whole_of_it(name):
 
 FINGERPRINTS = """
 import json
-from backprompt.tokenizer import PrivateTokenizer
+from backprompt.tokens.tokenizer import PrivateTokenizer
 from test_tokens import ALL_MODELS
 print(json.dumps({name: PrivateTokenizer(build()).fingerprint() for name, build in ALL_MODELS.items()}))
 """

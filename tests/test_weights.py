@@ -24,10 +24,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model
 
 from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load, to_networkx, weights
-from backprompt import fingerprint as fingerprint_module
-from backprompt.executor import Executor
+from backprompt.model.executor import Executor
+from backprompt.model.weights import content_hash, sample_hash
+from backprompt.session import fingerprint as fingerprint_module
 from backprompt.store import MemoryStore
-from backprompt.weights import content_hash, sample_hash
 from comparing import assert_close, assert_equals_plain, num_distinct_ids
 from reference import ATOL, plain_greedy, plain_ids, plain_logits, plain_token_logprobs
 from threads import in_threads

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from backprompt.attention.base import Scoring
 from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, choose_kernel, clear_kernel
-from backprompt.plan import Call, KeySegment, Pass
+from backprompt.forest.plan import Call, KeySegment, Pass
 
 
 class Layers(Protocol):

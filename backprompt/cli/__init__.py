@@ -1,15 +1,7 @@
 """The command line: `backprompt`, and `python -m backprompt`.
 
-__init__.py    commands, errors in one line, exit codes
-arguments.py   what several commands have in common
-rows.py        rows of JSONL and CSV; records.py has their bytes
-input.py       where prompts come from
-output.py      where results go
-wording.py     the library's errors, in terms of options
-stream.py      jobs over rows, a slice at a time, which can go on after an interruption
-score.py, generate.py, stores.py, demo.py    a command each
-
-Nothing here imports torch until a command runs: `--help`, and what is wrong with options, need not wait for it.
+May know everything, but imports torch only when a command runs: `--help` and wrong options need not wait.
+A new command is a module with `add` and `run`, named in `__init__.py`; a shared option goes into `arguments.py`.
 """
 
 from __future__ import annotations
@@ -25,13 +17,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from backprompt._visible import visible
 from backprompt.cli import demo, generate, reports, score, stores
 from backprompt.cli.arguments import say
 from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
 from backprompt.progress import Bar, is_terminal, showing
 from backprompt.version import __version__
+from backprompt.visible import visible
 
 OK, CHECK_FAILED, BAD_INPUT, FAILED, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
 

@@ -14,10 +14,10 @@ import backprompt
 from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments, finite
 from backprompt.cli.stream import Compute, Job, add_output_arguments, not_negative, positive, stream
 from backprompt.errors import CommandError
-from backprompt.text import Text
+from backprompt.text.node import Text
 
 if TYPE_CHECKING:
-    from backprompt.continued import GeneratedText
+    from backprompt.generation.continued import GeneratedText
     from backprompt.lm import LM
 
 _OWN_OPTIONS = ("max_new_tokens", "n", "stop", "include_stop", "seed")
@@ -76,9 +76,9 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue all of the input."""
-    from backprompt.decoding import Decoding
-    from backprompt.generation_options import SAMPLING_FIELDS
-    from backprompt.stops import StopStrings
+    from backprompt.generation.decoding import Decoding
+    from backprompt.generation.options import SAMPLING_FIELDS
+    from backprompt.generation.stops import StopStrings
 
     named = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
     config = {name: value for name, value in named.items() if value is not None}

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from backprompt._visible import counted
 from backprompt.cli.rows import PIPE, Format, Row, shown
 from backprompt.errors import CommandError
+from backprompt.visible import counted
 
 PROMPT_FIELDS = ("prompt", "prompts", "parts")
 """Where a prompt is looked for if no field is named: a string, or a list of strings that `+` joins."""

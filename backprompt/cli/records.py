@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from backprompt._visible import visible_json
 from backprompt.cli.rows import Format, Row, as_json
+from backprompt.visible import visible_json
 
 # What spreadsheets take for the beginning of a formula; the last four are of full width.
 _FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from backprompt._visible import beginning, visible_json
 from backprompt.errors import CommandError
+from backprompt.visible import beginning, visible_json
 
 Format: TypeAlias = Literal["jsonl", "csv"]
 FORMATS: tuple[Format, ...] = ("jsonl", "csv")

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from backprompt._visible import counted
 from backprompt.cli.arguments import (
     bound,
     check_model_arguments,
@@ -36,7 +35,8 @@ from backprompt.cli.output import Output
 from backprompt.cli.rows import FORMATS, PIPE, Row, checked, format_of, shown
 from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
-from backprompt.text import Text
+from backprompt.text.node import Text
+from backprompt.visible import counted
 
 if TYPE_CHECKING:
     from backprompt.lm import LM

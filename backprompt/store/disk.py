@@ -27,7 +27,7 @@ from contextlib import suppress
 from backprompt import forking
 from backprompt.arguments import as_string
 from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
-from backprompt.memory import parse_bytes
+from backprompt.memory.budget import parse_bytes
 from backprompt.progress import progress_bar, showing
 from backprompt.store.base import Entry, Header, Match, Persist, Store, as_token_ids, check_name, check_persist
 from backprompt.store.catalog import Catalog

@@ -27,10 +27,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from backprompt._visible import abbreviated
 from backprompt.store.base import Header, Match, num_common
 from backprompt.store.paths import explaining
 from backprompt.store.schema import MAX_NAME_LENGTH, is_name
+from backprompt.visible import abbreviated
 
 SUFFIXES = ("", "-wal", "-shm", "-journal")
 """Of the files that SQLite makes of one database."""
