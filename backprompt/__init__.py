@@ -10,27 +10,27 @@ from functools import partial as _partial
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 
-from backprompt import engine as _engine
+from backprompt.text import engine as _engine
+from backprompt.version import __version__ as __version__
 
 if _typing.TYPE_CHECKING:
     from backprompt._public import *  # noqa: F403
     from backprompt._public import __all__ as __all__
 
-__version__ = "0.1.0"
 
 _OUTSIDE = {
     _engine.FACTORY: "lm.shared_lm",
-    "generate": "_generate.generate",
-    "select": "_generate.select",
-    "stream": "_generate.stream",
-    "draw": "_draw.draw",
-    "show": "_show.show",
+    "generate": "generation.generate.generate",
+    "select": "selected.select",
+    "stream": "generation.generate.stream",
+    "draw": "inspection.draw.draw",
+    "show": "inspection.show.show",
 }
 """Where the functions stand that texts ask for by name, so that the node imports none of them."""
 
 
 def _find(place: str) -> _typing.Any:
-    module, function = place.split(".")
+    module, function = place.rsplit(".", 1)
     return getattr(_import_module(f"{__name__}.{module}"), function)
 
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from backprompt._visible import abbreviated
 from backprompt.errors import TextTypeError, TokenizerError
+from backprompt.visible import abbreviated
 
 Choice = TypeVar("Choice")
 
@@ -110,6 +110,11 @@ def as_int(given: Any, name: str, *, at_least: int, error: type[ValueError] = Va
 def is_int(given: Any) -> bool:
     """Return whether it is a whole number, of Python or numpy; a bool is none."""
     return isinstance(given, Integral) and not isinstance(given, bool)
+
+
+def is_python_int(given: Any) -> bool:
+    """Return whether it is an int of Python, as elements of an array or a tensor are not; a bool is none."""
+    return isinstance(given, int) and not isinstance(given, bool)
 
 
 def as_number(

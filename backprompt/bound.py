@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-from backprompt.engine import as_engine
-from backprompt.errors import TextTypeError
+from backprompt.errors import MixedModelsError, TextTypeError
 from backprompt.lm import LM
-from backprompt.representation import ModelRepr
-from backprompt.text import Text, bound_engine
-from backprompt.texts import as_texts, engine_of
+from backprompt.session.representation import ModelRepr
+from backprompt.text.checks import as_texts, engine_of
+from backprompt.text.engine import as_engine
+from backprompt.text.node import Text, bound_engine
 
 
 @overload
@@ -54,6 +54,21 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
 def lm_of(text: object, idx: int) -> LM:
     """Return the `LM` of an element of `texts`."""
     return as_lm(engine_of(text, idx))
+
+
+def one_lm(texts: Sequence[Text]) -> LM:
+    """Return the `LM` that all of these belong to.
+
+    Raises:
+        TextTypeError, UnboundTextError, MixedModelsError: one is not a text, has no `LM`, or another one.
+
+    """
+    for idx, text in enumerate(texts):
+        if lm_of(text, idx) is not texts[0].lm:
+            raise MixedModelsError(
+                f"texts[{idx}], {text!r}, belongs to another LM than texts[0]. Ask about the texts of one LM at a time."
+            )
+    return lm_of(texts[0], 0)
 
 
 def bound_lm(text: Text, what: str) -> LM:

@@ -4,7 +4,7 @@ Every message says what was given, what was needed and what to do instead. `exce
 all; `except ValueError` and the like keep working for callers who do not know this library.
 """
 
-from backprompt._visible import visible_lines
+from backprompt.visible import visible_lines
 
 
 class BackpromptError(Exception):

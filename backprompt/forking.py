@@ -56,7 +56,7 @@ class ForkableLock:
 
 
 _lms: WeakSet[Forkable] = WeakSet()
-_stores: WeakSet[Forkable] = WeakSet()
+stores: WeakSet[Forkable] = WeakSet()
 _watch_lock = threading.RLock()  # around each change of the two sets, and each walk through them
 _fork_lock = threading.RLock()
 _held: list[Forkable] = []  # by the thread that holds `_fork_lock`
@@ -71,19 +71,21 @@ def watch_lm(lm: Forkable) -> None:
 def watch_store(store: Forkable) -> None:
     """Let forking wait for it, for as long as it lives."""
     with _watch_lock:
-        _stores.add(store)
+        stores.add(store)
 
 
-def _before() -> None:
+def before_fork() -> None:
+    """Wait until no `LM` and no store is in the middle of a change; `os.fork` calls it."""
     _fork_lock.acquire()
     with _watch_lock:  # not while it waits for others, which may be about to add one
-        owners = (*_lms, *_stores)
+        owners = (*_lms, *stores)
     for owner in owners:
         owner.before_fork()
         _held.append(owner)
 
 
-def _after_in_parent() -> None:
+def after_fork() -> None:
+    """Let all go on that `before_fork` has held up."""
     while _held:
         _held.pop().after_fork()
     _fork_lock.release()
@@ -92,7 +94,7 @@ def _after_in_parent() -> None:
 def _after_in_child() -> None:
     global _watch_lock
     _watch_lock = threading.RLock()  # another thread may have held it
-    _after_in_parent()
+    after_fork()
     if not _lms:
         return
     import torch  # which whoever has an LM has; others need not wait for it
@@ -103,4 +105,4 @@ def _after_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-    os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+    os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=_after_in_child)

@@ -15,25 +15,25 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from backprompt.engine import Engine
 from backprompt.errors import (
     NotPicklableError,
     UnsupportedModelError,
 )
-from backprompt.extents import Extent, Join
+from backprompt.evaluation.lookup import Piece
+from backprompt.evaluation.scores import TokenScores
 from backprompt.forking import ForkableLock, watch_lm
-from backprompt.lookup import Piece
-from backprompt.options import Options, check_options
 from backprompt.progress import showing
-from backprompt.representation import ModelRepr, Pin, pinned
-from backprompt.scores import TokenScores
-from backprompt.session import Session
-from backprompt.stats import Stats, stats_of
+from backprompt.session.options import Options, check_options
+from backprompt.session.representation import ModelRepr, Pin, pinned
+from backprompt.session.session import Session
+from backprompt.session.stats import Stats, stats_of
+from backprompt.session.text_scores import next_token_logprobs, token_scores
 from backprompt.store import Store
-from backprompt.text import Text
-from backprompt.text_scores import next_token_logprobs, token_scores
-from backprompt.token_graph import flat
-from backprompt.tokens import Joins
+from backprompt.text.engine import Engine
+from backprompt.text.extents import Extent, Join
+from backprompt.text.node import Text
+from backprompt.tokens.graph import flat
+from backprompt.tokens.joins import Joins
 
 
 class LM(Engine[Text]):
@@ -175,7 +175,7 @@ class LM(Engine[Text]):
         """
         texts = self._session.own_texts(texts)
         with self._session.exclusive(), showing(show_progress_bar):
-            self._session.current().begin_evaluation()
+            self._session.current().forest.begin_evaluation()
             return [ModelRepr(self._session, evaluated) for evaluated in self._session.evaluate(texts)]
 
     def representation(self, text: Text) -> ModelRepr:

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from backprompt.checkpoint import Checkpoint
 from backprompt.errors import ModelLoadError
 from backprompt.lm import LM
-from backprompt.options import check_can_pin, check_options
+from backprompt.model.checkpoint import Checkpoint
 from backprompt.progress import check_show
+from backprompt.session.options import check_can_pin, check_options
 from backprompt.store.paths import check_folder
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt.blocks import Location
-from backprompt.host import HostMemory
-from backprompt.radix import KINDS
-from backprompt.tier import Tier
+from backprompt.forest.span import KINDS
+from backprompt.memory.blocks import Location
+from backprompt.memory.host import HostMemory
+from backprompt.memory.tier import Tier
 from tiny_blocks import (
     KEYS_VALUES_BYTES,
     STATES_BYTES,
@@ -80,12 +80,13 @@ def test_leaves_go_where_not_all_fits():
 
 
 def test_what_cannot_fit_with_what_it_continues_pushes_nothing_out():
-    device, host, forest, spans = moved_out(5 * TOKEN_BYTES, STEM)
-    end = forest.insert(RIGHT)  # 3 tokens more, 7 with the stem
+    device, host, forest, spans = moved_out(6 * TOKEN_BYTES, STEM, (9, 8))
+    end = forest.insert((*STEM, *range(50, 70)))
     device.add(compute([end]))
     every = list(forest.spans())
-    host.take(every, device.shrink(every, 10**9, any_order), any_order)
-    assert not end.is_held(in_host=True, with_keys_values=True)
+    dropped = device.shrink(every, 10**9, any_order)
+    host.take(every, dropped, lambda kind, span: (0, float(len(span.token_ids)), 0))  # it would go last
+    assert end.is_empty
     assert_right_in_host(spans)
 
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt import tier
-from backprompt.radix import KINDS
-from backprompt.tier import Tier
-from backprompt.token_graph import TokenBranch, TokenGraph, TokenGroup
+from backprompt.forest.span import KINDS
+from backprompt.memory import tier
+from backprompt.memory.tier import Tier
+from backprompt.tokens.graph import TokenBranch, TokenGraph, TokenGroup
 from tiny_blocks import KEYS_VALUES_BYTES, STATES_BYTES, TOKEN_BYTES, assert_right, compute, inserted
 
 STEM, LEFT, RIGHT = (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 7, 8, 9)

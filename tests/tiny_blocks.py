@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from backprompt.blocks import Block, BlockRows, KeysValues, States, gather_each, keys_values_of, states_of
-from backprompt.forest import Forest
-from backprompt.radix import NOTHING, Junction, Span
+from backprompt.forest.forest import Forest
+from backprompt.forest.span import NOTHING, Junction, Span
+from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, gather_each, keys_values_of, states_of
 
 KEYS_VALUES_BYTES = 2 * (2 * 3 + 2 * 1) * 4
 """Of a token: two layers of two heads, three numbers a key and one a value."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from backprompt.plan import Pass
+from backprompt.forest.plan import Pass
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from backprompt.attention.base import Scoring
 from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, choose_kernel, clear_kernel
-from backprompt.plan import Call, KeySegment, Pass
+from backprompt.forest.plan import Call, KeySegment, Pass
 
 
 class Layers(Protocol):
@@ -81,7 +81,7 @@ class PreparedCalls:
         kernel = self._attention.kernel_for(query, key, value)
         if scoring.softcap is not None:
             kernel = partial(clear_kernel, softcap=scoring.softcap)
-        joined = _Joined(query, value)
+        joined = Joined(query, value)
         for masked in self._calls(query, scoring.window):
             call = masked.call
             if call.block is None:
@@ -149,7 +149,7 @@ def _shifted(piece: slice, by: int) -> slice:
     return slice(piece.start + by, piece.stop + by)
 
 
-class _Joined:
+class Joined:
     """The running join of partial results; float32 unless the model computes in float64."""
 
     def __init__(self, query: Tensor, value: Tensor) -> None:
@@ -157,18 +157,21 @@ class _Joined:
         self._dtype = query.dtype
         accumulate = torch.promote_types(query.dtype, torch.float32)
         self._output = torch.empty((tokens, heads, value.shape[-1]), dtype=accumulate, device=query.device)
-        self._lse = torch.empty((tokens, heads), dtype=accumulate, device=query.device)
+        self.lse = torch.empty((tokens, heads), dtype=accumulate, device=query.device)
 
     def start_with(self, rows: slice, output: Tensor, lse: Tensor) -> None:
+        """Take the first partial result of these rows."""
         self._output[rows] = output
-        self._lse[rows] = lse
+        self.lse[rows] = lse
 
     def add(self, rows: slice, output: Tensor, lse: Tensor) -> None:
-        so_far = self._lse[rows]
+        """Join another partial result of these rows."""
+        so_far = self.lse[rows]
         self._output[rows].lerp_(output.to(self._output.dtype), torch.sigmoid(lse - so_far)[..., None])
         torch.logaddexp(so_far, lse.to(so_far.dtype), out=so_far)
 
     def result(self, sinks: Tensor | None) -> Tensor:
+        """Return the joined output, `(tokens, heads, head_dim)`, in the dtype of the queries."""
         if sinks is not None:
-            self._output *= torch.sigmoid(self._lse - sinks)[..., None]
+            self._output *= torch.sigmoid(self.lse - sinks)[..., None]
         return self._output.to(self._dtype)

@@ -100,7 +100,7 @@ def _efficient_cuda_kernel(
     return output.reshape(heads, rows, value_dim).transpose(0, 1), lse.transpose(0, 1)
 
 
-_FAST_KERNELS: dict[str, tuple[str, Kernel]] = {
+FAST_KERNELS: dict[str, tuple[str, Kernel]] = {
     "cpu": ("flash_cpu", _flash_cpu_kernel),
     "cuda": ("efficient_cuda", _efficient_cuda_kernel),
 }
@@ -121,9 +121,9 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
     The fast kernels are private operations of torch: one that is missing, refuses its arguments or gives other
     numbers is not used.
     """
-    if device.type not in _FAST_KERNELS:
+    if device.type not in FAST_KERNELS:
         return ChosenKernel("clear", clear_kernel)
-    name, kernel = _FAST_KERNELS[device.type]
+    name, kernel = FAST_KERNELS[device.type]
     try:
         gap = _largest_gap(kernel, device, dtype, heads, kv_heads, head_dim)
     except torch.OutOfMemoryError:

@@ -4,6 +4,9 @@ A completion is a hard boundary: its ids are those of its string encoded by itse
 
 Names and options are those of CAPPr (Dubey, https://github.com/kddubey/cappr), which scores completions one after the
 other; with `end_of_prompt=" "`, its default, so are the numbers.
+
+May know texts and `LM`s; `weighing.py`, `search.py` and `calibration.py` know neither.
+A new correction of probabilities goes into `weighing.py`, a new search into a module beside `search.py`.
 """
 
 from backprompt.classify.calibration import best_threshold, calibrate

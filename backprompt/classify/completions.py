@@ -24,8 +24,8 @@ from typing import Literal, TypeAlias
 from backprompt.arguments import as_choice, as_list, check_encodable
 from backprompt.errors import TextTypeError
 from backprompt.lm import LM
-from backprompt.segments import Group
-from backprompt.text import Text
+from backprompt.text.node import Text
+from backprompt.text.segments import Group
 
 EndOfPrompt: TypeAlias = Literal["auto", " ", ""]
 ENDS_OF_PROMPT: tuple[EndOfPrompt, ...] = ("auto", " ", "")

@@ -12,7 +12,7 @@ from backprompt.classify.completions import EndOfPrompt, check_end_of_prompt, ch
 from backprompt.classify.weighing import check_normalize, checked_prior
 from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
 from backprompt.lm import LM
-from backprompt.text import Text
+from backprompt.text.node import Text
 
 Prompt: TypeAlias = str | Text
 

@@ -26,9 +26,9 @@ from backprompt.classify.weighing import Floats
 from backprompt.errors import EmptyTextError
 from backprompt.lm import LM
 from backprompt.progress import Bar, check_show, is_wanted, showing
-from backprompt.text import Text
-from backprompt.text_scores import token_scores
-from backprompt.token_graph import TokenIds
+from backprompt.session.text_scores import token_scores
+from backprompt.text.node import Text
+from backprompt.tokens.graph import TokenIds
 
 MIN_PROMPTS_FOR_A_BAR = 5
 TOKENS_AT_A_TIME = 1 << 20

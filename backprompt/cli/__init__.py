@@ -1,13 +1,7 @@
 """The command line: `backprompt`, and `python -m backprompt`.
 
-__init__.py    commands, errors in one line, exit codes
-arguments.py   what several commands have in common
-rows.py        JSONL and CSV, in and out
-wording.py     the library's errors, in terms of options
-stream.py      jobs over rows, a slice at a time, which can go on after an interruption
-score.py, generate.py, stores.py, demo.py    a command each
-
-Nothing here imports torch until a command runs: `--help`, and what is wrong with options, need not wait for it.
+May know everything, but imports torch only when a command runs: `--help` and wrong options need not wait.
+A new command is a module with `add` and `run`, named in `__init__.py`; a shared option goes into `arguments.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +17,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from backprompt import __version__
-from backprompt._visible import visible
 from backprompt.cli import demo, generate, reports, score, stores
 from backprompt.cli.arguments import say
 from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
 from backprompt.progress import Bar, is_terminal, showing
+from backprompt.version import __version__
+from backprompt.visible import visible
 
 OK, CHECK_FAILED, BAD_INPUT, FAILED, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
 
@@ -39,8 +33,8 @@ exit codes:
   {CHECK_FAILED:<5}a check failed: damaged entries, numbers beyond the tolerance, nothing found
   {BAD_INPUT:<5}wrong options, input that cannot be used, a model that cannot be loaded
   {FAILED:<5}another failure: no memory, no space, a bug
-  {INTERRUPTED:<5}interrupted; what was written stays
-  {CLOSED:<5}who read the output has closed it
+  {INTERRUPTED:<5}interrupted; the rows written so far stay
+  {CLOSED:<5}the reader of the output has closed it
 
 examples:
   backprompt demo

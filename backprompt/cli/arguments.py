@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import backprompt
-from backprompt._visible import visible
-from backprompt.cli.rows import FORMATS, PIPE, Input, Row, check_is_there, decoded, format_of
+from backprompt.cli.input import Input, decoded
+from backprompt.cli.rows import FORMATS, PIPE, Row, check_is_there, format_of
 from backprompt.errors import CommandError
 from backprompt.progress import Bar, is_terminal
-from backprompt.text import Text
-from backprompt.tokens import JOINS
+from backprompt.text.node import Text
+from backprompt.tokens.joins import JOINS
+from backprompt.visible import visible
 
 if TYPE_CHECKING:
     from backprompt.lm import LM
@@ -99,7 +100,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = 
 def check_model_arguments(arguments: argparse.Namespace) -> None:
     """Raise for what can be seen to be wrong without loading a model."""
     from backprompt.loading import available_device
-    from backprompt.memory import parse_bytes
+    from backprompt.memory.budget import parse_bytes
     from backprompt.store.paths import check_folder
 
     if arguments.memory is not None:

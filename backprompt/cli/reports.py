@@ -23,7 +23,7 @@ from backprompt.cli.arguments import (
 from backprompt.cli.rows import PIPE, Row, as_json
 from backprompt.cli.stream import positive
 from backprompt.errors import CommandError
-from backprompt.text import Text
+from backprompt.text.node import Text
 
 if TYPE_CHECKING:
     from backprompt.lm import LM

@@ -18,7 +18,7 @@ from backprompt.cli.arguments import (
 )
 from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
 from backprompt.errors import CommandError
-from backprompt.text import Text
+from backprompt.text.node import Text
 
 if TYPE_CHECKING:
     from backprompt.classify.completions import EndOfPrompt

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import backprompt
-from backprompt._visible import beginning, visible
 from backprompt.cli.arguments import add_command, shows_progress
-from backprompt.cli.rows import as_json, counted
+from backprompt.cli.rows import as_json
 from backprompt.errors import CommandError
+from backprompt.visible import beginning, counted, visible
 
 if TYPE_CHECKING:
     from backprompt.store import DiskStore
@@ -117,7 +117,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_prune(arguments: argparse.Namespace) -> int:
     """Delete entries, and say how many."""
-    from backprompt.memory import parse_bytes
+    from backprompt.memory.budget import parse_bytes
 
     size = arguments.size
     max_bytes = parse_bytes(int(size) if size.isdecimal() else size, "SIZE")

@@ -30,10 +30,13 @@ from backprompt.cli.arguments import (
     read_input,
     say,
 )
-from backprompt.cli.rows import FORMATS, PIPE, Input, Output, Row, checked, counted, format_of, shown
+from backprompt.cli.input import Input
+from backprompt.cli.output import Output
+from backprompt.cli.rows import FORMATS, PIPE, Row, checked, format_of, shown
 from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
-from backprompt.text import Text
+from backprompt.text.node import Text
+from backprompt.visible import counted
 
 if TYPE_CHECKING:
     from backprompt.lm import LM

@@ -24,19 +24,19 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from backprompt._generate import Run, run_with_bar
 from backprompt.arguments import as_bool, as_int, check_encodable
 from backprompt.bound import as_lm
 from backprompt.classify.scoring import TOKENS_AT_A_TIME
-from backprompt.decoding import Decoding
 from backprompt.errors import GenerationError
-from backprompt.generation_options import SAMPLING_FIELDS
+from backprompt.generation.decoding import Decoding
+from backprompt.generation.options import SAMPLING_FIELDS
+from backprompt.generation.run import Run, run_with_bar
+from backprompt.generation.stops import StopStrings, missing_characters
 from backprompt.lm import LM
 from backprompt.loading import load
 from backprompt.progress import Bar
-from backprompt.stops import StopStrings, missing_characters
-from backprompt.text import Text
-from backprompt.tokenizer import Speller
+from backprompt.text.node import Text
+from backprompt.tokens.tokenizer import Speller
 
 try:
     from lm_eval import utils

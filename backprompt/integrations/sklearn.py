@@ -14,8 +14,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from backprompt import classify
-from backprompt._visible import abbreviated
-from backprompt._warn import warn_caller
 from backprompt.arguments import as_choice, as_int, as_list, as_number, check_encodable, is_int
 from backprompt.bound import as_lm
 from backprompt.classify import Aggregate, Example
@@ -23,7 +21,9 @@ from backprompt.classify.completions import EndOfPrompt, ends_behind, space_befo
 from backprompt.classify.weighing import Floats
 from backprompt.errors import TextTypeError
 from backprompt.lm import LM
-from backprompt.text import Text
+from backprompt.text.node import Text
+from backprompt.visible import abbreviated
+from backprompt.warn import warn_caller
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin

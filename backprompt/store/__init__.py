@@ -1,4 +1,8 @@
-"""The prompt representation database: what was computed today, found by another process tomorrow."""
+"""The prompt representation database: results of today, found by another process tomorrow.
+
+May know keys and tensors by name, and no forest and no model: the archive (`evaluation/archive.py`) connects them.
+A new store is a module here that implements `Store` of `base.py`; a new tensor of an entry goes into `schema.py`.
+"""
 
 from backprompt.store.base import Entry, Header, Match, Store
 from backprompt.store.disk import DiskStore

@@ -1,6 +1,6 @@
 """The contract of a store of representations.
 
-An entry is what one run of tokens looks like behind all that stands before it. Keys belong to positions (identity.py):
+An entry is what one run of tokens looks like behind all that stands before it. Keys belong to positions:
 `start` names everything before the first token, `end` everything up to the last, so the two name the entry. Another
 process that cuts the same text elsewhere finds it all the same: it asks for what starts at the key that it has
 reached, takes the longest common beginning of the token ids (an entry's first rows are valid alone, attention is

@@ -27,10 +27,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from backprompt._visible import abbreviated
 from backprompt.store.base import Header, Match, num_common
 from backprompt.store.paths import explaining
 from backprompt.store.schema import MAX_NAME_LENGTH, is_name
+from backprompt.visible import abbreviated
 
 SUFFIXES = ("", "-wal", "-shm", "-journal")
 """Of the files that SQLite makes of one database."""
@@ -59,7 +59,7 @@ _NEIGHBOURS = (
 """In the order of token ids, what has the longest common beginning with a sequence stands right before or after it."""
 
 _NAMES_BY_TEXT = f"SELECT {_NAME} FROM entries WHERE substr(text, 1, ?) = ? ORDER BY text"
-_TOTALS = """
+TOTALS = """
 SELECT count(name), ifnull(sum(num_tokens), 0), ifnull(sum(num_bytes), 0), ifnull(max(error), 0.0) FROM entries
 """
 _LEAST_VALUABLE = f"""
@@ -70,12 +70,12 @@ ORDER BY last_used, position DESC LIMIT 100
 """
 """What nothing else begins behind, or in its middle: an entry is of no use without what stands before it."""
 
-_MAX_VALUE_BYTES = 128 << 20
+MAX_VALUE_BYTES = 128 << 20
 """Of a row: room for all of an entry's header (file.py) twice over."""
 
 _LOCK_SECONDS = 30.0
 _LOOKUP_SECONDS = 10.0
-_SCAN_SECONDS = 60.0
+SCAN_SECONDS = 60.0
 """Of this thread's time on a processor, not of waiting: many times what a lookup, or a walk through all rows, takes."""
 
 _STEPS_A_CHECK = 100_000
@@ -167,7 +167,7 @@ class Index:
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
         """Look at the two neighbours of these ids; see `Store.longest`."""
         asked = _packed(token_ids)
-        given = {"start": start, "asked": asked, "max_bytes": _MAX_VALUE_BYTES}
+        given = {"start": start, "asked": asked, "max_bytes": MAX_VALUE_BYTES}
         with self._transaction():
             rows = [row for query in _NEIGHBOURS for row in self._ask(query, given)]
         matches = [Match(_checked_name(name), num_common(_unpacked(packed), token_ids)) for name, packed in rows]
@@ -177,13 +177,13 @@ class Index:
     def names(self, text_prefix: str) -> list[str]:
         """Return the names of all entries whose text begins so, in the order of their texts."""
         with self._transaction():
-            rows = self._ask(_NAMES_BY_TEXT, (len(text_prefix), text_prefix), _SCAN_SECONDS)
+            rows = self._ask(_NAMES_BY_TEXT, (len(text_prefix), text_prefix), SCAN_SECONDS)
         return [_checked_name(name) for (name,) in rows]
 
     def totals(self) -> StoreStats:
         """Return how much is stored."""
         with self._transaction():
-            ((num_entries, num_tokens, num_bytes, error),) = self._ask(_TOTALS, (), _SCAN_SECONDS)
+            ((num_entries, num_tokens, num_bytes, error),) = self._ask(TOTALS, (), SCAN_SECONDS)
         return StoreStats(
             _checked_number(num_entries),
             _checked_number(num_tokens),
@@ -194,14 +194,14 @@ class Index:
     def least_valuable(self) -> list[tuple[str, int]]:
         """Return names and bytes of entries that may go, those first that were not used for longest."""
         with self._transaction():
-            rows = self._ask(_LEAST_VALUABLE, (), _SCAN_SECONDS)
+            rows = self._ask(_LEAST_VALUABLE, (), SCAN_SECONDS)
         return [(_checked_name(name), _checked_number(num_bytes, least=1)) for name, num_bytes in rows]
 
     def rebuild(self, described: Iterable[tuple[Header, int, float]]) -> None:
         """Forget all, and insert these headers, with the bytes and the time of last use of each."""
         with self._transaction():
             for table in ("entries", "needs"):  # with a condition, row by row, which can be broken off
-                self._ask(f"DELETE FROM {table} WHERE true", (), _SCAN_SECONDS)
+                self._ask(f"DELETE FROM {table} WHERE true", (), SCAN_SECONDS)
             for header, num_bytes, last_used in described:
                 self._insert(header, num_bytes, last_used)
             # Only now: one that was cut off is made again.
@@ -308,7 +308,7 @@ def _harden(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA cell_size_check = ON")
     if sys.version_info >= (3, 11):
         for limit, most in (
-            (sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES),
+            (sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES),
             (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
             (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 100),
             (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 10),

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from backprompt.blocks import IN_MODEL_DTYPE, kind_of
+from backprompt.memory.blocks import IN_MODEL_DTYPE, kind_of
 
 StoredDtype: TypeAlias = Literal["float16", "int8"]
 STORED_DTYPES: tuple[StoredDtype, ...] = ("float16", "int8")

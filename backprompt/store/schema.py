@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backprompt._visible import abbreviated
-from backprompt.blocks import AXES, IN_MODEL_DTYPE, STATES, kind_of, layer_names, token_axis
 from backprompt.errors import DamagedEntryError
-from backprompt.identity import EXACT
+from backprompt.forest.keys import EXACT
+from backprompt.memory.blocks import AXES, IN_MODEL_DTYPE, STATE_TENSORS, kind_of, layer_names, token_axis
 from backprompt.store.base import MAX_INT, Header
 from backprompt.store.precision import COMPUTED_DTYPES, SCALE, STORED_DTYPES
+from backprompt.visible import abbreviated
 
 MAX_NAME_LENGTH = 200
 """Of an entry's name, so that it can be the name of a file."""
@@ -139,7 +139,7 @@ def _names_of_any_model(tensors: Mapping[str, TensorSpec]) -> frozenset[str]:
     num_layers = max((int(layer[2]) + 1 for layer in layers if layer is not None), default=1)
     if num_layers > len(tensors):  # so that what is made here is no larger than what was read
         raise DamagedEntryError("it lacks layers")
-    return STATES.union(*map(layer_names, range(num_layers)))
+    return STATE_TENSORS.union(*map(layer_names, range(num_layers)))
 
 
 def _check_names(found: Mapping[str, TensorSpec], expected: frozenset[str]) -> None:

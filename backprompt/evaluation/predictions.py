@@ -1,0 +1,229 @@
+"""Predictions: which rows of hidden states predict the tokens to be scored, and where the scores go.
+
+The rows of several blocks are numbered as if the blocks lay one behind the other (`NumberedRows`), so all of one
+scoring is a few flat arrays, however many texts it is of. A forwarded token's score lies in the block of its span's
+states. The score of a *candidate*, a token that may follow a text and is not forwarded, has a negative number.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from backprompt.evaluation.scores import TokenScore, TokenScores
+from backprompt.forest.span import Span
+from backprompt.logprobs import log_softmax
+from backprompt.memory.blocks import States, states_of
+
+Item = TypeVar("Item")
+Ints: TypeAlias = "npt.NDArray[np.int64]"
+
+LOG_SOFTMAX_BYTES = 4 << 20
+
+
+class NumberedRows:
+    """The rows of several blocks of states, numbered in the order in which the blocks were first asked for."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._first: dict[States, int] = {}
+
+    def first_of(self, span: Span) -> int:
+        """Return the number of a computed span's first row."""
+        rows = states_of(span)
+        first = self._first.get(rows.block)
+        if first is None:
+            first = self._first[rows.block] = self.num_rows
+            self.num_rows += rows.block.num_rows
+        return first + rows.start
+
+    def last_of(self, span: Span) -> int:
+        """Return the number of a computed span's last row."""
+        return self.first_of(span) + len(span.token_ids) - 1
+
+    def are_scored(self) -> npt.NDArray[np.bool_]:
+        """Return whether each row's token has its score, `(rows,)`."""
+        flags = [block.has_logprobs.numpy() for block in self._first]
+        return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)
+
+    def by_block(self, numbers: Ints) -> Iterator[tuple[States, Tensor, slice]]:
+        """Yield, for ascending row numbers, each block with its rows among them, and where these stand."""
+        blocks, firsts = list(self._first), np.fromiter(self._first.values(), dtype=np.int64)
+        bounds = [*np.searchsorted(numbers, firsts).tolist(), len(numbers)]
+        for block, first, start, stop in zip(blocks, firsts.tolist(), bounds[:-1], bounds[1:], strict=True):
+            if start < stop:
+                yield block, torch.from_numpy(numbers[start:stop] - first), slice(start, stop)
+
+    def hidden(self, numbers: Ints) -> Tensor:
+        """Return the hidden states of rows, given in ascending order, `(rows, hidden)`."""
+        parts = [block.hidden[rows.to(block.hidden.device)] for block, rows, _ in self.by_block(numbers)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def write(self, numbers: Ints, scores: TokenScores) -> None:
+        """Write the scores of the tokens of distinct rows to where they are held."""
+        order = np.argsort(numbers)
+        in_order = scores.at(order)
+        for block, rows, where in self.by_block(numbers[order]):
+            block.write_scores(rows, in_order.logprobs[where], in_order.is_argmax[where])
+
+    def write_values(self, scores: Mapping[int, TokenScore]) -> None:
+        """Write scores that are known already, by row number."""
+        if scores:
+            first = next(iter(self._first)).logprobs
+            values = TokenScores.of(list(scores.values()), first.dtype, first.device)
+            self.write(np.array(list(scores), dtype=np.int64), values)
+
+    def note_unpredicted(self, numbers: Iterable[int]) -> None:
+        """Note that nothing predicts the tokens of these rows."""
+        for block, rows, _ in self.by_block(np.array(sorted(numbers), dtype=np.int64)):
+            block.note_unpredicted(rows)
+
+    def scores(self, numbers: Ints, candidates: TokenScores) -> TokenScores:
+        """Return the scores at these numbers, in their order; those of candidates are -1, -2, ..."""
+        blocks = [TokenScores(block.logprobs, block.is_argmax) for block in self._first]
+        together = TokenScores.concatenated([*blocks, candidates])
+        return together.at(np.where(numbers < 0, self.num_rows - 1 - numbers, numbers))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Tokens to be scored by a slice of rows of hidden states.
+
+    Attributes:
+        rows: the numbers of the rows, ascending, `(rows,)`.
+        row_idx: by which of them each token is scored, ascending, `(tokens,)`.
+        token_ids: the ids of the tokens, `(tokens,)`.
+        numbers: where the scores go, `(tokens,)`; negative for candidates.
+
+    """
+
+    rows: Ints
+    row_idx: Ints
+    token_ids: Ints
+    numbers: Ints
+
+    def without_rows(self, row_idx: Iterable[int]) -> Targets:
+        """Return the tokens that are scored by others than these rows."""
+        stay = ~np.isin(self.row_idx, list(row_idx))
+        return Targets(self.rows, self.row_idx[stay], self.token_ids[stay], self.numbers[stay])
+
+
+class Predictions:
+    """The tokens of one scoring that have no score yet. Each row that predicts some of them is computed once.
+
+    The row before a branching predicts the first tokens of all its branches: those without a score are scored along
+    with the one that is asked for.
+
+    Args:
+        rows: of the blocks of all spans.
+
+    """
+
+    def __init__(self, rows: NumberedRows) -> None:
+        self._rows = rows
+        self._token_ids: list[Ints] = []
+        self._numbers: list[Ints] = []
+        self._branched: dict[Span, list[int]] = {}  # numbers of first tokens, by what they continue
+        self._candidates: list[tuple[int, int, int]] = []  # the row, the id, the number
+
+    def add_inner(self, token_ids: Iterable[int], numbers: Ints) -> None:
+        """Add tokens that stand behind another one of their span."""
+        self._token_ids.append(np.fromiter(token_ids, dtype=np.int64, count=len(numbers)))
+        self._numbers.append(numbers)
+
+    def add_first(self, parent: Span, number: int) -> None:
+        """Add the first token of a span that continues `parent`."""
+        self._branched.setdefault(parent, []).append(number)
+
+    def add_candidate(self, end: Span, token_id: int, number: int) -> None:
+        """Add a token that may follow a computed span and is not forwarded."""
+        self._candidates.append((self._rows.last_of(end), token_id, number))
+
+    def slices(self, rows_in_a_slice: int) -> list[Targets]:
+        """Return all tokens without a score, by so many rows at a time."""
+        predicting, token_ids, numbers = self._all()
+        rows, row_idx = np.unique(predicting, return_inverse=True)
+        order = np.argsort(row_idx, kind="stable")
+        row_idx, token_ids, numbers = row_idx[order], token_ids[order], numbers[order]
+        starts = range(0, len(rows), rows_in_a_slice)
+        bounds = np.searchsorted(row_idx, [*starts, len(rows)]).tolist()
+        return [
+            Targets(rows[start : start + rows_in_a_slice], row_idx[a:b] - start, token_ids[a:b], numbers[a:b])
+            for start, a, b in zip(starts, bounds[:-1], bounds[1:], strict=True)
+        ]
+
+    def _all(self) -> tuple[Ints, Ints, Ints]:
+        """Return, of all tokens without a score, the row that predicts each, its id, and the number of its score."""
+        branches = [
+            (self._rows.last_of(parent), child.token_ids[0], self._rows.first_of(child))
+            for parent in self._branched
+            for child in held_children(parent)
+        ]
+        singles = np.array([*self._candidates, *branches], dtype=np.int64).reshape(-1, 3)
+        inner = np.concatenate([*self._numbers, np.zeros(0, dtype=np.int64)])
+        predicting = np.concatenate([inner - 1, singles[:, 0]])
+        token_ids = np.concatenate([*self._token_ids, singles[:, 1]])
+        numbers = np.concatenate([inner, singles[:, 2]])
+        is_new = ~np.append(self._rows.are_scored(), False)[np.maximum(numbers, -1)]  # the last is for candidates
+        asked = list(itertools.chain.from_iterable(self._branched.values()))
+        is_asked = np.ones(len(numbers), dtype=bool)
+        is_asked[len(numbers) - len(branches) :] = np.isin(singles[len(self._candidates) :, 2], asked)
+        is_left = is_new & np.isin(predicting, predicting[is_new & is_asked])
+        return predicting[is_left], token_ids[is_left], numbers[is_left]
+
+
+def ranges(starts: Ints, stops: Ints) -> Ints:
+    """Return the numbers from each start up to its stop, one range after the other."""
+    lengths = stops - starts
+    ends = np.cumsum(lengths)
+    numbers: Ints = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+    return numbers
+
+
+def picked_scores(logits: Tensor, row_idx: Ints, token_ids: Ints) -> TokenScores:
+    """Return, for each token, `log_softmax(logits)[row_idx, token_id]`, and whether it is its row's argmax in float32.
+
+    The tokens are sorted by their rows. A few rows at a time: what fits the cache takes a fifth of the time that all
+    rows at once take.
+    """
+    num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1]))
+    starts = range(0, logits.shape[0], num_rows)
+    bounds = np.searchsorted(row_idx, [*starts, logits.shape[0]]).tolist()
+    rows, tokens = (torch.from_numpy(numbers).to(logits.device) for numbers in (row_idx, token_ids))
+    picked, is_argmax = [], []
+    for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
+        piece = logits[start : start + num_rows]
+        own = rows[first:last] - start
+        picked.append(log_softmax(piece)[own, tokens[first:last]])
+        is_argmax.append(piece.float().argmax(dim=-1)[own] == tokens[first:last])
+    return TokenScores(torch.cat(picked), torch.cat(is_argmax))
+
+
+def is_scored(span: Span, first_row: int = 0) -> bool:
+    """Return whether all tokens of a computed span from `first_row` on have their scores."""
+    rows = states_of(span)
+    return bool(rows.block.has_logprobs[rows.start + first_row : rows.stop].all())
+
+
+def held_children(end: Span) -> list[Span]:
+    """Return the spans that continue this one and hold their states, junctions left out."""
+    return [child for child in end.children.values() if child.token_ids and child.is_held()]
+
+
+def held_child(end: Span, token_id: int) -> Span | None:
+    """Return the span that directly continues this one with a token, if its states are held."""
+    child = end.children.get(token_id)
+    return child if child is not None and child.is_held() else None
+
+
+def slices(items: list[Item], size: int) -> Iterator[list[Item]]:
+    """Yield so many of the items at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

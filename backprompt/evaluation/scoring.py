@@ -1,0 +1,184 @@
+"""Scoring: log-probabilities of texts' tokens, and of tokens that may follow texts, each computed once.
+
+Keeps nothing of its own: the scores of forwarded tokens lie with their spans' states, those of candidates in their
+pool. A text's last token needs no row of its own to be scored, so it is scored as a candidate behind the others. The
+scores of all texts of a call are read with one gather, into one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from backprompt.evaluation.computation import Computation, Request
+from backprompt.evaluation.predictions import NumberedRows, picked_scores, ranges
+from backprompt.evaluation.reading import Reading, Ready
+from backprompt.evaluation.scores import TokenScore, TokenScores
+from backprompt.forest.span import Inserted, Span
+from backprompt.logprobs import are_distributions
+from backprompt.progress import progress_bar
+from backprompt.tokens.graph import TokenIds, without_last
+
+
+class Wanted(NamedTuple):
+    """A text to be scored: its tokens from `start` on, and tokens that may follow it and are not forwarded."""
+
+    token_ids: TokenIds
+    start: int
+    candidates: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class ScoredTexts:
+    """The scores of texts, one text after the other.
+
+    Attributes:
+        scores: of each text its wanted tokens in written order, then its candidates.
+        lengths: how many each text has.
+
+    """
+
+    scores: TokenScores
+    lengths: Sequence[int]
+
+    @classmethod
+    def in_order(cls, parts: Sequence[tuple[Sequence[int], ScoredTexts]]) -> ScoredTexts:
+        """Return the texts of several parts, each with the numbers of its texts, in the order of these numbers."""
+        if len(parts) == 1:
+            return parts[0][1]  # all texts, and each part is in order
+        order = np.argsort([idx for idxs, _ in parts for idx in idxs])
+        lengths = np.array([length for _, part in parts for length in part.lengths], dtype=np.int64)
+        stops = np.cumsum(lengths)
+        index = ranges((stops - lengths)[order], stops[order])
+        return cls(TokenScores.concatenated([part.scores for _, part in parts]).at(index), lengths[order].tolist())
+
+    def split(self) -> list[TokenScores]:
+        """Return the scores of each text, as views."""
+        return self.scores.split(self.lengths)
+
+
+def split_to_score(token_ids: TokenIds, start: int) -> tuple[TokenIds, int] | None:
+    """Return what is forwarded of a text that is scored from `start` on, and its last token, which is not.
+
+    None where all of it is forwarded: nothing is scored, or no one token stands before the last one.
+    """
+    return without_last(token_ids) if start < len(token_ids) else None
+
+
+class Scoring:
+    """Scores texts.
+
+    Args:
+        computation: of their spans.
+
+    """
+
+    def __init__(self, computation: Computation) -> None:
+        self._computation = computation
+        self._pool = computation.pools.candidates
+
+    def token_scores(self, texts: Sequence[tuple[TokenIds, int]]) -> ScoredTexts:
+        """Evaluate texts and return the scores of their tokens, from a token of each on.
+
+        A text's last token is scored by the row before it; it is not forwarded unless something continues it.
+        """
+        wanted = []
+        for token_ids, start in texts:
+            split = split_to_score(token_ids, start)
+            wanted.append(Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:]))
+        return self.scored(wanted)
+
+    def scored(self, wanted: Sequence[Wanted]) -> ScoredTexts:
+        """Evaluate texts and score the wanted tokens of each.
+
+        Raises:
+            NonFiniteError: a row that predicts a wanted token is no distribution.
+
+        """
+        parts: list[tuple[Sequence[int], ScoredTexts]] = []
+        waiting: Sequence[int] = range(len(wanted))
+        with self._computation.inserted([text.token_ids for text in wanted]) as ends:
+
+            def collect() -> None:
+                """Read off what is there, before any of it is dropped."""
+                nonlocal waiting
+                ready = [idx for idx in waiting if ends[idx].is_held()]
+                if parts and not ready:
+                    return
+                texts = [Ready(Inserted(ends[idx], wanted[idx].token_ids), *wanted[idx][1:]) for idx in ready]
+                parts.append((ready, self.read(texts)))
+                done = set(ready)
+                waiting = [idx for idx in waiting if idx not in done]
+
+            self._computation.compute(ends, Request(before_eviction=collect))
+            collect()
+        return ScoredTexts.in_order(parts)
+
+    def read(self, texts: Sequence[Ready], ahead: Iterable[Inserted] = ()) -> ScoredTexts:
+        """Return the wanted scores of held texts; those that are not there yet are computed.
+
+        Each row that predicts several tokens is computed once, and none that predicts only tokens before the starts.
+
+        Args:
+            texts: the texts.
+            ahead: other texts to be scored along with them.
+
+        Raises:
+            NonFiniteError: a row that predicts a wanted token is no distribution. The tokens that such rows predict
+                stay unscored.
+
+        """
+        reading = Reading(self._computation.forest, self._pool)
+        lengths = [reading.add(text) for text in texts]
+        for text in ahead:
+            reading.add_ahead(text)
+        unusable = self._compute(reading)
+        if unusable:
+            self._check_wanted(reading, texts, unusable)
+        executor = self._computation.executor
+        return ScoredTexts(reading.scores(executor.logprob_dtype, executor.device), lengths)
+
+    def note_last(self, scores: Mapping[Span, TokenScore]) -> None:
+        """Keep the scores of computed spans' last tokens that somebody else has computed, where they are new."""
+        rows = NumberedRows()
+        by_row = {rows.last_of(end): score for end, score in scores.items()}
+        are_scored = rows.are_scored()
+        rows.write_values({row: score for row, score in by_row.items() if not are_scored[row]})
+
+    def _compute(self, reading: Reading) -> dict[int, Tensor]:
+        """Compute the scores that are not there yet.
+
+        Returns:
+            The logits that are no distribution, by the numbers of the scores that they should have given.
+
+        """
+        unusable: dict[int, Tensor] = {}
+        parts = reading.predictions().slices(self._computation.executor.rows_in_a_slice)
+        with progress_bar(sum(len(part.rows) for part in parts), "scoring", "tokens", is_long=len(parts) > 1) as bar:
+            for part in parts:
+                logits = self._computation.logits(reading.rows.hidden(part.rows))
+                left_out = set(unusable_rows(logits))
+                if left_out:
+                    targets = zip(part.row_idx.tolist(), part.numbers.tolist(), strict=True)
+                    unusable |= {number: logits[row_idx] for row_idx, number in targets if row_idx in left_out}
+                usable = part.without_rows(left_out) if left_out else part
+                reading.write(usable.numbers, picked_scores(logits, usable.row_idx, usable.token_ids))
+                bar.update(len(part.rows))
+        return unusable
+
+    def _check_wanted(self, reading: Reading, texts: Iterable[Ready], unusable: Mapping[int, Tensor]) -> None:
+        """Raise if a wanted token of the texts, or a candidate, was to be scored by `unusable` logits."""
+        for text in texts:
+            for number, ids_before in reading.numbers_of(text):
+                if number in unusable:
+                    raise self._computation.executor.logits_error(unusable[number], ids_before())
+
+
+def unusable_rows(logits: Tensor) -> list[int]:
+    """Return which rows of `(rows, vocab)` have no log-probabilities."""
+    is_usable = are_distributions(logits)
+    return [] if bool(is_usable.all()) else (~is_usable).nonzero()[:, 0].tolist()
