@@ -15,7 +15,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from backprompt import LM, Text, checkpoint, load
+from backprompt import LM, Text, load
+from backprompt.model import checkpoint
 from backprompt.model.checkpoint import Checkpoint
 from backprompt.model.weights import content_hash
 from backprompt.session import fingerprint as fingerprint_module

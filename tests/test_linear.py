@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from backprompt import LM, Text, UnsupportedModelError, generate, linear
+from backprompt import LM, Text, UnsupportedModelError, generate
+from backprompt.model import linear
 from backprompt.model.linear import Linears, OneDnnLinear, speed_up
 from comparing import assert_close
 from reference import plain_greedy, plain_logits

@@ -7,23 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from backprompt import (
-    LM,
-    GenerationError,
-    NonFiniteError,
-    Text,
-    evaluate,
-    generate,
-    independence_gap,
-    probe,
-    verify,
-)
+from backprompt import LM, GenerationError, NonFiniteError, Text, evaluate, generate, independence_gap, verify
 from backprompt.classify import best_threshold, calibrate, log_probs, predict, predict_proba, token_logprobs
 from backprompt.classify.weighed import as_candidate
 from backprompt.classify.weighing import Weighing
 from backprompt.cli import generate as cli_generate
 from backprompt.generation.selected import select
 from backprompt.integrations.sklearn import PromptClassifier
+from backprompt.model import probe
 from backprompt.store import DiskStore, MemoryStore
 from backprompt.store.base import Entry
 from comparing import assert_close

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from backprompt import LM, MemoryBudgetError, Text, TokenIdError, evaluate, load, tier
+from backprompt import LM, MemoryBudgetError, Text, TokenIdError, evaluate, load
+from backprompt.memory import tier
 from backprompt.memory.blocks import Location
 from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.memory.host import HostMemory

@@ -8,7 +8,9 @@ import torch
 from test_lookup import CONTEXT
 
 import backprompt as bp
-from backprompt import LM, DriftError, StaleRepresentationError, Text, _verify, evaluate, skeleton, verify
+from backprompt import LM, DriftError, StaleRepresentationError, Text, evaluate, verify
+from backprompt.inspection import verify as verify_module
+from backprompt.model import skeleton
 from backprompt.store import MemoryStore
 from comparing import assert_close
 from reference import plain_logits, plain_token_logprobs
@@ -58,7 +60,7 @@ def test_the_figures_are_those_of_the_plain_call(family, tokenizer):
 def test_weights_that_change_meanwhile_are_no_drift(tokenizer, monkeypatch):
     model = FAMILIES["gpt2"]()
     texts = questions(LM(model, tokenizer))
-    compare, num_compared = _verify.gaps_of, []
+    compare, num_compared = verify_module.gaps_of, []
 
     def change_at_the_end(model_repr, plain):
         num_compared.append(1)
@@ -69,7 +71,7 @@ def test_weights_that_change_meanwhile_are_no_drift(tokenizer, monkeypatch):
         return gaps
 
     with monkeypatch.context() as patch:
-        patch.setattr(_verify, "gaps_of", change_at_the_end)
+        patch.setattr(verify_module, "gaps_of", change_at_the_end)
         with pytest.raises(StaleRepresentationError):
             verify(texts)
     assert verify(texts).passed

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model
 
-from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load, to_networkx, weights
+from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load, to_networkx
+from backprompt.model import weights
 from backprompt.model.executor import Executor
 from backprompt.model.weights import content_hash, sample_hash
 from backprompt.session import fingerprint as fingerprint_module
