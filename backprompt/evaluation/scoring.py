@@ -21,7 +21,7 @@ from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Inserted, Span
 from backprompt.logprobs import are_distributions
 from backprompt.progress import progress_bar
-from backprompt.tokens.graph import TokenIds, without_last
+from backprompt.tokens.graph import TokenGraph, TokenIds, num_positions, without_last
 
 
 class Wanted(NamedTuple):
@@ -67,6 +67,14 @@ def split_to_score(token_ids: TokenIds, start: int) -> tuple[TokenIds, int] | No
     None where all of it is forwarded: nothing is scored, or no one token stands before the last one.
     """
     return without_last(token_ids) if start < len(token_ids) else None
+
+
+def num_positions_to_score(token_ids: TokenIds, start: int) -> int:
+    """Return how many positions a text takes that is scored from `start` on; see `split_to_score`."""
+    if isinstance(token_ids, TokenGraph):
+        split = split_to_score(token_ids, start)
+        return num_positions(token_ids if split is None else split[0])
+    return len(token_ids) - (start < len(token_ids) > 1)
 
 
 class Scoring:
