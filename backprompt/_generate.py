@@ -8,7 +8,7 @@ How a token is chosen is decoding.py's business.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from backprompt import classify
 from backprompt.arguments import as_int, as_list
-from backprompt.beams import BeamDecoding
+from backprompt.beams import BeamDecoding, choose_beams
 from backprompt.bound import bound_lm
+from backprompt.choosing import Logits
+from backprompt.choosing import choose as choose_tokens
 from backprompt.classify.completions import EndOfPrompt, completion_ids, ends_behind
 from backprompt.decoded import Decoder
 from backprompt.decoding import Completion, Decoding, FinishReason, Found, TextDecoding
@@ -493,15 +495,14 @@ class Run:
         self._num_begun = stop
 
     def _choose(self, evaluator: Evaluator) -> None:
-        """Let each live text go on by the logits that it wants."""
-        wanted = [(live, ids) for live in self._live for ids in live.decoding.ahead]
-        rows = evaluator.readout.next_logits([live.ends[ids] for live, ids in wanted])
+        """Let all live texts go on by the logits that they want."""
+        wanted = (live.ends[ids] for live in self._live for ids in live.decoding.ahead)
+        row_of = {end: row for row, end in enumerate(dict.fromkeys(wanted))}
+        logits = Logits(evaluator.readout.next_logits(list(row_of)), evaluator.executor.rows_in_a_slice)
         evaluator.check_unchanged()  # before anything is chosen by them
-        logits: dict[_Live, dict[Completion, Tensor]] = {}
-        for (live, ids), row in zip(wanted, rows, strict=True):
-            logits.setdefault(live, {})[ids] = row
-        for live, own in logits.items():
-            live.decoding.choose(own)
+        rows = [{ids: row_of[live.ends[ids]] for ids in live.decoding.ahead} for live in self._live]
+        choose: Callable[..., None] = choose_beams if self.decoding.num_beams > 1 else choose_tokens
+        choose([live.decoding for live in self._live], rows, logits)
 
     def _settle(self, evaluator: Evaluator, grown: Sequence[tuple[_Live, Completion]]) -> None:
         """Note what was learnt of what was forwarded, and let go of what is not needed to go on."""
@@ -514,6 +515,6 @@ class Run:
         evaluator.continuations.settle([live.ends[ids] for live, ids in grown if ids in live.ends], dropped, scores)
 
     def _end(self, evaluator: Evaluator, finished: Sequence[_Live]) -> None:
-        ended = list(finished)
+        ended = dict.fromkeys(finished)
         self._live[:] = [live for live in self._live if live not in ended]  # in place: see `step`
         evaluator.continuations.end([end for live in ended for end in live.ends.values()])

@@ -100,10 +100,10 @@ class Predictions:
                 for row_idx, row in enumerate(group)
                 for token_id, sink in self._rows[row]
             ]
-            yield _hidden_rows(group), targets
+            yield hidden_rows(group), targets
 
 
-def _hidden_rows(rows: Sequence[tuple[States, int]]) -> Tensor:
+def hidden_rows(rows: Sequence[tuple[States, int]]) -> Tensor:
     """Return the hidden states of the rows, in their order, `(rows, hidden)`."""
     by_block: dict[States, list[int]] = {}
     for idx, (block, _) in enumerate(rows):
