@@ -425,9 +425,8 @@ class Run:
     @property
     def num_tokens_done(self) -> int:
         """How many tokens are decided on; all that were asked for where a text is finished."""
-        return sum(
-            self.decoding.max_new_tokens if decoding.is_finished else decoding.num_new for decoding in self._decodings
-        )
+        num_finished = self._num_begun - len(self._live)
+        return num_finished * self.decoding.max_new_tokens + sum(live.decoding.num_new for live in self._live)
 
     def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""

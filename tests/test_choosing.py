@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
-from backprompt import GenerationError
+from backprompt import LM, GenerationError, Text
+from backprompt._generate import Run
 from backprompt.choosing import Logits, choose
 from backprompt.decoding import Decoding, TextDecoding
 from backprompt.generation_options import SAMPLING_FIELDS
@@ -136,6 +138,50 @@ def test_texts_together_are_as_each_by_itself(
         assert [(choice.token_id, choice.logprob, choice.is_argmax) for choice in found.choices] == expected
         assert found.finish_reason == reason
         assert (found.cut is not None) == text._watched.is_stopped
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations on tensors, but for those of a model's body with its attention."""
+
+    def __init__(self, executor):
+        super().__init__()
+        self.num = 0
+        self._forward, self._is_counting = executor.forward, True
+        executor.forward = self._uncounted
+
+    def _uncounted(self, pass_):
+        self._is_counting = False
+        forwarded = self._forward(pass_)
+        self._is_counting = True
+        return forwarded
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += self._is_counting
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "num_a_text"),
+    [
+        ({}, 0),
+        ({"min_new_tokens": 9, "eos_token_id": 0, "begin_suppress_tokens": [3]}, 0),
+        ({"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9}, 1),  # its random numbers
+    ],
+    ids=str,
+)
+def test_operations_of_a_step_are_few_however_many_texts_it_has(model, tokenizer, options, num_a_text):
+    def num_operations(num_texts):
+        lm = LM(model, tokenizer)
+        texts = [Text(f"{number} cats sat on the mat and", lm) for number in range(num_texts)]
+        run = Run(lm, texts, make_decoding(model, tokenizer, options, 9))
+        for _ in range(3):
+            run.step()
+        with Operations(lm.session.evaluator.executor) as operations:
+            run.step()
+        run.close()
+        return operations.num - num_texts * num_a_text
+
+    assert num_operations(64) == num_operations(8) < 150
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 320, 3526])
