@@ -1,10 +1,10 @@
 """How the next tokens of many texts are chosen, all together: by rows of one tensor of scores.
 
-Each processor of transformers is called in its place, for as many rows together as it treats alike: `_LOOKS_AT` says
-of a kind of processor what it looks at besides a row of scores. One that is not named there may look at anything, so it
-is called for the rows of one text at a time. A text's random numbers are its own, and are those that
-`torch.multinomial` draws for its row alone. What was found is read with one transfer, and looked at before anything is
-chosen.
+The processors of transformers are called in their order, each for as many rows at once as it treats alike: `_LOOKS_AT`
+says what a kind of processor looks at besides a row of scores. A kind that is not named there may look at anything, so
+it is called for the rows of one text at a time. A text's random numbers are its own, and are those that
+`torch.multinomial` draws for its row alone. One transfer reads what was found for all of them, and it is checked before
+a token is added to any text.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Configuration, logits processors and stopping criteria are those of transformers; each text has processors and criteria
 of its own, so texts of different lengths never meet in a padded batch, and what is chosen for one does not depend on
-the others. Only choosing.py, which lets processors loose on scores, and beams.py know as much of transformers.
+the others. Besides this file choosing.py, which calls the processors, and beams.py know transformers' generation.
 """
 
 from __future__ import annotations
