@@ -21,7 +21,7 @@ if _typing.TYPE_CHECKING:
 _OUTSIDE = {
     _engine.FACTORY: "lm.shared_lm",
     "generate": "generation.generate.generate",
-    "select": "selected.select",
+    "select": "generation.selected.select",
     "stream": "generation.generate.stream",
     "draw": "inspection.draw.draw",
     "show": "inspection.show.show",
