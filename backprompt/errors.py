@@ -74,7 +74,7 @@ class MemoryBudgetError(BackpromptError, MemoryError):
 class DamagedEntryError(BackpromptError, ValueError):
     """An entry differs from the one that was written, or is not a valid entry.
 
-    Reads during evaluation catch this error: the entry is reported and set aside, and evaluation goes on.
+    Stores catch this error on reading: the entry is reported and set aside, and evaluation goes on.
     """
 
 

@@ -180,7 +180,7 @@ class LM(Engine[Text]):
             return [ModelRepr(self._session, evaluated) for evaluated in self._session.evaluate(texts)]
 
     def representation(self, text: Text) -> ModelRepr:
-        """Return the representation of a text, as `evaluate` does; a text that is held is not counted as evaluated."""
+        """Return the representation of a text, as `evaluate` does; for a held text no evaluation is counted."""
         with self._session.exclusive():
             return ModelRepr(self._session, *self._session.evaluate([text]))
 

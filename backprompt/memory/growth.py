@@ -21,7 +21,7 @@ from backprompt.forest.span import Span
 from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
 
 ROWS_AT_A_TIME = 16
-"""The least free room of a text, in rows; an eighth of its rows if that is more."""
+"""The least free room of a text in a new buffer, in rows; an eighth of its rows if that is more."""
 
 
 @dataclass

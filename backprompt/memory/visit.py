@@ -13,7 +13,7 @@ from backprompt.forest.span import KINDS, Kind, Span
 
 
 class Visit:
-    """One visit.
+    """One search for the data of several texts.
 
     Args:
         room: the bytes that may be brought; `bring` subtracts its bytes from it, and may go below zero once.

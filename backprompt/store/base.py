@@ -194,7 +194,7 @@ def check_persist(persist: Persist) -> Persist:
 
 
 def check_name(name: object) -> None:
-    """Raise TextTypeError if the name is not a string. Any string is allowed, even if no entry has that name."""
+    """Raise TextTypeError if the name is not a string. Strings that no entry has as its name are allowed."""
     if not isinstance(name, str):
         raise TextTypeError(f"An entry's name must be a string, not {type(name).__name__}: {str(name)[:60]!r}.")
 

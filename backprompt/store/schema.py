@@ -11,7 +11,7 @@ An entry of T tokens has these tensors, with the same number of layers for keys 
 In a store of reduced precision (precision.py) floating-point tensors may be float16; with "int8", keys and values may
 be int8, each with its scales: "keys.0.scale", (kv_heads, T, 1), float32.
 
-Anything else is damage. An entry with the right shapes and wrong numbers cannot be recognized: a store is as
+Anything else is damage. An entry with the right shapes and wrong numbers cannot be detected: a store is as
 trustworthy as the permissions of its folder.
 """
 
