@@ -1,9 +1,9 @@
 """Attention over a packed forest by one kernel call for each slice of keys.
 
 Partial results of one row over disjoint sets of keys are joined by their log-sum-exp: with w = sigmoid(b - a),
-softmax over the union is `lerp(output_a, output_b, w)` and its log-sum-exp is `logaddexp(a, b)`. Keys that count n
-times have log(n) added to their log-sum-exp. This is exact, as in "Hydragen" (Juravsky et al. 2024, arXiv 2402.05099)
-and FlashAttention. Keys and values are used where they lie.
+softmax over the union is `lerp(output_a, output_b, w)` and its log-sum-exp is `logaddexp(a, b)`. For keys that count n
+times, log(n) is added to their log-sum-exp. The join is exact, as in "Hydragen" (Juravsky et al. 2024,
+arXiv 2402.05099) and FlashAttention. Keys and values are read in place, without a copy.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Layers(Protocol):
     """Keys and values of computed rows."""
 
     def layer(self, layer_idx: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values, those of some rows, each `(kv_heads, rows, head_dim)`."""
+        """Return the keys and values of some rows of a layer, each `(kv_heads, rows, head_dim)`."""
         ...
 
 
 class CallsAttention:
-    """A `ForestAttention` that makes the calls of the plan, one after the other.
+    """A `ForestAttention` that makes the calls of the plan one after the other.
 
     Args:
-        kernel: what carries out a call; by default the device's fast kernel for the model's heads, where that agrees
-            with the clear one.
+        kernel: the kernel of each call; by default the device's fast kernel for the model's heads, if it agrees with
+            the clear kernel.
 
     """
 
@@ -47,7 +47,7 @@ class CallsAttention:
         return PreparedCalls(self, pass_)
 
     def kernel_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernel:
-        """Return the kernel that serves for such tensors; shapes are those of `PreparedAttention.attend`."""
+        """Return the kernel for such tensors; shapes are those of `PreparedAttention.attend`."""
         if self._given is not None:
             chosen = self._given
         elif key.shape[-1] != value.shape[-1]:
@@ -87,7 +87,7 @@ class PreparedCalls:
             if call.block is None:
                 keys, values = key[:, call.keys], value[:, call.keys]
             else:
-                block = cast(Layers, call.block)  # the plan does not look into blocks
+                block = cast(Layers, call.block)  # the plan does not read blocks
                 keys, values = block.layer(layer_idx, call.keys)
             output, lse = kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.mask)
             if call.is_own:
@@ -160,7 +160,7 @@ class Joined:
         self.lse = torch.empty((tokens, heads), dtype=accumulate, device=query.device)
 
     def start_with(self, rows: slice, output: Tensor, lse: Tensor) -> None:
-        """Take the first partial result of these rows."""
+        """Set the first partial result of these rows."""
         self._output[rows] = output
         self.lse[rows] = lse
 

@@ -1,6 +1,7 @@
-"""The prompt representation database: results of today, found by another process tomorrow.
+"""The prompt representation database: results of one process, found later by another.
 
-May know keys and tensors by name, and no forest and no model: the archive (`evaluation/archive.py`) connects them.
+The folder may import keys and the names of tensors, and no forest and no model: the archive
+(`evaluation/archive.py`) connects them.
 A new store is a module here that implements `Store` of `base.py`; a new tensor of an entry goes into `schema.py`.
 """
 
