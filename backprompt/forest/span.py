@@ -123,7 +123,7 @@ class Span:
         was_computed: whether the span was ever computed, even if it holds nothing now.
         computed_in, loaded_in: the number of the evaluation that last forwarded it, or read it from a store; or 0.
         is_end: whether a text in use ends here, so that this object must keep its end.
-        credit, last_used: the order of eviction: see memory/budget.py.
+        credit, last_used: the order of eviction: see memory/eviction.py.
         is_stored: whether a store has everything up to its end.
         error: the error from storage at reduced precision, if read back from such a store; see store/.
         key: the name of everything up to its end (keys.py); None before the first use.

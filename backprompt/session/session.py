@@ -33,7 +33,8 @@ from backprompt.evaluation.scoring import split_to_score
 from backprompt.forest.span import Inserted
 from backprompt.forking import watch_lm
 from backprompt.memory.blocks import Location
-from backprompt.memory.budget import Memory, default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory.eviction import Memory
 from backprompt.memory.host import HostMemory
 from backprompt.model.executor import Executor, plain_surroundings
 from backprompt.model.skeleton import model_device, unwrap

@@ -2,7 +2,8 @@
 
 The folder may import keys and the names of tensors, and no forest and no model: the archive
 (`evaluation/archive.py`) connects them.
-A new store is a module here that implements `Store` of `base.py`; a new tensor of an entry goes into `schema.py`.
+A new store implements `Store` of `base.py` in a module here, as `memory.py` does most simply; users hand the store to an
+`LM`. A new tensor of an entry goes into `schema.py`.
 """
 
 from backprompt.store.base import Entry, Header, Match, Store
