@@ -2,7 +2,7 @@
 
 The folder may import keys and the names of tensors, and no forest and no model: the archive
 (`evaluation/archive.py`) connects them.
-A new store implements `Store` of `base.py` in a module here, as `memory.py` does most simply; users hand the store to an
+A new store implements `Store` of `base.py` in a module here, as `memory.py` does most simply, and users hand it to an
 `LM`. A new tensor of an entry goes into `schema.py`.
 """
 
