@@ -55,7 +55,7 @@ def best_threshold(probabilities: npt.ArrayLike, is_positive: npt.ArrayLike) -> 
     """Return the threshold t at which `probability >= t` is most often right on labelled data, in the middle of a gap.
 
     Args:
-        probabilities: of the positive class, `(examples,)`.
+        probabilities: those of the positive class, `(examples,)`.
         is_positive: whether each example is of that class, `(examples,)`.
 
     Raises:

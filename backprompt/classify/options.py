@@ -15,7 +15,7 @@ from backprompt.progress import check_show
 
 @dataclass(frozen=True)
 class Options:
-    """How completions are scored and weighed; the docstring of `predict_proba` describes each.
+    """The options of scoring and weighing completions; the docstring of `predict_proba` describes each.
 
     Raises:
         TypeError, ValueError: a value that is invalid for any prompts.

@@ -91,7 +91,7 @@ def predict(
         prompts, completions, lm: see `log_probs`.
         search: "exhaustive" scores every completion. "best-first" finds the same one and scores only completions
             that may still win: for hundreds of completions and more, many of which begin alike.
-        **options: those of `predict_proba`.
+        **options: the keywords of `predict_proba`.
 
     Raises:
         ValueError: there is only one completion.

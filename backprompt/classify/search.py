@@ -54,7 +54,7 @@ class Node:
         token_ids: the path from the root.
         children: by token id.
         candidate_idxs: the completions that end here.
-        best: those of the completions below that may have the highest bound, whatever the path costs.
+        best: the completions below that may have the highest bound, for some cost of the path.
 
     """
 

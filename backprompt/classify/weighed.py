@@ -37,11 +37,11 @@ Expanded: TypeAlias = "tuple[int, Search, Node]"
 
 @dataclass(frozen=True)
 class WeighedCompletions:
-    """The completions of prompts, and how they are weighed behind each.
+    """The completions of prompts, and their weighing behind each.
 
     Attributes:
         pairs: the prompts with their completions.
-        weighings: one for each prompt.
+        weighings: a weighing for each prompt.
         show_progress_bar: whether to show a bar while completions are scored; None: on long work.
 
     """

@@ -26,7 +26,7 @@ AGGREGATES: tuple[Aggregate, ...] = ("mean", "sum")
 
 @dataclass(frozen=True)
 class Weighing:
-    """How the completions of a prompt are weighed.
+    """The weighing of a prompt's completions.
 
     Attributes:
         aggregate: the "mean" or the "sum" of a completion's token log-probabilities.

@@ -63,8 +63,8 @@ class ShownToken:
         token_id: its id.
         string: the characters that it adds to the string before it; "\ufffd" for a part of a character.
         logprob: its log-probability given the tokens that it sees, nats; nan if nothing predicts it.
-        alternatives: the most probable tokens there, each with its log-probability; the first is what greedy decoding
-            would choose.
+        alternatives: the most probable tokens there, each with its log-probability; the first is the choice of greedy
+            decoding.
         begins_segment: whether a segment begins with it.
         is_join_changed: whether joining that segment to the text before it changed tokens.
 

@@ -148,7 +148,7 @@ class _File:
 
 
 def files_in(folder: Path) -> tuple[_File, ...] | None:
-    """Return the files in a folder and below, by name; None if one is unreadable or irregular, or if they are many."""
+    """Return the files in a folder and below, by name; None if a file is unreadable or irregular, or if too many."""
     try:
         files: list[_File] = []
         for path in _walk(folder):

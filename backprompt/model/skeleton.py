@@ -156,7 +156,7 @@ def make_head(model: nn.Module) -> nn.Module:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a copy that computes what the plain call in eval mode computes."""
+    """Return a copy that computes the same as the plain call in eval mode."""
     return _private_copy(model)
 
 

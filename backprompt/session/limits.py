@@ -28,7 +28,7 @@ class TextLimits:
         """Raise if a text cannot be evaluated; `length`: the positions that evaluation takes, by default all.
 
         Raises:
-            EmptyTextError, TokenIdError, TextTooLongError: the text has no tokens, an unknown id, or too many.
+            EmptyTextError, TokenIdError, TextTooLongError: the text is empty, has an unknown id, or is too long.
 
         """
         if not token_ids:

@@ -25,7 +25,7 @@ class Stats:
         logit_rows: rows of logits computed by the output head.
         seconds: time in forward passes and in the output head.
         bytes_held: keys, values, hidden states and log-probabilities held now on the device.
-        host_bytes_held: those held now in the second pool, in host memory.
+        host_bytes_held: the same held now in the second pool, in host memory.
         result_bytes_held: rows of logits, and log-probabilities of tokens that were scored and not forwarded, held now
             in bounded pools of their own.
         packed_weight_bytes: the copies of weights that `pack_weights` makes.
