@@ -44,8 +44,8 @@ def predict_proba(
             disadvantage) or their "sum" (the probability of the whole completion).
         discount_completions: add this times each token's log-probability given only the completion's tokens before it;
             negative values work against completions that are probable anywhere.
-        log_marg_probs_completions: those log-probabilities, if known: `token_logprobs(completions, lm,
-            end_of_prompt=...)`, with the same `end_of_prompt`.
+        log_marg_probs_completions: those log-probabilities, if known, with the same `end_of_prompt`:
+            `token_logprobs(completions, lm, end_of_prompt=...)`.
         neutral_prompt: divide each completion's probability by its probability behind this prompt, such as "N/A"
             (domain-conditional normalisation, Holtzman et al. 2021, arXiv 2104.08315). With "auto", the space behind
             the neutral prompt depends on its own end, not on the ends of `prompts`.

@@ -46,7 +46,7 @@ def _returned(model: nn.Module, what: str, token_ids: Sequence[int], decode: Cal
 
 
 def _why(model: nn.Module, otherwise: str = "", *, is_minus_inf_fine: bool = True) -> str:
-    """Return the reason. With `is_minus_inf_fine`, -inf in the output head's bias is none, but a masked token."""
+    """Return the reason. With `is_minus_inf_fine`, -inf in the output head's bias is no reason: it masks a token."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     bias = getattr(head, "bias", None)
     for name, parameter in model.named_parameters():
