@@ -64,10 +64,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-check: $(INSTALLED) ## formatting, lint and types
+check: $(INSTALLED) ## formatting, lint, types, and the order in which folders import each other
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy backprompt
+	$(BIN)/lint-imports --no-cache
 
 # One thread a process: two processes that each start a thread a core get in each other's way.
 test: check ## check, then run the tests

@@ -1,15 +1,8 @@
-"""All that `import backprompt` offers, imported when the first of it is asked for: see `__getattr__` of the package."""
+"""All public names of `backprompt`, imported when the first of them is used: see `__getattr__` of the package."""
 
 from backprompt import classify
-from backprompt._chat import chat
-from backprompt._draw import Drawing, draw
-from backprompt._explain import Divergence, Explanation, explain
-from backprompt._generate import GeneratedText, SelectedText, Stream, generate
-from backprompt._graph import to_networkx
-from backprompt._plot import plot_probabilities
-from backprompt._show import ShownText, ShownToken
-from backprompt._verify import NodeDrift, Verification, verify
 from backprompt.bound import evaluate
+from backprompt.drawing import Drawing
 from backprompt.errors import (
     BackpromptError,
     DamagedEntryError,
@@ -36,17 +29,28 @@ from backprompt.errors import (
     UnboundTextError,
     UnsupportedModelError,
 )
-from backprompt.extents import Extent, Join
-from backprompt.independence import IndependenceGap, independence_gap
+from backprompt.evaluation.lookup import Piece
+from backprompt.evaluation.scores import TokenScores
+from backprompt.generation.chat import chat
+from backprompt.generation.continued import GeneratedText
+from backprompt.generation.generate import Stream, generate
+from backprompt.generation.selected import SelectedText
+from backprompt.inspection.draw import draw
+from backprompt.inspection.explain import explain
+from backprompt.inspection.explanation import Divergence, Explanation
+from backprompt.inspection.graph import to_networkx
+from backprompt.inspection.independence import IndependenceGap, independence_gap
+from backprompt.inspection.missing import Miss
+from backprompt.inspection.plot import plot_probabilities
+from backprompt.inspection.show import ShownText, ShownToken
+from backprompt.inspection.verify import NodeDrift, Verification, verify
 from backprompt.lm import LM
 from backprompt.loading import load
-from backprompt.lookup import Piece
-from backprompt.missing import Miss
-from backprompt.representation import ModelRepr, Pin
-from backprompt.scores import TokenScores
-from backprompt.stats import Stats
+from backprompt.session.representation import ModelRepr, Pin
+from backprompt.session.stats import Stats
 from backprompt.store import DiskStore, MemoryStore, Store
-from backprompt.text import Text, eager, parallel
+from backprompt.text.extents import Extent, Join
+from backprompt.text.node import Text, eager, parallel
 
 __all__ = [
     "LM",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-from backprompt.engine import as_engine
-from backprompt.errors import TextTypeError
+from backprompt.errors import MixedModelsError, TextTypeError
 from backprompt.lm import LM
-from backprompt.representation import ModelRepr
-from backprompt.text import Text, bound_engine
-from backprompt.texts import as_texts, engine_of
+from backprompt.session.representation import ModelRepr
+from backprompt.text.checks import as_texts, engine_of
+from backprompt.text.engine import as_engine
+from backprompt.text.node import Text, bound_engine
 
 
 @overload
@@ -24,12 +24,12 @@ def evaluate(texts: Iterable[Text], *, show_progress_bar: bool | None = None) ->
 def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> ModelRepr | list[ModelRepr]:
     """Evaluate a text, or many texts with one plan for all of them.
 
-    Each distinct token that is not cached is forwarded exactly once. Texts of several `LM` objects are evaluated
-    an `LM` at a time.
+    Each distinct token that is not cached is forwarded exactly once. Texts of several `LM` objects are evaluated one
+    `LM` at a time.
 
     Args:
         texts: a text, or many.
-        show_progress_bar: by default on a terminal where it takes several passes and longer than two seconds.
+        show_progress_bar: by default a bar shows on a terminal if evaluation takes several passes and over two seconds.
 
     Returns:
         A `ModelRepr` for a text, or a list of them in the order of `texts`.
@@ -56,22 +56,37 @@ def lm_of(text: object, idx: int) -> LM:
     return as_lm(engine_of(text, idx))
 
 
-def bound_lm(text: Text, what: str) -> LM:
-    """Return the `LM` of a text; `what` is wanted of it.
+def one_lm(texts: Sequence[Text]) -> LM:
+    """Return the `LM` that all texts belong to.
 
     Raises:
-        UnboundTextError: the text has none.
+        TextTypeError, UnboundTextError, MixedModelsError: an element is not a text, has no `LM`, or has another `LM`.
+
+    """
+    for idx, text in enumerate(texts):
+        if lm_of(text, idx) is not texts[0].lm:
+            raise MixedModelsError(
+                f"texts[{idx}], {text!r}, belongs to another LM than texts[0]. Ask about the texts of one LM at a time."
+            )
+    return lm_of(texts[0], 0)
+
+
+def bound_lm(text: Text, what: str) -> LM:
+    """Return the `LM` of a text; `what` names the result that needs it.
+
+    Raises:
+        UnboundTextError: the text has no `LM`.
 
     """
     return as_lm(bound_engine(text, what))
 
 
 def as_lm(given: Any) -> LM:
-    """Return an `LM`, of a `(model, tokenizer)` tuple the one that all such tuples share.
+    """Return an `LM`; for a `(model, tokenizer)` tuple, return the `LM` that all such tuples share.
 
     Raises:
-        TextTypeError: it is neither.
-        What `LM` raises for the model and the tokenizer.
+        TextTypeError: the value is neither.
+        All errors that `LM` raises for the model and the tokenizer.
 
     """
     engine = given if isinstance(given, LM) else as_engine(given)

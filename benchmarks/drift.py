@@ -1,4 +1,4 @@
-"""Drift from the plain call by dtype: the table in docs/design.md, which `python -m benchmarks.drift --write` renews.
+"""Drift from the plain call by dtype: the table in docs/design/exactness.md, renewed by `--write`.
 
 Eight questions behind two worked examples, each with four labels, evaluated as one forest; 4 of the 32 texts are
 compared with the plain call by `backprompt.verify` (half precision is slow on CPUs that have none of their own). On
@@ -21,7 +21,7 @@ from benchmarks.suites.search import INSTRUCTION, SHOTS
 from benchmarks.tables import Table, markdown, markdown_row
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "design.md"
+PAGE = ROOT / "docs" / "design" / "exactness.md"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LABELS = ("track order", "request refund", "reset account password", "report damaged parcel")
 NUM_SHOTS, NUM_QUESTIONS, NUM_COMPARED = 2, 8, 4

@@ -5,8 +5,8 @@ checks every reference and makes warnings errors; myst-parser, so that pages are
 Markdown as the README is; furo, which is light or dark as the reader's system is.
 
 Docstrings are Google style with Markdown's code: examples are indented, and names stand
-in single backticks. `prepare` makes of the first what reStructuredText expects; the
-second are links where there is something to link to.
+in single backticks. `prepare` makes blocks of reStructuredText of the examples, and
+`find_public_name` makes links of the names that the reference describes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 default_role = "py:obj"
 
-# Every reference must lead somewhere, but for these: what is code and no name (the
+# Every reference must lead somewhere, but for these: code that is no name (the
 # default role), types of other packages (their sites cannot be asked when there is no
 # network), and aliases of types.
 _OTHERS = (
@@ -65,9 +65,12 @@ nitpick_ignore_regex = [
     ("py:.*", rf"({_OTHERS})\..*"),
     ("py:.*", r"DynamicCache|Tensor|Axes|Floats|FinishReason|NotFittedError"),
     ("py:.*", r"Prompts?|Aggregate|Strategy|Segment|StoredDtype"),
-    # The protocols of backprompt/engine.py; docstrings name the classes behind them.
-    ("py:.*", r"(backprompt\.engine\.)?(Engine|Representation|Pinned|TextStream)"),
-    ("py:.*", r"(backprompt\.engine\.)?(Shown|AnyText)"),
+    # The protocols of engine.py; docstrings name the classes behind them.
+    (
+        "py:.*",
+        r"(backprompt\.(text\.)?engine\.)?(Engine|Representation|Pinned|TextStream)",
+    ),
+    ("py:.*", r"(backprompt\.(text\.)?engine\.)?(Shown|AnyText)"),
 ]
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Warns|Yields|Note):$")
@@ -86,7 +89,7 @@ _NEVER_CALLED = {
     "TokenScores",
     "IndependenceGap",
 }
-"""Classes whose objects the library makes: how is nobody's business."""
+"""Classes whose objects the library makes, so their constructors are not shown."""
 
 
 def hide_signature(
@@ -114,7 +117,7 @@ def prepare(
     options: object,
     lines: list[str],
 ) -> None:
-    """Mark indented examples as code; put what in "Raises" names no error behind it."""
+    """Mark indented examples as code; put sentences of "Raises" behind its errors."""
     prepared: list[str] = []
     sentences: list[str] = []
     section, is_code, is_sentence = "", False, False
@@ -154,8 +157,8 @@ def prepare(
     end_section()
     lines[:] = prepared
     if what in ("property", "attribute"):
-        # napoleon takes what stands before a first colon there for a type, unless the
-        # first line has none.
+        # napoleon takes words before a first colon there for a type, unless the first
+        # line has none.
         as_method = GoogleDocstring(prepared, app.config, app, "method", name, obj)
         lines[:] = [".. no type", "", *as_method.lines()]
 

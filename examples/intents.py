@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from backprompt import LM, ModelRepr, Stats, Text, evaluate
-from backprompt._visible import visible
+from backprompt.visible import visible
 from demo_model import add_model_argument, load_model
 from plain import Continuation, Estimate, estimate_seconds, sorted_batches, token_logprobs
 

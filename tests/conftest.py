@@ -45,3 +45,20 @@ def model():
     from tiny_models import FAMILIES
 
     return FAMILIES["gpt2"]()
+
+
+@pytest.fixture
+def lm(model, tokenizer):
+    """An LM of its own for each test; a file whose tests share one says so."""
+    from backprompt import LM
+
+    return LM(model, tokenizer)
+
+
+@pytest.fixture(params=["memory", "disk"])
+def store(request, tmp_path):
+    """An empty store of each kind."""
+    from backprompt.store import DiskStore, MemoryStore
+
+    with MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "prompts.bp") as made:
+        yield made

@@ -12,10 +12,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# How far logits may lie from the plain call's, by the dtype the model computes in. The same products are
-# summed in another order, which moves the last bits in every layer. The largest gap seen over FAMILIES is 9e-6 in
-# float32, where logits reach 10; a dtype that is not here has not been measured.
-ATOL: dict[torch.dtype, float] = {torch.float32: 5e-5}
+# How far logits and log-probabilities may lie from the plain call's, by the dtype the model computes in. The same
+# products are summed in another order, which moves the last bits in every layer. A dtype that is not here has not been
+# measured.
+ATOL: dict[torch.dtype, float] = {
+    # The largest gap measured over all families: 1.0e-5, logits up to 10.
+    torch.float32: 5e-5,
+    # Measured: 5e-15, log-probabilities included.
+    torch.float64: 1e-12,
+    # Eight bits: logits of 4 to 8 are 2 ** -5 apart, and each layer rounds a residual that differs already. Measured
+    # over the models of test_models.py: 0.16; the float32 model is as far from the plain call as from the library,
+    # which is tested too.
+    torch.bfloat16: 0.3,
+    # Eleven bits, an eighth of the above. Measured: 0.018.
+    torch.float16: 0.04,
+}
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, string: str) -> list[int]:
@@ -31,7 +42,12 @@ def plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
 
 def plain_token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
     """The log-probability of each id after those before it, (tokens,), nats, float32 at least; nan for the first."""
-    logprobs = _log_softmax(plain_logits(model, ids)[:-1])  # (tokens - 1, vocab)
+    return token_logprobs_of(plain_logits(model, ids), ids)
+
+
+def token_logprobs_of(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+    """The same, from the logits after each of the ids, (tokens, vocab)."""
+    logprobs = _log_softmax(logits[:-1])  # (tokens - 1, vocab)
     next_ids = torch.tensor(list(ids)[1:], dtype=torch.long, device=logprobs.device)
     following = logprobs.gather(1, next_ids[:, None])[:, 0]  # (tokens - 1,)
     return torch.cat([following.new_full((1,), float("nan")), following])
@@ -53,6 +69,14 @@ def plain_greedy(model: PreTrainedModel, ids: Sequence[int], num_tokens: int) ->
     for _ in range(num_tokens):
         found.append(int(plain_logits(model, found)[-1].argmax()))
     return tuple(found[len(ids) :])
+
+
+def generated_by_transformers(model: PreTrainedModel, ids: Sequence[int], **options: Any) -> tuple[int, ...]:
+    """The ids that transformers' `generate` appends to one prompt; greedily, unless options say otherwise."""
+    prompt = torch.tensor([list(ids)])
+    options = {"do_sample": False, "pad_token_id": 0, **options}
+    found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+    return tuple(found[0, len(ids) :].tolist())
 
 
 # Texts with groups: a row of all tokens in written order, repeated branches repeated, with explicit positions and mask.

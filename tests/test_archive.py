@@ -1,5 +1,7 @@
 """LMs that share a store: what one computed the other finds, wherever either cuts a text; and never another model's."""
 
+import struct
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,25 +9,13 @@ from hypothesis import strategies as st
 
 from backprompt import LM, EntryTooLargeError, NoStoreError, Text, evaluate
 from backprompt.store import DiskStore, Entry, MemoryStore
-from backprompt.store.index import _packed
-from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
+from comparing import assert_close, assert_equals_plain, beginnings
+from reference import plain_greedy, plain_is_argmax, plain_token_logprobs
+from stores import change_index
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
-ATOL = 5e-5
 SHOTS = "Question: What is 12 + 34? Answer: 46. Question: What is 5 + 6? Answer: 11. "
-
-
-@pytest.fixture(params=["memory", "disk"])
-def store(request, tmp_path):
-    with MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "prompts.bp") as made:
-        yield made
-
-
-def assert_plain(model, text):
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
-    expected = plain_token_logprobs(model, text.tokens)
-    torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "gpt_oss"])
@@ -52,9 +42,9 @@ def test_one_stored_parent_serves_new_children(model, tokenizer, store):
     context = Text(SHOTS, lm)
     texts = [context + f"Question: What is {n} + {n}? Answer:" for n in range(5)]
     for text in texts:
-        assert_plain(model, text)
+        assert_equals_plain(model, [text])
     num_context = len(context.tokens)
-    new = {text.tokens[:end] for text in texts for end in range(1, len(text.tokens) + 1)}
+    new = beginnings(text.tokens for text in texts)
     old = {context.tokens[:end] for end in range(1, num_context + 1)}
     assert lm.stats.tokens_computed == len(new - old)
 
@@ -74,9 +64,9 @@ def test_any_texts_in_any_order_by_any_lm(data, model, tokenizer):
         texts = [Text.from_tokens(stem[:cut] + tail, lm) for cut, tail in chosen]
         for text, logprobs in zip(texts, lm.token_logprobs(texts), strict=True):
             expected = plain_token_logprobs(model, text.tokens)
-            torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+            assert_close(logprobs, expected)
         for text in texts:
-            assert_plain(model, text)
+            assert_equals_plain(model, [text])
 
 
 def test_a_text_that_is_cut_elsewhere_is_found(model, tokenizer, store):
@@ -86,7 +76,7 @@ def test_a_text_that_is_cut_elsewhere_is_found(model, tokenizer, store):
     for wanted, num_new in [(ids[:20], 0), ((*ids[:33], 3, 3), 2), (ids, 0), ((*ids, 7), 1), ((9, *ids), 61)]:
         lm = LM(model, tokenizer, store=store)
         text = Text.from_tokens(wanted, lm)
-        assert_plain(model, text)
+        assert_equals_plain(model, [text])
         assert lm.stats.tokens_computed == num_new
 
 
@@ -99,7 +89,7 @@ def test_keys_and_values_of_a_beginning_that_memory_dropped_come_from_the_store(
     (logprobs,) = lm.token_logprobs([text])
     done = lm.stats - before
     expected = plain_token_logprobs(model, text.tokens)
-    torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    assert_close(logprobs, expected)
     num_common = len(context.tokens) - (text.tokens[: len(context.tokens)] != context.tokens)
     assert done.tokens_computed == len(text.tokens) - 1 - num_common  # the last one is not forwarded
     assert done.tokens_loaded == num_common
@@ -142,7 +132,7 @@ def test_entries_of_before_argmax_was_kept_are_scored_anew(model, tokenizer):
     lm = LM(model, tokenizer, store=old)
     (found,) = lm.token_scores([Text.from_tokens(ids, lm)])
     assert torch.equal(found.is_argmax, plain_is_argmax(model, ids))
-    torch.testing.assert_close(found.logprobs, plain_token_logprobs(model, ids), rtol=0, atol=ATOL, equal_nan=True)
+    assert_close(found.logprobs, plain_token_logprobs(model, ids))
     assert (lm.stats.tokens_computed, lm.stats.logit_rows) == (0, len(ids) - 1)
 
 
@@ -153,12 +143,12 @@ def test_other_weights_find_nothing(tokenizer, store):
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[0, 0] += 0.5
     text = Text(SHOTS, lm)
-    assert_plain(model, text)
+    assert_equals_plain(model, [text])
     assert lm.stats.tokens_loaded == 0
     other_tokenizer = byte_level_bpe()
     other_tokenizer.add_tokens(["<a token more>"])
     other = LM(model, other_tokenizer, store=store)
-    assert_plain(model, Text(SHOTS, other))
+    assert_equals_plain(model, [Text(SHOTS, other)])
     assert other.stats.tokens_loaded == 0
 
 
@@ -188,7 +178,7 @@ def test_what_is_not_asked_for_is_not_stored(persist, model, tokenizer):
     assert [header.text for header in store.list()] == ["The cat"]
     assert [header.token_ids for header in store.list()] == [short.tokens]
     again = LM(model, tokenizer, store=store)
-    assert_plain(model, Text("The cat", again))
+    assert_equals_plain(model, [Text("The cat", again)])
     assert again.stats.tokens_computed == 0
 
 
@@ -204,7 +194,7 @@ def test_a_path_makes_a_store_that_outlives_the_lm(model, tokenizer, tmp_path):
     evaluate(Text(SHOTS, lm))
     del lm
     lm = LM(model, tokenizer, store=str(tmp_path / "prompts.bp"))
-    assert_plain(model, Text(SHOTS, lm))
+    assert_equals_plain(model, [Text(SHOTS, lm)])
     assert lm.stats.tokens_computed == 0
 
 
@@ -212,10 +202,10 @@ def test_a_full_disk_stops_nothing_and_is_said_once(model, tokenizer, tmp_path, 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("backprompt.store.disk.os.fsync", full)
+    monkeypatch.setattr("backprompt.store.folder.os.fsync", full)
     lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
     for number in range(3):
-        assert_plain(model, Text(SHOTS + f"And {number} is a number as good as any other.", lm))
+        assert_equals_plain(model, [Text(SHOTS + f"And {number} is a number as good as any other.", lm)])
     evaluate([Text(f"{number} and a number as good as any other.", lm) for number in range(10, 15)])
     assert caplog.text.count("cannot be written to") == 1
     assert list((tmp_path / "prompts.bp").glob("entries/*/*")) == []
@@ -230,22 +220,22 @@ def test_what_a_full_disk_does_not_take_is_not_lost(model, tokenizer, tmp_path, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("backprompt.store.disk.os.fsync", full)
+        patch.setattr("backprompt.store.folder.os.fsync", full)
         with pytest.raises(OSError, match="Free some space") as caught:
             text.save()
     assert caught.value.errno == 28
     assert str(tmp_path / "prompts.bp") in str(caught.value)
-    assert_plain(model, text)
+    assert_equals_plain(model, [text])
     num_computed = lm.stats.tokens_computed
     assert num_computed == len(text.tokens)
     text.save()
     assert lm.stats.tokens_computed == num_computed
     again = LM(model, tokenizer, store=tmp_path / "prompts.bp")
-    assert_plain(model, Text(SHOTS, again))
+    assert_equals_plain(model, [Text(SHOTS, again)])
     assert again.stats.tokens_computed == 0
 
 
-@pytest.mark.parametrize("where", ["disk.os.fsync", "disk.tempfile.mkstemp", "index.Index.insert"])
+@pytest.mark.parametrize("where", ["folder.os.fsync", "folder.tempfile.mkstemp", "index.Index.insert"])
 def test_a_generation_on_a_full_disk_ends_and_is_kept(where, model, tokenizer, tmp_path, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -268,10 +258,9 @@ def test_an_index_that_is_wrong_gives_no_wrong_numbers(model, tokenizer, tmp_pat
     other = (*ids[:-1], 99)
     with DiskStore(tmp_path / "prompts.bp") as store:
         evaluate(Text.from_tokens(ids, LM(model, tokenizer, store=store)))
-        with store._index._connection as index:
-            index.execute("UPDATE entries SET token_ids = ?", (_packed(other),))
+        change_index(store, "UPDATE entries SET token_ids = ?", struct.pack(f">{len(other)}Q", *other))
         lm = LM(model, tokenizer, store=store)
-        assert_plain(model, Text.from_tokens(other, lm))
+        assert_equals_plain(model, [Text.from_tokens(other, lm)])
         assert lm.stats.tokens_loaded == 0
     assert "names another entry" in caplog.text
 
@@ -291,7 +280,7 @@ def test_what_is_loaded_stays_within_the_budget(model, tokenizer):
     longest = max(len(text.tokens) for text in asked)
     for text, logprobs in zip(asked, lm.token_logprobs(asked), strict=True):
         expected = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(logprobs, expected)
     assert lm.stats.tokens_computed == 0
     assert max(peaks) <= (20 + 16 + longest) * token_bytes
     assert lm.stats.bytes_held <= 20 * token_bytes
@@ -308,9 +297,9 @@ def test_many_stored_texts_are_continued_with_room_for_few(model, tokenizer):
     texts = [Text(string, lm) + " So it is." for string in strings]
     evaluate(texts)
     for text in texts:
-        assert_plain(model, text)
-    stored = {ids[:end] for string in strings for ids in [Text(string, lm).tokens] for end in range(1, len(ids) + 1)}
-    wanted = {text.tokens[:end] for text in texts for end in range(1, len(text.tokens) + 1)}
+        assert_equals_plain(model, [text])
+    stored = beginnings(Text(string, lm).tokens for string in strings)
+    wanted = beginnings(text.tokens for text in texts)
     assert lm.stats.tokens_computed - lm.stats.tokens_recomputed == len(wanted - stored)
 
 
@@ -342,7 +331,7 @@ def test_a_store_that_cannot_be_read_stops_nothing(model, tokenizer, tmp_path, c
     store.close()
     lm = LM(model, tokenizer, store=store)
     for number in range(3):
-        assert_plain(model, Text(f"{SHOTS}{number}", lm))
+        assert_equals_plain(model, [Text(f"{SHOTS}{number}", lm)])
     assert caplog.text.count("cannot be read") == 1
     with pytest.raises(TypeError, match="a path or a"):
         LM(model, tokenizer, store=5)
@@ -356,11 +345,11 @@ def test_a_damaged_entry_is_computed_again_and_stored_again(model, tokenizer, tm
         content[offset] ^= 1
     file.write_bytes(content)
     lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
-    assert_plain(model, Text(SHOTS, lm))
+    assert_equals_plain(model, [Text(SHOTS, lm)])
     assert lm.stats.tokens_loaded == 0
     assert "is damaged" in caplog.text
     again = LM(model, tokenizer, store=tmp_path / "prompts.bp")
-    assert_plain(model, Text(SHOTS, again))
+    assert_equals_plain(model, [Text(SHOTS, again)])
     assert again.stats.tokens_computed == 0
 
 

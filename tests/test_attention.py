@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backprompt import plan
 from backprompt.attention import calls, kernels
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
 from backprompt.attention.kernels import ChosenKernel, Kernel, KernelOutput, additive_mask, choose_kernel, clear_kernel
-from backprompt.cache import BlockRows, KeysValues
-from backprompt.forest import Forest
-from backprompt.passes import cut_into_passes, missing_spans
-from backprompt.plan import Pass, plan_pass
+from backprompt.forest import plan
+from backprompt.forest.forest import Forest
+from backprompt.forest.passes import cut_into_passes, missing_spans
+from backprompt.forest.plan import Pass, plan_pass
+from backprompt.memory.blocks import BlockRows, KeysValues
 
 Ids = tuple[int, ...]
 
@@ -28,7 +28,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 # Inputs are standard normal, so outputs and log-sum-exps are below 8 and their last bit is below 8 * eps. Sums in
 # float32 and float64 lose a few bits more; the shorter dtypes lose that bit in each partial result and in the whole.
-ATOL = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+KERNEL_ATOL = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def attend_by_hand(
@@ -50,7 +50,7 @@ def attend_by_hand(
 
 def check_close(result: KernelOutput, expected: KernelOutput, dtype: torch.dtype) -> None:
     for tensor, wanted in zip(result, expected, strict=True):
-        torch.testing.assert_close(tensor.double().cpu(), wanted.double().cpu(), atol=ATOL[dtype], rtol=0)
+        torch.testing.assert_close(tensor.double().cpu(), wanted.double().cpu(), atol=KERNEL_ATOL[dtype], rtol=0)
 
 
 def draw(heads: int, rows: int, dim: int, seed: int) -> Tensor:
@@ -61,7 +61,7 @@ def draw(heads: int, rows: int, dim: int, seed: int) -> Tensor:
 # The clear kernel
 
 
-@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+@pytest.mark.parametrize("dtype", list(KERNEL_ATOL), ids=str)
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("kind", ["causal", "unmasked", "masked"])
@@ -88,7 +88,7 @@ def test_the_clear_kernel_is_torchs_attention(is_causal: bool) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(
         query[None], key[None], value[None], is_causal=is_causal, scale=0.4, enable_gqa=True
     )
-    torch.testing.assert_close(output, expected[0].transpose(0, 1), atol=ATOL[torch.float32], rtol=0)
+    torch.testing.assert_close(output, expected[0].transpose(0, 1), atol=KERNEL_ATOL[torch.float32], rtol=0)
 
 
 def test_a_row_that_sees_nothing_gets_nothing() -> None:
@@ -100,18 +100,18 @@ def test_a_row_that_sees_nothing_gets_nothing() -> None:
     check_close((output, lse), attend_by_hand(query, key, value, Scoring(0.4), visible), torch.float32)
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.sampled_from(list(ATOL)))
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.sampled_from(list(KERNEL_ATOL)))
 def test_partial_results_join_to_attention_over_all_keys(part_of_key: list[int], dtype: torch.dtype) -> None:
     """Whichever way the keys are dealt out, and in whichever order the parts are joined."""
     num_keys = len(part_of_key)
     tensors = draw(4, 5, 8, seed=0), draw(2, num_keys, 8, seed=1), draw(2, num_keys, 6, seed=2)
     query, key, value = (tensor.to(dtype) for tensor in tensors)
-    joined, rows = calls._Joined(query, value), slice(0, 5)
+    joined, rows = calls.Joined(query, value), slice(0, 5)
     for i, part in enumerate(dict.fromkeys(part_of_key)):
         keys = [idx for idx, other in enumerate(part_of_key) if other == part]
         partial_result = clear_kernel(query, key[:, keys], value[:, keys], 0.4, False, None)
         (joined.add if i else joined.start_with)(rows, *partial_result)
-    result = joined.result(sinks=None), joined._lse
+    result = joined.result(sinks=None), joined.lse
     check_close(result, attend_by_hand(query, key, value, Scoring(0.4)), dtype)
 
 
@@ -139,7 +139,7 @@ LAYOUTS: dict[str, Callable[[int, int, int, int], Tensor]] = {
 def test_a_fast_kernel_is_the_clear_one(
     heads: int, kv_heads: int, dim: int, layout: str, dtype: torch.dtype, device: str
 ) -> None:
-    name, kernel = kernels._FAST_KERNELS[device]
+    name, kernel = kernels.FAST_KERNELS[device]
     chosen = choose_kernel(torch.device(device), dtype, heads, kv_heads, dim)
     if chosen.name != name:
         pytest.skip(f"not used here: {chosen.name}")
@@ -162,7 +162,7 @@ def test_a_fast_kernel_is_the_clear_one(
 def fast_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[str, Kernel]]]:
     """A table of fast kernels to write to; nothing that was chosen by another table is remembered."""
     table: dict[str, tuple[str, Kernel]] = {}
-    monkeypatch.setattr(kernels, "_FAST_KERNELS", table)
+    monkeypatch.setattr(kernels, "FAST_KERNELS", table)
     choose_kernel.cache_clear()
     yield table
     choose_kernel.cache_clear()
@@ -255,7 +255,7 @@ class Layers:
     def block(self, names: Sequence[Ids]) -> KeysValues:
         """What a pass over these tokens leaves behind, as far as attention reads it."""
         keys, values = ([self.rows(layer_idx, names)[i].contiguous() for layer_idx in (0, 1)] for i in (1, 2))
-        return KeysValues(keys, values)
+        return KeysValues.of(keys, values)
 
     def expected(self, layer_idx: int, names: Sequence[Ids], scoring: Scoring) -> Tensor:
         """What these tokens get: attention over all that leads to each, itself included, within the window."""
@@ -282,7 +282,7 @@ def passes_over(
             yield plan_pass(group, tile_tokens), names
             block = layers.block(names)
             for span, start, stop in zip(group, ends, ends[1:], strict=False):
-                span.rows = span.states = BlockRows(block, start, stop)
+                span.keys_values = span.states = BlockRows(block, start, stop)
 
 
 def batches_of_texts(seed: int, num_texts: int) -> tuple[list[Ids], ...]:
@@ -306,7 +306,7 @@ scorings = st.builds(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+@pytest.mark.parametrize("dtype", list(KERNEL_ATOL), ids=str)
 @pytest.mark.parametrize("is_clear", [True, False])
 @given(
     batches=st.builds(batches_of_texts, seed=st.integers(0, 2**32 - 1), num_texts=st.integers(1, 20)),
@@ -360,7 +360,7 @@ def attend_last_pass(batches: Sequence[Sequence[Ids]], window: int | None) -> li
 
     rows = layers.rows(1, names)
     blocks = [segment.block for segment in pass_.segments if segment.block is not None]
-    given = [*rows, *(tensor for block in blocks for tensor in (*block.keys, *block.values))]
+    given = [*rows, *(tensor for block in blocks for tensor in block.tensors.values())]
     before = [tensor.clone() for tensor in given]
     CallsAttention(ChosenKernel("counting", kernel)).prepare(pass_).attend(1, *rows, Scoring(0.4, window))
     assert all(map(torch.equal, given, before))

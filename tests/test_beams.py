@@ -6,17 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backprompt import LM, GenerationError, Text, evaluate, generate
+from comparing import assert_close
 from reference import plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 
-ATOL = 5e-5
 PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is 12 + 34? Answer:", "The cat"]
 FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-
-
-@pytest.fixture
-def lm(model, tokenizer):
-    return LM(model, tokenizer)
 
 
 def theirs(model, ids, n=1, **options):
@@ -40,9 +35,9 @@ def test_beams_find_what_transformers_finds(family, tokenizer):
         assert [found.completion_tokens] == theirs(model, text.tokens, max_new_tokens=num_new, num_beams=4)
         assert found.finish_reason == "length"
         expected = plain_token_logprobs(model, found.tokens)
-        torch.testing.assert_close(found.completion_logprobs, expected[-num_new:], rtol=0, atol=ATOL)
-        torch.testing.assert_close(found.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
-        torch.testing.assert_close(found.logits, plain_logits(model, found.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(found.completion_logprobs, expected[-num_new:])
+        assert_close(found.token_logprobs, expected)
+        assert_close(found.logits, plain_logits(model, found.tokens)[-1])
 
 
 @pytest.mark.parametrize(
@@ -69,7 +64,7 @@ def test_the_rules_are_those_of_transformers(lm, model, options):
         assert [one.finish_reason for one in found] == ["eos" if ids[-1] in ends else "length" for ids in expected]
         for one in found:
             expected_logprobs = plain_token_logprobs(model, one.tokens)[len(text.tokens) :]
-            torch.testing.assert_close(one.completion_logprobs, expected_logprobs, rtol=0, atol=ATOL)
+            assert_close(one.completion_logprobs, expected_logprobs)
 
 
 def beams_by_hand(model, ids, num_beams, num_tokens):
@@ -134,7 +129,7 @@ def test_texts_do_not_see_each_others_beams(model, tokenizer, numbers, num_beams
         texts[0].generate(max_new_tokens=9)  # some of it is there already
     pinned = texts[-1].pin() if data.draw(st.booleans()) else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("backprompt._generate.MAX_LIVE_TEXTS", max_live)
+        patch.setattr("backprompt.generation.run.MAX_LIVE_TEXTS", max_live)
         for text, found in zip(texts, generate(texts, **options, show_progress_bar=False), strict=True):
             assert [found.completion_tokens] == theirs(model, text.tokens, **options)
     if pinned is not None:

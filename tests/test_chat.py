@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 import backprompt as bp
 from backprompt import LM, GeneratedText, Text, TextTypeError, TokenizerError, chat, evaluate
+from backprompt.generation.continued import continue_as
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, sentencepiece_bpe
 
@@ -332,7 +333,7 @@ def test_its_string_is_the_templates_whatever_stands_in_it(template, drawn):
         return
     text = chat(lm, messages, **options)
     assert text.string == expected
-    for kept in (tuple, bp.segments.Group):
+    for kept in (tuple, bp.text.segments.Group):
         given_ones = [part for text in joined for part in text.segments if isinstance(part, kept)]
         assert [part for part in text.segments if isinstance(part, kept)] == given_ones
 
@@ -366,7 +367,7 @@ def chatml():
 def test_a_quoted_reply_brings_no_end_token_along(ends, rest, role, has_more):
     lm = chatml()
     ids = [*lm.session.completion_ids(["hello"])[0], *map(lm.tokenizer.convert_tokens_to_ids, ends)]
-    reply = GeneratedText._of(chat(lm, [QUESTION]), ids, lm, rest)
+    reply = continue_as(GeneratedText, chat(lm, [QUESTION]), ids, lm, rest)
     contents = [[reply], [reply, " there"], ["You said: ", reply, ". Why?"], [{"type": "text", "text": reply}]]
     for content in contents[: 3 if role == "user" else 4]:
         plain = "".join(part if isinstance(part, str) else reply.completion for part in content)
@@ -383,7 +384,7 @@ def test_a_quoted_reply_brings_no_end_token_along(ends, rest, role, has_more):
 def test_a_rest_behind_an_end_token_stays():
     lm = chatml()
     ids = [*lm.session.completion_ids(["hello"])[0], lm.tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    reply = GeneratedText._of(chat(lm, [QUESTION]), ids, lm, "you")
+    reply = continue_as(GeneratedText, chat(lm, [QUESTION]), ids, lm, "you")
     messages = [QUESTION, {"role": "assistant", "content": reply}]
     assert chat(lm, messages).string == reply.string + "<|im_end|>\n"
     assert chat(lm, messages, continue_final_message=True).string == reply.string
@@ -516,7 +517,7 @@ def test_a_reply_stands_as_its_ids_among_those_of_a_conversation(mistral_lm):
     assert plain != letters
     asked = chat(mistral_lm, [QUESTION])
     for ids in (letters, [*letters, tokenizer.eos_token_id]):
-        reply = GeneratedText._of(asked, ids, mistral_lm)
+        reply = continue_as(GeneratedText, asked, ids, mistral_lm)
         more = chat(mistral_lm, [QUESTION, {"role": "assistant", "content": reply}, QUESTION])
         eos = () if ids[-1] == tokenizer.eos_token_id else (tokenizer.eos_token_id,)
         assert more.tokens == (*reply.tokens, *eos, *asked.tokens[1:])

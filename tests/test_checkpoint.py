@@ -15,10 +15,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from backprompt import LM, Text, checkpoint, load
-from backprompt import fingerprint as fingerprint_module
-from backprompt.checkpoint import Checkpoint
-from backprompt.weights import content_hash
+from backprompt import LM, Text, load
+from backprompt.model import checkpoint
+from backprompt.model.checkpoint import Checkpoint
+from backprompt.model.weights import content_hash
+from backprompt.session import fingerprint as fingerprint_module
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
@@ -88,7 +89,9 @@ def test_nor_does_a_load_in_another_process_by_another_path(folder, hashed, tmp_
     expected = fingerprint(folder)
     (tmp_path / "link").symlink_to(folder)
     code = (
-        "from backprompt import checkpoint, fingerprint, load\n"
+        "from backprompt import load\n"
+        "from backprompt.model import checkpoint\n"
+        "from backprompt.session import fingerprint\n"
         "checkpoint.RACY_SECONDS = 0\n"
         "fingerprint.content_hash = None\n"
         "print(load('link', device='cpu').fingerprint)\n"
@@ -268,8 +271,8 @@ def test_files_that_changed_after_they_were_loaded_say_nothing(is_known, folder,
 
 def test_what_has_the_same_name_in_another_disk_image_is_told_apart(folder, hashed, monkeypatch):
     """Where all times are set to one, and a file of the same size has the same place."""
-    files = checkpoint._files(folder)
-    monkeypatch.setattr(checkpoint, "_files", lambda folder: files)
+    files = checkpoint.files_in(folder)
+    monkeypatch.setattr(checkpoint, "files_in", lambda folder: files)
     first = fingerprint(folder)
     for change in (rewrite, configure):
         change(folder)

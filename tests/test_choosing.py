@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from backprompt import LM, GenerationError, Text
-from backprompt._generate import Run
-from backprompt.choosing import Logits, choose
-from backprompt.decoding import Decoding, TextDecoding
-from backprompt.generation_options import SAMPLING_FIELDS
-from backprompt.stops import StopStrings
+from backprompt.generation.choosing import Logits, choose
+from backprompt.generation.decoding import Decoding, TextDecoding
+from backprompt.generation.generate import Run
+from backprompt.generation.options import SAMPLING_FIELDS
+from backprompt.generation.stops import StopStrings
 
 VOCAB = 320
 FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)

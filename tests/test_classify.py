@@ -38,11 +38,11 @@ from backprompt.classify import (
     weighing,
 )
 from backprompt.classify.options import Options
-from reference import plain_token_logprobs
+from comparing import num_distinct_ids
+from reference import ATOL, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, sentencepiece_bpe
 
-ATOL = 5e-5
 PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is 12 + 34? Answer:"]
 COMPLETIONS = ["mat", "mat and the cat", "46", "hello there"]
 
@@ -71,7 +71,7 @@ def test_log_probs_are_those_of_the_plain_call(lm):
     for prompt, rows in zip(PROMPTS, found, strict=True):
         for completion, row in zip(COMPLETIONS, rows, strict=True):
             assert isinstance(row, list)
-            np.testing.assert_allclose(row, plain(lm, prompt, completion), rtol=0, atol=ATOL)
+            np.testing.assert_allclose(row, plain(lm, prompt, completion), rtol=0, atol=ATOL[torch.float32])
     assert log_probs(PROMPTS[0], COMPLETIONS, lm) == found[0]
 
 
@@ -101,7 +101,9 @@ def test_discounting(lm):
     marginals = token_logprobs(COMPLETIONS, lm)
     assert [row[0] for row in marginals] == [None] * 4
     ids = lm.tokenizer(" " + COMPLETIONS[1], add_special_tokens=False)["input_ids"]
-    np.testing.assert_allclose(marginals[1][1:], plain_token_logprobs(lm.model, ids)[1:].numpy(), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(
+        marginals[1][1:], plain_token_logprobs(lm.model, ids)[1:].numpy(), rtol=0, atol=ATOL[torch.float32]
+    )
     discounted = [
         [
             np.exp(np.mean(plain(lm, p, c) - 0.5 * np.array([0, *row[1:]])))
@@ -146,12 +148,12 @@ def test_sentencepiece_puts_the_space_itself(model):
     assert not lm.session.needs_space_between
     for prompt in PROMPTS:
         (found,) = log_probs(prompt, ["mat"], lm)
-        np.testing.assert_allclose(found, plain(lm, prompt, "mat", end=""), rtol=0, atol=ATOL)
+        np.testing.assert_allclose(found, plain(lm, prompt, "mat", end=""), rtol=0, atol=ATOL[torch.float32])
     assert log_probs(PROMPTS[0], ["mat"], lm, end_of_prompt=" ") == log_probs(PROMPTS[0], ["mat"], lm)
     (found,) = log_probs("hello (", ["a"], lm, end_of_prompt="")
     whole = Text("hello (a", lm)
     assert len(found) == 1
-    np.testing.assert_allclose(found, whole.token_logprobs[-1:].numpy(), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(found, whole.token_logprobs[-1:].numpy(), rtol=0, atol=ATOL[torch.float32])
     assert Text("hello (", lm).select(["a", "b"], end_of_prompt="").tokens in (
         whole.tokens,
         Text("hello (b", lm).tokens,
@@ -162,7 +164,7 @@ def test_sentencepiece_puts_the_space_itself(model):
 def test_a_completion_is_a_hard_boundary_whatever_the_joins(model, joins):
     lm = LM(model, byte_level_bpe(), joins=joins)
     (found,) = log_probs("the sea", ["t"], lm, end_of_prompt="")
-    np.testing.assert_allclose(found, plain(lm, "the sea", "t", end=""), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(found, plain(lm, "the sea", "t", end=""), rtol=0, atol=ATOL[torch.float32])
 
 
 def test_texts_with_groups_are_prompts(lm):
@@ -186,7 +188,7 @@ def test_prompts_are_computed_once_whatever_the_completions(model):
     ids = [tuple(lm.tokenizer(" " + c)["input_ids"]) for c in completions]
     texts = [prompt + completion for prompt in prompts for completion in ids]
     # A completion's last token is scored by the row before it, and not forwarded.
-    assert lm.stats.tokens_computed == len({text[:end] for text in texts for end in range(1, len(text))})
+    assert lm.stats.tokens_computed == num_distinct_ids(ids[:-1] for ids in texts)
 
 
 def test_prompts_stream_through_within_the_budget(model, monkeypatch):

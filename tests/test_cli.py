@@ -31,7 +31,9 @@ from backprompt import LM, Text, load
 from backprompt.classify import predict_proba
 from backprompt.cli import main
 from backprompt.cli.arguments import read_completions
-from backprompt.cli.rows import Input, Output, Row
+from backprompt.cli.input import Input
+from backprompt.cli.output import Output
+from backprompt.cli.rows import Row
 from backprompt.cli.score import AGGREGATES
 from backprompt.cli.wording import in_options
 from tiny_models import build
@@ -1352,9 +1354,8 @@ def test_documented_commands_run(run, page, model):
 
 
 def test_documented_python_runs():
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs/command_line.md").read_text(encoding="utf-8"), re.DOTALL)[
-        0
-    ]
+    page = (ROOT / "docs/command_line.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     logger = logging.getLogger("backprompt")
     before = logger.level
     try:

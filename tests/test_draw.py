@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 import backprompt
 from backprompt import LM, Drawing, DrawingError, Text, draw, evaluate, to_networkx
-from backprompt._draw import _LOOKS, _MEANINGS, _Folding, _frames, _Look, _swatch
-from backprompt._graph import Status
-from backprompt._visible import shortened, visible, wrapped
+from backprompt.inspection.folding import Folding
+from backprompt.inspection.frames import frames_of
+from backprompt.inspection.graph import Status
+from backprompt.inspection.looks import LOOKS, MEANINGS, Look, swatch
+from backprompt.visible import shortened, visible, wrapped
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -109,7 +111,7 @@ def test_a_picture_computes_nothing(lm: LM) -> None:
 
 
 def test_statuses_differ_without_colour() -> None:
-    borders = [(_LOOKS[status].style, _LOOKS[status].width, _LOOKS[status].lines) for status in _MEANINGS]
+    borders = [(LOOKS[status].style, LOOKS[status].width, LOOKS[status].lines) for status in MEANINGS]
     assert len(set(borders)) == len(borders)
 
 
@@ -191,15 +193,19 @@ def test_no_more_boxes_for_more_texts(lm: LM, texts: Callable[[LM, int], list[Te
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_every_node_is_in_one_box_and_frames_are_within_each_other_or_apart(data: st.DataObject) -> None:
-    strings = st.sampled_from("abcd").map(Text)
-    joined = st.deferred(lambda: st.lists(pieces, min_size=1, max_size=3).map(lambda some: sum(some[1:], some[0])))
-    groups = st.deferred(lambda: st.lists(joined, min_size=2, max_size=3).map(backprompt.parallel))
-    pieces = strings | groups | joined.map(Text.frozen)
-    graph = to_networkx(data.draw(st.lists(joined, min_size=1, max_size=8)))
-    folding = _Folding(graph, data.draw(st.integers(2, 3)))
+    def joined(pieces: st.SearchStrategy[Text]) -> st.SearchStrategy[Text]:
+        return st.lists(pieces, min_size=1, max_size=3).map(lambda some: sum(some[1:], some[0]))
+
+    def side_by_side_or_frozen(pieces: st.SearchStrategy[Text]) -> st.SearchStrategy[Text]:
+        groups = st.lists(joined(pieces), min_size=2, max_size=3).map(backprompt.parallel)
+        return groups | joined(pieces).map(Text.frozen)
+
+    pieces = st.recursive(st.sampled_from("abcd").map(Text), side_by_side_or_frozen, max_leaves=12)
+    graph = to_networkx(data.draw(st.lists(joined(pieces), min_size=1, max_size=8)))
+    folding = Folding(graph, data.draw(st.integers(2, 3)))
     assert sorted(node for box in folding.boxes.values() for node in box.nodes) == sorted(graph)
     assert all(node in folding.boxes[name].nodes for node, name in folding.of.items())
-    for one, other in itertools.combinations(_frames(graph), 2):
+    for one, other in itertools.combinations(frames_of(graph), 2):
         assert one.nodes < other.nodes or other.nodes < one.nodes or not one.nodes & other.nodes
 
 
@@ -233,7 +239,7 @@ def test_a_branch_that_groups_share_does_not_make_them_one_frame(lm: LM) -> None
     frames = [lines(group) for group in root.iter(f"{SVG}g") if group.get("class") == "cluster"]
     assert frames == [["side by side: none sees the others"]]
     graph = to_networkx(texts)
-    (frame,) = _frames(graph)
+    (frame,) = frames_of(graph)
     assert {graph.nodes[node]["string"] for node in frame.nodes} == {"doc", "own 0"}
 
 
@@ -249,18 +255,18 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-@pytest.mark.parametrize("look", _LOOKS.values())
-def test_borders_show_on_white_and_on_black(look: _Look) -> None:
+@pytest.mark.parametrize("look", LOOKS.values())
+def test_borders_show_on_white_and_on_black(look: Look) -> None:
     border, black = luminance(look.border), luminance("#0d1117")
     assert 1.05 / (border + 0.05) > 3.5
     assert (border + 0.05) / (black + 0.05) > 3.5
 
 
-@pytest.mark.parametrize("status", _MEANINGS)
+@pytest.mark.parametrize("status", MEANINGS)
 def test_the_legend_has_as_many_lines_as_the_box_and_the_inner_one_is_filled(status: Status) -> None:
-    look, swatch = _LOOKS[status], _swatch(status)
-    assert swatch.count(look.border) == look.lines
-    assert swatch.index(look.fill) > swatch.rindex(look.border)
+    look, drawn = LOOKS[status], swatch(status)
+    assert drawn.count(look.border) == look.lines
+    assert drawn.index(look.fill) > drawn.rindex(look.border)
 
 
 def test_lines_are_cut_behind_spaces_and_line_ends() -> None:

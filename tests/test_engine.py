@@ -1,11 +1,15 @@
 """A bound text asks its engine, whatever that is, and nothing else of the package."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import backprompt as bp
 from backprompt import LM, Text
-from backprompt.engine import Engine
 from backprompt.errors import TextTypeError
+from backprompt.text.engine import Engine
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -77,3 +81,37 @@ def test_what_needs_an_lm_says_so():
 def test_an_lm_is_an_engine():
     assert issubclass(LM, Engine)
     assert isinstance(LM(build("gpt2"), byte_level_bpe()), Engine)
+
+
+TYPED = """
+from typing_extensions import assert_type
+import backprompt as bp
+from backprompt.text.engine import Engine
+
+def use(text: bp.Text) -> None:
+    assert_type(text.draw(), bp.Drawing)
+    assert_type(text.lm, Engine[bp.Text] | None)
+    assert isinstance(text.lm, bp.LM)
+    assert_type(text.lm, bp.LM)
+    assert_type(text.lm.stats, bp.Stats)
+"""
+
+SETTINGS = """
+[mypy]
+strict = true
+python_version = 3.10
+[mypy-torch.*,transformers.*,numpy.*,tokenizers.*,graphviz.*,networkx.*,sklearn.*,tqdm.*,lm_eval.*]
+follow_imports = skip
+ignore_missing_imports = true
+"""
+
+
+def test_type_checkers_know_what_texts_return(tmp_path):
+    snippet, settings = tmp_path / "snippet.py", tmp_path / "mypy.ini"
+    snippet.write_text(TYPED)
+    settings.write_text(SETTINGS)
+    command = [sys.executable, "-m", "mypy", "--config-file", settings, "--cache-dir", tmp_path / "cache", snippet]
+    folder = Path(bp.__file__).parent.parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith(str(snippet))] == []
+    assert done.stderr == ""

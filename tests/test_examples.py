@@ -6,7 +6,7 @@ Numbers that depend on a real model (accuracy, seconds) are not looked at here.
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from backprompt import Text, load
+from comparing import assert_close, num_distinct
 from reference import ATOL, plain_logits, plain_token_logprobs
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ATOL_FLOAT32 = ATOL[torch.float32]
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +51,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     byte_level_bpe().save_pretrained(folder)
     return folder
-
-
-def num_distinct(texts: Sequence[Text]) -> int:
-    """Distinct tokens of the forest: each is known by all that stands before it."""
-    prefixes = set()
-    for text in texts:
-        prefix = 0
-        for token_id in text.tokens:
-            prefix = hash((prefix, token_id))
-            prefixes.add(prefix)
-    return len(prefixes)
 
 
 # hello_there.py
@@ -98,7 +87,7 @@ def test_requests_share_the_manual(
     assert together.bytes_held == one_at_a_time.bytes_held == lm.stats.bytes_held
     expected = torch.stack([plain_logits(lm.model, text.tokens)[-1] for text in texts])
     for run in (plain, one_at_a_time, together):
-        torch.testing.assert_close(run.logits, expected, atol=ATOL_FLOAT32, rtol=0)
+        assert_close(run.logits, expected)
 
     requests.print_table(lm, questions, runs)
     printed = capsys.readouterr().out
@@ -144,9 +133,9 @@ def test_intents_tree_is_scored_as_plain_calls_would(example: Callable[[str], Mo
         prompt, leaf = tree.prompts[leaf_idx // 12], tree.leaves[leaf_idx]
         assert leaf.tokens[: len(prompt.tokens)] == prompt.tokens
         expected = plain_token_logprobs(lm.model, leaf.tokens)[len(prompt.tokens) :]
-        torch.testing.assert_close(logprobs[leaf_idx], expected.sum(), atol=len(expected) * ATOL_FLOAT32, rtol=0)
+        assert_close(logprobs[leaf_idx], expected.sum(), atol=len(expected) * ATOL[torch.float32])
     torch.testing.assert_close(scored.probabilities.sum(dim=1), torch.ones(3))
-    assert intents.largest_gap(lm, tree.leaves[::12]) <= ATOL_FLOAT32
+    assert intents.largest_gap(lm, tree.leaves[::12]) <= ATOL[torch.float32]
 
 
 def test_plain_batches_score_what_single_calls_score(example: Callable[[str], ModuleType], model_folder: Path) -> None:
@@ -162,7 +151,7 @@ def test_plain_batches_score_what_single_calls_score(example: Callable[[str], Mo
     for batch in batches:
         for text, scored in zip(batch, plain.score_batch(lm.model, batch), strict=True):
             expected = plain_token_logprobs(lm.model, text.token_ids)[text.start :]
-            torch.testing.assert_close(scored, expected.sum(), atol=len(expected) * ATOL_FLOAT32, rtol=0)
+            assert_close(scored, expected.sum(), atol=len(expected) * ATOL[torch.float32])
     estimate = plain.estimate_seconds(lm.model, batches, batches_run=2)
     assert (estimate.batches_run, estimate.batches) == (2, 5)
     assert estimate.seconds > estimate.seconds_run > 0

@@ -13,19 +13,16 @@ from test_memory import TOKEN_BYTES, make_lm
 
 import backprompt as bp
 from backprompt import LM, Divergence, Text, evaluate, explain
-from backprompt.forest import Forest
-from backprompt.lookup import positions_of
-from backprompt.radix import NOTHING
+from backprompt.evaluation.lookup import positions_of
+from backprompt.forest.forest import Forest
+from backprompt.forest.span import NOTHING
 from backprompt.store import MemoryStore
+from comparing import num_distinct
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS
 
 MODEL = FAMILIES["gpt2"]()
 TOKENIZER = TOKENIZERS["byte_level_bpe"]()
-
-
-def distinct(texts):
-    return {text.tokens[:stop] for text in texts for stop in range(1, len(text.tokens) + 1)}
 
 
 def questions(lm):
@@ -45,7 +42,7 @@ def test_the_figures_of_a_tree(model, tokenizer):
     texts = questions(lm)
     explained = explain(texts)
     plain = sum(len(text.tokens) for text in texts)
-    new = len(distinct(texts))
+    new = num_distinct(texts)
     assert (explained.num_texts, explained.tokens_requested, explained.tokens_distinct) == (12, plain, new)
     assert explained.tokens_to_compute == sum(explained.pass_tokens) == new
     assert explained.forward_passes == -(-new // 50)
@@ -55,7 +52,7 @@ def test_the_figures_of_a_tree(model, tokenizer):
     assert explained.times_fewer == plain / new
     assert explained.tokens_shared == plain - new
     evaluate(texts[:6])
-    held = len(distinct(texts[:6]))
+    held = num_distinct(texts[:6])
     explained = explain(texts)
     assert (explained.tokens_in_memory, explained.tokens_to_compute) == (held, new - held)
     assert explained.bytes_held == held * TOKEN_BYTES
@@ -102,7 +99,7 @@ def test_what_comes_from_a_store(model, tokenizer):
     explained = explain(texts, analyze=True)
     num_context = len(Text(CONTEXT, texts[0].lm).tokens)
     assert explained.tokens_on_disk == explained.actual.tokens_loaded == num_context
-    assert explained.tokens_to_compute == explained.actual.tokens_computed == len(distinct(texts)) - num_context
+    assert explained.tokens_to_compute == explained.actual.tokens_computed == num_distinct(texts) - num_context
     assert f"{num_context} loaded" in str(explained)
 
 

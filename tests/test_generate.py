@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from threads import in_threads
 
 from backprompt import (
     LM,
@@ -23,34 +22,18 @@ from backprompt import (
     evaluate,
     generate,
 )
-from backprompt._generate import Run
 from backprompt.attention.calls import PreparedCalls
-from backprompt.cache import Location
-from reference import plain_greedy, plain_logits, plain_token_logprobs
+from backprompt.generation.run import Run
+from backprompt.memory.blocks import Location
+from comparing import assert_close, num_distinct_ids
+from reference import generated_by_transformers, plain_greedy, plain_logits, plain_token_logprobs
+from threads import in_threads
 from tiny_models import FAMILIES, MAX_POSITIONS
 from tiny_tokenizers import byte_level_bpe, sentencepiece_bpe
 
-ATOL = 5e-5
 PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says", "Question: What is 12 + 34? Answer:", "The cat"]
 NEW = 12
 FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-
-
-@pytest.fixture
-def lm(model, tokenizer):
-    return LM(model, tokenizer)
-
-
-def theirs(model, ids, **options):
-    """The ids that `generate` of transformers appends to one prompt."""
-    ids = torch.tensor([ids])
-    options = {"do_sample": False, "pad_token_id": 0, **options}
-    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    return tuple(found[0, ids.shape[1] :].tolist())
-
-
-def num_distinct(texts):
-    return len({ids[:stop] for ids in texts for stop in range(1, len(ids) + 1)})
 
 
 # Greedy decoding
@@ -63,13 +46,13 @@ def test_greedy_continuations_are_those_of_transformers(family, tokenizer):
     texts = [Text(prompt, lm) for prompt in PROMPTS]
     num_new = NEW if family != "phi3_longrope" else 4  # of 32 positions
     for text, found in zip(texts, generate(texts, max_new_tokens=num_new), strict=True):
-        assert found.completion_tokens == theirs(model, text.tokens, max_new_tokens=num_new)
+        assert found.completion_tokens == generated_by_transformers(model, text.tokens, max_new_tokens=num_new)
         assert found.tokens == text.tokens + found.completion_tokens
         assert found.finish_reason == "length"
         expected = plain_token_logprobs(model, found.tokens)
-        torch.testing.assert_close(found.completion_logprobs, expected[-num_new:], rtol=0, atol=ATOL)
-        torch.testing.assert_close(found.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
-        torch.testing.assert_close(found.logits, plain_logits(model, found.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(found.completion_logprobs, expected[-num_new:])
+        assert_close(found.token_logprobs, expected)
+        assert_close(found.logits, plain_logits(model, found.tokens)[-1])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +75,7 @@ def test_greedy_continuations_are_those_of_transformers(family, tokenizer):
 def test_decoding_rules_are_those_of_transformers(lm, model, options):
     texts = [Text(prompt, lm) for prompt in PROMPTS]
     for text, found in zip(texts, generate(texts, max_new_tokens=NEW, **options), strict=True):
-        assert found.completion_tokens == theirs(model, text.tokens, max_new_tokens=NEW, **options)
+        assert found.completion_tokens == generated_by_transformers(model, text.tokens, max_new_tokens=NEW, **options)
         ended = found.completion_tokens[-1] in torch.tensor(options.get("eos_token_id", [])).flatten().tolist()
         assert found.finish_reason == ("eos" if ended else "length")
 
@@ -116,7 +99,7 @@ def test_texts_with_groups_are_continued(lm):
     found = text.generate(max_new_tokens=6)
     for token_id, logprob in zip(found.completion_tokens, found.completion_logprobs, strict=True):
         assert token_id == int(text.logits.argmax())
-        torch.testing.assert_close(logprob, text.logits.log_softmax(dim=-1)[token_id], rtol=0, atol=ATOL)
+        assert_close(logprob, text.logits.log_softmax(dim=-1)[token_id])
         text += Text.from_tokens([token_id], lm)
     assert text.tokens == found.tokens
 
@@ -181,20 +164,20 @@ def test_the_random_state_is_left_as_found(lm):
 def test_each_distinct_token_is_computed_once_in_a_pass_a_step(lm):
     texts = [Text(prompt, lm) for prompt in PROMPTS]
     found = generate(texts, max_new_tokens=NEW)
-    assert lm.stats.tokens_computed == num_distinct([text.tokens[:-1] for text in found])  # no last token is needed
+    assert lm.stats.tokens_computed == num_distinct_ids([text.tokens[:-1] for text in found])  # no last token is needed
     assert lm.stats.forward_passes == NEW  # the prompts, and all but the last of the new ones
     before = lm.stats
     assert generate(texts, max_new_tokens=NEW) == found
     evaluate([found[0] + " and", Text.from_tokens((*found[1].tokens, 5), lm)])
     more = [found[0].tokens + (lm.stats and (found[0] + " and").tokens[-1:]), (*found[1].tokens, 5)]
-    expected = num_distinct([text.tokens[:-1] for text in found] + more) - before.tokens_computed
+    expected = num_distinct_ids([text.tokens[:-1] for text in found] + more) - before.tokens_computed
     assert (lm.stats - before).tokens_computed == expected
 
 
 def test_samples_of_one_prompt_share_it_and_nothing_is_held_twice(lm):
     prompt = Text(PROMPTS[2] * 2, lm)
     found = generate(prompt, max_new_tokens=20, n=16, do_sample=True, seed=1, show_progress_bar=False)
-    distinct = num_distinct([text.tokens[:-1] for text in found])
+    distinct = num_distinct_ids([text.tokens[:-1] for text in found])
     assert lm.stats.tokens_computed == distinct
     assert lm.stats.bytes_held == distinct * lm.session.evaluator.executor.token_bytes
 
@@ -215,9 +198,9 @@ def test_what_is_evaluated_between_steps_leaves_nothing_behind(model, tokenizer)
     for prompt in PROMPTS * 2:
         stream = Text(prompt, lm).stream(max_new_tokens=NEW)
         for _ in range(5):
-            stream._run.step()
+            stream.run.step()
         evaluate(Text.from_tokens(stream.text.tokens[:-1], lm))
-        stream._run.step()
+        stream.run.step()
         stream.close()
         assert lm.stats.bytes_held <= 60 * 646
 
@@ -247,7 +230,7 @@ def test_a_continuation_is_few_spans(lm):
     found = Text(PROMPTS[0], lm).generate(max_new_tokens=60)
     end = lm.session.evaluator.forest.insert(found.tokens[:-1])
     assert len(end.path()) == 2
-    assert len({id(span.rows.block) for span in end.path()}) == 2
+    assert len({id(span.keys_values.block) for span in end.path()}) == 2
 
 
 def test_a_step_is_a_few_kernel_calls_however_many_texts_grow(lm, monkeypatch):
@@ -277,14 +260,14 @@ def test_room_that_nobody_has_used_yet_may_hold_anything(lm, monkeypatch):
 def test_a_text_that_is_cut_while_it_grows_keeps_no_others_rows(lm):
     prompt = Text("The cat sat on the", lm)
     streams = [(prompt + f" mat {idx}").stream(max_new_tokens=20) for idx in range(6)]
-    run = Run(lm, [prompt + f" mat {idx}" for idx in range(8)], streams[0]._run.decoding)
+    run = Run(lm, [prompt + f" mat {idx}" for idx in range(8)], streams[0].run.decoding)
     for _ in range(12):
         run.step()
     cut = run.results()[3][0]
     evaluate(cut.prompt + Text.from_tokens(cut.completion_tokens[:5], lm))
     while run.step():
         pass
-    distinct = num_distinct([row[0].tokens[:-1] for row in run.results()])
+    distinct = num_distinct_ids([row[0].tokens[:-1] for row in run.results()])
     assert lm.stats.bytes_held == distinct * lm.session.evaluator.executor.token_bytes
 
 
@@ -298,13 +281,11 @@ def test_what_is_known_of_chosen_tokens_is_kept(lm, options):
     before = lm.stats
     logprobs = found.token_logprobs
     assert (lm.stats - before).logit_rows <= len(text.tokens)
-    torch.testing.assert_close(
-        logprobs, plain_token_logprobs(lm.model, found.tokens), rtol=0, atol=ATOL, equal_nan=True
-    )
+    assert_close(logprobs, plain_token_logprobs(lm.model, found.tokens))
 
 
 def test_finished_texts_leave_the_batch_and_waiting_ones_join(lm, model, monkeypatch):
-    monkeypatch.setattr("backprompt._generate.MAX_LIVE_TEXTS", 2)
+    monkeypatch.setattr("backprompt.generation.run.MAX_LIVE_TEXTS", 2)
     texts = [Text(f"{number} cats sat on the", lm) for number in range(5)]
     options = {"max_new_tokens": 10, "eos_token_id": list(range(0, 320, 5))}
     sizes = []
@@ -312,7 +293,7 @@ def test_finished_texts_leave_the_batch_and_waiting_ones_join(lm, model, monkeyp
     forward = executor.forward
     monkeypatch.setattr(executor, "forward", lambda pass_: sizes.append(pass_.num_tokens) or forward(pass_))
     for text, found in zip(texts, generate(texts, **options), strict=True):
-        assert found.completion_tokens == theirs(model, text.tokens, **options)
+        assert found.completion_tokens == generated_by_transformers(model, text.tokens, **options)
     steps = [len(found.completion_tokens) for found in generate(texts, **options)]
     assert len(set(steps)) > 1
     assert len(sizes) < sum(steps)
@@ -335,7 +316,7 @@ def test_what_is_generated_is_stored(model, tokenizer, tmp_path):
     assert lm.stats.tokens_computed + lm.stats.tokens_loaded <= len(found.tokens)
     lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
     text = Text.from_tokens((*found.tokens, 5), lm)
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     assert lm.stats.tokens_computed == 2  # the last one generated, and the new one
 
 
@@ -392,7 +373,7 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
                 text = Text.from_tokens(
                     (*ids[:cut], *data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))), lm
                 )
-                torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+                assert_close(text.logits, plain_logits(model, text.tokens)[-1])
             case "clear":
                 lm.clear()
             case "generate":
@@ -403,7 +384,7 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
         list(stream)
         assert stream.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
         expected = plain_token_logprobs(model, stream.text.tokens)
-        torch.testing.assert_close(stream.text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(stream.text.token_logprobs, expected)
     assert not lm.session.evaluator.holders.ends()
     assert lm.stats.tokens_reused >= 0
     gc.disable()  # blocks must not wait for it
@@ -431,11 +412,11 @@ def test_a_stream_overtakes_another_of_the_same_text(lm, model):
     text = Text(PROMPTS[0], lm)
     behind, ahead = text.stream(max_new_tokens=NEW), text.stream(max_new_tokens=NEW)
     for _ in range(3):
-        behind._run.step()
+        behind.run.step()
     for _ in range(7):
-        ahead._run.step()
-    spans = list(lm.session.evaluator.forest.spans())
-    assert all(end in spans for stream in (behind, ahead) for live in stream._run._live for end in live.ends.values())
+        ahead.run.step()
+    spans = set(lm.session.evaluator.forest.spans())
+    assert behind.run.ends | ahead.run.ends <= spans
     behind.close()
     list(ahead)
     assert ahead.text.completion_tokens == plain_greedy(model, text.tokens, NEW)
@@ -620,7 +601,7 @@ def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):
     done = lm.stats.tokens_computed
     assert not lm.session.evaluator.holders.ends()
     found = generate(texts, max_new_tokens=NEW)
-    assert lm.stats.tokens_computed == num_distinct([text.tokens[:-1] for text in found])
+    assert lm.stats.tokens_computed == num_distinct_ids([text.tokens[:-1] for text in found])
     assert done > 0
 
 

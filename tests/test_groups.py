@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 import backprompt as bp
 from backprompt import LM, GroupError, Text, TextTooLongError, evaluate
 from backprompt.store import DiskStore, MemoryStore
+from comparing import assert_close
 from reference import masked_logits, masked_token_logprobs, plain_logits
 from tiny_models import FAMILIES
 
-ATOL = 5e-5
 LAW_FAMILIES = ("gpt2", "llama", "gemma", "gpt_neox", "mistral_sliding")  # learned positions, rotary; a window
 
 
@@ -32,11 +32,11 @@ def parts_of(text):
 def assert_masked(model, text):
     parts = parts_of(text)
     expected = masked_token_logprobs(model, parts)
-    torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    assert_close(text.token_logprobs, expected)
     logits = masked_logits(model, parts)
     if isinstance(parts[-1], tuple):
-        torch.testing.assert_close(text.logits, logits[-1], rtol=0, atol=ATOL)
-    torch.testing.assert_close(text().all_logits(), logits, rtol=0, atol=ATOL)
+        assert_close(text.logits, logits[-1])
+    assert_close(text().all_logits(), logits)
 
 
 # The law
@@ -82,7 +82,7 @@ def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, m
     memory_bytes = data.draw(st.sampled_from([None, 0, 5_000, 20_000]))
     host_bytes = data.draw(st.sampled_from([0, 10_000]))
     tile_tokens = data.draw(st.sampled_from([1, 4, 128]))
-    monkeypatch.setattr("backprompt.archive.MIN_TOKENS", data.draw(st.sampled_from([1, 16])))
+    monkeypatch.setattr("backprompt.evaluation.archive.MIN_TOKENS", data.draw(st.sampled_from([1, 16])))
     for _ in range(2):
         lm = LM(
             model,
@@ -99,7 +99,7 @@ def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, m
             assert_masked(model, text)
         for text, logprobs in zip(texts, lm.token_logprobs(texts), strict=True):
             expected = masked_token_logprobs(model, parts_of(text))
-            torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+            assert_close(logprobs, expected)
         if data.draw(st.booleans()):
             for text in texts:
                 text.save()
@@ -120,7 +120,7 @@ def test_sinks_go_together_with_groups(family, models, tokenizer):
     lm = LM(models[family], tokenizer)
     context, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2), (4, 5, 6), (7,), (8, 9)])
     text = context + (a | b) + q
-    torch.testing.assert_close(text.logits, masked_logits(models[family], parts_of(text))[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, masked_logits(models[family], parts_of(text))[-1])
 
 
 # Positions
@@ -180,7 +180,7 @@ def test_a_frozen_text_that_continues_what_stands_before_it_by_chance(models, to
 def test_a_text_that_begins_frozen_is_a_hard_boundary(models, tokenizer):
     lm = LM(models["gpt2"], tokenizer)
     text = Text("The cat", lm).frozen() + " sat"
-    torch.testing.assert_close(text.logits, plain_logits(models["gpt2"], text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(models["gpt2"], text.tokens)[-1])
     assert text.token_logprobs[1:].isfinite().all()
 
 
@@ -310,9 +310,7 @@ def test_a_text_that_ends_in_a_group_has_no_last_token(models, tokenizer):
     evaluate(text)
     with pytest.raises(GroupError, match="ends in a group"):
         text.logits  # noqa: B018
-    torch.testing.assert_close(
-        text.token_logprobs, masked_token_logprobs(models["gpt2"], parts_of(text)), rtol=0, atol=ATOL, equal_nan=True
-    )
+    assert_close(text.token_logprobs, masked_token_logprobs(models["gpt2"], parts_of(text)))
     assert (text + Text.from_tokens([5], lm)).logits.isfinite().all()
 
 
@@ -358,8 +356,6 @@ def test_what_a_junction_draws_forward_stays_out_of_other_subtrees(model, tokeni
     evaluate([plain, frozen])
     found = frozen.model_repr.hidden_states
     for ids, start in (([0, 3, 0, 2], 0), ([0, 2, 0], 4)):
-        torch.testing.assert_close(
-            found[start : start + len(ids)], make(ids).model_repr.hidden_states, rtol=0, atol=ATOL
-        )
+        assert_close(found[start : start + len(ids)], make(ids).model_repr.hidden_states)
         expected = plain_logits(model, ids)
-        torch.testing.assert_close(make(ids).logits, expected[-1], rtol=0, atol=ATOL)
+        assert_close(make(ids).logits, expected[-1])

@@ -11,8 +11,8 @@ from test_tokens import BUILDERS, PRIVATE, lm, string_ids
 
 import backprompt as bp
 from backprompt import LM, MixedModelsError, Text, TextTypeError
-from backprompt.segments import Branch, Group
-from backprompt.token_graph import (
+from backprompt.text.segments import Branch, Group
+from backprompt.tokens.graph import (
     TokenBranch,
     TokenGraph,
     TokenGroup,

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from backprompt.forest import Forest
-from backprompt.holders import Holders, PinnedText
+from backprompt.evaluation.holders import Holders, PinnedText
+from backprompt.forest.forest import Forest
 
 
 class Owner:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt import identity
-from backprompt.identity import extend_key, root_key
+from backprompt.forest import keys as identity
+from backprompt.forest.keys import extend_key, root_key
 
 PARTS = {"model": "weights-1", "dtype": "float32", "tokenizer": "tokenizer-1", "exactness": "exact"}
 ROOT = root_key(**PARTS)

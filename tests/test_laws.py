@@ -15,11 +15,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from backprompt import LM, Text, evaluate
-from reference import ATOL, plain_ids, plain_logits, plain_token_logprobs
+from comparing import assert_close, assert_equals_plain, num_distinct
+from reference import plain_ids, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS
 
@@ -90,20 +90,6 @@ def usable(texts: list[Text]) -> list[Text]:
     return [text for text in texts if 0 < len(text.tokens) <= LIMIT]
 
 
-def assert_equals_plain(text: Text, model: PreTrainedModel) -> None:
-    """P1: logits and log-probabilities are those of the plain call on the text's ids."""
-    atol = ATOL[torch.float32]
-    torch.testing.assert_close(text.model_repr.all_logits(), plain_logits(model, text.tokens), atol=atol, rtol=0)
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], atol=atol, rtol=0)
-    expected = plain_token_logprobs(model, text.tokens)
-    torch.testing.assert_close(text.token_logprobs, expected, atol=atol, rtol=0, equal_nan=True)
-
-
-def num_distinct_tokens(texts: list[Text]) -> int:
-    """Distinct tokens of a forest: its distinct non-empty beginnings."""
-    return len({text.tokens[:stop] for text in texts for stop in range(1, len(text.tokens) + 1)})
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 @given(segments=forests(), max_tokens=PASS_SIZES, tile_tokens=TILE_SIZES)
 @settings(max_examples=8)
@@ -114,8 +100,7 @@ def test_p1_same_numbers_as_the_plain_call(name: str, segments: list[list], max_
     limit = 32 if name == "phi3_longrope" else LIMIT
     texts = [text for text in usable([compose(s, lm) for s in segments]) if len(text.tokens) <= limit]
     evaluate(texts)
-    for text in texts:
-        assert_equals_plain(text, model)
+    assert_equals_plain(model, texts)
 
 
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
@@ -181,7 +166,7 @@ def test_p3_each_distinct_token_is_forwarded_once(segments: list[list], max_toke
     split_at = data.draw(st.integers(0, len(texts)))
     for part in (texts[:split_at], texts, texts):
         evaluate(part)
-    assert sum(forwarded) == num_distinct_tokens(texts) == lm.stats.tokens_computed
+    assert sum(forwarded) == num_distinct(texts) == lm.stats.tokens_computed
     assert all(0 < num_tokens <= max_tokens for num_tokens in forwarded)
     assert len(forwarded) == lm.stats.forward_passes
 
@@ -194,7 +179,7 @@ def test_p4_branches_share_what_they_have_in_common() -> None:
     config = lm.model.config
     head_dim = config.hidden_size // config.num_attention_heads
     floats = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim + config.hidden_size
-    assert lm.stats.bytes_held == pytest.approx(4 * floats * num_distinct_tokens(texts), rel=0.05)
+    assert lm.stats.bytes_held == pytest.approx(4 * floats * num_distinct(texts), rel=0.05)
 
 
 def test_p5_building_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +190,6 @@ def test_p5_building_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [Text("Hello", lm) + " there" + name for name in (" Senator", " General")]
     assert len(set(texts)) == 2
     assert not calls
-
-
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=ATOL[torch.float32], rtol=0, equal_nan=True)
 
 
 class AnyOrder(RuleBasedStateMachine):

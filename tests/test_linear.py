@@ -2,18 +2,19 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from backprompt import LM, Text, UnsupportedModelError, generate, linear
-from backprompt.linear import Linears, OneDnnLinear, speed_up
+from backprompt import LM, Text, UnsupportedModelError, generate
+from backprompt.model import linear
+from backprompt.model.linear import Linears, OneDnnLinear, speed_up
+from comparing import assert_close
 from reference import plain_greedy, plain_logits
 from tiny_models import FAMILIES
-
-ATOL = 5e-5
 
 
 def conv1d(num_out, num_in):
@@ -52,13 +53,13 @@ def test_rows_may_lie_anyhow():
 @pytest.mark.parametrize("way", ["packed", "as they lie"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_give_the_numbers_of_the_plain_call(family, way, tokenizer, monkeypatch):
-    monkeypatch.setattr(linear, "_is_faster", lambda: True)
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
     model = FAMILIES[family]()
     lm = LM(model, tokenizer, pack_weights=way == "packed")
     assert lm.stats.linears == ("onednn, packed" if way == "packed" else "onednn")
     texts = [Text(string, lm) for string in ("The cat sat on the", "The cat")]
     for text in texts:
-        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     for text, found in zip(texts, generate(texts, max_new_tokens=4), strict=True):
         assert found.completion_tokens == plain_greedy(model, text.tokens, 4)
 
@@ -81,7 +82,7 @@ def test_a_change_of_weights_is_packed_again(tokenizer):
         model.transformer.h[1].mlp.c_fc.weight.mul_(1.5)
         model.lm_head.weight.mul_(0.5)
     assert not torch.allclose(text.logits, before)
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
 
 
 def test_what_was_read_before_a_change_keeps_no_packed_copy_alive(tokenizer):
@@ -102,8 +103,8 @@ def test_what_was_read_before_a_change_keeps_no_packed_copy_alive(tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_the_callers_default_dtype_does_not_matter(dtype, tokenizer):
-    linear._failure.cache_clear()
-    linear._is_faster.cache_clear()
+    linear.failure_of.cache_clear()
+    linear.is_faster.cache_clear()
     torch.set_default_dtype(dtype)
     try:
         model = FAMILIES["gpt2"]().float()
@@ -115,8 +116,8 @@ def test_the_callers_default_dtype_does_not_matter(dtype, tokenizer):
 
 
 def test_what_surrounds_the_first_model_does_not_matter(tokenizer):
-    linear._failure.cache_clear()
-    linear._is_faster.cache_clear()
+    linear.failure_of.cache_clear()
+    linear.is_faster.cache_clear()
     model = FAMILIES["gpt2"]()
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -125,8 +126,8 @@ def test_what_surrounds_the_first_model_does_not_matter(tokenizer):
         lm = LM(model, tokenizer, pack_weights=True)
     assert torch.equal(torch.rand(3), expected)
     text = Text("The cat sat on the", lm)
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
-    assert linear._failure(torch.float32) is None
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
+    assert linear.failure_of(torch.float32) is None
 
 
 class Quantized(torch.Tensor):
@@ -134,7 +135,7 @@ class Quantized(torch.Tensor):
 
 
 def test_weights_with_a_mind_of_their_own_are_left_alone(monkeypatch):
-    monkeypatch.setattr(linear, "_is_faster", lambda: True)
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
     holder = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     holder[0].weight = nn.Parameter(torch.randn(3, 3).as_subclass(Quantized), requires_grad=False)
     speed_up([holder], pack=False)
@@ -163,16 +164,16 @@ def missing(*args):
     raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
 
 
-def wrong(rows, weight, bias):
+def wrong(rows, weight, bias, *rest):
     return nn.functional.linear(rows, weight, bias) * 1.001
 
 
 @pytest.mark.parametrize("product", [missing, wrong])
 def test_an_operation_that_is_missing_or_wrong_is_not_used(product, monkeypatch):
-    monkeypatch.setattr(linear, "_is_faster", lambda: True)
-    monkeypatch.setattr(linear, "_product", product)
-    monkeypatch.setattr(linear, "_packed", lambda weight: weight)
-    linear._failure.cache_clear()
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight, num_rows: weight)
+    linear.failure_of.cache_clear()
     try:
         holder = nn.Sequential(nn.Linear(3, 3))
         assert speed_up([holder], pack=False) == Linears("torch")
@@ -180,12 +181,12 @@ def test_an_operation_that_is_missing_or_wrong_is_not_used(product, monkeypatch)
         with pytest.raises(UnsupportedModelError, match=r"no attribute|off by"):
             speed_up([holder], pack=True)
     finally:
-        linear._failure.cache_clear()
+        linear.failure_of.cache_clear()
 
 
 def test_slower_products_are_not_used_unpacked(monkeypatch):
     holder = nn.Sequential(nn.Linear(3, 3))
-    monkeypatch.setattr(linear, "_is_faster", lambda: False)
+    monkeypatch.setattr(linear, "is_faster", lambda: False)
     assert speed_up([holder], pack=False) == Linears("torch")
     assert speed_up([copy.deepcopy(holder)], pack=True).name == "onednn, packed"
 
@@ -195,7 +196,7 @@ def test_layers_with_a_mind_of_their_own_are_left_alone(monkeypatch):
         def forward(self, rows):
             return 2 * super().forward(rows)
 
-    monkeypatch.setattr(linear, "_is_faster", lambda: True)
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
     holder = nn.Sequential(Doubled(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     holder[1].forward = lambda rows: rows
     assert speed_up([holder], pack=False) == Linears("onednn")
@@ -204,7 +205,7 @@ def test_layers_with_a_mind_of_their_own_are_left_alone(monkeypatch):
 
 @pytest.mark.parametrize(("seconds", "expected"), [([1.0, 0.5], True), ([1.0, 0.9], False)])
 def test_the_faster_one_serves(seconds, expected, monkeypatch):
-    """In turns: torch's product, then oneDNN's."""
-    turns = iter(seconds * 1000)
-    monkeypatch.setattr(linear, "_seconds", lambda work: next(turns))
-    assert linear._is_faster.__wrapped__() is expected
+    """In turns: torch's product, then oneDNN's. The clock is read before and after each."""
+    times = iter([0.0, seconds[0], 0.0, seconds[1]] * 1000)
+    monkeypatch.setattr("backprompt.model.linear.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert linear.is_faster.__wrapped__() is expected

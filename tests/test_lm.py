@@ -38,20 +38,16 @@ from backprompt import (
     evaluate,
     load,
 )
-from backprompt.cache import KeysValues, States
+from backprompt.evaluation.pools import CANDIDATE_BYTES, CANDIDATE_END_BYTES
+from backprompt.memory.blocks import KeysValues, States
+from comparing import assert_close, assert_equals_plain, num_distinct, num_distinct_ids
 from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe
 
-ATOL = 5e-5  # float32: tests/test_models.py says what was measured
 ROW_BYTES = VOCAB_SIZE * 4  # of logits
 FOUR_LMS = {name: LM(FAMILIES["gpt2"](), make()) for name, make in TOKENIZERS.items()}
 TOKEN_BYTES = 2 * (2 * 32 * 4) + 32 * 4 + 4 + 1 + 1  # keys, values, hidden state, log-probability, argmax, known
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_level_bpe()
 
 
 @pytest.fixture
@@ -97,18 +93,6 @@ def forest(lm):
     return [root, *leaves, Text("One alone.", lm)]
 
 
-def beginnings(texts):
-    """All that must be computed: each beginning of a text, once."""
-    return {text.tokens[:end] for text in texts for end in range(1, len(text.tokens) + 1)}
-
-
-def assert_equals_plain(model, texts):
-    for text in texts:
-        logits = text.model_repr.all_logits()
-        torch.testing.assert_close(logits, plain_logits(model, text.tokens), rtol=0, atol=ATOL)
-        torch.testing.assert_close(text.logits, logits[-1], rtol=0, atol=ATOL)
-
-
 # Counting
 
 
@@ -122,7 +106,7 @@ def test_stats_count_tokens_passes_and_rows_where_they_happen(lm, calls):
     done = lm.stats - before
 
     assert done.tokens_requested == sum(len(text.tokens) for text in [*texts, *texts[:2]])
-    assert done.tokens_computed == sum(calls.bodies) == len(beginnings(texts))
+    assert done.tokens_computed == sum(calls.bodies) == num_distinct(texts)
     assert done.tokens_reused == done.tokens_requested - done.tokens_computed
     assert done.forward_passes == len(calls.bodies)
     assert max(calls.bodies) <= 16
@@ -188,10 +172,13 @@ def test_a_longer_text_forwards_only_what_is_new(lm, calls):
 def test_tokens_reused_counts_no_less_than_nothing(lm):
     """What `clear` makes necessary to compute again was asked for again."""
     text = Text("The cat sat", lm)
+    before = lm.stats
     representation = evaluate(text)
     lm.clear()
     representation.logits  # noqa: B018
-    assert lm.stats.tokens_reused >= 0
+    done = lm.stats - before
+    assert done.tokens_requested == done.tokens_computed == 2 * len(text.tokens)
+    assert done.tokens_reused == 0
 
 
 # Bytes
@@ -204,9 +191,7 @@ def all_blocks():
 
 
 def tensors_of(block):
-    if isinstance(block, KeysValues):
-        return [*block.keys, *block.values]
-    return [block.hidden, block.logprobs, block.is_argmax, block.has_logprobs]
+    return list(block.tensors.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -225,7 +210,7 @@ def test_bytes_held_are_those_of_distinct_tokens(family, dtype, tokenizer):
     evaluate(texts[3])  # the forest then branches off in the middle of a span
     evaluate(texts)
     texts[1].token_logprobs  # noqa: B018
-    expected = len(beginnings(texts)) * token_bytes
+    expected = num_distinct(texts) * token_bytes
     assert expected <= lm.stats.bytes_held <= 1.05 * expected
 
     tensors = [tensor for block in all_blocks() - others for tensor in tensors_of(block)]
@@ -236,7 +221,7 @@ def test_bytes_held_are_those_of_distinct_tokens(family, dtype, tokenizer):
 def test_num_bytes_of_a_text_are_those_of_its_tokens(lm):
     texts = forest(lm)
     evaluate(texts)
-    distinct = len(beginnings(texts))
+    distinct = num_distinct(texts)
     for text in texts:
         share = lm.stats.bytes_held * len(text.tokens) / distinct
         assert text.model_repr.num_bytes == pytest.approx(share, rel=0.01)
@@ -251,9 +236,9 @@ def test_clear_frees_all_and_what_is_asked_for_later_is_computed_again(lm, model
     assert lm.stats.bytes_held == lm.stats.result_bytes_held == 0
 
     calls.bodies.clear()
-    torch.testing.assert_close(representations[1].logits, logits[1], rtol=0, atol=ATOL)
+    assert_close(representations[1].logits, logits[1])
     assert sum(calls.bodies) == len(texts[1].tokens)
-    torch.testing.assert_close(texts[1].token_logprobs, logprobs, rtol=0, atol=ATOL, equal_nan=True)
+    assert_close(texts[1].token_logprobs, logprobs)
     assert_equals_plain(model, texts)
 
 
@@ -274,7 +259,7 @@ def test_rows_are_computed_only_where_asked_and_once(lm, model, calls):
         read()
         assert (lm.stats - before).logit_rows == rows
     calls.heads.clear()
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     assert text.token_logprobs.shape == (len(text.tokens),)
     assert calls.heads == []
 
@@ -286,8 +271,8 @@ def test_the_row_that_predicts_many_first_tokens_is_computed_once(lm, model, cal
     evaluate(texts)
     for text in texts:
         logprobs = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(text.token_logprobs, logprobs, rtol=0, atol=ATOL, equal_nan=True)
-    assert sum(calls.heads) == len({text.tokens[:end] for text in texts for end in range(1, len(text.tokens))})
+        assert_close(text.token_logprobs, logprobs)
+    assert sum(calls.heads) == num_distinct_ids(text.tokens[:-1] for text in texts)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -304,7 +289,7 @@ def test_tokens_are_scored_from_a_start_on_and_no_other_rows_are_computed(data, 
         starts = [data.draw(st.integers(0, len(text.tokens))) for text in chosen]
         for text, start, logprobs in zip(chosen, starts, lm.token_logprobs(chosen, starts), strict=True):
             expected = plain_token_logprobs(model, text.tokens)[start:]
-            torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+            assert_close(logprobs, expected)
             rows |= {text.tokens[:end] for end in range(max(1, start), len(text.tokens))}
     assert (lm.stats - before).logit_rows == len(rows)
 
@@ -319,7 +304,7 @@ def test_a_last_token_is_scored_without_being_forwarded_and_what_is_known_of_it_
     done = lm.stats - before
     assert (done.tokens_computed, done.logit_rows) == (num_before, 1)
     expected = [plain_token_logprobs(model, text.tokens)[-1] for text in texts]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=ATOL)
+    assert_close(found, torch.stack(expected))
     torch.testing.assert_close(torch.cat(lm.token_logprobs(texts, [num_before] * 20)), found, rtol=0, atol=0)
     assert (lm.stats - before).logit_rows == 1
     evaluate(texts[:2])  # now two are forwarded: their log-probabilities are those that were scored, bit by bit
@@ -335,7 +320,7 @@ def test_a_scored_text_may_have_one_token_more_than_the_model_has_positions(mode
     text = Text.from_tokens(ids[: MAX_POSITIONS + 1], lm)
     (found,) = lm.token_logprobs([text], [MAX_POSITIONS])
     expected = plain_logits(model, text.tokens[:-1])[-1].log_softmax(dim=-1)[text.tokens[-1]]
-    torch.testing.assert_close(found[0], expected, rtol=0, atol=ATOL)
+    assert_close(found[0], expected)
     with pytest.raises(TextTooLongError, match="Shorten the text by 1"):
         lm.token_logprobs([text + Text.from_tokens([5], lm)])
     with pytest.raises(TextTooLongError):
@@ -395,23 +380,25 @@ def test_an_evaluation_is_counted_once(begin, model, tokenizer):
 
 
 def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 10)
+    monkeypatch.setattr("backprompt.evaluation.computation.MAX_EMPTY_SPANS", 10)
     lm = LM(model, tokenizer, memory_bytes=0)
     for first in range(40):
         lm.token_logprobs([Text.from_tokens([first, 5, 6, 7], lm)])
     evaluator = lm.session.evaluator
-    assert set(evaluator.computation.pools.candidates._scores) <= set(evaluator.forest.spans())
+    candidates = evaluator.computation.pools.candidates
+    known = [scores for span in evaluator.forest.spans() if (scores := candidates.get(span))]
+    assert candidates.num_bytes == sum(CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(scores) for scores in known) > 0
     assert lm.stats.result_bytes_held <= 20 * 400
 
 
 def test_what_is_known_of_tokens_not_forwarded_is_bounded(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.pools.MAX_CANDIDATE_BYTES", 600)
+    monkeypatch.setattr("backprompt.evaluation.pools.MAX_CANDIDATE_BYTES", 600)
     lm = LM(model, tokenizer)
     texts = [Text("The cat", lm) + Text.from_tokens([token_id], lm) for token_id in range(40, 60)]
     for chosen in (texts[:2], texts, texts[5:]):
         for text, logprobs in zip(chosen, lm.token_logprobs(chosen), strict=True):
             expected = plain_token_logprobs(model, text.tokens)
-            torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+            assert_close(logprobs, expected)
         assert lm.stats.result_bytes_held <= 600
 
 
@@ -430,7 +417,7 @@ def test_scores_say_which_tokens_are_the_most_probable(data, lm, model):
     for text, start, scores in zip(texts, starts, lm.token_scores(texts, starts), strict=True):
         assert torch.equal(scores.is_argmax, plain_is_argmax(model, text.tokens)[start:])
         expected = plain_token_logprobs(model, text.tokens)[start:]
-        torch.testing.assert_close(scores.logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(scores.logprobs, expected)
 
 
 def test_of_equally_probable_tokens_the_lowest_id_is_the_argmax(tokenizer):
@@ -464,7 +451,7 @@ def test_a_start_that_is_a_text(model, tokenizer):
     found = lm.token_logprobs(texts, [prompt, len(prompt.tokens), prompt])
     for text, logprobs in zip(texts, found, strict=True):
         expected = plain_token_logprobs(model, text.tokens)[len(prompt.tokens) :]
-        torch.testing.assert_close(logprobs, expected, rtol=0, atol=5e-5)
+        assert_close(logprobs, expected)
     scores = lm.token_scores(texts, [Text(prompt.string)] * 3)  # without an LM it is of this one
     assert [score.logprobs.tolist() for score in scores] == [logprobs.tolist() for logprobs in found]
     before = lm.stats
@@ -488,7 +475,7 @@ def test_a_start_is_taken_where_its_tokens_are_a_beginning(parts, data):
     if text.tokens[: len(ids)] == ids:
         (found,) = lm.token_logprobs([text], [start])
         assert len(found) == len(text.tokens) - len(ids)
-        torch.testing.assert_close(found, text.token_logprobs[len(ids) :], rtol=0, atol=5e-5, equal_nan=True)
+        assert_close(found, text.token_logprobs[len(ids) :])
     else:
         with pytest.raises(ValueError, match="is no beginning of"):
             lm.token_logprobs([text], [start])
@@ -501,7 +488,7 @@ def test_starts_of_texts_with_groups(model, tokenizer):
     for start, num_scored in [(group, len(text.tokens) - len(group.tokens)), (group + " and", 1)]:
         (found,) = lm.token_logprobs([text], [start])
         assert len(found) == num_scored
-        torch.testing.assert_close(found, text.token_logprobs[-num_scored:], rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(found, text.token_logprobs[-num_scored:])
     for other in (Text("See the cat the mat", lm), Text("See", lm) + (Text(" the cat") | " the dog")):
         with pytest.raises(ValueError, match="is no beginning of"):
             lm.token_logprobs([text], [other])
@@ -536,26 +523,26 @@ def test_reading_all_of_many_texts_takes_few_calls_of_the_head(what, order, lm, 
 
 
 def test_rows_are_computed_in_bounded_slices(lm, model, calls, monkeypatch):
-    monkeypatch.setattr("backprompt.executor.HEAD_SLICE_BYTES", 7 * ROW_BYTES)
+    monkeypatch.setattr("backprompt.model.executor.HEAD_SLICE_BYTES", 7 * ROW_BYTES)
     texts = [Text(f"The cat sat on the mat {number} times", lm) for number in range(100, 130)]
     evaluate(texts)
     assert_equals_plain(model, texts)
     for text in texts:
         logprobs = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(text.token_logprobs, logprobs, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(text.token_logprobs, logprobs)
     assert max(calls.heads) == 7
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_rows_held_are_bounded_and_computed_again_when_dropped(num_rows, model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.session.MAX_RESULT_BYTES", num_rows * ROW_BYTES)
+    monkeypatch.setattr("backprompt.session.session.MAX_RESULT_BYTES", num_rows * ROW_BYTES)
     lm = LM(model, tokenizer)
     texts = [Text(f"{number} cats", lm) for number in range(10)]
     evaluate(texts)
     before = lm.stats
     for _ in range(2):
         for text in texts:
-            torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+            assert_close(text.logits, plain_logits(model, text.tokens)[-1])
             assert lm.stats.result_bytes_held <= num_rows * ROW_BYTES
     assert lm.stats.result_bytes_held == num_rows * ROW_BYTES
     assert (lm.stats - before).tokens_computed == 0
@@ -566,7 +553,7 @@ def test_all_logits_takes_the_indices_of_a_slice(bounds, lm, model):
     text = Text("The cat sat on the mat", lm)
     start, stop = bounds
     rows = evaluate(text).all_logits(stop=stop) if start is None else evaluate(text).all_logits(start, stop)
-    torch.testing.assert_close(rows, plain_logits(model, text.tokens)[start:stop], rtol=0, atol=ATOL)
+    assert_close(rows, plain_logits(model, text.tokens)[start:stop])
 
 
 # What is returned
@@ -606,12 +593,12 @@ def test_a_failed_pass_keeps_what_was_computed_and_stores_nothing_half(error, fa
         evaluate(texts)
     kept = sum(calls.bodies[: failing_pass - 1])
     assert lm.stats.bytes_held == kept * TOKEN_BYTES
-    assert all(span.rows is not None for span in lm.session.evaluator.forest.spans())
+    assert all(span.keys_values is not None for span in lm.session.evaluator.forest.spans())
 
     calls.bodies.clear()
     evaluate(texts)
-    assert sum(calls.bodies) == len(beginnings(texts)) - kept
-    assert lm.stats.bytes_held == len(beginnings(texts)) * TOKEN_BYTES
+    assert sum(calls.bodies) == num_distinct(texts) - kept
+    assert lm.stats.bytes_held == num_distinct(texts) * TOKEN_BYTES
     assert_equals_plain(model, texts)
 
 

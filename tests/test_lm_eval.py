@@ -14,6 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from comparing import num_distinct_ids
+
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'backprompt[lm-eval]'")
 
 import datasets
@@ -32,7 +34,7 @@ from tiny_models import MAX_POSITIONS, build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, unigram
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
-ATOL = 1e-4
+SUM_ATOL = 1e-4  # of sums of log-probabilities
 FAMILIES = {"gpt2": "byte_level_bpe", "llama": "llama3_bpe", "gemma": "sentencepiece_bpe"}
 SENTENCES = "The cat sat on the mat. The dog sat on the cat. General Kenobi says hello there. "
 PAIRS = [
@@ -75,14 +77,14 @@ def instances(arguments):
 def assert_same(found, expected):
     assert len(found) == len(expected)
     for (logprob, is_greedy), (expected_logprob, expected_is_greedy) in zip(found, expected, strict=True):
-        assert logprob == pytest.approx(expected_logprob, abs=ATOL)
+        assert logprob == pytest.approx(expected_logprob, abs=SUM_ATOL)
         assert is_greedy is expected_is_greedy
 
 
-def num_distinct(requests, max_length=MAX_POSITIONS):
+def num_given(requests, max_length=MAX_POSITIONS):
     """Distinct tokens of what the model is given: the last ones of a request, and of them all but the last."""
     given = [tuple((*context, *continuation)[-max_length - 1 : -1]) for _, context, continuation in requests]
-    return len({ids[:stop] for ids in given for stop in range(1, len(ids) + 1)})
+    return num_distinct_ids(given)
 
 
 # Whole tasks
@@ -126,7 +128,7 @@ def test_tasks_have_the_results_of_hf(evaluated):
             assert sample["arguments"] == expected_sample["arguments"]
             answers, expected_answers = (s["filtered_resps"] for s in (sample, expected_sample))
             if task == "bp_passages":
-                assert answers == pytest.approx(expected_answers, abs=ATOL)
+                assert answers == pytest.approx(expected_answers, abs=SUM_ATOL)
             else:
                 assert_same(answers, expected_answers)
     for task in ("bp_letters", "bp_phrases", "bp_cloze", "bp_choices"):
@@ -139,7 +141,7 @@ def test_tasks_have_the_results_of_hf(evaluated):
 def test_tasks_compute_each_distinct_token_once(evaluated):
     results, requests = evaluated
     stats = results["backprompt"]["config"]["backprompt"]
-    assert stats["tokens_computed"] == num_distinct(requests) < stats["tokens_requested"] / 4
+    assert stats["tokens_computed"] == num_given(requests) < stats["tokens_requested"] / 4
     assert stats["tokens_recomputed"] == 0
     letters = [len(request[2]) for request in requests if request[0] and request[0][1] in "ABCD"]
     assert letters == [1] * 40
@@ -165,8 +167,8 @@ def test_any_ids_have_the_answers_of_hf(data, models, monkeypatch):
     hf, ours = models["gpt2"]
     monkeypatch.setattr(integration, "TOKENS_AT_A_TIME", data.draw(st.sampled_from([1, 30, 1000])))
     max_length = data.draw(st.integers(4, 12))
-    for model in (hf, ours):
-        monkeypatch.setattr(model, "_max_length", max_length)
+    monkeypatch.setattr(hf, "_max_length", max_length)
+    ours = BackpromptLM(ours.lm, max_length=max_length)
     requests = []
     for idx in range(data.draw(st.integers(1, 6))):
         context = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=9))
@@ -175,7 +177,7 @@ def test_any_ids_have_the_answers_of_hf(data, models, monkeypatch):
         requests.append(((str(idx), ""), context, continuation))
     before = ours.lm.clear() or ours.lm.stats
     found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert (ours.lm.stats - before).tokens_computed == num_distinct(requests, max_length)
+    assert (ours.lm.stats - before).tokens_computed == num_given(requests, max_length)
     assert_same(found, hf._loglikelihood_tokens(requests, disable_tqdm=True))
 
 
@@ -188,7 +190,7 @@ def test_what_shares_a_beginning_is_scored_together(folders, monkeypatch):
     before = ours.lm.stats
     ours._loglikelihood_tokens(requests, disable_tqdm=True)
     done = ours.lm.stats - before
-    assert (done.tokens_computed, done.tokens_recomputed) == (num_distinct(requests), 0)
+    assert (done.tokens_computed, done.tokens_recomputed) == (num_given(requests), 0)
 
 
 def test_a_greedy_continuation_is_called_one(models):
@@ -210,17 +212,15 @@ def test_a_greedy_continuation_is_called_one(models):
 @pytest.mark.parametrize("max_length", [7, None])
 def test_strings_have_the_rolling_loglikelihoods_of_hf_where_asked_for(family, max_length, models, monkeypatch):
     hf, ours = models[family]
-    for model in (hf, ours):
-        monkeypatch.setattr(model, "_max_length", max_length)
+    monkeypatch.setattr(hf, "_max_length", max_length)
+    own, as_hf = (BackpromptLM(ours.lm, max_length=max_length, rolling_as_hf=value) for value in (False, True))
     strings = instances([(SENTENCES * num,) for num in (0, 1, 5)] + [("Hello",)])
     expected = hf.loglikelihood_rolling(strings, disable_tqdm=True)
-    own = ours.loglikelihood_rolling(strings, disable_tqdm=True)
-    monkeypatch.setattr(ours, "_rolling_as_hf", True)
-    found = ours.loglikelihood_rolling(strings, disable_tqdm=True)
-    assert found == pytest.approx(expected, abs=ATOL)
+    found = as_hf.loglikelihood_rolling(strings, disable_tqdm=True)
+    assert found == pytest.approx(expected, abs=SUM_ATOL)
     assert 0 >= found[0] > found[1] > found[2]
     if family == "gpt2":  # its tokenizer adds nothing
-        assert own == found
+        assert own.loglikelihood_rolling(strings, disable_tqdm=True) == found
 
 
 def test_a_rolling_loglikelihood_is_that_of_the_strings_own_tokens(folders):
@@ -234,17 +234,17 @@ def test_a_rolling_loglikelihood_is_that_of_the_strings_own_tokens(folders):
     behind = [encoded[0], encoded[1][1:], []]
     expected = [float(plain_token_logprobs(model, [bos, *ids])[1:].double().sum()) for ids in behind]
     found = ours.loglikelihood_rolling(instances([(string,) for string in strings]), disable_tqdm=True)
-    assert found == pytest.approx(expected, abs=ATOL)
+    assert found == pytest.approx(expected, abs=SUM_ATOL)
     (behind_nothing,) = ours.loglikelihood(instances([("", strings[0])]), disable_tqdm=True)
     assert found[0] == pytest.approx(behind_nothing[0], abs=1e-9)
     with_two = float(plain_token_logprobs(model, [bos, bos, *behind[0]])[1:].double().sum())
     (found_as_hf,) = as_hf.loglikelihood_rolling(instances([(strings[0],)]), disable_tqdm=True)
-    assert found_as_hf == pytest.approx(with_two, abs=ATOL)
+    assert found_as_hf == pytest.approx(with_two, abs=SUM_ATOL)
     assert abs(found_as_hf - found[0]) > 0.1
     other = BackpromptLM(folders["llama"], prefix_token_id=7)
     (found_behind_7,) = other.loglikelihood_rolling(instances([(strings[0],)]), disable_tqdm=True)
     behind_7 = float(plain_token_logprobs(model, [7, *behind[0]])[1:].double().sum())
-    assert found_behind_7 == pytest.approx(behind_7, abs=ATOL)
+    assert found_behind_7 == pytest.approx(behind_7, abs=SUM_ATOL)
 
 
 @pytest.mark.parametrize("options", [{"add_bos_token": True}, {"add_bos_token": False}, {"prefix_token_id": 7}])
@@ -376,17 +376,19 @@ def test_requests_that_cannot_be_answered_are_refused_before_anything_runs(model
             ours.loglikelihood(instances(pairs), disable_tqdm=True)
     with pytest.raises(GenerationError, match="max_gen_toks"):
         ours.generate_until(instances([("The cat", {"max_gen_toks": MAX_POSITIONS})]))
-    monkeypatch.setattr(ours, "_prefix_token_id", None)
+    tokenizer = byte_level_bpe()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    bare = BackpromptLM(LM(ours.lm.model, tokenizer))
     with pytest.raises(ValueError, match="prefix_token_id="):
-        ours.loglikelihood(instances(PAIRS), disable_tqdm=True)
+        bare.loglikelihood(instances(PAIRS), disable_tqdm=True)
     with pytest.raises(ValueError, match="prefix_token_id="):
-        ours.loglikelihood_rolling(instances([("The cat",)]), disable_tqdm=True)
+        bare.loglikelihood_rolling(instances([("The cat",)]), disable_tqdm=True)
     with pytest.raises(ValueError, match="prefix_token_id="):
-        ours.generate_until(instances([("The cat", {"max_gen_toks": 3}), ("", {"max_gen_toks": 4})]), disable_tqdm=True)
-    assert (ours.lm.stats - before).forward_passes == 0
-    monkeypatch.setattr(ours, "_max_length", 10 * MAX_POSITIONS)
+        bare.generate_until(instances([("The cat", {"max_gen_toks": 3}), ("", {"max_gen_toks": 4})]), disable_tqdm=True)
+    assert (ours.lm.stats - before).forward_passes == bare.lm.stats.forward_passes == 0
+    longer = BackpromptLM(ours.lm, max_length=10 * MAX_POSITIONS)
     with pytest.raises(TextTooLongError, match="128 positions"):
-        ours.loglikelihood(instances(PAIRS[-4:]), disable_tqdm=True)
+        longer.loglikelihood(instances(PAIRS[-4:]), disable_tqdm=True)
 
 
 def test_generated_strings_are_those_of_hf(models):

@@ -7,26 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from backprompt import (
-    LM,
-    GenerationError,
-    NonFiniteError,
-    Text,
-    evaluate,
-    generate,
-    independence_gap,
-    probe,
-    verify,
-)
-from backprompt._generate import select
+from backprompt import LM, GenerationError, NonFiniteError, Text, evaluate, generate, independence_gap, verify
 from backprompt.classify import best_threshold, calibrate, log_probs, predict, predict_proba, token_logprobs
 from backprompt.classify.weighed import as_candidate
 from backprompt.classify.weighing import Weighing
 from backprompt.cli import generate as cli_generate
+from backprompt.generation.selected import select
 from backprompt.integrations.sklearn import PromptClassifier
+from backprompt.model import probe
 from backprompt.store import DiskStore, MemoryStore
 from backprompt.store.base import Entry
-from reference import plain_logits, plain_token_logprobs
+from comparing import assert_close
+from reference import ATOL, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 
 PROMPTS = ["The cat sat on the", "General Kenobi, who was there, says"]
@@ -230,12 +222,12 @@ def test_masked_tokens_have_the_log_probability_minus_infinity(masked, masked_lm
         text = Text(prompt, masked_lm) + " 46 mat"
         expected = plain_token_logprobs(masked, text.tokens)
         assert expected.isneginf().sum() == 1
-        torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=5e-5, equal_nan=True)
-        torch.testing.assert_close(text.logits, plain_logits(masked, text.tokens)[-1], rtol=0, atol=5e-5)
+        assert_close(text.token_logprobs, expected)
+        assert_close(text.logits, plain_logits(masked, text.tokens)[-1])
         (following,) = masked_lm.next_token_logprobs([text], [[3, 5]])
         assert following.isneginf().tolist() == [True, False]
         for row, plain in zip(log_probs(prompt, COMPLETIONS, masked_lm), weights_of(masked_lm, prompt), strict=True):
-            np.testing.assert_allclose(row, plain, rtol=0, atol=5e-5)
+            np.testing.assert_allclose(row, plain, rtol=0, atol=ATOL[torch.float32])
     assert -np.inf in token_logprobs("46", masked_lm)
     assert verify(text).gap < 1e-4
     shown = text.show(top=400)
@@ -248,7 +240,7 @@ def test_masked_tokens_have_the_log_probability_minus_infinity(masked, masked_lm
         stored.save()
         lm = LM(masked, tokenizer, store=store)
         found = Text(text.string, lm).token_logprobs
-        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5, equal_nan=True)
+        assert_close(found, expected)
         assert lm.stats.tokens_computed == 0
 
 
@@ -261,7 +253,7 @@ def test_masked_tokens_are_not_generated(num, options, tokenizer):
     for found in generate([Text(PROMPTS[0], LM(model, tokenizer))], max_new_tokens=6, n=num, **options)[0]:
         assert set(found.completion_tokens) <= {7, 8, 9, 10}
         expected = plain_token_logprobs(model, found.tokens)[-6:]
-        torch.testing.assert_close(found.completion_logprobs, expected, rtol=0, atol=5e-5)
+        assert_close(found.completion_logprobs, expected)
 
 
 SCHEMES = {
@@ -398,7 +390,7 @@ def test_a_probability_of_0_is_null_on_the_command_line(masked, tokenizer):
     """JSON has no infinity. Token 300 is masked, and the options force it."""
     text = Text(PROMPTS[0], LM(masked, tokenizer)).generate(max_new_tokens=2, forced_eos_token_id=300)
     assert text.completion_logprobs[-1] == -torch.inf
-    assert cli_generate._result(text, 0, None)["logprob"] is None
+    assert cli_generate.result_of(text, 0, None)["logprob"] is None
 
 
 # Rows that are no distribution
@@ -431,16 +423,16 @@ def test_logits_that_are_no_distribution_are_an_error_that_names_the_text(what, 
     good, other, longer, bad = texts = [Text(string, lm) for string in strings]
     match = f"LlamaForCausalLM returned {what}.* at the end of '.*{prompt[-10:]}'"
     evaluate(texts)
-    torch.testing.assert_close(good.logits, plain_logits(model, good.tokens)[-1], rtol=0, atol=5e-5)
+    assert_close(good.logits, plain_logits(model, good.tokens)[-1])
     for _ in range(2):  # reading ahead, and when all is there
-        torch.testing.assert_close(longer.logits, plain_logits(model, longer.tokens)[-1], rtol=0, atol=5e-5)
+        assert_close(longer.logits, plain_logits(model, longer.tokens)[-1])
         for text in (good, other):
             expected = plain_token_logprobs(model, text.tokens)
-            torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=5e-5, equal_nan=True)
+            assert_close(text.token_logprobs, expected)
         assert torch.isfinite(bad.token_logprobs[1:]).all()  # its own last row predicts nothing of it
     start = len(bad.tokens) + 1
     (found,) = lm.token_logprobs([longer], [start])  # rows that nobody asked for
-    torch.testing.assert_close(found, plain_token_logprobs(model, longer.tokens)[start:], rtol=0, atol=5e-5)
+    assert_close(found, plain_token_logprobs(model, longer.tokens)[start:])
     reads = {
         "logits": lambda: bad.logits,
         "all logits": lambda: longer.model_repr.all_logits(),
@@ -460,8 +452,10 @@ def test_logits_that_are_no_distribution_are_an_error_that_names_the_text(what, 
         with pytest.raises(NonFiniteError, match=match):
             read()
     assert torch.isfinite(good.generate(max_new_tokens=2).completion_logprobs).all()
-    for rows in lm.session.evaluator.computation.pools.logits._rows.values():
-        assert torch.isfinite(rows).all()
+    evaluator = lm.session.evaluator
+    pooled = [evaluator.computation.pools.logits.get(span) for span in evaluator.forest.spans()]
+    assert any(row is not None for row in pooled)
+    assert all(torch.isfinite(row).all() for row in pooled if row is not None)
     assert not lm.session.evaluator.holders.ends()
 
 
@@ -501,12 +495,12 @@ def test_a_model_is_not_refused_for_rows_of_its_embedding_that_nobody_uses(token
     """Such as rows that pad it: the tokens that the probe begins with are among them."""
     model = FAMILIES["llama"]()
     text = Text(PROMPTS[0], LM(FAMILIES["llama"](), tokenizer))
-    unused = sorted(set(probe._token_ids("aaaabbbcc", 320, 0)) - set(text.tokens))
+    unused = sorted(set(probe.token_ids_of("aaaabbbcc", 320, 0)) - set(text.tokens))
     assert unused
     with torch.no_grad():
         model.model.embed_tokens.weight[unused] = torch.nan
     found = Text(PROMPTS[0], LM(model, tokenizer)).logits
-    torch.testing.assert_close(found, plain_logits(model, text.tokens)[-1], rtol=0, atol=5e-5)
+    assert_close(found, plain_logits(model, text.tokens)[-1])
 
 
 WEIGHTS = [
@@ -536,7 +530,7 @@ def test_scores_of_nan_that_torch_hides_are_an_error(name, tokenizer, monkeypatc
     model = FAMILIES["llama"]()
     with torch.no_grad():
         model.get_submodule(f"model.layers.1.self_attn.{name}").weight[...] = torch.nan
-    monkeypatch.setattr("backprompt.computation.probe", lambda model, executor: None)
+    monkeypatch.setattr("backprompt.evaluation.computation.probe", lambda model, executor: None)
     text = Text.from_tokens((5, 6, 7), LM(model, tokenizer))
     with pytest.raises(
         NonFiniteError, match=rf"queries or keys of NaN or infinity at the end of .*{name}.weight' has NaN"

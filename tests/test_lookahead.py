@@ -6,20 +6,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backprompt import LM, GenerationError, Text, generate
-from backprompt.choosing import Logits, choose
-from backprompt.decoding import Decoding, TextDecoding
-from backprompt.lookahead import proposals
-from backprompt.stops import StopStrings
+from backprompt.generation.choosing import Logits, choose
+from backprompt.generation.decoding import Decoding, TextDecoding
+from backprompt.generation.lookahead import proposals
+from backprompt.generation.stops import StopStrings
+from comparing import assert_close
 from reference import plain_greedy, plain_token_logprobs
 from tiny_models import FAMILIES
 
-ATOL = 5e-5
 FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-
-
-@pytest.fixture
-def lm(model, tokenizer):
-    return LM(model, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +69,9 @@ def test_the_tokens_are_the_same_in_fewer_passes(lm, model):
     assert found.completion_tokens == plain.completion_tokens == plain_greedy(model, text.tokens, 40)
     assert plainly.forward_passes == 40
     assert ahead.forward_passes < 20
-    torch.testing.assert_close(found.completion_logprobs, plain.completion_logprobs, rtol=0, atol=ATOL)
+    assert_close(found.completion_logprobs, plain.completion_logprobs)
     expected = plain_token_logprobs(model, found.tokens)
-    torch.testing.assert_close(found.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+    assert_close(found.token_logprobs, expected)
 
 
 def test_what_was_proposed_in_vain_is_not_held(lm):
@@ -118,7 +113,7 @@ def test_what_is_chosen_does_not_change(tokenizer, family, num_tokens, max_ngram
         for found, one in zip(row, expected, strict=True):
             assert found.completion_tokens == one.completion_tokens
             assert found.finish_reason == one.finish_reason
-            torch.testing.assert_close(found.completion_logprobs, one.completion_logprobs, rtol=0, atol=ATOL)
+            assert_close(found.completion_logprobs, one.completion_logprobs)
     assert not lm.session.evaluator.holders.ends()
 
 

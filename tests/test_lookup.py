@@ -11,8 +11,8 @@ from test_memory import TOKEN_BYTES, make_lm
 
 import backprompt as bp
 from backprompt import LM, Piece, Text, evaluate
-from backprompt.forest import Forest
-from backprompt.radix import SLOTS
+from backprompt.forest.forest import Forest
+from backprompt.forest.span import KINDS
 from backprompt.store import DiskStore, MemoryStore
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
@@ -30,7 +30,7 @@ def state_of(lm):
             (id(span), id(span.parent), list(span.children), [getattr(span, name) for name in fields])
             for span in [evaluator.forest.root, *evaluator.forest.spans()]
         ],
-        (evaluator.memory._level, evaluator.memory._clock, evaluator.memory.num_empty_spans),
+        {name: value for name, value in vars(evaluator.memory).items() if isinstance(value, (int, float))},
     )
 
 
@@ -248,9 +248,11 @@ def test_slots_of_a_sketch_are_marks():
     """A sketch has no rows of its own, so that nobody reads tensors off it."""
     held = Forest()
     end = held.insert((1, 2, 3))
-    end.states = end.rows = bp.lookup._MEMORY
-    sketch = bp.lookup.Sketch(held, [(1, 2, 4)])
-    marks = [getattr(span, slot) for span in sketch.forest.spans() for slot in SLOTS]
+    end.states = end.keys_values = object()
+    sketch = bp.evaluation.lookup.Sketch(held, [(1, 2, 4)])
+    marks = [
+        span.rows_in(kind, "device") or span.rows_in(kind, "host") for span in sketch.forest.spans() for kind in KINDS
+    ]
     assert all(mark is None or not isinstance(mark.block, torch.Tensor) for mark in marks)
-    assert [bp.lookup.where(span) for span in sketch.forest.spans()] == ["memory", "absent"]
+    assert [bp.evaluation.lookup.where(span) for span in sketch.forest.spans()] == ["memory", "absent"]
     assert [span.token_ids for span in held.spans()] == [(1, 2, 3)]

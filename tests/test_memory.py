@@ -9,16 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from backprompt import LM, MemoryBudgetError, Text, TokenIdError, evaluate, load, tier
-from backprompt.cache import Location
-from backprompt.host import HostMemory
-from backprompt.memory import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt import LM, MemoryBudgetError, Text, TokenIdError, evaluate, load
+from backprompt.memory import tier
+from backprompt.memory.blocks import Location
+from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory.host import HostMemory
 from backprompt.store import DiskStore, MemoryStore
+from comparing import assert_close, assert_equals_plain, num_distinct
 from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
-ATOL = 5e-5
 STATE_BYTES = 32 * 4 + 4 + 1 + 1  # hidden state, log-probability, whether argmax, whether known
 KEY_BYTES = 2 * (2 * 32 * 4)  # keys and values of two layers
 TOKEN_BYTES = KEY_BYTES + STATE_BYTES
@@ -46,10 +47,6 @@ def wide_forest(lm, num_branches=12, num_leaves=6):
     return [branch + f"Answer {leaf}!" for branch in branches for leaf in range(num_leaves)]
 
 
-def num_distinct(texts):
-    return len({text.tokens[:end] for text in texts for end in range(1, len(text.tokens) + 1)})
-
-
 def check_is_sound(lm):
     """What is held has its ancestors, keys come with states, nothing lies in both pools, and all is counted.
 
@@ -57,7 +54,7 @@ def check_is_sound(lm):
     """
     evaluator = lm.session.evaluator
     spans = list(evaluator.forest.spans())
-    for kind in ("rows", "states"):
+    for kind in ("keys_values", "states"):
         for span in spans:
             places = getattr(span, kind), getattr(span, f"host_{kind}")
             assert None in places
@@ -68,24 +65,23 @@ def check_is_sound(lm):
             assert parent.parent is None or places[0] is None or getattr(parent, kind) is not None
     for pool, prefix in ((evaluator.memory, ""), (evaluator.host, "host_")):
         blocks = set()
-        for kind in ("rows", "states"):
+        for kind in ("keys_values", "states"):
             num_rows = {}
             for place in filter(None, (getattr(span, prefix + kind) for span in spans)):
                 num_rows[place.block] = num_rows.get(place.block, 0) + place.stop - place.start
             assert all(block.num_rows == num or (prefix and block.num_rows > num) for block, num in num_rows.items())
             blocks |= set(num_rows)
-        assert blocks == set(pool._blocks)
+        assert blocks == set(pool.blocks)
     for span in spans:
-        for place in filter(None, (span.rows, span.states, span.host_rows, span.host_states)):
+        for place in filter(None, (span.keys_values, span.states, span.host_keys_values, span.host_states)):
             assert place.stop - place.start == len(span.token_ids)
-    assert all(span.rows is None or span.states is not None for span in spans)
-    assert not any(span.is_empty and (span.rows or span.host_rows) for span in spans)
+    assert all(span.keys_values is None or span.states is not None for span in spans)
+    assert not any(span.is_empty and (span.keys_values or span.host_keys_values) for span in spans)
 
 
 def tensors_of(block):
-    """All tensors of a block, with the names of their fields."""
-    fields = [(name, field if isinstance(field, list) else [field]) for name, field in vars(block).items()]
-    return [(name, tensor) for name, tensors in fields for tensor in tensors]
+    """All tensors of a block, with their kinds."""
+    return [(name.split(".")[0], tensor) for name, tensor in block.tensors.items()]
 
 
 def watch_peaks(lm):
@@ -144,23 +140,23 @@ class AnyUse(RuleBasedStateMachine):
 
     @rule(idx=st.integers(0, 10))
     def read_logits(self, idx):
-        self.check(self.texts[idx].logits, EXPECTED[self.texts[idx].tokens][0])
+        assert_close(self.texts[idx].logits, EXPECTED[self.texts[idx].tokens][0])
 
     @rule(idx=st.integers(0, 10))
     def read_logprobs(self, idx):
-        self.check(self.texts[idx].token_logprobs, EXPECTED[self.texts[idx].tokens][1])
+        assert_close(self.texts[idx].token_logprobs, EXPECTED[self.texts[idx].tokens][1])
 
     @rule(idx=st.integers(0, 100))
     def read_an_old_representation(self, idx):
         if self.reprs:
             text, found = self.reprs[idx % len(self.reprs)]
-            self.check(found.all_logits(-1)[0], EXPECTED[text.tokens][0])
+            assert_close(found.all_logits(-1)[0], EXPECTED[text.tokens][0])
 
     @rule(idx=st.integers(0, 100))
     def read_the_logits_of_an_old_representation(self, idx):
         if self.reprs:
             text, found = self.reprs[idx % len(self.reprs)]
-            self.check(found.logits, EXPECTED[text.tokens][0])
+            assert_close(found.logits, EXPECTED[text.tokens][0])
 
     @rule(idx=st.integers(0, 10))
     def continue_a_cache(self, idx):
@@ -168,14 +164,14 @@ class AnyUse(RuleBasedStateMachine):
         cache = text.model_repr.past_key_values()
         assert cache.get_seq_length() == len(text.tokens)
         logits = self.model(torch.tensor([[5]]), past_key_values=cache).logits[0, -1]
-        self.check(logits, plain_logits(self.model, (*text.tokens, 5))[-1])
+        assert_close(logits, plain_logits(self.model, (*text.tokens, 5))[-1])
 
     @rule(indices=st.lists(st.integers(0, 10), max_size=11), data=st.data())
     def score(self, indices, data):
         texts = [self.texts[idx] for idx in indices]
         starts = [data.draw(st.integers(0, len(text.tokens))) for text in texts]
         for text, start, logprobs in zip(texts, starts, self.lm.token_logprobs(texts, starts), strict=True):
-            self.check(logprobs, EXPECTED[text.tokens][1][start:])
+            assert_close(logprobs, EXPECTED[text.tokens][1][start:])
 
     @rule(idx=st.integers(0, 10))
     def pin(self, idx):
@@ -215,9 +211,6 @@ class AnyUse(RuleBasedStateMachine):
                 assert text.model_repr.past_key_values().get_seq_length() == len(text.tokens)
             done = self.lm.stats - before
             assert (done.tokens_computed, done.tokens_fetched) == (0, 0)
-
-    def check(self, actual, expected):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL, equal_nan=True)
 
     def teardown(self):
         if hasattr(self, "patch"):
@@ -266,7 +259,7 @@ def test_scoring_a_forest_over_the_budget_reads_each_pass_before_it_goes(model, 
     before = lm.stats
     for text, logprobs in zip(texts, lm.token_logprobs(texts), strict=True):
         expected = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(logprobs, expected)
     assert (lm.stats - before).tokens_computed <= 1.2 * num_distinct(texts)
 
 
@@ -279,14 +272,14 @@ def test_keys_and_values_go_first_and_results_stay(model, tokenizer):
     reprs = evaluate(texts)
     before = lm.stats
     for text, found in zip(texts, reprs, strict=True):
-        torch.testing.assert_close(found.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(found.logits, plain_logits(model, text.tokens)[-1])
         expected = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(found.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(found.token_logprobs, expected)
     evaluate(texts)
     assert (lm.stats - before).tokens_computed == 0
 
     continued = texts[0] + " And so on."
-    torch.testing.assert_close(continued.logits, plain_logits(model, continued.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(continued.logits, plain_logits(model, continued.tokens)[-1])
     done = lm.stats - before
     assert done.tokens_recomputed > 0
     assert done.tokens_computed <= len(continued.tokens)
@@ -311,7 +304,7 @@ def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
     lm = make_lm(model, tokenizer, 60, pass_tokens=512)
     evaluate(wide_forest(lm))
     gc.collect()
-    blocks = list(lm.session.evaluator.memory._blocks)
+    blocks = lm.session.evaluator.memory.blocks
     tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.bytes_held <= 60 * TOKEN_BYTES
@@ -320,7 +313,7 @@ def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
 def test_a_text_larger_than_the_budget_is_computed_and_then_dropped(model, tokenizer):
     lm = make_lm(model, tokenizer, 3)
     text = Text("Question: What is 12 + 34? The cat sat on the mat.", lm)
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     assert lm.stats.bytes_held <= 3 * TOKEN_BYTES
 
 
@@ -344,7 +337,7 @@ def differences(before, after):
 @pytest.mark.parametrize("limit", [("SPANS", 20), ("TOKENS", 60)])
 def test_spans_that_hold_nothing_do_not_pile_up(limit, model, tokenizer, monkeypatch):
     what, bound = limit
-    monkeypatch.setattr(f"backprompt.computation.MAX_EMPTY_{what}", bound)
+    monkeypatch.setattr(f"backprompt.evaluation.computation.MAX_EMPTY_{what}", bound)
     lm = make_lm(model, tokenizer, 10)
     for number in range(100):
         evaluate(Text(f"{number} cats", lm))
@@ -361,7 +354,7 @@ def test_spans_that_hold_nothing_do_not_pile_up(limit, model, tokenizer, monkeyp
 
 
 def test_twenty_thousand_texts_leave_no_more_than_ten_thousand(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 500)
+    monkeypatch.setattr("backprompt.evaluation.computation.MAX_EMPTY_SPANS", 500)
     lm = make_lm(model, tokenizer, 200, pass_tokens=256)
     counts = [count_live()]
     for first in range(0, 20_000, 50):
@@ -390,10 +383,10 @@ WAYS = {
 @pytest.mark.parametrize(("way", "host_tokens"), [*((way, 0) for way in WAYS), ("evaluated", 8), ("generated", 8)])
 def test_a_long_run_keeps_no_more_than_a_short_one(way, host_tokens, model, tokenizer, monkeypatch, tmp_path):
     """Texts that nobody asks for again, over budgets that some of them fill."""
-    monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 20)
-    monkeypatch.setattr("backprompt.session.MAX_RESULT_BYTES", 20 * 1280)
-    monkeypatch.setattr("backprompt.pools.MAX_CANDIDATE_BYTES", 20 * 600)
-    monkeypatch.setattr("backprompt.tier.MAX_SMALL_BLOCKS", 4)
+    monkeypatch.setattr("backprompt.evaluation.computation.MAX_EMPTY_SPANS", 20)
+    monkeypatch.setattr("backprompt.session.session.MAX_RESULT_BYTES", 20 * 1280)
+    monkeypatch.setattr("backprompt.evaluation.pools.MAX_CANDIDATE_BYTES", 20 * 600)
+    monkeypatch.setattr("backprompt.memory.tier.MAX_SMALL_BLOCKS", 4)
     options = {"store": DiskStore(tmp_path, persist="explicit")} if way == "saved" else {}
     lm = make_lm(model, tokenizer, 8, host_tokens=host_tokens, **options)
     counts = [count_live()]
@@ -407,7 +400,7 @@ def test_a_long_run_keeps_no_more_than_a_short_one(way, host_tokens, model, toke
 
 
 def test_one_text_that_is_kept_keeps_none_that_it_was_evaluated_with(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.computation.MAX_EMPTY_SPANS", 20)
+    monkeypatch.setattr("backprompt.evaluation.computation.MAX_EMPTY_SPANS", 20)
     lm = make_lm(model, tokenizer, 30, pass_tokens=64)
     kept = []
     for first in range(0, 1000, 50):
@@ -427,19 +420,19 @@ def test_small_blocks_become_one_and_no_row_changes(model, tokenizer, monkeypatc
     for text in texts[::2]:
         assert text.token_logprobs.shape == (len(text.tokens),)
     memory, before = lm.session.evaluator.memory, lm.stats
-    assert len(memory._blocks) >= 60
+    assert len(memory.blocks) >= 60
     monkeypatch.setattr(tier, "MAX_SMALL_BLOCKS", 8)
     evaluate(Text("And 1 more.", lm))
-    assert len(memory._blocks) <= 8
+    assert len(memory.blocks) <= 8
     check_is_sound(lm)
     assert lm.stats.bytes_held - before.bytes_held == TOKEN_BYTES * (lm.stats - before).tokens_computed
     before = lm.stats
     for text, hidden in zip(texts, expected, strict=True):
         assert torch.equal(text.model_repr.hidden_states, hidden)
         logprobs = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(text.token_logprobs, logprobs, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(text.token_logprobs, logprobs)
         logits = plain_logits(model, (*text.tokens, 5))[-1]
-        torch.testing.assert_close((text + Text.from_tokens([5], lm)).logits, logits, rtol=0, atol=ATOL)
+        assert_close((text + Text.from_tokens([5], lm)).logits, logits)
     assert (lm.stats - before).tokens_computed == len(texts)
 
 
@@ -450,7 +443,7 @@ def test_texts_grow_on_while_small_blocks_become_one(model, tokenizer, monkeypat
     for number in range(20):
         evaluate(Text(f"{number} more", lm))
         for stream in streams:
-            stream._run.step()
+            stream.run.step()
     for number, stream in enumerate(streams):
         plain = plain_greedy(model, Text(f"The cat {number}", lm).tokens, 20)
         assert stream.text.completion_tokens == plain
@@ -463,10 +456,9 @@ def test_logits_are_those_of_their_own_text_after_a_clear(model, tokenizer):
     texts = wide_forest(lm, num_branches=2, num_leaves=2)
     old = evaluate(texts)
     lm.clear()
-    for reads in ([texts[0].logits, old[0].logits], [old[2].logits], [old[1].token_logprobs], [texts[1].logits]):
-        assert reads
+    _ = [texts[0].logits, old[0].logits, old[2].logits, old[1].token_logprobs, texts[1].logits]
     for text, found in zip(texts, old, strict=True):
-        torch.testing.assert_close(found.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(found.logits, plain_logits(model, text.tokens)[-1])
 
 
 def test_a_failed_compaction_leaves_nothing_half_cut(model, tokenizer, monkeypatch):
@@ -476,22 +468,15 @@ def test_a_failed_compaction_leaves_nothing_half_cut(model, tokenizer, monkeypat
     lm = make_lm(model, tokenizer, 60)
     texts = wide_forest(lm)
     with monkeypatch.context() as patch:
-        patch.setattr("backprompt.cache.States.keep", fail)
+        patch.setattr("backprompt.memory.blocks.States.keep", fail)
         with pytest.raises(torch.OutOfMemoryError):
             [evaluate(texts[:num_texts]) for num_texts in range(1, len(texts))]
     assert lm.stats.bytes_held == 0
     for text in texts:
-        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(text.logits, plain_logits(model, text.tokens)[-1])
 
 
 # The second pool
-
-
-def assert_plain(model, texts):
-    for text in texts:
-        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
-        expected = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
 
 
 @pytest.mark.parametrize("pass_tokens", [8, 32, 256])
@@ -506,12 +491,12 @@ def test_a_forest_that_both_pools_hold_is_computed_once(model, tokenizer, pass_t
     evaluate(texts)
     evaluate(texts)
     assert (lm.stats - before).tokens_computed == distinct
-    assert_plain(model, texts[::7])
+    assert_equals_plain(model, texts[::7])
     for text, logprobs in zip(continued, lm.token_logprobs(continued), strict=True):
         expected = plain_token_logprobs(model, text.tokens)
-        torch.testing.assert_close(logprobs, expected, rtol=0, atol=ATOL, equal_nan=True)
+        assert_close(logprobs, expected)
     evaluate(continued)  # their last tokens were scored and not forwarded
-    assert_plain(model, continued[::7])
+    assert_equals_plain(model, continued[::7])
     done = lm.stats - before
     assert done.tokens_computed == num_distinct(texts + continued)
     assert done.tokens_recomputed == 0
@@ -572,7 +557,7 @@ def test_the_second_pool_stays_within_its_budget(host_tokens, model, tokenizer):
         check_is_sound(lm)
     assert 0 < peaks["host"] <= host_tokens * TOKEN_BYTES
     gc.collect()
-    blocks = list(lm.session.evaluator.host._blocks)
+    blocks = lm.session.evaluator.host.blocks
     tensors = [tensor for block in blocks for _, tensor in tensors_of(block)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == lm.stats.host_bytes_held
@@ -606,7 +591,7 @@ def test_what_a_part_of_a_text_continues_stays_when_the_part_moves_back(model, t
     for text in (stem, second, first, stem, other):
         evaluate(text)
     spans = [lm.session.evaluator.forest.insert(text.tokens) for text in (first, stem, second, other)]
-    assert [span.rows is None for span in spans] == [True, False, True, False]
+    assert [span.keys_values is None for span in spans] == [True, False, True, False]
     add = lm.session.evaluator.memory.add
     lm.session.evaluator.memory.add = lambda blocks: (add(blocks), check_is_sound(lm))
     evaluate([Text.from_tokens((*text.tokens, 7), lm) for text in (first, second)])
@@ -636,7 +621,7 @@ def test_a_pass_that_goes_is_one_block_and_one_copy_a_tensor(model, tokenizer, m
     texts = wide_forest(lm, num_branches=3)
     evaluate(texts)
     assert len(list(lm.session.evaluator.forest.spans())) > 20
-    assert len(lm.session.evaluator.host._blocks) == 2  # keys and values; states
+    assert len(lm.session.evaluator.host.blocks) == 2  # keys and values; states
     assert len(copied) == 2 * 2 + 3  # of each of two layers; hidden states, log-probabilities, argmax flags
     lm.session.evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
     evaluate(texts)
@@ -677,14 +662,14 @@ def test_a_store_serves_what_neither_pool_holds(model, tokenizer):
     evaluate(texts)
     before = lm.stats
     for text in texts[::-1]:
-        torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+        assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     continued = [Text.from_tokens([*ids, 7], lm) for ids in token_ids]
     evaluate(continued)
     done = lm.stats - before
     assert done.tokens_computed == len(texts)
     assert done.tokens_fetched >= 40
     assert done.tokens_loaded >= 40
-    assert_plain(model, continued)
+    assert_equals_plain(model, continued)
     assert lm.stats.host_bytes_held <= 40 * TOKEN_BYTES
     check_is_sound(lm)
 
@@ -737,7 +722,7 @@ def test_a_failed_move_leaves_nothing_half_moved(num_copies, model, tokenizer, m
         with pytest.raises(torch.OutOfMemoryError):
             [text.model_repr.past_key_values() for text in texts]
     check_is_sound(lm)
-    assert_plain(model, texts[::5])
+    assert_equals_plain(model, texts[::5])
     assert (lm.stats - before).tokens_computed == 0
 
 
@@ -776,7 +761,9 @@ def test_what_moves_back_leaves_room_for_pins(model, tokenizer):
 @pytest.mark.timeout(60)
 def test_texts_that_cannot_go_on_together_go_on_alone(model, tokenizer, monkeypatch):
     """Whatever is let go of meanwhile: an evaluation ends."""
-    monkeypatch.setattr("backprompt.computation.is_cut_off", lambda spans: len({span.path()[0] for span in spans}) > 1)
+    monkeypatch.setattr(
+        "backprompt.evaluation.computation.is_cut_off", lambda spans: len({span.path()[0] for span in spans}) > 1
+    )
     lm = make_lm(model, tokenizer, 1000, 64)
     texts = [Text.from_tokens(range(first, first + 10), lm) for first in (10, 20, 30)]
     before = lm.stats
@@ -819,14 +806,14 @@ def test_all_that_moves_between_the_pools_is_page_locked(model, tokenizer, monke
 
     monkeypatch.setattr(Location, "empty", empty)
     monkeypatch.setattr(Location, "of", of)
-    lm = make_lm(model, tokenizer, 60, host_tokens=100)
-    lm.session.evaluator.host._here = Location(torch.device("cpu"), is_pinned=True)
+    monkeypatch.setattr("backprompt.session.session.check_can_pin", lambda device: None)
+    lm = make_lm(model, tokenizer, 60, host_tokens=100, pin_memory=True)
     texts = wide_forest(lm)
     for start in range(0, len(texts), 10):
         evaluate(texts[start : start + 10])
     for is_host, pool in enumerate((lm.session.evaluator.memory, lm.session.evaluator.host)):
         names = {}
-        for name, tensor in (named for block in pool._blocks for named in tensors_of(block)):
+        for name, tensor in (named for block in pool.blocks for named in tensors_of(block)):
             names.setdefault(name, set()).add(of(tensor).is_pinned)
         expected = {name: {bool(is_host)} for name in ("keys", "values", "hidden", "logprobs", "is_argmax")}
         assert names == {**expected, "has_logprobs": {False}}
@@ -841,7 +828,7 @@ def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
     texts = wide_forest(lm)
     for start in range(0, len(texts), 10):
         evaluate(texts[start : start + 10])
-    blocks = list(lm.session.evaluator.host._blocks)
+    blocks = lm.session.evaluator.host.blocks
     assert blocks
     for block in blocks:
         for name, tensor in tensors_of(block):
@@ -850,7 +837,7 @@ def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
     before = lm.stats
     for text in texts[-20:]:
         plain = plain_logits(model, text.tokens)[-1]
-        torch.testing.assert_close(text.logits, plain, rtol=0, atol=1e-3)  # ATOL was measured on the CPU
+        assert_close(text.logits, plain, atol=1e-3)  # ATOL was measured on the CPU
     assert (lm.stats - before).tokens_fetched > 0
 
 
@@ -907,9 +894,9 @@ def test_a_pin_of_what_was_cleared_or_changed_holds_nothing(tokenizer):
     changed = text.pin()
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight += 0.1
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
     changed.release()
-    torch.testing.assert_close(text.logits, plain_logits(model, text.tokens)[-1], rtol=0, atol=ATOL)
+    assert_close(text.logits, plain_logits(model, text.tokens)[-1])
 
 
 # What the budget may be

@@ -24,21 +24,10 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from backprompt import LM, Text, TextTooLongError, UnsupportedModelError, evaluate
-from reference import plain_ids, plain_logits, plain_token_logprobs
+from comparing import assert_close, assert_equals_plain, num_distinct
+from reference import plain_ids, plain_logits
 from tiny_models import FAMILIES, LONGROPE_ORIGINAL_POSITIONS, MAX_POSITIONS, OTHERS, SLIDING_WINDOW, VOCAB_SIZE
 from tiny_tokenizers import byte_level_bpe
-
-ATOL = {
-    # The same products summed in another order. Largest gap measured over all families: 1.0e-5, logits up to 10.
-    torch.float32: 5e-5,
-    # Measured: 5e-15, log-probabilities included.
-    torch.float64: 1e-12,
-    # Eight bits: logits of 4 to 8 are 2 ** -5 apart, and each layer rounds a residual that differs already. Measured
-    # over the models below: 0.16; the float32 model is as far from the plain call as from ours, which is tested too.
-    torch.bfloat16: 0.3,
-    # Eleven bits, an eighth of the above. Measured: 0.018.
-    torch.float16: 0.04,
-}
 
 TINY = {
     "vocab_size": VOCAB_SIZE,
@@ -55,11 +44,6 @@ TINY = {
 """Of families that tiny_models does not build."""
 
 PASS_SIZES = [None, 16]  # one pass for all of a forest; and many, in which spans are cut and tiles are split
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_level_bpe()
 
 
 def random_model(config, build=AutoModelForCausalLM.from_config):
@@ -113,18 +97,11 @@ def forest_for(family, lm):
     return short_forest(lm) if family == "phi3_longrope" else forest(lm)
 
 
-def assert_equals_plain(model, tokenizer, texts, atol):
+def assert_is_as_plain(model, tokenizer, texts, atol=None):
     """All that a text says of itself is what the plain call says of its string."""
     evaluate(texts)
-    for text in texts:
-        ids = plain_ids(tokenizer, text.string)
-        assert text.tokens == tuple(ids)
-        logits = plain_logits(model, ids)
-        close = {"rtol": 0, "atol": atol, "msg": lambda gap, text=text: f"{text!r}: {gap}"}
-        torch.testing.assert_close(text.logits, logits[-1], **close)
-        torch.testing.assert_close(text.model_repr.all_logits(), logits, **close)
-        logprobs = plain_token_logprobs(model, ids)
-        torch.testing.assert_close(text.token_logprobs, logprobs, equal_nan=True, **close)
+    assert [text.tokens for text in texts] == [tuple(plain_ids(tokenizer, text.string)) for text in texts]
+    assert_equals_plain(model, texts, atol)
 
 
 # Families and precision
@@ -136,11 +113,10 @@ def test_every_family_equals_its_plain_call(family, max_tokens, tokenizer):
     model = FAMILIES[family]()
     lm = LM(model, tokenizer, max_tokens_per_forward=max_tokens)
     texts = forest_for(family, lm)
-    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, texts)
 
-    distinct = {text.tokens[:end] for text in texts for end in range(1, len(text.tokens) + 1)}
-    assert lm.stats.tokens_computed == len(distinct)  # every beginning that a text has, once
-    assert lm.stats.forward_passes >= (1 if max_tokens is None else len(distinct) / max_tokens)
+    assert lm.stats.tokens_computed == num_distinct(texts)  # every beginning that a text has, once
+    assert lm.stats.forward_passes >= (1 if max_tokens is None else num_distinct(texts) / max_tokens)
 
 
 @pytest.mark.parametrize("max_tokens", PASS_SIZES)
@@ -156,7 +132,7 @@ def test_low_precision_equals_the_plain_call_of_the_same_dtype(family, dtype, ma
     exact = random_model(config_like(family, **changes))
     model = random_model(config_like(family, **changes)).to(dtype)
     texts = forest(LM(model, tokenizer, max_tokens_per_forward=max_tokens))
-    assert_equals_plain(model, tokenizer, texts, ATOL[dtype])
+    assert_is_as_plain(model, tokenizer, texts)
 
     ours, plain = [], []
     for text in texts:
@@ -170,13 +146,13 @@ def test_low_precision_equals_the_plain_call_of_the_same_dtype(family, dtype, ma
 def test_float64_equals_the_plain_call(family, tokenizer):
     model = FAMILIES[family]().double()
     texts = forest(LM(model, tokenizer, max_tokens_per_forward=16))
-    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float64])
+    assert_is_as_plain(model, tokenizer, texts)
 
 
 def test_a_model_whose_own_attention_rounds_to_float32_is_not_refused_in_float64(tokenizer):
     """Gemma 2's plain softmax is float32 whatever its dtype; ours is float64. Measured: 7e-7 apart."""
     model = FAMILIES["gemma2"]().double()
-    assert_equals_plain(model, tokenizer, forest(LM(model, tokenizer)), atol=1e-5)
+    assert_is_as_plain(model, tokenizer, forest(LM(model, tokenizer)), atol=1e-5)
 
 
 # Windows and positions
@@ -190,7 +166,7 @@ def test_sliding_windows_count_positions_of_the_text(family, window, max_tokens,
     model = random_model(config_like(family, sliding_window=window))
     lm = LM(model, tokenizer, max_tokens_per_forward=max_tokens)
     texts = [*forest(lm), Text("it", lm), Text("The cat", lm), Text("The cat", lm) + " sat", Text("The", lm) + "re"]
-    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, texts)
 
 
 def test_a_window_matters_to_the_sliding_family(tokenizer):
@@ -216,9 +192,9 @@ def test_rotary_scaling_by_length_is_right_up_to_the_original_length_and_refused
     ids = plain_ids(tokenizer, "Question: What is 12 + 34? Hello there. General Kenobi! You are a bold one...")
     within = Text.from_tokens(ids[:original], lm)
     beyond = Text.from_tokens(ids[: original + 1], lm)
-    assert_equals_plain(model, tokenizer, short_forest(lm), ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, short_forest(lm))
     logits = plain_logits(model, within.tokens)
-    torch.testing.assert_close(within.model_repr.all_logits(), logits, rtol=0, atol=ATOL[torch.float32])
+    assert_close(within.model_repr.all_logits(), logits)
 
     message = rf"33 tokens.* {original} positions.*{kind} rotary scaling.*Shorten the text by 1\."
     with pytest.raises(TextTooLongError, match=message):
@@ -241,7 +217,7 @@ def test_rotary_scaling_by_length_is_right_up_to_the_original_length_and_refused
 def test_mixtures_of_experts_equal_their_plain_call(config, tokenizer):
     model = random_model(config)
     texts = forest(LM(model, tokenizer, max_tokens_per_forward=16))
-    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, texts)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -249,7 +225,7 @@ def test_mixtures_of_experts_equal_their_plain_call(config, tokenizer):
 def test_heads_tied_to_the_embedding_and_heads_of_their_own(family, is_tied, tokenizer):
     model = random_model(config_like(family, tie_word_embeddings=is_tied))
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == is_tied
-    assert_equals_plain(model, tokenizer, forest(LM(model, tokenizer)), ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, forest(LM(model, tokenizer)))
 
 
 # Refused, each by an error that names the reason
@@ -318,11 +294,11 @@ def test_chunked_attention_is_right_within_the_chunk_and_refused_beyond(tokenize
     lm = LM(model, tokenizer, max_tokens_per_forward=8)
     texts = short_forest(lm)
     assert max(len(text.tokens) for text in texts) < 24
-    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, texts)
 
     with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
         evaluate(texts[-1] + " The cat sat on the mat, and the other cat didn't.")
-    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, texts)
 
 
 def test_queries_scaled_by_the_row_of_the_call_are_refused(tokenizer):
@@ -339,7 +315,7 @@ def test_a_decoder_under_another_name_is_found(tokenizer):
     special = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
     model = random_model(ModernBertDecoderConfig(**{**TINY, **dict.fromkeys(special, 0)}))
     texts = forest(LM(model, tokenizer, max_tokens_per_forward=16))
-    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, texts)
 
 
 class BiasedAttention(LlamaAttention):
@@ -426,7 +402,7 @@ def test_a_model_with_an_adapter_equals_its_plain_call(kind, tokenizer):
             if parameter.requires_grad:  # the adapter's own, which start as the identity
                 parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
     texts = forest(LM(model, tokenizer, max_tokens_per_forward=16))
-    assert_equals_plain(model, tokenizer, texts, ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, texts)
     base = plain_logits(FAMILIES["llama"](), texts[0].tokens)[-1]
     assert (texts[0].logits - base).abs().max() > 1e-2
 
@@ -468,7 +444,7 @@ def test_compiled_models_run_as_they_were_written(how, tokenizer):
         module = {"model.compile()": model, "its decoder": model.model, "a layer": model.model.layers[0]}[how]
         module.compile(backend=refuse_to_compile)
     texts = forest(LM(model, tokenizer))
-    assert_equals_plain(plain, tokenizer, texts, ATOL[torch.float32])
+    assert_is_as_plain(plain, tokenizer, texts)
 
 
 def refuse_to_compile(graph, inputs):
@@ -488,7 +464,7 @@ def test_a_call_continues_from_past_key_values(family, tokenizer):
         cache = text.model_repr.past_key_values()
         logits = model(input_ids=torch.tensor([next_ids]), past_key_values=cache).logits[0]
     plain = plain_logits(model, [*text.tokens, *next_ids])[-len(next_ids) :]
-    torch.testing.assert_close(logits, plain, rtol=0, atol=ATOL[torch.float32])
+    assert_close(logits, plain)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral_sliding"])
@@ -508,7 +484,7 @@ def test_generation_continues_from_past_key_values_and_changes_nothing(family, t
     # A new branch sees the same keys and values as before.
     before = lm.stats
     branch = texts[1] + " and it"
-    assert_equals_plain(model, tokenizer, [*texts, branch], ATOL[torch.float32])
+    assert_is_as_plain(model, tokenizer, [*texts, branch])
     assert (lm.stats - before).tokens_computed == len(branch.tokens) - len(texts[1].tokens)
     assert before.bytes_held == held
 

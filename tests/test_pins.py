@@ -10,11 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from backprompt import LM, MemoryBudgetError, Text, evaluate, generate
 from backprompt.store import MemoryStore
+from comparing import assert_close
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
-ATOL = 5e-5
 NEW = 8
 SEGMENTS = ["The cat", " sat", " on the mat", "s", "'s", " 12", "34", ", and", " Question: What is it?", "\n\n"]
 MODEL = FAMILIES["gpt2"]()
@@ -26,10 +26,6 @@ def logits_of(ids):
     if ids not in LOGITS:
         LOGITS[ids] = plain_logits(MODEL, ids)
     return LOGITS[ids]
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL, equal_nan=True)
 
 
 class Holders(RuleBasedStateMachine):
@@ -104,12 +100,14 @@ class Holders(RuleBasedStateMachine):
     @rule(idx=st.integers(0, 50))
     def pin(self, idx):
         with contextlib.suppress(MemoryBudgetError):
-            self.pins.append(self.pick(idx).pin())
+            text = self.pick(idx)
+            self.pins.append((text, text.pin()))
 
     @rule(idx=st.integers(0, 50))
     def unpin(self, idx):
         if self.pins:
-            self.pins.pop(idx % len(self.pins)).release()
+            _, pin = self.pins.pop(idx % len(self.pins))
+            pin.release()
 
     @rule(idx=st.integers(0, 50), lookup=st.sampled_from([None, 3]))
     def stream(self, idx, lookup):
@@ -166,15 +164,15 @@ class Holders(RuleBasedStateMachine):
         if not hasattr(self, "lm"):
             return
         evaluator = self.lm.session.evaluator
-        pinned = {evaluator.forest.insert(pin._text.token_ids) for pin in self.pins}
+        pinned = {evaluator.forest.insert(text.tokens) for text, _ in self.pins}
         assert set(evaluator.holders.pinned_ends()) == pinned
-        assert all(span.rows is not None for end in pinned for span in end.closure())
-        growing = {end for stream in self.streams for live in stream._run._live for end in live.ends.values()}
+        assert all(span.keys_values is not None for end in pinned for span in end.closure())
+        growing = set().union(*(stream.run.ends for stream in self.streams))
         assert evaluator.holders.ends() == pinned | growing
 
     @invariant()
     def budgets_hold(self):
-        if hasattr(self, "lm") and not any(stream._run._live for stream in self.streams):
+        if hasattr(self, "lm") and not any(stream.run.ends for stream in self.streams):
             assert self.lm.stats.bytes_held <= self.lm.session.evaluator.memory.max_bytes
             assert self.lm.stats.host_bytes_held <= self.lm.session.evaluator.host.max_bytes
 

@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt.cache import BlockRows
-from backprompt.forest import Forest
-from backprompt.passes import MIN_CUT_TOKENS, cut_into_passes, missing_spans
-from backprompt.plan import KeySegment, Pass, plan_pass
-from backprompt.radix import Span
+from backprompt.forest.forest import Forest
+from backprompt.forest.passes import MIN_CUT_TOKENS, cut_into_passes, missing_spans
+from backprompt.forest.plan import KeySegment, Pass, plan_pass
+from backprompt.forest.span import Span
+from backprompt.memory.blocks import BlockRows
+from comparing import beginnings
+from spans import spelled
 
 Ids = tuple[int, ...]
 Scene = tuple[list[list[Ids]], list[Ids]]
@@ -47,20 +49,6 @@ scenes = st.builds(scene, seed=st.integers(0, 2**32 - 1), num_texts=st.integers(
 max_tokens_of_a_pass = st.sampled_from([4096, 300, 60, 7])
 
 
-def prefixes(batch: Iterable[Ids]) -> set[Ids]:
-    """All non-empty beginnings of all texts: the distinct tokens."""
-    return {ids[:stop] for ids in batch for stop in range(1, len(ids) + 1)}
-
-
-def spelled(span: Span) -> Ids:
-    """The token ids from the root to the end of `span`."""
-    ids: Ids = ()
-    while span.parent is not None:
-        ids = span.token_ids + ids
-        span = span.parent
-    return ids
-
-
 def tokens_of(spans: Iterable[Span]) -> list[Ids]:
     """The name of each token of `spans`, in order."""
     return [ids[: stop + 1] for span in spans for ids in [spelled(span)] for stop in range(span.position, len(ids))]
@@ -81,10 +69,10 @@ class World:
         block, start = object(), 0
         self.blocks.append(block)
         for span in spans:
-            if span.rows is None:
+            if span.keys_values is None:
                 tokens = tokens_of([span])
                 self.token_at |= {(block, start + row): token for row, token in enumerate(tokens)}
-                span.rows = span.states = BlockRows(block, start, start + len(tokens))
+                span.keys_values = span.states = BlockRows(block, start, start + len(tokens))
                 start += len(tokens)
 
     @property
@@ -146,8 +134,8 @@ def test_missing_spans_are_what_is_wanted_and_not_computed(scene: Scene) -> None
     computed, wanted = scene
     world = World(computed)
     spans = missing_spans([world.forest.insert(ids) for ids in wanted])
-    assert sorted(tokens_of(spans)) == sorted(prefixes(wanted) - world.computed)
-    assert all(span.rows is None for span in spans)
+    assert sorted(tokens_of(spans)) == sorted(beginnings(wanted) - world.computed)
+    assert all(span.keys_values is None for span in spans)
 
 
 @given(scenes)
@@ -220,7 +208,7 @@ def test_passes_are_equal_where_enough_of_a_text_fits(
 def test_every_row_sees_what_leads_to_it_once_and_nothing_else(tile_tokens: int, scene: Scene, max_tokens: int) -> None:
     computed, wanted = scene
     world = World(computed)
-    missing = prefixes(wanted) - world.computed
+    missing = beginnings(wanted) - world.computed
     forwarded = []
     for pass_ in planned(world, wanted, tile_tokens, max_tokens):
         check_segments(pass_, world.token_at)
@@ -355,8 +343,8 @@ def test_what_lies_apart_in_memory_is_attended_to_apart() -> None:
     for block_of_second, start in ((object(), 25), (None, 0)):
         forest = Forest()
         first, second, end = (forest.insert(range(num_tokens)) for num_tokens in (20, 30, 33))
-        first.rows = BlockRows(block := object(), 5, 25)
-        second.rows = BlockRows(block_of_second or block, start, start + 10)
+        first.keys_values = BlockRows(block := object(), 5, 25)
+        second.keys_values = BlockRows(block_of_second or block, start, start + 10)
         assert cross(plan_pass([end])) == (
             KeySegment(0, 3, block, 5, 25, key_position=0),
             KeySegment(0, 3, block_of_second or block, start, start + 10, key_position=20),

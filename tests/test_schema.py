@@ -16,10 +16,11 @@ from backprompt import LM, Text, evaluate
 from backprompt.cli import main
 from backprompt.errors import EntryTooLargeError
 from backprompt.store import DiskStore, Entry, Header, MemoryStore
+from comparing import assert_close
 from reference import plain_logits
+from stores import file_of
 from tiny_models import FAMILIES
 
-ATOL = 5e-5
 IDS = tuple(range(5, 45))
 LONGER = (*IDS, 3, 7)
 
@@ -236,7 +237,7 @@ def broken_contents(content, model_too=True):
 
 @pytest.fixture(autouse=True)
 def without_waiting_for_disks(monkeypatch):
-    monkeypatch.setattr("backprompt.store.disk.os.fsync", lambda _: None)
+    monkeypatch.setattr("backprompt.store.folder.os.fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -252,12 +253,12 @@ def stored(model, tokenizer, tmp_path):
 def overwrite(store, entry, content):
     """Let the index know of an entry whose file is another one."""
     store.put(entry)
-    store._file(entry.header.name).write_bytes(content)
+    file_of(store, entry.header.name).write_bytes(content)
 
 
 def assert_right(model, lm, ids):
     found = Text.from_tokens(ids, lm).logits
-    torch.testing.assert_close(found, plain_logits(model, ids)[-1], rtol=0, atol=ATOL)
+    assert_close(found, plain_logits(model, ids)[-1])
 
 
 def test_the_file_as_it_is_put_together_here_is_sound(model, stored):
@@ -472,7 +473,7 @@ def test_a_damaged_entry_that_cannot_be_set_aside_is_not_used(model, stored, mon
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("backprompt.store.disk.os.replace", refuse)
+    monkeypatch.setattr("backprompt.store.folder.os.replace", refuse)
     assert_right(model, lm, LONGER)
     assert_right(model, lm, LONGER)
     assert "cannot be set aside" in caplog.text

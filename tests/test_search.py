@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backprompt import LM, GroupError, Text, TokenIdError
 from backprompt.classify import Example, predict
 from backprompt.classify.search import Candidate, Search, make_trie
-from reference import plain_token_logprobs
+from reference import ATOL, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe
 
@@ -228,7 +229,7 @@ def test_next_token_logprobs_are_those_of_the_plain_call(lm, model):
     ids = [[5], [], [40, 41, 40], [7, 8]]
     for text, token_ids, found in zip(texts, ids, lm.next_token_logprobs(texts, ids), strict=True):
         expected = [plain_token_logprobs(model, [*text.tokens, token_id])[-1].item() for token_id in token_ids]
-        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=5e-5)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=ATOL[torch.float32])
     assert lm.next_token_logprobs([], []) == []
 
 

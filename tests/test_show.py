@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from backprompt import LM, MissingDependencyError, Text, UnboundTextError, plot_probabilities
-from backprompt._show import _SHADES
+from backprompt.inspection.show import SHADES
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS
 
@@ -114,7 +114,7 @@ def test_shades_follow_the_probability(gpt2: LM) -> None:
     shown = Text("the refund is due", gpt2).show(top=0)
     marks = shown.plain().split("\n")[0]
     for token in shown.tokens[1:]:
-        expected = next(shade.mark for shade in _SHADES if np.exp(token.logprob) >= shade.least)
+        expected = next(shade.mark for shade in SHADES if np.exp(token.logprob) >= shade.least)
         assert f"{expected}{token.string}" in marks
     assert len({token.logprob for token in shown.tokens}) > 2
 

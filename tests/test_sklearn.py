@@ -21,6 +21,7 @@ from sklearn.utils.validation import validate_data
 
 from backprompt import LM, MixedModelsError, NotPicklableError, Text, TextTooLongError, classify
 from backprompt.integrations.sklearn import PromptClassifier
+from comparing import beginnings
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -33,11 +34,6 @@ BINARY = ["yes", "no"] * 6
 NEW = ["the mat", "General Kenobi!", "the other cat"]
 
 
-@pytest.fixture
-def lm(model):
-    return LM(model, byte_level_bpe())
-
-
 def distinct_tokens(lm, prompts, completions):
     """The distinct tokens that scoring a forest forwards, each known by all that stands before it: no last ones."""
     prefixes = set()
@@ -45,7 +41,7 @@ def distinct_tokens(lm, prompts, completions):
     for prompt in prompts:
         for completion in ids:
             text = prompt.tokens + completion
-            prefixes |= {text[:stop] for stop in range(1, len(text))}
+            prefixes |= beginnings([text[:-1]])
     return prefixes
 
 
@@ -169,7 +165,7 @@ def test_classes_and_their_labels(lm, y, labels, classes, completions):
     assert found.dtype == classifier.classes_.dtype
     assert set(found.tolist()) <= set(classes)
     assert all(label in classes for _, label in classifier.shots_)
-    assert 0 <= classifier.score(X, y) <= 1
+    assert classifier.score(X, y) == np.mean(classifier.predict(X) == np.asarray(y))
     for (x, label), part in zip(classifier.shots_, classifier.context_.string.split("\n\n"), strict=False):
         assert part == f"Review: {x}\nLabel: {completions[classes.index(label)]}"
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from backprompt import LM, GenerationError, Text, TextTypeError, TokenizerError, chat, generate
-from backprompt._generate import ContinuedText
-from backprompt.decoded import Decoder
-from backprompt.stops import Cut, StopStrings
-from backprompt.tokens import added
+from backprompt.generation.continued import ContinuedText, continue_as
+from backprompt.generation.stops import Cut, StopStrings
+from backprompt.tokens.decoded import Decoder
+from backprompt.tokens.tokenizer import added
+from reference import generated_by_transformers
 from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram
 
-ATOL = 5e-5
 NEW = 12
 PROMPTS = ["The cat sat on the", "Question:\n", "naïve 東京 ", "The cat the cat the"]
 WAYS = {
@@ -37,11 +37,7 @@ def lm(lms):
 
 
 def theirs(lm, text, **options):
-    """The ids that `generate` of transformers appends to one prompt."""
-    ids = torch.tensor([text.tokens])
-    options = {"do_sample": False, "pad_token_id": 0, "tokenizer": lm.tokenizer, **options}
-    found = lm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    return tuple(found[0, ids.shape[1] :].tolist())
+    return generated_by_transformers(lm.model, text.tokens, tokenizer=lm.tokenizer, **options)
 
 
 def forced(lm, string):
@@ -55,7 +51,7 @@ def forced(lm, string):
 def cut_by_hand(whole, stops, include_stop):
     """What stays of a completion, and how many tokens it took: the first to be complete, of several the longest."""
     for num in range(1, len(whole.completion_tokens) + 1):
-        string = ContinuedText._of(whole.prompt, whole.completion_tokens[:num], whole.lm).completion
+        string = continue_as(ContinuedText, whole.prompt, whole.completion_tokens[:num], whole.lm).completion
         ends = [(string.index(stop) + len(stop), -len(stop)) for stop in stops if stop in string]
         if ends:
             end, minus_length = min(ends)
@@ -88,7 +84,7 @@ def test_a_completion_is_cut_at_the_first_stop_string(lms, data):
     assert num_tokens - max(map(len, stops)) - 4 <= num_kept <= num_tokens
     assert found.completion_tokens == whole.completion_tokens[:num_kept]
     assert torch.equal(found.completion_logprobs, whole.completion_logprobs[:num_kept])
-    rest = found.completion[len(ContinuedText._of(text, found.completion_tokens, lm).completion) :]
+    rest = found.completion[len(continue_as(ContinuedText, text, found.completion_tokens, lm).completion) :]
     assert found == text + Text.from_tokens(found.completion_tokens, lm) + rest
     if not set(found.completion_tokens) & set(lm.tokenizer.all_special_ids):  # they stand in the string
         assert found.string == text.string + found.completion
@@ -328,9 +324,9 @@ def test_a_reply_that_was_cut_stands_in_a_chat_as_it_is(lm, monkeypatch):
 )
 def test_what_is_no_stop_string(lm, options, message):
     before = lm.stats
-    for continued in (Text("The", lm).generate, Text("The", lm).stream):
+    for begin in (Text("The", lm).generate, Text("The", lm).stream):
         with pytest.raises((GenerationError, TextTypeError, TokenizerError), match=message):
-            continued(max_new_tokens=3, **options)
+            begin(max_new_tokens=3, **options)
     assert lm.stats == before
 
 

@@ -13,18 +13,17 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from threads import in_threads
 
-from backprompt import LM, load
+from backprompt import LM, forking, load
 from backprompt.errors import (
     DamagedEntryError,
     EntryTooLargeError,
@@ -33,59 +32,12 @@ from backprompt.errors import (
     TokenIdError,
     TokenizerError,
 )
-from backprompt.store import DiskStore, Entry, Header, Match, MemoryStore
+from backprompt.store import DiskStore, Entry, Match
 from backprompt.store.file import to_pieces
+from stores import assert_same, change_index, file_of, make_entry
+from threads import in_threads, within
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8]
-
-
-def make_entry(number, num_tokens=3, start="root", dtype=torch.float32, text=None):
-    """An entry whose content follows from its arguments; that of a model of one layer."""
-    generator = torch.Generator().manual_seed(number)
-    drawn = torch.rand((2, num_tokens, 4), generator=generator)
-    computed = torch.float32 if dtype == torch.int8 else dtype
-    tensors = {
-        "keys.0": (drawn * 100).to(dtype),
-        "values.0": drawn.transpose(0, 2)[..., :1].to(computed),  # not contiguous
-        "hidden": drawn[0].to(computed),
-        "logprobs": torch.tensor([float("nan"), *(-1.5,) * (num_tokens - 1)]),
-        "is_argmax": drawn[0, :, 0] > 0.5,
-        "has_logprobs": drawn[0, :, 1] > 0.5,
-    }
-    dtypes = {}
-    if dtype == torch.int8:
-        tensors["keys.0.scale"] = drawn[..., :1].clone()
-        dtypes = dict.fromkeys(("keys", "values", "hidden"), "float32")
-    ids = tuple((number * 31 + idx) % 1000 for idx in range(num_tokens))
-    header = Header(
-        start=start,
-        end=f"end{number}x{num_tokens}",
-        position=7,
-        token_ids=ids,
-        text=f"text {number}" if text is None else text,
-        model="m",
-        tokenizer="t",
-        dtype=str(computed),
-        exactness="int8" if dtypes else "exact",
-        dtypes=dtypes,
-    )
-    return Entry(header, tensors)
-
-
-def assert_same(found, put, names=None):
-    assert found is not None
-    assert found.header == put.header
-    expected = put.tensors if names is None else {name: put.tensors[name] for name in names if name in put.tensors}
-    assert found.tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found.tensors[name].dtype == tensor.dtype
-        assert torch.equal(found.tensors[name].nan_to_num(9), tensor.nan_to_num(9)), name
-
-
-@pytest.fixture(params=["memory", "disk"])
-def store(request, tmp_path):
-    with MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "prompts.bp") as made:
-        yield made
 
 
 WRONG_ARGUMENTS = {
@@ -267,7 +219,7 @@ class AnyOperations(RuleBasedStateMachine):
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("backprompt.store.disk." + ("Index.insert" if at == "insert" else f"os.{at}"), die)
+            patch.setattr("backprompt.store." + ("index.Index.insert" if at == "insert" else f"folder.os.{at}"), die)
             try:
                 self.store.put(entry)
             except KeyboardInterrupt:
@@ -281,7 +233,7 @@ class AnyOperations(RuleBasedStateMachine):
     def flip_a_byte(self, data):
         if self.expected:
             name = data.draw(st.sampled_from(sorted(self.expected)))
-            file = self.store._file(name)
+            file = file_of(self.store, name)
             content = bytearray(file.read_bytes())
             content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
             file.write_bytes(content)
@@ -318,7 +270,7 @@ def test_a_thousand_flipped_bytes_never_give_a_wrong_tensor(tmp_path, monkeypatc
     store = DiskStore(tmp_path / "store")
     entry = make_entry(1, num_tokens=50)
     content = b"".join(to_pieces(entry))
-    file = store._file(entry.header.name)
+    file = file_of(store, entry.header.name)
     file.parent.mkdir()
     draw = random.Random(0)
     num_noticed = 0
@@ -339,7 +291,7 @@ def test_a_file_that_is_cut_off_is_noticed(tmp_path, size):
     store = DiskStore(tmp_path / "store")
     entry = make_entry(1)
     store.put(entry)
-    file = store._file(entry.header.name)
+    file = file_of(store, entry.header.name)
     file.write_bytes(file.read_bytes()[:size])
     assert store.get(entry.header.name) is None
     assert [aside.name for aside in (store.path / "damaged").iterdir()] == [file.name]
@@ -350,7 +302,7 @@ def test_verify_names_what_is_damaged_and_sets_it_aside(tmp_path, caplog):
     entries = [make_entry(number) for number in range(5)]
     for entry in entries:
         store.put(entry)
-    file = store._file(entries[2].header.name)
+    file = file_of(store, entries[2].header.name)
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -366,8 +318,8 @@ def test_an_entry_under_another_name_is_not_served(tmp_path):
     store = DiskStore(tmp_path / "store")
     one, other = make_entry(1), make_entry(2)
     store.put(one)
-    file = store._file(other.header.name)
-    file.write_bytes(store._file(one.header.name).read_bytes())
+    file = file_of(store, other.header.name)
+    file.write_bytes(file_of(store, one.header.name).read_bytes())
     assert store.get(other.header.name) is None
 
 
@@ -384,7 +336,7 @@ def test_the_index_of_a_newer_version_is_left_alone(tmp_path, caplog):
     """That version may be using it: to set it aside, and to have ours set aside by it, would never end."""
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-        store._index._connection.execute("PRAGMA user_version = 99")
+        change_index(store, "PRAGMA user_version = 99")
     before = (tmp_path / "store" / "index.sqlite").read_bytes()
     for number in (2, 3):  # opened again, with what was put meanwhile
         caplog.clear()
@@ -427,7 +379,7 @@ def test_a_damaged_index_is_made_anew_whatever_it_answers(tmp_path, caplog):
 def test_an_index_of_nonsense_is_made_anew(tmp_path, caplog, broken):
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-        store._index._connection.execute(f"UPDATE entries SET {broken}")
+        change_index(store, f"UPDATE entries SET {broken}")
         ids = make_entry(1).header.token_ids
         assert [header.text for header in store.list()] == ["text 1"]
         assert store.longest("root", ids) == Match(make_entry(1).header.name, len(ids))
@@ -437,7 +389,7 @@ def test_one_file_that_cannot_be_read_is_one_entry_less(tmp_path, caplog, monkey
     store = DiskStore(tmp_path / "store")
     for number in range(2):
         store.put(make_entry(number))
-    file = store._file(make_entry(0).header.name)
+    file = file_of(store, make_entry(0).header.name)
     opened = os.open
 
     def refuse(path, *arguments):
@@ -457,16 +409,6 @@ def test_one_file_that_cannot_be_read_is_one_entry_less(tmp_path, caplog, monkey
 # An index that may come from anywhere
 
 ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r)"
-
-
-def within(seconds, work):
-    """Run this in a thread, and return what it returns; it must not take longer."""
-    found = []
-    thread = Thread(target=lambda: found.append(work()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), "it hangs"
-    return found[0]
 
 
 def run_sql(script):
@@ -549,7 +491,7 @@ OTHER_APPLICATION = "PRAGMA user_version = 7; CREATE TABLE letters (x); INSERT I
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatch):
     """In bounded time it answers what the files say; all that was there before is there still."""
-    monkeypatch.setattr("backprompt.store.index._MAX_VALUE_BYTES", 1 << 20)
+    monkeypatch.setattr("backprompt.store.index.MAX_VALUE_BYTES", 1 << 20)
     monkeypatch.setattr("backprompt.store.disk.os.fsync", lambda _: None)
     precious = tmp_path / "precious.sqlite"
     run_sql(OTHER_APPLICATION)(precious)
@@ -563,7 +505,7 @@ def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatc
     if kind == "another application's":
         index.write_bytes(kept)
     if not is_writable:
-        monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+        monkeypatch.setattr("backprompt.store.folder.os.access", lambda *_: False)
 
     def use():
         with DiskStore(tmp_path / "store") as store:
@@ -614,11 +556,11 @@ def test_what_is_set_aside_stands_in_nobodys_way(tmp_path, caplog):
 
 def test_a_question_that_takes_too_long_is_broken_off(tmp_path, monkeypatch):
     """Whatever makes it so: pages of a damaged file may lead to each other."""
-    monkeypatch.setattr("backprompt.store.index._SCAN_SECONDS", 0.2)
+    monkeypatch.setattr("backprompt.store.index.SCAN_SECONDS", 0.2)
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
         with monkeypatch.context() as patch:
-            patch.setattr("backprompt.store.index._TOTALS", f"{ENDLESS} SELECT sum(x), 0, 0, 0.0 FROM r")
+            patch.setattr("backprompt.store.index.TOTALS", f"{ENDLESS} SELECT sum(x), 0, 0, 0.0 FROM r")
 
             def ask():
                 with pytest.raises(OSError, match="cannot be used") as caught:
@@ -645,7 +587,7 @@ def interior_page(child):
 @pytest.mark.parametrize("asked", [DiskStore.stats, DiskStore.rebuild, lambda store: list(store.list())])
 def test_pages_that_lead_to_one_page_many_times_are_not_walked_to_the_end(asked, tmp_path, monkeypatch):
     """An index of a few kB with 40 ** 12 rows, and the tables of ours: no look at its schema shows that."""
-    monkeypatch.setattr("backprompt.store.index._SCAN_SECONDS", 0.2)
+    monkeypatch.setattr("backprompt.store.index.SCAN_SECONDS", 0.2)
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
     index = tmp_path / "store" / "index.sqlite"
@@ -675,12 +617,22 @@ def test_pages_that_lead_to_one_page_many_times_are_not_walked_to_the_end(asked,
     assert (tmp_path / "store" / "damaged" / "index.sqlite.1").read_bytes()[28:] == content[28:]
 
 
-def test_a_full_index_is_an_error_of_the_system(tmp_path):
+def test_a_full_index_is_an_error_of_the_system(tmp_path, monkeypatch):
     """And is not taken for damage."""
+    connect = sqlite3.connect
+
+    def full(*arguments, **options):
+        connection = connect(*arguments, **options)
+        ((pages,),) = connection.execute("PRAGMA page_count")
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        return connection
+
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-        ((pages,),) = store._index._ask("PRAGMA page_count")
-        store._index._ask(f"PRAGMA max_page_count = {pages}")
+    with monkeypatch.context() as patch:
+        patch.setattr("sqlite3.connect", full)
+        store = DiskStore(tmp_path / "store")
+    with store:
         large = make_entry(2, num_tokens=5000)
         with pytest.raises(OSError, match="Free some space") as caught:
             store.put(large)
@@ -769,9 +721,9 @@ def test_a_folder_where_an_entry_should_be_is_set_aside(tmp_path):
         for number in range(2):
             store.put(make_entry(number))
         name = make_entry(0).header.name
-        store._file(name).unlink()
-        store._file(name).mkdir()
-        (store._file(name) / "mine.txt").write_text("mine")
+        file_of(store, name).unlink()
+        file_of(store, name).mkdir()
+        (file_of(store, name) / "mine.txt").write_text("mine")
         assert len(store.prune(0)) == 2
         (aside,) = (store.path / "damaged").iterdir()
         assert (aside / "mine.txt").read_text() == "mine"
@@ -840,7 +792,7 @@ def failing(number):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC])
 def test_a_folder_that_cannot_be_made(number, tmp_path, monkeypatch):
-    monkeypatch.setattr("backprompt.store.disk.Path.mkdir", failing(number))
+    monkeypatch.setattr("backprompt.store.folder.Path.mkdir", failing(number))
     with pytest.raises(OSError, match="cannot be made") as caught:
         DiskStore(tmp_path / "store")
     assert caught.value.errno == number
@@ -863,7 +815,7 @@ def test_a_folder_of_somebody_elses(tmp_path, monkeypatch):
 def test_a_store_that_is_only_read_says_so(tmp_path, monkeypatch):
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-    monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+    monkeypatch.setattr("backprompt.store.folder.os.access", lambda *_: False)
     with DiskStore(tmp_path / "store") as store:
         for change in (lambda: store.put(make_entry(2)), lambda: store.prune(0)):
             with pytest.raises(PermissionError, match=r"only read.*Choose a folder of your own"):
@@ -919,7 +871,7 @@ def test_a_folder_that_cannot_be_written_to_is_read(tmp_path, monkeypatch):
     """As above, for those who may write anywhere."""
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
-    monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+    monkeypatch.setattr("backprompt.store.folder.os.access", lambda *_: False)
     with DiskStore(tmp_path / "store") as store:
         assert not store.is_writable
         assert_same(store.get(make_entry(1).header.name), make_entry(1))
@@ -932,7 +884,7 @@ def test_a_read_only_folder_whose_writer_is_at_work_shows_what_is_there(tmp_path
         store.put(make_entry(0))
     with DiskStore(tmp_path / "store") as writing:
         writing.put(make_entry(1))
-        monkeypatch.setattr("backprompt.store.disk.os.access", lambda *_: False)
+        monkeypatch.setattr("backprompt.store.folder.os.access", lambda *_: False)
         with DiskStore(tmp_path / "store") as store:
             assert [header.text for header in store.list()] == ["text 0", "text 1"]
             assert store.longest("root", make_entry(1).header.token_ids) is not None
@@ -944,7 +896,7 @@ def test_a_full_disk_leaves_nothing_behind(where, tmp_path, monkeypatch):
     store.put(make_entry(1))
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"backprompt.store.disk.{where}", failing(errno.ENOSPC))
+        patch.setattr(f"backprompt.store.folder.{where}", failing(errno.ENOSPC))
         with pytest.raises(OSError, match=r"No space left on device\. Free some space") as caught:
             store.put(make_entry(2))
     assert caught.value.errno == errno.ENOSPC
@@ -998,11 +950,14 @@ def test_an_index_that_was_not_finished_is_made_anew(tmp_path, monkeypatch):
     for file in store.path.glob("index.sqlite*"):
         file.unlink()
 
-    def die(*_):
-        raise KeyboardInterrupt
+    class Dying(sqlite3.Connection):
+        def execute(self, statement, *given):
+            if statement.startswith("INSERT"):
+                raise KeyboardInterrupt
+            return super().execute(statement, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr("backprompt.store.index.Index._insert", die)
+        patch.setattr("sqlite3.connect", partial(sqlite3.connect, factory=Dying))
         with pytest.raises(KeyboardInterrupt):
             DiskStore(tmp_path / "store")
     with DiskStore(tmp_path / "store") as store:
@@ -1034,12 +989,12 @@ def test_an_index_that_cannot_be_opened_once_is_opened_the_next_time(number, dam
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
         if damaged:
-            store._index._connection.execute("UPDATE entries SET name = x'ff'")
+            change_index(store, "UPDATE entries SET name = x'ff'")
         else:
-            store.before_fork()
-            store.after_fork()
+            forking.before_fork()
+            forking.after_fork()
         with monkeypatch.context() as patch:
-            patch.setattr("backprompt.store.disk.Index.open", failing(number))
+            patch.setattr("backprompt.store.catalog.Index.open", failing(number))
             with pytest.raises(OSError, match=os.strerror(number)):
                 store.find("")
         assert [header.text for header in store.find("")] == ["text 1"]
@@ -1054,25 +1009,23 @@ def test_options_that_are_none(options, tmp_path):
 
 # Other processes
 
-WRITER = """
-import sys
+WRITERS = """
+import os, sys
 sys.path[:0] = json_path
-from test_store import make_entry
+from stores import make_entry
 from backprompt.store import DiskStore
-store = DiskStore(sys.argv[1])
-print("ready", flush=True)
-number = int(sys.argv[2])
-while True:
-    store.put(make_entry(number, num_tokens=2000))
-    number += 1
+for number in map(int, sys.stdin):
+    pid = os.fork()
+    if not pid:
+        store = DiskStore(sys.argv[1])
+        print(os.getpid(), flush=True)
+        while True:
+            store.put(make_entry(number, num_tokens=2000))
+            number += 1
+    os.waitpid(pid, 0)
+    print("killed", flush=True)
 """
-
-
-def start_writer(path, number):
-    code = f"json_path = {json.dumps([str(Path(__file__).parent), str(Path(__file__).parent.parent)])}\n" + WRITER
-    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(number)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    return process
+"""Forks a writer for each number that it reads: only the first waits for imports."""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
@@ -1080,17 +1033,21 @@ def test_a_writer_that_is_killed_leaves_a_readable_store(tmp_path):
     """Many times, at random points of a write; each time every entry that is visible is whole."""
     path = tmp_path / "store"
     draw = random.Random(1)
-    for attempt in range(6):
-        process = start_writer(path, attempt * 1000)
-        time.sleep(draw.uniform(0.0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        with DiskStore(path) as store:
-            assert list(store.verify()) == []
-            for header in store.list():
-                number = int(header.text.removeprefix("text "))
-                assert_same(store.get(header.name), make_entry(number, num_tokens=2000))
+    code = f"json_path = {json.dumps([str(Path(__file__).parent), str(Path(__file__).parent.parent)])}\n" + WRITERS
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writers:
+        for attempt in range(6):
+            print(attempt * 1000, file=writers.stdin, flush=True)
+            pid = int(writers.stdout.readline())
+            time.sleep(draw.uniform(0.0, 0.15))
+            os.kill(pid, signal.SIGKILL)
+            assert writers.stdout.readline() == "killed\n"
+            with DiskStore(path) as store:
+                assert list(store.verify()) == []
+                for header in store.list():
+                    number = int(header.text.removeprefix("text "))
+                    assert_same(store.get(header.name), make_entry(number, num_tokens=2000))
+        writers.stdin.close()
     assert len(list(path.glob("entries/*/*.safetensors"))) > 6
 
 
@@ -1098,7 +1055,7 @@ HAMMER = """
 import sys
 sys.path[:0] = json_path
 import random
-from test_store import assert_same, make_entry
+from stores import assert_same, make_entry
 from threads import in_threads
 from backprompt.store import DiskStore
 store = DiskStore(sys.argv[1])

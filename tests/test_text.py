@@ -28,10 +28,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import backprompt as bp
-import backprompt.text
+import backprompt.text.node
 from backprompt import LM, Text
-from backprompt.session import Session
-from backprompt.tokenizer import PrivateTokenizer
+from backprompt.session.session import Session
+from backprompt.tokens.tokenizer import PrivateTokenizer
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -216,7 +216,7 @@ def test_the_lm_is_part_of_identity(lm, other_lm):
 
 
 def test_texts_of_one_hash_are_told_apart(monkeypatch):
-    monkeypatch.setattr(backprompt.text, "_PRIME", 1)
+    monkeypatch.setattr(backprompt.text.node, "PRIME", 1)
     texts = [Text("a") + "b", Text("b") + "a", Text("c") + "d"]
     assert len({hash(text) for text in texts}) == 1
     assert len(set(texts)) == 3
@@ -327,14 +327,16 @@ def test_the_guard_against_work_sees_work(lm):
 
 def test_the_node_imports_neither_torch_nor_a_model():
     """Nor does a module that it imports, later or for types alone; of torch the types of tensors are known."""
-    node = {"text", "segments", "extents", "engine", "arguments", "errors", "_visible"}
-    found = {name: imports_of(importlib.import_module(f"backprompt.{name}")) for name in node}
+    node = {f"backprompt.{name}" for name in ("arguments", "drawing", "errors", "forking", "visible")}
+    node |= {f"backprompt.text.{name}" for name in ("node", "segments", "extents", "engine")}
+    found = {name: imports_of(importlib.import_module(name)) for name in node}
     own = {name: {module for module in imports if module.startswith("backprompt")} for name, imports in found.items()}
-    assert set().union(*own.values()) <= {f"backprompt.{name}" for name in node}
-    assert own["arguments"] == {"backprompt._visible", "backprompt.errors"}
-    assert own["engine"] == {"backprompt._visible", "backprompt.extents", "backprompt.errors"}
-    TopologicalSorter({f"backprompt.{name}": imports for name, imports in own.items()}).prepare()
-    at_import = {name: imports_of(importlib.import_module(f"backprompt.{name}"), later=False) for name in node}
+    assert set().union(*own.values()) <= node
+    assert own["backprompt.arguments"] == {"backprompt.visible", "backprompt.errors"}
+    assert own["backprompt.text.engine"] == {"backprompt.visible", "backprompt.text.extents", "backprompt.errors"}
+    TopologicalSorter(own).prepare()
+    at_import = {name: imports_of(importlib.import_module(name), later=False) for name in node}
+    at_import.pop("backprompt.drawing")  # named for its type alone
     assert set().union(*at_import.values()) - set().union(*own.values()) == {"numpy", "numpy.typing"}
 
 

@@ -22,9 +22,10 @@ from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizer, PreTrai
 
 import backprompt as bp
 from backprompt import LM, Text
-from backprompt.text import Segment
-from backprompt.tokenizer import PrivateTokenizer
-from backprompt.tokens import Encoder
+from backprompt.text.node import Segment
+from backprompt.tokens.encoder import Encoder
+from backprompt.tokens.tokenizer import PrivateTokenizer
+from comparing import num_distinct
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS, TRAINING_LINES, byte_level_bpe, llama3_bpe, sentencepiece_bpe
 
@@ -278,15 +279,15 @@ def test_a_private_tokenizer_is_the_whole_of_it(name):
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding()
     private = PrivateTokenizer(tokenizer)
-    assert json.loads(private._whole.to_str()) == expected
-    continuing = json.loads(private._continuing.to_str())
+    assert json.loads(private.whole.to_str()) == expected
+    continuing = json.loads(private.continuing.to_str())
     edited = {"normalizer", "pre_tokenizer", "post_processor"}
     assert {key for key in expected if continuing[key] != expected[key]} <= edited
 
 
 FINGERPRINTS = """
 import json
-from backprompt.tokenizer import PrivateTokenizer
+from backprompt.tokens.tokenizer import PrivateTokenizer
 from test_tokens import ALL_MODELS
 print(json.dumps({name: PrivateTokenizer(build()).fingerprint() for name, build in ALL_MODELS.items()}))
 """
@@ -461,10 +462,9 @@ def test_texts_of_one_string_with_and_without_special_tokens_are_told_apart(name
     texts = [Text("the cat", lm(name)), Text("the cat", lm(name), add_special_tokens=False)]
     first, second = (text.tokens for text in texts)
     assert first == tuple(plain(name)("the cat")["input_ids"]) != second
-    num_distinct = len({ids[:stop] for ids in (first, second) for stop in range(1, len(ids) + 1)})
-    assert bp.explain(texts).tokens_distinct == num_distinct
+    assert bp.explain(texts).tokens_distinct == num_distinct(texts)
     nodes = [data for _, data in bp.to_networkx(texts).nodes(data=True)]
-    assert sum(node["num_own_tokens"] for node in nodes) == num_distinct
+    assert sum(node["num_own_tokens"] for node in nodes) == num_distinct(texts)
     assert len(nodes) == (1 if name == "unigram" else 2)  # which only appends something, as a longer text would
     verification = bp.verify(texts)
     assert verification.passed

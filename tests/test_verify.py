@@ -8,8 +8,11 @@ import torch
 from test_lookup import CONTEXT
 
 import backprompt as bp
-from backprompt import LM, DriftError, StaleRepresentationError, Text, _verify, evaluate, skeleton, verify
+from backprompt import LM, DriftError, StaleRepresentationError, Text, evaluate, verify
+from backprompt.inspection import verify as verify_module
+from backprompt.model import skeleton
 from backprompt.store import MemoryStore
+from comparing import assert_close
 from reference import plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import TOKENIZERS
@@ -57,7 +60,7 @@ def test_the_figures_are_those_of_the_plain_call(family, tokenizer):
 def test_weights_that_change_meanwhile_are_no_drift(tokenizer, monkeypatch):
     model = FAMILIES["gpt2"]()
     texts = questions(LM(model, tokenizer))
-    compare, num_compared = _verify._gaps, []
+    compare, num_compared = verify_module.gaps_of, []
 
     def change_at_the_end(model_repr, plain):
         num_compared.append(1)
@@ -68,7 +71,7 @@ def test_weights_that_change_meanwhile_are_no_drift(tokenizer, monkeypatch):
         return gaps
 
     with monkeypatch.context() as patch:
-        patch.setattr(_verify, "_gaps", change_at_the_end)
+        patch.setattr(verify_module, "gaps_of", change_at_the_end)
         with pytest.raises(StaleRepresentationError):
             verify(texts)
     assert verify(texts).passed
@@ -99,7 +102,7 @@ def test_a_wrong_log_probability_is_found(model, tokenizer):
     lm = LM(model, tokenizer)
     text = questions(lm)[0]
     expected = plain_token_logprobs(model, text.tokens)
-    torch.testing.assert_close(text.token_logprobs, expected, rtol=0, atol=5e-5, equal_nan=True)
+    assert_close(text.token_logprobs, expected)
     states = held_states(lm)[0]
     states.block.logprobs[states.stop - 1] += 0.25
     verified = verify(text)

@@ -18,9 +18,9 @@ from rich.console import Console
 
 import backprompt
 from backprompt import LM, DrawingError, Text, plot_probabilities
-from backprompt._show import ShownText, ShownToken
-from backprompt._visible import abbreviated, beginning, shortened, visible, visible_json, visible_lines
-from backprompt.missing import Miss
+from backprompt.inspection.missing import Miss
+from backprompt.inspection.show import ShownText, ShownToken
+from backprompt.visible import abbreviated, beginning, shortened, visible, visible_json, visible_lines
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 

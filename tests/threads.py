@@ -20,3 +20,13 @@ def in_threads(num_threads, work):
         thread.join()
     if errors:
         raise errors[0]
+
+
+def within(seconds, work):
+    """Run this in a thread, and return what it returns; it must not take longer."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it hangs"
+    return found[0]

@@ -1,9 +1,9 @@
 """Attention over a packed forest by one kernel call for each slice of keys.
 
 Partial results of one row over disjoint sets of keys are joined by their log-sum-exp: with w = sigmoid(b - a),
-softmax over the union is `lerp(output_a, output_b, w)` and its log-sum-exp is `logaddexp(a, b)`. Keys that count n
-times have log(n) added to their log-sum-exp. This is exact, as in "Hydragen" (Juravsky et al. 2024, arXiv 2402.05099)
-and FlashAttention. Keys and values are used where they lie.
+softmax over the union is `lerp(output_a, output_b, w)` and its log-sum-exp is `logaddexp(a, b)`. For keys that count n
+times, log(n) is added to their log-sum-exp. The join is exact, as in "Hydragen" (Juravsky et al. 2024,
+arXiv 2402.05099) and FlashAttention. Keys and values are read in place, without a copy.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from torch import Tensor
 
 from backprompt.attention.base import Scoring
 from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, choose_kernel, clear_kernel
-from backprompt.plan import Call, Pass
+from backprompt.forest.plan import Call, Pass
 
 
-class KeysValues(Protocol):
-    """A block of computed rows: `keys[layer]` and `values[layer]`, each `(kv_heads, rows, head_dim)`."""
+class Layers(Protocol):
+    """Keys and values of computed rows."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    def layer(self, layer_idx: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of some rows of a layer, each `(kv_heads, rows, head_dim)`."""
+        ...
 
 
 class CallsAttention:
-    """A `ForestAttention` that makes the calls of the plan, one after the other.
+    """A `ForestAttention` that makes the calls of the plan one after the other.
 
     Args:
-        kernel: what carries out a call; by default the device's fast kernel for the model's heads, where that agrees
-            with the clear one.
+        kernel: the kernel of each call; by default the device's fast kernel for the model's heads, if it agrees with
+            the clear kernel.
 
     """
 
@@ -46,7 +47,7 @@ class CallsAttention:
         return PreparedCalls(self, pass_)
 
     def kernel_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernel:
-        """Return the kernel that serves for such tensors; shapes are those of `PreparedAttention.attend`."""
+        """Return the kernel for such tensors; shapes are those of `PreparedAttention.attend`."""
         if self._given is not None:
             chosen = self._given
         elif key.shape[-1] != value.shape[-1]:
@@ -80,21 +81,15 @@ class PreparedCalls:
         kernel = self._attention.kernel_for(query, key, value)
         if scoring.softcap is not None:
             kernel = partial(clear_kernel, softcap=scoring.softcap)
-        joined = _Joined(query, value)
+        joined = Joined(query, value)
         for masked in self._calls(query, scoring.window):
             call = masked.call
-            keys, values = key, value
-            if call.block is not None:
-                block = cast(KeysValues, call.block)  # the plan does not look into blocks
-                keys, values = block.keys[layer_idx], block.values[layer_idx]
-            output, lse = kernel(
-                query[:, call.rows],
-                keys[:, call.keys],
-                values[:, call.keys],
-                scoring.scaling,
-                call.is_causal,
-                masked.mask,
-            )
+            if call.block is None:
+                keys, values = key[:, call.keys], value[:, call.keys]
+            else:
+                block = cast(Layers, call.block)  # the plan does not read blocks
+                keys, values = block.layer(layer_idx, call.keys)
+            output, lse = kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.mask)
             if call.is_own:
                 joined.start_with(call.rows, output, lse)
                 continue
@@ -178,7 +173,7 @@ def _shifted(piece: slice, by: int) -> slice:
     return slice(piece.start + by, piece.stop + by)
 
 
-class _Joined:
+class Joined:
     """The running join of partial results; float32 unless the model computes in float64."""
 
     def __init__(self, query: Tensor, value: Tensor) -> None:
@@ -186,18 +181,21 @@ class _Joined:
         self._dtype = query.dtype
         accumulate = torch.promote_types(query.dtype, torch.float32)
         self._output = torch.empty((tokens, heads, value.shape[-1]), dtype=accumulate, device=query.device)
-        self._lse = torch.empty((tokens, heads), dtype=accumulate, device=query.device)
+        self.lse = torch.empty((tokens, heads), dtype=accumulate, device=query.device)
 
     def start_with(self, rows: slice, output: Tensor, lse: Tensor) -> None:
+        """Set the first partial result of these rows."""
         self._output[rows] = output
-        self._lse[rows] = lse
+        self.lse[rows] = lse
 
     def add(self, rows: slice, output: Tensor, lse: Tensor) -> None:
-        so_far = self._lse[rows]
+        """Join another partial result of these rows."""
+        so_far = self.lse[rows]
         self._output[rows].lerp_(output.to(self._output.dtype), torch.sigmoid(lse - so_far)[..., None])
         torch.logaddexp(so_far, lse.to(so_far.dtype), out=so_far)
 
     def result(self, sinks: Tensor | None) -> Tensor:
+        """Return the joined output, `(tokens, heads, head_dim)`, in the dtype of the queries."""
         if sinks is not None:
-            self._output *= torch.sigmoid(self._lse - sinks)[..., None]
+            self._output *= torch.sigmoid(self.lse - sinks)[..., None]
         return self._output.to(self._dtype)

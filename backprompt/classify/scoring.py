@@ -27,8 +27,8 @@ from backprompt.classify.weighing import Floats
 from backprompt.errors import EmptyTextError
 from backprompt.lm import LM
 from backprompt.progress import Bar, check_show, is_wanted
-from backprompt.text import Text
-from backprompt.token_graph import TokenIds
+from backprompt.text.node import Text
+from backprompt.tokens.graph import TokenIds
 
 MIN_PROMPTS_FOR_A_BAR = 5
 TOKENS_AT_A_TIME = 1 << 20

@@ -14,10 +14,10 @@ import backprompt
 from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments, finite
 from backprompt.cli.stream import Compute, Job, add_output_arguments, not_negative, positive, stream
 from backprompt.errors import CommandError
-from backprompt.text import Text
+from backprompt.text.node import Text
 
 if TYPE_CHECKING:
-    from backprompt._generate import GeneratedText
+    from backprompt.generation.continued import GeneratedText
     from backprompt.lm import LM
 
 _OWN_OPTIONS = ("max_new_tokens", "n", "stop", "include_stop", "seed")
@@ -76,9 +76,9 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue all of the input."""
-    from backprompt.decoding import Decoding
-    from backprompt.generation_options import SAMPLING_FIELDS
-    from backprompt.stops import StopStrings
+    from backprompt.generation.decoding import Decoding
+    from backprompt.generation.options import SAMPLING_FIELDS
+    from backprompt.generation.stops import StopStrings
 
     named = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
     config = {name: value for name, value in named.items() if value is not None}
@@ -91,11 +91,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(
             f"Greedy decoding gives one continuation, not {arguments.n}. Ask for sampling: --do-sample, --temperature."
         )
-    seed = secrets.randbits(63) if arguments.seed is None else arguments.seed  # one for all slices
+    seed = secrets.randbits(63) if arguments.seed is None else arguments.seed  # one seed for all slices
 
     def computed_with(lm: LM) -> Compute:
         stops = StopStrings(arguments.stop, lm.tokenizer, include_stop=arguments.include_stop)
-        Decoding(  # checks them
+        Decoding(  # checks the options
             lm.session.causal_lm,
             lm.tokenizer,
             max_new_tokens=arguments.max_new_tokens,
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
                 **config,
             )
             results = {
-                token_ids: [_result(text, idx, arguments.n) for idx, text in enumerate(samples)]
+                token_ids: [result_of(text, idx, arguments.n) for idx, text in enumerate(samples)]
                 for token_ids, samples in zip(distinct, found, strict=True)
             }
             return [results[prompt.tokens] for prompt in prompts]
@@ -130,7 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
     return stream(arguments, Job(new_fields, computed_with, compared, rows_per_prompt=arguments.n or 1))
 
 
-def _result(text: GeneratedText, sample_idx: int, num_samples: int | None) -> dict[str, Any]:
+def result_of(text: GeneratedText, sample_idx: int, num_samples: int | None) -> dict[str, Any]:
+    """Return the fields that one continuation adds to a row."""
     logprob = float(text.completion_logprobs.double().sum())
     fields = {
         "completion": text.completion,
@@ -142,7 +143,7 @@ def _result(text: GeneratedText, sample_idx: int, num_samples: int | None) -> di
 
 
 def _unescaped(given: str) -> str:
-    """Return a string with escapes replaced, since few shells let one write a line break."""
+    """Return a string with escapes replaced, since line breaks are hard to write in most shells."""
     if not given:
         raise argparse.ArgumentTypeError("it must not be empty")
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], given)

@@ -1,4 +1,4 @@
-"""`backprompt score`: which of given completions is the most probable behind each prompt, and how probable each is."""
+"""`backprompt score`: the probability of each given completion behind each prompt, and the most probable one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from backprompt.cli.arguments import (
 )
 from backprompt.cli.stream import Compute, Job, add_output_arguments, positive, stream
 from backprompt.errors import CommandError
-from backprompt.text import Text
+from backprompt.text.node import Text
 
 if TYPE_CHECKING:
     from backprompt.classify.completions import EndOfPrompt
     from backprompt.lm import LM
 
 AGGREGATES = ("mean", "sum")
-"""Those of `backprompt.classify`, which imports torch."""
+"""The aggregates of `backprompt.classify`, repeated because that package imports torch."""
 
 ENDS_OF_PROMPT: dict[str, EndOfPrompt] = {"auto": "auto", "space": " ", "nothing": ""}
 NEW_FIELDS = ("prediction", "probability", "probabilities")

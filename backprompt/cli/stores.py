@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import backprompt
-from backprompt._visible import beginning, visible
 from backprompt.cli.arguments import add_command, shows_progress
-from backprompt.cli.rows import as_json, counted
+from backprompt.cli.rows import as_json
 from backprompt.errors import CommandError
+from backprompt.visible import beginning, counted, visible
 
 if TYPE_CHECKING:
     from backprompt.store import DiskStore
@@ -81,7 +81,7 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 def run_find(arguments: argparse.Namespace) -> int:
-    """Print the entries whose text begins so."""
+    """Print the entries whose text begins with the prefix."""
     with _opened(arguments) as store:
         return 0 if _print_headers(store.list(arguments.prefix), is_json=arguments.json) else 1
 
@@ -116,8 +116,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def run_prune(arguments: argparse.Namespace) -> int:
-    """Delete entries, and say how many."""
-    from backprompt.memory import parse_bytes
+    """Delete entries, and print their number."""
+    from backprompt.memory.budget import parse_bytes
 
     size = arguments.size
     max_bytes = parse_bytes(int(size) if size.isdecimal() else size, "SIZE")
@@ -135,7 +135,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 
 def _opened(arguments: argparse.Namespace) -> DiskStore:
-    """Open a store that is there: a folder that is none must not become one by looking into it."""
+    """Open a store that is there: looking into another folder must not turn it into a store."""
     from backprompt.store.paths import FOLDERS, check_folder
 
     try:
@@ -148,7 +148,7 @@ def _opened(arguments: argparse.Namespace) -> DiskStore:
 
 
 def _print_headers(headers: Iterable[Header], *, is_json: bool) -> int:
-    """Print entries, a line each, and return how many."""
+    """Print entries, one line each, and return their number."""
     num_headers = 0
     for header in headers:
         print(as_json(_described(header)) if is_json else visible(_line(header)))

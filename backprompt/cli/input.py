@@ -1,0 +1,183 @@
+"""Input: a file or a pipe of prompts, as JSONL or CSV, read a row at a time; errors name the line."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from backprompt.cli.rows import PIPE, Format, Row, shown
+from backprompt.errors import CommandError
+from backprompt.visible import counted
+
+PROMPT_FIELDS = ("prompt", "prompts", "parts")
+"""The fields that may hold a prompt if no field is named: a string, or a list of strings that `+` joins."""
+
+_MAX_CSV_FIELD = 2**31 - 1  # csv's own limit is 131,072 characters
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A source of prompts.
+
+    Args:
+        path: a file, or "-" for standard input.
+        format: the format of its rows.
+        field: the field or column that holds the prompt; by default the one of `PROMPT_FIELDS` that is there.
+
+    """
+
+    path: str
+    format: Format
+    field: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the input can be read more than once."""
+        return self.path != PIPE and os.path.isfile(self.path)
+
+    @property
+    def name(self) -> str:
+        """The name of the input in messages."""
+        return "standard input" if self.path == PIPE else self.path
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows as they are read.
+
+        Raises:
+            CommandError: the input cannot be opened, or a row is invalid; the message names the line.
+
+        """
+        with self._opened() as file:
+            yield from self._json_rows(file) if self.format == "jsonl" else self._csv_rows(file)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        if self.path == PIPE:
+            if sys.stdin is None:
+                raise CommandError("standard input is closed. Name a file of prompts.")
+            yield sys.stdin.buffer
+            return
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115  # closed below; errors of reading are not those of opening
+        except OSError as error:
+            raise CommandError(f"{self.path} cannot be read: {error.strerror}.") from error
+        with file:
+            yield file
+
+    def _json_rows(self, file: BinaryIO) -> Iterator[Row]:
+        for number, line in enumerate(file, 1):
+            where = f"line {number} of {self.name}"
+            string = decoded(line, where, may_have_mark=number == 1)
+            if not string.strip():
+                continue
+            try:
+                value = json.loads(
+                    string, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_without_repeats
+                )
+                if "\\u" in string:
+                    json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise CommandError(f"{where} holds half of a surrogate pair, which is no character.") from error
+            except json.JSONDecodeError as error:
+                raise CommandError(f"{where} is not JSON: {error.msg} (column {error.colno}).") from error
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+                raise CommandError(f"{where} is no JSON that can be read: {error}.") from error
+            source = string.strip() if isinstance(value, dict) else None
+            fields = {self.field or PROMPT_FIELDS[0]: value} if isinstance(value, str) else value
+            if not isinstance(fields, dict):
+                raise CommandError(f"{where} is neither a JSON object nor a JSON string, but {shown(value)}.")
+            yield Row(where, self._parts(fields, where), fields, source)
+
+    def _csv_rows(self, file: BinaryIO) -> Iterator[Row]:
+        csv.field_size_limit(_MAX_CSV_FIELD)
+        reader = csv.reader(self._csv_lines(file), strict=True)
+        try:
+            names = next(reader, [])
+            repeated = [name for idx, name in enumerate(names) if name in names[:idx]]
+            if repeated:
+                raise CommandError(f"{self.name} has two columns called {repeated[0]!r}. Rename one.")
+            for values in reader:
+                where = f"line {reader.line_num} of {self.name}"
+                if not values:
+                    continue
+                if len(values) != len(names):
+                    num_values = counted(len(values), "value")
+                    num_columns = counted(len(names), "column")
+                    raise CommandError(f"{where} has {num_values} for the {num_columns} of the header.")
+                fields = dict(zip(names, values, strict=True))
+                yield Row(where, self._parts(fields, where), fields)
+        except csv.Error as error:
+            raise CommandError(f"line {reader.line_num} of {self.name} is not CSV: {error}.") from error
+
+    def _csv_lines(self, file: BinaryIO) -> Iterator[str]:
+        r"""Yield lines with their ends, which are \n, \r\n or \r."""
+        for number, line in enumerate(file, 1):
+            text = decoded(line, f"line {number} of {self.name}", may_have_mark=number == 1)
+            yield from re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text)
+
+    def _parts(self, fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
+        candidates = PROMPT_FIELDS if self.field is None else (self.field,)
+        found = [name for name in candidates if name in fields]
+        what = "column" if self.format == "csv" else "field"
+        if len(found) != 1:
+            is_there = f"both {found[0]!r} and {found[1]!r}" if found else f"no {what} {candidates[0]!r}"
+            others = f" It has {', '.join(map(repr, fields))}." if fields else ""
+            raise CommandError(f"{where} has {is_there}. Say which {what} holds the prompt: --column NAME.{others}")
+        value = fields[found[0]]
+        parts = value if isinstance(value, list) else [value]
+        wrong = next((part for part in parts if not isinstance(part, str)), None)
+        if wrong is not None or value is None:
+            raise CommandError(
+                f"{where}: {found[0]!r} must be a string or a list of strings, and holds {shown(wrong)}."
+            )
+        if not any(parts):
+            raise CommandError(f"{where}: {found[0]!r} is empty.")
+        return tuple(parts)
+
+
+def decoded(data: bytes, where: str, *, may_have_mark: bool = True) -> str:
+    """Return text from UTF-8, without the byte-order mark that it may begin with.
+
+    Raises:
+        CommandError: the data is not UTF-8, or holds NUL, which only other encodings of text have.
+
+    """
+    try:
+        text = data.decode("utf-8-sig" if may_have_mark else "utf-8")
+    except UnicodeDecodeError as error:
+        is_utf_16 = data[:2] in _UTF_16 or b"\0" in data
+        hint = " It looks like UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8." if is_utf_16 else ""
+        raise CommandError(f"{where} is not UTF-8.{hint}") from error
+    if "\0" in text:
+        raise CommandError(
+            f"{where} holds NUL bytes. If it is UTF-16, convert it, as with iconv -f UTF-16LE -t UTF-8; JSON writes "
+            "the character NUL as \\u0000."
+        )
+    return text
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, called by `json.loads`, which alone would keep the last of two values silently."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for idx, name in enumerate(names) if name in names[:idx])
+        raise ValueError(f"an object has two fields called {repeated!r}")
+    return fields
+
+
+def _finite(number: str) -> float:
+    """Return a float, called by `json.loads`, which alone takes NaN and numbers that are too large for a float."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no finite number")
+    return value

@@ -1,0 +1,281 @@
+"""The archive: what connects a forest with a store of representations.
+
+Before spans are forwarded, the archive looks in the store for the entries at their positions (memory/visit.py). After a
+pass the archive writes new spans. An entry begins behind the last stored position, so a short span goes with the spans
+that continue it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from backprompt.errors import EntryTooLargeError, StaleRepresentationError
+from backprompt.evaluation.entries import Finder, Reader, is_sound, root_of
+from backprompt.evaluation.span_keys import Root, SpanKeys
+from backprompt.forest.forest import Forest
+from backprompt.forest.span import NOTHING, Junction, Kind, Span
+from backprompt.memory.blocks import Block, BlockRows, Layout, gather_each, keys_values_of, states_of
+from backprompt.memory.tier import Tier
+from backprompt.memory.visit import Visit
+from backprompt.store.base import Entry, Header, Store
+from backprompt.store.precision import encode
+
+logger = logging.getLogger(__name__)
+
+MIN_TOKENS = 16
+"""Runs of fewer tokens are not stored unless they are asked for, or something that is stored stands on them.
+
+Measured (benchmarks/README.md): from about 4 tokens on, writing and reading take no longer than computing once more;
+but what is stored is often never read again.
+"""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The ends of the texts that there was room for, and the tokens whose states were loaded."""
+
+    served: list[Span]
+    num_tokens: int
+
+
+class Archive:
+    """Loads spans from a store and saves them there.
+
+    Args:
+        store: where to.
+        root: called at first use, as it hashes the model's weights.
+        has_changed: whether the weights are others than those of the root. Then nothing is stored.
+        decode: from token ids to text.
+        device: where loaded tensors go.
+
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        root: Callable[[], Root],
+        has_changed: Callable[[], bool],
+        decode: Callable[[Sequence[int]], str],
+        device: torch.device,
+    ) -> None:
+        self._store = store
+        self._keys = SpanKeys(root)
+        self._has_changed = has_changed
+        self._decode = decode
+        self._device = device
+        self._can_read = self._can_write = True
+        self._has_warned = False
+
+    def load(
+        self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, layout: Layout, *, with_keys_values: bool
+    ) -> Loaded:
+        """Let the spans on the way to `ends` hold what the store has of them, and count it; spans may be split.
+
+        It ends when `room` bytes and a span have come; but at least one text gets all that there is of it. An entry
+        that is not of this `layout` is damaged.
+        """
+        finder, reader = Finder(self._store, self._keys), Reader(self._store, layout, self._device)
+        num_tokens = 0
+
+        def bring(kind: Kind, span: Span) -> bool:
+            nonlocal num_tokens
+            for block in self._load_span(kind, forest, span, finder, reader):
+                memory.add([block])
+                visit.room -= block.num_bytes
+                num_tokens += block.num_rows if kind == "states" else 0
+            return span.holds(kind)
+
+        visit = Visit(room, bring)
+        served = list(ends)
+        if self._can_read:
+            try:
+                served = visit.serve(ends, with_keys_values=with_keys_values)
+                for span in visit.absent:
+                    span.is_stored = False  # or not any more
+            except OSError as error:
+                self._note_unreadable(error)
+        return Loaded(served, num_tokens)
+
+    def num_stored(self, span: Span) -> int:
+        """Return of how many of a span's first tokens the store's index says that it has them; loads nothing."""
+        if not self._can_read:
+            return 0
+        try:
+            found = Finder(self._store, self._keys).find(span)
+        except OSError as error:
+            self._note_unreadable(error)
+            return 0
+        return 0 if found is None else found.num_tokens
+
+    def others(self, beginning: Sequence[int]) -> list[Root]:
+        """Return what else than this archive's root texts stand on that are stored and whose first tokens are these."""
+        if not self._can_read:
+            return []
+        try:
+            found = [
+                root_of(header)
+                for header in self._store.list(self._decode(beginning).rstrip("\N{REPLACEMENT CHARACTER}"))
+                if is_sound(header)
+                if header.position == 0 and header.token_ids[: len(beginning)] == tuple(beginning)
+            ]
+        except OSError as error:
+            self._note_unreadable(error)
+            return []
+        return [root for root in dict.fromkeys(found) if root.key != self._keys.root.key]
+
+    def under(self, root: Root) -> Archive:
+        """Return an archive of the same store whose keys are built on another root."""
+        return Archive(self._store, lambda: root, self._has_changed, self._decode, self._device)
+
+    @property
+    def root(self) -> Root:
+        """What its keys are built on; the first use hashes the model's weights."""
+        return self._keys.root
+
+    def drops(self, num_tokens: int) -> bool:
+        """Return whether a run of so many tokens is too short for a store that is filled without being asked."""
+        return self._store.persist == "always" and num_tokens < MIN_TOKENS
+
+    def save_new(self, spans: Iterable[Span]) -> None:
+        """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
+        if self._store.persist != "always" or not self._can_write or self._has_changed():
+            return
+        for span in spans:
+            run = _unstored(span)
+            if self._can_write and sum(len(part.token_ids) for part in run) >= MIN_TOKENS:
+                self._save(span)
+
+    def save(self, end: Span) -> None:
+        """Store all of a text that holds its keys and values.
+
+        Raises:
+            OSError: it cannot be written.
+            StaleRepresentationError: the weights have changed since it was computed.
+
+        """
+        if self._has_changed():
+            raise StaleRepresentationError(
+                "The model's weights have changed while a text was to be stored, so it is not. Save it again."
+            )
+        finder = Finder(self._store, self._keys)
+        spans = [span for span in end.closure() if span.token_ids]
+        for span in spans:  # asked for anew: others may have deleted entries
+            assert span.parent is not None
+            may_be_there = span.begins_chain or span.parent.is_stored
+            span.is_stored = may_be_there and finder.name_of(span) is not None
+        self._put_text(end)
+
+    def _load_span(self, kind: Kind, forest: Forest, span: Span, finder: Finder, reader: Reader) -> Iterator[Block]:
+        """Load what the span does not hold, and yield it; the span is split where only a beginning can be loaded."""
+        if isinstance(span, Junction):
+            span.move(kind, NOTHING, "device")
+            return
+        while not span.holds(kind):
+            found = finder.find(span)
+            read = None if found is None else reader.read(kind, found, self._keys.root)
+            if found is None or read is None:
+                return
+            loaded = span if found.num_tokens == len(span.token_ids) else forest.split(span, found.num_tokens)
+            with forest.changing():
+                loaded.error = max(loaded.error if loaded.is_held() else 0.0, read.error)
+                loaded.move(kind, BlockRows(read.block, 0, found.num_tokens), "device")
+                loaded.is_stored = True
+                loaded.loaded_in = forest.stamp()
+            yield read.block
+
+    def _note_unreadable(self, error: OSError) -> None:
+        self._can_read = False
+        logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
+
+    def _save(self, span: Span) -> None:
+        try:
+            self._put_text(span)
+        except EntryTooLargeError as error:
+            if not self._has_warned:
+                logger.warning("%s Evaluation goes on; what does not fit is not stored.", error)
+                self._has_warned = True
+        except OSError as error:
+            self._can_write = False
+            logger.warning(
+                "%r cannot be written to (%s). Evaluation goes on; nothing more is stored in this process.",
+                self._store,
+                error,
+            )
+
+    def _put_text(self, end: Span) -> None:
+        """Store what is not stored of a text: branches before what stands behind their group, of whatever length."""
+        spans = [span for span in end.closure() if span.token_ids]
+        continued = {span.parent for span in spans if not span.begins_chain}
+        finder = Finder(self._store, self._keys)
+        for span in spans:
+            if span not in continued:
+                self._put_chain(span, finder)
+
+    def _put_chain(self, end: Span, finder: Finder) -> None:
+        """Store what is not stored on the way to `end`, after making sure of what it goes behind."""
+        while run := _unstored(end):
+            names = {before: finder.name_of(before) for before in _right_before(run[0])}
+            missing = [before for before, name in names.items() if name is None]
+            for before in missing:
+                before.is_stored = False  # others have deleted it
+            if not missing:
+                self._put(run, tuple(dict.fromkeys(name for name in names.values() if name is not None)))
+            elif run[0].begins_chain or any(not before.is_held(with_keys_values=True) for before in missing):
+                return  # of no use without it
+
+    def _put(self, run: list[Span], behind: tuple[str, ...]) -> None:
+        root = self._keys.root
+        token_ids = tuple(token_id for span in run for token_id in span.token_ids)
+        rows = ([states_of(span) for span in run], [keys_values_of(span) for span in run])
+        tensors = {name: tensor.cpu() for of_kind in rows for name, tensor in gather_each(of_kind)}
+        error, dtypes = max(span.error for span in run[-1].closure()), {}
+        if self._store.dtype is not None:
+            encoded = encode(tensors, self._store.dtype)
+            tensors, dtypes, error = encoded.tensors, encoded.dtypes, max(error, encoded.error)
+        header = Header(
+            start=self._keys.start_of(run[0]).hex(),
+            end=self._keys.key_of(run[-1]).hex(),
+            position=run[0].position,
+            token_ids=token_ids,
+            text=self._decode(token_ids),
+            model=root.model,
+            tokenizer=root.tokenizer,
+            dtype=root.dtype,
+            exactness=root.exactness,
+            error=error,
+            dtypes=dtypes,
+            behind=behind,
+        )
+        self._store.put(Entry(header, tensors))
+        for span in run:
+            span.is_stored = True
+
+
+def _right_before(span: Span) -> list[Span]:
+    """Return the spans that end right before this one: its parent, or the ends of all branches of a group."""
+    found: dict[Span, None] = {}
+    stack = list(span.parents)
+    while stack:
+        before = stack.pop()
+        if before.token_ids:
+            found[before] = None
+        else:
+            stack += before.parents
+    return list(found)
+
+
+def _unstored(span: Span) -> list[Span]:
+    """Return what is not stored on the way to the span, it included, as far back as one entry may reach."""
+    run: list[Span] = []
+    part = span
+    while not part.is_stored:
+        run.append(part)
+        if part.begins_chain or part.parent is None:
+            break
+        part = part.parent
+    run.reverse()
+    return run

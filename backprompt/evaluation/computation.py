@@ -1,0 +1,370 @@
+"""Computing: texts go into the forest, and their missing spans are fetched, loaded or forwarded, within the budget.
+
+Keeps the forest of spans, the executor that forwards them, the tiers of memory in which their rows lie, the pools of
+results that were read off them, and who holds texts. All of it is of one state of the model's weights: if these have
+changed in the middle of it, everything is forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import finalize
+
+from torch import Tensor, nn
+
+from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
+from backprompt.evaluation.archive import Archive
+from backprompt.evaluation.holders import Holders
+from backprompt.evaluation.pools import Pools
+from backprompt.forest.forest import Forest
+from backprompt.forest.passes import (
+    cut_into_passes,
+    is_cut_off,
+    last_uses,
+    missing_spans,
+    num_tokens_of,
+    on_the_way,
+)
+from backprompt.forest.plan import TILE_TOKENS, plan_pass
+from backprompt.forest.span import NOTHING, Junction, Span
+from backprompt.memory.eviction import Memory
+from backprompt.model.executor import Executor
+from backprompt.model.probe import probe
+from backprompt.progress import GrowingBar
+from backprompt.tokens.graph import TokenIds
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 2048, "cuda": 8192}
+"""Larger passes cost activation memory and win nothing: on the CPU packs of 512 to 1,024 tokens measured best."""
+
+MAX_EMPTY_SPANS = 10_000
+"""Spans of which nothing is held any more stay in the forest up to this number, to tell what is computed again."""
+
+MAX_EMPTY_TOKENS = 1_000_000
+"""And up to this number of tokens, whose ids take 40 bytes each."""
+
+
+@dataclass
+class Counters:
+    """Work done so far; `LM.stats` is a frozen copy."""
+
+    tokens_requested: int = 0
+    tokens_computed: int = 0
+    tokens_recomputed: int = 0
+    tokens_fetched: int = 0
+    tokens_loaded: int = 0
+    forward_passes: int = 0
+    logit_rows: int = 0
+    seconds: float = 0.0
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """What was computed with the model's weights."""
+        return self.forward_passes, self.logit_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a computation is asked for, besides the texts.
+
+    Attributes:
+        with_keys_values: whether the texts' ends shall hold keys and values, too.
+        is_step: whether this is a step of a generation: part of the evaluation that began the generation, and neither
+            read from the store nor written to it.
+        before_eviction: called before anything is let go of over the budget, to read off what is there.
+
+    """
+
+    with_keys_values: bool = False
+    is_step: bool = False
+    before_eviction: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """The needs for which room is made: spans that must stay, their uses in passes to come, bytes that come back."""
+
+    needed: Set[Span] = frozenset()
+    last_uses: Mapping[Span, int] | None = None
+    next_pass: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Means:
+    """What computing takes.
+
+    Attributes:
+        model: the user's, for the probe.
+        has_changed: whether its weights are others now.
+        executor: runs passes and the output head.
+        memory: the device's tier, with the second pool below it.
+        pools: of results.
+        archive: the connection of the forest with a store, if there is one.
+        counters: of the `LM`.
+        max_tokens_per_forward: of a pass; None for the device's default.
+
+    """
+
+    model: nn.Module
+    has_changed: Callable[[], bool]
+    executor: Executor
+    memory: Memory
+    pools: Pools
+    archive: Archive | None
+    counters: Counters
+    max_tokens_per_forward: int | None
+
+
+class Computation:
+    """Computes spans, each once for as long as it is held."""
+
+    def __init__(self, means: Means) -> None:
+        self._model = means.model
+        self._has_changed = means.has_changed
+        self.executor = means.executor
+        self.memory = means.memory
+        self.pools = means.pools
+        self.archive = means.archive
+        self.counters = means.counters
+        default = DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
+        self.max_tokens = means.max_tokens_per_forward or default
+        self.forest = Forest()
+        self.holders = Holders()
+        self.tile_tokens = TILE_TOKENS
+        self._checked_work = self.counters.work
+        self._is_probed = False
+        # Spans refer to each other: without this, their tensors would wait for the cycle collector.
+        finalize(self, self.forest.clear).atexit = False
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of all that is held of one token; the first use runs the probe."""
+        self.probe_once()
+        return self.executor.token_bytes
+
+    def num_bytes_of(self, ends: Iterable[Span]) -> int:
+        """Return the bytes that all of these texts take together, in the device's memory."""
+        return num_tokens_of(on_the_way(ends)) * self.token_bytes
+
+    @contextmanager
+    def inserted(self, texts: Sequence[TokenIds], *, are_ends: bool = True) -> Iterator[list[Span]]:
+        """Yield the ends of texts in the forest; `are_ends`: see `Forest.insert`."""
+        self.probe_once()
+        ends = [self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts]
+        self.memory.touch(ends)
+        yield ends
+        if self.memory.num_empty_spans > MAX_EMPTY_SPANS or self.memory.num_empty_tokens > MAX_EMPTY_TOKENS:
+            self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # not again at the next evaluation
+            self.memory.num_empty_spans = self.memory.num_empty_tokens = 0
+
+    @contextmanager
+    def held(self, texts: Sequence[TokenIds], request: Request) -> Iterator[list[Span]]:
+        """Compute the missing spans of texts and hold the texts for as long as the context lasts; yield their ends."""
+        with self.inserted(texts) as ends, self.holders.using(ends):
+            self.compute(ends, request)
+            yield ends
+
+    def compute(self, ends: Iterable[Span], request: Request) -> None:
+        """Compute the missing spans of the texts that end here, pass by pass, within the budget.
+
+        A span that is dropped although a later pass needs it comes back or is planned and forwarded again.
+        """
+        waiting = dict.fromkeys(end for end in ends if not end.is_held(with_keys_values=request.with_keys_values))
+        if waiting and not request.is_step:
+            self.forest.begin_evaluation()
+        is_stuck = False  # then one text alone goes on
+        with GrowingBar("evaluating", "tokens") as bar:
+            while waiting:
+                num_waiting = len(waiting)
+                self._compute_some(waiting, request, bar, is_stuck=is_stuck)
+                is_stuck = len(waiting) == num_waiting
+
+    def _compute_some(self, waiting: dict[Span, None], request: Request, bar: GrowingBar, *, is_stuck: bool) -> None:
+        """Compute the missing spans of the texts that there is room for, or of the first; these texts wait no more."""
+        asked = list(waiting)[: 1 if is_stuck else None]
+        group = self._bring_back(asked, request)
+        for end in group:
+            if end.is_held(with_keys_values=request.with_keys_values):
+                del waiting[end]
+        missing = missing_spans(group, with_keys_values=request.with_keys_values)
+        passes = cut_into_passes(self.forest, missing, self.max_tokens)
+        bar.expect(sum(map(num_tokens_of, passes)), is_long=len(passes) > 1)
+        uses = last_uses(passes)
+        for pass_idx, spans in enumerate(passes):
+            needed = {parent for span in spans for parent in span.parents}
+            if is_stuck:  # what one pass computed of a group may be what another drops
+                needed |= on_the_way(group)
+            self._make_room_for(_Coming(needed, uses, pass_idx), request)
+            if is_cut_off(spans):
+                return
+            self._forward(spans)
+            if self.archive is not None and not request.is_step:
+                self.archive.save_new(span for span in spans if span.token_ids)
+            bar.update(num_tokens_of(spans))
+            for span in spans:
+                waiting.pop(span, None)
+        self._make_room_for(_Coming(), request)
+
+    def _bring_back(self, ends: Sequence[Span], request: Request) -> Sequence[Span]:
+        """Bring what the second pool and the store have of the way to `ends`.
+
+        Returns the ends of the texts that there was room for, at least one, in the order of `ends`, in which a sketch
+        plans, too: what these still miss is to be forwarded.
+        """
+        archive = None if request.is_step else self.archive
+        served = ends
+        if self.memory.host.num_bytes or archive is not None:
+            asked, in_order = set(ends), missing_spans(ends, with_keys_values=request.with_keys_values)
+            served = [span for span in in_order if span in asked]  # depth first
+        if self.memory.host.num_bytes:
+            served = self._fetch(served, request)
+        if archive is not None:
+            served = self._load(archive, served, request)
+        brought = set(served)
+        return [end for end in ends if end in brought]
+
+    def _fetch(self, ends: Sequence[Span], request: Request) -> Sequence[Span]:
+        """Move back what the second pool has; return the ends of the texts that there was room for."""
+        host = self.memory.host
+        pinned = on_the_way(self.holders.pinned_ends())
+        room = self.memory.max_bytes - num_tokens_of(pinned) * self.executor.token_bytes
+        planned = host.plan_fetch(ends, room, pinned, with_keys_values=request.with_keys_values)
+        if planned.num_bytes:
+            needed = on_the_way([*planned.served, *planned.spans["states"], *planned.spans["keys_values"]])
+            self._make_room_for(_Coming(needed, num_bytes=planned.num_bytes), request)
+            self.memory.add(host.fetch(self.forest, planned))
+            self.counters.tokens_fetched += planned.num_tokens
+        return planned.served
+
+    def _load(self, archive: Archive, ends: Sequence[Span], request: Request) -> Sequence[Span]:
+        """Load what the store has; return the ends of the texts that there was room for."""
+        free = max(0, self.memory.max_bytes - self.memory.num_bytes)
+        room = free + self.max_tokens * self.executor.token_bytes
+        layout = self.executor.layout
+        assert layout is not None, "the probe ran a pass"
+        loaded = archive.load(self.forest, ends, room, self.memory, layout, with_keys_values=request.with_keys_values)
+        self.counters.tokens_loaded += loaded.num_tokens
+        if loaded.num_tokens:
+            logger.debug("Loaded %d tokens from the store.", loaded.num_tokens)
+        return loaded.served
+
+    def _forward(self, spans: Sequence[Span]) -> None:
+        """Forward the spans in one pass, and let them hold what came of it."""
+        started = time.perf_counter()
+        with_tokens = [span for span in spans if span.token_ids]
+        computed = None
+        if with_tokens:
+            with self._blaming_weights():
+                computed = self.executor.compute(plan_pass(with_tokens, self.tile_tokens))
+        num_tokens = num_tokens_of(with_tokens)
+        num_recomputed = num_tokens_of(span for span in with_tokens if span.was_computed)
+        with self.forest.changing():
+            if computed is not None:
+                for span in computed.states_of:
+                    if span.error:  # read back inexactly once, and so may be rows of logits that were computed with it
+                        span.error = 0.0
+                        self.pools.clear()
+                computed.place()
+                self.memory.add((computed.keys_values, computed.states))
+            for span in spans:
+                if isinstance(span, Junction):
+                    span.place(keys_values=NOTHING, states=NOTHING)
+                span.was_computed = True
+                span.computed_in = self.forest.stamp()
+        self.counters.forward_passes += bool(with_tokens)
+        self.counters.tokens_computed += num_tokens
+        self.counters.tokens_recomputed += num_recomputed
+        self.counters.seconds += time.perf_counter() - started
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the head to `(rows, hidden)`, and count the rows."""
+        started = time.perf_counter()
+        with self._blaming_weights():
+            logits = self.executor.logits(hidden)
+        self.counters.logit_rows += hidden.shape[0]
+        self.counters.seconds += time.perf_counter() - started
+        return logits
+
+    def make_room(self) -> None:
+        """Let go of what is over the budget."""
+        self._make_room_for(_Coming(), Request())
+
+    def _make_room_for(self, coming: _Coming, request: Request) -> None:
+        """Let go of what is over the budget, or will be; see `Memory.evict`."""
+        is_exceeded = self.memory.is_exceeded(coming.num_bytes)
+        if not is_exceeded and not self.memory.is_scattered:
+            return
+        if is_exceeded and request.before_eviction is not None:
+            request.before_eviction()
+        self.memory.evict(
+            self.forest, self.holders.ends(), coming.needed, coming.last_uses, coming.next_pass, coming.num_bytes
+        )
+
+    def recover(self) -> None:
+        """Make everything right again after an error, wherever it came: "Failures" in docs/design/evaluation.md.
+
+        Where the forest is whole all that was computed is kept, and what was to be computed leaves it. Else everything
+        is forgotten.
+        """
+        self.holders.stop_using()
+        if not self.forest.is_whole:
+            self._forget()
+        self._prune(MAX_EMPTY_SPANS, MAX_EMPTY_TOKENS)
+        spans = list(self.forest.spans())
+        for tier in (self.memory, self.memory.host):
+            tier.recount(spans)
+        self.make_room()
+
+    def clear(self) -> None:
+        """Forget all that was computed, pinned texts included."""
+        self.holders.unpin_all()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.forest.clear()
+        self.pools.clear()
+
+    def _prune(self, max_spans: int, max_tokens: int) -> None:
+        """Forget spans of which nothing is held, but for the latest, and results by which they would stay alive."""
+        self.forest.prune(max_spans, max_tokens)
+        self.pools.retain(set(self.forest.spans()))
+
+    def probe_once(self) -> None:
+        """Make sure that a small tree was compared with plain calls; from then on a token's bytes are known."""
+        if not self._is_probed:
+            with self._blaming_weights():
+                probe(self._model, self.executor)
+            self._is_probed = True
+
+    def check_unchanged(self) -> None:
+        """Raise StaleRepresentationError if weights have changed since the work that was checked last.
+
+        The work since then may be of no one state of the weights, and all is forgotten: weights may change back
+        unnoticed.
+        """
+        if self.counters.work != self._checked_work:
+            self._raise_if_changed()
+            self._checked_work = self.counters.work
+
+    def _raise_if_changed(self) -> None:
+        if self._has_changed():
+            self.clear()
+            raise StaleRepresentationError(
+                "The model's weights have changed while they were used, so what was computed is of no one state of "
+                "them. Nothing of it is kept. Call again, and let other threads change weights between calls."
+            )
+
+    @contextmanager
+    def _blaming_weights(self) -> Iterator[None]:
+        """Whatever the model does wrong while its weights change is not the model's fault."""
+        try:
+            yield
+        except (NonFiniteError, UnsupportedModelError):
+            self._raise_if_changed()
+            raise

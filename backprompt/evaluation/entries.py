@@ -1,0 +1,196 @@
+"""Entries of a store for spans: which of them holds what, and reading rows of them as blocks.
+
+Entries of every store pass here on their way to a model, so here they are compared with what it computes: one that says
+of itself what cannot be is reported, set aside, and computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from backprompt.errors import DamagedEntryError, StoreVersionError
+from backprompt.evaluation.span_keys import Root, SpanKeys
+from backprompt.forest.keys import root_key
+from backprompt.forest.span import Kind, Span
+from backprompt.memory.blocks import STATE_TENSORS, Block, KeysValues, Layout, States, token_axis
+from backprompt.store.base import Entry, Header, Store
+from backprompt.store.precision import decode, parts_of
+from backprompt.store.schema import TensorSpec, check_header, check_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows `first..first + num_tokens` of an entry are said to be a beginning of a span."""
+
+    name: str
+    first: int
+    num_tokens: int
+    token_ids: tuple[int, ...]  # that the entry must begin with for this to be true
+    position: int  # of the first of them
+    start: bytes  # and the key that it must begin at
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows from an entry, and what storing them in fewer bits cost."""
+
+    block: Block
+    error: float
+
+
+class Finder:
+    """Asks the store's index."""
+
+    def __init__(self, store: Store, keys: SpanKeys) -> None:
+        self._store = store
+        self._keys = keys
+
+    def find(self, span: Span) -> Found | None:
+        """Return the longest stored beginning of the span: of an entry that begins with it, or runs through to it."""
+        first, between = span, 0
+        token_ids = span.token_ids
+        while True:
+            start = self._keys.start_of(first)
+            match = self._store.longest(start.hex(), token_ids)
+            num_common = 0 if match is None else min(match.num_tokens, len(token_ids))
+            if match is not None and num_common > between:
+                return Found(match.name, between, num_common - between, token_ids[:num_common], first.position, start)
+            assert first.parent is not None
+            if first.begins_chain or not first.parent.is_stored:
+                return None  # no entry runs through what is not stored
+            first = first.parent
+            between += len(first.token_ids)
+            token_ids = first.token_ids + token_ids
+
+    def name_of(self, span: Span) -> str | None:
+        """Return the name of the entry that has the last token of a span; None if there is none any more."""
+        found = self.find(span)
+        is_whole = found is not None and found.num_tokens == len(span.token_ids)
+        return found.name if found is not None and is_whole and self._store.contains(found.name) else None
+
+
+class Reader:
+    """Reads from the store, and keeps the entry that it read last."""
+
+    def __init__(self, store: Store, layout: Layout, device: torch.device) -> None:
+        self._store = store
+        self._layout = layout
+        self._device = device
+        self._last: dict[
+            Kind, tuple[tuple[str, bytes], Entry | None]
+        ] = {}  # spans of one entry come one after the other
+
+    def read(self, kind: Kind, found: Found, root: Root) -> Read | None:
+        """Return these rows as a block; None if the entry is gone, damaged or another one."""
+        entry = self._entry(found, kind, root)
+        if entry is None:
+            return None
+        if not _is_what_was_found(entry.header, found):
+            logger.warning("The index of %r names another entry than it should; the entry is not used.", self._store)
+            return None
+        if kind == "states":
+            return Read(self._states(entry, found), entry.header.error)
+        return Read(KeysValues(self._tensors(entry, KeysValues, found)), entry.header.error)
+
+    def _states(self, entry: Entry, found: Found) -> States:
+        is_scored = (
+            "is_argmax" in entry.tensors and entry.tensors["logprobs"].dtype == self._layout.rows["logprobs"].dtype
+        )
+        if not is_scored:  # of another version: its tokens are scored anew when asked for
+            return States.of(self._rows(entry, "hidden", found))
+        return States(self._tensors(entry, States, found))
+
+    def _tensors(self, entry: Entry, block_type: type[Block], found: Found) -> dict[str, torch.Tensor]:
+        """Return all tensors of a block."""
+        names = [name for name in self._layout.rows if (name in STATE_TENSORS) == (block_type is States)]
+        return {name: self._rows(entry, name, found) for name in names}
+
+    def _rows(self, entry: Entry, name: str, found: Found) -> torch.Tensor:
+        """Return rows of a tensor where a block has them, in storage of their own."""
+        device = "cpu" if name in States.on_host else self._device
+        axis = token_axis(name)
+        parts = {
+            part: entry.tensors[part].narrow(axis, found.first, found.num_tokens).to(device)
+            for part in parts_of(name)
+            if part in entry.tensors
+        }
+        rows = decode(parts, name, entry.header.dtypes)
+        is_own = rows.is_contiguous() and rows.untyped_storage().nbytes() == rows.nbytes
+        return rows if is_own else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device).copy_(rows)
+
+    def _entry(self, found: Found, kind: Kind, root: Root) -> Entry | None:
+        place = (found.name, found.start)
+        if kind not in self._last or self._last[kind][0] != place:
+            self._last[kind] = (place, self._checked_entry(found, kind, root))
+        return self._last[kind][1]
+
+    def _checked_entry(self, found: Found, kind: Kind, root: Root) -> Entry | None:
+        """Return what the store has under this name, if it is what the model computes."""
+        try:
+            entry = self._store.get(found.name, STATE_TENSORS if kind == "states" else None)
+            if entry is not None:
+                self._check(entry, found, kind, root)
+        except StoreVersionError as error:  # this one entry: others may be of this version
+            logger.warning("%s of %r is not used: %s", found.name, self._store, error)
+            return None
+        except DamagedEntryError as error:
+            self._set_aside(found.name, error)
+            return None
+        return entry
+
+    def _check(self, entry: Entry, found: Found, kind: Kind, root: Root) -> None:
+        """Raise DamagedEntryError for an entry that does not deserve its name, or is not one of this model."""
+        header = entry.header
+        check_header(header)
+        if header.name != found.name:
+            raise DamagedEntryError(f"it is the entry {header.name}")
+        if header.start != found.start.hex():
+            return  # it may be sound: the index is wrong
+        if header.position != found.position:
+            raise DamagedEntryError(f"it says that it begins at {header.position}, not at {found.position}")
+        if root_of(header) != root:
+            raise DamagedEntryError("it is another model's")
+        expected = _expected(self._layout, len(header.token_ids))
+        specs = {name: TensorSpec.of(tensor) for name, tensor in entry.tensors.items()}
+        if kind == "states":
+            expected, specs = ({name: of[name] for name in of if name in STATE_TENSORS} for of in (expected, specs))
+        check_tensors(header, specs, expected)
+
+    def _set_aside(self, name: str, error: DamagedEntryError) -> None:
+        logger.warning(
+            "%s of %r is damaged: %s. It is set aside and computed again when needed.", name, self._store, error
+        )
+        try:
+            self._store.set_aside(name, str(error))
+        except OSError as failure:  # then it stays, and is not used
+            logger.warning("%s of %r cannot be set aside: %s", name, self._store, failure)
+
+
+def _is_what_was_found(header: Header, found: Found) -> bool:
+    num_tokens = len(found.token_ids)
+    return header.start == found.start.hex() and header.token_ids[:num_tokens] == found.token_ids
+
+
+def _expected(layout: Layout, num_tokens: int) -> dict[str, TensorSpec]:
+    """Return the tensors of an entry of so many tokens."""
+    return {name: TensorSpec(row.dtype, layout.shape(name, num_tokens)) for name, row in layout.rows.items()}
+
+
+def root_of(header: Header) -> Root:
+    """Return what the keys of an entry are built on, as it says itself."""
+    key = root_key(model=header.model, dtype=header.dtype, tokenizer=header.tokenizer, exactness=header.exactness)
+    return Root(key, header.model, header.tokenizer, header.dtype, header.exactness)
+
+
+def is_sound(header: Header) -> bool:
+    """Return whether an entry may have this header."""
+    try:
+        check_header(header)
+    except DamagedEntryError:
+        return False
+    return True

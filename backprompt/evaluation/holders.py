@@ -1,0 +1,88 @@
+"""Who holds texts: pins, texts that grow, and what is being computed or read now.
+
+Keeps the pins, weak references to those who let texts grow, and the ends of the texts in use. Each holder is asked for
+its ends whenever they are wanted, and nothing counts them, so no error can leave a count too high.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from backprompt.forest.span import Span
+from backprompt.tokens.graph import TokenIds
+
+
+class Growing(Protocol):
+    """A text that grows."""
+
+    @property
+    def ends(self) -> Mapping[Any, Span]:
+        """The ends of its continuations that are held."""
+        ...
+
+
+@dataclass(eq=False)
+class PinnedText:
+    """A text that is held for as long as its pin is not released, and its end."""
+
+    token_ids: TokenIds = ()
+    end: Span | None = None
+
+
+class Holders:
+    """All who hold texts of one forest."""
+
+    def __init__(self) -> None:
+        self._pins: dict[PinnedText, None] = {}
+        self._growing: WeakKeyDictionary[object, Sequence[Growing]] = WeakKeyDictionary()  # by who lets them grow
+        self._in_use: dict[object, Sequence[Span]] = {}
+
+    def ends(self) -> set[Span]:
+        """Return the ends of all texts that must stay: those of pins, those that grow, and those in use now."""
+        held = set(self.pinned_ends())
+        for texts in self._growing.values():
+            held.update(end for text in texts for end in text.ends.values())
+        return held.union(*self._in_use.values())
+
+    def pinned_ends(self) -> list[Span]:
+        """Return the ends of pinned texts."""
+        return [pin.end for pin in self._pins if pin.end is not None]
+
+    @property
+    def pins(self) -> Collection[PinnedText]:
+        """All pinned texts."""
+        return self._pins.keys()
+
+    def pin(self, text: PinnedText) -> None:
+        """Hold a text until `unpin`."""
+        self._pins[text] = None
+
+    def unpin(self, text: PinnedText) -> None:
+        """Hold a text no more; one that is not held may be given, too."""
+        self._pins.pop(text, None)
+
+    def unpin_all(self) -> None:
+        """Release every pin."""
+        self._pins.clear()
+
+    def let_grow(self, owner: object, texts: Sequence[Growing]) -> None:
+        """Hold the ends of these texts, as they are at any time, for as long as their owner lives."""
+        self._growing[owner] = texts
+
+    @contextmanager
+    def using(self, ends: Sequence[Span]) -> Iterator[None]:
+        """Hold the texts that end here for as long as the context lasts."""
+        use = object()
+        self._in_use[use] = ends
+        try:
+            yield
+        finally:
+            self._in_use.pop(use, None)  # `stop_using` may have taken it away
+
+    def stop_using(self) -> None:
+        """Forget what was in use: after an error no operation runs any more."""
+        self._in_use.clear()

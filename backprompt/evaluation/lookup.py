@@ -1,0 +1,269 @@
+"""Looking up what is held of texts, which changes nothing of it.
+
+The texts go into a forest of their own, a *sketch*, whose spans are cut wherever what lies behind them changes. Each of
+its spans then says by a mark where its states, and its keys and values, lie; what bears none would be forwarded. So a
+sketch can be planned like the forest that it shows, and splitting its spans splits nothing that is held.
+
+    held       "the cat" (in memory) --+-- " sat" (dropped over the budget)
+    asked for  "the cat sat down"
+    sketch     "the cat" memory -- " sat" evicted -- " down" absent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from backprompt.evaluation.archive import Archive
+from backprompt.forest.forest import Forest
+from backprompt.forest.passes import cut_into_passes, missing_spans
+from backprompt.forest.span import Inserted, Junction, Kind, Span, child_key
+from backprompt.tokens.graph import TokenIds, common_length
+
+Where: TypeAlias = Literal["memory", "host", "disk", "evicted", "absent"]
+"""In the device's memory, in the second pool, in the store; computed once and dropped, or not known at all."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens side by side of a text whose hidden states lie in one place.
+
+    Attributes:
+        start, stop: the first of them and the one behind the last, counted in `text.tokens`.
+        where: "memory" (the model's device), "host" (the second pool), "disk" (the store says that it has them),
+            "evicted" (computed once, and dropped over the budget), or "absent".
+
+    """
+
+    start: int
+    stop: int
+    where: Where
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Stands on a span of a sketch for rows that lie in some place."""
+
+    where: Where
+    block = None
+    start = stop = num_bytes = 0
+
+    def split(self, num_tokens: int) -> tuple[_Mark, _Mark]:
+        return self, self
+
+
+_MEMORY, _HOST, _DISK = _Mark("memory"), _Mark("host"), _Mark("disk")
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """The first `num_tokens` of a span in the forest that is looked at, and all that they stand on."""
+
+    span: Span
+    num_tokens: int
+
+    def next(self, position: int, token_id: int) -> _Reached | None:
+        """Return what holds this token right behind, as if none of it was reached yet; None if nothing does."""
+        if self.num_tokens == len(self.span.token_ids):
+            child = self.span.children.get(child_key(self.span, position, token_id))
+            return None if child is None else _Reached(child, 0)
+        is_next = self.span.position + self.num_tokens == position and self.span.token_ids[self.num_tokens] == token_id
+        return self if is_next else None
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Tokens that may stand in a text's place from one of its tokens on: what it would have been without a join."""
+
+    text_idx: int
+    token_idx: int
+    token_ids: tuple[int, ...]
+
+
+class Sketch:
+    """What is held of texts.
+
+    Args:
+        held: the forest that is looked at; nothing in it changes.
+        texts: by their token ids.
+        archive: the store to ask for what the forest does not hold; only its index is read.
+        asides: what else to look up; texts are planned without it.
+
+    """
+
+    def __init__(
+        self,
+        held: Forest,
+        texts: Iterable[TokenIds],
+        archive: Archive | None = None,
+        asides: Iterable[Aside] = (),
+    ) -> None:
+        self.forest = Forest()
+        self.forest.evaluation = held.evaluation
+        self.texts = [Inserted(self.forest.insert(token_ids), token_ids) for token_ids in texts]
+        self._asides = {aside: self._insert_aside(aside) for aside in asides}
+        self._reached: dict[Span, _Reached] = {self.forest.root: _Reached(held.root, 0)}
+        for span in list(self.forest.spans()):
+            self._match(span)
+        for span in list(self.forest.spans()):
+            self._mark(span)
+            if archive is not None:
+                self._mark_stored(span, archive)
+
+    def pieces(self, text: Inserted) -> list[Piece]:
+        """Return where the tokens of one of the texts lie, in written order; neighbours in one place as one piece."""
+        pieces: list[Piece] = []
+        start = 0
+        for span in self.forest.in_order(text):
+            stop = start + len(span.token_ids)
+            if pieces and pieces[-1].where == where(span):
+                pieces[-1] = Piece(pieces[-1].start, stop, where(span))
+            else:
+                pieces.append(Piece(start, stop, where(span)))
+            start = stop
+        return pieces
+
+    def has(self, aside: Aside) -> bool:
+        """Return whether all of it is held or stored."""
+        before, span = self._asides[aside]
+        while span is not before:
+            if not span.is_held() or span.parent is None:
+                return False
+            span = span.parent
+        return True
+
+    def passes(self, max_tokens: int) -> list[tuple[Span, ...]]:
+        """Return the passes that evaluating the texts takes; their spans are cut as passes need."""
+        missing = missing_spans(text.end for text in self.texts)
+        passes = cut_into_passes(self.forest, missing, max_tokens)
+        return [spans for spans in passes if any(span.token_ids for span in spans)]
+
+    def _insert_aside(self, aside: Aside) -> tuple[Span, Span]:
+        """Return what it stands behind, and where it ends."""
+        num_before = 0
+        spans = iter(self.forest.in_order(self.texts[aside.text_idx]))
+        span = next(spans)
+        while num_before + len(span.token_ids) <= aside.token_idx:
+            num_before += len(span.token_ids)
+            span = next(spans)
+        if num_before < aside.token_idx:
+            self.forest.split(span, aside.token_idx - num_before)
+        assert span.parent is not None
+        return span.parent, self.forest.extend(span.parent, span.position, aside.token_ids)
+
+    def _match(self, span: Span) -> None:
+        """Note what is there of a span, cut where that changes."""
+        assert span.parent is not None
+        if isinstance(span, Junction):
+            found = self._matching_junction(span)
+            if found is not None:
+                self._reached[span] = _Reached(found, 0)
+            return
+        reached = self._reached.get(span.parent)
+        part: Span | None = None
+        while reached is not None and part is not span:
+            following = reached.next(span.position, span.token_ids[0])
+            if following is None:
+                return
+            rest = following.span.token_ids[following.num_tokens :]
+            num_common = common_length(rest, span.token_ids, 0)
+            part = span if num_common == len(span.token_ids) else self.forest.split(span, num_common)
+            reached = self._reached[part] = _Reached(following.span, following.num_tokens + num_common)
+
+    def _matching_junction(self, junction: Junction) -> Span | None:
+        assert junction.parent is not None
+        before = self._whole_span_at(junction.parent)
+        ends = [
+            (self._whole_span_at(end), is_frozen)
+            for (end, is_frozen), repeats in junction.branches.items()
+            for _ in range(repeats)
+        ]
+        known = [(end, is_frozen) for end, is_frozen in ends if end is not None]
+        return None if before is None or len(known) < len(ends) else before.junction(known)
+
+    def _whole_span_at(self, span: Span) -> Span | None:
+        """Return the span that ends where this one of the sketch does."""
+        reached = self._reached.get(span)
+        is_whole = reached is not None and reached.num_tokens == len(reached.span.token_ids)
+        return reached.span if reached is not None and is_whole else None
+
+    def _mark(self, span: Span) -> None:
+        if isinstance(span, Junction):  # it holds nothing of its own
+            span.place(states=_mark_of_all(span, "states"), keys_values=_mark_of_all(span, "keys_values"))
+        reached = self._reached.get(span)
+        if reached is None:
+            return
+        held = reached.span
+        span.was_computed, span.is_stored = held.was_computed, held.is_stored
+        span.computed_in, span.loaded_in = held.computed_in, held.loaded_in
+        if reached.num_tokens == len(held.token_ids):
+            span.key = held.key
+        if span.token_ids:
+            span.place(states=_mark_of(held, "states"), keys_values=_mark_of(held, "keys_values"))
+
+    def _mark_stored(self, span: Span, archive: Archive) -> None:
+        """Mark what the store has of what is not held, as `Archive.load` would load it."""
+        if _mark_of_all(span, "states") is None:
+            return  # of no use without what it continues
+        can_continue = _mark_of_all(span, "keys_values") is not None
+        part: Span | None = None
+        while part is not span and span.token_ids and not span.is_held(with_keys_values=True):
+            num_stored = archive.num_stored(span)
+            if not num_stored:
+                return
+            part = span if num_stored == len(span.token_ids) else self.forest.split(span, num_stored)
+            part.is_stored = True
+            if not part.is_held():
+                part.place(states=_DISK)
+            if can_continue and not part.is_held(with_keys_values=True):
+                part.place(keys_values=_DISK)
+
+
+def where(span: Span) -> Where:
+    """Return where the states of a span of a sketch lie."""
+    if isinstance(span.states, _Mark):
+        return span.states.where
+    return "evicted" if span.was_computed else "absent"
+
+
+def _mark_of(held: Span, kind: Kind) -> _Mark | None:
+    """Return the mark for where one of the two of a held span lies."""
+    if held.rows_in(kind, "device") is not None:
+        return _MEMORY
+    return _HOST if held.rows_in(kind, "host") is not None else None
+
+
+def _mark_of_all(span: Span, kind: Kind) -> _Mark | None:
+    """Return a mark if all that a span stands on bears one."""
+    return _MEMORY if all(parent.holds(kind) for parent in span.parents if parent.parent is not None) else None
+
+
+def positions_of(held: Forest, runs: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """Return at which position each run of token ids is held, behind whatever; those held nowhere are left out."""
+    by_first: dict[int, list[tuple[int, ...]]] = {}
+    for run in dict.fromkeys(runs):
+        by_first.setdefault(run[0], []).append(run)
+    found: dict[tuple[int, ...], int] = {}
+    for span in held.spans():
+        for idx, token_id in enumerate(span.token_ids):
+            for run in by_first.get(token_id, ()):
+                if run not in found and _is_held_from(span, idx, run):
+                    found[run] = span.position + idx
+    return found
+
+
+def _is_held_from(span: Span, idx: int, run: tuple[int, ...]) -> bool:
+    """Return whether a run of ids is held from token `idx` of a span on."""
+    reached: _Reached | None = _Reached(span, idx)
+    num_found = 0
+    while num_found < len(run):
+        assert reached is not None
+        reached = reached.next(reached.span.position + reached.num_tokens, run[num_found])
+        if reached is None or reached.span.is_empty:
+            return False
+        rest = reached.span.token_ids[reached.num_tokens :]
+        num_common = common_length(rest[: len(run) - num_found], run, num_found)
+        num_found += num_common
+        reached = _Reached(reached.span, reached.num_tokens + num_common)
+    return True

@@ -1,0 +1,134 @@
+"""Pools of results that no block holds: rows of logits, and scores of tokens that were not forwarded.
+
+Each pool keeps the latest used of them by the end of their text, under a bound of bytes of its own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Container, Mapping
+
+from torch import Tensor
+
+from backprompt.evaluation.scores import TokenScore
+from backprompt.forest.span import Span
+
+MAX_CANDIDATE_BYTES = 64 << 20
+"""Bound of the pool of log-probabilities of tokens that were scored and not forwarded."""
+
+CANDIDATE_END_BYTES = 200
+"""What a dict takes besides its entries."""
+
+CANDIDATE_BYTES = 200
+"""What an entry of a dict from int to `TokenScore` takes, all objects included, when the dict is half full."""
+
+
+class Pools:
+    """Both pools.
+
+    Args:
+        max_logit_bytes: the bound of the rows of logits.
+
+    """
+
+    def __init__(self, max_logit_bytes: int) -> None:
+        self.logits = LogitPool(max_logit_bytes)
+        self.candidates = CandidatePool(MAX_CANDIDATE_BYTES)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that both hold."""
+        return self.logits.num_bytes + self.candidates.num_bytes
+
+    def retain(self, spans: Container[Span]) -> None:
+        """Drop the results behind other spans than these: they would keep those alive."""
+        self.logits.retain(spans)
+        self.candidates.retain(spans)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.logits.clear()
+        self.candidates.clear()
+
+
+class LogitPool:
+    """Last rows of logits, the most recently used ones, under a bound of bytes of their own."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._rows: OrderedDict[Span, Tensor] = OrderedDict()
+
+    def get(self, end: Span) -> Tensor | None:
+        """Return the row that a text ending at this span left here, `(vocab,)`, or None. Do not write to it."""
+        row = self._rows.get(end)
+        if row is not None:
+            self._rows.move_to_end(end)
+        return row
+
+    def put(self, end: Span, row: Tensor) -> None:
+        """Keep a copy of `row`, dropping the least recently used rows over the bound."""
+        if row.nbytes > self.max_bytes or end in self._rows:
+            return
+        self._rows[end] = row.clone()  # a row of a slice would keep the whole slice alive
+        self.num_bytes += row.nbytes
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self._rows.popitem(last=False)
+            self.num_bytes -= dropped.nbytes
+
+    def retain(self, spans: Container[Span]) -> None:
+        """Drop the rows of other spans than these, and count anew."""
+        self._rows = OrderedDict((end, row) for end, row in self._rows.items() if end in spans)
+        self.num_bytes = sum(row.nbytes for row in self._rows.values())
+
+    def clear(self) -> None:
+        """Drop every row."""
+        self._rows.clear()
+        self.num_bytes = 0
+
+
+class CandidatePool:
+    """Scores of tokens that were scored as what may follow a text, but not forwarded: the latest used ones.
+
+    Under a bound of bytes of their own.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._scores: OrderedDict[Span, dict[int, TokenScore]] = OrderedDict()
+
+    def get(self, end: Span) -> Mapping[int, TokenScore]:
+        """Return what is known of what follows the text that ends here, by token id."""
+        known = self._scores.get(end)
+        if known is None:
+            return {}
+        self._scores.move_to_end(end)
+        return known
+
+    def put(self, end: Span, scores: Mapping[int, TokenScore]) -> None:
+        """Keep these, dropping those of the least recently used texts over the bound."""
+        if end not in self._scores:
+            self._scores[end] = {}
+            self.num_bytes += CANDIDATE_END_BYTES
+        known = self._scores[end]
+        self.num_bytes += CANDIDATE_BYTES * len(scores.keys() - known.keys())
+        known.update(scores)
+        self._scores.move_to_end(end)
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self._scores.popitem(last=False)
+            self.num_bytes -= _num_candidate_bytes(dropped)
+
+    def retain(self, spans: Container[Span]) -> None:
+        """Drop those behind other spans than these, and count anew."""
+        self._scores = OrderedDict((end, scores) for end, scores in self._scores.items() if end in spans)
+        self.num_bytes = sum(map(_num_candidate_bytes, self._scores.values()))
+
+    def clear(self) -> None:
+        """Drop all of them."""
+        self._scores.clear()
+        self.num_bytes = 0
+
+
+def _num_candidate_bytes(scores: Mapping[int, TokenScore]) -> int:
+    return CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(scores)

@@ -1,0 +1,125 @@
+"""Reading out: logits, log-probabilities, hidden states, and keys and values of texts that are held.
+
+Keeps nothing of its own: rows of next-token logits go into their pool. Whoever reads one text may name others that
+will probably be read next, and these are read along with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from backprompt.evaluation.computation import Computation
+from backprompt.evaluation.predictions import is_scored, slices
+from backprompt.evaluation.scoring import Scoring, ids_up_to, unusable_rows
+from backprompt.forest.span import Inserted, Span
+from backprompt.memory.blocks import KeysValues, States, gather, gather_each, gather_hidden, keys_values_of, states_of
+from backprompt.tokens.graph import flat
+
+ReadAhead: TypeAlias = "Callable[[], list[Inserted]]"
+"""Returns other texts that will probably be asked for next; called only if something must be computed."""
+
+
+class Readout:
+    """Reads results off held texts.
+
+    Args:
+        computation: of their spans.
+        scoring: computes their log-probabilities.
+
+    """
+
+    def __init__(self, computation: Computation, scoring: Scoring) -> None:
+        self._computation = computation
+        self._scoring = scoring
+        self._pool = computation.pools.logits
+
+    def next_logits(self, ends: Sequence[Span]) -> list[Tensor]:
+        """Return the logits after texts that are held, in slices `(rows, vocab)`; none of them goes into the pool.
+
+        All slices but the last have as many rows as `Executor.rows_in_a_slice` says.
+
+        Raises:
+            NonFiniteError: a row is no distribution.
+
+        """
+        executor = self._computation.executor
+        found: list[Tensor] = []
+        for group in slices(list(ends), executor.rows_in_a_slice):
+            logits = self._computation.logits(gather_hidden(list(map(_last_row, group))))
+            for idx in unusable_rows(logits):
+                raise executor.logits_error(logits[idx], ids_up_to(group[idx]))
+            found.append(logits)
+        return found
+
+    def pooled_logits(self, end: Span) -> Tensor | None:
+        """Return a copy of the next-token logits after `end`, `(vocab,)`, if they were computed and are still held."""
+        row = self._pool.get(end)
+        return None if row is None else row.clone()
+
+    def last_logits(self, end: Span, ahead: ReadAhead) -> Tensor:
+        """Return the next-token logits after `end`, `(vocab,)`; those of `ahead()` are computed along with it.
+
+        It must not be a junction, which has no last row; those among `ahead()` are left out.
+
+        Raises:
+            NonFiniteError: the row is no distribution. Those of others may be none: they are not kept.
+
+        """
+        if (pooled := self.pooled_logits(end)) is not None:
+            return pooled
+        executor = self._computation.executor
+        ends = dict.fromkeys([end, *(text.end for text in ahead() if text.end.token_ids)])
+        missing = [other for other in ends if self._pool.get(other) is None]
+        missing = missing[: max(1, self._pool.max_bytes // executor.logit_row_bytes)]
+        first: Tensor | None = None
+        for group in slices(missing, executor.rows_in_a_slice):
+            logits = self._computation.logits(gather_hidden(list(map(_last_row, group))))
+            unusable = set(unusable_rows(logits))
+            if first is None:  # the row of `end`
+                if 0 in unusable:
+                    raise executor.logits_error(logits[0], ids_up_to(end))
+                first = logits[0].clone()
+            for idx, (other, row) in enumerate(zip(group, logits, strict=True)):
+                if idx not in unusable:
+                    self._pool.put(other, row)
+        assert first is not None
+        return first
+
+    def all_logits(self, text: Inserted, start: int, stop: int) -> Tensor:
+        """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`.
+
+        Raises:
+            NonFiniteError: a row is no distribution.
+
+        """
+        executor = self._computation.executor
+        hidden = self.hidden_states(text)[start:stop]
+        pieces = [self._computation.logits(piece) for piece in torch.split(hidden, executor.rows_in_a_slice)]
+        logits = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        for idx in unusable_rows(logits):
+            raise executor.logits_error(logits[idx], flat(text.token_ids)[: start + idx + 1])
+        return logits
+
+    def token_logprobs(self, text: Inserted, ahead: ReadAhead) -> Tensor:
+        """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
+        if not all(map(is_scored, self._computation.forest.in_order(text))):
+            self._scoring.score([(text, 0)], ahead=ahead())
+        return self._scoring.scores_from(text, 0).logprobs
+
+    def hidden_states(self, text: Inserted) -> Tensor:
+        """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""
+        spans = self._computation.forest.in_order(text)
+        return gather(map(states_of, spans), "hidden")
+
+    def keys_values(self, end: Span) -> KeysValues:
+        """Return a copy of the text's keys and values."""
+        return KeysValues(dict(gather_each([keys_values_of(span) for span in end.path()])))
+
+
+def _last_row(end: Span) -> tuple[States, int]:
+    rows = states_of(end)
+    return rows.block, rows.stop - 1

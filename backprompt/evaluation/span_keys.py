@@ -1,0 +1,75 @@
+"""Keys of spans by content: each names everything up to a span's last token, under one root.
+
+A key is computed once and kept with its span (`Span.key`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from backprompt.forest.keys import extend_key, gap_key, group_key
+from backprompt.forest.span import Junction, Span
+
+
+@dataclass(frozen=True)
+class Root:
+    """What all keys are built on, and what it stands for."""
+
+    key: bytes
+    model: str
+    tokenizer: str
+    dtype: str
+    exactness: str
+
+
+class SpanKeys:
+    """The keys of spans under one root.
+
+    Args:
+        root: called at first use, as it hashes the model's weights.
+
+    """
+
+    def __init__(self, root: Callable[[], Root]) -> None:
+        self._make_root = root
+        self._root: Root | None = None
+
+    @property
+    def root(self) -> Root:
+        """What all keys are built on; the first use hashes the model's weights."""
+        if self._root is None:
+            self._root = self._make_root()
+        return self._root
+
+    def key_of(self, span: Span) -> bytes:
+        """Return the key of everything up to the span's last token."""
+        if span.parent is None:
+            return self.root.key
+        for part in span.closure(known=_Keyed()):
+            assert part.parent is not None
+            before = self.key_of(part.parent) if part.parent.key is None else part.parent.key
+            if isinstance(part, Junction):
+                branches = [
+                    (self.key_of(end), is_frozen)
+                    for (end, is_frozen), repeats in part.branches.items()
+                    for _ in range(repeats)
+                ]
+                part.key = group_key(before, branches, part.position)
+            else:
+                part.key = extend_key(before, part.position, part.token_ids)
+        assert span.key is not None
+        return span.key
+
+    def start_of(self, span: Span) -> bytes:
+        """Return the key at which an entry begins that begins with this span."""
+        assert span.parent is not None
+        before = self.key_of(span.parent)
+        return before if span.position == span.parent.stop else gap_key(before, span.position)
+
+
+class _Keyed:
+    """All spans whose key is known."""
+
+    def __contains__(self, span: object) -> bool:
+        return isinstance(span, Span) and span.key is not None

@@ -1,0 +1,240 @@
+"""The forest of token spans (span.py): inserting texts, splitting spans, forgetting spans. Pure Python, no tensors.
+
+The forest keeps all spans, found from one root; the number of the latest evaluation; and whether a change of several
+steps was interrupted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from backprompt.forest.span import BranchEnd, Inserted, Junction, JunctionKey, Rows, Span, child_key
+from backprompt.tokens.graph import TokenGraph, TokenIds, common_length, fold
+
+
+class Forest:
+    """All spans, under one empty root.
+
+    Attributes:
+        root: the empty span that texts begin behind.
+        evaluation: the number of the latest evaluation, counted from 1.
+        is_whole: False while a change of several steps is under way, and permanently after an error interrupted one:
+            then the forest cannot be trusted, and must be cleared with `clear`.
+
+    """
+
+    def __init__(self) -> None:
+        self.root = Span((), 0, None)
+        self.evaluation = 0
+        self.is_whole = True
+        self._is_stamped = True  # whether `evaluation` was used
+
+    def begin_evaluation(self) -> None:
+        """Begin a new evaluation, unless the latest one has computed or loaded nothing: then that one goes on.
+
+        So an evaluation is counted once, even if several parts of it call this method.
+        """
+        if self._is_stamped:
+            self.evaluation += 1
+            self._is_stamped = False
+
+    def stamp(self) -> int:
+        """Return the number of the current evaluation, for a span that it computes or loads."""
+        self._is_stamped = True
+        return self.evaluation
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Mark a change of several steps: an error inside leaves the forest not whole.
+
+        An error such as Ctrl-C may come at any line. All code that changes the places, tokens or rows of spans in more
+        than one step runs inside this context, and as little other code as possible. At each moment all spans that hold
+        data are found from the root, so that `clear` reaches them.
+        """
+        self.is_whole = False
+        yield
+        self.is_whole = True
+
+    def insert(self, token_ids: TokenIds | Sequence[int], *, is_end: bool = True) -> Span:
+        """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed.
+
+        For token ids that end in a group the span is a junction. `is_end` False: the caller forgets the span before
+        `absorb` is called for its child.
+        """
+        ids = token_ids if isinstance(token_ids, TokenGraph) else tuple(token_ids)
+        end, _ = fold(ids, self.root, self.extend, self._join)
+        end.is_end |= is_end
+        return end
+
+    def in_order(self, text: Inserted) -> list[Span]:
+        """Return the spans of a text in written order, with repeats of repeated branches and without junctions."""
+        if not isinstance(text.token_ids, TokenGraph):
+            return text.end.path()
+        spans: list[Span] = []
+
+        def continue_(span: Span, position: int, ids: tuple[int, ...]) -> Span:
+            end = self.extend(span, position, ids)  # adds no span: the text was inserted
+            chain, above = [], end
+            while above is not span:
+                assert above.parent is not None
+                chain.append(above)
+                above = above.parent
+            spans.extend(reversed(chain))
+            return end
+
+        fold(text.token_ids, self.root, continue_, self._join)
+        return spans
+
+    def extend(self, span: Span, position: int, ids: tuple[int, ...]) -> Span:
+        """Return the span that ends where `ids` end; they follow `span`, and the first of them is at `position`."""
+        num_matched = 0
+        while num_matched < len(ids):
+            key = child_key(span, position + num_matched, ids[num_matched])
+            child = span.children.get(key)
+            if child is None:
+                child = Span(ids[num_matched:], position + num_matched, span)
+                span.children[key] = child
+                return child
+            num_common = common_length(child.token_ids, ids, num_matched)
+            if num_common < len(child.token_ids):
+                child = self.split(child, num_common)
+            span, num_matched = child, num_matched + num_common
+        return span
+
+    def _join(self, before: Span, ends: Sequence[BranchEnd], position: int) -> Span:
+        """Return the junction behind branches that end at `ends`, each frozen or not."""
+        branches = Counter(ends)
+        for end, _ in ends:
+            end.is_end = True
+        junction = before.junction(ends)
+        if junction is None:
+            junction = before.children[JunctionKey.of(ends)] = Junction(position, before, branches)
+        return junction
+
+    def num_computed(self, token_ids: Sequence[int]) -> int:
+        """Return the number of first ids of `token_ids` whose keys and values are held; changes nothing."""
+        ids = tuple(token_ids)
+        span, num_matched = self.root, 0
+        while num_matched < len(ids):
+            child = span.children.get(ids[num_matched])
+            if child is None or not child.is_held(with_keys_values=True):
+                break
+            num_common = common_length(child.token_ids, ids, num_matched)
+            num_matched += num_common
+            if num_common < len(child.token_ids):
+                break
+            span = child
+        return num_matched
+
+    def split(self, span: Span, num_tokens: int) -> Span:
+        """Cut `span` after `num_tokens` and return the new upper part; `span` itself becomes the lower part."""
+        assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
+        upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
+        upper.was_computed, upper.is_stored, upper.error = span.was_computed, span.is_stored, span.error
+        upper.computed_in, upper.loaded_in = span.computed_in, span.loaded_in
+        upper.credit, upper.last_used = span.credit, span.last_used
+        upper.children[span.token_ids[num_tokens]] = span
+        with self.changing():
+            span.parent.children[child_key(span.parent, span.position, span.token_ids[0])] = upper
+            span.token_ids = span.token_ids[num_tokens:]
+            span.position += num_tokens
+            span.parent = upper
+            span.give(upper, num_tokens)
+        return upper
+
+    def absorb(self, span: Span, keys_values: Rows, states: Rows) -> None:
+        """Extend `span` to the start of its parent, which is removed; the opposite of `split`.
+
+        Args:
+            span: the span that absorbs its parent.
+            keys_values, states: the new places of its keys and values and of its states.
+
+        """
+        upper = span.parent
+        assert upper is not None and upper.parent is not None and len(upper.children) == 1, span
+        with self.changing():
+            upper.drop()
+            upper.parent.children[child_key(upper.parent, upper.position, upper.token_ids[0])] = span
+            span.token_ids = upper.token_ids + span.token_ids
+            span.position = upper.position
+            span.parent = upper.parent
+            span.place(keys_values=keys_values, states=states)
+
+    def discard(self, span: Span, held: Container[Span]) -> None:
+        """Remove a span without children that no text ends at, and then its ancestors while the same holds for them.
+
+        A span stays if it has children, is among `held`, or ends a text. A span may be discarded more than once.
+        """
+        while span.token_ids and span.parent is not None and not (span.children or span in held or span.is_end):
+            parent = span.parent
+            key = child_key(parent, span.position, span.token_ids[0])
+            if parent.children.get(key) is not span:
+                return
+            with self.changing():
+                span.drop()
+                del parent.children[key]
+            span = parent
+
+    def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
+        """Remove spans that hold nothing, until at most `max_spans` of them with `max_tokens` tokens are left.
+
+        Spans that were never computed are all removed. Of the others, the least recently used are removed first, and a
+        span is removed after its children.
+        """
+        spans = list(self.spans())
+        last_used = {span: span.last_used if span.was_computed else -1 for span in spans if span.is_empty}
+        for span in reversed(spans):  # each before its parents
+            if span in last_used:
+                for parent in span.parents:
+                    if parent in last_used:
+                        last_used[parent] = max(last_used[parent], last_used[span])
+        latest_first = sorted(last_used, key=last_used.__getitem__, reverse=True)  # among equals, parents come first
+        remembered = list(itertools.takewhile(lambda span: last_used[span] >= 0, latest_first))
+        num_tokens = itertools.accumulate(len(span.token_ids) for span in remembered)
+        num_kept = sum(total <= max_tokens for total in itertools.islice(num_tokens, max_spans))
+        gone = set(latest_first[num_kept:])
+        for left in {span.parent for span in gone if span.parent is not None} - gone:
+            left.children = {key: child for key, child in left.children.items() if child not in gone}
+        for span in gone:
+            span.children = {}  # parents and children form a cycle, which the garbage collector would free late
+
+    def clear(self) -> None:
+        """Drop the data of every span and remove all spans from the root; the forest is whole again."""
+        with self.changing():
+            stack = [self.root]  # `spans` reads more than children, which may not be whole
+            while stack:
+                span = stack.pop()
+                stack += span.children.values()
+                span.drop()
+            self.root.children = {}
+
+    def spans(self) -> Iterator[Span]:
+        """Yield every span below the root depth first, each before its children."""
+        spans = depth_first(self.root, lambda span: span.children.values())
+        next(spans)
+        return spans
+
+
+def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> Iterator[Span]:
+    """Yield spans from the root on, each after its parents; missing parents of a junction are moved forward.
+
+    Args:
+        root: the first span.
+        continuations: the children of a span to visit, in order; all parents of each child must be visited, too.
+
+    """
+    done: set[Span] = set()
+    stack = [root]
+    while stack:
+        span = stack.pop()
+        if span in done:
+            continue  # already moved forward
+        if isinstance(span, Junction) and not done.issuperset(span.parents):
+            stack += reversed(span.closure(known=done))  # the junction comes last
+            continue
+        done.add(span)
+        yield span
+        stack += reversed(list(continuations(span)))

@@ -1,0 +1,395 @@
+"""The plan of a pass: its row of tokens, the keys that each row sees, and the kernel calls for them. Pure Python.
+
+The spans of a pass are laid out depth first in one row of tokens (passes.py), so the descendants of a span are one
+contiguous slice of rows. Each *segment* pairs a contiguous slice of rows with a contiguous slice of the keys that they
+see:
+
+- Own: rows that see each other. Either a causal run (a long span, with the first child that continues it), or a
+  *tile*: consecutive small runs and subtrees, computed densely under a mask of each row's ancestors.
+- Cross: rows that all descend from the same earlier span and see all of its keys.
+
+Example: an instruction of 300 tokens, cached; under it two prompts of 200 tokens, each with two completions of 3:
+
+    rows    0..200  prompt a   own             cross: rows 0..412, keys of the instruction
+    rows  200..206  its two    own, a tile     cross: rows 200..206, keys 0..200 of this pass
+    rows  206..406  prompt b   own
+    rows  406..412  its two    own, a tile     cross: rows 406..412, keys 206..406 of this pass
+
+Partial results of one row are joined by their log-sum-exp, which is exact.
+
+Rows behind a junction descend from several spans. So the rows that see a branch's keys may lie in several slices, each
+with its own count of those keys: each slice has a segment.
+
+Segments do not depend on the model. The kernel calls (`Pass.calls`) do: a sliding window hides keys, and the fixed cost
+of a call, counted in products, depends on the heads, so small neighbours share a call under a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from backprompt.forest.span import Span
+
+TILE_TOKENS = 128
+"""Subtrees up to this many tokens are computed densely under a tree mask."""
+
+SMALL_TOKENS = 32
+"""Causal runs and tiles up to this many tokens share a tile with their neighbours: a separate call costs more."""
+
+CALL_MULTIPLICATIONS = 1_500_000
+"""The fixed cost of a kernel call, in multiplications of a query and a key: about 65 us on two cores."""
+
+WINDOW_CHUNK_ROWS = 512
+"""Under a sliding window a long causal run is computed in chunks of this many rows, so that its mask stays small."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeySegment:
+    """Rows `start..stop` of a pass see keys `key_start..key_stop` of a block, or of the pass itself.
+
+    Attributes:
+        start, stop: the rows.
+        block: the block that holds the keys; None for the pass itself.
+        key_start, key_stop: the keys.
+        key_position: the position of the first key; except in tiles, the other keys have the next positions.
+        times: how often each key counts: the number of equal branches.
+        visible_until: for a tile, the row at which the last descendant of each key's span ends: row q sees key k if
+            `k <= q < visible_until[k - key_start]`. None for a causal run, and for keys outside the rows, which every
+            row sees.
+
+    """
+
+    start: int
+    stop: int
+    block: object | None
+    key_start: int
+    key_stop: int
+    key_position: int
+    times: int = 1
+    visible_until: tuple[int, ...] | None = None
+
+    @classmethod
+    def own(cls, start: int, stop: int, position: int, visible_until: tuple[int, ...] | None = None) -> KeySegment:
+        """Return the segment of rows that see each other, the first at `position`."""
+        return cls(start, stop, None, start, stop, position, visible_until=visible_until)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the keys belong to the rows themselves."""
+        return self.block is None and self.key_start == self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel call: `rows` of the pass against `keys` of a block, or of the pass itself if `block` is None.
+
+    Attributes:
+        segments: the segments of these rows and keys.
+        window: rows see keys fewer than this many positions back; None if the window hides none of the keys.
+
+    """
+
+    rows: slice
+    block: object | None
+    keys: slice
+    segments: tuple[KeySegment, ...]
+    window: int | None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether rows see each other; each row has exactly one such call, and its other calls are joined to it."""
+        return self.segments[0].is_own
+
+    @property
+    def times(self) -> int:
+        """How often each key counts."""
+        return self.segments[0].times
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether some row sees only a part of the keys, in a way other than causal."""
+        return len(self.segments) > 1 or self.window is not None or self.segments[0].visible_until is not None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether row i sees keys 0 to i, without a mask."""
+        return self.is_own and not self.needs_mask
+
+    @property
+    def num_pairs(self) -> int:
+        """The number of pairs of a row and a key that the kernel multiplies."""
+        num_rows: int = self.rows.stop - self.rows.start
+        num_keys: int = self.keys.stop - self.keys.start
+        return num_rows * num_keys
+
+    def united(self, other: Call) -> Call:
+        """Return one call for both; their keys lie in the same block."""
+        return Call(
+            _union(self.rows, other.rows),
+            self.block,
+            _union(self.keys, other.keys),
+            self.segments + other.segments,
+            self.window or other.window,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One packed forward pass: the spans to compute, in row order, and the keys that their rows see.
+
+    Attributes:
+        spans: spans with tokens, depth first.
+        segments: own segments first, in the order of the rows, each row in exactly one.
+
+    """
+
+    spans: tuple[Span, ...]
+    segments: tuple[KeySegment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens that the pass forwards: the length of its row."""
+        return sum(len(span.token_ids) for span in self.spans)
+
+    @property
+    def slices(self) -> list[slice]:
+        """The rows of each span."""
+        stops = list(accumulate(len(span.token_ids) for span in self.spans))
+        return [slice(stop - len(span.token_ids), stop) for span, stop in zip(self.spans, stops, strict=True)]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The row: the ids of all spans, one after the other."""
+        return [token_id for span in self.spans for token_id in span.token_ids]
+
+    @property
+    def positions(self) -> list[int]:
+        """The position of each token of the row in its own text."""
+        return [p for span in self.spans for p in range(span.position, span.position + len(span.token_ids))]
+
+    def calls(self, window: int | None, multiplications_a_pair: int) -> list[Call]:
+        """Return the kernel calls of a layer, own calls first.
+
+        Args:
+            window: rows see keys fewer than this many positions back; None without a window.
+            multiplications_a_pair: the number of products for a pair of a row and a key: heads times head_dim.
+
+        """
+        positions = self.positions
+        own = [call for segment in self.segments if segment.is_own for call in _own_calls(segment, window)]
+        others = [
+            call
+            for segment in self.segments
+            if not segment.is_own
+            for call in _cross_calls(segment, positions[segment.start : segment.stop], window)
+        ]
+        return own + _merge_calls(others, CALL_MULTIPLICATIONS // multiplications_a_pair)
+
+
+def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
+    """Lay depth-first `spans` out in one row and return the keys that its rows see.
+
+    Junctions have no rows and are left out. Ancestors outside `spans` must be computed: an earlier pass, or an earlier
+    evaluation, holds their keys.
+    """
+    spans = [span for span in spans if span.token_ids]
+    layout = _Layout(spans)
+    own: list[KeySegment] = []
+    reach: dict[tuple[Span, int], list[slice]] = {}  # ancestor, its count -> rows that see it
+    run_end: Span | None = None  # the last span of the causal run at the end of `own`, if there is one
+    seen: dict[Span, int] = {}  # the ancestors that the current rows see
+    idx = 0
+    while idx < len(spans):
+        start = layout.starts[idx]
+        next_idx = layout.end_of_tile(idx, tile_tokens)
+        visible_until = layout.visible_until(idx, next_idx)
+        next_idx = max(next_idx, idx + 1)
+        stop = layout.starts[next_idx]
+        if visible_until is None and spans[idx].parent is run_end and not spans[idx].begins_chain:
+            # A span that directly continues a causal run, as its only or first child, joins it.
+            own[-1] = KeySegment.own(own[-1].start, stop, own[-1].key_position)
+        else:
+            own.append(KeySegment.own(start, stop, spans[idx].position, visible_until))
+            seen = spans[idx].seen()
+        run_end = spans[next_idx - 1] if visible_until is None else None
+        for ancestor in seen.items():
+            slices = reach.setdefault(ancestor, [])
+            if slices and slices[-1].stop == start:
+                slices[-1] = slice(slices[-1].start, stop)
+            else:
+                slices.append(slice(start, stop))
+        idx = next_idx
+    return Pass(tuple(spans), (*_merge_small(own, tile_tokens), *_cross_segments(reach, layout)))
+
+
+class _Layout:
+    """The place of each span of a pass in its row: span `i` at rows `starts[i]..starts[i + 1]`."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
+        self.starts = [0]
+        for span in spans:
+            self.starts.append(self.starts[-1] + len(span.token_ids))
+        self.idx_of = {span: idx for idx, span in enumerate(spans)}
+        self.subtree_ends = list(range(1, len(spans) + 1))  # idx after the last descendant in this pass
+        for idx in range(len(spans) - 1, -1, -1):
+            parent_idx = self.idx_of.get(_parent(spans[idx]))
+            if parent_idx is not None:
+                self.subtree_ends[parent_idx] = max(self.subtree_ends[parent_idx], self.subtree_ends[idx])
+
+    def end_of_tile(self, idx: int, tile_tokens: int) -> int:
+        """Return the idx after the sibling subtrees from `idx` on that fit into one tile together; `idx` if none."""
+        parent = self.spans[idx].parent
+        end = idx
+        while end < len(self.spans) and self.spans[end].parent is parent:
+            subtree_end = self.subtree_ends[end]
+            if self.starts[subtree_end] - self.starts[idx] > tile_tokens or not self._is_tree(end, subtree_end):
+                break
+            end = subtree_end
+        return end
+
+    def _is_tree(self, idx: int, end: int) -> bool:
+        """Return whether these spans are one tree in depth-first order.
+
+        Spans that a junction needs are moved forward, and may stand between a span and its child.
+        """
+        above = [self.spans[idx]]
+        for span in self.spans[idx + 1 : end]:
+            while above and above[-1] is not span.parent:
+                above.pop()
+            if not above:
+                return False
+            above.append(span)
+        return True
+
+    def visible_until(self, idx: int, end: int) -> tuple[int, ...] | None:
+        """Return the tile's `KeySegment.visible_until`; None if the tile is one chain, which is simply causal.
+
+        A chain has no gaps of positions, so a window covers as many rows as positions.
+        """
+        inner = [self.spans[i] for i in range(idx + 1, end)]
+        if all(span.parent is before for span, before in zip(inner, self.spans[idx:end], strict=False)) and not any(
+            span.begins_chain for span in inner
+        ):
+            return None
+        return tuple(
+            self.starts[self.subtree_ends[i]]
+            for i in range(idx, end)
+            for _ in range(self.starts[i], self.starts[i + 1])
+        )
+
+
+def _merge_small(own: Sequence[KeySegment], tile_tokens: int) -> list[KeySegment]:
+    """Put small neighbours into one tile, with any ancestors: the mask hides unrelated rows from each other."""
+    merged: list[KeySegment] = []
+    is_small = False  # whether the last segment may take in more
+    for piece in own:
+        last = merged[-1] if merged else piece
+        fits = is_small and piece.stop - piece.start <= SMALL_TOKENS and piece.stop - last.start <= tile_tokens
+        if fits:
+            until = _visible_until(last) + _visible_until(piece)
+            merged[-1] = KeySegment.own(last.start, piece.stop, last.key_position, until)
+        else:
+            merged.append(piece)
+            is_small = piece.stop - piece.start <= SMALL_TOKENS
+    return merged
+
+
+def _visible_until(own: KeySegment) -> tuple[int, ...]:
+    return (own.stop,) * (own.stop - own.start) if own.visible_until is None else own.visible_until
+
+
+def _cross_segments(reach: Mapping[tuple[Span, int], list[slice]], layout: _Layout) -> list[KeySegment]:
+    """Return a segment for each ancestor and slice of rows; adjacent keys that the same rows see share a segment."""
+    segments: list[KeySegment] = []
+    last_of_rows: dict[tuple[int, int, int], int] = {}
+    for (span, times), slices in reach.items():
+        idx = layout.idx_of.get(span)
+        if idx is not None:
+            block, key_start, key_stop = None, layout.starts[idx], layout.starts[idx + 1]
+        else:
+            held = span.keys_values
+            assert held is not None, f"{span!r} is neither in the pass nor computed"
+            block, key_start, key_stop = held.block, held.start, held.stop
+        for rows in slices:
+            segment = KeySegment(rows.start, rows.stop, block, key_start, key_stop, span.position, times)
+            last_idx = last_of_rows.get((rows.start, rows.stop, times))
+            if last_idx is not None and _is_neighbour(segments[last_idx], segment):
+                segments[last_idx] = replace(segments[last_idx], key_stop=key_stop)
+            else:
+                last_of_rows[rows.start, rows.stop, times] = len(segments)
+                segments.append(segment)
+    return segments
+
+
+def _is_neighbour(segment: KeySegment, following: KeySegment) -> bool:
+    """Return whether the second segment's keys directly follow those of the first, in memory and by position."""
+    return (
+        segment.block is following.block
+        and segment.key_stop == following.key_start
+        and segment.key_position + segment.key_stop - segment.key_start == following.key_position
+    )
+
+
+def _parent(span: Span) -> Span:
+    assert span.parent is not None
+    return span.parent
+
+
+# Kernel calls
+
+
+def _own_calls(segment: KeySegment, window: int | None) -> Iterator[Call]:
+    """Yield the calls of rows that see each other."""
+    rows = slice(segment.start, segment.stop)
+    if segment.visible_until is not None:
+        yield Call(rows, None, rows, (segment,), window)
+    elif window is None or segment.stop - segment.start <= window:
+        yield Call(rows, None, rows, (segment,), None)
+    else:  # a run has no gaps of positions, so a window covers as many rows as positions
+        for start in range(segment.start, segment.stop, WINDOW_CHUNK_ROWS):
+            chunk = slice(start, min(start + WINDOW_CHUNK_ROWS, segment.stop))
+            keys = slice(max(segment.start, start - window + 1), chunk.stop)
+            yield Call(chunk, None, keys, (segment,), window)
+
+
+def _cross_calls(segment: KeySegment, positions: Sequence[int], window: int | None) -> Iterator[Call]:
+    """Yield the call of rows, at `positions`, that see keys other than their own; none if the window hides all."""
+    rows, keys = slice(segment.start, segment.stop), slice(segment.key_start, segment.key_stop)
+    if window is None:
+        yield Call(rows, segment.block, keys, (segment,), None)
+        return
+    num_hidden = max(0, min(positions) - window + 1 - segment.key_position)  # keys that no row sees
+    if num_hidden >= segment.key_stop - segment.key_start:
+        return
+    seen = replace(segment, key_start=segment.key_start + num_hidden, key_position=segment.key_position + num_hidden)
+    hides_some = max(positions) - seen.key_position >= window
+    yield Call(rows, segment.block, slice(seen.key_start, seen.key_stop), (seen,), window if hides_some else None)
+
+
+def _merge_calls(calls: Sequence[Call], pairs_a_call: int) -> list[Call]:
+    """Merge calls whose keys lie near each other in a block, if one call for all of them costs less.
+
+    A merged call multiplies all its rows by all keys between the first and the last. Each call saved is worth
+    `pairs_a_call` pairs.
+    """
+    merged: list[Call] = []
+    last_of: dict[tuple[int, int], tuple[int, int]] = {}  # block, times -> idx of the call, pairs it may multiply
+    for call in sorted(calls, key=lambda call: call.keys.start):
+        of_call = id(call.block), call.times
+        last_idx, num_pairs = last_of.get(of_call, (None, 0))
+        num_pairs += call.num_pairs + pairs_a_call
+        together = None if last_idx is None else merged[last_idx].united(call)
+        if last_idx is not None and together is not None and together.num_pairs <= num_pairs:
+            merged[last_idx] = together
+            last_of[of_call] = last_idx, num_pairs
+        else:
+            last_of[of_call] = len(merged), call.num_pairs
+            merged.append(call)
+    return merged
+
+
+def _union(a: slice, b: slice) -> slice:
+    return slice(min(a.start, b.start), max(a.stop, b.stop))

@@ -1,0 +1,350 @@
+"""Spans of tokens: the nodes of a radix tree with junctions, pure Python, no tensors.
+
+Each `Span` is a run of token ids shared by every text through it; its children differ in their first token. Because
+attention is causal, the representation of a token depends only on the tokens before it, so two texts with a common
+beginning share spans. A span may hold its *states* (the source of logits and log-probabilities), and with them its
+*keys and values* (needed by its children). The ancestors of a span that holds either hold the same. Each of the two
+lies either on the model's device or in a second pool of memory; the rule about ancestors applies to the device alone,
+too.
+
+    (root) -- "the cat" --+-- " sat"
+                          +-- " ran" --+-- " off"
+                                       +-- " home"
+
+The *end* of a text is the span that holds its last token and no later token, or a junction if the text ends in a group.
+Inserting a text splits a span if the text would otherwise have no end.
+
+Splitting a span keeps the object as the *lower* part (a new span becomes the upper part), so references to the end of a
+text stay valid.
+
+A *junction* stands where a group of branches ends: a span without tokens that has several parents, namely the span
+before the group and the ends of its branches. Branches are spans like all others: a shared branch is a child of the
+span before the group, a frozen branch is a child of the root, and a sequential branch is a child at a later position.
+
+    context + (a | b) + question        context --+-- a ----+
+                                                  +-- b ----+
+                                                  +-- (junction) -- question
+
+Behind a junction, attention counts a span once for each branch that leads through it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+from backprompt.tokens.graph import TokenIds
+
+BranchEnd: TypeAlias = "tuple[Span, bool]"
+"""The end of a branch, and whether the branch is frozen."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaterKey:
+    """The key of a span with a gap of positions before it: its position and its first token."""
+
+    position: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class JunctionKey:
+    """The key of a junction: the number of times that each branch ends there. Spans are compared by identity.
+
+    Splitting a span does not change which span is the end.
+    """
+
+    num_branches: frozenset[tuple[BranchEnd, int]]
+
+    @classmethod
+    def of(cls, ends: Iterable[BranchEnd]) -> JunctionKey:
+        """Return the key of the junction at which these branches end; their order does not matter."""
+        return cls(frozenset(Counter(ends).items()))
+
+
+ChildKey: TypeAlias = "int | LaterKey | JunctionKey"
+"""The key of a span among its parent's children; for most spans the first token."""
+
+
+class Rows(Protocol):
+    """The place of a span's data: consecutive rows of a block of tensors that this module never reads."""
+
+    @property
+    def block(self) -> object:
+        """The block, by identity."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """The first row."""
+        ...
+
+    @property
+    def stop(self) -> int:
+        """The row after the last."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """The rows' share of the block's bytes."""
+        ...
+
+    def split(self, num_tokens: int) -> tuple[Rows, Rows]:
+        """Return the first `num_tokens` rows and the others; both share the block."""
+        ...
+
+
+Kind: TypeAlias = Literal["states", "keys_values"]
+"""The two kinds of data of a span; `KINDS`: both. A span holds its keys and values only with its states."""
+
+KINDS: tuple[Kind, ...] = ("states", "keys_values")
+
+Pool: TypeAlias = Literal["device", "host"]
+"""The two pools of memory for the data of spans."""
+
+_SLOTS: Mapping[tuple[Kind, Pool], str] = {
+    ("states", "device"): "states",
+    ("keys_values", "device"): "keys_values",
+    ("states", "host"): "host_states",
+    ("keys_values", "host"): "host_keys_values",
+}
+"""The attributes of a `Span` that give the place of each kind of data. Only the methods of `Span` set them."""
+
+
+class Span:
+    """A run of token ids, the position of its first token, its parent and its children.
+
+    Attributes:
+        keys_values: the place of its keys and values on the model's device, or None.
+        states: the place of its final hidden states and log-probabilities on the device, or None.
+        host_keys_values, host_states: their places in the second pool (memory/host.py); never in both pools.
+        was_computed: whether the span was ever computed, even if it holds nothing now.
+        computed_in, loaded_in: the number of the evaluation that last forwarded it, or read it from a store; or 0.
+        is_end: whether a text in use ends here, so that this object must keep its end.
+        credit, last_used: the order of eviction: see memory/eviction.py.
+        is_stored: whether a store has everything up to its end.
+        error: the error from storage at reduced precision, if read back from such a store; see store/.
+        key: the name of everything up to its end (keys.py); None before the first use.
+
+    """
+
+    __slots__ = (
+        "children",
+        "computed_in",
+        "credit",
+        "error",
+        "host_keys_values",
+        "host_states",
+        "is_end",
+        "is_stored",
+        "key",
+        "keys_values",
+        "last_used",
+        "loaded_in",
+        "parent",
+        "position",
+        "states",
+        "token_ids",
+        "was_computed",
+    )
+
+    def __init__(self, token_ids: tuple[int, ...], position: int, parent: Span | None) -> None:
+        self.token_ids = token_ids
+        self.position = position
+        self.parent = parent
+        self.children: dict[ChildKey, Span] = {}
+        self.keys_values: Rows | None = None
+        self.states: Rows | None = None
+        self.host_keys_values: Rows | None = None
+        self.host_states: Rows | None = None
+        self.was_computed = False
+        self.computed_in = self.loaded_in = 0
+        self.is_end = False
+        self.credit = 0.0
+        self.last_used = 0
+        self.is_stored = False
+        self.error = 0.0
+        self.key: bytes | None = None
+
+    def __repr__(self) -> str:
+        if self.is_held():
+            state = "held" if self.is_held(with_keys_values=True) else "held, without keys"
+        else:
+            state = "not held" if self.is_empty else "held in the second pool"
+        return f"Span({len(self.token_ids)} tokens at {self.position}, {len(self.children)} children, {state})"
+
+    @property
+    def stop(self) -> int:
+        """The position behind its last token."""
+        return self.position + len(self.token_ids)
+
+    @property
+    def parents(self) -> Sequence[Span]:
+        """The spans that must be held for this span to be held; the root has none."""
+        return () if self.parent is None else (self.parent,)
+
+    @property
+    def begins_chain(self) -> bool:
+        """Whether the span starts behind the root, a junction or a gap, not right behind another token."""
+        return self.parent is not None and (not self.parent.token_ids or self.position != self.parent.stop)
+
+    def closure(self, known: Container[Span] = ()) -> list[Span]:
+        """Return the span and all its ancestors but the root, with junctions, each once and after its parents.
+
+        Spans in `known` are left out, and so are spans that only those need.
+        """
+        spans: dict[Span, None] = {}
+        stack: list[tuple[Span, bool]] = [(self, False)]
+        while stack:
+            span, has_parents = stack.pop()
+            if has_parents:
+                spans[span] = None
+            elif span not in spans and span not in known and span.parent is not None:
+                stack.append((span, True))
+                stack += ((parent, False) for parent in span.parents)
+        return list(spans)
+
+    def seen(self) -> dict[Span, int]:
+        """Return the earlier spans that its rows attend to, from the first on, and how often each counts."""
+        counts: dict[Span, int] = {}
+        if self.parent is not None:
+            _count_chain(counts, self.parent, None, 1)
+        return dict(reversed(counts.items()))
+
+    def junction(self, ends: Iterable[BranchEnd]) -> Span | None:
+        """Return the junction of the group behind this span with these branch ends, each frozen or not."""
+        return self.children.get(JunctionKey.of(ends))
+
+    def is_held(self, *, with_keys_values: bool = False, in_host: bool = False) -> bool:
+        """Whether the states lie on the device, and optionally the keys and values; `in_host`: in either pool."""
+        has_states = self.states is not None or (in_host and self.host_states is not None)
+        has_keys_values = self.keys_values is not None or (in_host and self.host_keys_values is not None)
+        return has_states and (has_keys_values or not with_keys_values)
+
+    def holds(self, kind: Kind) -> bool:
+        """Whether the states lie on the device and, for "keys_values", the keys and values, too."""
+        return self.is_held(with_keys_values=kind == "keys_values")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the span holds nothing, neither on the device nor in the second pool."""
+        return not self.is_held(in_host=True)
+
+    def rows_in(self, kind: Kind, pool: Pool) -> Rows | None:
+        """Return the place of one kind of data in a pool, or None."""
+        rows: Rows | None = getattr(self, _SLOTS[kind, pool])
+        return rows
+
+    def place(self, *, keys_values: Rows | None = None, states: Rows | None = None) -> None:
+        """Record new places on the device for the given data, and remove those in the second pool."""
+        if states is not None:
+            self.states, self.host_states = states, None
+        if keys_values is not None:
+            self.keys_values, self.host_keys_values = keys_values, None
+
+    def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
+        """Record a new place in a pool for one kind of data, and remove that in the other pool."""
+        setattr(self, _SLOTS[kind, pool], rows)
+        setattr(self, _SLOTS[kind, "host" if pool == "device" else "device"], None)
+
+    def let_go(self, kind: Kind, pool: Pool) -> None:
+        """Remove one kind of data from a pool."""
+        setattr(self, _SLOTS[kind, pool], None)
+
+    def drop(self) -> None:
+        """Remove all data: references to the span must not keep blocks alive."""
+        for slot in _SLOTS.values():
+            setattr(self, slot, None)
+
+    def give(self, upper: Span, num_tokens: int) -> None:
+        """Give the rows of the first tokens to another span, in either pool, without copying."""
+        for slot in _SLOTS.values():
+            rows: Rows | None = getattr(self, slot)
+            if rows is not None:
+                first, second = rows.split(num_tokens)
+                setattr(upper, slot, first)
+                setattr(self, slot, second)
+
+    def num_bytes(self, pool: Pool) -> int:
+        """Return the bytes of all data in a pool."""
+        found = (self.rows_in(kind, pool) for kind in KINDS)
+        return sum(rows.num_bytes for rows in found if rows is not None)
+
+    def path(self) -> list[Span]:
+        """Return the spans from the first below the root down to this one; no junction may lie between."""
+        spans: list[Span] = []
+        span: Span = self
+        while span.parent is not None:
+            spans.append(span)
+            span = span.parent
+        spans.reverse()
+        return spans
+
+
+@dataclass(frozen=True, eq=False)
+class Inserted:
+    """A text that was inserted into the forest: its end and its tokens."""
+
+    end: Span
+    token_ids: TokenIds
+
+
+def rows_of(spans: Iterable[Span], kind: Kind, pool: Pool) -> dict[Span, Rows]:
+    """Return the places of one kind of data in a pool, for the spans that have it there."""
+    slot = _SLOTS[kind, pool]
+    return {span: rows for span in spans if (rows := getattr(span, slot)) is not None}
+
+
+class Nothing:
+    """The place of a junction's data while its parents hold theirs: no rows of no block."""
+
+    block = None
+    start = stop = num_bytes = 0
+
+    def split(self, num_tokens: int) -> tuple[Rows, Rows]:
+        """Raise: a junction has no rows to split."""
+        raise AssertionError(num_tokens)
+
+
+NOTHING = Nothing()
+
+
+class Junction(Span):
+    """The place where the branches of a group end: see the top of this file.
+
+    Attributes:
+        branches: the end of each branch, and whether the branch is frozen, so that it continues the root and not the
+            junction's parent; and the number of equal branches.
+
+    """
+
+    __slots__ = ("branches",)
+
+    def __init__(self, position: int, parent: Span, branches: Mapping[BranchEnd, int]) -> None:
+        super().__init__((), position, parent)
+        self.branches = branches
+
+    @property
+    def parents(self) -> Sequence[Span]:
+        """The span before the group, and the ends of its branches."""
+        assert self.parent is not None
+        return tuple(dict.fromkeys((self.parent, *(end for end, _ in self.branches))))
+
+
+def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: int) -> None:
+    """Add the spans between `base` and `end` to `counts`, from the last back to the first."""
+    span: Span | None = end
+    while span is not None and span is not base:
+        if isinstance(span, Junction):
+            for (branch_end, is_frozen), repeats in span.branches.items():
+                _count_chain(counts, branch_end, None if is_frozen else span.parent, times * repeats)
+        elif span.token_ids:
+            counts[span] = counts.get(span, 0) + times
+        span = span.parent
+
+
+def child_key(parent: Span, position: int, token_id: int) -> ChildKey:
+    """Return the key of a span among its parent's children: its first token and, after a gap, its position."""
+    return token_id if position == parent.stop else LaterKey(position, token_id)

@@ -1,0 +1,124 @@
+"""Continued texts: a prompt and what follows it, as texts that remember which is which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from backprompt.bound import bound_lm
+from backprompt.generation.decoding import FinishReason, Found
+from backprompt.text.engine import Engine
+from backprompt.text.node import Text, lazily
+from backprompt.tokens.tokenizer import added
+
+Continued = TypeVar("Continued", bound="ContinuedText")
+
+
+class ContinuedText(Text):
+    """A prompt and what follows it, a segment of token ids. Joined with `+` it gives a plain `Text`."""
+
+    # Behind the ids may stand a string: see `stops.Cut`.
+
+    __slots__ = ("_completion", "_prompt")
+
+    _prompt: Text
+    _completion: Text
+
+    @property
+    def prompt(self) -> Text:
+        """What was continued."""
+        return self._prompt
+
+    @property
+    def completion_text(self) -> Text:
+        """What was added, as a text of its own: the ids, and the string behind them where a stop string cut a token."""
+        return self._completion
+
+    @property
+    def completion_tokens(self) -> tuple[int, ...]:
+        """The ids that were added, an end token included.
+
+        Of what a stop string ended, those before the token in which the stop string begins.
+        """
+        ids = [segment for segment in self._completion.segments if isinstance(segment, tuple)]
+        return ids[0] if ids else ()
+
+    @property
+    def completion(self) -> str:
+        """What was added, as a string, special tokens such as an end token left out."""
+        lm = bound_lm(self, "the string of token ids")
+        special = set(lm.tokenizer.all_special_ids)
+        kept = [token_id for token_id in self.completion_tokens if token_id not in special]
+        with lazily():
+            whole, before = (self._prompt + Text.from_tokens(kept, lm)).string, self._prompt.string
+        return added(before, whole) + self.completion_rest  # a prompt may end within a character
+
+    @property
+    def completion_rest(self) -> str:
+        """The string behind `completion_tokens` where a stop string cut a token; else empty."""
+        segments = self._completion.segments
+        return segments[-1] if segments and isinstance(segments[-1], str) else ""
+
+    def _plain(self) -> Text:
+        with lazily():
+            return self._prompt + self._completion
+
+
+def continue_as(
+    kind: type[Continued], prompt: Text, token_ids: Sequence[int], lm: Engine[Text], rest: str = ""
+) -> Continued:
+    """Return a text of some kind: a prompt and the ids that continue it, and behind these the string `rest`."""
+    with lazily():
+        completion = Text.from_tokens(token_ids, lm) + rest
+        plain = prompt + completion
+    text = kind.__new__(kind)
+    for name in ("_segment", "_add_special_tokens", "_left", "_right", "_lm", "_num_segments", "_hash"):
+        setattr(text, name, getattr(plain, name))
+    text._prompt, text._completion = prompt, completion
+    return text
+
+
+class GeneratedText(ContinuedText):
+    """What `generate` returns: a prompt and what the model added to it, a segment of token ids.
+
+    A stop string is cut off (with `include_stop=True`, what stands behind it). Where the cut is within a token, the
+    tokens before it stay as they were generated, and the rest of that token's string stands behind them as a string,
+    encoded as any string is: `text.tokens` has ids for it, `completion_tokens` and `completion_logprobs` have none.
+    """
+
+    __slots__ = ("_finish_reason", "_logprob_dtype", "_logprobs")
+
+    _logprobs: tuple[float, ...]
+    _logprob_dtype: torch.dtype
+    _finish_reason: FinishReason
+
+    @property
+    def completion_logprobs(self) -> Tensor:
+        """Log-probability of each of `completion_tokens` in the model's own distribution, `(tokens,)`, nats.
+
+        In float64 for a model in float64, else in float32. Temperature, penalties and whatever else changed what was
+        chosen do not show here.
+        """
+        return torch.tensor(self._logprobs, dtype=self._logprob_dtype)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended.
+
+        "eos": an end token; "stop": a stop string; "length": `max_new_tokens`; "criteria": another criterion of the
+        options, such as `max_time`; "interrupted": nobody asked for more.
+        """
+        return self._finish_reason
+
+
+def generated_text(lm: Engine[Text], prompt: Text, found: Found, dtype: torch.dtype) -> GeneratedText:
+    """Return a prompt with the continuation that was found; `dtype`: of its log-probabilities."""
+    kept = found.choices if found.cut is None else found.choices[: found.cut.num_tokens]
+    rest = "" if found.cut is None else found.cut.rest
+    text = continue_as(GeneratedText, prompt, [choice.token_id for choice in kept], lm, rest)
+    text._logprobs, text._logprob_dtype = tuple(choice.logprob for choice in kept), dtype
+    text._finish_reason = found.finish_reason
+    return text

@@ -1,0 +1,331 @@
+"""The rules by which tokens are chosen and texts end, those of transformers' `generate`; and what was added to a text.
+
+Configuration, logits processors and stopping criteria are those of transformers; each text has processors and criteria
+of its own, so texts of different lengths never meet in a padded batch, and what is chosen for one does not depend on
+the others. Besides this file choosing.py, which calls the processors, and beams.py know transformers' generation.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+
+from backprompt.arguments import as_int
+from backprompt.errors import GenerationError
+from backprompt.evaluation.scores import TokenScore
+from backprompt.generation.lookahead import DEFAULT_NGRAM, proposals
+from backprompt.generation.options import SAMPLING_FIELDS, checked
+from backprompt.generation.stops import Cut, StopStrings, as_stop_strings
+from backprompt.logprobs import logprob_dtype
+from backprompt.model.skeleton import head_dtype
+
+Completion: TypeAlias = tuple[int, ...]
+"""What was added to a text."""
+
+FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token, its log-probability in the model's own distribution (nats), and whether that has none higher."""
+
+    token_id: int
+    logprob: float
+    is_argmax: bool
+
+    @property
+    def score(self) -> TokenScore:
+        """The same without the token."""
+        return TokenScore(self.logprob, self.is_argmax)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A continuation: its tokens as they were chosen, why it ended, and what of it stays if a stop string ended it."""
+
+    choices: tuple[Choice, ...]
+    finish_reason: FinishReason
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Options, processors and criteria for one text.
+
+    Attributes:
+        config: all options.
+        processors: of scores.
+        criteria: of the text's end.
+
+    """
+
+    config: Any
+    processors: Any
+    criteria: Sequence[Any]
+
+    @property
+    def other_criteria(self) -> list[Any]:
+        """Those that look at something else than the last token, or how many there are."""
+        return [
+            criterion for criterion in self.criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
+        ]
+
+    def are_met(self, ids: Tensor) -> Tensor:
+        """Return whether a criterion ends each of `(texts, tokens)`, `(texts,)`."""
+        return torch.stack([criterion(ids, None) for criterion in self.criteria]).any(dim=0)
+
+
+class Decoding:
+    """Options of `generate`, checked, for any number of texts.
+
+    Args:
+        model: the causal LM inside all wrappers; its `generation_config` says what is not given.
+        tokenizer: for transformers' `stop_strings`.
+        max_new_tokens: how many tokens to add at most.
+        stops: strings that end a text with the token that completes one of them.
+        seed: of sampling. The same text with the same options, seed and sample has the same continuation, whatever else
+            is generated with it; by default each run has a seed of its own.
+        given: fields of `GenerationConfig`.
+
+    Raises:
+        GenerationError: options that contradict each other, or that this does not do; says what to do instead.
+
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        stops: StopStrings,
+        seed: int | None,
+        given: Mapping[str, Any],
+    ) -> None:
+        self.model = model
+        self.logprob_dtype = logprob_dtype(head_dtype(model))
+        self.max_new_tokens = as_int(max_new_tokens, "max_new_tokens", at_least=1, error=GenerationError)
+        self.stops = stops
+        own_seed = secrets.randbits(63) if seed is None else seed
+        self._seed = as_int(own_seed, "seed", at_least=0, error=GenerationError)
+        self._config = _config(model, given)
+        self.is_sampling = bool(self._config.do_sample)
+        self.num_beams = int(self._config.num_beams or 1)
+        self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
+        self.max_ngram = int(self._config.max_matching_ngram_size or DEFAULT_NGRAM)
+        self._end_ids: frozenset[int] = frozenset()
+        self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary
+        strings = as_stop_strings(self._config.stop_strings, tokenizer, "stop_strings")
+        self._config.stop_strings = None
+        try:
+            if strings:
+                self._stop_strings.append(StopStringCriteria(tokenizer, list(strings)))
+            self._rehearse()
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise GenerationError(f"transformers refuses these options: {error}") from error
+
+    def _rehearse(self) -> None:
+        """Let all rules look at one token, so that what is wrong shows now, before a prompt is computed."""
+        ids = torch.zeros((1, 1), dtype=torch.long)
+        rules = self.rules(ids)
+        rules.processors(ids, torch.zeros((1, _num_tokens(self.model))))
+        rules.are_met(ids)
+        ends = [criterion for criterion in rules.criteria if isinstance(criterion, EosTokenCriteria)]
+        self._end_ids = frozenset(token_id for criterion in ends for token_id in criterion.eos_token_id.tolist())
+
+    def rules(self, prompt_ids: Tensor) -> Rules:
+        """Return the rules for a prompt, `(1, tokens)`."""
+        config = copy.deepcopy(self._config)
+        num_before = prompt_ids.shape[1]
+        config.max_length, config.max_new_tokens = num_before + self.max_new_tokens, self.max_new_tokens
+        if config.min_new_tokens is not None:
+            config.min_length = num_before + config.min_new_tokens
+        self.model._prepare_special_tokens(config, True, device=prompt_ids.device)
+        processors = self.model._get_logits_processor(
+            config,
+            input_ids_seq_length=num_before,
+            encoder_input_ids=prompt_ids,
+            device=str(prompt_ids.device),
+            model_kwargs={},
+        )
+        criteria = self.model._get_stopping_criteria(config, StoppingCriteriaList())
+        return Rules(config, processors, [*criteria, *self._stop_strings])
+
+    def reason(
+        self, rules: Rules, ids: Callable[[], Tensor], last_id: int, num_new: int, *, is_stopped: bool
+    ) -> FinishReason | None:
+        """Return why a text of which `num_new` tokens were added is finished, or None.
+
+        Args:
+            rules: of the text.
+            ids: its ids so far, `(1, tokens)`; called where a criterion looks at them.
+            last_id: the last of them.
+            num_new: how many of them were added.
+            is_stopped: whether a stop string ends it.
+
+        """
+        if is_stopped:
+            return "stop"
+        if last_id in self._end_ids:
+            return "eos"
+        met = [criterion for criterion in rules.other_criteria if bool(criterion(ids(), None).any())]
+        if any(isinstance(criterion, StopStringCriteria) for criterion in met):
+            return "stop"
+        if num_new == self.max_new_tokens:
+            return "length"
+        return "criteria" if met else None
+
+    def generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator:
+        """Return the random numbers of one sample of a text."""
+        digest = hashlib.sha256(repr((self._seed, sample_idx, tuple(prompt_ids))).encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class TextDecoding:
+    """The decoding of one text, greedy or sampled: its ids so far, its rules, its random numbers.
+
+    Args:
+        decoding: the options.
+        prompt_ids: the text.
+        sample_idx: which sample of it this is.
+
+    """
+
+    rules: Rules
+    generator: torch.Generator
+
+    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int], sample_idx: int) -> None:
+        self._decoding = decoding
+        self._prompt_ids = prompt_ids
+        self._sample_idx = sample_idx
+        self._choices: list[Choice] = []
+        self._finish_reason: FinishReason | None = None
+        self._watched = decoding.stops.begin(prompt_ids)
+        self._cut: Cut | None = None
+        self.is_drawn = decoding.is_sampling
+        self._device: torch.device | None = None
+        self._ids = torch.empty(0)  # (1, tokens), with room for all that may come, where rules look at it
+        self._num_written = 0  # so many of these ids are there
+        self._num_ahead = decoding.num_lookup_tokens
+        self.completion: Completion = ()
+        """What was added so far."""
+        self.ahead: list[Completion] = [()]
+        """Continuations after which the logits are wanted next, each behind those that it begins with."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is added any more."""
+        return self._finish_reason is not None
+
+    @property
+    def num_new(self) -> int:
+        """How many tokens were added so far."""
+        return len(self._choices)
+
+    @property
+    def num_ids(self) -> int:
+        """How many ids it has so far, those of the prompt among them."""
+        return len(self._prompt_ids) + len(self._choices)
+
+    def begin(self, device: torch.device) -> None:
+        """Make the rules and the random numbers, where its scores lie; only the first time."""
+        if self._device is None:
+            self.rules = self._decoding.rules(torch.tensor([self._prompt_ids], device=device))
+            if self.is_drawn:
+                self.generator = self._decoding.generator(self._prompt_ids, self._sample_idx, device)
+            self._device = device
+
+    def ids(self) -> Tensor:
+        """Return its ids so far, `(1, tokens)`, where its scores lie."""
+        num_ids = self.num_ids
+        if self._num_written == 0:
+            self._ids = torch.zeros((1, num_ids + self._decoding.max_new_tokens), dtype=torch.long, device=self._device)
+        if self._num_written < num_ids:
+            self._ids[0, self._num_written : num_ids] = torch.tensor(self._all_ids()[self._num_written :])
+            self._num_written = num_ids
+        return self._ids[:, :num_ids]
+
+    def add(self, choice: Choice) -> None:
+        """Add a token, and note whether the text ends with it."""
+        self._choices.append(choice)
+        self.completion = (*self.completion, choice.token_id)
+        self._watched = self._decoding.stops.with_token(self._watched, choice.token_id)
+        self._finish_reason = self._decoding.reason(
+            self.rules, self.ids, choice.token_id, self.num_new, is_stopped=self._watched.is_stopped
+        )
+        if self._watched.is_stopped:
+            self._cut = self._decoding.stops.cut(self._prompt_ids, self.completion)
+
+    def look_ahead(self, num_rows: int, num_added: int) -> None:
+        """Say after what the logits are wanted next; the last `num_rows` of them were good for `num_added` tokens."""
+        if num_rows > 1:  # what was proposed in vain costs, so less is proposed next
+            longest = self._decoding.num_lookup_tokens
+            self._num_ahead = min(2 * self._num_ahead, longest) if num_added > 1 else max(1, self._num_ahead // 2)
+        self.ahead = [self.completion, *self._proposed()]
+
+    def needed(self) -> set[Completion]:
+        """Return the continuations that must stay held: all but the last token, which was not forwarded yet."""
+        return {self.completion[:-1]}
+
+    def score_of(self, completion: Completion) -> TokenScore | None:
+        """Return how the model rates the last token of what was added so far, or of its beginning; else None."""
+        is_beginning = 0 < len(completion) <= len(self.completion) and self.completion[: len(completion)] == completion
+        return self._choices[len(completion) - 1].score if is_beginning else None
+
+    def found(self, num: int) -> list[Found]:
+        """Return what was added so far; there is one continuation, whatever `num` asks for."""
+        return [Found(tuple(self._choices), self._finish_reason or "interrupted", self._cut)]
+
+    def _all_ids(self) -> list[int]:
+        return [*self._prompt_ids, *self.completion]
+
+    def _proposed(self) -> list[Completion]:
+        """Return what may come next, token by token, by looking it up in the text itself."""
+        # The last token that may come is not continued.
+        num_tokens = min(self._num_ahead, self._decoding.max_new_tokens - len(self._choices) - 1)
+        if num_tokens < 1:
+            return []
+        tried = proposals(torch.tensor(self._all_ids()), num_tokens, self._decoding.max_ngram)
+        beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
+        return list(dict.fromkeys((*self.completion, *tokens) for tokens in beginnings))
+
+
+def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
+    """Return the options in full: what is given, else what the model's own configuration says, but greedy."""
+    options = checked(given, _num_tokens(model))
+    asked = [name for name in SAMPLING_FIELDS if options.get(name) is not None]
+    if asked and options.get("do_sample") is False:
+        raise GenerationError(f"{asked[0]} is for sampling, but do_sample is False. Leave out one of the two.")
+    options["do_sample"] = bool(asked) if options.get("do_sample") is None else options["do_sample"]
+    try:
+        config: GenerationConfig = model._prepare_generation_config(None, **options)[0]
+        mode = config.get_generation_mode()
+    except (TypeError, ValueError) as error:
+        raise GenerationError(f"transformers refuses these options: {error}") from error
+    is_lookup = mode == GenerationMode.ASSISTED_GENERATION and config.prompt_lookup_num_tokens is not None
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH) and not is_lookup:
+        raise GenerationError(
+            "generate does greedy decoding, sampling, beam search (num_beams=...) and look-ahead by n-grams "
+            f"(prompt_lookup_num_tokens=...), not {mode.value.replace('_', ' ')}."
+        )
+    if config.prompt_lookup_num_tokens is not None and mode == GenerationMode.BEAM_SEARCH:
+        raise GenerationError("prompt_lookup_num_tokens looks ahead for one continuation, not for num_beams of them.")
+    if config.token_healing:
+        raise GenerationError("generate does not do token healing, which changes the end of the prompt.")
+    if config.guidance_scale is not None and config.guidance_scale != 1:
+        raise GenerationError("generate does not do classifier-free guidance, which runs the model a second time.")
+    return config
+
+
+def _num_tokens(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)

@@ -1,0 +1,184 @@
+"""A run: texts that are continued together, each step one packed pass of one token a text.
+
+Keeps the texts that are live, with the spans of their continuations, and those that wait. Texts that are finished leave
+the batch and waiting ones take their place; nothing is padded, and samples of one prompt share it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from backprompt.evaluation.evaluator import Evaluator
+from backprompt.forest.span import Span
+from backprompt.generation.beams import BeamDecoding, choose_beams
+from backprompt.generation.choosing import Logits
+from backprompt.generation.choosing import choose as choose_tokens
+from backprompt.generation.continued import GeneratedText, generated_text
+from backprompt.generation.decoding import Completion, Decoding, Found, TextDecoding
+from backprompt.generation.lookahead import MAX_PROPOSALS
+from backprompt.lm import LM
+from backprompt.progress import progress_bar, showing
+from backprompt.text.node import Text
+from backprompt.tokens.graph import TokenIds, flat, with_more
+
+MAX_LIVE_TEXTS = 256
+"""Of more texts the others wait until one is finished."""
+
+
+@dataclass(eq=False)
+class _Live:
+    """A text that grows: its prompt, and the spans at which those of its continuations end that are held."""
+
+    prompt_ids: TokenIds
+    decoding: TextDecoding | BeamDecoding
+    ends: dict[Completion, Span]
+
+
+@dataclass(eq=False)
+class Run:
+    """Texts that are being continued. Each `step` decides at least one token for every live one.
+
+    Args:
+        lm: of all texts.
+        texts: what to continue. One that is there several times is sampled several times.
+        decoding: the options.
+
+    """
+
+    lm: LM
+    texts: Sequence[Text]
+    decoding: Decoding
+    _decodings: list[TextDecoding | BeamDecoding] = field(init=False)
+    prompts: list[TokenIds] = field(init=False)
+    _live: list[_Live] = field(init=False, default_factory=list)
+    _num_begun: int = field(init=False, default=0)
+    _evaluator: Evaluator | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.prompts = self.lm.session.ids_to_continue(self.texts, self.decoding.max_new_tokens)
+        num_samples: Counter[tuple[int, ...]] = Counter()
+        self._decodings = []
+        for ids in map(flat, self.prompts):
+            if self.decoding.num_beams > 1:
+                self._decodings.append(BeamDecoding(self.decoding, ids))
+            else:
+                self._decodings.append(TextDecoding(self.decoding, ids, num_samples[ids]))
+            num_samples[ids] += 1
+
+    @property
+    def num_tokens_done(self) -> int:
+        """How many tokens are decided on; all that were asked for where a text is finished."""
+        num_finished = self._num_begun - len(self._live)
+        return num_finished * self.decoding.max_new_tokens + sum(live.decoding.num_new for live in self._live)
+
+    @property
+    def ends(self) -> set[Span]:
+        """The spans at which the texts that grow end, each as far as it is held."""
+        return {end for live in self._live for end in live.ends.values()}
+
+    def found(self, num_each: int = 1) -> list[list[Found]]:
+        """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""
+        return [decoding.found(num_each) for decoding in self._decodings]
+
+    def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
+        """Return the same as texts."""
+        return [
+            [generated_text(self.lm, text, found, self.decoding.logprob_dtype) for found in row]
+            for text, row in zip(self.texts, self.found(num_each), strict=True)
+        ]
+
+    def step(self) -> bool:
+        """Decide what comes next for every live text; return whether any goes on, or waits."""
+        with self.lm.session.growing(self._evaluator) as evaluator:
+            if self._evaluator is None:
+                evaluator.continuations.let_grow(self, self._live)
+                self._evaluator = evaluator
+            try:
+                grown = self._grow(evaluator)
+                self._admit(evaluator)
+                self._choose(evaluator)
+                self._settle(evaluator, grown)
+            except BaseException:  # the evaluator ends them once it has recovered
+                evaluator.continuations.abandoned.append(self._live[:])
+                self._live.clear()
+                raise
+            self._end(evaluator, [live for live in self._live if live.decoding.is_finished])
+        return bool(self._live) or self._num_begun < len(self.texts)
+
+    def close(self) -> None:
+        """Let go of what is live, and begin with nothing more."""
+        self._num_begun = len(self.texts)
+        if self._live and self._evaluator is not None:
+            with self.lm.session.exclusive():
+                self._end(self._evaluator, self._live)
+
+    def _grow(self, evaluator: Evaluator) -> list[tuple[_Live, Completion]]:
+        """Forward the continuations after which the logits are wanted; return those that were not held before."""
+        grown = [(live, ids) for live in self._live for ids in live.decoding.ahead if ids not in live.ends]
+        if grown:
+            ends = evaluator.continuations.grow([with_more(live.prompt_ids, ids) for live, ids in grown])
+            for (live, ids), end in zip(grown, ends, strict=True):
+                live.ends[ids] = end
+        return grown
+
+    def _admit(self, evaluator: Evaluator) -> None:
+        """Begin with as many of the waiting texts as there is room for, at least one if none is live."""
+        first, stop = self._num_begun, self._num_begun
+        if first == len(self.texts):
+            return
+        num_new = self.decoding.max_new_tokens * self.decoding.num_beams
+        num_new += MAX_PROPOSALS * self.decoding.num_lookup_tokens
+        num_bytes = evaluator.num_bytes_to_hold([end for live in self._live for end in live.ends.values()])
+        num_bytes += len(self._live) * num_new * evaluator.executor.token_bytes
+        max_live = max(1, MAX_LIVE_TEXTS // self.decoding.num_beams)
+        while stop < len(self.texts) and len(self._live) + stop - first < max_live:
+            is_sample = stop > first and self.prompts[stop] == self.prompts[stop - 1]
+            num_bytes += (num_new + (0 if is_sample else len(self.prompts[stop]))) * evaluator.executor.token_bytes
+            if num_bytes > evaluator.memory.max_bytes and (stop > first or self._live):
+                break
+            stop += 1
+        ends = evaluator.continuations.begin(self.prompts[first:stop])
+        self._live += [_Live(self.prompts[idx], self._decodings[idx], {(): end}) for idx, end in enumerate(ends, first)]
+        self._num_begun = stop
+
+    def _choose(self, evaluator: Evaluator) -> None:
+        """Let all live texts go on by the logits that they want."""
+        wanted = (live.ends[ids] for live in self._live for ids in live.decoding.ahead)
+        row_of = {end: row for row, end in enumerate(dict.fromkeys(wanted))}
+        logits = Logits(evaluator.readout.next_logits(list(row_of)), evaluator.executor.rows_in_a_slice)
+        evaluator.computation.check_unchanged()  # before anything is chosen by them
+        rows = [{ids: row_of[live.ends[ids]] for ids in live.decoding.ahead} for live in self._live]
+        choose: Callable[..., None] = choose_beams if self.decoding.num_beams > 1 else choose_tokens
+        choose([live.decoding for live in self._live], rows, logits)
+
+    def _settle(self, evaluator: Evaluator, grown: Sequence[tuple[_Live, Completion]]) -> None:
+        """Note what was learnt of what was forwarded, and let go of what is not needed to go on."""
+        scores = {live.ends[ids]: score for live, ids in grown if (score := live.decoding.score_of(ids)) is not None}
+        dropped: list[Span] = []
+        for live in self._live:
+            needed = live.decoding.needed()
+            dropped += [end for ids, end in live.ends.items() if ids not in needed]
+            live.ends = {ids: end for ids, end in live.ends.items() if ids in needed}
+        evaluator.continuations.settle([live.ends[ids] for live, ids in grown if ids in live.ends], dropped, scores)
+
+    def _end(self, evaluator: Evaluator, finished: Sequence[_Live]) -> None:
+        ended = dict.fromkeys(finished)
+        self._live[:] = [live for live in self._live if live not in ended]  # in place: see `step`
+        evaluator.continuations.end([end for live in ended for end in live.ends.values()])
+
+
+def run_with_bar(run: Run, show: bool | None) -> None:
+    """Let texts grow until all are finished, or an error comes, under a bar over their tokens."""
+    total = len(run.texts) * run.decoding.max_new_tokens
+    with showing(show):
+        bar = progress_bar(total, "generating", "tokens", is_long=run.decoding.max_new_tokens > 1)
+    try:
+        with bar, showing(False):  # one bar is enough
+            is_going_on = True
+            while is_going_on:
+                is_going_on = run.step()
+                bar.update(run.num_tokens_done - bar.n)
+    finally:
+        run.close()

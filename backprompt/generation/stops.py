@@ -1,0 +1,193 @@
+r"""Strings that end a continuation: when they do, what of the continuation stays, and what a stream must hold back.
+
+Stop strings are looked for in what is generated and nowhere else: in the string that the tokens add to the prompt's.
+The one that is complete first counts, of several that are complete at once the longest; so it does not matter how the
+string falls into tokens. Special tokens are left out of a completion, and so of the string that is searched; a stop
+string that names one of them is looked for where special tokens are written out.
+
+A stop string may begin within a token ("abc\n" as one token, for the stop string "\n"). Then the tokens before that
+one stay as they were generated, and the rest of the string ("abc") stands behind them as a string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from backprompt.arguments import as_bool, as_list, check_encodable
+from backprompt.errors import GenerationError
+from backprompt.tokens.decoded import Decoded, Decoder
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays of a continuation: so many of its tokens, and a string behind them."""
+
+    num_tokens: int
+    rest: str
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A continuation that is searched for stop strings: its string in each way of writing it."""
+
+    decoded: tuple[Decoded, ...]
+    is_stopped: bool = False
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Stop strings, and the way of writing a continuation in which they are looked for."""
+
+    strings: tuple[str, ...]
+    decoder: Decoder
+
+    def first(self, string: str, start: int = 0) -> tuple[int, int] | None:
+        """Return where the stop string begins and ends that is complete first from `start` on, or None."""
+        found = [(idx, idx + len(stop)) for stop in self.strings if (idx := string.find(stop, start)) >= 0]
+        return min(found, key=lambda place: (place[1], place[0]), default=None)
+
+    def is_met(self, before: Decoded, after: Decoded) -> bool:
+        """Return whether a stop string is complete that was not before a token came."""
+        longest = max(map(len, self.strings))
+        return self.first(after.string, max(0, len(before.settled) - longest + 1)) is not None
+
+    def cut(self, prompt_ids: Sequence[int], token_ids: Sequence[int], *, include_stop: bool) -> Cut | None:
+        states = accumulate(token_ids, self.decoder.with_token, initial=self.decoder.begin(prompt_ids))
+        strings = [state.string for state in states]
+        place = self.first(strings[-1])
+        if place is None:
+            return None
+        kept = strings[-1][: place[1] if include_stop else place[0]]
+        num_tokens = max(num for num, string in enumerate(strings) if kept.startswith(string))
+        return Cut(num_tokens, kept[len(strings[num_tokens]) :])
+
+
+class StopStrings:
+    """Stop strings of continuations.
+
+    Args:
+        given: a string or strings; None or no strings end nothing.
+        tokenizer: of transformers.
+        include_stop: whether the stop string stays, which is otherwise cut off. The string behind it is cut off.
+        is_behind_prompt: whether a continuation is decoded behind its prompt, and not by itself, where SentencePiece
+            drops a space before the first token.
+
+    Raises:
+        GenerationError: something else than strings, an empty one, or one that no tokens can spell.
+
+    """
+
+    def __init__(
+        self,
+        given: str | Iterable[str] | None,
+        tokenizer: Any,
+        *,
+        include_stop: bool = False,
+        is_behind_prompt: bool = True,
+    ) -> None:
+        self.strings = as_stop_strings(given, tokenizer, "stop")
+        self._include_stop = as_bool(include_stop, "include_stop", error=GenerationError)
+        self._is_behind_prompt = is_behind_prompt
+        self._searches: list[_Search] = []
+        if not self.strings:
+            return
+        names = list(filter(None, tokenizer.all_special_tokens))
+        naming = tuple(string for string in self.strings if any(name in string for name in names))
+        others = tuple(string for string in self.strings if string not in naming)
+        if others:
+            self._searches.append(_Search(others, Decoder(tokenizer, tokenizer.all_special_ids)))
+        if naming:
+            self._searches.append(_Search(naming, Decoder(tokenizer)))
+        self._held = {*self.strings, *(_without(string, names) for string in naming)}
+
+    def begin(self, prompt_ids: Sequence[int]) -> Watched:
+        """Return the empty continuation of a prompt."""
+        return Watched(tuple(search.decoder.begin(self._before(prompt_ids)) for search in self._searches))
+
+    def with_token(self, watched: Watched, token_id: int) -> Watched:
+        """Return a continuation with one more token, and whether a stop string ends it."""
+        after = [
+            search.decoder.with_token(decoded, token_id)
+            for search, decoded in zip(self._searches, watched.decoded, strict=True)
+        ]
+        is_stopped = any(map(_Search.is_met, self._searches, watched.decoded, after))
+        return Watched(tuple(after), is_stopped)
+
+    def cut(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Cut | None:
+        """Return what stays of a continuation that a stop string ends; None where none does."""
+        before = self._before(prompt_ids)
+        cuts = [search.cut(before, token_ids, include_stop=self._include_stop) for search in self._searches]
+        return min(filter(None, cuts), key=lambda cut: (cut.num_tokens, len(cut.rest)), default=None)
+
+    def decided(self, string: str) -> str:
+        """Return what of an unfinished completion can be no part of a stop string that is cut off."""
+        if self._include_stop or not self.strings:
+            return string
+        longest = max(map(len, self._held))
+        for start in range(max(0, len(string) - longest), len(string)):
+            if any(held.startswith(string[start:]) for held in self._held):
+                return string[:start]
+        return string
+
+    def _before(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+        return prompt_ids if self._is_behind_prompt else ()
+
+
+def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str) -> tuple[str, ...]:
+    """Return a string or strings as a tuple; none for None.
+
+    Raises:
+        TextTypeError: something else.
+        GenerationError: an empty string, or one that no tokens can spell.
+        TokenizerError: half of a surrogate pair.
+
+    """
+    if given is None:
+        return ()
+    needed = f"{name} must be a string or several in a list"
+    strings = (given,) if isinstance(given, str) else tuple(as_list(given, needed, any_order=True))
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise GenerationError(f"{name} must be strings that are not empty, not {string!r}.")
+        check_encodable(string, "A stop string")
+        if missing := missing_characters(string, tokenizer):
+            raise GenerationError(
+                f"The stop string {string!r} has characters that the tokenizer has no tokens for "
+                f"({', '.join(map(repr, sorted(set(missing))))}), so no text would ever end with it. Leave it out."
+            )
+    return strings
+
+
+def missing_characters(string: str, tokenizer: Any) -> list[str]:
+    """Return the characters of a stop string that no token has, and which so are never generated."""
+    names = list(filter(None, tokenizer.all_special_tokens))
+    return [char for char in _without(string, names) if not _can_be_generated(char, tokenizer)]
+
+
+def _can_be_generated(char: str, tokenizer: Any) -> bool:
+    token_ids = tokenizer.encode(f"a{char}a", add_special_tokens=False)
+    if char in tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False):
+        return True
+    vocabulary = tokenizer.get_vocab()
+    if any(char in token for token in vocabulary):  # within a token
+        return True
+    byte_names = bytes_to_unicode()  # a normalizer may change the character, which does not keep it from coming
+    return any(
+        all(name in vocabulary for name in names)
+        for names in (
+            [byte_names[byte] for byte in char.encode()],
+            [f"<0x{byte:02X}>" for byte in char.encode()],
+        )
+    )
+
+
+def _without(string: str, names: Iterable[str]) -> str:
+    """Return a string without the names of special tokens."""
+    for name in names:
+        string = string.replace(name, "")
+    return string

@@ -1,0 +1,100 @@
+"""A bar chart of the probabilities of completions. Needs matplotlib: pip install 'backprompt[plot]'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backprompt.arguments import as_floats, as_int, as_list
+from backprompt.errors import MissingDependencyError
+from backprompt.visible import shortened, visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_GREY = "#7d8590"  # shows on white and on black
+_MOST_PROBABLE, _OTHERS = "#c2410c", "#1d5fa8"
+
+
+def plot_probabilities(
+    probabilities: Mapping[str, float] | Sequence[float] | Any,
+    completions: Sequence[str] | None = None,
+    *,
+    top: int = 20,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the probabilities of completions behind one prompt as bars, the most probable at the top.
+
+        bp.plot_probabilities(predict_proba(prompt, labels, lm), labels)
+        bp.plot_probabilities(text.select(labels).probabilities)
+
+    Args:
+        probabilities: an array `(completions,)`, or a mapping from completions to their probabilities.
+        completions: the completions with these probabilities; left out for a mapping.
+        top: at most this many completions are drawn, the most probable ones.
+        ax: the axes of matplotlib to draw on; new ones by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        TypeError: `probabilities` are not numbers, or `completions` no sequence.
+        ValueError: `probabilities` are not of one prompt, are not as many as `completions`, or not between 0 and 1.
+
+    """
+    values, names = _checked(probabilities, completions)
+    top = as_int(top, "top", at_least=1)
+    order = np.argsort(-values, kind="stable")[:top]
+    if ax is None:
+        ax = _new_axes(len(order))
+    labels = [shortened(visible(names[idx]), 40) for idx in order]
+    bars = ax.barh(range(len(order)), values[order], color=[_MOST_PROBABLE, *[_OTHERS] * (len(order) - 1)])
+    ax.bar_label(bars, labels=[f"{values[idx]:.1%}" for idx in order], padding=3, color=_GREY)
+    ax.set_yticks(range(len(order)), labels, parse_math=False, usetex=False)  # a $ is a $
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    left_out = f", {len(names) - len(order):,} more left out" if len(order) < len(names) else ""
+    ax.set_xlabel(f"probability{left_out}", color=_GREY)
+    ax.tick_params(colors=_GREY)
+    for name, spine in ax.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(_GREY)
+    return ax
+
+
+def _checked(probabilities: Any, completions: Sequence[str] | None) -> tuple[Any, list[str]]:
+    """Return an array `(completions,)` and the completions."""
+    if isinstance(probabilities, Mapping):
+        if completions is not None:
+            raise ValueError("A mapping names its completions itself: leave `completions` out.")
+        completions, probabilities = list(probabilities), list(probabilities.values())
+    values = as_floats(probabilities, "probabilities")
+    if values.ndim != 1 or not values.size:
+        raise ValueError(
+            f"plot_probabilities takes the probabilities of one prompt, (completions,), not {values.shape}. "
+            "Choose a row: probabilities[0]."
+        )
+    names = [] if completions is None else as_list(completions, "completions must be a sequence of strings")
+    if len(names) != len(values):
+        raise ValueError(
+            f"There are {len(values)} probabilities; give as many completions, not {len(names) or 'none'}."
+        )
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("Probabilities are between 0 and 1. Take the exponential of log-probabilities first.")
+    return values, names
+
+
+def _new_axes(num_bars: int) -> Axes:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingDependencyError(
+            "plot_probabilities needs matplotlib, which is not installed: pip install 'backprompt[plot]'."
+        ) from error
+    figure, ax = pyplot.subplots(figsize=(6, 0.8 + 0.32 * num_bars), layout="constrained")
+    figure.patch.set_alpha(0)
+    ax.set_facecolor("none")
+    return ax

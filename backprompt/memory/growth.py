@@ -1,0 +1,202 @@
+"""Texts that grow one token at a time: their spans stay few, and their rows side by side.
+
+Each step of a generation leaves one span of one token for each text, its row among those of all texts. Attention to a
+thousand such spans would take a thousand calls for each layer. So after each step the new spans absorb their parents,
+and their rows are copied behind the parents' rows in a buffer with free room. A span at which another text in use ends
+is never absorbed. Texts that outgrow their room at the same step move to one buffer together, each with room for an
+eighth more, or 16 rows. So one call for each layer can attend to the new rows of all of them.
+
+    prompt -- " the" -- " cat"        step 3        prompt -- " the cat"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+from backprompt.forest.forest import Forest
+from backprompt.forest.span import Span
+from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
+
+ROWS_AT_A_TIME = 16
+"""The least free room of a text in a new buffer, in rows; an eighth of its rows if that is more."""
+
+
+@dataclass
+class _Buffer:
+    """A buffer: the states beside its keys and values, and its free room.
+
+    `room` maps the row behind each text's rows to the end of the text's room. It is valid while the buffer has
+    `num_rows` rows: a buffer that was made smaller has no room.
+    """
+
+    states: ref[States]
+    num_rows: int
+    room: dict[int, int]
+
+
+class _Held(NamedTuple):
+    """The rows of both kinds of data of a span."""
+
+    keys_values: BlockRows[KeysValues]
+    states: BlockRows[States]
+
+    @classmethod
+    def of(cls, span: Span) -> _Held:
+        """Return the rows of a span that holds both."""
+        return cls(keys_values_of(span), states_of(span))
+
+    def with_next(self, others: _Held) -> _Held | None:
+        """Return these rows and others as one range if the others directly follow these."""
+        keys_values, states = self.keys_values.with_next(others.keys_values), self.states.with_next(others.states)
+        return None if keys_values is None or states is None else _Held(keys_values, states)
+
+
+_Copy: TypeAlias = "tuple[BlockRows[Any], Block, int]"
+"""Rows to copy, the target block, and their start row there."""
+
+
+class Growth:
+    """Absorbs spans that were computed one token at a time.
+
+    Args:
+        forest: the forest of the spans.
+
+    """
+
+    def __init__(self, forest: Forest) -> None:
+        self._forest = forest
+        self._buffers: WeakKeyDictionary[KeysValues, _Buffer] = WeakKeyDictionary()  # live as long as their spans
+        self._mixed: WeakSet[Block] = WeakSet()  # blocks with rows of several texts, or with free room
+
+    def note_pass(self, span: Span) -> None:
+        """Record that a span was computed in a pass together with spans of other texts."""
+        self._mixed.update((keys_values_of(span).block, states_of(span).block))
+
+    def absorb(self, spans: Sequence[Span], held: Container[Span]) -> list[Block]:
+        """Let spans absorb their parents where no other text uses these; return the new blocks.
+
+        Args:
+            spans: the spans that absorb.
+            held: the ends of texts in use.
+
+        """
+        made: list[Block] = []
+        absorbing = list(spans)
+        while absorbing:
+            pairs = [(upper, span) for span in absorbing if (upper := _absorbable(span, held)) is not None]
+            together = {span: _Held.of(upper).with_next(_Held.of(span)) for upper, span in pairs}
+            apart = [(upper, span) for upper, span in pairs if together[span] is None]
+            made += self._make_room([pair for pair in apart if not self._has_room(*pair)])
+            together |= self._append(apart)
+            for _, span in pairs:
+                both = together[span]
+                assert both is not None
+                self._forest.absorb(span, both.keys_values, both.states)
+            absorbing = [span for _, span in pairs]
+        for span in spans:
+            if span.parent is not None and not span.parent.is_end:
+                made += self._move_out(span.parent)  # it has several children
+        return made
+
+    def finish(self, span: Span) -> list[Block]:
+        """Free the room behind a grown text: the text will not grow any more.
+
+        Other texts may have split it meanwhile, so all its ancestors are checked.
+        """
+        return [block for part in span.path() for block in self._move_out(part)]
+
+    def _has_room(self, upper: Span, span: Span) -> bool:
+        """Whether there is room behind the rows of `upper` for those of its child `span`."""
+        keys_values, states = _Held.of(upper)
+        buffer = self._buffers.get(keys_values.block)
+        return (
+            buffer is not None
+            and buffer.states() is states.block
+            and keys_values.block.num_rows == states.block.num_rows == buffer.num_rows
+            and keys_values.stop == states.stop
+            and keys_values.stop + len(span.token_ids) <= buffer.room.get(keys_values.stop, 0)
+        )
+
+    def _make_room(self, pairs: Sequence[tuple[Span, Span]]) -> list[Block]:
+        """Copy the rows of spans into one buffer, each with room for its child and some more rows."""
+        if not pairs:
+            return []
+        num_rows = 0
+        room: dict[int, int] = {}
+        ranges: list[tuple[int, int]] = []
+        for upper, span in pairs:
+            num_needed = len(upper.token_ids) + len(span.token_ids)
+            start, stop = num_rows, num_rows + len(upper.token_ids)
+            num_rows += num_needed + max(ROWS_AT_A_TIME, num_needed // 8)
+            ranges.append((start, stop))
+            room[stop] = num_rows
+        first = _Held.of(pairs[0][0])
+        # A masked key that is nan would spoil the rows that do not see it, so the room is filled with zeros.
+        keys_values, states = first.keys_values.block.zeros(num_rows), first.states.block.zeros(num_rows)
+        copies: list[_Copy] = []
+        for (upper, _), (start, _) in zip(pairs, ranges, strict=True):
+            copies += [(keys_values_of(upper), keys_values, start), (states_of(upper), states, start)]
+        copy_rows(copies)
+        self._buffers[keys_values] = _Buffer(ref(states), num_rows, room)
+        self._mixed.update((keys_values, states))
+        for (upper, _), rows in zip(pairs, ranges, strict=True):
+            upper.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
+        return [keys_values, states]
+
+    def _append(self, pairs: Sequence[tuple[Span, Span]]) -> dict[Span, _Held]:
+        """Copy spans' rows behind those of their parents; return the combined rows."""
+        copies: list[_Copy] = []
+        together: dict[Span, _Held] = {}
+        for upper, span in pairs:
+            keys_values, states = keys_values_of(upper), states_of(upper)
+            start, stop = keys_values.stop, keys_values.stop + len(span.token_ids)
+            room = self._buffers[keys_values.block].room
+            room[stop] = room.pop(start)
+            copies += [
+                (keys_values_of(span), keys_values.block, start),
+                (states_of(span), states.block, start),
+            ]
+            together[span] = _Held(
+                BlockRows(keys_values.block, keys_values.start, stop), BlockRows(states.block, states.start, stop)
+            )
+        copy_rows(copies)
+        return together
+
+    def _move_out(self, span: Span) -> list[Block]:
+        """Copy generated rows into blocks of their own; shared blocks would keep the rows of other texts alive."""
+        if not (span.token_ids and span.is_held(with_keys_values=True)):
+            return []
+        made: list[Block] = []
+        keys_values, states = keys_values_of(span), states_of(span)
+        if self._is_shared(keys_values.block, span):
+            span.place(keys_values=keys_values.alone())
+            made.append(keys_values_of(span).block)
+        if self._is_shared(states.block, span):
+            span.place(states=states.alone())
+            made.append(states_of(span).block)
+        return made
+
+    def _is_shared(self, block: Block, span: Span) -> bool:
+        """Whether a block of a span has rows of other texts, or free room."""
+        return block in self._mixed and block.num_rows > len(span.token_ids)
+
+
+def _absorbable(span: Span, held: Container[Span]) -> Span | None:
+    """Return a span's parent if no text ends there, it has no other child, and its rows can be absorbed; or None."""
+    upper = span.parent
+    if (
+        upper is None
+        or not upper.token_ids
+        or upper.is_end
+        or upper in held
+        or len(upper.children) > 1
+        or span.begins_chain
+        or not upper.is_held(with_keys_values=True)
+        or not span.is_held(with_keys_values=True)
+        or (upper.is_stored, upper.error) != (span.is_stored, span.error)
+    ):
+        return None
+    return upper

@@ -1,0 +1,142 @@
+"""The second pool: keys, values and states that the device has no room for.
+
+No data lies in both pools: rows move here when the device's budget is exceeded, and back on demand. Over both pools
+together, the ancestors of held rows are held, and keys and values are held only with states. Eviction follows the
+device's order; rows evicted from here are lost.
+
+In both directions, the rows of one block move to one block, with one copy for each tensor. A block in use only in part
+stays unchanged until the room is needed, or there are many small blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from backprompt.forest.forest import Forest
+from backprompt.forest.span import KINDS, Kind, Span
+from backprompt.memory.blocks import Block, Location
+from backprompt.memory.span_rows import SpanRows, moved
+from backprompt.memory.tier import Ranking, Tier, num_bytes_of
+from backprompt.memory.visit import Visit
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A plan to move rows back to the device.
+
+    Attributes:
+        served: the ends of the texts that then need no more rows from here.
+        spans: the spans of each kind of data, each after its parents.
+        num_bytes: the bytes of the rows.
+
+    """
+
+    served: list[Span]
+    spans: Mapping[Kind, Sequence[Span]]
+    num_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of the spans that move in whole or in part."""
+        return sum(len(span.token_ids) for span in {span for spans in self.spans.values() for span in spans})
+
+
+class HostMemory(Tier):
+    """Takes rows evicted from the device, and gives them back.
+
+    Args:
+        max_bytes: the budget; 0 for no second pool.
+        here: the location of the pool's blocks.
+        device: the location of blocks that move back.
+
+    """
+
+    def __init__(self, max_bytes: int, here: Location, device: Location) -> None:
+        super().__init__(max_bytes, "host")
+        self._here = here
+        self._device = device
+
+    def take(self, spans: Sequence[Span], dropped: Mapping[Kind, SpanRows], rank: Ranking) -> None:
+        """Hold the rows evicted from the device, as far as they fit.
+
+        Rows are evicted from here before any copy, so the budget is never exceeded, except by one tensor of a block
+        that is being made smaller. After an error, blocks may be partly cut: see `Memory.evict`.
+
+        Args:
+            spans: all spans, each before its children.
+            dropped: the rows, still on the device.
+            rank: the order of eviction.
+
+        """
+        if not self.max_bytes or not any(dropped.values()):
+            return
+        for kind, rows in dropped.items():
+            self.hold(kind, rows)
+        self._refuse(spans)
+        num_held = sum(num_bytes_of(self.held(kind, spans)) for kind in dropped)
+        self.shrink(spans, num_held - self.max_bytes, rank)
+        coming = {kind: self.held(kind, rows) for kind, rows in dropped.items()}
+        if self.num_bytes + sum(map(num_bytes_of, coming.values())) > self.max_bytes:
+            self.compact(spans)
+        for kind, rows in coming.items():
+            copies = moved(rows, self._here)
+            self.add(part.block for part in copies.values())
+            self.hold(kind, copies)
+        if self.is_scattered:
+            self.compact(spans)
+
+    def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys_values: bool) -> Fetch:
+        """Choose the rows to move back for the texts that end here, for as many texts as fit the device together.
+
+        Changes nothing. The rows of these texts take at most `max_bytes` and a span, including rows already on the
+        device but not `pinned` spans; or the rows belong to a single text.
+        """
+        coming: dict[Kind, list[Span]] = {kind: [] for kind in KINDS}
+        num_bytes = 0
+
+        def bring(kind: Kind, span: Span) -> bool:
+            nonlocal num_bytes
+            if kind == "states" and span not in pinned:
+                visit.room -= span.num_bytes("device")
+            rows = span.rows_in(kind, "host")
+            if rows is None:
+                return span.holds(kind)
+            coming[kind].append(span)
+            num_bytes += rows.num_bytes
+            visit.room -= rows.num_bytes
+            return True
+
+        visit = Visit(max_bytes, bring)
+        served = visit.serve(ends, with_keys_values=with_keys_values)
+        return Fetch(served, coming, num_bytes)
+
+    def fetch(self, forest: Forest, planned: Fetch) -> list[Block]:
+        """Move the planned rows back, and return the blocks on the device. If a copy fails, all rows are still here."""
+        copies = {kind: moved(self.held(kind, spans), self._device) for kind, spans in planned.spans.items()}
+        with forest.changing():
+            for kind, rows in copies.items():
+                for span in planned.spans[kind]:  # each after its parents
+                    span.move(kind, rows[span], "device")
+        return [part.block for rows in copies.values() for part in rows.values()]
+
+    def _refuse(self, spans: Sequence[Span]) -> None:
+        """Let go of rows that cannot fit, and of their descendants' rows.
+
+        A row cannot fit if it exceeds the budget together with its ancestors' rows here, whatever else is evicted.
+        """
+        for kind in KINDS:
+            held = self.held(kind, spans)
+            num_above: dict[Span, float] = {
+                root: 0 for span in spans[:1] for root in span.parents
+            }  # for spans held in either pool: bytes here up to the span
+            for span in spans:
+                own = held[span].num_bytes if span in held else 0
+                # Of a junction's parents, the largest: they may share ancestors.
+                above = max((num_above.get(parent, math.inf) for parent in span.parents), default=math.inf)
+                if above + own <= self.max_bytes and not span.is_empty:
+                    if span in held or span.holds(kind):
+                        num_above[span] = above + own
+                else:
+                    span.let_go(kind, "host")

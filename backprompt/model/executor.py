@@ -1,0 +1,396 @@
+"""Runs passes on a model: the only file that knows transformers' forward call.
+
+Each executor registers one attention function and one mask function under a name of its own, and switches its private
+copy of the model to that name. While a pass runs, the mask function finds out what the model's mask means (causal, or
+causal within a window) and hands the layers a marker for it; the attention function takes the layer's keys and
+values, copies them into the pass's block, and attends over the forest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
+from backprompt.attention.calls import CallsAttention
+from backprompt.errors import NonFiniteError, UnsupportedModelError
+from backprompt.forest.plan import Pass, plan_pass
+from backprompt.forest.span import Span
+from backprompt.logprobs import logprob_dtype
+from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
+from backprompt.model import skeleton
+from backprompt.model.linear import speed_up
+from backprompt.model.nonfinite import logits_error, states_error
+
+logger = logging.getLogger(__name__)
+
+HEAD_SLICE_BYTES = 64 << 20
+"""Logit rows are computed in slices of at most this size, never for a whole forest at once."""
+
+_names = itertools.count()
+
+# Keywords that models pass along and packed attention can ignore. Any other that is not None is refused by name.
+_MEANINGLESS_KEYWORDS = frozenset(
+    {
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+@contextmanager
+def plain_surroundings(device: torch.device) -> Iterator[None]:
+    """Shut out the caller's gradients, autocast, inference mode and default device; tensors made inside are plain.
+
+    All code that makes or changes tensors runs in this context.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The results of a pass, which no span holds yet.
+
+    Attributes:
+        keys_values: the keys and values of all spans.
+        states: the states of the spans that held none; None if all spans did.
+        keys_values_of, states_of: the rows of each span.
+
+    """
+
+    keys_values: KeysValues
+    states: States | None
+    keys_values_of: Mapping[Span, BlockRows[KeysValues]]
+    states_of: Mapping[Span, BlockRows[States]]
+
+    def place(self) -> None:
+        """Hand the results to the spans."""
+        for span, keys_values in self.keys_values_of.items():
+            span.place(keys_values=keys_values, states=self.states_of.get(span))
+
+
+class Executor:
+    """Private copies of one model, and how to run them; to be used in `plain_surroundings`.
+
+    Args:
+        model: any causal LM.
+        decode: from token ids to text, for messages.
+        pack_weights: whether to hold packed copies of the weights of linear layers.
+
+    Raises:
+        UnsupportedModelError: `skeleton.check_supported` refuses the model, or its weights cannot be packed.
+
+    """
+
+    def __init__(self, model: nn.Module, decode: Callable[[Sequence[int]], str], *, pack_weights: bool = False) -> None:
+        skeleton.check_supported(model)
+        self._model = model
+        self._decode = decode
+        self.device = skeleton.model_device(model)
+        self.limits = skeleton.limits_of(model)
+        self.logit_row_bytes = skeleton.logit_row_bytes(model)
+        self.logprob_dtype = logprob_dtype(skeleton.head_dtype(model))
+        self.hidden_size = skeleton.hidden_size(model)
+        self.token_bytes = 0
+        """Bytes that are held for one token; known after the first pass."""
+        self.layout: Layout | None = None
+        """The layout of rows; known after the first pass."""
+        self._attention: ForestAttention = CallsAttention()
+        self._model_name = type(model).__name__
+        name = f"backprompt-{next(_names)}"
+        self._body = skeleton.make_body(model, name)
+        self._head = skeleton.make_head(model)
+        self._config: Any = self._head.config
+        with plain_surroundings(self.device):
+            self.linears = speed_up((self._body, self._head), pack=pack_weights)
+        self._in_flight: _InFlight | None = None
+        _register(name, self)
+
+    def close(self) -> None:
+        """Release the copies of the model and packed weights; nothing can be computed afterwards."""
+        for name in ("_body", "_head", "_model"):
+            vars(self).pop(name, None)  # a second call finds none
+
+    @property
+    def kernel_name(self) -> str:
+        """The name of the attention kernel in use; the clear kernel's name includes the reason for it."""
+        return self._attention.name
+
+    def compute(self, pass_: Pass) -> Computed:
+        """Forward a pass; its spans hold no results before `Computed.place` is called.
+
+        Raises:
+            NonFiniteError: a hidden state, a query or a key is NaN or infinite; the message names the text.
+
+        """
+        forwarded = self.forward(pass_)
+        keys_values, hidden = forwarded.keys_values, forwarded.hidden
+        if not forwarded.is_finite:
+            raise self._error_of(pass_, hidden)
+        new = [(span, rows) for span, rows in zip(pass_.spans, pass_.slices, strict=True) if not span.is_held()]
+        if len(new) == len(pass_.spans):
+            states: States | None = States.of(hidden)
+        else:
+            states = States.of_rows(hidden, [rows for _, rows in new]) if new else None
+        keys_values_of = {
+            span: BlockRows(keys_values, rows.start, rows.stop)
+            for span, rows in zip(pass_.spans, pass_.slices, strict=True)
+        }
+        states_of: dict[Span, BlockRows[States]] = {}
+        start = 0
+        for span, _ in new:
+            assert states is not None
+            stop = start + len(span.token_ids)
+            states_of[span] = BlockRows(states, start, stop)
+            start = stop
+        sample = States.of_rows(hidden, [slice(0, 1)])
+        self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
+        self.layout = Layout.of(keys_values, sample)
+        return Computed(keys_values, states, keys_values_of, states_of)
+
+    def forward(self, pass_: Pass) -> Forwarded:
+        """Forward all tokens of a pass.
+
+        Raises:
+            UnsupportedModelError: the model's attention does something that is not implemented here.
+
+        """
+        token_ids = torch.tensor([pass_.token_ids], device=self.device)  # (1, tokens)
+        positions = torch.tensor([pass_.positions], device=self.device)
+        in_flight = self._in_flight = _InFlight(self._attention.prepare(pass_), max_position=max(pass_.positions))
+        try:
+            output = self._body(
+                input_ids=token_ids,
+                position_ids=positions,
+                attention_mask=torch.ones_like(token_ids),
+                use_cache=False,
+            )
+        finally:
+            self._in_flight = None
+        if not in_flight.keys:
+            raise UnsupportedModelError(
+                f"{self._model_name} does not go through transformers' attention interface, so its attention cannot be "
+                "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+            )
+        hidden = output.last_hidden_state[0].clone()  # (tokens, hidden)
+        extremes = torch.stack(in_flight.extremes)
+        is_finite = bool(hidden.isfinite().all() & extremes.isfinite().all())
+        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
+
+        The caller checks that each row is a distribution: `logprobs.are_distributions`.
+        """
+        logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return logits
+
+    def logits_error(self, logits: Tensor, token_ids: Sequence[int]) -> NonFiniteError:
+        """Return the error for logits behind `token_ids`, `(vocab,)`, that are no distribution."""
+        return logits_error(self._model, logits, token_ids, self._decode)
+
+    def _error_of(self, pass_: Pass, hidden: Tensor) -> NonFiniteError:
+        """Return the error for a pass that is not finite; the message names the text.
+
+        A masked key that is NaN may spoil texts that do not see it, so spoiled texts run alone until one fails again.
+        """
+        spans = list(zip(pass_.spans, pass_.slices, strict=True))
+        spoiled = [span for span, rows in spans if not bool(hidden[rows].isfinite().all())] or list(pass_.spans)
+        for span in spoiled:
+            way = set(span.closure())
+            alone = plan_pass([part for part in pass_.spans if part in way])
+            found = self.forward(alone)
+            if not found.is_finite:
+                break
+        states = found.hidden[alone.slices[-1]]
+        is_bad = ~states.isfinite().all(dim=-1)
+        last = is_bad.tolist().index(True) if bool(is_bad.any()) else len(span.token_ids) - 1
+        before = [token_id for part in span.path()[:-1] for token_id in part.token_ids]
+        return states_error(self._model, states[last], [*before, *span.token_ids[: last + 1]], self._decode)
+
+    @property
+    def rows_in_a_slice(self) -> int:
+        """The largest number of logit rows that one call of `logits` should compute."""
+        return max(1, HEAD_SLICE_BYTES // self.logit_row_bytes)
+
+    def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
+        """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""
+        cache = DynamicCache(config=self._config)
+        for layer_idx in range(keys_values.num_layers):
+            key, value = keys_values.layer(layer_idx, slice(None))
+            cache.update(key[None], value[None], layer_idx)
+        return cache
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **keywords: object,
+    ) -> tuple[Tensor, None]:
+        """Attend over the forest of the pass in flight; transformers' attention interface.
+
+        Shapes: query `(1, heads, tokens, head_dim)`, key and value `(1, kv_heads, tokens, head_dim)`; returns
+        `(1, tokens, heads, head_dim)`.
+        """
+        in_flight = self._in_flight
+        assert in_flight is not None, "attention outside of Executor.forward"
+        self._refuse_unknown(keywords, dropout, is_causal)
+        window = in_flight.window_of(attention_mask, self._model_name)
+        if window is None and sliding_window is not None and in_flight.max_position >= sliding_window:
+            raise UnsupportedModelError(
+                f"{self._model_name} asks its attention for a sliding window of {sliding_window} positions, but its "
+                "mask does not say so. Keep texts within the window."
+            )
+        scoring = Scoring(
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        # torch's attention returns numbers for some rows whose scores are NaN, so queries and keys are checked.
+        in_flight.extremes += (*query.aminmax(), *key.aminmax())
+        # A model's key may be a view of queries, keys and values together; a copy keeps the key alone.
+        layer_idx = in_flight.add_layer(_copy(key[0]), _copy(value[0]))
+        kernel_before = self.kernel_name
+        output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
+        if self.kernel_name != kernel_before:
+            logger.info("Attention of %s runs on the kernel %s.", self._model_name, self.kernel_name)
+        return output[None], None
+
+    def mark_mask(
+        self, *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **keywords: object
+    ) -> Tensor | None:
+        """Return a marker for a mask that is causal, or causal within a window; transformers' mask interface."""
+        in_flight = self._in_flight
+        assert in_flight is not None, "a mask outside of Executor.forward"
+        last = in_flight.max_position
+        # A window shows equally many keys at the last two positions; chunked and look-ahead masks do not.
+        seen = [None, None] if use_vmap else [_num_visible(mask_function, p, self.device) for p in (last - 1, last)]
+        if seen == [last, last + 1]:
+            return in_flight.add_marker(None, self.device)
+        if seen[0] is not None and seen[0] == seen[1]:
+            return in_flight.add_marker(seen[1], self.device)
+        raise UnsupportedModelError(
+            f"{self._model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "
+            f"{last + 1} tokens), which packed evaluation does not implement. Shorter texts may work."
+        )
+
+    def _refuse_unknown(self, keywords: dict[str, object], dropout: float, is_causal: bool | None) -> None:
+        unknown = [name for name, value in keywords.items() if value is not None and name not in _MEANINGLESS_KEYWORDS]
+        if dropout:
+            unknown.append("dropout")
+        if is_causal is False:
+            unknown.append("is_causal=False")
+        if unknown:
+            raise UnsupportedModelError(
+                f"{self._model_name} passes {', '.join(unknown)} to its attention, which packed attention does not "
+                "implement; ignoring it would give other numbers."
+            )
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """The output of a pass: keys and values, final hidden states `(tokens, hidden)`, and whether all was finite."""
+
+    keys_values: KeysValues
+    hidden: Tensor
+    is_finite: bool
+
+
+@dataclass
+class _InFlight:
+    """The state of one forward call: tensors and markers, collected layer by layer."""
+
+    attention: PreparedAttention
+    max_position: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    extremes: list[Tensor] = field(default_factory=list)  # of all queries and keys
+    _markers: list[tuple[Tensor, int | None]] = field(default_factory=list)
+
+    def add_layer(self, key: Tensor, value: Tensor) -> int:
+        self.keys.append(key)
+        self.values.append(value)
+        return len(self.keys) - 1
+
+    def add_marker(self, window: int | None, device: torch.device) -> Tensor:
+        marker = torch.empty(0, device=device)
+        self._markers.append((marker, window))
+        return marker
+
+    def window_of(self, mask: Tensor | None, model_name: str) -> int | None:
+        for marker, window in self._markers:
+            if mask is marker:
+                return window
+        raise UnsupportedModelError(
+            f"{model_name} makes its attention mask without transformers' mask interface, so what it hides is unknown. "
+            "Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+        )
+
+
+def _num_visible(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
+    """Return how many keys a query at `position` sees, or None if they are not the last ones up to `position`."""
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    keys = torch.arange(position + 2, device=device)  # one more than a causal mask shows
+    visible = mask_function(zero, zero, torch.tensor(position, device=device), keys)
+    num_visible = int(visible.sum())
+    are_last = bool(visible[position + 1 - num_visible : position + 1].all()) if num_visible <= position + 1 else False
+    return num_visible if are_last else None
+
+
+def _register(name: str, executor: Executor) -> None:
+    """Register the executor's functions for as long as it lives."""
+    reference = weakref.ref(executor)
+
+    def attend(*args: Any, **keywords: Any) -> tuple[Tensor, None]:
+        alive = reference()
+        assert alive is not None
+        return alive.attend(*args, **keywords)
+
+    def mark_mask(**keywords: Any) -> Tensor | None:
+        alive = reference()
+        assert alive is not None
+        return alive.mark_mask(**keywords)
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mark_mask)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        # The interface offers no way to unregister a global name.
+        weakref.finalize(executor, interface._global_mapping.pop, name, None)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy with storage of its own."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

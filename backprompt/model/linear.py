@@ -1,0 +1,183 @@
+"""Linear layers on the CPU through oneDNN, where that is faster: the only file that knows how they are multiplied.
+
+torch multiplies float32 matrices with MKL. oneDNN, which is part of torch, was two to four times faster where it was
+measured, with unpacked weights or with *packed* ones: copied once into the order in which its kernels read them. The
+operations are those that torch's own compiler calls (`torch/_inductor/fx_passes/mkldnn_fusion.py`). They are private,
+so an operation that is missing, refuses its arguments or gives other numbers is not used. The products differ only by
+rounding.
+
+The measurements are in `docs/design/model.md`, "Matrix products".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from backprompt.errors import UnsupportedModelError
+
+FASTER = 1.2
+"""oneDNN serves unpacked weights if it is this many times faster in a quick comparison at the first use."""
+
+_COMPARED_SIZE = 1024
+_COMPARED_ROWS = (16, 128)
+_ROWS_TO_PACK_FOR = 64
+"""oneDNN chooses the packed order for a number of rows; the number made no difference."""
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The method that multiplies linear layers, and the extra bytes that packed weights take."""
+
+    name: str
+    packed_bytes: int = 0
+
+
+class OneDnnLinear(nn.Module):
+    """Replaces a linear layer in a private copy of a model: same parameters, same result up to rounding.
+
+    Args:
+        like: the layer, `nn.Linear` or the `Conv1D` of GPT-2.
+        is_packed: whether to multiply with a packed copy of its weights.
+
+    """
+
+    def __init__(self, like: nn.Module, *, is_packed: bool) -> None:
+        super().__init__()
+        self.weight = _weight(like)  # read by some models
+        self.bias: Tensor | None = like.bias  # type: ignore[assignment]
+        weight = _outputs_first(like)
+        self._multiplied = _packed(weight) if is_packed else weight
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`(..., inputs)` -> `(..., outputs)`."""
+        return _product(rows, self._multiplied, self.bias)
+
+
+def speed_up(models: Iterable[nn.Module], *, pack: bool) -> Linears:
+    """Let oneDNN multiply the linear layers of private copies of a model, packed or where oneDNN is faster.
+
+    Raises:
+        UnsupportedModelError: `pack` is set, but nothing can be packed.
+
+    """
+    layers = [found for model in models for found in _replaceable(model)]
+    weights = [_weight(layer) for _, _, layer in layers]
+    dtypes = {weight.dtype for weight in weights}
+    if pack:
+        reason = _why_not(dtypes)
+        if reason is not None:
+            raise UnsupportedModelError(f"pack_weights=True: {reason} Leave pack_weights out.")
+    elif dtypes != {torch.float32} or _why_not(dtypes) is not None or not is_faster():
+        return Linears("torch")
+    made = {layer: OneDnnLinear(layer, is_packed=pack) for _, _, layer in layers}  # a layer may stand in several places
+    for parent, name, layer in layers:
+        setattr(parent, name, made[layer])
+    packed_bytes = sum(_weight(layer).nbytes for layer in made) if pack else 0
+    return Linears("onednn, packed" if pack else "onednn", packed_bytes)
+
+
+def _replaceable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Return the plain linear layers on the CPU, each with its parent module and its name there."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) in (nn.Linear, Conv1D)
+        and "forward" not in vars(child)  # no forward of the user's
+        and _is_plain(_weight(child))
+    ]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Return whether a weight holds plain numbers on the CPU, unlike a special tensor such as a quantized one."""
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.layout == torch.strided
+        and weight.device.type == "cpu"
+        and weight.is_floating_point()
+    )
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
+
+
+def _why_not(dtypes: set[torch.dtype]) -> str | None:
+    """Return why oneDNN cannot multiply with packed weights of these types, or None."""
+    if not dtypes:
+        return "this model has no linear layers on the CPU, and only those can be packed."
+    for dtype in dtypes:
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"weights of {dtype} cannot be packed, only those of torch.float32 and torch.bfloat16."
+        if (failure := failure_of(dtype)) is not None:
+            return f"oneDNN of this torch cannot serve {dtype} here ({failure})."
+    return None
+
+
+@lru_cache
+def failure_of(dtype: torch.dtype) -> str | None:
+    """Return why oneDNN's products of this type are not used, or None, after trying a tiny case."""
+    rows, weight, bias = (_drawn(shape).to(dtype) for shape in ((1, 5, 48), (33, 48), (33,)))
+    expected = nn.functional.linear(rows.double(), weight.double(), bias.double())
+    try:
+        found = [
+            _product(rows, given, bias).double() for given in (weight, weight.t().contiguous().t(), _packed(weight))
+        ]
+        found.append(_product(rows, weight, None).double() + bias.double())
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    gap = max(float((one - expected).abs().max()) for one in found)
+    allowed = 8 * torch.finfo(dtype).eps * float(expected.abs().max())
+    return None if gap <= allowed else f"it was off by {gap:.1e}"
+
+
+@lru_cache
+def is_faster() -> bool:
+    """Return whether oneDNN is faster with unpacked weights, in both orders, for few rows and for more."""
+    weight, bias = _drawn((_COMPARED_SIZE, _COMPARED_SIZE)), _drawn((_COMPARED_SIZE,))
+    ratios = []
+    for num_rows in _COMPARED_ROWS:
+        rows = _drawn((num_rows, _COMPARED_SIZE))
+        for given in (weight, weight.t()):
+            plain, ours = [], []
+            for _ in range(5):
+                plain.append(_seconds(lambda r=rows, w=given: nn.functional.linear(r, w, bias)))  # type: ignore[misc]
+                ours.append(_seconds(lambda r=rows, w=given: _product(r, w, bias)))  # type: ignore[misc]
+            ratios.append(min(plain) / min(ours))
+    return min(ratios) >= FASTER
+
+
+def _drawn(shape: tuple[int, ...]) -> Tensor:
+    """Return random float32 numbers on the CPU; the caller's random state stays unchanged."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _outputs_first(layer: nn.Module) -> Tensor:
+    """Return a view of a layer's weights as `(outputs, inputs)`."""
+    weight = _weight(layer).detach()
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def _packed(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_TO_PACK_FOR)
+    return packed
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `rows @ weight.T + bias`."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product

@@ -1,0 +1,267 @@
+"""Private copies of the user's model: all of its weights, none of its modes.
+
+`copy.deepcopy` with a memo that maps every parameter to itself takes milliseconds and shares all weights. The copy
+is in eval mode and has a configuration of its own. So the user's model never sees the switched attention
+implementation, not even from another thread in the middle of a plain call.
+
+Three copies are made: `body` (the decoder, attention switched to ours), `head` (the causal model around a decoder
+that returns its input, so that the model's own code scales or caps logits), and, for the probe, `plain_copy` (the
+model with its own attention).
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+from transformers.utils.generic import ModelOutput
+
+from backprompt.errors import UnsupportedModelError
+
+SHARED_BUFFER_BYTES = 1 << 16
+"""Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits that a model sets for texts.
+
+    Attributes:
+        num_embeddings: token ids must be below this number.
+        max_tokens: the number of positions that the model was made for, or None if it does not say.
+        why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
+
+    """
+
+    num_embeddings: int
+    max_tokens: int | None
+    why_hard: str | None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the causal language model inside `torch.compile` and peft wrappers.
+
+    Raises:
+        UnsupportedModelError: the adapter changes the input instead of the layers (prompt or prefix tuning).
+
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            adapters: Any = model.peft_config
+            for name, adapter in adapters.items():
+                if getattr(adapter, "is_prompt_learning", False):
+                    raise UnsupportedModelError(
+                        f"The adapter {name!r} ({adapter.peft_type}) puts virtual tokens before the prompt, which "
+                        "packed evaluation does not model. Use an adapter that changes layers, such as LoRA."
+                    )
+                if getattr(adapter, "alora_invocation_tokens", None):
+                    raise UnsupportedModelError(
+                        f"The adapter {name!r} is an activated LoRA, which looks for its invocation tokens in the "
+                        "whole call, so its texts cannot share a pass. Use an ordinary LoRA."
+                    )
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, naming the reason, if the model is refused; does not run the model."""
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise UnsupportedModelError(f"{name} is not a transformers model; backprompt runs causal LMs of transformers.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; backprompt runs decoder-only causal LMs.")
+    if not _uses_attention_interface(model):
+        raise UnsupportedModelError(
+            f"{name} does not go through transformers' attention interface, so its attention cannot be packed. Use a "
+            "family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+        )
+    if model.get_output_embeddings() is None or decoder_of(model) is None:  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"{name} has no language-model head. Load it with AutoModelForCausalLM, or name a causal LM checkpoint."
+        )
+    if getattr(config, "attn_temperature_tuning", False):
+        raise UnsupportedModelError(
+            f"{name} scales its queries by the row of the call instead of the position (attn_temperature_tuning), so "
+            "its texts cannot share a pass."
+        )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise UnsupportedModelError(
+            f"{name} has parameters on the meta device, which hold no numbers. Load its weights, or .to_empty() and "
+            "initialise it, before wrapping it."
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{name} is spread over several devices or offloaded ({sorted(map(str, devices))}). Load it onto one "
+            "device, without device_map."
+        )
+    hooked = _first_hooked_module(model)
+    if hooked is not None:
+        raise UnsupportedModelError(
+            f"{name} has a forward hook on its module {hooked!r}, which would see packed rows of many texts. Remove "
+            "the hook (handle.remove()) before wrapping the model."
+        )
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel | None:
+    """Return the model without its head, or None if there is no such part.
+
+    `get_decoder` looks for attributes by name, and finds the head of ModernBERT's decoder and nothing in Llama 4.
+    """
+    candidates = (model.get_decoder(), model.base_model, getattr(model, "model", None))  # type: ignore[operator]
+    return next((c for c in candidates if isinstance(c, PreTrainedModel) and c is not model), None)
+
+
+def limits_of(model: nn.Module) -> Limits:
+    """Return the limits on ids and positions."""
+    config: Any = _decoder(model).config
+    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    num_embeddings = embeddings.shape[0]
+    max_tokens: int | None = getattr(config, "max_position_embeddings", None)
+    for rope in _rope_parameters(config):
+        kind = str(rope.get("rope_type", "default"))
+        if "dynamic" in kind or kind == "longrope":
+            original = rope.get("original_max_position_embeddings") or max_tokens
+            why = f"its {kind} rotary scaling changes all positions of a call that has a longer one"
+            return Limits(num_embeddings, original, why)
+    is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
+    return Limits(
+        num_embeddings, max_tokens, None if is_rotary else "its position embeddings are learned, one a position"
+    )
+
+
+def make_body(model: nn.Module, attention_name: str) -> nn.Module:
+    """Return a copy of the decoder whose attention is the registered function `attention_name`."""
+    body = _private_copy(_decoder(model))
+    for config in _configs(body):
+        config._attn_implementation = attention_name
+    _fuse_gelu(body)
+    return body
+
+
+def make_head(model: nn.Module) -> nn.Module:
+    """Return a copy of the model that takes hidden states as `inputs_embeds` and only applies its head to them."""
+    return _private_copy(model, {id(_decoder(model)): _GivenHiddenStates()})
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy that computes the same as the plain call in eval mode."""
+    return _private_copy(model)
+
+
+class _GivenHiddenStates(nn.Module):
+    """Takes the decoder's place, and returns its input as the last hidden state."""
+
+    def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _DecoderOutput:
+        return _DecoderOutput(last_hidden_state=inputs_embeds)
+
+
+@dataclass
+class _DecoderOutput(ModelOutput):
+    """A decoder's output with nothing but hidden states; any other field that a model reads is None."""
+
+    last_hidden_state: Tensor
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = None) -> nn.Module:
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    memo |= {id(buffer): buffer for buffer in model.buffers() if buffer.nbytes > SHARED_BUFFER_BYTES}
+    memo |= replacements or {}
+    private: nn.Module = copy.deepcopy(model, memo).eval()
+    for config in _configs(private):
+        config.return_dict = True
+        config.output_hidden_states = config.output_attentions = config.use_cache = False
+    return private
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return list(configs.values())
+
+
+def _fuse_gelu(body: nn.Module) -> None:
+    """Replace GPT-2's tanh GELU, six elementwise passes, by torch's fused form of the same function."""
+    for module in body.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def _uses_attention_interface(model: nn.Module) -> bool:
+    """Return whether the model declares the interface, or its code uses it without a declaration (StableLM)."""
+    return getattr(model, "_supports_attention_backend", False) or hasattr(
+        sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"
+    )
+
+
+def is_foreign(hook: object) -> bool:
+    """Return whether a hook is not one of transformers' own, which capture outputs only on request."""
+    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+def _decoder(model: nn.Module) -> PreTrainedModel:
+    decoder = decoder_of(model)
+    assert decoder is not None, "check_supported refuses a model without one"
+    return decoder
+
+
+def _first_hooked_module(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if is_foreign(hook):
+                return name or type(module).__name__
+    return None
+
+
+def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rotary parameters; models with several kinds of layers have one set per kind."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        yield parameters
+    else:
+        yield from (value for value in parameters.values() if isinstance(value, dict))
+
+
+def is_rewritten_in_place(module: nn.Module) -> bool:
+    """Return whether a module rewrites its own buffers while it runs, as rotary tables that depend on lengths do."""
+    kinds = getattr(module, "rope_type", None)
+    names = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(name is not None and ("dynamic" in name or name == "longrope") for name in names)
+
+
+def logit_row_bytes(model: nn.Module) -> int:
+    """Return the bytes of one row of logits."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight.shape[0] * weight.element_size()
+
+
+def head_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the output head's weights."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight.dtype
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Return the size of the hidden states that the output head reads."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight.shape[1]
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the model's device, of which `check_supported` allows only one."""
+    return next(model.parameters()).device

@@ -1,0 +1,86 @@
+"""Evaluated texts: their ends in the forest, and which texts were evaluated together with them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+from backprompt.evaluation.evaluator import Evaluator
+from backprompt.forest.span import Inserted, Span
+from backprompt.tokens.graph import TokenIds
+
+
+@dataclass(eq=False)
+class Batch:
+    """The texts that one `evaluate` computed together, and how far to read ahead in them.
+
+    The batch holds none of the texts, so that keeping one of a thousand does not keep the others.
+
+    The head's weights are read once per call, so one row of logits alone costs as much as a dozen together. The first
+    read computes the rows of its own text only. Each further read covers twice as many texts, its own and those after
+    it: reading one text costs one text, and reading all of them costs few calls.
+    """
+
+    evaluator: Evaluator
+    num_asked: dict[str, int] = field(default_factory=dict)
+    _num_texts: int = 0
+    _texts: WeakValueDictionary[int, Evaluated] = field(default_factory=WeakValueDictionary)
+
+    def add(self, inserted: Inserted) -> Evaluated:
+        """Add a text to the batch and return it."""
+        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, inserted)
+        self._num_texts += 1
+        return evaluated
+
+    def ahead_of(self, idx: int, what: str) -> list[Inserted]:
+        """Return the texts, from `idx` on, for which to compute the result `what` together."""
+        num_asked = self.num_asked.get(what, 0)
+        self.num_asked[what] = num_asked + 1
+        indices = itertools.chain(range(idx, self._num_texts), range(idx))
+        alive = (found for i in indices if (found := self._texts.get(i)) is not None)
+        ahead = itertools.islice(alive, 1 << min(num_asked, 20))
+        return [evaluated.inserted for evaluated in ahead if evaluated.is_computed]
+
+
+@dataclass(eq=False)
+class Evaluated:
+    """An evaluated text, and its place in its batch."""
+
+    batch: Batch
+    batch_idx: int
+    inserted: Inserted
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """The evaluator that computed the text."""
+        return self.batch.evaluator
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The text's token ids."""
+        return self.inserted.token_ids
+
+    @property
+    def end(self) -> Span:
+        """The text's end."""
+        return self.inserted.end
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the states that results are read from are still held."""
+        return self.end.is_held()
+
+    @property
+    def has_keys_values(self) -> bool:
+        """Whether the text's keys and values are still held, too."""
+        return self.end.is_held(with_keys_values=True)
+
+    @contextmanager
+    def held(self, *, with_keys_values: bool = False) -> Iterator[Inserted]:
+        """Hold the states that results are read from, computed again if dropped; see `Evaluator.held`."""
+        with self.evaluator.held(self.token_ids, self.end, with_keys_values=with_keys_values) as end:
+            self.inserted = Inserted(end, self.token_ids)
+            yield self.inserted

@@ -1,0 +1,99 @@
+"""The texts that a model can evaluate and continue: limits on their positions and token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from backprompt.arguments import is_int
+from backprompt.errors import EmptyTextError, GroupError, TextTooLongError, TokenIdError
+from backprompt.model.skeleton import Limits
+from backprompt.text.node import Text
+from backprompt.tokens.graph import TokenIds, ends_in_group, flat, num_positions
+
+
+@dataclass(frozen=True)
+class TextLimits:
+    """The limits of a model, as an `LM` applies them to texts.
+
+    Attributes:
+        model: the limits of the model itself.
+        beyond_trained_length: whether texts may be longer than the model was trained for.
+
+    """
+
+    model: Limits
+    beyond_trained_length: bool
+
+    def check(self, text: Text, token_ids: TokenIds, length: int | None = None) -> None:
+        """Raise if a text cannot be evaluated; `length`: the positions that evaluation takes, by default all.
+
+        Raises:
+            EmptyTextError, TokenIdError, TextTooLongError: the text is empty, has an unknown id, or is too long.
+
+        """
+        if not token_ids:
+            raise EmptyTextError(
+                f"{text!r} has no tokens, so there is nothing to evaluate. Add a string to it, or start it with a "
+                "token such as the tokenizer's BOS: Text.from_tokens([tokenizer.bos_token_id], lm)."
+            )
+        self._check_ids(text, flat(token_ids))
+        self._check_length(text, token_ids, num_positions(token_ids) if length is None else length)
+
+    def check_room(self, text: Text, token_ids: TokenIds, max_new_tokens: int) -> None:
+        """Raise TextTooLongError if there is no room for `max_new_tokens` behind a text."""
+        limits = self.model
+        if limits.max_tokens is None or (limits.why_hard is None and self.beyond_trained_length):
+            return
+        room = limits.max_tokens - num_positions(token_ids)
+        if max_new_tokens > room:
+            raise TextTooLongError(
+                f"{text!r} has {num_positions(token_ids)} tokens and the model {limits.max_tokens} positions, so there "
+                f"is no room for max_new_tokens={max_new_tokens}. Ask for at most {room}, or shorten the text."
+            )
+
+    def as_id(self, token_id: int) -> int:
+        """Return a token id of the model as an int.
+
+        Raises:
+            TypeError: `token_id` is no int.
+            TokenIdError: the model has no such id.
+
+        """
+        if not is_int(token_id):
+            raise TypeError(f"token_ids must be ints, not {type(token_id).__name__}: {token_id!r}.")
+        num_embeddings = self.model.num_embeddings
+        if not 0 <= token_id < num_embeddings:
+            raise TokenIdError(f"Token id {token_id} is not one of the model's, which are 0 to {num_embeddings - 1}.")
+        return int(token_id)
+
+    def _check_ids(self, text: Text, ids: tuple[int, ...]) -> None:
+        num_embeddings = self.model.num_embeddings
+        if min(ids) < 0 or max(ids) >= num_embeddings:
+            position, token_id = next((p, t) for p, t in enumerate(ids) if not 0 <= t < num_embeddings)
+            raise TokenIdError(
+                f"{text!r} has token id {token_id} at position {position}, but the model's embedding has ids 0 to "
+                f"{num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
+            )
+
+    def _check_length(self, text: Text, token_ids: TokenIds, length: int) -> None:
+        limits = self.model
+        if limits.max_tokens is None or length <= limits.max_tokens:
+            return
+        what = "tokens" if isinstance(token_ids, tuple) else "positions"
+        too_long = f"{text!r} has {num_positions(token_ids)} {what}, but the model has {limits.max_tokens} positions"
+        if limits.why_hard is not None:
+            raise TextTooLongError(f"{too_long}: {limits.why_hard}. Shorten the text by {length - limits.max_tokens}.")
+        if not self.beyond_trained_length:
+            raise TextTooLongError(
+                f"{too_long} that it was trained for. Shorten the text by {length - limits.max_tokens}, or let "
+                "it through at your own risk with LM(..., beyond_trained_length=True)."
+            )
+
+
+def check_has_last_token(shown: str, token_ids: TokenIds) -> None:
+    """Raise GroupError for a text that ends in a group; the message shows the text as `shown`."""
+    if ends_in_group(token_ids):
+        raise GroupError(
+            f"{shown} ends in a group, so it has no last token, and nothing to predict the next one from. Add a "
+            "segment behind the group: text + '...'."
+        )

@@ -1,0 +1,235 @@
+"""ModelRepr: the representation of one text by a model.
+
+A `ModelRepr` is thin: it names a text's token ids and its end in the forest. The `LM` keeps the tensors, copies them
+when they are read, and recomputes dropped ones. Logits and log-probabilities are computed from hidden states on first
+use, for this text and, reading ahead, for the texts that were evaluated together with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from backprompt.errors import GroupError, StaleRepresentationError
+from backprompt.evaluation.evaluator import Evaluator
+from backprompt.evaluation.holders import PinnedText
+from backprompt.forest.keys import key_of
+from backprompt.forest.span import Inserted, Span
+from backprompt.session.evaluated import Evaluated
+from backprompt.session.limits import check_has_last_token
+from backprompt.session.session import Session
+from backprompt.text.node import Text
+from backprompt.tokens.graph import TokenGraph, flat
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+
+class ModelRepr:
+    """The representation of one text by one model.
+
+    All tensors are detached copies on the model's device: changing them changes no cached tensor. Once the model's
+    weights have changed, reading anything but `num_tokens` and `input_ids` raises `StaleRepresentationError`; results
+    that were already computed may be read until an evaluation notices the change.
+    """
+
+    def __init__(self, session: Session, evaluated: Evaluated) -> None:
+        self._session = session
+        self._evaluated = evaluated
+
+    def __repr__(self) -> str:
+        return f"ModelRepr({self.num_tokens} tokens)"
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of the text's tokens, special tokens included."""
+        return len(self._evaluated.token_ids)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids in written order, `(tokens,)`, int64."""
+        return torch.tensor(flat(self._evaluated.token_ids), device=self._evaluated.evaluator.executor.device)
+
+    @property
+    def key(self) -> str:
+        """The SHA-256, as hex, that names this representation by content.
+
+        The key covers model, adapter, dtype, tokenizer and token ids, and whether a part was stored in fewer bits.
+        The first use hashes the model's weights.
+        """
+        with self._session.exclusive():
+            self._check_current()
+            root = self._session.fingerprint.root(in_store=self.stored_error > 0)
+            return key_of(self._evaluated.token_ids, root.key).hex()
+
+    @property
+    def stored_error(self) -> float:
+        """The largest relative error of the keys, values and hidden states that the results were read from or use.
+
+        The error is 0 unless the `LM`'s store uses fewer bits (`DiskStore(path, dtype="int8")`) and a part came from
+        there; then `key` differs from that of the exact representation.
+        """
+        with self._session.exclusive():
+            return max(span.error for span in self._evaluated.end.closure())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the text's keys, values, hidden states and log-probabilities take when all of them are held."""
+        return _num_bytes(self._evaluated.evaluator, self._evaluated.end)
+
+    @property
+    def logits(self) -> Tensor:
+        """Next-token logits, `(vocab,)`, in the model's dtype.
+
+        Raises:
+            GroupError: the text ends in a group, so there is no last token before the next one.
+
+        """
+        check_has_last_token(f"This text of {self.num_tokens} tokens", self._evaluated.token_ids)
+        with self._session.exclusive():
+            self._check_evaluator(self._session.evaluator)
+            pooled = self._evaluated.evaluator.readout.pooled_logits(self._evaluated.end)
+            if pooled is not None:  # even if the text's states were dropped
+                return pooled
+            with self._held() as (evaluator, text):
+                return evaluator.readout.last_logits(text.end, partial(self._read_ahead, "logits"))
+
+    @property
+    def token_logprobs(self) -> Tensor:
+        """Log-probability of each token given the tokens that it sees, `(tokens,)`, nats.
+
+        The dtype is float64 for a model in float64, else float32. A token of probability 0 has -inf. A token without a
+        single token before it has nan: a text's first, and the first behind a group. A branch's first token follows
+        the token before the group.
+        """
+        with self._held() as (evaluator, text):
+            return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """Final hidden states, which the output head reads, `(tokens, hidden)`, in the model's dtype."""
+        with self._held() as (evaluator, text):
+            return evaluator.readout.hidden_states(text)
+
+    def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the logits after each of the tokens `start..stop`, `(tokens, vocab)`.
+
+        Row i scores the token after token `start + i`. Indices work as in Python's slices. A whole text's logits are
+        large (tokens x vocab): ask for the rows that you need.
+        """
+        start, stop, _ = slice(start, stop).indices(self.num_tokens)
+        with self._session.exclusive():
+            self._check_current()
+            with self._held() as (evaluator, text):
+                return evaluator.readout.all_logits(text, start, stop)
+
+    def past_key_values(self) -> DynamicCache:
+        """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
+
+        The cache covers every token of the text: `model(new_ids, past_key_values=...)` takes the ids after it,
+        `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. New ids are required: given the text's own
+        ids only, `generate` forwards them a second time. To generate right behind the text, take the cache of all but
+        its last token: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which computes nothing new.
+
+        Raises:
+            GroupError: the text has groups or frozen segments, whose positions a cache of transformers cannot express.
+
+        """
+        if isinstance(self._evaluated.token_ids, TokenGraph):
+            raise GroupError(
+                "past_key_values() is not there for texts with groups or frozen segments: the model would take the "
+                "number of cached tokens for the next position. Read logits and log-probabilities from the text itself."
+            )
+        with self._held(with_keys_values=True) as (evaluator, text):
+            return evaluator.executor.dynamic_cache(evaluator.readout.keys_values(text.end))
+
+    @contextmanager
+    def _held(self, *, with_keys_values: bool = False) -> Iterator[tuple[Evaluator, Inserted]]:
+        """Hold the lock and the text in the evaluator, which computes a dropped text again."""
+        with self._session.exclusive():
+            self._check_evaluator(self._session.evaluator)
+            if not self._evaluated.is_computed or (with_keys_values and not self._evaluated.has_keys_values):
+                self._check_current()  # something will be computed
+            with self._evaluated.held(with_keys_values=with_keys_values) as text:
+                yield self._evaluated.evaluator, text
+
+    def _check_current(self) -> None:
+        """Raise if the weights have changed, before something is computed with them."""
+        self._check_evaluator(self._session.current())
+
+    def _check_evaluator(self, current: Evaluator) -> None:
+        if current is not self._evaluated.evaluator:
+            raise StaleRepresentationError(
+                f"The model's weights (or its tokenizer) have changed since this representation of {self.num_tokens} "
+                "tokens was computed. Evaluate the text again: evaluate(text), or text.model_repr."
+            )
+
+    def _read_ahead(self, what: str) -> list[Inserted]:
+        """Return the texts to compute `what` for along with this one; called only before a computation."""
+        self._check_current()
+        return self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
+
+
+def check_current(model_repr: ModelRepr) -> None:
+    """Raise StaleRepresentationError if the weights have changed since the evaluation; the lock must be held."""
+    model_repr._check_current()
+
+
+class Pin:
+    """Holds all of a text's representation within the `LM`'s budget, until the pin is released.
+
+    A context manager: `with text.pin(): ...`. After a call of `lm.clear()` or a change of the model's weights, the pin
+    holds nothing, and releasing does nothing.
+    """
+
+    def __init__(self, session: Session, evaluator: Evaluator, text: PinnedText) -> None:
+        self._session = session
+        self._evaluator = evaluator
+        self._text = text
+
+    def __repr__(self) -> str:
+        is_held = self._evaluator.is_pinned(self._text)
+        return f"Pin({len(self._text.token_ids)} tokens, {'held' if is_held else 'released'})"
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the budget that the pin takes alone; the budget counts tokens shared between pins once."""
+        is_held = self._evaluator.is_pinned(self._text)
+        return _num_bytes(self._evaluator, self._text.end) if is_held and self._text.end is not None else 0
+
+    def release(self) -> None:
+        """Release the text; a second call does nothing."""
+        with self._session.exclusive():
+            self._evaluator.unpin(self._text)
+
+
+def pinned(session: Session, text: Text) -> Pin:
+    """Evaluate a text and hold all of it until the pin is released; see `Text.pin`."""
+    (text,) = session.own_texts([text])
+    held = PinnedText()
+    try:
+        with session.exclusive():
+            (held.token_ids,) = session.checked_ids([text])
+            session.evaluator.pin(held)
+            pin = Pin(session, session.evaluator, held)
+        return pin
+    except BaseException:  # a caller without the pin cannot release it
+        with session.exclusive():
+            session.evaluator.unpin(held)
+        raise
+
+
+def _num_bytes(evaluator: Evaluator, end: Span) -> int:
+    """Return the bytes of a text's distinct tokens."""
+    return sum(len(span.token_ids) for span in end.closure()) * evaluator.executor.token_bytes

@@ -1,0 +1,392 @@
+"""Session: one state of a model's weights and of its tokenizer, and all results that were computed with them.
+
+    texts --Encoder--> token ids --Forest, plan--> passes --Executor--> blocks of rows --> ModelRepr
+
+An `LM` has one session and hands it to the modules that work with texts: representations, generation, pictures,
+classification. The session keeps the lock that guards everything in it, the current evaluator and encoder, the
+fingerprint of their weights and tokenizer, and the counters of work. Changed weights or a changed tokenizer mean
+another evaluator, another encoder and another fingerprint in the same session.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from backprompt.arguments import as_list
+from backprompt.errors import NoStoreError, StaleRepresentationError, UnboundTextError
+from backprompt.evaluation.archive import Archive
+from backprompt.evaluation.computation import Counters, Means
+from backprompt.evaluation.evaluator import Evaluator
+from backprompt.evaluation.pools import Pools
+from backprompt.evaluation.scoring import split_to_score
+from backprompt.forest.span import Inserted
+from backprompt.forking import watch_lm
+from backprompt.memory.blocks import Location
+from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory.eviction import Memory
+from backprompt.memory.host import HostMemory
+from backprompt.model.executor import Executor, plain_surroundings
+from backprompt.model.skeleton import model_device, unwrap
+from backprompt.session.evaluated import Batch, Evaluated
+from backprompt.session.fingerprint import Fingerprint
+from backprompt.session.limits import TextLimits, check_has_last_token
+from backprompt.session.options import Options, check_can_pin
+from backprompt.store import DiskStore, Store
+from backprompt.text.checks import engine_of
+from backprompt.text.node import Text, bound_engine, lazily
+from backprompt.tokens.encoder import Encoder
+from backprompt.tokens.graph import TokenIds, before_last, num_positions
+from backprompt.tokens.tokenizer import PrivateTokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_RESULT_BYTES = 256 << 20
+"""Bound of the pool of logit rows, which are large (200 kB in GPT-2) and cheap to compute again."""
+
+
+class Session:
+    """The shared state of an `LM`, for the modules that work with its texts.
+
+    Args:
+        model: the user's model; never changed.
+        tokenizer: the user's tokenizer; never changed.
+        options: checked options.
+
+    Attributes:
+        lock: guards everything here; see `exclusive`.
+        store: the store of representations, or None.
+        counters: the work that was done since the session began.
+        fingerprint: names the weights and the tokenizer of the evaluator and the encoder.
+        encoder: turns texts into token ids.
+        evaluator: computes and holds results. The weights may have changed since: `current` checks.
+
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, options: Options) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options
+        device = model_device(unwrap(model))
+        if options.pin_memory:
+            check_can_pin(device)
+        memory, host_memory = options.memory_bytes, options.host_memory_bytes
+        self._memory_bytes = default_max_bytes(device) if memory is None else parse_bytes(memory)
+        if host_memory is None:
+            self._host_memory_bytes = default_host_bytes(device)
+        else:
+            self._host_memory_bytes = parse_bytes(host_memory, "host_memory_bytes")
+        self.lock = threading.RLock()
+        self._has_failed = False  # since the evaluator last recovered
+        self.counters = Counters()
+        self.store: Store | None = None
+        private = PrivateTokenizer(tokenizer)
+        self.encoder = self._make_encoder(private)
+        if isinstance(options.store, (str, os.PathLike)):
+            self.store = DiskStore(options.store)
+            weakref.finalize(self, self.store.close)  # nobody else can close it
+        else:
+            self.store = options.store
+        self.fingerprint = Fingerprint(model, private, self.store)  # before the first use of the weights
+        self.evaluator = self._make_evaluator(self.fingerprint)
+        self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
+        watch_lm(self)
+
+    # The lock, and one state of the weights
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Shut out other threads and the caller's torch settings; all results are of one state of the weights.
+
+        After any error inside, the evaluator recovers before its next use.
+
+        Raises:
+            StaleRepresentationError: weights changed meanwhile.
+
+        """
+        with self.lock, plain_surroundings(self.evaluator.executor.device):
+            if self._has_failed:
+                self.evaluator.computation.recover()
+                self._has_failed = False
+            try:
+                work_before = self.counters.work
+                yield
+                if self.counters.work != work_before:
+                    self.evaluator.computation.check_unchanged()
+            except BaseException:
+                self._has_failed = True
+                raise
+
+    def current(self) -> Evaluator:
+        """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held."""
+        tokenizer = self.fingerprint.tokenizer
+        if tokenizer.has_changed():
+            logger.info("The tokenizer has changed.")
+            self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
+        elif self.fingerprint.has_changed() or self.evaluator.is_closed:
+            self._start_over(Fingerprint(self.model, tokenizer, self.store))
+        self.evaluator.continuations.end_abandoned()
+        self.evaluator.hold_pins()
+        return self.evaluator
+
+    @contextmanager
+    def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
+        """Hold the lock and yield the evaluator for a step of a generation that was begun with `expected`.
+
+        Raises:
+            StaleRepresentationError: the generation was begun with other weights.
+
+        """
+        with self.exclusive():
+            evaluator = self.current()
+            if expected is not None and evaluator is not expected:
+                raise StaleRepresentationError(
+                    "The model's weights (or its tokenizer) have changed since this continuation was begun. Begin "
+                    "again: text.generate(...)."
+                )
+            yield evaluator
+
+    def clear(self) -> None:
+        """Drop everything that was computed; see `LM.clear`."""
+        with self.exclusive():
+            self.evaluator.continuations.end_abandoned()
+            self.evaluator.computation.clear()
+
+    def refresh(self) -> None:
+        """Hash every weight and the tokenizer again; see `LM.refresh`."""
+        with self.exclusive():
+            renewed = self.fingerprint.renewed(PrivateTokenizer(self.tokenizer))
+            if renewed is not None:
+                self._start_over(renewed)
+
+    def before_fork(self) -> None:
+        """Take the lock, so that no other thread is in the middle of a change while the process is forked."""
+        self.lock.acquire()
+
+    def after_fork(self) -> None:
+        """Release the lock."""
+        self.lock.release()
+
+    # Texts and their ids
+
+    def own_texts(self, texts: Iterable[Text]) -> list[Text]:
+        """Return texts of this session as a list.
+
+        Raises:
+            TextTypeError: an element is not a `Text`, or `texts` cannot be iterated.
+            UnboundTextError: a text has no model, or that of another session.
+
+        """
+        listed = as_list(texts, "an LM takes several Texts in a list")
+        for idx, text in enumerate(listed):
+            if session_of(text, idx) is not self:
+                raise UnboundTextError(
+                    f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
+                )
+        return listed
+
+    def ids_before_more(self, texts: Sequence[Text]) -> list[TokenIds]:
+        """Return the ids of texts as if more text followed; the lock must be held."""
+        if not texts:
+            return []
+        with lazily():
+            marker = Text.from_tokens([0], bound_engine(texts[0], "token ids"))
+            followed = [text + marker for text in texts]
+        return [before_last(token_ids) for token_ids in self.encoder.encode(followed)]
+
+    def prompt_ids(self, texts: Iterable[Text]) -> list[TokenIds]:
+        """Return the ids of texts as if more text followed: without the tokens that a tokenizer appends at an end.
+
+        Raises:
+            GroupError: a text ends in a group, so no single token stands before the next one.
+
+        """
+        texts = self.own_texts(texts)
+        with self.exclusive():
+            self.current()
+            found = self.ids_before_more(texts)
+            for text, token_ids in zip(texts, found, strict=True):
+                check_has_last_token(repr(text), token_ids)
+            return found
+
+    def ids_to_continue(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:
+        """Return and count the ids of texts to be continued.
+
+        Raises:
+            TextTooLongError: there is no room for `max_new_tokens`.
+            GroupError, and the errors of `evaluate` for texts that cannot be evaluated.
+
+        """
+        texts = self.own_texts(texts)
+        with self.exclusive():
+            prompts = self.prompt_ids(texts)
+            for text, token_ids in zip(texts, prompts, strict=True):
+                self.limits.check(text, token_ids)
+                self.limits.check_room(text, token_ids, max_new_tokens)
+            self.counters.tokens_requested += sum(map(len, prompts))
+            return prompts
+
+    def checked_ids(
+        self, texts: Sequence[Text], starts: Sequence[int] = (), *, is_scoring: bool = False
+    ) -> list[TokenIds]:
+        """Return the token ids of texts that can be evaluated, and count them; the lock must be held.
+
+        `is_scoring`: the texts are only scored, from `starts` on.
+        """
+        self.current()
+        encoded = self.encoder.encode(texts)
+        for text, token_ids, start in zip(texts, encoded, starts, strict=False):
+            if not 0 <= start <= len(token_ids):
+                raise ValueError(
+                    f"{text!r} has {len(token_ids)} tokens, so its start must be between 0 and that, not {start}."
+                )
+        lengths: dict[Text, int] = {}
+        for idx, (text, token_ids) in enumerate(zip(texts, encoded, strict=True)):
+            split = split_to_score(token_ids, starts[idx]) if is_scoring else None
+            lengths[text] = max(lengths.get(text, 0), num_positions(token_ids if split is None else split[0]))
+        limits = self.limits
+        for text, token_ids in dict(zip(texts, encoded, strict=True)).items():
+            if text not in self._evaluated:
+                limits.check(text, token_ids, lengths[text])
+        self.counters.tokens_requested += sum(map(len, encoded))
+        return encoded
+
+    def check(self, texts: Iterable[Text]) -> None:
+        """Raise the errors of `evaluate` for texts that cannot be evaluated; computes nothing."""
+        texts = self.own_texts(texts)
+        with self.exclusive():
+            self.current()
+            for text, token_ids in zip(texts, self.encoder.encode(texts), strict=True):
+                self.limits.check(text, token_ids)
+
+    @property
+    def limits(self) -> TextLimits:
+        """The limits for texts that can be evaluated."""
+        return TextLimits(self.evaluator.executor.limits, self.options.beyond_trained_length)
+
+    def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
+        """Evaluate the texts, computing only missing spans; the lock must be held."""
+        encoded = self.checked_ids(texts)
+        evaluator = self.evaluator
+        known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
+        evaluator.memory.touch(found.end for found in known.values())
+        missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
+        if missing:
+            ends = evaluator.evaluate(list(missing.values()))
+            batch = Batch(evaluator)
+            new = {text: batch.add(Inserted(end, ids)) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
+            self._evaluated.update(new)
+            known |= new
+        return [known[text] for text in texts]
+
+    def save(self, text: Text) -> None:
+        """Write a text's representation to the store; see `Text.save`."""
+        if self.store is None:
+            raise NoStoreError(
+                "This LM has no store to save to. Give it one: load(name, store='prompts.bp') or LM(..., store=...)."
+            )
+        if self.store.persist == "never":
+            raise NoStoreError(f'{self.store!r} was opened with persist="never". Open it with "explicit" or "always".')
+        (text,) = self.own_texts([text])
+        with self.exclusive():
+            (token_ids,) = self.checked_ids([text])
+            self.evaluator.save(token_ids)
+
+    # The tokenizer and the model
+
+    def completion_ids(self, strings: Sequence[str], *, is_continuation: bool = False) -> list[tuple[int, ...]]:
+        """Return the ids of each string encoded by itself, without special tokens; see classify/completions.py."""
+        with self.exclusive():
+            self.current()
+            return self.private_tokenizer.encode(strings, is_continuation=is_continuation) if strings else []
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The strings that are one token each and take no space behind them: special and added tokens like <think>."""
+        with self.exclusive():
+            self.current()
+            return self.private_tokenizer.added_tokens
+
+    @property
+    def needs_space_between(self) -> bool:
+        """Whether "a b" is encoded like "a" and " b", not like "a" and "b" (the way of SentencePiece)."""
+        both, first, second = self.completion_ids(["a b", "a", "b"])
+        return both != first + second
+
+    @property
+    def private_tokenizer(self) -> PrivateTokenizer:
+        """The copy of the tokenizer that encodes and decodes."""
+        return self.fingerprint.tokenizer
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal LM inside all wrappers of the model."""
+        return unwrap(self.model)
+
+    # Making and starting over
+
+    def _make_encoder(self, tokenizer: PrivateTokenizer) -> Encoder:
+        return Encoder(tokenizer, self.options.joins, self.options.add_special_tokens)
+
+    def _make_evaluator(self, fingerprint: Fingerprint) -> Evaluator:
+        model, archive = unwrap(self.model), None
+        device = model_device(model)
+        pinned = Location(torch.device("cpu"), self.options.pin_memory)
+        host = HostMemory(self._host_memory_bytes, pinned, Location(device))
+        tokenizer = fingerprint.tokenizer
+        if self.store is not None:  # a cycle with the session would keep tensors alive for longer than the LM
+            root = partial(fingerprint.root, in_store=True)
+            archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode, device)
+        executor = Executor(model, tokenizer.decode, pack_weights=self.options.pack_weights)
+        return Evaluator(
+            Means(
+                model=model,
+                has_changed=fingerprint.has_changed,
+                executor=executor,
+                memory=Memory(self._memory_bytes, executor.hidden_size, host),
+                pools=Pools(MAX_RESULT_BYTES),
+                archive=archive,
+                counters=self.counters,
+                max_tokens_per_forward=self.options.max_tokens_per_forward,
+            )
+        )
+
+    def _start_over(self, fingerprint: Fingerprint) -> None:
+        """Start over with the current model and tokenizer, which `fingerprint` names.
+
+        Nothing changes if the model can no longer be evaluated.
+        An error on the way leaves the old evaluator closed; `current` sees that and starts over once more.
+        """
+        logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
+        evaluator = self._make_evaluator(fingerprint)
+        encoder = self._make_encoder(fingerprint.tokenizer)
+        self.evaluator.close()
+        self._evaluated = WeakKeyDictionary()
+        self.encoder = encoder
+        self.fingerprint = fingerprint
+        self.evaluator = evaluator
+
+
+def session_of(text: object, idx: int) -> Session:
+    """Return the session of an element of `texts`.
+
+    Raises:
+        TextTypeError: the element is no `Text`.
+        UnboundTextError: the text has no model, or a model that is no `LM`.
+
+    """
+    engine = engine_of(text, idx)
+    session = getattr(engine, "session", None)
+    if not isinstance(session, Session):
+        raise UnboundTextError(f"texts[{idx}], {text!r}, is bound to {type(engine).__name__}, which is no LM.")
+    return session

@@ -1,0 +1,78 @@
+"""Stats: the work that an `LM` has done, and the bytes that it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from backprompt.evaluation.computation import Counters
+from backprompt.evaluation.evaluator import Evaluator
+
+_NAMES = ("kernel", "linears")  # fields of `Stats` that are not numbers
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The work of an `LM` so far and the bytes that it holds; `after - before` is the change in between.
+
+    Attributes:
+        tokens_requested: sum of the texts' tokens over all evaluations.
+        tokens_computed: tokens forwarded through the model.
+        tokens_recomputed: of those, the number that were forwarded before and dropped over the budget.
+        tokens_fetched: tokens whose states, or keys and values, moved back from the second pool to the device.
+        tokens_loaded: tokens whose states came from the store.
+        tokens_reused: requested less forwarded tokens: cached, shared, or scored without being forwarded.
+        forward_passes: packed forward passes.
+        logit_rows: rows of logits computed by the output head.
+        seconds: time in forward passes and in the output head.
+        bytes_held: keys, values, hidden states and log-probabilities held now on the device.
+        host_bytes_held: the same held now in the second pool, in host memory.
+        result_bytes_held: rows of logits, and log-probabilities of tokens that were scored and not forwarded, held now
+            in bounded pools of their own.
+        packed_weight_bytes: the copies of weights that `pack_weights` makes.
+        kernel: the attention kernel in use.
+        linears: the code that multiplies linear layers: "torch", "onednn" (see `model/linear.py`) or "onednn, packed".
+
+    """
+
+    tokens_requested: int
+    tokens_computed: int
+    tokens_recomputed: int
+    tokens_fetched: int
+    tokens_loaded: int
+    tokens_reused: int
+    forward_passes: int
+    logit_rows: int
+    seconds: float
+    bytes_held: int
+    host_bytes_held: int
+    result_bytes_held: int
+    packed_weight_bytes: int
+    kernel: str
+    linears: str
+
+    def __sub__(self, before: Stats) -> Stats:
+        differences = {
+            f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self) if f.name not in _NAMES
+        }
+        return replace(self, **differences)
+
+
+def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
+    """Return the work that was counted, and the bytes that an evaluator holds."""
+    return Stats(
+        tokens_requested=counters.tokens_requested,
+        tokens_computed=counters.tokens_computed,
+        tokens_recomputed=counters.tokens_recomputed,
+        tokens_fetched=counters.tokens_fetched,
+        tokens_loaded=counters.tokens_loaded,
+        tokens_reused=counters.tokens_requested - counters.tokens_computed,
+        forward_passes=counters.forward_passes,
+        logit_rows=counters.logit_rows,
+        seconds=counters.seconds,
+        bytes_held=evaluator.memory.num_bytes,
+        host_bytes_held=evaluator.host.num_bytes,
+        result_bytes_held=evaluator.pools.num_bytes,
+        packed_weight_bytes=evaluator.executor.linears.packed_bytes,
+        kernel=evaluator.executor.kernel_name,
+        linears=evaluator.executor.linears.name,
+    )

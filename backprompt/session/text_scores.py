@@ -1,0 +1,99 @@
+"""Scores of the tokens of texts, and of tokens behind texts, without the tokens' being forwarded for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from backprompt.arguments import as_list, is_int
+from backprompt.evaluation.scores import TokenScores
+from backprompt.evaluation.scoring import Wanted
+from backprompt.session.limits import check_has_last_token
+from backprompt.session.session import Session
+from backprompt.text.node import Text, lazily
+from backprompt.tokens.graph import TokenIds, flat, is_beginning
+
+
+def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> list[TokenScores]:
+    """Return the scores of each text's tokens from its start on; see `LM.token_scores`."""
+    texts = session.own_texts(texts)
+    given = [0] * len(texts) if starts is None else as_list(starts, "starts must be a Text or an int for each text")
+    if len(given) != len(texts):
+        raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start a text.")
+    with session.exclusive():
+        first = _first_scored(session, texts, given)
+        encoded = session.checked_ids(texts, first, is_scoring=True)
+        return session.evaluator.scoring.token_scores(list(zip(encoded, first, strict=True))) if texts else []
+
+
+def next_token_logprobs(
+    session: Session, texts: Iterable[Text], token_ids: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Return the log-probabilities of tokens behind each text; see `LM.next_token_logprobs`."""
+    texts = session.own_texts(texts)
+    token_ids = [
+        as_list(ids, f"token_ids[{idx}] must be a sequence of ids")
+        for idx, ids in enumerate(as_list(token_ids, "token_ids must be a sequence of ids for each text"))
+    ]
+    if len(token_ids) != len(texts):
+        raise ValueError(
+            f"token_ids has {len(token_ids)} elements for {len(texts)} texts; give a sequence of ids a text."
+        )
+    with session.exclusive():
+        session.current()
+        for text, encoded in zip(texts, session.encoder.encode(texts), strict=True):
+            check_has_last_token(repr(text), encoded)
+        limits = session.limits
+        candidates = [tuple(map(limits.as_id, ids)) for ids in token_ids]
+        wanted = [Wanted(ids, len(ids), own) for ids, own in zip(session.checked_ids(texts), candidates, strict=True)]
+        found = session.evaluator.scoring.scored(wanted) if wanted else []
+        logprobs = [scored.candidates[i].logprob for scored, own in zip(found, candidates, strict=True) for i in own]
+        executor = session.evaluator.executor
+        together = torch.tensor(logprobs, dtype=executor.logprob_dtype, device=executor.device)
+        return list(torch.split(together, [len(own) for own in candidates]))
+
+
+def _first_scored(session: Session, texts: Sequence[Text], starts: Sequence[Text | int]) -> list[int]:
+    """Return the first token to score of each text; the lock must be held.
+
+    Raises:
+        ValueError: a start is no beginning of its text.
+
+    """
+    session.current()
+    beginnings = list(dict.fromkeys(start for start in starts if isinstance(start, Text)))
+    with lazily():
+        bound = [Text("", texts[0].lm) + start for start in beginnings]
+    ids_of = dict(zip(beginnings, session.ids_before_more(bound), strict=True))
+    first = []
+    for idx, (text, start, whole) in enumerate(zip(texts, starts, session.encoder.encode(texts), strict=True)):
+        if isinstance(start, Text):
+            if not is_beginning(ids_of[start], whole):
+                message = f"starts[{idx}], {start!r}, is no beginning of {text!r}"
+                raise ValueError(f"{message}: {_why_no_beginning(session, ids_of[start], whole)}. {_ADVICE}")
+            first.append(len(ids_of[start]))
+        elif not is_int(start):
+            raise TypeError(f"starts[{idx}] must be a Text or an int, not {type(start).__name__}: {start!r}.")
+        else:
+            first.append(int(start))
+    return first
+
+
+_ADVICE = (
+    "Where a token spans their join, let the start end before it (often before a space), or add what follows as token "
+    "ids, which are never joined: prompt + Text.from_tokens(ids, lm)."
+)
+
+
+def _why_no_beginning(session: Session, start: TokenIds, whole: TokenIds) -> str:
+    ids, whole_ids = flat(start), flat(whole)
+    idx = next((idx for idx, pair in enumerate(zip(ids, whole_ids, strict=False)) if pair[0] != pair[1]), None)
+    if idx is not None:
+        shown, expected = (
+            f"{i[idx]} ({session.private_tokenizer.decode(i[idx : idx + 1])!a})" for i in (whole_ids, ids)
+        )
+        return f"token {idx} of the text is {shown}, and that of the start is {expected}"
+    if len(ids) > len(whole_ids):
+        return f"it has {len(ids)} tokens, and the text has {len(whole_ids)}"
+    return "its groups are others, or go on behind it"

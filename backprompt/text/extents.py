@@ -1,0 +1,56 @@
+"""The tokens of each segment of a text, and the tokens that a join between two segments changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Join:
+    """A place where two strings meet and change the tokens around it.
+
+    Attributes:
+        segment_idx: index of the segment that begins here, counting strings and runs of token ids in written order.
+        left: the string of the run before the join.
+        right: the segment after the join.
+        split_tokens: the ids around the join if both sides are encoded apart; common ids at both ends are left out. For
+            a tokenizer that encodes no continuations, the ids of the left side only, from the first changed id on.
+        joined_tokens: the ids that replace them in the joined string.
+
+    """
+
+    segment_idx: int
+    left: str
+    right: str
+    split_tokens: tuple[int, ...]
+    joined_tokens: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"segment {self.segment_idx}: ...{self.left[-20:]!r} + {self.right[:20]!r}: tokens "
+            f"{list(self.split_tokens)} become {list(self.joined_tokens)}"
+        )
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The tokens of a segment of a text. A token that spans a join belongs to the segment behind the join.
+
+    Attributes:
+        segment: a string or token ids; each segment inside the branches of a group has an extent of its own.
+        start, stop: the first token and the one behind the last, counted in `text.tokens`. Special tokens belong to the
+            segment next to them.
+        replaced: the ids that the join with this segment changed: from `start` on, the ids of the text before this
+            segment, encoded without the segment.
+        is_join_changed: whether the ids of this segment and the text before it differ from those of both apart.
+        num_special: the number of special tokens at the start of the segment; they belong to the text, branch or group
+            that begins with this segment.
+
+    """
+
+    segment: str | tuple[int, ...]
+    start: int
+    stop: int
+    replaced: tuple[int, ...] = ()
+    is_join_changed: bool = False
+    num_special: int = 0

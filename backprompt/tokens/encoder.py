@@ -1,0 +1,268 @@
+"""From texts to token ids: joins, special tokens, and the tokens that a join changed.
+
+The segments of a text form *runs*: adjacent strings are one run, and a segment of token ids is a run of its own, with a
+hard boundary on both sides. The first run is encoded like a whole string; a run after a hard boundary is encoded as a
+continuation (no special tokens, no dummy prefix space).
+
+    "the ref" + "und" + <5, 9> + " is due"     runs: "the refund", <5, 9>, " is due"
+
+A group has hard boundaries at both edges and between its branches. If no text stands before a group, its branches are
+encoded like the beginning of a text. A frozen branch is encoded as a text of its own.
+
+Under `joins="exact"` a run is encoded as one string. Texts that share a beginning share the work: their segments are
+arranged as a trie, and the string that a node adds is encoded once, up to the last place where the string can provably
+be cut. Under `joins="split"` every segment is encoded on its own, the later ones as continuations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+from backprompt.arguments import lone_surrogate, surrogate_message
+from backprompt.errors import JoinError, TokenizerError
+from backprompt.text.extents import Extent, Join
+from backprompt.text.node import Text
+from backprompt.text.segments import Branch, Group, Segment, leaves
+from backprompt.tokens.chains import Chain, Leaf, chains_of, pieces_of
+from backprompt.tokens.graph import Part, TokenBranch, TokenGroup, TokenIds, as_token_ids, common_length
+from backprompt.tokens.joins import Joins, changed_joins
+from backprompt.tokens.tokenizer import EncodesStrings, added
+from backprompt.tokens.trie import encode_chains
+from backprompt.warn import warn_caller
+
+
+class Encoder:
+    """Encodes texts; remembers each text's ids for as long as the text lives."""
+
+    def __init__(self, tokenizer: EncodesStrings, joins: Joins, add_special_tokens: bool) -> None:
+        self.tokenizer = tokenizer
+        self._joins = joins
+        self._add_special_tokens = add_special_tokens
+        self._encoded: WeakKeyDictionary[Text, TokenIds] = WeakKeyDictionary()
+
+    def encode(self, texts: Sequence[Text]) -> list[TokenIds]:
+        """Return the token ids of each text; texts not seen before are encoded together.
+
+        Raises:
+            JoinError: under `joins="error"`, tokens change where two segments of a text meet.
+            TokenizerError: the tokenizer cannot encode a string.
+
+        """
+        known = {text: ids for text in texts if (ids := self._encoded.get(text)) is not None}
+        new = list(dict.fromkeys(text for text in texts if text not in known))
+        if new:
+            encoded = dict(zip(new, self._encode_new(new), strict=True))
+            self._encoded.update(encoded)
+            known |= encoded
+        return [known[text] for text in texts]
+
+    def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
+        """Return the tokens of each string and each run of token ids of each text, in written order.
+
+        Every prefix of every run is encoded and, if the tokenizer encodes continuations, every segment alone. Texts
+        that share prefixes or segments share the work.
+        """
+        chains = {chain for text in texts for chain in chains_of(text.segments)}
+        beginnings = {
+            Chain(chain.leaves[:stop], chain.is_continuation)
+            for chain in chains
+            for stop in range(1, len(chain.leaves) + 1)
+        }
+        leaves_alone = (
+            {leaf for chain in chains for leaf in chain.leaves} if self.tokenizer.encodes_continuations else ()
+        )
+        alone = {_alone(leaf) for leaf in leaves_alone}
+        ids_of = encode_chains(self.tokenizer, beginnings | alone, split=self._joins == "split")
+        encoded = self.encode(texts)
+        return [self._extents(text, len(ids), ids_of) for text, ids in zip(texts, encoded, strict=True)]
+
+    def _extents(self, text: Text, num_tokens: int, ids_of: Mapping[Chain, tuple[int, ...]]) -> list[Extent]:
+        extents: list[Extent] = []
+        num_special = self._num_prefix_ids(_as_branch(text), ids_of)
+        for chain, num_before in zip(chains_of(text.segments), num_special, strict=True):
+            start = extents[-1].stop if extents else 0
+            own = _extents_of(chain, ids_of, start + num_before)
+            extents += [replace(own[0], start=start, num_special=num_before), *own[1:]]
+        return [*extents[:-1], *(replace(last, stop=num_tokens) for last in extents[-1:])]
+
+    def joins(self, text: Text) -> list[Join]:
+        """Return every join of a text at which joining changes tokens, from left to right."""
+        return changed_joins(self.tokenizer, text)
+
+    def string(self, text: Text) -> str:
+        """Return the text's string; a segment of token ids adds the part that it adds to the decoding so far."""
+        string = ""
+        before: list[Leaf] = []
+        all_leaves = leaves(text.segments)
+        for is_string, side_by_side in itertools.groupby(all_leaves, key=lambda leaf: isinstance(leaf, str)):
+            run = list(side_by_side)
+            if is_string:
+                string += "".join(map(str, run))
+            else:
+                ids_before = self._ids_before(before, text.add_special_tokens)
+                ids = ids_before + tuple(int(token_id) for leaf in run for token_id in leaf)
+                string += added(self.tokenizer.decode(ids_before), self.tokenizer.decode(ids))
+            before += run
+        return string
+
+    def _ids_before(self, before: list[Leaf], add_special_tokens: bool) -> tuple[int, ...]:
+        """Return the ids of the leaves `before` a segment."""
+        if not before:
+            return ()
+        branch = Branch(tuple(before), is_frozen=True, add_special_tokens=add_special_tokens)
+        ids_of = encode_chains(self.tokenizer, [Chain(tuple(before), False)], split=self._joins == "split")
+        (ids,) = ids_of.values()
+        return self._special_ids(branch, ids_of)[0] + ids
+
+    def _encode_new(self, texts: list[Text]) -> list[TokenIds]:
+        branches = [_as_branch(text) for text in texts]
+        for text, branch in zip(texts, branches, strict=True):
+            _check_encodable(text, branch.segments)
+        encoded = self._encode_branches(branches, split=self._joins == "split")
+        if self._joins == "error":
+            for text in self._with_changed_joins(texts, branches, encoded):
+                self._raise_join_error(text)
+        return encoded
+
+    def _with_changed_joins(
+        self, texts: Sequence[Text], branches: Sequence[Branch], encoded: Sequence[TokenIds]
+    ) -> Iterator[Text]:
+        """Yield the texts whose tokens, `encoded`, differ from those of their segments apart."""
+        if self.tokenizer.encodes_continuations:
+            apart = self._encode_branches(branches, split=True)
+            yield from (text for text, ids, split in zip(texts, encoded, apart, strict=True) if ids != split)
+        else:
+            yield from filter(self.joins, texts)
+
+    def _raise_join_error(self, text: Text) -> None:
+        joins = "\n  ".join(map(str, self.joins(text)))
+        raise JoinError(
+            f"{text!r}: tokens change where its segments meet:\n  {joins}\n"
+            'Move the join to a place where no token spans it (often before a space), or use joins="exact" or "split".'
+        )
+
+    def _encode_branches(self, texts: Sequence[Branch], *, split: bool) -> list[TokenIds]:
+        """Encode texts, all together."""
+        ids_of = encode_chains(
+            self.tokenizer, {chain for text in texts for chain in chains_of(text.segments)}, split=split
+        )
+        return [as_token_ids(self._whole(text, ids_of)) for text in texts]
+
+    def _whole(
+        self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]], *, is_last: bool = True
+    ) -> tuple[Part, ...]:
+        """Return the parts of a text with the special tokens of a whole string; not `is_last`: more text follows."""
+        prefix, suffix = self._special_ids(branch, ids_of)
+        parts = self._parts(branch.segments, False, ids_of)
+        if prefix and parts and isinstance(parts[0], tuple) and parts[0][: len(prefix)] == prefix:
+            self._warn_of_repeated(prefix)
+        return ((prefix,) if prefix else ()) + parts + ((suffix,) if suffix and is_last else ())
+
+    def _special_ids(
+        self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the special tokens before and behind a text; those behind it only if it has strings alone."""
+        segments = branch.segments
+        if not (self._add_special_tokens and branch.add_special_tokens and _begins_with_string(segments)):
+            return (), ()
+        first = next(pieces_of(segments, is_continuation=False), None)
+        prefix, suffix = self.tokenizer.special_ids_around(ids_of[first] if isinstance(first, Chain) else ())
+        return prefix, suffix if all(isinstance(segment, str) for segment in segments) else ()
+
+    def _warn_of_repeated(self, prefix: tuple[int, ...]) -> None:
+        warn_caller(
+            f"A text begins with {self.tokenizer.decode(prefix)!r}, which the tokenizer puts before every string: it "
+            "stands there twice, as in the plain call. For a string that has its special tokens already, such as a "
+            "rendered chat template, write Text(string, lm, add_special_tokens=False)."
+        )
+
+    def _parts(
+        self, segments: tuple[Segment, ...], is_continuation: bool, ids_of: Mapping[Chain, tuple[int, ...]]
+    ) -> tuple[Part, ...]:
+        parts: list[Part] = []
+        for piece in pieces_of(segments, is_continuation):
+            if isinstance(piece, Chain):
+                parts.append(ids_of[piece])
+                continue
+            branches = []
+            for branch in piece.group.branches:
+                if branch.is_frozen:
+                    inner = self._whole(branch, ids_of, is_last=False)
+                else:
+                    inner = self._parts(branch.segments, piece.is_continuation, ids_of)
+                branches.append(TokenBranch(inner, branch.is_frozen))
+            parts.append(TokenGroup(tuple(branches), piece.group.positions == "sequential"))
+        return tuple(parts)
+
+    def _num_prefix_ids(self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]]) -> list[int]:
+        """Return the number of special tokens before each chain of a branch; a frozen branch is a text of its own."""
+        counts: list[int] = []
+        for piece in pieces_of(branch.segments, is_continuation=False):
+            if isinstance(piece, Chain):
+                counts.append(0)
+            else:
+                for inner in piece.group.branches:
+                    counts += self._num_prefix_ids(inner, ids_of)
+        if branch.is_frozen and counts:
+            counts[0] += len(self._special_ids(branch, ids_of)[0])
+        return counts
+
+
+def _alone(leaf: Leaf) -> Chain:
+    """Return the chain of a leaf encoded on its own, unchanged by joins."""
+    return Chain((leaf,), is_continuation=True)
+
+
+def _as_branch(text: Text) -> Branch:
+    """Return a text as a frozen branch, which has the same meaning."""
+    return Branch(text.segments, is_frozen=True, add_special_tokens=text.add_special_tokens)
+
+
+def _begins_with_string(segments: Sequence[Segment]) -> bool:
+    """Return whether special tokens belong before these segments: before strings, not before given token ids.
+
+    All branches of a group count as its beginning, in any order.
+    """
+    if not segments:
+        return True  # an empty string
+    first = segments[0]
+    if isinstance(first, Group):
+        return any(not branch.is_frozen and _begins_with_string(branch.segments) for branch in first.branches)
+    return isinstance(first, str)
+
+
+def _extents_of(chain: Chain, ids_of: Mapping[Chain, tuple[int, ...]], first: int) -> list[Extent]:
+    """Return the extents of a chain's leaves, whose tokens begin at `first`.
+
+    `ids_of` has all prefixes of the chain, and its leaves alone if the tokenizer encodes continuations. For other
+    tokenizers a join counts as changed if the segment behind it changes the ids of the text before it.
+    """
+    ids = ids_of[chain]
+    extents: list[Extent] = []
+    stop = len(ids)
+    for idx in reversed(range(len(chain.leaves))):
+        before = ids_of[Chain(chain.leaves[:idx], chain.is_continuation)] if idx else ()
+        num_same = common_length(before, ids, 0)
+        start = min(num_same, stop)  # a later join may have changed earlier tokens
+        replaced = before[start:] if num_same < len(before) else ()
+        joined = ids_of[Chain(chain.leaves[: idx + 1], chain.is_continuation)]
+        alone = ids_of.get(_alone(chain.leaves[idx]))
+        is_changed = idx > 0 and (joined[: len(before)] != before if alone is None else joined != before + alone)
+        extents.append(Extent(chain.leaves[idx], first + start, first + stop, replaced, is_changed))
+        stop = start
+    return extents[::-1]
+
+
+def _check_encodable(text: Text, segments: Sequence[Segment]) -> None:
+    """Raise TokenizerError for a lone surrogate, half of a UTF-16 pair and no character."""
+    num_before = 0
+    for segment in leaves(segments):
+        if not isinstance(segment, str):
+            continue
+        position = lone_surrogate(segment)
+        if position is not None:
+            raise TokenizerError(surrogate_message(ascii(text), num_before + position))
+        num_before += len(segment)

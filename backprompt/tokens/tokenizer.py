@@ -1,0 +1,385 @@
+"""A private copy of the user's tokenizer, and facts about it.
+
+Whole strings are encoded exactly as the user's tokenizer does. Composing texts also needs two operations that the
+tokenizer's interface lacks: encoding a string as a *continuation* (no special tokens, no dummy prefix space), and
+finding a place to cut a string so that its halves, encoded apart, give the ids of the whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+from tokenizers import AddedToken, models
+from tokenizers import Tokenizer as Backend
+
+from backprompt.arguments import check_encodable
+from backprompt.errors import TokenIdError, TokenizerError
+
+# Splitting patterns in which no alternative matches a letter followed by a space, no alternative looks behind, and a
+# run of letters takes at most one space, the one before it. So " " between two ASCII letters is always a boundary.
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_CUTTABLE_PATTERNS = frozenset({_GPT2_PATTERN, _LLAMA3_PATTERN, _QWEN2_PATTERN})
+
+_SAMPLE = "It's 7 o'clock:  Zoë's naïve   “test”\n\n#42 , don't\tre-fund 1234567 🤝🏽 日本 x"
+"""A string whose ids reveal changes of a tokenizer; it exercises many rules and merges."""
+
+
+class EncodesStrings(Protocol):
+    """The operations on a tokenizer that encoding needs."""
+
+    encodes_continuations: bool
+
+    def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
+        """Return the ids of each string, without special tokens."""
+        ...
+
+    def special_ids_around(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the special tokens before and behind a string with these ids (without special tokens)."""
+        ...
+
+    def cut(self, string: str, start: int = 0) -> int:
+        """Return a place from `start` on where the string can be cut without changing its ids, or 0."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the string of the ids."""
+        ...
+
+
+class Speller:
+    """Decodes ids with a tokenizer of transformers and leaves out ids that the tokenizer lacks.
+
+    A model may have more embeddings than its tokenizer has tokens. A `tokenizers` backend leaves such ids out by
+    itself; tokenizers in Python decode them to arbitrary strings, or raise.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._has_backend = isinstance(getattr(tokenizer, "backend_tokenizer", None), Backend)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the string of ids, including special tokens, without cleanup."""
+        decoded: str = self._tokenizer.decode(
+            self.known(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+    def known(self, token_ids: Iterable[int]) -> list[int]:
+        """Return the ids without those that a tokenizer in Python lacks."""
+        return [token_id for token_id in token_ids if not self.lacks(token_id)]
+
+    def lacks(self, token_id: int) -> bool:
+        """Return whether a tokenizer in Python lacks this id; False for a backend."""
+        if self._has_backend or token_id < getattr(self._tokenizer, "vocab_size", 0):
+            return False
+        return token_id not in self._other_ids
+
+    @cached_property
+    def _other_ids(self) -> frozenset[int]:
+        """Ids of added tokens and of others not counted by `vocab_size`."""
+        return frozenset(self._tokenizer.get_vocab().values())
+
+
+class PrivateTokenizer:
+    """A copy of `tokenizer` that no other code changes or locks.
+
+    Attributes:
+        encodes_continuations: whether strings can be encoded as continuations of other text; tokenizers written in
+            Python, without a `tokenizers` backend, cannot do so.
+        whole: the copy of the backend, or None.
+        continuing: the copy that encodes continuations, or None.
+
+    Raises:
+        TokenizerError: `tokenizer` is not a tokenizer of transformers.
+
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise TokenizerError(
+                f"An LM needs a tokenizer of transformers, not {type(tokenizer).__name__}. "
+                "Load one with AutoTokenizer.from_pretrained(...)."
+            )
+        self._original = tokenizer
+        self._fingerprint: str | None = None
+        self._private: Any = copy.deepcopy(tokenizer)
+        self._speller = Speller(self._private)
+        self._words = _sample_words(tokenizer)
+        self._state = _quick_state(tokenizer, self._words)
+        self.whole: Backend | None = None
+        self._backend: Backend | None = None
+        self.continuing: Backend | None = None
+        backend = getattr(self._private, "backend_tokenizer", None)
+        if isinstance(backend, Backend):
+            self.whole = _make_backend(backend, tokenizer, is_continuation=False)
+            self.continuing = _make_backend(backend, tokenizer, is_continuation=True)
+            if list(self.whole.encode(_SAMPLE, add_special_tokens=False).ids) == self._call([_SAMPLE])[0]:
+                self._backend = self.whole  # else the tokenizer changes ids outside its backend
+        self.encodes_continuations = self.continuing is not None
+        self._can_cut = self._backend is not None and _is_cuttable(self._backend)
+        self._special_ids = self._special_ids_around_a_string()
+
+    def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
+        """Return the ids of each string, without special tokens around the string.
+
+        Raises:
+            TokenizerError: a string holds a lone surrogate, or is a continuation for a tokenizer without a backend.
+
+        """
+        for string in strings:
+            check_encodable(string, "A string")
+        backend = self.continuing if is_continuation else self._backend
+        if backend is not None:
+            return [tuple(encoding.ids) for encoding in backend.encode_batch_fast(strings, add_special_tokens=False)]
+        if is_continuation:
+            raise TokenizerError(
+                f"{type(self._original).__name__} has no `tokenizers` backend, so it encodes a text's strings from the "
+                "beginning on, as one string, and none behind token ids or a group, nor apart as joins='split' does, "
+                "nor a completion without a space before it. Use its fast version, end_of_prompt=' ', or give such a "
+                "string as ids: Text.from_tokens(tokenizer(string, add_special_tokens=False).input_ids, lm)."
+            )
+        return [tuple(ids) for ids in self._call(list(strings))]
+
+    def special_ids_around(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the special tokens before and behind a string with these ids (without special tokens).
+
+        A backend puts the same tokens around every string. Code in Python may look at the ids first: ByT5's appends no
+        second end token.
+
+        Raises:
+            TokenizerError: the tokenizer changes the string's own tokens.
+
+        """
+        if self.whole is not None or not ids or not hasattr(self._private, "build_inputs_with_special_tokens"):
+            return self._special_ids
+        with_special = tuple(self._private.build_inputs_with_special_tokens(list(ids)))
+        return self._around(ids, with_special, (len(self._special_ids[0]), *range(len(with_special) + 1)))
+
+    def cut(self, string: str, start: int = 0) -> int:
+        """Return the last place from `start` on where `string` can be cut without changing ids, whatever follows; or 0.
+
+        The ids of the whole are those of `string[:cut]` followed by those of `string[cut:]`. Such a place is a space
+        between two ASCII letters, for byte-level BPE with one of the known splitting patterns.
+        """
+        if not self._can_cut:
+            return 0
+        end = len(string) - 1
+        while (end := string.rfind(" ", max(start, 1), end)) > 0:
+            before, after = string[end - 1], string[end + 1]
+            if before.isascii() and before.isalpha() and after.isascii() and after.isalpha():
+                return end
+        return 0
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the string of `token_ids`, including special tokens, without cleanup; see `Speller`.
+
+        Raises:
+            TokenIdError: an id is negative or beyond all vocabularies.
+
+        """
+        for token_id in token_ids:
+            if not 0 <= token_id < 1 << 32:
+                raise TokenIdError(f"No tokenizer has the token id {token_id}; ids count from 0.")
+        return self._speller.decode(token_ids)
+
+    @cached_property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The strings that stand for one token and take no space behind them.
+
+        They are the special tokens, and added tokens that are no words, such as `<think>`. An added token that ends in
+        a letter or a digit is separated from the next word like any word.
+        """
+        is_split = getattr(self._private, "split_special_tokens", False)
+        special = self._private.all_special_tokens
+        added: Iterable[str] = getattr(
+            self._private, "get_added_vocab", tuple
+        )()  # the method of mistral_common has no strings
+        return tuple(
+            token for token in added if token and (not is_split if token in special else not token[-1].isalnum())
+        )
+
+    def has_changed(self) -> bool:
+        """Return whether the user's tokenizer differs from this copy, as far as a quick check can tell."""
+        return _quick_state(self._original, self._words) != self._state
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256, as hex, of everything that determines ids."""
+        if self._fingerprint is None:
+            if self.whole is not None:
+                described = self.whole.to_str()
+            else:  # the vocabulary and the settings that transformers saves
+                settings = repr(sorted(self._private.init_kwargs.items()))
+                described = json.dumps({"vocab": self._private.get_vocab(), "init": settings}, sort_keys=True)
+            self._fingerprint = hashlib.sha256("\0".join([described, repr(self._state)]).encode()).hexdigest()
+        return self._fingerprint
+
+    def _call(self, strings: list[str]) -> list[list[int]]:
+        encoded: list[list[int]] = self._private(strings, add_special_tokens=False)["input_ids"]
+        return encoded
+
+    def _special_ids_around_a_string(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the special tokens before and behind a string that has none of its own."""
+        string, ids = self._known_string()
+        with_special: list[int] = self._private([string])["input_ids"][0]
+        return self._around(ids, tuple(with_special), range(len(with_special) + 1))
+
+    def _known_string(self) -> tuple[str, tuple[int, ...]]:
+        """Return a string and its ids without any special token, such as that of an unknown character."""
+        special = set(getattr(self._private, "all_special_ids", ()))
+
+        def is_known(ids: tuple[int, ...]) -> bool:
+            return bool(ids) and special.isdisjoint(ids)
+
+        ids = tuple(self._call(["a"])[0])
+        if is_known(ids):
+            return "a", ids
+        encoded = ((token, tuple(self._call([token])[0])) for token in self._private.get_vocab())
+        return next((known for known in encoded if is_known(known[1])), ("a", ids))
+
+    def _around(
+        self, ids: tuple[int, ...], with_special: tuple[int, ...], starts: Iterable[int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids before and behind `ids`, which begin at one of `starts`."""
+        for start in starts:
+            if with_special[start : start + len(ids)] == ids:
+                return with_special[:start], with_special[start + len(ids) :]
+        raise TokenizerError(
+            f"{type(self._original).__name__} changes a string's own tokens when it adds special ones, so texts cannot "
+            "be composed with it. Pass add_special_tokens=False to the LM and write the special tokens into the text."
+        )
+
+
+def _make_backend(original: Backend, tokenizer: Any, *, is_continuation: bool) -> Backend:
+    """Return a backend around the same model, without padding and truncation.
+
+    The model, with its vocabulary and merges, is shared: reading a large one takes a second.
+    """
+    description = _describe_parts(original)
+    if is_continuation:
+        description["normalizer"] = _without_prepend(description["normalizer"])
+        description["pre_tokenizer"] = _without_dummy_prefix(description["pre_tokenizer"])
+        description["post_processor"] = None
+    backend = Backend.from_str(json.dumps(description))
+    backend.model = original.model
+    backend.add_tokens([token for _, token in sorted(original.get_added_tokens_decoder().items())])
+    backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+    return backend
+
+
+def _describe_parts(backend: Backend) -> dict[str, Any]:
+    """Return the backend's parts as JSON, with an empty model."""
+    shell = Backend(models.BPE())
+    shell.normalizer = backend.normalizer
+    shell.pre_tokenizer = backend.pre_tokenizer
+    shell.post_processor = backend.post_processor
+    shell.decoder = backend.decoder
+    description: dict[str, Any] = json.loads(shell.to_str())
+    return description
+
+
+def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a normalizer that does not put the dummy prefix space of SentencePiece before a string."""
+    if normalizer is None or normalizer["type"] == "Prepend":
+        return None
+    if normalizer["type"] == "Sequence":
+        kept = [_without_prepend(part) for part in normalizer["normalizers"]]
+        return {**normalizer, "normalizers": [part for part in kept if part is not None]}
+    return normalizer
+
+
+def _without_dummy_prefix(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    if pre_tokenizer is None:
+        return None
+    if pre_tokenizer["type"] == "Sequence":
+        return {**pre_tokenizer, "pretokenizers": [_without_dummy_prefix(p) for p in pre_tokenizer["pretokenizers"]]}
+    if pre_tokenizer["type"] == "Metaspace":
+        return {**pre_tokenizer, "prepend_scheme": "never"}
+    if pre_tokenizer["type"] == "ByteLevel":
+        return {**pre_tokenizer, "add_prefix_space": False}
+    return pre_tokenizer
+
+
+def _is_cuttable(backend: Backend) -> bool:
+    """Return whether a space between two ASCII letters is provably a boundary of this tokenizer."""
+    model, description = backend.model, _describe_parts(backend)
+    if not isinstance(model, models.BPE) or model.dropout:
+        return False
+    normalizer = description["normalizer"]
+    if normalizer is not None and normalizer["type"] != "NFC":  # NFC never composes across a space
+        return False
+    added_tokens = backend.get_added_tokens_decoder().values()
+    return _splits_at_spaces(description["pre_tokenizer"]) and all(map(_leaves_spaces, added_tokens))
+
+
+def _splits_at_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
+    if pre_tokenizer is None:
+        return False
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    splits = False
+    for part in parts:
+        if part["type"] == "ByteLevel":
+            splits |= part["use_regex"]
+        elif part["type"] == "Split":
+            is_known = part["pattern"].get("Regex") in _CUTTABLE_PATTERNS
+            if not is_known or part["behavior"] != "Isolated" or part["invert"]:
+                return False
+            splits = True
+        elif part["type"] != "Digits":  # "Digits" only cuts around digits
+            return False
+    return splits
+
+
+def _leaves_spaces(token: AddedToken) -> bool:
+    """Return whether an added token cannot contain or swallow a space between two letters."""
+    content = token.content
+    swallows = (token.lstrip and content[:1].isalpha()) or (token.rstrip and content[-1:].isalpha())
+    return not swallows and not any(character.isspace() for character in content)
+
+
+def _sample_words(tokenizer: Any) -> list[str]:
+    """Return the sample as the input of the tokenizer's model: normalized and split."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Backend):
+        return []
+    normalized = _SAMPLE if backend.normalizer is None else backend.normalizer.normalize_str(_SAMPLE)
+    if backend.pre_tokenizer is None:
+        return [normalized]
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
+
+
+def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
+    """Return a cheap summary: settings, sizes, and the ids of a sample, which a changed rule or merge alters.
+
+    The sample goes directly to the backend's model, since another thread may be reconfiguring the backend.
+    """
+    parts: list[object] = [
+        type(tokenizer).__qualname__,
+        len(tokenizer),
+        getattr(tokenizer, "split_special_tokens", False),
+    ]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Backend):
+        components = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
+        parts += (None if part is None else part.__getstate__() for part in components)
+        model = backend.model
+        parts += (tuple(token.id for token in model.tokenize(word)) for word in words)
+    else:
+        parts.append(tuple(tokenizer(_SAMPLE)["input_ids"]))
+    return tuple(parts)
+
+
+def added(before: str, after: str) -> str:
+    """Return the part of `after` from its first difference to `before` on."""
+    if after.startswith(before):
+        return after[len(before) :]
+    return after[next(idx for idx, pair in enumerate(zip(before, after + "\0", strict=False)) if pair[0] != pair[1]) :]

@@ -1,0 +1,154 @@
+"""Growth by itself: which spans are absorbed, where their rows go, and what is copied for it."""
+
+import gc
+
+import pytest
+import torch
+
+from backprompt.memory.growth import ROWS_AT_A_TIME, Growth
+from tiny_blocks import TOKEN_BYTES, assert_right, compute, inserted
+
+PROMPTS = ((1, 2, 3), (1, 2, 4, 5))
+
+
+class Texts:
+    """Texts that grow a token at a time, as a generation lets them."""
+
+    def __init__(self, *prompts):
+        self.forest, self.ends = inserted(*prompts)
+        self.ids = [list(prompt) for prompt in prompts]
+        compute(list(self.forest.spans()))
+        self.growth = Growth(self.forest)
+
+    def step(self, token_ids):
+        """Append a token to each text, all in one pass; return the blocks that were made to keep them few."""
+        for ids, token_id in zip(self.ids, token_ids, strict=True):
+            ids.append(token_id)
+        self.ends = [self.forest.insert(ids, is_end=False) for ids in self.ids]
+        new = [end for end in dict.fromkeys(self.ends) if not end.is_held()]
+        compute(new)
+        for end in new:
+            self.growth.note_pass(end)
+        return self.growth.absorb(list(dict.fromkeys(self.ends)), held=set(self.ends))
+
+    def spans_behind_prompts(self):
+        return [span for end in self.ends for span in end.path() if not span.is_end]
+
+    def blocks(self):
+        return {id(end.keys_values.block) for end in self.ends}, {id(end.states.block) for end in self.ends}
+
+
+def test_texts_that_grow_stay_few_spans_with_right_rows():
+    texts = Texts(*PROMPTS)
+    for step in range(40):
+        texts.step([10 + step, 60 + step])
+        assert_right(texts.forest.spans())
+        assert [end.token_ids for end in texts.ends] == [tuple(range(10, 11 + step)), tuple(range(60, 61 + step))]
+    assert [len(end.path()) for end in texts.ends] == [3, 3]  # what both prompts begin with, the rest, and what grew
+
+
+def test_rows_are_appended_where_there_is_room():
+    """A buffer is made at the second step, when the first token is no prompt's end any more, and when it is full."""
+    texts = Texts(*PROMPTS)
+    made = [texts.step([10 + step, 60 + step]) for step in range(2 * ROWS_AT_A_TIME + 6)]
+    assert [step for step, blocks in enumerate(made) if blocks] == [
+        1,
+        1 + ROWS_AT_A_TIME + 1,
+        2 * (ROWS_AT_A_TIME + 1) + 1,
+    ]
+    assert all(len(blocks) in (0, 2) for blocks in made)  # keys and values; states
+    assert [len(of_kind) for of_kind in texts.blocks()] == [1, 1]  # of all texts together
+
+
+def test_room_beside_a_text_is_zero():
+    """A masked key that is nan would spoil the rows that do not see it."""
+    texts = Texts(*PROMPTS)
+    texts.step([10, 60])
+    keys_values, states = texts.step([11, 61])
+    assert keys_values.num_rows == states.num_rows == 2 * (2 + ROWS_AT_A_TIME)
+    room = [row for start in (2, 4 + ROWS_AT_A_TIME) for row in range(start, start + ROWS_AT_A_TIME)]
+    for block in (keys_values, states):
+        for name, tensor in block.tensors.items():
+            assert not torch.any(tensor.index_select(block.token_axis, torch.tensor(room))), name
+
+
+def test_rows_that_lie_side_by_side_are_not_copied():
+    forest, (end,) = inserted((1, 2, 3, 4))
+    (block, _) = compute([end])
+    forest.split(end, 2)
+    assert Growth(forest).absorb([end], held=()) == []
+    assert [span.token_ids for span in forest.spans()] == [(1, 2, 3, 4)]
+    assert end.states.block is block
+    assert_right([end])
+
+
+@pytest.mark.parametrize("why", ["an end", "held", "another continues it", "no keys and values", "stored"])
+def test_a_span_is_not_absorbed(why):
+    """1 2 -- 3, where somebody else may know of 1 2."""
+    forest, (end,) = inserted((1, 2, 3))
+    upper = forest.split(end, 2)
+    compute([upper, end])
+    held = set()
+    if why == "an end":
+        upper.is_end = True
+    elif why == "held":
+        held.add(upper)
+    elif why == "another continues it":
+        forest.insert((1, 2, 9))
+    elif why == "no keys and values":
+        end.let_go("keys_values", "device")
+    else:
+        upper.is_stored = True
+    Growth(forest).absorb([end], held)
+    assert end.parent is upper
+    assert end.token_ids == (3,)
+    assert_right([upper, end])
+
+
+def test_what_several_continue_moves_out_of_the_buffer():
+    """It would keep the others' rows alive."""
+    texts = Texts(*PROMPTS)
+    texts.step([10, 60])
+    texts.step([11, 61])
+    first, second = texts.ids
+    texts.ids = [first, second, list(first)]
+    made = texts.step([12, 62, 13])
+    shared = texts.ends[0].parent
+    assert shared is texts.ends[2].parent
+    assert shared.token_ids == (10, 11)
+    assert {shared.keys_values.block, shared.states.block} <= set(made)
+    assert shared.keys_values.block.num_rows == shared.states.block.num_rows == 2
+    assert_right(texts.forest.spans())
+
+
+def test_what_has_grown_takes_as_many_bytes_as_it_has_tokens():
+    texts = Texts(*PROMPTS)
+    for step in range(5):
+        texts.step([10 + step, 60 + step])
+    made = [texts.growth.finish(end) for end in texts.ends]
+    assert [sum(block.num_bytes for block in blocks) for blocks in made] == [5 * TOKEN_BYTES] * 2
+    assert_right(texts.forest.spans())
+    assert [texts.growth.finish(end) for end in texts.ends] == [[], []]
+    gc.collect()
+    assert not texts.growth._buffers  # nobody refers to them any more
+
+
+def test_a_buffer_that_was_made_smaller_has_no_room():
+    """Eviction cuts blocks: then the next token needs another buffer."""
+    texts = Texts(*PROMPTS)
+    texts.step([10, 60])
+    texts.step([11, 61])
+    for end in texts.ends:
+        assert end.keys_values.block.num_rows > 4
+    block, states = texts.ends[0].keys_values.block, texts.ends[0].states.block
+    rows = [slice(end.keys_values.start, end.keys_values.stop) for end in texts.ends]
+    for of_kind in (block, states):
+        of_kind.keep(rows)
+    for end, start in zip(texts.ends, (0, 2), strict=True):
+        end.place(
+            keys_values=type(end.keys_values)(block, start, start + 2),
+            states=type(end.states)(states, start, start + 2),
+        )
+    texts.ids = texts.ids[:1]
+    assert len(texts.step([12])) == 2  # not behind its rows, where the other text's lie
+    assert_right(texts.forest.spans())

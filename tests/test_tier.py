@@ -1,0 +1,172 @@
+"""A tier of memory by itself: what it counts, what goes, in which order, and how blocks become smaller and fewer."""
+
+import gc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backprompt.forest.span import KINDS
+from backprompt.memory import tier
+from backprompt.memory.tier import Tier
+from backprompt.tokens.graph import TokenBranch, TokenGraph, TokenGroup
+from tiny_blocks import KEYS_VALUES_BYTES, STATES_BYTES, TOKEN_BYTES, assert_right, compute, inserted
+
+STEM, LEFT, RIGHT = (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 7, 8, 9)
+
+
+@pytest.fixture
+def held():
+    """1 2 3 4 --+-- 5 6
+    +-- 7 8 9, all of one pass; the spans in this order."""
+    forest, _ = inserted(STEM, LEFT, RIGHT)
+    spans = list(forest.spans())
+    assert [len(span.token_ids) for span in spans] == [4, 2, 3]
+    device = Tier(10_000, "device")
+    device.add(compute(spans))
+    return device, forest, spans
+
+
+def by_span(*ranks):
+    """A ranking: spans by their numbers of tokens, those left out stay; of a span both things alike."""
+    return lambda kind, span: (0, float(ranks.index(len(span.token_ids))), 0) if len(span.token_ids) in ranks else None
+
+
+def what_is_held(spans):
+    return [(span.is_held(), span.is_held(with_keys_values=True)) for span in spans]
+
+
+def test_bytes_are_those_of_blocks_that_are_alive(held):
+    device, _, spans = held
+    assert device.num_bytes == 9 * TOKEN_BYTES
+    for span in spans[:2]:
+        span.drop()
+    assert device.num_bytes == 9 * TOKEN_BYTES  # a block is as large as it is while anything refers to it
+    spans[2].let_go("keys_values", "device")
+    assert device.num_bytes == 9 * STATES_BYTES
+    spans[2].drop()
+    gc.collect()
+    assert device.num_bytes == 0
+
+
+def test_recounting_counts_what_spans_refer_to(held):
+    device, _, spans = held
+    others = compute(spans)  # never added
+    device.recount(spans)
+    assert device.num_bytes == sum(block.num_bytes for block in others) == 9 * TOKEN_BYTES
+    device.recount([])
+    assert device.num_bytes == 0
+
+
+def test_nothing_goes_within_the_budget(held):
+    device, _, spans = held
+    assert device.shrink(spans, 0, by_span(2, 3, 4)) == {"states": {}, "keys_values": {}}
+    assert what_is_held(spans) == [(True, True)] * 3
+
+
+def test_leaves_go_before_what_they_continue_and_keys_before_states(held):
+    device, _, spans = held
+    stem, left, right = spans
+    order = []
+    for _ in range(6):
+        dropped = device.shrink(spans, 1, by_span(4, 3, 2))  # the stem first, were it a leaf; then the right one
+        order += [(kind, span) for kind in KINDS for span in dropped[kind]]
+    assert order == [
+        ("keys_values", right),
+        ("states", right),
+        ("keys_values", left),
+        ("keys_values", stem),
+        ("states", left),
+        ("states", stem),
+    ]
+    assert device.shrink(spans, 1, by_span(4, 3, 2)) == {"states": {}, "keys_values": {}}
+
+
+def test_no_more_goes_than_is_asked_for(held):
+    device, _, spans = held
+    excess = 3 * TOKEN_BYTES + 2 * KEYS_VALUES_BYTES
+    dropped = device.shrink(spans, excess, by_span(3, 2))
+    assert {kind: list(rows) for kind, rows in dropped.items()} == {"keys_values": spans[:0:-1], "states": [spans[2]]}
+    assert sum(tier.num_bytes_of(rows) for rows in dropped.values()) == excess
+    assert what_is_held(spans) == [(True, True), (True, False), (False, False)]
+    assert_right(spans[:2])
+
+
+def test_a_span_without_a_rank_stays_and_all_that_it_continues(held):
+    device, _, spans = held
+    dropped = device.shrink(spans, 10**9, by_span(4, 2))
+    assert {kind: list(rows) for kind, rows in dropped.items()} == {"keys_values": [spans[1]], "states": [spans[1]]}
+    assert what_is_held(spans) == [(True, True), (False, False), (True, True)]
+
+
+def test_what_a_span_continues_is_worth_as_much_as_it(held):
+    device, _, spans = held
+    stem, left, right = spans
+    left.credit, left.last_used = 2.0, 5
+    right.credit, right.last_used = 3.0, 4
+    device.shrink(spans, 10**9, by_span(2, 3))
+    assert (stem.credit, stem.last_used) == (3.0, 5)
+
+
+def test_a_group_goes_after_what_stands_behind_it_and_before_its_branches():
+    """1 2 --+-- 3 --+
+    +-- 4 --+-- (junction) -- 5"""
+    group = TokenGroup((TokenBranch(((3,),)), TokenBranch(((4,),))))
+    forest, (end,) = inserted(TokenGraph(((1, 2), group, (5,))))
+    spans = list(forest.spans())
+    (junction,) = (span for span in spans if not span.token_ids)
+    device = Tier(10_000, "device")
+    device.add(compute(spans))
+    assert device.num_bytes == 5 * TOKEN_BYTES
+    for rows in device.shrink(spans, 10**9, lambda kind, span: (0, 0.0, 0)).values():
+        order = list(rows)
+        assert order[:2] == [end, junction]
+        assert [span.token_ids for span in order[2:]] == [(3,), (4,), (1, 2)]
+
+
+def test_compacting_keeps_the_rows_that_are_held(held):
+    device, _, spans = held
+    device.shrink(spans, 2 * TOKEN_BYTES, by_span(2))
+    assert device.num_bytes == 9 * TOKEN_BYTES
+    device.compact(spans)
+    assert device.num_bytes == 7 * TOKEN_BYTES
+    assert_right([spans[0], spans[2]])
+
+
+def test_small_blocks_become_one_where_they_are_many(monkeypatch):
+    monkeypatch.setattr(tier, "MAX_SMALL_BLOCKS", 6)
+    forest, ends = inserted(*([idx, 50 + idx] for idx in range(1, 5)))
+    device = Tier(10_000, "device")
+    for num_texts, end in enumerate(ends, 1):
+        device.add(compute([end]))
+        assert device.is_scattered == (num_texts == 4)
+        device.compact(ends[:num_texts])
+    assert not device.is_scattered
+    assert len({id(end.states.block) for end in ends}) == len({id(end.keys_values.block) for end in ends}) == 1
+    assert device.num_bytes == 8 * TOKEN_BYTES
+    assert_right(forest.spans())
+
+
+@given(data=st.data())
+def test_the_held_part_of_a_forest_is_whole(data):
+    """Whatever goes: parents are held, keys and values come with states, and as much goes as was asked for."""
+    texts = data.draw(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=6))
+    forest, _ = inserted(*texts)
+    spans = list(forest.spans())
+    device = Tier(0, "device")
+    num_before = sum(block.num_bytes for block in compute(spans))
+    staying = data.draw(st.sets(st.sampled_from(spans)))
+    ranks = {(kind, span): float(data.draw(st.integers(0, 9))) for kind in KINDS for span in spans}
+    excess = data.draw(st.integers(0, num_before + 1))
+    dropped = device.shrink(spans, excess, lambda kind, span: None if span in staying else (0, ranks[kind, span], 0))
+    sizes = [rows.num_bytes for of_kind in dropped.values() for rows in of_kind.values()]
+    must_stay = {span for end in staying for span in end.path()}
+    for span in spans:
+        for kind in KINDS:
+            assert span.holds(kind) == (span not in dropped[kind])
+            above = [parent for parent in span.parents if parent.parent is not None]
+            assert not span.holds(kind) or all(parent.holds(kind) for parent in above)
+        assert span not in must_stay or span.is_held(with_keys_values=True)
+    may_go = sum(len(span.token_ids) for span in spans if span not in must_stay) * TOKEN_BYTES
+    assert sum(sizes) >= min(excess, may_go)
+    assert sum(sizes) == 0 or sum(sizes) - max(sizes) < excess
