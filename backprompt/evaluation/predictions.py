@@ -165,6 +165,18 @@ def is_scored(span: Span, first_row: int = 0) -> bool:
     return rows.block.is_scored(rows.start + first_row, rows.stop)
 
 
+def unscored(rows: Sequence[HeldRow]) -> list[HeldRow]:
+    """Return those of the rows whose tokens have no score yet."""
+    by_block: dict[States, list[HeldRow]] = {}
+    for row in rows:
+        by_block.setdefault(row.block, []).append(row)
+    found: list[HeldRow] = []
+    for block, own in by_block.items():
+        are_scored = block.has_logprobs[[row.row for row in own]].tolist()
+        found += [row for row, is_scored in zip(own, are_scored, strict=True) if not is_scored]
+    return found
+
+
 def has_first_score(span: Span) -> bool:
     """Return whether the first token of a computed span has its score."""
     rows = states_of(span)

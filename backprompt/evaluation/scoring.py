@@ -26,6 +26,7 @@ from backprompt.evaluation.predictions import (
     is_scored,
     last_row_of,
     picked_scores,
+    unscored,
     write_first_score,
     write_scores,
 )
@@ -160,9 +161,10 @@ class Scoring:
 
     def note_last(self, scores: Mapping[Span, TokenScore]) -> None:
         """Keep the scores of computed spans' last tokens that somebody else has computed, where they are new."""
-        new = {end: score for end, score in scores.items() if not is_scored(end, len(end.token_ids) - 1)}
-        targets = [Target(0, 0, last_row_of(end)) for end in new]
-        write_scores(targets, self._as_tensors(list(new.values())))
+        rows = dict(zip(map(last_row_of, scores), scores.values(), strict=True))
+        new = unscored(list(rows))
+        targets = [Target(0, 0, row) for row in new]
+        write_scores(targets, self._as_tensors([rows[row] for row in new]))
 
     def _add_texts(self, predictions: Predictions, texts: Iterable[tuple[Inserted, int]]) -> None:
         """Add the tokens of texts that have no score yet, from a token of each on."""

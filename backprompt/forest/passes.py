@@ -45,7 +45,7 @@ def missing_spans(ends: Iterable[Span], *, with_keys_values: bool = False) -> li
     def largest_first(span: Span) -> list[Span]:
         following = wanted[span]
         # With junctions, keep the given order: the spans behind a junction come before the branches of others.
-        if span is root or not all(child.token_ids for child in following):
+        if span is root or len(following) < 2 or not all(child.token_ids for child in following):
             return following
         return sorted(following, key=num_missing.__getitem__, reverse=True)
 

@@ -372,12 +372,6 @@ def states_of(span: Span) -> BlockRows[States]:
     return rows
 
 
-def last_hidden(span: Span) -> Tensor:
-    """Return the hidden state of the last token of a span that holds its states, `(hidden,)`: a view."""
-    rows = states_of(span)
-    return rows.block.hidden[rows.stop - 1]
-
-
 def _picked(tensor: Tensor, pieces: Sequence[slice], axis: int) -> Tensor:
     """Return these rows of a tensor side by side, at its location; the tensor itself if these are all its rows."""
     num_rows = sum(piece.stop - piece.start for piece in pieces)
