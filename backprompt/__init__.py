@@ -1,7 +1,7 @@
 """Compose prompts with `+` and evaluate a forest of them in packed passes, each distinct token once.
 
-Public names stand in `_public.py`, which is imported when the first of them is asked for: torch and transformers take
-seconds, and the command line answers `--help`, and an interrupt, before that.
+`_public.py` holds the public names and is imported when the first of them is used. torch and transformers take seconds
+to import; the command line answers `--help` and interrupts before that.
 """
 
 import logging as _logging
@@ -21,12 +21,12 @@ if _typing.TYPE_CHECKING:
 _OUTSIDE = {
     _engine.FACTORY: "lm.shared_lm",
     "generate": "generation.generate.generate",
-    "select": "selected.select",
+    "select": "generation.selected.select",
     "stream": "generation.generate.stream",
     "draw": "inspection.draw.draw",
     "show": "inspection.show.show",
 }
-"""Where the functions stand that texts ask for by name, so that the node imports none of them."""
+"""The places of the functions that texts call by name, so that the node imports none of them."""
 
 
 def _find(place: str) -> _typing.Any:
@@ -37,11 +37,11 @@ def _find(place: str) -> _typing.Any:
 for _name, _place in _OUTSIDE.items():
     _engine.register(_name, _partial(_find, _place))
 
-_logging.getLogger(__name__).addHandler(_logging.NullHandler())  # silent unless the program asks for messages
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())  # silent unless the program configures logging
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Return a public name, or a module of the package; both stay as attributes."""
+    """Return a public name or a module of the package; both stay as attributes."""
     if name == "__all__" or not name.startswith("__"):
         if _find_spec(f"{__name__}.{name}") is not None:
             return _import_module(f"{__name__}.{name}")
@@ -53,5 +53,5 @@ def __getattr__(name: str) -> _typing.Any:
 
 
 def __dir__() -> list[str]:
-    """Return the names of the package, those that were not asked for yet included."""
+    """Return the names of the package, including those that are not imported yet."""
     return sorted({*globals(), *__getattr__("__all__")})

@@ -1,4 +1,4 @@
-"""All that `import backprompt` offers, imported when the first of it is asked for: see `__getattr__` of the package."""
+"""All public names of `backprompt`, imported when the first of them is used: see `__getattr__` of the package."""
 
 from backprompt import classify
 from backprompt.bound import evaluate

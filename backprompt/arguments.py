@@ -1,7 +1,7 @@
 """Checks and conversions of arguments that public functions share.
 
-Each raises an error that says what was given, what was needed and what to do, before anything is computed. A table, a
-mapping and a set can be gone through, and give column names, keys and no order: all are refused where a sequence is
+Each check raises an error that says what was given, what was needed and what to do, before any computation. Iterating
+over a table, a mapping or a set gives column names, keys or no order, so all three are refused where a sequence is
 needed.
 """
 
@@ -22,15 +22,15 @@ Choice = TypeVar("Choice")
 
 
 def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
-    """Return what can be gone through as a list, its elements unchecked.
+    """Return an iterable as a list, its elements unchecked.
 
     Args:
         given: a list, tuple, array, series, generator and the like.
-        needed: how the error begins, such as "completions must be a sequence of strings".
-        any_order: whether a set will do.
+        needed: the beginning of the error message, such as "completions must be a sequence of strings".
+        any_order: whether a set is allowed.
 
     Raises:
-        TextTypeError: it is a string, bytes, a mapping, a data frame, a set, or nothing that one can go through.
+        TextTypeError: the value is a string, bytes, a mapping, a data frame, a set, or not iterable.
 
     """
     if type(given) in (list, tuple):
@@ -58,11 +58,11 @@ def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
 
 
 def as_string(given: Any, name: str) -> str:
-    """Return a string that can be encoded; `name` says where it stands.
+    """Return a string that can be encoded; `name` names the argument in errors.
 
     Raises:
-        TextTypeError: it is no string.
-        TokenizerError: it holds a lone surrogate.
+        TextTypeError: the value is not a string.
+        TokenizerError: the string holds a lone surrogate.
 
     """
     if not isinstance(given, str):
@@ -72,14 +72,14 @@ def as_string(given: Any, name: str) -> str:
 
 
 def check_encodable(string: str, name: str) -> None:
-    """Raise TokenizerError for a lone surrogate; `name` says where the string stands."""
+    """Raise TokenizerError for a lone surrogate; `name` names the string in the error."""
     position = lone_surrogate(string)
     if position is not None:
         raise TokenizerError(surrogate_message(f"{name}, {abbreviated(string)},", position))
 
 
 def lone_surrogate(string: str) -> int | None:
-    """Return where half of a UTF-16 pair stands alone, which is no character and cannot be encoded."""
+    """Return the position of the first lone surrogate: half of a UTF-16 pair, no character, impossible to encode."""
     try:
         _ = string.isascii() or string.encode()
     except UnicodeEncodeError as error:
@@ -88,7 +88,7 @@ def lone_surrogate(string: str) -> int | None:
 
 
 def surrogate_message(shown: str, position: int) -> str:
-    """Return what an error says of a lone surrogate."""
+    """Return the error message about a lone surrogate."""
     return (
         f"{shown} holds a lone surrogate at character {position}: half of a UTF-16 pair, which is no character. Decode "
         "the source as UTF-8, or replace it with string.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
@@ -96,10 +96,10 @@ def surrogate_message(shown: str, position: int) -> str:
 
 
 def as_int(given: Any, name: str, *, at_least: int, error: type[ValueError] = ValueError) -> int:
-    """Return a whole number as an int; a bool is none.
+    """Return a whole number as an int; a bool does not count as a number.
 
     Raises:
-        ValueError: as `error`: it is no whole number, or too small.
+        ValueError: or `error`: the value is not a whole number, or too small.
 
     """
     if not is_int(given) or given < at_least:
@@ -108,12 +108,12 @@ def as_int(given: Any, name: str, *, at_least: int, error: type[ValueError] = Va
 
 
 def is_int(given: Any) -> bool:
-    """Return whether it is a whole number, of Python or numpy; a bool is none."""
+    """Return whether the value is a whole number, of Python or numpy; a bool is not."""
     return isinstance(given, Integral) and not isinstance(given, bool)
 
 
 def is_python_int(given: Any) -> bool:
-    """Return whether it is an int of Python, as elements of an array or a tensor are not; a bool is none."""
+    """Return whether the value is a Python int; a bool and the elements of an array or a tensor are not."""
     return isinstance(given, int) and not isinstance(given, bool)
 
 
@@ -124,11 +124,11 @@ def as_number(
     bounds: tuple[float, float] = (-math.inf, math.inf),
     error: type[Exception] | None = None,
 ) -> float:
-    """Return a finite number as a float; a bool is none.
+    """Return a finite number as a float; a bool does not count as a number.
 
     Raises:
-        TypeError: or `error`: it is no number.
-        ValueError: or `error`: it is nan, infinite, or not within the bounds.
+        TypeError: or `error`: the value is not a number.
+        ValueError: or `error`: the number is nan, infinite, or not within the bounds.
 
     """
     low, high = bounds
@@ -142,10 +142,10 @@ def as_number(
 
 
 def as_bool(given: Any, name: str, *, error: type[Exception] = ValueError) -> bool:
-    """Return True or False, of Python or numpy, as a bool; a number or a string is neither.
+    """Return True or False, of Python or numpy, as a bool; numbers and strings are refused.
 
     Raises:
-        ValueError: as `error`.
+        ValueError: or `error`: the value is neither.
 
     """
     if not isinstance(given, (bool, np.bool_)):
@@ -157,7 +157,7 @@ def as_choice(given: Any, name: str, choices: Sequence[Choice], *, advice: str =
     """Return one of the choices.
 
     Raises:
-        ValueError: it is none of them; the error ends with the advice.
+        ValueError: the value is none of the choices; the message ends with the advice.
 
     """
     if given not in choices:
@@ -170,13 +170,13 @@ def as_floats(given: Any, name: str) -> npt.NDArray[np.float64]:
     """Return an array, a tensor, a series, or a sequence or nested sequences of finite numbers as an array of floats.
 
     Raises:
-        TypeError: it is something else, or has elements that are not numbers.
+        TypeError: the value is something else, or has elements that are not numbers.
         ValueError: rows are of different lengths, or a number is nan or infinite.
 
     """
     needed = f"{name} must be numbers in order"
     if hasattr(given, "detach"):
-        given = given.detach().cpu().double().numpy()  # torch's, of which numpy does not know all dtypes
+        given = given.detach().cpu().double().numpy()  # a tensor of torch; numpy does not know all its dtypes
     elif not hasattr(given, "__array__"):
         given = as_list(given, needed)
     try:

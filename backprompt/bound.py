@@ -24,12 +24,12 @@ def evaluate(texts: Iterable[Text], *, show_progress_bar: bool | None = None) ->
 def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> ModelRepr | list[ModelRepr]:
     """Evaluate a text, or many texts with one plan for all of them.
 
-    Each distinct token that is not cached is forwarded exactly once. Texts of several `LM` objects are evaluated
-    an `LM` at a time.
+    Each distinct token that is not cached is forwarded exactly once. Texts of several `LM` objects are evaluated one
+    `LM` at a time.
 
     Args:
         texts: a text, or many.
-        show_progress_bar: by default on a terminal where it takes several passes and longer than two seconds.
+        show_progress_bar: by default a bar shows on a terminal if evaluation takes several passes and over two seconds.
 
     Returns:
         A `ModelRepr` for a text, or a list of them in the order of `texts`.
@@ -57,10 +57,10 @@ def lm_of(text: object, idx: int) -> LM:
 
 
 def one_lm(texts: Sequence[Text]) -> LM:
-    """Return the `LM` that all of these belong to.
+    """Return the `LM` that all texts belong to.
 
     Raises:
-        TextTypeError, UnboundTextError, MixedModelsError: one is not a text, has no `LM`, or another one.
+        TextTypeError, UnboundTextError, MixedModelsError: an element is not a text, has no `LM`, or has another `LM`.
 
     """
     for idx, text in enumerate(texts):
@@ -72,21 +72,21 @@ def one_lm(texts: Sequence[Text]) -> LM:
 
 
 def bound_lm(text: Text, what: str) -> LM:
-    """Return the `LM` of a text; `what` is wanted of it.
+    """Return the `LM` of a text; `what` names the result that needs it.
 
     Raises:
-        UnboundTextError: the text has none.
+        UnboundTextError: the text has no `LM`.
 
     """
     return as_lm(bound_engine(text, what))
 
 
 def as_lm(given: Any) -> LM:
-    """Return an `LM`, of a `(model, tokenizer)` tuple the one that all such tuples share.
+    """Return an `LM`; for a `(model, tokenizer)` tuple, return the `LM` that all such tuples share.
 
     Raises:
-        TextTypeError: it is neither.
-        What `LM` raises for the model and the tokenizer.
+        TextTypeError: the value is neither.
+        All errors that `LM` raises for the model and the tokenizer.
 
     """
     engine = given if isinstance(given, LM) else as_engine(given)

@@ -1,4 +1,4 @@
-"""A drawing: a graph in Graphviz's language that lays itself out, with no `dot` on the path."""
+"""A drawing: a graph in Graphviz's language that can be laid out without `dot` on the path."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from backprompt.forking import ForkableLock, watch_store
 
 
 class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
-    """A `graphviz.Digraph` that needs no `dot` on the path: it is laid out by the Graphviz that pygraphviz carries.
+    """A `graphviz.Digraph` that needs no `dot` on the path: the Graphviz inside pygraphviz lays the graph out.
 
-    It shows itself in notebooks. Where pygraphviz is not there, a `dot` on the path serves.
+    Notebooks display the drawing. If pygraphviz is not installed, a `dot` on the path is used.
     """
 
     def pipe(
         self, format: str | None = None, *, engine: str | None = None, encoding: str | None = None, **options: Any
     ) -> bytes | str:
-        """Return the picture as bytes, or with `encoding` as a string; see `graphviz.Digraph.pipe`.
+        """Return the picture as bytes, or as a string if `encoding` is given; see `graphviz.Digraph.pipe`.
 
         Raises:
-            DrawingError: there is no such format, or nothing to lay it out with.
+            DrawingError: the format does not exist, or no layout program is installed.
 
         """
         format, engine = format or self.format, engine or self.engine
@@ -54,11 +54,11 @@ class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
     ) -> str:
         """Write the picture to a file and return its path; see `graphviz.Digraph.render`.
 
-        `.render("tree", format="svg")` writes the source to `tree` and the picture to `tree.svg`. A path that ends as a
-        picture's does is the picture's own: `.render("tree.svg")` writes nothing else.
+        `.render("tree", format="svg")` writes the source to `tree` and the picture to `tree.svg`. A path with the
+        extension of a picture names the picture itself: `.render("tree.svg")` writes no other file.
 
         Raises:
-            DrawingError: there is no such format, or nothing to lay it out with.
+            DrawingError: the format does not exist, or no layout program is installed.
 
         """
         path = Path(self.directory if directory is None else directory, outfile or filename or self.filename)
@@ -78,12 +78,12 @@ class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
 
 
 _LAYOUT_LOCK = ForkableLock()
-"""Graphviz keeps its state in globals."""
+"""Guards layout: Graphviz keeps its state in globals."""
 watch_store(_LAYOUT_LOCK)
 
 
 def _laid_out(source: str, format: str, engine: str) -> bytes | None:
-    """Return the picture of DOT source by the Graphviz that pygraphviz carries; None where there is none."""
+    """Return the picture of DOT source, laid out by the Graphviz inside pygraphviz; None without pygraphviz."""
     try:
         import pygraphviz
     except ImportError:
@@ -91,7 +91,7 @@ def _laid_out(source: str, format: str, engine: str) -> bytes | None:
     with _LAYOUT_LOCK:
         try:
             data = pygraphviz.AGraph(string=source).draw(format=format, prog=engine)
-        except (ValueError, TypeError) as error:  # a TypeError is what comes of an unknown format
+        except (ValueError, TypeError) as error:  # an unknown format raises a TypeError
             raise DrawingError(
                 f"Graphviz cannot draw this as {format!r} with {engine!r}. Formats that it always has are "
                 '"svg", "png" and "pdf".'

@@ -1,7 +1,7 @@
 """The errors of backprompt: one small family, each also a built-in kind.
 
-Every message says what was given, what was needed and what to do instead. `except BackpromptError` catches them
-all; `except ValueError` and the like keep working for callers who do not know this library.
+Every message says what was given, what was needed and what to do instead. `except BackpromptError` catches all of
+them; `except ValueError` and the like keep working for callers who do not know this library.
 """
 
 from backprompt.visible import visible_lines
@@ -11,12 +11,12 @@ class BackpromptError(Exception):
     """Base of every error that backprompt raises on purpose."""
 
     def __str__(self) -> str:
-        """Return the message, fit to be shown: it may quote texts, file names and other people's messages."""
+        """Return the message with invisible characters escaped: texts, file names and other messages may be quoted."""
         return visible_lines(super().__str__())
 
 
 class TextTypeError(BackpromptError, TypeError):
-    """Something that is neither a `str` nor a `Text` was used as one, or something that is no sequence as several."""
+    """A value is neither a `str` nor a `Text`, or not a sequence, where one is needed."""
 
 
 class MixedModelsError(BackpromptError, ValueError):
@@ -24,11 +24,11 @@ class MixedModelsError(BackpromptError, ValueError):
 
 
 class UnboundTextError(BackpromptError, ValueError):
-    """A text without a model was asked for something that only a model or a tokenizer can tell."""
+    """A text without a model was asked for a result that needs a model or a tokenizer."""
 
 
 class EmptyTextError(BackpromptError, ValueError):
-    """A text of zero tokens was evaluated; nothing predicts from nothing."""
+    """A text of zero tokens was evaluated; a prediction needs at least one token."""
 
 
 class TextTooLongError(BackpromptError, ValueError):
@@ -40,11 +40,11 @@ class TokenIdError(BackpromptError, IndexError):
 
 
 class TokenizerError(BackpromptError, ValueError):
-    """The tokenizer cannot encode what it was given in the way that was asked for."""
+    """The tokenizer cannot encode the given text in the requested way."""
 
 
 class GroupError(BackpromptError, ValueError):
-    """What was asked for does not exist for a text with groups or frozen segments, or for one that ends in a group."""
+    """The request is undefined for texts with groups or frozen segments, or for texts that end in a group."""
 
 
 class JoinError(BackpromptError, ValueError):
@@ -52,46 +52,46 @@ class JoinError(BackpromptError, ValueError):
 
 
 class UnsupportedModelError(BackpromptError, NotImplementedError):
-    """The model cannot be evaluated in packed passes with the numbers of its plain call."""
+    """Packed passes cannot reproduce the numbers of the model's plain call."""
 
 
 class NonFiniteError(BackpromptError, ArithmeticError):
-    """The model returned NaN or infinity, or gives probability 0 to all that there is to choose from."""
+    """The model returned NaN or infinity, or gives probability 0 to every available choice."""
 
 
 class DriftError(BackpromptError, ArithmeticError):
-    """What was computed lies further from the model's plain call than was tolerated."""
+    """Results differ from the model's plain call by more than the tolerance."""
 
 
 class GenerationError(BackpromptError, ValueError):
-    """Options of `generate` that contradict each other, that it does not have, or that leave no token to choose."""
+    """Options of `generate` contradict each other, do not exist, or leave no token to choose."""
 
 
 class MemoryBudgetError(BackpromptError, MemoryError):
-    """What was asked to be held does not fit the `LM`'s `memory_bytes`."""
+    """A text to be held does not fit the `LM`'s `memory_bytes`."""
 
 
 class DamagedEntryError(BackpromptError, ValueError):
-    """An entry is not what was written, or not what an entry is made of.
+    """An entry differs from the one that was written, or is not a valid entry.
 
-    Where one is read it is caught: it is reported and set aside, and evaluation goes on.
+    Stores catch this error on reading: the entry is reported and set aside, and evaluation goes on.
     """
 
 
 class StoreVersionError(BackpromptError, ValueError):
-    """A store was written by another version of backprompt, in a format that this one does not read."""
+    """A store was written by another version of backprompt, in a format that this version does not read."""
 
 
 class EntryTooLargeError(BackpromptError, OSError):
-    """What was to be stored is larger than the store may be."""
+    """An entry to be stored is larger than the whole store may be."""
 
 
 class NoStoreError(BackpromptError, RuntimeError):
-    """Something was to be stored, but the `LM` has no store."""
+    """Storing was requested, but the `LM` has no store."""
 
 
 class StaleRepresentationError(BackpromptError, RuntimeError):
-    """A `ModelRepr` was read after the weights that it was computed with had changed, or they changed meanwhile."""
+    """A `ModelRepr` was read after the weights behind it had changed, or the weights changed during the call."""
 
 
 class ModelLoadError(BackpromptError, OSError):
@@ -99,7 +99,7 @@ class ModelLoadError(BackpromptError, OSError):
 
 
 class DrawingError(BackpromptError, RuntimeError):
-    """A picture could not be made: there is nothing to lay it out or to draw it with, or no such format."""
+    """A picture could not be made: a program for layout or drawing is missing, or the format does not exist."""
 
 
 class MissingDependencyError(BackpromptError, ImportError):
@@ -111,4 +111,4 @@ class NotPicklableError(BackpromptError, TypeError):
 
 
 class CommandError(BackpromptError, ValueError):
-    """The command line was given what it cannot use: a file, a row of it, or options that contradict each other."""
+    """The command line got unusable input: a file, a row of a file, or options that contradict each other."""

@@ -1,12 +1,12 @@
-"""Forking: a child process finds every `LM` and store as it is between two calls, and computes on one thread.
+"""Forking: a child process finds every `LM` and store in the state between two calls, and computes on one thread.
 
-`os.fork` copies memory as it is, and of all threads only the one that forks. So
+`os.fork` copies memory as it is, but of all threads only the one that forks. Therefore:
 
-- it waits for locks: one that another thread holds would never be released in the child, and what it guards would stay
-  half changed there. First those of `LM`s, then those of stores, which they use.
-- SQLite forbids carrying a connection over. A store closes its own, and each process opens one when it asks again.
-- GNU OpenMP, with which torch computes on the CPU, waits for ever in a child for threads that are not there. So torch
-  computes on one thread there, as in the workers of a DataLoader.
+- Forking waits for locks. A lock held by another thread would never be released in the child, and the guarded data
+  would stay half changed there. The locks of `LM`s come first, then those of stores, because `LM`s use stores.
+- SQLite forbids carrying a connection over. A store closes its connection, and each process opens its own on next use.
+- GNU OpenMP, which torch uses on the CPU, waits forever in a child for threads that do not exist there. So torch
+  computes on one thread in the child, as in the workers of a DataLoader.
 
 On CUDA a child cannot compute at all: torch raises an error that says so.
 """
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class Forkable(Protocol):
-    """Must not be copied in the middle of a change."""
+    """An object that must not be copied in the middle of a change."""
 
     def before_fork(self) -> None:
-        """Wait until no other thread is in the middle of one, and let none begin."""
+        """Wait until no other thread is in the middle of a change, and let none begin."""
         ...
 
     def after_fork(self) -> None:
-        """Let other threads go on; called in the parent and in the child."""
+        """Let other threads continue; called in the parent and in the child."""
         ...
 
 
@@ -38,7 +38,7 @@ class ForkableLock:
     """A lock that no other thread holds when a process is forked."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # whoever forks may hold it
+        self._lock = threading.RLock()  # the forking thread may hold it
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -47,37 +47,37 @@ class ForkableLock:
         self._lock.release()
 
     def before_fork(self) -> None:
-        """Wait until no other thread holds it."""
+        """Wait until no other thread holds the lock, and take it."""
         self._lock.acquire()
 
     def after_fork(self) -> None:
-        """Let go of it."""
+        """Release the lock."""
         self._lock.release()
 
 
 _lms: WeakSet[Forkable] = WeakSet()
 stores: WeakSet[Forkable] = WeakSet()
-_watch_lock = threading.RLock()  # around each change of the two sets, and each walk through them
+_watch_lock = threading.RLock()  # guards each change of the two sets and each walk through them
 _fork_lock = threading.RLock()
-_held: list[Forkable] = []  # by the thread that holds `_fork_lock`
+_held: list[Forkable] = []  # held by the thread that holds `_fork_lock`
 
 
 def watch_lm(lm: Forkable) -> None:
-    """Let forking wait for it, for as long as it lives, before it waits for a store."""
+    """Let forking wait for `lm`, for as long as `lm` lives, before any store."""
     with _watch_lock:
         _lms.add(lm)
 
 
 def watch_store(store: Forkable) -> None:
-    """Let forking wait for it, for as long as it lives."""
+    """Let forking wait for `store`, for as long as `store` lives."""
     with _watch_lock:
         stores.add(store)
 
 
 def before_fork() -> None:
-    """Wait until no `LM` and no store is in the middle of a change; `os.fork` calls it."""
+    """Wait until no `LM` and no store is in the middle of a change; called by `os.fork`."""
     _fork_lock.acquire()
-    with _watch_lock:  # not while it waits for others, which may be about to add one
+    with _watch_lock:  # released before waiting for others, which may be about to add an owner
         owners = (*_lms, *stores)
     for owner in owners:
         owner.before_fork()
@@ -85,7 +85,7 @@ def before_fork() -> None:
 
 
 def after_fork() -> None:
-    """Let all go on that `before_fork` has held up."""
+    """Release all that `before_fork` holds."""
     while _held:
         _held.pop().after_fork()
     _fork_lock.release()
@@ -97,12 +97,12 @@ def _after_in_child() -> None:
     after_fork()
     if not _lms:
         return
-    import torch  # which whoever has an LM has; others need not wait for it
+    import torch  # already imported if an LM exists; other processes need not wait for the import
 
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         logger.info("This process was forked: torch computes on one thread, as the others of its parent are not there.")
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+if hasattr(os, "register_at_fork"):  # missing on Windows, which has no fork
     os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=_after_in_child)

@@ -1,8 +1,8 @@
 """LM: the façade of a model with its tokenizer, as users see it.
 
-It documents and delegates: all state is its `Session`'s. One lock guards that, so one `LM` may be used from many
-threads; the model itself is never touched, so it may be called by others meanwhile. If others change its weights
-meanwhile, a call that computes with them raises an error.
+`LM` documents and delegates: all state lies in its `Session`. One lock guards the session, so one `LM` may be used from
+many threads. The model itself is never changed, so other code may call it at the same time. If other code changes its
+weights during a call that computes with them, the call raises an error.
 """
 
 from __future__ import annotations
@@ -39,35 +39,33 @@ from backprompt.tokens.joins import Joins
 class LM(Engine[Text]):
     """A causal language model of transformers with its tokenizer; starts with an empty cache.
 
-    The model is left as found: evaluation runs on a private copy that shares its weights, in eval mode, without
+    The model is left unchanged: evaluation runs on a private copy that shares its weights, in eval mode, without
     gradients. Copying an `LM` returns the same object.
 
     Args:
         model: any causal LM of transformers whose attention goes through transformers' attention interface.
         tokenizer: its tokenizer.
-        joins: what happens where two strings of a text meet. "exact" encodes the whole string; "split" encodes every
+        joins: how strings that meet in a text are encoded. "exact" encodes the whole string; "split" encodes every
             segment on its own; "error" raises where the two differ.
-        add_special_tokens: whether to add what the tokenizer adds to a whole string, once a text.
-        memory_bytes: how much to hold between calls: keys, values, hidden states and log-probabilities. A number of
-            bytes or text such as "2 GB"; by default half of what is free on the device. What goes beyond is dropped,
-            and computed again when it is asked for.
-        host_memory_bytes: a second budget, in host memory: what goes beyond the first moves there instead, and back
-            when it is asked for. By default a quarter of the host memory that is free, and 0 for a model that lies in
-            host memory itself.
-        pin_memory: take page-locked host memory for it, which moves faster; for models on CUDA.
-        max_tokens_per_forward: how many tokens one packed pass forwards at most; by default chosen by device.
-        store: a store of representations, or the path of its folder, made if it is not there. What it has is not
-            computed again; what is computed goes into it, as the store's `persist` says ("always" for a path).
-        beyond_trained_length: let texts through that are longer than a rotary model was trained for.
+        add_special_tokens: whether each text gets the special tokens that the tokenizer adds to a whole string.
+        memory_bytes: the budget for results held between calls: keys, values, hidden states and log-probabilities. A
+            number of bytes or text such as "2 GB"; by default half of the free memory of the device. Results beyond the
+            budget are dropped, and computed again on demand.
+        host_memory_bytes: a second budget, in host memory: results beyond the first budget move there instead, and back
+            on demand. By default a quarter of the free host memory, and 0 for a model that lies in host memory itself.
+        pin_memory: take page-locked host memory for the second budget, for faster transfers; for models on CUDA.
+        max_tokens_per_forward: the largest number of tokens in one packed pass; by default chosen by device.
+        store: a store of representations, or the path of its folder, created if missing. Stored results are not
+            computed again; new results are stored according to the store's `persist` ("always" for a path).
+        beyond_trained_length: allow texts that are longer than a rotary model was trained for.
         pack_weights: on the CPU, hold a second copy of the weights of all linear layers, in the order in which they are
-            multiplied. It takes as many bytes as they do (`lm.stats.packed_weight_bytes`; 494 MB for GPT-2) and makes
-            passes faster, most of all those of few tokens: generation. For weights in float32 or bfloat16.
-
+            multiplied. The copy takes as many bytes as those weights (`lm.stats.packed_weight_bytes`; 494 MB for GPT-2)
+            and makes passes faster, most of all those of few tokens: generation. For weights in float32 or bfloat16.
     Raises:
-        ValueError, TypeError: an option has a value that it cannot have.
-        UnsupportedModelError: the model cannot be evaluated exactly, or its weights not be packed; names the reason.
-            Some reasons show only on the first evaluation.
-        TokenizerError: `tokenizer` is not one.
+        ValueError, TypeError: an option has an invalid value.
+        UnsupportedModelError: the model cannot be evaluated exactly, or its weights cannot be packed; the message names
+            the reason. Some reasons show only on the first evaluation.
+        TokenizerError: `tokenizer` is not a tokenizer.
 
     """
 
@@ -123,16 +121,16 @@ class LM(Engine[Text]):
 
     @property
     def model(self) -> nn.Module:
-        """The model, as it was given.
+        """The model, as given.
 
-        Whoever reads this may write weights, so a fingerprint first used thereafter is not a remembered one.
+        The caller may change its weights, so a fingerprint first used after this access is always computed anew.
         """
         self._session.fingerprint.hand_out()
         return self._session.model
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, as it was given."""
+        """The tokenizer, as given."""
         return self._session.tokenizer
 
     @property
@@ -142,7 +140,7 @@ class LM(Engine[Text]):
 
     @property
     def stats(self) -> Stats:
-        """What was done so far and what is held now."""
+        """Counts of the work done so far and of the results held now."""
         with self._session.exclusive():
             return stats_of(self._session.counters, self._session.evaluator)
 
@@ -150,26 +148,29 @@ class LM(Engine[Text]):
     def fingerprint(self) -> str:
         """SHA-256, as hex, of the model's weights, configuration, adapters and dtype, and of the tokenizer.
 
-        The root of all keys. The first use, and the first after a change, hashes every weight; that of what `load` read
-        is remembered between processes, in `$BACKPROMPT_CACHE_HOME` or `backprompt` in the user's cache directory.
+        The root of all keys. The first use, and the first use after a change, hashes every weight. The fingerprint of a
+        model from `load` is kept between processes, in `$BACKPROMPT_CACHE_HOME` or `backprompt` in the user's cache
+        directory.
         """
         with self._session.exclusive():
             self._session.current()
             return self._session.fingerprint.root().key.hex()
 
     def evaluate(self, texts: Iterable[Text], *, show_progress_bar: bool | None = None) -> list[ModelRepr]:
-        """Compute what is missing of the texts, in as few packed passes as possible; one `ModelRepr` a text.
+        """Compute the missing parts of the texts, in as few packed passes as possible; one `ModelRepr` for each text.
 
         Args:
-            texts: of this `LM`.
-            show_progress_bar: by default on a terminal where it takes several passes and longer than two seconds.
+            texts: texts of this `LM`.
+            show_progress_bar: by default a bar shows on a terminal if evaluation takes several passes and over two
+                seconds.
 
         Raises:
             TextTypeError, UnboundTextError: an element is not a text of this `LM`.
-            EmptyTextError, TextTooLongError, TokenIdError, JoinError, TokenizerError: a text that cannot be
-                evaluated, named in the message; raised before anything is computed.
-            NonFiniteError: the model returned NaN or infinity; names the text.
-            StaleRepresentationError: weights changed meanwhile; nothing that was computed is kept.
+            TextTypeError, UnboundTextError: an element is not a text of this `LM`.
+            EmptyTextError, TextTooLongError, TokenIdError, JoinError, TokenizerError: a text cannot be evaluated; the
+                message names the text, and nothing is computed.
+            NonFiniteError: the model returned NaN or infinity; the message names the text.
+            StaleRepresentationError: weights changed during the call; no result of the call is kept.
             UnsupportedModelError: see the class.
 
         """
@@ -179,7 +180,7 @@ class LM(Engine[Text]):
             return [ModelRepr(self._session, evaluated) for evaluated in self._session.evaluate(texts)]
 
     def representation(self, text: Text) -> ModelRepr:
-        """Return what `evaluate` returns of a text; of one that is held this is no evaluation, only a look."""
+        """Return the representation of a text, as `evaluate` does; for a held text no evaluation is counted."""
         with self._session.exclusive():
             return ModelRepr(self._session, *self._session.evaluate([text]))
 
@@ -194,25 +195,25 @@ class LM(Engine[Text]):
 
             lm.token_logprobs([prompt + " Paris", prompt + " Lyon"], [prompt, prompt])
 
-        Rows of the output head that predict only tokens before the start are not computed, and a text's last token is
-        not forwarded for this (if it is scored, and one token stands before it), since no row of its own is needed. A
-        text may have one token more than the model has positions.
+        Rows of the output head that predict only tokens before the start are not computed. A text's last token is not
+        forwarded if it is scored and another token stands before it, since its own row is not needed. So a text may
+        have one token more than the model has positions.
 
         Args:
-            texts: of this `LM`.
-            starts: for each text what is not scored: a `Text` that it begins with, or a number of its tokens. Prefer
-                the `Text`. Where a token spans their join, a prompt's tokens are no beginning of the whole text's: a
-                `Text` is refused then, and a number scores something else.
+            texts: texts of this `LM`.
+            starts: for each text its unscored beginning: a `Text`, or a number of tokens. Prefer the `Text`. If a token
+                spans the end of a prompt, the prompt's tokens are no prefix of the whole text's tokens: a `Text` is
+                refused then, and a number scores different tokens.
             show_progress_bar: see `evaluate`.
 
         Returns:
-            A tensor a text, `(tokens - start,)`, nats, float64 for a model in float64 and else float32; nan for a first
-            token, which nothing predicts.
+            A tensor for each text, `(tokens - start,)`, nats, float64 for a model in float64 and else float32; nan for
+            the first token of a text, which has no prediction.
 
         Raises:
-            ValueError: `starts` has another length than `texts`, a start is negative or beyond its text's end, or its
-                tokens are no beginning of its text's.
-            What `evaluate` raises.
+            ValueError: `starts` has another length than `texts`, a start is negative or beyond its text's end, or the
+                tokens of a start are no prefix of its text's tokens.
+            All errors of `evaluate`.
 
         """
         with showing(show_progress_bar):
@@ -226,15 +227,15 @@ class LM(Engine[Text]):
         *,
         show_progress_bar: bool | None = None,
     ) -> list[TokenScores]:
-        """Return what `token_logprobs` returns and, beside it, whether each token is the most probable one.
+        """Return the results of `token_logprobs`, and whether each token is the most probable one.
 
-        Both are read off the same rows of the output head.
+        Both come from the same rows of the output head.
 
         Returns:
-            Scores a text, `.logprobs` and `.is_argmax`, each `(tokens - start,)`; see `TokenScores`.
+            Scores for each text, `.logprobs` and `.is_argmax`, each `(tokens - start,)`; see `TokenScores`.
 
         Raises:
-            What `token_logprobs` raises.
+            All errors of `token_logprobs`.
 
         """
         with showing(show_progress_bar):
@@ -243,21 +244,22 @@ class LM(Engine[Text]):
     def next_token_logprobs(
         self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]], *, show_progress_bar: bool | None = None
     ) -> list[torch.Tensor]:
-        """Evaluate texts and return the log-probabilities of given tokens as the next one of each.
+        """Evaluate texts and return the log-probabilities of given tokens as the next token of each text.
 
         Args:
-            texts: any texts that do not end in a group.
+            texts: texts that do not end in a group.
             token_ids: for each text the ids to score; they are not forwarded.
             show_progress_bar: see `evaluate`.
 
         Returns:
-            A tensor a text, `(ids,)`, nats, float64 for a model in float64 and else float32, on the model's device.
+            A tensor for each text, `(ids,)`, nats, float64 for a model in float64 and else float32, on the model's
+            device.
 
         Raises:
             ValueError: `token_ids` has another length than `texts`.
             GroupError: a text ends in a group, so it has no last token.
-            TokenIdError: an id is not one of the model's.
-            What `evaluate` raises.
+            TokenIdError: the model has no such token id.
+            All errors of `evaluate`.
 
         """
         with showing(show_progress_bar):
@@ -272,21 +274,21 @@ class LM(Engine[Text]):
         return pinned(self._session, text)
 
     def check(self, texts: Iterable[Text]) -> None:
-        """Raise what `evaluate` raises for texts that cannot be evaluated; computes nothing."""
+        """Raise the errors of `evaluate` for texts that cannot be evaluated, without computing."""
         self._session.check(texts)
 
     def look_up(self, texts: Iterable[Text]) -> list[list[Piece]]:
-        """Return where the tokens of texts lie, as pieces of each text in written order.
+        """Return where the tokens of texts are held, as pieces of each text in written order.
 
-        Nothing is computed, loaded or inserted, and what is evicted next stays the same. With a store only its index is
-        asked, and the first such question hashes the model's weights, as `fingerprint` does.
+        Nothing is computed, loaded or inserted, and the order of eviction stays the same. Of a store only the index is
+        read; the first such call hashes the model's weights, as `fingerprint` does.
 
         Returns:
-            For each text pieces that cover `text.tokens` without gaps.
+            For each text a list of pieces that cover `text.tokens` without gaps.
 
         Raises:
             TextTypeError, UnboundTextError: an element is not a text of this `LM`.
-            JoinError, TokenizerError: a text that cannot be encoded.
+            JoinError, TokenizerError: a text cannot be encoded.
 
         """
         texts = self._session.own_texts(texts)
@@ -296,11 +298,11 @@ class LM(Engine[Text]):
             return [sketch.pieces(inserted) for inserted in sketch.texts]
 
     def extents(self, texts: Iterable[Text]) -> list[list[Extent]]:
-        """Return which tokens of each text its strings and runs of token ids became, in written order.
+        """Return the tokens of each segment (a string or a run of token ids) of each text, in written order.
 
         Raises:
             TextTypeError, UnboundTextError: an element is not a text of this `LM`.
-            JoinError, TokenizerError: a text that cannot be encoded.
+            JoinError, TokenizerError: a text cannot be encoded.
 
         """
         texts = self._session.own_texts(texts)
@@ -327,20 +329,20 @@ class LM(Engine[Text]):
             return self._session.encoder.string(text)
 
     def clear(self) -> None:
-        """Drop everything that was computed, pinned texts too.
+        """Drop all computed results, including those of pinned texts.
 
-        Texts and representations stay valid and are recomputed when asked.
+        Texts and representations stay valid and are recomputed on demand.
         """
         self._session.clear()
 
     def refresh(self) -> None:
-        """Hash every weight and the tokenizer again, and drop what was computed if they have changed.
+        """Hash every weight and the tokenizer again, and drop all computed results if either changed.
 
-        Needed only after changes that the quick look before each evaluation cannot see: writes through `.data` to a
-        few elements, settings of modules that are neither parameters nor buffers, or single merges replaced within
-        the tokenizer, or files rewritten in place from which weights are mapped into memory. Refresh after them and
-        before evaluating: with a store, what is computed in between is stored as that of the old weights. Without an
-        earlier use of `fingerprint` there is nothing to compare with, and everything is dropped.
+        `refresh` is needed only after changes that the quick check before each evaluation cannot see: writes through
+        `.data` to a few elements, settings of modules that are neither parameters nor buffers, single merges replaced
+        within the tokenizer, or files rewritten in place from which weights are mapped into memory. Refresh after such
+        a change and before evaluating: with a store, results computed in between are stored as those of the old
+        weights. Without an earlier use of `fingerprint` no hash exists to compare with, and all results are dropped.
         """
         self._session.refresh()
 
@@ -352,9 +354,9 @@ watch_lm(_SHARED_LOCK)
 
 
 def shared_lm(model: nn.Module, tokenizer: Any) -> LM:
-    """Return the one `LM` of this pair of objects, for as long as anything refers to it."""
+    """Return the one `LM` of this pair of objects, shared for as long as any reference to it exists."""
     with _SHARED_LOCK:
-        pair = (id(model), id(tokenizer))  # ids stay taken while the session holds both objects
+        pair = (id(model), id(tokenizer))  # both ids stay taken while the session holds the objects
         lm = _SHARED.get(pair)
         if lm is None:
             session = _SHARED_SESSIONS.get(pair)  # a representation may have outlived the LM and all of its texts

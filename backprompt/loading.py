@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer: devices, dtypes, and whether the files decide about all weights."""
+"""Loading a model and its tokenizer: devices, dtypes, and whether the files determine all weights."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def load(
     """Load a causal LM and its tokenizer by hub id or local path.
 
     Args:
-        name: what `from_pretrained` of transformers takes.
-        device: "cuda", "mps", "cpu" ...; by default the first of these that there is.
-        dtype: of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
-        show_progress_bar: False hides the bars of transformers; by default they show as transformers is set to.
-        **lm_options: what `LM` takes.
+        name: a name or path for `from_pretrained` of transformers.
+        device: "cuda", "mps", "cpu" ...; by default the first of these that is available.
+        dtype: the dtype of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
+        show_progress_bar: False hides the bars of transformers; by default the setting of transformers decides.
+        **lm_options: options of `LM`.
 
     Raises:
-        ValueError, TypeError: a device that is not there, a dtype that weights cannot have, an option that `LM` does
-            not have, or a value that it cannot have; before anything is loaded.
+        ValueError, TypeError: the device is not available, weights cannot have the dtype, `LM` does not have an option,
+            or an option has an invalid value; raised before anything is loaded.
         ModelLoadError: the model or the tokenizer cannot be found or downloaded.
-        OSError: the path of a store cannot be the folder of one; see `DiskStore`.
+        OSError: the store's path cannot be the folder of a store; see `DiskStore`.
         UnsupportedModelError: see `LM`.
 
     """
@@ -79,7 +79,7 @@ def load(
 
 @contextmanager
 def _bars_of_transformers(show: bool | None) -> Iterator[None]:
-    """Show or hide what shows while transformers loads a model; it has one setting for the whole process."""
+    """Show or hide the progress bars of transformers while a model loads; the setting is global to the process."""
     before = transformers_logging.is_progress_bar_enabled()
     _show_bars_of_transformers(before if show is None else show)
     try:
@@ -96,15 +96,15 @@ def _show_bars_of_transformers(show: bool) -> None:
 
 
 def available_device(device: str | int | torch.device, named: str | None = None) -> torch.device:
-    """Return a device that is there.
+    """Return a device, checked to be available.
 
     Args:
-        device: what was asked for.
-        named: how an error calls it; by default as an argument, `device='cuda'`.
+        device: the requested device.
+        named: the device's name in errors; by default written as an argument, `device='cuda'`.
 
     Raises:
-        TypeError: it is no device.
-        ValueError: it is not there, or holds no weights.
+        TypeError: the value is not a device.
+        ValueError: the device is not available, or holds no weights.
 
     """
     named = f"device={str(device)!r}" if named is None else named
@@ -113,7 +113,7 @@ def available_device(device: str | int | torch.device, named: str | None = None)
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    # An assertion where torch is without CUDA, an import where a device is another package's.
+    # An AssertionError: torch is built without CUDA. An ImportError: the device comes from another package.
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise ValueError(f"{named} cannot be used: {reason}. Leave it out for {str(_default_device())!r}.") from error

@@ -1,7 +1,7 @@
-"""From logits to log-probabilities: in which precision, and which logits have any.
+"""From logits to log-probabilities: their precision, and the logits for which they exist.
 
-A logit of -inf is one like others: its token has probability 0 and the log-probability -inf. NaN, +inf, and a row in
-which every logit is -inf are no distribution; the log-softmax of such a row would be NaN throughout.
+A logit of -inf is allowed: its token has probability 0 and log-probability -inf. A row with NaN or +inf, or with -inf
+throughout, is no distribution; the log-softmax of such a row would be NaN throughout.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def logprob_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of log-probabilities of a model that computes in `dtype`: float64 for that, else float32."""
+    """Return the dtype of log-probabilities for a model in `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -22,4 +22,4 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 def are_distributions(logits: Tensor) -> Tensor:
     """Return which rows of `(..., vocab)` have log-probabilities: no NaN, no +inf, and not -inf throughout."""
-    return logits.amax(dim=-1).isfinite()  # the largest of a row with NaN is NaN
+    return logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN

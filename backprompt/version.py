@@ -1,3 +1,3 @@
-"""The version of the package: a module of its own, since modules that write it down must not import the package."""
+"""The version of the package, in its own module: modules that record the version must not import the package."""
 
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
-"""Strings fit to be shown: whoever wrote a text must not command the terminal or the page that shows it.
+"""Strings that are safe to show: the author of a text must not control the terminal or the page that shows it.
 
-Invisible characters are made visible: control characters and escape sequences, marks that turn the direction of the
-rest, characters without width. For pictures, long ones are shortened and cut into lines. All that the library shows of
-texts, files and models goes through here, or through `repr`, which escapes the same and more.
+Invisible characters are made visible: control characters and escape sequences, marks that change the direction of
+later characters, characters without width. For pictures, long strings are shortened and cut into lines. All strings of
+texts, files and models that the library shows go through here, or through `repr`, which escapes the same and more.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ _GIVEN_CHARACTERS = 60
 
 _REPLACED = {"\n": "↵", "\t": "⇥"}
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
-_JOINERS = "\u200c\u200d"  # make up letters and emoji
-_SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # choose between forms of the character before
+_JOINERS = "\u200c\u200d"  # combine characters into letters and emoji
+_SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # select a form of the preceding character
 _BLANKS = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0"  # letters and marks without ink
 
 
 def visible(string: str) -> str:
-    """Return a string that shows what cannot be seen, and what would change how the rest is shown."""
+    """Return a string in which invisible characters, and those that change how others are shown, are visible."""
     if string.isascii() and string.isprintable():
         return string
     return "".join(map(_visible_character, string, f" {string}"))
 
 
 def visible_lines(string: str) -> str:
-    """Return the same, with its line breaks as they are."""
+    """Return the result of `visible` with line breaks kept."""
     return "\n".join(map(visible, string.split("\n")))
 
 
 def visible_json(text: str) -> str:
-    r"""Return JSON that means the same, with hidden characters as \u escapes."""
+    r"""Return JSON with the same meaning, with hidden characters as \u escapes."""
     return re.sub(r"[^ -~\t\r\n]", lambda found: _escape(found[0]) if _is_hidden(found[0]) else found[0], text)
 
 
@@ -59,9 +59,10 @@ def _is_hidden(character: str) -> bool:
 
 
 def _is_shaped(before: str, character: str) -> bool:
-    """Return whether a joiner or selector stands where writing has them: behind a letter that is not ASCII, an emoji.
+    """Return whether a joiner or selector stands in its normal place: behind a non-ASCII letter or an emoji.
 
-    A joiner may also stand behind a selector. Anywhere else they only make two strings differ that look the same.
+    A joiner may also stand behind a selector. Anywhere else, joiners and selectors only make equal-looking strings
+    differ.
     """
     if _SELECTORS.match(before):
         return character in _JOINERS
@@ -69,29 +70,29 @@ def _is_shaped(before: str, character: str) -> bool:
 
 
 def abbreviated(given: object) -> str:
-    """Return how an error shows a value that was given."""
+    """Return a given value as errors show it."""
     return shortened(ascii(given) if isinstance(given, str) else repr(given), _GIVEN_CHARACTERS)
 
 
 def shortened(string: str, limit: int, gap: str = "…") -> str:
-    """Return a string with a gap for its middle where it is longer than `limit` characters."""
+    """Return a string, with a gap in place of its middle if it is longer than `limit` characters."""
     if len(string) <= limit:
         return string
     return f"{string[: (limit + 1) // 2]}{gap}{string[len(string) - limit // 2 :]}"
 
 
 def beginning(string: str, limit: int, end: str = "...") -> str:
-    """Return a string, at most `limit` characters long: one that is longer with `end` for all that is cut off."""
+    """Return a string cut to at most `limit` characters; `end` replaces the part that is cut off."""
     return string if len(string) <= limit else f"{string[: limit - len(end)]}{end}"
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """Return a number with the word for so many; `many` is by default `one` with an s."""
+    """Return a number with its noun: `one` for 1, else `many`, by default `one` with an s."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def wrapped(shown: str, width: int = LINE_WIDTH) -> Iterator[str]:
-    """Yield lines at most `width` wide, cut behind a space or a line's end where there is one."""
+    """Yield lines at most `width` wide, cut behind a space or a line's end where possible."""
     while shown:
         stop = _num_fitting(shown, width)
         space = max(shown.rfind(" ", 0, stop), shown.rfind("↵", 0, min(stop, len(shown) - 2))) + 1

@@ -1,4 +1,4 @@
-"""Warnings that name a line of the caller's, so that each place which causes one shows it once."""
+"""Warnings that name a line of the caller's code, so that each such line shows a warning once."""
 
 from __future__ import annotations
 

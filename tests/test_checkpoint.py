@@ -89,7 +89,9 @@ def test_nor_does_a_load_in_another_process_by_another_path(folder, hashed, tmp_
     expected = fingerprint(folder)
     (tmp_path / "link").symlink_to(folder)
     code = (
-        "from backprompt import checkpoint, fingerprint, load\n"
+        "from backprompt import load\n"
+        "from backprompt.model import checkpoint\n"
+        "from backprompt.session import fingerprint\n"
         "checkpoint.RACY_SECONDS = 0\n"
         "fingerprint.content_hash = None\n"
         "print(load('link', device='cpu').fingerprint)\n"

@@ -52,6 +52,17 @@ def test_no_module_needs_another_to_be_imported_first():
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
+def test_files_and_classes_fit_in_the_head():
+    """But for the node and the façade, which users see as one."""
+    for path, tree in parsed(FOLDER).items():
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert num_lines <= 450 or path.name == "node.py", f"{path} has {num_lines} lines"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and node.name not in ("Text", "LM"):
+                num_methods = sum(isinstance(inner, ast.FunctionDef) for inner in node.body)
+                assert num_methods <= 25, f"{node.name} has {num_methods} methods"
+
+
 def name_of(path: Path) -> str:
     parts = path.relative_to(FOLDER.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

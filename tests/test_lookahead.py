@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backprompt import LM, GenerationError, Text, generate
+from backprompt.generation.choosing import Logits, choose
 from backprompt.generation.decoding import Decoding, TextDecoding
 from backprompt.generation.lookahead import proposals
 from backprompt.generation.stops import StopStrings
@@ -129,11 +130,12 @@ def test_less_is_proposed_after_what_was_wrong_and_more_after_what_was_right(lm)
     text = TextDecoding(options, list(range(100, 130)), 0)
 
     def num_proposed_after(*token_ids):
-        rows, completion = {ids: torch.zeros(320) for ids in text.ahead}, text.ahead[0]
+        rows, completion = {ids: row for row, ids in enumerate(text.ahead)}, text.ahead[0]
+        logits = torch.zeros(len(rows), 320)
         for token_id in token_ids:
-            rows[completion][token_id] = 1.0
+            logits[rows[completion], token_id] = 1.0
             completion = (*completion, token_id)
-        text.choose(rows)
+        choose([text], [rows], Logits([logits], 8))
         return len(text.ahead) - 1
 
     assert [num_proposed_after(wrong) for wrong in (103, 110, 120, 105, 115)] == [8, 4, 2, 1, 1]

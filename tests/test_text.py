@@ -327,14 +327,16 @@ def test_the_guard_against_work_sees_work(lm):
 
 def test_the_node_imports_neither_torch_nor_a_model():
     """Nor does a module that it imports, later or for types alone; of torch the types of tensors are known."""
-    node = {"text", "segments", "extents", "engine", "arguments", "errors", "_visible"}
-    found = {name: imports_of(importlib.import_module(f"backprompt.{name}")) for name in node}
+    node = {f"backprompt.{name}" for name in ("arguments", "drawing", "errors", "forking", "visible")}
+    node |= {f"backprompt.text.{name}" for name in ("node", "segments", "extents", "engine")}
+    found = {name: imports_of(importlib.import_module(name)) for name in node}
     own = {name: {module for module in imports if module.startswith("backprompt")} for name, imports in found.items()}
-    assert set().union(*own.values()) <= {f"backprompt.{name}" for name in node}
-    assert own["arguments"] == {"backprompt.visible", "backprompt.errors"}
-    assert own["engine"] == {"backprompt.visible", "backprompt.text.extents", "backprompt.errors"}
-    TopologicalSorter({f"backprompt.{name}": imports for name, imports in own.items()}).prepare()
-    at_import = {name: imports_of(importlib.import_module(f"backprompt.{name}"), later=False) for name in node}
+    assert set().union(*own.values()) <= node
+    assert own["backprompt.arguments"] == {"backprompt.visible", "backprompt.errors"}
+    assert own["backprompt.text.engine"] == {"backprompt.visible", "backprompt.text.extents", "backprompt.errors"}
+    TopologicalSorter(own).prepare()
+    at_import = {name: imports_of(importlib.import_module(name), later=False) for name in node}
+    at_import.pop("backprompt.drawing")  # named for its type alone
     assert set().union(*at_import.values()) - set().union(*own.values()) == {"numpy", "numpy.typing"}
 
 

@@ -15,11 +15,11 @@ from backprompt.forest.plan import Pass
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a layer does to its scores besides scaling.
+    """The treatment of attention scores in a layer: scaling, window, softcap and sinks.
 
     `window`: a query sees keys fewer than this many positions back. `softcap`: scores become
-    `softcap * tanh(score / softcap)`. `sinks`: one score a head `(heads,)` that takes part in the softmax and has no
-    value.
+    `softcap * tanh(score / softcap)`. `sinks`: one score for each head, `(heads,)`, that takes part in the softmax and
+    has no value.
     """
 
     scaling: float
@@ -29,17 +29,17 @@ class Scoring:
 
 
 class PreparedAttention(Protocol):
-    """Attention over the forest for one pass, called once a layer."""
+    """Attention over the forest for one pass, called once for each layer."""
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest, `(tokens, heads, value_dim)`, in the dtype of `query`.
 
         Args:
-            layer_idx: which layer of the blocks that the pass's segments name.
+            layer_idx: the layer in the blocks that the pass's segments name.
             query: `(heads, tokens, head_dim)`, the rows of the pass.
-            key: `(kv_heads, tokens, head_dim)`, those of the pass itself.
+            key: `(kv_heads, tokens, head_dim)`, the keys of the pass itself.
             value: `(kv_heads, tokens, value_dim)`.
-            scoring: how the layer scores.
+            scoring: the scoring of the layer.
 
         """
         ...
@@ -49,7 +49,7 @@ class ForestAttention(Protocol):
     """A way to attend over a packed forest.
 
     Attributes:
-        name: the kernel that serves; "none yet" before the first layer was attended.
+        name: the kernel in use; "none yet" before the first layer.
 
     """
 
@@ -59,5 +59,5 @@ class ForestAttention(Protocol):
         ...
 
     def prepare(self, pass_: Pass) -> PreparedAttention:
-        """Return the attention of a pass, which holds what all layers share. Let go of it when the pass is done."""
+        """Return the attention of a pass, with the data that all layers share. Release it after the pass."""
         ...

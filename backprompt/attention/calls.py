@@ -1,9 +1,9 @@
 """Attention over a packed forest by one kernel call for each slice of keys.
 
 Partial results of one row over disjoint sets of keys are joined by their log-sum-exp: with w = sigmoid(b - a),
-softmax over the union is `lerp(output_a, output_b, w)` and its log-sum-exp is `logaddexp(a, b)`. Keys that count n
-times have log(n) added to their log-sum-exp. This is exact, as in "Hydragen" (Juravsky et al. 2024, arXiv 2402.05099)
-and FlashAttention. Keys and values are used where they lie.
+softmax over the union is `lerp(output_a, output_b, w)` and its log-sum-exp is `logaddexp(a, b)`. For keys that count n
+times, log(n) is added to their log-sum-exp. The join is exact, as in "Hydragen" (Juravsky et al. 2024,
+arXiv 2402.05099) and FlashAttention. Keys and values are read in place, without a copy.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor
 
 from backprompt.attention.base import Scoring
 from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, choose_kernel, clear_kernel
-from backprompt.forest.plan import Call, KeySegment, Pass
+from backprompt.forest.plan import Call, Pass
 
 
 class Layers(Protocol):
     """Keys and values of computed rows."""
 
     def layer(self, layer_idx: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values, those of some rows, each `(kv_heads, rows, head_dim)`."""
+        """Return the keys and values of some rows of a layer, each `(kv_heads, rows, head_dim)`."""
         ...
 
 
 class CallsAttention:
-    """A `ForestAttention` that makes the calls of the plan, one after the other.
+    """A `ForestAttention` that makes the calls of the plan one after the other.
 
     Args:
-        kernel: what carries out a call; by default the device's fast kernel for the model's heads, where that agrees
-            with the clear one.
+        kernel: the kernel of each call; by default the device's fast kernel for the model's heads, if it agrees with
+            the clear kernel.
 
     """
 
@@ -47,7 +47,7 @@ class CallsAttention:
         return PreparedCalls(self, pass_)
 
     def kernel_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernel:
-        """Return the kernel that serves for such tensors; shapes are those of `PreparedAttention.attend`."""
+        """Return the kernel for such tensors; shapes are those of `PreparedAttention.attend`."""
         if self._given is not None:
             chosen = self._given
         elif key.shape[-1] != value.shape[-1]:
@@ -87,7 +87,7 @@ class PreparedCalls:
             if call.block is None:
                 keys, values = key[:, call.keys], value[:, call.keys]
             else:
-                block = cast(Layers, call.block)  # the plan does not look into blocks
+                block = cast(Layers, call.block)  # the plan does not read blocks
                 keys, values = block.layer(layer_idx, call.keys)
             output, lse = kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.mask)
             if call.is_own:
@@ -118,31 +118,55 @@ class PreparedCalls:
 
 def _visible(call: Call, positions: Tensor) -> Tensor:
     """Return which rows of a call see which of its keys, `(rows, keys)`; `positions` are those of the pass's rows."""
-    shape = (call.rows.stop - call.rows.start, call.keys.stop - call.keys.start)
-    visible = torch.zeros(shape, dtype=torch.bool, device=positions.device)
-    for segment in call.segments:
-        rows = slice(max(segment.start, call.rows.start), min(segment.stop, call.rows.stop))
-        keys = slice(max(segment.key_start, call.keys.start), min(segment.key_stop, call.keys.stop))
-        part = visible[_shifted(rows, -call.rows.start), _shifted(keys, -call.keys.start)]
-        part |= _visible_keys(segment, rows, keys, call.window, positions)
-    return visible
+    return _visible_own(call, positions) if call.is_own else _visible_others(call, positions)
 
 
-def _visible_keys(segment: KeySegment, rows: slice, keys: slice, window: int | None, positions: Tensor) -> Tensor:
-    """Return which rows see which keys of a segment, `(rows, keys)`."""
-    row_idx = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]
-    key_idx = torch.arange(keys.start, keys.stop, device=positions.device)
-    if segment.is_own:
-        visible, key_positions = key_idx <= row_idx, positions[keys]
-    else:
-        visible = torch.ones((len(row_idx), len(key_idx)), dtype=torch.bool, device=positions.device)
-        key_positions = key_idx - segment.key_start + segment.key_position
+def _visible_own(call: Call, positions: Tensor) -> Tensor:
+    """Return which rows of a segment see which rows of it."""
+    (segment,) = call.segments
+    row_idx = torch.arange(call.rows.start, call.rows.stop, device=positions.device)[:, None]
+    key_idx = torch.arange(call.keys.start, call.keys.stop, device=positions.device)
+    visible = key_idx <= row_idx
     if segment.visible_until is not None:
-        until = torch.tensor(segment.visible_until[_shifted(keys, -segment.key_start)], device=positions.device)
+        until = torch.tensor(segment.visible_until[_shifted(call.keys, -segment.key_start)], device=positions.device)
         visible &= row_idx < until
-    if window is not None:
-        visible &= positions[rows][:, None] - key_positions < window
+    if call.window is not None:
+        visible &= positions[call.rows][:, None] - positions[call.keys] < call.window
     return visible
+
+
+def _visible_others(call: Call, positions: Tensor) -> Tensor:
+    """Return which rows see which keys of segments that are not their own: some operations, however many segments."""
+    rows = positions[call.rows][:, None]
+    key_idx = torch.arange(call.keys.stop - call.keys.start, device=positions.device)
+    visible: Tensor | None = None
+    for layer in _layers(call):
+        first, stop, position = torch.tensor(layer).T[..., None].to(positions.device)  # (rows, 1) each
+        seen = (key_idx >= first) & (key_idx < stop)
+        if call.window is not None:
+            seen &= rows - (key_idx + position) < call.window
+        visible = seen if visible is None else visible | seen
+    assert visible is not None
+    return visible
+
+
+def _layers(call: Call) -> list[list[tuple[int, int, int]]]:
+    """Lay the segments of a call out so that each row has at most one in a layer.
+
+    Returns, for each layer and row, the first key that it sees, the key after the last, and the position that the
+    call's first key would have in the segment. Keys are counted from the call's first.
+    """
+    layers: list[list[tuple[int, int, int]]] = []
+    for segment in sorted(call.segments, key=lambda segment: segment.start):
+        start = segment.start - call.rows.start
+        layer = next((layer for layer in layers if len(layer) <= start), None)
+        if layer is None:
+            layers.append(layer := [])
+        first, stop = segment.key_start - call.keys.start, segment.key_stop - call.keys.start
+        layer += [(0, 0, 0)] * (start - len(layer))
+        layer += [(first, stop, segment.key_position - first)] * (segment.stop - segment.start)
+    num_rows = call.rows.stop - call.rows.start
+    return [layer + [(0, 0, 0)] * (num_rows - len(layer)) for layer in layers]
 
 
 def _shifted(piece: slice, by: int) -> slice:
@@ -160,7 +184,7 @@ class Joined:
         self.lse = torch.empty((tokens, heads), dtype=accumulate, device=query.device)
 
     def start_with(self, rows: slice, output: Tensor, lse: Tensor) -> None:
-        """Take the first partial result of these rows."""
+        """Set the first partial result of these rows."""
         self._output[rows] = output
         self.lse[rows] = lse
 

@@ -29,7 +29,7 @@ class Kernel(Protocol):
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where `visible` (rows, keys) and -inf elsewhere; rows lie aligned to 16 elements, for CUDA."""
+    """Return 0 where `visible` (rows, keys) and -inf elsewhere; rows are aligned to 16 elements, for CUDA."""
     rows, keys = visible.shape
     mask = torch.zeros((rows, -(-keys // 16) * 16), dtype=dtype, device=visible.device)[:, :keys]
     return mask.masked_fill_(~visible, -math.inf)
@@ -45,7 +45,7 @@ def clear_kernel(
     *,
     softcap: float | None = None,
 ) -> KernelOutput:
-    """The clear version, with matmul and softmax in float32 at least: reference and fallback."""
+    """Compute attention plainly, with matmul and softmax in float32 at least: reference and fallback."""
     heads, rows, head_dim = query.shape
     kv_heads, keys, value_dim = value.shape
     accumulate = torch.promote_types(query.dtype, torch.float32)
@@ -59,7 +59,7 @@ def clear_kernel(
     if mask is not None:
         scores = scores + mask
     lse = scores.logsumexp(dim=-1, keepdim=True)  # (heads, rows, 1)
-    weights = torch.exp(scores - lse.clamp_min(torch.finfo(accumulate).min))  # a row that sees nothing: all zeros
+    weights = torch.exp(scores - lse.clamp_min(torch.finfo(accumulate).min))  # all zeros for a row that sees no key
     output = weights.view(kv_heads, -1, keys) @ value.to(accumulate)
     return output.view(heads, rows, value_dim).transpose(0, 1).to(query.dtype), lse[..., 0].transpose(0, 1)
 
@@ -85,7 +85,7 @@ def _efficient_cuda_kernel(
     heads, rows, _ = query.shape
     kv_heads, keys, value_dim = value.shape
     group = heads // kv_heads
-    # Grouped heads: kv_heads is the batch, and the keys are expanded, not repeated, over the group.
+    # Grouped heads: kv_heads is the batch, and the keys are expanded over the group, not repeated.
     output, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
         query.view(kv_heads, group, rows, -1),
         key[:, None].expand(-1, group, -1, -1),
@@ -108,7 +108,7 @@ FAST_KERNELS: dict[str, tuple[str, Kernel]] = {
 
 @dataclass(frozen=True)
 class ChosenKernel:
-    """The kernel that serves, and its name; a name other than a fast kernel's says why the clear one serves."""
+    """The kernel in use and its name; for the clear kernel the name says why."""
 
     name: str
     kernel: Callable[..., KernelOutput]
@@ -116,10 +116,10 @@ class ChosenKernel:
 
 @lru_cache(maxsize=64)
 def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> ChosenKernel:
-    """Return the device's fast kernel if it agrees with the clear one on a tiny case, else the clear one.
+    """Return the device's fast kernel if it agrees with the clear kernel on a tiny case, else the clear kernel.
 
-    The fast kernels are private operations of torch: one that is missing, refuses its arguments or gives other
-    numbers is not used.
+    The fast kernels are private operations of torch: a fast kernel that is missing, refuses its arguments or gives
+    other numbers is not used.
     """
     if device.type not in FAST_KERNELS:
         return ChosenKernel("clear", clear_kernel)
@@ -127,7 +127,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
     try:
         gap = _largest_gap(kernel, device, dtype, heads, kv_heads, head_dim)
     except torch.OutOfMemoryError:
-        raise  # says nothing of the kernel, and the choice is remembered
+        raise  # says nothing about the kernel, and the choice is cached
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return ChosenKernel(f"clear ({name} failed: {reason})", clear_kernel)
@@ -139,11 +139,11 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
 def _largest_gap(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> float:
-    """Return the largest absolute gap between a kernel and the clear one: causal, unmasked and masked, 5 rows."""
+    """Return the largest absolute gap between a kernel and the clear kernel: causal, unmasked and masked, 5 rows."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(num_heads: int, rows: int) -> Tensor:
-        # Laid out as models do: heads are interleaved in each row.
+        # The layout of models: heads are interleaved in each row.
         drawn = torch.randn((rows, num_heads, head_dim), generator=generator).to(device=device, dtype=dtype)
         return drawn.transpose(0, 1)
 

@@ -1,9 +1,9 @@
-"""Classification by completion probability: which of given completions is the most probable behind a prompt.
+"""Classification by completion probability: the most probable of given completions behind a prompt.
 
-A completion is a hard boundary: its ids are those of its string encoded by itself, behind those of the prompt.
+The start of a completion is a hard boundary: its string is encoded by itself, and its ids follow those of the prompt.
 
 Names and options are those of CAPPr (Dubey, https://github.com/kddubey/cappr), which scores completions one after the
-other; with `end_of_prompt=" "`, its default, so are the numbers.
+other; with `end_of_prompt=" "`, CAPPr's default, the numbers are the same, too.
 
 May know texts and `LM`s; `weighing.py`, `search.py` and `calibration.py` know neither.
 A new correction of probabilities goes into `weighing.py`, a new search into a module beside `search.py`.

@@ -12,17 +12,17 @@ from backprompt.classify.weighing import Floats
 
 
 def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike) -> Floats:
-    """Return probabilities corrected for what the prompt prefers whatever is asked (contextual calibration).
+    """Return probabilities corrected for the prompt's own preferences (contextual calibration).
 
-    Zhao et al. 2021, arXiv 2102.09690: divided by what `predict_proba` gave for neutral inputs ("N/A", "") in the same
-    prompt, and normalized again.
+    Probabilities are divided by those that `predict_proba` gave for neutral inputs ("N/A", "") in the same prompt, and
+    normalized again (Zhao et al. 2021, arXiv 2102.09690).
 
     Args:
         probabilities: `(prompts, completions)` or `(completions,)`.
         neutral_probabilities: `(completions,)`, or `(neutral prompts, completions)`, whose mean is taken.
 
     Raises:
-        TypeError: something other than numbers.
+        TypeError: an argument holds something other than numbers.
         ValueError: the numbers of completions differ; an element is no probability; a neutral probability is 0 where
             the other one is not, or all of a row are 0.
 
@@ -52,15 +52,15 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
 
 
 def best_threshold(probabilities: npt.ArrayLike, is_positive: npt.ArrayLike) -> float:
-    """Return the threshold t at which `probability >= t` is most often right on labelled data; the middle of a gap.
+    """Return the threshold t at which `probability >= t` is most often right on labelled data, in the middle of a gap.
 
     Args:
-        probabilities: of the positive class, `(examples,)`.
-        is_positive: whether each example is of it, `(examples,)`.
+        probabilities: those of the positive class, `(examples,)`.
+        is_positive: whether each example is of that class, `(examples,)`.
 
     Raises:
         TypeError: probabilities that are not numbers, or labels that are neither booleans nor 0 and 1.
-        ValueError: they are empty or differ in shape; a probability is not finite.
+        ValueError: the arrays are empty or differ in shape; a probability is not finite.
 
     """
     given, labels = as_floats(probabilities, "probabilities"), _as_booleans(is_positive)

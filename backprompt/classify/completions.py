@@ -1,15 +1,15 @@
-"""Completions: the space between a prompt and a completion, if there is one, and the ids that the completion has.
+"""Completions: the space between a prompt and a completion, if there is one, and the ids of the completion.
 
-A completion is a hard boundary: its ids are those of its string encoded by itself, with a space before it or without.
+The start of a completion is a hard boundary: its string is encoded by itself, with or without a space before it.
 
     end_of_prompt   behind "Answer:"   behind "Answer: ", "<|assistant|>", token ids
     "auto"          " yes"             "yes"
     " "             " yes"             " yes"
     ""              "yes"              "yes"
 
-By "auto" no space is put before a completion that begins with white space. Some tokenizers, such as those of
-SentencePiece, put a space before every string by themselves: with them the bare string stands for a completion with a
-space before it, and a completion without one is encoded as a continuation.
+With "auto", a completion that begins with white space gets no space before it. Some tokenizers, such as those of
+SentencePiece, put a space before every string by themselves: for them the bare string stands for a completion with a
+space before it, and a completion without a space is encoded as a continuation.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ ENDS_OF_PROMPT: tuple[EndOfPrompt, ...] = ("auto", " ", "")
 
 @dataclass(frozen=True, eq=False)
 class EncodedCompletions:
-    """The completions of a prompt, or of many prompts that they stand behind in the same way.
+    """The completions of a prompt, or of many prompts with the same end.
 
     Attributes:
-        strings: as they were given.
-        end: the end of the prompts, which decides whether a space stands before each.
-        token_ids: of each behind such a prompt; no two are the same, and none is empty.
+        strings: the completions as they were given.
+        end: the end of the prompts, which decides whether a space stands before each completion.
+        token_ids: the ids of each completion behind such a prompt; no two are the same, and none is empty.
 
     """
 
@@ -51,7 +51,7 @@ class EncodedCompletions:
 
     @cached_property
     def longest(self) -> tuple[int, ...]:
-        """The ids of the first of those with the most tokens."""
+        """The ids of the completion with the most tokens, the first of equals."""
         return max(self.token_ids, key=len)
 
 
@@ -61,15 +61,15 @@ def check_end_of_prompt(given: object) -> None:
 
 
 def ends_behind(lm: LM, prompts: Sequence[tuple[Text, EndOfPrompt]]) -> list[EndOfPrompt]:
-    """Return the meaning of an `end_of_prompt` behind each prompt; "auto" stays where a space may stand between."""
+    """Return the effective `end_of_prompt` of each prompt; "auto" stays where a space may follow the prompt."""
     added_tokens = lm.session.added_tokens
     return [end if end != "auto" or _takes_a_space(prompt, added_tokens) else "" for prompt, end in prompts]
 
 
 def _takes_a_space(prompt: Text, added_tokens: tuple[str, ...]) -> bool:
-    """Return whether a prompt ends in a string that ends neither in white space nor in one of the tokens."""
+    """Return whether a prompt ends in a string that ends neither in white space nor in an added token."""
     segments = prompt.segments
-    while segments and isinstance(segments[-1], Group):  # a frozen text alone is that text; others are refused
+    while segments and isinstance(segments[-1], Group):  # a frozen text alone is that text; other groups are refused
         segments = segments[-1].branches[-1].segments
     if not segments:
         return True
@@ -112,7 +112,7 @@ def encoded(lm: LM, behind: Sequence[tuple[EndOfPrompt, tuple[str, ...]]]) -> li
 
     Raises:
         TokenizerError: see `completion_ids`.
-        ValueError: a completion has no tokens, or two of a prompt's have the same.
+        ValueError: a completion has no tokens, or two completions of a prompt have the same.
 
     """
     distinct = {(end, id(strings)): (end, strings) for end, strings in behind}
@@ -133,8 +133,8 @@ def checked_completions(given: Iterable[str]) -> tuple[str, ...]:
     """Return completions as a tuple.
 
     Raises:
-        TextTypeError, TokenizerError: one is no string, or none that can be encoded.
-        ValueError: there are none, one is empty, or two are equal.
+        TextTypeError, TokenizerError: a completion is no string, or cannot be encoded.
+        ValueError: there are no completions, a completion is empty, or two are equal.
 
     """
     listed = tuple(as_list(given, "completions must be a sequence of strings"))
@@ -153,7 +153,7 @@ def checked_completions(given: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_different(completions: EncodedCompletions) -> None:
-    """Raise ValueError for two completions that are one to the model."""
+    """Raise ValueError for two completions with the same ids."""
     with_ids: dict[tuple[int, ...], str] = {}
     for completion, token_ids in zip(completions.strings, completions.token_ids, strict=True):
         other = with_ids.setdefault(token_ids, completion)

@@ -17,10 +17,10 @@ from backprompt.classify.weighing import Floats
 def discounts(pairs: PromptsWithCompletions, options: Options) -> dict[EncodedCompletions, list[Floats]]:
     """Return the array `(tokens,)` to add to the token log-probabilities of each of the common completions.
 
-    By `EncodedCompletions`, since the same ids are scored as behind such a prompt.
+    Each `EncodedCompletions` has arrays of its own, because the same ids are scored as behind its prompts.
 
     Raises:
-        TypeError, ValueError: `log_marg_probs_completions` are not those of the completions' tokens.
+        TypeError, ValueError: `log_marg_probs_completions` do not fit the completions' tokens.
 
     """
     distinct = list(dict.fromkeys(pairs.completions))
@@ -40,7 +40,7 @@ def discounts(pairs: PromptsWithCompletions, options: Options) -> dict[EncodedCo
 
 
 def _check_have_bare_ids(pairs: PromptsWithCompletions, end_of_prompt: EndOfPrompt) -> None:
-    """Raise ValueError where other ids are scored behind a prompt than by `token_logprobs` of the bare completions."""
+    """Raise ValueError if a completion has other ids behind a prompt than in `token_logprobs` of bare completions."""
     bare = completion_ids(pairs.lm, [(end_of_prompt, completion) for completion in pairs.completions[0].strings])
     for own in dict.fromkeys(pairs.completions):
         for completion, token_ids in zip(own.strings, own.token_ids, strict=True):

@@ -15,10 +15,10 @@ from backprompt.progress import check_show
 
 @dataclass(frozen=True)
 class Options:
-    """How completions are scored and weighed; the docstring of `predict_proba` describes each.
+    """The options of scoring and weighing completions; the docstring of `predict_proba` describes each.
 
     Raises:
-        TypeError, ValueError: a value that makes no sense whatever the prompts are.
+        TypeError, ValueError: a value that is invalid for any prompts.
 
     """
 
@@ -47,7 +47,7 @@ class Options:
         """Return the options of these names, for `predict`.
 
         Raises:
-            TypeError: there is no option of a name.
+            TypeError: a name is no option.
 
         """
         unknown = given.keys() - {field.name for field in fields(cls)}
@@ -58,7 +58,7 @@ class Options:
         return cls(**given)
 
     def check_for_examples(self) -> None:
-        """Raise TypeError for options that examples have themselves, or that they cannot have."""
+        """Raise TypeError for options that examples set themselves or cannot have."""
         is_own = self.prior is not None or not self.normalize
         if is_own or self.discount_completions or self.neutral_prompt is not None:
             raise TypeError(

@@ -1,4 +1,4 @@
-"""How probable each completion is behind a prompt, and which is the most probable."""
+"""The probability of each completion behind a prompt, and the most probable completion."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def predict_proba(
         prompts, completions, lm, end_of_prompt, show_progress_bar: see `log_probs`.
         prior: a probability for each completion; by default all are the same.
         normalize: whether probabilities shall sum to one over the completions.
-        aggregate: of a completion's token log-probabilities, the "mean" (as CAPPr does: long completions are not at a
-            disadvantage) or the "sum" (the probability of the whole completion).
-        discount_completions: add this times the log-probability of each of a completion's tokens given those before it
-            in the completion alone; negative against completions that are probable anywhere.
-        log_marg_probs_completions: these, if they are known: `token_logprobs(completions, lm, end_of_prompt=...)`, with
-            the same `end_of_prompt`.
-        neutral_prompt: divide each completion's probability by the one that it has behind this prompt, such as "N/A"
-            (domain-conditional normalisation, Holtzman et al. 2021, arXiv 2104.08315). By "auto" a space stands behind
-            it as it may, whatever the prompts end in.
+        aggregate: the "mean" of a completion's token log-probabilities (as in CAPPr: long completions are not at a
+            disadvantage) or their "sum" (the probability of the whole completion).
+        discount_completions: add this times each token's log-probability given only the completion's tokens before it;
+            negative values work against completions that are probable anywhere.
+        log_marg_probs_completions: those log-probabilities, if known, with the same `end_of_prompt`:
+            `token_logprobs(completions, lm, end_of_prompt=...)`.
+        neutral_prompt: divide each completion's probability by its probability behind this prompt, such as "N/A"
+            (domain-conditional normalisation, Holtzman et al. 2021, arXiv 2104.08315). With "auto", the space behind
+            the neutral prompt depends on its own end, not on the ends of `prompts`.
 
     Returns:
         A float array, `(completions,)` for a single prompt and `(prompts, completions)` for a sequence; for a sequence
-        of examples a list of arrays. 0 for a completion that the model or the prior excludes.
+        of examples a list of arrays. A completion that the model or the prior excludes has 0.
 
     Raises:
-        NonFiniteError: every completion behind a prompt has probability 0 and they shall be normalized; or one is
-            possible behind a prompt, and has probability 0 where it is to be divided by that.
+        NonFiniteError: every completion behind a prompt has probability 0, with `normalize`; or a completion is
+            possible behind a prompt, but the probability to divide by is 0.
         See `log_probs`.
 
     """
@@ -89,12 +89,12 @@ def predict(
 
     Args:
         prompts, completions, lm: see `log_probs`.
-        search: "exhaustive" scores every completion. "best-first" finds the same one and scores only those that may
-            still be it: for hundreds of completions and more, many of which begin alike.
-        **options: those of `predict_proba`.
+        search: "exhaustive" scores every completion. "best-first" finds the same one and scores only completions
+            that may still win: for hundreds of completions and more, many of which begin alike.
+        **options: the keywords of `predict_proba`.
 
     Raises:
-        ValueError: there is but one completion.
+        ValueError: there is only one completion.
         NonFiniteError: every completion behind a prompt has probability 0; see `predict_proba`.
         See `log_probs`.
 

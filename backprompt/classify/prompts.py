@@ -22,14 +22,14 @@ class Example:
     """A prompt with completions of its own, for `log_probs`, `predict_proba` and `predict`.
 
     Args:
-        prompt: what the completions follow.
+        prompt: the text before the completions.
         completions: the candidates.
         prior: a probability for each completion; by default all are the same.
         normalize: whether probabilities shall sum to one over the completions.
         end_of_prompt: "auto", " " or "": stands between prompt and completion; see `log_probs`.
 
     Raises:
-        TypeError, ValueError: what `predict_proba` raises for such arguments.
+        TypeError, ValueError: the errors of `predict_proba` for such arguments.
 
     """
 
@@ -51,14 +51,14 @@ Prompts: TypeAlias = Prompt | Example | Sequence[Prompt] | Sequence[Example]
 
 
 def as_prompts(given: Any, name: str) -> tuple[list[Any], bool]:
-    """Return prompts as a list, its elements unchecked, and whether a single one was given."""
+    """Return prompts as a list of unchecked elements, and whether a single prompt was given."""
     if isinstance(given, (str, Text, Example)):
         return [given], True
     return as_list(given, f"{name} must be a string, a Text, or a sequence of them"), False
 
 
 def check_prompts(prompts: Iterable[object], name: str, *, is_single: bool) -> None:
-    """Raise for the first element that is no prompt, under its own name; see `check_prompt`."""
+    """Raise for the first element that is no prompt, naming the element; see `check_prompt`."""
     for idx, prompt in enumerate(prompts):
         check_prompt(prompt, name if is_single else f"{name}[{idx}]")
 
@@ -74,7 +74,7 @@ def check_prompt(prompt: object, name: str) -> None:
 
 
 def common_lm(prompts: Iterable[Prompt], given: LM | tuple[Any, Any] | None) -> LM:
-    """Return the `LM` that was given and that the texts among the prompts have.
+    """Return the given `LM`, or that of the texts among the prompts.
 
     Raises:
         MixedModelsError, UnboundTextError: there are several, or none.

@@ -1,10 +1,10 @@
 """Best-first search for the best of many completions, without scoring all of them. Pure Python.
 
-The completions are a trie of token ids. A node that was *expanded* (forwarded) tells the log-probabilities of all its
-children. Log-probabilities are at most 0, so the tokens still to come can only lower the score of a path: a node's
-*bound* is the best score that any completion below it would have if they lowered nothing. Nodes are expanded in the
-order of their bounds, until none can still beat the best completion that is complete (A* with this bound as its
-heuristic; Hart, Nilsson and Raphael 1968).
+The completions form a trie of token ids. An *expanded* (forwarded) node gives the log-probabilities of all its
+children. Log-probabilities are at most 0, so further tokens can only lower the score of a path: a node's *bound* is
+the best score that any completion below it would have if further tokens lowered nothing. Nodes are expanded in the
+order of their bounds, until none can still beat the best finished completion (A* with this bound as its heuristic;
+Hart, Nilsson and Raphael 1968).
 
     (root) -- cancel --+-- order            expanded: (root), cancel. "cancel order" has -0.9, and the bound of
                        +-- card             "refund" is -2.1, so no completion below it is looked at.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SLACK = 1e-9
-"""A bound may be this much too low (relative, and absolute near 0): sums in another order round in another way."""
+"""A bound may be this much too low (relative, and absolute near 0): sums in another order round differently."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Candidate:
     Attributes:
         token_ids: its ids; not empty.
         offset: its score if all its tokens had log-probability 0; may be inf or -inf.
-        divisor: of the sum of its log-probabilities in its score: 1, or the number of its tokens.
+        divisor: divides the sum of its log-probabilities in its score: 1, or the number of its tokens.
 
     """
 
@@ -39,22 +39,22 @@ class Candidate:
     divisor: int
 
     def bound(self, logprob: float) -> float:
-        """Return the highest score that it can reach after tokens with a log-probability of `logprob` in all.
+        """Return the highest score within reach after tokens with a total log-probability of `logprob`.
 
-        -inf after a token of probability 0, whatever the offset.
+        The bound is -inf after a token of probability 0, whatever the offset.
         """
         return logprob / self.divisor + self.offset if logprob > -math.inf else -math.inf
 
 
 @dataclass(eq=False)
 class Node:
-    """A node of the trie: a beginning that completions have in common.
+    """A node of the trie: a common beginning of completions.
 
     Attributes:
         token_ids: the path from the root.
         children: by token id.
         candidate_idxs: the completions that end here.
-        best: those of the completions below that may have the highest bound, whatever the path costs.
+        best: the completions below that may have the highest bound, for some cost of the path.
 
     """
 
@@ -80,25 +80,25 @@ def make_trie(candidates: Sequence[Candidate]) -> Node:
                 nodes.append(node.children[token_id])
             node = node.children[token_id]
         node.candidate_idxs.append(idx)
-    for node in reversed(nodes):  # children before what they continue
+    for node in reversed(nodes):  # children before parents
         ending = [candidates[idx] for child in node.children.values() for idx in child.candidate_idxs]
         node.best = _undominated([*ending, *(c for child in node.children.values() for c in child.best)])
     return root
 
 
 class Search:
-    """The search for one prompt: `expand`, look up what follows each node, `tell`; until `expand` gives nothing.
+    """The search for one prompt: call `expand`, look up each node's children, `tell`, until `expand` returns nothing.
 
     Args:
-        root: of the trie of `candidates`; may serve many searches.
-        score: from a completion's idx and the log-probabilities of its tokens to its score, which must be
+        root: the root of the candidates' trie; may serve many searches.
+        score: maps a completion's idx and the log-probabilities of its tokens to its score, which must be
             `candidate.bound(sum of them)` up to rounding.
 
     """
 
     def __init__(self, root: Node, score: Callable[[int, list[float]], float]) -> None:
         self.best_idx = 0
-        """The completion with the highest score among those that are complete; of equals the first."""
+        """The finished completion with the highest score; of equals the first."""
         self.best_score = -math.inf
         self._score = score
         self._order = itertools.count()
@@ -128,12 +128,12 @@ class Search:
                     heapq.heappush(self._frontier, (-bound, next(self._order), child))
 
     def _may_win(self, bound: float) -> bool:
-        """Whether a completion with this bound may have the highest score, or the same and come first."""
+        """Return whether a completion with this bound may have the highest score, or an equal one and come first."""
         return bound > -math.inf and bound + SLACK * max(1.0, abs(bound)) >= self.best_score
 
 
 def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return those that have the highest bound after some path; of two, one that has both terms higher is enough."""
+    """Return the candidates with the highest bound after some path, without those that another beats in both terms."""
     kept: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (-c.divisor, -c.offset)):
         if not kept or candidate.offset > kept[-1].offset:

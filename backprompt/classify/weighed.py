@@ -1,4 +1,4 @@
-"""Prompts with completions that are weighed, and the best completion behind each: exhaustively, or best first."""
+"""Weighed completions of prompts, and the best completion behind each prompt: exhaustively, or best first."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from backprompt.classify.weighing import (
 from backprompt.errors import NonFiniteError
 
 NODES_AT_A_TIME = 32
-"""Best-first search expands about as many nodes in one pass, where they may still lead to the best completion: on two
-cores of a CPU a pass of 32 tokens takes hardly longer than one of a single token."""
+"""Best-first search expands about this many nodes in one pass, if so many may still lead to the best completion: on
+two cores of a CPU a pass of 32 tokens takes hardly longer than a pass of a single token."""
 MAX_LIVE_SEARCHES = 32
 
 Expanded: TypeAlias = "tuple[int, Search, Node]"
@@ -37,12 +37,12 @@ Expanded: TypeAlias = "tuple[int, Search, Node]"
 
 @dataclass(frozen=True)
 class WeighedCompletions:
-    """The completions of prompts, and how they are weighed behind each.
+    """The completions of prompts, and their weighing behind each.
 
     Attributes:
         pairs: the prompts with their completions.
-        weighings: one for each prompt.
-        show_progress_bar: whether a bar shows while they are scored; None: on long work.
+        weighings: a weighing for each prompt.
+        show_progress_bar: whether to show a bar while completions are scored; None: on long work.
 
     """
 
@@ -55,7 +55,7 @@ class WeighedCompletions:
         """Check the options against the prompts, then score the neutral prompt and the discounts.
 
         Raises:
-            TypeError, ValueError: options that do not fit the prompts; before anything is computed.
+            TypeError, ValueError: options that do not fit the prompts; raised before anything is computed.
 
         """
         if pairs.are_examples:
@@ -138,7 +138,7 @@ class WeighedCompletions:
         """Raise if the best completion behind a prompt has probability 0.
 
         Raises:
-            NonFiniteError: names the prompt.
+            NonFiniteError: the message names the prompt.
 
         """
         if best_weight == -np.inf:
@@ -151,7 +151,7 @@ class WeighedCompletions:
 
 
 def _common_weighings(pairs: PromptsWithCompletions, options: Options) -> list[Weighing]:
-    """Return the weighing of the common completions behind each prompt; one object for one kind of prompt."""
+    """Return the weighing of the common completions behind each prompt; one object for each set of completions."""
     strings = pairs.completions[0].strings
     log_prior = log_of_prior(checked_prior(options.prior, len(strings)))
     check_normalize(options.normalize, len(strings))
@@ -169,19 +169,19 @@ def _common_weighings(pairs: PromptsWithCompletions, options: Options) -> list[W
 
 
 def _weights_alone(neutral: PromptsWithCompletions, weighing: Weighing) -> list[float]:
-    """Return the weight of each completion behind the one prompt."""
+    """Return the weight of each completion behind the neutral prompt."""
     (rows,) = neutral.log_probs(show_progress_bar=False)
     return [weighing.weight(idx, row) for idx, row in enumerate(rows)]
 
 
 def as_candidate(weighing: Weighing, completion_idx: int, token_ids: tuple[int, ...]) -> Candidate:
-    """Return a completion as a search sees it."""
+    """Return a completion as a candidate of a search."""
     offset = weighing.weight(completion_idx, np.zeros(len(token_ids)))
     return Candidate(token_ids, offset, len(token_ids) if weighing.aggregate == "mean" else 1)
 
 
 def _score_of(weighing: Weighing, completions: EncodedCompletions) -> Callable[[int, list[float]], float]:
-    """Return the function by which a search scores complete completions."""
+    """Return the function that scores finished completions in a search."""
 
     def score(completion_idx: int, logprobs: list[float]) -> float:
         weight = weighing.weight(completion_idx, np.array(logprobs))

@@ -1,10 +1,10 @@
-"""How token log-probabilities become the weight of a completion, and weights become probabilities. Pure numpy.
+"""Weights of completions from token log-probabilities, and probabilities from weights. Pure numpy.
 
 A *weight* is the logarithm of a completion's probability, up to a constant that all completions of a prompt share:
 
     mean or sum of (token log-probabilities + discounts) - weight behind the neutral prompt + log(prior)
 
--inf is the weight of a completion that the model or the prior excludes, whatever its probability is divided by.
+A completion that the model or the prior excludes has the weight -inf, whatever its probability is divided by.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ AGGREGATES: tuple[Aggregate, ...] = ("mean", "sum")
 
 @dataclass(frozen=True)
 class Weighing:
-    """How the completions of a prompt are weighed.
+    """The weighing of a prompt's completions.
 
     Attributes:
-        aggregate: of a completion's token log-probabilities, their "mean" or their "sum".
+        aggregate: the "mean" or the "sum" of a completion's token log-probabilities.
         discounts: for each completion an array `(tokens,)`, added to its token log-probabilities.
         neutral_weights: each completion's weight behind the neutral prompt, which is subtracted.
-        log_prior: each completion's, which is added.
+        log_prior: each completion's log-prior, which is added.
         normalize: whether probabilities shall sum to one over the completions.
 
     """
@@ -46,7 +46,7 @@ class Weighing:
     def weight(self, completion_idx: int, logprobs: Floats) -> float:
         """Return the weight of a completion whose tokens have these log-probabilities, `(tokens,)`.
 
-        inf for a possible completion whose probability is to be divided by 0.
+        The weight is inf for a possible completion whose probability is to be divided by 0.
         """
         log_prior = 0.0 if self.log_prior is None else self.log_prior[completion_idx]
         if -np.inf in (log_prior, logprobs.min()):
@@ -67,7 +67,7 @@ class Weighing:
 
 
 def finite_weight(weight: float, completion: str) -> float:
-    """Return the weight of a completion; -inf is one.
+    """Return the weight of a completion, unless it is inf; -inf is allowed.
 
     Raises:
         NonFiniteError: the weight is inf.

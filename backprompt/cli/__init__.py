@@ -49,7 +49,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit code.
 
-    Without `argv` it is the program itself: an interrupt then ends the process as the signal does.
+    A call without `argv` is the program itself: an interrupt then ends the process as the signal does.
     """
     arguments = argparse.Namespace()
     try:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         if _is_closed_pipe(error):
-            if sys.stdout is not None:  # so that flushing it at exit says nothing
+            if sys.stdout is not None:  # so that flushing at exit prints no error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return CLOSED
         if arguments.traceback:
@@ -81,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that says in a line what is wrong; commands are parsed by such ones, too."""
+    """A parser that prints errors in one line; commands have parsers of this class, too."""
 
     def error(self, message: str) -> NoReturn:
-        """Say it, and leave."""
+        """Print the error, and exit."""
         self.exit(BAD_INPUT, f"{self.prog}: error: {visible(message)} ({self.prog} --help says more)\n")
 
 
@@ -106,12 +106,12 @@ def _parser() -> argparse.ArgumentParser:
 def _end_by_interrupt() -> None:
     """End the process by the signal itself, which shells show as 130.
 
-    A shell goes on with its loop behind a program that catches the interrupt and only exits with 130.
+    A shell goes on with its loop after a program that catches the interrupt and only exits with 130.
     """
     if os.name != "posix":
         return
     if sys.stdout is not None:
-        with contextlib.suppress(OSError):  # who read it has gone, too
+        with contextlib.suppress(OSError):  # its reader has gone, too
             sys.stdout.flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)
@@ -119,9 +119,9 @@ def _end_by_interrupt() -> None:
 
 @contextlib.contextmanager
 def _messages(verbose: int, *, has_bars: bool) -> Iterator[None]:
-    """Let messages and bars go to standard error for as long as the context lasts.
+    """Send messages and bars to standard error for as long as the context lasts.
 
-    Warnings always; with -v what is done; with -vv all. Those of transformers from -v on.
+    Warnings are always shown, messages about the work with -v, all messages with -vv. Transformers' messages need -v.
     """
     import transformers
 
@@ -147,7 +147,7 @@ def _messages(verbose: int, *, has_bars: bool) -> Iterator[None]:
 
 
 class _Lines(logging.Handler):
-    """Writes messages to standard error as it is when they come, a line each, above a progress bar."""
+    """Writes messages to the current standard error, one line each, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message."""

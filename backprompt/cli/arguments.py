@@ -1,4 +1,4 @@
-"""Arguments that several commands have in common, and what is made of them: an LM, texts, a bar."""
+"""Arguments that several commands have in common, and the objects made from them: an LM, texts, a bar."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROGRESS_HELP = "show no progress bar; there is none anyway where standard error
 def add_command(
     commands: Any, name: str, summary: str, description: str, *, run: Any, examples: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
-    """Add a command; `description` is wrapped, and `examples` stand at the end of its help, a shell command each."""
+    """Add a command; `description` is wrapped, and `examples` stand at the end of its help, one shell command each."""
     wrapped = [textwrap.fill(" ".join(paragraph.split()), _HELP_WIDTH) for paragraph in description.split("\n\n")]
     shown = "\n".join(f"  {example}" for example in examples)
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -57,7 +57,7 @@ def add_command(
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the file of prompts, and how it is read."""
+    """Add the arguments for the file of prompts and its format."""
     group = parser.add_argument_group("input")
     group.add_argument(
         "input",
@@ -70,7 +70,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
-    """Add what `load` takes."""
+    """Add the arguments of `load`."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=is_required, metavar="NAME", help="a hub id such as gpt2, or a folder")
     group.add_argument("--device", help="cuda, mps, cpu ... (default: the first of these that there is)")
@@ -98,7 +98,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = 
 
 
 def check_model_arguments(arguments: argparse.Namespace) -> None:
-    """Raise for what can be seen to be wrong without loading a model."""
+    """Raise for errors in the arguments that show without loading a model."""
     from backprompt.loading import available_device
     from backprompt.memory.budget import parse_bytes
     from backprompt.store.paths import check_folder
@@ -115,7 +115,7 @@ def check_model_arguments(arguments: argparse.Namespace) -> None:
 
 
 def check_output(arguments: argparse.Namespace) -> None:
-    """Raise for an output that cannot be written to, or that is one of the files that are read."""
+    """Raise for an output that cannot be written to, or that is one of the input files."""
     path = arguments.output
     written = _status(path, sys.stdout)
     for name, what in (("input", "the input"), ("completions", "--completions"), ("prior", "--prior")):
@@ -133,16 +133,16 @@ def check_output(arguments: argparse.Namespace) -> None:
 
 
 def _status(path: str, pipe: Any) -> os.stat_result | None:
-    """Return what tells a regular file from others, behind links and pipes, too; None for what is none."""
+    """Return the status of a regular file, which identifies it behind links and pipes, too; None for other files."""
     try:
         status = os.fstat(pipe.fileno()) if path == PIPE else os.stat(path)
-    except (AttributeError, OSError, ValueError):  # a pipe that is closed, or is an object of Python's
+    except (AttributeError, OSError, ValueError):  # a closed pipe, or a Python object in its place
         return None
     return status if stat.S_ISREG(status.st_mode) else None
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what results depend on, of a model's arguments and those of the input, by name."""
+    """Return the arguments of the model and the input that results depend on, by name."""
     return {name: getattr(arguments, name) for name in ("model", "device", "dtype", "joins", "column")}
 
 
@@ -163,7 +163,7 @@ def load_model(arguments: argparse.Namespace) -> LM:
 
 
 def read_input(arguments: argparse.Namespace) -> Input:
-    """Return the input, which is there."""
+    """Return the input, after a check that it is there."""
     check_is_there(arguments.input)
     return Input(arguments.input, format_of(arguments.input, arguments.input_format), arguments.column)
 
@@ -174,10 +174,10 @@ def bound(row: Row, lm: LM | None) -> Text:
 
 
 def read_completions(path: str) -> list[str]:
-    """Return completions from a file: one a line, or a JSON list of strings where it is called .json.
+    """Return completions from a file: one per line, or a JSON list of strings if the file is called .json.
 
     Raises:
-        CommandError: it cannot be read.
+        CommandError: the file cannot be read.
 
     """
     text = read_text(path)
@@ -196,7 +196,7 @@ def read_text(path: str) -> str:
     """Return the text of a file.
 
     Raises:
-        CommandError: it cannot be read.
+        CommandError: the file cannot be read.
 
     """
     try:
@@ -214,14 +214,14 @@ def finite(given: str) -> float:
 
 
 def say(message: str) -> None:
-    """Print a message to standard error, fit for a terminal; if that is closed nobody wants to know."""
+    """Print a message to standard error, fit for a terminal; does nothing if standard error is closed."""
     if sys.stderr is not None:
         with contextlib.suppress(BrokenPipeError):
             print(f"backprompt: {visible(message)}", file=sys.stderr)
 
 
 def shows_progress(arguments: argparse.Namespace) -> bool | None:
-    """Return what functions take as `show_progress_bar`: their default where standard error is a terminal."""
+    """Return the value of `show_progress_bar`: the default if standard error is a terminal, else False."""
     return None if is_terminal() and not arguments.no_progress else False
 
 

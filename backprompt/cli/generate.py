@@ -91,11 +91,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(
             f"Greedy decoding gives one continuation, not {arguments.n}. Ask for sampling: --do-sample, --temperature."
         )
-    seed = secrets.randbits(63) if arguments.seed is None else arguments.seed  # one for all slices
+    seed = secrets.randbits(63) if arguments.seed is None else arguments.seed  # one seed for all slices
 
     def computed_with(lm: LM) -> Compute:
         stops = StopStrings(arguments.stop, lm.tokenizer, include_stop=arguments.include_stop)
-        Decoding(  # checks them
+        Decoding(  # checks the options
             lm.session.causal_lm,
             lm.tokenizer,
             max_new_tokens=arguments.max_new_tokens,
@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def result_of(text: GeneratedText, sample_idx: int, num_samples: int | None) -> dict[str, Any]:
-    """Return the fields that a row gets of one continuation."""
+    """Return the fields that one continuation adds to a row."""
     logprob = float(text.completion_logprobs.double().sum())
     fields = {
         "completion": text.completion,
@@ -143,7 +143,7 @@ def result_of(text: GeneratedText, sample_idx: int, num_samples: int | None) -> 
 
 
 def _unescaped(given: str) -> str:
-    """Return a string with escapes replaced, since few shells let one write a line break."""
+    """Return a string with escapes replaced, since line breaks are hard to write in most shells."""
     if not given:
         raise argparse.ArgumentTypeError("it must not be empty")
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], given)

@@ -1,4 +1,4 @@
-"""Input: where prompts come from, a file or a pipe of JSONL or CSV, read a row at a time; errors name the line."""
+"""Input: a file or a pipe of prompts, as JSONL or CSV, read a row at a time; errors name the line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backprompt.errors import CommandError
 from backprompt.visible import counted
 
 PROMPT_FIELDS = ("prompt", "prompts", "parts")
-"""Where a prompt is looked for if no field is named: a string, or a list of strings that `+` joins."""
+"""The fields that may hold a prompt if no field is named: a string, or a list of strings that `+` joins."""
 
 _MAX_CSV_FIELD = 2**31 - 1  # csv's own limit is 131,072 characters
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -26,12 +26,12 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True)
 class Input:
-    """Where prompts come from.
+    """A source of prompts.
 
     Args:
         path: a file, or "-" for standard input.
-        format: of its rows.
-        field: or column, that holds the prompt; by default the one of `PROMPT_FIELDS` that is there.
+        format: the format of its rows.
+        field: the field or column that holds the prompt; by default the one of `PROMPT_FIELDS` that is there.
 
     """
 
@@ -41,19 +41,19 @@ class Input:
 
     @property
     def is_file(self) -> bool:
-        """Whether it can be read more than once."""
+        """Whether the input can be read more than once."""
         return self.path != PIPE and os.path.isfile(self.path)
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the input in messages."""
         return "standard input" if self.path == PIPE else self.path
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows as they are read.
 
         Raises:
-            CommandError: it cannot be opened, or a row is not what it should be; names the line.
+            CommandError: the input cannot be opened, or a row is invalid; the message names the line.
 
         """
         with self._opened() as file:
@@ -148,7 +148,7 @@ def decoded(data: bytes, where: str, *, may_have_mark: bool = True) -> str:
     """Return text from UTF-8, without the byte-order mark that it may begin with.
 
     Raises:
-        CommandError: it is something else, or holds NUL, which only other encodings of text have.
+        CommandError: the data is not UTF-8, or holds NUL, which only other encodings of text have.
 
     """
     try:
@@ -166,7 +166,7 @@ def decoded(data: bytes, where: str, *, may_have_mark: bool = True) -> str:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object: what `json.loads` calls, which would keep the last of two values silently."""
+    """Return an object, called by `json.loads`, which alone would keep the last of two values silently."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -176,7 +176,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(number: str) -> float:
-    """Return a float: what `json.loads` calls, which takes NaN and numbers that are too large for a float."""
+    """Return a float, called by `json.loads`, which alone takes NaN and numbers that are too large for a float."""
     value = float(number)
     if not math.isfinite(value):
         raise ValueError(f"{number} is no finite number")

@@ -1,8 +1,8 @@
-"""Output: where results go, in the order of the input, and only ever appended to.
+"""Output: a file or a pipe of results, in the order of the input, and only ever appended to.
 
-The output of a process that was killed is a beginning of the whole, but perhaps for its last row, and another process
-goes on behind it. Keeps the file, which no other process of this program may write to meanwhile, the columns of CSV,
-and how much of the earlier content stays.
+The output of a process that was killed is a beginning of the whole, except perhaps for its last row, and another
+process goes on behind it. An `Output` keeps the file, which no other process of this program may write to meanwhile,
+the columns of CSV, and the size of the earlier content that stays.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 class Output:
-    """Where results go, row by row.
+    """A destination of results, row by row.
 
     Args:
         path: a file, or "-" for standard output.
-        format: of its rows.
-        new_fields: what results add to a row's own fields.
-        rows_per_prompt: how many rows each row of input becomes.
+        format: the format of its rows.
+        new_fields: the fields that results add to a row's own fields.
+        rows_per_prompt: the number of rows that each row of input becomes.
         escapes_formulas: CSV: put ' before cells that spreadsheets would run.
 
     """
@@ -58,23 +58,23 @@ class Output:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the output in messages."""
         return "standard output" if self.path == PIPE else self.path
 
     def resume(
         self, rows: Iterator[Row], check: Callable[[Mapping[str, Any]], str | None]
     ) -> tuple[int, Iterator[Row]]:
-        """Go on behind what is there: take as many rows from the input; `cut_off` drops what was written half.
+        """Go on behind the rows that are there: take their rows from the input; `cut_off` drops a half-written rest.
 
         Args:
-            rows: of the input.
-            check: returns what is wrong with the new fields of a row, or None.
+            rows: the rows of the input.
+            check: returns the fault in the new fields of a row, or None.
 
         Returns:
-            How many rows of input were taken, and the others.
+            The number of rows taken from the input, and the other rows.
 
         Raises:
-            CommandError: what is there, or what would be dropped of it, was not made from this input.
+            CommandError: the rows that are there, or the rest to be dropped, were not made from this input.
 
         """
         num_prompts, num_bytes = 0, 0
@@ -102,10 +102,10 @@ class Output:
     def _check_cut_off(
         self, written: Sequence[_Written], to_come: Sequence[Row], check: Callable[[Mapping[str, Any]], str | None]
     ) -> None:
-        """Raise CommandError unless what is to be dropped is a beginning of what is written next.
+        """Raise CommandError unless the rest to be dropped is a beginning of the next rows.
 
         Args:
-            written: whole rows, but not all that a row of input becomes.
+            written: whole rows, but not all rows that a row of input becomes.
             to_come: the next rows of input, two or as many as there are.
             check: as in `resume`.
 
@@ -129,7 +129,7 @@ class Output:
             raise refused
 
     def _beginning(self, row: Row) -> bytes:
-        """Return what is written next, up to the first result: the header of CSV, if there is none yet, or the row."""
+        """Return the beginning of the next rows, up to the first result: the header of CSV if due, or the row."""
         if self.format == "jsonl":
             return json_row(row, {self._new_fields[0]: 0}).removesuffix("0}").encode()
         if self._columns is None:
@@ -138,7 +138,7 @@ class Output:
         return csv_line([*own, "0"]).removesuffix("0\n").encode()
 
     def _check_alike(self, written: _Written, row: Row, check: Callable[[Mapping[str, Any]], str | None]) -> None:
-        has_names = self.format == "csv" and written.idx > 0  # those of the first row
+        has_names = self.format == "csv" and written.idx > 0  # the names of the first row
         own = {name: value for name, value in written.fields.items() if name not in self._new_fields}
         fields: Mapping[str, Any] = row.fields
         if self.format == "csv":
@@ -157,7 +157,7 @@ class Output:
         )
 
     def _written(self) -> Iterator[_Written]:
-        """Yield the whole rows that are there, and note the columns of CSV and what stands behind the last row."""
+        """Yield the whole rows that are there, and note the columns of CSV and the bytes behind the last row."""
         idx = 0
         with open(self.path, "rb") as file:
             for record, stop_byte in records(file, self.format):
@@ -188,7 +188,7 @@ class Output:
         """Keep other processes from writing to a file that is there, until `close`.
 
         Raises:
-            CommandError: one writes to it; or it cannot be read.
+            CommandError: another process writes to the file, or it cannot be read.
 
         """
         try:
@@ -198,10 +198,10 @@ class Output:
         _lock(self._claimed, self.path)
 
     def open(self) -> None:
-        """Open the file; what it holds stays until `cut_off`. One that was not there before is claimed.
+        """Open the file; its content stays until `cut_off`. A new file is claimed.
 
         Raises:
-            CommandError: it cannot be written to, or is there by now.
+            CommandError: the file cannot be written to, or a new file is there by now.
 
         """
         if self.path == PIPE:
@@ -230,13 +230,13 @@ class Output:
         self._file.write(text.encode())
 
     def cut_off(self) -> None:
-        """Drop what the file holds, but for the rows that are gone on behind; a pipe or a device holds nothing."""
+        """Drop the file's content, except for the rows to go on behind; a pipe or a device has no content."""
         assert self._file is not None
         if self.path != PIPE and os.fstat(self._file.fileno()).st_size > self._num_kept_bytes:
             self._file.truncate(self._num_kept_bytes)
 
     def flush(self) -> None:
-        """Let readers see what was written."""
+        """Let readers see the rows written so far."""
         assert self._file is not None
         self._file.flush()
 
@@ -259,7 +259,7 @@ class Output:
                 yield csv_line([self._cell(fields.get(name, "")) for name in self._columns])
 
     def _header(self, row: Row) -> str:
-        """Return the header of CSV, from the first row that is written; nothing where there is one already."""
+        """Return the header of CSV, from the first row that is written; an empty string if there is one already."""
         if self.format == "jsonl" or self._columns is not None:
             return ""
         self._columns = [*row.fields, *self._new_fields]
@@ -271,7 +271,7 @@ class Output:
 
 @dataclass(frozen=True)
 class _Written:
-    """A row that is in the output: its number, what it holds, and where in the file it ends."""
+    """A row that is in the output: its number, its fields, and its end in the file."""
 
     idx: int
     fields: dict[str, Any]
@@ -279,12 +279,12 @@ class _Written:
 
 
 def _lock(file: BinaryIO, name: str) -> None:
-    """Keep other processes of this program from writing to a file until it is closed, where the system can.
+    """Keep other processes of this program from writing to a file until it is closed, if the system can.
 
-    The system lets go of the lock when the process ends, however it does.
+    The system releases the lock when the process ends, however it ends.
 
     Raises:
-        CommandError: another one writes to it.
+        CommandError: another process writes to the file.
 
     """
     if sys.platform == "win32":

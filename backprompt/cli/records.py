@@ -1,4 +1,4 @@
-"""Records: a row as the bytes of JSONL or CSV, and where in such bytes a row ends."""
+"""Records: a row as the bytes of JSONL or CSV, and the ends of rows in such bytes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from backprompt.cli.rows import Format, Row, as_json
 from backprompt.visible import visible_json
 
-# What spreadsheets take for the beginning of a formula; the last four are of full width.
+# Characters that spreadsheets take for the beginning of a formula; the last four are of full width.
 _FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def records(file: Iterable[bytes], format: Format) -> Iterator[tuple[bytes, int | None]]:
-    """Yield each row with its end, and where in the file that is: None for a last one without an end.
+    """Yield each row with its end, and the place of the end in the file: None for a last row without an end.
 
     A line break within quotes does not end a row of CSV. A quote within quotes is written twice, so the number of
-    quotes so far says whether one is open.
+    quotes so far says whether a quote is open.
     """
     lines: list[bytes] = []
     num_quotes, stop_byte = 0, 0
@@ -47,7 +47,7 @@ def has_whole_row(tail: bytes, beginning: bytes) -> bool:
 def csv_line(values: Sequence[str]) -> str:
     """Return a row of CSV with its end."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(values)  # it quotes the characters that end its lines
+    csv.writer(line, lineterminator="\r\n").writerow(values)  # the writer quotes the characters that end its lines
     return line.getvalue().removesuffix("\r\n") + "\n"
 
 
@@ -59,13 +59,13 @@ def cell(value: Any) -> str:
 
 
 def escaped_cell(value: Any) -> str:
-    """Return the same, with ' before what spreadsheets take for a formula; a number is none."""
+    """Return the same as `cell`, with ' before a formula of spreadsheets; a number is no formula."""
     plain = cell(value)
     return f"'{plain}" if _FORMULA.match(plain) and not _NUMBER.fullmatch(plain) else plain
 
 
 def json_row(row: Row, new: Mapping[str, Any]) -> str:
-    """Return a row with new fields as one JSON object: what is the input's own as it is written there."""
+    """Return a row with new fields as one JSON object; the input's own fields are as they are written there."""
     own = as_json(row.fields) if row.source is None else visible_json(row.source)
     members = [object[1:-1].strip() for object in (own, as_json(new))]
     return f"{{{', '.join(filter(None, members))}}}"

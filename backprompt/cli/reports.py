@@ -1,4 +1,4 @@
-"""`backprompt explain`, `draw`, `verify`: what prompts take, what they share, how close they come to plain calls."""
+"""`backprompt explain`, `draw`, `verify`: the cost of prompts, their shared parts, their distance from plain calls."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _add_verify(commands: Any) -> None:
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the prompts, and what may follow each of them."""
+    """Add the arguments for prompts, and for completions behind them."""
     add_input_arguments(parser)
     parser.add_argument(
         "--completions", metavar="FILE", help="take each prompt with each of these behind it, after a space"
@@ -133,7 +133,7 @@ def make_texts(rows: list[Row], completions: list[str] | None, lm: LM | None) ->
 
 
 def read_all(arguments: argparse.Namespace) -> tuple[list[Row], list[str] | None]:
-    """Return all rows of the input, and completions; raises for what can be seen to be wrong without a model."""
+    """Return all rows of the input, and completions; raises for errors that show without a model."""
     if getattr(arguments, "model", None) is not None:
         check_model_arguments(arguments)
     completions = None if arguments.completions is None else read_completions(arguments.completions)
@@ -184,7 +184,7 @@ def run_draw(arguments: argparse.Namespace) -> int:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """Print how far the numbers lie from plain calls."""
+    """Print the distance of the numbers from plain calls."""
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
     found = backprompt.verify(

@@ -1,4 +1,4 @@
-"""Rows: a prompt and whatever else its line of input holds, as JSONL or CSV, through files or pipes.
+"""Rows: a prompt and the other fields of its line of input, as JSONL or CSV, through files or pipes.
 
 The other fields of a row pass through to the output, so that rows can be told apart there: from JSONL to JSONL as they
 are written, numbers to the last digit.
@@ -26,9 +26,9 @@ class Row:
     """A row of input.
 
     Attributes:
-        where: it stands, for messages.
-        parts: of the prompt, to be joined with `+`.
-        fields: all that the row holds, the prompt included.
+        where: the place of the row, for messages.
+        parts: the parts of the prompt, to be joined with `+`.
+        fields: all fields of the row, the prompt included.
         source: the fields as the input has them, a JSON object; None for other input.
 
     """
@@ -40,7 +40,7 @@ class Row:
 
 
 def check_is_there(path: str) -> None:
-    """Raise CommandError for a path that is none; reads nothing, for a pipe can be read but once."""
+    """Raise CommandError for a path that is missing or a folder; reads nothing, since a pipe can be read only once."""
     if path != PIPE and not os.path.exists(path):
         raise CommandError(f"{path} is not there.")
     if os.path.isdir(path):
@@ -51,7 +51,7 @@ def format_of(path: str, given: Format | None) -> Format:
     """Return the format of a file: as given, else by its extension; JSONL for pipes.
 
     Raises:
-        CommandError: neither says which it is.
+        CommandError: neither of them tells the format.
 
     """
     if given is not None:
@@ -67,10 +67,10 @@ def format_of(path: str, given: Format | None) -> Format:
 
 
 def checked(rows: Iterable[Row], new_fields: Sequence[str], output_format: Format) -> Iterator[Row]:
-    """Yield the rows, if each can be written with new fields beside its own.
+    """Yield the rows, checking that each can be written with new fields beside its own.
 
     Raises:
-        CommandError: it has such a field already, or one that the first row has not and CSV therefore no column for.
+        CommandError: a row has such a field already, or, for CSV, a field that the first row lacks.
 
     """
     columns: Mapping[str, Any] | None = None
@@ -88,12 +88,12 @@ def as_json(value: Any, *, allow_nan: bool = False) -> str:
     """Return a value as JSON that terminals can show: other alphabets as they are, control characters escaped.
 
     Raises:
-        ValueError: it holds a number that is not finite, which JSON has no word for.
+        ValueError: the value holds a number that is not finite, which JSON has no word for.
 
     """
     return visible_json(json.dumps(value, ensure_ascii=False, allow_nan=allow_nan))
 
 
 def shown(value: Any) -> str:
-    """Return a value as JSON, the beginning of it if it is long."""
+    """Return a value as JSON, only the beginning of a long one."""
     return beginning(as_json(value), 40)

@@ -1,4 +1,4 @@
-"""`backprompt score`: which of given completions is the most probable behind each prompt, and how probable each is."""
+"""`backprompt score`: the probability of each given completion behind each prompt, and the most probable one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from backprompt.lm import LM
 
 AGGREGATES = ("mean", "sum")
-"""Those of `backprompt.classify`, which imports torch."""
+"""The aggregates of `backprompt.classify`, repeated because that package imports torch."""
 
 ENDS_OF_PROMPT: dict[str, EndOfPrompt] = {"auto": "auto", "space": " ", "nothing": ""}
 NEW_FIELDS = ("prediction", "probability", "probabilities")

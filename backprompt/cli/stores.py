@@ -81,7 +81,7 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 def run_find(arguments: argparse.Namespace) -> int:
-    """Print the entries whose text begins so."""
+    """Print the entries whose text begins with the prefix."""
     with _opened(arguments) as store:
         return 0 if _print_headers(store.list(arguments.prefix), is_json=arguments.json) else 1
 
@@ -116,7 +116,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def run_prune(arguments: argparse.Namespace) -> int:
-    """Delete entries, and say how many."""
+    """Delete entries, and print their number."""
     from backprompt.memory.budget import parse_bytes
 
     size = arguments.size
@@ -135,7 +135,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 
 def _opened(arguments: argparse.Namespace) -> DiskStore:
-    """Open a store that is there: a folder that is none must not become one by looking into it."""
+    """Open a store that is there: looking into another folder must not turn it into a store."""
     from backprompt.store.paths import FOLDERS, check_folder
 
     try:
@@ -148,7 +148,7 @@ def _opened(arguments: argparse.Namespace) -> DiskStore:
 
 
 def _print_headers(headers: Iterable[Header], *, is_json: bool) -> int:
-    """Print entries, a line each, and return how many."""
+    """Print entries, one line each, and return their number."""
     num_headers = 0
     for header in headers:
         print(as_json(_described(header)) if is_json else visible(_line(header)))

@@ -3,8 +3,8 @@
     check the options -> read and check all of a file -> look at what is written already -> load the model
     -> compute a slice -> append its rows -> the next slice ...
 
-So what is wrong with the input shows before a model is loaded; but a pipe can be read only once, so there a row is
-checked when its slice is.
+So errors in the input show before a model is loaded. A pipe can be read only once, so each of its rows is checked
+together with its slice.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ logger = logging.getLogger(__name__)
 _MARK = "backprompt"
 
 PROMPTS_A_SLICE = 64
-"""Their tokens are planned together; what slices have in common stays in memory in between."""
+"""The tokens of a slice are planned together; common parts of slices stay in memory in between."""
 
 Compute: TypeAlias = "Callable[[Sequence[Text]], Sequence[Sequence[Mapping[str, Any]]]]"
-"""From prompts to the new fields of each row that each becomes."""
+"""Maps prompts to the new fields of each row that a prompt becomes."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is done with prompts.
+    """A computation on prompts.
 
     Attributes:
-        new_fields: the names of what it adds to a row.
-        compute: what it does, with a model; raises for options that this cannot use.
-        options: all that results depend on beside the model, by name, as JSON has them.
-        rows_per_prompt: how many rows a prompt becomes.
-        check_written: returns what is wrong with the new fields of a row that is there already, or None.
+        new_fields: the names of the fields that the job adds to a row.
+        compute: returns the computation with a model; raises for options that the model cannot use.
+        options: all options beside the model that results depend on, by name, as JSON has them.
+        rows_per_prompt: the number of rows that a prompt becomes.
+        check_written: returns the fault in the new fields of a row that is there already, or None.
 
     """
 
@@ -73,7 +73,7 @@ class Job:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where results go."""
+    """Add the arguments for the output."""
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o",
@@ -154,7 +154,7 @@ def _stream(arguments: argparse.Namespace, job: Job, given: Input, output: Outpu
     with progress(arguments, total, initial=num_done) as bar:
         for idx, group in enumerate(_slices(itertools.chain([first], rows), arguments.slice)):
             computed = _computed(lm, compute, group)
-            if idx == 0:  # until now nothing that was there is lost
+            if idx == 0:  # up to here no earlier output is lost
                 output.cut_off()
                 begun.write()
             for row, results in zip(group, computed, strict=True):
@@ -166,11 +166,11 @@ def _stream(arguments: argparse.Namespace, job: Job, given: Input, output: Outpu
 
 
 class Begun:
-    """A small file beside an output that says which options it is written with, for as long as it is not complete.
+    """A small file beside an incomplete output that names the options with which the output is written.
 
     Args:
         output: the path of the output; a pipe or a device has no such file.
-        options: all that its rows depend on, by name, as JSON has them.
+        options: all options that its rows depend on, by name, as JSON has them.
 
     """
 
@@ -180,9 +180,9 @@ class Begun:
         self._options = dict(options)
 
     def check(self) -> None:
-        """Raise CommandError if there is such a file, and it names other options; without one nobody knows.
+        """Raise CommandError if there is such a file, and it names other options; without a file nothing is compared.
 
-        Where no row is written yet nothing was begun: what the file says may be of an output that was replaced.
+        An output without rows was not begun: the file may be of an earlier output that was replaced.
         """
         found = self.found() if os.path.getsize(self._output) else None
         for name, now in self._options.items():
@@ -193,18 +193,18 @@ class Begun:
                 )
 
     def write(self) -> None:
-        """Say how it is written from now on."""
+        """Write the file with the options that hold from now on."""
         if not self._is_kept:
             return
         part = Path(f"{self._path}.part")
         try:
             part.write_text(json.dumps({_MARK: self._options}), encoding="utf-8")
-            part.replace(self._path)  # so that it is there as a whole, or not at all
+            part.replace(self._path)  # so that the file is there as a whole, or not at all
         except OSError as error:
             logger.warning("%s cannot be written (%s): --resume cannot compare options.", self._path, error.strerror)
 
     def remove(self) -> None:
-        """Forget it: the output is complete."""
+        """Delete the file: the output is complete."""
         if self._is_kept and self.found() is not None:
             self._path.unlink()
 
@@ -213,7 +213,7 @@ class Begun:
         return self._output != PIPE and os.path.isfile(self._output)
 
     def found(self) -> dict[str, Any] | None:
-        """Return what it says, or None; raises CommandError for a file of this name that says something else."""
+        """Return the options in the file, or None; raises CommandError for another file of this name."""
         try:
             options = json.loads(self._path.read_text(encoding="utf-8"))[_MARK]
             return dict(options)
@@ -248,7 +248,7 @@ def _output(arguments: argparse.Namespace, job: Job) -> Output:
 
 
 def _num_rows(given: Input, job: Job, output: Output) -> int:
-    """Read all of a file, and return how many rows it has."""
+    """Read all of a file, and return the number of its rows."""
     num_rows = sum(1 for _ in checked(given.rows(), job.new_fields, output.format))
     if not num_rows:
         raise CommandError(f"{given.name} has no rows.")

@@ -1,4 +1,4 @@
-"""The library's errors in the words of the command line: options, where it speaks of keywords and calls."""
+"""The library's errors in the words of the command line: options in place of keywords and calls."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ _KEYWORD = re.compile(
             r"\bcompletions\[(?P<idx>\d+)\]",
             rf"\b(?P<given>{'|'.join(_OPTIONS)})=(?P<value>\.\.\.|[\"']?[\w.-]+[\"']?)",
             r"\b(?P<other>num_beams)=(?P<number>\d+)",
-            # A word with _ is a keyword anywhere, another one only where it is marked as one, or begins the message.
+            # A word with _ is a keyword anywhere, another word only if marked, or at the beginning of the message.
             rf"(?P<quote>`?)\b(?P<name>{'|'.join(name for name in _OPTIONS if '_' in name)})\b(?P=quote)",
             rf"`(?P<marked>{'|'.join(_OPTIONS)})`",
             rf"^(?P<first>{'|'.join(_OPTIONS)})(?= (must|has|have|is|takes)\b)",
-            r"(?<![\w=])(?P<mark>[\"'])(\\.|(?!(?P=mark)).)*(?P=mark)",  # what is quoted stays as it is
+            r"(?<![\w=])(?P<mark>[\"'])(\\.|(?!(?P=mark)).)*(?P=mark)",  # quoted text stays as it is
         ]
     )
 )
 
 
 def in_options(message: str) -> str:
-    """Return a message of the library that names options where it names keywords: `--no-normalize`."""
+    """Return a message of the library with options in place of keywords, such as `--no-normalize`."""
     return _KEYWORD.sub(_worded, message)
 
 

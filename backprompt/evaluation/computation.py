@@ -31,7 +31,7 @@ from backprompt.forest.passes import (
 )
 from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
-from backprompt.memory.budget import Memory
+from backprompt.memory.eviction import Memory
 from backprompt.model.executor import Executor
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar

@@ -209,7 +209,7 @@ def picked_scores(logits: Tensor, row_idx: Ints, token_ids: Ints) -> TokenScores
 def is_scored(span: Span, first_row: int = 0) -> bool:
     """Return whether all tokens of a computed span from `first_row` on have their scores."""
     rows = states_of(span)
-    return bool(rows.block.has_logprobs[rows.start + first_row : rows.stop].all())
+    return rows.block.is_scored(rows.start + first_row, rows.stop)
 
 
 def held_children(end: Span) -> list[Span]:

@@ -17,7 +17,7 @@ from backprompt.evaluation.predictions import is_scored, slices
 from backprompt.evaluation.reading import Ready, ids_up_to
 from backprompt.evaluation.scoring import Scoring, unusable_rows
 from backprompt.forest.span import Inserted, Span
-from backprompt.memory.blocks import KeysValues, gather, gather_each, keys_values_of, last_hidden, states_of
+from backprompt.memory.blocks import KeysValues, States, gather, gather_each, gather_hidden, keys_values_of, states_of
 from backprompt.tokens.graph import flat
 
 ReadAhead: TypeAlias = "Callable[[], list[Inserted]]"
@@ -39,20 +39,22 @@ class Readout:
         self._pool = computation.pools.logits
 
     def next_logits(self, ends: Sequence[Span]) -> list[Tensor]:
-        """Return the logits after texts that are held, `(vocab,)` each; none of them goes into the pool.
+        """Return the logits after texts that are held, in slices `(rows, vocab)`; none of them goes into the pool.
+
+        All slices but the last have as many rows as `Executor.rows_in_a_slice` says.
 
         Raises:
             NonFiniteError: a row is no distribution.
 
         """
         executor = self._computation.executor
-        rows: dict[Span, Tensor] = {}
-        for group in slices(list(dict.fromkeys(ends)), executor.rows_in_a_slice):
-            logits = self._computation.logits(torch.stack([last_hidden(end) for end in group]))
-            rows.update(zip(group, logits, strict=True))
+        found: list[Tensor] = []
+        for group in slices(list(ends), executor.rows_in_a_slice):
+            logits = self._computation.logits(gather_hidden(list(map(_last_row, group))))
             for idx in unusable_rows(logits):
                 raise executor.logits_error(logits[idx], ids_up_to(group[idx]))
-        return [rows[end] for end in ends]
+            found.append(logits)
+        return found
 
     def pooled_logits(self, end: Span) -> Tensor | None:
         """Return a copy of the next-token logits after `end`, `(vocab,)`, if they were computed and are still held."""
@@ -76,7 +78,7 @@ class Readout:
         missing = missing[: max(1, self._pool.max_bytes // executor.logit_row_bytes)]
         first: Tensor | None = None
         for group in slices(missing, executor.rows_in_a_slice):
-            logits = self._computation.logits(torch.stack([last_hidden(other) for other in group]))
+            logits = self._computation.logits(gather_hidden(list(map(_last_row, group))))
             unusable = set(unusable_rows(logits))
             if first is None:  # the row of `end`
                 if 0 in unusable:
@@ -116,3 +118,8 @@ class Readout:
     def keys_values(self, end: Span) -> KeysValues:
         """Return a copy of the text's keys and values."""
         return KeysValues(dict(gather_each([keys_values_of(span) for span in end.path()])))
+
+
+def _last_row(end: Span) -> tuple[States, int]:
+    rows = states_of(end)
+    return rows.block, rows.stop - 1

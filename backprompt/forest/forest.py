@@ -1,7 +1,7 @@
 """The forest of token spans (span.py): inserting texts, splitting spans, forgetting spans. Pure Python, no tensors.
 
-Keeps all spans, found from one root; the number of the latest evaluation; and whether a change that takes several steps
-was cut short.
+The forest keeps all spans, found from one root; the number of the latest evaluation; and whether a change of several
+steps was interrupted.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Forest:
     """All spans, under one empty root.
 
     Attributes:
-        root: what texts begin behind.
-        evaluation: the number of the latest evaluation, the first being 1.
-        is_whole: False while things change that belong together, and for good after an error that cut this short: then
-            nothing in the forest can be trusted, and all that is left to do is `clear`.
+        root: the empty span that texts begin behind.
+        evaluation: the number of the latest evaluation, counted from 1.
+        is_whole: False while a change of several steps is under way, and permanently after an error interrupted one:
+            then the forest cannot be trusted, and must be cleared with `clear`.
 
     """
 
@@ -30,29 +30,29 @@ class Forest:
         self.root = Span((), 0, None)
         self.evaluation = 0
         self.is_whole = True
-        self._is_stamped = True  # whether `evaluation` was given to something
+        self._is_stamped = True  # whether `evaluation` was used
 
     def begin_evaluation(self) -> None:
-        """Begin another evaluation, unless nothing was computed or loaded in the latest: then that one goes on.
+        """Begin a new evaluation, unless the latest one has computed or loaded nothing: then that one goes on.
 
-        So an evaluation is counted once, however many of those who take part in it begin it.
+        So an evaluation is counted once, even if several parts of it call this method.
         """
         if self._is_stamped:
             self.evaluation += 1
             self._is_stamped = False
 
     def stamp(self) -> int:
-        """Return the number of the evaluation under way, for a span that it computes or loads."""
+        """Return the number of the current evaluation, for a span that it computes or loads."""
         self._is_stamped = True
         return self.evaluation
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Let things change that belong together: all of them, or the forest is not whole any more.
+        """Mark a change of several steps: an error inside leaves the forest not whole.
 
-        An error may come at any line, as Ctrl-C does. Whatever changes where spans stand, their tokens or their rows in
-        more than one step does it in here, and here as little else as it can. At each moment all spans that hold
-        something are found from the root, so that `clear` reaches them.
+        An error such as Ctrl-C may come at any line. All code that changes the places, tokens or rows of spans in more
+        than one step runs inside this context, and as little other code as possible. At each moment all spans that hold
+        data are found from the root, so that `clear` reaches them.
         """
         self.is_whole = False
         yield
@@ -61,8 +61,8 @@ class Forest:
     def insert(self, token_ids: TokenIds | Sequence[int], *, is_end: bool = True) -> Span:
         """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed.
 
-        Where they end in a group it is a junction. `is_end` False: the caller forgets it before `absorb` is called for
-        what continues it.
+        For token ids that end in a group the span is a junction. `is_end` False: the caller forgets the span before
+        `absorb` is called for its child.
         """
         ids = token_ids if isinstance(token_ids, TokenGraph) else tuple(token_ids)
         end, _ = fold(ids, self.root, self.extend, self._join)
@@ -70,13 +70,13 @@ class Forest:
         return end
 
     def in_order(self, text: Inserted) -> list[Span]:
-        """Return the spans of a text in written order, those of repeated branches repeatedly; junctions left out."""
+        """Return the spans of a text in written order, with repeats of repeated branches and without junctions."""
         if not isinstance(text.token_ids, TokenGraph):
             return text.end.path()
         spans: list[Span] = []
 
         def continue_(span: Span, position: int, ids: tuple[int, ...]) -> Span:
-            end = self.extend(span, position, ids)  # finds it: the text was inserted
+            end = self.extend(span, position, ids)  # adds no span: the text was inserted
             chain, above = [], end
             while above is not span:
                 assert above.parent is not None
@@ -89,7 +89,7 @@ class Forest:
         return spans
 
     def extend(self, span: Span, position: int, ids: tuple[int, ...]) -> Span:
-        """Return the span that ends where `ids` end that stand behind `span`, the first at `position`."""
+        """Return the span that ends where `ids` end; they follow `span`, and the first of them is at `position`."""
         num_matched = 0
         while num_matched < len(ids):
             key = child_key(span, position + num_matched, ids[num_matched])
@@ -115,7 +115,7 @@ class Forest:
         return junction
 
     def num_computed(self, token_ids: Sequence[int]) -> int:
-        """Return of how many of the first of `token_ids` the keys and values are held; changes nothing."""
+        """Return the number of first ids of `token_ids` whose keys and values are held; changes nothing."""
         ids = tuple(token_ids)
         span, num_matched = self.root, 0
         while num_matched < len(ids):
@@ -146,11 +146,11 @@ class Forest:
         return upper
 
     def absorb(self, span: Span, keys_values: Rows, states: Rows) -> None:
-        """Let `span` begin where what it continues begins, which is there no more; the opposite of `split`.
+        """Extend `span` to the start of its parent, which is removed; the opposite of `split`.
 
         Args:
-            span: what absorbs.
-            keys_values, states: where these lie from now on.
+            span: the span that absorbs its parent.
+            keys_values, states: the new places of its keys and values and of its states.
 
         """
         upper = span.parent
@@ -164,9 +164,9 @@ class Forest:
             span.place(keys_values=keys_values, states=states)
 
     def discard(self, span: Span, held: Container[Span]) -> None:
-        """Remove a span that nothing continues and nobody knows of, and what it continued, as far as that holds there.
+        """Remove a span without children that no text ends at, and then its ancestors while the same holds for them.
 
-        What is not a leaf, is among those `held` or ends a text stays. One that was removed before may be given again.
+        A span stays if it has children, is among `held`, or ends a text. A span may be discarded more than once.
         """
         while span.token_ids and span.parent is not None and not (span.children or span in held or span.is_end):
             parent = span.parent
@@ -179,10 +179,10 @@ class Forest:
             span = parent
 
     def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
-        """Remove spans of which nothing is held, until so many of them with so many tokens are left at most.
+        """Remove spans that hold nothing, until at most `max_spans` of them with `max_tokens` tokens are left.
 
-        Spans that were never computed all go. Of the others the ones that were used longest ago go first, and a span
-        goes after those that continue it.
+        Spans that were never computed are all removed. Of the others, the least recently used are removed first, and a
+        span is removed after its children.
         """
         spans = list(self.spans())
         last_used = {span: span.last_used if span.was_computed else -1 for span in spans if span.is_empty}
@@ -191,7 +191,7 @@ class Forest:
                 for parent in span.parents:
                     if parent in last_used:
                         last_used[parent] = max(last_used[parent], last_used[span])
-        latest_first = sorted(last_used, key=last_used.__getitem__, reverse=True)  # of equals, parents come first
+        latest_first = sorted(last_used, key=last_used.__getitem__, reverse=True)  # among equals, parents come first
         remembered = list(itertools.takewhile(lambda span: last_used[span] >= 0, latest_first))
         num_tokens = itertools.accumulate(len(span.token_ids) for span in remembered)
         num_kept = sum(total <= max_tokens for total in itertools.islice(num_tokens, max_spans))
@@ -199,12 +199,12 @@ class Forest:
         for left in {span.parent for span in gone if span.parent is not None} - gone:
             left.children = {key: child for key, child in left.children.items() if child not in gone}
         for span in gone:
-            span.children = {}  # parents and children refer to each other: the cycle collector comes late
+            span.children = {}  # parents and children form a cycle, which the garbage collector would free late
 
     def clear(self) -> None:
-        """Forget everything: nothing of any span is held any more, and none is found any more. Makes it whole again."""
+        """Drop the data of every span and remove all spans from the root; the forest is whole again."""
         with self.changing():
-            stack = [self.root]  # `spans` looks at more than children, which may not be whole
+            stack = [self.root]  # `spans` reads more than children, which may not be whole
             while stack:
                 span = stack.pop()
                 stack += span.children.values()
@@ -212,18 +212,18 @@ class Forest:
             self.root.children = {}
 
     def spans(self) -> Iterator[Span]:
-        """Yield every span below the root, each before what continues it, depth first."""
+        """Yield every span below the root depth first, each before its children."""
         spans = depth_first(self.root, lambda span: span.children.values())
         next(spans)
         return spans
 
 
 def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> Iterator[Span]:
-    """Yield spans from the root on, each after its parents; what a junction still needs is drawn forward.
+    """Yield spans from the root on, each after its parents; missing parents of a junction are moved forward.
 
     Args:
-        root: the first.
-        continuations: the children of a span to go on with, in order; all parents of each must be among what comes.
+        root: the first span.
+        continuations: the children of a span to visit, in order; all parents of each child must be visited, too.
 
     """
     done: set[Span] = set()
@@ -231,9 +231,9 @@ def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> 
     while stack:
         span = stack.pop()
         if span in done:
-            continue  # it was drawn forward
+            continue  # already moved forward
         if isinstance(span, Junction) and not done.issuperset(span.parents):
-            stack += reversed(span.closure(known=done))  # itself the last
+            stack += reversed(span.closure(known=done))  # the junction comes last
             continue
         done.add(span)
         yield span

@@ -1,7 +1,7 @@
-"""Which spans are forwarded, in which order, and in which pass. Pure Python.
+"""The spans to forward, their order, and their passes. Pure Python.
 
-All spans that the wanted texts need and that are not computed are laid out depth first in one row of tokens, which is
-cut into passes. In that order the descendants of a span are one contiguous slice of the row.
+All missing spans that the wanted texts need are laid out depth first in one row of tokens, which is cut into passes. In
+that order the descendants of a span are one contiguous slice of the row.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from backprompt.forest.forest import Forest, depth_first
 from backprompt.forest.span import Span
 
 MIN_CUT_TOKENS = 32
-"""A span is cut at the end of a pass only where at least this many tokens of it still fit."""
+"""A span is cut at the end of a pass only if at least this many of its tokens still fit."""
 
 
 def missing_spans(ends: Iterable[Span], *, with_keys_values: bool = False) -> list[Span]:
-    """Return the spans to forward so that `ends` hold their states, depth first; each before what continues it.
+    """Return the spans to forward so that `ends` hold their states, depth first; each before its children.
 
-    These are the spans on the way that hold no states, and what they continue and holds no keys and values any more.
-    `with_keys_values`: the ends shall hold keys and values, too.
+    These are the ends and ancestors without states, and the spans whose keys and values are needed but no longer held.
+    `with_keys_values`: the ends must hold keys and values, too.
 
-    Texts that share nothing come as asked for. Of several continuations of one span the one with the most tokens to
-    compute comes first: it joins the causal run of what it continues, and the small ones lie side by side behind it.
+    Texts that share nothing keep the given order. Of several children of one span, the child with the most tokens to
+    compute comes first: it joins the causal run of its parent, and the small children lie side by side behind it.
     """
-    wanted: dict[Span, list[Span]] = {}  # all spans on the way, with those that continue them
+    wanted: dict[Span, list[Span]] = {}  # the ends and all their ancestors, with their wanted children
     for end in ends:
         if end.is_held(with_keys_values=with_keys_values):
             continue
@@ -44,8 +44,8 @@ def missing_spans(ends: Iterable[Span], *, with_keys_values: bool = False) -> li
 
     def largest_first(span: Span) -> list[Span]:
         following = wanted[span]
-        # With junctions as asked for: what stands behind one is through before the branches of others.
-        if span is root or not all(child.token_ids for child in following):
+        # With junctions, keep the given order: the spans behind a junction come before the branches of others.
+        if span is root or len(following) < 2 or not all(child.token_ids for child in following):
             return following
         return sorted(following, key=num_missing.__getitem__, reverse=True)
 
@@ -53,7 +53,7 @@ def missing_spans(ends: Iterable[Span], *, with_keys_values: bool = False) -> li
 
 
 def _num_missing(root: Span, children: Mapping[Span, list[Span]]) -> dict[Span, int]:
-    """Return, for each span, how many tokens are to be computed of it and of what continues it."""
+    """Return, for each span, the number of tokens to compute in the span and its descendants."""
     top_down = [root]
     for span in top_down:
         top_down += children[span]
@@ -65,12 +65,12 @@ def _num_missing(root: Span, children: Mapping[Span, list[Span]]) -> dict[Span, 
 
 
 def _is_missing(span: Span) -> bool:
-    """Return whether a span on the way to an end that must be computed has to be forwarded."""
+    """Return whether a wanted span must be forwarded."""
     return span.parent is not None and not span.is_held(with_keys_values=True)
 
 
 def on_the_way(ends: Iterable[Span]) -> set[Span]:
-    """Return the spans on the way to all of `ends`."""
+    """Return all `ends` and their ancestors."""
     spans: set[Span] = set()
     for end in ends:
         spans.update(end.closure(known=spans))
@@ -78,12 +78,12 @@ def on_the_way(ends: Iterable[Span]) -> set[Span]:
 
 
 def num_tokens_of(spans: Iterable[Span]) -> int:
-    """Return how many tokens the spans have."""
+    """Return the number of tokens of the spans."""
     return sum(len(span.token_ids) for span in spans)
 
 
 def last_uses(passes: Sequence[Sequence[Span]]) -> dict[Span, int]:
-    """Return, for each span that passes attend to, the number of the last such pass."""
+    """Return, for each span that passes attend to, the index of the last such pass."""
     last_uses: dict[Span, int] = {}
     for pass_idx, spans in enumerate(passes):
         stack = [parent for span in spans for parent in span.parents]
@@ -96,7 +96,7 @@ def last_uses(passes: Sequence[Sequence[Span]]) -> dict[Span, int]:
 
 
 def is_cut_off(spans: Sequence[Span]) -> bool:
-    """Return whether something that a pass continues was dropped since the pass was planned."""
+    """Return whether a parent that a pass needs was dropped since the pass was planned."""
     own = set(spans)
     return any(
         parent.parent is not None and not parent.is_held(with_keys_values=True) and parent not in own
@@ -108,8 +108,8 @@ def is_cut_off(spans: Sequence[Span]) -> bool:
 def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> list[tuple[Span, ...]]:
     """Group depth-first `spans` into passes of at most `max_tokens` tokens and about equal size.
 
-    A span that does not fit is split in the forest, which changes no result: the cut-off part sees the first part's
-    keys as it sees any ancestor's.
+    A span that does not fit is split in the forest. Splitting changes no result: the second part sees the first part's
+    keys like any ancestor's.
     """
     num_tokens = num_tokens_of(spans)
     num_passes = -(-num_tokens // max_tokens)

@@ -1,11 +1,11 @@
 """The plan of a pass: its row of tokens, the keys that each row sees, and the kernel calls for them. Pure Python.
 
 The spans of a pass are laid out depth first in one row of tokens (passes.py), so the descendants of a span are one
-contiguous slice of rows. The rows see *segments* of keys, each a contiguous slice of rows against a contiguous slice
-of keys:
+contiguous slice of rows. Each *segment* pairs a contiguous slice of rows with a contiguous slice of the keys that they
+see:
 
 - Own: rows that see each other. Either a causal run (a long span, with the first child that continues it), or a
-  *tile*: consecutive small runs and subtrees, attended to densely under a mask of what each row descends from.
+  *tile*: consecutive small runs and subtrees, computed densely under a mask of each row's ancestors.
 - Cross: rows that all descend from the same earlier span and see all of its keys.
 
 Example: an instruction of 300 tokens, cached; under it two prompts of 200 tokens, each with two completions of 3:
@@ -15,13 +15,13 @@ Example: an instruction of 300 tokens, cached; under it two prompts of 200 token
     rows  206..406  prompt b   own
     rows  406..412  its two    own, a tile     cross: rows 406..412, keys 206..406 of this pass
 
-The partial results of one row are joined by their log-sum-exp, which is exact.
+Partial results of one row are joined by their log-sum-exp, which is exact.
 
-Rows behind a junction descend from several spans, so the rows that see a branch's keys may lie in several slices, and
-there they may count several times: a segment each.
+Rows behind a junction descend from several spans. So the rows that see a branch's keys may lie in several slices, each
+with its own count of those keys: each slice has a segment.
 
-Segments do not depend on the model. The kernel calls (`Pass.calls`) do: a sliding window hides keys, and a call costs
-as much as a number of products that depends on the heads, so small neighbours share a call under a mask.
+Segments do not depend on the model. The kernel calls (`Pass.calls`) do: a sliding window hides keys, and the fixed cost
+of a call, counted in products, depends on the heads, so small neighbours share a call under a mask.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from itertools import accumulate
 from backprompt.forest.span import Span
 
 TILE_TOKENS = 128
-"""Subtrees up to this many tokens are attended to densely under a tree mask."""
+"""Subtrees up to this many tokens are computed densely under a tree mask."""
 
 SMALL_TOKENS = 32
-"""Causal runs and tiles up to this many tokens share a tile with their neighbours: a call costs more than that."""
+"""Causal runs and tiles up to this many tokens share a tile with their neighbours: a separate call costs more."""
 
 CALL_MULTIPLICATIONS = 1_500_000
-"""What a kernel call costs besides its products, in multiplications of a query and a key: about 65 us on two cores."""
+"""The fixed cost of a kernel call, in multiplications of a query and a key: about 65 us on two cores."""
 
 WINDOW_CHUNK_ROWS = 512
-"""Under a sliding window a long causal run is attended to in chunks of rows, so that its mask stays small."""
+"""Under a sliding window a long causal run is computed in chunks of this many rows, so that its mask stays small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class KeySegment:
         start, stop: the rows.
         block: the block that holds the keys; None for the pass itself.
         key_start, key_stop: the keys.
-        key_position: the position of the first key; in all but tiles the others follow it.
+        key_position: the position of the first key; except in tiles, the other keys have the next positions.
         times: how often each key counts: the number of equal branches.
-        visible_until: of a tile, for each key the row at which the last descendant of its span ends: row q sees key k
-            when `k <= q < visible_until[k - key_start]`. None for a causal run, and for a segment of other keys than
-            the rows' own, all of which every row sees.
+        visible_until: for a tile, the row at which the last descendant of each key's span ends: row q sees key k if
+            `k <= q < visible_until[k - key_start]`. None for a causal run, and for keys outside the rows, which every
+            row sees.
 
     """
 
@@ -77,17 +77,17 @@ class KeySegment:
 
     @property
     def is_own(self) -> bool:
-        """Whether the keys are those of the rows themselves."""
+        """Whether the keys belong to the rows themselves."""
         return self.block is None and self.key_start == self.start
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel call: `rows` of the pass against `keys` of a block, or of the pass itself where `block` is None.
+    """One kernel call: `rows` of the pass against `keys` of a block, or of the pass itself if `block` is None.
 
     Attributes:
-        segments: what the rows see of the keys.
-        window: rows see keys fewer than this many positions back; None where all keys of the segments are.
+        segments: the segments of these rows and keys.
+        window: rows see keys fewer than this many positions back; None if the window hides none of the keys.
 
     """
 
@@ -99,7 +99,7 @@ class Call:
 
     @property
     def is_own(self) -> bool:
-        """Whether rows see each other; each row has exactly one such call, which the others are joined to."""
+        """Whether rows see each other; each row has exactly one such call, and its other calls are joined to it."""
         return self.segments[0].is_own
 
     @property
@@ -109,23 +109,23 @@ class Call:
 
     @property
     def needs_mask(self) -> bool:
-        """Whether some row sees only some of the keys, in another way than causally."""
+        """Whether some row sees only a part of the keys, in a way other than causal."""
         return len(self.segments) > 1 or self.window is not None or self.segments[0].visible_until is not None
 
     @property
     def is_causal(self) -> bool:
-        """Whether row i sees the keys up to the i-th, without a mask."""
+        """Whether row i sees keys 0 to i, without a mask."""
         return self.is_own and not self.needs_mask
 
     @property
     def num_pairs(self) -> int:
-        """How many pairs of a row and a key the kernel multiplies."""
+        """The number of pairs of a row and a key that the kernel multiplies."""
         num_rows: int = self.rows.stop - self.rows.start
         num_keys: int = self.keys.stop - self.keys.start
         return num_rows * num_keys
 
     def united(self, other: Call) -> Call:
-        """Return one call, of keys of the same block, for both."""
+        """Return one call for both; their keys lie in the same block."""
         return Call(
             _union(self.rows, other.rows),
             self.block,
@@ -140,8 +140,8 @@ class Pass:
     """One packed forward pass: the spans to compute, in row order, and the keys that their rows see.
 
     Attributes:
-        spans: with tokens, depth first.
-        segments: own ones first, in the order of the rows, each row in exactly one.
+        spans: spans with tokens, depth first.
+        segments: own segments first, in the order of the rows, each row in exactly one.
 
     """
 
@@ -150,18 +150,18 @@ class Pass:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the pass forwards: the length of its row."""
+        """The number of tokens that the pass forwards: the length of its row."""
         return sum(len(span.token_ids) for span in self.spans)
 
     @property
     def slices(self) -> list[slice]:
-        """Which rows each span has."""
+        """The rows of each span."""
         stops = list(accumulate(len(span.token_ids) for span in self.spans))
         return [slice(stop - len(span.token_ids), stop) for span, stop in zip(self.spans, stops, strict=True)]
 
     @property
     def token_ids(self) -> list[int]:
-        """The row: all spans' ids, one after the other."""
+        """The row: the ids of all spans, one after the other."""
         return [token_id for span in self.spans for token_id in span.token_ids]
 
     @property
@@ -170,11 +170,11 @@ class Pass:
         return [p for span in self.spans for p in range(span.position, span.position + len(span.token_ids))]
 
     def calls(self, window: int | None, multiplications_a_pair: int) -> list[Call]:
-        """Return the kernel calls of a layer, own ones first.
+        """Return the kernel calls of a layer, own calls first.
 
         Args:
-            window: rows see keys fewer than this many positions back; None where there is no such bound.
-            multiplications_a_pair: how many products a pair of a row and a key takes: heads times head_dim.
+            window: rows see keys fewer than this many positions back; None without a window.
+            multiplications_a_pair: the number of products for a pair of a row and a key: heads times head_dim.
 
         """
         positions = self.positions
@@ -191,15 +191,15 @@ class Pass:
 def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
     """Lay depth-first `spans` out in one row and return the keys that its rows see.
 
-    Junctions have no rows and are left out. Ancestors that are not among `spans` must be computed: an earlier pass, or
-    an earlier evaluation, holds their keys.
+    Junctions have no rows and are left out. Ancestors outside `spans` must be computed: an earlier pass, or an earlier
+    evaluation, holds their keys.
     """
     spans = [span for span in spans if span.token_ids]
     layout = _Layout(spans)
     own: list[KeySegment] = []
-    reach: dict[tuple[Span, int], list[slice]] = {}  # ancestor, how often it counts -> rows that see it
-    run_end: Span | None = None  # the last span of the causal run that `own` ends with, if it ends with one
-    seen: dict[Span, int] = {}  # the ancestors that the rows at hand see
+    reach: dict[tuple[Span, int], list[slice]] = {}  # ancestor, its count -> rows that see it
+    run_end: Span | None = None  # the last span of the causal run at the end of `own`, if there is one
+    seen: dict[Span, int] = {}  # the ancestors that the current rows see
     idx = 0
     while idx < len(spans):
         start = layout.starts[idx]
@@ -225,7 +225,7 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
 
 
 class _Layout:
-    """Where each span of a pass lies in its row: span `i` at rows `starts[i]..starts[i + 1]`."""
+    """The place of each span of a pass in its row: span `i` at rows `starts[i]..starts[i + 1]`."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = spans
@@ -253,7 +253,7 @@ class _Layout:
     def _is_tree(self, idx: int, end: int) -> bool:
         """Return whether these spans are one tree in depth-first order.
 
-        What a junction still needs is drawn forward, and may stand between a span and what continues it.
+        Spans that a junction needs are moved forward, and may stand between a span and its child.
         """
         above = [self.spans[idx]]
         for span in self.spans[idx + 1 : end]:
@@ -265,9 +265,9 @@ class _Layout:
         return True
 
     def visible_until(self, idx: int, end: int) -> tuple[int, ...] | None:
-        """Return the tile's `KeySegment.visible_until`; None where the tile is one chain, which is plainly causal.
+        """Return the tile's `KeySegment.visible_until`; None if the tile is one chain, which is simply causal.
 
-        A chain has no gaps of positions, so that a window is as many rows as positions.
+        A chain has no gaps of positions, so a window covers as many rows as positions.
         """
         inner = [self.spans[i] for i in range(idx + 1, end)]
         if all(span.parent is before for span, before in zip(inner, self.spans[idx:end], strict=False)) and not any(
@@ -282,9 +282,9 @@ class _Layout:
 
 
 def _merge_small(own: Sequence[KeySegment], tile_tokens: int) -> list[KeySegment]:
-    """Put small neighbours into one tile, whatever they descend from: it hides them from each other anyway."""
+    """Put small neighbours into one tile, with any ancestors: the mask hides unrelated rows from each other."""
     merged: list[KeySegment] = []
-    is_small = False  # whether the last one may take in more
+    is_small = False  # whether the last segment may take in more
     for piece in own:
         last = merged[-1] if merged else piece
         fits = is_small and piece.stop - piece.start <= SMALL_TOKENS and piece.stop - last.start <= tile_tokens
@@ -302,7 +302,7 @@ def _visible_until(own: KeySegment) -> tuple[int, ...]:
 
 
 def _cross_segments(reach: Mapping[tuple[Span, int], list[slice]], layout: _Layout) -> list[KeySegment]:
-    """Return a segment for each ancestor and slice of rows; neighbours in memory that the same rows see share one."""
+    """Return a segment for each ancestor and slice of rows; adjacent keys that the same rows see share a segment."""
     segments: list[KeySegment] = []
     last_of_rows: dict[tuple[int, int, int], int] = {}
     for (span, times), slices in reach.items():
@@ -325,7 +325,7 @@ def _cross_segments(reach: Mapping[tuple[Span, int], list[slice]], layout: _Layo
 
 
 def _is_neighbour(segment: KeySegment, following: KeySegment) -> bool:
-    """Return whether the keys of the second lie right behind those of the first, in memory and by position."""
+    """Return whether the second segment's keys directly follow those of the first, in memory and by position."""
     return (
         segment.block is following.block
         and segment.key_stop == following.key_start
@@ -348,7 +348,7 @@ def _own_calls(segment: KeySegment, window: int | None) -> Iterator[Call]:
         yield Call(rows, None, rows, (segment,), window)
     elif window is None or segment.stop - segment.start <= window:
         yield Call(rows, None, rows, (segment,), None)
-    else:  # a run has no gaps of positions, so a window is as many rows
+    else:  # a run has no gaps of positions, so a window covers as many rows as positions
         for start in range(segment.start, segment.stop, WINDOW_CHUNK_ROWS):
             chunk = slice(start, min(start + WINDOW_CHUNK_ROWS, segment.stop))
             keys = slice(max(segment.start, start - window + 1), chunk.stop)
@@ -356,12 +356,12 @@ def _own_calls(segment: KeySegment, window: int | None) -> Iterator[Call]:
 
 
 def _cross_calls(segment: KeySegment, positions: Sequence[int], window: int | None) -> Iterator[Call]:
-    """Yield the call of rows, at `positions`, that see other keys than their own; none where the window hides all."""
+    """Yield the call of rows, at `positions`, that see keys other than their own; none if the window hides all."""
     rows, keys = slice(segment.start, segment.stop), slice(segment.key_start, segment.key_stop)
     if window is None:
         yield Call(rows, segment.block, keys, (segment,), None)
         return
-    num_hidden = max(0, min(positions) - window + 1 - segment.key_position)  # keys that no row sees any more
+    num_hidden = max(0, min(positions) - window + 1 - segment.key_position)  # keys that no row sees
     if num_hidden >= segment.key_stop - segment.key_start:
         return
     seen = replace(segment, key_start=segment.key_start + num_hidden, key_position=segment.key_position + num_hidden)
@@ -370,10 +370,10 @@ def _cross_calls(segment: KeySegment, positions: Sequence[int], window: int | No
 
 
 def _merge_calls(calls: Sequence[Call], pairs_a_call: int) -> list[Call]:
-    """Merge calls whose keys lie near each other in a block, where one call for all of them costs less.
+    """Merge calls whose keys lie near each other in a block, if one call for all of them costs less.
 
-    It multiplies all rows by all keys between the first and the last, and saves a call's other costs, worth
-    `pairs_a_call` pairs, for each but one.
+    A merged call multiplies all its rows by all keys between the first and the last. Each call saved is worth
+    `pairs_a_call` pairs.
     """
     merged: list[Call] = []
     last_of: dict[tuple[int, int], tuple[int, int]] = {}  # block, times -> idx of the call, pairs it may multiply

@@ -1,31 +1,31 @@
 """Spans of tokens: the nodes of a radix tree with junctions, pure Python, no tensors.
 
-Each `Span` is a run of token ids that every text through it shares; its children differ in their first token. Because
-attention is causal, the representation of a token depends on the tokens before it only, so two texts with a common
-beginning share spans. A span may hold its *states* (what logits and log-probabilities are read off) or not, and with
-them its *keys and values* (what lets it be continued) or not. The ancestors of a span that holds either hold it, too.
-Each of the two lies either on the model's device or in a second pool of memory; of what lies on the device the same is
-true.
+Each `Span` is a run of token ids shared by every text through it; its children differ in their first token. Because
+attention is causal, the representation of a token depends only on the tokens before it, so two texts with a common
+beginning share spans. A span may hold its *states* (the source of logits and log-probabilities), and with them its
+*keys and values* (needed by its children). The ancestors of a span that holds either hold the same. Each of the two
+lies either on the model's device or in a second pool of memory; the rule about ancestors applies to the device alone,
+too.
 
     (root) -- "the cat" --+-- " sat"
                           +-- " ran" --+-- " off"
                                        +-- " home"
 
-The *end* of a text is the span that holds its last token and none behind it, or a junction where it ends in a group.
-Inserting a text splits a span where that is needed for it to have one.
+The *end* of a text is the span that holds its last token and no later token, or a junction if the text ends in a group.
+Inserting a text splits a span if the text would otherwise have no end.
 
-Splitting a span leaves the object in place as the *lower* part (a new span becomes the upper one), so whoever holds
-the end of a text still holds it.
+Splitting a span keeps the object as the *lower* part (a new span becomes the upper part), so references to the end of a
+text stay valid.
 
-A *junction* stands where a group of branches ends: a span without tokens that has several parents, what the group
-stands behind and the ends of its branches. Branches are spans like all others: a shared one continues what the group
-stands behind, a frozen one stands at the root, and a sequential one continues it at a later position.
+A *junction* stands where a group of branches ends: a span without tokens that has several parents, namely the span
+before the group and the ends of its branches. Branches are spans like all others: a shared branch is a child of the
+span before the group, a frozen branch is a child of the root, and a sequential branch is a child at a later position.
 
     context + (a | b) + question        context --+-- a ----+
                                                   +-- b ----+
                                                   +-- (junction) -- question
 
-Attention of what stands behind a junction counts a span once for each branch that it is reached through.
+Behind a junction, attention counts a span once for each branch that leads through it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BranchEnd: TypeAlias = "tuple[Span, bool]"
 
 @dataclass(frozen=True, slots=True)
 class LaterKey:
-    """The key of a span that leaves a gap of positions behind what it continues: its position and its first token."""
+    """The key of a span with a gap of positions before it: its position and its first token."""
 
     position: int
     token_id: int
@@ -51,9 +51,9 @@ class LaterKey:
 
 @dataclass(frozen=True, slots=True)
 class JunctionKey:
-    """The key of a junction: how often each branch ends there. Spans are told apart by identity.
+    """The key of a junction: the number of times that each branch ends there. Spans are compared by identity.
 
-    An end stays the end when spans are split.
+    Splitting a span does not change which span is the end.
     """
 
     num_branches: frozenset[tuple[BranchEnd, int]]
@@ -65,11 +65,11 @@ class JunctionKey:
 
 
 ChildKey: TypeAlias = "int | LaterKey | JunctionKey"
-"""By which a span is found among the children of another; for most the first token."""
+"""The key of a span among its parent's children; for most spans the first token."""
 
 
 class Rows(Protocol):
-    """Where something of a span lies: consecutive rows of a block of tensors that this module never looks into."""
+    """The place of a span's data: consecutive rows of a block of tensors that this module never reads."""
 
     @property
     def block(self) -> object:
@@ -88,7 +88,7 @@ class Rows(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Their share of the block's bytes."""
+        """The rows' share of the block's bytes."""
         ...
 
     def split(self, num_tokens: int) -> tuple[Rows, Rows]:
@@ -97,12 +97,12 @@ class Rows(Protocol):
 
 
 Kind: TypeAlias = Literal["states", "keys_values"]
-"""Which of the two that a span may hold; `KINDS`: both. A span holds its keys and values only with its states."""
+"""The two kinds of data of a span; `KINDS`: both. A span holds its keys and values only with its states."""
 
 KINDS: tuple[Kind, ...] = ("states", "keys_values")
 
 Pool: TypeAlias = Literal["device", "host"]
-"""Which of the two pools of memory something of a span lies in."""
+"""The two pools of memory for the data of spans."""
 
 _SLOTS: Mapping[tuple[Kind, Pool], str] = {
     ("states", "device"): "states",
@@ -110,23 +110,23 @@ _SLOTS: Mapping[tuple[Kind, Pool], str] = {
     ("states", "host"): "host_states",
     ("keys_values", "host"): "host_keys_values",
 }
-"""The attributes of a `Span` that say where something of it lies. They are set by its methods only."""
+"""The attributes of a `Span` that give the place of each kind of data. Only the methods of `Span` set them."""
 
 
 class Span:
-    """A run of token ids, the position of its first one, what it continues and what continues it.
+    """A run of token ids, the position of its first token, its parent and its children.
 
     Attributes:
-        keys_values: where its keys and values lie on the model's device; None where they do not.
-        states: where its final hidden states and log-probabilities lie there; None where they do not.
-        host_keys_values, host_states: where they lie in the second pool (memory/host.py); never in both.
-        was_computed: whether it was computed before, though nothing of it may be held now.
-        computed_in, loaded_in: the number of the evaluation that forwarded it last, or read it from a store; or 0.
-        is_end: whether it is the end of a text that somebody knows of, so that this object must stay where it is.
-        credit, last_used: when it may be evicted: see memory/budget.py.
-        is_stored: whether a store has all up to its end.
-        error: what storing it in fewer bits cost, where it was read back from a store that does so; see store/.
-        key: what names all up to its end (keys.py); None where nobody has asked yet.
+        keys_values: the place of its keys and values on the model's device, or None.
+        states: the place of its final hidden states and log-probabilities on the device, or None.
+        host_keys_values, host_states: their places in the second pool (memory/host.py); never in both pools.
+        was_computed: whether the span was ever computed, even if it holds nothing now.
+        computed_in, loaded_in: the number of the evaluation that last forwarded it, or read it from a store; or 0.
+        is_end: whether a text in use ends here, so that this object must keep its end.
+        credit, last_used: the order of eviction: see memory/eviction.py.
+        is_stored: whether a store has everything up to its end.
+        error: the error from storage at reduced precision, if read back from such a store; see store/.
+        key: the name of everything up to its end (keys.py); None before the first use.
 
     """
 
@@ -182,18 +182,18 @@ class Span:
 
     @property
     def parents(self) -> Sequence[Span]:
-        """What must be held for this to be: the root's have none."""
+        """The spans that must be held for this span to be held; the root has none."""
         return () if self.parent is None else (self.parent,)
 
     @property
     def begins_chain(self) -> bool:
-        """Whether it does not directly follow another span's last token: behind the root, a junction, or a gap."""
+        """Whether the span starts behind the root, a junction or a gap, not right behind another token."""
         return self.parent is not None and (not self.parent.token_ids or self.position != self.parent.stop)
 
     def closure(self, known: Container[Span] = ()) -> list[Span]:
-        """Return all that this stands on and itself, junctions too, each once and after its parents; not the root.
+        """Return the span and all its ancestors but the root, with junctions, each once and after its parents.
 
-        Without what is `known` already, and what only that stands on.
+        Spans in `known` are left out, and so are spans that only those need.
         """
         spans: dict[Span, None] = {}
         stack: list[tuple[Span, bool]] = [(self, False)]
@@ -207,59 +207,59 @@ class Span:
         return list(spans)
 
     def seen(self) -> dict[Span, int]:
-        """Return the spans that its rows attend to besides its own, the first first, and how often each counts."""
+        """Return the earlier spans that its rows attend to, from the first on, and how often each counts."""
         counts: dict[Span, int] = {}
         if self.parent is not None:
             _count_chain(counts, self.parent, None, 1)
         return dict(reversed(counts.items()))
 
     def junction(self, ends: Iterable[BranchEnd]) -> Span | None:
-        """Return the junction behind a group that stands here, given by where its branches end, each frozen or not."""
+        """Return the junction of the group behind this span with these branch ends, each frozen or not."""
         return self.children.get(JunctionKey.of(ends))
 
     def is_held(self, *, with_keys_values: bool = False, in_host: bool = False) -> bool:
-        """Whether its states lie on the device, and its keys and values if asked for; `in_host`: in either pool."""
+        """Whether the states lie on the device, and optionally the keys and values; `in_host`: in either pool."""
         has_states = self.states is not None or (in_host and self.host_states is not None)
         has_keys_values = self.keys_values is not None or (in_host and self.host_keys_values is not None)
         return has_states and (has_keys_values or not with_keys_values)
 
     def holds(self, kind: Kind) -> bool:
-        """Whether its states lie on the device, and its keys and values if these are meant."""
+        """Whether the states lie on the device and, for "keys_values", the keys and values, too."""
         return self.is_held(with_keys_values=kind == "keys_values")
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing of it is held, neither on the device nor in the second pool."""
+        """Whether the span holds nothing, neither on the device nor in the second pool."""
         return not self.is_held(in_host=True)
 
     def rows_in(self, kind: Kind, pool: Pool) -> Rows | None:
-        """Return where something of it lies in a pool; None where it does not."""
+        """Return the place of one kind of data in a pool, or None."""
         rows: Rows | None = getattr(self, _SLOTS[kind, pool])
         return rows
 
     def place(self, *, keys_values: Rows | None = None, states: Rows | None = None) -> None:
-        """Let what is given lie on the device, and in the second pool no more."""
+        """Record new places on the device for the given data, and remove those in the second pool."""
         if states is not None:
             self.states, self.host_states = states, None
         if keys_values is not None:
             self.keys_values, self.host_keys_values = keys_values, None
 
     def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
-        """Let something of it lie here in a pool, and in the other one no more."""
+        """Record a new place in a pool for one kind of data, and remove that in the other pool."""
         setattr(self, _SLOTS[kind, pool], rows)
         setattr(self, _SLOTS[kind, "host" if pool == "device" else "device"], None)
 
     def let_go(self, kind: Kind, pool: Pool) -> None:
-        """Let something of it lie in a pool no more."""
+        """Remove one kind of data from a pool."""
         setattr(self, _SLOTS[kind, pool], None)
 
     def drop(self) -> None:
-        """Let nothing of it lie anywhere: whoever still refers to the span must not keep blocks alive."""
+        """Remove all data: references to the span must not keep blocks alive."""
         for slot in _SLOTS.values():
             setattr(self, slot, None)
 
     def give(self, upper: Span, num_tokens: int) -> None:
-        """Give the rows of its first tokens to another span, in either pool; nothing is copied."""
+        """Give the rows of the first tokens to another span, in either pool, without copying."""
         for slot in _SLOTS.values():
             rows: Rows | None = getattr(self, slot)
             if rows is not None:
@@ -268,12 +268,12 @@ class Span:
                 setattr(self, slot, second)
 
     def num_bytes(self, pool: Pool) -> int:
-        """Return the bytes of all of it that lies in a pool."""
+        """Return the bytes of all data in a pool."""
         found = (self.rows_in(kind, pool) for kind in KINDS)
         return sum(rows.num_bytes for rows in found if rows is not None)
 
     def path(self) -> list[Span]:
-        """Return the spans from the first below the root down to this one, where no junction lies between."""
+        """Return the spans from the first below the root down to this one; no junction may lie between."""
         spans: list[Span] = []
         span: Span = self
         while span.parent is not None:
@@ -285,26 +285,26 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Inserted:
-    """A text that was inserted into the forest: its end, and what it consists of."""
+    """A text that was inserted into the forest: its end and its tokens."""
 
     end: Span
     token_ids: TokenIds
 
 
 def rows_of(spans: Iterable[Span], kind: Kind, pool: Pool) -> dict[Span, Rows]:
-    """Return where something of spans lies in a pool, of those of which it lies there."""
+    """Return the places of one kind of data in a pool, for the spans that have it there."""
     slot = _SLOTS[kind, pool]
     return {span: rows for span in spans if (rows := getattr(span, slot)) is not None}
 
 
 class Nothing:
-    """What a junction holds when its parents do: no rows of no block."""
+    """The place of a junction's data while its parents hold theirs: no rows of no block."""
 
     block = None
     start = stop = num_bytes = 0
 
     def split(self, num_tokens: int) -> tuple[Rows, Rows]:
-        """A junction has nothing to split."""
+        """Raise: a junction has no rows to split."""
         raise AssertionError(num_tokens)
 
 
@@ -312,11 +312,11 @@ NOTHING = Nothing()
 
 
 class Junction(Span):
-    """Where the branches of a group end: see the top of this file.
+    """The place where the branches of a group end: see the top of this file.
 
     Attributes:
-        branches: the end of each branch, and whether it is frozen, so that it continues the root and not the junction's
-            parent; and how many branches are this one.
+        branches: the end of each branch, and whether the branch is frozen, so that it continues the root and not the
+            junction's parent; and the number of equal branches.
 
     """
 
@@ -328,13 +328,13 @@ class Junction(Span):
 
     @property
     def parents(self) -> Sequence[Span]:
-        """What the group stands behind, and the ends of its branches."""
+        """The span before the group, and the ends of its branches."""
         assert self.parent is not None
         return tuple(dict.fromkeys((self.parent, *(end for end, _ in self.branches))))
 
 
 def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: int) -> None:
-    """Add what lies between `base` and `end`, the last first."""
+    """Add the spans between `base` and `end` to `counts`, from the last back to the first."""
     span: Span | None = end
     while span is not None and span is not base:
         if isinstance(span, Junction):
@@ -346,5 +346,5 @@ def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: i
 
 
 def child_key(parent: Span, position: int, token_id: int) -> ChildKey:
-    """Return what a span is found by among the children of another: its first token, and where that leaves a gap."""
+    """Return the key of a span among its parent's children: its first token and, after a gap, its position."""
     return token_id if position == parent.stop else LaterKey(position, token_id)

@@ -13,12 +13,46 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from backprompt.evaluation.predictions import slices
 from backprompt.evaluation.scores import TokenScore
-from backprompt.generation.decoding import Choice, Completion, Decoding, Found, Rules, check_scores
+from backprompt.generation.choosing import Logits, check_best, processed
+from backprompt.generation.decoding import Choice, Completion, Decoding, Found, Rules
 from backprompt.logprobs import log_softmax
 
 UNREACHABLE = -1e9
 """transformers' score of what is not a beam."""
+
+
+def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completion, int]], logits: Logits) -> None:
+    """Let the beams of each text go on by the logits after them: find the beams that come next.
+
+    Args:
+        texts: with the same options.
+        rows: for each text, which row of `logits` stands after each of its `ahead`.
+        logits: of all texts.
+
+    Raises:
+        GenerationError: the options leave a text nothing to choose.
+
+    """
+    num_beams = texts[0].num_beams
+    for group in slices(list(zip(texts, rows, strict=True)), max(1, logits.slice_rows // num_beams)):
+        own = logits.of([row[beam] for text, row in group for beam in text.beams])
+        _go_on([text for text, _ in group], own)
+
+
+def _go_on(texts: Sequence[BeamDecoding], logits: Tensor) -> None:
+    """Let the beams of some texts go on by the logits after them, `(beams of all texts, vocab)`."""
+    for text in texts:
+        text.begin(logits.device)
+    logprobs = log_softmax(logits)
+    scores = processed(texts, logprobs.float())
+    so_far = torch.cat([text.scores for text in texts])
+    accumulated = (scores + so_far[:, None]).reshape(len(texts), -1)  # (texts, beams * vocab)
+    check_best(accumulated.amax(dim=-1).tolist(), is_drawn=False)
+    most_probable = logits.float().argmax(dim=-1).reshape(len(texts), -1).tolist()
+    for idx, (text, own) in enumerate(zip(texts, logprobs.tensor_split(len(texts)), strict=True)):
+        text.go_on(accumulated[idx : idx + 1], own, most_probable[idx])
 
 
 class BeamDecoding:
@@ -30,11 +64,13 @@ class BeamDecoding:
 
     """
 
+    rules: Rules
+
     def __init__(self, decoding: Decoding, prompt_ids: Sequence[int]) -> None:
         self._decoding = decoding
         self._prompt_ids = prompt_ids
-        self._num_beams = decoding.num_beams
-        self._rules: Rules | None = None
+        self.num_beams = decoding.num_beams
+        self._is_begun = False
         self._num_ids = len(prompt_ids)
         # Of the beams, and of what is finished: ids, with room for all that may come; their scores; which beam each
         # token came from (-1: not there). All but the last two are `(1, beams, ...)`, as transformers has them.
@@ -46,6 +82,8 @@ class BeamDecoding:
         self._continued: dict[Completion, tuple[Choice, ...]] = {}  # the same one step before
         self._hypotheses: list[Completion] = []
         self._watched = {(): decoding.stops.begin(prompt_ids)}  # beams, and what they were continued by last
+        self.beams: list[Completion] = [()] * self.num_beams
+        """What each beam has added; at first all begin alike."""
         self._possible: list[Completion] = [()]  # beams, but for those that fill up where fewer ways are possible
         self.ahead: list[Completion] = [()]
         self.is_finished = False
@@ -55,18 +93,30 @@ class BeamDecoding:
         """How many tokens a beam has added so far."""
         return self._num_ids - len(self._prompt_ids)
 
-    def choose(self, rows: Mapping[Completion, Tensor]) -> None:
-        """Go on by the logits after each of `ahead`, `(vocab,)`: find the beams that come next."""
-        if self._rules is None:
-            self._begin(next(iter(rows.values())).device)
-        assert self._rules is not None
-        config, model = self._rules.config, self._decoding.model
-        beams = [self._completion(sequence) for sequence in self._sequences[0]]
-        logits = torch.stack([rows[beam] for beam in beams])  # (beams, vocab)
-        unprocessed = log_softmax(logits)
-        scores = self._rules.processors(self._sequences[0, :, : self._num_ids], unprocessed.float().clone())
-        accumulated = (scores + self._scores[0, :, None]).reshape(1, -1)
-        check_scores(accumulated, is_drawn=False)
+    @property
+    def num_ids(self) -> int:
+        """How many ids a beam has so far, those of the prompt among them."""
+        return self._num_ids
+
+    def ids(self) -> Tensor:
+        """Return the ids of the beams so far, `(beams, tokens)`."""
+        return self._sequences[0, :, : self._num_ids]
+
+    @property
+    def scores(self) -> Tensor:
+        """What the beams have come to, `(beams,)`."""
+        return self._scores[0]
+
+    def go_on(self, accumulated: Tensor, logprobs: Tensor, most_probable: Sequence[int]) -> None:
+        """Find the beams that come next.
+
+        Args:
+            accumulated: the scores of the beams with each token behind them, `(1, beams * vocab)`.
+            logprobs: of each token behind each beam, `(beams, vocab)`.
+            most_probable: of each beam, the token with the largest logit.
+
+        """
+        config, model = self.rules.config, self._decoding.model
         num_kept = self._is_top.shape[0]
         top_scores, top_sequences, top_indices = model._get_top_k_continuations(
             accumulated_log_probs=accumulated,
@@ -76,11 +126,11 @@ class BeamDecoding:
             decoder_prompt_len=len(self._prompt_ids),
             do_sample=False,
             beams_to_keep=num_kept,
-            num_beams=self._num_beams,
+            num_beams=self.num_beams,
             batch_size=1,
         )
         ends_now = self._ends(top_sequences[0, :, : self._num_ids + 1])[None]
-        lengths = {"num_beams": self._num_beams}
+        lengths = {"num_beams": self.num_beams}
         common = {"early_stopping": config.early_stopping, "length_penalty": config.length_penalty}
         self._sequences, self._scores, self._indices = model._get_running_beams_for_next_iteration(
             topk_log_probs=top_scores,
@@ -120,7 +170,7 @@ class BeamDecoding:
             self._can_improve, self._is_ended, ends_now, config.early_stopping
         )
         self.is_finished = not bool(goes_on)
-        self._note(beams, unprocessed, logits.float().argmax(dim=-1).tolist())
+        self._note(logprobs, most_probable)
 
     def needed(self) -> set[Completion]:
         """Return the continuations that must stay held: what is continued next, or ends one step before its end."""
@@ -139,27 +189,34 @@ class BeamDecoding:
 
     def _found(self, completion: Completion) -> Found:
         choices = self._choices[completion]
-        if self._rules is None or completion not in self._hypotheses:
+        if completion not in self._hypotheses:
             return Found(choices, "interrupted")
-        ids = torch.tensor([[*self._prompt_ids, *completion]], device=self._sequences.device)
         cut = self._decoding.stops.cut(self._prompt_ids, completion)
-        reason = self._decoding.reason(self._rules, ids, len(completion), is_stopped=cut is not None)
+        reason = self._decoding.reason(
+            self.rules,
+            lambda: torch.tensor([[*self._prompt_ids, *completion]], device=self._sequences.device),
+            completion[-1],
+            len(completion),
+            is_stopped=cut is not None,
+        )
         return Found(choices, reason or "interrupted", cut)
 
     def _ends(self, sequences: Tensor) -> Tensor:
         """Return whether each of `(candidates, tokens)` is finished, `(candidates,)`."""
-        assert self._rules is not None
         added = [tuple(ids) for ids in sequences[:, len(self._prompt_ids) :].tolist()]
         self._watched = {
             ids: self._decoding.stops.with_token(self._watched[ids[:-1]], ids[-1]) for ids in dict.fromkeys(added)
         }
         is_stopped = torch.tensor([self._watched[ids].is_stopped for ids in added], device=sequences.device)
-        return self._rules.are_met(sequences) | is_stopped
+        return self.rules.are_met(sequences) | is_stopped
 
-    def _begin(self, device: torch.device) -> None:
+    def begin(self, device: torch.device) -> None:
+        """Make the rules and the first beams, where the scores lie; only the first time."""
+        if self._is_begun:
+            return
         prompt = torch.tensor([self._prompt_ids], device=device)
-        self._rules = self._decoding.rules(prompt)
-        config, num_beams = self._rules.config, self._num_beams
+        self.rules = self._decoding.rules(prompt)
+        config, num_beams = self.rules.config, self.num_beams
         self._sequences = prompt.new_zeros((1, num_beams, config.max_length))
         self._sequences[:, :, : self._num_ids] = prompt
         self._ended = self._sequences.clone()
@@ -173,31 +230,32 @@ class BeamDecoding:
         end_tokens = config._eos_token_tensor
         num_kept = max(2, 1 + (0 if end_tokens is None else len(end_tokens))) * num_beams
         self._is_top = torch.arange(num_kept, device=device) < num_beams
+        self._is_begun = True
 
-    def _completion(self, sequence: Tensor) -> Completion:
-        """Return what a beam added so far."""
-        return tuple(sequence[len(self._prompt_ids) : self._num_ids].tolist())
-
-    def _note(self, beams: Sequence[Completion], logprobs: Tensor, most_probable: Sequence[int]) -> None:
+    def _note(self, logprobs: Tensor, most_probable: Sequence[int]) -> None:
         """Note the beams and what is finished, and how the model rates their last tokens."""
-        beams_now = [self._completion(sequence) for sequence in self._sequences[0]]
-        self.ahead = list(dict.fromkeys(beams_now))
-        scores = self._scores[0].tolist()
-        self._possible = [ids for ids, score in zip(beams_now, scores, strict=True) if score > -math.inf]
-        self._hypotheses = []
-        for sequence, indices, is_ended in zip(
-            self._ended[0], self._ended_indices[0], self._is_ended[0].tolist(), strict=True
-        ):
-            if is_ended:
-                num_new = int((indices >= 0).sum())
-                self._hypotheses.append(tuple(sequence[len(self._prompt_ids) :][:num_new].tolist()))
-        row_of = {beam: row for row, beam in reversed(list(enumerate(beams)))}
-        choices = {}
-        for ids in (*self.ahead, *self._hypotheses):
-            known = self._choices.get(ids)
-            if known is None:
-                row = row_of[ids[:-1]]
-                last = Choice(ids[-1], float(logprobs[row, ids[-1]]), most_probable[row] == ids[-1])
-                known = (*self._choices[ids[:-1]], last)
-            choices[ids] = known
+        row_of = {beam: row for row, beam in reversed(list(enumerate(self.beams)))}  # of what was continued
+        added = self._sequences[0, :, len(self._prompt_ids) : self._num_ids].tolist()
+        self.beams = list(map(tuple, added))
+        self.ahead = list(dict.fromkeys(self.beams))
+        self._possible = [
+            ids for ids, score in zip(self.beams, self._scores[0].tolist(), strict=True) if score > -math.inf
+        ]
+        ended = zip(
+            self._ended[0, :, len(self._prompt_ids) :].tolist(),
+            (self._ended_indices[0] >= 0).sum(dim=-1).tolist(),
+            self._is_ended[0].tolist(),
+            strict=True,
+        )
+        self._hypotheses = [tuple(ids[:num_new]) for ids, num_new, is_ended in ended if is_ended]
+        seen = dict.fromkeys((*self.ahead, *self._hypotheses))
+        new = [ids for ids in seen if ids not in self._choices]
+        last_ids = [ids[-1] for ids in new]
+        rows = [row_of[ids[:-1]] for ids in new]
+        picked = logprobs[rows, last_ids].tolist() if new else []
+        lasts = {
+            ids: Choice(ids[-1], logprob, most_probable[row] == ids[-1])
+            for ids, row, logprob in zip(new, rows, picked, strict=True)
+        }
+        choices = {ids: (*self._choices[ids[:-1]], lasts[ids]) if ids in lasts else self._choices[ids] for ids in seen}
         self._continued, self._choices = self._choices, choices

@@ -1,17 +1,16 @@
-"""How the next token is chosen and when a text is finished: the rules of transformers' `generate`, a text at a time.
+"""The rules by which tokens are chosen and texts end, those of transformers' `generate`; and what was added to a text.
 
-The only file that knows transformers' generation (and beams.py, its beam search). Configuration, logits processors and
-stopping criteria are its own; each text has processors and criteria of its own, so texts of different lengths never
-meet in a padded batch, and what is chosen for one does not depend on the others.
+Configuration, logits processors and stopping criteria are those of transformers; each text has processors and criteria
+of its own, so texts of different lengths never meet in a padded batch, and what is chosen for one does not depend on
+the others. Besides this file choosing.py, which calls the processors, and beams.py know transformers' generation.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from backprompt.arguments import as_int
 from backprompt.errors import GenerationError
@@ -27,7 +26,7 @@ from backprompt.evaluation.scores import TokenScore
 from backprompt.generation.lookahead import DEFAULT_NGRAM, proposals
 from backprompt.generation.options import SAMPLING_FIELDS, checked
 from backprompt.generation.stops import Cut, StopStrings, as_stop_strings
-from backprompt.logprobs import log_softmax, logprob_dtype
+from backprompt.logprobs import logprob_dtype
 from backprompt.model.skeleton import head_dtype
 
 Completion: TypeAlias = tuple[int, ...]
@@ -61,11 +60,25 @@ class Found:
 
 @dataclass(frozen=True)
 class Rules:
-    """Options, processors and criteria for one text."""
+    """Options, processors and criteria for one text.
+
+    Attributes:
+        config: all options.
+        processors: of scores.
+        criteria: of the text's end.
+
+    """
 
     config: Any
     processors: Any
     criteria: Sequence[Any]
+
+    @property
+    def other_criteria(self) -> list[Any]:
+        """Those that look at something else than the last token, or how many there are."""
+        return [
+            criterion for criterion in self.criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
+        ]
 
     def are_met(self, ids: Tensor) -> Tensor:
         """Return whether a criterion ends each of `(texts, tokens)`, `(texts,)`."""
@@ -110,6 +123,7 @@ class Decoding:
         self.num_beams = int(self._config.num_beams or 1)
         self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
         self.max_ngram = int(self._config.max_matching_ngram_size or DEFAULT_NGRAM)
+        self._end_ids: frozenset[int] = frozenset()
         self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary
         strings = as_stop_strings(self._config.stop_strings, tokenizer, "stop_strings")
         self._config.stop_strings = None
@@ -125,7 +139,9 @@ class Decoding:
         ids = torch.zeros((1, 1), dtype=torch.long)
         rules = self.rules(ids)
         rules.processors(ids, torch.zeros((1, _num_tokens(self.model))))
-        self.reason(rules, ids, 1, is_stopped=False)
+        rules.are_met(ids)
+        ends = [criterion for criterion in rules.criteria if isinstance(criterion, EosTokenCriteria)]
+        self._end_ids = frozenset(token_id for criterion in ends for token_id in criterion.eos_token_id.tolist())
 
     def rules(self, prompt_ids: Tensor) -> Rules:
         """Return the rules for a prompt, `(1, tokens)`."""
@@ -145,31 +161,32 @@ class Decoding:
         criteria = self.model._get_stopping_criteria(config, StoppingCriteriaList())
         return Rules(config, processors, [*criteria, *self._stop_strings])
 
-    def reason(self, rules: Rules, ids: Tensor, num_new: int, *, is_stopped: bool) -> FinishReason | None:
-        """Return why `(1, tokens)` of which `num_new` were added are finished, or None.
+    def reason(
+        self, rules: Rules, ids: Callable[[], Tensor], last_id: int, num_new: int, *, is_stopped: bool
+    ) -> FinishReason | None:
+        """Return why a text of which `num_new` tokens were added is finished, or None.
 
         Args:
             rules: of the text.
-            ids: its ids so far.
+            ids: its ids so far, `(1, tokens)`; called where a criterion looks at them.
+            last_id: the last of them.
             num_new: how many of them were added.
             is_stopped: whether a stop string ends it.
 
         """
         if is_stopped:
             return "stop"
-        met = [criterion for criterion in rules.criteria if bool(criterion(ids, None).any())]
-        if any(isinstance(criterion, EosTokenCriteria) for criterion in met):
+        if last_id in self._end_ids:
             return "eos"
+        met = [criterion for criterion in rules.other_criteria if bool(criterion(ids(), None).any())]
         if any(isinstance(criterion, StopStringCriteria) for criterion in met):
             return "stop"
         if num_new == self.max_new_tokens:
             return "length"
         return "criteria" if met else None
 
-    def generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator | None:
-        """Return the random numbers of one sample of a text, or None where nothing is drawn."""
-        if not self.is_sampling:
-            return None
+    def generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator:
+        """Return the random numbers of one sample of a text."""
         digest = hashlib.sha256(repr((self._seed, sample_idx, tuple(prompt_ids))).encode()).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -184,17 +201,24 @@ class TextDecoding:
 
     """
 
+    rules: Rules
+    generator: torch.Generator
+
     def __init__(self, decoding: Decoding, prompt_ids: Sequence[int], sample_idx: int) -> None:
         self._decoding = decoding
         self._prompt_ids = prompt_ids
         self._sample_idx = sample_idx
         self._choices: list[Choice] = []
         self._finish_reason: FinishReason | None = None
-        self._completion: Completion = ()
         self._watched = decoding.stops.begin(prompt_ids)
         self._cut: Cut | None = None
-        self._ids: Tensor | None = None  # (1, tokens), with room for all that may come
+        self.is_drawn = decoding.is_sampling
+        self._device: torch.device | None = None
+        self._ids = torch.empty(0)  # (1, tokens), with room for all that may come, where rules look at it
+        self._num_written = 0  # so many of these ids are there
         self._num_ahead = decoding.num_lookup_tokens
+        self.completion: Completion = ()
+        """What was added so far."""
         self.ahead: list[Completion] = [()]
         """Continuations after which the logits are wanted next, each behind those that it begins with."""
 
@@ -208,94 +232,72 @@ class TextDecoding:
         """How many tokens were added so far."""
         return len(self._choices)
 
-    def choose(self, rows: Mapping[Completion, Tensor]) -> None:
-        """Choose the next token by the logits after what was added, and go on for as long as they are there.
+    @property
+    def num_ids(self) -> int:
+        """How many ids it has so far, those of the prompt among them."""
+        return len(self._prompt_ids) + len(self._choices)
 
-        Args:
-            rows: the logits after each of `ahead`, `(vocab,)`.
+    def begin(self, device: torch.device) -> None:
+        """Make the rules and the random numbers, where its scores lie; only the first time."""
+        if self._device is None:
+            self.rules = self._decoding.rules(torch.tensor([self._prompt_ids], device=device))
+            if self.is_drawn:
+                self.generator = self._decoding.generator(self._prompt_ids, self._sample_idx, device)
+            self._device = device
 
-        """
-        num_before = len(self._choices)
-        while not self.is_finished and (logits := rows.get(self._completion)) is not None:
-            self._choose(logits)
-        if len(rows) > 1:  # what was proposed in vain costs, so less is proposed next
-            was_right = len(self._choices) - num_before > 1
+    def ids(self) -> Tensor:
+        """Return its ids so far, `(1, tokens)`, where its scores lie."""
+        num_ids = self.num_ids
+        if self._num_written == 0:
+            self._ids = torch.zeros((1, num_ids + self._decoding.max_new_tokens), dtype=torch.long, device=self._device)
+        if self._num_written < num_ids:
+            self._ids[0, self._num_written : num_ids] = torch.tensor(self._all_ids()[self._num_written :])
+            self._num_written = num_ids
+        return self._ids[:, :num_ids]
+
+    def add(self, choice: Choice) -> None:
+        """Add a token, and note whether the text ends with it."""
+        self._choices.append(choice)
+        self.completion = (*self.completion, choice.token_id)
+        self._watched = self._decoding.stops.with_token(self._watched, choice.token_id)
+        self._finish_reason = self._decoding.reason(
+            self.rules, self.ids, choice.token_id, self.num_new, is_stopped=self._watched.is_stopped
+        )
+        if self._watched.is_stopped:
+            self._cut = self._decoding.stops.cut(self._prompt_ids, self.completion)
+
+    def look_ahead(self, num_rows: int, num_added: int) -> None:
+        """Say after what the logits are wanted next; the last `num_rows` of them were good for `num_added` tokens."""
+        if num_rows > 1:  # what was proposed in vain costs, so less is proposed next
             longest = self._decoding.num_lookup_tokens
-            self._num_ahead = min(2 * self._num_ahead, longest) if was_right else max(1, self._num_ahead // 2)
-        self.ahead = [self._completion, *self._proposed()]
+            self._num_ahead = min(2 * self._num_ahead, longest) if num_added > 1 else max(1, self._num_ahead // 2)
+        self.ahead = [self.completion, *self._proposed()]
 
     def needed(self) -> set[Completion]:
         """Return the continuations that must stay held: all but the last token, which was not forwarded yet."""
-        return {self._completion[:-1]}
+        return {self.completion[:-1]}
 
     def score_of(self, completion: Completion) -> TokenScore | None:
         """Return how the model rates the last token of what was added so far, or of its beginning; else None."""
-        is_beginning = (
-            0 < len(completion) <= len(self._completion) and self._completion[: len(completion)] == completion
-        )
+        is_beginning = 0 < len(completion) <= len(self.completion) and self.completion[: len(completion)] == completion
         return self._choices[len(completion) - 1].score if is_beginning else None
 
     def found(self, num: int) -> list[Found]:
         """Return what was added so far; there is one continuation, whatever `num` asks for."""
         return [Found(tuple(self._choices), self._finish_reason or "interrupted", self._cut)]
 
-    def _choose(self, logits: Tensor) -> None:
-        if self._ids is None:
-            self._begin(logits.device)
-        assert self._ids is not None
-        num_ids = len(self._prompt_ids) + len(self._choices)
-        unprocessed = logits.float()  # what transformers chooses by, whatever the model computes in
-        scores = self._rules.processors(self._ids[:, :num_ids], unprocessed[None].clone())  # (1, vocab)
-        check_scores(scores, is_drawn=self._generator is not None)
-        if self._generator is None:
-            token_id = int(scores.argmax(dim=-1))
-        else:
-            probabilities = scores.softmax(dim=-1)
-            token_id = int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
-        logprob, is_argmax = float(log_softmax(logits)[token_id]), int(unprocessed.argmax()) == token_id
-        self._choices.append(Choice(token_id, logprob, is_argmax))
-        self._completion = (*self._completion, token_id)
-        self._ids[0, num_ids] = token_id
-        self._watched = self._decoding.stops.with_token(self._watched, token_id)
-        self._finish_reason = self._decoding.reason(
-            self._rules, self._ids[:, : num_ids + 1], len(self._choices), is_stopped=self._watched.is_stopped
-        )
-        if self._watched.is_stopped:
-            self._cut = self._decoding.stops.cut(self._prompt_ids, self._completion)
-
-    def _begin(self, device: torch.device) -> None:
-        prompt = torch.tensor([self._prompt_ids], device=device)
-        self._ids = torch.cat([prompt, prompt.new_zeros(1, self._decoding.max_new_tokens)], dim=1)
-        self._rules = self._decoding.rules(prompt)
-        self._generator = self._decoding.generator(self._prompt_ids, self._sample_idx, device)
+    def _all_ids(self) -> list[int]:
+        return [*self._prompt_ids, *self.completion]
 
     def _proposed(self) -> list[Completion]:
         """Return what may come next, token by token, by looking it up in the text itself."""
         # The last token that may come is not continued.
         num_tokens = min(self._num_ahead, self._decoding.max_new_tokens - len(self._choices) - 1)
-        if self._ids is None or num_tokens < 1:
+        if num_tokens < 1:
             return []
-        ids = self._ids[0, : len(self._prompt_ids) + len(self._choices)]
-        tried = proposals(ids, num_tokens, self._decoding.max_ngram)
+        tried = proposals(torch.tensor(self._all_ids()), num_tokens, self._decoding.max_ngram)
         beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
-        return list(dict.fromkeys((*self._completion, *tokens) for tokens in beginnings))
-
-
-def check_scores(scores: Tensor, *, is_drawn: bool) -> None:
-    """Raise if nothing can be chosen by scores, `(texts, vocab)`, as the options have changed them.
-
-    Raises:
-        GenerationError: one is NaN, all are -inf, or, where a token `is_drawn`, one is inf.
-
-    """
-    best = float(scores.max())  # NaN if one is
-    if best > -math.inf and not (is_drawn and best == math.inf):
-        return
-    what = "-inf for every token, so that none may follow" if best == -math.inf else str(best)
-    raise GenerationError(
-        f"The options of generate turn scores into {what}. Leave out those that exclude tokens or change their scores, "
-        "one after the other."
-    )
+        return list(dict.fromkeys((*self.completion, *tokens) for tokens in beginnings))
 
 
 def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:

@@ -7,14 +7,14 @@ the batch and waiting ones take their place; nothing is padded, and samples of o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-from torch import Tensor
 
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.forest.span import Span
-from backprompt.generation.beams import BeamDecoding
+from backprompt.generation.beams import BeamDecoding, choose_beams
+from backprompt.generation.choosing import Logits
+from backprompt.generation.choosing import choose as choose_tokens
 from backprompt.generation.continued import GeneratedText, generated_text
 from backprompt.generation.decoding import Completion, Decoding, Found, TextDecoding
 from backprompt.generation.lookahead import MAX_PROPOSALS
@@ -70,9 +70,8 @@ class Run:
     @property
     def num_tokens_done(self) -> int:
         """How many tokens are decided on; all that were asked for where a text is finished."""
-        return sum(
-            self.decoding.max_new_tokens if decoding.is_finished else decoding.num_new for decoding in self._decodings
-        )
+        num_finished = self._num_begun - len(self._live)
+        return num_finished * self.decoding.max_new_tokens + sum(live.decoding.num_new for live in self._live)
 
     @property
     def ends(self) -> set[Span]:
@@ -145,15 +144,14 @@ class Run:
         self._num_begun = stop
 
     def _choose(self, evaluator: Evaluator) -> None:
-        """Let each live text go on by the logits that it wants."""
-        wanted = [(live, ids) for live in self._live for ids in live.decoding.ahead]
-        rows = evaluator.readout.next_logits([live.ends[ids] for live, ids in wanted])
+        """Let all live texts go on by the logits that they want."""
+        wanted = (live.ends[ids] for live in self._live for ids in live.decoding.ahead)
+        row_of = {end: row for row, end in enumerate(dict.fromkeys(wanted))}
+        logits = Logits(evaluator.readout.next_logits(list(row_of)), evaluator.executor.rows_in_a_slice)
         evaluator.computation.check_unchanged()  # before anything is chosen by them
-        logits: dict[_Live, dict[Completion, Tensor]] = {}
-        for (live, ids), row in zip(wanted, rows, strict=True):
-            logits.setdefault(live, {})[ids] = row
-        for live, own in logits.items():
-            live.decoding.choose(own)
+        rows = [{ids: row_of[live.ends[ids]] for ids in live.decoding.ahead} for live in self._live]
+        choose: Callable[..., None] = choose_beams if self.decoding.num_beams > 1 else choose_tokens
+        choose([live.decoding for live in self._live], rows, logits)
 
     def _settle(self, evaluator: Evaluator, grown: Sequence[tuple[_Live, Completion]]) -> None:
         """Note what was learnt of what was forwarded, and let go of what is not needed to go on."""
@@ -166,7 +164,7 @@ class Run:
         evaluator.continuations.settle([live.ends[ids] for live, ids in grown if ids in live.ends], dropped, scores)
 
     def _end(self, evaluator: Evaluator, finished: Sequence[_Live]) -> None:
-        ended = list(finished)
+        ended = dict.fromkeys(finished)
         self._live[:] = [live for live in self._live if live not in ended]  # in place: see `step`
         evaluator.continuations.end([end for live in ended for end in live.ends.values()])
 

@@ -1,9 +1,9 @@
-"""Pictures of the graph of texts: what follows what, and what of it is computed, reused, evicted or missing.
+"""Pictures of the graph of texts: the order of segments, and which are computed, reused, evicted or missing.
 
     texts --to_networkx--> graph --Folding--> boxes --_Picture--> DOT --Drawing--> SVG, PNG, PDF
 
-A status is told by colour, by border and by words, so it reads without colour vision. Boxes have grounds of their own;
-their borders, and what stands outside of them, are of colours that show on white and on black.
+Colour, border and words tell a status, so it reads without colour vision. Boxes have backgrounds of their own; their
+borders, and everything outside of them, have colours that show on white and on black.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ def draw(
     max_children: int = 6,
     max_characters: int = 56,
 ) -> Drawing:
-    """Return a picture of texts: their segments as boxes, and what follows what. Nothing is computed.
+    """Return a picture of texts: their segments as boxes, and edges to the next segments. Nothing is computed.
 
         bp.draw(texts)                                 # in a notebook it shows itself
         bp.draw(texts).render("tree", format="svg")    # or png, pdf; needs no `dot` on the path
 
-    A box has its string, shortened in the middle, its distinct tokens, their bytes, and what became of them: computed
-    by the latest evaluation, reused from memory, read from disk, evicted, or not evaluated. The branches of a group
-    stand side by side in a frame. A join at which tokens changed is marked.
+    A box has its string, shortened in the middle, its distinct tokens, their bytes, and their status: computed by the
+    latest evaluation, reused from memory, read from disk, evicted, or not evaluated. The branches of a group stand
+    side by side in a frame. A join at which tokens changed is marked.
 
     Args:
         texts: a text or several; texts without a model are drawn by their strings.
-        max_children: of more texts, or groups, that follow one segment, the last ones become one box ("... 69 more").
-        max_characters: of longer strings the middle is left out.
+        max_children: if more texts, or groups, follow one segment, the last ones become one box ("... 69 more").
+        max_characters: longer strings are shown without their middle.
 
     Returns:
         A `graphviz.Digraph`, to be rendered or changed further.
@@ -127,8 +127,8 @@ class _Picture:
             boxes_before = {parent for parent, box in self._folding.boxes.items() if own.issuperset(box.nodes)}
             following = {node for parent, node in self._folding.edges if parent in boxes_before}
             first = [name for name in boxes if name not in following]
-            # From left to right Graphviz stands what is in a frame on its head. (Around frames in frames it follows
-            # an order of its own; that of branches means nothing.)
+            # From left to right, Graphviz draws the contents of a frame upside down. (Around frames in frames,
+            # Graphviz follows an order of its own; the order of branches means nothing.)
             _put_in_order(drawing, first[::-1])
         for other in inner:
             label = "side by side: none sees the others" if other.num_branches > 1 else "sees nothing before it"
@@ -170,7 +170,7 @@ class _Picture:
         return {"label": f"{times} times"} if len(edges) == 1 and times > 1 else {}
 
     def _statuses(self, box: Box) -> Counter[Status]:
-        """Count a box's tokens by status; of none, its one status counts 0."""
+        """Count a box's tokens by status; a box without tokens has one status, with the count 0."""
         counts: Counter[Status] = Counter()
         for node in box.nodes:
             counts.update(self._graph.nodes[node]["statuses"])
@@ -254,7 +254,7 @@ class _Picture:
 
 
 def _put_in_order(drawing: graphviz.Digraph, names: Sequence[str]) -> None:
-    """Let boxes that follow nothing in the same frame stand one below the other."""
+    """Put boxes that follow nothing in the same frame one below the other."""
     with drawing.subgraph() as same:
         same.attr(rank="same")
         for name, next_name in itertools.pairwise(names):
@@ -262,7 +262,7 @@ def _put_in_order(drawing: graphviz.Digraph, names: Sequence[str]) -> None:
 
 
 def _attribute(shown: str) -> str:
-    r"""Return a string for attributes, in which Graphviz reads entities, and escapes such as \N twice."""
+    r"""Return a string escaped for attributes, in which Graphviz reads entities, and twice escapes such as \N."""
     return html.escape(shown).replace("\\", "&#92;" * 4)
 
 

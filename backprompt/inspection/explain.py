@@ -1,7 +1,7 @@
-"""Explaining what an evaluation does, as a database's EXPLAIN does: what is held, what will be computed, and why.
+"""Explanation of an evaluation, like a database's EXPLAIN: the tokens held, the tokens to compute, and the reasons.
 
 Texts are looked up (evaluation/lookup.py) and planned in a forest of their own, so no span is forwarded or dropped.
-With `analyze=True` the texts are evaluated then, and the actual figures stand beside the expected ones.
+With `analyze=True` the texts are evaluated afterwards, and the actual figures stand beside the expected ones.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from backprompt.tokens.graph import TokenGraph, TokenIds, common_length, flat
 
 
 def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanation:
-    """Return what evaluating texts takes: what is held of them, and what is forwarded, in how many passes, and why.
+    """Return the cost of evaluating texts: the tokens held and forwarded, the number of passes, and the reasons.
 
-    Nothing of the texts is forwarded, loaded or dropped. An `LM` that has not evaluated anything yet checks itself on
-    12 tokens, as it would then, which also tells how many bytes a token takes. With a store its index is asked, and it
-    is searched for what other models left there of what is missing.
+    No part of the texts is forwarded, loaded or dropped. An `LM` without an evaluation so far checks itself on 12
+    tokens, as its first evaluation would do, which also tells the bytes of a token. A store's index is asked, and the
+    store is searched for missing tokens that other models left there.
 
     Args:
         texts: a text or several of one `LM`.
-        analyze: evaluate them then, and add the actual figures.
+        analyze: evaluate the texts afterwards, and add the actual figures.
 
     Raises:
         ValueError: there are no texts, or `analyze` is neither True nor False.
         TextTypeError, UnboundTextError: an element is not a text, or has no model.
         MixedModelsError: texts of two different `LM` objects.
-        What `evaluate` raises for texts that cannot be evaluated, also without `analyze`.
+        The errors of `evaluate` for texts that cannot be evaluated, also without `analyze`.
 
     """
     as_bool(analyze, "analyze")
@@ -57,7 +57,7 @@ def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanati
 
 
 def _expected(lm: LM, evaluator: Evaluator, texts: Sequence[Text]) -> Explanation:
-    """Return what evaluating the texts would do; the lock must be held."""
+    """Return the expected cost of evaluating the texts; the lock must be held."""
     encoded = lm.session.encoder.encode(texts)
     extents = lm.session.encoder.extents(texts)
     sketch = evaluator.sketch(encoded)
@@ -93,7 +93,7 @@ def _expected(lm: LM, evaluator: Evaluator, texts: Sequence[Text]) -> Explanatio
 
 
 def _num_shared_special(encoded: Sequence[TokenIds], extents: Sequence[Sequence[Extent]]) -> int:
-    """Return how many special tokens at the beginning of texts are not forwarded because other texts have them."""
+    """Return the number of special tokens at the beginning of texts that other texts have, too."""
     beginnings = [
         flat(token_ids)[: own[0].num_special if own else len(token_ids)]
         for token_ids, own in zip(encoded, extents, strict=True)
@@ -117,7 +117,7 @@ def _divergence(encoded: Sequence[TokenIds], extents: Sequence[Sequence[Extent]]
     token_idx, text_idx = len(first), 0
     for idx, token_ids in enumerate(encoded):
         num_common = common_length(first[:token_idx], flat(token_ids), 0)
-        is_longer = not text_idx and len(token_ids) > num_common  # than the first text, which is its beginning
+        is_longer = not text_idx and len(token_ids) > num_common  # the first text is its beginning
         if num_common < token_idx or is_longer:
             token_idx, text_idx = num_common, idx
     if text_idx == 0:
@@ -132,5 +132,5 @@ def _divergence(encoded: Sequence[TokenIds], extents: Sequence[Sequence[Extent]]
     elif token_idx in (len(first), len(encoded[text_idx])):
         cause = "end"
     segment_idx = next((idx for idx, extent in enumerate(others) if token_idx < extent.stop), len(others) - 1)
-    segment = others[segment_idx].segment if others else ""  # of special tokens only
+    segment = others[segment_idx].segment if others else ""  # a text of special tokens only
     return Divergence(text_idx, max(0, segment_idx), shown_segment(segment), token_idx, cause)

@@ -1,4 +1,4 @@
-"""Explanation: the figures of what evaluating texts takes, as values, as a table, and in sentences."""
+"""Explanation: the cost of evaluating texts, in figures, as a table, and in sentences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backprompt.inspection.missing import Miss, Reason
 from backprompt.visible import visible
 
 MAX_SHOWN = 12
-"""How many missing segments the printed account names."""
+"""The printed account names at most this many missing segments."""
 
 _REASONS: dict[Reason, str] = {
     "evicted": "computed once, and dropped over the budget",
@@ -29,14 +29,14 @@ _REASONS: dict[Reason, str] = {
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where the beginning that all texts have in common ends.
+    """The place where the common beginning of all texts ends.
 
     Attributes:
-        text_idx: the text that parts from the first one there.
-        segment_idx, segment: the segment of it that the token belongs to; its last one where the text ends.
-        token_idx: the first token that is not common, which is also how many are.
-        cause: "token": the tokens differ. "join": they differ though both texts have the same segments up to there:
-            what follows in one of them changed its tokens. "end": one of the two texts ends.
+        text_idx: the text that differs from the first text there.
+        segment_idx, segment: the segment of that text with the token; its last segment if the text ends.
+        token_idx: the first token that is not common, which is also the number of common tokens.
+        cause: "token": the tokens differ. "join": the tokens differ though both texts have the same segments up to
+            there, because the next segment in one of them changed its tokens. "end": one of the two texts ends.
 
     """
 
@@ -49,7 +49,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Actual:
-    """What evaluating the texts did: see `Stats`, whose names these are."""
+    """The actual figures of an evaluation; the names are those of `Stats`."""
 
     tokens_computed: int
     tokens_recomputed: int
@@ -62,31 +62,31 @@ class Actual:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What evaluating texts takes; `str()` is a table, in notebooks it shows itself, and `rich.print` takes it, too.
+    """The cost of evaluating texts; `str()` is a table, notebooks show it, and `rich.print` takes it, too.
 
     Attributes:
-        num_texts: how many texts.
-        num_groups: of these, how many have groups or frozen segments, which no plain call computes.
-        tokens_requested: tokens in all of them: what plain calls, one a text, would forward.
-        tokens_distinct: tokens with all that stands before them, each once.
-        tokens_shared: how many fewer these are than those in all texts, special tokens at the beginning left out.
-        tokens_in_memory: of the distinct ones, those whose hidden states are held on the device,
-        tokens_in_host: in the second pool,
-        tokens_on_disk: or are in the store, as its index says.
-        tokens_to_compute: to be forwarded. Where keys and values were dropped, tokens whose states are held are among
-            them.
-        tokens_to_recompute: of these, how many were forwarded before.
-        pass_tokens: how many tokens each packed pass forwards.
-        bytes_needed: what all of the texts take in memory.
-        bytes_held: what is held there now, of whatever texts.
+        num_texts: the number of texts.
+        num_groups: the number of texts with groups or frozen segments, which no plain call computes.
+        tokens_requested: tokens in all texts, which plain calls, one per text, would forward.
+        tokens_distinct: tokens told apart by all tokens before them, each counted once.
+        tokens_shared: requested less distinct tokens, special tokens at the beginning left out.
+        tokens_in_memory: distinct tokens whose hidden states are held on the device.
+        tokens_in_host: distinct tokens whose hidden states are held in the second pool.
+        tokens_on_disk: distinct tokens whose hidden states are in the store, as its index says.
+        tokens_to_compute: tokens to be forwarded. Tokens whose states are held are among them where keys and values
+            were dropped.
+        tokens_to_recompute: of these, the number that were forwarded before.
+        pass_tokens: the number of tokens in each packed pass.
+        bytes_needed: the bytes that all of the texts take in memory.
+        bytes_held: the bytes held there now, for any texts.
         budget_bytes: the `LM`'s `memory_bytes`.
-        seconds: expected, at the rate of this `LM` so far, its output head included; None before it has computed
-            anything.
-        seconds_saved: what the other `tokens_requested` would take at that rate.
-        divergence: where the common beginning of the texts ends; None for a single text, for texts with groups, and
-            where all are the same.
-        misses: segments of which something is held nowhere, in the order of the texts.
-        actual: what was done, with `analyze=True`.
+        seconds: the expected time, at the rate of this `LM` so far, its output head included; None before its first
+            computation.
+        seconds_saved: the time that the other `tokens_requested` would take at that rate.
+        divergence: the place where the common beginning of the texts ends; None for a single text, for texts with
+            groups, and for equal texts.
+        misses: segments with tokens that are held nowhere, in the order of the texts.
+        actual: the actual figures, with `analyze=True`.
 
     """
 
@@ -112,12 +112,12 @@ class Explanation:
 
     @property
     def forward_passes(self) -> int:
-        """How many packed passes are expected."""
+        """The number of packed passes that are expected."""
         return len(self.pass_tokens)
 
     @property
     def times_fewer(self) -> float:
-        """How many times fewer tokens are forwarded than by plain calls; infinite where none is."""
+        """The tokens that plain calls would forward per token to compute; infinite if there are none to compute."""
         return self.tokens_requested / self.tokens_to_compute if self.tokens_to_compute else math.inf
 
     @property
@@ -127,7 +127,7 @@ class Explanation:
 
     @property
     def sentences(self) -> list[str]:
-        """What the numbers mean: whether sharing pays, where it stops, what does not fit."""
+        """The meaning of the numbers: whether sharing pays, where sharing stops, and which texts do not fit."""
         return [*self._gain(), *self._warnings()]
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Explanation:
         return "\n".join(line.rstrip() for line in [*lines, "", *self._said()])
 
     def show(self) -> None:
-        """Print it: as a table of rich where that is installed and the output is a terminal, else as plain text."""
+        """Print the cost: as a table of rich if rich is installed and the output is a terminal, else as plain text."""
         if sys.stdout.isatty() and find_spec("rich") is not None:
             from rich import print as print_rich
 
@@ -178,11 +178,11 @@ class Explanation:
         return f"<table><thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{rows}</tbody></table><p>{lines}</p>"
 
     def _said(self) -> list[str]:
-        """Return what is said below the table; it quotes texts, and what a store says of itself."""
+        """Return the lines below the table, which quote texts, and a store's own descriptions."""
         return [visible(line) for line in [*self.sentences, *self._missing_lines()]]
 
     def _rows(self) -> list[tuple[str, str, str]]:
-        """Return what each figure is, its expected and its actual value; "" for what there is none of."""
+        """Return each figure's name, its expected and its actual value; "" for a value that is missing."""
         done = self.actual
         passes = " + ".join(f"{num_tokens:,}" for num_tokens in self.pass_tokens[:4])
         passes += f" + ... {self.forward_passes - 4} more" if self.forward_passes > 4 else ""
@@ -261,7 +261,7 @@ class Explanation:
             )
 
     def _missing_lines(self) -> list[str]:
-        """Return a line for each of the first missing segments of which a reason is known, and counts of the others."""
+        """Return a line for each of the first missing segments with a known reason, and counts of the others."""
         if not self.misses:
             return []
         tense = "was" if self.actual is not None else "is"

@@ -1,4 +1,4 @@
-"""Folding: which segments of a graph are boxes of their own in its picture, and which share one ("... 69 more")."""
+"""Folding: segments of a graph get boxes of their own in its picture, or share one box ("... 69 more")."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import networkx as nx
 from backprompt.visible import counted
 
 MAX_IN_A_ROW = 4
-"""Of more segments than this that only follow each other, all but the first become one box."""
+"""In a row of more segments that only follow each other, all but the first become one box."""
 
 
 @dataclass
 class Box:
-    """A node of the picture: one of the graph's, or several in one."""
+    """A node of the picture, for one node of the graph or several."""
 
     nodes: list[int]
-    title: str | None = None  # of several
-    is_row: bool = False  # several that only follow each other
+    title: str | None = None  # of several nodes
+    is_row: bool = False  # several nodes that only follow each other
 
 
 class Folding:
-    """Which nodes of a graph are drawn by themselves, and which become one box with others.
+    """The boxes of a graph's nodes: some nodes are drawn by themselves, others share a box.
 
     Attributes:
-        boxes: by name, in written order.
-        edges: from box to box, and those of the graph that each stands for.
+        boxes: the boxes by name, in written order.
+        edges: the edges from box to box, and the graph's edges that each stands for.
         of: the name of each node's box.
 
     """
@@ -50,8 +50,8 @@ class Folding:
     def _visible_and_folds(self) -> list[list[int]]:
         """Give boxes to the nodes that are drawn by themselves; return the others that follow one of these directly.
 
-        So many boxes follow one, however many texts there are: only the first segments and the first groups behind a
-        node are drawn, and a group only where what it stands behind is drawn, and one of its branches.
+        The number of boxes behind a box is limited, however many texts there are: only the first segments and the
+        first groups behind a node are drawn. A group is drawn only if the node before it and one of its branches are.
         """
         ordered = sorted(self._graph, key=lambda node: self._graph.nodes[node]["written_order"])
         siblings: dict[tuple[int | None, bool], list[int]] = {}
@@ -76,7 +76,7 @@ class Folding:
         return bool(self._graph.nodes[node]["kind"] == "junction")
 
     def _behind(self, node: int) -> int | None:
-        """Return what a segment, or the group that ends in a junction, stands behind."""
+        """Return the node before a segment, or before the group that ends in a junction."""
         if self._is_junction(node):
             behind: int | None = self._graph.nodes[node]["behind"]
             return behind
@@ -86,7 +86,7 @@ class Folding:
         return node is None or node in self.of
 
     def _put_rows(self) -> None:
-        """Let a long row of segments be one box, but for the first."""
+        """Fold the segments of a long row, except for the first, into one box."""
         for first in list(self.boxes):
             row = self._row_from(int(first)) if first in self.boxes else []
             if len(row) > MAX_IN_A_ROW:
@@ -97,7 +97,7 @@ class Folding:
                     del self.boxes[str(node)]
 
     def _row_from(self, node: int) -> list[int]:
-        """Return the row of nodes that only follow each other and begins with this one."""
+        """Return the row that begins with this node, of nodes that only follow each other."""
         if any(self._continues(parent, node) for parent in self._graph.pred[node]):
             return []
         row = [node]
@@ -106,7 +106,7 @@ class Folding:
         return row
 
     def _continues(self, parent: int, node: int) -> bool:
-        """Return whether a node is the only one behind another, and may stand in one box with it."""
+        """Return whether a node is the only one behind another, and may share a box with it."""
         above, below = self._graph.nodes[parent], self._graph.nodes[node]
         return (
             len(self._graph.succ[parent]) == len(self._graph.pred[node]) == 1
@@ -115,7 +115,7 @@ class Folding:
         )
 
     def _put_fold(self, name: str, first: Sequence[int]) -> None:
-        """Let what is left out be one box, with all that only follows it."""
+        """Fold the nodes that are left out, and all nodes that only follow them, into one box."""
         nodes = [node for node in first if node not in self.of]
         if not nodes:
             return

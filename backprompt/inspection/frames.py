@@ -1,4 +1,4 @@
-"""Frames: which segments of a graph stand side by side in a group, and which groups lie within others."""
+"""Frames: the segments of a graph that stand side by side in a group, and the groups within other groups."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import networkx as nx
 
 @dataclass(eq=False)
 class Frame:
-    """The branches of a group, or of groups that stand behind the same and share branches.
+    """The branches of a group, or of groups that stand behind the same node and share branches.
 
-    Frames are disjoint or within each other: a frozen branch that stands behind different beginnings is in the first.
+    Frames are disjoint or nested: a frozen branch that stands behind different beginnings is in the first frame.
     """
 
     behind: int | None
@@ -49,7 +49,7 @@ def _add_frame(frames: list[Frame], found: Frame) -> None:
             found.nodes -= frame.nodes
     found.ends &= found.nodes
     if len(found.nodes) < num_nodes and len(found.ends) < 2:
-        return  # the others stand in the frames of other groups
+        return  # the other branches stand in the frames of other groups
     for frame in crossing:
         if frame.behind == found.behind and frame.nodes & found.nodes:
             found.nodes |= frame.nodes

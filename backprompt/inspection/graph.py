@@ -1,13 +1,13 @@
 """The graph of texts: their segments, merged where texts share them, for networkx and for pictures.
 
 A segment is one node for all texts in which it follows the same segments. Branches of a group stand side by side
-between what the group stands behind and a *junction*, a node without tokens that stands where the group ends.
+between the node before the group and a *junction*, a node without tokens at the end of the group.
 
     context + (a | b) + question        context --+-- a --+-- (junction) -- question
                                                   +-- b --+
 
-Tokens are told apart by all that stands before them, as an evaluation does: each distinct one is counted at one node,
-the first that has it.
+Tokens are told apart by all tokens before them, as in an evaluation: each distinct token is counted at one node, the
+first that has it.
 """
 
 from __future__ import annotations
@@ -46,33 +46,33 @@ STATUSES: tuple[Status, ...] = (
 
 
 def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
-    """Return the graph of texts; nothing is computed, and what is held stays as it is.
+    """Return the graph of texts; nothing is computed, and held spans stay as they are.
 
     Nodes are numbered from 0 in the order in which an evaluation of all the texts would forward them, and every edge
-    goes to a higher number. They have these attributes:
+    goes to a higher number. Nodes have these attributes:
 
-    - `kind`: "string", "token ids", "special tokens" (those before a group) or "junction" (where a group ends);
-    - `string`, `segment`: what it adds to a text, and the segment itself;
+    - `kind`: "string", "token ids", "special tokens" (those before a group) or "junction" (the end of a group);
+    - `string`, `segment`: the string that the node adds to a text, and the segment itself;
     - `token_ids`, `num_tokens`: its tokens in the first text that has it; a token across a join is the right side's;
-    - `num_own_tokens`: how many distinct tokens are counted here; their sum is what an evaluation of all computes;
-    - `num_bytes`: of these when they are held; None before the `LM` has computed anything;
-    - `position`: of its first token; None without a model;
+    - `num_own_tokens`: the number of distinct tokens counted here; an evaluation of all texts computes their sum;
+    - `num_bytes`: the bytes of these when held; None before the `LM` has computed anything;
+    - `position`: the position of its first token; None without a model;
     - `status`: "computed now" (by the latest evaluation), "reused from memory", "from disk", "evicted", "not evaluated"
-      or "no model"; of several the one of most tokens; None for a junction. `statuses` counts its own tokens by it;
-    - `is_join_changed`: whether tokens changed where it was joined with what stands before;
-    - `is_frozen`: whether it begins a branch that sees nothing before it;
-    - `behind`: of a junction the node that the group stands behind, or None;
-    - `ends`: the indices of the texts that end here; `num_texts`: how many pass through;
-    - `written_order`: sorted by it, nodes stand as the texts were given.
+      or "no model"; of several the one of most tokens; None for a junction. `statuses` counts own tokens by status;
+    - `is_join_changed`: whether joining the segment to the text before it changed tokens;
+    - `is_frozen`: whether the node begins a branch that sees nothing before it;
+    - `behind`: for a junction the node before its group, or None;
+    - `ends`: the indices of the texts that end here; `num_texts`: the number of texts that pass through;
+    - `written_order`: the place of the node in the texts as given.
 
-    The graph has `num_texts` and `num_tokens`, of all strings together. Edges have `times`, how many branches
-    of a group end there so, and `is_join_changed`.
+    The graph has `num_texts` and `num_tokens`, of all strings together. Edges have `times`, the number of a group's
+    branches that end there in this way, and `is_join_changed`.
 
     Args:
         texts: a text or several, of one `LM`, of several, or of none.
 
     Raises:
-        TextTypeError: an element is not a `Text`, or there is nothing to go through.
+        TextTypeError: an element is not a `Text`, or `texts` cannot be iterated.
         JoinError, TokenizerError: a text that cannot be encoded.
 
     """
@@ -104,7 +104,7 @@ class _Node:
     kind: Kind
     segment: Segment | None
     string: str
-    parents: dict[_Node, int] = field(default_factory=dict)  # how many branches end there so
+    parents: dict[_Node, int] = field(default_factory=dict)  # the number of branches that end there
     behind: _Node | None = None
     token_ids: tuple[int, ...] = ()
     position: int | None = None
@@ -122,7 +122,7 @@ class _Node:
 
 @dataclass(frozen=True)
 class _Encoding:
-    """What is known of a text by its model."""
+    """The encoding of a text by its model."""
 
     token_ids: tuple[int, ...]
     extents: Sequence[Extent]
@@ -131,14 +131,14 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class _Use:
-    """A node in a text, and the text's token behind its last one."""
+    """A node in a text, and the index of the text's token behind the node's last."""
 
     node: _Node
     stop: int
 
 
 class _Merged:
-    """The nodes of texts of one model, each text's after one another."""
+    """The nodes of texts of one model, merged one text after the other."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], _Node] = {}
@@ -155,9 +155,9 @@ class _Merged:
         return walk.uses
 
     def in_order(self, num_before: int) -> list[_Node]:
-        """Return the nodes as they are forwarded; of those without a place in that order as they were written.
+        """Return the nodes in the order of forwarding; nodes without a place in that order as written.
 
-        There are `num_before` nodes of other texts.
+        `num_before`: the number of nodes of other texts.
         """
         graph = nx.DiGraph()
         for written_order, node in enumerate(self._found.values()):
@@ -170,7 +170,7 @@ class _Merged:
 
 
 class _Walk:
-    """One text's way through the nodes, adding those that are new."""
+    """One text's way through the nodes, which adds new nodes."""
 
     def __init__(self, found: dict[tuple[Any, ...], _Node], encoding: _Encoding | None) -> None:
         self.uses: list[_Use] = []
@@ -184,7 +184,7 @@ class _Walk:
     def through(
         self, segments: Sequence[Segment], before: _Node | None, position: int, extra: tuple[Any, ...] = ()
     ) -> tuple[_Node | None, int]:
-        """Return the node behind segments that stand behind another, and the position there."""
+        """Walk through segments behind a node; return the last node, and the position behind it."""
         for idx, segment in enumerate(segments):
             if isinstance(segment, Group):
                 if idx == 0 and not segment.branches[0].is_frozen:
@@ -217,7 +217,7 @@ class _Walk:
         return node, position + self._num_tokens - start
 
     def _special_tokens(self, before: _Node | None, position: int, extra: tuple[Any, ...]) -> tuple[_Node | None, int]:
-        """Return the node of special tokens that stand before a group, if any do, and the position behind them."""
+        """Return the node of the special tokens before a group, if there are any, and the position behind them."""
         if self._next_extent is None or not self._next_extent.num_special:
             return before, position
         node = self._node(("special tokens", before, *extra), "special tokens", None, {before: 1}, position)
@@ -229,7 +229,7 @@ class _Walk:
         ends: list[tuple[_Node, bool]] = []
         start, last = position, position
         for branch in group.branches:
-            # Where a sequential branch starts depends on those before it.
+            # The start of a sequential branch depends on the branches before it.
             extra = tuple(end for end, _ in ends) if group.positions == "sequential" and not branch.is_frozen else ()
             first = len(self.uses)
             if branch.is_frozen:
@@ -277,7 +277,7 @@ class _Walk:
 
 
 def _add_encoded(merged: _Merged, lm: LM, texts: dict[int, Text]) -> int:
-    """Merge texts of one `LM` in, with their tokens, and what the `LM` holds of these; return how many they have."""
+    """Merge texts of one `LM` in, with their tokens and the status of these; return the number of tokens."""
     with lm.session.exclusive():
         evaluator, encoder = lm.session.current(), lm.session.encoder
         all_token_ids = encoder.encode(list(texts.values()))
@@ -321,7 +321,7 @@ def _status(sketch: Sketch, span: Span) -> Status:
 
 
 class _Claims:
-    """Which node each distinct token is counted at."""
+    """The nodes at which distinct tokens are counted."""
 
     def __init__(self) -> None:
         self.forest = Forest()
@@ -329,7 +329,7 @@ class _Claims:
         self._owners: dict[Span, _Node] = {}
 
     def claim(self, text: Inserted, uses: Sequence[_Use], statuses: Sequence[Status]) -> None:
-        """Count a text's tokens at its nodes, but for those that are counted elsewhere."""
+        """Count a text's tokens at its nodes, except for tokens that are counted elsewhere."""
         rest = self.forest.in_order(text)[::-1]
         start = 0
         for use in uses:
@@ -350,14 +350,14 @@ class _Claims:
                 use.node.status = _of_most_tokens(use.node.statuses)
 
     def note_order(self, inserted: Sequence[Inserted]) -> None:
-        """Number the nodes as their first own tokens are forwarded."""
+        """Number the nodes in the order in which their first own tokens are forwarded."""
         for order, span in enumerate(missing_spans(text.end for text in inserted)):
             owner = self._owners.get(span)
             if owner is not None and owner.order < 0:
                 owner.order = order
 
     def _cut(self, rest: list[Span], num_tokens: int) -> Span:
-        """Take a span of at most so many tokens off the end of `rest`, splitting it if it has more."""
+        """Take a span of at most `num_tokens` tokens off the end of `rest`, splitting a longer span."""
         span = rest.pop()
         if len(span.token_ids) <= num_tokens:
             return span
@@ -365,7 +365,7 @@ class _Claims:
         if span in self._owners:
             self._owners[upper] = self._owners[span]
         rest.append(span)
-        for idx in reversed(range(len(rest) - 1)):  # where a branch stands there repeatedly
+        for idx in reversed(range(len(rest) - 1)):  # a branch may stand there repeatedly
             if rest[idx] is span:
                 rest.insert(idx + 1, upper)
         return upper

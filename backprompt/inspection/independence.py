@@ -1,4 +1,4 @@
-"""How far a declared independence is from full attention: the same tokens, evaluated both ways."""
+"""The gap between a declared independence and full attention: the same tokens, evaluated both ways."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from backprompt.text.node import Text
 
 @dataclass(frozen=True)
 class IndependenceGap:
-    """What declaring segments independent does to the distribution of the next token, a text after the other.
+    """The effect of declaring segments independent on the distribution of the next token, for each text.
 
     Attributes:
         divergences: Kullback-Leibler divergence of the distribution under the declared mask from that under full
-            attention, `sum p_full log(p_full / p_declared)`, nats; inf where a token is possible under
-            full attention alone.
+            attention, `sum p_full log(p_full / p_declared)`, nats; inf if a token is possible under full
+            attention alone.
         argmax_changed: whether the most probable next token is another one.
 
     """
@@ -33,7 +33,7 @@ class IndependenceGap:
 
     @property
     def share_changed(self) -> float:
-        """Of how many of the texts the most probable next token is another one, between 0 and 1."""
+        """The share of texts whose most probable next token is another one, between 0 and 1."""
         return sum(self.argmax_changed) / len(self.argmax_changed)
 
     def __str__(self) -> str:
@@ -46,23 +46,23 @@ class IndependenceGap:
 def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> IndependenceGap:
     """Compare texts with groups or frozen segments with full attention over the same tokens in written order.
 
-    Both are evaluated, so this costs a plain forward of each text besides. `show_progress_bar` is that of `evaluate`.
+    Both are evaluated, which costs an extra plain forward of each text. `show_progress_bar` is that of `evaluate`.
 
     Raises:
         ValueError: there are no texts.
         GroupError: a text ends in a group, so that it has no next token.
-        What `evaluate` raises; full attention counts every token's position.
+        The errors of `evaluate`; under full attention every token takes a position.
 
     """
     declared = listed_texts(texts, "independence_gap")
     for idx, text in enumerate(declared):
-        lm_of(text, idx).session.prompt_ids([text])  # refuses one that ends in a group
+        lm_of(text, idx).session.prompt_ids([text])  # refuses a text that ends in a group
     full = [Text.from_tokens(text.tokens, bound_lm(text, "a representation")) for text in declared]
     divergences, argmax_changed = [], []
     reprs = evaluate([*declared, *full], show_progress_bar=show_progress_bar)
     for ours, plain in zip(reprs[: len(full)], reprs[len(full) :], strict=True):
         by_mask, by_all = (r.logits.double().log_softmax(dim=-1) for r in (ours, plain))
         terms = by_all.exp() * (by_all - by_mask)
-        divergences.append(float(terms.where(by_all > -math.inf, 0.0).sum()))  # what has probability 0 adds nothing
+        divergences.append(float(terms.where(by_all > -math.inf, 0.0).sum()))  # a token of probability 0 adds nothing
         argmax_changed.append(bool(by_mask.argmax() != by_all.argmax()))
     return IndependenceGap(tuple(divergences), tuple(argmax_changed))

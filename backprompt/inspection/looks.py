@@ -1,4 +1,4 @@
-"""Looks: how a status is drawn, by colour, by border and by words, in boxes and in the legend."""
+"""Looks: the colour, the border and the words for each status, in boxes and in the legend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INK = "#1f2328"
 
 @dataclass(frozen=True)
 class Look:
-    """How a status is drawn; `style`, `width` and `lines` tell its border from others without colour."""
+    """The look of a status; `style`, `width` and `lines` tell its border from others without colour."""
 
     fill: str
     border: str
@@ -44,21 +44,21 @@ MEANINGS: Mapping[Status, str] = {
 def as_html(shown: str) -> str:
     """Return a string for Graphviz's HTML-like labels, in which spaces would run together."""
     escaped = html.escape(shown).replace(" ", "&#160;")
-    # A tag keeps the backslash from what follows: Graphviz replaces \N by the node's name, however it is written.
+    # A tag separates the backslash from the next letter: Graphviz replaces any spelling of \N by the node's name.
     return escaped.replace("\\", f'<FONT COLOR="{INK}">&#92;</FONT>')
 
 
 def legend_text(text: str) -> str:
-    """Return the cell of the legend that says what a sign means."""
+    """Return the cell of the legend with the meaning of a sign."""
     return f'<TD ALIGN="LEFT">{as_html(text)}</TD>'
 
 
 def swatch(status: Status) -> str:
-    """Return the cell of the legend that shows how a status is drawn."""
+    """Return the cell of the legend with the look of a status."""
     look = LOOKS[status]
     border = f'BORDER="{round(look.width)}" COLOR="{look.border}" STYLE="{look.style}"'
     ground = f'BGCOLOR="{look.fill}"'
-    if look.lines == 2:  # the inner one has the ground
+    if look.lines == 2:  # the inner box has the background
         table, cell = f'{border} CELLSPACING="2"', f'{border} {ground} WIDTH="22" HEIGHT="8"'
     else:
         table, cell = f'{border} {ground} CELLSPACING="0"', 'BORDER="0" WIDTH="26" HEIGHT="12"'

@@ -1,4 +1,4 @@
-"""Why something is not there: the segments of texts of which something is held nowhere, each with a reason."""
+"""Missing segments: the segments of texts with tokens that are held nowhere, each with a reason."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from backprompt.tokens.graph import TokenIds, flat
 Reason: TypeAlias = Literal["evicted", "join", "other model", "elsewhere", "too short", "never computed"]
 
 MIN_ELSEWHERE_TOKENS = 3
-"""Segments of fewer tokens stand behind something else by chance, which explains nothing."""
+"""Segments of fewer tokens stand behind other tokens by chance, which explains nothing."""
 
 MAX_BEGINNINGS = 64
-"""By how many different beginnings of texts the store is searched for what other models left there."""
+"""The store is searched for entries of other models by at most this many different beginnings of texts."""
 
 NUM_BEGINNING_TOKENS = 4
 
@@ -32,17 +32,17 @@ _NOWHERE = ("evicted", "absent")
 
 @dataclass(frozen=True)
 class Miss:
-    """A segment of which something is held nowhere.
+    """A segment with tokens that are held nowhere.
 
     Attributes:
         text_idx: the first text that has it.
-        segment_idx: counting strings and runs of token ids of that text in written order.
-        segment: what it consists of, its middle left out where it is long.
+        segment_idx: its place among the strings and runs of token ids of that text, in written order.
+        segment: its contents, without the middle if they are long.
         start, stop: its tokens in `text.tokens`.
-        num_missing: of how many of them nothing is held; those that segments begin with alike count in each.
-        num_texts: how many texts share it.
-        reason: "evicted": dropped over the budget. "join": what stands before it is held alone, but its tokens change
-            where this segment joins it. "other model": the store has it under other weights, another dtype, tokenizer
+        num_missing: the number of its tokens that are held nowhere; a common beginning of segments counts in each.
+        num_texts: the number of texts that share it.
+        reason: "evicted": dropped over the budget. "join": the text before it is held alone, but joining this segment
+            changes that text's tokens. "other model": the store has it under other weights, another dtype, tokenizer
             or exactness. "elsewhere": the same tokens are held behind others, or at another position. "too short":
             nothing is known of it, and the store would not have kept it by itself. "never computed": nothing is known
             of it.
@@ -62,7 +62,7 @@ class Miss:
 
 
 def misses(evaluator: Evaluator, encoded: Sequence[TokenIds], extents: Sequence[Sequence[Extent]]) -> Iterator[Miss]:
-    """Yield the segments of texts of which something is held nowhere, with the reason; changes nothing."""
+    """Yield the segments of texts with tokens that are held nowhere, with the reason; changes nothing."""
     segments = _missing_segments(evaluator.sketch(encoded), encoded, extents)
     if not segments:
         return
@@ -92,7 +92,7 @@ def misses(evaluator: Evaluator, encoded: Sequence[TokenIds], extents: Sequence[
 
 @dataclass
 class _Segment:
-    """A segment of which something is missing, in the first text that has it."""
+    """A segment with missing tokens, in the first text that has it."""
 
     text_idx: int
     segment_idx: int
@@ -113,7 +113,7 @@ class _Segment:
 
     @property
     def aside(self) -> Aside | None:
-        """What stands in its place without it, where its join changed that."""
+        """The tokens in its place without the segment, if its join changed them."""
         extent = self.extent
         return Aside(self.text_idx, extent.start, extent.replaced) if extent.replaced else None
 
@@ -125,7 +125,7 @@ def _num_tokens(pieces: Iterable[Piece]) -> int:
 def _missing_segments(
     sketch: Sketch, encoded: Sequence[TokenIds], extents: Sequence[Sequence[Extent]]
 ) -> list[_Segment]:
-    """Return the segments of which something is held nowhere, those that texts share once."""
+    """Return the segments with tokens that are held nowhere, shared segments once."""
     found: dict[tuple[Any, ...], _Segment] = {}
     for text_idx, (inserted, token_ids) in enumerate(zip(sketch.texts, encoded, strict=True)):
         spans = sketch.forest.in_order(inserted)
@@ -157,7 +157,7 @@ def _missing_segments(
 def _under_other_roots(
     archive: Archive, segments: Sequence[_Segment], encoded: Sequence[TokenIds]
 ) -> list[tuple[str, dict[int, list[Piece]]]]:
-    """Return in what other roots differ, and what the store has under each of the texts of these segments."""
+    """Return the differences of other roots, and the pieces that the store has under each, by text."""
     texts = list(dict.fromkeys(segment.text_idx for segment in segments))
     beginnings = dict.fromkeys(flat(encoded[idx])[:NUM_BEGINNING_TOKENS] for idx in texts)
     roots = dict.fromkeys(root for ids in list(beginnings)[:MAX_BEGINNINGS] for root in archive.others(ids))
@@ -194,7 +194,7 @@ def _reason(
 
 
 def _differing(other: Root, own: Root) -> str:
-    """Return in what two roots differ."""
+    """Return the differences between two roots, in words."""
     differences = []
     if other.model != own.model:
         differences.append(f"other weights ({other.model[:8]}..., not {own.model[:8]}...)")
@@ -208,6 +208,6 @@ def _differing(other: Root, own: Root) -> str:
 
 
 def shown_segment(segment: str | tuple[int, ...]) -> str:
-    """Return a segment as it is written, its middle left out where it is long."""
+    """Return a segment as it is written, without the middle of a long one."""
     string = shown([segment])
     return string if len(string) <= 40 else f"{string[:20]}...{string[-17:]}"

@@ -31,9 +31,9 @@ def plot_probabilities(
         bp.plot_probabilities(text.select(labels).probabilities)
 
     Args:
-        probabilities: an array `(completions,)`, or a mapping from completions to theirs.
-        completions: what they are the probabilities of; left out for a mapping.
-        top: of more completions only the most probable ones are drawn.
+        probabilities: an array `(completions,)`, or a mapping from completions to their probabilities.
+        completions: the completions with these probabilities; left out for a mapping.
+        top: at most this many completions are drawn, the most probable ones.
         ax: the axes of matplotlib to draw on; new ones by default.
 
     Returns:

@@ -1,7 +1,7 @@
-"""A text with its tokens coloured by how probable the model finds them: for notebooks, terminals and plain text.
+"""A text with its tokens coloured by their probability: for notebooks, terminals and plain text.
 
-Surprise is shown by strength of one colour, and in plain text by shades, so it reads without colour vision. The ground
-is that of the page: colours lie over it half transparent, and letters keep the page's own colour.
+The strength of one colour shows surprise, and in plain text shades do, so it reads without colour vision. The
+background is that of the page: colours lie over it half transparent, and letters keep the page's own colour.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 _ROWS_AT_A_TIME = 64
 _TOKENS_BEFORE = 8
-"""A token's string is what it adds to these: it may be a part of a character, or lose its space alone."""
+"""A token is decoded behind this many others: alone it may be a part of a character, or lose its space."""
 
 
 @dataclass(frozen=True)
 class _Shade:
-    """How tokens of at least some probability are shown."""
+    """The look of tokens of at least some probability."""
 
     least: float
     opacity: float  # in HTML
@@ -61,12 +61,12 @@ class ShownToken:
 
     Attributes:
         token_id: its id.
-        string: what it adds to the string before it; "\ufffd" where it is a part of a character.
-        logprob: its log-probability given what it sees, nats; nan where nothing predicts it.
-        alternatives: the most probable tokens there, each with its log-probability; the first is what greedy decoding
-            would choose.
+        string: the characters that it adds to the string before it; "\ufffd" for a part of a character.
+        logprob: its log-probability given the tokens that it sees, nats; nan if nothing predicts it.
+        alternatives: the most probable tokens there, each with its log-probability; the first is the choice of greedy
+            decoding.
         begins_segment: whether a segment begins with it.
-        is_join_changed: whether tokens changed where that segment was joined with what stands before it.
+        is_join_changed: whether joining that segment to the text before it changed tokens.
 
     """
 
@@ -79,7 +79,7 @@ class ShownToken:
 
 
 class ShownText:
-    """What `text.show()` returns: HTML in notebooks; in terminals colours, unless `NO_COLOR` is set; else plain text.
+    """The result of `text.show()`: HTML in notebooks; in terminals colours, unless `NO_COLOR` is set; else plain text.
 
     Attributes:
         tokens: the `ShownToken`s, in written order.
@@ -156,7 +156,7 @@ def show(text: Text, *, top: int = 5) -> ShownText:
 
 
 def _alternatives(lm: LM, text: Text, token_ids: TokenIds, top: int) -> list[list[tuple[int, float]]]:
-    """Return, for each token, the most probable ones in its place, the first the most probable."""
+    """Return, for each token, the most probable tokens in its place, the most probable first."""
     model_repr = text.model_repr
     best: list[list[tuple[int, float]]] = []  # behind each token
     for start in range(0, len(token_ids) if top else 0, _ROWS_AT_A_TIME):
@@ -170,7 +170,7 @@ def _alternatives(lm: LM, text: Text, token_ids: TokenIds, top: int) -> list[lis
 
 
 def predicting_rows(token_ids: TokenIds) -> list[int | None]:
-    """Return, for each token in written order, the one whose row predicts it; None where no one token stands before."""
+    """Return, for each token in written order, the token whose row predicts it; None if no single token precedes it."""
     rows: list[int | None] = []
 
     def extend(before: int | None, position: int, ids: tuple[int, ...]) -> int:
@@ -189,7 +189,7 @@ def _strings(tokenizer: PrivateTokenizer, ids: tuple[int, ...]) -> Iterator[str]
 
 
 def _string_of(tokenizer: PrivateTokenizer, before: tuple[int, ...], token_id: int) -> str:
-    """Return what a token adds to the string of those before it."""
+    """Return the characters that a token adds to the string of the tokens before it."""
     near = before[-_TOKENS_BEFORE:]
     return added(tokenizer.decode(near), tokenizer.decode((*near, token_id)))
 
@@ -214,7 +214,7 @@ def _mark_of_shade(token: ShownToken) -> str:
 
 
 def _broken(string: str) -> str:
-    """Return a string that breaks its lines, and shows where; for a part of a character stands a dot."""
+    """Return a string with visible line breaks; a dot stands for a part of a character."""
     if string.endswith("\ufffd"):
         string = string.rstrip("\ufffd") + "·"
     return "↵\n".join(map(visible, string.split("\n")))
@@ -239,7 +239,7 @@ def _token_html(token: ShownToken) -> str:
 
 
 def _hover(token: ShownToken) -> str:
-    """Return what is told of a token when the pointer rests on it."""
+    """Return the text shown for a token when the pointer rests on it."""
     told = "nothing predicts it" if math.isnan(token.logprob) else _probability(token.logprob)
     lines = [f"{visible(token.string)!r}: {told}, id {token.token_id}"]
     for rank, (string, logprob) in enumerate(token.alternatives, 1):

@@ -1,6 +1,6 @@
-"""Proof of sameness: how far what was computed lies from the model's plain call, text by text and segment by segment.
+"""Proof of sameness: the distance of computed results from the model's plain call, by text and by segment.
 
-The plain call is a private copy of the model, as transformers runs it: one text a call, in eval mode, without a cache.
+The plain call runs a private copy of the model in transformers: one text per call, in eval mode, without a cache.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ LIKELY = 1e-3
 """Tokens of at least this probability matter, in the plain call or here."""
 
 MAX_SHOWN = 8
-"""How many segments the printed account names, those with the largest gaps first."""
+"""The printed account names at most this many segments, those with the largest gaps first."""
 
 
 @dataclass(frozen=True)
 class NodeDrift:
-    """How far the distributions behind a segment's tokens lie from those of the plain call.
+    """The distance of the distributions behind a segment's tokens from those of the plain call.
 
     Attributes:
         text_idx: the first of the given texts that has it.
-        segment_idx: counting strings and runs of token ids of that text in written order.
-        segment: what it consists of, its middle left out where it is long.
+        segment_idx: its place among the strings and runs of token ids of that text, in written order.
+        segment: its contents, without the middle if they are long.
         start, stop: its tokens in `text.tokens`.
-        num_texts: in how many texts it was compared; the figures are over all of them.
+        num_texts: the number of texts in which it was compared; the figures are over all of them.
         gap: the largest absolute difference of log-probabilities, nats, of the segment's own tokens and, behind each of
             them, of the most probable token and of those with a probability of at least 0.001.
-        largest_gap, mean_gap: the same of every token of the vocabulary, however improbable, and the mean of these.
-        argmax_flips: behind how many of its tokens another one is the most probable.
+        largest_gap, mean_gap: the largest and the mean difference over all tokens of the vocabulary.
+        argmax_flips: the number of its tokens behind which another token is the most probable.
 
     """
 
@@ -77,22 +77,22 @@ class NodeDrift:
 
 @dataclass(frozen=True)
 class Verification:
-    """How far texts lie from the model's plain call; `str()` is an account, and in notebooks it shows itself.
+    """The distance of texts from the model's plain call; `str()` is an account, and notebooks show it.
 
     Attributes:
-        num_texts: how many texts were compared.
-        num_given: how many were given; those beyond the sample were not compared.
-        num_groups: of these, how many have groups or frozen segments: no plain call computes them, so they were left
-            out.
-        num_tokens: tokens of the texts that were compared, those that texts share counted in each.
+        num_texts: the number of texts that were compared.
+        num_given: the number of texts that were given; texts beyond the sample were not compared.
+        num_groups: the number of given texts with groups or frozen segments, left out because no plain call computes
+            them.
+        num_tokens: tokens of the texts that were compared; shared tokens count in each text.
         gap: the largest absolute difference of log-probabilities at tokens that matter, nats; see `NodeDrift`. Infinite
-            where one is not a number.
-        largest_gap, mean_gap: the same of every token, and the mean of these.
-        argmax_flips: behind how many tokens another one is the most probable.
-        dtype: what the model computes in, such as "torch.float32".
+            if one is not a number.
+        largest_gap, mean_gap: the largest and the mean difference over all tokens.
+        argmax_flips: the number of tokens behind which another token is the most probable.
+        dtype: the dtype that the model computes in, such as "torch.float32".
         tolerance: the largest `gap` that passes, nats.
-        stored_error: the largest relative error of what was read back from a store in fewer bits; 0 if nothing was.
-        nodes: each segment, in the order of the texts; those that texts share once.
+        stored_error: the largest relative error of results read back from a store in fewer bits; 0 without any.
+        nodes: each segment, in the order of the texts; shared segments once.
 
     """
 
@@ -111,7 +111,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether no token that matters lies further apart than the tolerance."""
+        """Whether the gap at tokens that matter is within the tolerance."""
         return self.gap <= self.tolerance
 
     @property
@@ -120,7 +120,7 @@ class Verification:
         return max(self.nodes, key=lambda node: node.gap)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all figures as dicts, lists, strings and numbers, such as JSON takes; None where one is infinite."""
+        """Return all figures as dicts, lists, strings and numbers, such as JSON takes; None for infinity."""
         figures = {**asdict(self), "nodes": [_finite(asdict(node)) for node in self.nodes], "passed": self.passed}
         return _finite(figures)
 
@@ -188,30 +188,30 @@ def verify(
     raise_on_drift: bool = False,
     show_progress_bar: bool | None = None,
 ) -> Verification:
-    """Evaluate texts, compare all their log-probabilities with the plain call's, and return how far they lie apart.
+    """Evaluate texts, compare all their log-probabilities with the plain call's, and return the gaps.
 
-    The plain call forwards every token of every text compared, one text a call. Texts with groups or frozen segments
-    are left out, as no plain call computes them; the result says how many.
+    The plain call forwards every token of every text compared, one text per call. Texts with groups or frozen segments
+    are left out, as no plain call computes them; the result counts them.
 
     Args:
         texts: a text or several of one `LM`.
-        sample: compare so many of them, drawn at random; by default all.
-        seed: of the drawing; the same seed draws the same texts.
+        sample: compare this many of the texts, drawn at random; by default all.
+        seed: the seed of the drawing; the same seed draws the same texts.
         tolerance: the largest gap in log-probability that passes, nats: of the texts' own tokens, and of those with a
             probability of at least 0.001. By default by dtype: 1e-5 in float64, 0.001 in float32, 0.1 in float16, and
             0.5 in bfloat16.
-        raise_on_drift: raise where a gap is larger.
-        show_progress_bar: by default on a terminal where at least 5 texts are compared.
+        raise_on_drift: raise if a gap is larger.
+        show_progress_bar: by default on a terminal when at least 5 texts are compared.
 
     Raises:
-        DriftError: with `raise_on_drift`: a gap is larger than the tolerance; names the segment.
+        DriftError: with `raise_on_drift`: a gap is larger than the tolerance; the message names the segment.
         TypeError: `tolerance` is no number.
         ValueError: there are no texts; `sample` is no int of at least 1, or `seed` none of at least 0; `tolerance` is
             negative or infinite, or missing for a dtype that has none; another argument is neither True nor False.
         GroupError: all of the texts have groups or frozen segments.
         TextTypeError, UnboundTextError: an element is not a text, or has no model.
         MixedModelsError: texts of two different `LM` objects.
-        What `evaluate` raises.
+        The errors of `evaluate`.
 
     """
     given = listed_texts(texts, "verify")
@@ -285,11 +285,11 @@ def _compare(
 
 @dataclass(frozen=True)
 class _Gaps:
-    """How far each row of a text lies from the plain call's.
+    """The distance of each row of a text from the plain call's row.
 
     Attributes:
         likely: the largest absolute difference at tokens that matter, `(tokens,)`, float64, nats.
-        largest, mean: of those over the vocabulary, `(tokens,)`. Never NaN: what is not a number is infinite.
+        largest, mean: the largest and the mean over the vocabulary, `(tokens,)`. Infinite instead of NaN.
         is_flipped: whether another token is the most probable, `(tokens,)`.
 
     """
@@ -301,7 +301,7 @@ class _Gaps:
 
 
 def gaps_of(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
-    """Compare all rows, a few at a time: those of a whole text are large."""
+    """Compare all rows, a few at a time: the rows of a whole text are large."""
     input_ids = model_repr.input_ids
     plain_logits = plain(input_ids=input_ids[None]).logits[0]  # (tokens, vocab)
     likely, largest, mean, is_flipped = [], [], [], []
@@ -336,7 +336,7 @@ _SLICE_BYTES = 64 << 20
 
 @dataclass
 class _Sums:
-    """What is known of a segment so far."""
+    """The figures of a segment so far."""
 
     text_idx: int
     segment_idx: int
@@ -350,7 +350,7 @@ class _Sums:
 
 
 class _Drifts:
-    """Gaps by segment: what texts share is one."""
+    """Gaps by segment; segments that texts share are one."""
 
     def __init__(self) -> None:
         self.by_key: dict[tuple[Any, ...], _Sums] = {}

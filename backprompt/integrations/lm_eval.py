@@ -2,13 +2,13 @@
 
     python -m backprompt.integrations.lm_eval --model backprompt --model_args pretrained=gpt2 --tasks hellaswag
 
-is the harness's own command line. It finds models of other packages only once they are imported, so in Python this
-module is imported first; then `lm_eval.simple_evaluate(model="backprompt", model_args=...)` knows the name. An instance
+is the harness's own command line. The harness finds models of other packages only once they are imported, so in Python
+import this module first; then `lm_eval.simple_evaluate(model="backprompt", model_args=...)` knows the name. An instance
 may be passed as well: `simple_evaluate(model=BackpromptLM(lm), ...)`.
 
-What is scored is what the harness's `hf` backend scores: the same ids behind the same ids, cut off on the left in the
-same way; but for rolling log-likelihoods with a tokenizer that adds BOS, before which `hf` puts a second one. Its
-arguments have the same names where they mean the same.
+Scores are those of the harness's `hf` backend: the same ids behind the same ids, cut off on the left in the same way.
+Only rolling log-likelihoods with a tokenizer that adds BOS differ: `hf` puts a second BOS before the first. Arguments
+with the same meaning have the same names.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import model_registry
 
-    # This import also registers the harness's own models, which it does by itself only while its registry is empty.
+    # This import also registers the harness's own models; the harness itself does so only while its registry is empty.
     from lm_eval.models.utils import (
         handle_stop_sequences,
         has_bos_prefix,
@@ -63,35 +63,35 @@ LM_OPTIONS = tuple(
     for name in inspect.signature(LM).parameters
     if name not in ("model", "tokenizer", "joins", "add_special_tokens")
 )
-"""What else `pretrained` as a name may come with: options of `LM`; texts are ids here, so those on strings are none."""
+"""Options of `LM` that a `pretrained` name may come with; texts are ids here, so options on strings are left out."""
 
 
 class BackpromptLM(TemplateLM):  # type: ignore[misc]
     """A `backprompt.LM` as a model of lm-evaluation-harness.
 
-    What it computed stays in the `LM` for the tasks to come, within its `memory_bytes`.
+    Results stay in the `LM` for later tasks, within its `memory_bytes`.
 
     Args:
         pretrained: a hub id or the path of a model, an `LM`, or a `(model, tokenizer)` tuple.
-        tokenizer: what to encode with, its id, path or object; by default the model's own.
-        dtype: of the weights; by default the checkpoint's, as for `hf`.
-        device: by default, and for CUDA where there is none (the command line's default), as for `backprompt.load`. An
-            `LM` stays where it is.
-        max_length: how many tokens the model is given at most; by default what its configuration says.
+        tokenizer: the id, path or object of a tokenizer; by default the model's own.
+        dtype: the dtype of the weights; by default the checkpoint's, as for `hf`.
+        device: by default, and for CUDA without such a device (the command line's default), as for `backprompt.load`.
+            An `LM` stays where it is.
+        max_length: the largest number of tokens given to the model; by default from its configuration.
         add_bos_token: whether the tokenizer adds special tokens to a context; by default as the tokenizer does.
-        prefix_token_id: stands before what has no context; by default BOS, or else EOS.
+        prefix_token_id: the token before texts without context; by default BOS, or else EOS.
         rolling_as_hf: in rolling log-likelihoods, let the tokenizer add its special tokens behind the prefix token, and
             score them as part of the string, as `hf` does: with a tokenizer that adds BOS a second BOS is scored behind
             the first. By default a string's own tokens are scored behind the prefix token.
-        chat_template_args: for the tokenizer's chat template.
+        chat_template_args: arguments for the tokenizer's chat template.
         batch_size, max_batch_size: taken from the command line and not used, as there are no batches: a pass is filled
             up to `max_tokens_per_forward` tokens.
-        **lm_options: of `LM`, such as memory_bytes, store, max_tokens_per_forward.
+        **lm_options: options of `LM`, such as memory_bytes, store, max_tokens_per_forward.
 
     Raises:
-        TypeError: an option that is none, or one that comes too late for an `LM`; before anything is loaded.
-        ValueError: an option has a value that it cannot have; before anything is loaded.
-        What `backprompt.load` raises.
+        TypeError: an unknown option, or an option that comes too late for an `LM`; before anything is loaded.
+        ValueError: an option has an invalid value; before anything is loaded.
+        The errors of `backprompt.load`.
 
     """
 
@@ -149,14 +149,14 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         self._prefix_token_id = next((token_id for token_id in own_ids if token_id is not None), None)
         self._prefix = None if self._prefix_token_id is None else self.tokenizer.decode(self._prefix_token_id)
 
-    # What the harness asks of a model
+    # The harness's interface of a model
 
     @property
     def max_length(self) -> int:
-        """How many tokens the model is given at most."""
+        """The largest number of tokens given to the model."""
         if self._max_length is not None:
             return self._max_length
-        config = self.lm.session.model.config  # not lm.model: whoever reads that may write weights, which LM counts on
+        config = self.lm.session.model.config  # not lm.model: reading that lets LM expect written weights
         return int(resolve_max_length(config, self.tokenizer))
 
     @property
@@ -167,7 +167,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context.
+        """The token before a text without context.
 
         Raises:
             ValueError: the tokenizer has no such token, and none was given.
@@ -182,11 +182,11 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """By which the harness names its cache of requests."""
+        """The name that the harness gives to its cache of requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the harness adds to `results["config"]` at the end: what was computed, see `Stats`."""
+        """Return the counts of work, see `Stats`, which the harness adds to `results["config"]` at the end."""
         return {"backprompt": asdict(self.lm.stats)}
 
     def tok_encode(
@@ -198,13 +198,13 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """
         add = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self._prefix):
-            add = False  # it has them already
+            add = False  # the string has them already
         check_encodable(string, "A string of a request")
         ids: list[int] = self.tokenizer.encode(string, **({} if add is None else {"add_special_tokens": add}))
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as one string; without its system message where the template refuses that."""
+        """Return a conversation as one string; without its system message if the template refuses that."""
         from jinja2.exceptions import TemplateError
 
         options = {
@@ -250,24 +250,24 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         if self._rolling_as_hf:
             return self.tok_encode(string)
         ids = self.tok_encode(string, add_special_tokens=False)
-        return ids[1:] if ids[:1] == [self.prefix_token_id] else ids  # it is written in the string
+        return ids[1:] if ids[:1] == [self.prefix_token_id] else ids  # the prefix token is written in the string
 
     @property
     def max_gen_toks(self) -> int:
-        """How many tokens a request generates at most that does not say."""
+        """The largest number of tokens to generate for a request that names none."""
         return 256
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model generates behind each context, up to the first of its stop strings.
+        """Return the text generated behind each context, up to the first of its stop strings.
 
         Requests with the same options are generated together. Options are those of `backprompt.generate`, with the
-        harness's names for the number of tokens and the stop strings. Stop strings count in what is generated, decoded
+        harness's names for the number of tokens and the stop strings. Stop strings count in the generated text, decoded
         by itself, as for `hf`.
 
         Raises:
-            GenerationError: options that there are not, or no room for a context.
+            GenerationError: unknown options, or no room for a context.
             ValueError: there is no token to put in an empty context.
-            What `backprompt.generate` raises. All of it before anything is computed.
+            The errors of `backprompt.generate`. All are raised before anything is computed.
 
         """
         by_options: dict[str, list[int]] = {}
@@ -301,7 +301,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 f"The task asks for {max_new_tokens} tokens, which leaves no room for a context in the model's "
                 f"{self.max_length}. Give it fewer: --gen_kwargs max_gen_toks=..."
             )
-        # A task's stop strings are made for no tokenizer; one that it cannot spell never comes.
+        # A task's stop strings are made for no tokenizer; a string that it cannot spell never comes.
         spelled = [string for string in stop if not missing_characters(string, self.tokenizer)]
         decoding = Decoding(
             self.lm.session.causal_lm,
@@ -321,8 +321,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """Return, for each request, the log-probability of its continuation, and whether greedy decoding gives it.
 
         Args:
-            requests: context and continuation as strings, which name what is put into the harness's cache (or None),
-                and as ids.
+            requests: context and continuation as strings, which name the entry in the harness's cache (or None), and
+                as ids.
             disable_tqdm: show no bar.
 
         Raises:
@@ -362,7 +362,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         return _Continuation(ids, len(ids) - len(continuation))
 
     def _score(self, continuations: Sequence[_Continuation]) -> Iterator[tuple[float, bool]]:
-        """Yield the sum of log-probabilities of each, and whether it is the greedy one; all of them are one forest."""
+        """Yield each continuation's sum of log-probabilities, and whether it is the greedy one; all are one forest."""
         texts = [Text.from_tokens(continuation.token_ids, self.lm) for continuation in continuations]
         scores = self.lm.token_scores(
             texts, [continuation.start for continuation in continuations], show_progress_bar=False
@@ -376,9 +376,9 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Continuation:
-    """Ids of a request, of which those from `start` on are scored.
+    """Ids of a request; the ids from `start` on are scored.
 
-    There are at most `max_length`, and one more that is scored and not forwarded.
+    The ids are at most `max_length`, and one more that is scored and not forwarded.
     """
 
     token_ids: tuple[int, ...]
@@ -386,8 +386,8 @@ class _Continuation:
 
 
 def _slices(continuations: Sequence[_Continuation]) -> Iterator[list[int]]:
-    """Yield the indices of continuations to be scored together, so that what shares a beginning comes together."""
-    # As bytes they compare fast. Their order means nothing, but what has a common beginning is side by side in it.
+    """Yield the indices of continuations to be scored together, so that common beginnings come together."""
+    # Ids compare fast as bytes. The order means nothing, but it puts common beginnings side by side.
     order = sorted(range(len(continuations)), key=lambda idx: array("i", continuations[idx].token_ids).tobytes())
     chosen: list[int] = []
     num_tokens = 0
@@ -402,13 +402,13 @@ def _slices(continuations: Sequence[_Continuation]) -> Iterator[list[int]]:
 
 
 def _there(device: str | None) -> str | None:
-    """Return the device, or None for a CUDA device where there is none, which `hf` does not take literally either."""
+    """Return the device, or None for a CUDA device that is missing, which `hf` does not take literally either."""
     is_missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
     return None if is_missing else device
 
 
 def _tokenizer(lm: LM, pretrained: str | LM, tokenizer: Any, add_bos_token: bool | None) -> Any:
-    """Return what to encode with; one that is named is loaded as the `hf` backend does."""
+    """Return the tokenizer to encode with; a name is loaded as the `hf` backend does."""
     name = tokenizer
     if tokenizer is None and isinstance(pretrained, str) and add_bos_token is not None:
         name = pretrained  # load has no such option
@@ -425,7 +425,7 @@ def main() -> None:
     cli_evaluate()
 
 
-if "backprompt" not in model_registry:  # run with -m, this module exists twice; so by name, not as the class, too
+if "backprompt" not in model_registry:  # run with -m, this module exists twice, so a name stands for the class
     model_registry.register("backprompt", target="backprompt.integrations.lm_eval:BackpromptLM")
 
 if __name__ == "__main__":

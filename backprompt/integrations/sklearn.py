@@ -1,7 +1,7 @@
 """A prompt as a classifier of scikit-learn: `PromptClassifier`.
 
-It scores with `backprompt.classify`; cross-validation, search, ensembles, calibration by labels and decision thresholds
-are scikit-learn's own. Clones keep the `LM`, so all candidates of a search share what is computed.
+The classifier scores with `backprompt.classify`; cross-validation, search, ensembles, calibration by labels and
+decision thresholds are scikit-learn's own. Clones keep the `LM`, so all candidates of a search share its results.
 """
 
 from __future__ import annotations
@@ -53,44 +53,45 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         instruction + shot 1 + separator + shot 2 + separator + ... + template with the input in it
 
     where a shot is the template with an example in it, followed by its label, with the space between that
-    `end_of_prompt` asks for. The probability of each label behind that is `backprompt.classify.predict_proba`'s. `fit`
-    trains nothing: it chooses classes, shots, prior and calibration.
+    `end_of_prompt` asks for. `backprompt.classify.predict_proba` gives the probability of each label behind the prompt.
+    `fit` trains nothing: it chooses classes, shots, prior and calibration.
 
     `X` is a sequence, array or series of strings, as scikit-learn's text vectorizers take it: one dimension. Of a data
     frame give one column, `X["message"]`.
 
-    Clones share the `LM` and so all that it holds. It cannot be pickled: in searches leave `n_jobs` at 1 (packed passes
-    use all cores), or use joblib's "threading" backend.
+    Clones share the `LM` and all that it holds. An `LM` cannot be pickled: in searches leave `n_jobs` at 1 (packed
+    passes use all cores), or use joblib's "threading" backend.
 
     Args:
-        lm: the model, a `backprompt.LM` or a `(model, tokenizer)` tuple, of which the attribute is the `LM`.
-        template: of one input, with the field `{text}`: "Message: {text}\nKeywords:". Braces that stand for themselves
-            are doubled, as in `str.format`.
+        lm: the model, a `backprompt.LM` or a `(model, tokenizer)` tuple; the attribute is an `LM` in either case.
+        template: the prompt of one input, with the field `{text}`: "Message: {text}\nKeywords:". Braces that stand for
+            themselves are doubled, as in `str.format`.
         labels: the completion of each class: a mapping from classes, or a sequence in the order of `classes_`; by
             default `str(class)`. A mapping may have more classes than the data. Some ensembles, VotingClassifier among
-            them, give their members the numbers 0, 1, ... for the sorted classes, so there it must be a sequence.
-        shots: how many labelled examples to draw from the training data, or the `(x, class)` pairs themselves. Classes
-            take turns, and the first 4 of 8 shots drawn are the 4 that `shots=4` draws: such prompts share them.
-        instruction: what all prompts begin with.
-        separator: what stands behind each shot.
+            them, give their members the numbers 0, 1, ... for the sorted classes, which require a sequence.
+        shots: the number of labelled examples to draw from the training data, or the `(x, class)` pairs themselves.
+            Classes take turns, and the first 4 of 8 shots drawn are the 4 that `shots=4` draws: such prompts share
+            them.
+        instruction: the beginning of all prompts.
+        separator: the string behind each shot.
         end_of_prompt: "auto", " " or "": stands between prompt and label, in shots, too; see `classify.log_probs`.
         prior: a probability for each of `classes_`; "training": the classes' frequencies in the training data; None:
-            all are the same. Applied after calibration.
-        calibrate_on: inputs whose mean probabilities are divided by, which corrects for what the prompt prefers
-            whatever is asked: neutral ones such as `["N/A", ""]` (contextual calibration, Zhao et al. 2021, arXiv
-            2102.09690), or "training": the training inputs without the shots, whose labels it does not use (batch
-            calibration, Zhou et al. 2023, arXiv 2309.17249). None: no correction.
-        aggregate: of a label's token log-probabilities, "mean" or "sum"; see `classify.predict_proba`.
+            all are equal. Applied after calibration.
+        calibrate_on: inputs by whose mean probabilities to divide, which corrects for the prompt's own preferences:
+            neutral inputs such as `["N/A", ""]` (contextual calibration, Zhao et al. 2021, arXiv 2102.09690), or
+            "training": the training inputs without the shots and without labels (batch calibration, Zhou et al. 2023,
+            arXiv 2309.17249). None: no correction.
+        aggregate: the "mean" or the "sum" of a label's token log-probabilities; see `classify.predict_proba`.
         discount_completions: see `classify.predict_proba`.
-        random_state: for drawing shots. None draws others each time, which shares little between fits.
+        random_state: the seed for drawing shots. With None each fit draws other shots, so fits share little.
 
     Attributes:
-        classes_: sorted, `(classes,)`.
+        classes_: the classes, sorted, `(classes,)`.
         completions_: the label of each class, a tuple of strings.
         shots_: the `(x, class)` pairs of the prompt.
         context_: the `Text` that all prompts begin with: instruction and shots.
-        prior_: `(classes,)`, or None.
-        calibration_probabilities_: what is divided by, `(classes,)`, or None.
+        prior_: the prior, `(classes,)`, or None.
+        calibration_probabilities_: the probabilities to divide by, `(classes,)`, or None.
 
     """
 
@@ -130,7 +131,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
 
     @lm.setter
     def lm(self, given: LM | tuple[Any, Any]) -> None:
-        # Now, and not in `fit`: clones share an `LM`, but copy what is in a tuple.
+        # The tuple is wrapped here, not in `fit`: clones share an `LM`, but copy the contents of a tuple.
         self._lm = as_lm(given) if isinstance(given, tuple) else given
 
     def fit(self, X: Any, y: Any) -> PromptClassifier:
@@ -141,10 +142,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             y: `(inputs,)` classes: strings, ints or booleans.
 
         Raises:
-            TypeError, ValueError: data or options that make no sense, before anything is computed.
+            TypeError, ValueError: invalid data or options, before anything is computed.
 
         """
-        # Set last, so that a fit that fails leaves nothing that is fitted.
+        # This attribute is set last, so that a failed fit leaves an unfitted classifier.
         self.__dict__.pop("calibration_probabilities_", None)
         self._check_options()
         inputs, classes_of_inputs = _checked_inputs(X), _checked_classes(y)
@@ -173,11 +174,11 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         return hasattr(self, "calibration_probabilities_")
 
     def prompts(self, X: Any) -> list[Text]:
-        """Return what the model sees before a label, a `Text` an input.
+        """Return the prompts before the labels, one `Text` per input.
 
         Raises:
             ValueError: a prompt is empty.
-            What `predict_proba` raises for such an `X`.
+            The errors of `predict_proba` for such an `X`.
 
         """
         check_is_fitted(self)
@@ -189,7 +190,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         Raises:
             NotFittedError: before `fit`.
             TypeError, ValueError: `X` is not one-dimensional, or not of strings.
-            What `classify.predict_proba` raises, such as TextTooLongError.
+            The errors of `classify.predict_proba`, such as TextTooLongError.
 
         """
         check_is_fitted(self)
@@ -286,7 +287,7 @@ def _check_template(template: object) -> None:
 
 
 def _drawn(num_shots: int, class_idx: Any, random_state: Any) -> list[int]:
-    """Return which training examples are the shots, in their order: drawn at random, the classes taking turns."""
+    """Return the indices of the shots in the training data, in order: drawn at random, the classes taking turns."""
     if num_shots > len(class_idx):
         raise ValueError(f"shots={num_shots}, but there are only {len(class_idx)} training examples to draw from.")
     order = check_random_state(random_state).permutation(len(class_idx)).tolist()

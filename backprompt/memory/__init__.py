@@ -1,5 +1,5 @@
 """Computed rows: their blocks, the tiers that hold blocks within byte budgets, and the order of eviction.
 
-May know spans, and not how rows are computed; only `blocks.py` knows the layout of keys, values and states.
-Eviction is in `tier.py`, its order in `budget.py`; a new tensor goes into `blocks.py`, a new tier beside `host.py`.
+The folder may import spans, not the computation of rows; only `blocks.py` knows the layout of keys, values and states.
+`eviction.py` chooses the spans that leave the device; a new tensor goes into `blocks.py`, a new tier beside `host.py`.
 """

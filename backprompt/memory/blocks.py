@@ -1,9 +1,9 @@
-"""Where representations lie: blocks of computed rows. No other file knows which tensors they are made of, nor which
+"""Blocks of computed rows, which hold representations. No other file knows which tensors they consist of, nor which
 axis of a tensor is that of tokens.
 
 A pass leaves two blocks: `KeysValues`, for each layer the keys and values of all its rows, and `States`, their final
-hidden states and log-probabilities. A computed span holds `BlockRows` of each, a range of rows, so that splitting a
-span moves nothing and spans of one pass share one allocation. A block is freed with the last span that refers to it.
+hidden states and log-probabilities. A computed span holds `BlockRows` of each, a range of rows. So splitting a span
+moves no data, and spans of one pass share one allocation. A block is freed with the last span that refers to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "is_argmax": ("tokens",),
     "has_logprobs": ("tokens",),
 }
-"""The axes of each kind of tensor. Of keys and values there is one a layer: "keys.0", "values.0", "keys.1" ..."""
+"""The axes of each kind of tensor. Keys and values have a tensor for each layer: "keys.0", "values.0", "keys.1" ..."""
 
 STATE_TENSORS = frozenset({"hidden", "logprobs", "is_argmax", "has_logprobs"})
 """The tensors of `States`."""
@@ -40,16 +40,16 @@ IN_MODEL_DTYPE = frozenset({"keys", "values", "hidden"})
 """The kinds of tensors that are in the dtype of the model."""
 
 SMALL_TENSOR_BYTES = 16 << 10
-"""A block of smaller tensors is small: the 550 bytes that a tensor takes besides its numbers count there."""
+"""A block of smaller tensors is small: there the overhead of 550 bytes for each tensor matters."""
 
 
 def kind_of(name: str) -> str:
-    """Return of which kind a tensor is, one of `AXES`: "keys" for "keys.0"."""
+    """Return the kind of a tensor, a key of `AXES`: "keys" for "keys.0"."""
     return name.partition(".")[0]
 
 
 def token_axis(name: str) -> int:
-    """Return which axis of a tensor is that of tokens."""
+    """Return the axis of tokens of a tensor."""
     return AXES[kind_of(name)].index("tokens")
 
 
@@ -61,77 +61,77 @@ def layer_names(layer_idx: int) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Location:
-    """Where tensors are made: a device, and if that is the CPU, whether in pinned (page-locked) memory."""
+    """The place where tensors are made: a device and, for the CPU, whether memory is pinned (page-locked)."""
 
     device: torch.device
     is_pinned: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> Location:
-        """Return where a tensor lies."""
+        """Return the location of a tensor."""
         return cls(tensor.device, tensor.is_pinned())
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a new tensor here, with any content."""
+        """Return a new tensor here, with arbitrary content."""
         return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.is_pinned)
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Return a copy here; done when this returns."""
+        """Return a copy here; the copy is complete on return."""
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 class Block(ABC):
-    """Rows of tensors, one row a token. Nothing in it is a view of anything larger.
+    """Rows of tensors, one row for each token. No tensor is a view of a larger one.
 
     Attributes:
-        tensors: by the names under which a store has them.
+        tensors: the tensors by their names in a store.
 
     """
 
     token_axis: ClassVar[int]
-    """The axis of tokens, the same in all of its tensors."""
+    """The axis of tokens, the same in all tensors of the block."""
 
     first_name: ClassVar[str]
-    """The name of one of its large tensors."""
+    """The name of one of the large tensors."""
 
     on_host: ClassVar[frozenset[str]] = frozenset()
-    """The tensors that lie on the CPU wherever the block lies, never page-locked: they do not move."""
+    """The tensors that always lie on the CPU, never page-locked: they do not move with the block."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
 
     @property
     def num_rows(self) -> int:
-        """How many tokens it represents."""
+        """The number of tokens."""
         return self.tensors[self.first_name].shape[self.token_axis]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Bytes of all tensors."""
         return sum([tensor.nbytes for tensor in self.tensors.values()])
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of one of its large tensors."""
+        """Bytes of one of the large tensors."""
         return self.tensors[self.first_name].nbytes
 
     @property
     def is_small(self) -> bool:
-        """Whether its tensors are so small that they cost more than they should."""
+        """Whether the tensors are so small that their overhead matters."""
         return self.tensor_bytes < SMALL_TENSOR_BYTES
 
     def keep(self, pieces: Sequence[slice]) -> None:
-        """Keep only these rows, in this order. Each tensor is copied and the old one freed before the next."""
+        """Keep only these rows, in this order. Each tensor is copied and the old tensor freed before the next."""
         for name, tensor in self.tensors.items():
             self.tensors[name] = _picked(tensor, pieces, self.token_axis)
 
     def append(self, others: Sequence[Self]) -> None:
-        """Copy the rows of other blocks of the same kind and place behind its own, in their order."""
+        """Copy the rows of other blocks of the same kind and place behind this block's own rows, in order."""
         for name, tensor in self.tensors.items():
             self.tensors[name] = _side_by_side([tensor, *(other.tensors[name] for other in others)], self.token_axis)
 
     def copied(self, pieces: Sequence[slice], location: Location | None = None) -> Self:
-        """Return a block of these rows, in this order, at a location, by default where this lies: one copy a tensor."""
+        """Return a new block of these rows, in this order, by default at this block's location: one copy a tensor."""
         at = location or Location.of(self.tensors[self.first_name])
         return type(self)({name: self._copied(name, pieces, at) for name in self.tensors})
 
@@ -140,7 +140,7 @@ class Block(ABC):
         return rows.clone() if name in self.on_host else location.copy(rows)
 
     def zeros(self, num_rows: int) -> Self:
-        """Return a block of so many rows of the same shape where this lies; all numbers are 0."""
+        """Return a block of `num_rows` rows of zeros, with the same shapes and location."""
         return type(self)(
             {
                 name: Location.of(tensor).empty(_with_rows(tensor, num_rows, self.token_axis), tensor.dtype).zero_()
@@ -149,14 +149,14 @@ class Block(ABC):
         )
 
     def copy_rows_to(self, other: Self, sources: Tensor, targets: Tensor) -> None:
-        """Copy the rows `sources` to the rows `targets` of another block of the same kind, which may be this one."""
+        """Copy the rows `sources` to the rows `targets` of another block of the same kind, or of this block."""
         for name, tensor in self.tensors.items():
             rows = tensor.index_select(self.token_axis, sources.to(tensor.device))
             other.tensors[name].index_copy_(self.token_axis, targets.to(tensor.device), rows)
 
 
 class KeysValues(Block):
-    """Keys and values of consecutive rows, of each layer those that `AXES` names, positions already encoded."""
+    """Keys and values of consecutive rows, for each layer as in `AXES`, with positions already encoded."""
 
     token_axis = 1
     first_name = layer_names(0)[0]
@@ -171,17 +171,17 @@ class KeysValues(Block):
 
     @property
     def num_layers(self) -> int:
-        """How many layers of the model attend."""
+        """The number of layers with attention."""
         return len(self.tensors) // 2
 
     def layer(self, layer_idx: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return views of a layer's keys and values, those of some rows, shaped as in `of`."""
+        """Return views of the keys and values of some rows of a layer, shaped as in `of`."""
         keys, values = layer_names(layer_idx)
         return self.tensors[keys][:, rows], self.tensors[values][:, rows]
 
 
 class States(Block):
-    """What logits and log-probabilities of rows are read off."""
+    """The source of logits and log-probabilities of rows."""
 
     token_axis = 0
     first_name = "hidden"
@@ -189,7 +189,7 @@ class States(Block):
 
     @classmethod
     def of(cls, hidden: Tensor) -> States:
-        """Return states without log-probabilities; `hidden`: what the output head reads, `(tokens, hidden)`."""
+        """Return states without log-probabilities; `hidden`: the input of the output head, `(tokens, hidden)`."""
         num_rows = hidden.shape[0]
         logprobs = torch.zeros(num_rows, dtype=logprob_dtype(hidden.dtype), device=hidden.device)
         is_argmax = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
@@ -203,26 +203,26 @@ class States(Block):
 
     @property
     def hidden(self) -> Tensor:
-        """What the output head reads, `(tokens, hidden)`."""
+        """The input of the output head, `(tokens, hidden)`."""
         return self.tensors["hidden"]
 
     @property
     def logprobs(self) -> Tensor:
-        """Of a row's own token given those before it, `(tokens,)`, nats; float64 where `hidden` is, else float32."""
+        """Log-probability of each row's token, `(tokens,)`, nats; float64 if `hidden` is, else float32."""
         return self.tensors["logprobs"]
 
     @property
     def is_argmax(self) -> Tensor:
-        """Whether no other token was more probable there, `(tokens,)`, bool."""
+        """Whether each row's token was the most probable, `(tokens,)`, bool."""
         return self.tensors["is_argmax"]
 
     @property
     def has_logprobs(self) -> Tensor:
-        """Which of `logprobs` and `is_argmax` were computed, `(tokens,)`, bool, on the CPU."""
+        """Whether `logprobs` and `is_argmax` were computed for each row, `(tokens,)`, bool, on the CPU."""
         return self.tensors["has_logprobs"]
 
     def is_scored(self, start: int, stop: int) -> bool:
-        """Return whether all tokens of the rows `start..stop` have their log-probabilities."""
+        """Return whether all tokens of the rows `start..stop` have a log-probability."""
         return bool(self.has_logprobs[start:stop].all())
 
     def write_scores(self, rows: Tensor, logprobs: Tensor, is_argmax: Tensor) -> None:
@@ -240,7 +240,7 @@ class States(Block):
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A tensor's dtype, and the sizes of its axes but that of tokens."""
+    """A tensor's dtype, and the sizes of all its axes except that of tokens."""
 
     dtype: torch.dtype
     sizes: tuple[int, ...]
@@ -248,10 +248,10 @@ class RowSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """What rows of one model look like, the same in every pass.
+    """The format of the rows of one model, the same in every pass.
 
     Attributes:
-        rows: of each tensor of both blocks, by name.
+        rows: the format of each tensor of both blocks, by name.
 
     """
 
@@ -259,11 +259,11 @@ class Layout:
 
     @classmethod
     def of(cls, *blocks: Block) -> Layout:
-        """Return that of the rows of a pass."""
+        """Return the layout of the rows of a pass."""
         return cls({name: _row_spec(t, block.token_axis) for block in blocks for name, t in block.tensors.items()})
 
     def shape(self, name: str, num_tokens: int) -> tuple[int, ...]:
-        """Return the shape of a tensor of so many tokens."""
+        """Return the shape of a tensor of `num_tokens` tokens."""
         axis, sizes = token_axis(name), self.rows[name].sizes
         return (*sizes[:axis], num_tokens, *sizes[axis:])
 
@@ -277,7 +277,7 @@ BlockType = TypeVar("BlockType", bound=Block)
 
 @dataclass(frozen=True, slots=True)
 class BlockRows(Generic[BlockType]):
-    """Rows `start..stop` of a block: what a computed span refers to."""
+    """Rows `start..stop` of a block: the reference of a computed span."""
 
     block: BlockType
     start: int
@@ -285,26 +285,26 @@ class BlockRows(Generic[BlockType]):
 
     @property
     def num_bytes(self) -> int:
-        """Their share of the block's bytes."""
+        """The rows' share of the block's bytes."""
         return self.block.num_bytes * (self.stop - self.start) // self.block.num_rows
 
     def split(self, num_tokens: int) -> tuple[BlockRows[BlockType], BlockRows[BlockType]]:
-        """Return the first `num_tokens` rows and the others; nothing is copied."""
+        """Return the first `num_tokens` rows and the others, without copying."""
         middle = self.start + num_tokens
         return BlockRows(self.block, self.start, middle), BlockRows(self.block, middle, self.stop)
 
     def with_next(self, others: BlockRows[BlockType]) -> BlockRows[BlockType] | None:
-        """Return these and others as one, if those lie right behind these; nothing is copied."""
+        """Return these rows and others as one range if the others directly follow these; without copying."""
         is_next = self.block is others.block and self.stop == others.start
         return BlockRows(self.block, self.start, others.stop) if is_next else None
 
     def alone(self) -> BlockRows[BlockType]:
-        """Return a copy of these rows, in a block of their own where this lies."""
+        """Return a copy of these rows, in a block of their own at the same location."""
         return BlockRows(self.block.copied([slice(self.start, self.stop)]), 0, self.stop - self.start)
 
 
 def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
-    """Copy rows into blocks, each to where they begin there; rows of one block into another with one copy a tensor."""
+    """Copy rows into blocks, each to its start row there; rows between the same two blocks take one copy a tensor."""
     by_blocks: dict[tuple[Block, Block], list[tuple[int, int]]] = {}
     for rows, target, start in copies:
         pairs = by_blocks.setdefault((rows.block, target), [])
@@ -314,39 +314,46 @@ def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
 
 
 def gather(rows: Iterable[BlockRows[Any]], name: str) -> Tensor:
-    """Return rows of several blocks as one new tensor, of those of this name."""
+    """Return the tensor `name` of rows of several blocks as one new tensor."""
     axis = token_axis(name)
     parts = [part.block.tensors[name].narrow(axis, part.start, part.stop - part.start) for part in rows]
     return torch.cat(parts, dim=axis)
 
 
 def gather_each(rows: Sequence[BlockRows[Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of each tensor of some blocks, and rows of it as one new tensor."""
+    """Yield the name of each tensor of the blocks, and the tensor of all given rows as one new tensor."""
     yield from ((name, gather(rows, name)) for name in rows[0].block.tensors)
 
 
+def gather_hidden(rows: Sequence[tuple[States, int]]) -> Tensor:
+    """Return the hidden states of single rows, in the given order, `(rows, hidden)`."""
+    by_block: dict[States, list[int]] = {}
+    for idx, (block, _) in enumerate(rows):
+        by_block.setdefault(block, []).append(idx)
+    first = rows[0][0].hidden
+    hidden = first.new_empty((len(rows), first.shape[1]))
+    for block, indices in by_block.items():
+        source = torch.tensor([rows[idx][1] for idx in indices], device=hidden.device)
+        hidden[torch.tensor(indices, device=hidden.device)] = block.hidden[source]
+    return hidden
+
+
 def keys_values_of(span: Span) -> BlockRows[KeysValues]:
-    """Return where the keys and values of a span lie that holds them."""
+    """Return the rows of the keys and values of a span that holds them."""
     rows = span.keys_values
     assert isinstance(rows, BlockRows), span
     return rows
 
 
 def states_of(span: Span) -> BlockRows[States]:
-    """Return where the states of a span lie that holds them."""
+    """Return the rows of the states of a span that holds them."""
     rows = span.states
     assert isinstance(rows, BlockRows), span
     return rows
 
 
-def last_hidden(span: Span) -> Tensor:
-    """Return the hidden state of the last token of a span that holds its states, `(hidden,)`: a view."""
-    rows = states_of(span)
-    return rows.block.hidden[rows.stop - 1]
-
-
 def _picked(tensor: Tensor, pieces: Sequence[slice], axis: int) -> Tensor:
-    """Return these rows of a tensor side by side, where the tensor lies; the tensor itself if these are all."""
+    """Return these rows of a tensor side by side, at its location; the tensor itself if these are all its rows."""
     num_rows = sum(piece.stop - piece.start for piece in pieces)
     if len(pieces) == 1 and num_rows == tensor.shape[axis]:
         return tensor
@@ -357,7 +364,7 @@ def _picked(tensor: Tensor, pieces: Sequence[slice], axis: int) -> Tensor:
 
 
 def _side_by_side(tensors: list[Tensor], axis: int) -> Tensor:
-    """Return tensors as one, where they lie."""
+    """Return tensors as one, at their location."""
     shape = _with_rows(tensors[0], sum(tensor.shape[axis] for tensor in tensors), axis)
     return torch.cat(tensors, dim=axis, out=Location.of(tensors[0]).empty(shape, tensors[0].dtype))
 

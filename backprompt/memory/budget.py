@@ -1,42 +1,20 @@
-"""The byte budget: how much is held on the device between passes, and what goes first when it is exceeded.
-
-Leaves go before what they continue (tier.py). Among leaves the order is GreedyDual-Size (Cao and Irani 1997,
-"Cost-Aware WWW Proxy Caching Algorithms"): when it is used, a span is given the credit `level + cost a byte`; the
-lowest credit goes first, and the level rises to it. A token costs its linear layers and attention to what stands before
-it, so of two spans used equally long ago the one that stands further behind stays. States save the same cost in far
-fewer bytes (in GPT-2 a 25th), so they outlive their keys and values by so much; but not for ever, or those of all that
-ever passed through would push out the keys and values that everything continues. Of equals the one that was used last
-stays.
-
-What goes, goes to the second pool (host.py), which lets go of its own in the same order. Never let go: pinned texts,
-and what the next pass attends to. What a later pass of the same evaluation attends to goes last, the latest first, and
-comes back or is computed again.
-"""
+"""Byte budgets: as users write them, and the defaults of the device and of the second pool."""
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 import torch
 
 from backprompt.arguments import is_int
-from backprompt.forest.forest import Forest
-from backprompt.forest.span import Kind, Span
-from backprompt.memory.blocks import keys_values_of, states_of
-from backprompt.memory.host import HostMemory
-from backprompt.memory.tier import Rank, Tier
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_SHARE = 0.5
-"""The budget, where none is given, as a share of the memory that is free on the device."""
+"""The default budget, as a share of the free memory of the device."""
 
 DEFAULT_HOST_SHARE = 0.25
-"""The second pool's budget, where none is given, as a share of the host memory that is free."""
+"""The default budget of the second pool, as a share of the free host memory."""
 
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
@@ -45,103 +23,11 @@ _UNITS = {"": 1, "b": 1} | {
 }
 
 
-class Memory(Tier):
-    """The device's tier: what passes attend to and results are read off. What it lets go of goes to the second pool."""
-
-    def __init__(self, max_bytes: int, hidden_size: int, host: HostMemory) -> None:
-        super().__init__(max_bytes, "device")
-        self._hidden_size = hidden_size
-        self.host = host
-        self._level = 0.0
-        self._clock = 0
-        self.num_empty_spans = self.num_empty_tokens = 0  # of the forest, when something was last dropped
-
-    def is_exceeded(self, num_coming_bytes: int = 0) -> bool:
-        """Whether more is held, or will be, than the budget allows."""
-        return self.num_bytes + num_coming_bytes > self.max_bytes
-
-    def touch(self, spans: Iterable[Span]) -> None:
-        """Note that these spans are used now. Their ancestors are taken to be used whenever they are."""
-        self._clock += 1
-        for span in spans:
-            span.last_used = self._clock
-            span.credit = self._level + self._cost(span)
-
-    def evict(
-        self,
-        forest: Forest,
-        held: Set[Span],
-        needed: Set[Span] = frozenset(),
-        last_uses: Mapping[Span, int] | None = None,
-        next_pass: int = 0,
-        num_coming_bytes: int = 0,
-    ) -> None:
-        """Let go of rows until the budget holds, or nothing that may go is left; join blocks that are many and small.
-
-        After an error blocks may be cut in part: the forest is not whole any more.
-
-        Args:
-            forest: all spans.
-            held: the ends of texts that somebody holds.
-            needed: what must stay where it is, and with it what it continues.
-            last_uses: of the spans that passes to come attend to, the number of the last such pass.
-            next_pass: the number of the next pass.
-            num_coming_bytes: what there shall be room for besides.
-
-        """
-        excess = self.num_bytes + num_coming_bytes - self.max_bytes
-        if excess <= 0:
-            if self.is_scattered:
-                self.compact(list(forest.spans()))
-            return
-        num_held = self.num_bytes
-        last_uses = last_uses or {}
-
-        spans = list(forest.spans())
-        smaller = _times_smaller(spans)
-
-        def rank(kind: Kind, span: Span) -> Rank | None:
-            if span in needed:
-                return None
-            last_use = last_uses.get(span, -1)
-            if last_use >= next_pass:
-                return (1, -last_use, 0)
-            worth = (smaller - 1) * self._cost(span) if kind == "states" else 0.0
-            return (0, span.credit + worth, span.last_used)
-
-        with forest.changing():
-            dropped = self.shrink(spans, excess, lambda kind, span: None if span in held else rank(kind, span))
-            ranks = [rank(kind, span) for kind, rows in dropped.items() for span in rows]
-            self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
-            self.host.take(spans, dropped, rank)
-            empty = [span for span in spans if span.is_empty]
-            self.num_empty_spans, self.num_empty_tokens = len(empty), sum(len(span.token_ids) for span in empty)
-            del dropped  # it keeps blocks alive
-            self.compact(spans)
-        logger.debug("Evicted %d bytes of %d; the budget is %d.", num_held - self.num_bytes, num_held, self.max_bytes)
-
-    def _cost(self, span: Span) -> float:
-        """Return what a token of it costs to compute, in units of its linear layers.
-
-        Multiplications a layer: 12 hidden^2 in a token's linear layers, 2 hidden for each token before it.
-        """
-        return 1 + span.position / (6 * self._hidden_size)
-
-
-def _times_smaller(spans: Iterable[Span]) -> float:
-    """Return how many times smaller a token's states are than all that may be held of it."""
-    for span in spans:
-        if span.token_ids and span.is_held(with_keys_values=True):
-            states_bytes = states_of(span).num_bytes
-            return (keys_values_of(span).num_bytes + states_bytes) / states_bytes
-    return 1.0
-
-
 def parse_bytes(given: int | str, name: str = "memory_bytes") -> int:
     """Return a number of bytes given as an int or as text: "2 GB" is 2 * 10**9, "2 GiB" is 2 * 2**30.
 
     Raises:
-        ValueError: it is neither, or negative.
+        ValueError: the value is neither, or negative.
 
     """
     if isinstance(given, str):
@@ -154,7 +40,7 @@ def parse_bytes(given: int | str, name: str = "memory_bytes") -> int:
 
 
 def default_max_bytes(device: torch.device) -> int:
-    """Return the budget where none is given: `DEFAULT_SHARE` of what is free on the device now."""
+    """Return the default budget: `DEFAULT_SHARE` of the memory that is free on the device now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     elif device.type == "mps":
@@ -165,28 +51,28 @@ def default_max_bytes(device: torch.device) -> int:
 
 
 def default_host_bytes(device: torch.device) -> int:
-    """Return the second pool's budget where none is given: `DEFAULT_HOST_SHARE` of the host memory that is free now.
+    """Return the default budget of the second pool: `DEFAULT_HOST_SHARE` of the host memory that is free now.
 
-    None where the device has no memory of its own.
+    The budget is 0 if the device has no memory of its own.
     """
     return 0 if device.type in ("cpu", "mps") else int(_free_host_bytes() * DEFAULT_HOST_SHARE)
 
 
 def _free_host_bytes() -> int:
-    """Return the bytes that programs may still take, also within a container's limit where there is one."""
+    """Return the bytes that programs may still take, also within a container's limit if there is one."""
     free = _available_bytes()
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such file; "max"
+    except (OSError, ValueError):  # the file is missing, or says "max"
         return free
-    return max(0, min(free, limit - used + int(counts.get("inactive_file", 0))))  # less what is only cached files
+    return max(0, min(free, limit - used + int(counts.get("inactive_file", 0))))  # cached files can be reclaimed
 
 
 def _available_bytes() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: all memory is the best that can be said without more dependencies
+    except (OSError, StopIteration):  # not Linux: total memory is the best estimate without more dependencies
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

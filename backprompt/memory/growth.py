@@ -1,10 +1,10 @@
-"""Texts that grow a token at a time: their spans stay few, and their rows side by side.
+"""Texts that grow one token at a time: their spans stay few, and their rows side by side.
 
-Each step of a generation leaves one span of one token a text, with its row among those of all texts. Attending to a
-thousand such spans would take a thousand calls a layer. So after each step the new spans absorb those that they
-continue, and their rows are copied behind those in a buffer with room for more; what ends a text that somebody else
-knows of is never absorbed. Texts that outgrow their room at the same step move on to one buffer together, where each
-has room for an eighth more, or 16 rows: so that one call a layer can attend to what all of them added.
+Each step of a generation leaves one span of one token for each text, its row among those of all texts. Attention to a
+thousand such spans would take a thousand calls for each layer. So after each step the new spans absorb their parents,
+and their rows are copied behind the parents' rows in a buffer with free room. A span at which another text in use ends
+is never absorbed. Texts that outgrow their room at the same step move to one buffer together, each with room for an
+eighth more, or 16 rows. So one call for each layer can attend to the new rows of all of them.
 
     prompt -- " the" -- " cat"        step 3        prompt -- " the cat"
 """
@@ -21,15 +21,15 @@ from backprompt.forest.span import Span
 from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
 
 ROWS_AT_A_TIME = 16
-"""A text has room for as many rows more than it needs, or an eighth of them."""
+"""The least free room of a text in a new buffer, in rows; an eighth of its rows if that is more."""
 
 
 @dataclass
 class _Buffer:
-    """What is known of a buffer: the states beside its keys and values, and where there is room.
+    """A buffer: the states beside its keys and values, and its free room.
 
-    `room` says at which row the room ends that begins where a text's rows end. It holds for as long as the buffer has
-    `num_rows`: one that was made smaller has none.
+    `room` maps the row behind each text's rows to the end of the text's room. It is valid while the buffer has
+    `num_rows` rows: a buffer that was made smaller has no room.
     """
 
     states: ref[States]
@@ -38,49 +38,49 @@ class _Buffer:
 
 
 class _Held(NamedTuple):
-    """Where both of a span lie."""
+    """The rows of both kinds of data of a span."""
 
     keys_values: BlockRows[KeysValues]
     states: BlockRows[States]
 
     @classmethod
     def of(cls, span: Span) -> _Held:
-        """Return those of a span that holds both."""
+        """Return the rows of a span that holds both."""
         return cls(keys_values_of(span), states_of(span))
 
     def with_next(self, others: _Held) -> _Held | None:
-        """Return these rows and others as one, if those lie right behind these."""
+        """Return these rows and others as one range if the others directly follow these."""
         keys_values, states = self.keys_values.with_next(others.keys_values), self.states.with_next(others.states)
         return None if keys_values is None or states is None else _Held(keys_values, states)
 
 
 _Copy: TypeAlias = "tuple[BlockRows[Any], Block, int]"
-"""Rows that go into a block, and where they begin there."""
+"""Rows to copy, the target block, and their start row there."""
 
 
 class Growth:
-    """Absorbs what was computed a token at a time.
+    """Absorbs spans that were computed one token at a time.
 
     Args:
-        forest: whose spans.
+        forest: the forest of the spans.
 
     """
 
     def __init__(self, forest: Forest) -> None:
         self._forest = forest
         self._buffers: WeakKeyDictionary[KeysValues, _Buffer] = WeakKeyDictionary()  # live as long as their spans
-        self._mixed: WeakSet[Block] = WeakSet()  # blocks with rows of several texts, or with room
+        self._mixed: WeakSet[Block] = WeakSet()  # blocks with rows of several texts, or with free room
 
     def note_pass(self, span: Span) -> None:
-        """Note that a span was computed in a pass together with those of other texts."""
+        """Record that a span was computed in a pass together with spans of other texts."""
         self._mixed.update((keys_values_of(span).block, states_of(span).block))
 
     def absorb(self, spans: Sequence[Span], held: Container[Span]) -> list[Block]:
-        """Let spans absorb what they continue, where nobody else knows of that; return blocks made for it.
+        """Let spans absorb their parents where no other text uses these; return the new blocks.
 
         Args:
-            spans: what absorbs.
-            held: ends of texts that somebody holds.
+            spans: the spans that absorb.
+            held: the ends of texts in use.
 
         """
         made: list[Block] = []
@@ -98,18 +98,18 @@ class Growth:
             absorbing = [span for _, span in pairs]
         for span in spans:
             if span.parent is not None and not span.parent.is_end:
-                made += self._move_out(span.parent)  # several continue it
+                made += self._move_out(span.parent)  # it has several children
         return made
 
     def finish(self, span: Span) -> list[Block]:
-        """Give back the room beside what a text was grown in: nothing will be appended to it any more.
+        """Free the room behind a grown text: the text will not grow any more.
 
-        Others may have cut it meanwhile, so all that it continues is looked at.
+        Other texts may have split it meanwhile, so all its ancestors are checked.
         """
         return [block for part in span.path() for block in self._move_out(part)]
 
     def _has_room(self, upper: Span, span: Span) -> bool:
-        """Whether there is room behind a span's rows for those of what continues it."""
+        """Whether there is room behind the rows of `upper` for those of its child `span`."""
         keys_values, states = _Held.of(upper)
         buffer = self._buffers.get(keys_values.block)
         return (
@@ -121,7 +121,7 @@ class Growth:
         )
 
     def _make_room(self, pairs: Sequence[tuple[Span, Span]]) -> list[Block]:
-        """Copy the rows of spans into one buffer, each with room for what continues it and some more."""
+        """Copy the rows of spans into one buffer, each with room for its child and some more rows."""
         if not pairs:
             return []
         num_rows = 0
@@ -134,7 +134,7 @@ class Growth:
             ranges.append((start, stop))
             room[stop] = num_rows
         first = _Held.of(pairs[0][0])
-        # A masked key that is nan would spoil the rows that do not see it, so the room is of zeros.
+        # A masked key that is nan would spoil the rows that do not see it, so the room is filled with zeros.
         keys_values, states = first.keys_values.block.zeros(num_rows), first.states.block.zeros(num_rows)
         copies: list[_Copy] = []
         for (upper, _), (start, _) in zip(pairs, ranges, strict=True):
@@ -147,7 +147,7 @@ class Growth:
         return [keys_values, states]
 
     def _append(self, pairs: Sequence[tuple[Span, Span]]) -> dict[Span, _Held]:
-        """Copy spans' rows behind those of what they continue; return where both lie then."""
+        """Copy spans' rows behind those of their parents; return the combined rows."""
         copies: list[_Copy] = []
         together: dict[Span, _Held] = {}
         for upper, span in pairs:
@@ -166,7 +166,7 @@ class Growth:
         return together
 
     def _move_out(self, span: Span) -> list[Block]:
-        """Give what was generated blocks of its own; those of several texts would keep the others' rows alive."""
+        """Copy generated rows into blocks of their own; shared blocks would keep the rows of other texts alive."""
         if not (span.token_ids and span.is_held(with_keys_values=True)):
             return []
         made: list[Block] = []
@@ -180,12 +180,12 @@ class Growth:
         return made
 
     def _is_shared(self, block: Block, span: Span) -> bool:
-        """Whether a block that a span refers to has rows of other texts, or room."""
+        """Whether a block of a span has rows of other texts, or free room."""
         return block in self._mixed and block.num_rows > len(span.token_ids)
 
 
 def _absorbable(span: Span, held: Container[Span]) -> Span | None:
-    """Return what a span directly continues, if that is nobody's end and only this continues it."""
+    """Return a span's parent if no text ends there, it has no other child, and its rows can be absorbed; or None."""
     upper = span.parent
     if (
         upper is None

@@ -1,11 +1,11 @@
-"""The second pool: where keys, values and states go that the device has no room for.
+"""The second pool: keys, values and states that the device has no room for.
 
-Nothing lies in both: rows move here when the device's budget is exceeded, and back when they are asked for. Over both
-pools together what is held has its ancestors, and keys and values come with states. The order in which things go is the
-device's; what goes from here is gone.
+No data lies in both pools: rows move here when the device's budget is exceeded, and back on demand. Over both pools
+together, the ancestors of held rows are held, and keys and values are held only with states. Eviction follows the
+device's order; rows evicted from here are lost.
 
-On both ways, what comes from one block goes to one block, with one copy a tensor. A block of which only some rows are
-left stays as it is until the room is needed, or blocks are many and small.
+In both directions, the rows of one block move to one block, with one copy for each tensor. A block in use only in part
+stays unchanged until the room is needed, or there are many small blocks.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from backprompt.memory.visit import Visit
 
 @dataclass(frozen=True)
 class Fetch:
-    """What is to move back to the device.
+    """A plan to move rows back to the device.
 
     Attributes:
-        served: the ends of the texts that need nothing more of what lies here then.
-        spans: which, each after what it continues.
-        num_bytes: how many bytes that takes.
+        served: the ends of the texts that then need no more rows from here.
+        spans: the spans of each kind of data, each after its parents.
+        num_bytes: the bytes of the rows.
 
     """
 
@@ -39,17 +39,17 @@ class Fetch:
 
     @property
     def num_tokens(self) -> int:
-        """Of how many tokens something moves."""
+        """The number of tokens of the spans that move in whole or in part."""
         return sum(len(span.token_ids) for span in {span for spans in self.spans.values() for span in spans})
 
 
 class HostMemory(Tier):
-    """Takes what the device's memory lets go of, and gives it back.
+    """Takes rows evicted from the device, and gives them back.
 
     Args:
         max_bytes: the budget; 0 for no second pool.
-        here: where its blocks are made.
-        device: where they are made that go back.
+        here: the location of the pool's blocks.
+        device: the location of blocks that move back.
 
     """
 
@@ -59,15 +59,15 @@ class HostMemory(Tier):
         self._device = device
 
     def take(self, spans: Sequence[Span], dropped: Mapping[Kind, SpanRows], rank: Ranking) -> None:
-        """Hold what the device let go of, as far as it fits.
+        """Hold the rows evicted from the device, as far as they fit.
 
-        What must go for it goes before anything is copied, so the budget is never exceeded, but by one tensor of a
-        block that is made smaller. After an error blocks may be cut in part: see `Memory.evict`.
+        Rows are evicted from here before any copy, so the budget is never exceeded, except by one tensor of a block
+        that is being made smaller. After an error, blocks may be partly cut: see `Memory.evict`.
 
         Args:
-            spans: all of them, each before what continues it.
-            dropped: where it still lies on the device.
-            rank: which of the spans go first.
+            spans: all spans, each before its children.
+            dropped: the rows, still on the device.
+            rank: the order of eviction.
 
         """
         if not self.max_bytes or not any(dropped.values()):
@@ -88,10 +88,10 @@ class HostMemory(Tier):
             self.compact(spans)
 
     def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys_values: bool) -> Fetch:
-        """Choose what is to move back for the texts that end here, for as many of them as fit the device together.
+        """Choose the rows to move back for the texts that end here, for as many texts as fit the device together.
 
-        Changes nothing. What these texts need takes `max_bytes` and a span at most, what is there already included and
-        `pinned` spans not; or it is one text's.
+        Changes nothing. The rows of these texts take at most `max_bytes` and a span, including rows already on the
+        device but not `pinned` spans; or the rows belong to a single text.
         """
         coming: dict[Kind, list[Span]] = {kind: [] for kind in KINDS}
         num_bytes = 0
@@ -113,27 +113,27 @@ class HostMemory(Tier):
         return Fetch(served, coming, num_bytes)
 
     def fetch(self, forest: Forest, planned: Fetch) -> list[Block]:
-        """Move back what was planned, and return the blocks on the device. If a copy fails all is still here."""
+        """Move the planned rows back, and return the blocks on the device. If a copy fails, all rows are still here."""
         copies = {kind: moved(self.held(kind, spans), self._device) for kind, spans in planned.spans.items()}
         with forest.changing():
             for kind, rows in copies.items():
-                for span in planned.spans[kind]:  # each after what it continues
+                for span in planned.spans[kind]:  # each after its parents
                     span.move(kind, rows[span], "device")
         return [part.block for rows in copies.values() for part in rows.values()]
 
     def _refuse(self, spans: Sequence[Span]) -> None:
-        """Let go of what cannot stay, whatever else goes, and of what continues it.
+        """Let go of rows that cannot fit, and of their descendants' rows.
 
-        That is what exceeds the budget together with what it continues here: nothing else need go for it.
+        A row cannot fit if it exceeds the budget together with its ancestors' rows here, whatever else is evicted.
         """
         for kind in KINDS:
             held = self.held(kind, spans)
             num_above: dict[Span, float] = {
                 root: 0 for span in spans[:1] for root in span.parents
-            }  # of what is held in either pool: bytes here up to it
+            }  # for spans held in either pool: bytes here up to the span
             for span in spans:
                 own = held[span].num_bytes if span in held else 0
-                # Of a junction's parents the largest: they may have beginnings in common.
+                # Of a junction's parents, the largest: they may share ancestors.
                 above = max((num_above.get(parent, math.inf) for parent in span.parents), default=math.inf)
                 if above + own <= self.max_bytes and not span.is_empty:
                     if span in held or span.holds(kind):

@@ -1,8 +1,7 @@
-"""Rows of many spans together: blocks become smaller or fewer, and rows move from one tier of memory to another.
+"""Rows of many spans together: blocks become smaller or fewer, and rows move between tiers of memory.
 
-A block of which only some rows are still referred to is made smaller in place (`compact`). Rows that move go from
-blocks to new blocks, those of one block to one block (`moved`). A tensor costs some hundred bytes besides its numbers,
-so small blocks become one where they are many (`joined`).
+A block with unused rows is made smaller in place (`compact`). Moved rows go to new blocks, the rows of one block to one
+block (`moved`). A tensor has an overhead of some hundred bytes, so many small blocks are joined (`joined`).
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from backprompt.forest.span import Span
 from backprompt.memory.blocks import SMALL_TENSOR_BYTES, Block, BlockRows, Location
 
 SpanRows: TypeAlias = "dict[Span, BlockRows[Any]]"
-"""Where spans' rows of one kind lie."""
+"""The places of spans' rows of one kind."""
 
 
 def compact(rows: Mapping[Span, BlockRows[Any]]) -> SpanRows:
-    """Make the blocks smaller of which these are not all rows; return where the spans' rows lie then."""
+    """Remove all other rows from the blocks of these rows; return the new places of the spans' rows."""
     compacted = {}
     for block, group in _by_block(rows).items():
         if sum(part.stop - part.start for part in group.values()) < block.num_rows:
@@ -28,9 +27,9 @@ def compact(rows: Mapping[Span, BlockRows[Any]]) -> SpanRows:
 
 
 def joined(rows: Mapping[Span, BlockRows[Any]]) -> SpanRows:
-    """Let small blocks become one, as many as it takes for that one not to be small; return where spans' rows lie then.
+    """Join small blocks until the result is not small; return the new places of the spans' rows.
 
-    `rows` are all that anything refers to of these blocks.
+    `rows` must be all rows of these blocks that are in use.
     """
     found: SpanRows = {}
     groups = {block: group for block, group in _by_block(rows).items() if block.is_small}
@@ -42,14 +41,14 @@ def joined(rows: Mapping[Span, BlockRows[Any]]) -> SpanRows:
             start += block.num_rows
         first.append(others)
         for other in others:
-            other.keep([])  # it may be referred to until all are joined
+            other.keep([])  # references may remain until all are joined
     return found
 
 
 def moved(rows: Mapping[Span, BlockRows[Any]], location: Location) -> SpanRows:
-    """Copy spans' rows to a location; return where they lie there. What comes from one block goes to one block.
+    """Copy spans' rows to a location and return their new places. The rows of one block move to one block.
 
-    Junctions have none, here as there.
+    Junctions have no rows, before and after.
     """
     copies = {span: part for span, part in rows.items() if not span.token_ids}
     for block, group in _by_block(rows).items():
@@ -58,7 +57,7 @@ def moved(rows: Mapping[Span, BlockRows[Any]], location: Location) -> SpanRows:
 
 
 def _by_block(rows: Mapping[Span, BlockRows[Any]]) -> dict[Block, SpanRows]:
-    """Group spans' rows by their blocks, and order each group by its rows."""
+    """Group spans' rows by block, each group ordered by row."""
     groups: dict[Block, SpanRows] = {}
     with_tokens = [(span, part) for span, part in rows.items() if span.token_ids]
     for span, part in sorted(with_tokens, key=lambda item: item[1].start):
@@ -67,7 +66,7 @@ def _by_block(rows: Mapping[Span, BlockRows[Any]]) -> dict[Block, SpanRows]:
 
 
 def _pieces(group: SpanRows) -> list[slice]:
-    """Return the rows of one block, neighbours as one slice."""
+    """Return the rows of one block as slices, adjacent rows as one slice."""
     pieces: list[slice] = []
     for part in group.values():
         if pieces and pieces[-1].stop == part.start:
@@ -78,7 +77,7 @@ def _pieces(group: SpanRows) -> list[slice]:
 
 
 def _one_after_the_other(group: SpanRows, block: Block) -> SpanRows:
-    """Return where rows lie that were put into `block` one after the other."""
+    """Return the places of rows that were put into `block` one after the other."""
     rows, start = {}, 0
     for span, part in group.items():
         stop = start + part.stop - part.start
@@ -88,7 +87,7 @@ def _one_after_the_other(group: SpanRows, block: Block) -> SpanRows:
 
 
 def _portions(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Yield two and more blocks at a time that are not small together; the last ones may be."""
+    """Yield groups of two or more blocks that are not small together; only the last group may be."""
     portion: list[Block] = []
     num_bytes = 0
     for block in blocks:

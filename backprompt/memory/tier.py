@@ -1,7 +1,7 @@
-"""A tier of memory: blocks within a budget of bytes, and which rows go when it is exceeded.
+"""A tier of memory: blocks within a budget of bytes, and eviction of rows when the budget is exceeded.
 
-Leaves go before what they continue, so what is held always has its ancestors, and a span's keys and values go before
-its states (hidden states and log-probabilities, much smaller). Which leaf goes first is for the caller to say.
+Leaves are evicted before their parents, so the ancestors of held rows are held. A span's keys and values are evicted
+before its states (hidden states and log-probabilities, much smaller). The caller ranks the leaves.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from backprompt.memory.blocks import Block, BlockRows
 from backprompt.memory.span_rows import SpanRows, compact, joined
 
 MAX_SMALL_BLOCKS = 128
-"""More of them are too many: a long run of evaluations of a few tokens each would leave two a piece."""
+"""The largest number of small blocks: a long series of evaluations of few tokens would leave two blocks each."""
 
 Rank: TypeAlias = "tuple[int, float, int]"
 
 Ranking: TypeAlias = "Callable[[Kind, Span], Rank | None]"
-"""The rank of either of what a span holds: of leaves the one with the lowest goes first, one without a rank stays."""
+"""The rank of a span's rows of one kind: the leaf of lowest rank is evicted first, a leaf without a rank stays."""
 
 
 class Tier:
-    """Counts the bytes of all its blocks that are alive, and lets go of spans' rows.
+    """Counts the bytes of all its blocks that are alive, and evicts spans' rows.
 
     Args:
         max_bytes: the budget.
-        pool: which of the two pools that spans know of it is.
+        pool: the pool of this tier, as spans name it.
 
     """
 
@@ -46,20 +46,20 @@ class Tier:
 
     @property
     def blocks(self) -> Sequence[Block]:
-        """The blocks that are counted here and alive."""
+        """The counted blocks that are alive."""
         return list(self._blocks)
 
     def add(self, blocks: Iterable[Block | None]) -> None:
-        """Count these blocks for as long as they live."""
+        """Count these blocks while they live."""
         self._blocks.update(block for block in blocks if block is not None)
 
     def recount(self, spans: Sequence[Span]) -> None:
-        """Count the blocks that these spans refer to, and no others any more."""
+        """Count the blocks that these spans refer to, and no others."""
         held = (rows for kind in KINDS for rows in self.held(kind, spans).values())
         self._blocks = WeakSet(rows.block for rows in held if rows.block is not None)
 
     def held(self, kind: Kind, spans: Iterable[Span]) -> SpanRows:
-        """Return where the spans' rows lie, of those that have any here."""
+        """Return the rows of the spans that have any here."""
         return cast("SpanRows", rows_of(spans, kind, self._pool))
 
     def hold(self, kind: Kind, rows: Mapping[Span, BlockRows[Any]]) -> None:
@@ -68,14 +68,14 @@ class Tier:
             span.move(kind, part, self._pool)
 
     def shrink(self, spans: Sequence[Span], excess: int, rank: Ranking) -> dict[Kind, SpanRows]:
-        """Let go of rows until `excess` bytes are gone or nothing is left that may go.
+        """Evict rows until `excess` bytes are gone or no evictable row is left.
 
-        Returns where the rows lie that spans refer to no more; their blocks stay alive for as long as this does.
+        Returns the evicted rows; their blocks stay alive while the result is referenced.
         """
         if excess <= 0:
             return {kind: {} for kind in KINDS}
         rows = {kind: self.held(kind, spans) for kind in KINDS}
-        num_before = {kind: dict.fromkeys(rows[kind], 0) for kind in KINDS}  # how many must go before it
+        num_before = {kind: dict.fromkeys(rows[kind], 0) for kind in KINDS}  # number of rows to evict before these
         for kind in KINDS:
             for span in rows[kind]:
                 for next_kind, waiting in _unblocked(kind, span, rows):
@@ -106,24 +106,24 @@ class Tier:
 
     @property
     def is_scattered(self) -> bool:
-        """Whether it has so many small blocks that their tensors cost more than they should."""
+        """Whether the overhead of many small blocks is too large."""
         return sum(block.is_small for block in self._blocks) > MAX_SMALL_BLOCKS
 
     def compact(self, spans: Sequence[Span]) -> None:
-        """Make the blocks smaller of which only some rows are still held, and small ones fewer where they are many."""
-        for kind in reversed(KINDS):  # the larger ones first
+        """Remove unused rows from blocks, and join small blocks if there are many."""
+        for kind in reversed(KINDS):  # larger blocks first
             self.hold(kind, compact(self._own(kind, spans)))
         if self.is_scattered:
             for kind in reversed(KINDS):
                 self.hold(kind, joined(self._own(kind, spans)))
 
     def _own(self, kind: Kind, spans: Sequence[Span]) -> SpanRows:
-        """Return where the spans' rows lie that were added here."""
+        """Return the spans' rows in blocks that were added here."""
         return {span: part for span, part in self.held(kind, spans).items() if part.block in self._blocks}
 
 
 def _unblocked(kind: Kind, span: Span, rows: Mapping[Kind, SpanRows]) -> list[tuple[Kind, Span]]:
-    """Return what eviction of this unblocks: rows of the same kind of the span's parents, and a span's states."""
+    """Return the rows that this eviction unblocks: those of the same kind of the span's parents, and its states."""
     unblocked: list[tuple[Kind, Span]] = [(kind, parent) for parent in span.parents if parent in rows[kind]]
     if kind == "keys_values" and span in rows["states"]:
         unblocked.append(("states", span))

@@ -1,8 +1,8 @@
-"""Visits: how what lies below the device's memory (host.py, evaluation/archive.py) is found for the texts that need it.
+"""Visits: the search below the device's memory (host.py, evaluation/archive.py) for data that texts need.
 
-One text after the other: first the states on the way to its end, which is all that results are read off; if the end's
-are not among them (or are not enough), the keys and values on the way, which is what its forwarding attends to. A text
-that there is no room for waits for the next visit.
+Texts are served one after the other. First come the states on the way to a text's end, enough to read results. If the
+end's states are missing (or not enough), the keys and values on the way follow, which forwarding the rest attends to. A
+text without room waits for the next visit.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from backprompt.forest.span import KINDS, Kind, Span
 
 
 class Visit:
-    """One visit.
+    """One search for the data of several texts.
 
     Args:
-        room: how many bytes may come; `bring` takes from it what it brings, and may take too much once.
-        bring: asked once for each of the two that a span may hold, after what the span continues; returns whether the
-            span holds it or will.
+        room: the bytes that may be brought; `bring` subtracts its bytes from it, and may go below zero once.
+        bring: called once for each kind of data of each span, parents first; returns whether the span holds that data
+            or will.
 
     """
 
@@ -28,7 +28,7 @@ class Visit:
         self._has: dict[Kind, dict[Span, bool]] = {kind: {} for kind in KINDS}
 
     def serve(self, ends: Sequence[Span], *, with_keys_values: bool) -> list[Span]:
-        """Bring what the texts that end here need; return the ends of those that got it, at least the first."""
+        """Bring the data that the texts with these ends need; return the ends of served texts, at least the first."""
         served: list[Span] = []
         for end in ends:
             for kind in KINDS:
@@ -43,11 +43,11 @@ class Visit:
 
     @property
     def absent(self) -> list[Span]:
-        """Spans that could not be brought all that was wanted of them."""
+        """The spans that miss some of the requested data."""
         return [span for has in self._has.values() for span, is_there in has.items() if not is_there]
 
     def _may_hold(self, kind: Kind, span: Span) -> bool:
-        """Whether what it continues holds such, and it has states if this is for keys and values."""
+        """Whether the span's parents hold such data, and the span has states if its keys and values are asked for."""
         if kind == "keys_values" and not (span.is_held() or self._has["states"].get(span)):
             return False
         parents = [parent for parent in span.parents if parent.parent is not None]

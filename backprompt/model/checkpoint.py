@@ -1,17 +1,17 @@
 """A checkpoint: the files that a model was loaded from, and the content hash remembered for them.
 
 Hashing every weight takes up to seconds a model and is due once a process, while a checkpoint's files seldom change.
-So the hash is kept in the user's cache directory, one file of two lines a checkpoint: the hash, and a check of it. A
-wrong one would find wrong numbers in a store, so whatever is in doubt means hashing again:
+So the user's cache directory keeps the hash, in one file of two lines per checkpoint: the hash, and a check of it. A
+wrong hash would find wrong numbers in a store, so any doubt means hashing again:
 
-- The file is named by the checkpoint: path, size, times, inode and device of each of its files, the dtype asked for,
-  and the versions of what loads and hashes. Files that may still be written to without their times showing it, or
-  that changed since, name nothing.
-- The files must decide about every weight: no adapter, no quantizer, no code beyond transformers, nothing missing.
-- The check covers a sample of each parameter, all buffers, the configuration and the settings of modules. It tells
-  apart what stands under one name in two disk images, and finds a damaged entry.
-- It is for whoever knows that nobody wrote to the weights since they were loaded: `LM` asks only while it has not
-  handed the model out, not even to its user.
+- The checkpoint names the file: path, size, times, inode and device of each of its files, the dtype asked for, and
+  the versions of the libraries that load and hash. Files that changed since, or whose times may not show a later
+  write, name nothing.
+- The files must decide every weight: no adapter, no quantizer, no code beyond transformers, nothing missing.
+- The check covers a sample of each parameter, all buffers, the configuration and the settings of modules. The check
+  tells apart models under one name in two disk images, and finds a damaged entry.
+- Callers must know that nobody wrote to the weights since they were loaded: `LM` asks only while it has not handed
+  the model out, not even to its user.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 CACHE_HOME_VARIABLE = "BACKPROMPT_CACHE_HOME"
 MAX_REMEMBERED = 256
 MAX_FILES = 1000
-"""A folder of more is more than a checkpoint, and is not looked through."""
+"""A folder with more files is more than a checkpoint, and is not searched."""
 RACY_SECONDS = 2.0
 """Two writes within so short a time may leave a file with the same times (FAT counts in steps of 2 s)."""
 
@@ -50,7 +50,7 @@ _HASH_LENGTH = hashlib.sha256().digest_size * 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files under a model's name at one moment; equal while none of them is changed, added or removed."""
+    """The files under a model's name at one moment; two are equal if no file was changed, added or removed."""
 
     folder: Path
     dtype: str
@@ -58,9 +58,9 @@ class Checkpoint:
 
     @classmethod
     def find(cls, name: str | Path, dtype: torch.dtype | str) -> Checkpoint | None:
-        """Return the checkpoint that `from_pretrained(name, dtype=dtype)` reads, or None where that is in doubt.
+        """Return the checkpoint that `from_pretrained(name, dtype=dtype)` reads, or None in doubt.
 
-        It is a folder, or the only snapshot of a hub id, in which any later write would show.
+        The checkpoint is a folder, or the only snapshot of a hub id, in which any later write would show.
         """
         folder = Path(name) if os.path.isdir(name) else _only_snapshot(name)
         if folder is None:
@@ -82,7 +82,7 @@ class Checkpoint:
         )
 
     def recall(self, model: nn.Module) -> str | None:
-        """Return what `content_hash(model)` was for these files, or None; the model must be as loaded from them."""
+        """Return the remembered content hash for these files, or None; the model must be as loaded from them."""
         try:
             entry = self._entry_path().read_bytes()
         except OSError:
@@ -102,13 +102,13 @@ class Checkpoint:
             logger.debug("The hash of the weights of %s could not be kept: %s", self.folder, error)
 
     def forget_unless(self, content_hash: str) -> None:
-        """Drop what is remembered for these files if it is anything else."""
+        """Drop the hash that is remembered for these files unless it is `content_hash`."""
         try:
             path = self._entry_path()
             if not path.read_bytes().startswith(content_hash.encode()):
                 path.unlink()
         except OSError:
-            pass  # nothing is remembered, or nothing can be changed about it
+            pass  # no hash is remembered, or its file cannot be removed
 
     def _entry(self, model: nn.Module, content_hash: str) -> bytes:
         check = hashlib.sha256("\n".join((self._key(), sample_hash(model), content_hash)).encode()).hexdigest()
@@ -136,7 +136,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _File:
-    """What shows that a file was written to or replaced."""
+    """The properties that show whether a file was written to or replaced."""
 
     name: str
     path: str  # resolved: snapshots of the hub's cache are links
@@ -148,7 +148,7 @@ class _File:
 
 
 def files_in(folder: Path) -> tuple[_File, ...] | None:
-    """Return the files in a folder and below, in order; None where that cannot be said."""
+    """Return the files in a folder and below, by name; None if a file is unreadable or irregular, or if too many."""
     try:
         files: list[_File] = []
         for path in _walk(folder):
@@ -179,7 +179,7 @@ def _are_settled(files: Iterable[_File]) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all that is no folder; a link to a folder counts as a file, of which nothing is known."""
+    """Yield every entry that is no folder; a link to a folder counts as a file, but an irregular one."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             yield from _walk(entry)
@@ -188,7 +188,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _only_snapshot(name: str | Path) -> Path | None:
-    """Return the folder of a hub id in the hub's cache, if it is the only one: which is read is not for us to say."""
+    """Return the folder of a hub id in the hub's cache, if it is the only one: among several the choice is unknown."""
     try:
         config = cached_file(str(name), "config.json", local_files_only=True)
         if config is None:
@@ -200,10 +200,10 @@ def _only_snapshot(name: str | Path) -> Path | None:
 
 
 def _private_folder() -> Path:
-    """Return the folder of what is remembered, made if need be.
+    """Return the folder of the remembered hashes, made if need be.
 
     Raises:
-        OSError: it cannot be made, or others may write to it.
+        OSError: the folder cannot be made, or others may write to it.
 
     """
     chosen, base = os.environ.get(CACHE_HOME_VARIABLE), os.environ.get("XDG_CACHE_HOME", "")
@@ -223,7 +223,7 @@ def _private_folder() -> Path:
 
 
 def _write(path: Path, entry: bytes) -> None:
-    """Write a file beside and rename it, so that none is ever seen half written; the oldest of too many go."""
+    """Write a temporary file and rename it, so that readers see whole files; delete the oldest of too many files."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # mode 0600
     try:
         with os.fdopen(descriptor, "wb") as file:

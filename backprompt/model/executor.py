@@ -38,7 +38,7 @@ HEAD_SLICE_BYTES = 64 << 20
 
 _names = itertools.count()
 
-# What models pass along that means nothing to packed attention. Anything else that is not None is refused by name.
+# Keywords that models pass along and packed attention can ignore. Any other that is not None is refused by name.
 _MEANINGLESS_KEYWORDS = frozenset(
     {
         "cache_position",
@@ -55,9 +55,9 @@ _MEANINGLESS_KEYWORDS = frozenset(
 
 @contextmanager
 def plain_surroundings(device: torch.device) -> Iterator[None]:
-    """No gradients, autocast, inference mode or default device of the caller's: whatever is made inside is plain.
+    """Shut out the caller's gradients, autocast, inference mode and default device; tensors made inside are plain.
 
-    Everything that makes or changes tensors runs in it.
+    All code that makes or changes tensors runs in this context.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -71,12 +71,12 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Computed:
-    """What a pass left, which no span holds yet.
+    """The results of a pass, which no span holds yet.
 
     Attributes:
-        keys_values: of all its spans.
-        states: of those that held none; None if all did.
-        keys_values_of, states_of: where those of each span lie.
+        keys_values: the keys and values of all spans.
+        states: the states of the spans that held none; None if all spans did.
+        keys_values_of, states_of: the rows of each span.
 
     """
 
@@ -86,7 +86,7 @@ class Computed:
     states_of: Mapping[Span, BlockRows[States]]
 
     def place(self) -> None:
-        """Let the spans hold it."""
+        """Hand the results to the spans."""
         for span, keys_values in self.keys_values_of.items():
             span.place(keys_values=keys_values, states=self.states_of.get(span))
 
@@ -97,10 +97,10 @@ class Executor:
     Args:
         model: any causal LM.
         decode: from token ids to text, for messages.
-        pack_weights: hold packed copies of the weights of linear layers.
+        pack_weights: whether to hold packed copies of the weights of linear layers.
 
     Raises:
-        UnsupportedModelError: for what `skeleton.check_supported` refuses; weights that cannot be packed.
+        UnsupportedModelError: `skeleton.check_supported` refuses the model, or its weights cannot be packed.
 
     """
 
@@ -114,9 +114,9 @@ class Executor:
         self.logprob_dtype = logprob_dtype(skeleton.head_dtype(model))
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
-        """Bytes of all that is held of one token; known after the first pass."""
+        """Bytes that are held for one token; known after the first pass."""
         self.layout: Layout | None = None
-        """What rows look like; known after the first pass."""
+        """The layout of rows; known after the first pass."""
         self._attention: ForestAttention = CallsAttention()
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
@@ -129,20 +129,20 @@ class Executor:
         _register(name, self)
 
     def close(self) -> None:
-        """Let go of the copies of the model, and of packed weights; nothing can be computed any more."""
+        """Release the copies of the model and packed weights; nothing can be computed afterwards."""
         for name in ("_body", "_head", "_model"):
-            vars(self).pop(name, None)  # it may be closed already
+            vars(self).pop(name, None)  # a second call finds none
 
     @property
     def kernel_name(self) -> str:
-        """The attention kernel that serves; a name other than a fast kernel's says why the clear one does."""
+        """The name of the attention kernel in use; the clear kernel's name includes the reason for it."""
         return self._attention.name
 
     def compute(self, pass_: Pass) -> Computed:
-        """Forward a pass; its spans hold nothing of it before `Computed.place` is called.
+        """Forward a pass; its spans hold no results before `Computed.place` is called.
 
         Raises:
-            NonFiniteError: a hidden state, or what attention multiplies, is NaN or infinite; names the text.
+            NonFiniteError: a hidden state, a query or a key is NaN or infinite; the message names the text.
 
         """
         forwarded = self.forward(pass_)
@@ -202,7 +202,7 @@ class Executor:
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
 
-        Whether a row is a distribution is for the caller to look at: `logprobs.are_distributions`.
+        The caller checks that each row is a distribution: `logprobs.are_distributions`.
         """
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
@@ -212,9 +212,9 @@ class Executor:
         return logits_error(self._model, logits, token_ids, self._decode)
 
     def _error_of(self, pass_: Pass, hidden: Tensor) -> NonFiniteError:
-        """Return the error for a pass that is not finite; names the text.
+        """Return the error for a pass that is not finite; the message names the text.
 
-        A masked key that is NaN may spoil texts that do not see it, so each is forwarded alone, until one shows it.
+        A masked key that is NaN may spoil texts that do not see it, so spoiled texts run alone until one fails again.
         """
         spans = list(zip(pass_.spans, pass_.slices, strict=True))
         spoiled = [span for span, rows in spans if not bool(hidden[rows].isfinite().all())] or list(pass_.spans)
@@ -232,7 +232,7 @@ class Executor:
 
     @property
     def rows_in_a_slice(self) -> int:
-        """How many logit rows one call of `logits` should compute at most."""
+        """The largest number of logit rows that one call of `logits` should compute."""
         return max(1, HEAD_SLICE_BYTES // self.logit_row_bytes)
 
     def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
@@ -279,9 +279,9 @@ class Executor:
             softcap=softcap,
             sinks=s_aux,
         )
-        # torch's attention returns numbers for some rows whose scores are NaN, so what they are made of is looked at.
+        # torch's attention returns numbers for some rows whose scores are NaN, so queries and keys are checked.
         in_flight.extremes += (*query.aminmax(), *key.aminmax())
-        # Copied: a model's key may be a view of queries, keys and values together, and those must not be kept.
+        # A model's key may be a view of queries, keys and values together; a copy keeps the key alone.
         layer_idx = in_flight.add_layer(_copy(key[0]), _copy(value[0]))
         kernel_before = self.kernel_name
         output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
@@ -296,7 +296,7 @@ class Executor:
         in_flight = self._in_flight
         assert in_flight is not None, "a mask outside of Executor.forward"
         last = in_flight.max_position
-        # A window shows as many keys at the last two positions; a mask of chunks, or one that looks ahead, does not.
+        # A window shows equally many keys at the last two positions; chunked and look-ahead masks do not.
         seen = [None, None] if use_vmap else [_num_visible(mask_function, p, self.device) for p in (last - 1, last)]
         if seen == [last, last + 1]:
             return in_flight.add_marker(None, self.device)
@@ -322,7 +322,7 @@ class Executor:
 
 @dataclass(frozen=True)
 class Forwarded:
-    """What a pass returned: keys and values, final hidden states `(tokens, hidden)`, whether no NaN or inf arose."""
+    """The output of a pass: keys and values, final hidden states `(tokens, hidden)`, and whether all was finite."""
 
     keys_values: KeysValues
     hidden: Tensor
@@ -331,7 +331,7 @@ class Forwarded:
 
 @dataclass
 class _InFlight:
-    """The state of one forward call: what has been collected layer by layer."""
+    """The state of one forward call: tensors and markers, collected layer by layer."""
 
     attention: PreparedAttention
     max_position: int
@@ -361,7 +361,7 @@ class _InFlight:
 
 
 def _num_visible(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
-    """Return how many keys a query at `position` sees, or None where they are not the last ones up to itself."""
+    """Return how many keys a query at `position` sees, or None if they are not the last ones up to `position`."""
     zero = torch.zeros((), dtype=torch.long, device=device)
     keys = torch.arange(position + 2, device=device)  # one more than a causal mask shows
     visible = mask_function(zero, zero, torch.tensor(position, device=device), keys)

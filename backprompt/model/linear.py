@@ -1,9 +1,9 @@
 """Linear layers on the CPU through oneDNN, where that is faster: the only file that knows how they are multiplied.
 
 torch multiplies float32 matrices with MKL. oneDNN, which is part of torch, was two to four times faster where it was
-measured, with weights as they lie or *packed*: copied once into the order in which its kernels read them. The
-operations are those that torch's own compiler calls (`torch/_inductor/fx_passes/mkldnn_fusion.py`); they are private,
-so one that is missing, refuses its arguments or gives other numbers is not used. The products are the same but for
+measured, with unpacked weights or with *packed* ones: copied once into the order in which its kernels read them. The
+operations are those that torch's own compiler calls (`torch/_inductor/fx_passes/mkldnn_fusion.py`). They are private,
+so an operation that is missing, refuses its arguments or gives other numbers is not used. The products differ only by
 rounding.
 
 The measurements are in `docs/design/model.md`, "Matrix products".
@@ -23,24 +23,24 @@ from transformers.pytorch_utils import Conv1D
 from backprompt.errors import UnsupportedModelError
 
 FASTER = 1.2
-"""oneDNN serves unpacked weights where it was so many times faster, in a quick comparison at the first use."""
+"""oneDNN serves unpacked weights if it is this many times faster in a quick comparison at the first use."""
 
 _COMPARED_SIZE = 1024
 _COMPARED_ROWS = (16, 128)
 _ROWS_TO_PACK_FOR = 64
-"""oneDNN chooses the packed order for a number of rows; it made no difference which."""
+"""oneDNN chooses the packed order for a number of rows; the number made no difference."""
 
 
 @dataclass(frozen=True)
 class Linears:
-    """How linear layers are multiplied, and the bytes that packed weights take besides."""
+    """The method that multiplies linear layers, and the extra bytes that packed weights take."""
 
     name: str
     packed_bytes: int = 0
 
 
 class OneDnnLinear(nn.Module):
-    """Stands for a linear layer in a private copy of a model: same parameters, same result but for rounding.
+    """Replaces a linear layer in a private copy of a model: same parameters, same result up to rounding.
 
     Args:
         like: the layer, `nn.Linear` or the `Conv1D` of GPT-2.
@@ -50,7 +50,7 @@ class OneDnnLinear(nn.Module):
 
     def __init__(self, like: nn.Module, *, is_packed: bool) -> None:
         super().__init__()
-        self.weight = _weight(like)  # some models read it
+        self.weight = _weight(like)  # read by some models
         self.bias: Tensor | None = like.bias  # type: ignore[assignment]
         weight = _outputs_first(like)
         self._multiplied = _packed(weight) if is_packed else weight
@@ -61,10 +61,10 @@ class OneDnnLinear(nn.Module):
 
 
 def speed_up(models: Iterable[nn.Module], *, pack: bool) -> Linears:
-    """Let oneDNN multiply the linear layers of private copies of a model, packed or where that is faster.
+    """Let oneDNN multiply the linear layers of private copies of a model, packed or where oneDNN is faster.
 
     Raises:
-        UnsupportedModelError: `pack`, and there is nothing that can be packed.
+        UnsupportedModelError: `pack` is set, but nothing can be packed.
 
     """
     layers = [found for model in models for found in _replaceable(model)]
@@ -76,7 +76,7 @@ def speed_up(models: Iterable[nn.Module], *, pack: bool) -> Linears:
             raise UnsupportedModelError(f"pack_weights=True: {reason} Leave pack_weights out.")
     elif dtypes != {torch.float32} or _why_not(dtypes) is not None or not is_faster():
         return Linears("torch")
-    made = {layer: OneDnnLinear(layer, is_packed=pack) for _, _, layer in layers}  # one may stand in several places
+    made = {layer: OneDnnLinear(layer, is_packed=pack) for _, _, layer in layers}  # a layer may stand in several places
     for parent, name, layer in layers:
         setattr(parent, name, made[layer])
     packed_bytes = sum(_weight(layer).nbytes for layer in made) if pack else 0
@@ -84,19 +84,19 @@ def speed_up(models: Iterable[nn.Module], *, pack: bool) -> Linears:
 
 
 def _replaceable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Return the plain linear layers on the CPU, with what holds them and under which name."""
+    """Return the plain linear layers on the CPU, each with its parent module and its name there."""
     return [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) in (nn.Linear, Conv1D)
-        and "forward" not in vars(child)  # somebody's own
+        and "forward" not in vars(child)  # no forward of the user's
         and _is_plain(_weight(child))
     ]
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Return whether these are numbers on the CPU, and no tensor with a mind of its own, such as quantized ones."""
+    """Return whether a weight holds plain numbers on the CPU, unlike a special tensor such as a quantized one."""
     return (
         type(weight) in (Tensor, nn.Parameter)
         and weight.layout == torch.strided
@@ -124,7 +124,7 @@ def _why_not(dtypes: set[torch.dtype]) -> str | None:
 
 @lru_cache
 def failure_of(dtype: torch.dtype) -> str | None:
-    """Return why oneDNN's products of this type are not used, or None, by a tiny case."""
+    """Return why oneDNN's products of this type are not used, or None, after trying a tiny case."""
     rows, weight, bias = (_drawn(shape).to(dtype) for shape in ((1, 5, 48), (33, 48), (33,)))
     expected = nn.functional.linear(rows.double(), weight.double(), bias.double())
     try:
@@ -141,7 +141,7 @@ def failure_of(dtype: torch.dtype) -> str | None:
 
 @lru_cache
 def is_faster() -> bool:
-    """Return whether oneDNN was faster with weights as they lie, in both orders, for few rows and for more."""
+    """Return whether oneDNN is faster with unpacked weights, in both orders, for few rows and for more."""
     weight, bias = _drawn((_COMPARED_SIZE, _COMPARED_SIZE)), _drawn((_COMPARED_SIZE,))
     ratios = []
     for num_rows in _COMPARED_ROWS:
@@ -156,7 +156,7 @@ def is_faster() -> bool:
 
 
 def _drawn(shape: tuple[int, ...]) -> Tensor:
-    """Return random numbers in float32 on the CPU; the caller's own are left as they are."""
+    """Return random float32 numbers on the CPU; the caller's random state stays unchanged."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
 
 
@@ -167,7 +167,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _outputs_first(layer: nn.Module) -> Tensor:
-    """Return a layer's weights as `(outputs, inputs)`, where they lie."""
+    """Return a view of a layer's weights as `(outputs, inputs)`."""
     weight = _weight(layer).detach()
     return weight.t() if isinstance(layer, Conv1D) else weight
 

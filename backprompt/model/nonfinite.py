@@ -1,4 +1,4 @@
-"""What a model returned that is not finite: which text shows it, and why, as far as its weights and dtype tell."""
+"""Errors for outputs that are not finite: the text that shows them, and the cause as far as weights and dtype tell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backprompt.errors import NonFiniteError
 from backprompt.model.skeleton import head_dtype
 
 TOKENS_SHOWN = 24
-"""How many tokens of a text a message shows at most, its last ones."""
+"""A message shows at most this many of a text's last tokens."""
 
 
 def states_error(
@@ -46,11 +46,11 @@ def _returned(model: nn.Module, what: str, token_ids: Sequence[int], decode: Cal
 
 
 def _why(model: nn.Module, otherwise: str = "", *, is_minus_inf_fine: bool = True) -> str:
-    """Return the reason. -inf in the bias of the output head is none where it `is_minus_inf_fine`: a masked token."""
+    """Return the reason. With `is_minus_inf_fine`, -inf in the output head's bias is no reason: it masks a token."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     bias = getattr(head, "bias", None)
     for name, parameter in model.named_parameters():
-        values = parameter if parameter.element_size() > 1 else parameter.float()  # eight bits lack some operations
+        values = parameter if parameter.element_size() > 1 else parameter.float()  # 8-bit types lack some operations
         is_fine = values.isfinite()
         if parameter is bias and is_minus_inf_fine:
             is_fine |= values == -torch.inf

@@ -1,7 +1,7 @@
 """The probe: before a model is used, a small packed tree is compared with its plain calls.
 
-It catches what a look at the configuration does not: layers that mix tokens outside attention (state-space layers,
-convolutions), norms outside the body, heads with a mind of their own. The tree has 12 tokens,
+The probe catches what the configuration does not show: layers that mix tokens outside attention (state-space layers,
+convolutions), norms outside the body, unusual heads. The tree has 12 tokens,
 
     a a a a --+-- b b b --+-- c c
               |           +-- d
@@ -33,7 +33,7 @@ In float64 many models still take their softmax in float32.
 _PATHS = ("aaaabbbcc", "aaaabbbd", "aaaaee")
 _TILE_TOKENS = 3
 _MAX_TRIES = 4
-"""With so many sets of tokens: a few rows of an embedding that are not finite are no reason to refuse a model."""
+"""Number of token sets to try: a few rows of an embedding that are not finite are no reason to refuse a model."""
 
 
 def probe(model: nn.Module, executor: Executor) -> None:
@@ -49,7 +49,7 @@ def probe(model: nn.Module, executor: Executor) -> None:
     try:
         packed = _packed_logits(executor, texts)
     except NonFiniteError as error:
-        # In float16 the plain call may be just within, and torch's attention returns numbers for some scores of NaN.
+        # In float16 the plain call may be just within range, and torch's attention hides some scores that are NaN.
         raise NonFiniteError(
             f"{error} (The plain call returned numbers for the same tokens, a few of the probe's.)"
         ) from error
@@ -77,12 +77,12 @@ def probe(model: nn.Module, executor: Executor) -> None:
 
 
 def differences(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return how far numbers lie apart; not at all where both are -inf, infinitely where one is NaN."""
+    """Return the distances between numbers: 0 where both are -inf, infinity where one is NaN."""
     return torch.where(ours == theirs, 0.0, (ours - theirs).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _plain_logits(model: nn.Module, executor: Executor) -> tuple[list[tuple[int, ...]], list[Tensor]]:
-    """Return texts whose plain logits are distributions, and these, `(tokens, vocab)` each."""
+    """Return texts whose plain logits are distributions, and the logits of each, `(tokens, vocab)`."""
     plain_model = skeleton.plain_copy(model)
     error: NonFiniteError | None = None
     for attempt in range(_MAX_TRIES):
@@ -103,7 +103,7 @@ def _plain_logits(model: nn.Module, executor: Executor) -> tuple[list[tuple[int,
 
 
 def token_ids_of(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...]:
-    """Spread the probe's tokens over the vocabulary; equal paths get equal ids, in each attempt other ones."""
+    """Spread the probe's tokens over the vocabulary; equal paths get equal ids, and each attempt other ids."""
     return tuple((31 * idx + 7 * ord(letter) + 11 + 5 * attempt) % num_embeddings for idx, letter in enumerate(path))
 
 
@@ -118,4 +118,4 @@ def _packed_logits(executor: Executor, texts: list[tuple[int, ...]]) -> list[Ten
         places = [[states_of(span) for span in end.path()] for end in ends]
         return [executor.logits(gather(path, "hidden")) for path in places]
     finally:
-        forest.clear()  # spans refer to each other: without this, their tensors would wait for the cycle collector
+        forest.clear()  # spans refer to each other: uncleared, their tensors would wait for the cycle collector

@@ -1,12 +1,12 @@
-"""A private copy of somebody's model: all of its weights, none of its modes.
+"""Private copies of the user's model: all of its weights, none of its modes.
 
 `copy.deepcopy` with a memo that maps every parameter to itself takes milliseconds and shares all weights. The copy
-is in eval mode and has a configuration of its own, so that switching its attention implementation cannot be seen by
-the user's model, not even from another thread in the middle of a plain call.
+is in eval mode and has a configuration of its own. So the user's model never sees the switched attention
+implementation, not even from another thread in the middle of a plain call.
 
 Three copies are made: `body` (the decoder, attention switched to ours), `head` (the causal model around a decoder
-that returns what it is given, so that scaling or capping of logits is the model's own code), and, for the probe,
-`plain_copy` (the model with its own attention).
+that returns its input, so that the model's own code scales or caps logits), and, for the probe, `plain_copy` (the
+model with its own attention).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SHARED_BUFFER_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Limits:
-    """What a text may ask of a model.
+    """The limits that a model sets for texts.
 
     Attributes:
-        num_embeddings: token ids must be below this.
-        max_tokens: how many positions the model was made for, or None where it does not say.
-        why_hard: why `max_tokens` cannot be exceeded; None where it can, at the caller's risk.
+        num_embeddings: token ids must be below this number.
+        max_tokens: the number of positions that the model was made for, or None if it does not say.
+        why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
 
     """
 
@@ -74,7 +74,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_supported(model: nn.Module) -> None:
-    """Raise UnsupportedModelError, naming the reason, for what can be told without running the model."""
+    """Raise UnsupportedModelError, naming the reason, if the model is refused; does not run the model."""
     name = type(model).__name__
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):
@@ -115,7 +115,7 @@ def check_supported(model: nn.Module) -> None:
 
 
 def decoder_of(model: nn.Module) -> PreTrainedModel | None:
-    """Return the model without its head, or None where there is no such part.
+    """Return the model without its head, or None if there is no such part.
 
     `get_decoder` looks for attributes by name, and finds the head of ModernBERT's decoder and nothing in Llama 4.
     """
@@ -124,7 +124,7 @@ def decoder_of(model: nn.Module) -> PreTrainedModel | None:
 
 
 def limits_of(model: nn.Module) -> Limits:
-    """Return what the model's configuration says of ids and positions."""
+    """Return the limits on ids and positions."""
     config: Any = _decoder(model).config
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     num_embeddings = embeddings.shape[0]
@@ -156,12 +156,12 @@ def make_head(model: nn.Module) -> nn.Module:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a copy that computes what the plain call in eval mode computes."""
+    """Return a copy that computes the same as the plain call in eval mode."""
     return _private_copy(model)
 
 
 class _GivenHiddenStates(nn.Module):
-    """Stands where the decoder stood, and returns as its last hidden state what it was given."""
+    """Takes the decoder's place, and returns its input as the last hidden state."""
 
     def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _DecoderOutput:
         return _DecoderOutput(last_hidden_state=inputs_embeds)
@@ -169,7 +169,7 @@ class _GivenHiddenStates(nn.Module):
 
 @dataclass
 class _DecoderOutput(ModelOutput):
-    """A decoder's output with nothing but hidden states; whatever else a model reads from its decoder is None."""
+    """A decoder's output with nothing but hidden states; any other field that a model reads is None."""
 
     last_hidden_state: Tensor
 
@@ -203,14 +203,14 @@ def _fuse_gelu(body: nn.Module) -> None:
 
 
 def _uses_attention_interface(model: nn.Module) -> bool:
-    """Return whether the model says so, or its code uses the interface though it does not say so (StableLM)."""
+    """Return whether the model declares the interface, or its code uses it without a declaration (StableLM)."""
     return getattr(model, "_supports_attention_backend", False) or hasattr(
         sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"
     )
 
 
 def is_foreign(hook: object) -> bool:
-    """Return whether a hook is not one of transformers' own, which capture outputs only where they are asked to."""
+    """Return whether a hook is not one of transformers' own, which capture outputs only on request."""
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
@@ -229,7 +229,7 @@ def _first_hooked_module(model: nn.Module) -> str | None:
 
 
 def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rotary parameters; models with several kinds of layers have one set a kind."""
+    """Yield the rotary parameters; models with several kinds of layers have one set per kind."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if "rope_type" in parameters:
         yield parameters
@@ -238,7 +238,7 @@ def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def is_rewritten_in_place(module: nn.Module) -> bool:
-    """Return whether a module rewrites its own buffers while it runs, as rotary tables that look at lengths do."""
+    """Return whether a module rewrites its own buffers while it runs, as rotary tables that depend on lengths do."""
     kinds = getattr(module, "rope_type", None)
     names = kinds.values() if isinstance(kinds, dict) else [kinds]
     return any(name is not None and ("dynamic" in name or name == "longrope") for name in names)
@@ -257,11 +257,11 @@ def head_dtype(model: nn.Module) -> torch.dtype:
 
 
 def hidden_size(model: nn.Module) -> int:
-    """Return the size of what the output head reads."""
+    """Return the size of the hidden states that the output head reads."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
     return weight.shape[1]
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Return the one device that `check_supported` made sure of."""
+    """Return the model's device, of which `check_supported` allows only one."""
     return next(model.parameters()).device

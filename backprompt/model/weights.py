@@ -1,9 +1,9 @@
-"""Noticing that a model's weights have changed, and saying by content which weights they are.
+"""A monitor that notices changed weights, and a hash that names weights by content.
 
 Before each evaluation a quick look compares, for every parameter and buffer, identity, `data_ptr`, `_version` and a
 strided sample of the content, and the module tree with the state of its adapters. `.data` writes bump no version; the
-sample sees those that touch many elements, as merging an adapter does. What the quick look cannot see, a `.data` write
-to a few elements, `LM.refresh()` finds by hashing everything.
+sample sees those that touch many elements, as merging an adapter does. The quick look misses `.data` writes to a few
+elements, which `LM.refresh()` finds by hashing everything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backprompt.model.skeleton import is_foreign, is_rewritten_in_place, unwrap
 from backprompt.progress import progress_bar
 
 HASH_FORMAT = 2
-"""To be raised by whoever changes what `content_hash` returns for a model: fingerprints are kept on disk."""
+"""Raise this number with every change to the results of `content_hash`: fingerprints are kept on disk."""
 
 SAMPLES_PER_TENSOR = 16
 PIECE_BYTES = 16 << 20
@@ -46,9 +46,9 @@ _UNIMPORTANT_SETTINGS = frozenset({"gradient_checkpointing", "training"})
 
 
 class WeightsMonitor:
-    """The state of a model's weights at one moment, and whether they still are in it.
+    """The state of a model's weights at one moment, and a check whether it has changed.
 
-    Looking costs about 1 ms for a model of 272 tensors, so it can be done before every evaluation.
+    The check costs about 1 ms for a model of 272 tensors, so it can run before every evaluation.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,7 +79,7 @@ class WeightsMonitor:
 
 @dataclass(frozen=True, slots=True)
 class _TensorState:
-    """Where a tensor hangs, and what it was."""
+    """The place of a tensor in its module, and its state."""
 
     table: Mapping[str, Tensor | None]
     name: str
@@ -102,7 +102,7 @@ class _TensorState:
 def content_hash(model: nn.Module) -> str:
     """Return the SHA-256, as hex, of everything that decides what a model computes.
 
-    Reads every weight once, on as many threads as torch has: hashing lets go of the interpreter.
+    Reads every weight once, on as many threads as torch has: hashing releases the interpreter lock.
     """
     pieces = [piece for tensor in _distinct_tensors(model) for piece in _pieces(tensor)]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
@@ -115,10 +115,10 @@ def content_hash(model: nn.Module) -> str:
 
 
 def sample_hash(model: nn.Module) -> str:
-    """Return a hash of the same, but only of a sample of each parameter: milliseconds.
+    """Return a hash like `content_hash`, but of only a sample of each parameter; takes milliseconds.
 
-    Tells apart models of one shape that were trained apart. Buffers count in full: what computes them on loading may
-    do so otherwise on another machine.
+    The hash tells apart models of one shape that were trained apart. Buffers count in full: another machine may
+    compute other buffers on loading.
     """
     causal_model = unwrap(model)
     buffers = {id(buffer) for buffer in causal_model.buffers()}
@@ -128,7 +128,7 @@ def sample_hash(model: nn.Module) -> str:
 
 
 def _hash_described(model: nn.Module, digests: Iterable[bytes]) -> str:
-    """Return the SHA-256 of what a model is besides its numbers, and of digests of those."""
+    """Return the SHA-256 of a model's description and of the digests of its numbers."""
     causal_model = unwrap(model)
     config: Any = causal_model.config
     described = sorted((key, repr(value)) for key, value in config.to_dict().items() if key not in _UNIMPORTANT_CONFIG)
@@ -150,7 +150,7 @@ def _distinct_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Cut a tensor, rows at a time, into views of about `PIECE_BYTES`, to be hashed side by side."""
+    """Cut a tensor, rows at a time, into views of about `PIECE_BYTES`, to be hashed in parallel."""
     rows = tensor.detach() if tensor.dim() else tensor.detach()[None]
     return torch.split(rows, max(1, PIECE_BYTES * len(rows) // max(1, rows.nbytes)))
 
@@ -161,7 +161,7 @@ def _digest(piece: Tensor) -> bytes:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:
-    """Yield where each parameter and buffer hangs; tables that the model itself rewrites while it runs are left out."""
+    """Yield the place of each parameter and buffer, except for buffers that the model rewrites while it runs."""
     for module in model.modules():
         tables: list[Mapping[str, Tensor | None]] = (
             [module._parameters] if is_rewritten_in_place(module) else [module._parameters, module._buffers]
@@ -176,7 +176,7 @@ def _adapter_state(module: nn.Module) -> str:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, object]]:
-    """Return a module's plain attributes: what its code reads besides tensors, such as a scaling."""
+    """Return a module's plain attributes, such as a scaling, which its code may read besides tensors."""
     return sorted(
         (name, value)
         for name, value in module.__dict__.items()

@@ -17,11 +17,11 @@ from backprompt.tokens.graph import TokenIds
 class Batch:
     """The texts that one `evaluate` computed together, and how far to read ahead in them.
 
-    It holds none of them: what one of a thousand texts is kept for must not keep the others.
+    The batch holds none of the texts, so that keeping one of a thousand does not keep the others.
 
-    The head's weights are read once a call, so a row of logits alone costs as much as a dozen in company. The first
-    text asked for gets its own rows only, each further one twice as many of those that follow it as the one before:
-    whoever reads one text pays for one, and whoever reads all of them pays for few calls.
+    The head's weights are read once per call, so one row of logits alone costs as much as a dozen together. The first
+    read computes the rows of its own text only. Each further read covers twice as many texts, its own and those after
+    it: reading one text costs one text, and reading all of them costs few calls.
     """
 
     evaluator: Evaluator
@@ -30,13 +30,13 @@ class Batch:
     _texts: WeakValueDictionary[int, Evaluated] = field(default_factory=WeakValueDictionary)
 
     def add(self, inserted: Inserted) -> Evaluated:
-        """Return the next text of the batch."""
+        """Add a text to the batch and return it."""
         evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, inserted)
         self._num_texts += 1
         return evaluated
 
     def ahead_of(self, idx: int, what: str) -> list[Inserted]:
-        """Return the texts whose `what` to compute along with that of the text at `idx`."""
+        """Return the texts, from `idx` on, for which to compute the result `what` together."""
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
         indices = itertools.chain(range(idx, self._num_texts), range(idx))
@@ -47,7 +47,7 @@ class Batch:
 
 @dataclass(eq=False)
 class Evaluated:
-    """A text that was evaluated, and its place in the batch that it was computed in."""
+    """An evaluated text, and its place in its batch."""
 
     batch: Batch
     batch_idx: int
@@ -55,7 +55,7 @@ class Evaluated:
 
     @property
     def evaluator(self) -> Evaluator:
-        """What computed it."""
+        """The evaluator that computed the text."""
         return self.batch.evaluator
 
     @property
@@ -70,17 +70,17 @@ class Evaluated:
 
     @property
     def is_computed(self) -> bool:
-        """Whether what results are read off is still there."""
+        """Whether the states that results are read from are still held."""
         return self.end.is_held()
 
     @property
     def has_keys_values(self) -> bool:
-        """Whether its keys and values are still there, too."""
+        """Whether the text's keys and values are still held, too."""
         return self.end.is_held(with_keys_values=True)
 
     @contextmanager
     def held(self, *, with_keys_values: bool = False) -> Iterator[Inserted]:
-        """Keep what results are read off, computed again if it was dropped; see `Evaluator.held`."""
+        """Hold the states that results are read from, computed again if dropped; see `Evaluator.held`."""
         with self.evaluator.held(self.token_ids, self.end, with_keys_values=with_keys_values) as end:
             self.inserted = Inserted(end, self.token_ids)
             yield self.inserted

@@ -1,8 +1,7 @@
-"""Fingerprint: what the weights and the tokenizer of a model are, as the root of all keys names them.
+"""Fingerprint: the identity of a model's weights and tokenizer, as the root of all keys names it.
 
-It keeps the monitor that notices changed weights, the content hash of the weights once it is known, and the checkpoint
-that remembers that hash between processes. A fingerprint is of one state of the weights: after a change there is a new
-one.
+A fingerprint keeps the monitor that notices changed weights, the content hash of the weights once it is known, and the
+checkpoint that remembers that hash between processes. Each state of the weights has a fingerprint of its own.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ class Fingerprint:
     """Names one state of a model's weights and of its tokenizer.
 
     Args:
-        model: as it was given.
+        model: the user's model.
         tokenizer: the private copy.
-        store: where representations may come from.
-        monitor: saw the weights before anything was made of them; by default one is made now.
+        store: the store that representations may come from.
+        monitor: a monitor from before the first use of the weights; by default a new one.
         content: the content hash of the weights, if it is known.
 
     Attributes:
-        checkpoint: the files that the weights were loaded from, if these decide about all of them.
+        checkpoint: the files that the weights were loaded from, if these decide every weight.
 
     """
 
@@ -56,15 +55,15 @@ class Fingerprint:
         self.checkpoint: Checkpoint | None = None
 
     def hand_out(self) -> None:
-        """Note that the model is handed to where its weights can be written without anything showing it."""
+        """Note that the model is handed to code that can write its weights unnoticed."""
         self._is_handed_out = True
 
     def has_changed(self) -> bool:
-        """Whether the weights are others than they were; a quick look."""
+        """Return whether a quick look sees changed weights."""
         return self._monitor.has_changed()
 
     def root(self, *, in_store: bool = False) -> Root:
-        """Return what all keys are built on, or those of what the store may have made inexact.
+        """Return the root of all keys, or with `in_store` of the keys of results that the store may have made inexact.
 
         The first use hashes every weight.
 
@@ -85,7 +84,7 @@ class Fingerprint:
         return Root(key, self._content, tokenizer, dtype, exactness)
 
     def renewed(self, tokenizer: PrivateTokenizer) -> Fingerprint | None:
-        """Hash every weight and the tokenizer again; return their fingerprint if it is another one, and else None.
+        """Hash every weight and the tokenizer again; return their fingerprint if it has changed, else None.
 
         Raises:
             StaleRepresentationError: the weights change meanwhile.
@@ -96,18 +95,18 @@ class Fingerprint:
         if monitor.has_changed():
             raise StaleRepresentationError(_CHANGED_WHILE_HASHED)
         if self.checkpoint is not None:
-            self.checkpoint.forget_unless(weights)  # whether memory or weights are to blame
+            self.checkpoint.forget_unless(weights)  # the entry may be wrong, or the weights changed
         if (weights, tokenizer.fingerprint()) == (self._content, self.tokenizer.fingerprint()):
             return None
         return Fingerprint(self._model, tokenizer, self._store, monitor, weights)
 
     def _hash_weights(self) -> str:
-        """Return the content hash: what is remembered for the files of the weights, if nobody else has held them."""
+        """Return the content hash: the remembered one of the files if nobody else held the model, else a new one."""
         checkpoint = None if self._is_handed_out else self.checkpoint
         remembered = None if checkpoint is None else checkpoint.recall(self._model)
         if remembered is not None:
             return remembered
         weights = content_hash(self._model)
-        if checkpoint is not None and not self._is_handed_out:  # by another thread, meanwhile
+        if checkpoint is not None and not self._is_handed_out:  # another thread may have done so meanwhile
             checkpoint.remember(self._model, weights)
         return weights

@@ -1,4 +1,4 @@
-"""Which texts a model can evaluate and continue: how many positions it has, and which token ids."""
+"""The texts that a model can evaluate and continue: limits on their positions and token ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TextLimits:
     """The limits of a model, as an `LM` applies them to texts.
 
     Attributes:
-        model: those of the model.
+        model: the limits of the model itself.
         beyond_trained_length: whether texts may be longer than the model was trained for.
 
     """
@@ -26,10 +26,10 @@ class TextLimits:
     beyond_trained_length: bool
 
     def check(self, text: Text, token_ids: TokenIds, length: int | None = None) -> None:
-        """Raise if a text cannot be evaluated; `length`: how many positions that takes, if not all of its own.
+        """Raise if a text cannot be evaluated; `length`: the positions that evaluation takes, by default all.
 
         Raises:
-            EmptyTextError, TokenIdError, TextTooLongError: it cannot.
+            EmptyTextError, TokenIdError, TextTooLongError: the text is empty, has an unknown id, or is too long.
 
         """
         if not token_ids:
@@ -68,10 +68,10 @@ class TextLimits:
             )
 
     def as_id(self, token_id: int) -> int:
-        """Return an id of the model's as an int.
+        """Return a token id of the model as an int.
 
         Raises:
-            TypeError: it is no int.
+            TypeError: `token_id` is no int.
             TokenIdError: the model has no such id.
 
         """
@@ -107,7 +107,7 @@ class TextLimits:
 
 
 def check_has_last_token(shown: str, token_ids: TokenIds) -> None:
-    """Raise GroupError for a text that ends in a group; the error shows the text so."""
+    """Raise GroupError for a text that ends in a group; the message shows the text as `shown`."""
     if ends_in_group(token_ids):
         raise GroupError(
             f"{shown} ends in a group, so it has no last token, and nothing to predict the next one from. Add a "

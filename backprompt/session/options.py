@@ -1,4 +1,4 @@
-"""The options of an `LM`: their values, and which values they can have."""
+"""The options of an `LM`: their values, and checks of the values."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Options:
 
 
 def check_options(**given: Any) -> None:
-    """Raise for options of an `LM` that are none, or have a value that they cannot have.
+    """Raise for unknown options of an `LM`, and for invalid values.
 
     Raises:
-        TypeError: an option that there is not, or a store that is neither one nor a path.
-        ValueError: another value that an option cannot have.
+        TypeError: an unknown option, or a store that is neither a `Store` nor a path.
+        ValueError: another invalid value.
 
     """
     for name, value in given.items():

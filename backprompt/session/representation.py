@@ -1,8 +1,8 @@
-"""ModelRepr: what a model knows of one text.
+"""ModelRepr: the representation of one text by a model.
 
-A `ModelRepr` is thin: it names a text's token ids and its end in the forest. Tensors lie with the `LM`, are
-copied out when asked for, and are recomputed if they are gone. What can be had from hidden states (logits,
-log-probabilities) is computed on first use, for this text and, reading ahead, for those evaluated together with it.
+A `ModelRepr` is thin: it names a text's token ids and its end in the forest. The `LM` keeps the tensors, copies them
+when they are read, and recomputes dropped ones. Logits and log-probabilities are computed from hidden states on first
+use, for this text and, reading ahead, for the texts that were evaluated together with it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 class ModelRepr:
     """The representation of one text by one model.
 
-    All tensors are detached copies on the model's device: changing them changes nothing that is cached. Once the
-    model's weights have changed, reading anything but `num_tokens` and `input_ids` raises `StaleRepresentationError`;
-    what was already computed may be read until an evaluation notices the change.
+    All tensors are detached copies on the model's device: changing them changes no cached tensor. Once the model's
+    weights have changed, reading anything but `num_tokens` and `input_ids` raises `StaleRepresentationError`; results
+    that were already computed may be read until an evaluation notices the change.
     """
 
     def __init__(self, session: Session, evaluated: Evaluated) -> None:
@@ -47,7 +47,7 @@ class ModelRepr:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the text has, special tokens included."""
+        """The number of the text's tokens, special tokens included."""
         return len(self._evaluated.token_ids)
 
     @property
@@ -59,7 +59,7 @@ class ModelRepr:
     def key(self) -> str:
         """The SHA-256, as hex, that names this representation by content.
 
-        It covers model, adapter, dtype, tokenizer and token ids, and whether something of it was stored in fewer bits.
+        The key covers model, adapter, dtype, tokenizer and token ids, and whether a part was stored in fewer bits.
         The first use hashes the model's weights.
         """
         with self._session.exclusive():
@@ -69,10 +69,10 @@ class ModelRepr:
 
     @property
     def stored_error(self) -> float:
-        """The largest relative error of the keys, values and hidden states that this was read from or computed on.
+        """The largest relative error of the keys, values and hidden states that the results were read from or use.
 
-        0 unless the `LM`'s store stores in fewer bits (`DiskStore(path, dtype="int8")`) and something came from there;
-        then `key` differs from that of the exact representation.
+        The error is 0 unless the `LM`'s store uses fewer bits (`DiskStore(path, dtype="int8")`) and a part came from
+        there; then `key` differs from that of the exact representation.
         """
         with self._session.exclusive():
             return max(span.error for span in self._evaluated.end.closure())
@@ -87,25 +87,25 @@ class ModelRepr:
         """Next-token logits, `(vocab,)`, in the model's dtype.
 
         Raises:
-            GroupError: the text ends in a group, so there is no last token that the next one would follow.
+            GroupError: the text ends in a group, so there is no last token before the next one.
 
         """
         check_has_last_token(f"This text of {self.num_tokens} tokens", self._evaluated.token_ids)
         with self._session.exclusive():
             self._check_evaluator(self._session.evaluator)
             pooled = self._evaluated.evaluator.readout.pooled_logits(self._evaluated.end)
-            if pooled is not None:  # also where the text's states were dropped
+            if pooled is not None:  # even if the text's states were dropped
                 return pooled
             with self._held() as (evaluator, text):
                 return evaluator.readout.last_logits(text.end, partial(self._read_ahead, "logits"))
 
     @property
     def token_logprobs(self) -> Tensor:
-        """Log-probability of each token given what it sees, `(tokens,)`, nats.
+        """Log-probability of each token given the tokens that it sees, `(tokens,)`, nats.
 
-        In float64 for a model in float64, else in float32; -inf for a token of probability 0. nan where no one token
-        stands before it: for a text's first token, and for the first behind a group. A branch's first token follows
-        what the group stands behind.
+        The dtype is float64 for a model in float64, else float32. A token of probability 0 has -inf. A token without a
+        single token before it has nan: a text's first, and the first behind a group. A branch's first token follows
+        the token before the group.
         """
         with self._held() as (evaluator, text):
             return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
@@ -119,8 +119,8 @@ class ModelRepr:
     def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the logits after each of the tokens `start..stop`, `(tokens, vocab)`.
 
-        Row i holds the scores of what follows token `start + i`. Indices are those of Python's slices. A whole text's
-        logits are large (tokens x vocab): ask for the rows that you need.
+        Row i scores the token after token `start + i`. Indices work as in Python's slices. A whole text's logits are
+        large (tokens x vocab): ask for the rows that you need.
         """
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
         with self._session.exclusive():
@@ -132,12 +132,12 @@ class ModelRepr:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
 
         The cache covers every token of the text: `model(new_ids, past_key_values=...)` takes the ids after it,
-        `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. There must be new ids: given the text's own
+        `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. New ids are required: given the text's own
         ids only, `generate` forwards them a second time. To generate right behind the text, take the cache of all but
         its last token: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which computes nothing new.
 
         Raises:
-            GroupError: the text has groups or frozen segments, whose positions a cache of transformers cannot say.
+            GroupError: the text has groups or frozen segments, whose positions a cache of transformers cannot express.
 
         """
         if isinstance(self._evaluated.token_ids, TokenGraph):
@@ -150,7 +150,7 @@ class ModelRepr:
 
     @contextmanager
     def _held(self, *, with_keys_values: bool = False) -> Iterator[tuple[Evaluator, Inserted]]:
-        """Hold the lock and the text in the evaluator, where it is computed again if it was dropped."""
+        """Hold the lock and the text in the evaluator, which computes a dropped text again."""
         with self._session.exclusive():
             self._check_evaluator(self._session.evaluator)
             if not self._evaluated.is_computed or (with_keys_values and not self._evaluated.has_keys_values):
@@ -159,7 +159,7 @@ class ModelRepr:
                 yield self._evaluated.evaluator, text
 
     def _check_current(self) -> None:
-        """Look whether the weights have changed, before something is computed with them."""
+        """Raise if the weights have changed, before something is computed with them."""
         self._check_evaluator(self._session.current())
 
     def _check_evaluator(self, current: Evaluator) -> None:
@@ -170,21 +170,21 @@ class ModelRepr:
             )
 
     def _read_ahead(self, what: str) -> list[Inserted]:
-        """Return the texts to compute `what` for along with this one; something must be computed."""
+        """Return the texts to compute `what` for along with this one; called only before a computation."""
         self._check_current()
         return self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
 
 
 def check_current(model_repr: ModelRepr) -> None:
-    """Raise StaleRepresentationError if the weights have changed since; the lock must be held."""
+    """Raise StaleRepresentationError if the weights have changed since the evaluation; the lock must be held."""
     model_repr._check_current()
 
 
 class Pin:
-    """Holds all of a text's representation within the `LM`'s budget, until it is released.
+    """Holds all of a text's representation within the `LM`'s budget, until the pin is released.
 
-    A context manager: `with text.pin(): ...`. Once `lm.clear()` was called or the model's weights have changed there is
-    nothing to hold any more, and releasing does nothing.
+    A context manager: `with text.pin(): ...`. After a call of `lm.clear()` or a change of the model's weights, the pin
+    holds nothing, and releasing does nothing.
     """
 
     def __init__(self, session: Session, evaluator: Evaluator, text: PinnedText) -> None:
@@ -204,18 +204,18 @@ class Pin:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the budget that the pin takes alone; what it shares with other pins is counted once."""
+        """Bytes of the budget that the pin takes alone; the budget counts tokens shared between pins once."""
         is_held = self._evaluator.is_pinned(self._text)
         return _num_bytes(self._evaluator, self._text.end) if is_held and self._text.end is not None else 0
 
     def release(self) -> None:
-        """Let go; a second call does nothing."""
+        """Release the text; a second call does nothing."""
         with self._session.exclusive():
             self._evaluator.unpin(self._text)
 
 
 def pinned(session: Session, text: Text) -> Pin:
-    """Evaluate a text and hold all of it until it is released; see `Text.pin`."""
+    """Evaluate a text and hold all of it until the pin is released; see `Text.pin`."""
     (text,) = session.own_texts([text])
     held = PinnedText()
     try:
@@ -224,7 +224,7 @@ def pinned(session: Session, text: Text) -> Pin:
             session.evaluator.pin(held)
             pin = Pin(session, session.evaluator, held)
         return pin
-    except BaseException:  # whoever does not get the pin cannot release it
+    except BaseException:  # a caller without the pin cannot release it
         with session.exclusive():
             session.evaluator.unpin(held)
         raise

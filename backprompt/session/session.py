@@ -1,10 +1,10 @@
-"""Session: one state of a model's weights and of its tokenizer, and all that was computed with them.
+"""Session: one state of a model's weights and of its tokenizer, and all results that were computed with them.
 
     texts --Encoder--> token ids --Forest, plan--> passes --Executor--> blocks of rows --> ModelRepr
 
-An `LM` has one session and hands it to whatever works with texts: representations, generation, pictures,
-classification. It keeps the lock that guards all of it, the current evaluator and encoder, the fingerprint of the
-weights and the tokenizer that both are of, and the counters of work. Changed weights or a changed tokenizer mean
+An `LM` has one session and hands it to the modules that work with texts: representations, generation, pictures,
+classification. The session keeps the lock that guards everything in it, the current evaluator and encoder, the
+fingerprint of their weights and tokenizer, and the counters of work. Changed weights or a changed tokenizer mean
 another evaluator, another encoder and another fingerprint in the same session.
 """
 
@@ -33,7 +33,8 @@ from backprompt.evaluation.scoring import num_positions_to_score
 from backprompt.forest.span import Inserted
 from backprompt.forking import watch_lm
 from backprompt.memory.blocks import Location
-from backprompt.memory.budget import Memory, default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory.eviction import Memory
 from backprompt.memory.host import HostMemory
 from backprompt.model.executor import Executor, plain_surroundings
 from backprompt.model.skeleton import model_device, unwrap
@@ -55,21 +56,20 @@ MAX_RESULT_BYTES = 256 << 20
 
 
 class Session:
-    """What an `LM` works with, for the modules that work with it.
+    """The shared state of an `LM`, for the modules that work with its texts.
 
     Args:
-        model: as it was given; never touched.
-        tokenizer: as it was given; never touched.
-        options: checked ones.
+        model: the user's model; never changed.
+        tokenizer: the user's tokenizer; never changed.
+        options: checked options.
 
     Attributes:
         lock: guards everything here; see `exclusive`.
-        store: of representations, or None.
+        store: the store of representations, or None.
         counters: the work that was done since the session began.
-        fingerprint: of the weights and the tokenizer that the evaluator and the encoder are of.
-        encoder: makes token ids of texts.
-        evaluator: computes, and holds what it computed. It may be of weights that are no longer there: `current`
-            looks.
+        fingerprint: names the weights and the tokenizer of the evaluator and the encoder.
+        encoder: turns texts into token ids.
+        evaluator: computes and holds results. The weights may have changed since: `current` checks.
 
     """
 
@@ -97,7 +97,7 @@ class Session:
             weakref.finalize(self, self.store.close)  # nobody else can close it
         else:
             self.store = options.store
-        self.fingerprint = Fingerprint(model, private, self.store)  # before anything is made of the weights
+        self.fingerprint = Fingerprint(model, private, self.store)  # before the first use of the weights
         self.evaluator = self._make_evaluator(self.fingerprint)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
         watch_lm(self)
@@ -106,9 +106,9 @@ class Session:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keep other threads out, and the caller's torch settings too; what is computed is of one state of the weights.
+        """Shut out other threads and the caller's torch settings; all results are of one state of the weights.
 
-        An error within, whatever it is and wherever it comes, has the evaluator recover before anything else is done.
+        After any error inside, the evaluator recovers before its next use.
 
         Raises:
             StaleRepresentationError: weights changed meanwhile.
@@ -144,7 +144,7 @@ class Session:
         """Hold the lock and yield the evaluator for a step of a generation that was begun with `expected`.
 
         Raises:
-            StaleRepresentationError: it was begun with other weights.
+            StaleRepresentationError: the generation was begun with other weights.
 
         """
         with self.exclusive():
@@ -170,11 +170,11 @@ class Session:
                 self._start_over(renewed)
 
     def before_fork(self) -> None:
-        """Let no other thread be in the middle of a change while the process is forked."""
+        """Take the lock, so that no other thread is in the middle of a change while the process is forked."""
         self.lock.acquire()
 
     def after_fork(self) -> None:
-        """Let other threads go on."""
+        """Release the lock."""
         self.lock.release()
 
     # Texts and their ids
@@ -183,8 +183,8 @@ class Session:
         """Return texts of this session as a list.
 
         Raises:
-            TextTypeError: an element is not a `Text`, or there is nothing to go through.
-            UnboundTextError: a text has no model, or another session's.
+            TextTypeError: an element is not a `Text`, or `texts` cannot be iterated.
+            UnboundTextError: a text has no model, or that of another session.
 
         """
         listed = as_list(texts, "an LM takes several Texts in a list")
@@ -196,7 +196,7 @@ class Session:
         return listed
 
     def ids_before_more(self, texts: Sequence[Text]) -> list[TokenIds]:
-        """Return the ids of texts as they are where something follows; the lock must be held."""
+        """Return the ids of texts as if more text followed; the lock must be held."""
         if not texts:
             return []
         with lazily():
@@ -205,10 +205,10 @@ class Session:
         return [before_last(token_ids) for token_ids in self.encoder.encode(followed)]
 
     def prompt_ids(self, texts: Iterable[Text]) -> list[TokenIds]:
-        """Return the ids of texts as they are where something follows: without what a tokenizer appends at an end.
+        """Return the ids of texts as if more text followed: without the tokens that a tokenizer appends at an end.
 
         Raises:
-            GroupError: a text ends in a group, so no one token stands before what follows.
+            GroupError: a text ends in a group, so no single token stands before the next one.
 
         """
         texts = self.own_texts(texts)
@@ -220,11 +220,11 @@ class Session:
             return found
 
     def ids_to_continue(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:
-        """Return the ids of texts that are to be continued, and count them.
+        """Return and count the ids of texts to be continued.
 
         Raises:
             TextTooLongError: there is no room for `max_new_tokens`.
-            GroupError, and what `evaluate` raises for texts that cannot be evaluated.
+            GroupError, and the errors of `evaluate` for texts that cannot be evaluated.
 
         """
         texts = self.own_texts(texts)
@@ -241,7 +241,7 @@ class Session:
     ) -> list[TokenIds]:
         """Return the token ids of texts that can be evaluated, and count them; the lock must be held.
 
-        `is_scoring`: they are only scored, from `starts` on.
+        `is_scoring`: the texts are only scored, from `starts` on.
         """
         self.current()
         encoded = self.encoder.encode(texts)
@@ -259,7 +259,7 @@ class Session:
         return encoded
 
     def check(self, texts: Iterable[Text]) -> None:
-        """Raise what `evaluate` raises for texts that cannot be evaluated; computes nothing."""
+        """Raise the errors of `evaluate` for texts that cannot be evaluated; computes nothing."""
         texts = self.own_texts(texts)
         with self.exclusive():
             self.current()
@@ -268,11 +268,11 @@ class Session:
 
     @property
     def limits(self) -> TextLimits:
-        """Which texts can be evaluated."""
+        """The limits for texts that can be evaluated."""
         return TextLimits(self.evaluator.executor.limits, self.options.beyond_trained_length)
 
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
-        """Compute what is missing of the texts; the lock must be held."""
+        """Evaluate the texts, computing only missing spans; the lock must be held."""
         encoded = self.checked_ids(texts)
         evaluator = self.evaluator
         known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
@@ -309,14 +309,14 @@ class Session:
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
-        """The strings that are one token each and take no space behind them: special ones, added ones like <think>."""
+        """The strings that are one token each and take no space behind them: special and added tokens like <think>."""
         with self.exclusive():
             self.current()
             return self.private_tokenizer.added_tokens
 
     @property
     def needs_space_between(self) -> bool:
-        """Whether "a b" is encoded as "a" and " b" are, and not as "a" and "b" are, as SentencePiece does."""
+        """Whether "a b" is encoded like "a" and " b", not like "a" and "b" (the way of SentencePiece)."""
         both, first, second = self.completion_ids(["a b", "a", "b"])
         return both != first + second
 
@@ -359,10 +359,10 @@ class Session:
         )
 
     def _start_over(self, fingerprint: Fingerprint) -> None:
-        """Start over with the model and the tokenizer as they are now, which is what `fingerprint` names.
+        """Start over with the current model and tokenizer, which `fingerprint` names.
 
         Nothing changes if the model can no longer be evaluated.
-        An error on the way leaves the old evaluator, closed: `current` sees that, and starts over once more.
+        An error on the way leaves the old evaluator closed; `current` sees that and starts over once more.
         """
         logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
         evaluator = self._make_evaluator(fingerprint)
@@ -378,8 +378,8 @@ def session_of(text: object, idx: int) -> Session:
     """Return the session of an element of `texts`.
 
     Raises:
-        TextTypeError: it is no `Text`.
-        UnboundTextError: it has no model, or one that is no `LM`.
+        TextTypeError: the element is no `Text`.
+        UnboundTextError: the text has no model, or a model that is no `LM`.
 
     """
     engine = engine_of(text, idx)

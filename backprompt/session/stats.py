@@ -12,25 +12,25 @@ _NAMES = ("kernel", "linears")  # fields of `Stats` that are not numbers
 
 @dataclass(frozen=True)
 class Stats:
-    """What an `LM` has done so far and what it holds; `after - before` is what happened in between.
+    """The work of an `LM` so far and the bytes that it holds; `after - before` is the change in between.
 
     Attributes:
         tokens_requested: sum of the texts' tokens over all evaluations.
         tokens_computed: tokens forwarded through the model.
-        tokens_recomputed: of those, how many were forwarded before and dropped over the budget.
+        tokens_recomputed: of those, the number that were forwarded before and dropped over the budget.
         tokens_fetched: tokens whose states, or keys and values, moved back from the second pool to the device.
         tokens_loaded: tokens whose states came from the store.
-        tokens_reused: requested less forwarded: what was cached or shared, or scored without being forwarded.
+        tokens_reused: requested less forwarded tokens: cached, shared, or scored without being forwarded.
         forward_passes: packed forward passes.
         logit_rows: rows of logits computed by the output head.
         seconds: time in forward passes and in the output head.
         bytes_held: keys, values, hidden states and log-probabilities held now on the device.
-        host_bytes_held: those held now in the second pool, in host memory.
+        host_bytes_held: the same held now in the second pool, in host memory.
         result_bytes_held: rows of logits, and log-probabilities of tokens that were scored and not forwarded, held now
             in bounded pools of their own.
         packed_weight_bytes: the copies of weights that `pack_weights` makes.
-        kernel: the attention kernel that serves.
-        linears: what multiplies linear layers: "torch", "onednn" (see `model/linear.py`) or "onednn, packed".
+        kernel: the attention kernel in use.
+        linears: the code that multiplies linear layers: "torch", "onednn" (see `model/linear.py`) or "onednn, packed".
 
     """
 

@@ -1,7 +1,9 @@
-"""The prompt representation database: results of today, found by another process tomorrow.
+"""The prompt representation database: results of one process, found later by another.
 
-May know keys and tensors by name, and no forest and no model: the archive (`evaluation/archive.py`) connects them.
-A new store is a module here that implements `Store` of `base.py`; a new tensor of an entry goes into `schema.py`.
+The folder may import keys and the names of tensors, and no forest and no model: the archive
+(`evaluation/archive.py`) connects them.
+A new store implements `Store` of `base.py` in a module here, as `memory.py` does most simply, and users hand it to an
+`LM`. A new tensor of an entry goes into `schema.py`.
 """
 
 from backprompt.store.base import Entry, Header, Match, Store

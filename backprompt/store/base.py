@@ -1,22 +1,22 @@
 """The contract of a store of representations.
 
-An entry is what one run of tokens looks like behind all that stands before it. Keys belong to positions:
-`start` names everything before the first token, `end` everything up to the last, so the two name the entry. Another
-process that cuts the same text elsewhere finds it all the same: it asks for what starts at the key that it has
-reached, takes the longest common beginning of the token ids (an entry's first rows are valid alone, attention is
-causal), and goes on from there.
+An entry is the representation of one run of tokens behind a given text. Keys belong to positions: `start` names
+everything before the first token, `end` everything up to the last token, so the two name the entry. Another process
+that cuts the same text elsewhere still finds the entry. It looks for entries that start at the key that it has reached,
+takes the longest common prefix of the token ids (an entry's first rows are valid alone, since attention is causal), and
+goes on from there.
 
-What every implementation promises:
+Every implementation promises:
 
-- *Atomic*: after `put` returns, every reader sees the whole entry; before, or if it fails or the process dies, nothing.
-- *Immutable*: a name stands for one content, so putting it again changes nothing that a reader sees, and whoever has
-  got an entry may keep it, whatever is deleted meanwhile.
-- *Honest*: `get` returns what was put, bit by bit, or None. What is damaged is reported, set aside, and then absent.
-  Whoever can write to a store can put wrong numbers of the right shapes into it; an `LM` refuses all else (schema.py).
+- *Atomic*: after `put` returns, every reader sees the whole entry; before, or if `put` fails or the process dies, none.
+- *Immutable*: a name stands for one content. Putting an entry again changes nothing for readers, and a reader may keep
+  an entry whatever is deleted later.
+- *Honest*: `get` returns the stored entry, bit by bit, or None. A damaged entry is reported, set aside, then absent.
+  A writer to a store can put wrong numbers of the right shapes into it; an `LM` refuses everything else (schema.py).
 - *Shared*: any number of threads may use one store at once, and processes one folder or bucket.
 
-Nothing in it needs a file system: names are short strings, entries are bytes with a small header, and the only question
-besides get and put is "what begins like this at this key?", so a remote object store can stand behind it.
+The contract needs no file system: names are short strings, entries are bytes with a small header, and the only query
+besides get and put is "the entries at this key that begin like this". So a remote object store can implement it.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from backprompt.store.precision import StoredDtype
 
 @dataclass(frozen=True)
 class Header:
-    """What an entry stands for.
+    """The identity of an entry.
 
     Attributes:
         start: key of everything before the first token, hex.
         end: key of everything up to the last token, hex.
-        position: of the first token in its text.
-        token_ids: the truth about what was computed.
-        behind: the names of the entries that have the token before the first, or each branch's last one if that is a
-            group; none for the first tokens of a text.
-        text: what they decode to; for people who search.
+        position: the position of the first token in its text.
+        token_ids: the token ids that were computed.
+        behind: the names of the entries that hold the token before the first or, behind a group, each branch's last
+            token; none for the first tokens of a text.
+        text: the decoded token ids; for people who search.
         model: fingerprint of the weights, the configuration and the adapters.
-        tokenizer: its fingerprint.
-        dtype: of the computation, such as "torch.float32".
-        exactness: "exact", or the dtype that its store stores in fewer bits: what the entry was computed on may have
-            been read from there, too.
-        error: what that cost: see `Encoded.error`; the largest of this entry's and of what it was computed on.
-        dtypes: what "keys", "values" and "hidden" were before they were stored in fewer bits; else empty.
+        tokenizer: fingerprint of the tokenizer.
+        dtype: the dtype of the computation, such as "torch.float32".
+        exactness: "exact", or the reduced dtype of its store: the results that the entry was computed from may have
+            been read at that precision, too.
+        error: the error from reduced precision: see `Encoded.error`; the largest of this entry and those it builds on.
+        dtypes: the dtypes of "keys", "values" and "hidden" before storage at reduced precision; else empty.
 
     """
 
@@ -72,13 +72,13 @@ class Header:
 
     @property
     def name(self) -> str:
-        """What `get`, `contains` and `delete` take."""
+        """The name for `get`, `contains` and `delete`."""
         return f"{self.start}-{self.end}"
 
 
 @dataclass(frozen=True)
 class Match:
-    """What a lookup finds: an entry, and how many of its first tokens are those that were asked for."""
+    """The result of a lookup: an entry, and the number of its first tokens that equal the requested ones."""
 
     name: str
     num_tokens: int
@@ -86,7 +86,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Entry:
-    """A header and tensors by name, such as "keys.0"; rows of tokens are the second axis of keys and values."""
+    """A header and tensors by name, such as "keys.0"; the second axis of keys and values is that of tokens."""
 
     header: Header
     tensors: Mapping[str, Tensor]
@@ -104,20 +104,20 @@ StoreType = TypeVar("StoreType", bound="Store")
 
 
 MAX_INT = (1 << 63) - 1
-"""Of token ids and positions: what keys and SQLite have room for."""
+"""The largest token id and position that keys and SQLite can hold."""
 
 
 class Store(ABC):
-    """Representations by key. See the top of this file for what is promised.
+    """Representations by key. See the top of this file for the promises.
 
-    Every method raises a TypeError for what is not of the type that it takes, a string that cannot be encoded is a
-    TokenizerError, and a token id that is not from 0 to 2**63 - 1 a TokenIdError.
+    Every method raises a TypeError for a value of a wrong type, a TokenizerError for a string that cannot be encoded,
+    and a TokenIdError for a token id that is not from 0 to 2**63 - 1.
 
     Attributes:
-        persist: what an `LM` puts into it: "always" all that is worth it, "explicit" what `text.save()` names,
-            "never" nothing, so that it is only read. Reading is automatic.
-        dtype: how an `LM` stores keys, values and hidden states: None as computed, or in fewer bits (precision.py).
-            It is part of the keys, so that an `LM` that did not ask for fewer bits never reads them.
+        persist: the results that an `LM` stores: "always" all that are worth it, "explicit" those of `text.save()`,
+            "never" none, so that the store is only read. Reading is automatic.
+        dtype: the precision at which an `LM` stores keys, values and hidden states: None as computed, or reduced
+            (precision.py). The dtype is part of the keys, so only an `LM` that asked for it reads such entries.
 
     """
 
@@ -126,9 +126,9 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
-        """Return the entry, on the CPU, with only these of its tensors if given; None if there is none.
+        """Return the entry, on the CPU, with all of its tensors or only the given ones; None if it does not exist.
 
-        Its tensors belong to the caller. Names in `tensors` that the entry does not have are left out.
+        Its tensors belong to the caller. Names in `tensors` that the entry does not have are ignored.
         """
 
     @abstractmethod
@@ -136,43 +136,43 @@ class Store(ABC):
         """Store the entry.
 
         Raises:
-            EntryTooLargeError: it does not fit the store at all.
-            OSError: it cannot be written (no space, no permission); then all of it is visible, or nothing.
+            EntryTooLargeError: the entry is larger than the whole store may be.
+            OSError: the entry cannot be written (no space, no permission); readers see all of it, or nothing.
 
         """
 
     @abstractmethod
     def contains(self, name: str) -> bool:
-        """Return whether `get` would find it, without looking whether it is damaged."""
+        """Return whether `get` would find the entry, without a check for damage."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Remove the entry; one that is not there is no error."""
+        """Remove the entry; a missing entry is no error."""
 
     def set_aside(self, name: str, reason: str) -> None:
-        """Take away an entry that turned out to be damaged, so that it can be put again; by default it is deleted.
+        """Remove an entry that is damaged, so that it can be put again; by default it is deleted.
 
         Args:
-            name: of the entry.
-            reason: what is wrong with it, which was reported already.
+            name: the name of the entry.
+            reason: the damage, which was reported already.
 
         """
         self.delete(name)
 
     @abstractmethod
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Return the entry at this key that has the longest common beginning with `token_ids`; None if none has one.
+        """Return the entry at this key with the longest common prefix with `token_ids`; None if none shares a token.
 
-        A hint: whoever gets the entry compares its header with what was asked for.
+        The result is a hint: the caller must compare the header of the entry with the request.
         """
 
     @abstractmethod
     def list(self, text_prefix: str = "") -> Iterator[Header]:
-        """Yield the headers of all entries whose text begins so; those put or deleted meanwhile may be among them."""
+        """Yield the headers of all entries whose text begins so; entries put or deleted meanwhile may be included."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of files and connections; a second call does nothing."""
+        """Release files and connections; a second call does nothing."""
 
     def __enter__(self: StoreType) -> StoreType:
         return self
@@ -187,14 +187,14 @@ def check_persist(persist: Persist) -> Persist:
     """Return `persist`.
 
     Raises:
-        ValueError: it is none of `PERSIST`.
+        ValueError: `persist` is none of `PERSIST`.
 
     """
     return as_choice(persist, "persist", PERSIST)
 
 
 def check_name(name: object) -> None:
-    """Raise TextTypeError for what is no string. A string that is no entry's name is the name of none."""
+    """Raise TextTypeError if the name is not a string. Strings that no entry has as its name are allowed."""
     if not isinstance(name, str):
         raise TextTypeError(f"An entry's name must be a string, not {type(name).__name__}: {str(name)[:60]!r}.")
 
@@ -203,8 +203,8 @@ def as_token_ids(given: Any) -> tuple[int, ...]:
     """Return token ids as a tuple.
 
     Raises:
-        TextTypeError: it is no sequence of whole numbers.
-        TokenIdError: one is not from 0 to 2**63 - 1.
+        TextTypeError: the value is not a sequence of whole numbers.
+        TokenIdError: an id is not from 0 to 2**63 - 1.
 
     """
     needed = "token_ids must be a sequence of whole numbers"
@@ -220,6 +220,6 @@ def as_token_ids(given: Any) -> tuple[int, ...]:
 
 
 def num_common(some: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many items two sequences have in common from the beginning."""
+    """Return the length of the common prefix of two sequences."""
     pairs = zip(some, others, strict=False)
     return next((idx for idx, (one, other) in enumerate(pairs) if one != other), min(len(some), len(others)))

@@ -1,7 +1,8 @@
 """The index of a folder, kept open and in agreement with the folder's files.
 
-Keeps the open index, the lock that guards it, and the uses of entries that are not written to it yet. An index that is
-missing, unfinished or damaged is made anew from the files; one of a newer version is left alone, and made in memory.
+The catalog keeps the open index, the lock that guards it, and the uses of entries that are not written to it yet. An
+index that is missing, unfinished or damaged is rebuilt from the files. An index of a newer version is left unchanged,
+and another index is built in memory.
 """
 
 from __future__ import annotations
@@ -30,36 +31,36 @@ Answer = TypeVar("Answer")
 
 
 class Catalog:
-    """Answers questions to the index of a folder. A fork waits for it, as `forking.Forkable`."""
+    """Answers queries to the index of a folder. Forking waits for the catalog, as for `forking.Forkable`."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._lock = threading.RLock()
-        self._uses: dict[str, float] = {}  # name -> when it was used, not written to the index yet
+        self._uses: dict[str, float] = {}  # name -> time of the last use, not written to the index yet
         self._is_closed = False
-        self._index: Index | None = None  # not open: the next question opens it
+        self._index: Index | None = None  # None: not open; the next query opens it
         with self._lock:
             self._opened()
 
     def ask(self, question: Callable[[Index], Answer]) -> Answer:
-        """Ask the index; one that answers nonsense is made anew from the files, and asked again."""
+        """Query the index; an index with invalid answers is rebuilt from the files, and queried again."""
         with self._lock:
             return self._answered(question)
 
     def forget(self, name: str) -> None:
-        """Take a name out of the index, if that can be done: an index that names too much does no harm."""
+        """Remove a name from the index, if possible: extra names in the index do no harm."""
         if self._folder.is_writable:
             self._hint(lambda index: index.forget(name))
 
     def note_use(self, name: str) -> None:
-        """Note that an entry is used now; `write_uses` writes it to the index, as do many uses."""
+        """Record that an entry is used now; `write_uses`, or a full batch, writes the uses to the index."""
         with self._lock:
             self._uses[name] = time.time()
             if len(self._uses) >= _USES_A_BATCH:
                 self.write_uses()
 
     def write_uses(self) -> None:
-        """Write to the index which entries were used, and when."""
+        """Write the recorded uses to the index."""
         with self._lock:
             uses = dict(self._uses)
             self._uses.clear()
@@ -67,7 +68,7 @@ class Catalog:
                 self._hint(lambda index: index.note_uses(uses.items()))
 
     def rebuild(self, *, show_progress_bar: bool | None = None) -> None:
-        """Make the index anew from the files alone."""
+        """Rebuild the index from the files alone."""
         with self._lock, showing(show_progress_bar):
             if self._folder.is_writable:
                 self.ask(lambda index: index.rebuild(self._folder.described()))
@@ -84,18 +85,18 @@ class Catalog:
                 self._is_closed = True
 
     def before_fork(self) -> None:
-        """Close the index: SQLite forbids carrying a connection to another process. It is opened when asked again."""
+        """Close the index until the next query: SQLite forbids carrying a connection to another process."""
         self._lock.acquire()
-        if self._folder.is_writable and not self._is_closed:  # what is only read lies in memory, or has no locks
-            with suppress(sqlite3.Error):  # forking must go on to where locks are released
+        if self._folder.is_writable and not self._is_closed:  # a read-only index lies in memory, or has no locks
+            with suppress(sqlite3.Error):  # forking must go on and release its locks
                 self._close_index()
 
     def after_fork(self) -> None:
-        """Let other threads go on."""
+        """Let other threads continue."""
         self._lock.release()
 
     def _opened(self) -> Index:
-        """Return the index, opened where it is not; the lock must be held."""
+        """Return the index, opening it if needed; the lock must be held."""
         if self._is_closed:
             raise explained(OSError(errno.EBADF, "it is closed"), "The store cannot be used", self._folder.path)
         if self._index is None:
@@ -103,13 +104,13 @@ class Catalog:
         return self._index
 
     def _close_index(self) -> None:
-        """Close the index; whatever interrupts this, the next question opens it again. The lock must be held."""
+        """Close the index; after an interrupt the next query opens it again. The lock must be held."""
         index, self._index = self._index, None
         if index is not None:
             index.close()
 
     def _open_index(self) -> Index:
-        """Open the index; one that is missing, unfinished or damaged is made anew."""
+        """Open the index; an index that is missing, unfinished or damaged is rebuilt."""
         file = self._folder.path / INDEX
         if not self._folder.is_writable:
             return Index.open_to_read(file) or self._index_in_memory()
@@ -131,7 +132,7 @@ class Catalog:
             raise self._unusable(error) from error
 
     def _finished(self, index: Index) -> Index:
-        """Return the index, made of all files if it was not."""
+        """Return the index, built from all files if it was unfinished."""
         if not index.is_finished:
             try:
                 index.rebuild(self._folder.described())
@@ -146,7 +147,7 @@ class Catalog:
         return index
 
     def _move_index_aside(self, error: Exception) -> None:
-        """Move all files of the index to names that nothing has: they may be those of another application."""
+        """Move all files of the index to unused names: they may belong to another application."""
         numbered = (self._folder.path / "damaged" / f"{INDEX}.{number}" for number in itertools.count(1))
         aside = next(name for name in numbered if not any(os.path.lexists(f"{name}{suffix}") for suffix in SUFFIXES))
         logger.warning(
@@ -181,7 +182,7 @@ class Catalog:
         )
 
     def _hint(self, note: Callable[[Index], None]) -> None:
-        """Tell the index what helps it, but nothing depends on."""
+        """Update the index if possible; nothing depends on the update."""
         try:
             self.ask(note)
         except OSError as error:

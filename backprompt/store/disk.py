@@ -1,19 +1,19 @@
-"""The prompt representation database: a folder that one can copy.
+"""The prompt representation database: a folder that can be copied.
 
     prompts.bp/
-        entries/3f/3f...-a0....safetensors    an entry a file, named by its keys (file.py has the format): the truth
-        index.sqlite                          what is in the files' headers, for lookups (index.py); made from them
-        damaged/                              what was damaged, or is not ours and was in the way: set aside
+        entries/3f/3f...-a0....safetensors    one file for each entry, named by its keys (format: file.py): the truth
+        index.sqlite                          the data of the files' headers, for lookups (index.py); made from them
+        damaged/                              damaged files, and foreign files in the place of ours: set aside
         writing/                              files that are being written
 
 folder.py keeps the files, catalog.py the open index.
 
-An entry is written beside, synced, and renamed to its name, so it is there as a whole or not at all; the index follows.
-An entry that the index does not know (the process died in between, or a file was copied in) is found when the index
-is rebuilt. Prompts are private: folders and files are readable by their owner only.
+An entry is written to a temporary file, synced, and renamed to its name, so it exists as a whole or not at all. The
+index is updated afterwards. An entry that the index does not know (the process died in between, or a file was copied
+in) is found when the index is rebuilt. Prompts are private: only their owner can read folders and files.
 
-Nothing that a store did not make is deleted. Another file in the place of an entry or the index is moved to
-`damaged`; all else is left alone.
+A store deletes only files that a store made. Another file in the place of an entry or the index is moved to `damaged`;
+all other files are left unchanged.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ logger = logging.getLogger(__name__)
 
 
 class DiskStore(Store):
-    """Entries in a folder, made if it is not there. A folder that cannot be written to is read.
+    """Entries in a folder, created if missing. A folder without write permission is only read.
 
     Args:
-        path: the folder: one that is not there yet, an empty one, or a store's.
-        persist: what an `LM` puts into it: see `Store`.
-        max_bytes: how much the files may take, a number or text such as "10 GB"; what was not used for longest goes
-            first, and nothing before what begins behind it.
-        dtype: how keys, values and hidden states are stored: None as computed; "float16" or "int8" take less space and
-            cost accuracy, which is measured and kept with each entry.
+        path: the folder: a missing folder, an empty one, or a store's.
+        persist: the results that an `LM` stores: see `Store`.
+        max_bytes: the limit for the bytes of the files, a number or text such as "10 GB". The least recently used
+            entries are deleted first, and no entry before the entries behind it.
+        dtype: the precision of stored keys, values and hidden states: None as computed; "float16" or "int8" take less
+            space and cost accuracy; the error is measured and kept with each entry.
 
     Raises:
-        OSError: the folder cannot be made or read, is a file, or has other content; `errno` says which.
+        OSError: the folder cannot be created or read, is a file, or has other content; `errno` says which.
 
     """
 
@@ -78,7 +78,7 @@ class DiskStore(Store):
         return f"DiskStore({str(self.path)!r})"
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
-        """Return the entry after checking its bytes; a damaged one is set aside."""
+        """Return the entry after checking its bytes; a damaged entry is set aside."""
         check_name(name)
         entry = self._read(name, tensors) if is_name(name) else None
         if entry is not None:
@@ -86,10 +86,10 @@ class DiskStore(Store):
         return entry
 
     def put(self, entry: Entry) -> None:
-        """Write the entry beside, sync it, rename it, and note it in the index.
+        """Write the entry to a temporary file, sync and rename the file, and add the entry to the index.
 
         Raises:
-            DamagedEntryError: it is no entry that could be read again.
+            DamagedEntryError: the entry could not be read again.
             EntryTooLargeError, OSError: see `Store.put`.
 
         """
@@ -108,37 +108,37 @@ class DiskStore(Store):
                 ) from None
             with explaining("An entry cannot be stored", self.path):
                 self._folder.write(final, pieces)
-        # Also where a process died between file and index.
+        # Needed even if the file exists: a process may have died between writing file and index.
         self._catalog.ask(lambda index: index.insert(entry.header, num_bytes, time.time()))
         if self.max_bytes is not None:
             self.prune(show_progress_bar=False)
 
     def contains(self, name: str) -> bool:
-        """Return whether the file is there."""
+        """Return whether the file exists."""
         check_name(name)
         return is_name(name) and self._folder.file(name).exists()
 
     def delete(self, name: str) -> None:
-        """Remove the file, then forget it."""
+        """Remove the file, then its name from the index."""
         check_name(name)
         if not is_name(name):
             return
         file = self._folder.file(name)
         with suppress(FileNotFoundError):
-            if file.is_dir():  # it is no entry, and in the way
+            if file.is_dir():  # not an entry, but in the place of one
                 self._folder.move_aside(file)
             else:
                 os.unlink(file)
         self._catalog.forget(name)
 
     def set_aside(self, name: str, reason: str) -> None:
-        """Move the file into the folder `damaged`, then forget it."""
+        """Move the file into the folder `damaged`, then remove its name from the index."""
         if is_name(name):
             self._folder.move_aside(self._folder.file(name))
             self._catalog.forget(name)
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Look at the two neighbours in the index."""
+        """Compare the two neighbours in the index; see `Store.longest`."""
         key, ids = as_string(start, "start"), as_token_ids(token_ids)
         return self._catalog.ask(lambda index: index.longest(key, ids))
 
@@ -156,18 +156,18 @@ class DiskStore(Store):
                 self._catalog.forget(name)
 
     def find(self, text_prefix: str) -> Sequence[Header]:
-        """Return what `list` yields."""
+        """Return the headers that `list` yields."""
         return tuple(self.list(text_prefix))
 
     def stats(self) -> StoreStats:
-        """Return how much is stored."""
+        """Return the numbers of stored entries, tokens and bytes, and the largest error."""
         return self._catalog.ask(Index.totals)
 
     def verify(self, *, show_progress_bar: bool | None = None) -> Sequence[str]:
-        """Read every entry, set the damaged ones aside, and return the names of those that cannot be read.
+        """Read every entry, set damaged entries aside, and return the names of entries that cannot be read.
 
         Args:
-            show_progress_bar: by default on a terminal where it takes longer than two seconds.
+            show_progress_bar: by default a bar shows on a terminal if the call takes longer than two seconds.
 
         """
         unreadable = []
@@ -180,14 +180,14 @@ class DiskStore(Store):
         return unreadable
 
     def prune(self, max_bytes: int | str | None = None, *, show_progress_bar: bool | None = None) -> Sequence[str]:
-        """Delete what was not used for longest until at most `max_bytes` are left; return the names.
+        """Delete the least recently used entries until at most `max_bytes` are left; return the deleted names.
 
         Args:
-            max_bytes: a number or text such as "10 GB"; by default what the store was opened with.
-            show_progress_bar: by default on a terminal where it takes longer than two seconds.
+            max_bytes: a number or text such as "10 GB"; by default the store's own limit.
+            show_progress_bar: by default a bar shows on a terminal if the call takes longer than two seconds.
 
         Raises:
-            ValueError: there is neither.
+            ValueError: neither limit is given.
             OSError: the folder cannot be written to.
 
         """
@@ -219,10 +219,10 @@ class DiskStore(Store):
         return deleted
 
     def rebuild(self, *, show_progress_bar: bool | None = None) -> None:
-        """Make the index anew from the files alone.
+        """Rebuild the index from the files alone.
 
         Args:
-            show_progress_bar: by default on a terminal where it takes longer than two seconds.
+            show_progress_bar: by default a bar shows on a terminal if the call takes longer than two seconds.
 
         """
         self._catalog.rebuild(show_progress_bar=show_progress_bar)
@@ -243,7 +243,7 @@ class DiskStore(Store):
             self._folder.report(self._folder.file(name), error)
             self.set_aside(name, str(error))
             return None
-        except (OSError, MemoryError) as error:  # this one entry: others may be sound
+        except (OSError, MemoryError) as error:  # other entries may be intact
             logger.warning("%s cannot be read (%s). It is computed again when needed.", self._folder.file(name), error)
             return None
         return entry

@@ -1,19 +1,19 @@
-"""One entry as one safetensors file, in which a flipped byte is noticed.
+"""One entry as one safetensors file, which detects a flipped byte.
 
     8 bytes      length of the header, little endian
     header       JSON: the tensors' dtypes, shapes and offsets, and under "__metadata__", all as strings:
                    "format"     the version of this format
                    "entry"      JSON: the `Header`
                    "checksums"  JSON: for each tensor the CRC-32 of each `CHUNK_BYTES` of its bytes
-                   "check"      CRC-32 of all the rest of this header
+                   "check"      CRC-32 of the rest of this header
     data         the tensors' bytes
 
-Any reader of safetensors can read it. Each tensor is read and checked by itself, so reading hidden states does not
-read keys and values.
+Any reader of safetensors can read the file. Each tensor is read and checked by itself, so reading hidden states does
+not read keys and values.
 
-A file is checked before memory is taken for it: its header against the schema (schema.py), and the size of the data in
-the header against the size of the file. Checksums find accidents. Whoever can write to the folder can write
-right checksums, too, so they show nothing else.
+A file is checked before memory is allocated for it: its header against the schema (schema.py), and the size of the data
+in the header against the size of the file. Checksums detect accidents only: a person who can write to the folder can
+write matching checksums, too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FORMAT = 1
 CHUNK_BYTES = 1 << 20
 
 MAX_HEADER_BYTES = 32 << 20
-"""Room for millions of tokens. A header is read and parsed as a whole."""
+"""Enough for millions of tokens. A header is read and parsed as a whole."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -53,7 +53,7 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _MAX_LENGTH = 1 << 48
-"""Of an axis and of a file, so that products of them stay small numbers."""
+"""The limit for the length of an axis and of a file, so that their products stay small numbers."""
 
 _FIELDS = {field.name for field in fields(Header)}
 _NEEDED_FIELDS = {
@@ -63,7 +63,7 @@ _NEEDED_FIELDS = {
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor's bytes lie in a file, and what they are."""
+    """The place of a tensor's bytes in a file, and their dtype, shape and checksums."""
 
     spec: TensorSpec
     start: int
@@ -72,18 +72,18 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What a file's header says, checked."""
+    """The checked contents of a file's header."""
 
     header: Header
     places: Mapping[str, _Place]
 
 
 def to_pieces(entry: Entry) -> list[memoryview]:
-    """Return the file's content: its header, then each tensor's bytes, which are not copied where they can be used.
+    """Return the file's content: its header, then each tensor's bytes, without a copy where possible.
 
     Raises:
-        DamagedEntryError: it is no entry that could be read again.
-        EntryTooLargeError: its header does not fit a file.
+        DamagedEntryError: the entry could not be read again.
+        EntryTooLargeError: the header does not fit a file.
 
     """
     check_header(entry.header)
@@ -108,19 +108,19 @@ def to_pieces(entry: Entry) -> list[memoryview]:
         offset += len(piece)
     table["__metadata__"]["check"] = str(_check_of(table))
     described = json.dumps(table).encode()
-    described += b" " * (-len(described) % 8)  # safetensors aligns the data so
+    described += b" " * (-len(described) % 8)  # safetensors aligns the data in this way
     if len(described) > MAX_HEADER_BYTES:
         raise EntryTooLargeError(f"The header of {len(entry.header.token_ids):,} tokens does not fit a file.")
     return [memoryview(len(described).to_bytes(8, "little") + described), *pieces]
 
 
 def read_header(path: Path) -> Header:
-    """Return what the entry stands for.
+    """Return the header of the entry in a file.
 
     Raises:
-        OSError: the file cannot be read, or is not there.
-        DamagedEntryError: it is no whole entry, as far as its header tells.
-        StoreVersionError: another version of backprompt wrote it.
+        OSError: the file cannot be read, or is missing.
+        DamagedEntryError: the file is not a whole entry, as far as its header tells.
+        StoreVersionError: another version of backprompt wrote the file.
 
     """
     with _opened(path) as file:
@@ -128,12 +128,12 @@ def read_header(path: Path) -> Header:
 
 
 def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
-    """Return the entry with these tensors, all by default, after comparing every byte read with its checksum.
+    """Return the entry with these tensors, by default all, after comparing every byte read with its checksum.
 
-    Large tensors are read and checked side by side: most of the time goes into finding memory for them.
+    Large tensors are read and checked in parallel: most of the time goes into allocating their memory.
 
     Raises:
-        MemoryError: there is no room for its tensors, which the file is large enough for.
+        MemoryError: memory is too small for the entry's tensors; the file has all of their bytes.
         OSError, DamagedEntryError, StoreVersionError: see `read_header`.
 
     """
@@ -151,7 +151,7 @@ def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open a file to read it; one that others would have to write to first, a pipe or a device, is refused at once."""
+    """Open a file for reading; pipes and devices, which wait for a writer, are refused at once."""
     try:
         file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
     except IsADirectoryError as error:
@@ -169,7 +169,7 @@ def _open_at_once(path: str, flags: int) -> int:
 def _read_tensor(path: Path, name: str, place: _Place) -> Tensor:
     try:
         tensor = torch.empty(place.spec.shape, dtype=place.spec.dtype)
-    except RuntimeError as error:  # torch's own kind of a MemoryError
+    except RuntimeError as error:  # torch's form of a MemoryError
         raise MemoryError(f"no room for {place.spec.num_bytes:,} bytes of tensor {name!r}") from error
     data = _bytes_of(tensor)
     with _opened(path) as file:
@@ -181,7 +181,7 @@ def _read_tensor(path: Path, name: str, place: _Place) -> Tensor:
 
 
 def _read_into(file: BinaryIO, data: memoryview, complaint: str) -> None:
-    """Fill `data`; what the file lacks is damage."""
+    """Fill `data`; a file that is too short is damaged."""
     num_read = 0
     while num_read < len(data) and (num_more := file.readinto(data[num_read:])):  # type: ignore[attr-defined]
         num_read += num_more
@@ -190,7 +190,7 @@ def _read_into(file: BinaryIO, data: memoryview, complaint: str) -> None:
 
 
 def _read_contents(file: BinaryIO) -> _Contents:
-    """Return what the file's header says; nothing of the data is read."""
+    """Return the contents of the file's header, without reading the data."""
     num_bytes = os.fstat(file.fileno()).st_size
     if not 10 <= num_bytes <= _MAX_LENGTH:
         raise DamagedEntryError(f"it cannot be {num_bytes} bytes long")
@@ -210,9 +210,9 @@ def _read_contents(file: BinaryIO) -> _Contents:
 
 
 def _checked_metadata(table: dict[str, Any]) -> dict[str, str]:
-    """Take the metadata out of a header, and return it after comparing the header with its checksum.
+    """Remove the metadata from a header, and return them after comparing the header with its checksum.
 
-    Another version's header is not looked at any further: what it is made of is not known here.
+    The header of another version is not checked further: its contents are unknown here.
     """
     metadata = table.get("__metadata__")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -246,7 +246,7 @@ def _header_of(described: dict[str, Any]) -> Header:
 
 
 def _places_of(table: dict[str, Any], checksums: dict[str, Any], data_start: int, num_bytes: int) -> dict[str, _Place]:
-    """Return where each tensor lies; together they are all of the file's data, and do not overlap."""
+    """Return the place of each tensor; together they cover all of the file's data without overlap."""
     if checksums.keys() != table.keys():
         raise DamagedEntryError("its checksums are those of other tensors")
     places, starts = {}, []
@@ -291,7 +291,7 @@ def _are_lengths(numbers: object, fewest: int, most: int) -> bool:
 
 
 def _object(encoded: str | bytearray) -> dict[str, Any]:
-    """Return the JSON object, in which each name stands once and each number is one."""
+    """Return the JSON object; duplicate names and constants such as NaN are refused."""
     try:
         decoded = json.loads(encoded, object_pairs_hook=_without_duplicates, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -324,5 +324,5 @@ def _checksums(data: memoryview) -> list[int]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor where they lie: writing to them changes it."""
+    """Return the bytes of a contiguous tensor in place: writing to them changes the tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers

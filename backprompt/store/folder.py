@@ -1,4 +1,4 @@
-"""The folder of a store: its files, each written as a whole or not at all; damaged ones are moved out of the way."""
+"""The folder of a store: its files, each written as a whole or not at all; damaged files are moved aside."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from backprompt.store.schema import is_name
 
 logger = logging.getLogger(__name__)
 
-_WRITING = "tmp"  # what names of files in the folder of that name begin with
+_WRITING = "tmp"  # the prefix of file names in the folder `writing`
 _ABANDONED_SECONDS = 24 * 3600
 
 
 class Folder:
-    """A store's folder, made if it is not there.
+    """A store's folder, created if missing.
 
     Args:
-        path: as `check_folder` returns it.
+        path: the result of `check_folder`.
 
     Attributes:
-        is_writable: whether files can be written to it; else it is only read.
+        is_writable: whether files can be written to the folder; else it is only read.
 
     """
 
@@ -40,23 +40,23 @@ class Folder:
         self.is_writable = self._make_folders()
 
     def file(self, name: str) -> Path:
-        """Return where the entry of this name lies."""
+        """Return the path of the entry of this name."""
         return self.path / "entries" / name[:2] / f"{name}.safetensors"
 
     def files(self) -> Iterator[Path]:
-        """Yield what lies where an entry should; what else is in the folders is not ours, nor where links lead to."""
+        """Yield the files in the places of entries; other files in the folders, and targets of links, are not ours."""
         with os.scandir(self.path / "entries") as found:
             folders = sorted(folder.path for folder in found if folder.is_dir(follow_symlinks=False))
         for folder in map(Path, folders):
             try:
                 files = sorted(folder.glob("*.safetensors"))
-            except OSError as error:  # this one folder: others may be sound
+            except OSError as error:  # other folders may be intact
                 logger.warning("%s cannot be read: %s", folder, error)
                 continue
             yield from (file for file in files if is_name(file.stem) and self.file(file.stem) == file)
 
     def described(self) -> Iterator[tuple[Header, int, float]]:
-        """Yield what the index is made of: for each file its header, its bytes, and when it was written."""
+        """Yield the data of the index: for each file its header, its bytes, and the time of its last change."""
         files = list(self.files())
         with progress_bar(len(files), "indexing", "entries", is_long=len(files) > 1) as bar:
             for file in files:
@@ -68,7 +68,7 @@ class Folder:
                 bar.update()
 
     def header(self, file: Path) -> Header | None:
-        """Return an entry's header; None where it cannot be had, after saying why. A damaged file is moved aside."""
+        """Return an entry's header, or None after logging the reason. A damaged file is moved aside."""
         try:
             header = read_header(file)
             if header.name != file.stem:
@@ -82,13 +82,13 @@ class Folder:
         except StoreVersionError as error:
             logger.warning("%s: %s", file, error)
             return None
-        except (OSError, MemoryError) as error:  # this one file: others may be sound
+        except (OSError, MemoryError) as error:  # other files may be intact
             logger.warning("%s cannot be read: %s", file, error)
             return None
         return header
 
     def write(self, final: Path, pieces: Sequence[memoryview]) -> None:
-        """Write a file beside, sync it, and rename it to its name."""
+        """Write a temporary file, sync it, and rename it to its final name."""
         with suppress(FileExistsError):
             final.parent.mkdir(mode=0o700)
             _sync_folder(final.parent.parent)
@@ -106,31 +106,31 @@ class Folder:
         _sync_folder(final.parent)
 
     def check_writable(self) -> None:
-        """Raise OSError for a folder that is only read."""
+        """Raise OSError if the folder is only read."""
         if not self.is_writable:
             raise explained(
                 OSError(errno.EACCES, "the folder cannot be written to"), "The store is only read", self.path
             )
 
     def report(self, file: Path, error: DamagedEntryError) -> None:
-        """Warn of a damaged file."""
+        """Warn about a damaged file."""
         logger.warning("%s is damaged: %s. It is set aside and computed again when needed.", file, error)
 
     def move_aside(self, file: Path) -> None:
-        """Move a damaged file out of the way, if that can be done."""
+        """Move a damaged file aside, if possible."""
         if not self.is_writable:
             return
         folder = self.path / "damaged"
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             os.replace(file, folder / file.name)
-        except FileNotFoundError:  # another thread or process was faster
+        except FileNotFoundError:  # another thread or process moved it first
             logger.debug("%s was gone before it could be set aside.", file)
         except OSError as error:
             logger.warning("%s cannot be set aside: %s", file, error)
 
     def _make_folders(self) -> bool:
-        """Make what is missing; return whether the folder can be written to."""
+        """Create missing folders; return whether the folder can be written to."""
         folders = [self.path / name for name in FOLDERS]
         try:
             with explaining("The folder of a store cannot be made", self.path):
@@ -143,25 +143,25 @@ class Folder:
         if not all(os.access(folder, os.R_OK | os.W_OK | os.X_OK) for folder in (self.path, *folders)):
             return False
         for folder in folders:
-            if folder.is_symlink():  # files would be deleted and moved where it leads to
+            if folder.is_symlink():  # files would be deleted and moved at the link's target
                 raise explained(OSError(errno.ELOOP, "it is a link"), "This cannot be a store's own folder", folder)
         self._clear_away()
         return True
 
     def _clear_away(self) -> None:
-        """Delete the files that a process left that was killed while it wrote them."""
+        """Delete files left by processes that were killed during a write."""
         with os.scandir(self.path / "writing") as found:
             left = [file for file in found if file.name.startswith(_WRITING) and file.is_file(follow_symlinks=False)]
         for file in left:
             try:
                 if file.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
                     os.unlink(file.path)
-            except OSError as error:  # another process was faster, or it is somebody else's
+            except OSError as error:  # another process was faster, or the file has another owner
                 logger.debug("%s cannot be deleted: %s", file.path, error)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a loss of power, where the system can."""
+    """Make a rename in this folder survive a loss of power, if the system can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,13 +1,12 @@
-"""The index of a folder of entries: what is in their headers, in SQLite, for lookups.
+"""The index of a folder of entries: the data of their headers, in SQLite, for lookups.
 
-The index knows nothing that the files do not say, so a damaged one is made anew from them (disk.py). Damaged is all
-that is not an index as this version makes it: another schema, down to a trigger, a view or a column; an answer of
-another type; a question that takes longer than any index needs. An index of a newer version is not damaged: that
-version may be using it, so it is left alone, and asked nothing.
+The index contains only data of the files, so a damaged index is rebuilt from them (disk.py). An index counts as damaged
+if it differs from an index of this version: another schema, down to a trigger, a view or a column; an answer of another
+type; a query that takes longer than on any index. An index of a newer version is not damaged: that version may be using
+it, so it is left unchanged and not queried.
 
-A folder may come from anywhere, so its index is opened as one that may be hostile: no code of its schema is trusted,
-the work that it can make SQLite do is bounded, and its schema is compared before anything else is asked. Only a regular
-file is opened.
+A folder may come from anywhere, so its index is opened as possibly hostile: no code of its schema is trusted, the work
+of SQLite on it is bounded, and its schema is compared before any other query. Only a regular file is opened.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from backprompt.store.schema import MAX_NAME_LENGTH, is_name
 from backprompt.visible import abbreviated
 
 SUFFIXES = ("", "-wal", "-shm", "-journal")
-"""Of the files that SQLite makes of one database."""
+"""The suffixes of the files that SQLite makes for one database."""
 
 _SCHEMA_VERSION = 3
 _SCHEMA = """
@@ -47,7 +46,7 @@ CREATE INDEX IF NOT EXISTS by_behind ON needs (behind);
 CREATE INDEX IF NOT EXISTS by_start ON entries (start, token_ids);
 CREATE INDEX IF NOT EXISTS by_use ON entries (last_used, position);
 """
-"""Compared to the letter: to change it is to change the version."""
+"""Schemas are compared exactly, so each change of this text needs a new version."""
 
 _NAME = f"CASE WHEN length(name) <= {MAX_NAME_LENGTH} THEN name END"
 _TOKEN_IDS = "CASE WHEN length(token_ids) <= :max_bytes THEN substr(token_ids, 1, length(:asked)) END"
@@ -56,7 +55,7 @@ _NEIGHBOURS = (
     "ORDER BY token_ids DESC LIMIT 1",
     f"SELECT {_NAME}, {_TOKEN_IDS} FROM entries WHERE start = :start AND token_ids > :asked ORDER BY token_ids LIMIT 1",
 )
-"""In the order of token ids, what has the longest common beginning with a sequence stands right before or after it."""
+"""In the order of token ids, the entry with the longest common prefix is next to the given sequence."""
 
 _NAMES_BY_TEXT = f"SELECT {_NAME} FROM entries WHERE substr(text, 1, ?) = ? ORDER BY text"
 TOTALS = """
@@ -68,31 +67,31 @@ WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end)
 AND NOT EXISTS (SELECT 1 FROM needs WHERE needs.behind = entry.name)
 ORDER BY last_used, position DESC LIMIT 100
 """
-"""What nothing else begins behind, or in its middle: an entry is of no use without what stands before it."""
+"""Entries that no other entry starts behind, or within: an entry is useless without the entries before it."""
 
 MAX_VALUE_BYTES = 128 << 20
-"""Of a row: room for all of an entry's header (file.py) twice over."""
+"""The size limit of a row: twice the largest header of an entry (file.py)."""
 
 _LOCK_SECONDS = 30.0
 _LOOKUP_SECONDS = 10.0
 SCAN_SECONDS = 60.0
-"""Of this thread's time on a processor, not of waiting: many times what a lookup, or a walk through all rows, takes."""
+"""Limits of this thread's processor time, without waiting: many times that of a lookup, or a walk through all rows."""
 
 _STEPS_A_CHECK = 100_000
-"""Instructions of SQLite's between two looks at the clock: some milliseconds."""
+"""The number of SQLite instructions between two looks at the clock: some milliseconds."""
 
 
 class DamagedIndexError(Exception):
-    """The index is not one that this version makes, or answers nonsense. The error never leaves a store."""
+    """The index differs from an index of this version, or gives invalid answers. The error never leaves a store."""
 
 
 class NewerIndexError(Exception):
-    """A newer version of backprompt made the index. It never leaves a store."""
+    """A newer version of backprompt made the index. The error never leaves a store."""
 
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds; `largest_error` is that of storing in fewer bits (`Header.error`), 0 where nothing is."""
+    """The contents of a store; `largest_error` is that of reduced precision (`Header.error`), or 0."""
 
     num_entries: int
     num_tokens: int
@@ -101,40 +100,40 @@ class StoreStats:
 
 
 class Index:
-    """Questions to one index, one at a time: whoever has it holds a lock around each.
+    """Queries to one index, one at a time: the owner of the index holds a lock around each.
 
-    Every method raises DamagedIndexError where the index is damaged, and OSError where it cannot be used now.
+    Every method raises DamagedIndexError if the index is damaged, and OSError if it cannot be used now.
 
     Attributes:
-        is_finished: whether it was made of all files.
+        is_finished: whether the index was built from all files.
 
     """
 
     def __init__(self, connection: sqlite3.Connection, file: Path | None) -> None:
         self._connection = connection
         self._file = file
-        self._until = math.inf  # of this thread's time
+        self._until = math.inf  # in this thread's processor time
         self.is_finished = True
         connection.set_progress_handler(self._is_late, _STEPS_A_CHECK)
         _harden(connection)
 
     @classmethod
     def open(cls, file: Path) -> Index:
-        """Open an index to read and to write it, made if it is not there.
+        """Open an index for reading and writing, created if missing.
 
         Raises:
-            NewerIndexError: a newer version of backprompt made it.
+            NewerIndexError: a newer version of backprompt made the index.
 
         """
         _check_kind_of(file)
         with suppress(FileExistsError), explaining("The index of a store cannot be made", file):
-            # sqlite's own files take this one's permissions. Not opened where it exists: closing it lets go of locks.
+            # SQLite's own files get these permissions. An existing file stays unopened: closing it would release locks.
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         return cls._connected(str(file), file, is_uri=False, prepare=cls._prepare)
 
     @classmethod
     def open_to_read(cls, file: Path) -> Index | None:
-        """Open an index whose folder cannot be written to; None where it is not there, or not all of it can be read."""
+        """Open an index whose folder cannot be written to; None if it is missing or cannot be read completely."""
         log = Path(f"{file}-wal")
         try:
             _check_kind_of(file)
@@ -165,7 +164,7 @@ class Index:
         return index
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Look at the two neighbours of these ids; see `Store.longest`."""
+        """Compare the two neighbours of these ids; see `Store.longest`."""
         asked = _packed(token_ids)
         given = {"start": start, "asked": asked, "max_bytes": MAX_VALUE_BYTES}
         with self._transaction():
@@ -181,7 +180,7 @@ class Index:
         return [_checked_name(name) for (name,) in rows]
 
     def totals(self) -> StoreStats:
-        """Return how much is stored."""
+        """Return the numbers of stored entries, tokens and bytes, and the largest error."""
         with self._transaction():
             ((num_entries, num_tokens, num_bytes, error),) = self._ask(TOTALS, (), SCAN_SECONDS)
         return StoreStats(
@@ -192,58 +191,58 @@ class Index:
         )
 
     def least_valuable(self) -> list[tuple[str, int]]:
-        """Return names and bytes of entries that may go, those first that were not used for longest."""
+        """Return names and bytes of entries that may be deleted, the least recently used first."""
         with self._transaction():
             rows = self._ask(_LEAST_VALUABLE, (), SCAN_SECONDS)
         return [(_checked_name(name), _checked_number(num_bytes, least=1)) for name, num_bytes in rows]
 
     def rebuild(self, described: Iterable[tuple[Header, int, float]]) -> None:
-        """Forget all, and insert these headers, with the bytes and the time of last use of each."""
+        """Delete all rows, and insert these headers, each with its bytes and the time of its last use."""
         with self._transaction():
-            for table in ("entries", "needs"):  # with a condition, row by row, which can be broken off
+            for table in ("entries", "needs"):  # with a condition, row by row, so that the time limit applies
                 self._ask(f"DELETE FROM {table} WHERE true", (), SCAN_SECONDS)
             for header, num_bytes, last_used in described:
                 self._insert(header, num_bytes, last_used)
-            # Only now: one that was cut off is made again.
+            # Set last: an interrupted index is built again.
             self._ask(f"PRAGMA user_version = {_SCHEMA_VERSION}")
         self.is_finished = True
 
     def insert(self, header: Header, num_bytes: int, last_used: float) -> None:
-        """Note an entry."""
+        """Add an entry."""
         with self._transaction():
             self._insert(header, num_bytes, last_used)
 
     def forget(self, name: str) -> None:
-        """Take a name out, if it is there."""
+        """Remove a name, if it exists."""
         with self._transaction():
             self._ask("DELETE FROM entries WHERE name = ?", (name,))
             self._ask("DELETE FROM needs WHERE name = ?", (name,))
 
     def note_uses(self, uses: Iterable[tuple[str, float]]) -> None:
-        """Note when entries were used."""
+        """Record the times of uses of entries."""
         with self._transaction():
             for name, used in uses:
                 self._ask("UPDATE entries SET last_used = ? WHERE name = ?", (used, name))
 
     def close(self) -> None:
-        """Close it; a second call does nothing."""
+        """Close the index; a second call does nothing."""
         self._connection.close()
 
     def _insert(self, header: Header, num_bytes: int, last_used: float) -> None:
         place = (header.name, header.start, header.end, _packed(header.token_ids), header.position)
-        text = header.text.encode(errors="replace").decode()  # half of a UTF-16 pair is no text for SQLite
+        text = header.text.encode(errors="replace").decode()  # SQLite refuses half of a UTF-16 pair
         values = (*place, len(header.token_ids), num_bytes, text, header.error, last_used)
         self._ask("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
         for behind in header.behind:
             self._ask("INSERT OR IGNORE INTO needs VALUES (?, ?)", (header.name, behind))
 
     def _prepare(self) -> None:
-        """Compare the schema with ours, or make it where there is none."""
+        """Compare the schema with ours, or create it if there is none."""
         with _translated(self._file):
             version, schema = self._version(), self._schema()
             if not schema and version == 0:
                 _patiently(lambda: self._ask("PRAGMA journal_mode = WAL"))
-                # All at once: another process must not see a part of it.
+                # All at once: other processes must not see a part of it.
                 _patiently(lambda: self._connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;"))
             else:
                 self._check(version, schema)
@@ -269,7 +268,7 @@ class Index:
         return _checked_number(version)
 
     def _schema(self) -> list[tuple[Any, ...]]:
-        # Its own length is bounded by what SQLite accepts as a statement (_harden).
+        # The length of the SQL is bounded by the limit of SQLite for a statement (_harden).
         return self._ask("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name LIMIT 100")
 
     def _ask(
@@ -279,7 +278,7 @@ class Index:
         self._until = time.thread_time() + seconds
         try:
             return self._connection.execute(statement, given).fetchall()
-        except UnicodeDecodeError as error:  # a message of SQLite's that quotes bytes of the file
+        except UnicodeDecodeError as error:  # a message of SQLite that quotes bytes of the file
             raise DamagedIndexError(str(error)) from error
         finally:
             self._until = math.inf
@@ -303,7 +302,7 @@ def _own_schema() -> list[tuple[Any, ...]]:
 
 
 def _harden(connection: sqlite3.Connection) -> None:
-    """Bound what a hostile file can make SQLite do, as far as this version of Python can."""
+    """Bound the work that a hostile file can cause in SQLite, as far as this version of Python can."""
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     if sys.version_info >= (3, 11):
@@ -323,7 +322,7 @@ def _harden(connection: sqlite3.Connection) -> None:
 
 
 def _check_kind_of(file: Path) -> None:
-    """Raise where one of the database's files is a folder, a link, a pipe or the like; nothing is opened."""
+    """Raise if a file of the database is a folder, a link, a pipe or the like, without opening it."""
     for suffix in SUFFIXES:
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(os.lstat(f"{file}{suffix}").st_mode):
@@ -332,10 +331,10 @@ def _check_kind_of(file: Path) -> None:
 
 @contextmanager
 def _translated(file: Path | None) -> Iterator[None]:
-    """Let errors of SQLite say whether the index is damaged or cannot be used."""
+    """Translate errors of SQLite: the index is damaged, or cannot be used now."""
     try:
         yield
-    except sqlite3.ProgrammingError:  # the question is wrong, which says nothing of the index
+    except sqlite3.ProgrammingError:  # the query is wrong, whatever the index is
         raise
     except sqlite3.Error as error:
         number, advice = _why_unavailable(error)
@@ -346,7 +345,7 @@ def _translated(file: Path | None) -> Iterator[None]:
 
 
 def _why_unavailable(error: Exception) -> tuple[int | None, str]:
-    """Return an error number and what to do where the index may be sound, but cannot be used now; else None."""
+    """Return an error number and advice if the index may be sound, but cannot be used now; else None."""
     if isinstance(error, sqlite3.OperationalError):
         for word, number, advice in _UNAVAILABLE:
             if word in str(error):
@@ -365,7 +364,7 @@ _UNAVAILABLE = (
 
 
 def _patiently(attempt: Callable[[], object]) -> None:
-    """Try until another process lets go of the database: changing its mode does not wait for locks by itself."""
+    """Retry until other processes release the database: changing its mode does not wait for locks by itself."""
     until = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -397,7 +396,7 @@ def _checked_error(error: object) -> float:
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:
-    """Return bytes whose order is that of the ids: big-endian, 8 bytes each."""
+    """Return bytes in the order of the ids: big-endian, 8 bytes each."""
     return struct.pack(f">{len(token_ids)}Q", *token_ids)
 
 

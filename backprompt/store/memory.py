@@ -1,4 +1,4 @@
-"""The simplest store: a dict. It shows what the contract means, and serves tests."""
+"""The simplest store: a dict. It illustrates the contract, and serves tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MemoryStore(Store):
         watch_store(self._lock)
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
-        """Return copies, so that the caller cannot change what is stored."""
+        """Return copies, so that the caller cannot change stored data."""
         check_name(name)
         entry = self._entries.get(name)
         return None if entry is None else _copy(entry, tensors)
@@ -43,18 +43,18 @@ class MemoryStore(Store):
             self._entries.setdefault(entry.header.name, copied)
 
     def contains(self, name: str) -> bool:
-        """Return whether there is such an entry."""
+        """Return whether the entry exists."""
         check_name(name)
         return name in self._entries
 
     def delete(self, name: str) -> None:
-        """Remove the entry, if there is one."""
+        """Remove the entry, if it exists."""
         check_name(name)
         with self._lock:
             self._entries.pop(name, None)
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Compare with all that starts here."""
+        """Compare all entries that start here; see `Store.longest`."""
         start, ids = as_string(start, "start"), as_token_ids(token_ids)
         here = (header for header in self.list() if header.start == start)
         matches = [Match(header.name, num_common(header.token_ids, ids)) for header in here]
@@ -62,7 +62,7 @@ class MemoryStore(Store):
         return best if best is not None and best.num_tokens else None
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
-        """Return the headers of what is there now."""
+        """Return the headers of the entries that exist now."""
         prefix = as_string(text_prefix, "text_prefix")
         with self._lock:
             headers = [entry.header for entry in self._entries.values()]

@@ -1,4 +1,4 @@
-"""The folder of a store: where it may be, and what an error of the system means there."""
+"""The folder of a store: its allowed places, and explanations of system errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 INDEX = "index.sqlite"
 FOLDERS = ("entries", "damaged", "writing")
-"""A store's own. The first one tells a store from other folders."""
+"""The folders of a store. The first one distinguishes a store from other folders."""
 
 _ANOTHER_FOLDER = "Name a folder that is a store's, that is empty, or that can be made, such as prompts.bp"
 _MORE_SPACE = "Free some space, or choose another disk"
@@ -32,11 +32,11 @@ _ADVICE = {
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a folder that is a store or may become one; makes nothing.
+    """Return the absolute path of a folder that is a store or may become one, without creating it.
 
     Raises:
-        OSError: it is a file, stands below one, has other content, cannot be looked into, or cannot be made.
-        TypeError: it is no path.
+        OSError: the path is a file, lies below a file, has other content, cannot be read, or cannot be created.
+        TypeError: the value is not a path.
 
     """
     given = os.fspath(path)
@@ -67,7 +67,7 @@ def _check_can_be_made(folder: Path) -> None:
 
 @contextmanager
 def explaining(what: str, path: str | Path) -> Iterator[None]:
-    """Let an error of the system say what cannot be done, with which path, and what to do instead."""
+    """Add to a system error the failed action, the path, and advice."""
     try:
         yield
     except OSError as error:
@@ -75,7 +75,7 @@ def explaining(what: str, path: str | Path) -> Iterator[None]:
 
 
 def explained(error: OSError, what: str, path: str | Path) -> OSError:
-    """Return an error of the same kind that says so."""
+    """Return an error of the same kind with the failed action, the path, and advice."""
     number = error.errno or errno.EIO
     advice = _ADVICE.get(number, "See whether the folder is there, and yours")
     return OSError(number, f"{what}: {str(error.strerror or error).rstrip('.')}. {advice}", str(path))

@@ -1,8 +1,8 @@
-"""Storing fewer bits than were computed, on request, with the error that it costs measured.
+"""Storage at reduced precision, on request, with a measured error.
 
 "float16" stores keys, values and hidden states as float16. "int8" stores keys and values as int8 with a scale for each
-token and head, `x ~ scale * q` with `scale = max|x| / 127`, so that a row's bytes do not depend on where an entry was
-cut; hidden states, which logits are read off and which are small, go as float16. Log-probabilities stay as they are.
+token and head, `x ~ scale * q` with `scale = max|x| / 127`, so a row's bytes do not depend on where an entry was cut;
+hidden states, which are small and determine logits, are stored as float16. Log-probabilities are stored unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ StoredDtype: TypeAlias = Literal["float16", "int8"]
 STORED_DTYPES: tuple[StoredDtype, ...] = ("float16", "int8")
 
 SCALE = ".scale"
-"""What the name of a tensor of scales ends in, behind the name of the tensor that they belong to."""
+"""The suffix of the name of a tensor of scales, behind the name of the scaled tensor."""
 
 COMPUTED_DTYPES = {
     "float64": torch.float64,
@@ -28,17 +28,17 @@ COMPUTED_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-"""What keys, values and hidden states are computed in, by name."""
+"""The dtypes in which keys, values and hidden states are computed, by name."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What is stored in place of some tensors.
+    """The stored form of some tensors.
 
     Attributes:
-        tensors: by name; the scales of "keys.0" are "keys.0.scale".
-        dtypes: what "keys", "values" and "hidden" were, such as "float32".
-        error: the largest of the tensors' relative errors, `|decoded - given| / |given|` in the Euclidean norm.
+        tensors: the tensors by name; the scales of "keys.0" are "keys.0.scale".
+        dtypes: the original dtypes of "keys", "values" and "hidden", such as "float32".
+        error: the largest relative error of a tensor, `|decoded - given| / |given|` in the Euclidean norm.
 
     """
 
@@ -48,7 +48,7 @@ class Encoded:
 
 
 def encode(tensors: Mapping[str, Tensor], dtype: StoredDtype) -> Encoded:
-    """Return the tensors in fewer bits; one whose numbers are too large for them stays as it is."""
+    """Return the tensors at reduced precision; a tensor whose numbers are too large for it stays unchanged."""
     encoded = Encoded({}, {}, 0.0)
     error = 0.0
     for name, tensor in tensors.items():
@@ -65,7 +65,7 @@ def encode(tensors: Mapping[str, Tensor], dtype: StoredDtype) -> Encoded:
 
 
 def decode(tensors: Mapping[str, Tensor], name: str, dtypes: Mapping[str, str]) -> Tensor:
-    """Return the tensor that was encoded under this name, or, if it was not, the one that has it."""
+    """Return the decoded tensor of this name; a tensor that was not encoded is returned as stored."""
     kind = kind_of(name)
     scale, stored = tensors.get(name + SCALE), tensors[name]
     if kind not in dtypes:
@@ -74,7 +74,7 @@ def decode(tensors: Mapping[str, Tensor], name: str, dtypes: Mapping[str, str]) 
 
 
 def parts_of(name: str) -> tuple[str, str]:
-    """Return the names of the tensors that decoding this one may need."""
+    """Return the names of the tensors that decoding the tensor `name` may need."""
     return name, name + SCALE
 
 
@@ -82,7 +82,7 @@ def check_stored_dtype(dtype: StoredDtype | None) -> StoredDtype | None:
     """Return `dtype`.
 
     Raises:
-        ValueError: it is neither None nor one of `STORED_DTYPES`.
+        ValueError: `dtype` is neither None nor one of `STORED_DTYPES`.
 
     """
     if dtype is not None and dtype not in STORED_DTYPES:
@@ -96,7 +96,7 @@ def _in_fewer_bits(name: str, tensor: Tensor, dtype: StoredDtype) -> dict[str, T
         return {name: tensor.half()}
     scale = tensor.float().abs().amax(dim=-1, keepdim=True) / 127  # (kv_heads, tokens, 1)
     quotient = tensor.float() / scale.where(scale > 0, 1)
-    # A scale too small for a normal number is inexact enough for a quotient beyond 127.
+    # A scale below the normal numbers is so inexact that a quotient may exceed 127.
     return {name: quotient.round().clamp(-127, 127).to(torch.int8), name + SCALE: scale}
 
 

@@ -1,18 +1,18 @@
-"""What an entry is made of. Whoever reads one compares it with this before its data is read or used.
+"""The format of an entry. Readers compare an entry with this format before its data is read or used.
 
-Of an entry of T tokens these tensors are there, with the same number of layers for keys and for values, and no others:
+An entry of T tokens has these tensors, with the same number of layers for keys and for values, and no others:
 
     hidden                     (T, hidden)                  floating point
     logprobs                   (T,)                         float32 or float64
-    has_logprobs, is_argmax    (T,)                         bool; entries of before it was kept have no `is_argmax`
+    has_logprobs, is_argmax    (T,)                         bool; old entries lack `is_argmax`
     keys.0, keys.1, ...        (kv_heads, T, head_dim)      floating point
     values.0, values.1, ...    (kv_heads, T, value_dim)     floating point
 
-In a store of fewer bits (precision.py) floating-point tensors may be float16, and with "int8" those of keys and values
-int8, with the scales beside them: "keys.0.scale", (kv_heads, T, 1), float32.
+In a store of reduced precision (precision.py) floating-point tensors may be float16; with "int8", keys and values may
+be int8, each with its scales: "keys.0.scale", (kv_heads, T, 1), float32.
 
-Anything else is damage. An entry with the right shapes and wrong numbers cannot be told from a right one: a store is
-trusted as far as the permissions of its folder go.
+Anything else is damage. An entry with the right shapes and wrong numbers cannot be detected: a store is as
+trustworthy as the permissions of its folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from backprompt.store.precision import COMPUTED_DTYPES, SCALE, STORED_DTYPES
 from backprompt.visible import abbreviated
 
 MAX_NAME_LENGTH = 200
-"""Of an entry's name, so that it can be the name of a file."""
+"""The longest name of an entry, so that it can be a file name."""
 
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_LENGTH}}}")
 _WORDS = re.compile(r"[ -~]{1,200}")
@@ -51,25 +51,25 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
-        """Return those of a tensor."""
+        """Return the dtype and shape of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of such a tensor's data."""
+        """Bytes of the tensor's data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def is_name(name: object) -> bool:
-    """Return whether this can be the name of an entry."""
+    """Return whether the value can be the name of an entry."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def check_header(header: Header) -> None:
-    """Raise for a header that no entry has.
+    """Raise for a header that no entry can have.
 
     Raises:
-        DamagedEntryError: a field is not of its type, or not in the range that it may have.
+        DamagedEntryError: a field has a wrong type, or a value out of its range.
 
     """
     if not (is_name(header.start) and is_name(header.end) and is_name(header.name)):
@@ -98,13 +98,13 @@ def check_tensors(
     """Raise for tensors that an entry with this header cannot have.
 
     Args:
-        header: it was checked.
-        found: what is said to be there.
-        expected: what the model computes for so many tokens, of all tensors or of those that were asked for; by default
-            whatever some model may compute.
+        header: the header, already checked.
+        found: the dtypes and shapes in the entry.
+        expected: those that the model computes for these tokens, for all tensors or for the requested ones; by default
+            those that any model may compute.
 
     Raises:
-        DamagedEntryError: a tensor is missing, is one too many, or has another shape or dtype.
+        DamagedEntryError: a tensor is missing or superfluous, or has another shape or dtype.
 
     """
     scales = {name: spec for name, spec in found.items() if isinstance(name, str) and name.endswith(SCALE)}
@@ -120,7 +120,7 @@ def check_tensors(
 
 
 def _check_precision(header: Header) -> None:
-    """Raise where it is not clear how the tensors were stored."""
+    """Raise if the header does not determine how the tensors were stored."""
     if header.exactness != EXACT and header.exactness not in STORED_DTYPES:
         raise DamagedEntryError("its exactness is unknown")
     kinds = frozenset() if header.exactness == EXACT else IN_MODEL_DTYPE
@@ -134,10 +134,10 @@ def _strings(dtypes: Mapping[str, str]) -> set[str]:
 
 
 def _names_of_any_model(tensors: Mapping[str, TensorSpec]) -> frozenset[str]:
-    """Return what must be there with as many layers as there seem to be."""
+    """Return the names of the needed tensors, for the number of layers that the given names imply."""
     layers = [_LAYER.fullmatch(name) for name in tensors]
     num_layers = max((int(layer[2]) + 1 for layer in layers if layer is not None), default=1)
-    if num_layers > len(tensors):  # so that what is made here is no larger than what was read
+    if num_layers > len(tensors):  # bounds the size of the result by that of the input
         raise DamagedEntryError("it lacks layers")
     return STATE_TENSORS.union(*map(layer_names, range(num_layers)))
 
@@ -183,7 +183,7 @@ def _check_scale(header: Header, name: str, spec: TensorSpec, scale: TensorSpec 
 
 
 def _stored_dtype(header: Header, kind: str) -> torch.dtype | None:
-    """Return in what dtype such a tensor may be stored besides the one that it was computed in."""
+    """Return the dtype in which such a tensor may be stored besides its computed dtype."""
     if header.exactness == EXACT:
         return None
     return torch.int8 if header.exactness == "int8" and kind != "hidden" else torch.float16

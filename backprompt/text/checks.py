@@ -13,7 +13,7 @@ from backprompt.visible import abbreviated
 
 
 def as_texts(texts: Any, function: str) -> list[Text]:
-    """Return a text or several as a list; `function` takes them.
+    """Return one or several texts as a list; `function` names the caller in errors.
 
     Raises:
         TextTypeError: see `as_list`; or an element is not a `Text`.
@@ -29,11 +29,11 @@ def as_texts(texts: Any, function: str) -> list[Text]:
 
 
 def listed_texts(texts: Text | Iterable[Text], what: str) -> list[Text]:
-    """Return a text or several as a list; `what` takes them.
+    """Return one or several texts as a list; `what` names the caller in errors.
 
     Raises:
-        ValueError: there are none.
-        TextTypeError: it is a string, or nothing that one can go through.
+        ValueError: the list is empty.
+        TextTypeError: the value is a string, or not iterable.
 
     """
     listed = as_texts(texts, what)
@@ -43,10 +43,10 @@ def listed_texts(texts: Text | Iterable[Text], what: str) -> list[Text]:
 
 
 def as_text(given: object, name: str) -> Text:
-    """Return what is a `Text`; `name` says where it stands.
+    """Return the value if it is a `Text`; `name` names the value in errors.
 
     Raises:
-        TextTypeError: it is none.
+        TextTypeError: the value is not a `Text`.
 
     """
     if not isinstance(given, Text):
@@ -58,8 +58,8 @@ def engine_of(given: object, idx: int) -> Engine[Text]:
     """Return the engine of an element of `texts`.
 
     Raises:
-        TextTypeError: it is no `Text`.
-        UnboundTextError: it has no model.
+        TextTypeError: the element is not a `Text`.
+        UnboundTextError: the text has no model.
 
     """
     text = as_text(given, f"texts[{idx}]")

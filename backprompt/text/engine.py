@@ -1,9 +1,8 @@
-"""Engine: what a bound text may ask of its model, and how the node reaches the parts of the package that read it.
+"""Engine: the requests of a bound text to its model, and the node's access to the modules that depend on it.
 
-A `Text` knows no model, no generation and no drawing. A text that is bound to an engine asks the engine. A pair of a
-model and a tokenizer becomes an engine by a factory, and the functions behind `text.generate`, `text.draw` and the like
-stand outside the node; the package's root registers all of them here by name, and each is imported when it is first
-called.
+A `Text` knows no model, no generation and no drawing. A text that is bound to an engine asks the engine. A factory
+makes an engine of a model and a tokenizer. The functions behind `text.generate`, `text.draw` and the like lie outside
+the node. The package's root registers the factory and the functions here by name; each is imported on its first call.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ if TYPE_CHECKING:
 AnyText = TypeVar("AnyText", contravariant=True)
 
 FACTORY = "engine"
-"""The name under which the factory is registered that makes an engine of a model and a tokenizer."""
+"""The registered name of the factory that makes an engine of a model and a tokenizer."""
 
 
 class Representation(Protocol):
-    """A model's representation of one text; of an `LM`, a `ModelRepr`, whose documentation holds."""
+    """A model's representation of one text; for an `LM`, a `ModelRepr`, whose documentation applies."""
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the text has."""
+        """The number of tokens of the text."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -39,15 +38,15 @@ class Representation(Protocol):
 
     @property
     def key(self) -> str:
-        """The SHA-256, as hex, that names the representation by content."""
+        """SHA-256, as hex, that names the representation by content."""
 
     @property
     def stored_error(self) -> float:
-        """The largest relative error that a store in fewer bits left."""
+        """The largest relative error from storage at reduced precision."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that all of it takes."""
+        """Bytes of the whole representation."""
 
     @property
     def logits(self) -> Tensor:
@@ -69,17 +68,17 @@ class Representation(Protocol):
 
 
 class Pinned(Protocol):
-    """Holds a representation until it is released; of an `LM`, a `Pin`."""
+    """A hold on a representation, until release; for an `LM`, a `Pin`."""
 
     def __enter__(self) -> Pinned: ...
     def __exit__(self, *exception: object) -> None: ...
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the budget that the pin takes alone."""
+        """Bytes of the budget that only this pin takes."""
 
     def release(self) -> None:
-        """Let go."""
+        """Release the representation."""
 
 
 class TextStream(Iterator[str], Protocol):
@@ -93,7 +92,7 @@ class TextStream(Iterator[str], Protocol):
         """The prompt and the tokens added so far."""
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the stream."""
 
 
 class Shown(Protocol):
@@ -102,7 +101,7 @@ class Shown(Protocol):
     tokens: tuple[Any, ...]
 
     def ansi(self) -> str:
-        """Return the text with the escape sequences that terminals take for colours."""
+        """Return the text with terminal escape sequences for colours."""
 
     def plain(self) -> str:
         """Return the text with marks before improbable tokens."""
@@ -110,7 +109,7 @@ class Shown(Protocol):
 
 @runtime_checkable
 class Engine(Protocol[AnyText]):
-    """What a bound text may ask."""
+    """The requests of a bound text."""
 
     def string(self, text: AnyText) -> str:
         """Return the string of a text with segments of token ids."""
@@ -122,24 +121,24 @@ class Engine(Protocol[AnyText]):
         """Return the joins of a text that change tokens."""
 
     def representation(self, text: AnyText) -> Representation:
-        """Return the representation of a text, computed if it is not held."""
+        """Return the representation of a text, computing it if it is not held."""
 
     def evaluate(self, texts: Iterable[AnyText]) -> Sequence[Representation]:
-        """Compute the representations that are missing, all together."""
+        """Compute the missing representations, all together."""
 
     def pin(self, text: AnyText) -> Pinned:
-        """Evaluate a text and hold all of it until it is released."""
+        """Evaluate a text and hold its whole representation until release."""
 
     def save(self, text: AnyText) -> None:
         """Write the representation of a text to a store."""
 
 
 def as_engine(given: Any) -> Engine[Any]:
-    """Return an engine; of a `(model, tokenizer)` tuple the one that all such tuples share.
+    """Return an engine; for a `(model, tokenizer)` tuple, return the engine that all such tuples share.
 
     Raises:
-        TextTypeError: it is neither.
-        What the factory raises for the model and the tokenizer.
+        TextTypeError: the value is neither.
+        All errors that the factory raises for the model and the tokenizer.
 
     """
     engine: Engine[Any] = given
@@ -154,7 +153,7 @@ def as_engine(given: Any) -> Engine[Any]:
     )
 
 
-@lru_cache(maxsize=64)  # a protocol looks at all of its methods each time
+@lru_cache(maxsize=64)  # a check against a protocol looks at all of its methods
 def _is_engine(kind: type) -> bool:
     return issubclass(kind, Engine)
 
@@ -170,5 +169,5 @@ def register(name: str, find: Callable[[], Function]) -> None:
 
 
 def outside(name: str) -> Function:
-    """Return the registered function of this name, imported now if it was not."""
+    """Return the registered function of this name, imported on first use."""
     return _finders[name]()

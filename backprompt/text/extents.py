@@ -1,4 +1,4 @@
-"""Which tokens the segments of a text became, and what a join between two of them changed."""
+"""The tokens of each segment of a text, and the tokens that a join between two segments changed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Join:
-    """A place where two strings meet and the tokens around it depend on that.
+    """A place where two strings meet and change the tokens around it.
 
     Attributes:
         segment_idx: index of the segment that begins here, counting strings and runs of token ids in written order.
         left: the string of the run before the join.
-        right: the segment after it.
-        split_tokens: the ids around the join if both sides are encoded apart; the common ids at both ends left out. Of
-            a tokenizer that encodes no continuations, the ids of the left side only, from the first that changes on.
-        joined_tokens: the ids that take their place in the string of both.
+        right: the segment after the join.
+        split_tokens: the ids around the join if both sides are encoded apart; common ids at both ends are left out. For
+            a tokenizer that encodes no continuations, the ids of the left side only, from the first changed id on.
+        joined_tokens: the ids that replace them in the joined string.
 
     """
 
@@ -34,17 +34,17 @@ class Join:
 
 @dataclass(frozen=True)
 class Extent:
-    """Which tokens of a text a segment became. A token that spans a join belongs to the segment behind the join.
+    """The tokens of a segment of a text. A token that spans a join belongs to the segment behind the join.
 
     Attributes:
-        segment: a string or token ids; what stands in the branches of groups is segments of their own.
+        segment: a string or token ids; each segment inside the branches of a group has an extent of its own.
         start, stop: the first token and the one behind the last, counted in `text.tokens`. Special tokens belong to the
-            segment that they stand next to.
-        replaced: the ids from `start` on of what stands before this segment if it is encoded without it: those that the
-            join with this segment changed.
-        is_join_changed: whether its ids and those of what stands before it are others than those of both apart.
-        num_special: how many of its first tokens are special ones, of the text or branch that begins with it, or with
-            the group that begins with it.
+            segment next to them.
+        replaced: the ids that the join with this segment changed: from `start` on, the ids of the text before this
+            segment, encoded without the segment.
+        is_join_changed: whether the ids of this segment and the text before it differ from those of both apart.
+        num_special: the number of special tokens at the start of the segment; they belong to the text, branch or group
+            that begins with this segment.
 
     """
 

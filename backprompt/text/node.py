@@ -7,9 +7,9 @@ nothing.
     Text("a") + "b" + "c"          ((a b) c)
     Text("a") + (Text("b") + "c")  (a (b c))
 
-Both are one text: equality and hash look at the flattened segments and at the `LM`. The hash is kept incrementally,
-as a polynomial over the hashes of the segments, so it is associative and costs O(1) a `+`:
-`hash(x + y) = hash(x) * BASE ** segments(y) + hash(y)`. Walks use an explicit stack, so depth never matters.
+Both are the same text: equality and hash depend on the flattened segments and on the `LM`. The hash is kept
+incrementally, as a polynomial over the hashes of the segments, so the hash is associative and costs O(1) for each `+`:
+`hash(x + y) = hash(x) * BASE ** segments(y) + hash(y)`. Walks use an explicit stack, so any depth works.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _EAGER: ContextVar[bool] = ContextVar("backprompt_eager", default=False)
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Evaluate each text as it is built, for as long as the context lasts.
+    """Evaluate each text when it is built, while the context lasts.
 
-    Texts without a model and texts of zero tokens are left alone. The setting is a context variable: other threads
+    Texts without a model and texts of zero tokens are not evaluated. The setting is a context variable: other threads
     and tasks do not see it.
     """
     token = _EAGER.set(True)
@@ -54,7 +54,7 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def lazily() -> Iterator[None]:
-    """Evaluate nothing as it is built, whatever the caller asked for: for texts that the caller does not see."""
+    """Turn `eager` off while the context lasts: for building texts that the caller does not see."""
     token = _EAGER.set(False)
     try:
         yield
@@ -67,14 +67,14 @@ class Text:
 
     Args:
         string: the text. An empty string is allowed and adds nothing.
-        lm: the `LM` that evaluates it, or a `(model, tokenizer)` tuple. Without one, the text takes the `LM` of the
-            first text that it is joined with.
-        add_special_tokens: whether the text gets the special tokens that the tokenizer puts around a string, which an
-            `LM` may leave out for all texts. False is for a string that has them already, such as a rendered chat
-            template. The beginning of a text decides: this means nothing behind something else.
+        lm: the `LM` that evaluates the text, or a `(model, tokenizer)` tuple. Without `lm`, the text takes the `LM` of
+            the first text that it is joined with.
+        add_special_tokens: whether the text gets the special tokens that the tokenizer puts around a string; an `LM`
+            may leave them out for all texts. Pass False for a string that has them already, such as a rendered chat
+            template. The option takes effect only at the beginning of a joined text.
 
     Raises:
-        TextTypeError: `string` is not a `str`, or `add_special_tokens` no `bool`.
+        TextTypeError: `string` is not a `str`, or `add_special_tokens` is not a `bool`.
 
     """
 
@@ -114,8 +114,8 @@ class Text:
     def from_tokens(cls, token_ids: Iterable[int], lm: Engine[Text] | tuple[Any, Any]) -> Text:
         """Return a text of one segment made of token ids, which are never re-tokenized.
 
-        Such a segment is a hard boundary: what follows it is encoded as a continuation (no special tokens, no dummy
-        prefix space). Its string is what decoding adds to what stands before it.
+        Such a segment is a hard boundary: the text behind it is encoded as a continuation (no special tokens, no dummy
+        prefix space). Its string is the part that decoding it adds to the text before it.
 
         Raises:
             TextTypeError: an element is not an `int`.
@@ -152,10 +152,10 @@ class Text:
         return _concatenate(_as_text(other, "+"), self)
 
     def join(self, texts: Iterable[Text | str]) -> Text:
-        """Return the texts with this one between each two of them, as `str.join` does, also with a string's characters.
+        """Return the texts joined by this text, like `str.join`; a string in place of texts counts as its characters.
 
         Raises:
-            TextTypeError: an element is neither a `Text` nor a `str`, or there is no order, as in a set or a mapping.
+            TextTypeError: an element is neither a `Text` nor a `str`, or the elements have no order (set, mapping).
 
         """
         joined: Text | None = None
@@ -165,10 +165,10 @@ class Text:
         return Text("", self._lm) if joined is None else _concatenate(Text("", self._lm), joined)
 
     def __or__(self, other: Text | str) -> Text:
-        """Return a group of two: each sees what stands before the group, and what follows sees both.
+        """Return a group of two branches: each sees the text before the group; the text behind the group sees both.
 
         Python binds `+` before `|`: `context + a | b` is `(context + a) | b`. Write `context + (a | b)`. A group joined
-        with `|` is one larger group; empty branches are dropped, and a group of one is its branch.
+        with `|` becomes one larger group; empty branches are dropped, and a group of one branch becomes that branch.
         """
         return _in_parallel([self, _as_text(other, "|")], "shared")
 
@@ -176,10 +176,11 @@ class Text:
         return _in_parallel([_as_text(other, "|"), self], "shared")
 
     def frozen(self) -> Text:
-        """Return this text as a segment that sees nothing before it, as if it stood alone.
+        """Return this text as a segment that sees nothing before it, as if the segment stood alone.
 
-        It is encoded as a text of its own and starts at position 0; what follows sees it, and starts behind the largest
-        position seen. Its representation is that of the text alone, so it is reused wherever it stands.
+        The segment is encoded as a text of its own and starts at position 0. The text behind the segment sees it and
+        starts after the largest position seen. The representation equals that of the text alone, so it is reused
+        anywhere.
         """
         segments = self.segments
         if not segments or _is_frozen(segments):
@@ -196,21 +197,21 @@ class Text:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """From left to right: strings, tuples of token ids, and groups; empty ones left out."""
+        """The segments from left to right: strings, tuples of token ids, and groups; empty segments are left out."""
         if self._left is None:
             return (self._segment,) if self._segment else ()
         return tuple(self._walk_segments())
 
     @property
     def add_special_tokens(self) -> bool:
-        """Whether it gets the special tokens of the tokenizer, where the `LM` adds them; its beginning decides."""
+        """Whether the text gets the tokenizer's special tokens, if the `LM` adds them; its beginning decides."""
         return self._add_special_tokens
 
     @property
     def string(self) -> str:
         """The whole string, branches in written order.
 
-        A segment of token ids contributes what decoding it adds to what stands before it.
+        A segment of token ids contributes the part that decoding it adds to the text before it.
         """
         parts = list(leaves(self._walk_segments()))
         strings = [part for part in parts if isinstance(part, str)]
@@ -261,16 +262,16 @@ class Text:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The token ids that the model sees, special tokens included. Needs a tokenizer, not a forward pass."""
+        """The token ids that the model sees, including special tokens. Needs a tokenizer, not a forward pass."""
         return bound_engine(self, "token ids").tokens(self)
 
     def joins(self) -> list[Join]:
-        """Return every join whose tokens differ from those of its two sides encoded apart."""
+        """Return every join whose tokens differ from those of both sides encoded apart."""
         return bound_engine(self, "joins").joins(self)
 
     @property
     def model_repr(self) -> Representation:
-        """The model's representation of this text, a `ModelRepr`, computed now if it is not cached."""
+        """The model's representation of this text, a `ModelRepr`, computed on access if it is not cached."""
         return bound_engine(self, "a representation").representation(self)
 
     def __call__(self) -> Representation:
@@ -282,7 +283,7 @@ class Text:
         """Next-token logits, shape `(vocab,)`, in the model's dtype.
 
         Raises:
-            GroupError: the text ends in a group, so that it has no last token.
+            GroupError: the text ends in a group, so it has no last token.
 
         """
         return self.model_repr.logits
@@ -291,31 +292,30 @@ class Text:
     def token_logprobs(self) -> Tensor:
         """Log-probability of each token given those it sees, `(tokens,)`, nats.
 
-        In float64 for a model in float64, else in float32. nan for the first token, and for the first one behind a
+        In float64 for a model in float64, else in float32. nan for the first token, and for the first token behind a
         group; -inf for a token of probability 0.
         """
         return self.model_repr.token_logprobs
 
     def generate(self, **options: Any) -> Any:
-        r"""Let the model continue this text; see `backprompt.generate`, whose arguments these are.
+        r"""Let the model continue this text; takes the arguments of `backprompt.generate`.
 
             text.generate(max_new_tokens=32, stop="\n", temperature=0.7, seed=1)
 
         Returns:
-            A `GeneratedText`, or with `n` a list of them.
+            A `GeneratedText`, or a list of them if `n` is given.
 
         """
         return outside("generate")(self, **options)
 
     def select(self, options: Sequence[str], **scoring: Any) -> Any:
-        """Continue this text by the most probable of some strings.
+        """Continue this text with the most probable of several strings.
 
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
             answer.option, answer.probabilities
 
-        The probabilities are those of `classify.predict_proba(text, options)`, whose other options may be given, too:
-        `aggregate="sum"` weighs the probabilities of whole options, and not the mean over their tokens. Raises what
-        that raises.
+        The probabilities and errors are those of `classify.predict_proba(text, options)`, and its other options are
+        allowed, too: `aggregate="sum"` uses the probability of each whole option, not the mean over its tokens.
 
         Returns:
             A `SelectedText`.
@@ -332,13 +332,14 @@ class Text:
         seed: int | None = None,
         **generation_config: Any,
     ) -> TextStream:
-        """Return a `Stream`, an iterator over the strings that the model adds, each as it is decided.
+        """Return a `Stream`, an iterator over the strings that the model adds, each as soon as it is final.
 
             for piece in text.stream(max_new_tokens=100):
                 print(piece, end="", flush=True)
 
-        No piece has a part of a stop string that is left out: the beginning of one is held back until it is decided.
-        Its `.text` is what there is so far, a `GeneratedText`. Arguments and errors are those of `backprompt.generate`.
+        No piece contains a part of a stop string that is left out: a possible beginning of one is held back until the
+        next tokens decide. `.text` is the continuation so far, a `GeneratedText`. Arguments and errors are those of
+        `backprompt.generate`.
         """
         found: TextStream = outside("stream")(
             self, max_new_tokens=max_new_tokens, stop=stop, include_stop=include_stop, seed=seed, **generation_config
@@ -346,22 +347,22 @@ class Text:
         return found
 
     def draw(self, **options: Any) -> Drawing:
-        """Return a picture of this text's segments; see `backprompt.draw`, whose options these are."""
+        """Return a picture of this text's segments; takes the options of `backprompt.draw`."""
         drawing: Drawing = outside("draw")(self, **options)
         return drawing
 
     def show(self, *, top: int = 5) -> Shown:
-        """Return this text with its tokens coloured by log-probability, a `ShownText`; evaluates it.
+        """Evaluate this text and return it with tokens coloured by log-probability, a `ShownText`.
 
-        In notebooks it shows itself, and names the most probable alternatives where the pointer rests; `print` it in
-        terminals (without colours where `NO_COLOR` is set or the output is no terminal).
+        Notebooks display the result, with the most probable alternatives under the mouse pointer; `print` it in
+        terminals (without colours if `NO_COLOR` is set or the output is no terminal).
 
         Args:
-            top: how many alternatives to find for each token; more than 0 takes a row of the output head a token.
+            top: the number of alternatives for each token; more than 0 takes a row of the output head for each token.
 
         Raises:
             ValueError: `top` is negative.
-            What `backprompt.evaluate` raises.
+            All errors of `backprompt.evaluate`.
 
         """
         found: Shown = outside("show")(self, top=top)
@@ -377,11 +378,11 @@ class Text:
         return bound_engine(self, "a representation").pin(self)
 
     def save(self) -> None:
-        """Write the representation to the `LM`'s store, whatever its size, computing it if need be.
+        """Write the representation to the `LM`'s store, whatever its size; computed first if missing.
 
         Raises:
             NoStoreError: the `LM` was made without `store=`.
-            EntryTooLargeError: it does not fit the store at all.
+            EntryTooLargeError: the entry is larger than the whole store may be.
             OSError: the store cannot be written to.
 
         """
@@ -389,11 +390,11 @@ class Text:
 
     @property
     def _is_nothing(self) -> bool:
-        """Whether joining changes nothing: an empty text may still say how what follows begins."""
+        """Whether joining this text changes nothing: an empty text may still turn off special tokens for the rest."""
         return self._num_segments == 0 and self._add_special_tokens
 
     def _plain(self) -> Text:
-        """Return this text without what a subclass knows besides."""
+        """Return this text without the additional data of a subclass."""
         return self
 
     def _evaluate_eagerly(self) -> None:
@@ -402,10 +403,10 @@ class Text:
 
 
 def bound_engine(text: Text, what: str) -> Engine[Text]:
-    """Return the engine of a text; `what` is wanted of it.
+    """Return the engine of a text; `what` names the result that needs it.
 
     Raises:
-        UnboundTextError: the text has none.
+        UnboundTextError: the text has no engine.
 
     """
     if text.lm is None:
@@ -436,7 +437,7 @@ def noted(text: Text, of: object) -> Any:
 
 
 def _concatenate(left: Text, right: Text) -> Text:
-    """Return `left + right`; raises MixedModelsError where the two are bound to different models."""
+    """Return `left + right`; raises MixedModelsError if both are bound to different models."""
     lm = _common_lm(left._lm, right)
     left, right = left._plain(), right._plain()
     if (right._is_nothing or (right._num_segments == 0 and not left._is_nothing)) and left._lm is lm:
@@ -459,16 +460,16 @@ def parallel(texts: Iterable[Text | str], *, positions: Positions = "shared") ->
     """Return a group of texts that do not see each other; see `Text.__or__`.
 
     Args:
-        texts: the branches. Empty ones are dropped, and a group of one is its branch.
+        texts: the branches. Empty branches are dropped, and a group of one branch becomes that branch.
         positions: "shared": each branch starts where the group starts, so it does not depend on the others and is
-            reused in any subset and order, and what follows starts behind the longest (parallel context windows, Ratner
-            et al. 2022, arXiv 2212.10947). This is what `|` makes; groups of this kind in `texts` become part of it.
-            "sequential": positions as if the branches stood one after the other.
+            reused in any subset and order. The text behind the group starts after the longest branch (parallel context
+            windows, Ratner et al. 2022, arXiv 2212.10947). `|` makes groups of this kind; such groups in `texts` are
+            merged into the new group. "sequential": positions as if the branches stood one after the other.
 
     Raises:
         TextTypeError: an element is neither a `Text` nor a `str`.
-        MixedModelsError: texts of two different `LM` objects.
-        ValueError: unknown `positions`.
+        MixedModelsError: the texts belong to two different `LM` objects.
+        ValueError: `positions` is unknown.
         GroupError: groups are nested too deep.
 
     """
@@ -488,7 +489,7 @@ def _in_parallel(given: Sequence[Text], positions: Positions) -> Text:
         branches += merged.branches if merged is not None else [Branch(segments)] if segments else []
     if not branches:
         return Text("", lm)
-    # What stands before a group stands there once, unless no branch wants it.
+    # The special tokens before a group stand there once, unless no branch takes them.
     seeing = [text for text in given if not _sees_nothing(text.segments)]
     add_special_tokens = not seeing or any(text._add_special_tokens for text in seeing)
     if len(branches) == 1 and not branches[0].is_frozen:
@@ -498,13 +499,13 @@ def _in_parallel(given: Sequence[Text], positions: Positions) -> Text:
 
 
 def _shared_group(segments: Sequence[Segment]) -> Group | None:
-    """Return the group that is all there is, if its branches share positions."""
+    """Return the only segment if it is a group whose branches share positions."""
     only = segments[0] if len(segments) == 1 else None
     return only if isinstance(only, Group) and only.positions == "shared" else None
 
 
 def _sees_nothing(segments: Sequence[Segment]) -> bool:
-    """Return whether a branch with these segments is empty or begins frozen, so nothing before it matters to it."""
+    """Return whether a branch with these segments is empty or begins frozen, so that it ignores the text before it."""
     first = segments[0] if segments else None
     return first is None or (isinstance(first, Group) and all(branch.is_frozen for branch in first.branches))
 
@@ -515,7 +516,7 @@ def _is_frozen(segments: Sequence[Segment]) -> bool:
 
 
 def _common_lm(lm: Engine[Text] | None, text: Text) -> Engine[Text] | None:
-    """Return the `LM` of what is bound to `lm` together with `text`."""
+    """Return the `LM` of a text that joins `text` with texts of `lm`."""
     if lm is not None and text._lm is not None and text._lm is not lm:
         raise MixedModelsError(
             f"{text!r} and what it is joined with belong to two different LM objects, whose representations never mix. "
@@ -531,7 +532,7 @@ def _leaf(segment: Segment, lm: Engine[Text] | None, add_special_tokens: bool = 
 
 
 def _from_segments(segments: Sequence[Segment], lm: Engine[Text] | None, add_special_tokens: bool = True) -> Text:
-    """Build a text of these segments."""
+    """Return a text of these segments."""
     text = Text("", lm, add_special_tokens=add_special_tokens)
     for segment in segments:
         text = _concatenate(text, _leaf(segment, lm))

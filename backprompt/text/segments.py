@@ -1,9 +1,9 @@
-"""What a text is made of: strings, token ids, and groups of segments that do not see each other.
+"""The parts of a text: strings, token ids, and groups of segments that do not see each other.
 
     "context " + ("shot a" | "shot b") + " question"
 
-is three segments: a string, a `Group` of two branches, and a string. A branch is a sequence of segments itself, so
-groups nest. A frozen segment sees nothing that stands before it: a group of one frozen branch.
+has three segments: a string, a `Group` of two branches, and a string. A branch is a sequence of segments itself, so
+groups nest. A frozen segment sees nothing before it: a group of one frozen branch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from backprompt.errors import GroupError
 
 Segment: TypeAlias = "str | tuple[int, ...] | Group"
-"""A string, token ids that are taken as they are, or a group."""
+"""A string, token ids that are used unchanged, or a group."""
 
 Positions: TypeAlias = Literal["shared", "sequential"]
 POSITIONS: tuple[Positions, ...] = ("shared", "sequential")
@@ -23,13 +23,13 @@ POSITIONS: tuple[Positions, ...] = ("shared", "sequential")
 
 @dataclass(frozen=True)
 class Branch:
-    """One of the alternatives of a group; a frozen one sees nothing but itself and starts at position 0.
+    """One of the alternatives of a group; a frozen branch sees nothing but itself and starts at position 0.
 
     Attributes:
-        segments: what it consists of.
-        is_frozen: whether it is a text of its own.
-        add_special_tokens: whether a frozen one gets the special tokens of the tokenizer. What is not frozen begins as
-            the text does that it stands in.
+        segments: the segments of the branch.
+        is_frozen: whether the branch is a text of its own.
+        add_special_tokens: whether a frozen branch gets the special tokens of the tokenizer. Other branches begin like
+            the text around them.
 
     """
 
@@ -39,16 +39,16 @@ class Branch:
 
 
 MAX_DEPTH = 50
-"""How deep groups may be nested."""
+"""The largest depth of nested groups."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Branches of which each sees what stands before the group and itself; what follows sees all of them.
+    """Branches that see the text before the group and themselves; the text behind the group sees all of them.
 
     Attributes:
-        branches: in written order. What they mean does not depend on it, but repeats count.
-        positions: "shared": each branch starts where the group starts; "sequential": where the one before it ends.
+        branches: in written order. Their meaning does not depend on the order, but repeats count.
+        positions: "shared": each branch starts where the group starts; "sequential": where the previous branch ends.
 
     """
 
@@ -57,10 +57,10 @@ class Group:
     depth: int = field(default=1, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what walks into groups, a level each, could not come out of.
+        """Refuse groups too deep for recursive walks, which take one level of the call stack for each group.
 
         Raises:
-            GroupError: groups in groups in groups, more than `MAX_DEPTH` of them.
+            GroupError: more than `MAX_DEPTH` groups are nested.
 
         """
         inner = [part.depth for branch in self.branches for part in branch.segments if isinstance(part, Group)]
@@ -73,7 +73,7 @@ class Group:
 
 
 def leaves(segments: Iterable[Segment]) -> Iterator[str | tuple[int, ...]]:
-    """Yield the strings and tuples of token ids, those in groups too, in written order."""
+    """Yield the strings and tuples of token ids, including those in groups, in written order."""
     stack = [iter(segments)]
     while stack:
         segment = next(stack[-1], None)
@@ -86,7 +86,7 @@ def leaves(segments: Iterable[Segment]) -> Iterator[str | tuple[int, ...]]:
 
 
 def shown(segments: Iterable[Segment]) -> str:
-    """Return segments as an expression that shows how they are grouped; strings side by side are one."""
+    """Return segments as an expression that shows their grouping; adjacent strings are merged."""
     parts: list[str] = []
     string = ""
     for segment in segments:

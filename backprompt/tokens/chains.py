@@ -1,4 +1,4 @@
-"""Chains: what of a text's segments stands side by side, with no group between, and is encoded together."""
+"""Chains: adjacent segments of a text with no group between, which are encoded together."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Leaf: TypeAlias = "str | tuple[int, ...]"
 
 
 class Chain(NamedTuple):
-    """Strings and token ids side by side, with no group between them."""
+    """Adjacent strings and token ids, with no group between them."""
 
     leaves: tuple[Leaf, ...]
-    is_continuation: bool  # whether something stands before
+    is_continuation: bool  # whether any text stands before
 
 
 class GroupPiece(NamedTuple):
-    """A group among chains, and whether something stands before it."""
+    """A group among chains, and whether any text stands before it."""
 
     group: Group
     is_continuation: bool
@@ -39,7 +39,7 @@ def pieces_of(segments: Iterable[Segment], is_continuation: bool) -> Iterator[Ch
 
 
 def chains_of(segments: Iterable[Segment], is_continuation: bool = False) -> Iterator[Chain]:
-    """Yield all chains of a text, those in branches too, in written order."""
+    """Yield all chains of a text, including those in branches, in written order."""
     for piece in pieces_of(segments, is_continuation):
         if isinstance(piece, Chain):
             yield piece

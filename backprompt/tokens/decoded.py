@@ -1,9 +1,9 @@
-"""The string of a continuation whose tokens come one at a time, decoded a few of them at a time.
+"""The string of a continuation whose tokens arrive one at a time, decoded in small windows.
 
 The string that a token adds depends on the tokens before it: decoders drop the space before the first token, bytes of
-several tokens make one character, and SentencePiece's byte tokens are decoded a run at a time. So a token is decoded
-behind those before it, as far back as that matters. The end of the string may be *open*: part of a character, or a run
-of byte tokens, which the next token may change.
+several tokens make one character, and SentencePiece's byte tokens are decoded in runs. So a token is decoded together
+with as many earlier tokens as matter. The end of the string may be *open*: part of a character, or a run of byte
+tokens, which the next token may change.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from backprompt.tokens.tokenizer import Speller, added
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's, for bytes that no other token has
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's tokens for bytes that no other token covers
 
 _NUM_BEFORE = 8
-"""Behind how many tokens of a prompt a continuation is decoded, so that a character may be cut anywhere."""
+"""The number of prompt tokens in the first window, so that the prompt may end inside a character."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Decoded:
     """The string of a continuation so far.
 
     Attributes:
-        settled: what no token to come changes.
-        open: what follows it unless a token to come changes that.
-        window: the ids that are decoded together: one or a few that are settled, and those of `open`.
-        before: the string of the settled ones of them.
+        settled: the part that later tokens do not change.
+        open: the part behind `settled`, which a later token may change.
+        window: the ids that are decoded together: one or a few settled ids, and those of `open`.
+        before: the string of the settled ids in `window`.
 
     """
 
@@ -40,7 +40,7 @@ class Decoded:
 
     @property
     def string(self) -> str:
-        """All of it."""
+        """The whole string."""
         return self.settled + self.open
 
 
@@ -48,9 +48,9 @@ class Decoder:
     """Decodes continuations token by token.
 
     Args:
-        tokenizer: of transformers.
-        left_out: ids that are no part of the string, so that what stands around them meets; the string has no part of
-            ids that the tokenizer lacks either.
+        tokenizer: a tokenizer of transformers.
+        left_out: ids that are not part of the string; the strings around them are joined. Ids that the tokenizer lacks
+            are left out as well.
 
     """
 
@@ -73,7 +73,7 @@ class Decoder:
             return decoded
         window = (*decoded.window, token_id)
         more = added(decoded.before, self._speller.decode(window))
-        is_open = not more or more.endswith("\N{REPLACEMENT CHARACTER}")  # some decoders leave half a character out
+        is_open = not more or more.endswith("\N{REPLACEMENT CHARACTER}")  # some decoders drop half a character
         if is_open or self._is_byte(token_id):
             return Decoded(decoded.settled, more, window, decoded.before)
         return Decoded(decoded.settled + more, "", (token_id,), self._speller.decode((token_id,)))

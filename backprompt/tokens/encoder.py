@@ -1,17 +1,17 @@
-"""From texts to token ids: joins, special tokens, and what a join changed.
+"""From texts to token ids: joins, special tokens, and the tokens that a join changed.
 
-The segments of a text form *runs*: strings side by side are one run, and a segment of token ids stands alone, with a
-hard boundary on both sides. The first run is encoded as a whole string would be; a run after a hard boundary is
-encoded as a continuation (no special tokens, no dummy prefix space).
+The segments of a text form *runs*: adjacent strings are one run, and a segment of token ids is a run of its own, with a
+hard boundary on both sides. The first run is encoded like a whole string; a run after a hard boundary is encoded as a
+continuation (no special tokens, no dummy prefix space).
 
     "the ref" + "und" + <5, 9> + " is due"     runs: "the refund", <5, 9>, " is due"
 
-A group is hard at both edges and between its branches. Branches that nothing stands before are encoded as texts begin,
-a frozen branch as a text of its own.
+A group has hard boundaries at both edges and between its branches. If no text stands before a group, its branches are
+encoded like the beginning of a text. A frozen branch is encoded as a text of its own.
 
 Under `joins="exact"` a run is encoded as one string. Texts that share a beginning share the work: their segments are
-arranged as a trie, and what a node adds is encoded once, up to the last place where the string can provably be cut.
-Under `joins="split"` every segment is encoded on its own, the later ones as continuations.
+arranged as a trie, and the string that a node adds is encoded once, up to the last place where the string can provably
+be cut. Under `joins="split"` every segment is encoded on its own, the later ones as continuations.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Encoder:
 
         Raises:
             JoinError: under `joins="error"`, tokens change where two segments of a text meet.
-            TokenizerError: a string that the tokenizer cannot take.
+            TokenizerError: the tokenizer cannot encode a string.
 
         """
         new = {id(text): text for text in texts if noted(text, self._mark) is None}
@@ -57,10 +57,10 @@ class Encoder:
         return [noted(text, self._mark) for text in texts]
 
     def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
-        """Return which tokens each string and each run of token ids of each text became, in written order.
+        """Return the tokens of each string and each run of token ids of each text, in written order.
 
-        Every beginning of every run is encoded and, by a tokenizer that encodes continuations, every segment alone;
-        texts that share them share the work.
+        Every prefix of every run is encoded and, if the tokenizer encodes continuations, every segment alone. Texts
+        that share prefixes or segments share the work.
         """
         chains = {chain for text in texts for chain in chains_of(text.segments)}
         beginnings = {
@@ -90,7 +90,7 @@ class Encoder:
         return changed_joins(self.tokenizer, text)
 
     def string(self, text: Text) -> str:
-        """Return the text's string, token ids decoded: each such segment adds what it adds to the decoding so far."""
+        """Return the text's string; a segment of token ids adds the part that it adds to the decoding so far."""
         string = ""
         before: list[Leaf] = []
         all_leaves = leaves(text.segments)
@@ -106,7 +106,7 @@ class Encoder:
         return string
 
     def _ids_before(self, before: list[Leaf], add_special_tokens: bool) -> tuple[int, ...]:
-        """Return the ids of what stands before something else."""
+        """Return the ids of the leaves `before` a segment."""
         if not before:
             return ()
         branch = Branch(tuple(before), is_frozen=True, add_special_tokens=add_special_tokens)
@@ -151,7 +151,7 @@ class Encoder:
         return prefix + ids + (suffix if node.is_only_strings else ())
 
     def _with_changed_joins(self, texts: Sequence[Text], encoded: Sequence[TokenIds]) -> Iterator[Text]:
-        """Yield the texts whose tokens, `encoded`, are others than those of their segments apart."""
+        """Yield the texts whose tokens, `encoded`, differ from those of their segments apart."""
         if self.tokenizer.encodes_continuations:
             apart = self._encode_texts(texts, split=True)
             yield from (text for text, ids, split in zip(texts, encoded, apart, strict=True) if ids != split)
@@ -175,7 +175,7 @@ class Encoder:
     def _whole(
         self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]], *, is_last: bool = True
     ) -> tuple[Part, ...]:
-        """Return the parts of a text with the special tokens of a whole string; not `is_last`: something follows."""
+        """Return the parts of a text with the special tokens of a whole string; not `is_last`: more text follows."""
         prefix, suffix = self._special_ids(branch, ids_of)
         parts = self._parts(branch.segments, False, ids_of)
         if prefix and parts and isinstance(parts[0], tuple) and parts[0][: len(prefix)] == prefix:
@@ -185,7 +185,7 @@ class Encoder:
     def _special_ids(
         self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the special tokens before and behind a text; behind it only if it is made of strings alone."""
+        """Return the special tokens before and behind a text; those behind it only if it has strings alone."""
         segments = branch.segments
         if not (self._add_special_tokens and branch.add_special_tokens and _begins_with_string(segments)):
             return (), ()
@@ -219,7 +219,7 @@ class Encoder:
         return tuple(parts)
 
     def _num_prefix_ids(self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]]) -> list[int]:
-        """Return how many special tokens stand before each chain of a branch; a frozen one is a text of its own."""
+        """Return the number of special tokens before each chain of a branch; a frozen branch is a text of its own."""
         counts: list[int] = []
         for piece in pieces_of(branch.segments, is_continuation=False):
             if isinstance(piece, Chain):
@@ -233,22 +233,22 @@ class Encoder:
 
 
 def _alone(leaf: Leaf) -> Chain:
-    """Return what a leaf is encoded as if no join changes its tokens."""
+    """Return the chain of a leaf encoded on its own, unchanged by joins."""
     return Chain((leaf,), is_continuation=True)
 
 
 def _as_branch(text: Text) -> Branch:
-    """Return a text as a frozen branch, which is one."""
+    """Return a text as a frozen branch, which has the same meaning."""
     return Branch(text.segments, is_frozen=True, add_special_tokens=text.add_special_tokens)
 
 
 def _begins_with_string(segments: Sequence[Segment]) -> bool:
-    """Return whether special tokens belong before what begins so: before strings, not before ids taken as they are.
+    """Return whether special tokens belong before these segments: before strings, not before given token ids.
 
-    A group's branches begin side by side, whatever their order.
+    All branches of a group count as its beginning, in any order.
     """
     if not segments:
-        return True  # the empty string
+        return True  # an empty string
     first = segments[0]
     if isinstance(first, Group):
         return any(not branch.is_frozen and _begins_with_string(branch.segments) for branch in first.branches)
@@ -258,8 +258,8 @@ def _begins_with_string(segments: Sequence[Segment]) -> bool:
 def _extents_of(chain: Chain, ids_of: Mapping[Chain, tuple[int, ...]], first: int) -> list[Extent]:
     """Return the extents of a chain's leaves, whose tokens begin at `first`.
 
-    `ids_of` has all its beginnings, and its leaves alone if the tokenizer encodes continuations. Else a join is changed
-    if what stands before it has other ids than without what follows.
+    `ids_of` has all prefixes of the chain, and its leaves alone if the tokenizer encodes continuations. For other
+    tokenizers a join counts as changed if the segment behind it changes the ids of the text before it.
     """
     ids = ids_of[chain]
     extents: list[Extent] = []
@@ -267,7 +267,7 @@ def _extents_of(chain: Chain, ids_of: Mapping[Chain, tuple[int, ...]], first: in
     for idx in reversed(range(len(chain.leaves))):
         before = ids_of[Chain(chain.leaves[:idx], chain.is_continuation)] if idx else ()
         num_same = common_length(before, ids, 0)
-        start = min(num_same, stop)  # a later join may have changed tokens further back
+        start = min(num_same, stop)  # a later join may have changed earlier tokens
         replaced = before[start:] if num_same < len(before) else ()
         joined = ids_of[Chain(chain.leaves[: idx + 1], chain.is_continuation)]
         alone = ids_of.get(_alone(chain.leaves[idx]))
@@ -278,7 +278,7 @@ def _extents_of(chain: Chain, ids_of: Mapping[Chain, tuple[int, ...]], first: in
 
 
 def _check_encodable(text: Text) -> None:
-    """Raise TokenizerError for a lone surrogate, which is half of a UTF-16 pair and no character."""
+    """Raise TokenizerError for a lone surrogate, half of a UTF-16 pair and no character."""
     num_before = 0
     for segment in leaves(text.segments):
         if not isinstance(segment, str):

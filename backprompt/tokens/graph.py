@@ -1,11 +1,11 @@
-"""What a text is once it is encoded: token ids, and where it has groups, a graph of them.
+"""An encoded text: token ids and, for groups, a graph of them.
 
-Without groups a text is a tuple of ids. With groups it is a `TokenGraph`: runs of ids and `TokenGroup`s one after the
-other, where a branch of a group is such a sequence again.
+Without groups a text is a tuple of ids. With groups it is a `TokenGraph`: a sequence of runs of ids and `TokenGroup`s,
+where each branch of a group is such a sequence again.
 
     context + (a | b) + question     TokenGraph(((1, 2, 3), TokenGroup((a, b)), (8, 9)))
 
-`fold` walks a graph as attention sees it: it says what each run stands behind, and at which position.
+`fold` walks a graph as attention sees it: for each run, `fold` gives the state before the run and its position.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class TokenBranch:
-    """What one branch of a group holds; never empty."""
+    """The parts of one branch of a group; never empty."""
 
     parts: tuple[Part, ...]
     is_frozen: bool = False
@@ -67,7 +67,7 @@ def num_positions(token_ids: TokenIds) -> int:
 
 
 def without_last(token_ids: TokenIds) -> tuple[TokenIds, int] | None:
-    """Return what stands before the last token, and that token; None where no one token stands before it."""
+    """Return the text before the last token, and that token; None if no single token stands before it."""
     if not isinstance(token_ids, TokenGraph):
         return (token_ids[:-1], token_ids[-1]) if len(token_ids) > 1 else None
     *parts, last = token_ids.parts
@@ -77,7 +77,7 @@ def without_last(token_ids: TokenIds) -> tuple[TokenIds, int] | None:
 
 
 def before_last(token_ids: TokenIds) -> TokenIds:
-    """Return a text without its last token, which does not stand in a group."""
+    """Return a text without its last token, which is not in a group."""
     if not isinstance(token_ids, TokenGraph):
         return token_ids[:-1]
     parts, last = _before_and_last_ids(token_ids)
@@ -85,7 +85,7 @@ def before_last(token_ids: TokenIds) -> TokenIds:
 
 
 def is_beginning(token_ids: TokenIds, whole: TokenIds) -> bool:
-    """Return whether a text begins with these tokens, none of them in a group that goes on."""
+    """Return whether a text begins with these tokens; a group must match as a whole."""
     parts, whole_parts = _parts(token_ids), _parts(whole)
     if not len(token_ids):
         return True
@@ -98,12 +98,12 @@ def is_beginning(token_ids: TokenIds, whole: TokenIds) -> bool:
 
 
 def ends_in_group(token_ids: TokenIds) -> bool:
-    """Return whether there is no last token, which the next one would follow."""
+    """Return whether a text ends in a group, so that it has no last token."""
     return isinstance(token_ids, TokenGraph) and isinstance(token_ids.parts[-1], TokenGroup)
 
 
 def with_more(token_ids: TokenIds, more: tuple[int, ...]) -> TokenIds:
-    """Return a text with ids behind its last token."""
+    """Return a text with more ids behind its last token."""
     if not isinstance(token_ids, TokenGraph):
         return token_ids + more
     parts, last = _before_and_last_ids(token_ids)
@@ -111,17 +111,17 @@ def with_more(token_ids: TokenIds, more: tuple[int, ...]) -> TokenIds:
 
 
 def _before_and_last_ids(graph: TokenGraph) -> tuple[tuple[Part, ...], tuple[int, ...]]:
-    """Return the parts before the ids with which a text ends, and these."""
+    """Return the parts before the last run of ids, and that run."""
     *parts, last = graph.parts
     assert isinstance(last, tuple), "a text that ends in a group has no last token"
     return tuple(parts), last
 
 
 def as_token_ids(parts: Iterable[Part]) -> TokenIds:
-    """Return the text that consists of these parts, in the one form that it has.
+    """Return the text with these parts in canonical form.
 
-    Runs side by side are one; branches without tokens are dropped; a group of one branch is that branch, but for a
-    frozen one behind something else.
+    Adjacent runs are merged; branches without tokens are dropped; a group of one branch becomes that branch, except a
+    frozen branch behind other text.
     """
     merged = _merged(parts, is_first=True)
     if len(merged) == 1 and isinstance(merged[0], tuple):
@@ -137,14 +137,14 @@ def fold(
     extend: Callable[[State, int, tuple[int, ...]], State],
     join: Callable[[State, Sequence[tuple[State, bool]], int], State],
 ) -> tuple[State, int]:
-    """Walk a text; return the state behind its end and the position there.
+    """Walk a text; return the state and the position behind its end.
 
     Args:
         token_ids: the text.
-        root: the state where nothing stands before.
-        extend: from a state, a position and a run of ids that begins there, to the state behind the run.
-        join: from the state before a group, those behind its branches in written order, each with whether the branch is
-            frozen, and the position behind the group, to the state there.
+        root: the state at the beginning of a text.
+        extend: maps a state, a position and a run of ids that begins there to the state behind the run.
+        join: maps the state before a group, the states behind its branches in written order, each with whether the
+            branch is frozen, and the position behind the group to the state behind the group.
 
     """
 
@@ -172,7 +172,7 @@ def _parts(token_ids: TokenIds) -> tuple[Part, ...]:
 
 
 def _merged(parts: Iterable[Part], *, is_first: bool) -> tuple[Part, ...]:
-    """Return the parts in their one form; `is_first` if nothing stands before them."""
+    """Return the parts in canonical form; `is_first` if no text stands before them."""
     merged: list[Part] = []
 
     def add(part: Part) -> None:
@@ -188,7 +188,7 @@ def _merged(parts: Iterable[Part], *, is_first: bool) -> tuple[Part, ...]:
             continue
         kept = [branch for branch in part.branches if any(_runs(branch.parts))]
         is_sequential = part.is_sequential and len(kept) > 1
-        # Where nothing stands before and each branch starts at position 0, every branch is as if frozen.
+        # If no text stands before and each branch starts at position 0, every branch is as if frozen.
         at_start = is_first and not merged and not is_sequential
         branches = [
             TokenBranch(_merged(branch.parts, is_first=at_start or branch.is_frozen), branch.is_frozen and not at_start)
@@ -212,7 +212,7 @@ def _runs(parts: Iterable[Part]) -> Iterator[tuple[int, ...]]:
 
 
 def common_length(own: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
-    """Return how many of `own`, from the first on, equal `ids` from `offset` on."""
+    """Return the number of first ids of `own` that equal the ids from `offset` on."""
     window = ids[offset : offset + len(own)]
     if window == own:
         return len(own)

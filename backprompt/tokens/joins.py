@@ -1,4 +1,4 @@
-"""Joins: places where two segments of a text meet, and which of them change tokens."""
+"""Joins: places where two segments of a text meet, and the joins that change tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JOINS: tuple[Joins, ...] = ("exact", "split", "error")
 
 
 def changed_joins(tokenizer: EncodesStrings, text: Text) -> list[Join]:
-    """Return every join of a text at which joining changes tokens, from left to right."""
+    """Return every join of a text that changes tokens, from left to right."""
     joins: list[Join] = []
     num_before = 0
     for chain in chains_of(text.segments):
@@ -38,9 +38,9 @@ def _changed_joins(tokenizer: EncodesStrings, chain: Chain, num_before: int) -> 
 def _changed_joins_of_run(
     tokenizer: EncodesStrings, strings: list[tuple[int, str]], is_continuation: bool
 ) -> list[Join]:
-    """Return the joins of one run, whose strings come with their segment indices; none if its ids stay the same.
+    """Return the changed joins of one run, given as segment indices and strings; none if the run's ids do not change.
 
-    They may: in "x " + " " + "y" the "y" takes apart what the spaces had become.
+    Joins can cancel out: in "x " + " " + "y" the "y" takes apart the token that the spaces had become.
     """
     (_, run), *rest = strings
     if not tokenizer.encodes_continuations:
@@ -59,7 +59,7 @@ def _changed_joins_of_run(
 def _joins_that_change_the_left_side(
     tokenizer: EncodesStrings, run: str, rest: list[tuple[int, str]], is_continuation: bool
 ) -> list[Join]:
-    """Return the joins behind which the ids of what stands before are others: all that a beginning can tell."""
+    """Return the joins that change the ids of the text before them, without encoding continuations."""
     runs = list(itertools.accumulate((string for _, string in rest), initial=run))
     encoded = tokenizer.encode(runs, is_continuation=is_continuation)
     joins = []
@@ -71,7 +71,7 @@ def _joins_that_change_the_left_side(
 
 
 def _differing_middles(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return what is left of both after their common beginning and then their common end are taken away."""
+    """Return both sequences without their common beginning and then without their common end."""
     shortest = min(len(a), len(b))
     start = next((i for i in range(shortest) if a[i] != b[i]), shortest)
     end = next((i for i in range(shortest - start) if a[-1 - i] != b[-1 - i]), shortest - start)

@@ -1,8 +1,8 @@
-"""A private copy of somebody's tokenizer, and what can be told about it.
+"""A private copy of the user's tokenizer, and facts about it.
 
-Whole strings are encoded exactly as the user's tokenizer does. Beyond that, two things are needed that its interface
-does not offer: encoding a string as a *continuation* (no special tokens, no dummy prefix space), and knowing where a
-string can be cut so that its halves, encoded apart, give the ids of the whole.
+Whole strings are encoded exactly as the user's tokenizer does. Composing texts also needs two operations that the
+tokenizer's interface lacks: encoding a string as a *continuation* (no special tokens, no dummy prefix space), and
+finding a place to cut a string so that its halves, encoded apart, give the ids of the whole.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tokenizers import Tokenizer as Backend
 from backprompt.arguments import check_encodable
 from backprompt.errors import TokenIdError, TokenizerError
 
-# Splitting patterns in which no alternative matches a letter followed by a space, none looks behind, and a letter run
-# takes at most one space along, the one before it. So " " between two ASCII letters is a boundary in any context.
+# Splitting patterns in which no alternative matches a letter followed by a space, no alternative looks behind, and a
+# run of letters takes at most one space, the one before it. So " " between two ASCII letters is always a boundary.
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -31,11 +31,11 @@ _QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _CUTTABLE_PATTERNS = frozenset({_GPT2_PATTERN, _LLAMA3_PATTERN, _QWEN2_PATTERN})
 
 _SAMPLE = "It's 7 o'clock:  Zoë's naïve   “test”\n\n#42 , don't\tre-fund 1234567 🤝🏽 日本 x"
-"""Encoded now and then to notice that a tokenizer was changed; full of what rules and merges act on."""
+"""A string whose ids reveal changes of a tokenizer; it exercises many rules and merges."""
 
 
 class EncodesStrings(Protocol):
-    """What encoding texts needs of a tokenizer."""
+    """The operations on a tokenizer that encoding needs."""
 
     encodes_continuations: bool
 
@@ -44,7 +44,7 @@ class EncodesStrings(Protocol):
         ...
 
     def special_ids_around(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return what the tokenizer puts before and behind a string that has these ids without special tokens."""
+        """Return the special tokens before and behind a string with these ids (without special tokens)."""
         ...
 
     def cut(self, string: str, start: int = 0) -> int:
@@ -57,10 +57,10 @@ class EncodesStrings(Protocol):
 
 
 class Speller:
-    """Decodes ids by a tokenizer of transformers, and leaves out those that the tokenizer lacks.
+    """Decodes ids with a tokenizer of transformers and leaves out ids that the tokenizer lacks.
 
     A model may have more embeddings than its tokenizer has tokens. A `tokenizers` backend leaves such ids out by
-    itself; tokenizers in Python decode them to anything, or raise.
+    itself; tokenizers in Python decode them to arbitrary strings, or raise.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -68,7 +68,7 @@ class Speller:
         self._has_backend = isinstance(getattr(tokenizer, "backend_tokenizer", None), Backend)
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Return the string of ids, special tokens included, nothing cleaned up."""
+        """Return the string of ids, including special tokens, without cleanup."""
         decoded: str = self._tokenizer.decode(
             self.known(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -79,25 +79,25 @@ class Speller:
         return [token_id for token_id in token_ids if not self.lacks(token_id)]
 
     def lacks(self, token_id: int) -> bool:
-        """Return whether this is no id of a tokenizer in Python."""
+        """Return whether a tokenizer in Python lacks this id; False for a backend."""
         if self._has_backend or token_id < getattr(self._tokenizer, "vocab_size", 0):
             return False
         return token_id not in self._other_ids
 
     @cached_property
     def _other_ids(self) -> frozenset[int]:
-        """Those that are added, or otherwise not counted by `vocab_size`."""
+        """Ids of added tokens and of others not counted by `vocab_size`."""
         return frozenset(self._tokenizer.get_vocab().values())
 
 
 class PrivateTokenizer:
-    """A copy of `tokenizer` that nobody else changes or locks.
+    """A copy of `tokenizer` that no other code changes or locks.
 
     Attributes:
-        encodes_continuations: whether it can encode a string as what follows something else; those written in Python,
-            without a `tokenizers` backend, cannot.
+        encodes_continuations: whether strings can be encoded as continuations of other text; tokenizers written in
+            Python, without a `tokenizers` backend, cannot do so.
         whole: the copy of the backend, or None.
-        continuing: the copy that encodes what follows something else, or None.
+        continuing: the copy that encodes continuations, or None.
 
     Raises:
         TokenizerError: `tokenizer` is not a tokenizer of transformers.
@@ -124,16 +124,16 @@ class PrivateTokenizer:
             self.whole = _make_backend(backend, tokenizer, is_continuation=False)
             self.continuing = _make_backend(backend, tokenizer, is_continuation=True)
             if list(self.whole.encode(_SAMPLE, add_special_tokens=False).ids) == self._call([_SAMPLE])[0]:
-                self._backend = self.whole  # else the tokenizer does something of its own around its backend
+                self._backend = self.whole  # else the tokenizer changes ids outside its backend
         self.encodes_continuations = self.continuing is not None
         self._can_cut = self._backend is not None and _is_cuttable(self._backend)
         self._special_ids = self._special_ids_around_a_string()
 
     def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
-        """Return the ids of each string, without special tokens around it.
+        """Return the ids of each string, without special tokens around the string.
 
         Raises:
-            TokenizerError: a string with a lone surrogate; a continuation, for a tokenizer without a backend.
+            TokenizerError: a string holds a lone surrogate, or is a continuation for a tokenizer without a backend.
 
         """
         for string in strings:
@@ -151,10 +151,10 @@ class PrivateTokenizer:
         return [tuple(ids) for ids in self._call(list(strings))]
 
     def special_ids_around(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return what the tokenizer puts before and behind a string that has these ids without special tokens.
+        """Return the special tokens before and behind a string with these ids (without special tokens).
 
-        A backend puts the same around every string. Code in Python may look at the ids first: ByT5's appends no second
-        end token.
+        A backend puts the same tokens around every string. Code in Python may look at the ids first: ByT5's appends no
+        second end token.
 
         Raises:
             TokenizerError: the tokenizer changes the string's own tokens.
@@ -168,7 +168,7 @@ class PrivateTokenizer:
     def cut(self, string: str, start: int = 0) -> int:
         """Return the last place from `start` on where `string` can be cut without changing ids, whatever follows; or 0.
 
-        The ids of the whole are those of `string[:cut]` followed by those of `string[cut:]`. That is so at a space
+        The ids of the whole are those of `string[:cut]` followed by those of `string[cut:]`. Such a place is a space
         between two ASCII letters, for byte-level BPE with one of the known splitting patterns.
         """
         if not self._can_cut:
@@ -181,10 +181,10 @@ class PrivateTokenizer:
         return 0
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the string of `token_ids`, special tokens included, nothing cleaned up; see `Speller`.
+        """Return the string of `token_ids`, including special tokens, without cleanup; see `Speller`.
 
         Raises:
-            TokenIdError: an id that is negative or beyond all vocabularies.
+            TokenIdError: an id is negative or beyond all vocabularies.
 
         """
         for token_id in token_ids:
@@ -194,26 +194,26 @@ class PrivateTokenizer:
 
     @cached_property
     def added_tokens(self) -> tuple[str, ...]:
-        """What stands for one token in a string and takes no space behind it.
+        """The strings that stand for one token and take no space behind them.
 
-        Those are the special tokens and, of others that were added, those that are no words, such as `<think>`: what
-        ends in a letter or a digit is separated from what follows as any word is.
+        They are the special tokens, and added tokens that are no words, such as `<think>`. An added token that ends in
+        a letter or a digit is separated from the next word like any word.
         """
         is_split = getattr(self._private, "split_special_tokens", False)
         special = self._private.all_special_tokens
         added: Iterable[str] = getattr(
             self._private, "get_added_vocab", tuple
-        )()  # that of mistral_common knows none in strings
+        )()  # the method of mistral_common has no strings
         return tuple(
             token for token in added if token and (not is_split if token in special else not token[-1].isalnum())
         )
 
     def has_changed(self) -> bool:
-        """Return whether the user's tokenizer differs from this copy, as far as a quick look can tell."""
+        """Return whether the user's tokenizer differs from this copy, as far as a quick check can tell."""
         return _quick_state(self._original, self._words) != self._state
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all that decides about ids, as hex."""
+        """Return the SHA-256, as hex, of everything that determines ids."""
         if self._fingerprint is None:
             if self.whole is not None:
                 described = self.whole.to_str()
@@ -228,13 +228,13 @@ class PrivateTokenizer:
         return encoded
 
     def _special_ids_around_a_string(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return what the tokenizer puts before and behind a string that has no special tokens."""
+        """Return the special tokens before and behind a string that has none of its own."""
         string, ids = self._known_string()
         with_special: list[int] = self._private([string])["input_ids"][0]
         return self._around(ids, tuple(with_special), range(len(with_special) + 1))
 
     def _known_string(self) -> tuple[str, tuple[int, ...]]:
-        """Return a string and its ids, none of which is a special token's, as that of an unknown character may be."""
+        """Return a string and its ids without any special token, such as that of an unknown character."""
         special = set(getattr(self._private, "all_special_ids", ()))
 
         def is_known(ids: tuple[int, ...]) -> bool:
@@ -249,7 +249,7 @@ class PrivateTokenizer:
     def _around(
         self, ids: tuple[int, ...], with_special: tuple[int, ...], starts: Iterable[int]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return what stands before and behind `ids`, which begin at one of `starts`."""
+        """Return the ids before and behind `ids`, which begin at one of `starts`."""
         for start in starts:
             if with_special[start : start + len(ids)] == ids:
                 return with_special[:start], with_special[start + len(ids) :]
@@ -262,7 +262,7 @@ class PrivateTokenizer:
 def _make_backend(original: Backend, tokenizer: Any, *, is_continuation: bool) -> Backend:
     """Return a backend around the same model, without padding and truncation.
 
-    The model, which has the vocabulary and the merges, is shared: reading a large one takes a second.
+    The model, with its vocabulary and merges, is shared: reading a large one takes a second.
     """
     description = _describe_parts(original)
     if is_continuation:
@@ -277,7 +277,7 @@ def _make_backend(original: Backend, tokenizer: Any, *, is_continuation: bool) -
 
 
 def _describe_parts(backend: Backend) -> dict[str, Any]:
-    """Return the JSON of the backend's parts around an empty model."""
+    """Return the backend's parts as JSON, with an empty model."""
     shell = Backend(models.BPE())
     shell.normalizer = backend.normalizer
     shell.pre_tokenizer = backend.pre_tokenizer
@@ -334,20 +334,20 @@ def _splits_at_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
             if not is_known or part["behavior"] != "Isolated" or part["invert"]:
                 return False
             splits = True
-        elif part["type"] != "Digits":  # which only cuts around digits
+        elif part["type"] != "Digits":  # "Digits" only cuts around digits
             return False
     return splits
 
 
 def _leaves_spaces(token: AddedToken) -> bool:
-    """Return whether an added token can neither contain nor swallow a space between two letters."""
+    """Return whether an added token cannot contain or swallow a space between two letters."""
     content = token.content
     swallows = (token.lstrip and content[:1].isalpha()) or (token.rstrip and content[-1:].isalpha())
     return not swallows and not any(character.isspace() for character in content)
 
 
 def _sample_words(tokenizer: Any) -> list[str]:
-    """Return the sample as the tokenizer's model sees it: normalized and split."""
+    """Return the sample as the input of the tokenizer's model: normalized and split."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         return []
@@ -358,9 +358,9 @@ def _sample_words(tokenizer: Any) -> list[str]:
 
 
 def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
-    """Return a cheap summary: settings, sizes, and the ids of a sample, in which a changed rule or merge shows.
+    """Return a cheap summary: settings, sizes, and the ids of a sample, which a changed rule or merge alters.
 
-    The sample goes to the backend's model, not through the backend, which another thread may be reconfiguring.
+    The sample goes directly to the backend's model, since another thread may be reconfiguring the backend.
     """
     parts: list[object] = [
         type(tokenizer).__qualname__,
@@ -379,7 +379,7 @@ def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
 
 
 def added(before: str, after: str) -> str:
-    """Return what `after` adds to `before`, from where they first differ."""
+    """Return the part of `after` from its first difference to `before` on."""
     if after.startswith(before):
         return after[len(before) :]
     return after[next(idx for idx, pair in enumerate(zip(before, after + "\0", strict=False)) if pair[0] != pair[1]) :]

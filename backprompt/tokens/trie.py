@@ -1,4 +1,4 @@
-"""A trie of segments: texts that share a beginning share its encoding, and each distinct string is encoded once."""
+"""A trie of segments: texts that share a beginning share its encoding; each distinct string is encoded once."""
 
 from __future__ import annotations
 
@@ -129,15 +129,15 @@ class _Pieces:
 
 @dataclass(eq=False)
 class TrieNode:
-    """The state after some segments: what is settled, and a tail of string whose tokens may still change.
+    """The state after some segments: settled ids, and the tail of the string, whose tokens may still change.
 
-    The ids of the text up to here are those of its ancestors' `settled` (pieces, or token ids as they are), of its own,
-    and of the tail. A node holds only what it adds to the tail of its parent, or the whole tail where it `begins_tail`:
-    whole tails at every node of a long chain would take the square of its length.
+    The ids of the text up to here are those of its ancestors' `settled` (pieces, or given token ids), of its own, and
+    of the tail. A node holds only its addition to the tail of its parent, or the whole tail if it `begins_tail`. Whole
+    tails at every node of a long chain would take memory quadratic in its length.
 
     Attributes:
-        is_only_strings: whether no segment so far is one of token ids.
-        begins_with_string: whether the first segment is none; so does the empty text.
+        is_only_strings: whether no segment so far consists of token ids.
+        begins_with_string: whether the text begins with a string, as the empty text does.
 
     """
 
@@ -170,7 +170,7 @@ class TrieNode:
         if split:
             return TrieNode(self, settled_tail, segment, is_continuation=self.is_continuation or bool(tail))
         longer = tail + segment
-        cut = pieces.tokenizer.cut(longer, len(tail) - 1)  # the tail was searched before
+        cut = pieces.tokenizer.cut(longer, len(tail) - 1)  # the tail was searched already
         if cut == 0:
             return TrieNode(self, (), segment, begins_tail=False, is_continuation=self.is_continuation)
         piece = _Piece(longer[:cut], self.is_continuation)
@@ -195,6 +195,6 @@ class TrieNode:
         for node in reversed(chain):
             for settled in node.settled:
                 ids += pieces.ids(settled) if isinstance(settled, _Piece) else settled
-            if len(node.children) > 1:  # remembered only where it is read again: a chain would cost its length squared
+            if len(node.children) > 1:  # kept only where several children read it: memory stays linear
                 node._settled_ids = tuple(ids)
         return tuple(ids)

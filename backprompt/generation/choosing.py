@@ -1,0 +1,216 @@
+"""How the next tokens of many texts are chosen, all together: by rows of one tensor of scores.
+
+The processors of transformers are called in their order, each for as many rows at once as it treats alike: `_LOOKS_AT`
+says what a kind of processor looks at besides a row of scores. A kind that is not named there may look at anything, so
+it is called for the rows of one text at a time. A text's random numbers are its own, and are those that
+`torch.multinomial` draws for its row alone. One transfer reads what was found for all of them, and it is checked before
+a token is added to any text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process as kinds
+
+from backprompt.errors import GenerationError
+from backprompt.evaluation.predictions import slices
+from backprompt.generation.decoding import Choice, Completion, Rules, TextDecoding
+from backprompt.logprobs import log_softmax
+
+_LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
+    **dict.fromkeys(
+        (
+            kinds.EpsilonLogitsWarper,
+            kinds.EtaLogitsWarper,
+            kinds.InfNanRemoveLogitsProcessor,
+            kinds.LogitNormalization,
+            kinds.MinPLogitsWarper,
+            kinds.SuppressTokensLogitsProcessor,
+            kinds.TemperatureLogitsWarper,
+            kinds.TopHLogitsWarper,
+            kinds.TopKLogitsWarper,
+            kinds.TopPLogitsWarper,
+            kinds.TypicalLogitsWarper,
+        ),
+        lambda _, num_ids: None,
+    ),
+    kinds.ExponentialDecayLengthPenalty: lambda processor, num_ids: max(0, num_ids - processor.regulation_start),
+    kinds.ForcedBOSTokenLogitsProcessor: lambda _, num_ids: num_ids == 1,
+    kinds.ForcedEOSTokenLogitsProcessor: lambda processor, num_ids: num_ids == processor.max_length - 1,
+    kinds.MinLengthLogitsProcessor: lambda processor, num_ids: num_ids < processor.min_length,
+    kinds.MinNewTokensLengthLogitsProcessor: lambda processor, num_ids: (
+        num_ids - processor.prompt_length_to_skip < processor.min_new_tokens
+    ),
+    kinds.SuppressTokensAtBeginLogitsProcessor: lambda processor, num_ids: num_ids == processor.begin_index,
+}
+"""What a processor looks at besides a row of scores, by the number of ids so far.
+
+Texts have processors of the same options, so those for which this is the same do the same to a row.
+"""
+
+
+class Ruled(Protocol):
+    """A text, or its beams, that processors of its own look at."""
+
+    rules: Rules
+
+    @property
+    def num_ids(self) -> int:
+        """How many ids it has so far."""
+        ...
+
+    def ids(self) -> Tensor:
+        """Return its ids so far, `(rows, ids)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Rows of logits in slices `(rows, vocab)`, as the head computed them: all but the last have `slice_rows` rows."""
+
+    slices: Sequence[Tensor]
+    slice_rows: int
+
+    def of(self, rows: Sequence[int]) -> Tensor:
+        """Return these rows, `(rows, vocab)`; a whole slice is not copied."""
+        first = self.slices[rows[0] // self.slice_rows]
+        start = rows[0] // self.slice_rows * self.slice_rows
+        if rows[0] == start and list(rows) == list(range(start, start + len(first))):
+            return first
+        if start <= min(rows) and max(rows) < start + len(first):
+            return first[torch.tensor([row - start for row in rows]).to(first.device)]
+        return torch.stack([self.slices[row // self.slice_rows][row % self.slice_rows] for row in rows])
+
+
+def choose(texts: Sequence[TextDecoding], rows: Sequence[Mapping[Completion, int]], logits: Logits) -> None:
+    """Choose the next token of each text by the logits after what was added to it; go on for as long as they are there.
+
+    Args:
+        texts: with the same options.
+        rows: for each text, which row of `logits` stands after each of its `ahead`.
+        logits: of all texts.
+
+    Raises:
+        GenerationError: the options leave a text nothing to choose; then nothing was chosen by these rows.
+
+    """
+    nums_before = [text.num_new for text in texts]
+    while going_on := [
+        (text, row)
+        for text, own in zip(texts, rows, strict=True)
+        if not text.is_finished and (row := own.get(text.completion)) is not None
+    ]:
+        for (text, _), choice in zip(going_on, _choices(going_on, logits), strict=True):
+            text.add(choice)
+    for text, own, num_before in zip(texts, rows, nums_before, strict=True):
+        text.look_ahead(len(own), text.num_new - num_before)
+
+
+def _choices(texts: list[tuple[TextDecoding, int]], logits: Logits) -> list[Choice]:
+    """Return what is chosen for each text by its row of the logits."""
+    is_drawn = texts[0][0].is_drawn
+    found = []
+    for group in slices(texts, logits.slice_rows):
+        own = logits.of([row for _, row in group])
+        for text, _ in group:
+            text.begin(own.device)
+        found.append(_found([text for text, _ in group], own))
+    token_ids, logprobs, are_argmax, best = torch.cat(found, dim=1).tolist()
+    check_best(best, is_drawn=is_drawn)
+    return [
+        Choice(int(token_id), logprob, bool(is_argmax))
+        for token_id, logprob, is_argmax in zip(token_ids, logprobs, are_argmax, strict=True)
+    ]
+
+
+def _found(texts: Sequence[TextDecoding], logits: Tensor) -> Tensor:
+    """Return, for each row, a token, its log-probability, whether it is the argmax, and the best score, `(4, texts)`.
+
+    In the dtype of log-probabilities, which has all ids of a vocabulary: float32 those below 2**24.
+    """
+    unprocessed = logits.float()  # what transformers chooses by, whatever the model computes in
+    scores = processed(texts, unprocessed)
+    most_probable = unprocessed.argmax(dim=-1)
+    if texts[0].is_drawn:
+        chosen = _drawn(scores, [text.generator for text in texts])
+    else:
+        chosen = most_probable if scores is unprocessed else scores.argmax(dim=-1)
+    logprobs = log_softmax(logits).gather(1, chosen[:, None])[:, 0]
+    found = (chosen, logprobs, chosen == most_probable, scores.amax(dim=-1))
+    return torch.stack([values.to(logprobs.dtype) for values in found])
+
+
+def processed(texts: Sequence[Ruled], scores: Tensor) -> Tensor:
+    """Return scores as the processors of the options change them, in their order; the given ones stay as they are.
+
+    Args:
+        texts: with the same options.
+        scores: `(rows, vocab)`, as many rows for each text as for any other, one text after the other.
+
+    """
+    if not texts[0].rules.processors:
+        return scores
+    scores = scores.clone()  # some processors write to them
+    rows_each = scores.shape[0] // len(texts)
+    for same_place in zip(*(text.rules.processors for text in texts), strict=True):
+        for group in _alike(texts, same_place):
+            ids, processor = texts[group[0]].ids(), same_place[group[0]]
+            if len(group) == len(texts):
+                scores = processor(ids, scores)
+            elif len(group) == 1:
+                rows = slice(group[0] * rows_each, (group[0] + 1) * rows_each)
+                scores[rows] = processor(ids, scores[rows])
+            else:
+                own = torch.tensor([idx * rows_each + row for idx in group for row in range(rows_each)])
+                own = own.to(scores.device)
+                scores[own] = processor(ids, scores[own])
+    return scores
+
+
+def _alike(texts: Sequence[Ruled], processors: Sequence[Any]) -> Iterable[list[int]]:
+    """Group texts, by their idx, whose processors of one place do the same to a row of scores."""
+    groups: dict[Hashable, list[int]] = {}
+    for idx, (text, processor) in enumerate(zip(texts, processors, strict=True)):
+        looks_at = _LOOKS_AT.get(type(processor))
+        key = (idx, None) if looks_at is None else (None, looks_at(processor, text.num_ids))
+        groups.setdefault(key, []).append(idx)
+    return groups.values()
+
+
+def _drawn(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw a token for each row of `(texts, vocab)`, with its own random numbers, `(texts,)`."""
+    if scores.device.type not in ("cpu", "cuda"):
+        check_best(scores.amax(dim=-1).tolist(), is_drawn=True)
+        rows = torch.split(scores.softmax(dim=-1), 1)
+        return torch.cat(
+            [torch.multinomial(row, 1, generator=own)[0] for row, own in zip(rows, generators, strict=True)]
+        )
+    # What torch.multinomial does for one sample, in ATen/native/Distributions.cpp: p / q with q exponential, argmax.
+    probabilities = scores.softmax(dim=-1)
+    noise = torch.empty_like(probabilities)
+    for row, own in zip(noise, generators, strict=True):
+        row.exponential_(generator=own)
+    return torch.div(probabilities, noise, out=noise).argmax(dim=-1)
+
+
+def check_best(best: Sequence[float], *, is_drawn: bool) -> None:
+    """Raise if nothing can be chosen by a row of scores, as the options have changed them; `best`: of each row.
+
+    Raises:
+        GenerationError: one is NaN, all are -inf, or, where a token `is_drawn`, one is inf.
+
+    """
+    for value in best:
+        if value > -math.inf and not (is_drawn and value == math.inf):  # NaN if one is
+            continue
+        what = "-inf for every token, so that none may follow" if value == -math.inf else str(value)
+        raise GenerationError(
+            f"The options of generate turn scores into {what}. Leave out those that exclude tokens or change their "
+            "scores, one after the other."
+        )
