@@ -26,7 +26,7 @@ from backprompt.classify.weighing import Floats
 from backprompt.errors import EmptyTextError
 from backprompt.lm import LM
 from backprompt.progress import Bar, check_show, is_wanted, showing
-from backprompt.session.text_scores import token_scores
+from backprompt.session.text_scores import scores_behind
 from backprompt.text.node import Text
 from backprompt.tokens.graph import TokenIds
 
@@ -199,11 +199,10 @@ class PromptsWithCompletions:
 
     def _score(self, prompt_idxs: Sequence[int]) -> Iterator[list[Floats]]:
         """Score some prompts' completions together."""
-        pairs = [(idx, token_ids) for idx in prompt_idxs for token_ids in self.completions[idx].token_ids]
-        starts = [len(self.prompt_ids[idx]) for idx, _ in pairs]
-        texts = [self.behind(*pair) for pair in pairs]
         with showing(False):  # there is a bar over the prompts
-            found = token_scores(self.lm.session, texts, starts)
+            found = scores_behind(
+                self.lm.session, [(self.prompt_ids[idx], self.completions[idx].token_ids) for idx in prompt_idxs]
+            )
         together = found.scores.logprobs.cpu().double().numpy()  # one transfer
         rows = iter(np.split(together, np.cumsum(found.lengths)[:-1]))
         for idx in prompt_idxs:

@@ -11,7 +11,7 @@ from backprompt.evaluation.scoring import ScoredTexts, Wanted
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
 from backprompt.text.node import Text, lazily
-from backprompt.tokens.graph import TokenIds, flat, is_beginning
+from backprompt.tokens.graph import TokenIds, flat, is_beginning, with_more
 
 
 def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
@@ -24,6 +24,26 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
         first = _first_scored(session, texts, given)
         encoded = session.checked_ids(texts, first, is_scoring=True)
         return session.evaluator.scoring.token_scores(list(zip(encoded, first, strict=True)))
+
+
+def scores_behind(session: Session, prompts: Iterable[tuple[TokenIds, Sequence[tuple[int, ...]]]]) -> ScoredTexts:
+    """Return the scores of ids behind prompts: of each prompt those of its continuations, each by itself.
+
+    Args:
+        session: of the prompts.
+        prompts: the ids of each prompt (see `Session.prompt_ids`), and its continuations, none of them empty. The
+            caller has checked that they can be evaluated.
+
+    """
+    with session.exclusive():
+        session.current()
+        wanted = [
+            Wanted(with_more(prompt, ids[:-1]), len(prompt), ids[-1:])
+            for prompt, continuations in prompts
+            for ids in continuations
+        ]
+        session.counters.tokens_requested += sum(len(text.token_ids) + 1 for text in wanted)
+        return session.evaluator.scoring.scored(wanted)
 
 
 def next_token_logprobs(
