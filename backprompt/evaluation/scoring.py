@@ -89,14 +89,16 @@ class Scoring:
         self._computation = computation
         self._pool = computation.pools.candidates
 
-    def token_scores(self, texts: Sequence[tuple[TokenIds, int]]) -> ScoredTexts:
+    def token_scores(
+        self, texts: Iterable[TokenIds], starts: Iterable[int], are_computed: Iterable[bool]
+    ) -> ScoredTexts:
         """Evaluate texts and return the scores of their tokens, from a token of each on.
 
         A text's last token is scored by the row before it; it is not forwarded unless something continues it.
         """
         wanted = []
-        for token_ids, start in texts:
-            split = split_to_score(token_ids, start)
+        for token_ids, start, is_computed in zip(texts, starts, are_computed, strict=True):
+            split = None if is_computed else split_to_score(token_ids, start)  # else a computed span would be cut
             wanted.append(Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:]))
         return self.scored(wanted)
 

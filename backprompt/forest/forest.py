@@ -220,6 +220,28 @@ class Forest:
         next(spans)
         return spans
 
+    def held_spans(self) -> Iterator[Span]:
+        """Yield the spans that hold something in either pool, in the order of `spans`.
+
+        All ancestors of such a span hold something, so nothing is looked for behind a span that holds nothing.
+        """
+        spans = depth_first(self.root, lambda span: (child for child in span.children.values() if not child.is_empty))
+        next(spans)
+        return spans
+
+    def count_empty(self) -> tuple[int, int]:
+        """Return the number of spans that hold nothing, and the number of their tokens."""
+        num_spans = num_tokens = 0
+        stack = [self.root]
+        while stack:
+            for child in stack.pop().children.values():
+                if child.children:
+                    stack.append(child)
+                if child.is_empty:
+                    num_spans += 1
+                    num_tokens += len(child.token_ids)
+        return num_spans, num_tokens
+
 
 def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> Iterator[Span]:
     """Yield spans from the root on, each after its parents; missing parents of a junction are moved forward.

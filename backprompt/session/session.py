@@ -286,6 +286,10 @@ class Session:
             known |= new
         return [known[text] for text in texts]
 
+    def are_computed(self, texts: Iterable[Text]) -> list[bool]:
+        """Return for each text whether it was evaluated and its states are still held; the lock must be held."""
+        return [found is not None and found.is_computed for found in map(self._evaluated.get, texts)]
+
     def save(self, text: Text) -> None:
         """Write a text's representation to the store; see `Text.save`."""
         if self.store is None:

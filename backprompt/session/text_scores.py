@@ -23,7 +23,7 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
     with session.exclusive():
         first = _first_scored(session, texts, given)
         encoded = session.checked_ids(texts, first, is_scoring=True)
-        return session.evaluator.scoring.token_scores(list(zip(encoded, first, strict=True)))
+        return session.evaluator.scoring.token_scores(encoded, first, session.are_computed(texts))
 
 
 def scores_behind(session: Session, prompts: Iterable[tuple[TokenIds, Sequence[tuple[int, ...]]]]) -> ScoredTexts:

@@ -72,6 +72,12 @@ class Rig:
     def make_lm(self, **options: Any) -> LM:
         return LM(self.model, self.tokenizer, max_tokens_per_forward=8192, **options)
 
+    def token_bytes(self) -> int:
+        """Bytes that an `LM` holds of one token."""
+        lm = self.make_lm()
+        lm.evaluate([Text.from_tokens(range(1, 11), lm)])
+        return lm.stats.bytes_held // 10
+
     def ids(self, strings: Iterable[str]) -> list[list[int]]:
         found: list[list[int]] = self.tokenizer(list(strings))["input_ids"]
         return found
@@ -185,7 +191,7 @@ def _many(num_texts: int) -> Any:
 def _evicting(num_texts: int, num_tokens: int) -> Any:
     def prepare(rig: Rig) -> tuple[Callable[[], object], list[list[int]]]:
         texts = [_drawn(8, idx) for idx in range(num_texts)]
-        bound = rig.lm.session.evaluator.token_bytes * num_tokens
+        bound = rig.token_bytes() * num_tokens
 
         def work() -> None:
             lm = rig.make_lm(memory_bytes=bound)
