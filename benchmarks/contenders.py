@@ -31,7 +31,7 @@ PADDED_BATCHES_RUN = 12
 
 @dataclass(frozen=True)
 class Done:
-    """What a rival did: scores (empty for texts that it left out), and which fraction of the work that is."""
+    """A rival's result: scores (empty for texts that it left out), and the fraction of the work done."""
 
     scores: Scores
     fraction: float = 1.0

@@ -1,4 +1,4 @@
-"""What texts say of themselves, compared with the slow reference; and how many distinct tokens texts have.
+"""The results of texts, compared with the slow reference; and the number of distinct tokens of texts.
 
 Nothing here imports the library: a text is whatever has `tokens`, `logits`, `token_logprobs` and `model_repr`.
 """

@@ -1,4 +1,4 @@
-"""LMs that share a store: what one computed the other finds, wherever either cuts a text; and never another model's."""
+"""LMs that share a store: each finds the other's spans, wherever a text is cut, and never another model's."""
 
 import struct
 
@@ -353,7 +353,7 @@ def test_a_damaged_entry_is_computed_again_and_stored_again(model, tokenizer, tm
     assert again.stats.tokens_computed == 0
 
 
-# What others delete
+# Entries that others delete
 
 
 def num_loaded(model, tokenizer, store, ids):

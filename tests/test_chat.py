@@ -328,7 +328,7 @@ def test_its_string_is_the_templates_whatever_stands_in_it(template, drawn):
     is_stripped = "trim" in template and any(text.string != text.string.strip() for text in joined)
     has_groups = any(not isinstance(segment, str) for text in joined for segment in text.segments)
     if has_groups and (is_stripped or template == FORGETFUL):
-        with contextlib.suppress(TokenizerError):  # it may be a string that is stripped, or a text that is forgotten
+        with contextlib.suppress(TokenizerError):  # the template may strip the string or leave the text out
             assert chat(lm, messages, **options).string == expected
         return
     text = chat(lm, messages, **options)

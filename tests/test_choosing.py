@@ -1,4 +1,4 @@
-"""Choosing for many texts together: what the clear rule chooses for each text by itself, whatever the options."""
+"""Choosing for many texts together gives the choices of the clear rule for each text alone, with any options."""
 
 import math
 
@@ -59,7 +59,7 @@ def drawn_logits(generator, num_rows, dtype):
 
 
 def by_itself(decoding, prompt_ids, sample_idx, rows):
-    """The clear rule: what is chosen for one text by rows of logits until it ends, and why it ends."""
+    """The clear rule: the tokens chosen for one text by rows of logits until its end, and the reason for the end."""
     rules = decoding.rules(torch.tensor([prompt_ids]))
     generator = decoding.generator(prompt_ids, sample_idx, torch.device("cpu")) if decoding.is_sampling else None
     ids, found, watched = torch.tensor([prompt_ids]), [], decoding.stops.begin(prompt_ids)

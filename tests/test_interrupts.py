@@ -34,7 +34,7 @@ NUM_SAMPLED = 4  # lines of each operation
 # The lock and torch's settings are let go of by Python itself, at whose own lines no signal arrives.
 EXEMPT = {"exclusive", "plain_surroundings"}
 
-# What changes several things that belong together: always taken.
+# Functions that change several things that belong together: always taken.
 CRITICAL = {
     "split",
     "absorb",
@@ -186,7 +186,7 @@ class World:
         lm = self.lm
         assert not lm.session.lock._is_owned()
         assert torch.is_grad_enabled()
-        lm.check([])  # what must be renewed, computed again or ended is, from here on
+        lm.check([])  # renews, recomputes or ends everything that needs it
         evaluator = lm.session.evaluator
         held = [text for text, pin in self.pins.items() if pin.num_bytes > 0]
         assert self.pinned in held or operation in ("unpin", "clear", "refresh")

@@ -170,7 +170,7 @@ def test_a_longer_text_forwards_only_what_is_new(lm, calls):
 
 
 def test_tokens_reused_counts_no_less_than_nothing(lm):
-    """What `clear` makes necessary to compute again was asked for again."""
+    """Tokens that are computed again after `clear` count as requested again."""
     text = Text("The cat sat", lm)
     before = lm.stats
     representation = evaluate(text)
@@ -556,7 +556,7 @@ def test_all_logits_takes_the_indices_of_a_slice(bounds, lm, model):
     assert_close(rows, plain_logits(model, text.tokens)[start:stop])
 
 
-# What is returned
+# Returned values
 
 
 def test_returned_tensors_are_copies_on_the_models_device_without_gradients(lm, model):

@@ -87,7 +87,7 @@ def forest(lm):
 
 
 def short_forest(lm):
-    """Eight texts of 7 to 16 tokens: what fits a model whose positions change their meaning at 32."""
+    """Eight texts of 7 to 16 tokens, for a model whose positions change their meaning at 32."""
     root = Text("Question: 12", lm)
     leaves = [root + twig + leaf for twig in (" cats", " + 3") for leaf in (" sat", " on", "?")]
     return [root, *leaves, Text("One alone.", lm)]
@@ -347,7 +347,7 @@ def partly_on_the_meta_device():
 
 def offloaded():
     model = FAMILIES["gpt2"]()
-    model.transformer.h[1]._hf_hook = object()  # what accelerate's dispatch leaves on a module
+    model.transformer.h[1]._hf_hook = object()  # as left on a module by accelerate's dispatch
     return model
 
 
@@ -419,7 +419,7 @@ def test_a_model_with_an_adapter_equals_its_plain_call(kind, tokenizer):
             "virtual tokens before the prompt.* LoRA",
         ),
         (
-            # It acts on the tokens after its invocation, which the PeftModel looks for in all of `input_ids`.
+            # The adapter acts on the tokens after its invocation, which the PeftModel looks for in all of `input_ids`.
             peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
             "activated LoRA.* ordinary LoRA",
         ),
@@ -480,7 +480,7 @@ def test_generation_continues_from_past_key_values_and_changes_nothing(family, t
         plain = model.generate(ids, **options)
         cache = text.model_repr.past_key_values()
         assert torch.equal(model.generate(ids, past_key_values=cache, **options), plain)
-        assert cache.get_seq_length() == ids.shape[1] + 7  # it grew: all but the last token were forwarded
+        assert cache.get_seq_length() == ids.shape[1] + 7  # the cache grew: all but the last token were forwarded
     # A new branch sees the same keys and values as before.
     before = lm.stats
     branch = texts[1] + " and it"

@@ -1,4 +1,4 @@
-"""Storing in fewer bits: the error is what was measured, it is in the keys, and nobody gets it who did not ask."""
+"""Storing in reduced precision: the error is as measured, is part of the keys, and only requests allow it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Best-first search: what exhaustive search finds, with less work."""
+"""Best-first search: the result of exhaustive search, with less work."""
 
 import numpy as np
 import pytest

@@ -58,7 +58,7 @@ WRONG_ARGUMENTS = {
 
 
 class TestContract:
-    """What every implementation promises."""
+    """The promises of every implementation."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_what_is_put_is_got(self, store, dtype):
@@ -333,7 +333,7 @@ def test_other_versions_get_a_clear_answer(tmp_path, monkeypatch):
 
 
 def test_the_index_of_a_newer_version_is_left_alone(tmp_path, caplog):
-    """That version may be using it: to set it aside, and to have ours set aside by it, would never end."""
+    """The newer version may be using its index: two versions that set each other's index aside would never stop."""
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
         change_index(store, "PRAGMA user_version = 99")
@@ -533,7 +533,7 @@ def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatc
 
 
 def test_what_is_set_aside_stands_in_nobodys_way(tmp_path, caplog):
-    """Each index under a name of its own, and what its log has goes with it: it may be another application's."""
+    """Each index gets a name of its own and keeps its log: the file may be another application's."""
     for number in (1, 2):
         DiskStore(tmp_path / "store").close()
         index = tmp_path / "store" / "index.sqlite"
@@ -643,7 +643,7 @@ def test_a_full_index_is_an_error_of_the_system(tmp_path, monkeypatch):
         assert_same(store.get(large.header.name), large)
 
 
-# What is not ours
+# Files of others
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):
@@ -703,7 +703,7 @@ def test_a_header_that_no_entry_has_is_refused_where_a_file_of_its_name_is_there
 
 @pytest.mark.parametrize("name", ["entries", "damaged", "writing"])
 def test_a_stores_own_folder_is_no_link(name, tmp_path):
-    """What is old in `writing` is deleted, and what is damaged is moved: not in somebody's other folder."""
+    """Old files in `writing` are deleted and damaged ones moved, but never in a linked folder of others."""
     DiskStore(tmp_path / "store").close()
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -779,7 +779,7 @@ def test_a_folder_of_hidden_files_may_become_a_store(tmp_path):
     with DiskStore(tmp_path) as store:
         store.put(make_entry(1))
     (tmp_path / "notes.txt").write_text("mine")
-    with DiskStore(tmp_path) as store:  # it is one now
+    with DiskStore(tmp_path) as store:  # the folder is a store now
         assert store.stats().num_entries == 1
 
 

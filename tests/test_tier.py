@@ -1,4 +1,4 @@
-"""A tier of memory by itself: what it counts, what goes, in which order, and how blocks become smaller and fewer."""
+"""A tier of memory by itself: its counts, the order of eviction, and how blocks become smaller and fewer."""
 
 import gc
 

@@ -111,7 +111,7 @@ class CharacterTokenizer(PreTrainedTokenizer):
 # Without a backend; the first appends no second </s>, the second puts a second <s> in front.
 IN_PYTHON = {"byt5": ByT5Tokenizer, "characters": CharacterTokenizer}
 
-# What test strings often begin or end with, and what both libraries say about it.
+# Frequent beginnings and ends of test strings, and the messages of both libraries about them.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:A text begins with:UserWarning"),
     pytest.mark.filterwarnings("ignore:This sequence already has </s>:UserWarning"),
@@ -149,7 +149,7 @@ parts = cut_strings() | token_ids.map(lambda ids: [ids])
 segment_lists = st.lists(parts, max_size=4).map(lambda drawn: [*chain(*drawn)])
 
 
-# What the ids should be, by hand
+# Expected ids, by hand
 
 
 @cache
@@ -569,7 +569,7 @@ def test_an_error_shows_the_join_and_its_tokens():
 
 @pytest.mark.parametrize("unknown", ["<unk>", "<s>", None])
 def test_a_tokenizer_that_does_not_know_latin_letters(unknown):
-    """What it adds is told by a string that it knows: an unknown character is a special token, or no token at all."""
+    """Special tokens are found with a known string: an unknown character is a special token, or no token at all."""
     words = {token: idx for idx, token in enumerate(["<s>", "</s>", "<unk>", "日", "本"])}
     backend = Tokenizer(models.WordLevel(words, unk_token=unknown) if unknown else models.BPE(words, []))
     backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
@@ -754,7 +754,7 @@ def test_a_changed_tokenizer_is_noticed(change):
 
 
 def test_refresh_finds_a_change_that_a_quick_look_does_not_see():
-    """It says that it hashes every weight and the tokenizer."""
+    """`refresh` promises to hash every weight and the tokenizer."""
     tokenizer = byte_level_bpe()
     text = Text("the cat", LM(_model(), tokenizer))
     tokens, fingerprint = text.tokens, text.lm.fingerprint

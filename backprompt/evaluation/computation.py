@@ -267,7 +267,7 @@ class Computation:
         with self.forest.changing():
             if computed is not None:
                 for span in computed.states_of:
-                    if span.error:  # it was loaded inexactly once, and pooled logits may come from that
+                    if span.error:  # it was loaded inexactly once, and pooled logits may depend on it
                         span.error = 0.0
                         self.pools.clear()
                 computed.place()
@@ -292,11 +292,11 @@ class Computation:
         return logits
 
     def make_room(self) -> None:
-        """Evict what is over the budget."""
+        """Evict rows over the budget."""
         self._make_room_for(_Coming(), Request())
 
     def _make_room_for(self, coming: _Coming, request: Request) -> None:
-        """Evict what is over the budget, or will be; see `Memory.evict`."""
+        """Evict rows over the budget, also those that will be; see `Memory.evict`."""
         is_exceeded = self.memory.is_exceeded(coming.num_bytes)
         if not is_exceeded and not self.memory.is_scattered:
             return
