@@ -164,7 +164,7 @@ class _SharedCaches:
 
 @torch.no_grad()
 def cache_recipe(model: GPT2LMHeadModel, prompts: list[EncodedPrompt]) -> Done:
-    """The documented recipe: a cache for what prompts share, deep-copied for each use; nested where sharing is."""
+    """The documented recipe: a cache for shared beginnings, deep-copied for each use; nested where sharing is."""
     caches = _SharedCaches(model)
     scores: Scores = []
     for prompt in prompts:

@@ -153,7 +153,7 @@ def test_other_weights_find_nothing(tokenizer, store):
 
 
 def test_what_is_worth_it_is_stored(model, tokenizer):
-    """Not each leaf of a few tokens, but what they continue."""
+    """Short leaves are not stored, but their parent is."""
     store = MemoryStore()
     lm = LM(model, tokenizer, store=store)
     evaluate([Text(SHOTS, lm) + str(number) for number in range(10, 30)])

@@ -342,7 +342,7 @@ def test_every_row_attends_to_what_leads_to_it_within_the_window(
             check_close((output,), (layers.expected(layer_idx, names, scoring),), dtype)
 
 
-# What a pass reads
+# The keys and values that a pass reads
 
 
 PROMPT = tuple(range(300))

@@ -16,7 +16,7 @@ from backprompt.generation.continued import continue_as
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, sentencepiece_bpe
 
-# As models on the Hugging Face hub have them; BOS stands for what some of each kind write first.
+# As models on the Hugging Face hub have them; BOS stands for the first string of some of each kind.
 CHAT_TEMPLATES = {
     "Llama 3": (
         "{% for message in messages %}"
@@ -216,7 +216,7 @@ def test_what_makes_no_sense(lm):
 
 @pytest.mark.parametrize("trim", ["", " | trim"])
 def test_short_replies_stand_where_the_template_writes_them(lm, trim):
-    """Also those that stand in the role's name, or in the question."""
+    """Also replies whose string occurs in the role's name or in the question."""
     lm.tokenizer.chat_template = TEMPLATE.replace(" | trim", trim)
     end = lm.tokenizer.convert_tokens_to_ids("<|end|>")
     for character in ("a", "s", "e", " "):

@@ -186,7 +186,7 @@ def test_operations_of_a_step_are_few_however_many_texts_it_has(model, tokenizer
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 320, 3526])
 def test_random_numbers_are_those_of_multinomial(model, tokenizer, num_tokens):
-    """Step after step, in one tensor, for each row those that it would get alone."""
+    """Step after step, in one tensor, each row gets the numbers that it would get alone."""
     decoding = make_decoding(model, tokenizer, {"do_sample": True, "top_k": 0}, 50)
     texts = [TextDecoding(decoding, [3, 4], idx) for idx in range(9)]
     generators = [decoding.generator([3, 4], idx, torch.device("cpu")) for idx in range(9)]

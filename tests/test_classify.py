@@ -143,7 +143,7 @@ def test_examples_have_completions_of_their_own(lm):
 
 
 def test_sentencepiece_puts_the_space_itself(model):
-    """With a space the ids are those that CAPPr gives, without one those that the whole string has."""
+    """With a space the ids are those of CAPPr, without a space those of the whole string."""
     lm = LM(model, sentencepiece_bpe())
     assert not lm.session.needs_space_between
     for prompt in PROMPTS:

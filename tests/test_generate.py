@@ -226,7 +226,7 @@ def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
 
 
 def test_a_continuation_is_few_spans(lm):
-    """However many steps it took, what follows attends to it in a few calls."""
+    """Later tokens attend to a continuation in a few calls, however many steps it took."""
     found = Text(PROMPTS[0], lm).generate(max_new_tokens=60)
     end = lm.session.evaluator.forest.insert(found.tokens[:-1])
     assert len(end.path()) == 2

@@ -106,7 +106,7 @@ def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, m
 
 
 def test_a_bag_is_not_a_set(models, tokenizer):
-    """A branch that stands there twice counts twice, and so does what two branches begin with."""
+    """A repeated branch counts twice, and so does the common beginning of two branches."""
     lm = LM(models["gpt2"], tokenizer)
     context, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2, 3), (4, 5, 6), (4, 5, 7), (8, 9)])
     for group in (a | a, a | b, a | a | b, (a | a) + b | a):
@@ -166,7 +166,7 @@ def test_a_frozen_segment_is_computed_once_wherever_it_stands(models, tokenizer)
 
 
 def test_a_frozen_text_that_continues_what_stands_before_it_by_chance(models, tokenizer):
-    """The frozen branch sees nothing of the context, even where the context is what it begins with."""
+    """The frozen branch sees nothing of the context, even where it begins with the context's tokens."""
     lm = LM(models["gpt2"], tokenizer)
     context, longer, rest = (Text.from_tokens(run, lm) for run in [(1, 2, 3), (1, 2, 3, 4), (4,)])
     question = Text.from_tokens([8, 9], lm)

@@ -84,7 +84,7 @@ def test_rows_that_lie_side_by_side_are_not_copied():
 
 @pytest.mark.parametrize("why", ["an end", "held", "another continues it", "no keys and values", "stored"])
 def test_a_span_is_not_absorbed(why):
-    """1 2 -- 3, where somebody else may know of 1 2."""
+    """1 2 -- 3, where another holder may have 1 2."""
     forest, (end,) = inserted((1, 2, 3))
     upper = forest.split(end, 2)
     compute([upper, end])

@@ -153,7 +153,7 @@ def test_what_is_all_cached_forwards_nothing(lm, calls):
     calls.bodies.clear()
     evaluate(texts)
     assert [each.logits.shape for each in texts] == [(VOCAB_SIZE,)] * len(texts)
-    # Built otherwise, and one that ends within a span, and what one already is a part of.
+    # Texts built differently, and beginnings of evaluated texts.
     evaluate([Text("", lm) + text, Text(text.string, lm), Text("Question: What", lm)])
     cut = [Text.from_tokens(text.tokens[:end], lm) for end in range(1, length)]
     assert len(evaluate(cut)) == length - 1
@@ -369,7 +369,7 @@ BEGINNINGS = {
 
 @pytest.mark.parametrize("begin", BEGINNINGS.values(), ids=BEGINNINGS.keys())
 def test_an_evaluation_is_counted_once(begin, model, tokenizer):
-    """Wherever it begins, and however many passes it takes; evaluating what is held all goes uncounted."""
+    """Any beginning and any number of passes count once; evaluating a text that is held counts as none."""
     lm = LM(model, tokenizer, max_tokens_per_forward=2)
     for number, string in enumerate(["The cat sat", "A dog ran off", "Somebody"], 1):
         begin(Text(string, lm))

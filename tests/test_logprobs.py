@@ -86,7 +86,7 @@ def test_float64_log_probabilities_of_completions(double, double_lm):
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 1}, {"num_beams": 3}], ids=str)
 def test_float64_log_probabilities_of_what_is_generated(double, double_lm, options):
-    """The texts', and, as they are kept, those of the continued text."""
+    """The log-probabilities of the result, and those kept for the continued text."""
     for prompt in PROMPTS:
         text = Text(prompt, double_lm)
         found = text.generate(max_new_tokens=4, **options)

@@ -300,7 +300,7 @@ def test_what_was_used_last_stays(model, tokenizer):
 
 
 def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
-    """Counted in storages: spans of one pass share tensors, and dropping some of them makes those smaller."""
+    """Counted in storages: spans of one pass share tensors, and the tensors shrink when spans are dropped."""
     lm = make_lm(model, tokenizer, 60, pass_tokens=512)
     evaluate(wide_forest(lm))
     gc.collect()
@@ -547,7 +547,7 @@ def test_the_second_pool_lets_go_of_what_was_used_longest_ago(model, tokenizer):
 
 @pytest.mark.parametrize("host_tokens", [1, 25, 60, 120])
 def test_the_second_pool_stays_within_its_budget(host_tokens, model, tokenizer):
-    """Not even while something moves; and no storage behind it is larger than what is counted."""
+    """The budget holds even while rows move, and no storage is larger than its counted bytes."""
     lm = make_lm(model, tokenizer, 40, host_tokens=host_tokens)
     peaks = watch_peaks(lm)
     texts = wide_forest(lm)
@@ -822,7 +822,7 @@ def test_all_that_moves_between_the_pools_is_page_locked(model, tokenizer, monke
 @pytest.mark.cuda
 @pytest.mark.parametrize("is_pinned", [False, True])
 def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
-    """Also the blocks that were made smaller; and what is read from there is right."""
+    """Also the blocks that were made smaller; numbers read from the host are right."""
     model = FAMILIES["gpt2"]().cuda()
     lm = make_lm(model, tokenizer, 60, host_tokens=100, pin_memory=is_pinned)
     texts = wide_forest(lm)

@@ -98,7 +98,7 @@ def forest_for(family, lm):
 
 
 def assert_is_as_plain(model, tokenizer, texts, atol=None):
-    """All that a text says of itself is what the plain call says of its string."""
+    """All results of a text are those of the plain call on its string."""
     evaluate(texts)
     assert [text.tokens for text in texts] == [tuple(plain_ids(tokenizer, text.string)) for text in texts]
     assert_equals_plain(model, texts, atol)
@@ -199,7 +199,7 @@ def test_rotary_scaling_by_length_is_right_up_to_the_original_length_and_refused
     message = rf"33 tokens.* {original} positions.*{kind} rotary scaling.*Shorten the text by 1\."
     with pytest.raises(TextTooLongError, match=message):
         evaluate([within, beyond])
-    # Why: in a call that has a longer position, the rows of what stands before it are others.
+    # Why: a longer position in a call changes the rows before it.
     assert (plain_logits(model, beyond.tokens)[:-1] - logits).abs().max() > 1e-2
 
 

@@ -262,7 +262,7 @@ def assert_right(model, lm, ids):
 
 
 def test_the_file_as_it_is_put_together_here_is_sound(model, stored):
-    """So that the changes below are what is wrong."""
+    """Otherwise the changes below would not be the only errors."""
     lm, store, file, content = stored
     file.write_bytes(File(content).content())
     lm.clear()
@@ -272,7 +272,7 @@ def test_the_file_as_it_is_put_together_here_is_sound(model, stored):
 
 
 def test_no_header_gives_a_wrong_number_or_an_error(model, stored, caplog):
-    """Whatever it says, it is reported, set aside, and what it stood for is computed."""
+    """Any broken entry is reported and set aside, and its tokens are computed."""
     lm, store, file, content = stored
     aside, entry = store.path / "damaged" / file.name, store.get(file.stem)
     for what, broken in broken_contents(content):
@@ -389,7 +389,7 @@ def test_fewer_bits_that_contradict_each_other(stored_dtype, model, tokenizer, t
 
 
 class Handing(MemoryStore):
-    """A store that somebody wrote, which hands out what it was told to."""
+    """A custom store, which hands out changed entries."""
 
     def __init__(self):
         super().__init__()

@@ -99,7 +99,7 @@ def test_a_completion_is_cut_at_the_first_stop_string(lms, data):
 
 
 def test_what_stands_in_the_prompt_does_not_count(lm):
-    """But for transformers' own option, which looks at it and keeps what it finds."""
+    """Except for transformers' own option, which searches the prompt and keeps the stop string."""
     text = Text("Answer:\n", lm)
     options = forced(lm, "\n\n\n\n")
     options["sequence_bias"] = options["sequence_bias"][:1]

@@ -353,7 +353,7 @@ def test_the_index_of_a_newer_version_is_left_alone(tmp_path, caplog):
 
 
 def test_a_damaged_index_is_made_anew_whatever_it_answers(tmp_path, caplog):
-    """Bytes flipped anywhere in it, and rows of nonsense: lookups find what the files say, and nothing crashes."""
+    """Bytes flipped anywhere in it, and rows of nonsense: lookups find the files' entries, and nothing crashes."""
     with DiskStore(tmp_path / "store") as store:
         for number in range(30):
             store.put(make_entry(number, text="x" * 200))
@@ -490,7 +490,7 @@ OTHER_APPLICATION = "PRAGMA user_version = 7; CREATE TABLE letters (x); INSERT I
 @pytest.mark.parametrize("is_writable", [True, False])
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatch):
-    """In bounded time it answers what the files say; all that was there before is there still."""
+    """In bounded time the store answers by the files; all other files are still there."""
     monkeypatch.setattr("backprompt.store.index.MAX_VALUE_BYTES", 1 << 20)
     monkeypatch.setattr("backprompt.store.disk.os.fsync", lambda _: None)
     precious = tmp_path / "precious.sqlite"
@@ -931,7 +931,7 @@ def test_a_budget_keeps_what_was_used_last(tmp_path, monkeypatch):
 
 
 def test_nothing_goes_before_what_begins_behind_it(tmp_path):
-    """A context that was not looked at for long, and what was computed behind it since."""
+    """A context that was not read for long, and newer entries behind it."""
     store = DiskStore(tmp_path / "store")
     context = make_entry(0)
     store.put(context)

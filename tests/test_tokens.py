@@ -177,7 +177,7 @@ def string_ids(name: str, string: str, is_continuation: bool) -> list[int]:
 
 
 def reference_ids(name: str, segments: Sequence[Segment], joins: str = "exact") -> tuple[int, ...]:
-    """Strings side by side as one string (under "split": apart), what comes later as a continuation, special tokens."""
+    """Strings side by side as one string (under "split": apart), later ones as continuations, special tokens."""
     runs: list[str | tuple[int, ...]] = []
     for segment in filter(len, segments):
         if joins == "exact" and runs and isinstance(runs[-1], str) and isinstance(segment, str):
@@ -224,7 +224,7 @@ def text_of(segments: Sequence[Segment], lm: LM) -> Text:
 @example(pieces=["<s>"])
 @example(pieces=["</s>"])
 def test_tokens_are_those_of_the_whole_string(name, pieces):
-    """Also where it begins or ends with special tokens that the tokenizer adds: whatever that does then."""
+    """Also for strings that begin or end with special tokens that the tokenizer adds, too."""
     string, tokenizer = "".join(pieces), plain(name)
     text = text_of(pieces, lm(name))
     assert text.tokens == tuple(tokenizer(string)["input_ids"])
@@ -592,7 +592,7 @@ def test_a_tokenizer_that_does_not_know_latin_letters(unknown):
 @example(pieces=["a</", "s>", "b"], ids=())
 @example(pieces=["a<", "s>", "b"], ids=(5,))
 def test_extents_of_a_tokenizer_in_python(name, pieces, ids):
-    """A join is changed where what stands before it has other ids alone."""
+    """A join is changed where the text before it has other ids alone."""
     tokenizer, text = plain(name), text_of([*pieces, ids], lm(name))
     (extents,) = lm(name).extents([text])
     assert [extent.segment for extent in extents] == list(text.segments)

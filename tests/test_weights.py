@@ -219,7 +219,7 @@ class Changing:
         self.num_done += 1
 
     def check(self, found, expected, num_done_before):
-        """`found` is what is expected of a state that there was since so many changes were done."""
+        """Check that `found` is the result of a state since the change of number `num_done_before`."""
         states = [number % len(self.circle) for number in range(num_done_before, self.num_begun + 1)]
         gaps = [(found - expected[state]).abs().nan_to_num().max() for state in states]
         assert min(gaps) <= ATOL[torch.float32], gaps

@@ -1,4 +1,4 @@
-"""10,000 leaves, and what evaluating them again costs when all are cached."""
+"""10,000 leaves, and the cost of evaluating them again when all are cached."""
 
 from __future__ import annotations
 
