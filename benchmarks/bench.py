@@ -27,7 +27,7 @@ MAX_COPIED_TOKENS = 100_000
 
 @dataclass
 class Line:
-    """What is reported of one workload."""
+    """The reported results of one workload."""
 
     suite: str
     workload: str
@@ -112,7 +112,7 @@ class Bench:
         line.fraction_of_matmul_limit = Spread.of_ratios(seconds["matrix products"], ours)
         line.fraction_of_dense_forward = Spread.of_ratios(seconds["dense forward"], ours)
         line.seconds = {name: Spread.of(values) for name, values in seconds.items()}
-        self.lm.clear()  # what is held now would not count as growth
+        self.lm.clear()  # otherwise held rows would not count as growth
         line.peak_bytes["backprompt"] = peak_bytes_of(lambda: self.run(workload, lengths))
         for rival in rivals:
             if line.seconds[rival.name].lowest < 5 * SLOW_SECONDS:

@@ -31,7 +31,7 @@ PADDED_BATCHES_RUN = 12
 
 @dataclass(frozen=True)
 class Done:
-    """What a rival did: scores (empty for texts that it left out), and which fraction of the work that is."""
+    """A rival's result: scores (empty for texts that it left out), and the fraction of the work done."""
 
     scores: Scores
     fraction: float = 1.0
@@ -164,7 +164,7 @@ class _SharedCaches:
 
 @torch.no_grad()
 def cache_recipe(model: GPT2LMHeadModel, prompts: list[EncodedPrompt]) -> Done:
-    """The documented recipe: a cache for what prompts share, deep-copied for each use; nested where sharing is."""
+    """The documented recipe: a cache for shared beginnings, deep-copied for each use; nested where sharing is."""
     caches = _SharedCaches(model)
     scores: Scores = []
     for prompt in prompts:

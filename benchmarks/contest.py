@@ -104,6 +104,6 @@ def rival_seconds(line: Line, rival: Rival) -> str:
 
 def times_as_long(line: Line, rival: Rival) -> str:
     """How many times as long a rival takes: the median over the rounds in which it ran, two digits."""
-    pairs = zip(line.seconds[rival.name].values, line.seconds[BACKPROMPT.name].values)  # noqa: B905  # it ran in fewer
+    pairs = zip(line.seconds[rival.name].values, line.seconds[BACKPROMPT.name].values)  # noqa: B905  # fewer rounds
     ratio = statistics.median(theirs / ours for theirs, ours in pairs)
     return f"{ratio:.1f}x" if ratio < 9.95 else f"{float(f'{ratio:.1e}'):.0f}x"

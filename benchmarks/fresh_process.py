@@ -1,4 +1,4 @@
-"""What a process that starts tomorrow pays: `python -m benchmarks.fresh_process MODEL STORE NUM_TOKENS NUM_ROUNDS`.
+"""The cost of a prompt for a later process: `python -m benchmarks.fresh_process MODEL STORE NUM_TOKENS NUM_ROUNDS`.
 
 Reads the stored prompt and computes it again without the store, in turns, and prints seconds as JSON.
 """

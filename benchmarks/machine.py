@@ -15,7 +15,7 @@ Machine = dict[str, Any]
 
 
 def describe_machine(lm: LM) -> Machine:
-    """What the numbers were taken on."""
+    """The machine and the versions behind the numbers."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""A peer, alive in a process and an environment of its own; it gets requests and gives answers, a line of JSON each."""
+"""A peer in a process and an environment of its own; requests and answers are a line of JSON each."""
 
 from __future__ import annotations
 

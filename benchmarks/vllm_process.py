@@ -13,7 +13,7 @@ import sys
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-os.dup2(2, 1)  # nothing else may stand between the answers, whoever writes it
+os.dup2(2, 1)  # other output must not stand between the answers
 
 import torch  # noqa: E402
 import vllm  # noqa: E402

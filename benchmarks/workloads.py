@@ -1,6 +1,6 @@
-"""What is measured: a model, a tokenizer, and forests of prompts and completions, all from a seed.
+"""The measured inputs: a model, a tokenizer, and forests of prompts and completions, all from a seed.
 
-The model is GPT-2 124M with random weights (timing does not depend on what they are), the tokenizer a byte-level BPE
+The model is GPT-2 124M with random weights (timing does not depend on the weights), the tokenizer a byte-level BPE
 trained on made-up text. A workload is a list of prompts, each a tuple of strings that other prompts may begin with as
 well, and the completions to score after it.
 """

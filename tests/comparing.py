@@ -1,4 +1,4 @@
-"""What texts say of themselves, compared with the slow reference; and how many distinct tokens texts have.
+"""The results of texts, compared with the slow reference; and the number of distinct tokens of texts.
 
 Nothing here imports the library: a text is whatever has `tokens`, `logits`, `token_logprobs` and `model_repr`.
 """
@@ -46,5 +46,5 @@ def num_distinct_ids(rows: Iterable[Sequence[int]]) -> int:
 
 
 def beginnings(rows: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """All non-empty beginnings of rows of ids: the distinct tokens, each named by what leads to it."""
+    """All non-empty beginnings of rows of ids: the distinct tokens, each named by its path."""
     return {ids[:stop] for ids in rows for stop in range(1, len(ids) + 1)}

@@ -1,4 +1,4 @@
-"""What holds for all tests: no downloads, the same examples each time, `cuda` tests only where CUDA is."""
+"""Settings of all tests: no downloads, the same examples each time, `cuda` tests only where CUDA is."""
 
 import os
 

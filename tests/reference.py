@@ -1,7 +1,7 @@
 """The slow reference that is here to stay: the plain call, one text at a time.
 
-No cache, no batch, no packing: what transformers answers to `model(tokenizer(string))`, which is what the
-library promises. Nothing here may use the library.
+No cache, no batch, no packing: transformers' results of `model(tokenizer(string))`, which the library promises.
+Nothing here may use the library.
 """
 
 from collections.abc import Iterator, Sequence

@@ -17,7 +17,7 @@ def make_entry(
     dtype: torch.dtype = torch.float32,
     text: str | None = None,
 ) -> Entry:
-    """An entry whose content follows from its arguments; that of a model of one layer."""
+    """An entry of a model of one layer; its content follows from the arguments."""
     generator = torch.Generator().manual_seed(number)
     drawn = torch.rand((2, num_tokens, 4), generator=generator)
     computed = torch.float32 if dtype == torch.int8 else dtype

@@ -1,4 +1,4 @@
-"""LMs that share a store: what one computed the other finds, wherever either cuts a text; and never another model's."""
+"""LMs that share a store: each finds the other's spans, wherever a text is cut, and never another model's."""
 
 import struct
 
@@ -153,7 +153,7 @@ def test_other_weights_find_nothing(tokenizer, store):
 
 
 def test_what_is_worth_it_is_stored(model, tokenizer):
-    """Not each leaf of a few tokens, but what they continue."""
+    """Short leaves are not stored, but their parent is."""
     store = MemoryStore()
     lm = LM(model, tokenizer, store=store)
     evaluate([Text(SHOTS, lm) + str(number) for number in range(10, 30)])
@@ -353,7 +353,7 @@ def test_a_damaged_entry_is_computed_again_and_stored_again(model, tokenizer, tm
     assert again.stats.tokens_computed == 0
 
 
-# What others delete
+# Entries that others delete
 
 
 def num_loaded(model, tokenizer, store, ids):

@@ -22,7 +22,7 @@ LM_ = LM(MODEL, TOKENIZER)
 TEXT = Text("The cat", LM_)
 OPTIONS = ["mat", "hat"]
 
-# What is called with something that holds texts, strings, numbers ...
+# Functions that take texts, strings, numbers ...
 TAKE_TEXTS = {
     "evaluate": bp.evaluate,
     "generate": lambda given: bp.generate(given, max_new_tokens=1),

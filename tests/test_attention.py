@@ -253,12 +253,12 @@ class Layers:
         return [tensor.transpose(0, 1)[indices].transpose(0, 1) for tensor in self.tensors[layer_idx]]
 
     def block(self, names: Sequence[Ids]) -> KeysValues:
-        """What a pass over these tokens leaves behind, as far as attention reads it."""
+        """The keys and values of a pass over these tokens."""
         keys, values = ([self.rows(layer_idx, names)[i].contiguous() for layer_idx in (0, 1)] for i in (1, 2))
         return KeysValues.of(keys, values)
 
     def expected(self, layer_idx: int, names: Sequence[Ids], scoring: Scoring) -> Tensor:
-        """What these tokens get: attention over all that leads to each, itself included, within the window."""
+        """Attention of each token over its ancestors and itself, within the window."""
         visible = torch.zeros(len(names), len(self.idx_of), dtype=torch.bool)
         for row, name in enumerate(names):
             seen = [self.idx_of[name[:stop]] for stop in range(1, len(name) + 1)]
@@ -342,7 +342,7 @@ def test_every_row_attends_to_what_leads_to_it_within_the_window(
             check_close((output,), (layers.expected(layer_idx, names, scoring),), dtype)
 
 
-# What a pass reads
+# The keys and values that a pass reads
 
 
 PROMPT = tuple(range(300))

@@ -1,4 +1,4 @@
-"""Beam search through the forest: what transformers finds, each token once, and beams left behind leave no trace."""
+"""Beam search through the forest: the results of transformers, each token once, and discarded beams leave no trace."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_each_distinct_token_is_computed_once_in_a_pass_a_step_and_only_the_best
     stats = lm.stats
     assert stats.tokens_computed == len(text.tokens) + len(forwarded)
     assert stats.forward_passes == 10
-    held = {ids[:-1][:stop] for ids, _ in beams for stop in range(1, 10)}  # what is finished stays to be continued
+    held = {ids[:-1][:stop] for ids, _ in beams for stop in range(1, 10)}  # finished beams stay held, to be continued
     assert stats.bytes_held == (len(text.tokens) + len(held)) * lm.session.evaluator.executor.token_bytes
     again = text + Text.from_tokens(found.completion_tokens[:-1], lm)
     before = lm.stats

@@ -1,4 +1,4 @@
-"""What the benchmarks compare is the same work, and the report shows what was measured."""
+"""The benchmarks compare the same work, and the report shows the measured numbers."""
 
 import copy
 import json

@@ -16,7 +16,7 @@ from backprompt.generation.continued import continue_as
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS, byte_level_bpe, sentencepiece_bpe
 
-# As models on the Hugging Face hub have them; BOS stands for what some of each kind write first.
+# As models on the Hugging Face hub have them; BOS stands for the first string of some of each kind.
 CHAT_TEMPLATES = {
     "Llama 3": (
         "{% for message in messages %}"
@@ -216,7 +216,7 @@ def test_what_makes_no_sense(lm):
 
 @pytest.mark.parametrize("trim", ["", " | trim"])
 def test_short_replies_stand_where_the_template_writes_them(lm, trim):
-    """Also those that stand in the role's name, or in the question."""
+    """Also replies whose string occurs in the role's name or in the question."""
     lm.tokenizer.chat_template = TEMPLATE.replace(" | trim", trim)
     end = lm.tokenizer.convert_tokens_to_ids("<|end|>")
     for character in ("a", "s", "e", " "):
@@ -328,7 +328,7 @@ def test_its_string_is_the_templates_whatever_stands_in_it(template, drawn):
     is_stripped = "trim" in template and any(text.string != text.string.strip() for text in joined)
     has_groups = any(not isinstance(segment, str) for text in joined for segment in text.segments)
     if has_groups and (is_stripped or template == FORGETFUL):
-        with contextlib.suppress(TokenizerError):  # it may be a string that is stripped, or a text that is forgotten
+        with contextlib.suppress(TokenizerError):  # the template may strip the string or leave the text out
             assert chat(lm, messages, **options).string == expected
         return
     text = chat(lm, messages, **options)

@@ -258,7 +258,7 @@ def test_files_that_changed_while_they_were_loaded_are_not_remembered(folder, ha
 
 @pytest.mark.parametrize("is_known", [True, False])
 def test_files_that_changed_after_they_were_loaded_say_nothing(is_known, folder, hashed, home):
-    """Weights may be mapped into memory from the file: what is written to it shows there."""
+    """Weights may be mapped into memory from the file, and then show changes of the file."""
     if is_known:
         fingerprint(folder)
     loaded, before = load(folder, device="cpu"), (remembered(home), len(hashed))
@@ -430,7 +430,7 @@ def test_refresh_hashes_everything_and_keeps_what_is_right(folder, hashed, home)
 
 
 def test_refresh_forgets_what_is_wrong(folder, hashed, home):
-    """It cannot know whether the weights or the memory are to blame; a fresh load can."""
+    """`refresh` cannot know whether the weights or the remembered hashes are wrong; a fresh load can."""
     expected = fingerprint(folder)
     loaded = load(folder, device="cpu")
     text = Text("The cat", loaded)

@@ -1,4 +1,4 @@
-"""Choosing for many texts together: what the clear rule chooses for each text by itself, whatever the options."""
+"""Choosing for many texts together gives the choices of the clear rule for each text alone, with any options."""
 
 import math
 
@@ -59,7 +59,7 @@ def drawn_logits(generator, num_rows, dtype):
 
 
 def by_itself(decoding, prompt_ids, sample_idx, rows):
-    """The clear rule: what is chosen for one text by rows of logits until it ends, and why it ends."""
+    """The clear rule: the tokens chosen for one text by rows of logits until its end, and the reason for the end."""
     rules = decoding.rules(torch.tensor([prompt_ids]))
     generator = decoding.generator(prompt_ids, sample_idx, torch.device("cpu")) if decoding.is_sampling else None
     ids, found, watched = torch.tensor([prompt_ids]), [], decoding.stops.begin(prompt_ids)
@@ -186,7 +186,7 @@ def test_operations_of_a_step_are_few_however_many_texts_it_has(model, tokenizer
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 320, 3526])
 def test_random_numbers_are_those_of_multinomial(model, tokenizer, num_tokens):
-    """Step after step, in one tensor, for each row those that it would get alone."""
+    """Step after step, in one tensor, each row gets the numbers that it would get alone."""
     decoding = make_decoding(model, tokenizer, {"do_sample": True, "top_k": 0}, 50)
     texts = [TextDecoding(decoding, [3, 4], idx) for idx in range(9)]
     generators = [decoding.generator([3, 4], idx, torch.device("cpu")) for idx in range(9)]

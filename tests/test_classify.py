@@ -143,7 +143,7 @@ def test_examples_have_completions_of_their_own(lm):
 
 
 def test_sentencepiece_puts_the_space_itself(model):
-    """With a space the ids are those that CAPPr gives, without one those that the whole string has."""
+    """With a space the ids are those of CAPPr, without a space those of the whole string."""
     lm = LM(model, sentencepiece_bpe())
     assert not lm.session.needs_space_between
     for prompt in PROMPTS:
@@ -204,7 +204,7 @@ def test_prompts_stream_through_within_the_budget(model, monkeypatch):
 
 
 def test_a_shared_instruction_outlives_any_number_of_prompts(model, monkeypatch):
-    """What many scored prompts leave behind goes before the keys and values that all of them continue."""
+    """Rows of many scored prompts are evicted before the keys and values of their shared beginning."""
     monkeypatch.setattr("backprompt.classify.scoring.TOKENS_AT_A_TIME", 200)
     lm = LM(model, byte_level_bpe(), memory_bytes=100 * 645)
     instruction = "Question: What is it?"

@@ -99,7 +99,7 @@ def generate(run, model) -> Callable:
 
 @pytest.fixture
 def no_model(monkeypatch) -> None:
-    """Loading a model is an error: what a test looks for must show before."""
+    """Make loading a model an error: the tested message must come before."""
 
     def refuse(*arguments, **options):
         raise AssertionError("a model was loaded")
@@ -490,7 +490,7 @@ def test_resume_begins_where_there_is_nothing(score):
 
 @pytest.mark.usefixtures("folder")
 def test_a_killed_process_leaves_a_beginning(model, score):
-    """SIGKILL, as soon as two of five rows are there; nobody closes the input."""
+    """SIGKILL comes as soon as two of five rows are written, with the input still open."""
     command = ["-m", "backprompt", "score", "-", "--completions", "labels.txt", "--model", model]
     command += ["--device", "cpu", "-o", "out.jsonl", "--slice", "1"]
     with in_a_process(*command, stdin=subprocess.PIPE) as process:

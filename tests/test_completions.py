@@ -1,4 +1,4 @@
-"""What stands between a prompt and a completion: one rule for whatever scores completions."""
+"""The space between a prompt and a completion: one rule for all that scores completions."""
 
 import numpy as np
 import pytest

@@ -164,7 +164,7 @@ def _last_words(account: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_included_parts_are_there(page: str) -> None:
-    """What a page takes from another file begins and ends with markers that stand there once."""
+    """Excerpts in a page begin and end at markers that occur once in their source file."""
     text = (DOCS / page).read_text(encoding="utf-8")
     for target, options in re.findall(r"^```\{include\} (\S+)\n((?:^:.*\n)*)", text, flags=re.M):
         source = (DOCS / page).parent.joinpath(target).read_text(encoding="utf-8")

@@ -48,7 +48,7 @@ def boxes(drawing: Drawing) -> list[list[str]]:
 
 
 def lines(group: ET.Element) -> list[str]:
-    """What stands at each height; runs of one line are several elements."""
+    """The strings at each height; runs of one line are several elements."""
     found: dict[str, str] = {}
     for text in group.iter(f"{SVG}text"):
         found[text.get("y")] = found.get(text.get("y"), "") + (text.text or "").replace("\xa0", " ")

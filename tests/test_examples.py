@@ -376,7 +376,7 @@ def test_a_chat_goes_back_without_computing_anything_twice(
     assert computed[3] == 0  # the same answer again
     assert sum(computed) == lm.stats.tokens_computed
     assert lm.stats.tokens_recomputed == 0
-    # What a turn adds: its question, the template around it, and the answer but for its last token.
+    # A turn adds its question, the template around it, and the answer except its last token.
     assert all(number < 60 for number in computed[1:])
     assert printed.count("Write, for example, /back 1.") == 2
     assert printed.count(chat.HELP) == 2

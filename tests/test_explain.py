@@ -1,4 +1,4 @@
-"""Explaining: what is expected is what is done, and every reason is the one that the test has brought about."""
+"""Explaining: expected work is the work done, and every reason is the one that the test has caused."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def reasons(explained):
     return {miss.segment: miss.reason for miss in explained.misses}
 
 
-# What is expected
+# Expected work
 
 
 def test_the_figures_of_a_tree(model, tokenizer):
@@ -110,7 +110,7 @@ def test_what_comes_from_a_store(model, tokenizer):
     max_tokens=st.integers(3, 9),
 )
 def test_passes_with_a_store_are_those_expected(drawn, cut, max_tokens):
-    """What comes from it does not change the order of the rest."""
+    """Spans from the store do not change the order of the rest."""
     store = MemoryStore()
     for one in drawn[:cut]:
         stored = build(LM(MODEL, TOKENIZER, store=store), one)
@@ -248,7 +248,7 @@ def test_where_a_text_ends(model, tokenizer):
 
 
 def test_where_a_join_changes_a_token(model):
-    """The last token of "x  " alone is two spaces; what follows takes it apart."""
+    """The last token of "x  " alone is two spaces; the next string splits the token."""
     lm = LM(model, TOKENIZERS["byte_level_bpe"]())
     context = Text("x  ", lm)
     one, other = context + "\tz", context + "y"
@@ -326,7 +326,7 @@ def test_a_store_that_cannot_be_read(model, tokenizer, monkeypatch, caplog):
 
 
 def test_what_is_too_short_to_be_stored(model, tokenizer):
-    """It was computed, and is computed again by the next process."""
+    """A short run is computed, and computed again by the next process."""
     store = MemoryStore()
     context, question = Text(CONTEXT, LM(model, tokenizer, store=store)), "What is 7?"
     evaluate(context)
@@ -384,7 +384,7 @@ def test_account_as_a_rich_table(model, tokenizer):
     assert explained.sentences[0] in printed
 
 
-# What is refused
+# Refusals
 
 
 def test_texts_that_cannot_be_explained(model, tokenizer):
@@ -413,7 +413,7 @@ def test_texts_that_cannot_be_explained(model, tokenizer):
 @settings(max_examples=15)
 @given(data=st.data())
 def test_extents_cover_a_text_and_say_what_a_join_replaced(name, data):
-    """What stands before a segment, encoded alone, is the tokens before it and what it replaced."""
+    """The text before a segment, encoded alone, is the tokens before the segment and those that it replaced."""
     lm = LM(MODEL, TOKENIZERS[name](), joins=data.draw(st.sampled_from(["exact", "split"])))
     texts = usable([compose(one, lm) for one in data.draw(forests())])
     for text, extents in zip(texts, lm.extents(texts), strict=True):

@@ -1,4 +1,4 @@
-"""A process that forks after it has used an `LM`: right numbers in the child, and nobody waits for ever.
+"""A process that forks after it has used an `LM`: right numbers in the child, and no process waits for ever.
 
 Each case is a process of its own, which is killed when it takes too long, with all that it has started.
 """
@@ -216,7 +216,7 @@ def test_a_bar_whose_lock_another_thread_held_shows_in_the_child():
 
 
 def test_a_store_that_another_thread_makes_while_forking_looks_for_all():
-    """It would be added to the set of them in the middle of a walk through it."""
+    """Otherwise the new store would join the set of stores while the fork iterates over it."""
     run(
         """
         from weakref import WeakSet

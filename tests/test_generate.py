@@ -1,4 +1,4 @@
-"""Generation: what transformers generates token for token, each distinct token computed once, few spans, any budget."""
+"""Generation: the tokens of transformers, each distinct token computed once, few spans, any budget."""
 
 import gc
 
@@ -193,7 +193,7 @@ def test_shorter_continuations_of_one_prompt_hold_nothing_twice(lm):
 
 
 def test_what_is_evaluated_between_steps_leaves_nothing_behind(model, tokenizer):
-    """Exactly what a stream has forwarded: then nobody absorbs it."""
+    """The evaluated text is exactly the forwarded part of a stream, so no other span absorbs it."""
     lm = LM(model, tokenizer, memory_bytes=60 * 646)
     for prompt in PROMPTS * 2:
         stream = Text(prompt, lm).stream(max_new_tokens=NEW)
@@ -226,7 +226,7 @@ def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
 
 
 def test_a_continuation_is_few_spans(lm):
-    """However many steps it took, what follows attends to it in a few calls."""
+    """Later tokens attend to a continuation in a few calls, however many steps it took."""
     found = Text(PROMPTS[0], lm).generate(max_new_tokens=60)
     end = lm.session.evaluator.forest.insert(found.tokens[:-1])
     assert len(end.path()) == 2
@@ -396,7 +396,7 @@ def test_whatever_happens_between_steps(model, tokenizer, data):
 
 
 def test_a_stream_that_nobody_keeps_holds_nothing(model, tokenizer):
-    """Nobody closes it; what it holds is let go of when something is next computed."""
+    """The stream is not closed; the next computation releases its rows."""
     lm = LM(model, tokenizer, memory_bytes=0)
     stream = Text(PROMPTS[0], lm).stream(max_new_tokens=NEW)
     next(stream)

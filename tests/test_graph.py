@@ -186,7 +186,7 @@ def test_a_generation_is_one_evaluation() -> None:
     draft = text.generate(max_new_tokens=4)
     found = by_string(to_networkx(draft))
     assert found["Hello"]["status"] == "reused from memory"
-    assert found[draft.completion]["statuses"] == {"computed now": 3, "not evaluated": 1}  # nobody needed the last one
+    assert found[draft.completion]["statuses"] == {"computed now": 3, "not evaluated": 1}  # the last was not needed
 
 
 def test_evicted_and_loaded_from_disk(tmp_path) -> None:
@@ -200,7 +200,7 @@ def test_evicted_and_loaded_from_disk(tmp_path) -> None:
     assert new["status"] == "not evaluated"
     again()
     (after, new) = by_string(to_networkx(again)).values()
-    assert after["status"] == "from disk"  # that is where it came from
+    assert after["status"] == "from disk"  # the text came from there
     assert new["status"] == "computed now"
     evaluate(again)
     assert {data["status"] for data in by_string(to_networkx(again)).values()} == {"reused from memory"}

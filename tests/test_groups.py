@@ -106,7 +106,7 @@ def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, m
 
 
 def test_a_bag_is_not_a_set(models, tokenizer):
-    """A branch that stands there twice counts twice, and so does what two branches begin with."""
+    """A repeated branch counts twice, and so does the common beginning of two branches."""
     lm = LM(models["gpt2"], tokenizer)
     context, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2, 3), (4, 5, 6), (4, 5, 7), (8, 9)])
     for group in (a | a, a | b, a | a | b, (a | a) + b | a):
@@ -166,7 +166,7 @@ def test_a_frozen_segment_is_computed_once_wherever_it_stands(models, tokenizer)
 
 
 def test_a_frozen_text_that_continues_what_stands_before_it_by_chance(models, tokenizer):
-    """The frozen branch sees nothing of the context, even where the context is what it begins with."""
+    """The frozen branch sees nothing of the context, even where it begins with the context's tokens."""
     lm = LM(models["gpt2"], tokenizer)
     context, longer, rest = (Text.from_tokens(run, lm) for run in [(1, 2, 3), (1, 2, 3, 4), (4,)])
     question = Text.from_tokens([8, 9], lm)
@@ -208,7 +208,7 @@ def test_shots_in_any_subset_and_order_are_computed_once(models, tokenizer):
 
 @pytest.mark.parametrize("kind", ["shared", "frozen", "at the root"])
 def test_many_groups_within_a_small_budget_are_computed_once(kind, models, tokenizer):
-    """What stands behind a group is through before the branches of others: none is dropped before it is needed."""
+    """The text behind a group is computed before other groups' branches: no branch is dropped before its use."""
     lm = LM(models["gpt2"], tokenizer, memory_bytes=200 * 646, max_tokens_per_forward=64)
     evaluate(Text.from_tokens([1], lm))
     context = Text.from_tokens([2, 3, 4], lm)
@@ -253,7 +253,7 @@ def test_another_process_finds_groups_in_the_store(models, tokenizer):
 
 
 def test_short_parts_are_stored_with_what_stands_on_them(models, tokenizer):
-    """A branch of a few tokens has nobody to go with, but what stands behind its group is of no use without it."""
+    """A short branch is stored alone, because the text behind its group is of no use without it."""
     store = MemoryStore()
 
     def texts_of(lm):
@@ -301,7 +301,7 @@ def test_pins_hold_all_branches(models, tokenizer):
         assert (lm.stats - before).tokens_computed == 0
 
 
-# What has no answer
+# Questions without an answer
 
 
 def test_a_text_that_ends_in_a_group_has_no_last_token(models, tokenizer):
@@ -349,7 +349,7 @@ def test_independence_gap(models, tokenizer):
 
 
 def test_what_a_junction_draws_forward_stays_out_of_other_subtrees(model, tokenizer):
-    """(0) (3) (0 2) (2 0)@1: what the junction needs of the second branch comes between (0) and what continues it."""
+    """(0) (3) (0 2) (2 0)@1: the junction's part of the second branch comes between (0) and the children of (0)."""
     lm = LM(model, tokenizer)
     make = partial(Text.from_tokens, lm=lm)
     plain, frozen = make([0, 3, 2]), make([0, 3, 0, 2]).frozen() + make([0, 2, 0]).frozen()

@@ -44,7 +44,7 @@ def test_texts_that_grow_stay_few_spans_with_right_rows():
         texts.step([10 + step, 60 + step])
         assert_right(texts.forest.spans())
         assert [end.token_ids for end in texts.ends] == [tuple(range(10, 11 + step)), tuple(range(60, 61 + step))]
-    assert [len(end.path()) for end in texts.ends] == [3, 3]  # what both prompts begin with, the rest, and what grew
+    assert [len(end.path()) for end in texts.ends] == [3, 3]  # shared beginning, rest of the prompt, new tokens
 
 
 def test_rows_are_appended_where_there_is_room():
@@ -84,7 +84,7 @@ def test_rows_that_lie_side_by_side_are_not_copied():
 
 @pytest.mark.parametrize("why", ["an end", "held", "another continues it", "no keys and values", "stored"])
 def test_a_span_is_not_absorbed(why):
-    """1 2 -- 3, where somebody else may know of 1 2."""
+    """1 2 -- 3, where another holder may have 1 2."""
     forest, (end,) = inserted((1, 2, 3))
     upper = forest.split(end, 2)
     compute([upper, end])
@@ -106,7 +106,7 @@ def test_a_span_is_not_absorbed(why):
 
 
 def test_what_several_continue_moves_out_of_the_buffer():
-    """It would keep the others' rows alive."""
+    """In the buffer, a shared parent would keep other texts' rows alive."""
     texts = Texts(*PROMPTS)
     texts.step([10, 60])
     texts.step([11, 61])
@@ -130,7 +130,7 @@ def test_what_has_grown_takes_as_many_bytes_as_it_has_tokens():
     assert_right(texts.forest.spans())
     assert [texts.growth.finish(end) for end in texts.ends] == [[], []]
     gc.collect()
-    assert not texts.growth._buffers  # nobody refers to them any more
+    assert not texts.growth._buffers  # the buffers have no references any more
 
 
 def test_a_buffer_that_was_made_smaller_has_no_room():

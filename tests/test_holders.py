@@ -1,4 +1,4 @@
-"""Who holds texts is asked each time: pins, live texts whose owner lives, and what is in use."""
+"""Holders are asked each time: pins, live texts whose owner lives, and texts in use."""
 
 from types import SimpleNamespace
 

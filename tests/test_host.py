@@ -1,4 +1,4 @@
-"""The second pool by itself: what it takes, what it refuses, what it gives back, and that it never holds too much."""
+"""The second pool by itself: the spans that it takes, refuses and gives back, and its limit."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_what_cannot_fit_with_what_it_continues_pushes_nothing_out():
     device.add(compute([end]))
     every = list(forest.spans())
     dropped = device.shrink(every, 10**9, any_order)
-    host.take(every, dropped, lambda kind, span: (0, float(len(span.token_ids)), 0))  # it would go last
+    host.take(every, dropped, lambda kind, span: (0, float(len(span.token_ids)), 0))  # these would be dropped last
     assert end.is_empty
     assert_right_in_host(spans)
 

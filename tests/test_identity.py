@@ -18,8 +18,8 @@ ROOT = root_key(**PARTS)
 
 token_ids = st.lists(st.integers(0, 2**40), max_size=8)
 
-# Worked out with hashlib alone. Stored representations are found by their keys: whoever changes what goes into a key
-# raises FORMAT_VERSION, and this constant with it.
+# Worked out with hashlib alone. Stored representations are found by their keys: a change of the contents of
+# a key must raise FORMAT_VERSION, and change this constant.
 RECORDED_KEY = "1a39a62e47c301b55deb41829d0374d75aa4a163c05caf39d98706bd36b33112"
 
 

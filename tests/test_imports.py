@@ -119,7 +119,7 @@ def parsed(folder: Path) -> dict[Path, ast.Module]:
 
 
 def kept_by(trees: dict[Path, ast.Module]) -> set[str]:
-    """What modules keep to themselves, but for names that other libraries have given."""
+    """The private names of modules, without names that other libraries define, too."""
     kept = set().union(*(defined_in(tree) for tree in trees.values()))
     return kept - {*dir(torch.Tensor), *vars(torch.nn.Module())} - THEIRS
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at any line: afterwards the numbers are right, only what somebody holds is held, and the budgets are kept.
+"""Ctrl-C at any line: afterwards the numbers are right, only spans with a holder are held, and the budgets are kept.
 
 A tracer raises KeyboardInterrupt at the n-th line of the package that an operation runs through. Here a sample of lines
 is taken; `BACKPROMPT_EVERY_LINE=1` takes every distinct line of each operation, and every instruction of what must be
@@ -37,7 +37,7 @@ EXEMPT = {"exclusive", "plain_surroundings"}
 # Their methods return the result of another method in Python: CPython handles no signal between the two returns.
 FACADES = {"node.py", "lm.py"}
 
-# What changes several things that belong together: always taken.
+# Functions that change several things that belong together: always taken.
 CRITICAL = {
     "split",
     "absorb",
@@ -186,11 +186,11 @@ class World:
         self.lm.refresh()
 
     def check_holders(self, operation):
-        """Check that nothing is held but what somebody holds, also while the traceback keeps all frames alive."""
+        """Check that only spans with a holder are held, also while the traceback keeps all frames alive."""
         lm = self.lm
         assert not lm.session.lock._is_owned()
         assert torch.is_grad_enabled()
-        lm.check([])  # what must be renewed, computed again or ended is, from here on
+        lm.check([])  # renews, recomputes or ends everything that needs it
         evaluator = lm.session.evaluator
         held = [text for text, pin in self.pins.items() if pin.num_bytes > 0]
         assert self.pinned in held or operation in ("unpin", "clear", "refresh")

@@ -153,7 +153,7 @@ def test_what_is_all_cached_forwards_nothing(lm, calls):
     calls.bodies.clear()
     evaluate(texts)
     assert [each.logits.shape for each in texts] == [(VOCAB_SIZE,)] * len(texts)
-    # Built otherwise, and one that ends within a span, and what one already is a part of.
+    # Texts built differently, and beginnings of evaluated texts.
     evaluate([Text("", lm) + text, Text(text.string, lm), Text("Question: What", lm)])
     cut = [Text.from_tokens(text.tokens[:end], lm) for end in range(1, length)]
     assert len(evaluate(cut)) == length - 1
@@ -170,7 +170,7 @@ def test_a_longer_text_forwards_only_what_is_new(lm, calls):
 
 
 def test_tokens_reused_counts_no_less_than_nothing(lm):
-    """What `clear` makes necessary to compute again was asked for again."""
+    """Tokens that are computed again after `clear` count as requested again."""
     text = Text("The cat sat", lm)
     before = lm.stats
     representation = evaluate(text)
@@ -369,7 +369,7 @@ BEGINNINGS = {
 
 @pytest.mark.parametrize("begin", BEGINNINGS.values(), ids=BEGINNINGS.keys())
 def test_an_evaluation_is_counted_once(begin, model, tokenizer):
-    """Wherever it begins, and however many passes it takes; evaluating what is held all goes uncounted."""
+    """Any beginning and any number of passes count once; evaluating a text that is held counts as none."""
     lm = LM(model, tokenizer, max_tokens_per_forward=2)
     for number, string in enumerate(["The cat sat", "A dog ran off", "Somebody"], 1):
         begin(Text(string, lm))
@@ -556,7 +556,7 @@ def test_all_logits_takes_the_indices_of_a_slice(bounds, lm, model):
     assert_close(rows, plain_logits(model, text.tokens)[start:stop])
 
 
-# What is returned
+# Returned values
 
 
 def test_returned_tensors_are_copies_on_the_models_device_without_gradients(lm, model):

@@ -82,7 +82,7 @@ def assert_same(found, expected):
 
 
 def num_given(requests, max_length=MAX_POSITIONS):
-    """Distinct tokens of what the model is given: the last ones of a request, and of them all but the last."""
+    """Distinct tokens given to the model: of each request the last ones, without the very last."""
     given = [tuple((*context, *continuation)[-max_length - 1 : -1]) for _, context, continuation in requests]
     return num_distinct_ids(given)
 
@@ -308,7 +308,7 @@ def test_bars(models, capsys):
 
 
 def test_an_lm_serves_with_its_own_options(tmp_path):
-    """With a tokenizer of another object, and with what was computed before."""
+    """With the tokenizer of another object, and with spans computed before."""
     model, tokenizer = build("gpt2"), byte_level_bpe()
     lm = LM(model, tokenizer, store=tmp_path / "prompts.bp")
     first = BackpromptLM(lm).loglikelihood(instances(PAIRS), disable_tqdm=True)
@@ -412,7 +412,7 @@ def test_generated_strings_are_those_of_hf(models):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stop_strings_that_begin_in_the_context_do_not_count_as_for_hf(family, models):
-    """Each is the end of its context and the beginning of what comes, or stands further behind, or both are there."""
+    """Each stop string spans the end of its context and the continuation, or comes later, or both."""
     hf, ours = models[family]
     contexts = ["Question: What is it?\n", "The cat sat on the", "Answer: ", "says\n\n", "naïve"]
     free = hf.generate_until(instances([(context, {"max_gen_toks": 12}) for context in contexts]), disable_tqdm=True)

@@ -86,7 +86,7 @@ def test_float64_log_probabilities_of_completions(double, double_lm):
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 1}, {"num_beams": 3}], ids=str)
 def test_float64_log_probabilities_of_what_is_generated(double, double_lm, options):
-    """The texts', and, as they are kept, those of the continued text."""
+    """The log-probabilities of the result, and those kept for the continued text."""
     for prompt in PROMPTS:
         text = Text(prompt, double_lm)
         found = text.generate(max_new_tokens=4, **options)
@@ -415,7 +415,7 @@ def spoiled_behind(text_ids, value, token_id=7):
 
 @pytest.mark.parametrize("what", SPOILED)
 def test_logits_that_are_no_distribution_are_an_error_that_names_the_text(what, tokenizer):
-    """The last text's own row, and a row in the middle of the third, which continues it; both are read ahead of."""
+    """The last text's own row, and a row in the middle of the third, which begins with it; both are read ahead."""
     prompt = PROMPTS[0] + " mat"
     model = spoiled_behind(tokenizer(prompt)["input_ids"], SPOILED[what])
     lm = LM(model, tokenizer)
@@ -431,7 +431,7 @@ def test_logits_that_are_no_distribution_are_an_error_that_names_the_text(what, 
             assert_close(text.token_logprobs, expected)
         assert torch.isfinite(bad.token_logprobs[1:]).all()  # its own last row predicts nothing of it
     start = len(bad.tokens) + 1
-    (found,) = lm.token_logprobs([longer], [start])  # rows that nobody asked for
+    (found,) = lm.token_logprobs([longer], [start])  # no bad row is asked for
     assert_close(found, plain_token_logprobs(model, longer.tokens)[start:])
     reads = {
         "logits": lambda: bad.logits,

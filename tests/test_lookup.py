@@ -115,7 +115,7 @@ def test_the_second_pool(model, tokenizer):
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_the_store_in_a_new_process(model, tokenizer, kind, tmp_path):
-    """What another LM stored is on disk; then it is loaded and in memory, and what goes behind it is absent."""
+    """A text that another LM stored is on disk; once loaded, it is in memory, and the text behind it is absent."""
     with MemoryStore() if kind == "memory" else DiskStore(tmp_path / "prompts.bp") as store:
         stored = Text(CONTEXT, LM(model, tokenizer, store=store))
         evaluate(stored)
@@ -162,7 +162,7 @@ def test_a_store_that_cannot_be_read_has_nothing(model, tokenizer, caplog, monke
 
 
 def test_behind_a_group(model, tokenizer):
-    """Branches are held whatever their order; what follows is held behind these branches only."""
+    """Branches are held in any order; the text behind them is held behind these branches only."""
     lm = LM(model, tokenizer)
     context, shots = Text("Look:", lm), [Text(f" {n} and {n} make {2 * n}.", lm) for n in range(3)]
     text = context + (shots[0] | shots[1]) + " So 9 and 9"
@@ -180,7 +180,7 @@ def test_behind_a_group(model, tokenizer):
 
 
 def test_a_branch_that_ends_within_what_is_held_is_another_group(model, tokenizer):
-    """What stands behind (1 2 3 | 4 5 6 7) is not what stands behind (1 2 | 4 5 6 7), though at the same position."""
+    """Tokens behind (1 2 3 | 4 5 6 7) differ from those behind (1 2 | 4 5 6 7), though at the same position."""
     lm = LM(model, tokenizer)
     whole, part, other = (Text.from_tokens(ids, lm) for ids in [(1, 2, 3), (1, 2), (4, 5, 6, 7)])
     context, question = Text.from_tokens([9], lm), Text.from_tokens([5], lm)
@@ -245,7 +245,7 @@ TOKENIZER = byte_level_bpe()
 
 
 def test_slots_of_a_sketch_are_marks():
-    """A sketch has no rows of its own, so that nobody reads tensors off it."""
+    """A sketch has no rows of its own, so no tensors can be read off it."""
     held = Forest()
     end = held.insert((1, 2, 3))
     end.states = end.keys_values = object()

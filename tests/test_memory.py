@@ -1,4 +1,4 @@
-"""The byte budgets: what is held stays within them, what is dropped is computed again, and no number changes."""
+"""The byte budgets: held rows stay within them, dropped spans are computed again, and no number changes."""
 
 import gc
 from collections import Counter
@@ -48,9 +48,9 @@ def wide_forest(lm, num_branches=12, num_leaves=6):
 
 
 def check_is_sound(lm):
-    """What is held has its ancestors, keys come with states, nothing lies in both pools, and all is counted.
+    """Check that held spans have held ancestors, keys come with states, pools share no rows, and all is counted.
 
-    On the device no block holds rows that nobody refers to.
+    On the device, every row of a block has a reference.
     """
     evaluator = lm.session.evaluator
     spans = list(evaluator.forest.spans())
@@ -300,7 +300,7 @@ def test_what_was_used_last_stays(model, tokenizer):
 
 
 def test_the_memory_of_what_is_dropped_is_freed(model, tokenizer):
-    """Counted in storages: spans of one pass share tensors, and dropping some of them makes those smaller."""
+    """Counted in storages: spans of one pass share tensors, and the tensors shrink when spans are dropped."""
     lm = make_lm(model, tokenizer, 60, pass_tokens=512)
     evaluate(wide_forest(lm))
     gc.collect()
@@ -382,7 +382,7 @@ WAYS = {
 
 @pytest.mark.parametrize(("way", "host_tokens"), [*((way, 0) for way in WAYS), ("evaluated", 8), ("generated", 8)])
 def test_a_long_run_keeps_no_more_than_a_short_one(way, host_tokens, model, tokenizer, monkeypatch, tmp_path):
-    """Texts that nobody asks for again, over budgets that some of them fill."""
+    """Texts that are asked for once, over budgets that some of them fill."""
     monkeypatch.setattr("backprompt.evaluation.computation.MAX_EMPTY_SPANS", 20)
     monkeypatch.setattr("backprompt.session.session.MAX_RESULT_BYTES", 20 * 1280)
     monkeypatch.setattr("backprompt.evaluation.pools.MAX_CANDIDATE_BYTES", 20 * 600)
@@ -547,7 +547,7 @@ def test_the_second_pool_lets_go_of_what_was_used_longest_ago(model, tokenizer):
 
 @pytest.mark.parametrize("host_tokens", [1, 25, 60, 120])
 def test_the_second_pool_stays_within_its_budget(host_tokens, model, tokenizer):
-    """Not even while something moves; and no storage behind it is larger than what is counted."""
+    """The budget holds even while rows move, and no storage is larger than its counted bytes."""
     lm = make_lm(model, tokenizer, 40, host_tokens=host_tokens)
     peaks = watch_peaks(lm)
     texts = wide_forest(lm)
@@ -566,7 +566,7 @@ def test_the_second_pool_stays_within_its_budget(host_tokens, model, tokenizer):
 @pytest.mark.parametrize("num_tokens", [20, 30, 45])
 @pytest.mark.parametrize("host_tokens", [20, 40])
 def test_what_is_about_to_move_back_is_not_pushed_out(host_tokens, num_tokens, model, tokenizer):
-    """Both pools full: what leaves the device to make room, states too, takes the place of other things."""
+    """Both pools are full: rows that leave the device to make room, states too, replace other rows."""
     lm = make_lm(model, tokenizer, num_tokens, 1, host_tokens=host_tokens)
     texts = wide_forest(lm, num_branches=3, num_leaves=3)
     lm.token_logprobs(texts)
@@ -599,7 +599,7 @@ def test_what_a_part_of_a_text_continues_stays_when_the_part_moves_back(model, t
 
 
 def test_what_would_not_fit_pushes_nothing_out(model, tokenizer):
-    """A text of three times the second pool's budget passes through; what lay there is still there."""
+    """A text of three times the second pool's budget passes through; the rows there stay."""
     lm = make_lm(model, tokenizer, 0, 64, host_tokens=20)
     small = Text("The cat sat", lm)
     evaluate(small)
@@ -822,7 +822,7 @@ def test_all_that_moves_between_the_pools_is_page_locked(model, tokenizer, monke
 @pytest.mark.cuda
 @pytest.mark.parametrize("is_pinned", [False, True])
 def test_on_cuda_the_second_pool_lies_on_the_host(is_pinned, tokenizer):
-    """Also the blocks that were made smaller; and what is read from there is right."""
+    """Also the blocks that were made smaller; numbers read from the host are right."""
     model = FAMILIES["gpt2"]().cuda()
     lm = make_lm(model, tokenizer, 60, host_tokens=100, pin_memory=is_pinned)
     texts = wide_forest(lm)
@@ -876,7 +876,7 @@ def test_pins_over_the_budget_are_refused_before_anything_is_computed(model, tok
         second.pin()
     assert isinstance(error.value, MemoryError)
     assert (lm.stats - before).tokens_computed == 0
-    first.pin().release()  # what is pinned already takes nothing more
+    first.pin().release()  # a pinned text takes no more bytes
     pin.release()
     second.pin().release()
 
@@ -899,7 +899,7 @@ def test_a_pin_of_what_was_cleared_or_changed_holds_nothing(tokenizer):
     assert_close(text.logits, plain_logits(model, text.tokens)[-1])
 
 
-# What the budget may be
+# Values of the budget
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def forest(lm):
 
 
 def short_forest(lm):
-    """Eight texts of 7 to 16 tokens: what fits a model whose positions change their meaning at 32."""
+    """Eight texts of 7 to 16 tokens, for a model whose positions change their meaning at 32."""
     root = Text("Question: 12", lm)
     leaves = [root + twig + leaf for twig in (" cats", " + 3") for leaf in (" sat", " on", "?")]
     return [root, *leaves, Text("One alone.", lm)]
@@ -98,7 +98,7 @@ def forest_for(family, lm):
 
 
 def assert_is_as_plain(model, tokenizer, texts, atol=None):
-    """All that a text says of itself is what the plain call says of its string."""
+    """All results of a text are those of the plain call on its string."""
     evaluate(texts)
     assert [text.tokens for text in texts] == [tuple(plain_ids(tokenizer, text.string)) for text in texts]
     assert_equals_plain(model, texts, atol)
@@ -199,7 +199,7 @@ def test_rotary_scaling_by_length_is_right_up_to_the_original_length_and_refused
     message = rf"33 tokens.* {original} positions.*{kind} rotary scaling.*Shorten the text by 1\."
     with pytest.raises(TextTooLongError, match=message):
         evaluate([within, beyond])
-    # Why: in a call that has a longer position, the rows of what stands before it are others.
+    # Why: a longer position in a call changes the rows before it.
     assert (plain_logits(model, beyond.tokens)[:-1] - logits).abs().max() > 1e-2
 
 
@@ -347,7 +347,7 @@ def partly_on_the_meta_device():
 
 def offloaded():
     model = FAMILIES["gpt2"]()
-    model.transformer.h[1]._hf_hook = object()  # what accelerate's dispatch leaves on a module
+    model.transformer.h[1]._hf_hook = object()  # as left on a module by accelerate's dispatch
     return model
 
 
@@ -419,7 +419,7 @@ def test_a_model_with_an_adapter_equals_its_plain_call(kind, tokenizer):
             "virtual tokens before the prompt.* LoRA",
         ),
         (
-            # It acts on the tokens after its invocation, which the PeftModel looks for in all of `input_ids`.
+            # The adapter acts on the tokens after its invocation, which the PeftModel looks for in all of `input_ids`.
             peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
             "activated LoRA.* ordinary LoRA",
         ),
@@ -480,7 +480,7 @@ def test_generation_continues_from_past_key_values_and_changes_nothing(family, t
         plain = model.generate(ids, **options)
         cache = text.model_repr.past_key_values()
         assert torch.equal(model.generate(ids, past_key_values=cache, **options), plain)
-        assert cache.get_seq_length() == ids.shape[1] + 7  # it grew: all but the last token were forwarded
+        assert cache.get_seq_length() == ids.shape[1] + 7  # the cache grew: all but the last token were forwarded
     # A new branch sees the same keys and values as before.
     before = lm.stats
     branch = texts[1] + " and it"

@@ -1,4 +1,4 @@
-"""The notebook in examples/: it runs from the first cell to the last, and what is committed was made so."""
+"""The notebook in examples/: all cells run in order, and the committed outputs come from such a run."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def _is_parameters(cell: dict) -> bool:
 
 
 def test_it_runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a tiny model in place of the demo's, from start to end; what it asks for and prints is there."""
+    """With a tiny model in place of the demo's, from start to end; all that the notebook asks for and prints exists."""
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parent.parent))  # for the kernel
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

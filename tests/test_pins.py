@@ -1,4 +1,4 @@
-"""Pins, streams, scores, saves and clears in any order: what is held is what somebody holds, and no number changes."""
+"""Pins, streams, scores, saves and clears in any order: only spans with a holder stay held, and no number changes."""
 
 import contextlib
 import gc

@@ -1,7 +1,7 @@
 """A plan forwards each missing token once and shows each row its ancestors and itself, once each; no tensors here.
 
 Every token is named by the token ids that lead to it, itself included. That name follows a token into the rows of the
-blocks and of the passes, whatever was split meanwhile, so what a row must see is known without the forest: a text's
+blocks and of the passes, whatever was split meanwhile, so the view of a row is known without the forest: a text's
 token sees every beginning of that text up to itself.
 """
 
@@ -98,7 +98,7 @@ def cross(pass_: Pass) -> tuple[KeySegment, ...]:
 
 
 def seen_by_each_row(pass_: Pass, token_at: dict[tuple[object, int], Ids]) -> list[Counter[Ids]]:
-    """For each row of the pass how often its segments show it each token: what a `KeySegment` says it means."""
+    """How often its segments show each token to each row of the pass, by the definition of `KeySegment`."""
     row_tokens = tokens_of(pass_.spans)
     seen: list[Counter[Ids]] = [Counter() for _ in row_tokens]
     for segment in own(pass_):

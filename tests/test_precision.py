@@ -1,4 +1,4 @@
-"""Storing in fewer bits: the error is what was measured, it is in the keys, and nobody gets it who did not ask."""
+"""Storing in reduced precision: the error is as measured, is part of the keys, and only requests allow it."""
 
 import pytest
 import torch
@@ -139,7 +139,7 @@ def test_what_is_computed_on_it_carries_it(stored, model, tokenizer, make_store)
     headers = {header.position: header for header in make_store(stored).list()}
     own = [header for position, header in headers.items() if position > 0]
     assert own
-    assert all(header.error >= child.stored_error for header in own)  # which is that of what it was computed on
+    assert all(header.error >= child.stored_error for header in own)  # the error of the loaded parents
 
 
 @pytest.mark.parametrize("stored", DTYPES)

@@ -1,4 +1,4 @@
-"""What a store says of itself, with right checksums: entries that cannot be are set aside, and change no number."""
+"""The claims of a store, with right checksums: impossible entries are set aside, and change no number."""
 
 import copy
 import dataclasses
@@ -169,7 +169,7 @@ CHANGES = {
     "an end with a line": changed(end="a\n"),
     "a format of words": lambda file: setattr(file, "format", "one"),
 }
-"""What is wrong whatever the model is."""
+"""Errors for any model."""
 
 OF_ANOTHER_MODEL = {
     "a head fewer": lambda file: file.set("keys.0", torch.zeros(3, 40, 8)),
@@ -186,7 +186,7 @@ OF_ANOTHER_MODEL = {
     "another dtype of the computation": changed(dtype="torch.float16"),
     "another position": changed(position=3),
 }
-"""What is wrong for this model."""
+"""Errors for this model."""
 
 TEXT_CHANGES = {
     "nested deeply": lambda text: "[" * 100_000 + text,
@@ -262,7 +262,7 @@ def assert_right(model, lm, ids):
 
 
 def test_the_file_as_it_is_put_together_here_is_sound(model, stored):
-    """So that the changes below are what is wrong."""
+    """Otherwise the changes below would not be the only errors."""
     lm, store, file, content = stored
     file.write_bytes(File(content).content())
     lm.clear()
@@ -272,14 +272,14 @@ def test_the_file_as_it_is_put_together_here_is_sound(model, stored):
 
 
 def test_no_header_gives_a_wrong_number_or_an_error(model, stored, caplog):
-    """Whatever it says, it is reported, set aside, and what it stood for is computed."""
+    """Any broken entry is reported and set aside, and its tokens are computed."""
     lm, store, file, content = stored
     aside, entry = store.path / "damaged" / file.name, store.get(file.stem)
     for what, broken in broken_contents(content):
         overwrite(store, entry, broken)
         caplog.clear()
         lm.clear()
-        assert_right(model, lm, LONGER)  # it needs keys and values
+        assert_right(model, lm, LONGER)  # the longer text needs keys and values
         assert aside.read_bytes() == broken, what
         assert caplog.text.count("is damaged") == 1, what
         assert not store.contains(file.stem), what
@@ -389,7 +389,7 @@ def test_fewer_bits_that_contradict_each_other(stored_dtype, model, tokenizer, t
 
 
 class Handing(MemoryStore):
-    """A store that somebody wrote, which hands out what it was told to."""
+    """A custom store, which hands out changed entries."""
 
     def __init__(self):
         super().__init__()
@@ -448,7 +448,7 @@ def test_what_any_store_hands_out_is_compared_with_the_model(change, model, toke
     store.change = None
     lm = LM(model, tokenizer, store=store)
     assert_right(model, lm, LONGER)
-    assert lm.stats.tokens_loaded >= len(IDS)  # it was stored again
+    assert lm.stats.tokens_loaded >= len(IDS)  # the text was stored again
 
 
 def test_a_store_that_hands_out_more_than_was_asked_for_serves(model, tokenizer):
@@ -497,7 +497,7 @@ def test_an_entry_of_no_structure_is_not_put(stored):
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices have names")
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
 def test_an_entry_that_is_no_file_is_set_aside_at_once(kind, model, stored):
-    """Opening a pipe waits for whoever writes to it; a device may be read for ever."""
+    """Opening a pipe waits for a writer; reading a device may never end."""
     import socket
 
     lm, store, file, _ = stored
@@ -526,7 +526,7 @@ def test_an_entry_that_is_no_file_is_set_aside_at_once(kind, model, stored):
 
 @pytest.mark.skipif(os.name != "posix", reason="sparse files")
 def test_a_file_larger_than_memory_is_one_entry_less(stored, monkeypatch, caplog):
-    """It is long enough for what its header says, and costs nothing on the disk."""
+    """The file is long enough for its header, and costs nothing on the disk."""
     _, store, file, content = stored
     made = torch.empty
 
@@ -539,12 +539,12 @@ def test_a_file_larger_than_memory_is_one_entry_less(stored, monkeypatch, caplog
         patch.setattr("backprompt.store.file.torch.empty", refuse)
         assert store.get(file.stem) is None
     assert "no room for" in caplog.text
-    assert file.read_bytes() == content  # it is not damaged
+    assert file.read_bytes() == content  # the file is not damaged
     assert store.get(file.stem) is not None
 
 
 def test_headers_are_plain_data():
-    """So that a file names no code: what a header is made of is JSON's own."""
+    """A header has only JSON's own types, so that a file names no code."""
     header = Header("s", "e", 0, (1,), "t", "m", "k", "torch.float32")
     assert json.loads(json.dumps(dataclasses.asdict(header)))["token_ids"] == [1]
     assert copy.deepcopy(header) == header

@@ -1,4 +1,4 @@
-"""Best-first search: what exhaustive search finds, with less work."""
+"""Best-first search: the result of exhaustive search, with less work."""
 
 import numpy as np
 import pytest
@@ -221,7 +221,7 @@ def test_an_unknown_search_is_refused_before_anything_runs(model):
     assert lm.stats.forward_passes == 0
 
 
-# What follows a text
+# Next tokens of a text
 
 
 def test_next_token_logprobs_are_those_of_the_plain_call(lm, model):

@@ -1,4 +1,4 @@
-"""The session behind an `LM`: what an `LM` is the façade of, and how long it lives."""
+"""The session behind an `LM`: its public use and its lifetime."""
 
 import gc
 import weakref

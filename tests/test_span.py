@@ -44,7 +44,7 @@ def check_is_radix_tree(forest: Forest) -> None:
 
 
 def held(forest: Forest) -> list[Ids]:
-    """What leads to each token that the forest holds; a token that is held twice is here twice."""
+    """The path to each token that the forest holds; a token that is held twice is listed twice."""
     return [
         spelled(span)[: span.position + num_tokens]
         for span in all_spans(forest)
@@ -71,7 +71,7 @@ class Computed:
                 num_rows = stop
 
     def tokens_of(self, span: Span) -> list[Ids]:
-        """What leads to the tokens that the rows of `span` stand for."""
+        """The paths to the tokens of the rows of `span`."""
         rows = span.keys_values
         assert rows is not None
         return [self._token_at[rows.block, row] for row in range(rows.start, rows.stop)]
@@ -151,7 +151,7 @@ def test_spans_yields_every_span_once_depth_first(batch: list[Ids]) -> None:
     assert len(order) == len(set(order))
     assert set(order) == set(all_spans(forest))
     for before, span in pairwise([forest.root, *order]):
-        # Depth first: what continues a span stands right behind it, or behind its last descendant.
+        # Depth first: a child stands right behind its parent, or behind a descendant of its parent.
         assert span.parent is before or span.parent in path_to(before) or span.parent is forest.root
         assert not before.children or before.children.get(span.token_ids[0]) is span
 
@@ -173,7 +173,7 @@ def test_a_split_keeps_every_row_with_its_token(computed_batch: list[Ids], batch
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3])
 def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
-    """Whoever holds the span at which 5 6 7 8 9 ends still does.
+    """A holder of the span at which 5 6 7 8 9 ends keeps it.
 
     5 --+-- 6 7 8 9 -- 10     ->     5 --+-- 6 (new) -- 7 8 9 (the same object) -- 10
         +-- 1                            +-- 1
@@ -245,7 +245,7 @@ def test_prune_leaves_what_is_computed(computed_batch: list[Ids], batch: list[Id
 def test_prune_leaves_the_latest_of_what_holds_nothing(
     batch: list[Ids], data: st.DataObject, max_spans: int, max_tokens: int
 ) -> None:
-    """By the latest use of a span or of what continues it; there is room for no other one."""
+    """By the latest use of a span or its descendants; there is no room for another."""
     forest = Forest()
     for ids in batch:
         forest.insert(ids).last_used = data.draw(st.integers(0, 5))
@@ -388,7 +388,7 @@ def test_a_thing_lies_in_one_pool_at_most(kind: Kind) -> None:
     span.move(kind, rows, "host")
     span.move(other, rows, "device")
     assert (lies_in(kind), lies_in(other)) == (["host"], ["device"])
-    span.let_go(kind, "device")  # it does not lie there
+    span.let_go(kind, "device")  # these rows do not lie there
     assert lies_in(kind) == ["host"]
     span.let_go(kind, "host")
     assert (lies_in(kind), lies_in(other)) == ([], ["device"])

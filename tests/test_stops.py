@@ -49,7 +49,7 @@ def forced(lm, string):
 
 
 def cut_by_hand(whole, stops, include_stop):
-    """What stays of a completion, and how many tokens it took: the first to be complete, of several the longest."""
+    """The kept part of a completion, and the tokens it took: the first complete stop string counts, the longest."""
     for num in range(1, len(whole.completion_tokens) + 1):
         string = continue_as(ContinuedText, whole.prompt, whole.completion_tokens[:num], whole.lm).completion
         ends = [(string.index(stop) + len(stop), -len(stop)) for stop in stops if stop in string]
@@ -99,7 +99,7 @@ def test_a_completion_is_cut_at_the_first_stop_string(lms, data):
 
 
 def test_what_stands_in_the_prompt_does_not_count(lm):
-    """But for transformers' own option, which looks at it and keeps what it finds."""
+    """Except for transformers' own option, which searches the prompt and keeps the stop string."""
     text = Text("Answer:\n", lm)
     options = forced(lm, "\n\n\n\n")
     options["sequence_bias"] = options["sequence_bias"][:1]
@@ -224,7 +224,7 @@ def test_bytes_are_searched_as_they_come(lms):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_tokens_one_at_a_time_have_the_string_of_all_of_them(lms, data):
-    """Any ids behind any others, also of a tokenizer in Python whose tokens are bytes; what is settled stays."""
+    """Any ids behind any others, also of a tokenizer in Python whose tokens are bytes; the settled string stays."""
     tokenizer = data.draw(st.sampled_from([*(lm.tokenizer for lm in lms.values()), ByT5Tokenizer()]))
     strings = ["a€b", "naïve 東京", "\n", "the cat", "🤝🏽"]
     some = tokenizer.encode(

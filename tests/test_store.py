@@ -58,7 +58,7 @@ WRONG_ARGUMENTS = {
 
 
 class TestContract:
-    """What every implementation promises."""
+    """The promises of every implementation."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_what_is_put_is_got(self, store, dtype):
@@ -333,7 +333,7 @@ def test_other_versions_get_a_clear_answer(tmp_path, monkeypatch):
 
 
 def test_the_index_of_a_newer_version_is_left_alone(tmp_path, caplog):
-    """That version may be using it: to set it aside, and to have ours set aside by it, would never end."""
+    """The newer version may be using its index: two versions that set each other's index aside would never stop."""
     with DiskStore(tmp_path / "store") as store:
         store.put(make_entry(1))
         change_index(store, "PRAGMA user_version = 99")
@@ -353,7 +353,7 @@ def test_the_index_of_a_newer_version_is_left_alone(tmp_path, caplog):
 
 
 def test_a_damaged_index_is_made_anew_whatever_it_answers(tmp_path, caplog):
-    """Bytes flipped anywhere in it, and rows of nonsense: lookups find what the files say, and nothing crashes."""
+    """Bytes flipped anywhere in it, and rows of nonsense: lookups find the files' entries, and nothing crashes."""
     with DiskStore(tmp_path / "store") as store:
         for number in range(30):
             store.put(make_entry(number, text="x" * 200))
@@ -490,7 +490,7 @@ OTHER_APPLICATION = "PRAGMA user_version = 7; CREATE TABLE letters (x); INSERT I
 @pytest.mark.parametrize("is_writable", [True, False])
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatch):
-    """In bounded time it answers what the files say; all that was there before is there still."""
+    """In bounded time the store answers by the files; all other files are still there."""
     monkeypatch.setattr("backprompt.store.index.MAX_VALUE_BYTES", 1 << 20)
     monkeypatch.setattr("backprompt.store.disk.os.fsync", lambda _: None)
     precious = tmp_path / "precious.sqlite"
@@ -533,7 +533,7 @@ def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatc
 
 
 def test_what_is_set_aside_stands_in_nobodys_way(tmp_path, caplog):
-    """Each index under a name of its own, and what its log has goes with it: it may be another application's."""
+    """Each index gets a name of its own and keeps its log: the file may be another application's."""
     for number in (1, 2):
         DiskStore(tmp_path / "store").close()
         index = tmp_path / "store" / "index.sqlite"
@@ -643,7 +643,7 @@ def test_a_full_index_is_an_error_of_the_system(tmp_path, monkeypatch):
         assert_same(store.get(large.header.name), large)
 
 
-# What is not ours
+# Files of others
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):
@@ -703,7 +703,7 @@ def test_a_header_that_no_entry_has_is_refused_where_a_file_of_its_name_is_there
 
 @pytest.mark.parametrize("name", ["entries", "damaged", "writing"])
 def test_a_stores_own_folder_is_no_link(name, tmp_path):
-    """What is old in `writing` is deleted, and what is damaged is moved: not in somebody's other folder."""
+    """Old files in `writing` are deleted and damaged ones moved, but never in a linked folder of others."""
     DiskStore(tmp_path / "store").close()
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -779,7 +779,7 @@ def test_a_folder_of_hidden_files_may_become_a_store(tmp_path):
     with DiskStore(tmp_path) as store:
         store.put(make_entry(1))
     (tmp_path / "notes.txt").write_text("mine")
-    with DiskStore(tmp_path) as store:  # it is one now
+    with DiskStore(tmp_path) as store:  # the folder is a store now
         assert store.stats().num_entries == 1
 
 
@@ -931,7 +931,7 @@ def test_a_budget_keeps_what_was_used_last(tmp_path, monkeypatch):
 
 
 def test_nothing_goes_before_what_begins_behind_it(tmp_path):
-    """A context that was not looked at for long, and what was computed behind it since."""
+    """A context that was not read for long, and newer entries behind it."""
     store = DiskStore(tmp_path / "store")
     context = make_entry(0)
     store.put(context)

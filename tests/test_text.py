@@ -341,7 +341,7 @@ def test_the_node_imports_neither_torch_nor_a_model():
 
 
 def imports_of(module, *, later=True):
-    """What a module imports, the standard library left out; unless `later`, when it is imported and not for types."""
+    """The imports of a module outside the standard library; unless `later`, only those at import and not for types."""
     tree = ast.parse(inspect.getsource(module))
     statements = list(ast.walk(tree)) if later else tree.body
     imported = {statement.module for statement in statements if isinstance(statement, ast.ImportFrom)}

@@ -1,4 +1,4 @@
-"""A tier of memory by itself: what it counts, what goes, in which order, and how blocks become smaller and fewer."""
+"""A tier of memory by itself: its counts, the order of eviction, and how blocks become smaller and fewer."""
 
 import gc
 
@@ -28,7 +28,7 @@ def held():
 
 
 def by_span(*ranks):
-    """A ranking: spans by their numbers of tokens, those left out stay; of a span both things alike."""
+    """A ranking of spans by their numbers of tokens, the same for both kinds; other spans stay."""
     return lambda kind, span: (0, float(ranks.index(len(span.token_ids))), 0) if len(span.token_ids) in ranks else None
 
 

@@ -111,7 +111,7 @@ class CharacterTokenizer(PreTrainedTokenizer):
 # Without a backend; the first appends no second </s>, the second puts a second <s> in front.
 IN_PYTHON = {"byt5": ByT5Tokenizer, "characters": CharacterTokenizer}
 
-# What test strings often begin or end with, and what both libraries say about it.
+# Frequent beginnings and ends of test strings, and the messages of both libraries about them.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:A text begins with:UserWarning"),
     pytest.mark.filterwarnings("ignore:This sequence already has </s>:UserWarning"),
@@ -149,7 +149,7 @@ parts = cut_strings() | token_ids.map(lambda ids: [ids])
 segment_lists = st.lists(parts, max_size=4).map(lambda drawn: [*chain(*drawn)])
 
 
-# What the ids should be, by hand
+# Expected ids, by hand
 
 
 @cache
@@ -177,7 +177,7 @@ def string_ids(name: str, string: str, is_continuation: bool) -> list[int]:
 
 
 def reference_ids(name: str, segments: Sequence[Segment], joins: str = "exact") -> tuple[int, ...]:
-    """Strings side by side as one string (under "split": apart), what comes later as a continuation, special tokens."""
+    """Strings side by side as one string (under "split": apart), later ones as continuations, special tokens."""
     runs: list[str | tuple[int, ...]] = []
     for segment in filter(len, segments):
         if joins == "exact" and runs and isinstance(runs[-1], str) and isinstance(segment, str):
@@ -224,7 +224,7 @@ def text_of(segments: Sequence[Segment], lm: LM) -> Text:
 @example(pieces=["<s>"])
 @example(pieces=["</s>"])
 def test_tokens_are_those_of_the_whole_string(name, pieces):
-    """Also where it begins or ends with special tokens that the tokenizer adds: whatever that does then."""
+    """Also for strings that begin or end with special tokens that the tokenizer adds, too."""
     string, tokenizer = "".join(pieces), plain(name)
     text = text_of(pieces, lm(name))
     assert text.tokens == tuple(tokenizer(string)["input_ids"])
@@ -569,7 +569,7 @@ def test_an_error_shows_the_join_and_its_tokens():
 
 @pytest.mark.parametrize("unknown", ["<unk>", "<s>", None])
 def test_a_tokenizer_that_does_not_know_latin_letters(unknown):
-    """What it adds is told by a string that it knows: an unknown character is a special token, or no token at all."""
+    """Special tokens are found with a known string: an unknown character is a special token, or no token at all."""
     words = {token: idx for idx, token in enumerate(["<s>", "</s>", "<unk>", "日", "本"])}
     backend = Tokenizer(models.WordLevel(words, unk_token=unknown) if unknown else models.BPE(words, []))
     backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
@@ -592,7 +592,7 @@ def test_a_tokenizer_that_does_not_know_latin_letters(unknown):
 @example(pieces=["a</", "s>", "b"], ids=())
 @example(pieces=["a<", "s>", "b"], ids=(5,))
 def test_extents_of_a_tokenizer_in_python(name, pieces, ids):
-    """A join is changed where what stands before it has other ids alone."""
+    """A join is changed where the text before it has other ids alone."""
     tokenizer, text = plain(name), text_of([*pieces, ids], lm(name))
     (extents,) = lm(name).extents([text])
     assert [extent.segment for extent in extents] == list(text.segments)
@@ -754,7 +754,7 @@ def test_a_changed_tokenizer_is_noticed(change):
 
 
 def test_refresh_finds_a_change_that_a_quick_look_does_not_see():
-    """It says that it hashes every weight and the tokenizer."""
+    """`refresh` promises to hash every weight and the tokenizer."""
     tokenizer = byte_level_bpe()
     text = Text("the cat", LM(_model(), tokenizer))
     tokens, fingerprint = text.tokens, text.lm.fingerprint

@@ -242,7 +242,7 @@ def test_special_tokens_only(model):
 
 
 def test_the_model_is_left_as_it_was(tokenizer, caplog):
-    """In training mode, with its configuration, and what is held with it."""
+    """In training mode, with its configuration and the held spans."""
     model = FAMILIES["gpt2"]().train()
     model.config.use_cache = True
     lm = LM(model, tokenizer)

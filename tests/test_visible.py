@@ -78,7 +78,7 @@ def is_clean(shown: str) -> bool:
 
 
 class Elements(HTMLParser):
-    """What a page has: the elements with their attributes' names, and the text between them."""
+    """The content of a page: the elements with their attributes' names, and the text between them."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)

@@ -1,4 +1,4 @@
-"""P6 and P7: what belongs to the user stays as it was found, and what the user changes is noticed.
+"""P6 and P7: the user's objects stay as they were found, and the user's changes are noticed.
 
 A plain call of the model as it is at that moment is the yardstick, for other threads too.
 """
@@ -219,7 +219,7 @@ class Changing:
         self.num_done += 1
 
     def check(self, found, expected, num_done_before):
-        """`found` is what is expected of a state that there was since so many changes were done."""
+        """Check that `found` is the result of a state since the change of number `num_done_before`."""
         states = [number % len(self.circle) for number in range(num_done_before, self.num_begun + 1)]
         gaps = [(found - expected[state]).abs().nan_to_num().max() for state in states]
         assert min(gaps) <= ATOL[torch.float32], gaps
@@ -465,7 +465,7 @@ def test_hostile_surroundings_change_nothing(family, surroundings, inside, token
     assert not any(tensor.is_inference() or tensor.requires_grad for result in read(texts) for tensor in result)
 
 
-# P7: what changes is noticed
+# P7: changes are noticed
 
 
 def step(model):
@@ -774,7 +774,7 @@ def test_a_sample_hash_covers_all_of_a_buffer_and_some_of_a_weight(model):
         change(model)
         hashes.append(sample_hash(model))
     assert len(set(hashes)) == len(hashes)
-    data_of_one_element(model)  # what it is not for
+    data_of_one_element(model)  # a change that the sample cannot see
     assert sample_hash(model) == hashes[-1]
 
 

@@ -23,7 +23,7 @@ def in_threads(num_threads, work):
 
 
 def within(seconds, work):
-    """Run this in a thread, and return what it returns; it must not take longer."""
+    """Run `work` in a thread, and return its result; fail if it takes longer than `seconds`."""
     found = []
     thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
     thread.start()

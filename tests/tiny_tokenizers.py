@@ -149,7 +149,7 @@ def _train_on_bytes(tokenizer: Tokenizer, special_tokens: list[str]) -> None:
     tokenizer.train_from_iterator(TRAINING_LINES, trainer)
 
 
-# What sentencepiece_bpe has pieces for. Every other character, newlines and capitals too, becomes bytes.
+# Characters with pieces in sentencepiece_bpe. Every other character, newlines and capitals too, becomes bytes.
 _SENTENCEPIECE_ALPHABET = sorted("▁abcdefghilmnoprstuvwy.,':é東")
 
 

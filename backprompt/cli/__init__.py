@@ -1,6 +1,6 @@
 """The command line: `backprompt`, and `python -m backprompt`.
 
-May know everything, but imports torch only when a command runs: `--help` and wrong options need not wait.
+The folder may import everything, but imports torch only when a command runs: `--help` and wrong options need not wait.
 A new command is a module with `add` and `run`, named in `__init__.py`; a shared option goes into `arguments.py`.
 """
 

@@ -1,8 +1,8 @@
-"""The archive: what connects a forest with a store of representations.
+"""The archive: the connection between a forest and a store of representations.
 
 Before spans are forwarded, the archive looks in the store for the entries at their positions (memory/visit.py). After a
-pass the archive writes new spans. An entry begins behind the last stored position, so a short span goes with the spans
-that continue it.
+pass the archive writes new spans. An entry begins behind the last stored position, so a short span is written together
+with a child.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from backprompt.store.precision import encode
 logger = logging.getLogger(__name__)
 
 MIN_TOKENS = 16
-"""Runs of fewer tokens are not stored unless they are asked for, or something that is stored stands on them.
+"""Runs of fewer tokens are stored only on request, or as parents of stored spans.
 
 Measured (benchmarks/README.md): from about 4 tokens on, writing and reading take no longer than computing once more;
-but what is stored is often never read again.
+but many stored entries are never read again.
 """
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The ends of the texts that there was room for, and the tokens whose states were loaded."""
+    """The ends of the texts that there was room for, and the number of tokens whose states were loaded."""
 
     served: list[Span]
     num_tokens: int
@@ -46,11 +46,11 @@ class Archive:
     """Loads spans from a store and saves them there.
 
     Args:
-        store: where to.
-        root: called at first use, as it hashes the model's weights.
-        has_changed: whether the weights are others than those of the root. Then nothing is stored.
+        store: the store.
+        root: returns the root of all keys; called at first use, because it hashes the model's weights.
+        has_changed: whether the weights differ from those of the root. If they do, nothing is stored.
         decode: from token ids to text.
-        device: where loaded tensors go.
+        device: the device of loaded tensors.
 
     """
 
@@ -73,10 +73,10 @@ class Archive:
     def load(
         self, forest: Forest, ends: Sequence[Span], room: int, memory: Tier, layout: Layout, *, with_keys_values: bool
     ) -> Loaded:
-        """Let the spans on the way to `ends` hold what the store has of them, and count it; spans may be split.
+        """Load the stored rows of the spans on the way to `ends`, and count them; spans may be split.
 
-        It ends when `room` bytes and a span have come; but at least one text gets all that there is of it. An entry
-        that is not of this `layout` is damaged.
+        Loading ends after `room` bytes and one span; but at least one text gets all its stored rows. An entry of
+        another layout than `layout` is damaged.
         """
         finder, reader = Finder(self._store, self._keys), Reader(self._store, layout, self._device)
         num_tokens = 0
@@ -95,13 +95,13 @@ class Archive:
             try:
                 served = visit.serve(ends, with_keys_values=with_keys_values)
                 for span in visit.absent:
-                    span.is_stored = False  # or not any more
+                    span.is_stored = False  # or no longer stored
             except OSError as error:
                 self._note_unreadable(error)
         return Loaded(served, num_tokens)
 
     def num_stored(self, span: Span) -> int:
-        """Return of how many of a span's first tokens the store's index says that it has them; loads nothing."""
+        """Return how many of a span's first tokens are in the store's index; loads nothing."""
         if not self._can_read:
             return 0
         try:
@@ -112,7 +112,7 @@ class Archive:
         return 0 if found is None else found.num_tokens
 
     def others(self, beginning: Sequence[int]) -> list[Root]:
-        """Return what else than this archive's root texts stand on that are stored and whose first tokens are these."""
+        """Return the roots, other than this archive's, of stored texts that begin with these tokens."""
         if not self._can_read:
             return []
         try:
@@ -133,15 +133,15 @@ class Archive:
 
     @property
     def root(self) -> Root:
-        """What its keys are built on; the first use hashes the model's weights."""
+        """The root of the archive's keys; the first use hashes the model's weights."""
         return self._keys.root
 
     def drops(self, num_tokens: int) -> bool:
-        """Return whether a run of so many tokens is too short for a store that is filled without being asked."""
+        """Return whether a run of `num_tokens` tokens is too short to be stored without a request."""
         return self._store.persist == "always" and num_tokens < MIN_TOKENS
 
     def save_new(self, spans: Iterable[Span]) -> None:
-        """Store those of computed spans that are worth it, if the store is to be filled without being asked."""
+        """Store computed spans that are long enough, if the store is filled without a request."""
         if self._store.persist != "always" or not self._can_write or self._has_changed():
             return
         for span in spans:
@@ -153,8 +153,8 @@ class Archive:
         """Store all of a text that holds its keys and values.
 
         Raises:
-            OSError: it cannot be written.
-            StaleRepresentationError: the weights have changed since it was computed.
+            OSError: the text cannot be written.
+            StaleRepresentationError: the weights have changed since the text was computed.
 
         """
         if self._has_changed():
@@ -163,14 +163,14 @@ class Archive:
             )
         finder = Finder(self._store, self._keys)
         spans = [span for span in end.closure() if span.token_ids]
-        for span in spans:  # asked for anew: others may have deleted entries
+        for span in spans:  # the index is read again: others may have deleted entries
             assert span.parent is not None
             may_be_there = span.begins_chain or span.parent.is_stored
             span.is_stored = may_be_there and finder.name_of(span) is not None
         self._put_text(end)
 
     def _load_span(self, kind: Kind, forest: Forest, span: Span, finder: Finder, reader: Reader) -> Iterator[Block]:
-        """Load what the span does not hold, and yield it; the span is split where only a beginning can be loaded."""
+        """Load the missing rows of a span, and yield them; the span is split where only a beginning can be loaded."""
         if isinstance(span, Junction):
             span.move(kind, NOTHING, "device")
             return
@@ -207,7 +207,7 @@ class Archive:
             )
 
     def _put_text(self, end: Span) -> None:
-        """Store what is not stored of a text: branches before what stands behind their group, of whatever length."""
+        """Store the unstored spans of a text, of any length: branches before the spans behind their group."""
         spans = [span for span in end.closure() if span.token_ids]
         continued = {span.parent for span in spans if not span.begins_chain}
         finder = Finder(self._store, self._keys)
@@ -216,16 +216,16 @@ class Archive:
                 self._put_chain(span, finder)
 
     def _put_chain(self, end: Span, finder: Finder) -> None:
-        """Store what is not stored on the way to `end`, after making sure of what it goes behind."""
+        """Store the unstored spans on the way to `end`, after checking that the entries before them exist."""
         while run := _unstored(end):
             names = {before: finder.name_of(before) for before in _right_before(run[0])}
             missing = [before for before, name in names.items() if name is None]
             for before in missing:
-                before.is_stored = False  # others have deleted it
+                before.is_stored = False  # others have deleted the entry
             if not missing:
                 self._put(run, tuple(dict.fromkeys(name for name in names.values() if name is not None)))
             elif run[0].begins_chain or any(not before.is_held(with_keys_values=True) for before in missing):
-                return  # of no use without it
+                return  # the run is of no use without the missing spans
 
     def _put(self, run: list[Span], behind: tuple[str, ...]) -> None:
         root = self._keys.root
@@ -269,7 +269,7 @@ def _right_before(span: Span) -> list[Span]:
 
 
 def _unstored(span: Span) -> list[Span]:
-    """Return what is not stored on the way to the span, it included, as far back as one entry may reach."""
+    """Return the unstored spans on the way to this span, itself included, as far back as one entry may reach."""
     run: list[Span] = []
     part = span
     while not part.is_stored:

@@ -1,8 +1,8 @@
 """Computing: texts go into the forest, and their missing spans are fetched, loaded or forwarded, within the budget.
 
-Keeps the forest of spans, the executor that forwards them, the tiers of memory in which their rows lie, the pools of
-results that were read off them, and who holds texts. All of it is of one state of the model's weights: if these have
-changed in the middle of it, everything is forgotten.
+Keeps the forest of spans, the executor that forwards them, the tiers of memory with their rows, the pools of results
+that were read off them, and the holders of texts. All of these belong to one state of the model's weights: if the
+weights change during the work, everything is forgotten.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from backprompt.tokens.graph import TokenIds
 logger = logging.getLogger(__name__)
 
 DEFAULT_TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 2048, "cuda": 8192}
-"""Larger passes cost activation memory and win nothing: on the CPU packs of 512 to 1,024 tokens measured best."""
+"""Larger passes cost activation memory and gain nothing: on the CPU, packs of 512 to 1,024 tokens measured best."""
 
 MAX_EMPTY_SPANS = 10_000
-"""Spans of which nothing is held any more stay in the forest up to this number, to tell what is computed again."""
+"""The largest number of spans without rows that stay in the forest, to count the tokens that are computed again."""
 
 MAX_EMPTY_TOKENS = 1_000_000
-"""And up to this number of tokens, whose ids take 40 bytes each."""
+"""The largest number of tokens in such spans; each id takes 40 bytes."""
 
 
 @dataclass
@@ -64,19 +64,19 @@ class Counters:
 
     @property
     def work(self) -> tuple[int, int]:
-        """What was computed with the model's weights."""
+        """The counts of work done with the model's weights."""
         return self.forward_passes, self.logit_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a computation is asked for, besides the texts.
+    """The options of a computation, besides the texts.
 
     Attributes:
-        with_keys_values: whether the texts' ends shall hold keys and values, too.
-        is_step: whether this is a step of a generation: part of the evaluation that began the generation, and neither
-            read from the store nor written to it.
-        before_eviction: called before anything is let go of over the budget, to read off what is there.
+        with_keys_values: whether the texts' ends must hold keys and values, too.
+        is_step: whether this is a step of a generation: part of the evaluation that began the generation, without
+            reading from the store or writing to it.
+        before_eviction: called before an eviction over the budget, to read off results while their states are held.
 
     """
 
@@ -87,7 +87,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class _Coming:
-    """The needs for which room is made: spans that must stay, their uses in passes to come, bytes that come back."""
+    """The needs to make room for: spans that must stay, their uses in later passes, bytes to be fetched."""
 
     needed: Set[Span] = frozenset()
     last_uses: Mapping[Span, int] | None = None
@@ -97,17 +97,17 @@ class _Coming:
 
 @dataclass(frozen=True)
 class Means:
-    """What computing takes.
+    """The parts that a computation works with.
 
     Attributes:
-        model: the user's, for the probe.
-        has_changed: whether its weights are others now.
+        model: the user's model, for the probe.
+        has_changed: whether the model's weights have changed.
         executor: runs passes and the output head.
         memory: the device's tier, with the second pool below it.
-        pools: of results.
+        pools: the pools of results.
         archive: the connection of the forest with a store, if there is one.
-        counters: of the `LM`.
-        max_tokens_per_forward: of a pass; None for the device's default.
+        counters: those of the `LM`.
+        max_tokens_per_forward: the largest number of tokens in a pass; None for the device's default.
 
     """
 
@@ -144,7 +144,7 @@ class Computation:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of all that is held of one token; the first use runs the probe."""
+        """The bytes of all rows held for one token; the first use runs the probe."""
         self.probe_once()
         return self.executor.token_bytes
 
@@ -162,7 +162,7 @@ class Computation:
         if self.memory.has_evicted:
             num_spans, num_tokens = self.forest.count_empty()
             if num_spans > MAX_EMPTY_SPANS or num_tokens > MAX_EMPTY_TOKENS:
-                self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # not again at the next evaluation
+                self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # the next evaluation need not prune
             self.memory.has_evicted = False
 
     @contextmanager
@@ -175,12 +175,12 @@ class Computation:
     def compute(self, ends: Iterable[Span], request: Request) -> None:
         """Compute the missing spans of the texts that end here, pass by pass, within the budget.
 
-        A span that is dropped although a later pass needs it comes back or is planned and forwarded again.
+        A span that is dropped although a later pass needs it is fetched, or planned and forwarded again.
         """
         waiting = dict.fromkeys(end for end in ends if not end.is_held(with_keys_values=request.with_keys_values))
         if waiting and not request.is_step:
             self.forest.begin_evaluation()
-        is_stuck = False  # then one text alone goes on
+        is_stuck = False  # if stuck, one text alone goes on
         with GrowingBar("evaluating", "tokens") as bar:
             while waiting:
                 num_waiting = len(waiting)
@@ -188,7 +188,7 @@ class Computation:
                 is_stuck = len(waiting) == num_waiting
 
     def _compute_some(self, waiting: dict[Span, None], request: Request, bar: GrowingBar, *, is_stuck: bool) -> None:
-        """Compute the missing spans of the texts that there is room for, or of the first; these texts wait no more."""
+        """Compute the missing spans of the texts that there is room for, or of the first; these wait no more."""
         asked = list(waiting)[: 1 if is_stuck else None]
         group = self._bring_back(asked, request)
         for end in group:
@@ -200,7 +200,7 @@ class Computation:
         uses = last_uses(passes)
         for pass_idx, spans in enumerate(passes):
             needed = {parent for span in spans for parent in span.parents}
-            if is_stuck:  # what one pass computed of a group may be what another drops
+            if is_stuck:  # otherwise one pass may drop what another computed of the group
                 needed |= on_the_way(group)
             self._make_room_for(_Coming(needed, uses, pass_idx), request)
             if is_cut_off(spans):
@@ -214,10 +214,10 @@ class Computation:
         self._make_room_for(_Coming(), request)
 
     def _bring_back(self, ends: Sequence[Span], request: Request) -> Sequence[Span]:
-        """Bring what the second pool and the store have of the way to `ends`.
+        """Fetch and load the rows that the second pool and the store have of the way to `ends`.
 
         Returns the ends of the texts that there was room for, at least one, in the order of `ends`, in which a sketch
-        plans, too: what these still miss is to be forwarded.
+        plans, too. Their missing spans are to be forwarded.
         """
         archive = None if request.is_step else self.archive
         served = ends
@@ -232,7 +232,7 @@ class Computation:
         return [end for end in ends if end in brought]
 
     def _fetch(self, ends: Sequence[Span], request: Request) -> Sequence[Span]:
-        """Move back what the second pool has; return the ends of the texts that there was room for."""
+        """Move rows back from the second pool; return the ends of the texts that there was room for."""
         host = self.memory.host
         pinned = on_the_way(self.holders.pinned_ends())
         room = self.memory.max_bytes - num_tokens_of(pinned) * self.executor.token_bytes
@@ -245,7 +245,7 @@ class Computation:
         return planned.served
 
     def _load(self, archive: Archive, ends: Sequence[Span], request: Request) -> Sequence[Span]:
-        """Load what the store has; return the ends of the texts that there was room for."""
+        """Load rows from the store; return the ends of the texts that there was room for."""
         free = max(0, self.memory.max_bytes - self.memory.num_bytes)
         room = free + self.max_tokens * self.executor.token_bytes
         layout = self.executor.layout
@@ -257,7 +257,7 @@ class Computation:
         return loaded.served
 
     def _forward(self, spans: Sequence[Span]) -> None:
-        """Forward the spans in one pass, and let them hold what came of it."""
+        """Forward the spans in one pass, and let them hold the results."""
         started = time.perf_counter()
         with_tokens = [span for span in spans if span.token_ids]
         computed = None
@@ -269,7 +269,7 @@ class Computation:
         with self.forest.changing():
             if computed is not None:
                 for span in computed.states_of:
-                    if span.error:  # read back inexactly once, and so may be rows of logits that were computed with it
+                    if span.error:  # it was loaded inexactly once, and pooled logits may depend on it
                         span.error = 0.0
                         self.pools.clear()
                 computed.place()
@@ -294,11 +294,11 @@ class Computation:
         return logits
 
     def make_room(self) -> None:
-        """Let go of what is over the budget."""
+        """Evict rows over the budget."""
         self._make_room_for(_Coming(), Request())
 
     def _make_room_for(self, coming: _Coming, request: Request) -> None:
-        """Let go of what is over the budget, or will be; see `Memory.evict`."""
+        """Evict rows over the budget, also those that will be; see `Memory.evict`."""
         is_exceeded = self.memory.is_exceeded(coming.num_bytes)
         if not is_exceeded and not self.memory.is_scattered:
             return
@@ -309,10 +309,10 @@ class Computation:
         )
 
     def recover(self) -> None:
-        """Make everything right again after an error, wherever it came: "Failures" in docs/design/evaluation.md.
+        """Restore a consistent state after an error, wherever it came: "Failures" in docs/design/evaluation.md.
 
-        Where the forest is whole all that was computed is kept, and what was to be computed leaves it. Else everything
-        is forgotten.
+        If the forest is whole, all computed spans are kept, and spans still to be computed leave it. Else everything is
+        forgotten.
         """
         self.holders.stop_using()
         if not self.forest.is_whole:
@@ -324,7 +324,7 @@ class Computation:
         self.make_room()
 
     def clear(self) -> None:
-        """Forget all that was computed, pinned texts included."""
+        """Forget everything computed, pinned texts included."""
         self.holders.unpin_all()
         self._forget()
 
@@ -333,12 +333,12 @@ class Computation:
         self.pools.clear()
 
     def _prune(self, max_spans: int, max_tokens: int) -> None:
-        """Forget spans of which nothing is held, but for the latest, and results by which they would stay alive."""
+        """Forget spans without rows, except the latest, and results that would keep such spans alive."""
         self.forest.prune(max_spans, max_tokens)
         self.pools.retain(set(self.forest.spans()))
 
     def probe_once(self) -> None:
-        """Make sure that a small tree was compared with plain calls; from then on a token's bytes are known."""
+        """Compare a small tree with plain calls, once; from then on a token's bytes are known."""
         if not self._is_probed:
             with self._blaming_weights():
                 probe(self._model, self.executor)
@@ -347,7 +347,7 @@ class Computation:
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.
 
-        The work since then may be of no one state of the weights, and all is forgotten: weights may change back
+        The work since then may mix states of the weights, so everything is forgotten: weights may change back
         unnoticed.
         """
         if self.counters.work != self._checked_work:
@@ -364,7 +364,7 @@ class Computation:
 
     @contextmanager
     def _blaming_weights(self) -> Iterator[None]:
-        """Whatever the model does wrong while its weights change is not the model's fault."""
+        """Replace errors of the model by StaleRepresentationError if its weights have changed."""
         try:
             yield
         except (NonFiniteError, UnsupportedModelError):

@@ -1,7 +1,7 @@
 """Continuations: texts that are begun, grow a token at a time, go on or not, and end.
 
-Keeps the texts that nobody lets grow any more and that have not been ended yet, and the buffers in which texts grow
-(memory/growth.py). The ends of a live text are kept by its generation alone, which is asked for them (holders.py).
+Keeps the abandoned texts that have not been ended yet, and the buffers in which texts grow (memory/growth.py). The ends
+of a live text are kept by its generation alone, and read from there when they are wanted (holders.py).
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ class Continuations:
     """Computes texts that grow.
 
     Args:
-        computation: of their spans.
+        computation: computes the spans of the texts.
         scoring: takes the scores of tokens that generations have chosen.
 
     Attributes:
-        abandoned: texts that were growing when whoever let them grow failed or was discarded, by any thread at any
-            time.
+        abandoned: growing texts whose owner failed or was discarded; any thread may add to them at any time.
 
     """
 
@@ -39,21 +38,21 @@ class Continuations:
         self.abandoned: deque[Sequence[Growing]] = deque()
 
     def let_grow(self, owner: object, texts: Sequence[Growing]) -> None:
-        """Hold the ends of these texts, as they are at any time, for as long as their owner lives."""
+        """Hold the current ends of these texts, whatever they become, for as long as their owner lives."""
         self._computation.holders.let_grow(owner, texts)
-        # Whoever drops a stream does not say so: what it has grown is ended by the next `end_abandoned`.
+        # A dropped stream gives no notice: the next `end_abandoned` ends its texts.
         finalize(owner, self.abandoned.append, texts).atexit = False
 
     def begin(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Compute all of texts that are to grow. The caller notes the ends where `let_grow` says, and so holds them."""
+        """Compute texts that are to grow. The caller holds the ends by noting them in the texts given to `let_grow`."""
         self._computation.forest.begin_evaluation()
         with self._computation.held(texts, Request(with_keys_values=True)) as ends:
             return ends
 
     def grow(self, texts: Sequence[TokenIds]) -> list[Span]:
-        """Forward what texts have more than those that are held, in one pass; the caller notes the ends as well.
+        """Forward the new tokens of texts in one pass; the caller notes the ends as for `begin`.
 
-        Nothing of it is stored until the growth ends.
+        The new tokens are not stored until the growth ends.
         """
         counters = self._computation.counters
         num_before = counters.tokens_computed
@@ -66,13 +65,13 @@ class Continuations:
         return ends
 
     def settle(self, grown: Sequence[Span], dropped: Sequence[Span], scores: Mapping[Span, TokenScore]) -> None:
-        """Go on with some of the texts that are held.
+        """Go on with some of the held texts.
 
         Args:
-            grown: ends that `grow` returned last and that stay held; they absorb what they continue.
-            dropped: ends that are not needed any more. Where nobody else knows of them and nothing continues them, they
-                are forgotten.
-            scores: of the last tokens of some that were grown.
+            grown: ends that `grow` returned last and that stay held; they absorb their parents.
+            dropped: ends that are not needed any more. An end is forgotten if it has no children, no other holder and
+                ends no text.
+            scores: the scores of the last tokens of some grown texts.
 
         """
         self._scoring.note_last(scores)
@@ -82,7 +81,7 @@ class Continuations:
         self._computation.memory.add(self.growth.absorb(list(dict.fromkeys(grown)), held))
 
     def end(self, ends: Sequence[Span]) -> None:
-        """Finish texts that have grown and that nobody holds any more: they are from now on like all others."""
+        """Finish grown texts that have no holder any more: from now on they are like all other texts."""
         for end in ends:
             end.is_end = True
         archive = self._computation.archive
@@ -93,6 +92,6 @@ class Continuations:
         self._computation.make_room()
 
     def end_abandoned(self) -> None:
-        """Finish what grew for somebody who is no more, or who failed."""
+        """Finish the texts whose owner is gone or has failed."""
         while self.abandoned:
             self.end([end for text in self.abandoned.popleft() for end in text.ends.values()])

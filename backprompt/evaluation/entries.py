@@ -1,7 +1,7 @@
-"""Entries of a store for spans: which of them holds what, and reading rows of them as blocks.
+"""Entries of a store for spans: finding the entry of a span, and reading its rows as blocks.
 
-Entries of every store pass here on their way to a model, so here they are compared with what it computes: one that says
-of itself what cannot be is reported, set aside, and computed again.
+Entries of every store pass here on their way to a model, so they are compared here with the model: an entry with an
+impossible header or tensors is reported, set aside, and computed again.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ class Found:
     name: str
     first: int
     num_tokens: int
-    token_ids: tuple[int, ...]  # that the entry must begin with for this to be true
-    position: int  # of the first of them
-    start: bytes  # and the key that it must begin at
+    token_ids: tuple[int, ...]  # the ids that the entry must begin with for this to be true
+    position: int  # of the first of these ids
+    start: bytes  # the key that the entry must begin at
 
 
 @dataclass(frozen=True)
 class Read:
-    """Rows from an entry, and what storing them in fewer bits cost."""
+    """Rows from an entry, and the error of storing them in reduced precision."""
 
     block: Block
     error: float
 
 
 class Finder:
-    """Asks the store's index."""
+    """Finds entries in the store's index."""
 
     def __init__(self, store: Store, keys: SpanKeys) -> None:
         self._store = store
         self._keys = keys
 
     def find(self, span: Span) -> Found | None:
-        """Return the longest stored beginning of the span: of an entry that begins with it, or runs through to it."""
+        """Return the longest stored beginning of the span, in an entry that begins with the span or before it."""
         first, between = span, 0
         token_ids = span.token_ids
         while True:
@@ -62,20 +62,20 @@ class Finder:
                 return Found(match.name, between, num_common - between, token_ids[:num_common], first.position, start)
             assert first.parent is not None
             if first.begins_chain or not first.parent.is_stored:
-                return None  # no entry runs through what is not stored
+                return None  # no entry runs through an unstored span
             first = first.parent
             between += len(first.token_ids)
             token_ids = first.token_ids + token_ids
 
     def name_of(self, span: Span) -> str | None:
-        """Return the name of the entry that has the last token of a span; None if there is none any more."""
+        """Return the name of the entry that has the last token of a span; None if the store has no such entry."""
         found = self.find(span)
         is_whole = found is not None and found.num_tokens == len(span.token_ids)
         return found.name if found is not None and is_whole and self._store.contains(found.name) else None
 
 
 class Reader:
-    """Reads from the store, and keeps the entry that it read last."""
+    """Reads from the store, and keeps the last entry read of each kind."""
 
     def __init__(self, store: Store, layout: Layout, device: torch.device) -> None:
         self._store = store
@@ -101,7 +101,7 @@ class Reader:
         is_scored = (
             "is_argmax" in entry.tensors and entry.tensors["logprobs"].dtype == self._layout.rows["logprobs"].dtype
         )
-        if not is_scored:  # of another version: its tokens are scored anew when asked for
+        if not is_scored:  # an entry of another version: its tokens are scored anew when needed
             return States.of(self._rows(entry, "hidden", found))
         return States(self._tensors(entry, States, found))
 
@@ -111,7 +111,7 @@ class Reader:
         return {name: self._rows(entry, name, found) for name in names}
 
     def _rows(self, entry: Entry, name: str, found: Found) -> torch.Tensor:
-        """Return rows of a tensor where a block has them, in storage of their own."""
+        """Return rows of a tensor on the device where a block has them, in storage of their own."""
         device = "cpu" if name in States.on_host else self._device
         axis = token_axis(name)
         parts = {
@@ -130,12 +130,12 @@ class Reader:
         return self._last[kind][1]
 
     def _checked_entry(self, found: Found, kind: Kind, root: Root) -> Entry | None:
-        """Return what the store has under this name, if it is what the model computes."""
+        """Return the store's entry of this name, if it fits the model."""
         try:
             entry = self._store.get(found.name, STATE_TENSORS if kind == "states" else None)
             if entry is not None:
                 self._check(entry, found, kind, root)
-        except StoreVersionError as error:  # this one entry: others may be of this version
+        except StoreVersionError as error:  # only this entry: others may be of the right version
             logger.warning("%s of %r is not used: %s", found.name, self._store, error)
             return None
         except DamagedEntryError as error:
@@ -144,13 +144,13 @@ class Reader:
         return entry
 
     def _check(self, entry: Entry, found: Found, kind: Kind, root: Root) -> None:
-        """Raise DamagedEntryError for an entry that does not deserve its name, or is not one of this model."""
+        """Raise DamagedEntryError for an entry that contradicts its name, or is not one of this model."""
         header = entry.header
         check_header(header)
         if header.name != found.name:
             raise DamagedEntryError(f"it is the entry {header.name}")
         if header.start != found.start.hex():
-            return  # it may be sound: the index is wrong
+            return  # the entry may be sound: the index is wrong
         if header.position != found.position:
             raise DamagedEntryError(f"it says that it begins at {header.position}, not at {found.position}")
         if root_of(header) != root:
@@ -167,7 +167,7 @@ class Reader:
         )
         try:
             self._store.set_aside(name, str(error))
-        except OSError as failure:  # then it stays, and is not used
+        except OSError as failure:  # the entry stays, and is not used
             logger.warning("%s of %r cannot be set aside: %s", name, self._store, failure)
 
 
@@ -177,12 +177,12 @@ def _is_what_was_found(header: Header, found: Found) -> bool:
 
 
 def _expected(layout: Layout, num_tokens: int) -> dict[str, TensorSpec]:
-    """Return the tensors of an entry of so many tokens."""
+    """Return the specs of the tensors of an entry of `num_tokens` tokens."""
     return {name: TensorSpec(row.dtype, layout.shape(name, num_tokens)) for name, row in layout.rows.items()}
 
 
 def root_of(header: Header) -> Root:
-    """Return what the keys of an entry are built on, as it says itself."""
+    """Return the root of an entry's keys, as stated by its header."""
     key = root_key(model=header.model, dtype=header.dtype, tokenizer=header.tokenizer, exactness=header.exactness)
     return Root(key, header.model, header.tokenizer, header.dtype, header.exactness)
 

@@ -1,7 +1,7 @@
-"""The evaluator: everything computed with one state of a model's weights, and the rooms in which the work is done.
+"""The evaluator: everything computed with one state of a model's weights, and the parts that do the work.
 
 Keeps the computation (inserting, computing, evicting), and above it scoring, reading out and continuations. When the
-weights change, the `LM` drops its evaluator, with all of this, and makes a new one.
+weights change, the `LM` drops its evaluator with all these parts, and makes a new one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Evaluator:
         pools: of rows of logits, and of the log-probabilities of candidates.
         archive: the connection of the forest with a store, if there is one.
         holders: the pins, growing texts and uses that hold texts.
-        max_tokens_per_forward: how many tokens one packed pass forwards at most.
+        max_tokens_per_forward: the largest number of tokens in a packed pass.
         computation: inserts texts, computes their missing spans, evicts.
         scoring: log-probabilities of tokens.
         readout: logits, hidden states, keys and values.
@@ -56,14 +56,14 @@ class Evaluator:
         self.is_closed = False
 
     def sketch(self, texts: Iterable[TokenIds], asides: Iterable[Aside] = ()) -> Sketch:
-        """Return what is held of texts, in a forest of their own; changes, loads and forwards nothing."""
+        """Return the held parts of texts, in a forest of their own; changes, loads and forwards nothing."""
         return Sketch(self.forest, texts, self.archive, asides)
 
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
         """Compute the missing spans of texts given by their token ids, and return the ends of the texts.
 
-        Over the budget, results are dropped again: `held` brings one back. If a pass fails, the passes before it stay
-        computed, and `recover` removes the rest.
+        Results over the budget are dropped again; `held` restores those of a text. If a pass fails, the passes before
+        it stay computed, and `recover` removes the rest.
         """
         with self.computation.inserted(texts) as ends:
             self.computation.compute(ends, Request())
@@ -73,7 +73,7 @@ class Evaluator:
     def held(self, token_ids: TokenIds, end: Span, *, with_keys_values: bool = False) -> Iterator[Span]:
         """Keep a text's states (`with_keys_values`: and its keys and values) for as long as the context lasts.
 
-        Dropped spans are computed again. Yields the text's end; `end` is the last one known.
+        Dropped spans are computed again. Yields the text's end; `end` is the last known end.
         """
         if end.is_held(with_keys_values=with_keys_values):
             with self.holders.using([end]):
@@ -102,7 +102,7 @@ class Evaluator:
         """Compute a text and hold all of it until `unpin`.
 
         Raises:
-            MemoryBudgetError: it does not fit the budget, beside what is pinned already.
+            MemoryBudgetError: the text does not fit the budget, beside the texts that are pinned already.
 
         """
         with self.computation.inserted([pin.token_ids]) as ends, self.holders.using(ends):
@@ -118,11 +118,11 @@ class Evaluator:
             self.holders.pin(pin)
 
     def is_pinned(self, pin: PinnedText) -> bool:
-        """Return whether a text is still held; after `clear` none is."""
+        """Return whether a text is still pinned; after `clear` no text is."""
         return pin in self.holders.pins
 
     def unpin(self, pin: PinnedText) -> None:
-        """Hold a text no more; one that is not held may be given, too."""
+        """Release a pinned text; a text that is not pinned may be given, too."""
         self.holders.unpin(pin)
         self.computation.make_room()
 
@@ -135,11 +135,11 @@ class Evaluator:
                     pin.end = end
 
     def num_bytes_to_hold(self, ends: Collection[Span]) -> int:
-        """Return the bytes of all that must be held for these texts and for what is pinned."""
+        """Return the bytes of all rows that these texts and the pinned texts need."""
         return self.computation.num_bytes_of([*self.holders.pinned_ends(), *ends])
 
     def close(self) -> None:
-        """Forget everything for good: whoever still refers to this must not keep copies of weights alive."""
+        """Forget everything for good: a remaining reference to the evaluator must not keep copies of weights alive."""
         self.is_closed = True
         self.computation.clear()
         self.executor.close()

@@ -1,7 +1,7 @@
-"""Who holds texts: pins, texts that grow, and what is being computed or read now.
+"""The holders of texts: pins, owners of growing texts, and computing or reading in progress.
 
-Keeps the pins, weak references to those who let texts grow, and the ends of the texts in use. Each holder is asked for
-its ends whenever they are wanted, and nothing counts them, so no error can leave a count too high.
+Keeps the pins, weak references to the owners of growing texts, and the ends of the texts in use. Each holder is asked
+for its ends whenever they are wanted, and no holds are counted, so no error can leave a count too high.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ class Growing(Protocol):
 
     @property
     def ends(self) -> Mapping[Any, Span]:
-        """The ends of its continuations that are held."""
+        """The ends of the held continuations."""
         ...
 
 
 @dataclass(eq=False)
 class PinnedText:
-    """A text that is held for as long as its pin is not released, and its end."""
+    """A text that is held until its pin is released, and its end."""
 
     token_ids: TokenIds = ()
     end: Span | None = None
 
 
 class Holders:
-    """All who hold texts of one forest."""
+    """All holders of texts of one forest."""
 
     def __init__(self) -> None:
         self._pins: dict[PinnedText, None] = {}
-        self._growing: WeakKeyDictionary[object, Sequence[Growing]] = WeakKeyDictionary()  # by who lets them grow
+        self._growing: WeakKeyDictionary[object, Sequence[Growing]] = WeakKeyDictionary()  # by owner
         self._in_use: dict[object, Sequence[Span]] = {}
 
     def ends(self) -> set[Span]:
-        """Return the ends of all texts that must stay: those of pins, those that grow, and those in use now."""
+        """Return the ends of all texts that must stay: of pinned texts, of growing texts, and of those in use now."""
         held = set(self.pinned_ends())
         for texts in self._growing.values():
             held.update(end for text in texts for end in text.ends.values())
@@ -62,7 +62,7 @@ class Holders:
         self._pins[text] = None
 
     def unpin(self, text: PinnedText) -> None:
-        """Hold a text no more; one that is not held may be given, too."""
+        """Release a pinned text; a text that is not pinned may be given, too."""
         self._pins.pop(text, None)
 
     def unpin_all(self) -> None:
@@ -70,7 +70,7 @@ class Holders:
         self._pins.clear()
 
     def let_grow(self, owner: object, texts: Sequence[Growing]) -> None:
-        """Hold the ends of these texts, as they are at any time, for as long as their owner lives."""
+        """Hold the current ends of these texts, whatever they become, for as long as their owner lives."""
         self._growing[owner] = texts
 
     @contextmanager
@@ -81,8 +81,8 @@ class Holders:
         try:
             yield
         finally:
-            self._in_use.pop(use, None)  # `stop_using` may have taken it away
+            self._in_use.pop(use, None)  # `stop_using` may have removed the use
 
     def stop_using(self) -> None:
-        """Forget what was in use: after an error no operation runs any more."""
+        """Release the texts in use: after an error no operation runs any more."""
         self._in_use.clear()

@@ -1,8 +1,8 @@
-"""Looking up what is held of texts, which changes nothing of it.
+"""Looking up the held parts of texts, without changing them.
 
-The texts go into a forest of their own, a *sketch*, whose spans are cut wherever what lies behind them changes. Each of
-its spans then says by a mark where its states, and its keys and values, lie; what bears none would be forwarded. So a
-sketch can be planned like the forest that it shows, and splitting its spans splits nothing that is held.
+The texts go into a forest of their own, a *sketch*, whose spans are cut wherever the place of the held rows changes. A
+mark on each span then names the place of its states, another that of its keys and values; unmarked spans would be
+forwarded. So a sketch can be planned like the forest that it shows, and splitting its spans splits no held span.
 
     held       "the cat" (in memory) --+-- " sat" (dropped over the budget)
     asked for  "the cat sat down"
@@ -22,15 +22,15 @@ from backprompt.forest.span import Inserted, Junction, Kind, Span, child_key
 from backprompt.tokens.graph import TokenIds, common_length
 
 Where: TypeAlias = Literal["memory", "host", "disk", "evicted", "absent"]
-"""In the device's memory, in the second pool, in the store; computed once and dropped, or not known at all."""
+"""In the device's memory, in the second pool, in the store; computed once and dropped, or unknown."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens side by side of a text whose hidden states lie in one place.
+    """Neighbouring tokens of a text whose hidden states lie in one place.
 
     Attributes:
-        start, stop: the first of them and the one behind the last, counted in `text.tokens`.
+        start, stop: the index of the first token and the index behind the last token, in `text.tokens`.
         where: "memory" (the model's device), "host" (the second pool), "disk" (the store says that it has them),
             "evicted" (computed once, and dropped over the budget), or "absent".
 
@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Mark:
-    """Stands on a span of a sketch for rows that lie in some place."""
+    """A mark on a span of a sketch, in place of rows that lie somewhere."""
 
     where: Where
     block = None
@@ -58,13 +58,13 @@ _MEMORY, _HOST, _DISK = _Mark("memory"), _Mark("host"), _Mark("disk")
 
 @dataclass(frozen=True)
 class _Reached:
-    """The first `num_tokens` of a span in the forest that is looked at, and all that they stand on."""
+    """The first `num_tokens` of a span in the inspected forest, and all its parents."""
 
     span: Span
     num_tokens: int
 
     def next(self, position: int, token_id: int) -> _Reached | None:
-        """Return what holds this token right behind, as if none of it was reached yet; None if nothing does."""
+        """Return the place right before the next token, in the span that has it; None if no span does."""
         if self.num_tokens == len(self.span.token_ids):
             child = self.span.children.get(child_key(self.span, position, token_id))
             return None if child is None else _Reached(child, 0)
@@ -74,7 +74,7 @@ class _Reached:
 
 @dataclass(frozen=True)
 class Aside:
-    """Tokens that may stand in a text's place from one of its tokens on: what it would have been without a join."""
+    """Tokens that a text would have, from one of its own tokens on, without a join."""
 
     text_idx: int
     token_idx: int
@@ -82,13 +82,13 @@ class Aside:
 
 
 class Sketch:
-    """What is held of texts.
+    """The held parts of texts.
 
     Args:
-        held: the forest that is looked at; nothing in it changes.
-        texts: by their token ids.
-        archive: the store to ask for what the forest does not hold; only its index is read.
-        asides: what else to look up; texts are planned without it.
+        held: the inspected forest; nothing in it changes.
+        texts: the texts' token ids.
+        archive: the store to ask for tokens that the forest does not hold; only its index is read.
+        asides: other tokens to look up; texts are planned without them.
 
     """
 
@@ -112,7 +112,7 @@ class Sketch:
                 self._mark_stored(span, archive)
 
     def pieces(self, text: Inserted) -> list[Piece]:
-        """Return where the tokens of one of the texts lie, in written order; neighbours in one place as one piece."""
+        """Return the places of a text's tokens, in written order; neighbours in one place are one piece."""
         pieces: list[Piece] = []
         start = 0
         for span in self.forest.in_order(text):
@@ -125,7 +125,7 @@ class Sketch:
         return pieces
 
     def has(self, aside: Aside) -> bool:
-        """Return whether all of it is held or stored."""
+        """Return whether all tokens of an aside are held or stored."""
         before, span = self._asides[aside]
         while span is not before:
             if not span.is_held() or span.parent is None:
@@ -134,13 +134,13 @@ class Sketch:
         return True
 
     def passes(self, max_tokens: int) -> list[tuple[Span, ...]]:
-        """Return the passes that evaluating the texts takes; their spans are cut as passes need."""
+        """Return the passes for evaluating the texts; spans of the sketch are cut as passes need."""
         missing = missing_spans(text.end for text in self.texts)
         passes = cut_into_passes(self.forest, missing, max_tokens)
         return [spans for spans in passes if any(span.token_ids for span in spans)]
 
     def _insert_aside(self, aside: Aside) -> tuple[Span, Span]:
-        """Return what it stands behind, and where it ends."""
+        """Insert an aside; return the span before it, and its end."""
         num_before = 0
         spans = iter(self.forest.in_order(self.texts[aside.text_idx]))
         span = next(spans)
@@ -153,7 +153,7 @@ class Sketch:
         return span.parent, self.forest.extend(span.parent, span.position, aside.token_ids)
 
     def _match(self, span: Span) -> None:
-        """Note what is there of a span, cut where that changes."""
+        """Note the part of a span that is in the inspected forest; the span is cut where that changes."""
         assert span.parent is not None
         if isinstance(span, Junction):
             found = self._matching_junction(span)
@@ -183,13 +183,13 @@ class Sketch:
         return None if before is None or len(known) < len(ends) else before.junction(known)
 
     def _whole_span_at(self, span: Span) -> Span | None:
-        """Return the span that ends where this one of the sketch does."""
+        """Return the span of the inspected forest that ends where this span of the sketch does."""
         reached = self._reached.get(span)
         is_whole = reached is not None and reached.num_tokens == len(reached.span.token_ids)
         return reached.span if reached is not None and is_whole else None
 
     def _mark(self, span: Span) -> None:
-        if isinstance(span, Junction):  # it holds nothing of its own
+        if isinstance(span, Junction):  # a junction has no rows of its own
             span.place(states=_mark_of_all(span, "states"), keys_values=_mark_of_all(span, "keys_values"))
         reached = self._reached.get(span)
         if reached is None:
@@ -203,9 +203,9 @@ class Sketch:
             span.place(states=_mark_of(held, "states"), keys_values=_mark_of(held, "keys_values"))
 
     def _mark_stored(self, span: Span, archive: Archive) -> None:
-        """Mark what the store has of what is not held, as `Archive.load` would load it."""
+        """Mark the stored part of a span that is not held, as `Archive.load` would load it."""
         if _mark_of_all(span, "states") is None:
-            return  # of no use without what it continues
+            return  # of no use without the parents
         can_continue = _mark_of_all(span, "keys_values") is not None
         part: Span | None = None
         while part is not span and span.token_ids and not span.is_held(with_keys_values=True):
@@ -228,19 +228,19 @@ def where(span: Span) -> Where:
 
 
 def _mark_of(held: Span, kind: Kind) -> _Mark | None:
-    """Return the mark for where one of the two of a held span lies."""
+    """Return the mark for the place of a held span's rows of one kind."""
     if held.rows_in(kind, "device") is not None:
         return _MEMORY
     return _HOST if held.rows_in(kind, "host") is not None else None
 
 
 def _mark_of_all(span: Span, kind: Kind) -> _Mark | None:
-    """Return a mark if all that a span stands on bears one."""
+    """Return a mark if all parents of a span bear one."""
     return _MEMORY if all(parent.holds(kind) for parent in span.parents if parent.parent is not None) else None
 
 
 def positions_of(held: Forest, runs: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Return at which position each run of token ids is held, behind whatever; those held nowhere are left out."""
+    """Return a position at which each run of token ids is held, behind any tokens; leave out runs held nowhere."""
     by_first: dict[int, list[tuple[int, ...]]] = {}
     for run in dict.fromkeys(runs):
         by_first.setdefault(run[0], []).append(run)

@@ -94,7 +94,7 @@ class Scoring:
     ) -> ScoredTexts:
         """Evaluate texts and return the scores of their tokens, from a token of each on.
 
-        A text's last token is scored by the row before it; it is not forwarded unless something continues it.
+        The last token of a text is scored by the row before it and is not forwarded, unless the text is computed.
         """
         wanted = []
         for token_ids, start, is_computed in zip(texts, starts, are_computed, strict=True):

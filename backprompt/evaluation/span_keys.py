@@ -1,4 +1,4 @@
-"""Keys of spans by content: each names everything up to a span's last token, under one root.
+"""Keys of spans by content: a key names everything up to a span's last token, under one root.
 
 A key is computed once and kept with its span (`Span.key`).
 """
@@ -14,7 +14,7 @@ from backprompt.forest.span import Junction, Span
 
 @dataclass(frozen=True)
 class Root:
-    """What all keys are built on, and what it stands for."""
+    """The base of all keys, and the names that it stands for."""
 
     key: bytes
     model: str
@@ -27,7 +27,7 @@ class SpanKeys:
     """The keys of spans under one root.
 
     Args:
-        root: called at first use, as it hashes the model's weights.
+        root: returns the root; called at first use, because it hashes the model's weights.
 
     """
 
@@ -37,7 +37,7 @@ class SpanKeys:
 
     @property
     def root(self) -> Root:
-        """What all keys are built on; the first use hashes the model's weights."""
+        """The base of all keys; the first use hashes the model's weights."""
         if self._root is None:
             self._root = self._make_root()
         return self._root
@@ -62,7 +62,7 @@ class SpanKeys:
         return span.key
 
     def start_of(self, span: Span) -> bytes:
-        """Return the key at which an entry begins that begins with this span."""
+        """Return the start key of an entry whose first span is this one."""
         assert span.parent is not None
         before = self.key_of(span.parent)
         return before if span.position == span.parent.stop else gap_key(before, span.position)

@@ -1,5 +1,5 @@
-"""Generation: texts that the model continues, many at once, and the rules by which tokens are chosen.
+"""Generation: texts that the model continues, many at once, and the rules that choose tokens.
 
-May know sessions, evaluation and classification (for `select`); nothing here computes a span.
+The folder may import sessions, evaluation and classification (for `select`); no code here computes a span.
 A new decoding rule is a class beside those of `decoding.py` and `beams.py`; a new option goes into `options.py`.
 """

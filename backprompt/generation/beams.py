@@ -1,8 +1,8 @@
 """Beam search of one text: the rules of transformers, over branches of the forest.
 
-Scores, penalties and when to end are transformers' own functions, in the order in which its `_beam_search` calls them.
-Only where the logits come from is ours: beams are continuations of one text, so those that begin alike share it, and a
-beam that is left behind is a branch that nobody needs. No cache is reordered or copied.
+Scores, penalties and the end of the search are transformers' own functions, called in the order of its `_beam_search`.
+Only the source of the logits is ours: beams are continuations of one text, so beams with a common beginning share its
+spans, and a beam that falls behind is a branch to discard. No cache is reordered or copied.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from backprompt.generation.decoding import Choice, Completion, Decoding, Found, 
 from backprompt.logprobs import log_softmax
 
 UNREACHABLE = -1e9
-"""transformers' score of what is not a beam."""
+"""transformers' score of a place without a beam."""
 
 
 def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completion, int]], logits: Logits) -> None:
-    """Let the beams of each text go on by the logits after them: find the beams that come next.
+    """Continue the beams of each text by the logits after them: find the next beams.
 
     Args:
-        texts: with the same options.
-        rows: for each text, which row of `logits` stands after each of its `ahead`.
-        logits: of all texts.
+        texts: beam searches with the same options.
+        rows: for each text, the row of `logits` after each of its `ahead`.
+        logits: the logits of all texts.
 
     Raises:
-        GenerationError: the options leave a text nothing to choose.
+        GenerationError: the options leave no token to choose for a text.
 
     """
     num_beams = texts[0].num_beams
@@ -42,7 +42,7 @@ def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completio
 
 
 def _go_on(texts: Sequence[BeamDecoding], logits: Tensor) -> None:
-    """Let the beams of some texts go on by the logits after them, `(beams of all texts, vocab)`."""
+    """Continue the beams of some texts by the logits after them, `(beams of all texts, vocab)`."""
     for text in texts:
         text.begin(logits.device)
     logprobs = log_softmax(logits)
@@ -60,7 +60,7 @@ class BeamDecoding:
 
     Args:
         decoding: the options.
-        prompt_ids: the text.
+        prompt_ids: the text's ids.
 
     """
 
@@ -72,30 +72,30 @@ class BeamDecoding:
         self.num_beams = decoding.num_beams
         self._is_begun = False
         self._num_ids = len(prompt_ids)
-        # Of the beams, and of what is finished: ids, with room for all that may come; their scores; which beam each
-        # token came from (-1: not there). All but the last two are `(1, beams, ...)`, as transformers has them.
+        # Of the beams, and of the finished ones: ids, with room for all tokens to come; scores; the beam that each
+        # token came from (-1: no token). All but the last two tensors are `(1, beams, ...)`, as in transformers.
         self._sequences = self._scores = self._indices = torch.empty(0)
         self._ended = self._ended_scores = self._ended_indices = self._is_ended = torch.empty(0)
-        self._can_improve = torch.empty(0)  # (1, 1), whether a beam may still become better than what is finished
+        self._can_improve = torch.empty(0)  # (1, 1), whether a beam may still become better than the finished ones
         self._is_top = torch.empty(0)  # (candidates,), whether a candidate may be finished
-        self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of what is finished
-        self._continued: dict[Completion, tuple[Choice, ...]] = {}  # the same one step before
+        self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of finished ones
+        self._continued: dict[Completion, tuple[Choice, ...]] = {}  # `_choices` one step before
         self._hypotheses: list[Completion] = []
-        self._watched = {(): decoding.stops.begin(prompt_ids)}  # beams, and what they were continued by last
+        self._watched = {(): decoding.stops.begin(prompt_ids)}  # the latest candidates, the beams among them
         self.beams: list[Completion] = [()] * self.num_beams
-        """What each beam has added; at first all begin alike."""
-        self._possible: list[Completion] = [()]  # beams, but for those that fill up where fewer ways are possible
+        """The completion of each beam; at first all are empty."""
+        self._possible: list[Completion] = [()]  # the beams, without those of score -inf that fill up the number
         self.ahead: list[Completion] = [()]
         self.is_finished = False
 
     @property
     def num_new(self) -> int:
-        """How many tokens a beam has added so far."""
+        """The number of tokens that a beam has added so far."""
         return self._num_ids - len(self._prompt_ids)
 
     @property
     def num_ids(self) -> int:
-        """How many ids a beam has so far, those of the prompt among them."""
+        """The number of ids of a beam so far, the prompt included."""
         return self._num_ids
 
     def ids(self) -> Tensor:
@@ -104,16 +104,16 @@ class BeamDecoding:
 
     @property
     def scores(self) -> Tensor:
-        """What the beams have come to, `(beams,)`."""
+        """The accumulated scores of the beams, `(beams,)`."""
         return self._scores[0]
 
     def go_on(self, accumulated: Tensor, logprobs: Tensor, most_probable: Sequence[int]) -> None:
-        """Find the beams that come next.
+        """Find the next beams.
 
         Args:
             accumulated: the scores of the beams with each token behind them, `(1, beams * vocab)`.
-            logprobs: of each token behind each beam, `(beams, vocab)`.
-            most_probable: of each beam, the token with the largest logit.
+            logprobs: the log-probability of each token behind each beam, `(beams, vocab)`.
+            most_probable: the token with the largest logit behind each beam.
 
         """
         config, model = self.rules.config, self._decoding.model
@@ -173,17 +173,17 @@ class BeamDecoding:
         self._note(logprobs, most_probable)
 
     def needed(self) -> set[Completion]:
-        """Return the continuations that must stay held: what is continued next, or ends one step before its end."""
+        """Return the continuations to keep: beams to go on with and finished ones, each without its last token."""
         going_on = [] if self.is_finished else self.ahead
         return {ids[:-1] for ids in (*going_on, *self._hypotheses)}
 
     def score_of(self, completion: Completion) -> TokenScore | None:
-        """Return how the model rates the last token of a beam, or of one that was continued last; else None."""
+        """Return the score of the last token of a beam, or of a beam one step before; else None."""
         choices = self._choices.get(completion) or self._continued.get(completion)
         return choices[-1].score if choices else None
 
     def found(self, num: int) -> list[Found]:
-        """Return the best continuations, those that are finished before those that are not."""
+        """Return the best continuations, finished ones first."""
         ranked = list(dict.fromkeys((*self._hypotheses, *self._possible)))[:num]
         return [self._found(ids) for ids in ranked]
 
@@ -211,7 +211,7 @@ class BeamDecoding:
         return self.rules.are_met(sequences) | is_stopped
 
     def begin(self, device: torch.device) -> None:
-        """Make the rules and the first beams, where the scores lie; only the first time."""
+        """Make the rules and the first beams on the device of the scores; later calls do nothing."""
         if self._is_begun:
             return
         prompt = torch.tensor([self._prompt_ids], device=device)
@@ -221,7 +221,7 @@ class BeamDecoding:
         self._sequences[:, :, : self._num_ids] = prompt
         self._ended = self._sequences.clone()
         self._scores = torch.zeros((1, num_beams), device=device)
-        self._scores[:, 1:] = UNREACHABLE  # all begin alike: only the first counts
+        self._scores[:, 1:] = UNREACHABLE  # all beams begin alike: only the first counts
         self._ended_scores = torch.full((1, num_beams), UNREACHABLE, device=device)
         self._is_ended = torch.zeros((1, num_beams), dtype=torch.bool, device=device)
         self._can_improve = torch.ones((1, 1), dtype=torch.bool, device=device)
@@ -233,8 +233,8 @@ class BeamDecoding:
         self._is_begun = True
 
     def _note(self, logprobs: Tensor, most_probable: Sequence[int]) -> None:
-        """Note the beams and what is finished, and how the model rates their last tokens."""
-        row_of = {beam: row for row, beam in reversed(list(enumerate(self.beams)))}  # of what was continued
+        """Note the beams, the finished ones, and the scores of their last tokens."""
+        row_of = {beam: row for row, beam in reversed(list(enumerate(self.beams)))}  # of the beams that were continued
         added = self._sequences[0, :, len(self._prompt_ids) : self._num_ids].tolist()
         self.beams = list(map(tuple, added))
         self.ahead = list(dict.fromkeys(self.beams))

@@ -1,11 +1,11 @@
 """Conversations: the model's chat template as a text whose segments are the messages.
 
-A template that only ever appends (prefix-stable) lets a conversation go on where it stopped: what was computed for its
-first turns serves all that begin with them. A generated reply goes in as the token ids that the model generated, and
-a text or group within a message as the segments that it has.
+A template that only ever appends (prefix-stable) lets a conversation go on where it stopped: the spans of its first
+turns serve all conversations that begin with them. A generated reply goes in as the token ids that the model generated,
+and a text or group within a message keeps its segments.
 
-All is told from what the template renders: a turn ends where the messages up to it end when they are rendered alone,
-and a text stands where a placeholder is written in its stead.
+Turns and texts are found in the rendered messages: a turn ends where the messages up to it end when rendered alone, and
+a text stands where the template writes a placeholder in its stead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from backprompt.visible import shortened, visible
 from backprompt.warn import warn_caller
 
 Rendered: TypeAlias = "str | tuple[int, ...]"
-"""What a template makes of messages: a string, or ids where the tokenizer renders nothing else."""
+"""Messages as rendered by a template: a string, or ids where the tokenizer renders nothing else."""
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -47,7 +47,7 @@ _DECIDED_HERE = frozenset(
         "truncation",
     }
 )
-"""Arguments of `apply_chat_template` that are about what is done with the string."""
+"""Arguments of `apply_chat_template` for handling the rendered string."""
 
 _MEDIA = ("image", "video", "audio")
 
@@ -65,33 +65,33 @@ def chat(
         reply = chat(lm, messages).generate(max_new_tokens=100)
         messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": "And then?"}]
 
-    Its tokens are those of `tokenizer.apply_chat_template(messages, tokenize=True)` with the same options: the template
-    alone writes special tokens, and the tokenizer adds none.
+    The text's tokens are those of `tokenizer.apply_chat_template(messages, tokenize=True)` with the same options: the
+    template alone writes special tokens, and the tokenizer adds none.
 
     Args:
-        lm: its tokenizer has the chat template; an `LM` or a `(model, tokenizer)` tuple.
+        lm: an `LM` or a `(model, tokenizer)` tuple; the tokenizer has the chat template.
         messages: dicts with "role" and "content", as for `tokenizer.apply_chat_template`. A content may also be a
             `Text`, with groups, frozen segments and token ids in it; a list of strings and texts, side by side; or a
-            list of text parts, `{"type": "text", "text": ...}`, for templates that take one. Each text stands there as
-            the segments that it has. Of a `GeneratedText` the completion stands there, as the ids that were generated.
-        add_generation_prompt: whether to add what begins the model's turn; by default unless the last message is the
-            assistant's or is continued.
+            list of text parts, `{"type": "text", "text": ...}`, for templates that take such a list. Each text keeps
+            its segments. A `GeneratedText` stands for its completion, with the ids that were generated.
+        add_generation_prompt: whether to add the beginning of the model's turn; by default unless the last message is
+            the assistant's or is continued.
         continue_final_message: whether the last message is left open, for the model to go on with it. A string names
             the field to go on with, as for `apply_chat_template`.
-        **template_options: what the template takes besides, such as `tools`.
+        **template_options: other options of the template, such as `tools`.
 
     Raises:
-        TokenizerError: the tokenizer has no chat template; the template refuses the messages, or writes the content of
-            a message in another way than given while a text with groups or ids stands in it; an option is one that
-            decides what `apply_chat_template` returns.
-        TextTypeError: a message is not such a dict, or its content has something else than text in it.
+        TokenizerError: the tokenizer has no chat template; the template refuses the messages, or does not write as it
+            is a content that has a text with groups or ids in it; an option decides the kind of result of
+            `apply_chat_template`.
+        TextTypeError: a message is not such a dict, or its content has something other than text in it.
         MixedModelsError: a content is a text of another `LM`.
         ValueError: `add_generation_prompt` is neither True nor False, or `continue_final_message` neither these nor a
             string.
 
     Warns:
-        UserWarning: the template writes earlier turns in another way when others follow, so that turn and all after it
-            are computed again as the conversation goes on; names the turn.
+        UserWarning: the template writes an earlier turn differently when others follow, so that turn and all after it
+            are computed again as the conversation goes on; the message names the turn.
 
     """
     lm = as_lm(lm)
@@ -133,16 +133,16 @@ class _Template:
         tokenizer = lm.tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None) or options.get("chat_template"))
         own = getattr(type(tokenizer), "apply_chat_template", PreTrainedTokenizerBase.apply_chat_template)
-        # As MistralCommonBackend, which has no template and renders ids that no string has.
+        # Such as MistralCommonBackend, which has no template and renders ids that no string has.
         self.renders_ids = not has_template and own is not PreTrainedTokenizerBase.apply_chat_template
         if not has_template and not self.renders_ids:
             raise TokenizerError("The tokenizer has no chat template. Write the conversation with + instead.")
 
     def render(self, messages: Sequence[Message], **ending: Any) -> Rendered:
-        """Return what it makes of messages whose contents are strings.
+        """Return messages as rendered; their contents are strings.
 
         Raises:
-            TokenizerError: it refuses them.
+            TokenizerError: the template refuses the messages.
 
         """
         options = {**self._options, **ending}
@@ -158,39 +158,39 @@ class _Template:
         return rendered
 
     def beginning(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered | None:
-        """Return what it makes of the first messages; None where it does not take them alone."""
+        """Return the first messages as rendered; None if the template does not take them alone."""
         try:
             return self.render(messages, add_generation_prompt=add_generation_prompt)
         except TokenizerError:
             return None
 
     def written(self, string: str) -> Rendered:
-        """Return how a string stands in what it renders."""
+        """Return a string in the form of rendered messages."""
         return self.lm.session.completion_ids([string])[0] if self.renders_ids else string
 
     def written_token(self, token_id: int) -> Rendered:
-        """Return how a token stands in what it renders."""
+        """Return a token in the form of rendered messages."""
         if self.renders_ids:
             return (token_id,)
         return Speller(self.lm.tokenizer).decode([token_id])
 
     def text(self, rendered: Rendered) -> Text:
-        """Return a part of what it renders as a text."""
+        """Return a part of rendered messages as a text."""
         return Text(rendered, self.lm) if isinstance(rendered, str) else Text.from_tokens(rendered, self.lm)
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """Return what a template raises: jinja's errors, those of code in it, and transformers' own."""
-    from jinja2 import TemplateError  # what transformers renders templates with
+    """Return the errors that a template raises: jinja's, those of code in the template, and transformers' own."""
+    from jinja2 import TemplateError  # transformers renders templates with jinja2
 
     refusals: tuple[type[Exception], ...] = (TemplateError, ValueError, TypeError)
-    mistral = sys.modules.get("mistral_common.exceptions")  # what MistralCommonBackend has loaded
+    mistral = sys.modules.get("mistral_common.exceptions")  # MistralCommonBackend has loaded it
     return refusals if mistral is None else (*refusals, mistral.MistralCommonException)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A text within what is rendered, which stands there instead of what was written from `start` to `stop`."""
+    """A text within rendered messages, in place of the part from `start` to `stop`."""
 
     start: int
     stop: int
@@ -198,7 +198,7 @@ class _Place:
 
 
 class _Conversation:
-    """Messages, what the template makes of them, and where their texts stand in it."""
+    """Messages, their rendered form, and the places of their texts in it."""
 
     def __init__(self, template: _Template, messages: Sequence[Message], ending: Mapping[str, Any]) -> None:
         self._template = template
@@ -225,18 +225,18 @@ class _Conversation:
         return self._with_turns(text, stop, len(self._whole), ends)
 
     def _with_turns(self, text: Text, start: int, stop: int, ends: Sequence[int]) -> Text:
-        """Return a text and what was written from `start` to `stop`, each turn a segment."""
+        """Return a text and the rendered part from `start` to `stop` behind it, each turn a segment."""
         cuts = [start, *(end for end in ends if start < end < stop), stop]
         for first, last in itertools.pairwise(cuts):
             text += self._template.text(self._whole[first:last])
         return text
 
     def _ends_of_turns(self) -> Iterator[int]:
-        """Yield where turns end; a turn that is written differently alone ends with the next that is not."""
+        """Yield the ends of turns; a turn that is written differently alone ends with the next turn that is not."""
         for idx, message in enumerate(self._messages):
             beginning = self._template.beginning(self._plain[: idx + 1], add_generation_prompt=False)
             if beginning is None:
-                continue  # the template takes such messages only with what follows
+                continue  # the template takes such messages only with later ones
             if _begins(self._whole, beginning):
                 yield len(beginning)
             elif idx + 1 < len(self._messages) or "continue_final_message" not in self._ending:
@@ -255,9 +255,9 @@ class _Conversation:
                 yield from self._places_in(idx)
 
     def _place_of_reply(self, idx: int, reply: ContinuedText) -> Iterator[_Place]:
-        """Yield the place of ids that were generated, behind what begins the model's turn, if they stand there.
+        """Yield the place of generated ids behind the beginning of the model's turn, if the template writes them there.
 
-        Where the template does not write them there, the turn is its string.
+        Otherwise the turn keeps its string.
         """
         before = self._template.beginning(self._plain[:idx], add_generation_prompt=True)
         token_ids = reply.completion_tokens
@@ -280,10 +280,10 @@ class _Conversation:
         yield _Place(len(before), stop, text)
 
     def _places_in(self, idx: int) -> list[_Place]:
-        """Return the places of the texts in a content; those that are strings may also stand there as strings.
+        """Return the places of the texts in a content; texts of strings only may also stand there as strings.
 
         Raises:
-            TokenizerError: the template does not write the others as they are.
+            TokenizerError: the template does not write the other texts as they are.
 
         """
         everything = range(len(self._texts[idx]))
@@ -306,7 +306,7 @@ class _Conversation:
     def _found(self, idx: int, numbers: Sequence[int]) -> list[_Place] | None:
         """Return the places of some texts of a content, or None if the template does not write them as they are.
 
-        A placeholder stands for each of them. All else has to be written as with their strings.
+        A placeholder stands for each text. The template must write everything else as it does with their strings.
         """
         if not numbers:
             return []
@@ -345,7 +345,7 @@ def _begins(whole: Rendered, beginning: Rendered) -> bool:
 
 
 def _placeholders(count: int, whole: str) -> list[str]:
-    """Return so many words that do not occur in the whole, nor in each other."""
+    """Return `count` words that occur neither in `whole` nor in each other."""
     salt = 0
     while f"Placeholder{salt}x" in whole:
         salt += 1
@@ -356,7 +356,7 @@ def _placeholders(count: int, whole: str) -> list[str]:
 
 
 def _check_message(message: object, idx: int) -> None:
-    """Raise TextTypeError for what is no message, or holds what is no text; one that calls tools has no content."""
+    """Raise TextTypeError for a wrong type of message or content; a message that calls tools may have no content."""
     if not isinstance(message, Mapping) or "role" not in message or len(message) < 2:
         raise TextTypeError(f"messages[{idx}] must be a dict with 'role' and 'content', not {message!r}.")
     content = message.get("content")
@@ -392,7 +392,7 @@ def _texts_in(content: object) -> Iterator[Text]:
 def _filled(message: Message, strings: Sequence[str]) -> Message:
     """Return a message as templates take it, with strings in the places of its texts.
 
-    Strings and texts side by side are one string. Among dicts each becomes a part.
+    Strings and texts side by side become one string. Among dicts each becomes a part.
     """
     content, left = message.get("content"), iter(strings)
     if isinstance(content, Text):
@@ -411,7 +411,7 @@ def _filled_part(part: Any, left: Iterator[str]) -> Mapping[str, Any]:
 
 
 def _own(lm: LM, text: Text) -> Text:
-    """Return the text that stands within a message: of one that was continued, the ids and string of `completion`.
+    """Return the text to put into a message: of a continued text, the ids and string of `completion`.
 
     The completion has no special tokens: an end token would end the message that quotes it.
     """
@@ -423,7 +423,7 @@ def _own(lm: LM, text: Text) -> Text:
 
 
 def _num_before_end_tokens(lm: LM, reply: ContinuedText) -> int:
-    """Return how many of a reply's ids stand before the end tokens that it ends with; all where a string ends it."""
+    """Return the number of a reply's ids before its final end tokens; all ids if a string ends the reply."""
     token_ids, special = reply.completion_tokens, lm.tokenizer.all_special_ids
     num_said = len(token_ids)
     while num_said and not reply.completion_rest and token_ids[num_said - 1] in special:
@@ -432,11 +432,11 @@ def _num_before_end_tokens(lm: LM, reply: ContinuedText) -> int:
 
 
 def _string(lm: LM, text: Text) -> str:
-    """Return the string of a text in a message, which is of the same LM or of none."""
+    """Return the string of a text in a message; the text is of the same LM or of none."""
     bound = Text("", lm) + text
     return text.completion if isinstance(text, ContinuedText) else bound.string
 
 
 def _is_of_strings(text: Text) -> bool:
-    """Return whether its string says all of a text; the ids of one that was continued may be encoded again."""
+    """Return whether a text's string replaces it; the ids of a continued text may be encoded again."""
     return isinstance(text, ContinuedText) or all(isinstance(segment, str) for segment in text.segments)

@@ -1,10 +1,10 @@
-"""How the next tokens of many texts are chosen, all together: by rows of one tensor of scores.
+"""The choice of the next tokens of many texts together, by rows of one tensor of scores.
 
 The processors of transformers are called in their order, each for as many rows at once as it treats alike: `_LOOKS_AT`
-says what a kind of processor looks at besides a row of scores. A kind that is not named there may look at anything, so
-it is called for the rows of one text at a time. A text's random numbers are its own, and are those that
-`torch.multinomial` draws for its row alone. One transfer reads what was found for all of them, and it is checked before
-a token is added to any text.
+gives the other inputs of a kind of processor, besides a row of scores. A kind that is not named there may look at
+anything, so it is called for the rows of one text at a time. Each text has its own random numbers, those that
+`torch.multinomial` draws for its row alone. One transfer reads the results of all texts, and all are checked before a
+token is added to any text.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ _LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
     ),
     kinds.SuppressTokensAtBeginLogitsProcessor: lambda processor, num_ids: num_ids == processor.begin_index,
 }
-"""What a processor looks at besides a row of scores, by the number of ids so far.
+"""The inputs of a processor besides a row of scores, by the number of ids so far.
 
-Texts have processors of the same options, so those for which this is the same do the same to a row.
+Texts have processors of the same options, so processors with the same inputs do the same to a row.
 """
 
 
 class Ruled(Protocol):
-    """A text, or its beams, that processors of its own look at."""
+    """A text, or its beams, with processors of its own."""
 
     rules: Rules
 
     @property
     def num_ids(self) -> int:
-        """How many ids it has so far."""
+        """The number of ids so far."""
         ...
 
     def ids(self) -> Tensor:
-        """Return its ids so far, `(rows, ids)`."""
+        """Return the ids so far, `(rows, ids)`."""
         ...
 
 
@@ -89,15 +89,15 @@ class Logits:
 
 
 def choose(texts: Sequence[TextDecoding], rows: Sequence[Mapping[Completion, int]], logits: Logits) -> None:
-    """Choose the next token of each text by the logits after what was added to it; go on for as long as they are there.
+    """Choose the next tokens of each text, for as long as there are logits after its completion.
 
     Args:
-        texts: with the same options.
-        rows: for each text, which row of `logits` stands after each of its `ahead`.
-        logits: of all texts.
+        texts: texts with the same options.
+        rows: for each text, the row of `logits` after each of its `ahead`.
+        logits: the logits of all texts.
 
     Raises:
-        GenerationError: the options leave a text nothing to choose; then nothing was chosen by these rows.
+        GenerationError: the options leave no token to choose for a text; then no text gets a token by these rows.
 
     """
     nums_before = [text.num_new for text in texts]
@@ -113,7 +113,7 @@ def choose(texts: Sequence[TextDecoding], rows: Sequence[Mapping[Completion, int
 
 
 def _choices(texts: list[tuple[TextDecoding, int]], logits: Logits) -> list[Choice]:
-    """Return what is chosen for each text by its row of the logits."""
+    """Return the choice for each text by its row of the logits."""
     is_drawn = texts[0][0].is_drawn
     found = []
     for group in slices(texts, logits.slice_rows):
@@ -132,9 +132,9 @@ def _choices(texts: list[tuple[TextDecoding, int]], logits: Logits) -> list[Choi
 def _found(texts: Sequence[TextDecoding], logits: Tensor) -> Tensor:
     """Return, for each row, a token, its log-probability, whether it is the argmax, and the best score, `(4, texts)`.
 
-    In the dtype of log-probabilities, which has all ids of a vocabulary: float32 those below 2**24.
+    The dtype is that of log-probabilities, which can hold all ids of a vocabulary: float32 holds those below 2**24.
     """
-    unprocessed = logits.float()  # what transformers chooses by, whatever the model computes in
+    unprocessed = logits.float()  # transformers chooses by float32, whatever the dtype of the model
     scores = processed(texts, unprocessed)
     most_probable = unprocessed.argmax(dim=-1)
     if texts[0].is_drawn:
@@ -147,16 +147,16 @@ def _found(texts: Sequence[TextDecoding], logits: Tensor) -> Tensor:
 
 
 def processed(texts: Sequence[Ruled], scores: Tensor) -> Tensor:
-    """Return scores as the processors of the options change them, in their order; the given ones stay as they are.
+    """Return scores as changed by the processors of the options, in their order; the given tensor stays as it is.
 
     Args:
-        texts: with the same options.
-        scores: `(rows, vocab)`, as many rows for each text as for any other, one text after the other.
+        texts: texts with the same options.
+        scores: `(rows, vocab)`, the same number of rows for each text, one text after the other.
 
     """
     if not texts[0].rules.processors:
         return scores
-    scores = scores.clone()  # some processors write to them
+    scores = scores.clone()  # some processors write to their input
     rows_each = scores.shape[0] // len(texts)
     for same_place in zip(*(text.rules.processors for text in texts), strict=True):
         for group in _alike(texts, same_place):
@@ -191,7 +191,7 @@ def _drawn(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         return torch.cat(
             [torch.multinomial(row, 1, generator=own)[0] for row, own in zip(rows, generators, strict=True)]
         )
-    # What torch.multinomial does for one sample, in ATen/native/Distributions.cpp: p / q with q exponential, argmax.
+    # As torch.multinomial does for one sample, in ATen/native/Distributions.cpp: p / q with q exponential, argmax.
     probabilities = scores.softmax(dim=-1)
     noise = torch.empty_like(probabilities)
     for row, own in zip(noise, generators, strict=True):
@@ -200,14 +200,14 @@ def _drawn(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def check_best(best: Sequence[float], *, is_drawn: bool) -> None:
-    """Raise if nothing can be chosen by a row of scores, as the options have changed them; `best`: of each row.
+    """Raise if no token can be chosen by a row of processed scores; `best`: the highest score of each row.
 
     Raises:
-        GenerationError: one is NaN, all are -inf, or, where a token `is_drawn`, one is inf.
+        GenerationError: a score is NaN, all are -inf, or, where a token `is_drawn`, a score is inf.
 
     """
     for value in best:
-        if value > -math.inf and not (is_drawn and value == math.inf):  # NaN if one is
+        if value > -math.inf and not (is_drawn and value == math.inf):  # the highest is NaN if any is
             continue
         what = "-inf for every token, so that none may follow" if value == -math.inf else str(value)
         raise GenerationError(

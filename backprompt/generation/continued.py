@@ -1,4 +1,4 @@
-"""Continued texts: a prompt and what follows it, as texts that remember which is which."""
+"""Continued texts: a prompt and its continuation, as texts that remember both."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Continued = TypeVar("Continued", bound="ContinuedText")
 
 
 class ContinuedText(Text):
-    """A prompt and what follows it, a segment of token ids. Joined with `+` it gives a plain `Text`."""
+    """A prompt and its continuation, a segment of token ids. Joining it with `+` gives a plain `Text`."""
 
-    # Behind the ids may stand a string: see `stops.Cut`.
+    # A string may stand behind the ids: see `stops.Cut`.
 
     __slots__ = ("_completion", "_prompt")
 
@@ -29,26 +29,26 @@ class ContinuedText(Text):
 
     @property
     def prompt(self) -> Text:
-        """What was continued."""
+        """The text that was continued."""
         return self._prompt
 
     @property
     def completion_text(self) -> Text:
-        """What was added, as a text of its own: the ids, and the string behind them where a stop string cut a token."""
+        """The continuation as its own text: the ids, and the string behind them where a stop string cut a token."""
         return self._completion
 
     @property
     def completion_tokens(self) -> tuple[int, ...]:
         """The ids that were added, an end token included.
 
-        Of what a stop string ended, those before the token in which the stop string begins.
+        If a stop string ended the text, only the whole tokens before the cut.
         """
         ids = [segment for segment in self._completion.segments if isinstance(segment, tuple)]
         return ids[0] if ids else ()
 
     @property
     def completion(self) -> str:
-        """What was added, as a string, special tokens such as an end token left out."""
+        """The continuation as a string, without special tokens such as an end token."""
         lm = bound_lm(self, "the string of token ids")
         special = set(lm.tokenizer.all_special_ids)
         kept = [token_id for token_id in self.completion_tokens if token_id not in special]
@@ -70,7 +70,7 @@ class ContinuedText(Text):
 def continue_as(
     kind: type[Continued], prompt: Text, token_ids: Sequence[int], lm: Engine[Text], rest: str = ""
 ) -> Continued:
-    """Return a text of some kind: a prompt and the ids that continue it, and behind these the string `rest`."""
+    """Return a text of some kind: a prompt, the ids that continue it, and behind the ids the string `rest`."""
     with lazily():
         completion = Text.from_tokens(token_ids, lm) + rest
         plain = prompt + completion
@@ -82,11 +82,11 @@ def continue_as(
 
 
 class GeneratedText(ContinuedText):
-    """What `generate` returns: a prompt and what the model added to it, a segment of token ids.
+    """The result of `generate`: a prompt and the model's continuation, a segment of token ids.
 
-    A stop string is cut off (with `include_stop=True`, what stands behind it). Where the cut is within a token, the
-    tokens before it stay as they were generated, and the rest of that token's string stands behind them as a string,
-    encoded as any string is: `text.tokens` has ids for it, `completion_tokens` and `completion_logprobs` have none.
+    A stop string is cut off (with `include_stop=True`, only the string behind it). If the cut is within a token, the
+    tokens before it stay as they were generated, and the kept part of the token stands behind them as a string, encoded
+    like any string: `text.tokens` has ids for it, `completion_tokens` and `completion_logprobs` have none.
     """
 
     __slots__ = ("_finish_reason", "_logprob_dtype", "_logprobs")
@@ -99,23 +99,23 @@ class GeneratedText(ContinuedText):
     def completion_logprobs(self) -> Tensor:
         """Log-probability of each of `completion_tokens` in the model's own distribution, `(tokens,)`, nats.
 
-        In float64 for a model in float64, else in float32. Temperature, penalties and whatever else changed what was
-        chosen do not show here.
+        The dtype is float64 for a model in float64, else float32. Temperature, penalties and other options that change
+        the choice have no effect here.
         """
         return torch.tensor(self._logprobs, dtype=self._logprob_dtype)
 
     @property
     def finish_reason(self) -> FinishReason:
-        """Why it ended.
+        """The reason for the end.
 
         "eos": an end token; "stop": a stop string; "length": `max_new_tokens`; "criteria": another criterion of the
-        options, such as `max_time`; "interrupted": nobody asked for more.
+        options, such as `max_time`; "interrupted": the caller asked for no more.
         """
         return self._finish_reason
 
 
 def generated_text(lm: Engine[Text], prompt: Text, found: Found, dtype: torch.dtype) -> GeneratedText:
-    """Return a prompt with the continuation that was found; `dtype`: of its log-probabilities."""
+    """Return a prompt with the continuation that was found; `dtype`: that of its log-probabilities."""
     kept = found.choices if found.cut is None else found.choices[: found.cut.num_tokens]
     rest = "" if found.cut is None else found.cut.rest
     text = continue_as(GeneratedText, prompt, [choice.token_id for choice in kept], lm, rest)

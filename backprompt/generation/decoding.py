@@ -1,8 +1,8 @@
-"""The rules by which tokens are chosen and texts end, those of transformers' `generate`; and what was added to a text.
+"""The rules for choosing tokens and ending texts, those of transformers' `generate`; and the tokens added to a text.
 
 Configuration, logits processors and stopping criteria are those of transformers; each text has processors and criteria
-of its own, so texts of different lengths never meet in a padded batch, and what is chosen for one does not depend on
-the others. Besides this file choosing.py, which calls the processors, and beams.py know transformers' generation.
+of its own, so texts of different lengths never meet in a padded batch, and the choice for one does not depend on the
+others. Besides this file, choosing.py, which calls the processors, and beams.py know transformers' generation.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from backprompt.logprobs import logprob_dtype
 from backprompt.model.skeleton import head_dtype
 
 Completion: TypeAlias = tuple[int, ...]
-"""What was added to a text."""
+"""The token ids added to a text."""
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A chosen token, its log-probability in the model's own distribution (nats), and whether that has none higher."""
+    """A chosen token, its log-probability in the model's own distribution (nats), and whether none is higher."""
 
     token_id: int
     logprob: float
@@ -45,13 +45,13 @@ class Choice:
 
     @property
     def score(self) -> TokenScore:
-        """The same without the token."""
+        """The log-probability and `is_argmax`, without the token."""
         return TokenScore(self.logprob, self.is_argmax)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A continuation: its tokens as they were chosen, why it ended, and what of it stays if a stop string ended it."""
+    """A continuation: its tokens as chosen, the reason for its end, and the kept part if a stop string ended it."""
 
     choices: tuple[Choice, ...]
     finish_reason: FinishReason
@@ -64,8 +64,8 @@ class Rules:
 
     Attributes:
         config: all options.
-        processors: of scores.
-        criteria: of the text's end.
+        processors: change the scores of the next token.
+        criteria: decide whether the text ends.
 
     """
 
@@ -75,7 +75,7 @@ class Rules:
 
     @property
     def other_criteria(self) -> list[Any]:
-        """Those that look at something else than the last token, or how many there are."""
+        """Criteria that look at more than the last token and the number of tokens."""
         return [
             criterion for criterion in self.criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
         ]
@@ -89,16 +89,16 @@ class Decoding:
     """Options of `generate`, checked, for any number of texts.
 
     Args:
-        model: the causal LM inside all wrappers; its `generation_config` says what is not given.
-        tokenizer: for transformers' `stop_strings`.
-        max_new_tokens: how many tokens to add at most.
+        model: the causal LM inside all wrappers; its `generation_config` supplies options that are not given.
+        tokenizer: the tokenizer for transformers' `stop_strings`.
+        max_new_tokens: the largest number of tokens to add.
         stops: strings that end a text with the token that completes one of them.
-        seed: of sampling. The same text with the same options, seed and sample has the same continuation, whatever else
-            is generated with it; by default each run has a seed of its own.
+        seed: the seed of sampling. The same text with the same options, seed and sample has the same continuation,
+            whatever else is generated with it; by default each run has a seed of its own.
         given: fields of `GenerationConfig`.
 
     Raises:
-        GenerationError: options that contradict each other, or that this does not do; says what to do instead.
+        GenerationError: options contradict each other or are not supported; the message says what to do instead.
 
     """
 
@@ -124,7 +124,7 @@ class Decoding:
         self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
         self.max_ngram = int(self._config.max_matching_ngram_size or DEFAULT_NGRAM)
         self._end_ids: frozenset[int] = frozenset()
-        self._stop_strings: list[StopStringCriteria] = []  # made once: it reads the whole vocabulary
+        self._stop_strings: list[StopStringCriteria] = []  # made once: each reads the whole vocabulary
         strings = as_stop_strings(self._config.stop_strings, tokenizer, "stop_strings")
         self._config.stop_strings = None
         try:
@@ -135,7 +135,7 @@ class Decoding:
             raise GenerationError(f"transformers refuses these options: {error}") from error
 
     def _rehearse(self) -> None:
-        """Let all rules look at one token, so that what is wrong shows now, before a prompt is computed."""
+        """Apply all rules to one token, so that errors show now, before a prompt is computed."""
         ids = torch.zeros((1, 1), dtype=torch.long)
         rules = self.rules(ids)
         rules.processors(ids, torch.zeros((1, _num_tokens(self.model))))
@@ -164,14 +164,14 @@ class Decoding:
     def reason(
         self, rules: Rules, ids: Callable[[], Tensor], last_id: int, num_new: int, *, is_stopped: bool
     ) -> FinishReason | None:
-        """Return why a text of which `num_new` tokens were added is finished, or None.
+        """Return why a text with `num_new` added tokens is finished, or None.
 
         Args:
-            rules: of the text.
-            ids: its ids so far, `(1, tokens)`; called where a criterion looks at them.
-            last_id: the last of them.
-            num_new: how many of them were added.
-            is_stopped: whether a stop string ends it.
+            rules: the rules of the text.
+            ids: returns the text's ids so far, `(1, tokens)`; called where a criterion looks at them.
+            last_id: the last id.
+            num_new: the number of added ids.
+            is_stopped: whether a stop string ends the text.
 
         """
         if is_stopped:
@@ -186,7 +186,7 @@ class Decoding:
         return "criteria" if met else None
 
     def generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator:
-        """Return the random numbers of one sample of a text."""
+        """Return the random number generator of one sample of a text."""
         digest = hashlib.sha256(repr((self._seed, sample_idx, tuple(prompt_ids))).encode()).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -196,8 +196,8 @@ class TextDecoding:
 
     Args:
         decoding: the options.
-        prompt_ids: the text.
-        sample_idx: which sample of it this is.
+        prompt_ids: the text's ids.
+        sample_idx: the number of this sample of the text.
 
     """
 
@@ -214,31 +214,31 @@ class TextDecoding:
         self._cut: Cut | None = None
         self.is_drawn = decoding.is_sampling
         self._device: torch.device | None = None
-        self._ids = torch.empty(0)  # (1, tokens), with room for all that may come, where rules look at it
-        self._num_written = 0  # so many of these ids are there
+        self._ids = torch.empty(0)  # (1, tokens), with room for all tokens to come, where rules look at ids
+        self._num_written = 0  # the number of ids written so far
         self._num_ahead = decoding.num_lookup_tokens
         self.completion: Completion = ()
-        """What was added so far."""
+        """The ids added so far."""
         self.ahead: list[Completion] = [()]
-        """Continuations after which the logits are wanted next, each behind those that it begins with."""
+        """Continuations after which the logits are wanted next; each stands behind its own beginnings."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is added any more."""
+        """Whether no more tokens are added."""
         return self._finish_reason is not None
 
     @property
     def num_new(self) -> int:
-        """How many tokens were added so far."""
+        """The number of tokens added so far."""
         return len(self._choices)
 
     @property
     def num_ids(self) -> int:
-        """How many ids it has so far, those of the prompt among them."""
+        """The number of ids so far, the prompt included."""
         return len(self._prompt_ids) + len(self._choices)
 
     def begin(self, device: torch.device) -> None:
-        """Make the rules and the random numbers, where its scores lie; only the first time."""
+        """Make the rules and the generator on the device of the scores; later calls do nothing."""
         if self._device is None:
             self.rules = self._decoding.rules(torch.tensor([self._prompt_ids], device=device))
             if self.is_drawn:
@@ -246,7 +246,7 @@ class TextDecoding:
             self._device = device
 
     def ids(self) -> Tensor:
-        """Return its ids so far, `(1, tokens)`, where its scores lie."""
+        """Return the ids so far, `(1, tokens)`, on the device of the scores."""
         num_ids = self.num_ids
         if self._num_written == 0:
             self._ids = torch.zeros((1, num_ids + self._decoding.max_new_tokens), dtype=torch.long, device=self._device)
@@ -267,31 +267,31 @@ class TextDecoding:
             self._cut = self._decoding.stops.cut(self._prompt_ids, self.completion)
 
     def look_ahead(self, num_rows: int, num_added: int) -> None:
-        """Say after what the logits are wanted next; the last `num_rows` of them were good for `num_added` tokens."""
-        if num_rows > 1:  # what was proposed in vain costs, so less is proposed next
+        """Set `ahead` for the next pass; the last `num_rows` rows of logits gave `num_added` tokens."""
+        if num_rows > 1:  # wrong proposals cost time, so fewer tokens are proposed next
             longest = self._decoding.num_lookup_tokens
             self._num_ahead = min(2 * self._num_ahead, longest) if num_added > 1 else max(1, self._num_ahead // 2)
         self.ahead = [self.completion, *self._proposed()]
 
     def needed(self) -> set[Completion]:
-        """Return the continuations that must stay held: all but the last token, which was not forwarded yet."""
+        """Return the continuations to keep: all but the last token, which was not forwarded yet."""
         return {self.completion[:-1]}
 
     def score_of(self, completion: Completion) -> TokenScore | None:
-        """Return how the model rates the last token of what was added so far, or of its beginning; else None."""
+        """Return the score of the last token of the completion so far or of a beginning of it; else None."""
         is_beginning = 0 < len(completion) <= len(self.completion) and self.completion[: len(completion)] == completion
         return self._choices[len(completion) - 1].score if is_beginning else None
 
     def found(self, num: int) -> list[Found]:
-        """Return what was added so far; there is one continuation, whatever `num` asks for."""
+        """Return the continuation so far; there is only one, whatever `num` asks for."""
         return [Found(tuple(self._choices), self._finish_reason or "interrupted", self._cut)]
 
     def _all_ids(self) -> list[int]:
         return [*self._prompt_ids, *self.completion]
 
     def _proposed(self) -> list[Completion]:
-        """Return what may come next, token by token, by looking it up in the text itself."""
-        # The last token that may come is not continued.
+        """Return possible next continuations, token by token, by looking them up in the text itself."""
+        # The last allowed token is not continued.
         num_tokens = min(self._num_ahead, self._decoding.max_new_tokens - len(self._choices) - 1)
         if num_tokens < 1:
             return []
@@ -301,7 +301,7 @@ class TextDecoding:
 
 
 def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
-    """Return the options in full: what is given, else what the model's own configuration says, but greedy."""
+    """Return the options in full: the given ones, else those of the model's own configuration, but greedy."""
     options = checked(given, _num_tokens(model))
     asked = [name for name in SAMPLING_FIELDS if options.get(name) is not None]
     if asked and options.get("do_sample") is False:

@@ -1,7 +1,7 @@
 """Generation: texts continued by the model, many at once or one as a stream.
 
 A continuation is a text like any other (continued.py): a prompt and a segment of token ids, whose keys and values are
-kept. The texts of a call are continued together (run.py); how a token is chosen is decoding.py's business.
+kept. The texts of a call are continued together (run.py), by the rules of decoding.py.
 """
 
 from __future__ import annotations
@@ -53,33 +53,33 @@ def generate(
 ) -> Any:
     r"""Let the model continue texts, all together.
 
-    Greedy unless sampling is asked for, by `do_sample=True` or one of its fields (`temperature`, `top_p`, ...). The
-    rules are those of transformers: what is not given comes from the model's `generation_config`.
+    Decoding is greedy unless sampling is asked for, by `do_sample=True` or a field for sampling (`temperature`,
+    `top_p`, ...). The rules are those of transformers: other options come from the model's `generation_config`.
 
     Args:
-        texts: a text or many, of one `LM`, whatever they share; they may have groups, but not end in one.
-        max_new_tokens: how many tokens to add to each at most.
-        n: how many samples of each text; by default one.
-        stop: a string or strings; a text ends with the first one that is generated. What stands in the prompt does not
-            count: of "\n\n" behind a prompt that ends in "\n", both line breaks must be generated. Of several that are
-            complete with one character, the longest counts. (transformers' `stop_strings` looks at the prompt, too, and
-            the text keeps the token that completes one.)
+        texts: a text or many of one `LM`, whatever they share; a text may have groups, but not end in one.
+        max_new_tokens: the largest number of tokens to add to each text.
+        n: the number of samples of each text; by default one.
+        stop: a string or strings; a text ends with the first one that is generated. Strings in the prompt do not
+            count: for "\n\n" behind a prompt that ends in "\n", both line breaks must be generated. If one character
+            completes several stop strings, the longest counts. (transformers' `stop_strings` searches the prompt, too,
+            and the text keeps the token that completes a stop string.)
         include_stop: keep the stop string, which is otherwise left out of the text and its completion.
-        seed: of sampling. A text's samples depend on the seed, its ids, the options and the number of the sample (of
-            the same ids in the call), and not on what else is generated. By default each call has a seed of its own.
-        show_progress_bar: by default on a terminal where it takes longer than two seconds.
+        seed: the seed of sampling. A text's samples depend on the seed, its ids, the options and the number of the
+            sample (among equal ids in the call), not on other texts. By default each call has a seed of its own.
+        show_progress_bar: whether to show a bar; by default on a terminal where it takes longer than two seconds.
         **generation_config: fields of transformers' `GenerationConfig`.
 
     Returns:
-        A `GeneratedText` for a text, a list for a sequence; with `n` a list of `n` in place of each (of beams the best
-        first, and fewer where there are no more).
+        A `GeneratedText` for a text, a list for a sequence; with `n` a list of `n` in place of each (beams in order
+        from the best, and fewer where there are no more).
 
     Raises:
-        GenerationError: options that contradict each other or that are not there; no room for `max_new_tokens`.
+        GenerationError: options contradict each other or do not exist; there is no room for `max_new_tokens`.
         GroupError: a text ends in a group, so there is no last token to continue.
-        What `evaluate` raises. All of it before anything is computed.
+        The errors of `evaluate`. All errors up to here are raised before anything is computed.
         GenerationError, on the way: the options exclude every token that may follow, or make scores NaN.
-        NonFiniteError, on the way: the model returned NaN or infinity; names the text.
+        NonFiniteError, on the way: the model returned NaN or infinity; the message names the text.
         StaleRepresentationError: the model's weights change meanwhile.
 
     """
@@ -131,8 +131,8 @@ def stream(
 class Stream(Iterator[str]):
     """The continuation of one text, piece by piece as it is decided; see `Text.stream`.
 
-    An iterator of strings. What was generated so far is `stream.text` at any time, and is kept when nobody asks for
-    more.
+    The stream is an iterator of strings. `stream.text` is the text so far at any time, and is kept when the iteration
+    stops early.
     """
 
     def __init__(self, lm: LM, prompt: Text, decoding: Decoding) -> None:
@@ -148,7 +148,7 @@ class Stream(Iterator[str]):
 
     @property
     def text(self) -> GeneratedText:
-        """The prompt and what was added so far."""
+        """The prompt and its continuation so far."""
         ((text,),) = self.run.results()
         return text
 
@@ -163,7 +163,7 @@ class Stream(Iterator[str]):
                 raise StopIteration
 
     def _settled(self) -> str:
-        """Return what of the completion no token to come changes."""
+        """Return the part of the completion that later tokens cannot change."""
         ((found,),) = self.run.found()
         for choice in found.choices[self._num_decoded :]:
             self._decoded = self._decoder.with_token(self._decoded, choice.token_id)
@@ -171,7 +171,7 @@ class Stream(Iterator[str]):
         return self._decoded.settled
 
     def close(self) -> None:
-        """Stop; what was generated is kept."""
+        """Stop; the generated text is kept."""
         self.run.close()
 
     def __enter__(self) -> Stream:

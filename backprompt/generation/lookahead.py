@@ -1,11 +1,11 @@
-"""Look-ahead without a second model: what followed the last tokens where they stood before may follow them again.
+"""Look-ahead without a second model: tokens that followed the last tokens earlier in the text may follow them again.
 
 "Prompt lookup decoding" (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding), after "Fast Inference
 from Transformers via Speculative Decoding" (Leviathan et al. 2023, arXiv 2211.17192). Several proposals are tried at
-once: they are branches of a tree, forwarded in the pass that forwards the last token. What is chosen does not change:
-each token is chosen by the same rules from the same logits, which only may be there already. How many tokens are
-proposed is halved when none was right, and doubled up to what was asked for when one was, as transformers does it for
-an assistant model.
+once: they are branches of a tree, forwarded in the pass that forwards the last token. The chosen tokens do not change:
+each is chosen by the same rules from the same logits, which only may be there earlier. The number of proposed tokens is
+halved when none was right, and doubled, up to the number asked for, when one was, as transformers does for an assistant
+model.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from __future__ import annotations
 from torch import Tensor
 
 MAX_PROPOSALS = 3
-"""How many continuations are tried at once."""
+"""The number of continuations tried at once."""
 
 DEFAULT_NGRAM = 2
-"""How many last tokens are looked up at most, where the options do not say."""
+"""The largest number of last tokens to look up, where the options do not say."""
 
 
 def proposals(ids: Tensor, num_tokens: int, max_ngram: int) -> list[tuple[int, ...]]:
-    """Return what may follow `(tokens,)` ids: what followed their last n tokens before.
+    """Return possible continuations of `(tokens,)` ids: the ids that followed the last n of them earlier.
 
-    Longer n-grams first, of one length the latest first; none is a beginning of another.
+    Longer n-grams come first, and of one length the latest; no proposal is a beginning of another.
 
     Args:
         ids: a text's ids.
-        num_tokens: how many tokens to propose at most, each time.
+        num_tokens: the largest number of tokens in a proposal.
         max_ngram: the largest n.
 
     """

@@ -1,7 +1,7 @@
-"""Fields of transformers' `GenerationConfig` that `generate` takes, and what values they have.
+"""Fields of transformers' `GenerationConfig` that `generate` takes, and their valid values.
 
-transformers looks at many of them only where they are used, or not at all: a string as a seed, a probability of 2, the
-number of an unknown token or an option of a way to decode that is not done would do something else, silently.
+transformers checks many of the fields only where they are used, or not at all: a string as a seed, a probability of 2,
+an unknown token id or an option of an unsupported decoding method would silently do something else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from backprompt.errors import GenerationError
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 _CACHE = "keys and values are kept by the LM"
-_OURS = {  # what `generate` of transformers takes and this does not, and what to do instead
+_OURS = {  # fields that only `generate` of transformers takes, and what to do instead
     "num_return_sequences": "use n=...",
     "max_length": "use max_new_tokens=..., which does not count the prompt",
     "return_dict_in_generate": "a Text is returned, with completion_tokens and completion_logprobs",
@@ -47,14 +47,14 @@ _ANY = (-math.inf, math.inf)
 
 
 def checked(given: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
-    """Return fields of `GenerationConfig`, numbers as Python's own; None stays, as what is not given.
+    """Return fields of `GenerationConfig`, numbers as Python's own; None stays, and counts as not given.
 
     Args:
-        given: by name.
-        num_tokens: how many tokens the model knows.
+        given: the fields by name.
+        num_tokens: the size of the model's vocabulary.
 
     Raises:
-        GenerationError: a field that is not there or not done, or a value that it cannot have.
+        GenerationError: a field does not exist or is not supported, or its value is invalid.
 
     """
     for name, instead in _OURS.items():

@@ -1,7 +1,7 @@
-"""A run: texts that are continued together, each step one packed pass of one token a text.
+"""A run: texts that are continued together, each step one packed pass of one token per text.
 
-Keeps the texts that are live, with the spans of their continuations, and those that wait. Texts that are finished leave
-the batch and waiting ones take their place; nothing is padded, and samples of one prompt share it.
+Keeps the live texts, with the spans of their continuations, and the waiting texts. Finished texts leave the batch and
+waiting texts take their place; nothing is padded, and samples of one prompt share its spans.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from backprompt.text.node import Text
 from backprompt.tokens.graph import TokenIds, flat, with_more
 
 MAX_LIVE_TEXTS = 256
-"""Of more texts the others wait until one is finished."""
+"""The largest number of texts that grow at once; other texts wait until one is finished."""
 
 
 @dataclass(eq=False)
 class _Live:
-    """A text that grows: its prompt, and the spans at which those of its continuations end that are held."""
+    """A growing text: its prompt, and the ends of its held continuations."""
 
     prompt_ids: TokenIds
     decoding: TextDecoding | BeamDecoding
@@ -38,11 +38,11 @@ class _Live:
 
 @dataclass(eq=False)
 class Run:
-    """Texts that are being continued. Each `step` decides at least one token for every live one.
+    """Texts that are being continued. Each `step` decides at least one token for every live text.
 
     Args:
-        lm: of all texts.
-        texts: what to continue. One that is there several times is sampled several times.
+        lm: the `LM` of all texts.
+        texts: the texts to continue. A text that is listed several times is sampled several times.
         decoding: the options.
 
     """
@@ -69,28 +69,28 @@ class Run:
 
     @property
     def num_tokens_done(self) -> int:
-        """How many tokens are decided on; all that were asked for where a text is finished."""
+        """The number of tokens decided on; a finished text counts with all tokens that were asked for."""
         num_finished = self._num_begun - len(self._live)
         return num_finished * self.decoding.max_new_tokens + sum(live.decoding.num_new for live in self._live)
 
     @property
     def ends(self) -> set[Span]:
-        """The spans at which the texts that grow end, each as far as it is held."""
+        """The ends of the held parts of growing texts."""
         return {end for live in self._live for end in live.ends.values()}
 
     def found(self, num_each: int = 1) -> list[list[Found]]:
-        """Return the best continuations of each text, with what was added so far; of beams up to `num_each`."""
+        """Return the best continuations of each text so far; with beams, up to `num_each`."""
         return [decoding.found(num_each) for decoding in self._decodings]
 
     def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
-        """Return the same as texts."""
+        """Return the continuations of `found` as texts."""
         return [
             [generated_text(self.lm, text, found, self.decoding.logprob_dtype) for found in row]
             for text, row in zip(self.texts, self.found(num_each), strict=True)
         ]
 
     def step(self) -> bool:
-        """Decide what comes next for every live text; return whether any goes on, or waits."""
+        """Decide the next tokens of every live text; return whether any text goes on or waits."""
         with self.lm.session.growing(self._evaluator) as evaluator:
             if self._evaluator is None:
                 evaluator.continuations.let_grow(self, self._live)
@@ -100,7 +100,7 @@ class Run:
                 self._admit(evaluator)
                 self._choose(evaluator)
                 self._settle(evaluator, grown)
-            except BaseException:  # the evaluator ends them once it has recovered
+            except BaseException:  # the evaluator ends the live texts once it has recovered
                 evaluator.continuations.abandoned.append(self._live[:])
                 self._live.clear()
                 raise
@@ -108,14 +108,14 @@ class Run:
         return bool(self._live) or self._num_begun < len(self.texts)
 
     def close(self) -> None:
-        """Let go of what is live, and begin with nothing more."""
+        """End the live texts, and begin no more texts."""
         self._num_begun = len(self.texts)
         if self._live and self._evaluator is not None:
             with self.lm.session.exclusive():
                 self._end(self._evaluator, self._live)
 
     def _grow(self, evaluator: Evaluator) -> list[tuple[_Live, Completion]]:
-        """Forward the continuations after which the logits are wanted; return those that were not held before."""
+        """Forward the continuations after which logits are wanted; return those that were not held before."""
         grown = [(live, ids) for live in self._live for ids in live.decoding.ahead if ids not in live.ends]
         if grown:
             ends = evaluator.continuations.grow([with_more(live.prompt_ids, ids) for live, ids in grown])
@@ -124,7 +124,7 @@ class Run:
         return grown
 
     def _admit(self, evaluator: Evaluator) -> None:
-        """Begin with as many of the waiting texts as there is room for, at least one if none is live."""
+        """Begin as many of the waiting texts as there is room for, at least one if none is live."""
         first, stop = self._num_begun, self._num_begun
         if first == len(self.texts):
             return
@@ -144,17 +144,17 @@ class Run:
         self._num_begun = stop
 
     def _choose(self, evaluator: Evaluator) -> None:
-        """Let all live texts go on by the logits that they want."""
+        """Choose the next tokens of all live texts by the logits that they want."""
         wanted = (live.ends[ids] for live in self._live for ids in live.decoding.ahead)
         row_of = {end: row for row, end in enumerate(dict.fromkeys(wanted))}
         logits = Logits(evaluator.readout.next_logits(list(row_of)), evaluator.executor.rows_in_a_slice)
-        evaluator.computation.check_unchanged()  # before anything is chosen by them
+        evaluator.computation.check_unchanged()  # before any token is chosen by these logits
         rows = [{ids: row_of[live.ends[ids]] for ids in live.decoding.ahead} for live in self._live]
         choose: Callable[..., None] = choose_beams if self.decoding.num_beams > 1 else choose_tokens
         choose([live.decoding for live in self._live], rows, logits)
 
     def _settle(self, evaluator: Evaluator, grown: Sequence[tuple[_Live, Completion]]) -> None:
-        """Note what was learnt of what was forwarded, and let go of what is not needed to go on."""
+        """Note the scores of forwarded tokens, and drop continuations that are not needed to go on."""
         scores = {live.ends[ids]: score for live, ids in grown if (score := live.decoding.score_of(ids)) is not None}
         dropped: list[Span] = []
         for live in self._live:
@@ -170,7 +170,7 @@ class Run:
 
 
 def run_with_bar(run: Run, show: bool | None) -> None:
-    """Let texts grow until all are finished, or an error comes, under a bar over their tokens."""
+    """Let texts grow, under a bar over their tokens, until all are finished or an error is raised."""
     total = len(run.texts) * run.decoding.max_new_tokens
     with showing(show):
         bar = progress_bar(total, "generating", "tokens", is_long=run.decoding.max_new_tokens > 1)

@@ -14,7 +14,7 @@ from backprompt.text.node import Text
 
 
 class SelectedText(ContinuedText):
-    """What `select` returns: a prompt and the most probable of the options."""
+    """The result of `select`: a prompt and the most probable option."""
 
     __slots__ = ("_aggregate", "_option", "_probabilities")
 
@@ -27,17 +27,17 @@ class SelectedText(ContinuedText):
 
     @property
     def option(self) -> str:
-        """The option that was chosen, as it was given."""
+        """The chosen option, as it was given."""
         return self._option
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """The probability of each option among them, by the rule that `aggregate` names."""
+        """The probability of each option among all options, by the rule that `aggregate` names."""
         return dict(self._probabilities)
 
     @property
     def aggregate(self) -> classify.Aggregate:
-        """How an option's token log-probabilities became its own: by their "mean" or their "sum"."""
+        """The rule for an option's score: the "mean" or the "sum" of its token log-probabilities."""
         return self._aggregate
 
 
@@ -54,14 +54,14 @@ def select(
     The probabilities are those of `classify.predict_proba(prompt, options)`.
 
     Args:
-        prompt: what to continue.
-        options: what may follow.
+        prompt: the text to continue.
+        options: the strings that may follow.
         end_of_prompt: "auto", " " or "": stands between the prompt and an option; see `classify.log_probs`.
-        aggregate: of an option's token log-probabilities, the "mean" or the "sum"; see `classify.predict_proba`.
+        aggregate: the "mean" or the "sum" of an option's token log-probabilities; see `classify.predict_proba`.
         **scoring: other options of `classify.predict_proba`, such as `prior`.
 
     Raises:
-        What `classify.predict_proba` raises.
+        The errors of `classify.predict_proba`.
 
     """
     lm = bound_lm(prompt, "a continuation")

@@ -1,12 +1,12 @@
-r"""Strings that end a continuation: when they do, what of the continuation stays, and what a stream must hold back.
+r"""Strings that end a continuation: when they end it, which part stays, and which part a stream must hold back.
 
-Stop strings are looked for in what is generated and nowhere else: in the string that the tokens add to the prompt's.
-The one that is complete first counts, of several that are complete at once the longest; so it does not matter how the
-string falls into tokens. Special tokens are left out of a completion, and so of the string that is searched; a stop
-string that names one of them is looked for where special tokens are written out.
+Only the generated string is searched for stop strings: the string that the tokens add to the prompt's. The stop string
+that is complete first counts, of several that are complete at once the longest; so the borders of tokens do not matter.
+Special tokens are left out of a completion, and so of the searched string; a stop string that names a special token is
+looked for where special tokens are written out.
 
 A stop string may begin within a token ("abc\n" as one token, for the stop string "\n"). Then the tokens before that
-one stay as they were generated, and the rest of the string ("abc") stands behind them as a string.
+token stay as they were generated, and the kept part of the token ("abc") stands behind them as a string.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from backprompt.tokens.decoded import Decoded, Decoder
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of a continuation: so many of its tokens, and a string behind them."""
+    """The kept part of a continuation: a number of its tokens, and a string behind them."""
 
     num_tokens: int
     rest: str
@@ -47,12 +47,12 @@ class _Search:
     decoder: Decoder
 
     def first(self, string: str, start: int = 0) -> tuple[int, int] | None:
-        """Return where the stop string begins and ends that is complete first from `start` on, or None."""
+        """Return the start and stop of the stop string that is complete first from `start` on, or None."""
         found = [(idx, idx + len(stop)) for stop in self.strings if (idx := string.find(stop, start)) >= 0]
         return min(found, key=lambda place: (place[1], place[0]), default=None)
 
     def is_met(self, before: Decoded, after: Decoded) -> bool:
-        """Return whether a stop string is complete that was not before a token came."""
+        """Return whether a new token completes a stop string."""
         longest = max(map(len, self.strings))
         return self.first(after.string, max(0, len(before.settled) - longest + 1)) is not None
 
@@ -72,13 +72,13 @@ class StopStrings:
 
     Args:
         given: a string or strings; None or no strings end nothing.
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
         include_stop: whether the stop string stays, which is otherwise cut off. The string behind it is cut off.
-        is_behind_prompt: whether a continuation is decoded behind its prompt, and not by itself, where SentencePiece
-            drops a space before the first token.
+        is_behind_prompt: whether a continuation is decoded behind its prompt. In a continuation decoded by itself,
+            SentencePiece drops a space before the first token.
 
     Raises:
-        GenerationError: something else than strings, an empty one, or one that no tokens can spell.
+        GenerationError: `given` has something other than strings, an empty string, or one that no tokens can spell.
 
     """
 
@@ -119,13 +119,13 @@ class StopStrings:
         return Watched(tuple(after), is_stopped)
 
     def cut(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Cut | None:
-        """Return what stays of a continuation that a stop string ends; None where none does."""
+        """Return the kept part of a continuation that a stop string ends; None if none does."""
         before = self._before(prompt_ids)
         cuts = [search.cut(before, token_ids, include_stop=self._include_stop) for search in self._searches]
         return min(filter(None, cuts), key=lambda cut: (cut.num_tokens, len(cut.rest)), default=None)
 
     def decided(self, string: str) -> str:
-        """Return what of an unfinished completion can be no part of a stop string that is cut off."""
+        """Return the part of an unfinished completion that cannot belong to a stop string to cut off."""
         if self._include_stop or not self.strings:
             return string
         longest = max(map(len, self._held))
@@ -142,9 +142,9 @@ def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str
     """Return a string or strings as a tuple; none for None.
 
     Raises:
-        TextTypeError: something else.
-        GenerationError: an empty string, or one that no tokens can spell.
-        TokenizerError: half of a surrogate pair.
+        TextTypeError: `given` is something else.
+        GenerationError: an element is no string, is empty, or is a string that no tokens can spell.
+        TokenizerError: a string has half of a surrogate pair.
 
     """
     if given is None:
@@ -164,7 +164,7 @@ def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str
 
 
 def missing_characters(string: str, tokenizer: Any) -> list[str]:
-    """Return the characters of a stop string that no token has, and which so are never generated."""
+    """Return the characters of a stop string that no token has and that are never generated."""
     names = list(filter(None, tokenizer.all_special_tokens))
     return [char for char in _without(string, names) if not _can_be_generated(char, tokenizer)]
 
@@ -176,7 +176,7 @@ def _can_be_generated(char: str, tokenizer: Any) -> bool:
     vocabulary = tokenizer.get_vocab()
     if any(char in token for token in vocabulary):  # within a token
         return True
-    byte_names = bytes_to_unicode()  # a normalizer may change the character, which does not keep it from coming
+    byte_names = bytes_to_unicode()  # a normalizer may change the character, but tokens can still spell it
     return any(
         all(name in vocabulary for name in names)
         for names in (

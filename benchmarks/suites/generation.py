@@ -194,7 +194,7 @@ class _Race:
         return [tuple(row[width:].tolist()) for row in found]
 
     def _num_forwarded(self) -> int:
-        """What a padded batch forwards, padding included."""
+        """The number of tokens that a padded batch forwards, padding included."""
         return len(self._prompts) * (max(map(len, self._prompts)) + NEW_TOKENS - 1)
 
 

@@ -1,4 +1,4 @@
-"""10,000 leaves, and what evaluating them again costs when all are cached."""
+"""10,000 leaves, and the cost of evaluating them again when all are cached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Leaves(Contest):
 
 
 def again(line: Line) -> str:
-    """What evaluating cached texts costs, in a sentence."""
+    """The cost of evaluating cached texts, in a sentence."""
     seconds, num_texts = line.seconds_to_evaluate_again, line.num_texts
     return (
         f"Evaluating {num_texts:,} texts that are cached takes {seconds:.3f} s, {1e6 * seconds / num_texts:.1f} "

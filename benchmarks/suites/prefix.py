@@ -1,4 +1,4 @@
-"""Break-even: the length of what all prompts share."""
+"""Break-even: the length of the beginning that all prompts share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What CAPPr and backprompt are given: workloads whose parts a space joins, and the settings of CAPPr to try."""
+"""The inputs of CAPPr and backprompt: workloads whose parts a space joins, and the settings of CAPPr to try."""
 
 from __future__ import annotations
 

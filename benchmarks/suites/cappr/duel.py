@@ -208,7 +208,7 @@ def largest_gap(ours: Scores, theirs: Scores) -> float:
     """The largest difference in nats.
 
     Raises:
-        AssertionError: it is too large.
+        AssertionError: the difference is too large.
         ValueError: the numbers of prompts, completions or tokens differ.
 
     """

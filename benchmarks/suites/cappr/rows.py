@@ -15,9 +15,9 @@ from benchmarks.tables import Table, markdown, megabytes, with_range
 CAPPR = Contender("CAPPr", Look("#009e73", "D"))
 RELEASE = f"{CAPPR.name} 0.9.6"
 CURVE = (BACKPROMPT, CAPPR, GENERATING_1, GENERATING_4)
-"""Who classifies the inputs of the curve."""
+"""The rivals that classify the inputs of the curve."""
 NAMES = (BACKPROMPT, CAPPR)
-"""Who classifies them by names of one token."""
+"""The rivals that classify the inputs by names of one token."""
 
 
 @dataclass(frozen=True)

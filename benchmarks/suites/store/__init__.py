@@ -1,4 +1,4 @@
-"""The memory budget and the database: what is read, written, looked up and dropped, and what each costs."""
+"""The memory budget and the database: reads, writes, look-ups and evictions, and their costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entries of the store: short and long ones, in fewer bits, and many of them."""
+"""Entries of the store: short and long ones, in reduced precision, and many of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Precision:
-    """What storing in a dtype saves, and what it does to a child's next-token distribution."""
+    """The savings of storing in a dtype, and the effect on a child's next-token distribution."""
 
     dtype: str
     bytes_a_token: Annotated[float, Key("bytes a token")]
@@ -98,7 +98,7 @@ class ManyEntries:
 
 
 def measure_runs(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[Run]:
-    """By the length of a run of tokens: what computing it in company, writing it and reading it take."""
+    """The times of computing a run of tokens in company, writing it and reading it, by the run's length."""
     store = DiskStore(folder / "runs.bp", persist="explicit")
     lm = LM(model, tokenizer, store=store)
     lm.fingerprint  # noqa: B018

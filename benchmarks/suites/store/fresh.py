@@ -34,7 +34,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class FreshProcess:
-    """What other processes pay for the prompt that this one stored, beside what this one paid."""
+    """The costs of a stored prompt for other processes, beside the costs for this one."""
 
     tokens: int
     num_bytes: Annotated[int, Key("bytes")]
