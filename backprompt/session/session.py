@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from backprompt.arguments import as_list
-from backprompt.errors import NoStoreError, StaleRepresentationError, UnboundTextError
+from backprompt.errors import StaleRepresentationError, UnboundTextError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.computation import Counters, Means
 from backprompt.evaluation.evaluator import Evaluator
@@ -289,19 +289,6 @@ class Session:
     def are_computed(self, texts: Iterable[Text]) -> list[bool]:
         """Return for each text whether it was evaluated and its states are still held; the lock must be held."""
         return [found is not None and found.is_computed for found in map(self._evaluated.get, texts)]
-
-    def save(self, text: Text) -> None:
-        """Write a text's representation to the store; see `Text.save`."""
-        if self.store is None:
-            raise NoStoreError(
-                "This LM has no store to save to. Give it one: load(name, store='prompts.bp') or LM(..., store=...)."
-            )
-        if self.store.persist == "never":
-            raise NoStoreError(f'{self.store!r} was opened with persist="never". Open it with "explicit" or "always".')
-        (text,) = self.own_texts([text])
-        with self.exclusive():
-            (token_ids,) = self.checked_ids([text])
-            self.evaluator.save(token_ids)
 
     # The tokenizer and the model
 
