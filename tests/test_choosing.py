@@ -14,6 +14,7 @@ from backprompt.generation.decoding import Decoding, TextDecoding
 from backprompt.generation.generate import Run
 from backprompt.generation.options import SAMPLING_FIELDS
 from backprompt.generation.stops import StopStrings
+from operations import Operations
 
 VOCAB = 320
 FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)
