@@ -24,7 +24,7 @@ from backprompt.evaluation.scores import TokenScores
 from backprompt.forking import ForkableLock, watch_lm
 from backprompt.progress import showing
 from backprompt.session.options import Options, check_options
-from backprompt.session.representation import ModelRepr, Pin, pinned
+from backprompt.session.representation import ModelRepr, Pin, pinned, save
 from backprompt.session.session import Session
 from backprompt.session.stats import Stats, stats_of
 from backprompt.session.text_scores import next_token_logprobs, token_scores
@@ -216,7 +216,9 @@ class LM(Engine[Text]):
             All errors of `evaluate`.
 
         """
-        return [s.logprobs for s in self.token_scores(texts, starts, show_progress_bar=show_progress_bar)]
+        with showing(show_progress_bar):
+            found = token_scores(self._session, texts, starts)
+        return list(torch.split(found.scores.logprobs, list(found.lengths)))
 
     def token_scores(
         self,
@@ -237,7 +239,7 @@ class LM(Engine[Text]):
 
         """
         with showing(show_progress_bar):
-            return token_scores(self._session, texts, starts)
+            return token_scores(self._session, texts, starts).split()
 
     def next_token_logprobs(
         self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]], *, show_progress_bar: bool | None = None
@@ -265,7 +267,7 @@ class LM(Engine[Text]):
 
     def save(self, text: Text) -> None:
         """Write a text's representation to the store; see `Text.save`."""
-        self._session.save(text)
+        save(self._session, text)
 
     def pin(self, text: Text) -> Pin:
         """Evaluate a text and hold all of it until it is released; see `Text.pin`."""

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from backprompt import LM, GenerationError, Text
@@ -15,6 +14,7 @@ from backprompt.generation.decoding import Decoding, TextDecoding
 from backprompt.generation.generate import Run
 from backprompt.generation.options import SAMPLING_FIELDS
 from backprompt.generation.stops import StopStrings
+from operations import Operations
 
 VOCAB = 320
 FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)
@@ -138,26 +138,6 @@ def test_texts_together_are_as_each_by_itself(
         assert [(choice.token_id, choice.logprob, choice.is_argmax) for choice in found.choices] == expected
         assert found.finish_reason == reason
         assert found.cut is None or found.finish_reason == "stop"
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations on tensors, but for those of a model's body with its attention."""
-
-    def __init__(self, executor):
-        super().__init__()
-        self.num = 0
-        self._forward, self._is_counting = executor.forward, True
-        executor.forward = self._uncounted
-
-    def _uncounted(self, pass_):
-        self._is_counting = False
-        forwarded = self._forward(pass_)
-        self._is_counting = True
-        return forwarded
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.num += self._is_counting
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ NUM_SAMPLED = 4  # lines of each operation
 # The lock and torch's settings are let go of by Python itself, at whose own lines no signal arrives.
 EXEMPT = {"exclusive", "plain_surroundings"}
 
+# Their methods return the result of another method in Python: CPython handles no signal between the two returns.
+FACADES = {"node.py", "lm.py"}
+
 # Functions that change several things that belong together: always taken.
 CRITICAL = {
     "split",
@@ -83,7 +86,8 @@ class Tracer:
         code = frame.f_code
         if not code.co_filename.startswith(PACKAGE) or code.co_name in EXEMPT:
             return None
-        frame.f_trace_opcodes = TAKES_ALL and code.co_name in CRITICAL
+        is_passed_on = Path(code.co_filename).name in FACADES
+        frame.f_trace_opcodes = TAKES_ALL and code.co_name in CRITICAL and not is_passed_on
         return self._trace
 
     def _trace(self, frame, event, argument):

@@ -401,7 +401,8 @@ def test_a_junction_is_found_by_its_branches_in_any_order_each_as_often_as_it_is
     forest = Forest()
     context = forest.insert((1,))
     a, b = forest.insert((1, 2, 3)), forest.insert((1, 4))
-    junction = context.children[JunctionKey.of([(a, False), (b, True), (a, False)])] = Junction(3, context, {})
+    junction = Junction(3, context, {})
+    context.add_child(JunctionKey.of([(a, False), (b, True), (a, False)]), junction)
     forest.split(a, 1)  # an end stays the end
     assert context.junction([(b, True), (a, False), (a, False)]) is junction
     for ends in ([(a, False), (b, True)], [(a, False), (b, False), (a, False)], [(a, True), (b, True), (a, True)]):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from backprompt.classify.completions import (
     EncodedCompletions,
@@ -26,7 +25,8 @@ from backprompt.classify.prompts import Example, Prompt, Prompts, as_prompts, bo
 from backprompt.classify.weighing import Floats
 from backprompt.errors import EmptyTextError
 from backprompt.lm import LM
-from backprompt.progress import Bar, check_show, is_wanted
+from backprompt.progress import Bar, check_show, is_wanted, showing
+from backprompt.session.text_scores import scores_behind
 from backprompt.text.node import Text
 from backprompt.tokens.graph import TokenIds
 
@@ -199,13 +199,12 @@ class PromptsWithCompletions:
 
     def _score(self, prompt_idxs: Sequence[int]) -> Iterator[list[Floats]]:
         """Score some prompts' completions together."""
-        pairs = [(idx, token_ids) for idx in prompt_idxs for token_ids in self.completions[idx].token_ids]
-        starts = [len(self.prompt_ids[idx]) for idx, _ in pairs]
-        texts = [self.behind(*pair) for pair in pairs]
-        found = self.lm.token_logprobs(texts, starts, show_progress_bar=False)  # there is a bar over the prompts
-        together = torch.cat(found).cpu().double().numpy()  # one transfer
-        ends = np.cumsum([len(token_ids) for _, token_ids in pairs])
-        rows = iter(np.split(together, ends[:-1]))
+        with showing(False):  # there is a bar over the prompts
+            found = scores_behind(
+                self.lm.session, [(self.prompt_ids[idx], self.completions[idx].token_ids) for idx in prompt_idxs]
+            )
+        together = found.scores.logprobs.cpu().double().numpy()  # one transfer
+        rows = iter(np.split(together, np.cumsum(found.lengths)[:-1]))
         for idx in prompt_idxs:
             yield [next(rows) for _ in self.completions[idx].strings]
 

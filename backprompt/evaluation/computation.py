@@ -159,9 +159,11 @@ class Computation:
         ends = [self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts]
         self.memory.touch(ends)
         yield ends
-        if self.memory.num_empty_spans > MAX_EMPTY_SPANS or self.memory.num_empty_tokens > MAX_EMPTY_TOKENS:
-            self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # the next evaluation need not prune
-            self.memory.num_empty_spans = self.memory.num_empty_tokens = 0
+        if self.memory.has_evicted:
+            num_spans, num_tokens = self.forest.count_empty()
+            if num_spans > MAX_EMPTY_SPANS or num_tokens > MAX_EMPTY_TOKENS:
+                self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # the next evaluation need not prune
+            self.memory.has_evicted = False
 
     @contextmanager
     def held(self, texts: Sequence[TokenIds], request: Request) -> Iterator[list[Span]]:

@@ -1,198 +1,215 @@
 """Predictions: which rows of hidden states predict the tokens to be scored, and where the scores go.
 
-Keeps, for one scoring, each row once with all that it predicts. A forwarded token's score lies in the block of its
-span's states; the score of a *candidate*, a token that may follow a text and is not forwarded, goes to the caller.
+The rows of several blocks are numbered as if the blocks lay one behind the other (`NumberedRows`), so all of one
+scoring is a few flat arrays, however many texts it is of. A forwarded token's score lies in the block of its span's
+states. The score of a *candidate*, a token that may follow a text and is not forwarded, has a negative number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
 from backprompt.logprobs import log_softmax
-from backprompt.memory.blocks import States, gather_hidden, states_of
+from backprompt.memory.blocks import States, states_of
 
 Item = TypeVar("Item")
+Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 LOG_SOFTMAX_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class HeldRow:
-    """Where the log-probability of a forwarded token goes."""
+class NumberedRows:
+    """The rows of several blocks of states, numbered in the order in which the blocks were first asked for."""
 
-    block: States
-    row: int
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._first: dict[States, int] = {}
 
-
-Sink: TypeAlias = "HeldRow | Span"
-"""Where a score goes: the row of a forwarded token, or for a candidate the span that it follows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A token to be scored: by which row of the slice, and where the score goes."""
-
-    row_idx: int
-    token_id: int
-    sink: Sink
-
-
-@dataclass
-class Predictions:
-    """Rows of hidden states that predict tokens, each once, with all that they predict."""
-
-    _rows: dict[tuple[States, int], list[tuple[int, Sink]]] = field(default_factory=dict)
-    _branched: set[Span] = field(default_factory=set)
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows predict something."""
-        return len(self._rows)
-
-    def add(self, span: Span, first_row: int) -> None:
-        """Add the tokens of a computed span from `first_row` on that have no score yet.
-
-        The span's first token is predicted by what it continues. The row before a branching predicts the first tokens
-        of all its branches, so they are added together.
-        """
+    def first_of(self, span: Span) -> int:
+        """Return the number of a computed span's first row."""
         rows = states_of(span)
-        is_scored = rows.block.has_scores(rows.start, rows.stop)
-        assert span.parent is not None
-        if first_row == 0 and not is_scored[0]:
-            if not span.parent.token_ids:
-                rows.block.note_unpredicted(rows.start)  # a first token, or one behind a junction
-            else:
-                self.add_branches(span.parent)
-        for idx in range(max(1, first_row), len(is_scored)):
-            if not is_scored[idx]:
-                held_row = HeldRow(rows.block, rows.start + idx)
-                self._rows[rows.block, held_row.row - 1] = [(span.token_ids[idx], held_row)]
+        first = self._first.get(rows.block)
+        if first is None:
+            first = self._first[rows.block] = self.num_rows
+            self.num_rows += rows.block.num_rows
+        return first + rows.start
 
-    def add_candidate(self, end: Span, token_id: int) -> None:
+    def last_of(self, span: Span) -> int:
+        """Return the number of a computed span's last row."""
+        return self.first_of(span) + len(span.token_ids) - 1
+
+    def are_scored(self) -> npt.NDArray[np.bool_]:
+        """Return whether each row's token has its score, `(rows,)`."""
+        flags = [block.has_logprobs.numpy() for block in self._first]
+        return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)
+
+    def by_block(self, numbers: Ints) -> Iterator[tuple[States, Tensor, slice]]:
+        """Yield, for ascending row numbers, each block with its rows among them, and where these stand."""
+        blocks, firsts = list(self._first), np.fromiter(self._first.values(), dtype=np.int64)
+        bounds = [*np.searchsorted(numbers, firsts).tolist(), len(numbers)]
+        for block, first, start, stop in zip(blocks, firsts.tolist(), bounds[:-1], bounds[1:], strict=True):
+            if start < stop:
+                yield block, torch.from_numpy(numbers[start:stop] - first), slice(start, stop)
+
+    def hidden(self, numbers: Ints) -> Tensor:
+        """Return the hidden states of rows, given in ascending order, `(rows, hidden)`."""
+        parts = [block.hidden[rows.to(block.hidden.device)] for block, rows, _ in self.by_block(numbers)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def write(self, numbers: Ints, scores: TokenScores) -> None:
+        """Write the scores of the tokens of distinct rows to where they are held."""
+        order = np.argsort(numbers)
+        in_order = scores.at(order)
+        for block, rows, where in self.by_block(numbers[order]):
+            block.write_scores(rows, in_order.logprobs[where], in_order.is_argmax[where])
+
+    def write_values(self, scores: Mapping[int, TokenScore]) -> None:
+        """Write scores that are known already, by row number."""
+        if scores:
+            first = next(iter(self._first)).logprobs
+            values = TokenScores.of(list(scores.values()), first.dtype, first.device)
+            self.write(np.array(list(scores), dtype=np.int64), values)
+
+    def note_unpredicted(self, numbers: Iterable[int]) -> None:
+        """Note that nothing predicts the tokens of these rows."""
+        for block, rows, _ in self.by_block(np.array(sorted(numbers), dtype=np.int64)):
+            block.note_unpredicted(rows)
+
+    def scores(self, numbers: Ints, candidates: TokenScores) -> TokenScores:
+        """Return the scores at these numbers, in their order; those of candidates are -1, -2, ..."""
+        blocks = [TokenScores(block.logprobs, block.is_argmax) for block in self._first]
+        together = TokenScores.concatenated([*blocks, candidates])
+        return together.at(np.where(numbers < 0, self.num_rows - 1 - numbers, numbers))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Tokens to be scored by a slice of rows of hidden states.
+
+    Attributes:
+        rows: the numbers of the rows, ascending, `(rows,)`.
+        row_idx: by which of them each token is scored, ascending, `(tokens,)`.
+        token_ids: the ids of the tokens, `(tokens,)`.
+        numbers: where the scores go, `(tokens,)`; negative for candidates.
+
+    """
+
+    rows: Ints
+    row_idx: Ints
+    token_ids: Ints
+    numbers: Ints
+
+    def without_rows(self, row_idx: Iterable[int]) -> Targets:
+        """Return the tokens that are scored by others than these rows."""
+        stay = ~np.isin(self.row_idx, list(row_idx))
+        return Targets(self.rows, self.row_idx[stay], self.token_ids[stay], self.numbers[stay])
+
+
+class Predictions:
+    """The tokens of one scoring that have no score yet. Each row that predicts some of them is computed once.
+
+    The row before a branching predicts the first tokens of all its branches: those without a score are scored along
+    with the one that is asked for.
+
+    Args:
+        rows: of the blocks of all spans.
+
+    """
+
+    def __init__(self, rows: NumberedRows) -> None:
+        self._rows = rows
+        self._token_ids: list[Ints] = []
+        self._numbers: list[Ints] = []
+        self._branched: dict[Span, list[int]] = {}  # numbers of first tokens, by what they continue
+        self._candidates: list[tuple[int, int, int]] = []  # the row, the id, the number
+
+    def add_inner(self, token_ids: Iterable[int], numbers: Ints) -> None:
+        """Add tokens that stand behind another one of their span."""
+        self._token_ids.append(np.fromiter(token_ids, dtype=np.int64, count=len(numbers)))
+        self._numbers.append(numbers)
+
+    def add_first(self, parent: Span, number: int) -> None:
+        """Add the first token of a span that continues `parent`."""
+        self._branched.setdefault(parent, []).append(number)
+
+    def add_candidate(self, end: Span, token_id: int, number: int) -> None:
         """Add a token that may follow a computed span and is not forwarded."""
-        self._predicted_by(end).append((token_id, end))
+        self._candidates.append((self._rows.last_of(end), token_id, number))
 
-    def add_branches(self, parent: Span) -> None:
-        """Add the first tokens of all that was forwarded behind a computed span."""
-        if parent not in self._branched:
-            self._branched.add(parent)
-            starts = [(span.token_ids[0], first_row_of(span)) for span in held_children(parent)]
-            self._predicted_by(parent).extend(starts)
+    def slices(self, rows_in_a_slice: int) -> list[Targets]:
+        """Return all tokens without a score, by so many rows at a time."""
+        predicting, token_ids, numbers = self._all()
+        rows, row_idx = np.unique(predicting, return_inverse=True)
+        order = np.argsort(row_idx, kind="stable")
+        row_idx, token_ids, numbers = row_idx[order], token_ids[order], numbers[order]
+        starts = range(0, len(rows), rows_in_a_slice)
+        bounds = np.searchsorted(row_idx, [*starts, len(rows)]).tolist()
+        return [
+            Targets(rows[start : start + rows_in_a_slice], row_idx[a:b] - start, token_ids[a:b], numbers[a:b])
+            for start, a, b in zip(starts, bounds[:-1], bounds[1:], strict=True)
+        ]
 
-    def _predicted_by(self, end: Span) -> list[tuple[int, Sink]]:
-        """Return what the last row of a span predicts, to be added to."""
-        rows = states_of(end)
-        return self._rows.setdefault((rows.block, rows.stop - 1), [])
+    def _all(self) -> tuple[Ints, Ints, Ints]:
+        """Return, of all tokens without a score, the row that predicts each, its id, and the number of its score."""
+        branches = [
+            (self._rows.last_of(parent), child.token_ids[0], self._rows.first_of(child))
+            for parent in self._branched
+            for child in held_children(parent)
+        ]
+        singles = np.array([*self._candidates, *branches], dtype=np.int64).reshape(-1, 3)
+        inner = np.concatenate([*self._numbers, np.zeros(0, dtype=np.int64)])
+        predicting = np.concatenate([inner - 1, singles[:, 0]])
+        token_ids = np.concatenate([*self._token_ids, singles[:, 1]])
+        numbers = np.concatenate([inner, singles[:, 2]])
+        is_new = ~np.append(self._rows.are_scored(), False)[np.maximum(numbers, -1)]  # the last is for candidates
+        asked = list(itertools.chain.from_iterable(self._branched.values()))
+        is_asked = np.ones(len(numbers), dtype=bool)
+        is_asked[len(numbers) - len(branches) :] = np.isin(singles[len(self._candidates) :, 2], asked)
+        is_left = is_new & np.isin(predicting, predicting[is_new & is_asked])
+        return predicting[is_left], token_ids[is_left], numbers[is_left]
 
-    def slices(self, rows_in_a_slice: int) -> Iterable[tuple[Tensor, list[Target]]]:
-        """Yield hidden states `(rows, hidden)` and what they predict."""
-        for group in slices(list(self._rows), rows_in_a_slice):
-            targets = [
-                Target(row_idx, token_id, sink)
-                for row_idx, row in enumerate(group)
-                for token_id, sink in self._rows[row]
-            ]
-            yield gather_hidden(group), targets
+
+def ranges(starts: Ints, stops: Ints) -> Ints:
+    """Return the numbers from each start up to its stop, one range after the other."""
+    lengths = stops - starts
+    ends = np.cumsum(lengths)
+    numbers: Ints = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+    return numbers
 
 
-def picked_scores(logits: Tensor, targets: Sequence[Target]) -> TokenScores:
-    """Return, for each target, `log_softmax(logits)[row_idx, token_id]`, and whether it is its row's argmax in float32.
+def picked_scores(logits: Tensor, row_idx: Ints, token_ids: Ints) -> TokenScores:
+    """Return, for each token, `log_softmax(logits)[row_idx, token_id]`, and whether it is its row's argmax in float32.
 
-    The targets are sorted by their rows. A few rows at a time: what fits the cache takes a fifth of the time that all
+    The tokens are sorted by their rows. A few rows at a time: what fits the cache takes a fifth of the time that all
     rows at once take.
     """
-    row_idx = torch.tensor([target.row_idx for target in targets], dtype=torch.long)
-    token_ids = torch.tensor([target.token_id for target in targets], dtype=torch.long)
-    picked, is_argmax = [], []
     num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1]))
-    for start in range(0, logits.shape[0], num_rows):
+    starts = range(0, logits.shape[0], num_rows)
+    bounds = np.searchsorted(row_idx, [*starts, logits.shape[0]]).tolist()
+    rows, tokens = (torch.from_numpy(numbers).to(logits.device) for numbers in (row_idx, token_ids))
+    picked, is_argmax = [], []
+    for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
         piece = logits[start : start + num_rows]
-        logprobs = log_softmax(piece)
-        first, last = torch.searchsorted(row_idx, torch.tensor([start, start + num_rows])).tolist()
-        rows, tokens = (row_idx[first:last] - start).to(logits.device), token_ids[first:last].to(logits.device)
-        picked.append(logprobs[rows, tokens])
-        is_argmax.append(piece.float().argmax(dim=-1)[rows] == tokens)
+        own = rows[first:last] - start
+        picked.append(log_softmax(piece)[own, tokens[first:last]])
+        is_argmax.append(piece.float().argmax(dim=-1)[own] == tokens[first:last])
     return TokenScores(torch.cat(picked), torch.cat(is_argmax))
-
-
-def write_scores(targets: Sequence[Target], scores: TokenScores) -> dict[Span, dict[int, TokenScore]]:
-    """Write the scores of forwarded tokens to where they are held, and return those of candidates."""
-    by_block: dict[States, list[tuple[int, int]]] = {}
-    candidates: dict[Span, list[int]] = {}
-    for idx, target in enumerate(targets):
-        if isinstance(target.sink, HeldRow):
-            by_block.setdefault(target.sink.block, []).append((idx, target.sink.row))
-        else:
-            candidates.setdefault(target.sink, []).append(idx)
-    for block, pairs in by_block.items():
-        indices, block_rows = torch.tensor(pairs).unbind(dim=1)
-        chosen = indices.to(scores.logprobs.device)
-        block.write_scores(block_rows, scores.logprobs[chosen], scores.is_argmax[chosen])
-    if not candidates:
-        return {}
-    values = list(map(TokenScore, scores.logprobs.tolist(), scores.is_argmax.tolist()))
-    return {end: {targets[idx].token_id: values[idx] for idx in indices} for end, indices in candidates.items()}
-
-
-def write_first_score(span: Span, score: TokenScore) -> None:
-    """Write the score of a span's first token to where it is held."""
-    row = first_row_of(span)
-    row.block.write_score(row.row, score.logprob, score.is_argmax)
-
-
-def first_scores(spans: Sequence[Span]) -> list[TokenScore]:
-    """Return the scores of spans' first tokens; two transfers a block, however many spans."""
-    by_block: dict[States, list[int]] = {}
-    for idx, span in enumerate(spans):
-        by_block.setdefault(states_of(span).block, []).append(idx)
-    found: dict[int, TokenScore] = {}
-    for block, indices in by_block.items():
-        logprobs, is_argmax = block.scores([states_of(spans[idx]).start for idx in indices])
-        found.update(zip(indices, map(TokenScore, logprobs, is_argmax), strict=True))
-    return [found[idx] for idx in range(len(spans))]
 
 
 def is_scored(span: Span, first_row: int = 0) -> bool:
     """Return whether all tokens of a computed span from `first_row` on have their scores."""
     rows = states_of(span)
     return rows.block.is_scored(rows.start + first_row, rows.stop)
-
-
-def unscored(rows: Sequence[HeldRow]) -> list[HeldRow]:
-    """Return those of the rows whose tokens have no score yet."""
-    by_block: dict[States, list[HeldRow]] = {}
-    for row in rows:
-        by_block.setdefault(row.block, []).append(row)
-    found: list[HeldRow] = []
-    for block, own in by_block.items():
-        are_scored = block.has_logprobs[[row.row for row in own]].tolist()
-        found += [row for row, is_scored in zip(own, are_scored, strict=True) if not is_scored]
-    return found
-
-
-def has_first_score(span: Span) -> bool:
-    """Return whether the first token of a computed span has its score."""
-    rows = states_of(span)
-    return rows.block.has_score(rows.start)
-
-
-def first_row_of(span: Span) -> HeldRow:
-    """Return where the score of a computed span's first token is held."""
-    rows = states_of(span)
-    return HeldRow(rows.block, rows.start)
-
-
-def last_row_of(span: Span) -> HeldRow:
-    """Return where the score of a computed span's last token is held."""
-    rows = states_of(span)
-    return HeldRow(rows.block, rows.stop - 1)
 
 
 def held_children(end: Span) -> list[Span]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from backprompt.evaluation.computation import Computation
 from backprompt.evaluation.predictions import is_scored, slices
-from backprompt.evaluation.scoring import Scoring, ids_up_to, unusable_rows
+from backprompt.evaluation.reading import Ready, ids_up_to
+from backprompt.evaluation.scoring import Scoring, unusable_rows
 from backprompt.forest.span import Inserted, Span
 from backprompt.memory.blocks import KeysValues, States, gather, gather_each, gather_hidden, keys_values_of, states_of
 from backprompt.tokens.graph import flat
@@ -106,9 +107,8 @@ class Readout:
 
     def token_logprobs(self, text: Inserted, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
-        if not all(map(is_scored, self._computation.forest.in_order(text))):
-            self._scoring.score([(text, 0)], ahead=ahead())
-        return self._scoring.scores_from(text, 0).logprobs
+        is_known = all(map(is_scored, self._computation.forest.in_order(text)))
+        return self._scoring.read([Ready(text, 0)], () if is_known else ahead()).scores.logprobs
 
     def hidden_states(self, text: Inserted) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""

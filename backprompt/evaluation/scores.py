@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class TokenScore:
+class TokenScore(NamedTuple):
     """The log-probability of a token in nats, and whether it is the most probable one."""
 
     logprob: float
@@ -38,9 +40,17 @@ class TokenScores:
         logprobs = torch.tensor([score.logprob for score in scores], dtype=dtype, device=device)
         return cls(logprobs, torch.tensor([score.is_argmax for score in scores], dtype=torch.bool, device=device))
 
-    def __getitem__(self, rows: slice) -> TokenScores:
-        return TokenScores(self.logprobs[rows], self.is_argmax[rows])
+    @classmethod
+    def concatenated(cls, parts: Sequence[TokenScores]) -> TokenScores:
+        """Return the scores of all parts, one part behind the other."""
+        return cls(torch.cat([part.logprobs for part in parts]), torch.cat([part.is_argmax for part in parts]))
 
-    def followed_by(self, others: TokenScores) -> TokenScores:
-        """Return these with others behind them."""
-        return TokenScores(torch.cat([self.logprobs, others.logprobs]), torch.cat([self.is_argmax, others.is_argmax]))
+    def at(self, index: npt.NDArray[np.int64]) -> TokenScores:
+        """Return the scores at these places, in this order."""
+        places = torch.from_numpy(index).to(self.logprobs.device)
+        return TokenScores(self.logprobs[places], self.is_argmax[places])
+
+    def split(self, lengths: Sequence[int]) -> list[TokenScores]:
+        """Return so many of them at a time, one part behind the other, as views."""
+        parts = zip(torch.split(self.logprobs, list(lengths)), torch.split(self.is_argmax, list(lengths)), strict=True)
+        return [TokenScores(*part) for part in parts]

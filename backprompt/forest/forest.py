@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from backprompt.forest.span import BranchEnd, Inserted, Junction, JunctionKey, Rows, Span, child_key
+from backprompt.forest.span import NO_CHILDREN, BranchEnd, Inserted, Junction, JunctionKey, Rows, Span, child_key
 from backprompt.tokens.graph import TokenGraph, TokenIds, common_length, fold
 
 
@@ -64,8 +64,10 @@ class Forest:
         For token ids that end in a group the span is a junction. `is_end` False: the caller forgets the span before
         `absorb` is called for its child.
         """
-        ids = token_ids if isinstance(token_ids, TokenGraph) else tuple(token_ids)
-        end, _ = fold(ids, self.root, self.extend, self._join)
+        if isinstance(token_ids, TokenGraph):
+            end, _ = fold(token_ids, self.root, self.extend, self._join)
+        else:
+            end = self.extend(self.root, 0, tuple(token_ids))
         end.is_end |= is_end
         return end
 
@@ -96,7 +98,7 @@ class Forest:
             child = span.children.get(key)
             if child is None:
                 child = Span(ids[num_matched:], position + num_matched, span)
-                span.children[key] = child
+                span.add_child(key, child)
                 return child
             num_common = common_length(child.token_ids, ids, num_matched)
             if num_common < len(child.token_ids):
@@ -111,7 +113,8 @@ class Forest:
             end.is_end = True
         junction = before.junction(ends)
         if junction is None:
-            junction = before.children[JunctionKey.of(ends)] = Junction(position, before, branches)
+            junction = Junction(position, before, branches)
+            before.add_child(JunctionKey.of(ends), junction)
         return junction
 
     def num_computed(self, token_ids: Sequence[int]) -> int:
@@ -136,9 +139,9 @@ class Forest:
         upper.was_computed, upper.is_stored, upper.error = span.was_computed, span.is_stored, span.error
         upper.computed_in, upper.loaded_in = span.computed_in, span.loaded_in
         upper.credit, upper.last_used = span.credit, span.last_used
-        upper.children[span.token_ids[num_tokens]] = span
+        upper.add_child(span.token_ids[num_tokens], span)
         with self.changing():
-            span.parent.children[child_key(span.parent, span.position, span.token_ids[0])] = upper
+            span.parent.add_child(child_key(span.parent, span.position, span.token_ids[0]), upper)
             span.token_ids = span.token_ids[num_tokens:]
             span.position += num_tokens
             span.parent = upper
@@ -157,7 +160,7 @@ class Forest:
         assert upper is not None and upper.parent is not None and len(upper.children) == 1, span
         with self.changing():
             upper.drop()
-            upper.parent.children[child_key(upper.parent, upper.position, upper.token_ids[0])] = span
+            upper.parent.add_child(child_key(upper.parent, upper.position, upper.token_ids[0]), span)
             span.token_ids = upper.token_ids + span.token_ids
             span.position = upper.position
             span.parent = upper.parent
@@ -175,7 +178,7 @@ class Forest:
                 return
             with self.changing():
                 span.drop()
-                del parent.children[key]
+                parent.remove_child(key)
             span = parent
 
     def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
@@ -199,7 +202,7 @@ class Forest:
         for left in {span.parent for span in gone if span.parent is not None} - gone:
             left.children = {key: child for key, child in left.children.items() if child not in gone}
         for span in gone:
-            span.children = {}  # parents and children form a cycle, which the garbage collector would free late
+            span.children = NO_CHILDREN  # a cycle of parents and children would be collected late
 
     def clear(self) -> None:
         """Drop the data of every span and remove all spans from the root; the forest is whole again."""
@@ -209,13 +212,35 @@ class Forest:
                 span = stack.pop()
                 stack += span.children.values()
                 span.drop()
-            self.root.children = {}
+            self.root.children = NO_CHILDREN
 
     def spans(self) -> Iterator[Span]:
         """Yield every span below the root depth first, each before its children."""
         spans = depth_first(self.root, lambda span: span.children.values())
         next(spans)
         return spans
+
+    def held_spans(self) -> Iterator[Span]:
+        """Yield the spans that hold something in either pool, in the order of `spans`.
+
+        All ancestors of such a span hold something, so nothing is looked for behind a span that holds nothing.
+        """
+        spans = depth_first(self.root, lambda span: (child for child in span.children.values() if not child.is_empty))
+        next(spans)
+        return spans
+
+    def count_empty(self) -> tuple[int, int]:
+        """Return the number of spans that hold nothing, and the number of their tokens."""
+        num_spans = num_tokens = 0
+        stack = [self.root]
+        while stack:
+            for child in stack.pop().children.values():
+                if child.children:
+                    stack.append(child)
+                if child.is_empty:
+                    num_spans += 1
+                    num_tokens += len(child.token_ids)
+        return num_spans, num_tokens
 
 
 def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> Iterator[Span]:

@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
 from backprompt.tokens.graph import TokenIds
@@ -113,6 +114,10 @@ _SLOTS: Mapping[tuple[Kind, Pool], str] = {
 """The attributes of a `Span` that give the place of each kind of data. Only the methods of `Span` set them."""
 
 
+NO_CHILDREN: Mapping[ChildKey, Span] = MappingProxyType({})
+"""The children of a span that has none, as most spans: a dict of its own would be another object to collect."""
+
+
 class Span:
     """A run of token ids, the position of its first token, its parent and its children.
 
@@ -154,7 +159,7 @@ class Span:
         self.token_ids = token_ids
         self.position = position
         self.parent = parent
-        self.children: dict[ChildKey, Span] = {}
+        self.children: Mapping[ChildKey, Span] = NO_CHILDREN
         self.keys_values: Rows | None = None
         self.states: Rows | None = None
         self.host_keys_values: Rows | None = None
@@ -174,6 +179,17 @@ class Span:
         else:
             state = "not held" if self.is_empty else "held in the second pool"
         return f"Span({len(self.token_ids)} tokens at {self.position}, {len(self.children)} children, {state})"
+
+    def add_child(self, key: ChildKey, child: Span) -> None:
+        """Let a span be found among the children, in place of another one with this key."""
+        if not isinstance(self.children, dict):
+            self.children = {}
+        self.children[key] = child
+
+    def remove_child(self, key: ChildKey) -> None:
+        """Let the span with this key be found no more."""
+        assert isinstance(self.children, dict), self
+        del self.children[key]
 
     @property
     def stop(self) -> int:

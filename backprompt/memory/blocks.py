@@ -221,23 +221,9 @@ class States(Block):
         """Whether `logprobs` and `is_argmax` were computed for each row, `(tokens,)`, bool, on the CPU."""
         return self.tensors["has_logprobs"]
 
-    def has_scores(self, start: int, stop: int) -> list[bool]:
-        """Return for each of the rows `start..stop` whether its token has a log-probability."""
-        found: list[bool] = self.has_logprobs[start:stop].tolist()
-        return found
-
-    def has_score(self, row: int) -> bool:
-        """Return whether the token of a row has a log-probability."""
-        return bool(self.has_logprobs[row])
-
     def is_scored(self, start: int, stop: int) -> bool:
         """Return whether all tokens of the rows `start..stop` have a log-probability."""
         return bool(self.has_logprobs[start:stop].all())
-
-    def scores(self, rows: Sequence[int]) -> tuple[list[float], list[bool]]:
-        """Return the log-probabilities of rows' tokens, and whether each is the most probable one; two transfers."""
-        indices = torch.tensor(rows, device=self.logprobs.device)
-        return self.logprobs[indices].tolist(), self.is_argmax[indices].tolist()
 
     def write_scores(self, rows: Tensor, logprobs: Tensor, is_argmax: Tensor) -> None:
         """Write log-probabilities of rows' tokens; `rows`, `(rows,)`, lies on the CPU."""
@@ -246,16 +232,10 @@ class States(Block):
         self.is_argmax[indices] = is_argmax
         self.has_logprobs[rows] = True
 
-    def write_score(self, row: int, logprob: float, is_argmax: bool) -> None:
-        """Write the log-probability of one row's token."""
-        self.logprobs[row] = logprob
-        self.is_argmax[row] = is_argmax
-        self.has_logprobs[row] = True
-
-    def note_unpredicted(self, row: int) -> None:
-        """Record that a row's token has no prediction: its log-probability is NaN."""
-        self.logprobs[row] = torch.nan
-        self.has_logprobs[row] = True
+    def note_unpredicted(self, rows: Tensor) -> None:
+        """Note that nothing predicts these rows' tokens: their log-probabilities are NaN; see `write_scores`."""
+        self.logprobs[rows.to(self.logprobs.device)] = torch.nan
+        self.has_logprobs[rows] = True
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Memory(Tier):
         self.host = host
         self._level = 0.0
         self._clock = 0
-        self.num_empty_spans = self.num_empty_tokens = 0  # of the forest, at the last eviction
+        self.has_evicted = False  # since somebody reset this
 
     def is_exceeded(self, num_coming_bytes: int = 0) -> bool:
         """Whether the bytes held, with those to come, exceed the budget."""
@@ -73,12 +73,12 @@ class Memory(Tier):
         excess = self.num_bytes + num_coming_bytes - self.max_bytes
         if excess <= 0:
             if self.is_scattered:
-                self.compact(list(forest.spans()))
+                self.compact(list(forest.held_spans()))
             return
         num_held = self.num_bytes
         last_uses = last_uses or {}
 
-        spans = list(forest.spans())
+        spans = list(forest.held_spans())
         smaller = _times_smaller(spans)
 
         def rank(kind: Kind, span: Span) -> Rank | None:
@@ -95,8 +95,7 @@ class Memory(Tier):
             ranks = [rank(kind, span) for kind, rows in dropped.items() for span in rows]
             self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
             self.host.take(spans, dropped, rank)
-            empty = [span for span in spans if span.is_empty]
-            self.num_empty_spans, self.num_empty_tokens = len(empty), sum(len(span.token_ids) for span in empty)
+            self.has_evicted = True
             del dropped  # the references keep blocks alive
             self.compact(spans)
         logger.debug("Evicted %d bytes of %d; the budget is %d.", num_held - self.num_bytes, num_held, self.max_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backprompt.arguments import is_int
@@ -38,6 +39,21 @@ class TextLimits:
             )
         self._check_ids(text, flat(token_ids))
         self._check_length(text, token_ids, num_positions(token_ids) if length is None else length)
+
+    def check_all(self, texts: Sequence[Text], encoded: Sequence[TokenIds], lengths: Sequence[int]) -> None:
+        """Raise for the first text that cannot be evaluated; see `check`. `lengths`: how many positions each takes."""
+        if not self._are_fine(encoded, lengths):
+            for text, token_ids, length in zip(texts, encoded, lengths, strict=True):
+                self.check(text, token_ids, length)
+
+    def _are_fine(self, encoded: Sequence[TokenIds], lengths: Sequence[int]) -> bool:
+        """Return whether the extremes of all texts together show that each text can be evaluated."""
+        all_ids = list(map(flat, encoded))
+        if not all(all_ids):
+            return False
+        lowest, highest = min(map(min, all_ids), default=0), max(map(max, all_ids), default=0)
+        has_room = self.model.max_tokens is None or max(lengths, default=0) <= self.model.max_tokens
+        return has_room and lowest >= 0 and highest < self.model.num_embeddings
 
     def check_room(self, text: Text, token_ids: TokenIds, max_new_tokens: int) -> None:
         """Raise TextTooLongError if there is no room for `max_new_tokens` behind a text."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from backprompt.errors import GroupError, StaleRepresentationError
+from backprompt.errors import GroupError, NoStoreError, StaleRepresentationError
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.holders import PinnedText
 from backprompt.forest.keys import key_of
@@ -228,6 +228,20 @@ def pinned(session: Session, text: Text) -> Pin:
         with session.exclusive():
             session.evaluator.unpin(held)
         raise
+
+
+def save(session: Session, text: Text) -> None:
+    """Write a text's representation to the store; see `Text.save`."""
+    if session.store is None:
+        raise NoStoreError(
+            "This LM has no store to save to. Give it one: load(name, store='prompts.bp') or LM(..., store=...)."
+        )
+    if session.store.persist == "never":
+        raise NoStoreError(f'{session.store!r} was opened with persist="never". Open it with "explicit" or "always".')
+    (text,) = session.own_texts([text])
+    with session.exclusive():
+        (token_ids,) = session.checked_ids([text])
+        session.evaluator.save(token_ids)
 
 
 def _num_bytes(evaluator: Evaluator, end: Span) -> int:

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from backprompt.arguments import as_list
-from backprompt.errors import NoStoreError, StaleRepresentationError, UnboundTextError
+from backprompt.errors import StaleRepresentationError, UnboundTextError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.computation import Counters, Means
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
-from backprompt.evaluation.scoring import split_to_score
+from backprompt.evaluation.scoring import num_positions_to_score
 from backprompt.forest.span import Inserted
 from backprompt.forking import watch_lm
 from backprompt.memory.blocks import Location
@@ -250,14 +250,11 @@ class Session:
                 raise ValueError(
                     f"{text!r} has {len(token_ids)} tokens, so its start must be between 0 and that, not {start}."
                 )
-        lengths: dict[Text, int] = {}
-        for idx, (text, token_ids) in enumerate(zip(texts, encoded, strict=True)):
-            split = split_to_score(token_ids, starts[idx]) if is_scoring else None
-            lengths[text] = max(lengths.get(text, 0), num_positions(token_ids if split is None else split[0]))
-        limits = self.limits
-        for text, token_ids in dict(zip(texts, encoded, strict=True)).items():
-            if text not in self._evaluated:
-                limits.check(text, token_ids, lengths[text])
+        if is_scoring:
+            lengths = list(map(num_positions_to_score, encoded, starts))
+        else:
+            lengths = list(map(num_positions, encoded))
+        self.limits.check_all(texts, encoded, lengths)
         self.counters.tokens_requested += sum(map(len, encoded))
         return encoded
 
@@ -289,18 +286,9 @@ class Session:
             known |= new
         return [known[text] for text in texts]
 
-    def save(self, text: Text) -> None:
-        """Write a text's representation to the store; see `Text.save`."""
-        if self.store is None:
-            raise NoStoreError(
-                "This LM has no store to save to. Give it one: load(name, store='prompts.bp') or LM(..., store=...)."
-            )
-        if self.store.persist == "never":
-            raise NoStoreError(f'{self.store!r} was opened with persist="never". Open it with "explicit" or "always".')
-        (text,) = self.own_texts([text])
-        with self.exclusive():
-            (token_ids,) = self.checked_ids([text])
-            self.evaluator.save(token_ids)
+    def are_computed(self, texts: Iterable[Text]) -> list[bool]:
+        """Return for each text whether it was evaluated and its states are still held; the lock must be held."""
+        return [found is not None and found.is_computed for found in map(self._evaluated.get, texts)]
 
     # The tokenizer and the model
 

@@ -7,16 +7,15 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from backprompt.arguments import as_list, is_int
-from backprompt.evaluation.scores import TokenScores
-from backprompt.evaluation.scoring import Wanted
+from backprompt.evaluation.scoring import ScoredTexts, Wanted
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
 from backprompt.text.node import Text, lazily
-from backprompt.tokens.graph import TokenIds, flat, is_beginning
+from backprompt.tokens.graph import TokenIds, flat, is_beginning, with_more
 
 
-def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> list[TokenScores]:
-    """Return the scores of each text's tokens from its start on; see `LM.token_scores`."""
+def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
+    """Return the scores of each text's tokens from its start on; see `LM.token_scores`. There is a text."""
     texts = session.own_texts(texts)
     given = [0] * len(texts) if starts is None else as_list(starts, "starts must be a Text or an int for each text")
     if len(given) != len(texts):
@@ -24,7 +23,27 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
     with session.exclusive():
         first = _first_scored(session, texts, given)
         encoded = session.checked_ids(texts, first, is_scoring=True)
-        return session.evaluator.scoring.token_scores(list(zip(encoded, first, strict=True))) if texts else []
+        return session.evaluator.scoring.token_scores(encoded, first, session.are_computed(texts))
+
+
+def scores_behind(session: Session, prompts: Iterable[tuple[TokenIds, Sequence[tuple[int, ...]]]]) -> ScoredTexts:
+    """Return the scores of ids behind prompts: of each prompt those of its continuations, each by itself.
+
+    Args:
+        session: of the prompts.
+        prompts: the ids of each prompt (see `Session.prompt_ids`), and its continuations, none of them empty. The
+            caller has checked that they can be evaluated.
+
+    """
+    with session.exclusive():
+        session.current()
+        wanted = [
+            Wanted(with_more(prompt, ids[:-1]), len(prompt), ids[-1:])
+            for prompt, continuations in prompts
+            for ids in continuations
+        ]
+        session.counters.tokens_requested += sum(len(text.token_ids) + 1 for text in wanted)
+        return session.evaluator.scoring.scored(wanted)
 
 
 def next_token_logprobs(
@@ -47,11 +66,8 @@ def next_token_logprobs(
         limits = session.limits
         candidates = [tuple(map(limits.as_id, ids)) for ids in token_ids]
         wanted = [Wanted(ids, len(ids), own) for ids, own in zip(session.checked_ids(texts), candidates, strict=True)]
-        found = session.evaluator.scoring.scored(wanted) if wanted else []
-        logprobs = [scored.candidates[i].logprob for scored, own in zip(found, candidates, strict=True) for i in own]
-        executor = session.evaluator.executor
-        together = torch.tensor(logprobs, dtype=executor.logprob_dtype, device=executor.device)
-        return list(torch.split(together, [len(own) for own in candidates]))
+        found = session.evaluator.scoring.scored(wanted)
+        return list(torch.split(found.scores.logprobs, list(found.lengths)))
 
 
 def _first_scored(session: Session, texts: Sequence[Text], starts: Sequence[Text | int]) -> list[int]:

@@ -78,7 +78,17 @@ class Text:
 
     """
 
-    __slots__ = ("__weakref__", "_add_special_tokens", "_hash", "_left", "_lm", "_num_segments", "_right", "_segment")
+    __slots__ = (
+        "__weakref__",
+        "_add_special_tokens",
+        "_hash",
+        "_left",
+        "_lm",
+        "_noted",
+        "_num_segments",
+        "_right",
+        "_segment",
+    )
 
     _lm: Engine[Text] | None
     _left: Text | None
@@ -87,6 +97,7 @@ class Text:
     _add_special_tokens: bool
     _num_segments: int
     _hash: int
+    _noted: tuple[object, Any] | None
 
     def __init__(
         self, string: str, lm: Engine[Text] | tuple[Any, Any] | None = None, *, add_special_tokens: bool = True
@@ -124,6 +135,7 @@ class Text:
         self._add_special_tokens = add_special_tokens
         self._left = self._right = None
         self._lm = lm
+        self._noted = None
         self._num_segments = 1 if segment else 0
         self._hash = hash(segment) % PRIME if segment else 0
         if _EAGER.get():
@@ -186,6 +198,8 @@ class Text:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The segments from left to right: strings, tuples of token ids, and groups; empty segments are left out."""
+        if self._left is None:
+            return (self._segment,) if self._segment else ()
         return tuple(self._walk_segments())
 
     @property
@@ -403,6 +417,25 @@ def bound_engine(text: Text, what: str) -> Engine[Text]:
     return text.lm
 
 
+def sides(text: Text) -> tuple[Text, Text] | None:
+    """Return the two texts that a text joins; None for a text of at most one segment.
+
+    Texts that are built on one text have it as their left side, and so can share the work on it.
+    """
+    return None if text._left is None or text._right is None else (text._left, text._right)
+
+
+def note(text: Text, of: object, value: Any) -> None:
+    """Keep a value with a text for as long as the text lives, in place of an older one; `of` says whose value it is."""
+    text._noted = of, value
+
+
+def noted(text: Text, of: object) -> Any:
+    """Return the value that was noted last, if it was noted by the same one; else None."""
+    found = text._noted
+    return found[1] if found is not None and found[0] is of else None
+
+
 def _concatenate(left: Text, right: Text) -> Text:
     """Return `left + right`; raises MixedModelsError if both are bound to different models."""
     lm = _common_lm(left._lm, right)
@@ -414,7 +447,7 @@ def _concatenate(left: Text, right: Text) -> Text:
     text = Text.__new__(Text)
     text._add_special_tokens = (right if left._is_nothing else left)._add_special_tokens
     text._segment = ""
-    text._left, text._right, text._lm = left, right, lm
+    text._left, text._right, text._lm, text._noted = left, right, lm, None
     text._num_segments = left._num_segments + right._num_segments
     shift = _BASE if right._num_segments == 1 else pow(_BASE, right._num_segments, PRIME)
     text._hash = (left._hash * shift + right._hash) % PRIME

@@ -19,18 +19,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 from backprompt.arguments import lone_surrogate, surrogate_message
 from backprompt.errors import JoinError, TokenizerError
 from backprompt.text.extents import Extent, Join
-from backprompt.text.node import Text
+from backprompt.text.node import Text, note, noted
 from backprompt.text.segments import Branch, Group, Segment, leaves
 from backprompt.tokens.chains import Chain, Leaf, chains_of, pieces_of
 from backprompt.tokens.graph import Part, TokenBranch, TokenGroup, TokenIds, as_token_ids, common_length
 from backprompt.tokens.joins import Joins, changed_joins
 from backprompt.tokens.tokenizer import EncodesStrings, added
-from backprompt.tokens.trie import encode_chains
+from backprompt.tokens.trie import Trie, TrieNode, encode_chains
 from backprompt.warn import warn_caller
 
 
@@ -41,7 +40,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self._joins = joins
         self._add_special_tokens = add_special_tokens
-        self._encoded: WeakKeyDictionary[Text, TokenIds] = WeakKeyDictionary()
+        self._mark = object()  # texts keep ids under it, and so do not keep the tokenizer alive
 
     def encode(self, texts: Sequence[Text]) -> list[TokenIds]:
         """Return the token ids of each text; texts not seen before are encoded together.
@@ -51,13 +50,11 @@ class Encoder:
             TokenizerError: the tokenizer cannot encode a string.
 
         """
-        known = {text: ids for text in texts if (ids := self._encoded.get(text)) is not None}
-        new = list(dict.fromkeys(text for text in texts if text not in known))
+        new = {id(text): text for text in texts if noted(text, self._mark) is None}
         if new:
-            encoded = dict(zip(new, self._encode_new(new), strict=True))
-            self._encoded.update(encoded)
-            known |= encoded
-        return [known[text] for text in texts]
+            for text, token_ids in zip(new.values(), self._encode_new(list(new.values())), strict=True):
+                note(text, self._mark, token_ids)
+        return [noted(text, self._mark) for text in texts]
 
     def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
         """Return the tokens of each string and each run of token ids of each text, in written order.
@@ -118,21 +115,45 @@ class Encoder:
         return self._special_ids(branch, ids_of)[0] + ids
 
     def _encode_new(self, texts: list[Text]) -> list[TokenIds]:
-        branches = [_as_branch(text) for text in texts]
-        for text, branch in zip(texts, branches, strict=True):
-            _check_encodable(text, branch.segments)
-        encoded = self._encode_branches(branches, split=self._joins == "split")
+        encoded = self._encode_texts(texts, split=self._joins == "split")
         if self._joins == "error":
-            for text in self._with_changed_joins(texts, branches, encoded):
+            for text in self._with_changed_joins(texts, encoded):
                 self._raise_join_error(text)
         return encoded
 
-    def _with_changed_joins(
-        self, texts: Sequence[Text], branches: Sequence[Branch], encoded: Sequence[TokenIds]
-    ) -> Iterator[Text]:
+    def _encode_texts(self, texts: Sequence[Text], *, split: bool) -> list[TokenIds]:
+        """Encode texts, all together.
+
+        Raises:
+            TokenizerError: a string has a lone surrogate.
+
+        """
+        trie = Trie(self.tokenizer, split=split)
+        nodes = [trie.add_text(text) for text in texts]
+        grouped = [text for text, node in zip(texts, nodes, strict=True) if node is None]
+        if grouped or any(lone_surrogate(string) is not None for string in trie.strings):
+            for text in texts:
+                _check_encodable(text)
+        trie.encode()
+        with_groups = iter(self._encode_branches(list(map(_as_branch, grouped)), split=split))
+        return [
+            next(with_groups) if node is None else self._with_special_ids(trie.ids(node), text, node)
+            for text, node in zip(texts, nodes, strict=True)
+        ]
+
+    def _with_special_ids(self, ids: tuple[int, ...], text: Text, node: TrieNode) -> tuple[int, ...]:
+        """Return the ids of a text without groups with the special tokens of a whole string."""
+        if not (self._add_special_tokens and text.add_special_tokens and node.begins_with_string):
+            return ids
+        prefix, suffix = self.tokenizer.special_ids_around(ids)
+        if prefix and ids[: len(prefix)] == prefix:
+            self._warn_of_repeated(prefix)
+        return prefix + ids + (suffix if node.is_only_strings else ())
+
+    def _with_changed_joins(self, texts: Sequence[Text], encoded: Sequence[TokenIds]) -> Iterator[Text]:
         """Yield the texts whose tokens, `encoded`, differ from those of their segments apart."""
         if self.tokenizer.encodes_continuations:
-            apart = self._encode_branches(branches, split=True)
+            apart = self._encode_texts(texts, split=True)
             yield from (text for text, ids, split in zip(texts, encoded, apart, strict=True) if ids != split)
         else:
             yield from filter(self.joins, texts)
@@ -256,10 +277,10 @@ def _extents_of(chain: Chain, ids_of: Mapping[Chain, tuple[int, ...]], first: in
     return extents[::-1]
 
 
-def _check_encodable(text: Text, segments: Sequence[Segment]) -> None:
+def _check_encodable(text: Text) -> None:
     """Raise TokenizerError for a lone surrogate, half of a UTF-16 pair and no character."""
     num_before = 0
-    for segment in leaves(segments):
+    for segment in leaves(text.segments):
         if not isinstance(segment, str):
             continue
         position = lone_surrogate(segment)

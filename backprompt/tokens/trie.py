@@ -2,24 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from backprompt.text.node import Text, sides
+from backprompt.text.segments import Group
 from backprompt.tokens.chains import Chain, Leaf
 from backprompt.tokens.tokenizer import EncodesStrings
 
 
 def encode_chains(tokenizer: EncodesStrings, chains: Iterable[Chain], *, split: bool) -> dict[Chain, tuple[int, ...]]:
     """Return the ids of chains, without special tokens; `split`: each segment is encoded on its own."""
-    pieces = _Pieces(tokenizer)
-    roots = {False: _TrieNode(), True: _TrieNode(is_continuation=True)}
-    ends = {chain: roots[chain.is_continuation].descend(chain.leaves, pieces, split=split) for chain in chains}
-    pieces.encode()
-    return {chain: end.ids(pieces) for chain, end in ends.items()}
+    trie = Trie(tokenizer, split=split)
+    nodes = {chain: trie.add_chain(chain) for chain in chains}
+    trie.encode()
+    return {chain: trie.ids(node) for chain, node in nodes.items()}
 
 
-@dataclass(frozen=True)
-class _Piece:
+class Trie:
+    """A trie of segments, its nodes, and the ids of the strings that they add.
+
+    Args:
+        tokenizer: encodes the strings.
+        split: whether each segment is encoded on its own.
+
+    """
+
+    def __init__(self, tokenizer: EncodesStrings, *, split: bool) -> None:
+        self._pieces = _Pieces(tokenizer)
+        self._split = split
+        self._roots = {False: TrieNode(), True: TrieNode(is_continuation=True)}
+        self._nodes: dict[int, TrieNode | None] = {}  # by the id of a text
+
+    def add_chain(self, chain: Chain) -> TrieNode:
+        """Return the node behind a chain."""
+        return self._ended(*self._descend(self._roots[chain.is_continuation], "", chain.leaves))
+
+    def add_text(self, text: Text) -> TrieNode | None:
+        """Return the node behind a text that nothing stands before; None if the text has a group.
+
+        Texts that are built on one text share the walk along it. They must live as long as the trie.
+        """
+        parts: list[tuple[Text, Text]] = []  # texts, each with what stands at its end, the last first
+        first = text
+        while id(first) not in self._nodes and (both := sides(first)) is not None:
+            parts.append((first, both[1]))
+            first = both[0]
+        if id(first) in self._nodes:
+            node = self._nodes[id(first)]
+        else:
+            node = self._roots[False]
+            parts.append((first, first))
+        tail = "" if node is None else node.tail()
+        for whole, last in reversed(parts):
+            segments = last.segments
+            if node is None or any(isinstance(segment, Group) for segment in segments):
+                node = None
+            else:
+                node, tail = self._descend(node, tail, segments)  # type: ignore[arg-type]  # none is a group
+            self._nodes[id(whole)] = node
+        return None if node is None else self._ended(node, tail)
+
+    @property
+    def strings(self) -> Iterator[str]:
+        """The strings that `encode` encodes, each once for each way."""
+        return (piece.string for piece in self._pieces)
+
+    def encode(self) -> None:
+        """Encode the strings of all nodes."""
+        self._pieces.encode()
+
+    def ids(self, node: TrieNode) -> tuple[int, ...]:
+        """Return the ids of the text that ends at a node, without special tokens."""
+        return node.ids(self._pieces)
+
+    def _descend(self, node: TrieNode, tail: str, leaves: Iterable[Leaf]) -> tuple[TrieNode, str]:
+        """Return the node behind leaves, and the tail of string there, adding what is new."""
+        for leaf in leaves:
+            child = node.children.get(leaf)
+            if child is None:
+                child = node.children[leaf] = node.extend(leaf, tail, self._pieces, split=self._split)
+                for settled in child.settled:
+                    if isinstance(settled, _Piece):
+                        self._pieces.add(settled)
+            node, tail = child, child.added if child.begins_tail else tail + child.added
+        return node, tail
+
+    def _ended(self, node: TrieNode, tail: str) -> TrieNode:
+        """Return a node at which a text ends, so that the tail of string there is encoded as well."""
+        if tail:
+            self._pieces.add(_Piece(tail, node.is_continuation))
+        return node
+
+
+class _Piece(NamedTuple):
     """A string that is encoded by itself."""
 
     string: str
@@ -32,6 +109,9 @@ class _Pieces:
     def __init__(self, tokenizer: EncodesStrings) -> None:
         self.tokenizer = tokenizer
         self._ids: dict[_Piece, tuple[int, ...]] = {}
+
+    def __iter__(self) -> Iterator[_Piece]:
+        return iter(self._ids)
 
     def add(self, piece: _Piece) -> None:
         self._ids[piece] = ()
@@ -48,67 +128,66 @@ class _Pieces:
 
 
 @dataclass(eq=False)
-class _TrieNode:
+class TrieNode:
     """The state after some segments: settled ids, and the tail of the string, whose tokens may still change.
 
     The ids of the text up to here are those of its ancestors' `settled` (pieces, or given token ids), of its own, and
     of the tail. A node holds only its addition to the tail of its parent, or the whole tail if it `begins_tail`. Whole
     tails at every node of a long chain would take memory quadratic in its length.
+
+    Attributes:
+        is_only_strings: whether no segment so far consists of token ids.
+        begins_with_string: whether the text begins with a string, as the empty text does.
+
     """
 
-    parent: _TrieNode | None = None
+    parent: TrieNode | None = None
     settled: tuple[_Piece | tuple[int, ...], ...] = ()
     added: str = ""
     begins_tail: bool = True
     is_continuation: bool = False
-    children: dict[Leaf, _TrieNode] = field(default_factory=dict)
+    is_only_strings: bool = True
+    begins_with_string: bool = True
+    children: dict[Leaf, TrieNode] = field(default_factory=dict)
     _settled_ids: tuple[int, ...] | None = None
-
-    def descend(self, segments: Sequence[Leaf], pieces: _Pieces, *, split: bool) -> _TrieNode:
-        """Return the node after `segments`; adds new nodes to the trie and new pieces to `pieces`."""
-        node, tail = self, ""
-        for segment in segments:
-            child = node.children.get(segment)
-            if child is None:
-                child = node._extend(segment, tail, pieces, split)
-                for settled in child.settled:
-                    if isinstance(settled, _Piece):
-                        pieces.add(settled)
-                node.children[segment] = child
-            node, tail = child, child.added if child.begins_tail else tail + child.added
-        if tail:
-            pieces.add(_Piece(tail, node.is_continuation))
-        return node
 
     def ids(self, pieces: _Pieces) -> tuple[int, ...]:
         """Return the ids of the text that ends here, without special tokens."""
-        tail = self._tail()
+        tail = self.tail()
         return self._all_settled_ids(pieces) + (pieces.ids(_Piece(tail, self.is_continuation)) if tail else ())
 
-    def _extend(self, segment: Leaf, tail: str, pieces: _Pieces, split: bool) -> _TrieNode:
+    def extend(self, segment: Leaf, tail: str, pieces: _Pieces, *, split: bool) -> TrieNode:
+        """Return the node behind a segment that stands here, where this tail of string is not settled."""
+        node = self._extended(segment, tail, pieces, split)
+        node.is_only_strings = self.is_only_strings and isinstance(segment, str)
+        node.begins_with_string = self.begins_with_string if self.parent is not None else isinstance(segment, str)
+        return node
+
+    def _extended(self, segment: Leaf, tail: str, pieces: _Pieces, split: bool) -> TrieNode:
         settled_tail = (_Piece(tail, self.is_continuation),) if tail else ()
         if not isinstance(segment, str):
-            return _TrieNode(self, (*settled_tail, segment), is_continuation=True)
+            return TrieNode(self, (*settled_tail, segment), is_continuation=True)
         if split:
-            return _TrieNode(self, settled_tail, segment, is_continuation=self.is_continuation or bool(tail))
+            return TrieNode(self, settled_tail, segment, is_continuation=self.is_continuation or bool(tail))
         longer = tail + segment
         cut = pieces.tokenizer.cut(longer, len(tail) - 1)  # the tail was searched already
         if cut == 0:
-            return _TrieNode(self, (), segment, begins_tail=False, is_continuation=self.is_continuation)
+            return TrieNode(self, (), segment, begins_tail=False, is_continuation=self.is_continuation)
         piece = _Piece(longer[:cut], self.is_continuation)
-        return _TrieNode(self, (piece,), longer[cut:], is_continuation=self.is_continuation)
+        return TrieNode(self, (piece,), longer[cut:], is_continuation=self.is_continuation)
 
-    def _tail(self) -> str:
+    def tail(self) -> str:
+        """Return the string at the end of the text that ends here whose tokens may still change."""
         parts: list[str] = []
-        node: _TrieNode | None = self
+        node: TrieNode | None = self
         while node is not None:
             parts.append(node.added)
             node = None if node.begins_tail else node.parent
         return "".join(reversed(parts))
 
     def _all_settled_ids(self, pieces: _Pieces) -> tuple[int, ...]:
-        chain: list[_TrieNode] = []
-        node: _TrieNode | None = self
+        chain: list[TrieNode] = []
+        node: TrieNode | None = self
         while node is not None and node._settled_ids is None:
             chain.append(node)
             node = node.parent

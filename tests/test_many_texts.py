@@ -1,0 +1,160 @@
+"""Many texts in one call: the numbers of each by itself, and work on the host that does not grow with them."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backprompt import LM, Text
+from backprompt.classify import log_probs
+from comparing import assert_close
+from operations import Operations
+from tiny_models import build
+from tiny_tokenizers import TOKENIZERS, byte_level_bpe
+
+MODEL, TOKENIZER = build("gpt2"), byte_level_bpe()
+
+segments = st.one_of(
+    st.sampled_from(["The cat", " sat", " on a mat", "s", " ", "", ".", "\n", "é", "Question:"]),
+    st.lists(st.integers(0, 255), min_size=1, max_size=3).map(tuple),
+)
+
+
+@st.composite
+def trees(draw):
+    """Texts as lists of segments, many of which go on from another one: `(the other's number or None, segments)`."""
+    num_texts = draw(st.integers(1, 8))
+    return [
+        (
+            draw(st.none() if idx == 0 else st.one_of(st.none(), st.integers(0, idx - 1))),
+            draw(st.lists(segments, min_size=1, max_size=3)),
+        )
+        for idx in range(num_texts)
+    ]
+
+
+def leaf(segment, lm):
+    return Text(segment, lm) if isinstance(segment, str) else Text.from_tokens(segment, lm)
+
+
+def shared(tree, lm):
+    """The texts, each built on the object that it goes on from."""
+    texts = []
+    for parent, own in tree:
+        text = Text("", lm) if parent is None else texts[parent]
+        for segment in own:
+            text = text + leaf(segment, lm)
+        texts.append(text)
+    return texts
+
+
+def apart(text, lm):
+    """The same text, joined from the right, of which no part is shared."""
+    whole = Text("", lm)
+    for segment in reversed(text.segments):
+        whole = leaf(segment, lm) + whole
+    return whole
+
+
+@pytest.mark.parametrize("joins", ["exact", "split"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=30)
+@given(tree=trees())
+def test_ids_do_not_depend_on_what_texts_share(name, joins, tree):
+    lms = [LM(MODEL, TOKENIZERS[name](), joins=joins) for _ in range(2)]
+    together = lms[0].session.encoder.encode(shared(tree, lms[0]))
+    assert together == [apart(text, lms[1]).tokens for text in shared(tree, lms[1])]
+
+
+@settings(max_examples=100)
+@given(tree=trees(), data=st.data())
+def test_scores_of_many_are_those_of_each(tree, data):
+    """Whatever was evaluated before, from wherever they are scored, and in whichever order; also over the budget."""
+    lm = LM(MODEL, TOKENIZER, memory_bytes=data.draw(st.sampled_from([4_000, 10_000_000])), max_tokens_per_forward=16)
+    texts = [text for text in shared(tree, lm) if text.tokens]
+    texts = data.draw(st.lists(st.sampled_from(texts), max_size=10)) if texts else []
+    starts = [data.draw(st.integers(0, len(text.tokens))) for text in texts]
+    for text in texts:
+        if data.draw(st.booleans()):
+            text()
+    fresh = LM(MODEL, TOKENIZER)
+    expected = [Text.from_tokens(text.tokens, fresh).token_logprobs for text in texts]
+    for _ in range(2):
+        found = lm.token_scores(texts, starts)
+        for scores, logprobs, start in zip(found, expected, starts, strict=True):
+            assert_close(scores.logprobs, logprobs[start:])
+            assert scores.is_argmax.shape == scores.logprobs.shape
+    assert [scores.logprobs.shape for scores in lm.token_scores([])] == []
+
+
+def test_tensors_of_texts_are_views_that_do_not_overlap():
+    lm = LM(MODEL, TOKENIZER)
+    texts = [Text("The cat sat on the mat", lm), Text("The cat sat", lm), Text("The cat sat on the mat", lm)]
+    found = lm.token_logprobs(texts)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
+    before = [tensor.clone() for tensor in found]
+    found[0].zero_()
+    assert found[2].equal(before[2]) or found[2][1:].equal(before[2][1:])
+    assert lm.token_logprobs(texts)[0][1:].equal(before[0][1:])
+
+
+def many(lm, num_texts):
+    prompts = [Text.from_tokens((idx % 250, 3, 5, 8), lm) for idx in range(num_texts // 4)]
+    return [prompt + Text.from_tokens((ending, ending + 1), lm) for prompt in prompts for ending in (10, 20, 30, 40)]
+
+
+def operations_of(work, lm):
+    with Operations(lm.session.evaluator.executor) as operations:
+        work()
+    return operations.num
+
+
+@pytest.mark.parametrize("is_evaluated", [False, True])
+def test_a_thousand_texts_take_as_many_operations_as_a_hundred(is_evaluated):
+    nums = []
+    for num_texts in (100, 1000):
+        lm = LM(MODEL, TOKENIZER, max_tokens_per_forward=10_000)
+        texts = many(lm, num_texts)
+        lm.evaluate(many(lm, 4))  # the probe
+        if is_evaluated:
+            lm.evaluate(texts)
+        nums.append(operations_of(lambda lm=lm, texts=texts: lm.token_logprobs(texts), lm))
+    assert nums[1] <= min(100, nums[0] + 8), nums
+
+
+def test_completions_that_prompts_share_take_no_operation_each():
+    nums = []
+    for num_prompts in (8, 80):
+        lm = LM(MODEL, TOKENIZER, max_tokens_per_forward=10_000)
+        lm.evaluate(many(lm, 4))
+        prompts = [f"{idx} cats sat on" for idx in range(num_prompts)]
+        completions = ["a mat", "a mat again", "the floor", "it", "nothing at all"]
+        nums.append(operations_of(lambda lm=lm, p=prompts, c=completions: log_probs(p, c, lm), lm))
+    assert nums[1] <= min(100, nums[0] + 8), nums
+
+
+def test_a_text_leaves_few_objects():
+    """Its span, where its rows lie, the score of its last token: the collector walks through all of them."""
+    lm = LM(MODEL, TOKENIZER, max_tokens_per_forward=10_000)
+    lm.token_logprobs(many(lm, 400))
+    gc.collect()
+    before = len(gc.get_objects())
+    texts = [Text.from_tokens((idx % 250, 9, 9, 9, idx // 250), lm) for idx in range(1000)]
+    lm.token_logprobs(texts)
+    del texts
+    gc.collect()
+    assert len(gc.get_objects()) - before < 8 * 1000
+
+
+def test_nothing_is_read_twice():
+    """Scores of texts that are known take no row of the head, and one gather."""
+    lm = LM(MODEL, TOKENIZER)
+    texts = many(lm, 100)
+    first = lm.token_logprobs(texts)
+    before = lm.stats
+    num = operations_of(lambda: torch.stack(lm.token_logprobs(texts)), lm)
+    assert (lm.stats - before).logit_rows == (lm.stats - before).tokens_computed == 0
+    assert num < 40, num
+    assert all(a[1:].equal(b[1:]) for a, b in zip(first, lm.token_logprobs(texts), strict=True))
