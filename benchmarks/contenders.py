@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from backprompt import LM, Text, evaluate
-from benchmarks.plots import Look
+from benchmarks.plots import Contender, Look
 from benchmarks.workloads import Prompt, Workload
 
 Scores = list[list[float]]
@@ -35,14 +35,6 @@ class Done:
 
     scores: Scores
     fraction: float = 1.0
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A program that is timed: its name in `results.json` and in plots, and how plots draw it."""
-
-    name: str
-    look: Look
 
 
 BACKPROMPT = Contender("backprompt", Look("#d55e00", "o"))

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.measure import Spread
-
-if TYPE_CHECKING:
-    from benchmarks.contenders import Contender
 
 INKS = {"light": "#24292f", "dark": "#e6edf3"}
 """Of text and lines, by the theme of the page."""
@@ -24,6 +21,14 @@ class Look:
     marker: str
     hatch: str = ""
     style: str = "-"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A program that is timed: its name in `results.json` and in plots, and how plots draw it."""
+
+    name: str
+    look: Look
 
 
 @dataclass(frozen=True)
