@@ -107,8 +107,10 @@ class Readout:
 
     def token_logprobs(self, text: Inserted, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
-        is_known = all(map(is_scored, self._computation.forest.in_order(text)))
-        return self._scoring.read([Ready(text, 0)], () if is_known else ahead()).scores.logprobs
+        spans = self._computation.forest.in_order(text)
+        if all(map(is_scored, spans)):
+            return gather(map(states_of, spans), "logprobs")
+        return self._scoring.read([Ready(text, 0)], ahead()).scores.logprobs
 
     def hidden_states(self, text: Inserted) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""

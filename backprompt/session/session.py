@@ -188,11 +188,15 @@ class Session:
 
         """
         listed = as_list(texts, "an LM takes several Texts in a list")
+        own: object = None  # an engine of this session, which most texts share
         for idx, text in enumerate(listed):
+            if own is not None and isinstance(text, Text) and text.lm is own:
+                continue
             if session_of(text, idx) is not self:
                 raise UnboundTextError(
                     f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
                 )
+            own = text.lm
         return listed
 
     def ids_before_more(self, texts: Sequence[Text]) -> list[TokenIds]:

@@ -122,12 +122,13 @@ class Text:
 
         """
         segment = tuple(as_list(token_ids, "Text.from_tokens takes ints in order"))
-        for token_id in segment:
-            if not is_python_int(token_id):
-                raise TextTypeError(
-                    f"Text.from_tokens takes ints, not {type(token_id).__name__}: {token_id!r}. "
-                    "A tensor or an array of ids becomes ints with .tolist()."
-                )
+        if not {int}.issuperset(map(type, segment)):
+            for token_id in segment:
+                if not is_python_int(token_id):
+                    raise TextTypeError(
+                        f"Text.from_tokens takes ints, not {type(token_id).__name__}: {token_id!r}. "
+                        "A tensor or an array of ids becomes ints with .tolist()."
+                    )
         return _leaf(segment, None if lm is None else as_engine(lm))
 
     def _init_leaf(self, segment: Segment, lm: Engine[Text] | None, add_special_tokens: bool) -> None:
