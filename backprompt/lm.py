@@ -208,7 +208,8 @@ class LM(Engine[Text]):
 
         Returns:
             A tensor for each text, `(tokens - start,)`, nats, float64 for a model in float64 and else float32; nan for
-            the first token of a text, which has no prediction.
+            the first token of a text, which has no prediction. The tensors are views of one tensor, which lives as
+            long as any of them: `.clone()` a result that you keep or pickle by itself.
 
         Raises:
             ValueError: `starts` has another length than `texts`, a start is negative or beyond its text's end, or the
@@ -232,7 +233,8 @@ class LM(Engine[Text]):
         Both come from the same rows of the output head.
 
         Returns:
-            Scores for each text, `.logprobs` and `.is_argmax`, each `(tokens - start,)`; see `TokenScores`.
+            Scores for each text, `.logprobs` and `.is_argmax`, each `(tokens - start,)`; see `TokenScores`. Views, as
+            those of `token_logprobs` are.
 
         Raises:
             All errors of `token_logprobs`.
@@ -253,7 +255,7 @@ class LM(Engine[Text]):
 
         Returns:
             A tensor for each text, `(ids,)`, nats, float64 for a model in float64 and else float32, on the model's
-            device.
+            device. Views, as those of `token_logprobs` are.
 
         Raises:
             ValueError: `token_ids` has another length than `texts`.

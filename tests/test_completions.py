@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt import LM, GroupError, Text, TokenizerError, chat
+from backprompt import LM, GroupError, Text, TokenIdError, TokenizerError, chat, classify
 from backprompt.classify import Example, log_probs, predict, predict_proba, token_logprobs
 from backprompt.classify.completions import completion_ids, ends_behind
 from tiny_models import FAMILIES, build
@@ -165,3 +165,22 @@ def test_tokenizers_in_python_do_what_they_can(model):
     assert log_probs("The cat", ["mat"], slow) == log_probs("The cat", ["mat"], fast)
     with pytest.raises(TokenizerError, match="nor a completion without a space before it"):
         log_probs("The cat", ["mat"], slow, end_of_prompt="")
+
+
+@pytest.mark.parametrize("bad", ["<new>", "<new> a", "a <new> a"])
+def test_an_id_that_the_model_lacks_is_named_before_anything_is_computed(bad):
+    """Also in a completion that is not the longest one, as its last token or within."""
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens(["<new>"])
+    lm = LM(build("gpt2"), tokenizer)
+    completions = ["sat on the mat and slept for days", bad]
+    calls = [
+        lambda: classify.log_probs("the cat", completions, lm),
+        lambda: classify.predict_proba(["the cat"], completions, lm),
+        lambda: classify.predict("the cat", completions, lm, search="best-first"),
+        lambda: Text("the cat", lm).select(completions),
+    ]
+    for call in calls:
+        with pytest.raises(TokenIdError, match="has token id 320 at position"):
+            call()
+    assert lm.stats.tokens_computed == 0

@@ -68,6 +68,17 @@ def test_ids_do_not_depend_on_what_texts_share(name, joins, tree):
     assert together == [apart(text, lms[1]).tokens for text in shared(tree, lms[1])]
 
 
+def test_equal_texts_are_encoded_once(monkeypatch):
+    """In one call, and for as long as one of them lives."""
+    lm = LM(MODEL, byte_level_bpe())
+    first = [Text("The cat", lm) + " sat", Text("The cat", lm) + " sat"]
+    assert first[0].tokens is not None
+    encoder = lm.session.encoder
+    monkeypatch.setattr(encoder.tokenizer, "encode", lambda *_, **__: pytest.fail("encoded again"))
+    another = Text("", lm) + "The cat" + " sat"
+    assert len({id(token_ids) for token_ids in encoder.encode([*first, another])}) == 1
+
+
 @settings(max_examples=100)
 @given(tree=trees(), data=st.data())
 def test_scores_of_many_are_those_of_each(tree, data):

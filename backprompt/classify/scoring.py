@@ -179,8 +179,11 @@ class PromptsWithCompletions:
         return self.prompts[prompt_idx] + Text.from_tokens(token_ids, self.lm)
 
     def _check_lengths(self) -> None:
-        """Raise for a prompt without tokens, or too many of them with its longest completion."""
-        longest = {own: Text.from_tokens(own.longest, self.lm) for own in dict.fromkeys(self.completions)}
+        """Raise for ids that the model lacks, a prompt without tokens, or too many of them with a completion."""
+        distinct = dict.fromkeys(self.completions)
+        all_ids = dict.fromkeys(ids for own in distinct for ids in own.token_ids)
+        self.lm.check([Text.from_tokens(ids, self.lm) for ids in all_ids])
+        longest = {own: Text.from_tokens(own.longest, self.lm) for own in distinct}
         self.lm.check([prompt + longest[own] for prompt, own in zip(self.prompts, self.completions, strict=True)])
         for idx, token_ids in enumerate(self.prompt_ids):
             if not token_ids:

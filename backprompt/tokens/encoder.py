@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from backprompt.arguments import lone_surrogate, surrogate_message
 from backprompt.errors import JoinError, TokenizerError
@@ -40,6 +41,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self._joins = joins
         self._add_special_tokens = add_special_tokens
+        self._encoded: WeakKeyDictionary[Text, TokenIds] = WeakKeyDictionary()  # for equal texts
         self._mark = object()  # texts keep ids under it, and so do not keep the tokenizer alive
 
     def encode(self, texts: Sequence[Text]) -> list[TokenIds]:
@@ -50,10 +52,15 @@ class Encoder:
             TokenizerError: the tokenizer cannot encode a string.
 
         """
-        new = {id(text): text for text in texts if noted(text, self._mark) is None}
+        unknown = [text for text in texts if noted(text, self._mark) is None]
+        known = {text: ids for text in unknown if (ids := self._encoded.get(text)) is not None}
+        new = [text for text in dict.fromkeys(unknown) if text not in known]
         if new:
-            for text, token_ids in zip(new.values(), self._encode_new(list(new.values())), strict=True):
-                note(text, self._mark, token_ids)
+            encoded = dict(zip(new, self._encode_new(new), strict=True))
+            self._encoded.update(encoded)
+            known |= encoded
+        for text in unknown:
+            note(text, self._mark, known[text])
         return [noted(text, self._mark) for text in texts]
 
     def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
