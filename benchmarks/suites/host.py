@@ -167,13 +167,13 @@ def _evaluate_and_score(make: Callable[[], tuple[list[str], list[str]]]) -> Any:
 
 
 def _many(num_texts: int) -> Any:
-    """Texts of ids behind shared parts: 10 instructions, 25 questions each, and as many endings of 8 tokens."""
+    """Texts of ids behind shared parts: 10 instructions, 25 questions each, and as many endings of 2 tokens."""
 
     def prepare(rig: Rig) -> tuple[Callable[[], object], list[list[int]]]:
         draw = random.Random(num_texts)
         shared = [_drawn(30, idx) for idx in range(10)]
         middles = [_drawn(12, (idx, "middle")) for idx in range(250)]
-        endings = [[draw.randrange(1, NUM_IDS) for _ in range(8)] for _ in range(num_texts // 250)]
+        endings = [[draw.randrange(1, NUM_IDS) for _ in range(2)] for _ in range(num_texts // 250)]
 
         def work() -> None:
             parts = [Text.from_tokens(ids, rig.lm) for ids in endings]
