@@ -1,6 +1,6 @@
 """Pools of results that no block holds: rows of logits, and scores of tokens that were not forwarded.
 
-Each pool keeps the latest used of them by the end of their text, under a bound of bytes of its own.
+Each pool keeps the most recently used results, by the end of their text, under a byte bound of its own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ MAX_CANDIDATE_BYTES = 64 << 20
 """Bound of the pool of log-probabilities of tokens that were scored and not forwarded."""
 
 CANDIDATE_END_BYTES = 200
-"""What a dict takes besides its entries."""
+"""Bytes of a dict besides its entries."""
 
 CANDIDATE_BYTES = 200
-"""What an entry of a dict from int to `TokenScore` takes, all objects included, when the dict is half full."""
+"""Bytes of an entry of a dict from int to `TokenScore`, all objects included, when the dict is half full."""
 
 
 class Pools:
@@ -37,11 +37,11 @@ class Pools:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all that both hold."""
+        """Bytes that both pools hold."""
         return self.logits.num_bytes + self.candidates.num_bytes
 
     def retain(self, spans: Container[Span]) -> None:
-        """Drop the results behind other spans than these: they would keep those alive."""
+        """Drop the results behind all other spans, which the results would keep alive."""
         self.logits.retain(spans)
         self.candidates.retain(spans)
 

@@ -1,7 +1,7 @@
 """Reading out: logits, log-probabilities, hidden states, and keys and values of texts that are held.
 
-Keeps nothing of its own: rows of next-token logits go into their pool. Whoever reads one text may name others that
-will probably be read next, and these are read along with it.
+The module keeps no results: rows of next-token logits go into their pool. A reader of one text may name other texts
+that will probably be read next, and these are read along with the first.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Readout:
         self._pool = computation.pools.logits
 
     def next_logits(self, ends: Sequence[Span]) -> list[Tensor]:
-        """Return the logits after texts that are held, in slices `(rows, vocab)`; none of them goes into the pool.
+        """Return the logits after held texts, in slices `(rows, vocab)`; no row goes into the pool.
 
-        All slices but the last have as many rows as `Executor.rows_in_a_slice` says.
+        Each slice but the last has `Executor.rows_in_a_slice` rows.
 
         Raises:
             NonFiniteError: a row is no distribution.
@@ -62,12 +62,12 @@ class Readout:
         return None if row is None else row.clone()
 
     def last_logits(self, end: Span, ahead: ReadAhead) -> Tensor:
-        """Return the next-token logits after `end`, `(vocab,)`; those of `ahead()` are computed along with it.
+        """Return the next-token logits after `end`, `(vocab,)`; the rows of `ahead()` are computed along with them.
 
-        It must not be a junction, which has no last row; those among `ahead()` are left out.
+        `end` must not be a junction, which has no last row; junctions among `ahead()` are left out.
 
         Raises:
-            NonFiniteError: the row is no distribution. Those of others may be none: they are not kept.
+            NonFiniteError: the row is no distribution. Rows of other texts may be none: such rows are not kept.
 
         """
         if (pooled := self.pooled_logits(end)) is not None:
@@ -106,7 +106,7 @@ class Readout:
         return logits
 
     def token_logprobs(self, text: Inserted, ahead: ReadAhead) -> Tensor:
-        """Return the text's log-probabilities, `(tokens,)`; those of `ahead()` are computed along with them."""
+        """Return the text's log-probabilities, `(tokens,)`; the texts of `ahead()` are scored along with the text."""
         spans = self._computation.forest.in_order(text)
         if all(map(is_scored, spans)):
             return gather(map(states_of, spans), "logprobs")

@@ -25,9 +25,9 @@ class TokenScores:
 
     Attributes:
         logprobs: log-probabilities, `(tokens,)`, nats, float64 for a model in float64 and else float32; -inf for a
-            token of probability 0, nan for a token that nothing predicts.
+            token of probability 0, nan for a token without a prediction.
         is_argmax: whether greedy decoding would have chosen the token, `(tokens,)`, bool. Of tokens whose logits are
-            equal in float32 the one with the lowest id is chosen; False where nothing predicts.
+            equal in float32 the one with the lowest id is chosen; False for a token without a prediction.
 
     """
 
@@ -51,6 +51,6 @@ class TokenScores:
         return TokenScores(self.logprobs[places], self.is_argmax[places])
 
     def split(self, lengths: Sequence[int]) -> list[TokenScores]:
-        """Return so many of them at a time, one part behind the other, as views."""
+        """Return the scores in parts of these lengths, one behind the other, as views."""
         parts = zip(torch.split(self.logprobs, list(lengths)), torch.split(self.is_argmax, list(lengths)), strict=True)
         return [TokenScores(*part) for part in parts]
