@@ -10,7 +10,8 @@ from backprompt.lm import LM
 from backprompt.session.representation import ModelRepr
 from backprompt.text.checks import as_texts, engine_of
 from backprompt.text.engine import as_engine
-from backprompt.text.node import Text, bound_engine
+from backprompt.text.node import Text
+from backprompt.text.questions import bound_engine
 
 
 @overload

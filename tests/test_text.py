@@ -328,7 +328,7 @@ def test_the_guard_against_work_sees_work(lm):
 def test_the_node_imports_neither_torch_nor_a_model():
     """Nor does a module that it imports, later or for types alone; of torch the types of tensors are known."""
     node = {f"backprompt.{name}" for name in ("arguments", "drawing", "errors", "forking", "visible")}
-    node |= {f"backprompt.text.{name}" for name in ("node", "segments", "extents", "engine")}
+    node |= {f"backprompt.text.{name}" for name in ("node", "questions", "segments", "extents", "engine")}
     found = {name: imports_of(importlib.import_module(name)) for name in node}
     own = {name: {module for module in imports if module.startswith("backprompt")} for name, imports in found.items()}
     assert set().union(*own.values()) <= node

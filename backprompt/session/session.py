@@ -44,7 +44,8 @@ from backprompt.session.limits import TextLimits, check_has_last_token
 from backprompt.session.options import Options, check_can_pin
 from backprompt.store import DiskStore, Store
 from backprompt.text.checks import engine_of
-from backprompt.text.node import Text, bound_engine, lazily
+from backprompt.text.node import Text, lazily
+from backprompt.text.questions import bound_engine
 from backprompt.tokens.encoder import Encoder
 from backprompt.tokens.graph import TokenIds, before_last, num_positions
 from backprompt.tokens.tokenizer import PrivateTokenizer

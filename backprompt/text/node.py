@@ -20,16 +20,14 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from backprompt.arguments import as_bool, as_choice, as_list, is_python_int
-from backprompt.errors import MixedModelsError, TextTypeError, UnboundTextError
-from backprompt.text.engine import Engine, Pinned, Representation, Shown, TextStream, as_engine, outside
-from backprompt.text.extents import Join
+from backprompt.errors import MixedModelsError, TextTypeError
+from backprompt.text.engine import Engine, as_engine
+from backprompt.text.questions import Questions, bound_engine
 from backprompt.text.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown
 from backprompt.visible import abbreviated, shortened
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from backprompt.drawing import Drawing
+    pass
 
 PRIME = (1 << 61) - 1
 _BASE = 0x1A2B3C4D5E6F789
@@ -62,7 +60,7 @@ def lazily() -> Iterator[None]:
         _EAGER.reset(token)
 
 
-class Text:
+class Text(Questions):
     """A text that a language model can be asked about; composed with `+`.
 
     Args:
@@ -259,136 +257,6 @@ class Text:
             elif text._segment:
                 yield text._segment
 
-    # Asking the model
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The token ids that the model sees, including special tokens. Needs a tokenizer, not a forward pass."""
-        return bound_engine(self, "token ids").tokens(self)
-
-    def joins(self) -> list[Join]:
-        """Return every join whose tokens differ from those of both sides encoded apart."""
-        return bound_engine(self, "joins").joins(self)
-
-    @property
-    def model_repr(self) -> Representation:
-        """The model's representation of this text, a `ModelRepr`, computed on access if it is not cached."""
-        return bound_engine(self, "a representation").representation(self)
-
-    def __call__(self) -> Representation:
-        """Evaluate now and return the `ModelRepr`."""
-        return self.model_repr
-
-    @property
-    def logits(self) -> Tensor:
-        """Next-token logits, shape `(vocab,)`, in the model's dtype.
-
-        Raises:
-            GroupError: the text ends in a group, so it has no last token.
-
-        """
-        return self.model_repr.logits
-
-    @property
-    def token_logprobs(self) -> Tensor:
-        """Log-probability of each token given those it sees, `(tokens,)`, nats.
-
-        In float64 for a model in float64, else in float32. nan for the first token, and for the first token behind a
-        group; -inf for a token of probability 0.
-        """
-        return self.model_repr.token_logprobs
-
-    def generate(self, **options: Any) -> Any:
-        r"""Let the model continue this text; takes the arguments of `backprompt.generate`.
-
-            text.generate(max_new_tokens=32, stop="\n", temperature=0.7, seed=1)
-
-        Returns:
-            A `GeneratedText`, or a list of them if `n` is given.
-
-        """
-        return outside("generate")(self, **options)
-
-    def select(self, options: Sequence[str], **scoring: Any) -> Any:
-        """Continue this text with the most probable of several strings.
-
-            answer = (text + "Is it a review? Answer:").select(["yes", "no"])
-            answer.option, answer.probabilities
-
-        The probabilities and errors are those of `classify.predict_proba(text, options)`, and its other options are
-        allowed, too: `aggregate="sum"` uses the probability of each whole option, not the mean over its tokens.
-
-        Returns:
-            A `SelectedText`.
-
-        """
-        return outside("select")(self, options, **scoring)
-
-    def stream(
-        self,
-        *,
-        max_new_tokens: int,
-        stop: str | Sequence[str] | None = None,
-        include_stop: bool = False,
-        seed: int | None = None,
-        **generation_config: Any,
-    ) -> TextStream:
-        """Return a `Stream`, an iterator over the strings that the model adds, each as soon as it is final.
-
-            for piece in text.stream(max_new_tokens=100):
-                print(piece, end="", flush=True)
-
-        No piece contains a part of a stop string that is left out: a possible beginning of one is held back until the
-        next tokens decide. `.text` is the continuation so far, a `GeneratedText`. Arguments and errors are those of
-        `backprompt.generate`.
-        """
-        found: TextStream = outside("stream")(
-            self, max_new_tokens=max_new_tokens, stop=stop, include_stop=include_stop, seed=seed, **generation_config
-        )
-        return found
-
-    def draw(self, **options: Any) -> Drawing:
-        """Return a picture of this text's segments; takes the options of `backprompt.draw`."""
-        drawing: Drawing = outside("draw")(self, **options)
-        return drawing
-
-    def show(self, *, top: int = 5) -> Shown:
-        """Evaluate this text and return it with tokens coloured by log-probability, a `ShownText`.
-
-        Notebooks display the result, with the most probable alternatives under the mouse pointer; `print` it in
-        terminals (without colours if `NO_COLOR` is set or the output is no terminal).
-
-        Args:
-            top: the number of alternatives for each token; more than 0 takes a row of the output head for each token.
-
-        Raises:
-            ValueError: `top` is negative.
-            All errors of `backprompt.evaluate`.
-
-        """
-        found: Shown = outside("show")(self, top=top)
-        return found
-
-    def pin(self) -> Pinned:
-        """Evaluate now and return a `Pin`: it holds the representation until `.release()` or the end of a `with` block.
-
-        Raises:
-            MemoryBudgetError: the pinned texts together do not fit the `LM`'s `memory_bytes`.
-
-        """
-        return bound_engine(self, "a representation").pin(self)
-
-    def save(self) -> None:
-        """Write the representation to the `LM`'s store, whatever its size; computed first if missing.
-
-        Raises:
-            NoStoreError: the `LM` was made without `store=`.
-            EntryTooLargeError: the entry is larger than the whole store may be.
-            OSError: the store cannot be written to.
-
-        """
-        bound_engine(self, "a representation").save(self)
-
     @property
     def _is_nothing(self) -> bool:
         """Whether joining this text changes nothing: an empty text may still turn off special tokens for the rest."""
@@ -401,21 +269,6 @@ class Text:
     def _evaluate_eagerly(self) -> None:
         if self._lm is not None and self._lm.tokens(self):
             self._lm.evaluate([self])
-
-
-def bound_engine(text: Text, what: str) -> Engine[Text]:
-    """Return the engine of a text; `what` names the result that needs it.
-
-    Raises:
-        UnboundTextError: the text has no engine.
-
-    """
-    if text.lm is None:
-        raise UnboundTextError(
-            f"{text!r} has no model, and {what} cannot be had without one. "
-            "Build it with Text(string, lm), or join it with a text that has an LM."
-        )
-    return text.lm
 
 
 def sides(text: Text) -> tuple[Text, Text] | None:
