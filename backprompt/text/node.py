@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backprompt.arguments import as_bool, as_choice, as_list, is_python_int
 from backprompt.errors import MixedModelsError, TextTypeError
@@ -25,9 +25,6 @@ from backprompt.text.engine import Engine, as_engine
 from backprompt.text.questions import Questions, bound_engine
 from backprompt.text.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown
 from backprompt.visible import abbreviated, shortened
-
-if TYPE_CHECKING:
-    pass
 
 PRIME = (1 << 61) - 1
 _BASE = 0x1A2B3C4D5E6F789
