@@ -206,10 +206,10 @@ def picked_scores(logits: Tensor, row_idx: Ints, token_ids: Ints) -> TokenScores
     return TokenScores(torch.cat(picked), torch.cat(is_argmax))
 
 
-def is_scored(span: Span, first_row: int = 0) -> bool:
-    """Return whether all tokens of a computed span from `first_row` on have their scores."""
+def is_scored(span: Span) -> bool:
+    """Return whether all tokens of a computed span have their scores."""
     rows = states_of(span)
-    return rows.block.is_scored(rows.start + first_row, rows.stop)
+    return rows.block.is_scored(rows.start, rows.stop)
 
 
 def held_children(end: Span) -> list[Span]:
