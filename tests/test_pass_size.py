@@ -32,7 +32,7 @@ def test_the_caller_decides(model, tokenizer):
 def test_a_mask_that_looks_into_tensors_of_the_device_is_asked_there(tokenizer, monkeypatch):
     """As a chunked mask does, which knows the padding of each row."""
     asked = []
-    visible = executor._visible
+    visible = executor.visible_keys
 
     def only_there(mask_function, position, device):
         asked.append(position)
@@ -40,7 +40,7 @@ def test_a_mask_that_looks_into_tensors_of_the_device_is_asked_there(tokenizer, 
             raise RuntimeError("Expected all tensors to be on the same device")
         return visible(mask_function, position, device)
 
-    monkeypatch.setattr(executor, "_visible", only_there)
+    monkeypatch.setattr(executor, "visible_keys", only_there)
     model = build("mistral_sliding")
     assert_equals_plain(model, [Text("The cat sat on the mat, and the dog did not.", LM(model, tokenizer))])
     assert asked

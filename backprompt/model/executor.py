@@ -309,7 +309,7 @@ class Executor:
         assert in_flight is not None, "a mask outside of Executor.forward"
         last = in_flight.max_position
         # A window shows equally many keys at the last two positions; chunked and look-ahead masks do not.
-        seen = [None, None] if use_vmap else [_num_visible(mask_function, p, self.device) for p in (last - 1, last)]
+        seen = [None, None] if use_vmap else [_numvisible_keys(mask_function, p, self.device) for p in (last - 1, last)]
         if seen == [last, last + 1]:
             return in_flight.add_marker(None, self.device)
         if seen[0] is not None and seen[0] == seen[1]:
@@ -372,18 +372,18 @@ class _InFlight:
         )
 
 
-def _num_visible(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
+def _numvisible_keys(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
     """Return how many keys a query at `position` sees, or None if they are not the last ones up to `position`."""
     try:
-        visible = _visible(mask_function, position, torch.device("cpu"))  # so that the host does not wait
+        visible = visible_keys(mask_function, position, torch.device("cpu"))  # so that the host does not wait
     except RuntimeError:
-        visible = _visible(mask_function, position, device)  # the mask looks into tensors of its own
+        visible = visible_keys(mask_function, position, device)  # the mask looks into tensors of its own
     num_visible = int(visible.sum())
     are_last = bool(visible[position + 1 - num_visible : position + 1].all()) if num_visible <= position + 1 else False
     return num_visible if are_last else None
 
 
-def _visible(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> Tensor:
+def visible_keys(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> Tensor:
     """Return whether a query at `position` sees each key, one more than a causal mask shows."""
     zero = torch.zeros((), dtype=torch.long, device=device)
     keys = torch.arange(position + 2, device=device)
