@@ -52,9 +52,8 @@ def main() -> None:
             parser.error("\n".join(filter(None, [f"there is no interpreter {python}.", peer.how_to_install])))
     if arguments.gpu:
         _measure_gpu(arguments.results, arguments.seconds, is_try_out=arguments.try_out)
-        if arguments.try_out:
-            return
-    elif not arguments.report:
+        return
+    if not arguments.report:
         chosen = [suite for suite in suites if not arguments.only or suite.name in arguments.only]
         _measure(arguments.results, chosen, pythons)
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
