@@ -137,21 +137,17 @@ class Session:
 
         The first call since the lock was taken looks at them, and `exclusive` looks again at the end of work.
         """
-        if not self._has_looked or self.evaluator.is_closed:
-            self._renew()
-            self._has_looked = True
+        tokenizer = self.fingerprint.tokenizer
+        has_to_look = not self._has_looked or self.evaluator.is_closed
+        if has_to_look and tokenizer.has_changed():
+            logger.info("The tokenizer has changed.")
+            self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
+        elif has_to_look and (self.fingerprint.has_changed() or self.evaluator.is_closed):
+            self._start_over(Fingerprint(self.model, tokenizer, self.store))
+        self._has_looked = True
         self.evaluator.continuations.end_abandoned()
         self.evaluator.hold_pins()
         return self.evaluator
-
-    def _renew(self) -> None:
-        """Start over if the weights or the tokenizer have changed."""
-        tokenizer = self.fingerprint.tokenizer
-        if tokenizer.has_changed():
-            logger.info("The tokenizer has changed.")
-            self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
-        elif self.fingerprint.has_changed() or self.evaluator.is_closed:
-            self._start_over(Fingerprint(self.model, tokenizer, self.store))
 
     @contextmanager
     def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
