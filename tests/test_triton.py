@@ -206,6 +206,37 @@ def test_a_layer_is_one_launch_or_two_with_shared_rows(
     assert [kernel.count for kernel in kernels] == launches
 
 
+def pass_of(num_texts: int) -> tuple[Any, list[torch.Tensor]]:
+    """A pass over texts of two tokens, and the queries, keys and values of its rows."""
+    texts = [(idx, 7) for idx in range(num_texts)]
+    layers = Layers(texts, 8, torch.float32, DEVICE)
+    ((pass_, names),) = passes_over([texts], layers, tile_tokens=8, max_tokens=1000)
+    return pass_, layers.rows(0, names)
+
+
+@pytest.mark.cuda
+def test_a_pass_waits_for_nothing() -> None:
+    attention = TritonAttention()
+    passes = [pass_of(40), pass_of(50)]
+    attention.prepare(passes[0][0]).attend(0, *passes[0][1], Scoring(0.4))  # compares the kernel first
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention.prepare(passes[1][0]).attend(0, *passes[1][1], Scoring(0.4))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_passes_of_other_sizes_compile_nothing_new() -> None:
+    attention = TritonAttention()
+    compiled = []
+    for num_texts in (16, 17, 40, 64, 111):
+        pass_, rows = pass_of(num_texts)
+        attention.prepare(pass_).attend(0, *rows, Scoring(0.4))
+        compiled.append(sum(len(caches[0]) for caches in one_launch.attend_kernel.device_caches.values()))
+    assert len(set(compiled)) == 1
+
+
 @pytest.fixture
 def nothing_compared() -> Iterator[None]:
     reason_against.cache_clear()
