@@ -27,7 +27,7 @@ class Tile:
 # The largest head size -> the tile; the first that fits serves.
 _TILES: dict[int, dict[int, Tile]] = {  # bytes of a number ->
     2: {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 2)},
-    4: {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+    4: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
 
 FEW_ROWS = 16
