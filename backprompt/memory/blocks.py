@@ -182,6 +182,14 @@ class KeysValues(Block):
         keys, values = layer_names(layer_idx)
         return self.tensors[keys][:, rows], self.tensors[values][:, rows]
 
+    def addresses(self) -> list[tuple[int, int, int]]:
+        """Return, for each layer, the addresses of the first key and value and the stride between heads, in numbers.
+
+        The rows of a head lie side by side. The addresses are valid until the block changes or moves.
+        """
+        layers = [self.layer(layer_idx, slice(None)) for layer_idx in range(self.num_layers)]
+        return [(keys.data_ptr(), values.data_ptr(), keys.stride(0)) for keys, values in layers]
+
 
 class States(Block):
     """The source of logits and log-probabilities of rows."""

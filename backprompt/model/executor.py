@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
-from backprompt.attention.calls import CallsAttention
+from backprompt.attention.choice import attention_for
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
@@ -117,7 +117,7 @@ class Executor:
         """Bytes that are held for one token; known after the first pass."""
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
-        self._attention: ForestAttention = CallsAttention()
+        self._attention: ForestAttention = attention_for(self.device)
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
