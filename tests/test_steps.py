@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ import backprompt
 from backprompt import LM, Text, generate
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
+from backprompt.attention.tables import Segments
 from backprompt.forest import plan
 from backprompt.forest.passes import missing_spans
 from backprompt.forest.plan import plan_pass
@@ -77,6 +79,7 @@ def test_a_step_attends_as_if_it_were_planned_from_nothing(
         for step in range(num_steps):
             if step:
                 prepared.advance()
+                tables = tables.next_step()
             assert steps.is_for(set(texts.ends), len(texts.ends))
             token_ids = [30 + step + idx for idx in range(len(steps.ends))]
             steps.begin(token_ids)
@@ -86,6 +89,11 @@ def test_a_step_attends_as_if_it_were_planned_from_nothing(
             later = steps.pass_.after(step).segments
             assert anew.segments == tuple(replace(segment, grows=False) for segment in later)
             assert sum(segment.grows for segment in later) == len(texts.ends)
+            if step == 0:
+                tables = Segments.of(steps.pass_.segments, steps.pass_.positions)
+            expected_tables = Segments.of(anew.segments, anew.positions)
+            for name in ("columns", "positions", "until"):
+                assert np.array_equal(getattr(tables, name), getattr(expected_tables, name))
             rows = rows_of(steps.pass_.spans)
             for window in windows:
                 expected = attention.prepare(anew).attend(0, *rows, Scoring(0.4, window))
