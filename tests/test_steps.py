@@ -74,6 +74,7 @@ def test_a_step_attends_as_if_it_were_planned_from_nothing(
     attention = CallsAttention()
     assert texts.growth.num_steps(texts.ends) == ROWS_AT_A_TIME
     prepared = attention.prepare(steps.pass_, ROWS_AT_A_TIME)
+    tables = Segments.of(steps.pass_.segments, steps.pass_.positions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "CALL_MULTIPLICATIONS", call_multiplications)
         for step in range(num_steps):
@@ -89,8 +90,6 @@ def test_a_step_attends_as_if_it_were_planned_from_nothing(
             later = steps.pass_.after(step).segments
             assert anew.segments == tuple(replace(segment, grows=False) for segment in later)
             assert sum(segment.grows for segment in later) == len(texts.ends)
-            if step == 0:
-                tables = Segments.of(steps.pass_.segments, steps.pass_.positions)
             expected_tables = Segments.of(anew.segments, anew.positions)
             for name in ("columns", "positions", "until"):
                 assert np.array_equal(getattr(tables, name), getattr(expected_tables, name))
