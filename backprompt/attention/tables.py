@@ -91,12 +91,22 @@ class Segments:
         grows = np.array([segment.grows for segment in segments], dtype=bool)
         return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until, grows)
 
-    def next_step(self) -> Segments:
-        """Return the segments in the next step of a generation; see `KeySegment.after`."""
-        columns = self.columns.copy()
+    def next_step(self, rows: Sequence[int] | None = None) -> Segments:
+        """Return the segments in the next step of a generation, as forest/steps.py says; `rows`: those that stay."""
+        columns, positions, until = self.columns.copy(), self.positions + 1, self.until
         columns[4] += self.grows
         columns[5] += columns[7]
-        return replace(self, columns=columns, positions=self.positions + 1)
+        if rows is None:
+            return replace(self, columns=columns, positions=positions)
+        kept = np.array(rows, dtype=np.int64)
+        start, stop, _, key_start, num_keys, key_position, _, is_own, _ = columns
+        first, is_own = positions[np.minimum(start, len(positions) - 1)], is_own > 0
+        start[:], stop[:] = np.searchsorted(kept, start), np.searchsorted(kept, stop)
+        stay = start < stop
+        positions, until = positions[kept], np.arange(1, len(kept) + 1, dtype=np.int32)  # no row sees another
+        key_start[is_own], num_keys[is_own] = start[is_own], (stop - start)[is_own]
+        key_position[is_own & stay] += (positions[start[is_own & stay]] - first[is_own & stay]).astype(np.int64)
+        return Segments(columns[:, stay], self.blocks, positions, until, self.grows[stay])
 
 
 @dataclass(frozen=True)

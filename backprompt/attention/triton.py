@@ -141,13 +141,13 @@ class PreparedTriton:
         self._forest: OneLaunch | None = None
         self._calls: PreparedAttention | None = None
 
-    def advance(self) -> None:
+    def advance(self, rows: Sequence[int] | None = None) -> None:
         """Go on to the next step; see `PreparedAttention.advance`."""
         self._forest = None
         if self._segments is not None:
-            self._segments = self._segments.next_step()
+            self._segments = self._segments.next_step(rows)
         if self._calls is not None:
-            self._calls.advance()
+            self._calls.advance(rows)
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
