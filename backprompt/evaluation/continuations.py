@@ -85,8 +85,7 @@ class Continuations:
             new = [end for end in dict.fromkeys(ends) if not end.is_held(with_keys_values=True)]
             computation.compute(ends, Request(with_keys_values=True, is_step=True))
         counters.tokens_requested += max(len(parts), counters.tokens_computed - num_before)
-        for end in new:
-            self.growth.note_pass(end)
+        self.growth.note_pass(new)
         return ends
 
     def settle(self, grown: Sequence[Span], dropped: Sequence[Span], scores: Mapping[Span, TokenScore]) -> None:

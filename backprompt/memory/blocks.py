@@ -322,12 +322,14 @@ class BlockRows(Generic[BlockType]):
 
 def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
     """Copy rows into blocks, each to its start row there; rows between the same two blocks take one copy a tensor."""
-    by_blocks: dict[tuple[Block, Block], list[tuple[int, int]]] = {}
+    by_blocks: dict[tuple[Block, Block], list[tuple[int, int, int]]] = {}
     for rows, target, start in copies:
-        pairs = by_blocks.setdefault((rows.block, target), [])
-        pairs += [(row, start + idx) for idx, row in enumerate(range(rows.start, rows.stop))]
-    for (block, target), pairs in by_blocks.items():
-        block.copy_rows_to(target, *torch.tensor(pairs).unbind(dim=1))
+        by_blocks.setdefault((rows.block, target), []).append((rows.start, rows.stop - rows.start, start))
+    for (block, target), parts in by_blocks.items():
+        starts, lengths, targets = torch.tensor(parts).unbind(dim=1)
+        within = torch.arange(int(lengths.sum())) - (lengths.cumsum(dim=0) - lengths).repeat_interleave(lengths)
+        sources = starts.repeat_interleave(lengths) + within
+        block.copy_rows_to(target, sources, targets.repeat_interleave(lengths) + within)
 
 
 def gather(rows: Iterable[BlockRows[Any]], name: str) -> Tensor:
