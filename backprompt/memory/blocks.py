@@ -153,9 +153,14 @@ class Block(ABC):
 
         `sources` None: all rows, in order.
         """
+        places: dict[torch.device, tuple[Tensor | None, Tensor]] = {}  # moved once a device
         for name, tensor in self.tensors.items():
-            rows = tensor if sources is None else tensor.index_select(self.token_axis, sources.to(tensor.device))
-            other.tensors[name].index_copy_(self.token_axis, targets.to(tensor.device), rows)
+            if tensor.device not in places:
+                own = None if sources is None else sources.to(tensor.device)
+                places[tensor.device] = own, targets.to(tensor.device)
+            own_sources, own_targets = places[tensor.device]
+            rows = tensor if own_sources is None else tensor.index_select(self.token_axis, own_sources)
+            other.tensors[name].index_copy_(self.token_axis, own_targets, rows)
 
 
 class KeysValues(Block):
