@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Segments:
         blocks: the blocks that hold keys of earlier passes.
         positions: the position of each row.
         until: the row at which the rows end that see each row, `(tokens,)`.
+        grows: which segments have one key more in the next step of a generation, `(segments,)`.
 
     """
 
@@ -55,6 +56,7 @@ class Segments:
     blocks: tuple[object, ...]
     positions: Ints
     until: Ints
+    grows: NDArray[np.bool_]
 
     @classmethod
     def of(cls, segments: Sequence[KeySegment], positions: Sequence[int]) -> Segments:
@@ -86,7 +88,25 @@ class Segments:
         for segment in segments:
             if segment.is_own:
                 until[segment.start : segment.stop] = segment.visible_until or segment.stop
-        return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until)
+        grows = np.array([segment.grows for segment in segments], dtype=bool)
+        return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until, grows)
+
+    def next_step(self, rows: Sequence[int] | None = None) -> Segments:
+        """Return the segments in the next step of a generation, as forest/steps.py says; `rows`: those that stay."""
+        columns, positions, until = self.columns.copy(), self.positions + 1, self.until
+        columns[4] += self.grows
+        columns[5] += columns[7]
+        if rows is None:
+            return replace(self, columns=columns, positions=positions)
+        kept = np.array(rows, dtype=np.int64)
+        start, stop, _, key_start, num_keys, key_position, _, is_own, _ = columns
+        first, is_own = positions[np.minimum(start, len(positions) - 1)], is_own > 0
+        start[:], stop[:] = np.searchsorted(kept, start), np.searchsorted(kept, stop)
+        stay = start < stop
+        positions, until = positions[kept], np.arange(1, len(kept) + 1, dtype=np.int32)  # no row sees another
+        key_start[is_own], num_keys[is_own] = start[is_own], (stop - start)[is_own]
+        key_position[is_own & stay] += (positions[start[is_own & stay]] - first[is_own & stay]).astype(np.int64)
+        return Segments(columns[:, stay], self.blocks, positions, until, self.grows[stay])
 
 
 @dataclass(frozen=True)
