@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Segments:
         blocks: the blocks that hold keys of earlier passes.
         positions: the position of each row.
         until: the row at which the rows end that see each row, `(tokens,)`.
+        grows: which segments have one key more in the next step of a generation, `(segments,)`.
 
     """
 
@@ -55,6 +56,7 @@ class Segments:
     blocks: tuple[object, ...]
     positions: Ints
     until: Ints
+    grows: NDArray[np.bool_]
 
     @classmethod
     def of(cls, segments: Sequence[KeySegment], positions: Sequence[int]) -> Segments:
@@ -86,7 +88,15 @@ class Segments:
         for segment in segments:
             if segment.is_own:
                 until[segment.start : segment.stop] = segment.visible_until or segment.stop
-        return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until)
+        grows = np.array([segment.grows for segment in segments], dtype=bool)
+        return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until, grows)
+
+    def next_step(self) -> Segments:
+        """Return the segments in the next step of a generation; see `KeySegment.after`."""
+        columns = self.columns.copy()
+        columns[4] += self.grows
+        columns[5] += columns[7]
+        return replace(self, columns=columns, positions=self.positions + 1)
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,9 @@ class TritonAttention:
         self.calls = CallsAttention()
         self.name = "none yet"
 
-    def prepare(self, pass_: Pass) -> PreparedTriton:
-        """Return the attention of a pass."""
-        return PreparedTriton(self, pass_)
+    def prepare(self, pass_: Pass, num_steps: int = 1) -> PreparedTriton:
+        """Return the attention of a pass, for one or several steps; see `ForestAttention.prepare`."""
+        return PreparedTriton(self, pass_, num_steps)
 
     def refusal(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> str | None:
         """Return why the kernel does not serve for such tensors; None if the kernel serves."""
@@ -133,11 +133,21 @@ class TritonAttention:
 class PreparedTriton:
     """The tables of one pass, made once for all layers of the same shape and window."""
 
-    def __init__(self, attention: TritonAttention, pass_: Pass) -> None:
+    def __init__(self, attention: TritonAttention, pass_: Pass, num_steps: int = 1) -> None:
         self._attention = attention
         self._pass = pass_
+        self._num_steps = num_steps
+        self._segments: Segments | None = None
         self._forest: OneLaunch | None = None
         self._calls: PreparedAttention | None = None
+
+    def advance(self) -> None:
+        """Go on to the next step; see `PreparedAttention.advance`."""
+        self._forest = None
+        if self._segments is not None:
+            self._segments = self._segments.next_step()
+        if self._calls is not None:
+            self._calls.advance()
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
@@ -145,13 +155,15 @@ class PreparedTriton:
         refusal = attention.refusal(query, key, value, scoring)
         if refusal is not None:
             if self._calls is None:
-                self._calls = attention.calls.prepare(self._pass)
+                self._calls = attention.calls.prepare(self._pass, self._num_steps)
             output = self._calls.attend(layer_idx, query, key, value, scoring)
             attention.name = f"{attention.calls.name} ({refusal})"
             return output
         attention.name = "triton"
+        if self._segments is None:
+            self._segments = Segments.of(self._pass.segments, self._pass.positions)
         if self._forest is None:
-            self._forest = OneLaunch(Segments.of(self._pass.segments, self._pass.positions))
+            self._forest = OneLaunch(self._segments)
         return self._forest.attend(layer_idx, query, key, value, scoring, attention.launch_for(query, key))
 
 

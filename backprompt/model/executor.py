@@ -177,8 +177,12 @@ class Executor:
             self.layout = Layout.of(keys_values, sample)
         return Computed(keys_values, states, keys_values_of, states_of)
 
-    def forward(self, pass_: Pass) -> Forwarded:
-        """Forward all tokens of a pass.
+    def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
+        """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
+        return self._attention.prepare(pass_, num_steps)
+
+    def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
+        """Forward all tokens of a pass; `attention`: as it was prepared, if it was.
 
         Raises:
             UnsupportedModelError: the model's attention does something that is not implemented here.
@@ -186,7 +190,8 @@ class Executor:
         """
         columns = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
         token_ids, positions = columns[:1], columns[1:]  # (1, tokens)
-        in_flight = self._in_flight = _InFlight(self._attention.prepare(pass_), max_position=max(pass_.positions))
+        prepared = self._attention.prepare(pass_) if attention is None else attention
+        in_flight = self._in_flight = _InFlight(prepared, max_position=max(pass_.positions))
         try:
             output = self._body(
                 input_ids=token_ids,
