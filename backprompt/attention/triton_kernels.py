@@ -234,3 +234,54 @@ def join_kernel(
     safe = tl.where(total > 0, total, 1.0)
     at = (row.to(tl.int64) * num_heads + head) * HEAD_DIM
     tl.store(output + at[:, None] + dim[None, :], (summed / safe[:, None]).to(output.dtype.element_ty), mask=is_number)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def copy_kernel(
+    query,  # (HEADS, tokens, HEAD_DIM)
+    key,  # (KV_HEADS, tokens, HEAD_DIM)
+    value,
+    key_copy,
+    value_copy,
+    flag,
+    query_head_stride,
+    query_token_stride,
+    key_head_stride,
+    key_token_stride,
+    value_head_stride,
+    value_token_stride,
+    num_tokens,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Copy some tokens of a head of keys or of values; set the flag if a query or a key is not finite."""
+    axes: tl.constexpr = HEADS + 2 * KV_HEADS
+    axis = tl.program_id(0) % axes
+    token = (tl.program_id(0) // axes * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    dim = tl.arange(0, PADDED_DIM)[None, :]
+    is_number = (token < num_tokens) & (dim < HEAD_DIM)
+    if axis < HEADS:
+        _check(
+            tl.load(query + axis.to(tl.int64) * query_head_stride + token * query_token_stride + dim, is_number, 0.0),
+            flag,
+        )
+    elif axis < HEADS + KV_HEADS:
+        head = (axis - HEADS).to(tl.int64)
+        numbers = tl.load(key + head * key_head_stride + token * key_token_stride + dim, is_number, 0.0)
+        tl.store(key_copy + (head * num_tokens + token) * HEAD_DIM + dim, numbers, is_number)
+        _check(numbers, flag)
+    else:
+        head = (axis - HEADS - KV_HEADS).to(tl.int64)
+        numbers = tl.load(value + head * value_head_stride + token * value_token_stride + dim, is_number, 0.0)
+        tl.store(value_copy + (head * num_tokens + token) * HEAD_DIM + dim, numbers, is_number)
+
+
+@triton.jit
+def _check(numbers, flag):
+    """Set the flag if a number is NaN or infinite. Programs that race store the same."""
+    is_finite = tl.abs(numbers.to(tl.float32)) < float("inf")
+    if tl.min(is_finite.to(tl.int32)) == 0:
+        tl.store(flag, 1)
