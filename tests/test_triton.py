@@ -26,6 +26,7 @@ from backprompt.forest.plan import KeySegment
 from backprompt.memory.blocks import KeysValues
 from backprompt.model import executor
 from comparing import assert_equals_plain
+from examples import up_to
 from packed import Ids, Layers, attend_by_hand, batches_of_texts, check_close, draw, passes_over
 from tiny_models import FAMILIES
 
@@ -67,7 +68,7 @@ scorings = st.builds(
     max_tokens=st.sampled_from([1000, 50, 6]),
     split=st.booleans(),
 )
-@settings(max_examples=12)
+@settings(max_examples=up_to(12))
 def test_every_row_attends_to_what_leads_to_it_within_the_window(
     batches: tuple[list[Ids], ...],
     scoring_of_layer: tuple[Scoring, Scoring],
