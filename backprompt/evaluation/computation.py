@@ -161,7 +161,7 @@ class Computation:
 
     @property
     def _layout(self) -> Layout:
-        assert self.executor.layout is not None, "the probe ran a pass"
+        assert self.executor.layout is not None, "a pass came before"
         return self.executor.layout
 
     @property
@@ -352,6 +352,7 @@ class Computation:
             return
         if is_exceeded and request.before_eviction is not None:
             request.before_eviction()
+        self.memory.order.times_smaller = self._layout.times_smaller
         self._empty.add(self.memory.evict(self.forest, self.holders.ends(), spared, num_coming_bytes))
 
     def recover(self) -> None:
@@ -392,7 +393,6 @@ class Computation:
         if not self._is_probed:
             with self._blaming_weights():
                 probe(self._model, self.executor)
-            self.memory.order.times_smaller = self._layout.times_smaller
             self._is_probed = True
 
     def check_unchanged(self) -> None:
