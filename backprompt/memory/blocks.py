@@ -197,11 +197,19 @@ class Block(ABC):
             }
         )
 
-    def copy_rows_to(self, other: Self, sources: Tensor, targets: Tensor) -> None:
-        """Copy the rows `sources` to the rows `targets` of another block of the same kind, or of this block."""
+    def copy_rows_to(self, other: Self, sources: Tensor | None, targets: Tensor) -> None:
+        """Copy the rows `sources` to the rows `targets` of another block of the same kind, or of this block.
+
+        `sources` None: all rows, in order.
+        """
+        places: dict[torch.device, tuple[Tensor | None, Tensor]] = {}  # moved once a device
         for name, tensor in self.tensors.items():
-            rows = tensor.index_select(self.token_axis, sources.to(tensor.device))
-            other.tensors[name].index_copy_(self.token_axis, targets.to(tensor.device), rows)
+            if tensor.device not in places:
+                own = None if sources is None else sources.to(tensor.device)
+                places[tensor.device] = own, targets.to(tensor.device)
+            own_sources, own_targets = places[tensor.device]
+            rows = tensor if own_sources is None else tensor.index_select(self.token_axis, own_sources)
+            other.tensors[name].index_copy_(self.token_axis, own_targets, rows)
 
 
 class KeysValues(Block):
@@ -257,6 +265,12 @@ class States(Block):
     def of_rows(cls, hidden: Tensor, pieces: Sequence[slice]) -> States:
         """Return states without log-probabilities of some rows, in this order; see `of`."""
         return cls.of(_picked(hidden, pieces, cls.token_axis))
+
+    @classmethod
+    def of_scored(cls, hidden: Tensor, logprobs: Tensor, is_argmax: Tensor) -> States:
+        """Return states with log-probabilities; see `of`, `logprobs` and `is_argmax`."""
+        has_logprobs = torch.ones(hidden.shape[0], dtype=torch.bool)
+        return cls({"hidden": hidden, "logprobs": logprobs, "is_argmax": is_argmax, "has_logprobs": has_logprobs})
 
     @property
     def hidden(self) -> Tensor:
@@ -368,12 +382,14 @@ class BlockRows(Generic[BlockType]):
 
 def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
     """Copy rows into blocks, each to its start row there; rows between the same two blocks take one copy a tensor."""
-    by_blocks: dict[tuple[Block, Block], list[tuple[int, int]]] = {}
+    by_blocks: dict[tuple[Block, Block], list[tuple[int, int, int]]] = {}
     for rows, target, start in copies:
-        pairs = by_blocks.setdefault((rows.block, target), [])
-        pairs += [(row, start + idx) for idx, row in enumerate(range(rows.start, rows.stop))]
-    for (block, target), pairs in by_blocks.items():
-        block.copy_rows_to(target, *torch.tensor(pairs).unbind(dim=1))
+        by_blocks.setdefault((rows.block, target), []).append((rows.start, rows.stop - rows.start, start))
+    for (block, target), parts in by_blocks.items():
+        starts, lengths, targets = torch.tensor(parts).unbind(dim=1)
+        within = torch.arange(int(lengths.sum())) - (lengths.cumsum(dim=0) - lengths).repeat_interleave(lengths)
+        sources = starts.repeat_interleave(lengths) + within
+        block.copy_rows_to(target, sources, targets.repeat_interleave(lengths) + within)
 
 
 def gather(rows: Iterable[BlockRows[Any]], name: str) -> Tensor:
