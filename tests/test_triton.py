@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,9 +17,11 @@ from backprompt.attention import triton as one_launch
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
 from backprompt.attention.choice import attention_for
+from backprompt.attention.launches import Launcher
+from backprompt.attention.shapes import Launch
 from backprompt.attention.tables import Cut, Segments, Work
 from backprompt.attention.tiles import Tile
-from backprompt.attention.triton import Launch, OneLaunch, TritonAttention, reason_against
+from backprompt.attention.triton import OneLaunch, TritonAttention, reason_against
 from backprompt.forest.plan import KeySegment
 from backprompt.memory.blocks import KeysValues
 from backprompt.model import executor
@@ -175,18 +177,6 @@ def test_few_rows_with_many_keys_are_shared_by_programs() -> None:
 # Launches, and which attention serves
 
 
-@dataclass
-class Counting:
-    """A kernel that counts its launches."""
-
-    kernel: Any
-    count: int = 0
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        self.count += 1
-        return self.kernel[grid]
-
-
 @pytest.mark.parametrize(("split", "launches"), [(False, [2, 0]), (True, [2, 2])])
 def test_a_layer_is_one_launch_or_two_with_shared_rows(
     monkeypatch: pytest.MonkeyPatch, split: bool, launches: list[int]
@@ -197,13 +187,18 @@ def test_a_layer_is_one_launch_or_two_with_shared_rows(
     *_, (pass_, names) = passes_over(batches, layers, tile_tokens=8, max_tokens=1000)
     attention = attention_of(split=split)
     attention.prepare(pass_).attend(0, *layers.rows(0, names), Scoring(0.4))  # compares the kernel first
-    kernels = [Counting(one_launch.attend_kernel), Counting(one_launch.join_kernel)]
-    monkeypatch.setattr(one_launch, "attend_kernel", kernels[0])
-    monkeypatch.setattr(one_launch, "join_kernel", kernels[1])
+    launched = []
+    launch = Launcher.launch
+
+    def count(launcher: Launcher, *args: Any) -> None:
+        launched.append(launcher.kernel)
+        launch(launcher, *args)
+
+    monkeypatch.setattr(Launcher, "launch", count)
     prepared = attention.prepare(pass_)
     for layer_idx in (0, 1):
         prepared.attend(layer_idx, *layers.rows(layer_idx, names), Scoring(0.4))
-    assert [kernel.count for kernel in kernels] == launches
+    assert [launched.count(kernel) for kernel in (one_launch.attend_kernel, one_launch.join_kernel)] == launches
 
 
 def pass_of(num_texts: int) -> tuple[Any, list[torch.Tensor]]:
@@ -239,9 +234,12 @@ def test_passes_of_other_sizes_compile_nothing_new() -> None:
 
 @pytest.fixture
 def nothing_compared() -> Iterator[None]:
-    reason_against.cache_clear()
+    caches = reason_against, one_launch.launchers
+    for cache in caches:
+        cache.cache_clear()
     yield
-    reason_against.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 class Failing:
@@ -253,7 +251,10 @@ class Idle:
     """Leaves the output as it was found: zeros, or worse."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: args[3].zero_()
+        def launch(*args: torch.Tensor, **_: object) -> None:
+            args[3].zero_()
+
+        return launch
 
 
 @pytest.mark.usefixtures("nothing_compared")

@@ -99,10 +99,10 @@ class Continuations:
 
         """
         self._scoring.note_last(scores)
-        held = self._computation.holders.ends()
-        for end in dropped:
-            self._computation.forest.discard(end, held)
-        self._computation.memory.add(self.growth.absorb(list(dict.fromkeys(grown)), held))
+        held, memory = self._computation.holders.ends(), self._computation.memory
+        memory.note([self._computation.forest.discard(end, held) for end in dropped])
+        memory.add(self.growth.absorb(list(dict.fromkeys(grown)), held))
+        memory.note(grown)
 
     def end(self, ends: Sequence[Span]) -> None:
         """Finish grown texts that have no holder any more: from now on they are like all other texts."""

@@ -8,17 +8,21 @@ moves no data, and spans of one pass share one allocation. A block is freed with
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
+from backprompt.transfers import on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
@@ -85,6 +89,10 @@ class Block(ABC):
 
     Attributes:
         tensors: the tensors by their names in a store.
+        row_bytes: bytes of a row.
+        spans: the spans that hold rows of the block.
+        num_held: the number of rows that they hold.
+        loose: the blocks, of the tier that counts this one, some rows of which no span holds.
 
     """
 
@@ -99,6 +107,24 @@ class Block(ABC):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
+        self.row_bytes = self.num_bytes // max(1, self.num_rows)
+        self.spans: dict[Span, None] = {}
+        self.num_held = 0
+        self.loose: set[Block] = set()
+
+    def take(self, span: Span, num_rows: int) -> None:
+        """Note that a span holds rows of the block, and that so many more rows are held than before."""
+        self.spans[span] = None
+        self.num_held += num_rows
+
+    def release(self, span: Span, num_rows: int) -> None:
+        """Note that a span does not hold its rows of the block any more."""
+        self.spans.pop(span, None)
+        self.num_held -= num_rows
+        if self.spans:
+            self.loose.add(self)
+        else:
+            self.loose.discard(self)  # the block may be freed
 
     @property
     def num_rows(self) -> int:
@@ -109,6 +135,11 @@ class Block(ABC):
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum([tensor.nbytes for tensor in self.tensors.values()])
+
+    @property
+    def num_unheld_bytes(self) -> int:
+        """Bytes of the rows that no span holds."""
+        return self.row_bytes * (self.num_rows - self.num_held)
 
     @property
     def tensor_bytes(self) -> int:
@@ -247,17 +278,17 @@ class States(Block):
         """Return whether all tokens of the rows `start..stop` have a log-probability."""
         return bool(self.has_logprobs[start:stop].all())
 
-    def write_scores(self, rows: Tensor, logprobs: Tensor, is_argmax: Tensor) -> None:
-        """Write log-probabilities of rows' tokens; `rows`, `(rows,)`, lies on the CPU."""
-        indices = rows.to(self.logprobs.device)
+    def write_scores(self, rows: npt.NDArray[np.int64], logprobs: Tensor, is_argmax: Tensor) -> None:
+        """Write log-probabilities of rows' tokens; `rows`: the rows' indices."""
+        indices = on_device(rows, self.logprobs.device)
         self.logprobs[indices] = logprobs
         self.is_argmax[indices] = is_argmax
-        self.has_logprobs[rows] = True
+        self.has_logprobs.numpy()[rows] = True
 
-    def note_unpredicted(self, rows: Tensor) -> None:
+    def note_unpredicted(self, rows: npt.NDArray[np.int64]) -> None:
         """Note that nothing predicts these rows' tokens: their log-probabilities are NaN; see `write_scores`."""
-        self.logprobs[rows.to(self.logprobs.device)] = torch.nan
-        self.has_logprobs[rows] = True
+        self.logprobs[on_device(rows, self.logprobs.device)] = torch.nan
+        self.has_logprobs.numpy()[rows] = True
 
 
 @dataclass(frozen=True)
@@ -289,6 +320,12 @@ class Layout:
         axis, sizes = token_axis(name), self.rows[name].sizes
         return (*sizes[:axis], num_tokens, *sizes[axis:])
 
+    @property
+    def times_smaller(self) -> float:
+        """The ratio of a token's bytes, keys and values included, to those of its states."""
+        num_bytes = {name: math.prod(row.sizes) * row.dtype.itemsize for name, row in self.rows.items()}
+        return sum(num_bytes.values()) / sum(num_bytes[name] for name in STATE_TENSORS)
+
 
 def _row_spec(tensor: Tensor, axis: int) -> RowSpec:
     return RowSpec(tensor.dtype, (*tensor.shape[:axis], *tensor.shape[axis + 1 :]))
@@ -308,7 +345,7 @@ class BlockRows(Generic[BlockType]):
     @property
     def num_bytes(self) -> int:
         """The rows' share of the block's bytes."""
-        return self.block.num_bytes * (self.stop - self.start) // self.block.num_rows
+        return self.block.row_bytes * (self.stop - self.start)
 
     def split(self, num_tokens: int) -> tuple[BlockRows[BlockType], BlockRows[BlockType]]:
         """Return the first `num_tokens` rows and the others, without copying."""
@@ -355,10 +392,12 @@ def gather_hidden(rows: Sequence[tuple[States, int]]) -> Tensor:
     for idx, (block, _) in enumerate(rows):
         by_block.setdefault(block, []).append(idx)
     first = rows[0][0].hidden
+    if len(by_block) == 1:
+        return first[on_device(np.array([row for _, row in rows]), first.device)]
     hidden = first.new_empty((len(rows), first.shape[1]))
     for block, indices in by_block.items():
-        source = torch.tensor([rows[idx][1] for idx in indices], device=hidden.device)
-        hidden[torch.tensor(indices, device=hidden.device)] = block.hidden[source]
+        targets, sources = on_device(np.array([indices, [rows[idx][1] for idx in indices]]), hidden.device)
+        hidden[targets] = block.hidden[sources]
     return hidden
 
 

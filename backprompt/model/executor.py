@@ -16,12 +16,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
-from backprompt.attention.choice import attention_for
+from backprompt.attention.choice import attention_for, copies_for
+from backprompt.attention.copies import Copies
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
@@ -30,11 +32,16 @@ from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.model import skeleton
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
+from backprompt.model.pass_size import tokens_per_forward
+from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
 
 HEAD_SLICE_BYTES = 64 << 20
 """Logit rows are computed in slices of at most this size, never for a whole forest at once."""
+
+DEVICE_HEAD_SLICE_BYTES = 128 << 20
+"""The same on other devices than the CPU, where each slice costs launches. Scores take four times as much on top."""
 
 _names = itertools.count()
 
@@ -118,6 +125,7 @@ class Executor:
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
         self._attention: ForestAttention = attention_for(self.device)
+        self._make_copies = copies_for(self.device)
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
@@ -165,9 +173,10 @@ class Executor:
             stop = start + len(span.token_ids)
             states_of[span] = BlockRows(states, start, stop)
             start = stop
-        sample = States.of_rows(hidden, [slice(0, 1)])
-        self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-        self.layout = Layout.of(keys_values, sample)
+        if self.layout is None:
+            sample = States.of_rows(hidden, [slice(0, 1)])
+            self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
+            self.layout = Layout.of(keys_values, sample)
         return Computed(keys_values, states, keys_values_of, states_of)
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
@@ -181,10 +190,10 @@ class Executor:
             UnsupportedModelError: the model's attention does something that is not implemented here.
 
         """
-        token_ids = torch.tensor([pass_.token_ids], device=self.device)  # (1, tokens)
-        positions = torch.tensor([pass_.positions], device=self.device)
+        columns = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
+        token_ids, positions = columns[:1], columns[1:]  # (1, tokens)
         prepared = self._attention.prepare(pass_) if attention is None else attention
-        in_flight = self._in_flight = _InFlight(prepared, max_position=max(pass_.positions))
+        in_flight = self._in_flight = _InFlight(prepared, self._make_copies(), max(pass_.positions))
         try:
             output = self._body(
                 input_ids=token_ids,
@@ -200,8 +209,7 @@ class Executor:
                 "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
             )
         hidden = output.last_hidden_state[0].clone()  # (tokens, hidden)
-        extremes = torch.stack(in_flight.extremes)
-        is_finite = bool(hidden.isfinite().all() & extremes.isfinite().all())
+        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -238,7 +246,12 @@ class Executor:
     @property
     def rows_in_a_slice(self) -> int:
         """The largest number of logit rows that one call of `logits` should compute."""
-        return max(1, HEAD_SLICE_BYTES // self.logit_row_bytes)
+        num_bytes = HEAD_SLICE_BYTES if self.device.type == "cpu" else DEVICE_HEAD_SLICE_BYTES
+        return max(1, num_bytes // self.logit_row_bytes)
+
+    def tokens_per_forward(self) -> int:
+        """Return the largest number of tokens in a pass, where the caller gives none."""
+        return tokens_per_forward(self._body, self.device)
 
     def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
         """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""
@@ -284,10 +297,7 @@ class Executor:
             softcap=softcap,
             sinks=s_aux,
         )
-        # torch's attention returns numbers for some rows whose scores are NaN, so queries and keys are checked.
-        in_flight.extremes += (*query.aminmax(), *key.aminmax())
-        # A model's key may be a view of queries, keys and values together; a copy keeps the key alone.
-        layer_idx = in_flight.add_layer(_copy(key[0]), _copy(value[0]))
+        layer_idx = in_flight.add_layer(*in_flight.copies.of(query[0], key[0], value[0]))
         kernel_before = self.kernel_name
         output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
         if self.kernel_name != kernel_before:
@@ -302,7 +312,7 @@ class Executor:
         assert in_flight is not None, "a mask outside of Executor.forward"
         last = in_flight.max_position
         # A window shows equally many keys at the last two positions; chunked and look-ahead masks do not.
-        seen = [None, None] if use_vmap else [_num_visible(mask_function, p, self.device) for p in (last - 1, last)]
+        seen = [None, None] if use_vmap else [_numvisible_keys(mask_function, p, self.device) for p in (last - 1, last)]
         if seen == [last, last + 1]:
             return in_flight.add_marker(None, self.device)
         if seen[0] is not None and seen[0] == seen[1]:
@@ -339,10 +349,10 @@ class _InFlight:
     """The state of one forward call: tensors and markers, collected layer by layer."""
 
     attention: PreparedAttention
+    copies: Copies
     max_position: int
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    extremes: list[Tensor] = field(default_factory=list)  # of all queries and keys
     _markers: list[tuple[Tensor, int | None]] = field(default_factory=list)
 
     def add_layer(self, key: Tensor, value: Tensor) -> int:
@@ -365,14 +375,22 @@ class _InFlight:
         )
 
 
-def _num_visible(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
+def _numvisible_keys(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
     """Return how many keys a query at `position` sees, or None if they are not the last ones up to `position`."""
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    keys = torch.arange(position + 2, device=device)  # one more than a causal mask shows
-    visible = mask_function(zero, zero, torch.tensor(position, device=device), keys)
+    try:
+        visible = visible_keys(mask_function, position, torch.device("cpu"))  # so that the host does not wait
+    except RuntimeError:
+        visible = visible_keys(mask_function, position, device)  # the mask looks into tensors of its own
     num_visible = int(visible.sum())
     are_last = bool(visible[position + 1 - num_visible : position + 1].all()) if num_visible <= position + 1 else False
     return num_visible if are_last else None
+
+
+def visible_keys(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> Tensor:
+    """Return whether a query at `position` sees each key, one more than a causal mask shows."""
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    keys = torch.arange(position + 2, device=device)
+    return mask_function(zero, zero, torch.tensor(position, device=device), keys)
 
 
 def _register(name: str, executor: Executor) -> None:
@@ -394,8 +412,3 @@ def _register(name: str, executor: Executor) -> None:
     for interface in (AttentionInterface, AttentionMaskInterface):
         # The interface offers no way to unregister a global name.
         weakref.finalize(executor, interface._global_mapping.pop, name, None)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy with storage of its own."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
