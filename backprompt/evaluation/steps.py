@@ -8,6 +8,7 @@ that cannot go this way goes the way of all evaluations (continuations.py).
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,9 +89,15 @@ class Steps:
         plan = step.plan
         if not is_mixed:
             plan.begin([growing[end] for end in plan.ends])
-        forwarded = computation.forward_step(plan.pass_, step.attention)
+        started = time.perf_counter()
+        with computation.blaming_weights():
+            forwarded = computation.executor.forward(plan.pass_, step.attention)
         if not forwarded.is_finite:
-            return None
+            return None  # the other way finds out which text is to blame
+        counters = computation.counters
+        counters.forward_passes += 1
+        counters.tokens_computed += len(tokens)
+        counters.seconds += time.perf_counter() - started
         executor = computation.executor
         scores = TokenScores.of([tokens[token] for token in plan.tokens], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
