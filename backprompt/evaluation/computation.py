@@ -348,7 +348,8 @@ class Computation:
     def _make_room_for(self, spared: Spared, request: Request, num_coming_bytes: int = 0) -> None:
         """Evict rows over the budget, also those that will be; see `Memory.evict`."""
         is_exceeded = self.memory.is_exceeded(num_coming_bytes)
-        if not is_exceeded and not self.memory.is_scattered:
+        is_anything_held = self.executor.layout is not None  # else the first pass failed
+        if not is_anything_held or not (is_exceeded or self.memory.is_scattered):
             return
         if is_exceeded and request.before_eviction is not None:
             request.before_eviction()
