@@ -16,7 +16,6 @@ from weakref import finalize
 
 from torch import Tensor, nn
 
-from backprompt.attention.base import PreparedAttention
 from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.holders import Holders
@@ -30,12 +29,12 @@ from backprompt.forest.passes import (
     num_tokens_of,
     on_the_way,
 )
-from backprompt.forest.plan import TILE_TOKENS, Pass, plan_pass
+from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
 from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
-from backprompt.model.executor import Executor, Forwarded
+from backprompt.model.executor import Executor
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenIds
@@ -295,7 +294,7 @@ class Computation:
         with_tokens = [span for span in spans if span.token_ids]
         computed = None
         if with_tokens:
-            with self._blaming_weights():
+            with self.blaming_weights():
                 computed = self.executor.compute(plan_pass(with_tokens, self.tile_tokens))
         num_tokens = num_tokens_of(with_tokens)
         num_recomputed = num_tokens_of(span for span in with_tokens if span.was_computed)
@@ -318,24 +317,10 @@ class Computation:
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
 
-    def forward_step(self, pass_: Pass, attention: PreparedAttention) -> Forwarded:
-        """Forward the tokens that texts go on with, and count them; the caller keeps the results.
-
-        A pass that is not finite is not counted, nor does it raise an error: see `Executor.compute`.
-        """
-        started = time.perf_counter()
-        with self._blaming_weights():
-            forwarded = self.executor.forward(pass_, attention)
-        if forwarded.is_finite:
-            self.counters.forward_passes += 1
-            self.counters.tokens_computed += len(pass_.spans)
-            self.counters.seconds += time.perf_counter() - started
-        return forwarded
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""
         started = time.perf_counter()
-        with self._blaming_weights():
+        with self.blaming_weights():
             logits = self.executor.logits(hidden)
         self.counters.logit_rows += hidden.shape[0]
         self.counters.seconds += time.perf_counter() - started
@@ -392,7 +377,7 @@ class Computation:
     def probe_once(self) -> None:
         """Compare a small tree with plain calls, once; from then on a token's bytes are known."""
         if not self._is_probed:
-            with self._blaming_weights():
+            with self.blaming_weights():
                 probe(self._model, self.executor)
             self._is_probed = True
 
@@ -415,7 +400,7 @@ class Computation:
             )
 
     @contextmanager
-    def _blaming_weights(self) -> Iterator[None]:
+    def blaming_weights(self) -> Iterator[None]:
         """Replace errors of the model by StaleRepresentationError if its weights have changed."""
         try:
             yield
