@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from backprompt.evaluation.computation import Computation, Request
-from backprompt.evaluation.predictions import NumberedRows, Rated, ranges, rated_tokens
+from backprompt.evaluation.predictions import NumberedRows, ranges
+from backprompt.evaluation.rating import Rated, rated_tokens
 from backprompt.evaluation.reading import Reading, Ready
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Inserted, Span
