@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="there is no wheel of triton for this platform")
 
-from backprompt import LM, NonFiniteError, Text
+from backprompt import LM, NonFiniteError, Text, evaluate
 from backprompt.evaluation import rating, rating_triton
 from backprompt.evaluation.rating import rate_by_torch, rate_for, rated_tokens
 from backprompt.evaluation.rating_triton import reason_against
@@ -204,3 +204,31 @@ def test_the_cpu_rates_in_pieces(monkeypatch):
     found = rated_tokens(logits, row_idx, token_ids)
     expected = logits.log_softmax(dim=-1)[row_idx, token_ids]
     torch.testing.assert_close(found.scores.logprobs, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError], ids=lambda error: error.__name__)
+def test_an_error_keeps_the_scores_of_the_slices_before_it(error, lm, monkeypatch):
+    """Of 20 rows, 4 at a time, 8 are scored; later the other 12 are. Candidates are among both."""
+    executor = lm.session.evaluator.executor
+    monkeypatch.setattr(type(executor), "rows_in_a_slice", 4)
+    evaluate(Text("The probe", lm))
+    texts = [Text.from_tokens(range(first, first + 6), lm) for first in (10, 20, 30, 40)]
+    head, num_slices = executor.logits, 0
+
+    def fail(hidden):
+        nonlocal num_slices
+        num_slices += 1
+        if num_slices == 3:
+            raise error
+        return head(hidden)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "logits", fail)
+        with pytest.raises(error):
+            lm.token_logprobs(texts)
+    before = lm.stats
+    found = lm.token_logprobs(texts)
+    done = lm.stats - before
+    assert (done.logit_rows, done.tokens_computed) == (12, 0)
+    for text, logprobs in zip(texts, found, strict=True):
+        assert_close(logprobs, plain_token_logprobs(lm.model, text.tokens))
