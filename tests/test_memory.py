@@ -18,6 +18,7 @@ from backprompt.store import DiskStore, MemoryStore
 from comparing import assert_close, assert_equals_plain, num_distinct
 from devices import DEVICE
 from quick import up_to
+from ranking import compare_with_plain
 from reference import ids_for, plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
@@ -121,6 +122,7 @@ class AnyUse(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(tier, "MAX_SMALL_BLOCKS", max_small_blocks)
         self.lm = make_lm(self.model, self.tokenizer, num_tokens, pass_tokens, host_tokens=host_tokens)
+        compare_with_plain(self.patch, lambda _: self.lm.session.evaluator.forest)
         self.texts = wide_forest(self.lm, num_branches=3, num_leaves=3)
         self.texts += [Text("Question: What is 12 + 34? ", self.lm), Text("One alone.", self.lm)]
         for text in self.texts:
