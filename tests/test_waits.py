@@ -41,7 +41,7 @@ def waits_of(device, work):
 
 WEIGHTS = "backprompt/model/weights.py"
 PASS = "backprompt/model/executor.py"
-SCORING = "backprompt/evaluation/predictions.py"
+SCORING = "backprompt/evaluation/rating.py"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral_sliding", "gpt_oss"])
