@@ -158,6 +158,37 @@ def test_a_slice_takes_two_launches(monkeypatch):
     assert launched == [(40,), (3,)]
 
 
+def rate_some(num_rows, num_tokens):
+    logits = torch.zeros((num_rows, 5000), device=DEVICE, dtype=torch.bfloat16)
+    row_idx, token_ids = torch.zeros((2, num_tokens), device=DEVICE, dtype=torch.int64)
+    return rating_triton.rate(logits, row_idx, token_ids)
+
+
+@pytest.mark.cuda
+def test_slices_of_other_sizes_compile_nothing_new():
+    compiled = []
+    for sizes in ((1, 1), (16, 16), (17, 33), (40, 257), (111, 4096)):
+        rate_some(*sizes)
+        kernels = (rating_triton.rows_kernel, rating_triton.tokens_kernel)
+        compiled.append([sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in kernels])
+    assert compiled == compiled[:1] * 5
+
+
+@pytest.mark.cuda
+def test_rating_waits_for_nothing():
+    rate_some(3, 5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rate_some(4, 7)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_on_cuda_the_kernel_is_chosen():
+    assert all(rate_for("cuda", dtype) is rating_triton.rate for dtype in DTYPES)
+
+
 # Whole models
 
 
