@@ -35,7 +35,7 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def by_kernel(monkeypatch):
     """The kernel rates, whatever the device."""
-    monkeypatch.setattr(rating, "rate_for", lambda device_type, dtype: rating_triton.rate)
+    monkeypatch.setattr(rating, "rate_for", lambda *given, **options: rating_triton.rate)
 
 
 def assert_rated_as_by_torch(logits, rows, token_ids):
@@ -78,9 +78,10 @@ def test_rows_as_long_as_vocabularies(dtype):
     assert_rated_as_by_torch(logits, torch.arange(3, device=DEVICE), logits.float().argmax(dim=-1))
 
 
+@pytest.mark.parametrize("is_aligned", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_agrees_with_torch(dtype):
-    assert reason_against(DEVICE, dtype) is None
+def test_the_kernel_agrees_with_torch(dtype, is_aligned):
+    assert reason_against(DEVICE, dtype, is_aligned) is None
 
 
 class Failing:
@@ -114,7 +115,7 @@ class Changing:
 )
 def test_torch_rates_where_the_kernel_is_wrong(make, reason, monkeypatch):
     monkeypatch.setattr(rating_triton, "rows_kernel", make(rating_triton.rows_kernel))
-    assert reason_against(DEVICE, torch.float32).startswith(reason)
+    assert reason_against(DEVICE, torch.float32, True).startswith(reason)
 
 
 @pytest.fixture
@@ -129,15 +130,16 @@ def test_the_choice(monkeypatch):
     """The kernel on CUDA, after a comparison; torch for all else, and where there is no Triton."""
     compared = []
     monkeypatch.setattr(rating_triton, "reason_against", lambda *given: compared.append(given))
-    assert rate_for("cpu", torch.float32) is rate_for("mps", torch.float32) is rate_for("cuda", torch.float64)
-    assert rate_for("cpu", torch.float32) is rate_by_torch
+    for given_ in (("cpu", torch.float32), ("mps", torch.float32), ("cuda", torch.float64)):
+        assert rate_for(*given_, is_aligned=True) is rate_by_torch
     assert not compared
-    assert rate_for("cuda", torch.bfloat16) is rate_for("cuda", torch.bfloat16) is rating_triton.rate
-    assert compared == [(torch.device("cuda"), torch.bfloat16)]
+    for is_aligned in (True, False, True):
+        assert rate_for("cuda", torch.bfloat16, is_aligned=is_aligned) is rating_triton.rate
+    assert compared == [(torch.device("cuda"), torch.bfloat16, True), (torch.device("cuda"), torch.bfloat16, False)]
     monkeypatch.setattr(rating_triton, "reason_against", lambda *given: "off")
-    assert rate_for("cuda", torch.float32) is rate_by_torch
+    assert rate_for("cuda", torch.float32, is_aligned=True) is rate_by_torch
     monkeypatch.setitem(sys.modules, "backprompt.evaluation.rating_triton", None)
-    assert rate_for("cuda", torch.float16) is rate_by_torch
+    assert rate_for("cuda", torch.float16, is_aligned=True) is rate_by_torch
 
 
 def test_a_slice_takes_two_launches(monkeypatch):
@@ -186,7 +188,9 @@ def test_rating_waits_for_nothing():
 
 @pytest.mark.cuda
 def test_on_cuda_the_kernel_is_chosen():
-    assert all(rate_for("cuda", dtype) is rating_triton.rate for dtype in DTYPES)
+    for dtype in DTYPES:
+        assert rate_for("cuda", dtype, is_aligned=True) is rating_triton.rate
+        assert rate_for("cuda", dtype, is_aligned=False) is rating_triton.rate
 
 
 # Whole models

@@ -63,7 +63,7 @@ def rated_tokens(logits: Tensor, row_idx: Ints, token_ids: Ints) -> Rated:
     The tokens are sorted by their rows. The CPU takes a few rows at a time: rows that fit the cache take a fifth of the
     time that all rows at once take.
     """
-    rate = rate_for(logits.device.type, logits.dtype)
+    rate = rate_for(logits.device.type, logits.dtype, is_aligned=logits.shape[1] % 16 == 0)
     is_cpu = logits.device.type == "cpu"
     num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1])) if is_cpu else logits.shape[0]
     starts = range(0, logits.shape[0], num_rows)
@@ -83,8 +83,11 @@ def rate_by_torch(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tens
 
 
 @lru_cache(maxsize=16)
-def rate_for(device_type: str, dtype: torch.dtype) -> Rate:
-    """Return the way of rating for a type of devices and a dtype of logits."""
+def rate_for(device_type: str, dtype: torch.dtype, *, is_aligned: bool) -> Rate:
+    """Return the way of rating for a type of devices and a dtype of logits.
+
+    `is_aligned`: the number of columns is a multiple of 16. The kernel is compiled, and compared, for either.
+    """
     if device_type != "cuda" or dtype == torch.float64:
         return rate_by_torch
     try:
@@ -92,7 +95,7 @@ def rate_for(device_type: str, dtype: torch.dtype) -> Rate:
     except ImportError as error:
         logger.info("Tokens are rated by torch: no triton: %s", error)
         return rate_by_torch
-    reason = kernel.reason_against(torch.device(device_type), dtype)
+    reason = kernel.reason_against(torch.device(device_type), dtype, is_aligned)
     if reason is None:
         chosen: Rate = kernel.rate
         return chosen
