@@ -310,26 +310,22 @@ class LM(Engine[Text]):
         """
         texts = self._session.own_texts(texts)
         with self._session.exclusive():
-            self._session.current()
-            return self._session.encoder.extents(texts)
+            return self._session.current_encoder().extents(texts)
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
         with self._session.exclusive():
-            self._session.current()
-            return flat(self._session.encoder.encode([text])[0])
+            return flat(self._session.current_encoder().encode([text])[0])
 
     def joins(self, text: Text) -> list[Join]:
         """Return the joins of a text that change tokens; see `Text.joins`."""
         with self._session.exclusive():
-            self._session.current()
-            return self._session.encoder.joins(text)
+            return self._session.current_encoder().joins(text)
 
     def string(self, text: Text) -> str:
         """Return the string of a text with segments of token ids; see `Text.string`."""
         with self._session.exclusive():
-            self._session.current()
-            return self._session.encoder.string(text)
+            return self._session.current_encoder().string(text)
 
     def clear(self) -> None:
         """Drop all computed results, including those of pinned texts.

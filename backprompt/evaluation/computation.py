@@ -161,7 +161,7 @@ class Computation:
 
     @property
     def _layout(self) -> Layout:
-        assert self.executor.layout is not None, "the probe ran a pass"
+        assert self.executor.layout is not None, "a pass came before"
         return self.executor.layout
 
     @property
@@ -348,10 +348,12 @@ class Computation:
     def _make_room_for(self, spared: Spared, request: Request, num_coming_bytes: int = 0) -> None:
         """Evict rows over the budget, also those that will be; see `Memory.evict`."""
         is_exceeded = self.memory.is_exceeded(num_coming_bytes)
-        if not is_exceeded and not self.memory.is_scattered:
+        is_anything_held = self.executor.layout is not None  # else the first pass failed
+        if not is_anything_held or not (is_exceeded or self.memory.is_scattered):
             return
         if is_exceeded and request.before_eviction is not None:
             request.before_eviction()
+        self.memory.order.times_smaller = self._layout.times_smaller
         self._empty.add(self.memory.evict(self.forest, self.holders.ends(), spared, num_coming_bytes))
 
     def recover(self) -> None:
@@ -392,7 +394,6 @@ class Computation:
         if not self._is_probed:
             with self._blaming_weights():
                 probe(self._model, self.executor)
-            self.memory.order.times_smaller = self._layout.times_smaller
             self._is_probed = True
 
     def check_unchanged(self) -> None:

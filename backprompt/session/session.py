@@ -137,17 +137,21 @@ class Session:
 
         The first call since the lock was taken looks at them, and `exclusive` looks again at the end of work.
         """
-        tokenizer = self.fingerprint.tokenizer
-        has_to_look = not self._has_looked or self.evaluator.is_closed
-        if has_to_look and tokenizer.has_changed():
-            logger.info("The tokenizer has changed.")
-            self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
-        elif has_to_look and (self.fingerprint.has_changed() or self.evaluator.is_closed):
-            self._start_over(Fingerprint(self.model, tokenizer, self.store))
-        self._has_looked = True
+        self.current_encoder()
+        if not self._has_looked or self.evaluator.is_closed:
+            if self.fingerprint.has_changed() or self.evaluator.is_closed:
+                self._start_over(Fingerprint(self.model, self.fingerprint.tokenizer, self.store))
+            self._has_looked = True
         self.evaluator.continuations.end_abandoned()
         self.evaluator.hold_pins()
         return self.evaluator
+
+    def current_encoder(self) -> Encoder:
+        """Return the encoder of the tokenizer as it is now, without a look at the weights; the lock must be held."""
+        if not self._has_looked and self.fingerprint.tokenizer.has_changed():
+            logger.info("The tokenizer has changed.")
+            self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
+        return self.encoder
 
     @contextmanager
     def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
@@ -287,10 +291,13 @@ class Session:
 
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
         """Evaluate the texts, computing only missing spans; the lock must be held."""
-        encoded = self.checked_ids(texts)
-        evaluator = self.evaluator
+        evaluator = self.current()
         known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
         evaluator.memory.touch([found.end for found in known.values()])
+        if len(known) == len(texts):  # their ids were checked when they were evaluated
+            self.counters.tokens_requested += sum(len(known[text].token_ids) for text in texts)
+            return [known[text] for text in texts]
+        encoded = self.checked_ids(texts)
         missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
         if missing:
             ends = evaluator.evaluate(list(missing.values()))
