@@ -7,7 +7,6 @@ scores of all texts of a call are read with one gather, into one tensor.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,14 +112,18 @@ class Scoring:
         """
         parts: list[tuple[Sequence[int], ScoredTexts]] = []
         with self._computation.inserted([text.token_ids for text in wanted]) as ends:
-            waiting: dict[Span, list[int]] = {}
+            waiting: dict[Span, int] = {}
+            more: dict[Span, list[int]] = {}  # of ends that several texts have
             for idx, end in enumerate(ends):
-                waiting.setdefault(end, []).append(idx)
+                if waiting.setdefault(end, idx) != idx:
+                    more.setdefault(end, []).append(idx)
             arrived = [end for end in waiting if end.is_held()]
 
             def collect() -> None:
                 """Read off what is there, before any of it is dropped."""
-                ready = sorted(itertools.chain.from_iterable(waiting.pop(end) for end in arrived))
+                ready = sorted(
+                    [waiting.pop(end) for end in arrived] + [i for end in arrived for i in more.get(end, ())]
+                )
                 arrived.clear()
                 if parts and not ready:
                     return
