@@ -134,7 +134,7 @@ class Computation:
         self.counters = means.counters
         default = DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
         self.max_tokens = means.max_tokens_per_forward or default
-        self.forest = Forest()
+        self.forest = Forest(on_unfold=means.pools.unfold)
         self.holders = Holders()
         self.tile_tokens = TILE_TOKENS
         self._checked_work = self.counters.work

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from backprompt.evaluation.behind import Behind, placed_behind
 from backprompt.evaluation.computation import Computation, Request
 from backprompt.evaluation.predictions import NumberedRows, picked_scores, ranges
 from backprompt.evaluation.reading import Reading, Ready
 from backprompt.evaluation.scores import TokenScore, TokenScores
+from backprompt.forest.fan import Fan
 from backprompt.forest.span import Inserted, Span
 from backprompt.logprobs import are_distributions
 from backprompt.progress import progress_bar
@@ -87,7 +89,6 @@ class Scoring:
 
     def __init__(self, computation: Computation) -> None:
         self._computation = computation
-        self._pool = computation.pools.candidates
 
     def token_scores(
         self, texts: Iterable[TokenIds], starts: Iterable[int], are_computed: Iterable[bool]
@@ -109,32 +110,55 @@ class Scoring:
             NonFiniteError: a row that predicts a wanted token is no distribution.
 
         """
-        parts: list[tuple[Sequence[int], ScoredTexts]] = []
-        waiting: Sequence[int] = range(len(wanted))
         with self._computation.inserted([text.token_ids for text in wanted]) as ends:
+            texts = []
+            for end, (token_ids, start, candidates) in zip(ends, wanted, strict=True):
+                if candidates:
+                    self._computation.forest.unfold(end)
+                texts.append(Ready(Inserted(end, token_ids), start, candidates))
+            return self._computed(texts, ends)
 
-            def collect() -> None:
-                """Read off what is there, before any of it is dropped."""
-                nonlocal waiting
-                ready = [idx for idx in waiting if ends[idx].is_held()]
-                if parts and not ready:
-                    return
-                texts = [Ready(Inserted(ends[idx], wanted[idx].token_ids), *wanted[idx][1:]) for idx in ready]
-                parts.append((ready, self.read(texts)))
-                done = set(ready)
-                waiting = [idx for idx in waiting if idx not in done]
+    def behind(self, prompts: Sequence[Behind]) -> ScoredTexts:
+        """Evaluate completions behind prompts, and score their tokens: of each prompt those of all its completions.
 
-            self._computation.compute(ends, Request(before_eviction=collect))
-            collect()
+        Raises:
+            NonFiniteError: a row that predicts a token is no distribution.
+
+        """
+        with self._computation.inserted([prompt for prompt, _ in prompts]) as ends:
+            placed = placed_behind(self._computation, prompts, ends)
+            items = [item for found in placed for item in ([found] if isinstance(found, Fan) else found)]
+            item_ends = [item if isinstance(item, Fan) else item.text.end for item in items]
+            self._computation.memory.touch(item_ends)
+            scores = self._computed(items, item_ends).scores
+        return ScoredTexts(scores, [shape.num_scores for _, shape in prompts])
+
+    def _computed(self, items: Sequence[Ready | Fan], ends: Sequence[Span]) -> ScoredTexts:
+        """Compute what is inserted and ends here, and score it."""
+        parts: list[tuple[Sequence[int], ScoredTexts]] = []
+        waiting: Sequence[int] = range(len(items))
+
+        def collect() -> None:
+            """Read off what is there, before any of it is dropped."""
+            nonlocal waiting
+            ready = [idx for idx in waiting if ends[idx].is_held()]
+            if parts and not ready:
+                return
+            parts.append((ready, self.read([items[idx] for idx in ready])))
+            done = set(ready)
+            waiting = [idx for idx in waiting if idx not in done]
+
+        self._computation.compute(ends, Request(before_eviction=collect))
+        collect()
         return ScoredTexts.in_order(parts)
 
-    def read(self, texts: Sequence[Ready], ahead: Iterable[Inserted] = ()) -> ScoredTexts:
-        """Return the wanted scores of held texts; those that are not there yet are computed.
+    def read(self, items: Sequence[Ready | Fan], ahead: Iterable[Inserted] = ()) -> ScoredTexts:
+        """Return the wanted scores of held texts and fans; those that are not there yet are computed.
 
         Each row that predicts several tokens is computed once, and none that predicts only tokens before the starts.
 
         Args:
-            texts: the texts.
+            items: the texts and fans.
             ahead: other texts to be scored along with them.
 
         Raises:
@@ -142,13 +166,14 @@ class Scoring:
                 stay unscored.
 
         """
-        reading = Reading(self._computation.forest, self._pool)
-        lengths = [reading.add(text) for text in texts]
+        reading = Reading(self._computation.forest, self._computation.pools)
+        lengths = [reading.add(item) for item in items]
         for text in ahead:
             reading.add_ahead(text)
         unusable = self._compute(reading)
         if unusable:
-            self._check_wanted(reading, texts, unusable)
+            self._check_wanted(reading, items, unusable)
+        reading.keep_leaves()
         executor = self._computation.executor
         return ScoredTexts(reading.scores(executor.logprob_dtype, executor.device), lengths)
 
@@ -180,10 +205,10 @@ class Scoring:
                 bar.update(len(part.rows))
         return unusable
 
-    def _check_wanted(self, reading: Reading, texts: Iterable[Ready], unusable: Mapping[int, Tensor]) -> None:
-        """Raise if a wanted token of the texts, or a candidate, was to be scored by `unusable` logits."""
-        for text in texts:
-            for number, ids_before in reading.numbers_of(text):
+    def _check_wanted(self, reading: Reading, items: Iterable[Ready | Fan], unusable: Mapping[int, Tensor]) -> None:
+        """Raise if a wanted token, or a candidate, was to be scored by `unusable` logits."""
+        for item in items:
+            for number, ids_before in reading.numbers_of(item):
                 if number in unusable:
                     raise self._computation.executor.logits_error(unusable[number], ids_before())
 

@@ -65,7 +65,13 @@ class JunctionKey:
         return cls(frozenset(Counter(ends).items()))
 
 
-ChildKey: TypeAlias = "int | LaterKey | JunctionKey"
+class FanKey:
+    """The key of a fan (fan.py), which is the only child of its parent."""
+
+
+FAN = FanKey()
+
+ChildKey: TypeAlias = "int | LaterKey | JunctionKey | FanKey"
 """The key of a span among its parent's children; for most spans the first token."""
 
 
@@ -197,6 +203,11 @@ class Span:
         return self.position + len(self.token_ids)
 
     @property
+    def positions(self) -> Sequence[int]:
+        """The position of each of its tokens."""
+        return range(self.position, self.stop)
+
+    @property
     def parents(self) -> Sequence[Span]:
         """The spans that must be held for this span to be held; the root has none."""
         return () if self.parent is None else (self.parent,)
@@ -282,6 +293,12 @@ class Span:
                 first, second = rows.split(num_tokens)
                 setattr(upper, slot, first)
                 setattr(self, slot, second)
+
+    def note_history_of(self, other: Span) -> None:
+        """Take over whether and when another span was computed, stored and used."""
+        self.was_computed, self.is_stored, self.error = other.was_computed, other.is_stored, other.error
+        self.computed_in, self.loaded_in = other.computed_in, other.loaded_in
+        self.credit, self.last_used = other.credit, other.last_used
 
     def num_bytes(self, pool: Pool) -> int:
         """Return the bytes of all data in a pool."""

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from backprompt.arguments import as_list, is_int
+from backprompt.evaluation.behind import Behind
 from backprompt.evaluation.scoring import ScoredTexts, Wanted
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
 from backprompt.text.node import Text, lazily
-from backprompt.tokens.graph import TokenIds, flat, is_beginning, with_more
+from backprompt.tokens.graph import TokenIds, flat, is_beginning
 
 
 def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
@@ -26,24 +27,29 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
         return session.evaluator.scoring.token_scores(encoded, first, session.are_computed(texts))
 
 
-def scores_behind(session: Session, prompts: Iterable[tuple[TokenIds, Sequence[tuple[int, ...]]]]) -> ScoredTexts:
-    """Return the scores of ids behind prompts: of each prompt those of its continuations, each by itself.
+def scores_behind(session: Session, prompts: Sequence[Behind]) -> ScoredTexts:
+    """Return the scores of completions behind prompts, of each prompt those of all its completions, one tensor for all.
 
     Args:
         session: of the prompts.
-        prompts: the ids of each prompt (see `Session.prompt_ids`), and its continuations, none of them empty. The
-            caller has checked that they can be evaluated.
+        prompts: the ids of each prompt (see `Session.prompt_ids`), and its completions. The caller has checked that
+            they can be evaluated.
 
     """
     with session.exclusive():
         session.current()
-        wanted = [
-            Wanted(with_more(prompt, ids[:-1]), len(prompt), ids[-1:])
-            for prompt, continuations in prompts
-            for ids in continuations
-        ]
-        session.counters.tokens_requested += sum(len(text.token_ids) + 1 for text in wanted)
-        return session.evaluator.scoring.scored(wanted)
+        session.counters.tokens_requested += sum(
+            len(prompt) * len(shape.completions) + shape.num_scores for prompt, shape in prompts
+        )
+        return session.evaluator.scoring.behind(prompts)
+
+
+def scores_of_next(session: Session, texts: Sequence[tuple[TokenIds, Sequence[int]]]) -> ScoredTexts:
+    """Return the scores of tokens that may follow texts of ids; the caller has checked that they can be evaluated."""
+    with session.exclusive():
+        session.current()
+        session.counters.tokens_requested += sum(len(token_ids) for token_ids, _ in texts)
+        return session.evaluator.scoring.scored([Wanted(ids, len(ids), own) for ids, own in texts])
 
 
 def next_token_logprobs(
