@@ -10,6 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Read when triton is imported: without a GPU its interpreter runs the kernels. No library imports triton before.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # deadline: an example's first run may build a model. derandomize: a failure is there again on the next run.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50, print_blob=True)
 # HYPOTHESIS_PROFILE=thorough draws other examples each time, to look for what the fixed ones miss.

@@ -35,11 +35,13 @@ class CallsAttention:
     Args:
         kernel: the kernel of each call; by default the device's fast kernel for the model's heads, if it agrees with
             the clear kernel.
+        reason: why the calls serve instead of a faster attention; the name includes the reason.
 
     """
 
-    def __init__(self, kernel: ChosenKernel | None = None) -> None:
+    def __init__(self, kernel: ChosenKernel | None = None, reason: str | None = None) -> None:
         self._given = kernel
+        self._reason = reason
         self.name = "none yet"
 
     def prepare(self, pass_: Pass) -> PreparedCalls:
@@ -54,7 +56,7 @@ class CallsAttention:
             chosen = ChosenKernel("clear (keys and values differ in size)", clear_kernel)
         else:
             chosen = choose_kernel(query.device, query.dtype, query.shape[0], key.shape[0], key.shape[-1])
-        self.name = chosen.name
+        self.name = chosen.name if self._reason is None else f"{chosen.name} ({self._reason})"
         return chosen.kernel
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from backprompt.evaluation.pools import LeafScores, Pools
@@ -138,14 +139,15 @@ class Reading:
         start = -1 - self._fans[fan]
         return slice(start, start + fan.shape.num_leaves)
 
-    def write(self, numbers: Ints, scores: TokenScores) -> None:
-        """Write computed scores to where they are held, those of candidates into the pool as well."""
+    def write(self, numbers: Ints, scores: TokenScores, on_host: npt.NDArray[Any]) -> None:
+        """Write computed scores to where they are held, those of candidates into the pool as well.
+
+        `on_host`: the log-probabilities and `is_argmax` of the scores, in the host's memory.
+        """
+        self.rows.write(numbers, scores)
         is_candidate = numbers < 0
-        self.rows.write(numbers[~is_candidate], scores.at(np.flatnonzero(~is_candidate)))
-        found = scores.at(np.flatnonzero(is_candidate))
         places = -1 - numbers[is_candidate]
-        self._logprobs[places] = found.logprobs.cpu().numpy()
-        self._are_argmax[places] = found.is_argmax.cpu().numpy()
+        self._logprobs[places], self._are_argmax[places] = on_host[:, is_candidate]
         by_end: dict[Span, dict[int, TokenScore]] = {}
         for place in places.tolist() if self._missing else ():
             if (missing := self._missing.get(-1 - place)) is not None:
@@ -164,8 +166,8 @@ class Reading:
         """Return all scores, one text behind the other; log-probabilities in this dtype, on this device."""
         self._end_runs()
         numbers = np.concatenate([*self._numbers, np.zeros(0, dtype=np.int64)])
-        logprobs = torch.from_numpy(self._logprobs).to(device, dtype)
-        return self.rows.scores(numbers, TokenScores(logprobs, torch.from_numpy(self._are_argmax).to(device)))
+        candidates = TokenScores.of_arrays(self._logprobs, self._are_argmax, dtype, device)
+        return self.rows.scores(numbers, candidates)
 
     def numbers_of(self, item: Ready | Fan) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
         """Yield the number of each score of a text or a fan, and what returns the ids of all before the token."""

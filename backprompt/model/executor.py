@@ -16,12 +16,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
-from backprompt.attention.calls import CallsAttention
+from backprompt.attention.choice import attention_for
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
@@ -31,11 +32,16 @@ from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.model import skeleton
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
+from backprompt.model.pass_size import tokens_per_forward
+from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
 
 HEAD_SLICE_BYTES = 64 << 20
 """Logit rows are computed in slices of at most this size, never for a whole forest at once."""
+
+DEVICE_HEAD_SLICE_BYTES = 128 << 20
+"""The same on other devices than the CPU, where each slice costs launches. Scores take four times as much on top."""
 
 _names = itertools.count()
 
@@ -118,7 +124,7 @@ class Executor:
         """Bytes that are held for one token; known after the first pass."""
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
-        self._attention: ForestAttention = CallsAttention()
+        self._attention: ForestAttention = attention_for(self.device)
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
@@ -166,9 +172,10 @@ class Executor:
             stop = start + len(span.token_ids)
             states_of[span] = BlockRows(states, start, stop)
             start = stop
-        sample = States.of_rows(hidden, [slice(0, 1)])
-        self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-        self.layout = Layout.of(keys_values, sample)
+        if self.layout is None:
+            sample = States.of_rows(hidden, [slice(0, 1)])
+            self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
+            self.layout = Layout.of(keys_values, sample)
         return Computed(keys_values, states, keys_values_of, states_of)
 
     def forward(self, pass_: Pass) -> Forwarded:
@@ -178,8 +185,8 @@ class Executor:
             UnsupportedModelError: the model's attention does something that is not implemented here.
 
         """
-        token_ids = torch.tensor([pass_.token_ids], device=self.device)  # (1, tokens)
-        positions = torch.tensor([pass_.positions], device=self.device)
+        columns = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
+        token_ids, positions = columns[:1], columns[1:]  # (1, tokens)
         in_flight = self._in_flight = _InFlight(self._attention.prepare(pass_), max_position=max(pass_.positions))
         try:
             output = self._body(
@@ -235,7 +242,12 @@ class Executor:
     @property
     def rows_in_a_slice(self) -> int:
         """The largest number of logit rows that one call of `logits` should compute."""
-        return max(1, HEAD_SLICE_BYTES // self.logit_row_bytes)
+        num_bytes = HEAD_SLICE_BYTES if self.device.type == "cpu" else DEVICE_HEAD_SLICE_BYTES
+        return max(1, num_bytes // self.logit_row_bytes)
+
+    def tokens_per_forward(self) -> int:
+        """Return the largest number of tokens in a pass, where the caller gives none."""
+        return tokens_per_forward(self._body, self.device)
 
     def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
         """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""
@@ -299,7 +311,7 @@ class Executor:
         assert in_flight is not None, "a mask outside of Executor.forward"
         last = in_flight.max_position
         # A window shows equally many keys at the last two positions; chunked and look-ahead masks do not.
-        seen = [None, None] if use_vmap else [_num_visible(mask_function, p, self.device) for p in (last - 1, last)]
+        seen = [None, None] if use_vmap else [_numvisible_keys(mask_function, p, self.device) for p in (last - 1, last)]
         if seen == [last, last + 1]:
             return in_flight.add_marker(None, self.device)
         if seen[0] is not None and seen[0] == seen[1]:
@@ -362,14 +374,22 @@ class _InFlight:
         )
 
 
-def _num_visible(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
+def _numvisible_keys(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
     """Return how many keys a query at `position` sees, or None if they are not the last ones up to `position`."""
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    keys = torch.arange(position + 2, device=device)  # one more than a causal mask shows
-    visible = mask_function(zero, zero, torch.tensor(position, device=device), keys)
+    try:
+        visible = visible_keys(mask_function, position, torch.device("cpu"))  # so that the host does not wait
+    except RuntimeError:
+        visible = visible_keys(mask_function, position, device)  # the mask looks into tensors of its own
     num_visible = int(visible.sum())
     are_last = bool(visible[position + 1 - num_visible : position + 1].all()) if num_visible <= position + 1 else False
     return num_visible if are_last else None
+
+
+def visible_keys(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> Tensor:
+    """Return whether a query at `position` sees each key, one more than a causal mask shows."""
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    keys = torch.arange(position + 2, device=device)
+    return mask_function(zero, zero, torch.tensor(position, device=device), keys)
 
 
 def _register(name: str, executor: Executor) -> None:
