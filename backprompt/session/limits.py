@@ -106,9 +106,10 @@ class TextLimits:
             )
 
 
-def check_has_last_token(shown: str, token_ids: TokenIds) -> None:
-    """Raise GroupError for a text that ends in a group; the message shows the text as `shown`."""
+def check_has_last_token(text: Text | str, token_ids: TokenIds) -> None:
+    """Raise GroupError for a text that ends in a group; the message shows the text, or what a string says of it."""
     if ends_in_group(token_ids):
+        shown = text if isinstance(text, str) else repr(text)
         raise GroupError(
             f"{shown} ends in a group, so it has no last token, and nothing to predict the next one from. Add a "
             "segment behind the group: text + '...'."

@@ -11,6 +11,7 @@ from backprompt.evaluation.behind import Behind
 from backprompt.evaluation.scoring import ScoredTexts, Wanted
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
+from backprompt.session.shared_ends import scores_if_fine, scores_of_shared_ends
 from backprompt.text.node import Text, lazily
 from backprompt.tokens.graph import TokenIds, flat, is_beginning
 
@@ -22,6 +23,10 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
     if len(given) != len(texts):
         raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start a text.")
     with session.exclusive():
+        session.current()
+        shared = scores_of_shared_ends(session, texts, given)
+        if shared is not None:
+            return shared
         first = _first_scored(session, texts, given)
         encoded = session.checked_ids(texts, first, is_scoring=True)
         return session.evaluator.scoring.token_scores(encoded, first, session.are_computed(texts))
@@ -42,6 +47,13 @@ def scores_behind(session: Session, prompts: Sequence[Behind]) -> ScoredTexts:
             len(prompt) * len(shape.completions) + shape.num_scores for prompt, shape in prompts
         )
         return session.evaluator.scoring.behind(prompts)
+
+
+def scores_of_ids(session: Session, prompts: Sequence[Behind]) -> ScoredTexts | None:
+    """Return the scores of completions behind prompts, of each completion its own; None if one cannot be evaluated."""
+    with session.exclusive():
+        session.current()
+        return scores_if_fine(session, prompts)
 
 
 def scores_of_next(session: Session, texts: Sequence[tuple[TokenIds, Sequence[int]]]) -> ScoredTexts:
@@ -68,7 +80,7 @@ def next_token_logprobs(
     with session.exclusive():
         session.current()
         for text, encoded in zip(texts, session.encoder.encode(texts), strict=True):
-            check_has_last_token(repr(text), encoded)
+            check_has_last_token(text, encoded)
         limits = session.limits
         candidates = [tuple(map(limits.as_id, ids)) for ids in token_ids]
         wanted = [Wanted(ids, len(ids), own) for ids, own in zip(session.checked_ids(texts), candidates, strict=True)]
