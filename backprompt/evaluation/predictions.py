@@ -219,9 +219,10 @@ def rated_tokens(logits: Tensor, row_idx: Ints, token_ids: Ints) -> Rated:
     rows, tokens = on_device(np.stack([row_idx, token_ids]), logits.device)
     found = []
     for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
-        logprobs, is_usable, argmax = rated(logits[start : start + num_rows])
-        own, own_tokens = rows[first:last] - start, tokens[first:last]
-        found.append(Rated(TokenScores(logprobs[own, own_tokens], argmax[own] == own_tokens), is_usable[own]))
+        logprobs, is_usable, is_argmax = rated(
+            logits[start : start + num_rows], rows[first:last] - start, tokens[first:last]
+        )
+        found.append(Rated(TokenScores(logprobs, is_argmax), is_usable))
     return Rated.concatenated(found) if len(found) > 1 else found[0]
 
 
