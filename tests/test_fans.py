@@ -369,7 +369,7 @@ def test_operations_do_not_grow_with_prompts_or_completions():
             scored(lm, prompts, shapes)
         nums.append(operations.num)
     assert nums[1] <= nums[0] + 8, nums
-    assert max(nums) < 100, nums
+    assert max(nums) < 120, nums  # some for each 4 MB of logits
 
 
 def test_changed_weights_drop_fans():

@@ -12,7 +12,21 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from backprompt.forest.fan import Fan, Shape
-from backprompt.forest.span import FAN, NO_CHILDREN, BranchEnd, Inserted, Junction, JunctionKey, Rows, Span, child_key
+from backprompt.forest.span import (
+    FAN,
+    KINDS,
+    NO_CHILDREN,
+    POOLS,
+    BranchEnd,
+    Inserted,
+    Junction,
+    JunctionKey,
+    Kind,
+    Pool,
+    Rows,
+    Span,
+    child_key,
+)
 from backprompt.tokens.graph import TokenGraph, TokenIds, common_length, fold
 
 
@@ -159,12 +173,19 @@ class Forest:
         if not isinstance(fan, Fan):
             return
         spans = fan.unfolded()
+        places: list[tuple[Span, Kind, Pool, Rows]] = []
+        for kind, pool in itertools.product(KINDS, POOLS):
+            rest = fan.rows_in(kind, pool)
+            for span in spans if rest is not None else ():
+                assert rest is not None
+                own, rest = rest.split(len(span.token_ids))
+                places.append((span, kind, pool, own))
         with self.changing():
             for span in spans:
                 assert span.parent is not None
                 span.parent.add_child(span.token_ids[0], span)
-            for span in spans:
-                fan.give(span, len(span.token_ids))
+            for span, kind, pool, rows in places:  # each after its parents, and its states first
+                span.move(kind, rows, pool)
             self._on_unfold(fan, spans)
             parent.remove_child(FAN)
             fan.drop()

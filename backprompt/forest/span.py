@@ -109,7 +109,9 @@ Kind: TypeAlias = Literal["states", "keys_values"]
 KINDS: tuple[Kind, ...] = ("states", "keys_values")
 
 Pool: TypeAlias = Literal["device", "host"]
-"""The two pools of memory for the data of spans."""
+"""The two pools of memory for the data of spans; `POOLS`: both."""
+
+POOLS: tuple[Pool, ...] = ("device", "host")
 
 _SLOTS: Mapping[tuple[Kind, Pool], str] = {
     ("states", "device"): "states",
