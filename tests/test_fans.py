@@ -237,6 +237,20 @@ def way_to(shape, row):
     return way
 
 
+def test_a_text_that_ends_where_a_fan_stands_takes_its_scores():
+    """The prompt begins with another one's: its second completion's last token is a leaf there."""
+    works = []
+    for through in (scored, through_texts):
+        lm = make_lm()
+        one, two, short = (Text.from_tokens(ids, lm) for ids in ((1, 2), (3,), (1,)))
+        shape = Shape([(2, 3), (4, 5, 6)])
+        through(lm, [one, two], [shape] * 2)
+        before = lm.stats
+        through(lm, [short], [shape])
+        works.append(work(lm, before))
+    assert works[0] == works[1]
+
+
 def prompts_and_shapes(lm, num_prompts=4, num_completions=40):
     prompts = [Text.from_tokens((9, idx, 8), lm) for idx in range(num_prompts)]
     listed = [(7, 1 + idx % 5, 10 + idx, 11 + idx, 3) for idx in range(num_completions)]

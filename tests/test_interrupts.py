@@ -52,6 +52,8 @@ CRITICAL = {
     "pin",
     "unpin",
     "step",
+    "extend",
+    "_take_in",
 }
 
 

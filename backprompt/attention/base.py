@@ -5,6 +5,7 @@ Axes, everywhere in this library: layers, batch, heads (of queries), kv_heads, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +45,13 @@ class PreparedAttention(Protocol):
         """
         ...
 
+    def advance(self, rows: Sequence[int] | None = None) -> None:
+        """Go on to the next step of a generation: each row of a segment that `grows` sees one key more, the next.
+
+        `rows`: the rows that stay, in order; None if all do.
+        """
+        ...
+
 
 class ForestAttention(Protocol):
     """A way to attend over a packed forest.
@@ -58,6 +66,9 @@ class ForestAttention(Protocol):
         """See the class."""
         ...
 
-    def prepare(self, pass_: Pass) -> PreparedAttention:
-        """Return the attention of a pass, with the data that all layers share. Release it after the pass."""
+    def prepare(self, pass_: Pass, num_steps: int = 1) -> PreparedAttention:
+        """Return the attention of a pass, with the data that all layers share. Release it after the pass.
+
+        `num_steps`: how many steps of a generation it may serve, one after the other; see `advance`.
+        """
         ...

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ Ints = NDArray[np.int32]
 
 PIECE_COLUMNS = 8
 """Columns of a piece: block (-1: the pass itself), first key, number of keys, first row and row after the last that see
-them, position of the first key, whether the keys belong to the segment's own rows, log2 of their count as float32."""
+them, position of the first key, kind (1: keys of the segment's own rows, 2: all rows of the tile see all keys, and the
+keys are as many as a piece can have, 0: others), log2 of their count as float32."""
 
 PROGRAM_COLUMNS = 8
 """Columns of a program: first row, row after the last, first piece, piece after the last, slot (-1: none); three are
@@ -48,6 +49,7 @@ class Segments:
         blocks: the blocks that hold keys of earlier passes.
         positions: the position of each row.
         until: the row at which the rows end that see each row, `(tokens,)`.
+        grows: which segments have one key more in the next step of a generation, `(segments,)`.
 
     """
 
@@ -55,6 +57,7 @@ class Segments:
     blocks: tuple[object, ...]
     positions: Ints
     until: Ints
+    grows: NDArray[np.bool_]
 
     @classmethod
     def of(cls, segments: Sequence[KeySegment], positions: Sequence[int]) -> Segments:
@@ -86,7 +89,25 @@ class Segments:
         for segment in segments:
             if segment.is_own:
                 until[segment.start : segment.stop] = segment.visible_until or segment.stop
-        return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until)
+        grows = np.array([segment.grows for segment in segments], dtype=bool)
+        return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until, grows)
+
+    def next_step(self, rows: Sequence[int] | None = None) -> Segments:
+        """Return the segments in the next step of a generation, as forest/steps.py says; `rows`: those that stay."""
+        columns, positions, until = self.columns.copy(), self.positions + 1, self.until
+        columns[4] += self.grows
+        columns[5] += columns[7]
+        if rows is None:
+            return replace(self, columns=columns, positions=positions)
+        kept = np.array(rows, dtype=np.int64)
+        start, stop, _, key_start, num_keys, key_position, _, is_own, _ = columns
+        first, is_own = positions[np.minimum(start, len(positions) - 1)], is_own > 0
+        start[:], stop[:] = np.searchsorted(kept, start), np.searchsorted(kept, stop)
+        stay = start < stop
+        positions, until = positions[kept], np.arange(1, len(kept) + 1, dtype=np.int32)  # no row sees another
+        key_start[is_own], num_keys[is_own] = start[is_own], (stop - start)[is_own]
+        key_position[is_own & stay] += (positions[start[is_own & stay]] - first[is_own & stay]).astype(np.int64)
+        return Segments(columns[:, stay], self.blocks, positions, until, self.grows[stay])
 
 
 @dataclass(frozen=True)
@@ -151,6 +172,13 @@ class Work:
         return cls(pieces, programs, joins, int(slots_of_tile.sum()))
 
 
+def num_pieces(segments: Segments, tile_rows: int, piece_keys: int) -> int:
+    """Return about the number of pieces, those that causality or a window hides included; fast."""
+    start, stop, num_keys = segments.columns[0], segments.columns[1], segments.columns[4]
+    num_tiles = (stop - 1) // tile_rows - start // tile_rows + 1
+    return int(num_tiles @ -(-num_keys // piece_keys))
+
+
 def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDArray[np.int64]]:
     """Return the pieces in the order of tiles, and the number of pieces of each tile."""
     start, stop, block, key_start, num_keys, key_position, times, is_own, is_mixed = segments.columns
@@ -180,6 +208,10 @@ def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDA
     pieces[:, 4] = stop[of]
     pieces[:, 5] = key_position[of] + first
     pieces[:, 6] = is_own[of]
+    tile_stop = np.minimum((pair_tile + 1) * cut.tile_rows, len(segments.positions))
+    is_whole_tile = (high - low == tile_stop - pair_tile * cut.tile_rows) & (is_own[pair_segment] == 0)
+    if window is None:
+        pieces[is_whole_tile[pair] & (pieces[:, 2] == cut.piece_keys), 6] = 2
     pieces[:, 7] = np.log2(times[of].astype(np.float64)).astype(np.float32).view(np.int32)
     return pieces, np.bincount(pair_tile, weights=pair_pieces, minlength=num_tiles).astype(np.int64)
 

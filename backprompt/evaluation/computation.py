@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from weakref import finalize
 
 from torch import Tensor, nn
 
+from backprompt.attention.base import PreparedAttention
 from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.holders import Holders
 from backprompt.evaluation.pools import Pools
+from backprompt.forest.fan import Fan
 from backprompt.forest.forest import Forest
 from backprompt.forest.passes import (
     cut_into_passes,
@@ -29,10 +32,12 @@ from backprompt.forest.passes import (
     num_tokens_of,
     on_the_way,
 )
-from backprompt.forest.plan import TILE_TOKENS, plan_pass
+from backprompt.forest.plan import TILE_TOKENS, Pass, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
+from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
-from backprompt.model.executor import Executor
+from backprompt.memory.leaves import NOTHING_SPARED, Spared
+from backprompt.model.executor import Executor, Forwarded
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenIds
@@ -74,22 +79,39 @@ class Request:
         is_step: whether this is a step of a generation: part of the evaluation that began the generation, without
             reading from the store or writing to it.
         before_eviction: called before an eviction over the budget, to read off results while their states are held.
+        arrived: a list that takes the texts' ends when their states have come; those that hold them at the beginning
+            are left out.
 
     """
 
     with_keys_values: bool = False
     is_step: bool = False
     before_eviction: Callable[[], None] | None = None
+    arrived: list[Span] | None = None
+
+    def note_arrival(self, end: Span) -> None:
+        """Note that the states of an end have come."""
+        if self.arrived is not None:
+            self.arrived.append(end)
 
 
-@dataclass(frozen=True, slots=True)
-class _Coming:
-    """The needs to make room for: spans that must stay, their uses in later passes, bytes to be fetched."""
+@dataclass(slots=True)
+class _Empty:
+    """The spans that hold nothing: at most so many, with at most so many tokens."""
 
-    needed: Set[Span] = frozenset()
-    last_uses: Mapping[Span, int] | None = None
-    next_pass: int = 0
-    num_bytes: int = 0
+    num_spans: int = 0
+    num_tokens: int = 0
+
+    @property
+    def is_too_much(self) -> bool:
+        """Whether they may be more than the forest is to remember."""
+        return self.num_spans > MAX_EMPTY_SPANS or self.num_tokens > MAX_EMPTY_TOKENS
+
+    def add(self, spans: Iterable[Span]) -> None:
+        """Count spans that may hold nothing any more."""
+        for span in spans:
+            self.num_spans += 1
+            self.num_tokens += len(span.token_ids)
 
 
 @dataclass(frozen=True)
@@ -118,6 +140,13 @@ class Means:
     max_tokens_per_forward: int | None
 
 
+def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]) -> None:
+    """Note that spans took the place of a fan; the forest calls this, and must not keep a computation alive."""
+    pools.unfold(fan, spans)
+    memory.note(spans)
+    memory.host.note(spans)
+
+
 class Computation:
     """Computes spans, each once for as long as it is held."""
 
@@ -130,13 +159,19 @@ class Computation:
         self.archive = means.archive
         self.counters = means.counters
         self.max_tokens = means.max_tokens_per_forward or self.executor.tokens_per_forward()
-        self.forest = Forest(on_unfold=means.pools.unfold)
+        self.forest = Forest(on_unfold=partial(_note_unfolded, means.pools, means.memory))
         self.holders = Holders()
         self.tile_tokens = TILE_TOKENS
         self._checked_work = self.counters.work
         self._is_probed = False
+        self._empty = _Empty()
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
         finalize(self, self.forest.clear).atexit = False
+
+    @property
+    def _layout(self) -> Layout:
+        assert self.executor.layout is not None, "the probe ran a pass"
+        return self.executor.layout
 
     @property
     def token_bytes(self) -> int:
@@ -148,18 +183,24 @@ class Computation:
         """Return the bytes that all of these texts take together, in the device's memory."""
         return num_tokens_of(on_the_way(ends)) * self.token_bytes
 
-    @contextmanager
-    def inserted(self, texts: Sequence[TokenIds], *, are_ends: bool = True) -> Iterator[list[Span]]:
+    def inserted(self, texts: Iterable[TokenIds], *, are_ends: bool = True) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts in the forest; `are_ends`: see `Forest.insert`."""
+        return self._in_forest(self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)
+
+    def extended(self, texts: Iterable[tuple[Span, tuple[int, ...]]]) -> AbstractContextManager[list[Span]]:
+        """Yield the ends of texts that go on behind spans of the forest; they count as the ends of no texts."""
+        return self._in_forest(self.forest.extend(end, end.stop, more) for end, more in texts)
+
+    @contextmanager
+    def _in_forest(self, ends_of_texts: Iterable[Span]) -> Iterator[list[Span]]:
         self.probe_once()
-        ends = [self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts]
+        ends = list(ends_of_texts)
         self.memory.touch(ends)
         yield ends
-        if self.memory.has_evicted:
-            num_spans, num_tokens = self.forest.count_empty()
-            if num_spans > MAX_EMPTY_SPANS or num_tokens > MAX_EMPTY_TOKENS:
+        if self._empty.is_too_much:
+            self._empty = _Empty(*self.forest.count_empty())
+            if self._empty.is_too_much:
                 self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # the next evaluation need not prune
-            self.memory.has_evicted = False
 
     @contextmanager
     def held(self, texts: Sequence[TokenIds], request: Request) -> Iterator[list[Span]]:
@@ -181,6 +222,7 @@ class Computation:
             while waiting:
                 num_waiting = len(waiting)
                 self._compute_some(waiting, request, bar, is_stuck=is_stuck)
+                self.memory.end_plan()
                 is_stuck = len(waiting) == num_waiting
 
     def _compute_some(self, waiting: dict[Span, None], request: Request, bar: GrowingBar, *, is_stuck: bool) -> None:
@@ -190,6 +232,7 @@ class Computation:
         for end in group:
             if end.is_held(with_keys_values=request.with_keys_values):
                 del waiting[end]
+                request.note_arrival(end)
         missing = missing_spans(group, with_keys_values=request.with_keys_values)
         passes = cut_into_passes(self.forest, missing, self.max_tokens)
         bar.expect(sum(map(num_tokens_of, passes)), is_long=len(passes) > 1)
@@ -198,7 +241,7 @@ class Computation:
             needed = {parent for span in spans for parent in span.parents}
             if is_stuck:  # otherwise one pass may drop what another computed of the group
                 needed |= on_the_way(group)
-            self._make_room_for(_Coming(needed, uses, pass_idx), request)
+            self._make_room_for(Spared((needed,), uses, pass_idx), request)
             if is_cut_off(spans):
                 return
             self._forward(spans)
@@ -206,8 +249,10 @@ class Computation:
                 self.archive.save_new(span for span in spans if span.token_ids)
             bar.update(num_tokens_of(spans))
             for span in spans:
-                waiting.pop(span, None)
-        self._make_room_for(_Coming(), request)
+                if span in waiting:
+                    del waiting[span]
+                    request.note_arrival(span)
+        self._make_room_for(NOTHING_SPARED, request)
 
     def _bring_back(self, ends: Sequence[Span], request: Request) -> Sequence[Span]:
         """Fetch and load the rows that the second pool and the store have of the way to `ends`.
@@ -235,8 +280,9 @@ class Computation:
         planned = host.plan_fetch(ends, room, pinned, with_keys_values=request.with_keys_values)
         if planned.num_bytes:
             needed = on_the_way([*planned.served, *planned.spans["states"], *planned.spans["keys_values"]])
-            self._make_room_for(_Coming(needed, num_bytes=planned.num_bytes), request)
+            self._make_room_for(Spared((needed,)), request, planned.num_bytes)
             self.memory.add(host.fetch(self.forest, planned))
+            self.memory.note([span for spans in planned.spans.values() for span in spans])
             self.counters.tokens_fetched += planned.num_tokens
         return planned.served
 
@@ -244,9 +290,9 @@ class Computation:
         """Load rows from the store; return the ends of the texts that there was room for."""
         free = max(0, self.memory.max_bytes - self.memory.num_bytes)
         room = free + self.max_tokens * self.executor.token_bytes
-        layout = self.executor.layout
-        assert layout is not None, "the probe ran a pass"
-        loaded = archive.load(self.forest, ends, room, self.memory, layout, with_keys_values=request.with_keys_values)
+        loaded = archive.load(
+            self.forest, ends, room, self.memory, self._layout, with_keys_values=request.with_keys_values
+        )
         self.counters.tokens_loaded += loaded.num_tokens
         if loaded.num_tokens:
             logger.debug("Loaded %d tokens from the store.", loaded.num_tokens)
@@ -275,10 +321,25 @@ class Computation:
                     span.place(keys_values=NOTHING, states=NOTHING)
                 span.was_computed = True
                 span.computed_in = self.forest.stamp()
+            self.memory.note(spans)
         self.counters.forward_passes += bool(with_tokens)
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
+
+    def forward_step(self, pass_: Pass, attention: PreparedAttention) -> Forwarded:
+        """Forward the tokens that texts go on with, and count them; the caller keeps the results.
+
+        A pass that is not finite is not counted, nor does it raise an error: see `Executor.compute`.
+        """
+        started = time.perf_counter()
+        with self._blaming_weights():
+            forwarded = self.executor.forward(pass_, attention)
+        if forwarded.is_finite:
+            self.counters.forward_passes += 1
+            self.counters.tokens_computed += len(pass_.spans)
+            self.counters.seconds += time.perf_counter() - started
+        return forwarded
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""
@@ -291,18 +352,16 @@ class Computation:
 
     def make_room(self) -> None:
         """Evict rows over the budget."""
-        self._make_room_for(_Coming(), Request())
+        self._make_room_for(NOTHING_SPARED, Request())
 
-    def _make_room_for(self, coming: _Coming, request: Request) -> None:
+    def _make_room_for(self, spared: Spared, request: Request, num_coming_bytes: int = 0) -> None:
         """Evict rows over the budget, also those that will be; see `Memory.evict`."""
-        is_exceeded = self.memory.is_exceeded(coming.num_bytes)
+        is_exceeded = self.memory.is_exceeded(num_coming_bytes)
         if not is_exceeded and not self.memory.is_scattered:
             return
         if is_exceeded and request.before_eviction is not None:
             request.before_eviction()
-        self.memory.evict(
-            self.forest, self.holders.ends(), coming.needed, coming.last_uses, coming.next_pass, coming.num_bytes
-        )
+        self._empty.add(self.memory.evict(self.forest, self.holders.ends(), spared, num_coming_bytes))
 
     def recover(self) -> None:
         """Restore a consistent state after an error, wherever it came: "Failures" in docs/design/evaluation.md.
@@ -311,6 +370,7 @@ class Computation:
         forgotten.
         """
         self.holders.stop_using()
+        self.forest.next_step = None
         if not self.forest.is_whole:
             self._forget()
         self._prune(MAX_EMPTY_SPANS, MAX_EMPTY_TOKENS)
@@ -326,11 +386,14 @@ class Computation:
 
     def _forget(self) -> None:
         self.forest.clear()
+        self.memory.forget()
         self.pools.clear()
+        self._empty = _Empty()
 
     def _prune(self, max_spans: int, max_tokens: int) -> None:
         """Forget spans without rows, except the latest, and results that would keep such spans alive."""
         self.forest.prune(max_spans, max_tokens)
+        self._empty = _Empty(max_spans, max_tokens)
         self.pools.retain(set(self.forest.spans()))
 
     def probe_once(self) -> None:
@@ -338,6 +401,7 @@ class Computation:
         if not self._is_probed:
             with self._blaming_weights():
                 probe(self._model, self.executor)
+            self.memory.order.times_smaller = self._layout.times_smaller
             self._is_probed = True
 
     def check_unchanged(self) -> None:

@@ -12,7 +12,8 @@ import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from backprompt.arguments import as_int
 from backprompt.errors import GenerationError
 from backprompt.evaluation.scores import TokenScore
-from backprompt.generation.lookahead import DEFAULT_NGRAM, proposals
+from backprompt.generation.lookahead import DEFAULT_NGRAM, Ngrams
 from backprompt.generation.options import SAMPLING_FIELDS, checked
 from backprompt.generation.stops import Cut, StopStrings, as_stop_strings
 from backprompt.logprobs import logprob_dtype
@@ -35,8 +36,7 @@ Completion: TypeAlias = tuple[int, ...]
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A chosen token, its log-probability in the model's own distribution (nats), and whether none is higher."""
 
     token_id: int
@@ -73,7 +73,7 @@ class Rules:
     processors: Any
     criteria: Sequence[Any]
 
-    @property
+    @cached_property
     def other_criteria(self) -> list[Any]:
         """Criteria that look at more than the last token and the number of tokens."""
         return [
@@ -179,11 +179,11 @@ class Decoding:
         if last_id in self._end_ids:
             return "eos"
         met = [criterion for criterion in rules.other_criteria if bool(criterion(ids(), None).any())]
+        if not met:
+            return "length" if num_new == self.max_new_tokens else None
         if any(isinstance(criterion, StopStringCriteria) for criterion in met):
             return "stop"
-        if num_new == self.max_new_tokens:
-            return "length"
-        return "criteria" if met else None
+        return "length" if num_new == self.max_new_tokens else "criteria"
 
     def generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator:
         """Return the random number generator of one sample of a text."""
@@ -217,10 +217,27 @@ class TextDecoding:
         self._ids = torch.empty(0)  # (1, tokens), with room for all tokens to come, where rules look at ids
         self._num_written = 0  # the number of ids written so far
         self._num_ahead = decoding.num_lookup_tokens
-        self.completion: Completion = ()
+        self._ngrams = Ngrams(decoding.max_ngram)  # where tokens are looked up
+        self._completion: Completion = ()  # the ids added so far, or a beginning of them
+        self.proposals: list[Completion] = []
+        """Longer continuations than the tokens added so far, that may turn out right."""
+
+    @property
+    def completion(self) -> Completion:
         """The ids added so far."""
-        self.ahead: list[Completion] = [()]
+        if len(self._completion) < len(self._choices):
+            self._completion += tuple(choice.token_id for choice in self._choices[len(self._completion) :])
+        return self._completion
+
+    @property
+    def last(self) -> Choice:
+        """The last token added."""
+        return self._choices[-1]
+
+    @property
+    def ahead(self) -> list[Completion]:
         """Continuations after which the logits are wanted next; each stands behind its own beginnings."""
+        return [self.completion, *self.proposals]
 
     @property
     def is_finished(self) -> bool:
@@ -251,14 +268,13 @@ class TextDecoding:
         if self._num_written == 0:
             self._ids = torch.zeros((1, num_ids + self._decoding.max_new_tokens), dtype=torch.long, device=self._device)
         if self._num_written < num_ids:
-            self._ids[0, self._num_written : num_ids] = torch.tensor(self._all_ids()[self._num_written :])
+            self._ids[0, self._num_written : num_ids] = torch.tensor(self._ids_from(self._num_written))
             self._num_written = num_ids
         return self._ids[:, :num_ids]
 
     def add(self, choice: Choice) -> None:
         """Add a token, and note whether the text ends with it."""
         self._choices.append(choice)
-        self.completion = (*self.completion, choice.token_id)
         self._watched = self._decoding.stops.with_token(self._watched, choice.token_id)
         self._finish_reason = self._decoding.reason(
             self.rules, self.ids, choice.token_id, self.num_new, is_stopped=self._watched.is_stopped
@@ -267,11 +283,11 @@ class TextDecoding:
             self._cut = self._decoding.stops.cut(self._prompt_ids, self.completion)
 
     def look_ahead(self, num_rows: int, num_added: int) -> None:
-        """Set `ahead` for the next pass; the last `num_rows` rows of logits gave `num_added` tokens."""
+        """Set `proposals` for the next pass; the last `num_rows` rows of logits gave `num_added` tokens."""
         if num_rows > 1:  # wrong proposals cost time, so fewer tokens are proposed next
             longest = self._decoding.num_lookup_tokens
             self._num_ahead = min(2 * self._num_ahead, longest) if num_added > 1 else max(1, self._num_ahead // 2)
-        self.ahead = [self.completion, *self._proposed()]
+        self.proposals = self._proposed()
 
     def needed(self) -> set[Completion]:
         """Return the continuations to keep: all but the last token, which was not forwarded yet."""
@@ -286,8 +302,10 @@ class TextDecoding:
         """Return the continuation so far; there is only one, whatever `num` asks for."""
         return [Found(tuple(self._choices), self._finish_reason or "interrupted", self._cut)]
 
-    def _all_ids(self) -> list[int]:
-        return [*self._prompt_ids, *self.completion]
+    def _ids_from(self, start: int) -> list[int]:
+        """Return the ids from this one on."""
+        choices = self._choices[max(0, start - len(self._prompt_ids)) :]
+        return [*self._prompt_ids[start:], *(choice.token_id for choice in choices)]
 
     def _proposed(self) -> list[Completion]:
         """Return possible next continuations, token by token, by looking them up in the text itself."""
@@ -295,7 +313,8 @@ class TextDecoding:
         num_tokens = min(self._num_ahead, self._decoding.max_new_tokens - len(self._choices) - 1)
         if num_tokens < 1:
             return []
-        tried = proposals(torch.tensor(self._all_ids()), num_tokens, self._decoding.max_ngram)
+        self._ngrams.extend(self._ids_from(len(self._ngrams)))
+        tried = self._ngrams.proposals(num_tokens)
         beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
         return list(dict.fromkeys((*self.completion, *tokens) for tokens in beginnings))
 

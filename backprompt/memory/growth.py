@@ -11,10 +11,13 @@ eighth more, or 16 rows. So one call for each layer can attend to the new rows o
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import sys
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
+
+import torch
 
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Span
@@ -71,9 +74,9 @@ class Growth:
         self._buffers: WeakKeyDictionary[KeysValues, _Buffer] = WeakKeyDictionary()  # live as long as their spans
         self._mixed: WeakSet[Block] = WeakSet()  # blocks with rows of several texts, or with free room
 
-    def note_pass(self, span: Span) -> None:
-        """Record that a span was computed in a pass together with spans of other texts."""
-        self._mixed.update((keys_values_of(span).block, states_of(span).block))
+    def note_pass(self, spans: Iterable[Span]) -> None:
+        """Record that spans were computed in passes together with spans of other texts."""
+        self._mixed.update({rows.block for span in spans for rows in _Held.of(span)})
 
     def absorb(self, spans: Sequence[Span], held: Container[Span]) -> list[Block]:
         """Let spans absorb their parents where no other text uses these; return the new blocks.
@@ -89,7 +92,8 @@ class Growth:
             pairs = [(upper, span) for span in absorbing if (upper := _absorbable(span, held)) is not None]
             together = {span: _Held.of(upper).with_next(_Held.of(span)) for upper, span in pairs}
             apart = [(upper, span) for upper, span in pairs if together[span] is None]
-            made += self._make_room([pair for pair in apart if not self._has_room(*pair)])
+            needed = [(upper, len(span.token_ids)) for upper, span in apart]
+            made += self._make_room([pair for pair in needed if not self._has_room(*pair)])
             together |= self._append(apart)
             for _, span in pairs:
                 both = together[span]
@@ -101,6 +105,57 @@ class Growth:
                 made += self._move_out(span.parent)  # it has several children
         return made
 
+    def make_room(self, ends: Iterable[Span]) -> list[Block]:
+        """Make room behind spans that have none for one more token, all in one buffer; return the new blocks."""
+        return self._make_room([(end, 1) for end in ends if not self._has_room(end, 1)])
+
+    def num_steps(self, ends: Iterable[Span]) -> int:
+        """Return for how many steps these spans have room to take in a token each."""
+        found: dict[object, _Buffer | None] = {}
+        num_steps = sys.maxsize
+        for end in ends:
+            keys_values, states = keys_values_of(end), states_of(end)
+            if keys_values.block not in found:
+                found[keys_values.block] = self._buffer_of(keys_values.block, states.block)
+            buffer = found[keys_values.block]
+            if buffer is None or states.block is not buffer.states() or states.stop != keys_values.stop:
+                return 0
+            num_steps = min(num_steps, buffer.room.get(keys_values.stop, 0) - keys_values.stop)
+        return max(0, num_steps)
+
+    def extend(self, ends: Sequence[Span], token_ids: Sequence[int], keys_values: KeysValues, states: States) -> None:
+        """Let spans take in a token each, for which they have room.
+
+        Args:
+            ends: the spans.
+            token_ids: the token of each.
+            keys_values, states: their rows, in the order of `ends`.
+
+        """
+        by_block: dict[tuple[KeysValues, States], list[int]] = {}
+        for idx, end in enumerate(ends):
+            by_block.setdefault((keys_values_of(end).block, states_of(end).block), []).append(idx)
+        for (own_keys_values, own_states), indices in by_block.items():
+            sources = None if len(by_block) == 1 else torch.tensor(indices)
+            targets = torch.tensor([keys_values_of(ends[idx]).stop for idx in indices])
+            keys_values.copy_rows_to(own_keys_values, sources, targets)
+            states.copy_rows_to(own_states, sources, targets)
+        with self._forest.changing():
+            for end, token_id in zip(ends, token_ids, strict=True):
+                self._take_in(end, token_id)
+
+    def _take_in(self, end: Span, token_id: int) -> None:
+        """Let a span take in a token whose rows lie behind its own."""
+        keys_values, states = keys_values_of(end), states_of(end)
+        room = self._buffers[keys_values.block].room
+        room[keys_values.stop + 1] = room.pop(keys_values.stop)
+        end.token_ids = (*end.token_ids, token_id)
+        end.key = None
+        end.place(
+            keys_values=BlockRows(keys_values.block, keys_values.start, keys_values.stop + 1),
+            states=BlockRows(states.block, states.start, states.stop + 1),
+        )
+
     def finish(self, span: Span) -> list[Block]:
         """Free the room behind a grown text: the text will not grow any more.
 
@@ -108,41 +163,46 @@ class Growth:
         """
         return [block for part in span.path() for block in self._move_out(part)]
 
-    def _has_room(self, upper: Span, span: Span) -> bool:
-        """Whether there is room behind the rows of `upper` for those of its child `span`."""
+    def _has_room(self, upper: Span, num_tokens: int) -> bool:
+        """Whether there is room for more tokens behind the rows of a span."""
         keys_values, states = _Held.of(upper)
-        buffer = self._buffers.get(keys_values.block)
+        buffer = self._buffer_of(keys_values.block, states.block)
         return (
             buffer is not None
-            and buffer.states() is states.block
-            and keys_values.block.num_rows == states.block.num_rows == buffer.num_rows
             and keys_values.stop == states.stop
-            and keys_values.stop + len(span.token_ids) <= buffer.room.get(keys_values.stop, 0)
+            and keys_values.stop + num_tokens <= buffer.room.get(keys_values.stop, 0)
         )
 
-    def _make_room(self, pairs: Sequence[tuple[Span, Span]]) -> list[Block]:
-        """Copy the rows of spans into one buffer, each with room for its child and some more rows."""
-        if not pairs:
+    def _buffer_of(self, keys_values: KeysValues, states: States) -> _Buffer | None:
+        """Return the buffer that these blocks are, if they still are one."""
+        buffer = self._buffers.get(keys_values)
+        if buffer is None or buffer.states() is not states:
+            return None
+        return buffer if keys_values.num_rows == states.num_rows == buffer.num_rows else None
+
+    def _make_room(self, spans: Sequence[tuple[Span, int]]) -> list[Block]:
+        """Copy the rows of spans into one buffer, each with room for so many tokens and some more rows."""
+        if not spans:
             return []
         num_rows = 0
         room: dict[int, int] = {}
         ranges: list[tuple[int, int]] = []
-        for upper, span in pairs:
-            num_needed = len(upper.token_ids) + len(span.token_ids)
+        for upper, num_tokens in spans:
+            num_needed = len(upper.token_ids) + num_tokens
             start, stop = num_rows, num_rows + len(upper.token_ids)
             num_rows += num_needed + max(ROWS_AT_A_TIME, num_needed // 8)
             ranges.append((start, stop))
             room[stop] = num_rows
-        first = _Held.of(pairs[0][0])
+        first = _Held.of(spans[0][0])
         # A masked key that is nan would spoil the rows that do not see it, so the room is filled with zeros.
         keys_values, states = first.keys_values.block.zeros(num_rows), first.states.block.zeros(num_rows)
         copies: list[_Copy] = []
-        for (upper, _), (start, _) in zip(pairs, ranges, strict=True):
+        for (upper, _), (start, _) in zip(spans, ranges, strict=True):
             copies += [(keys_values_of(upper), keys_values, start), (states_of(upper), states, start)]
         copy_rows(copies)
         self._buffers[keys_values] = _Buffer(ref(states), num_rows, room)
         self._mixed.update((keys_values, states))
-        for (upper, _), rows in zip(pairs, ranges, strict=True):
+        for (upper, _), rows in zip(spans, ranges, strict=True):
             upper.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
         return [keys_values, states]
 
@@ -182,6 +242,11 @@ class Growth:
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""
         return block in self._mixed and block.num_rows > len(span.token_ids)
+
+
+def takes_tokens_in(span: Span) -> bool:
+    """Whether a span may grow in place: it has its rows, and nobody else knows of its end."""
+    return not (span.children or span.is_end or span.is_stored or span.error) and span.is_held(with_keys_values=True)
 
 
 def _absorbable(span: Span, held: Container[Span]) -> Span | None:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
-from backprompt.attention.choice import attention_for
+from backprompt.attention.choice import attention_for, copies_for
+from backprompt.attention.copies import Copies
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
@@ -125,6 +126,7 @@ class Executor:
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
         self._attention: ForestAttention = attention_for(self.device)
+        self._make_copies = copies_for(self.device)
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
@@ -178,8 +180,12 @@ class Executor:
             self.layout = Layout.of(keys_values, sample)
         return Computed(keys_values, states, keys_values_of, states_of)
 
-    def forward(self, pass_: Pass) -> Forwarded:
-        """Forward all tokens of a pass.
+    def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
+        """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
+        return self._attention.prepare(pass_, num_steps)
+
+    def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
+        """Forward all tokens of a pass; `attention`: as it was prepared, if it was.
 
         Raises:
             UnsupportedModelError: the model's attention does something that is not implemented here.
@@ -187,7 +193,8 @@ class Executor:
         """
         columns = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
         token_ids, positions = columns[:1], columns[1:]  # (1, tokens)
-        in_flight = self._in_flight = _InFlight(self._attention.prepare(pass_), max_position=max(pass_.positions))
+        prepared = self._attention.prepare(pass_) if attention is None else attention
+        in_flight = self._in_flight = _InFlight(prepared, self._make_copies(), max(pass_.positions))
         try:
             output = self._body(
                 input_ids=token_ids,
@@ -203,8 +210,7 @@ class Executor:
                 "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
             )
         hidden = output.last_hidden_state[0].clone()  # (tokens, hidden)
-        extremes = torch.stack(in_flight.extremes)
-        is_finite = bool(hidden.isfinite().all() & extremes.isfinite().all())
+        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -293,10 +299,7 @@ class Executor:
             softcap=softcap,
             sinks=s_aux,
         )
-        # torch's attention returns numbers for some rows whose scores are NaN, so queries and keys are checked.
-        in_flight.extremes += (*query.aminmax(), *key.aminmax())
-        # A model's key may be a view of queries, keys and values together; a copy keeps the key alone.
-        layer_idx = in_flight.add_layer(_copy(key[0]), _copy(value[0]))
+        layer_idx = in_flight.add_layer(*in_flight.copies.of(query[0], key[0], value[0]))
         kernel_before = self.kernel_name
         output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
         if self.kernel_name != kernel_before:
@@ -348,10 +351,10 @@ class _InFlight:
     """The state of one forward call: tensors and markers, collected layer by layer."""
 
     attention: PreparedAttention
+    copies: Copies
     max_position: int
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    extremes: list[Tensor] = field(default_factory=list)  # of all queries and keys
     _markers: list[tuple[Tensor, int | None]] = field(default_factory=list)
 
     def add_layer(self, key: Tensor, value: Tensor) -> int:
@@ -411,8 +414,3 @@ def _register(name: str, executor: Executor) -> None:
     for interface in (AttentionInterface, AttentionMaskInterface):
         # The interface offers no way to unregister a global name.
         weakref.finalize(executor, interface._global_mapping.pop, name, None)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy with storage of its own."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
