@@ -238,12 +238,12 @@ def way_to(shape, row):
 
 
 def test_a_text_that_ends_where_a_fan_stands_takes_its_scores():
-    """The prompt begins with another one's: its second completion's last token is a leaf there."""
+    """A completion of the short prompt runs into the long one, and its last token is a row of a fan there."""
     works = []
     for through in (scored, through_texts):
         lm = make_lm()
         one, two, short = (Text.from_tokens(ids, lm) for ids in ((1, 2), (3,), (1,)))
-        shape = Shape([(2, 3), (4, 5, 6)])
+        shape = Shape([(2, 4), (4, 5, 6)])
         through(lm, [one, two], [shape] * 2)
         before = lm.stats
         through(lm, [short], [shape])
@@ -287,6 +287,18 @@ def test_evicted_fans_are_computed_again():
         assert_close(scores.logprobs, logprobs)
     assert (lm.stats - before).tokens_recomputed >= shapes[0].num_rows
     assert lm.stats.bytes_held <= 100 * TOKEN_BYTES
+
+
+def test_spans_of_an_unfolded_fan_are_evicted_like_others():
+    lm = make_lm(memory_bytes=100 * TOKEN_BYTES)
+    prompts, shapes = prompts_and_shapes(lm, 8)
+    scored(lm, prompts, shapes)
+    lm.look_up([prompt + Text.from_tokens(shapes[0].completions[0], lm) for prompt in prompts])
+    assert not fans(lm)
+    lm.evaluate([Text.from_tokens(range(start, start + 90), lm) for start in (0, 100, 200)])
+    assert lm.stats.bytes_held <= 100 * TOKEN_BYTES
+    held = lm.session.evaluator.forest.held_spans()
+    assert sum(len(span.token_ids) for span in held if span.is_held(with_keys_values=True)) <= 100
 
 
 def test_a_look_unfolds_one_fan_and_computes_nothing():
