@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from weakref import finalize
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from backprompt.errors import NonFiniteError, StaleRepresentationError, Unsuppor
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.holders import Holders
 from backprompt.evaluation.pools import Pools
+from backprompt.forest.fan import Fan
 from backprompt.forest.forest import Forest
 from backprompt.forest.passes import (
     cut_into_passes,
@@ -137,6 +139,13 @@ class Means:
     max_tokens_per_forward: int | None
 
 
+def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]) -> None:
+    """Note that spans took the place of a fan; the forest calls this, and must not keep a computation alive."""
+    pools.unfold(fan, spans)
+    memory.note(spans)
+    memory.host.note(spans)
+
+
 class Computation:
     """Computes spans, each once for as long as it is held."""
 
@@ -149,7 +158,7 @@ class Computation:
         self.archive = means.archive
         self.counters = means.counters
         self.max_tokens = means.max_tokens_per_forward or self.executor.tokens_per_forward()
-        self.forest = Forest()
+        self.forest = Forest(on_unfold=partial(_note_unfolded, means.pools, means.memory))
         self.holders = Holders()
         self.tile_tokens = TILE_TOKENS
         self._checked_work = self.counters.work

@@ -123,15 +123,17 @@ class Predictions:
 
     def __init__(self, rows: NumberedRows) -> None:
         self._rows = rows
-        self._token_ids: list[Ints] = []
-        self._numbers: list[Ints] = []
+        self._known_rows: list[tuple[Ints, Ints, Ints]] = []  # rows that predict, token ids, numbers
         self._branched: dict[Span, list[int]] = {}  # numbers of first tokens, by what they continue
         self._candidates: list[tuple[int, int, int]] = []  # the row, the id, the number
 
     def add_inner(self, token_ids: Iterable[int], numbers: Ints) -> None:
         """Add tokens that stand behind another one of their span."""
-        self._token_ids.append(np.fromiter(token_ids, dtype=np.int64, count=len(numbers)))
-        self._numbers.append(numbers)
+        self.add(numbers - 1, np.fromiter(token_ids, dtype=np.int64, count=len(numbers)), numbers)
+
+    def add(self, predicting: Ints, token_ids: Ints, numbers: Ints) -> None:
+        """Add tokens, each with the row that predicts it."""
+        self._known_rows.append((predicting, token_ids, numbers))
 
     def add_first(self, parent: Span, number: int) -> None:
         """Add the first token of a span that continues `parent`."""
@@ -162,10 +164,8 @@ class Predictions:
             for child in held_children(parent)
         ]
         singles = np.array([*self._candidates, *branches], dtype=np.int64).reshape(-1, 3)
-        inner = np.concatenate([*self._numbers, np.zeros(0, dtype=np.int64)])
-        predicting = np.concatenate([inner - 1, singles[:, 0]])
-        token_ids = np.concatenate([*self._token_ids, singles[:, 1]])
-        numbers = np.concatenate([inner, singles[:, 2]])
+        parts = [*self._known_rows, (singles[:, 0], singles[:, 1], singles[:, 2])]
+        predicting, token_ids, numbers = map(np.concatenate, zip(*parts, strict=True))
         is_new = ~np.append(self._rows.are_scored(), False)[np.maximum(numbers, -1)]  # the last is for candidates
         asked = list(itertools.chain.from_iterable(self._branched.values()))
         is_asked = np.ones(len(numbers), dtype=bool)

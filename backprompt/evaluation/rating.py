@@ -78,8 +78,8 @@ def rated_tokens(logits: Tensor, row_idx: Ints, token_ids: Ints) -> Rated:
 
 def rate_by_torch(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `Rate`."""
-    logprobs, is_usable, argmax = rated(logits)
-    return logprobs[rows, token_ids], argmax[rows] == token_ids, is_usable[rows]
+    logprobs, is_usable, is_argmax = rated(logits, rows, token_ids)
+    return logprobs, is_argmax, is_usable
 
 
 @lru_cache(maxsize=16)

@@ -80,12 +80,12 @@ def _largest_gap(device: torch.device, dtype: torch.dtype, num_columns: int) -> 
     token_ids = torch.tensor([0, 70, 5000, 100, 101, 4500, num_columns - 1], device=device).repeat(7)
     rows = torch.arange(7, device=device).repeat_interleave(7)
     logprobs, is_argmax, is_usable = rate(logits, rows, token_ids)
-    _, are_usable, argmax = rated(logits)
-    if not torch.equal(is_usable, are_usable[rows]):
+    _, expected_usable, expected_argmax = rated(logits, rows, token_ids)
+    if not torch.equal(is_usable, expected_usable):
         return float("inf")
     own = logprobs[is_usable].double()
     expected = logits.double().log_softmax(dim=-1)[rows, token_ids][is_usable]
-    if not torch.equal(is_argmax[is_usable], (argmax[rows] == token_ids)[is_usable]):
+    if not torch.equal(is_argmax[is_usable], expected_argmax[is_usable]):
         return float("inf")
     unit = torch.finfo(torch.float32).eps * expected.abs().clamp(min=1.0)
     gaps = torch.where(own == expected, 0.0, (own - expected).abs() / unit)  # -inf equals -inf
