@@ -65,7 +65,13 @@ class JunctionKey:
         return cls(frozenset(Counter(ends).items()))
 
 
-ChildKey: TypeAlias = "int | LaterKey | JunctionKey"
+class FanKey:
+    """The key of a fan (fan.py), which is the only child of its parent."""
+
+
+FAN = FanKey()
+
+ChildKey: TypeAlias = "int | LaterKey | JunctionKey | FanKey"
 """The key of a span among its parent's children; for most spans the first token."""
 
 
@@ -115,7 +121,9 @@ Kind: TypeAlias = Literal["states", "keys_values"]
 KINDS: tuple[Kind, ...] = ("states", "keys_values")
 
 Pool: TypeAlias = Literal["device", "host"]
-"""The two pools of memory for the data of spans."""
+"""The two pools of memory for the data of spans; `POOLS`: both."""
+
+POOLS: tuple[Pool, ...] = ("device", "host")
 
 _SLOTS: Mapping[tuple[Kind, Pool], str] = {
     ("states", "device"): "states",
@@ -219,6 +227,11 @@ class Span:
     def stop(self) -> int:
         """The position behind its last token."""
         return self.position + len(self.token_ids)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """The position of each of its tokens."""
+        return range(self.position, self.stop)
 
     @property
     def parents(self) -> Sequence[Span]:
@@ -348,6 +361,12 @@ class Span:
         for slot, below in _BELOW.items():
             if getattr(self, slot) is not None:
                 setattr(parent, below, getattr(parent, below) + 1)
+
+    def note_history_of(self, other: Span) -> None:
+        """Take over whether and when another span was computed, stored and used."""
+        self.was_computed, self.is_stored, self.error = other.was_computed, other.is_stored, other.error
+        self.computed_in, self.loaded_in = other.computed_in, other.loaded_in
+        self.credit, self.last_used = other.credit, other.last_used
 
     def num_bytes(self, pool: Pool) -> int:
         """Return the bytes of all data in a pool."""

@@ -205,8 +205,8 @@ class Block(ABC):
         places: dict[torch.device, tuple[Tensor | None, Tensor]] = {}  # moved once a device
         for name, tensor in self.tensors.items():
             if tensor.device not in places:
-                own = None if sources is None else sources.to(tensor.device)
-                places[tensor.device] = own, targets.to(tensor.device)
+                own = None if sources is None else on_device(sources.numpy(), tensor.device)
+                places[tensor.device] = own, on_device(targets.numpy(), tensor.device)
             own_sources, own_targets = places[tensor.device]
             rows = tensor if own_sources is None else tensor.index_select(self.token_axis, own_sources)
             other.tensors[name].index_copy_(self.token_axis, own_targets, rows)

@@ -25,6 +25,7 @@ from backprompt.attention.base import ForestAttention, PreparedAttention, Scorin
 from backprompt.attention.choice import attention_for, copies_for
 from backprompt.attention.copies import Copies
 from backprompt.errors import NonFiniteError, UnsupportedModelError
+from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
@@ -242,6 +243,7 @@ class Executor:
 
         A masked key that is NaN may spoil texts that do not see it, so spoiled texts run alone until one fails again.
         """
+        pass_ = Pass(tuple(without_fans(pass_.spans)), pass_.segments)
         spans = list(zip(pass_.spans, pass_.slices, strict=True))
         spoiled = [span for span, rows in spans if not bool(hidden[rows].isfinite().all())] or list(pass_.spans)
         for span in spoiled:

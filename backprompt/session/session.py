@@ -233,7 +233,7 @@ class Session:
             self.current()
             found = self.ids_before_more(texts)
             for text, token_ids in zip(texts, found, strict=True):
-                check_has_last_token(repr(text), token_ids)
+                check_has_last_token(text, token_ids)
             return found
 
     def ids_to_continue(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:
