@@ -167,11 +167,6 @@ class Computation:
         finalize(self, self.forest.clear).atexit = False
 
     @property
-    def _layout(self) -> Layout:
-        assert self.executor.layout is not None, "a pass came before"
-        return self.executor.layout
-
-    @property
     def token_bytes(self) -> int:
         """The bytes of all rows held for one token; the first use runs the probe."""
         self.probe_once()
