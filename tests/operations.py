@@ -12,9 +12,9 @@ class Operations(TorchDispatchMode):
         self._forward, self._is_counting = executor.forward, True
         executor.forward = self._uncounted
 
-    def _uncounted(self, pass_):
+    def _uncounted(self, *args):
         self._is_counting = False
-        forwarded = self._forward(pass_)
+        forwarded = self._forward(*args)
         self._is_counting = True
         return forwarded
 

@@ -205,18 +205,19 @@ def test_what_is_evaluated_between_steps_leaves_nothing_behind(model, tokenizer)
         assert lm.stats.bytes_held <= 60 * 646
 
 
-def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch):
+@pytest.mark.parametrize(("name", "which"), [("absorb", 2), ("extend", 4)])
+def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch, name, which):
     growth = lm.session.evaluator.continuations.growth
-    absorb, num_calls = growth.absorb, 0
+    method, num_calls = getattr(growth, name), 0
 
-    def fail(spans, held):
+    def fail(*args):
         nonlocal num_calls
         num_calls += 1
-        if num_calls == 6:
+        if num_calls == which:
             raise MemoryError
-        return absorb(spans, held)
+        return method(*args)
 
-    monkeypatch.setattr(growth, "absorb", fail)
+    monkeypatch.setattr(growth, name, fail)
     texts = [Text(prompt, lm) for prompt in PROMPTS]
     with pytest.raises(MemoryError):
         generate(texts, max_new_tokens=NEW)
@@ -291,7 +292,7 @@ def test_finished_texts_leave_the_batch_and_waiting_ones_join(lm, model, monkeyp
     sizes = []
     executor = lm.session.evaluator.executor
     forward = executor.forward
-    monkeypatch.setattr(executor, "forward", lambda pass_: sizes.append(pass_.num_tokens) or forward(pass_))
+    monkeypatch.setattr(executor, "forward", lambda *args: sizes.append(args[0].num_tokens) or forward(*args))
     for text, found in zip(texts, generate(texts, **options), strict=True):
         assert found.completion_tokens == generated_by_transformers(model, text.tokens, **options)
     steps = [len(found.completion_tokens) for found in generate(texts, **options)]
@@ -588,12 +589,12 @@ def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):
     executor = lm.session.evaluator.executor
     forward, num_passes = executor.forward, 0
 
-    def interrupt(pass_):
+    def interrupt(*args):
         nonlocal num_passes
         num_passes += 1
         if num_passes == 6:
             raise KeyboardInterrupt
-        return forward(pass_)
+        return forward(*args)
 
     monkeypatch.setattr(executor, "forward", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -50,6 +50,8 @@ CRITICAL = {
     "pin",
     "unpin",
     "step",
+    "extend",
+    "_take_in",
 }
 
 

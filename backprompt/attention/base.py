@@ -44,6 +44,10 @@ class PreparedAttention(Protocol):
         """
         ...
 
+    def advance(self) -> None:
+        """Go on to the next step of a generation: each row of a segment that `grows` sees one key more, the next."""
+        ...
+
 
 class ForestAttention(Protocol):
     """A way to attend over a packed forest.
@@ -58,6 +62,9 @@ class ForestAttention(Protocol):
         """See the class."""
         ...
 
-    def prepare(self, pass_: Pass) -> PreparedAttention:
-        """Return the attention of a pass, with the data that all layers share. Release it after the pass."""
+    def prepare(self, pass_: Pass, num_steps: int = 1) -> PreparedAttention:
+        """Return the attention of a pass, with the data that all layers share. Release it after the pass.
+
+        `num_steps`: how many steps of a generation it may serve, one after the other; see `advance`.
+        """
         ...

@@ -44,9 +44,9 @@ class CallsAttention:
         self._reason = reason
         self.name = "none yet"
 
-    def prepare(self, pass_: Pass) -> PreparedCalls:
-        """Return the attention of a pass."""
-        return PreparedCalls(self, pass_)
+    def prepare(self, pass_: Pass, num_steps: int = 1) -> PreparedCalls:
+        """Return the attention of a pass, for one or several steps; see `ForestAttention.prepare`."""
+        return PreparedCalls(self, pass_, num_steps)
 
     def kernel_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernel:
         """Return the kernel for such tensors; shapes are those of `PreparedAttention.attend`."""
@@ -60,23 +60,68 @@ class CallsAttention:
         return chosen.kernel
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Masked:
-    """A call of the plan with its mask."""
+    """A call of the plan with its mask.
+
+    Attributes:
+        call: the call.
+        keys: those of the step that is next.
+        mask: additive, `(rows, keys)`, with room for the keys of later steps; None if every row sees every key.
+        blind: which rows see none of the keys, `(rows, 1)`; None if every row sees some.
+        next_keys: of the rows that see one key more in each step, the row and the next key, `(2, rows)`, both counted
+            from the first of the call.
+        last_stop: the key behind the last one that such a row sees.
+
+    """
 
     call: Call
-    mask: Tensor | None  # additive, (rows, keys)
-    blind: Tensor | None  # which rows see none of the keys, (rows, 1)
+    keys: slice
+    mask: Tensor | None = None
+    blind: Tensor | None = None
+    next_keys: Tensor | None = None
+    last_stop: int = 0
+
+    @property
+    def seen(self) -> Tensor | None:
+        """The mask of the keys."""
+        return None if self.mask is None else self.mask[:, : self.keys.stop - self.keys.start]
+
+    def advance(self) -> None:
+        """Let the growing rows see one key more."""
+        self.last_stop += 1
+        self.keys = slice(self.keys.start, max(self.keys.stop, self.last_stop))
+        if self.mask is not None and self.next_keys is not None:
+            rows, keys = self.next_keys
+            self.mask[rows, keys] = 0
+            keys += 1
 
 
 class PreparedCalls:
-    """The calls of one pass; masks are made once for all layers with the same window and heads."""
+    """The calls of a pass; masks are made once for all layers with the same window and heads.
 
-    def __init__(self, attention: CallsAttention, pass_: Pass) -> None:
+    For several steps of a generation they are made once, too: a mask has room for the keys to come, and each step shows
+    them to the rows that they belong to. Only what a window hides is planned anew in each step.
+    """
+
+    def __init__(self, attention: CallsAttention, pass_: Pass, num_steps: int = 1) -> None:
         self._attention = attention
         self._pass = pass_
+        self._steps_left = num_steps
+        self._num_done = 0
         self._positions: Tensor | None = None  # of the rows, on the device
         self._prepared: dict[tuple[int | None, int, torch.dtype], list[_Masked]] = {}
+
+    def advance(self) -> None:
+        """Go on to the next step; see `PreparedAttention.advance`."""
+        self._num_done += 1
+        self._steps_left -= 1
+        self._positions = None
+        self._prepared = {key: calls for key, calls in self._prepared.items() if key[0] is None}
+        for calls in self._prepared.values():
+            for masked in calls:
+                if masked.last_stop:
+                    masked.advance()
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
@@ -87,11 +132,11 @@ class PreparedCalls:
         for masked in self._calls(query, scoring.window):
             call = masked.call
             if call.block is None:
-                keys, values = key[:, call.keys], value[:, call.keys]
+                keys, values = key[:, masked.keys], value[:, masked.keys]
             else:
                 block = cast(Layers, call.block)  # the plan does not read blocks
-                keys, values = block.layer(layer_idx, call.keys)
-            output, lse = kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.mask)
+                keys, values = block.layer(layer_idx, masked.keys)
+            output, lse = kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.seen)
             if call.is_own:
                 joined.start_with(call.rows, output, lse)
                 continue
@@ -104,18 +149,36 @@ class PreparedCalls:
         multiplications_a_pair = query.shape[0] * query.shape[2]
         key = window, multiplications_a_pair, query.dtype
         if key not in self._prepared:
-            calls = self._pass.calls(window, multiplications_a_pair)
+            planned = self._pass.after(self._num_done) if self._num_done else self._pass
+            calls = planned.calls(window, multiplications_a_pair)
             self._prepared[key] = [self._masked(call, query) for call in calls]
         return self._prepared[key]
 
     def _masked(self, call: Call, query: Tensor) -> _Masked:
+        last_stop = max((segment.key_stop for segment in call.segments if segment.grows), default=0)
         if not call.needs_mask:
-            return _Masked(call, None, None)
+            return _Masked(call, call.keys, last_stop=last_stop)
         if self._positions is None:
             self._positions = torch.tensor(self._pass.positions, device=query.device)
         visible = _visible(call, self._positions)
         blind = None if call.is_own else ~visible.any(dim=1, keepdim=True)
-        return _Masked(call, additive_mask(visible, query.dtype), blind if blind is not None and blind.any() else None)
+        blind = blind if blind is not None and blind.any() else None
+        if call.window is not None or not last_stop:
+            return _Masked(call, call.keys, additive_mask(visible, query.dtype), blind)
+        visible = torch.nn.functional.pad(visible, (0, self._steps_left - 1))  # the keys to come
+        next_keys = _next_keys(call).to(query.device)
+        return _Masked(call, call.keys, additive_mask(visible, query.dtype), blind, next_keys, last_stop)
+
+
+def _next_keys(call: Call) -> Tensor:
+    """Return the growing rows of a call and the next key of each, `(2, rows)`; see `_Masked`."""
+    growing = [
+        (row - call.rows.start, segment.key_stop - call.keys.start)
+        for segment in call.segments
+        if segment.grows
+        for row in range(segment.start, segment.stop)
+    ]
+    return torch.tensor(growing).T.contiguous()
 
 
 def _visible(call: Call, positions: Tensor) -> Tensor:

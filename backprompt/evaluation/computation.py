@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from weakref import finalize
 
 from torch import Tensor, nn
 
+from backprompt.attention.base import PreparedAttention
 from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.holders import Holders
@@ -29,10 +30,10 @@ from backprompt.forest.passes import (
     num_tokens_of,
     on_the_way,
 )
-from backprompt.forest.plan import TILE_TOKENS, plan_pass
+from backprompt.forest.plan import TILE_TOKENS, Pass, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
 from backprompt.memory.eviction import Memory
-from backprompt.model.executor import Executor
+from backprompt.model.executor import Executor, Forwarded
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenIds
@@ -152,11 +153,18 @@ class Computation:
         """Return the bytes that all of these texts take together, in the device's memory."""
         return num_tokens_of(on_the_way(ends)) * self.token_bytes
 
-    @contextmanager
-    def inserted(self, texts: Sequence[TokenIds], *, are_ends: bool = True) -> Iterator[list[Span]]:
+    def inserted(self, texts: Iterable[TokenIds], *, are_ends: bool = True) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts in the forest; `are_ends`: see `Forest.insert`."""
+        return self._in_forest(self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)
+
+    def extended(self, texts: Iterable[tuple[Span, tuple[int, ...]]]) -> AbstractContextManager[list[Span]]:
+        """Yield the ends of texts that go on behind spans of the forest; they count as the ends of no texts."""
+        return self._in_forest(self.forest.extend(end, end.stop, more) for end, more in texts)
+
+    @contextmanager
+    def _in_forest(self, ends_of_texts: Iterable[Span]) -> Iterator[list[Span]]:
         self.probe_once()
-        ends = [self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts]
+        ends = list(ends_of_texts)
         self.memory.touch(ends)
         yield ends
         if self.memory.has_evicted:
@@ -284,6 +292,20 @@ class Computation:
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
 
+    def forward_step(self, pass_: Pass, attention: PreparedAttention) -> Forwarded:
+        """Forward the tokens that texts go on with, and count them; the caller keeps the results.
+
+        A pass that is not finite is not counted, nor does it raise an error: see `Executor.compute`.
+        """
+        started = time.perf_counter()
+        with self._blaming_weights():
+            forwarded = self.executor.forward(pass_, attention)
+        if forwarded.is_finite:
+            self.counters.forward_passes += 1
+            self.counters.tokens_computed += len(pass_.spans)
+            self.counters.seconds += time.perf_counter() - started
+        return forwarded
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""
         started = time.perf_counter()
@@ -315,6 +337,7 @@ class Computation:
         forgotten.
         """
         self.holders.stop_using()
+        self.forest.next_step = None
         if not self.forest.is_whole:
             self._forget()
         self._prune(MAX_EMPTY_SPANS, MAX_EMPTY_TOKENS)

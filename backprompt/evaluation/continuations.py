@@ -7,13 +7,14 @@ of a live text are kept by its generation alone, and read from there when they a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from weakref import finalize
 
 from backprompt.evaluation.computation import Computation, Request
 from backprompt.evaluation.holders import Growing
 from backprompt.evaluation.scores import TokenScore
 from backprompt.evaluation.scoring import Scoring
+from backprompt.evaluation.steps import Stepped, Steps
 from backprompt.forest.span import Span
 from backprompt.memory.growth import Growth
 from backprompt.tokens.graph import TokenIds
@@ -27,6 +28,7 @@ class Continuations:
         scoring: takes the scores of tokens that generations have chosen.
 
     Attributes:
+        steps: lets texts grow in place.
         abandoned: growing texts whose owner failed or was discarded; any thread may add to them at any time.
 
     """
@@ -35,6 +37,7 @@ class Continuations:
         self._computation = computation
         self._scoring = scoring
         self.growth = Growth(computation.forest)
+        self.steps = Steps(computation, self.growth)
         self.abandoned: deque[Sequence[Growing]] = deque()
 
     def let_grow(self, owner: object, texts: Sequence[Growing]) -> None:
@@ -49,17 +52,39 @@ class Continuations:
         with self._computation.held(texts, Request(with_keys_values=True)) as ends:
             return ends
 
-    def grow(self, texts: Sequence[TokenIds]) -> list[Span]:
+    def extend(self, owner: object, tokens: Mapping[Span, tuple[int, TokenScore]], num_texts: int) -> Stepped | None:
+        """Let texts take in a token each, in place; None if that is not possible, see `Steps.extend`.
+
+        `num_texts`: how many texts these are; several may be equal so far.
+        """
+        stepped = self.steps.extend(owner, tokens)
+        if stepped is not None:
+            self._computation.counters.tokens_requested += num_texts
+        return stepped
+
+    def grow(
+        self, parts: Sequence[tuple[Span, tuple[int, ...]]], whole: Callable[[], Iterable[TokenIds]]
+    ) -> list[Span]:
         """Forward the new tokens of texts in one pass; the caller notes the ends as for `begin`.
 
         The new tokens are not stored until the growth ends.
+
+        Args:
+            parts: for each text the span behind which it goes on, and the ids from there.
+            whole: returns all ids of each text, for texts of which another thread has dropped what was computed.
+
         """
-        counters = self._computation.counters
+        computation, counters = self._computation, self._computation.counters
+        computation.forest.next_step = None
         num_before = counters.tokens_computed
-        with self._computation.inserted(texts, are_ends=False) as ends, self._computation.holders.using(ends):
+        if all(end.is_held(with_keys_values=True) for end, _ in parts):
+            inserted = computation.extended(parts)
+        else:
+            inserted = computation.inserted(whole(), are_ends=False)
+        with inserted as ends, computation.holders.using(ends):
             new = [end for end in dict.fromkeys(ends) if not end.is_held(with_keys_values=True)]
-            self._computation.compute(ends, Request(with_keys_values=True, is_step=True))
-        counters.tokens_requested += max(len(texts), counters.tokens_computed - num_before)
+            computation.compute(ends, Request(with_keys_values=True, is_step=True))
+        counters.tokens_requested += max(len(parts), counters.tokens_computed - num_before)
         for end in new:
             self.growth.note_pass(end)
         return ends
@@ -82,6 +107,8 @@ class Continuations:
 
     def end(self, ends: Sequence[Span]) -> None:
         """Finish grown texts that have no holder any more: from now on they are like all other texts."""
+        if ends:
+            self._computation.forest.next_step = None
         for end in ends:
             end.is_end = True
         archive = self._computation.archive

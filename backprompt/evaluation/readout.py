@@ -47,12 +47,16 @@ class Readout:
             NonFiniteError: a row is no distribution.
 
         """
+        return self.logits_after(ends, gather_hidden(list(map(_last_row, ends)))) if ends else []
+
+    def logits_after(self, ends: Sequence[Span], hidden: Tensor) -> list[Tensor]:
+        """Return the logits by the final hidden state behind each text, `(texts, hidden)`; see `next_logits`."""
         executor = self._computation.executor
         found: list[Tensor] = []
-        for group in slices(list(ends), executor.rows_in_a_slice):
-            logits = self._computation.logits(gather_hidden(list(map(_last_row, group))))
+        for first, rows in enumerate(torch.split(hidden, executor.rows_in_a_slice)):
+            logits = self._computation.logits(rows)
             for idx in unusable_rows(logits):
-                raise executor.logits_error(logits[idx], ids_up_to(group[idx]))
+                raise executor.logits_error(logits[idx], ids_up_to(ends[first * executor.rows_in_a_slice + idx]))
             found.append(logits)
         return found
 

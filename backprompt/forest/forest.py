@@ -23,6 +23,8 @@ class Forest:
         evaluation: the number of the latest evaluation, counted from 1.
         is_whole: False while a change of several steps is under way, and permanently after an error interrupted one:
             then the forest cannot be trusted, and must be cleared with `clear`.
+        next_step: what the next step of a generation may use of the last one (evaluation/steps.py). It refers to blocks
+            of rows, so `clear` drops it.
 
     """
 
@@ -30,6 +32,7 @@ class Forest:
         self.root = Span((), 0, None)
         self.evaluation = 0
         self.is_whole = True
+        self.next_step: object = None
         self._is_stamped = True  # whether `evaluation` was used
 
     def begin_evaluation(self) -> None:
@@ -206,6 +209,7 @@ class Forest:
 
     def clear(self) -> None:
         """Drop the data of every span and remove all spans from the root; the forest is whole again."""
+        self.next_step = None
         with self.changing():
             stack = [self.root]  # `spans` reads more than children, which may not be whole
             while stack:

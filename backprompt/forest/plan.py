@@ -58,6 +58,7 @@ class KeySegment:
         visible_until: for a tile, the row at which the last descendant of each key's span ends: row q sees key k if
             `k <= q < visible_until[k - key_start]`. None for a causal run, and for keys outside the rows, which every
             row sees.
+        grows: whether in the next step of a generation the row sees the next key, too; see steps.py.
 
     """
 
@@ -69,6 +70,7 @@ class KeySegment:
     key_position: int
     times: int = 1
     visible_until: tuple[int, ...] | None = None
+    grows: bool = False
 
     @classmethod
     def own(cls, start: int, stop: int, position: int, visible_until: tuple[int, ...] | None = None) -> KeySegment:
@@ -79,6 +81,12 @@ class KeySegment:
     def is_own(self) -> bool:
         """Whether the keys belong to the rows themselves."""
         return self.block is None and self.key_start == self.start
+
+    def after(self, num_steps: int) -> KeySegment:
+        """Return the segment in a later step of a generation."""
+        if self.is_own:
+            return replace(self, key_position=self.key_position + num_steps)
+        return replace(self, key_stop=self.key_stop + num_steps) if self.grows else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +132,6 @@ class Call:
         num_keys: int = self.keys.stop - self.keys.start
         return num_rows * num_keys
 
-    def united(self, other: Call) -> Call:
-        """Return one call for both; their keys lie in the same block."""
-        return Call(
-            _union(self.rows, other.rows),
-            self.block,
-            _union(self.keys, other.keys),
-            self.segments + other.segments,
-            self.window or other.window,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -168,6 +166,10 @@ class Pass:
     def positions(self) -> list[int]:
         """The position of each token of the row in its own text."""
         return [p for span in self.spans for p in range(span.position, span.position + len(span.token_ids))]
+
+    def after(self, num_steps: int) -> Pass:
+        """Return the plan of a later step: see steps.py. The spans are at their positions already."""
+        return Pass(self.spans, tuple(segment.after(num_steps) for segment in self.segments))
 
     def calls(self, window: int | None, multiplications_a_pair: int) -> list[Call]:
         """Return the kernel calls of a layer, own calls first.
@@ -375,20 +377,42 @@ def _merge_calls(calls: Sequence[Call], pairs_a_call: int) -> list[Call]:
     A merged call multiplies all its rows by all keys between the first and the last. Each call saved is worth
     `pairs_a_call` pairs.
     """
-    merged: list[Call] = []
-    last_of: dict[tuple[int, int], tuple[int, int]] = {}  # block, times -> idx of the call, pairs it may multiply
+    merged: list[_Merged] = []
+    last_of: dict[tuple[int, int], _Merged] = {}  # by block, and by how often the keys count
     for call in sorted(calls, key=lambda call: call.keys.start):
-        of_call = id(call.block), call.times
-        last_idx, num_pairs = last_of.get(of_call, (None, 0))
-        num_pairs += call.num_pairs + pairs_a_call
-        together = None if last_idx is None else merged[last_idx].united(call)
-        if last_idx is not None and together is not None and together.num_pairs <= num_pairs:
-            merged[last_idx] = together
-            last_of[of_call] = last_idx, num_pairs
-        else:
-            last_of[of_call] = len(merged), call.num_pairs
-            merged.append(call)
-    return merged
+        last = last_of.get((id(call.block), call.times))
+        if last is None or not last.takes_in(call, pairs_a_call):
+            last = last_of[id(call.block), call.times] = _Merged(call)
+            merged.append(last)
+    return [of_several.call for of_several in merged]
+
+
+class _Merged:
+    """A call that takes in others: its rows and keys so far, and the pairs that separate calls are worth."""
+
+    def __init__(self, first: Call) -> None:
+        self._calls = [first]
+        self._rows, self._keys = first.rows, first.keys
+        self._num_pairs = first.num_pairs
+
+    def takes_in(self, call: Call, pairs_a_call: int) -> bool:
+        """Take another call in if one call for all costs less; return whether it does."""
+        rows, keys = _union(self._rows, call.rows), _union(self._keys, call.keys)
+        num_pairs = self._num_pairs + call.num_pairs + pairs_a_call
+        if (rows.stop - rows.start) * (keys.stop - keys.start) > num_pairs:
+            return False
+        self._calls.append(call)
+        self._rows, self._keys, self._num_pairs = rows, keys, num_pairs
+        return True
+
+    @property
+    def call(self) -> Call:
+        """One call for all."""
+        if len(self._calls) == 1:
+            return self._calls[0]
+        segments = tuple(segment for call in self._calls for segment in call.segments)
+        window = next((call.window for call in self._calls if call.window), None)
+        return Call(self._rows, self._calls[0].block, self._keys, segments, window)
 
 
 def _union(a: slice, b: slice) -> slice:

@@ -106,10 +106,21 @@ def choose(texts: Sequence[TextDecoding], rows: Sequence[Mapping[Completion, int
         for text, own in zip(texts, rows, strict=True)
         if not text.is_finished and (row := own.get(text.completion)) is not None
     ]:
-        for (text, _), choice in zip(going_on, _choices(going_on, logits), strict=True):
-            text.add(choice)
+        _add(going_on, logits)
     for text, own, num_before in zip(texts, rows, nums_before, strict=True):
         text.look_ahead(len(own), text.num_new - num_before)
+
+
+def choose_next(texts: list[tuple[TextDecoding, int]], logits: Logits) -> None:
+    """Choose one token for each text by its row of `logits`; see `choose`."""
+    _add(texts, logits)
+    for text, _ in texts:
+        text.look_ahead(1, 1)
+
+
+def _add(texts: list[tuple[TextDecoding, int]], logits: Logits) -> None:
+    for (text, _), choice in zip(texts, _choices(texts, logits), strict=True):
+        text.add(choice)
 
 
 def _choices(texts: list[tuple[TextDecoding, int]], logits: Logits) -> list[Choice]:

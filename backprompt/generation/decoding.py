@@ -217,10 +217,26 @@ class TextDecoding:
         self._ids = torch.empty(0)  # (1, tokens), with room for all tokens to come, where rules look at ids
         self._num_written = 0  # the number of ids written so far
         self._num_ahead = decoding.num_lookup_tokens
-        self.completion: Completion = ()
+        self._completion: Completion = ()  # the ids added so far, or a beginning of them
+        self.proposals: list[Completion] = []
+        """Longer continuations than the tokens added so far, that may turn out right."""
+
+    @property
+    def completion(self) -> Completion:
         """The ids added so far."""
-        self.ahead: list[Completion] = [()]
+        if len(self._completion) < len(self._choices):
+            self._completion += tuple(choice.token_id for choice in self._choices[len(self._completion) :])
+        return self._completion
+
+    @property
+    def last(self) -> Choice:
+        """The last token added."""
+        return self._choices[-1]
+
+    @property
+    def ahead(self) -> list[Completion]:
         """Continuations after which the logits are wanted next; each stands behind its own beginnings."""
+        return [self.completion, *self.proposals]
 
     @property
     def is_finished(self) -> bool:
@@ -251,14 +267,13 @@ class TextDecoding:
         if self._num_written == 0:
             self._ids = torch.zeros((1, num_ids + self._decoding.max_new_tokens), dtype=torch.long, device=self._device)
         if self._num_written < num_ids:
-            self._ids[0, self._num_written : num_ids] = torch.tensor(self._all_ids()[self._num_written :])
+            self._ids[0, self._num_written : num_ids] = torch.tensor(self._ids_from(self._num_written))
             self._num_written = num_ids
         return self._ids[:, :num_ids]
 
     def add(self, choice: Choice) -> None:
         """Add a token, and note whether the text ends with it."""
         self._choices.append(choice)
-        self.completion = (*self.completion, choice.token_id)
         self._watched = self._decoding.stops.with_token(self._watched, choice.token_id)
         self._finish_reason = self._decoding.reason(
             self.rules, self.ids, choice.token_id, self.num_new, is_stopped=self._watched.is_stopped
@@ -267,11 +282,11 @@ class TextDecoding:
             self._cut = self._decoding.stops.cut(self._prompt_ids, self.completion)
 
     def look_ahead(self, num_rows: int, num_added: int) -> None:
-        """Set `ahead` for the next pass; the last `num_rows` rows of logits gave `num_added` tokens."""
+        """Set `proposals` for the next pass; the last `num_rows` rows of logits gave `num_added` tokens."""
         if num_rows > 1:  # wrong proposals cost time, so fewer tokens are proposed next
             longest = self._decoding.num_lookup_tokens
             self._num_ahead = min(2 * self._num_ahead, longest) if num_added > 1 else max(1, self._num_ahead // 2)
-        self.ahead = [self.completion, *self._proposed()]
+        self.proposals = self._proposed()
 
     def needed(self) -> set[Completion]:
         """Return the continuations to keep: all but the last token, which was not forwarded yet."""
@@ -286,8 +301,10 @@ class TextDecoding:
         """Return the continuation so far; there is only one, whatever `num` asks for."""
         return [Found(tuple(self._choices), self._finish_reason or "interrupted", self._cut)]
 
-    def _all_ids(self) -> list[int]:
-        return [*self._prompt_ids, *self.completion]
+    def _ids_from(self, start: int) -> list[int]:
+        """Return the ids from this one on."""
+        choices = self._choices[max(0, start - len(self._prompt_ids)) :]
+        return [*self._prompt_ids[start:], *(choice.token_id for choice in choices)]
 
     def _proposed(self) -> list[Completion]:
         """Return possible next continuations, token by token, by looking them up in the text itself."""
@@ -295,7 +312,7 @@ class TextDecoding:
         num_tokens = min(self._num_ahead, self._decoding.max_new_tokens - len(self._choices) - 1)
         if num_tokens < 1:
             return []
-        tried = proposals(torch.tensor(self._all_ids()), num_tokens, self._decoding.max_ngram)
+        tried = proposals(torch.tensor(self._ids_from(0)), num_tokens, self._decoding.max_ngram)
         beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
         return list(dict.fromkeys((*self.completion, *tokens) for tokens in beginnings))
 

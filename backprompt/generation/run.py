@@ -7,16 +7,17 @@ waiting texts take their place; nothing is padded, and samples of one prompt sha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backprompt.evaluation.evaluator import Evaluator
+from backprompt.evaluation.scores import TokenScore
 from backprompt.forest.span import Span
 from backprompt.generation.beams import BeamDecoding, choose_beams
-from backprompt.generation.choosing import Logits
+from backprompt.generation.choosing import Logits, choose_next
 from backprompt.generation.choosing import choose as choose_tokens
 from backprompt.generation.continued import GeneratedText, generated_text
-from backprompt.generation.decoding import Completion, Decoding, Found, TextDecoding
+from backprompt.generation.decoding import Choice, Completion, Decoding, Found, TextDecoding
 from backprompt.generation.lookahead import MAX_PROPOSALS
 from backprompt.lm import LM
 from backprompt.progress import progress_bar, showing
@@ -27,13 +28,55 @@ MAX_LIVE_TEXTS = 256
 """The largest number of texts that grow at once; other texts wait until one is finished."""
 
 
-@dataclass(eq=False)
 class _Live:
-    """A growing text: its prompt, and the ends of its held continuations."""
+    """A growing text.
 
-    prompt_ids: TokenIds
-    decoding: TextDecoding | BeamDecoding
-    ends: dict[Completion, Span]
+    Attributes:
+        prompt_ids: its prompt.
+        decoding: its tokens so far.
+        tip: the end of its one held continuation; None if it has several.
+
+    """
+
+    def __init__(self, prompt_ids: TokenIds, decoding: TextDecoding | BeamDecoding, end: Span) -> None:
+        self.prompt_ids = prompt_ids
+        self.decoding = decoding
+        self.tip: Span | None = end
+        self._num_held = 0  # the number of tokens of the one held continuation
+        self._ends: dict[Completion, Span] = {(): end}  # of several
+
+    @property
+    def ends(self) -> Mapping[Completion, Span]:
+        """The ends of the held continuations."""
+        if self.tip is None or isinstance(self.decoding, BeamDecoding):
+            return self._ends
+        return {self.decoding.completion[: self._num_held]: self.tip}
+
+    def hold(self, ends: dict[Completion, Span]) -> None:
+        """Hold these continuations and no others."""
+        self._ends = ends
+        self.tip = None
+        if len(ends) == 1 and isinstance(self.decoding, TextDecoding):
+            ((completion, end),) = ends.items()
+            self.tip, self._num_held = end, len(completion)
+
+    @property
+    def next_token(self) -> Choice | None:
+        """The one token with which the text goes on behind its one held continuation; None where there are more."""
+        decoding = self.decoding
+        if self.tip is None or isinstance(decoding, BeamDecoding) or decoding.proposals:
+            return None
+        return decoding.last if decoding.num_new == self._num_held + 1 else None
+
+    def take_in(self) -> None:
+        """Note that the held continuation has grown by `next_token`."""
+        self._num_held += 1
+
+    def beginning_of(self, completion: Completion) -> tuple[Span, Completion]:
+        """Return the end of the longest held beginning of a continuation, and the ids behind it."""
+        ends = self.ends
+        num_held = next(num for num in range(len(completion) - 1, -1, -1) if completion[:num] in ends)
+        return ends[completion[:num_held]], completion[num_held:]
 
 
 @dataclass(eq=False)
@@ -54,6 +97,7 @@ class Run:
     prompts: list[TokenIds] = field(init=False)
     _live: list[_Live] = field(init=False, default_factory=list)
     _num_begun: int = field(init=False, default=0)
+    _may_begin: bool = field(init=False, default=True)  # whether there may be room for waiting texts
     _evaluator: Evaluator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -96,10 +140,11 @@ class Run:
                 evaluator.continuations.let_grow(self, self._live)
                 self._evaluator = evaluator
             try:
-                grown = self._grow(evaluator)
-                self._admit(evaluator)
-                self._choose(evaluator)
-                self._settle(evaluator, grown)
+                if not self._step_in_place(evaluator):
+                    grown = self._grow(evaluator)
+                    self._admit(evaluator)
+                    self._choose(evaluator)
+                    self._settle(evaluator, grown)
             except BaseException:  # the evaluator ends the live texts once it has recovered
                 evaluator.continuations.abandoned.append(self._live[:])
                 self._live.clear()
@@ -114,13 +159,48 @@ class Run:
             with self.lm.session.exclusive():
                 self._end(self._evaluator, self._live)
 
+    def _step_in_place(self, evaluator: Evaluator) -> bool:
+        """Decide the next token of every live text where each has grown by one; return False if that is not so."""
+        by_tip: dict[Span, list[_Live]] = {}
+        tokens: dict[Span, tuple[int, TokenScore]] = {}
+        if self._may_begin and self._num_begun < len(self.texts):
+            return False
+        for live in self._live:
+            token = live.next_token
+            if token is None or live.tip is None:
+                return False
+            if tokens.setdefault(live.tip, (token.token_id, token.score))[0] != token.token_id:
+                return False  # two samples that were equal so far
+            by_tip.setdefault(live.tip, []).append(live)
+        stepped = evaluator.continuations.extend(self, tokens, len(self._live))
+        if stepped is None:
+            return False
+        for live in self._live:
+            live.take_in()
+        logits = Logits(
+            evaluator.readout.logits_after(stepped.ends, stepped.hidden), evaluator.executor.rows_in_a_slice
+        )
+        evaluator.computation.check_unchanged()  # before any token is chosen by these logits
+        rows = [(live.decoding, row) for row, end in enumerate(stepped.ends) for live in by_tip[end]]
+        choose_next([(text, row) for text, row in rows if isinstance(text, TextDecoding)], logits)
+        return True
+
     def _grow(self, evaluator: Evaluator) -> list[tuple[_Live, Completion]]:
         """Forward the continuations after which logits are wanted; return those that were not held before."""
-        grown = [(live, ids) for live in self._live for ids in live.decoding.ahead if ids not in live.ends]
+        grown: list[tuple[_Live, Completion]] = []
+        for live in self._live:
+            held = live.ends
+            grown += [(live, ids) for ids in live.decoding.ahead if ids not in held]
         if grown:
-            ends = evaluator.continuations.grow([with_more(live.prompt_ids, ids) for live, ids in grown])
+            ends = evaluator.continuations.grow(
+                [live.beginning_of(ids) for live, ids in grown],
+                lambda: [with_more(live.prompt_ids, ids) for live, ids in grown],
+            )
+            more: dict[_Live, dict[Completion, Span]] = {}
             for (live, ids), end in zip(grown, ends, strict=True):
-                live.ends[ids] = end
+                more.setdefault(live, {})[ids] = end
+            for live, new in more.items():
+                live.hold({**live.ends, **new})
         return grown
 
     def _admit(self, evaluator: Evaluator) -> None:
@@ -140,30 +220,36 @@ class Run:
                 break
             stop += 1
         ends = evaluator.continuations.begin(self.prompts[first:stop])
-        self._live += [_Live(self.prompts[idx], self._decodings[idx], {(): end}) for idx, end in enumerate(ends, first)]
+        self._live += [_Live(self.prompts[idx], self._decodings[idx], end) for idx, end in enumerate(ends, first)]
         self._num_begun = stop
+        self._may_begin = False  # until a text is finished
 
     def _choose(self, evaluator: Evaluator) -> None:
         """Choose the next tokens of all live texts by the logits that they want."""
-        wanted = (live.ends[ids] for live in self._live for ids in live.decoding.ahead)
-        row_of = {end: row for row, end in enumerate(dict.fromkeys(wanted))}
+        wanted = [[(ids, ends[ids]) for ids in live.decoding.ahead] for live in self._live for ends in [live.ends]]
+        row_of = {end: row for row, end in enumerate(dict.fromkeys(end for own in wanted for _, end in own))}
         logits = Logits(evaluator.readout.next_logits(list(row_of)), evaluator.executor.rows_in_a_slice)
         evaluator.computation.check_unchanged()  # before any token is chosen by these logits
-        rows = [{ids: row_of[live.ends[ids]] for ids in live.decoding.ahead} for live in self._live]
+        rows = [{ids: row_of[end] for ids, end in own} for own in wanted]
         choose: Callable[..., None] = choose_beams if self.decoding.num_beams > 1 else choose_tokens
         choose([live.decoding for live in self._live], rows, logits)
 
     def _settle(self, evaluator: Evaluator, grown: Sequence[tuple[_Live, Completion]]) -> None:
         """Note the scores of forwarded tokens, and drop continuations that are not needed to go on."""
-        scores = {live.ends[ids]: score for live, ids in grown if (score := live.decoding.score_of(ids)) is not None}
+        held = {live: live.ends for live in self._live}
+        scores = {held[live][ids]: score for live, ids in grown if (score := live.decoding.score_of(ids)) is not None}
         dropped: list[Span] = []
-        for live in self._live:
+        for live, ends in held.items():
             needed = live.decoding.needed()
-            dropped += [end for ids, end in live.ends.items() if ids not in needed]
-            live.ends = {ids: end for ids, end in live.ends.items() if ids in needed}
-        evaluator.continuations.settle([live.ends[ids] for live, ids in grown if ids in live.ends], dropped, scores)
+            dropped += [end for ids, end in ends.items() if ids not in needed]
+            live.hold({ids: end for ids, end in ends.items() if ids in needed})
+        kept = [held[live][ids] for live, ids in grown if ids in live.ends]
+        evaluator.continuations.settle(kept, dropped, scores)
 
     def _end(self, evaluator: Evaluator, finished: Sequence[_Live]) -> None:
+        if not finished:
+            return
+        self._may_begin = True
         ended = dict.fromkeys(finished)
         self._live[:] = [live for live in self._live if live not in ended]  # in place: see `step`
         evaluator.continuations.end([end for live in ended for end in live.ends.values()])

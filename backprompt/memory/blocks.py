@@ -148,10 +148,13 @@ class Block(ABC):
             }
         )
 
-    def copy_rows_to(self, other: Self, sources: Tensor, targets: Tensor) -> None:
-        """Copy the rows `sources` to the rows `targets` of another block of the same kind, or of this block."""
+    def copy_rows_to(self, other: Self, sources: Tensor | None, targets: Tensor) -> None:
+        """Copy the rows `sources` to the rows `targets` of another block of the same kind, or of this block.
+
+        `sources` None: all rows, in order.
+        """
         for name, tensor in self.tensors.items():
-            rows = tensor.index_select(self.token_axis, sources.to(tensor.device))
+            rows = tensor if sources is None else tensor.index_select(self.token_axis, sources.to(tensor.device))
             other.tensors[name].index_copy_(self.token_axis, targets.to(tensor.device), rows)
 
 
@@ -208,6 +211,12 @@ class States(Block):
     def of_rows(cls, hidden: Tensor, pieces: Sequence[slice]) -> States:
         """Return states without log-probabilities of some rows, in this order; see `of`."""
         return cls.of(_picked(hidden, pieces, cls.token_axis))
+
+    @classmethod
+    def of_scored(cls, hidden: Tensor, logprobs: Tensor, is_argmax: Tensor) -> States:
+        """Return states with log-probabilities; see `of`, `logprobs` and `is_argmax`."""
+        has_logprobs = torch.ones(hidden.shape[0], dtype=torch.bool)
+        return cls({"hidden": hidden, "logprobs": logprobs, "is_argmax": is_argmax, "has_logprobs": has_logprobs})
 
     @property
     def hidden(self) -> Tensor:

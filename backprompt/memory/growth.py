@@ -11,10 +11,13 @@ eighth more, or 16 rows. So one call for each layer can attend to the new rows o
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import sys
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
+
+import torch
 
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Span
@@ -100,6 +103,62 @@ class Growth:
             if span.parent is not None and not span.parent.is_end:
                 made += self._move_out(span.parent)  # it has several children
         return made
+
+    def num_steps(self, ends: Iterable[Span]) -> int:
+        """Return for how many steps these spans have room to take in a token each; 0 if one cannot take in any.
+
+        A span that somebody else knows of, or that others continue, stays as it is.
+        """
+        found: dict[object, _Buffer] = {}
+        num_steps = sys.maxsize
+        for end in ends:
+            keys_values, states = end.keys_values, end.states
+            if keys_values is None or states is None or end.children or end.is_end or end.is_stored or end.error:
+                return 0
+            buffer = found.get(keys_values.block)
+            if buffer is None:
+                block = keys_values_of(end).block
+                buffer = self._buffers.get(block)
+                if buffer is None or not block.num_rows == states_of(end).block.num_rows == buffer.num_rows:
+                    return 0
+                found[block] = buffer
+            if states.block is not buffer.states() or states.stop != keys_values.stop:
+                return 0
+            num_steps = min(num_steps, buffer.room.get(keys_values.stop, 0) - keys_values.stop)
+        return max(0, num_steps)
+
+    def extend(self, ends: Sequence[Span], token_ids: Sequence[int], keys_values: KeysValues, states: States) -> None:
+        """Let spans take in a token each, for which they have room.
+
+        Args:
+            ends: the spans.
+            token_ids: the token of each.
+            keys_values, states: their rows, in the order of `ends`.
+
+        """
+        by_block: dict[tuple[KeysValues, States], list[int]] = {}
+        for idx, end in enumerate(ends):
+            by_block.setdefault((keys_values_of(end).block, states_of(end).block), []).append(idx)
+        for (own_keys_values, own_states), indices in by_block.items():
+            sources = None if len(by_block) == 1 else torch.tensor(indices)
+            targets = torch.tensor([keys_values_of(ends[idx]).stop for idx in indices])
+            keys_values.copy_rows_to(own_keys_values, sources, targets)
+            states.copy_rows_to(own_states, sources, targets)
+        with self._forest.changing():
+            for end, token_id in zip(ends, token_ids, strict=True):
+                self._take_in(end, token_id)
+
+    def _take_in(self, end: Span, token_id: int) -> None:
+        """Let a span take in a token whose rows lie behind its own."""
+        keys_values, states = keys_values_of(end), states_of(end)
+        room = self._buffers[keys_values.block].room
+        room[keys_values.stop + 1] = room.pop(keys_values.stop)
+        end.token_ids = (*end.token_ids, token_id)
+        end.key = None
+        end.place(
+            keys_values=BlockRows(keys_values.block, keys_values.start, keys_values.stop + 1),
+            states=BlockRows(states.block, states.start, states.stop + 1),
+        )
 
     def finish(self, span: Span) -> list[Block]:
         """Free the room behind a grown text: the text will not grow any more.

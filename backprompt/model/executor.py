@@ -170,8 +170,12 @@ class Executor:
         self.layout = Layout.of(keys_values, sample)
         return Computed(keys_values, states, keys_values_of, states_of)
 
-    def forward(self, pass_: Pass) -> Forwarded:
-        """Forward all tokens of a pass.
+    def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
+        """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
+        return self._attention.prepare(pass_, num_steps)
+
+    def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
+        """Forward all tokens of a pass; `attention`: as it was prepared, if it was.
 
         Raises:
             UnsupportedModelError: the model's attention does something that is not implemented here.
@@ -179,7 +183,8 @@ class Executor:
         """
         token_ids = torch.tensor([pass_.token_ids], device=self.device)  # (1, tokens)
         positions = torch.tensor([pass_.positions], device=self.device)
-        in_flight = self._in_flight = _InFlight(self._attention.prepare(pass_), max_position=max(pass_.positions))
+        prepared = self._attention.prepare(pass_) if attention is None else attention
+        in_flight = self._in_flight = _InFlight(prepared, max_position=max(pass_.positions))
         try:
             output = self._body(
                 input_ids=token_ids,

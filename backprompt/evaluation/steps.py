@@ -1,0 +1,104 @@
+"""Steps of a generation in place: one token more for each of several texts, whose last spans take the tokens in.
+
+Most steps of a generation are like the step before: the same texts, of which nobody else knows yet, each one token
+longer. Such a step inserts nothing into the forest and plans nothing: the plan of the last step (forest/steps.py) and
+its attention go on by one, and the new rows go into the room behind those of their texts (memory/growth.py). A step
+that cannot go this way goes the way of all evaluations (continuations.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from backprompt.attention.base import PreparedAttention
+from backprompt.evaluation.computation import Computation
+from backprompt.evaluation.scores import TokenScore, TokenScores
+from backprompt.forest.span import Span
+from backprompt.forest.steps import StepPlan
+from backprompt.memory.blocks import States
+from backprompt.memory.growth import Growth
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """The texts of a step in the order of its rows, and the final hidden state behind each, `(texts, hidden)`."""
+
+    ends: Sequence[Span]
+    hidden: Tensor
+
+
+@dataclass
+class _NextStep:
+    """The plan of the next step and its attention."""
+
+    plan: StepPlan
+    attention: PreparedAttention
+
+
+class Steps:
+    """Lets texts take in tokens.
+
+    Args:
+        computation: forwards the tokens.
+        growth: has the room for their rows.
+
+    """
+
+    def __init__(self, computation: Computation, growth: Growth) -> None:
+        self._computation = computation
+        self._growth = growth
+
+    def extend(self, owner: object, tokens: Mapping[Span, tuple[int, TokenScore]]) -> Stepped | None:
+        """Forward a token behind each of several texts, and let the texts take it in.
+
+        Args:
+            owner: that of the texts, as given to `Holders.let_grow`.
+            tokens: by the last span of each text, the token and its score.
+
+        Returns:
+            None if this is not possible for all of them; then nothing has changed.
+
+        """
+        computation, forest = self._computation, self._computation.forest
+        num_steps = self._num_steps(owner, tokens)
+        if not num_steps:
+            return None
+        step = forest.next_step
+        if not isinstance(step, _NextStep) or not step.plan.is_for(tokens, len(tokens)):
+            forest.next_step = None
+            plan = StepPlan(list(tokens), computation.tile_tokens)
+            step = _NextStep(plan, computation.executor.prepare(plan.pass_, num_steps))
+        else:
+            step.attention.advance()
+        plan = step.plan
+        token_ids = [tokens[end][0] for end in plan.ends]
+        plan.begin(token_ids)
+        forwarded = computation.forward_step(plan.pass_, step.attention)
+        if not forwarded.is_finite:
+            forest.next_step = None
+            return None
+        executor = computation.executor
+        scores = TokenScores.of([tokens[end][1] for end in plan.ends], executor.logprob_dtype, executor.device)
+        states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
+        self._growth.extend(plan.ends, token_ids, forwarded.keys_values, states)
+        evaluation = forest.stamp()
+        for end in plan.ends:
+            end.computed_in = evaluation
+        computation.memory.touch(plan.ends)
+        plan.advance()
+        forest.next_step = step
+        return Stepped(plan.ends, forwarded.hidden)
+
+    def _num_steps(self, owner: object, tokens: Mapping[Span, object]) -> int:
+        """Return for how many steps the texts can take tokens in; 0 if one of them cannot."""
+        computation = self._computation
+        if not tokens or len(tokens) > computation.max_tokens:
+            return 0
+        if computation.memory.is_exceeded() or computation.memory.is_scattered:
+            return 0
+        if not computation.holders.others(owner).isdisjoint(tokens):
+            return 0
+        return self._growth.num_steps(tokens)

@@ -1,0 +1,206 @@
+"""Steps of a generation in place: plan and attention of each step are those that a plan from nothing would give."""
+
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import backprompt
+from backprompt import LM, Text, generate
+from backprompt.attention.base import Scoring
+from backprompt.attention.calls import CallsAttention
+from backprompt.forest import plan
+from backprompt.forest.passes import missing_spans
+from backprompt.forest.plan import plan_pass
+from backprompt.forest.span import Span
+from backprompt.forest.steps import StepPlan
+from backprompt.memory.growth import ROWS_AT_A_TIME, Growth
+from comparing import assert_close
+from reference import plain_greedy, plain_token_logprobs
+from tiny_blocks import assert_right, compute, inserted, keys_values_for, numbers_of, states_for
+
+PROMPTS = ((1, 2, 3), (1, 2, 4, 5), (7,), (1, 2, 3, 9, 9))
+
+
+class Texts:
+    """Texts that grow, the first tokens by passes of their own, so that they have room for more in a buffer."""
+
+    def __init__(self, prompts, num_tokens=2):
+        self.forest, self.ends = inserted(*dict.fromkeys(prompts))
+        compute(missing_spans(self.ends, with_keys_values=True))
+        self.growth = Growth(self.forest)
+        for step in range(num_tokens):
+            self.ends = [self.forest.extend(end, end.stop, (20 + step,)) for end in self.ends]
+            compute(self.ends)
+            for end in self.ends:
+                self.growth.note_pass(end)
+            self.growth.absorb(self.ends, held=set(self.ends))
+
+    def take_in(self, ends, token_ids):
+        new = [Span((token_id,), end.stop, end) for end, token_id in zip(ends, token_ids, strict=True)]
+        self.growth.extend(ends, token_ids, keys_values_for(new), states_for(new))
+
+
+def rows_of(tokens, num_heads=4):
+    """Queries, keys and values for the rows of a pass, told by their tokens."""
+    generator = torch.Generator().manual_seed(int(numbers_of(tokens).sum()))
+    query = torch.randn(num_heads, len(tokens), 3, generator=generator)
+    keys_values = keys_values_for(tokens)
+    return query, *keys_values.layer(0, slice(None))
+
+
+prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple), min_size=1, max_size=9, unique=True)
+
+
+@given(
+    prompts=prompts,
+    num_steps=st.integers(1, ROWS_AT_A_TIME),
+    windows=st.lists(st.sampled_from([None, 1, 3, 9]), min_size=1, max_size=2),
+    call_multiplications=st.sampled_from([0, 300, 1_500_000]),
+    tile_tokens=st.sampled_from([1, 3, 128]),
+)
+def test_a_step_attends_as_if_it_were_planned_from_nothing(
+    prompts, num_steps, windows, call_multiplications, tile_tokens
+):
+    texts = Texts(prompts)
+    steps = StepPlan(texts.ends, tile_tokens)
+    attention = CallsAttention()
+    assert texts.growth.num_steps(texts.ends) == ROWS_AT_A_TIME
+    prepared = attention.prepare(steps.pass_, ROWS_AT_A_TIME)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "CALL_MULTIPLICATIONS", call_multiplications)
+        for step in range(num_steps):
+            if step:
+                prepared.advance()
+            assert steps.is_for(set(texts.ends), len(texts.ends))
+            token_ids = [30 + step + idx for idx in range(len(steps.ends))]
+            steps.begin(token_ids)
+            to_come = [Span((token_id,), end.stop, end) for end, token_id in zip(steps.ends, token_ids, strict=True)]
+            anew = plan_pass(missing_spans(to_come), tile_tokens)
+            assert (anew.token_ids, anew.positions) == (steps.pass_.token_ids, steps.pass_.positions)
+            later = steps.pass_.after(step).segments
+            assert anew.segments == tuple(replace(segment, grows=False) for segment in later)
+            assert sum(segment.grows for segment in later) == len(texts.ends)
+            rows = rows_of(steps.pass_.spans)
+            for window in windows:
+                expected = attention.prepare(anew).attend(0, *rows, Scoring(0.4, window))
+                found = prepared.attend(0, *rows, Scoring(0.4, window))
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            texts.take_in(steps.ends, token_ids)
+            steps.advance()
+            assert_right(texts.forest.spans())
+
+
+@pytest.mark.parametrize("what", ["split", "moved", "another text", "one text less", "grown"])
+def test_a_plan_is_not_used_for_what_it_was_not_made_for(what):
+    texts = Texts(PROMPTS)
+    steps = StepPlan(texts.ends)
+    ends = set(texts.ends)
+    assert steps.is_for(ends, len(ends))
+    end = texts.ends[1]
+    if what == "split":
+        texts.forest.insert((1, 2, 4, 8))
+    elif what == "moved":
+        end.parent.place(keys_values=end.parent.keys_values.alone())
+    elif what == "another text":
+        ends = ends - {end} | {Span((1,), 0, None)}
+    elif what == "one text less":
+        ends = ends - {end}
+    else:
+        texts.take_in([end], [5])
+    assert not steps.is_for(ends, len(ends))
+
+
+@pytest.mark.parametrize(
+    "why", ["an end", "continued", "stored", "inexact", "dropped", "no room", "elsewhere", "smaller"]
+)
+def test_a_span_that_cannot_take_in_a_token(why):
+    texts = Texts(PROMPTS)
+    first, *others = texts.ends
+    assert texts.growth.num_steps(texts.ends) == ROWS_AT_A_TIME
+    if why == "an end":
+        first.is_end = True
+    elif why == "continued":
+        texts.forest.extend(first, first.stop, (5,))
+    elif why == "stored":
+        first.is_stored = True
+    elif why == "inexact":
+        first.error = 0.1
+    elif why == "dropped":
+        first.drop()
+    elif why == "no room":
+        for token_id in range(ROWS_AT_A_TIME):
+            texts.take_in([first], [token_id])
+    elif why == "elsewhere":
+        first.place(states=first.states.alone())
+    else:
+        first.keys_values.block.append([first.keys_values.block.zeros(1)])
+    assert texts.growth.num_steps([*others, first]) == 0
+    assert texts.growth.num_steps(others) == (0 if why == "smaller" else ROWS_AT_A_TIME)
+
+
+def test_spans_of_several_buffers_take_tokens_in_together():
+    texts = Texts(PROMPTS[:2])
+    for token_id in range(ROWS_AT_A_TIME):
+        texts.take_in(texts.ends[:1], [token_id])
+    texts.ends[0] = texts.forest.extend(texts.ends[0], texts.ends[0].stop, (50,))
+    compute(texts.ends[:1])
+    texts.growth.absorb(texts.ends[:1], held=set(texts.ends))
+    assert texts.ends[0].keys_values.block is not texts.ends[1].keys_values.block
+    texts.take_in(texts.ends, [60, 61])
+    assert_right(texts.forest.spans())
+    assert [end.token_ids[-1] for end in texts.ends] == [60, 61]
+
+
+# Generations
+
+
+def calls_of(work):
+    """How often each function of the package is called."""
+    package, calls = str(Path(backprompt.__file__).parent), Counter()
+
+    def note(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(package):
+            calls[Path(code.co_filename).name, code.co_name] += 1
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 50, "top_p": 0.9}], ids=str)
+def test_a_step_walks_as_many_spans_however_long_the_texts_are(model, tokenizer, options):
+    """After ten steps, or after fifty: nothing is inserted, absorbed or planned."""
+
+    def of_a_step(num_steps):
+        stream = Text("a", LM(model, tokenizer)).stream(max_new_tokens=90, seed=1, **options)
+        for _ in range(num_steps):
+            stream.run.step()
+        calls = calls_of(stream.run.step)
+        assert not calls["forest.py", "insert"] + calls["plan.py", "plan_pass"] + calls["growth.py", "absorb"]
+        return calls
+
+    assert of_a_step(10) == of_a_step(50)
+
+
+def test_what_a_step_in_place_leaves_is_what_evaluating_leaves(model, tokenizer):
+    lm = LM(model, tokenizer)
+    texts = [Text(f"{number} cats sat on the mat and", lm) for number in range(5)]
+    found = generate(texts, max_new_tokens=40)
+    computed = lm.stats.tokens_computed
+    for text in found:
+        assert text.completion_tokens == plain_greedy(model, text.prompt.tokens, 40)
+        assert_close(text.token_logprobs, plain_token_logprobs(model, text.tokens))
+    assert lm.stats.tokens_computed - computed == len(found)  # the last token of each
+    assert lm.stats.bytes_held == lm.session.evaluator.executor.token_bytes * sum(
+        len(span.token_ids) for span in lm.session.evaluator.forest.spans()
+    )
