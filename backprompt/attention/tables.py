@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ class Segments:
     Attributes:
         columns: for each segment: first row, row after the last, block (-1: the pass itself), first key, number of
             keys, position of the first key, count of each key, whether rows see each other, whether these are a tile
-            of several spans, `(9, segments)`.
+            of several spans, whether the next step sees the next key, too, `(10, segments)`.
         blocks: the blocks that hold keys of earlier passes.
         positions: the position of each row.
         until: the row at which the rows end that see each row, `(tokens,)`.
@@ -77,16 +77,29 @@ class Segments:
                     segment.times,
                     segment.is_own,
                     segment.visible_until is not None,
+                    segment.grows,
                 )
                 for segment in segments
             ],
             dtype=np.int64,
-        ).reshape(-1, 9)
+        ).reshape(-1, 10)
         until = np.zeros(len(positions), dtype=np.int32)
         for segment in segments:
             if segment.is_own:
                 until[segment.start : segment.stop] = segment.visible_until or segment.stop
         return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until)
+
+    def after_step(self) -> Segments:
+        """Return the segments of the next step of a generation; see `KeySegment.after`."""
+        columns = self.columns.copy()
+        columns[4] += columns[9]
+        columns[5] += columns[7]
+        return replace(self, columns=columns, positions=self.positions + 1)
+
+    def padded(self, num_rows: int) -> Segments:
+        """Return the segments of so many rows: the rows behind those of the pass see nothing."""
+        more = (0, num_rows - len(self.positions))
+        return replace(self, positions=np.pad(self.positions, more), until=np.pad(self.until, more))
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,7 @@ class Work:
 
 def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDArray[np.int64]]:
     """Return the pieces in the order of tiles, and the number of pieces of each tile."""
-    start, stop, block, key_start, num_keys, key_position, times, is_own, is_mixed = segments.columns
+    start, stop, block, key_start, num_keys, key_position, times, is_own, is_mixed, _ = segments.columns
     num_tiles = -(-len(segments.positions) // cut.tile_rows)
     first_tile = start // cut.tile_rows
     # A pair is a tile and a segment that some row of it sees.

@@ -13,39 +13,26 @@ calls.py do.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from backprompt.attention.base import PreparedAttention, Scoring
+from backprompt.attention.base import CannotStandError, PreparedAttention, Scoring
 from backprompt.attention.calls import CallsAttention
+from backprompt.attention.device_tables import ADDRESS_COLUMNS, DeviceTables, Room
 from backprompt.attention.kernels import additive_mask, clear_kernel
 from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Cut, Segments, Work
 from backprompt.attention.tiles import LEAST_PIECES, PROGRAMS_A_PROCESSOR, Tile, tile_for
 from backprompt.attention.triton_kernels import attend_kernel, join_kernel
 from backprompt.forest.plan import KeySegment, Pass
 
-ADDRESS_COLUMNS = 4
-"""Columns of the table of addresses: the first key and the first value of a layer in bytes, the stride between heads in
-numbers; one is spare."""
-
 LOG2E = math.log2(math.e)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
-
-class Addressed(Protocol):
-    """Keys and values of computed rows that tell where they lie."""
-
-    def addresses(self) -> list[tuple[int, int, int]]:
-        """Return, for each layer, the addresses of keys and values and the stride between their heads in numbers."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -107,9 +94,13 @@ class TritonAttention:
         self.calls = CallsAttention()
         self.name = "none yet"
 
-    def prepare(self, pass_: Pass) -> PreparedTriton:
-        """Return the attention of a pass."""
-        return PreparedTriton(self, pass_)
+    def prepare(self, pass_: Pass, num_steps: int = 1) -> PreparedTriton:
+        """Return the attention of a pass, for one or several steps; see `ForestAttention.prepare`."""
+        return PreparedTriton(self, pass_, num_steps)
+
+    def standing(self, num_rows: int) -> StandingTriton:
+        """Return the attention of captured steps of so many rows; see `ForestAttention.standing`."""
+        return StandingTriton(self, num_rows)
 
     def refusal(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> str | None:
         """Return why the kernel does not serve for such tensors; None if the kernel serves."""
@@ -131,13 +122,32 @@ class TritonAttention:
 
 
 class PreparedTriton:
-    """The tables of one pass, made once for all layers of the same shape and window."""
+    """The tables of one pass, made once for all layers of the same shape and window, and anew for each step."""
 
-    def __init__(self, attention: TritonAttention, pass_: Pass) -> None:
+    def __init__(self, attention: TritonAttention, pass_: Pass, num_steps: int) -> None:
         self._attention = attention
         self._pass = pass_
+        self._num_steps = num_steps
+        self._num_done = 0
+        self._segments: Segments | None = None
         self._forest: OneLaunch | None = None
         self._calls: PreparedAttention | None = None
+
+    @property
+    def segments(self) -> Segments:
+        """The segments of the step that is next."""
+        if self._segments is None:
+            self._segments = Segments.of(self._pass.after(self._num_done).segments, self._pass.positions)
+        return self._segments
+
+    def advance(self) -> None:
+        """Go on to the next step; see `PreparedAttention.advance`."""
+        self._num_done += 1
+        self._forest = None
+        if self._segments is not None:
+            self._segments = self._segments.after_step()
+        if self._calls is not None:
+            self._calls.advance()
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
@@ -145,27 +155,65 @@ class PreparedTriton:
         refusal = attention.refusal(query, key, value, scoring)
         if refusal is not None:
             if self._calls is None:
-                self._calls = attention.calls.prepare(self._pass)
+                later = self._pass.after(self._num_done)
+                self._calls = attention.calls.prepare(later, self._num_steps - self._num_done)
             output = self._calls.attend(layer_idx, query, key, value, scoring)
             attention.name = f"{attention.calls.name} ({refusal})"
             return output
         attention.name = "triton"
         if self._forest is None:
-            self._forest = OneLaunch(Segments.of(self._pass.segments, self._pass.positions))
+            self._forest = OneLaunch(self.segments)
+        return self._forest.attend(layer_idx, query, key, value, scoring, attention.launch_for(query, key))
+
+
+class StandingTriton:
+    """A `StandingAttention` that makes the launches of `PreparedTriton`, with tables that have room for later steps."""
+
+    def __init__(self, attention: TritonAttention, num_rows: int) -> None:
+        self._attention = attention
+        self._num_rows = num_rows
+        self._forest: OneLaunch | None = None
+
+    def load(self, prepared: PreparedAttention) -> bool:
+        """Go on to the step that an attention is prepared for; see `StandingAttention.load`."""
+        assert isinstance(prepared, PreparedTriton), prepared
+        segments = prepared.segments.padded(self._num_rows)
+        if self._forest is None:
+            self._forest = OneLaunch(segments, has_room=True)
+            return True
+        return self._forest.load(segments)
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Return attention over the forest; see `PreparedAttention.attend`."""
+        attention = self._attention
+        refusal = attention.refusal(query, key, value, scoring)
+        if refusal is not None:
+            raise CannotStandError(refusal)
+        assert self._forest is not None, "`load` comes first"
         return self._forest.attend(layer_idx, query, key, value, scoring, attention.launch_for(query, key))
 
 
 class OneLaunch:
-    """The launches of one pass.
+    """The launches of one pass, or of several of the same shape one after the other.
 
     Args:
         segments: the segments of the pass.
+        has_room: whether the tables have room for later steps.
 
     """
 
-    def __init__(self, segments: Segments) -> None:
+    def __init__(self, segments: Segments, *, has_room: bool = False) -> None:
         self._segments = segments
-        self._tables: dict[tuple[Shape, Launch, int | None], _Tables] = {}
+        self._has_room = has_room
+        self._tables: dict[tuple[Shape, Launch, int | None], DeviceTables] = {}
+
+    def load(self, segments: Segments) -> bool:
+        """Go on to another pass; False if there is no room for it, then this object is of no more use."""
+        self._segments = segments
+        return all(
+            tables.load(segments, Work.of(segments, launch.cut(shape), window))
+            for (shape, launch, window), tables in self._tables.items()
+        )
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, launch: Launch
@@ -174,72 +222,16 @@ class OneLaunch:
         shape = Shape.of(query, key)
         of_tables = shape, launch, scoring.window
         if of_tables not in self._tables:
-            work = Work.of(self._segments, launch.cut(shape), scoring.window)
-            self._tables[of_tables] = _Tables.of(self._segments, work, shape.device)
+            cut = launch.cut(shape)
+            work = Work.of(self._segments, cut, scoring.window)
+            room = Room.for_steps(self._segments, work, cut) if self._has_room else None
+            self._tables[of_tables] = DeviceTables.of(self._segments, work, shape.device, room)
         with _on_device(shape.device):
             return _launch(self._tables[of_tables], layer_idx, query, key, value, scoring, launch)
 
 
-@dataclass(frozen=True)
-class _Tables:
-    """The tables of a pass on the device; the columns of each are named in tables.py and above."""
-
-    addresses: Tensor
-    positions: Tensor
-    until: Tensor
-    pieces: Tensor
-    programs: Tensor
-    joins: Tensor
-    num_blocks: int
-    num_programs: int
-    num_joins: int
-    num_slots: int
-
-    @classmethod
-    def of(cls, segments: Segments, work: Work, device: torch.device) -> _Tables:
-        """Copy the tables to the device: one copy, from pinned memory, and nobody waits for it."""
-        parts: list[NDArray[Any]] = [
-            _addresses(segments.blocks),
-            segments.positions,
-            segments.until,
-            work.pieces,
-            work.programs,
-            work.joins,
-        ]
-        sizes = [-(-part.nbytes // 16) * 16 + 16 for part in parts]  # aligned, and never empty
-        host = torch.empty(sum(sizes) // 4, dtype=torch.int32, pin_memory=device.type == "cuda")
-        numbers, start = host.numpy(), 0
-        for part, size in zip(parts, sizes, strict=True):
-            numbers[start : start + part.nbytes // 4] = part.reshape(-1).view(np.int32)
-            start += size // 4
-        tables = torch.split(host.to(device, non_blocking=True), [size // 4 for size in sizes])
-        addresses, positions, until, pieces, programs, joins = tables
-        return cls(
-            addresses=addresses.view(torch.int64),
-            positions=positions,
-            until=until,
-            pieces=pieces,
-            programs=programs,
-            joins=joins,
-            num_blocks=len(segments.blocks),
-            num_programs=len(work.programs),
-            num_joins=len(work.joins),
-            num_slots=work.num_slots,
-        )
-
-
-def _addresses(blocks: Sequence[object]) -> NDArray[np.int64]:
-    """Return the table of addresses, `(layers, blocks, columns)`."""
-    if not blocks:
-        return np.zeros((0, 0, ADDRESS_COLUMNS), dtype=np.int64)
-    of_blocks = np.array([cast(Addressed, block).addresses() for block in blocks], dtype=np.int64)
-    table = np.zeros((of_blocks.shape[1], len(blocks), ADDRESS_COLUMNS), dtype=np.int64)
-    table[:, :, :3] = of_blocks.transpose(1, 0, 2)
-    return table
-
-
 def _launch(
-    tables: _Tables, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, launch: Launch
+    tables: DeviceTables, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, launch: Launch
 ) -> Tensor:
     """Launch the kernel of a layer, and the join if programs share rows."""
     shape, tile = Shape.of(query, key), launch.tile
@@ -248,8 +240,8 @@ def _launch(
     num_tokens, head_dim = query.shape[1:]
     num_axes, heads = launch.num_axes(shape), launch.heads_of_program(shape)
     output = torch.empty((num_tokens, shape.heads, head_dim), dtype=query.dtype, device=query.device)
-    partial = torch.empty((tables.num_slots, num_axes, tile.rows, head_dim), dtype=torch.float32, device=query.device)
-    partial_lse = torch.empty((tables.num_slots, num_axes, tile.rows), dtype=torch.float32, device=query.device)
+    partial = torch.empty((tables.room.slots, num_axes, tile.rows, head_dim), dtype=torch.float32, device=query.device)
+    partial_lse = torch.empty((tables.room.slots, num_axes, tile.rows), dtype=torch.float32, device=query.device)
     sinks = output if scoring.sinks is None else scoring.sinks
     softcap = scoring.softcap
     common = {
@@ -260,7 +252,7 @@ def _launch(
         "ROWS": tile.rows,
         "HAS_SINKS": scoring.sinks is not None,
     }
-    attend_kernel[(tables.num_programs * num_axes,)](
+    attend_kernel[(tables.room.programs * num_axes,)](
         query,
         key,
         value,
@@ -274,7 +266,7 @@ def _launch(
         tables.pieces,
         tables.programs,
         layer_idx,
-        tables.num_blocks,
+        tables.room.blocks,
         num_tokens,
         num_axes,
         scoring.window or 0,
@@ -295,8 +287,8 @@ def _launch(
         num_stages=tile.stages,
         **common,
     )
-    if tables.num_joins:
-        join_kernel[(tables.num_joins * num_axes,)](
+    if tables.room.joins:
+        join_kernel[(tables.room.joins * num_axes,)](
             output,
             sinks,
             partial,

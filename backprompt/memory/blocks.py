@@ -187,7 +187,7 @@ class KeysValues(Block):
 
         The rows of a head lie side by side. The addresses are valid until the block changes or moves.
         """
-        layers = [self.layer(layer_idx, slice(None)) for layer_idx in range(self.num_layers)]
+        layers = [map(self.tensors.__getitem__, layer_names(layer_idx)) for layer_idx in range(self.num_layers)]
         return [(keys.data_ptr(), values.data_ptr(), keys.stride(0)) for keys, values in layers]
 
 

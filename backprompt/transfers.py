@@ -1,0 +1,28 @@
+"""From the host to a device, without waiting for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def on_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device; on the CPU the tensor may share the array's memory.
+
+    A copy from ordinary memory to CUDA waits until the device has done all work before it. A copy from page-locked
+    memory does not wait.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def copy_to(target: Tensor, values: npt.NDArray[Any]) -> None:
+    """Copy an array over the beginning of a tensor of one axis, without waiting."""
+    source = torch.from_numpy(np.ascontiguousarray(values))
+    if target.device.type == "cuda":
+        source = source.pin_memory()
+    target[: len(source)].copy_(source, non_blocking=True)
