@@ -33,6 +33,7 @@ from backprompt.forest.passes import (
 from backprompt.forest.plan import TILE_TOKENS, Pass, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
 from backprompt.memory.eviction import Memory
+from backprompt.memory.places import Places
 from backprompt.model.executor import Executor, Forwarded
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
@@ -292,14 +293,14 @@ class Computation:
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
 
-    def forward_step(self, pass_: Pass, attention: PreparedAttention) -> Forwarded:
+    def forward_step(self, pass_: Pass, attention: PreparedAttention, places: Places) -> Forwarded:
         """Forward the tokens that texts go on with, and count them; the caller keeps the results.
 
         A pass that is not finite is not counted, nor does it raise an error: see `Executor.compute`.
         """
         started = time.perf_counter()
         with self._blaming_weights():
-            forwarded = self.executor.forward(pass_, attention)
+            forwarded = self.executor.step(pass_, attention, places)
         if forwarded.is_finite:
             self.counters.forward_passes += 1
             self.counters.tokens_computed += len(pass_.spans)

@@ -19,7 +19,7 @@ from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
 from backprompt.forest.steps import StepPlan
 from backprompt.memory.blocks import States
-from backprompt.memory.growth import Growth
+from backprompt.memory.growth import Growth, NewRows
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,16 @@ class Steps:
         plan = step.plan
         token_ids = [tokens[end][0] for end in plan.ends]
         plan.begin(token_ids)
-        forwarded = computation.forward_step(plan.pass_, step.attention)
+        places = self._growth.places(plan.ends)
+        forwarded = computation.forward_step(plan.pass_, step.attention, places)
         if not forwarded.is_finite:
             forest.next_step = None
             return None
         executor = computation.executor
         scores = TokenScores.of([tokens[end][1] for end in plan.ends], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
-        self._growth.extend(plan.ends, token_ids, forwarded.keys_values, states)
+        new = NewRows(forwarded.keys_values, states, places, forwarded.are_placed)
+        self._growth.extend(plan.ends, token_ids, new)
         evaluation = forest.stamp()
         for end in plan.ends:
             end.computed_in = evaluation

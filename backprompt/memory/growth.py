@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+import numpy as np
 import torch
 
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
+from backprompt.memory.places import Places
 
 ROWS_AT_A_TIME = 16
 """The least free room of a text in a new buffer, in rows; an eighth of its rows if that is more."""
@@ -55,6 +57,23 @@ class _Held(NamedTuple):
         """Return these rows and others as one range if the others directly follow these."""
         keys_values, states = self.keys_values.with_next(others.keys_values), self.states.with_next(others.states)
         return None if keys_values is None or states is None else _Held(keys_values, states)
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """The rows of the tokens that spans take in.
+
+    Attributes:
+        keys_values, states: the rows.
+        places: where they go.
+        are_placed: whether keys, values and hidden states are there already.
+
+    """
+
+    keys_values: KeysValues
+    states: States
+    places: Places
+    are_placed: bool = False
 
 
 _Copy: TypeAlias = "tuple[BlockRows[Any], Block, int]"
@@ -127,23 +146,32 @@ class Growth:
             num_steps = min(num_steps, buffer.room.get(keys_values.stop, 0) - keys_values.stop)
         return max(0, num_steps)
 
-    def extend(self, ends: Sequence[Span], token_ids: Sequence[int], keys_values: KeysValues, states: States) -> None:
+    def places(self, ends: Sequence[Span]) -> Places:
+        """Return where the next rows of spans go for which there is room."""
+        idx_of: dict[tuple[KeysValues, States], int] = {}
+        block_idx = [idx_of.setdefault((keys_values_of(end).block, states_of(end).block), len(idx_of)) for end in ends]
+        target_rows = [keys_values_of(end).stop for end in ends]
+        return Places(list(idx_of), np.array(block_idx), np.array(target_rows))
+
+    def extend(self, ends: Sequence[Span], token_ids: Sequence[int], new: NewRows) -> None:
         """Let spans take in a token each, for which they have room.
 
         Args:
             ends: the spans.
             token_ids: the token of each.
-            keys_values, states: their rows, in the order of `ends`.
+            new: the rows of the tokens, in the order of `ends`.
 
         """
-        by_block: dict[tuple[KeysValues, States], list[int]] = {}
-        for idx, end in enumerate(ends):
-            by_block.setdefault((keys_values_of(end).block, states_of(end).block), []).append(idx)
-        for (own_keys_values, own_states), indices in by_block.items():
-            sources = None if len(by_block) == 1 else torch.tensor(indices)
-            targets = torch.tensor([keys_values_of(ends[idx]).stop for idx in indices])
-            keys_values.copy_rows_to(own_keys_values, sources, targets)
-            states.copy_rows_to(own_states, sources, targets)
+        for idx, (own_keys_values, own_states) in enumerate(new.places.blocks):
+            indices = np.flatnonzero(new.places.block_idx == idx)
+            sources = None if len(indices) == len(ends) else torch.from_numpy(indices)
+            targets = torch.from_numpy(new.places.target_rows[indices])
+            if new.are_placed:
+                chosen = slice(None) if sources is None else sources.to(new.states.logprobs.device)
+                own_states.write_scores(targets, new.states.logprobs[chosen], new.states.is_argmax[chosen])
+            else:
+                new.keys_values.copy_rows_to(own_keys_values, sources, targets)
+                new.states.copy_rows_to(own_states, sources, targets)
         with self._forest.changing():
             for end, token_id in zip(ends, token_ids, strict=True):
                 self._take_in(end, token_id)
