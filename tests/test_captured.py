@@ -1,4 +1,4 @@
-"""Captured steps of generations: the same tokens as without. On the CPU, what is recorded is done again by a function."""
+"""Captured steps of generations give the tokens of plain ones; on the CPU a function does again what is recorded."""
 
 from collections.abc import Callable
 from typing import Any
