@@ -20,6 +20,15 @@ def log_softmax(logits: Tensor) -> Tensor:
     return logits.to(logprob_dtype(logits.dtype)).log_softmax(dim=-1)
 
 
+def rated(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of `(rows, vocab)` the log-probabilities, which rows have them, and each row's argmax in float32."""
+    values = logits.to(logprob_dtype(logits.dtype))
+    largest, argmax = values.max(dim=-1)  # of equal values the first; NaN where a row has one
+    if values.dtype != torch.float32:
+        argmax = values.float().argmax(dim=-1)
+    return values.log_softmax(dim=-1), largest.isfinite(), argmax
+
+
 def are_distributions(logits: Tensor) -> Tensor:
     """Return which rows of `(..., vocab)` have log-probabilities: no NaN, no +inf, and not -inf throughout."""
     return logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN

@@ -15,7 +15,7 @@ from reference import ATOL, plain_logits, token_logprobs_of
 def assert_close(found: torch.Tensor, expected: torch.Tensor, atol: float | None = None) -> None:
     """The same dtype and shape, nan where the other is, and no further from it than ATOL says of the dtype."""
     atol = ATOL[found.dtype] if atol is None else atol
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol, equal_nan=True)
+    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=atol, equal_nan=True)
 
 
 def assert_equals_plain(model: PreTrainedModel, texts: Iterable[Any], atol: float | None = None) -> None:
@@ -25,9 +25,9 @@ def assert_equals_plain(model: PreTrainedModel, texts: Iterable[Any], atol: floa
     for text in texts:
         logits = plain_logits(model, text.tokens)
         close["msg"] = lambda gap, text=text: f"{text!r}: {gap}"
-        torch.testing.assert_close(text.logits, logits[-1], **close)
-        torch.testing.assert_close(text.token_logprobs, token_logprobs_of(logits, text.tokens), **close)
-        torch.testing.assert_close(text.model_repr.all_logits(), logits, **close)
+        torch.testing.assert_close(text.logits.cpu(), logits[-1], **close)
+        torch.testing.assert_close(text.token_logprobs.cpu(), token_logprobs_of(logits, text.tokens), **close)
+        torch.testing.assert_close(text.model_repr.all_logits().cpu(), logits, **close)
 
 
 def num_distinct(texts: Iterable[Any]) -> int:

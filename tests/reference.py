@@ -35,9 +35,9 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, string: str) -> list[int]:
 
 
 def plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
-    """The logits after each of the ids, (tokens, vocab), in the model's dtype and on its device."""
+    """The logits after each of the ids, (tokens, vocab), in the model's dtype, on the CPU."""
     with _evaluating(model), torch.no_grad():
-        return model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0]
+        return model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].cpu()
 
 
 def plain_token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
@@ -73,7 +73,7 @@ def plain_greedy(model: PreTrainedModel, ids: Sequence[int], num_tokens: int) ->
 
 def generated_by_transformers(model: PreTrainedModel, ids: Sequence[int], **options: Any) -> tuple[int, ...]:
     """The ids that transformers' `generate` appends to one prompt; greedily, unless options say otherwise."""
-    prompt = torch.tensor([list(ids)])
+    prompt = torch.tensor([list(ids)], device=model.device)
     options = {"do_sample": False, "pad_token_id": 0, **options}
     found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
     return tuple(found[0, len(ids) :].tolist())
@@ -133,7 +133,7 @@ def _write(
 
 
 def masked_logits(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
-    """The logits after each token in written order, (tokens, vocab), under the declared mask."""
+    """The logits after each token in written order, (tokens, vocab), under the declared mask, on the CPU."""
     text = written(parts)
     visible = torch.zeros((len(text.ids), len(text.ids)), dtype=torch.bool)
     for row, seen in enumerate(text.seen):
@@ -144,11 +144,15 @@ def masked_logits(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
         visible &= positions[:, None] - positions < window
     mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
     with _evaluating(model), torch.no_grad():
-        return model(
-            input_ids=torch.tensor([text.ids], device=model.device),
-            position_ids=torch.tensor([text.positions], device=model.device),
-            attention_mask=mask[None, None].to(model.device),
-        ).logits[0]
+        return (
+            model(
+                input_ids=torch.tensor([text.ids], device=model.device),
+                position_ids=torch.tensor([text.positions], device=model.device),
+                attention_mask=mask[None, None].to(model.device),
+            )
+            .logits[0]
+            .cpu()
+        )
 
 
 def masked_token_logprobs(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:

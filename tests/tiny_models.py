@@ -39,6 +39,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from devices import on_test_device
+
 MAX_POSITIONS = 128
 VOCAB_SIZE = 320
 SLIDING_WINDOW = 8  # of mistral_sliding: most texts of the tests are longer
@@ -56,7 +58,7 @@ def build(name: str, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> PreTrainedM
         torch.manual_seed(seed)
         model = _model_class(config)(config)
         _move_parameters(model)
-    return model.eval()
+    return on_test_device(model.eval())
 
 
 def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTrainedModel]:

@@ -41,9 +41,6 @@ from backprompt.tokens.graph import TokenIds
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 2048, "cuda": 8192}
-"""Larger passes cost activation memory and gain nothing: on the CPU, packs of 512 to 1,024 tokens measured best."""
-
 MAX_EMPTY_SPANS = 10_000
 """The largest number of spans without rows that stay in the forest, to count the tokens that are computed again."""
 
@@ -134,8 +131,7 @@ class Computation:
         self.pools = means.pools
         self.archive = means.archive
         self.counters = means.counters
-        default = DEFAULT_TOKENS_PER_FORWARD.get(self.executor.device.type, 1024)
-        self.max_tokens = means.max_tokens_per_forward or default
+        self.max_tokens = means.max_tokens_per_forward or self.executor.tokens_per_forward()
         self.forest = Forest()
         self.holders = Holders()
         self.tile_tokens = TILE_TOKENS

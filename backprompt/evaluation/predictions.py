@@ -8,9 +8,9 @@ states. The score of a *candidate*, a token that may follow a text and is not fo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
-from backprompt.logprobs import log_softmax
+from backprompt.logprobs import rated
 from backprompt.memory.blocks import States, states_of
+from backprompt.transfers import on_device
 
 Item = TypeVar("Item")
 Ints: TypeAlias = "npt.NDArray[np.int64]"
@@ -53,22 +54,24 @@ class NumberedRows:
         flags = [block.has_logprobs.numpy() for block in self._first]
         return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)
 
-    def by_block(self, numbers: Ints) -> Iterator[tuple[States, Tensor, slice]]:
+    def by_block(self, numbers: Ints) -> Iterator[tuple[States, Ints, slice]]:
         """Yield, for ascending row numbers, each block with its rows among them, and where these stand."""
         blocks, firsts = list(self._first), np.fromiter(self._first.values(), dtype=np.int64)
         bounds = [*np.searchsorted(numbers, firsts).tolist(), len(numbers)]
         for block, first, start, stop in zip(blocks, firsts.tolist(), bounds[:-1], bounds[1:], strict=True):
             if start < stop:
-                yield block, torch.from_numpy(numbers[start:stop] - first), slice(start, stop)
+                yield block, numbers[start:stop] - first, slice(start, stop)
 
     def hidden(self, numbers: Ints) -> Tensor:
         """Return the hidden states of rows, given in ascending order, `(rows, hidden)`."""
-        parts = [block.hidden[rows.to(block.hidden.device)] for block, rows, _ in self.by_block(numbers)]
+        parts = [block.hidden[on_device(rows, block.hidden.device)] for block, rows, _ in self.by_block(numbers)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def write(self, numbers: Ints, scores: TokenScores) -> None:
-        """Write the scores of the tokens of distinct rows to where they are held."""
-        order = np.argsort(numbers)
+        """Write the scores of the tokens of distinct rows to where they are held; those of candidates are left out."""
+        order = np.argsort(numbers)[np.count_nonzero(numbers < 0) :]
+        if not len(order):
+            return
         in_order = scores.at(order)
         for block, rows, where in self.by_block(numbers[order]):
             block.write_scores(rows, in_order.logprobs[where], in_order.is_argmax[where])
@@ -109,10 +112,26 @@ class Targets:
     token_ids: Ints
     numbers: Ints
 
-    def without_rows(self, row_idx: Iterable[int]) -> Targets:
-        """Return the tokens that are scored by others than these rows."""
-        stay = ~np.isin(self.row_idx, list(row_idx))
-        return Targets(self.rows, self.row_idx[stay], self.token_ids[stay], self.numbers[stay])
+
+@dataclass(frozen=True)
+class Rated:
+    """Tokens that were scored: their scores, and whether a distribution scored each, `(tokens,)`, on the device."""
+
+    scores: TokenScores
+    is_usable: Tensor
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Rated]) -> Rated:
+        """Return the tokens of all parts, one part behind the other."""
+        scores = TokenScores.concatenated([part.scores for part in parts])
+        return cls(scores, torch.cat([part.is_usable for part in parts]))
+
+    def on_host(self) -> npt.NDArray[Any]:
+        """Return log-probabilities, `is_argmax` and `is_usable` as numbers, `(3, tokens)`; the host waits once."""
+        logprobs = self.scores.logprobs
+        columns = [logprobs, self.scores.is_argmax.to(logprobs.dtype), self.is_usable.to(logprobs.dtype)]
+        found: npt.NDArray[Any] = torch.stack(columns).cpu().numpy()
+        return found
 
 
 class Predictions:
@@ -187,23 +206,23 @@ def ranges(starts: Ints, stops: Ints) -> Ints:
     return numbers
 
 
-def picked_scores(logits: Tensor, row_idx: Ints, token_ids: Ints) -> TokenScores:
+def rated_tokens(logits: Tensor, row_idx: Ints, token_ids: Ints) -> Rated:
     """Return, for each token, `log_softmax(logits)[row_idx, token_id]`, and whether it is its row's argmax in float32.
 
-    The tokens are sorted by their rows. A few rows at a time: what fits the cache takes a fifth of the time that all
-    rows at once take.
+    The tokens are sorted by their rows. The CPU takes a few rows at a time: rows that fit the cache take a fifth of the
+    time that all rows at once take.
     """
-    num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1]))
+    is_cpu = logits.device.type == "cpu"
+    num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1])) if is_cpu else logits.shape[0]
     starts = range(0, logits.shape[0], num_rows)
     bounds = np.searchsorted(row_idx, [*starts, logits.shape[0]]).tolist()
-    rows, tokens = (torch.from_numpy(numbers).to(logits.device) for numbers in (row_idx, token_ids))
-    picked, is_argmax = [], []
+    rows, tokens = on_device(np.stack([row_idx, token_ids]), logits.device)
+    found = []
     for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
-        piece = logits[start : start + num_rows]
-        own = rows[first:last] - start
-        picked.append(log_softmax(piece)[own, tokens[first:last]])
-        is_argmax.append(piece.float().argmax(dim=-1)[own] == tokens[first:last])
-    return TokenScores(torch.cat(picked), torch.cat(is_argmax))
+        logprobs, is_usable, argmax = rated(logits[start : start + num_rows])
+        own, own_tokens = rows[first:last] - start, tokens[first:last]
+        found.append(Rated(TokenScores(logprobs[own, own_tokens], argmax[own] == own_tokens), is_usable[own]))
+    return Rated.concatenated(found) if len(found) > 1 else found[0]
 
 
 def is_scored(span: Span) -> bool:

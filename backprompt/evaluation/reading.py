@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from backprompt.evaluation.pools import CandidatePool
@@ -86,13 +87,16 @@ class Reading:
             predictions.add_candidate(end, token_id, number)
         return predictions
 
-    def write(self, numbers: Ints, scores: TokenScores) -> None:
-        """Write computed scores to where they are held, those of candidates into the pool as well."""
+    def write(self, numbers: Ints, scores: TokenScores, on_host: npt.NDArray[Any]) -> None:
+        """Write computed scores to where they are held, those of candidates into the pool as well.
+
+        `on_host`: the log-probabilities and `is_argmax` of the scores, in the host's memory.
+        """
+        self.rows.write(numbers, scores)
         is_candidate = numbers < 0
-        self.rows.write(numbers[~is_candidate], scores.at(np.flatnonzero(~is_candidate)))
-        found = scores.at(np.flatnonzero(is_candidate))
+        logprobs, is_argmax = on_host[:, is_candidate]
         by_end: dict[Span, dict[int, TokenScore]] = {}
-        values = map(TokenScore, found.logprobs.tolist(), found.is_argmax.tolist())
+        values = map(TokenScore, logprobs.tolist(), is_argmax.astype(np.bool_).tolist())
         for number, score in zip(numbers[is_candidate].tolist(), values, strict=True):
             end, token_id = self._missing[number]
             self._values[-1 - number] = score

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from backprompt.transfers import on_device
+
 
 class TokenScore(NamedTuple):
     """The log-probability of a token in nats, and whether it is the most probable one."""
@@ -37,8 +39,10 @@ class TokenScores:
     @classmethod
     def of(cls, scores: Sequence[TokenScore], dtype: torch.dtype, device: torch.device) -> TokenScores:
         """Return these as tensors on a device, log-probabilities in this dtype."""
-        logprobs = torch.tensor([score.logprob for score in scores], dtype=dtype, device=device)
-        return cls(logprobs, torch.tensor([score.is_argmax for score in scores], dtype=torch.bool, device=device))
+        logprobs = np.array([score.logprob for score in scores], dtype=np.float64)
+        is_argmax = np.array([score.is_argmax for score in scores], dtype=np.bool_)
+        narrow = logprobs if dtype == torch.float64 else logprobs.astype(np.float32)
+        return cls(on_device(narrow, device), on_device(is_argmax, device))
 
     @classmethod
     def concatenated(cls, parts: Sequence[TokenScores]) -> TokenScores:
@@ -47,7 +51,7 @@ class TokenScores:
 
     def at(self, index: npt.NDArray[np.int64]) -> TokenScores:
         """Return the scores at these places, in this order."""
-        places = torch.from_numpy(index).to(self.logprobs.device)
+        places = on_device(index, self.logprobs.device)
         return TokenScores(self.logprobs[places], self.is_argmax[places])
 
     def split(self, lengths: Sequence[int]) -> list[TokenScores]:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from backprompt.evaluation.computation import Computation, Request
-from backprompt.evaluation.predictions import NumberedRows, picked_scores, ranges
+from backprompt.evaluation.predictions import NumberedRows, Rated, ranges, rated_tokens
 from backprompt.evaluation.reading import Reading, Ready
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Inserted, Span
@@ -159,33 +159,41 @@ class Scoring:
         are_scored = rows.are_scored()
         rows.write_values({row: score for row, score in by_row.items() if not are_scored[row]})
 
-    def _compute(self, reading: Reading) -> dict[int, Tensor]:
-        """Compute the scores that are not there yet.
+    def _compute(self, reading: Reading) -> dict[int, int]:
+        """Compute the scores that are not there yet; the host waits for the device once.
 
         Returns:
-            The logits that are no distribution, by the numbers of the scores that they should have given.
+            The numbers of the rows that are no distribution, by the numbers of the scores that they should have given.
 
         """
-        unusable: dict[int, Tensor] = {}
         parts = reading.predictions().slices(self._computation.executor.rows_in_a_slice)
         with progress_bar(sum(len(part.rows) for part in parts), "scoring", "tokens", is_long=len(parts) > 1) as bar:
+            found = []
             for part in parts:
                 logits = self._computation.logits(reading.rows.hidden(part.rows))
-                left_out = set(unusable_rows(logits))
-                if left_out:
-                    targets = zip(part.row_idx.tolist(), part.numbers.tolist(), strict=True)
-                    unusable |= {number: logits[row_idx] for row_idx, number in targets if row_idx in left_out}
-                usable = part.without_rows(left_out) if left_out else part
-                reading.write(usable.numbers, picked_scores(logits, usable.row_idx, usable.token_ids))
+                found.append(rated_tokens(logits, part.row_idx, part.token_ids))
                 bar.update(len(part.rows))
-        return unusable
+        if not found:
+            return {}
+        scores, numbers = Rated.concatenated(found), np.concatenate([part.numbers for part in parts])
+        on_host = scores.on_host()
+        is_usable = on_host[2] != 0
+        if is_usable.all():
+            reading.write(numbers, scores.scores, on_host[:2])
+            return {}
+        usable = np.flatnonzero(is_usable)
+        reading.write(numbers[usable], scores.scores.at(usable), on_host[:2, usable])
+        rows = np.concatenate([part.rows[part.row_idx] for part in parts])
+        return dict(zip(numbers[~is_usable].tolist(), rows[~is_usable].tolist(), strict=True))
 
-    def _check_wanted(self, reading: Reading, texts: Iterable[Ready], unusable: Mapping[int, Tensor]) -> None:
-        """Raise if a wanted token of the texts, or a candidate, was to be scored by `unusable` logits."""
+    def _check_wanted(self, reading: Reading, texts: Iterable[Ready], unusable: Mapping[int, int]) -> None:
+        """Raise if a wanted token of the texts, or a candidate, was to be scored by the logits of an `unusable` row."""
+        executor = self._computation.executor
         for text in texts:
             for number, ids_before in reading.numbers_of(text):
                 if number in unusable:
-                    raise self._computation.executor.logits_error(unusable[number], ids_before())
+                    hidden = reading.rows.hidden(np.array([unusable[number]]))
+                    raise executor.logits_error(executor.logits(hidden)[0], ids_before())
 
 
 def unusable_rows(logits: Tensor) -> list[int]:

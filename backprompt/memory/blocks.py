@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
+from backprompt.transfers import on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
@@ -253,17 +256,17 @@ class States(Block):
         """Return whether all tokens of the rows `start..stop` have a log-probability."""
         return bool(self.has_logprobs[start:stop].all())
 
-    def write_scores(self, rows: Tensor, logprobs: Tensor, is_argmax: Tensor) -> None:
-        """Write log-probabilities of rows' tokens; `rows`, `(rows,)`, lies on the CPU."""
-        indices = rows.to(self.logprobs.device)
+    def write_scores(self, rows: npt.NDArray[np.int64], logprobs: Tensor, is_argmax: Tensor) -> None:
+        """Write log-probabilities of rows' tokens; `rows`: the rows' indices."""
+        indices = on_device(rows, self.logprobs.device)
         self.logprobs[indices] = logprobs
         self.is_argmax[indices] = is_argmax
-        self.has_logprobs[rows] = True
+        self.has_logprobs.numpy()[rows] = True
 
-    def note_unpredicted(self, rows: Tensor) -> None:
+    def note_unpredicted(self, rows: npt.NDArray[np.int64]) -> None:
         """Note that nothing predicts these rows' tokens: their log-probabilities are NaN; see `write_scores`."""
-        self.logprobs[rows.to(self.logprobs.device)] = torch.nan
-        self.has_logprobs[rows] = True
+        self.logprobs[on_device(rows, self.logprobs.device)] = torch.nan
+        self.has_logprobs.numpy()[rows] = True
 
 
 @dataclass(frozen=True)
@@ -359,10 +362,12 @@ def gather_hidden(rows: Sequence[tuple[States, int]]) -> Tensor:
     for idx, (block, _) in enumerate(rows):
         by_block.setdefault(block, []).append(idx)
     first = rows[0][0].hidden
+    if len(by_block) == 1:
+        return first[on_device(np.array([row for _, row in rows]), first.device)]
     hidden = first.new_empty((len(rows), first.shape[1]))
     for block, indices in by_block.items():
-        source = torch.tensor([rows[idx][1] for idx in indices], device=hidden.device)
-        hidden[torch.tensor(indices, device=hidden.device)] = block.hidden[source]
+        targets, sources = on_device(np.array([indices, [rows[idx][1] for idx in indices]]), hidden.device)
+        hidden[targets] = block.hidden[sources]
     return hidden
 
 

@@ -41,13 +41,17 @@ def parse_bytes(given: int | str, name: str = "memory_bytes") -> int:
 
 def default_max_bytes(device: torch.device) -> int:
     """Return the default budget: `DEFAULT_SHARE` of the memory that is free on the device now."""
+    return int(free_bytes(device) * DEFAULT_SHARE)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on a device now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-    elif device.type == "mps":
-        free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    else:
-        free = _free_host_bytes()
-    return int(free * DEFAULT_SHARE)
+        return free
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return _free_host_bytes()
 
 
 def default_host_bytes(device: torch.device) -> int:

@@ -33,6 +33,7 @@ from backprompt.model import skeleton
 from backprompt.model.in_flight import InFlight
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
+from backprompt.model.pass_size import tokens_per_forward
 from backprompt.model.steps import CapturedSteps, captured_steps
 from backprompt.transfers import on_device
 
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 HEAD_SLICE_BYTES = 64 << 20
 """Logit rows are computed in slices of at most this size, never for a whole forest at once."""
+
+DEVICE_HEAD_SLICE_BYTES = 128 << 20
+"""The same on other devices than the CPU, where each slice costs launches. Scores take four times as much on top."""
 
 _names = itertools.count()
 
@@ -173,9 +177,10 @@ class Executor:
             stop = start + len(span.token_ids)
             states_of[span] = BlockRows(states, start, stop)
             start = stop
-        sample = States.of_rows(hidden, [slice(0, 1)])
-        self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-        self.layout = Layout.of(keys_values, sample)
+        if self.layout is None:
+            sample = States.of_rows(hidden, [slice(0, 1)])
+            self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
+            self.layout = Layout.of(keys_values, sample)
         return Computed(keys_values, states, keys_values_of, states_of)
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
@@ -269,7 +274,12 @@ class Executor:
     @property
     def rows_in_a_slice(self) -> int:
         """The largest number of logit rows that one call of `logits` should compute."""
-        return max(1, HEAD_SLICE_BYTES // self.logit_row_bytes)
+        num_bytes = HEAD_SLICE_BYTES if self.device.type == "cpu" else DEVICE_HEAD_SLICE_BYTES
+        return max(1, num_bytes // self.logit_row_bytes)
+
+    def tokens_per_forward(self) -> int:
+        """Return the largest number of tokens in a pass, where the caller gives none."""
+        return tokens_per_forward(self._body, self.device)
 
     def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
         """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""

@@ -89,6 +89,7 @@ class Session:
             self._host_memory_bytes = parse_bytes(host_memory, "host_memory_bytes")
         self.lock = threading.RLock()
         self._has_failed = False  # since the evaluator last recovered
+        self._has_looked = False  # at weights and tokenizer, since the lock was taken
         self.counters = Counters()
         self.store: Store | None = None
         private = PrivateTokenizer(tokenizer)
@@ -119,6 +120,7 @@ class Session:
             if self._has_failed:
                 self.evaluator.computation.recover()
                 self._has_failed = False
+            had_looked = self._has_looked
             try:
                 work_before = self.counters.work
                 yield
@@ -127,15 +129,22 @@ class Session:
             except BaseException:
                 self._has_failed = True
                 raise
+            finally:
+                self._has_looked = had_looked
 
     def current(self) -> Evaluator:
-        """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held."""
+        """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held.
+
+        The first call since the lock was taken looks at them, and `exclusive` looks again at the end of work.
+        """
         tokenizer = self.fingerprint.tokenizer
-        if tokenizer.has_changed():
+        has_to_look = not self._has_looked or self.evaluator.is_closed
+        if has_to_look and tokenizer.has_changed():
             logger.info("The tokenizer has changed.")
             self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
-        elif self.fingerprint.has_changed() or self.evaluator.is_closed:
+        elif has_to_look and (self.fingerprint.has_changed() or self.evaluator.is_closed):
             self._start_over(Fingerprint(self.model, tokenizer, self.store))
+        self._has_looked = True
         self.evaluator.continuations.end_abandoned()
         self.evaluator.hold_pins()
         return self.evaluator
