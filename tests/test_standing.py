@@ -44,11 +44,11 @@ def test_the_segments_of_a_step_are_those_of_a_plan_from_nothing(
         anew = plan_pass(missing_spans(to_come), tile_tokens)
         if not is_late or step == num_steps - 1:  # late: nobody asks for the segments of earlier steps
             expected = Segments.of(anew.segments, anew.positions)
-            assert np.array_equal(prepared.segments.columns[:-1], expected.columns[:-1])
+            assert np.array_equal(prepared.segments.columns, expected.columns)
             assert np.array_equal(prepared.segments.positions, expected.positions)
             assert np.array_equal(prepared.segments.until, expected.until)
             assert prepared.segments.blocks == expected.blocks
-            assert prepared.segments.columns[-1].sum() == len(texts.ends)
+            assert prepared.segments.grows.sum() == len(texts.ends)
         texts.take_in(steps.ends, token_ids)
         steps.advance()
 
@@ -112,7 +112,7 @@ def test_tables_that_stay_give_what_tables_of_their_own_give(
     places: set[int] = set()
     for step in range(3):
         if step:
-            segments = segments.after_step()
+            segments = segments.next_step()
             assert standing.load(segments.padded(num_rows))
         of_pass = rows.of_pass(step)
         expected = OneLaunch(segments).attend(0, *of_pass, Scoring(0.4, window), launch)

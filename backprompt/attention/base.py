@@ -5,6 +5,7 @@ Axes, everywhere in this library: layers, batch, heads (of queries), kv_heads, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +45,11 @@ class PreparedAttention(Protocol):
         """
         ...
 
-    def advance(self) -> None:
-        """Go on to the next step of a generation: each row of a segment that `grows` sees one key more, the next."""
+    def advance(self, rows: Sequence[int] | None = None) -> None:
+        """Go on to the next step of a generation: each row of a segment that `grows` sees one key more, the next.
+
+        `rows`: the rows that stay, in order; None if all do.
+        """
         ...
 
 

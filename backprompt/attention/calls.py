@@ -9,7 +9,8 @@ arXiv 2402.05099) and FlashAttention. Keys and values are read in place, without
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, cast
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from backprompt.attention.base import Scoring
-from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, choose_kernel, clear_kernel
+from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, aligned, choose_kernel, clear_kernel
 from backprompt.forest.plan import Call, Pass
+from backprompt.forest.steps import kept, later, places_of
 
 
 class Layers(Protocol):
@@ -99,6 +101,24 @@ class _Masked:
             self.mask[rows, keys] = 0
             keys += 1
 
+    def keep(self, rows: Sequence[int], places: Sequence[int]) -> None:
+        """Go on with some rows of the pass; see `steps.places_of`."""
+        call = self.call
+        self.call = replace(call, rows=slice(places[call.rows.start], places[call.rows.stop]))
+        if call.is_own:
+            self.keys = self.call.rows
+        if self.mask is None:
+            return
+        own = [row - call.rows.start for row in rows if call.rows.start <= row < call.rows.stop]
+        stay = torch.tensor(own).to(self.mask.device)
+        self.mask = aligned(self.mask[stay][:, stay] if call.is_own else self.mask[stay])
+        if self.blind is not None:
+            self.blind = self.blind[stay]
+        if self.next_keys is not None:
+            place_of = {row: place for place, row in enumerate(own)}
+            growing = [(place_of[row], key) for row, key in self.next_keys.T.tolist() if row in place_of]
+            self.next_keys = torch.tensor(growing, dtype=torch.long).reshape(-1, 2).T.contiguous().to(self.mask.device)
+
 
 class PreparedCalls:
     """The calls of a pass; masks are made once for all layers with the same window and heads.
@@ -115,16 +135,27 @@ class PreparedCalls:
         self._positions: Tensor | None = None  # of the rows, on the device
         self._prepared: dict[tuple[int | None, int, torch.dtype], list[_Masked]] = {}
 
-    def advance(self) -> None:
+    def advance(self, rows: Sequence[int] | None = None) -> None:
         """Go on to the next step; see `PreparedAttention.advance`."""
         self._num_done += 1
         self._steps_left -= 1
         self._positions = None
         self._prepared = {key: calls for key, calls in self._prepared.items() if key[0] is None}
+        if rows is not None:
+            self._keep(rows)
         for calls in self._prepared.values():
             for masked in calls:
                 if masked.last_stop:
                     masked.advance()
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        places = places_of(rows, len(self._pass.spans))
+        self._pass = kept(self._pass, rows)
+        for key, calls in self._prepared.items():
+            stay = [masked for masked in calls if places[masked.call.rows.start] < places[masked.call.rows.stop]]
+            for masked in stay:
+                masked.keep(rows, places)
+            self._prepared[key] = stay
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
@@ -152,7 +183,7 @@ class PreparedCalls:
         multiplications_a_pair = query.shape[0] * query.shape[2]
         key = window, multiplications_a_pair, query.dtype
         if key not in self._prepared:
-            planned = self._pass.after(self._num_done) if self._num_done else self._pass
+            planned = later(self._pass, self._num_done) if self._num_done else self._pass
             calls = planned.calls(window, multiplications_a_pair)
             self._prepared[key] = [self._masked(call, query) for call in calls]
         return self._prepared[key]

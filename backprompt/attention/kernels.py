@@ -29,10 +29,16 @@ class Kernel(Protocol):
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where `visible` (rows, keys) and -inf elsewhere; rows are aligned to 16 elements, for CUDA."""
+    """Return 0 where `visible` (rows, keys) and -inf elsewhere; see `aligned`."""
     rows, keys = visible.shape
     mask = torch.zeros((rows, -(-keys // 16) * 16), dtype=dtype, device=visible.device)[:, :keys]
     return mask.masked_fill_(~visible, -math.inf)
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """Return a mask with rows aligned to 16 elements, for CUDA."""
+    keys = mask.shape[1]
+    return torch.nn.functional.pad(mask, (0, -keys % 16))[:, :keys]
 
 
 def clear_kernel(

@@ -44,10 +44,11 @@ class Segments:
     Attributes:
         columns: for each segment: first row, row after the last, block (-1: the pass itself), first key, number of
             keys, position of the first key, count of each key, whether rows see each other, whether these are a tile
-            of several spans, whether the next step sees the next key, too, `(10, segments)`.
+            of several spans, `(9, segments)`.
         blocks: the blocks that hold keys of earlier passes.
         positions: the position of each row.
         until: the row at which the rows end that see each row, `(tokens,)`.
+        grows: which segments have one key more in the next step of a generation, `(segments,)`.
 
     """
 
@@ -55,6 +56,7 @@ class Segments:
     blocks: tuple[object, ...]
     positions: Ints
     until: Ints
+    grows: NDArray[np.bool_]
 
     @classmethod
     def of(cls, segments: Sequence[KeySegment], positions: Sequence[int]) -> Segments:
@@ -77,24 +79,34 @@ class Segments:
                     segment.times,
                     segment.is_own,
                     segment.visible_until is not None,
-                    segment.grows,
                 )
                 for segment in segments
             ],
             dtype=np.int64,
-        ).reshape(-1, 10)
+        ).reshape(-1, 9)
         until = np.zeros(len(positions), dtype=np.int32)
         for segment in segments:
             if segment.is_own:
                 until[segment.start : segment.stop] = segment.visible_until or segment.stop
-        return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until)
+        grows = np.array([segment.grows for segment in segments], dtype=bool)
+        return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until, grows)
 
-    def after_step(self) -> Segments:
-        """Return the segments of the next step of a generation; see `KeySegment.after`."""
-        columns = self.columns.copy()
-        columns[4] += columns[9]
+    def next_step(self, rows: Sequence[int] | None = None) -> Segments:
+        """Return the segments in the next step of a generation, as forest/steps.py says; `rows`: those that stay."""
+        columns, positions, until = self.columns.copy(), self.positions + 1, self.until
+        columns[4] += self.grows
         columns[5] += columns[7]
-        return replace(self, columns=columns, positions=self.positions + 1)
+        if rows is None:
+            return replace(self, columns=columns, positions=positions)
+        kept = np.array(rows, dtype=np.int64)
+        start, stop, _, key_start, num_keys, key_position, _, is_own, _ = columns
+        first, is_own = positions[np.minimum(start, len(positions) - 1)], is_own > 0
+        start[:], stop[:] = np.searchsorted(kept, start), np.searchsorted(kept, stop)
+        stay = start < stop
+        positions, until = positions[kept], np.arange(1, len(kept) + 1, dtype=np.int32)  # no row sees another
+        key_start[is_own], num_keys[is_own] = start[is_own], (stop - start)[is_own]
+        key_position[is_own & stay] += (positions[start[is_own & stay]] - first[is_own & stay]).astype(np.int64)
+        return Segments(columns[:, stay], self.blocks, positions, until, self.grows[stay])
 
     def padded(self, num_rows: int) -> Segments:
         """Return the segments of so many rows: the rows behind those of the pass see nothing."""
@@ -166,7 +178,7 @@ class Work:
 
 def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDArray[np.int64]]:
     """Return the pieces in the order of tiles, and the number of pieces of each tile."""
-    start, stop, block, key_start, num_keys, key_position, times, is_own, is_mixed, _ = segments.columns
+    start, stop, block, key_start, num_keys, key_position, times, is_own, is_mixed = segments.columns
     num_tiles = -(-len(segments.positions) // cut.tile_rows)
     first_tile = start // cut.tile_rows
     # A pair is a tile and a segment that some row of it sees.

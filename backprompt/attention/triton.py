@@ -13,7 +13,7 @@ calls.py do.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -124,39 +124,31 @@ class TritonAttention:
 class PreparedTriton:
     """The tables of one pass, made once for all layers of the same shape and window, and anew for each step."""
 
-    def __init__(self, attention: TritonAttention, pass_: Pass, num_steps: int) -> None:
+    def __init__(self, attention: TritonAttention, pass_: Pass, num_steps: int = 1) -> None:
         self._attention = attention
         self._pass = pass_
-        self._num_steps = num_steps
-        self._num_done = 0
         self._segments: Segments | None = None
         self._forest: OneLaunch | None = None
-        self._calls: PreparedAttention | None = None
+        self._calls = attention.calls.prepare(pass_, num_steps)  # for layers that the kernel does not serve
 
     @property
     def segments(self) -> Segments:
         """The segments of the step that is next."""
         if self._segments is None:
-            self._segments = Segments.of(self._pass.after(self._num_done).segments, self._pass.positions)
+            self._segments = Segments.of(self._pass.segments, self._pass.positions)
         return self._segments
 
-    def advance(self) -> None:
+    def advance(self, rows: Sequence[int] | None = None) -> None:
         """Go on to the next step; see `PreparedAttention.advance`."""
-        self._num_done += 1
         self._forest = None
-        if self._segments is not None:
-            self._segments = self._segments.after_step()
-        if self._calls is not None:
-            self._calls.advance()
+        self._segments = self.segments.next_step(rows)
+        self._calls.advance(rows)
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
         attention = self._attention
         refusal = attention.refusal(query, key, value, scoring)
         if refusal is not None:
-            if self._calls is None:
-                later = self._pass.after(self._num_done)
-                self._calls = attention.calls.prepare(later, self._num_steps - self._num_done)
             output = self._calls.attend(layer_idx, query, key, value, scoring)
             attention.name = f"{attention.calls.name} ({refusal})"
             return output

@@ -107,8 +107,6 @@ class Continuations:
 
     def end(self, ends: Sequence[Span]) -> None:
         """Finish grown texts that have no holder any more: from now on they are like all other texts."""
-        if ends:
-            self._computation.forest.next_step = None
         for end in ends:
             end.is_end = True
         archive = self._computation.archive
@@ -116,6 +114,7 @@ class Continuations:
             self._computation.memory.add(self.growth.finish(end))
             if archive is not None and end.is_held(with_keys_values=True):
                 archive.save_new([end])
+        self.steps.end(ends)
         self._computation.make_room()
 
     def end_abandoned(self) -> None:

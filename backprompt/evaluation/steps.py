@@ -8,7 +8,7 @@ that cannot go this way goes the way of all evaluations (continuations.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
 from backprompt.forest.steps import StepPlan
 from backprompt.memory.blocks import States
-from backprompt.memory.growth import Growth, NewRows
+from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,11 @@ class Stepped:
 
 @dataclass
 class _NextStep:
-    """The plan of the next step and its attention."""
+    """The plan of the next step and its attention, and for how many steps these serve."""
 
     plan: StepPlan
     attention: PreparedAttention
+    num_left: int
 
 
 class Steps:
@@ -63,23 +64,16 @@ class Steps:
 
         """
         computation, forest = self._computation, self._computation.forest
-        num_steps = self._num_steps(owner, tokens)
-        if not num_steps:
+        if not self._can_extend(owner, tokens):
             return None
-        step = forest.next_step
-        if not isinstance(step, _NextStep) or not step.plan.is_for(tokens, len(tokens)):
-            forest.next_step = None
-            plan = StepPlan(list(tokens), computation.tile_tokens)
-            step = _NextStep(plan, computation.executor.prepare(plan.pass_, num_steps))
-        else:
-            step.attention.advance()
+        step = self._next_step(tokens)
+        forest.next_step = None
         plan = step.plan
         token_ids = [tokens[end][0] for end in plan.ends]
         plan.begin(token_ids)
         places = self._growth.places(plan.ends)
         forwarded = computation.forward_step(plan.pass_, step.attention, places)
         if not forwarded.is_finite:
-            forest.next_step = None
             return None
         executor = computation.executor
         scores = TokenScores.of([tokens[end][1] for end in plan.ends], executor.logprob_dtype, executor.device)
@@ -91,16 +85,39 @@ class Steps:
             end.computed_in = evaluation
         computation.memory.touch(plan.ends)
         plan.advance()
+        step.num_left -= 1
         forest.next_step = step
         return Stepped(plan.ends, forwarded.hidden)
 
-    def _num_steps(self, owner: object, tokens: Mapping[Span, object]) -> int:
-        """Return for how many steps the texts can take tokens in; 0 if one of them cannot."""
+    def end(self, ends: Iterable[Span]) -> None:
+        """Forget the plan of texts that have ended, or that keeps rows in memory while there is too little."""
+        step = self._computation.forest.next_step
+        if self._computation.memory.is_exceeded() or (
+            isinstance(step, _NextStep) and set(ends).issuperset(step.plan.ends)
+        ):
+            self._computation.forest.next_step = None
+
+    def _can_extend(self, owner: object, tokens: Collection[Span]) -> bool:
+        """Return whether the texts can take tokens in."""
         computation = self._computation
         if not tokens or len(tokens) > computation.max_tokens:
-            return 0
+            return False
         if computation.memory.is_exceeded() or computation.memory.is_scattered:
-            return 0
-        if not computation.holders.others(owner).isdisjoint(tokens):
-            return 0
-        return self._growth.num_steps(tokens)
+            return False
+        return computation.holders.others(owner).isdisjoint(tokens) and all(map(takes_tokens_in, tokens))
+
+    def _next_step(self, tokens: Collection[Span]) -> _NextStep:
+        """Return the next step of these texts: the one after the last, or a new one."""
+        computation, step = self._computation, self._computation.forest.next_step
+        if isinstance(step, _NextStep) and step.num_left:
+            rows = step.plan.rows_of(tokens)
+            are_all = len(rows) == len(step.plan.ends)
+            if not are_all:
+                step.plan.keep(rows)
+            if len(rows) == len(tokens) and step.plan.is_current():
+                step.attention.advance(None if are_all else rows)
+                return step
+        computation.memory.add(self._growth.make_room(tokens))
+        num_steps = self._growth.num_steps(tokens)
+        plan = StepPlan(list(tokens), computation.tile_tokens)
+        return _NextStep(plan, computation.executor.prepare(plan.pass_, num_steps), num_steps)

@@ -82,12 +82,6 @@ class KeySegment:
         """Whether the keys belong to the rows themselves."""
         return self.block is None and self.key_start == self.start
 
-    def after(self, num_steps: int) -> KeySegment:
-        """Return the segment in a later step of a generation."""
-        if self.is_own:
-            return replace(self, key_position=self.key_position + num_steps)
-        return replace(self, key_stop=self.key_stop + num_steps) if self.grows else self
-
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -166,10 +160,6 @@ class Pass:
     def positions(self) -> list[int]:
         """The position of each token of the row in its own text."""
         return [p for span in self.spans for p in range(span.position, span.position + len(span.token_ids))]
-
-    def after(self, num_steps: int) -> Pass:
-        """Return the plan of a later step: see steps.py. The spans are at their positions already."""
-        return Pass(self.spans, tuple(segment.after(num_steps) for segment in self.segments))
 
     def calls(self, window: int | None, multiplications_a_pair: int) -> list[Call]:
         """Return the kernel calls of a layer, own calls first.

@@ -7,11 +7,12 @@ the other keys of the text's last span. So a plan is made once (plan.py), and fr
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from operator import attrgetter, is_
 
-from backprompt.forest.passes import missing_spans, on_the_way
+from backprompt.forest.passes import missing_spans
 from backprompt.forest.plan import TILE_TOKENS, KeySegment, Pass, plan_pass
 from backprompt.forest.span import Span
 
@@ -35,21 +36,30 @@ class StepPlan:
     def __init__(self, ends: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> None:
         to_come = missing_spans([Span((0,), end.stop, end) for end in ends], with_keys_values=True)
         planned = plan_pass(to_come, tile_tokens)
-        self.ends = tuple(span.parent for span in to_come if span.parent is not None)
+        self.ends = [span.parent for span in to_come if span.parent is not None]
         self.pass_ = Pass(planned.spans, _with_growing(planned.segments, self.ends))
-        own = set(self.ends)
-        self._above = [span for span in on_the_way(self.ends) if span.token_ids and span not in own]
+        self._chains = [[span for span in end.closure() if span.token_ids and span is not end] for end in self.ends]
+        self._above = list({span: None for chain in self._chains for span in chain})
         self._rows_above = list(map(_KEYS_VALUES, self._above))
         self._rows = list(map(_KEYS_VALUES, self.ends))
 
-    def is_for(self, ends: Container[Span], num_ends: int) -> bool:
-        """Return whether the plan is for these texts, and all keys lie where the plan says."""
-        return (
-            num_ends == len(self.ends)
-            and all(map(ends.__contains__, self.ends))
-            and all(map(is_, map(_KEYS_VALUES, self._above), self._rows_above))
-            and all(map(is_, map(_KEYS_VALUES, self.ends), self._rows))
-        )
+    def rows_of(self, ends: Container[Span]) -> list[int]:
+        """Return the rows of these texts."""
+        return [row for row, end in enumerate(self.ends) if end in ends]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, which ascend."""
+        self.ends, self._chains = [self.ends[row] for row in rows], [self._chains[row] for row in rows]
+        self.pass_ = kept(self.pass_, rows)
+        self._rows = [self._rows[row] for row in rows]
+        noted = dict(zip(self._above, self._rows_above, strict=True))
+        self._above = list({span: None for chain in self._chains for span in chain})
+        self._rows_above = [noted[span] for span in self._above]
+
+    def is_current(self) -> bool:
+        """Return whether all keys lie where the plan says."""
+        is_above = all(map(is_, map(_KEYS_VALUES, self._above), self._rows_above))
+        return is_above and all(map(is_, map(_KEYS_VALUES, self.ends), self._rows))
 
     def begin(self, token_ids: Sequence[int]) -> None:
         """Set the tokens of the next step, in the order of `ends`."""
@@ -59,6 +69,42 @@ class StepPlan:
     def advance(self) -> None:
         """Note that the ends have taken their tokens in: plan the step after this one."""
         self._rows = list(map(_KEYS_VALUES, self.ends))
+
+
+def later(pass_: Pass, num_steps: int) -> Pass:
+    """Return the plan of a later step of texts that are planned together. Its spans are those of the given plan."""
+    return Pass(pass_.spans, tuple(_later(segment, num_steps) for segment in pass_.segments))
+
+
+def kept(pass_: Pass, rows: Sequence[int]) -> Pass:
+    """Return the plan of a step in which only some of the texts go on; `rows`: theirs, which ascend."""
+    places = places_of(rows, len(pass_.spans))
+    segments = (segment for segment in pass_.segments if places[segment.start] < places[segment.stop])
+    spans = tuple(pass_.spans[row] for row in rows)
+    return Pass(spans, tuple(_moved(segment, places, pass_.spans, spans) for segment in segments))
+
+
+def places_of(rows: Iterable[int], num_rows: int) -> list[int]:
+    """Return for each row of a pass, and for its end, how many of the kept `rows` lie before."""
+    kept_rows = set(rows)
+    return [0, *accumulate(row in kept_rows for row in range(num_rows))]
+
+
+def _later(segment: KeySegment, num_steps: int) -> KeySegment:
+    if segment.is_own:
+        return replace(segment, key_position=segment.key_position + num_steps)
+    return replace(segment, key_stop=segment.key_stop + num_steps) if segment.grows else segment
+
+
+def _moved(
+    segment: KeySegment, places: Sequence[int], spans_before: Sequence[Span], spans: Sequence[Span]
+) -> KeySegment:
+    """Return a segment where some rows are left out; no row of the pass sees another."""
+    start, stop = places[segment.start], places[segment.stop]
+    if not segment.is_own:
+        return replace(segment, start=start, stop=stop)
+    position = segment.key_position + spans[start].position - spans_before[segment.start].position
+    return KeySegment.own(start, stop, position, tuple(range(start + 1, stop + 1)))
 
 
 def _with_growing(segments: Sequence[KeySegment], ends: Sequence[Span]) -> tuple[KeySegment, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,9 @@ from backprompt.errors import GenerationError
 from backprompt.evaluation.predictions import slices
 from backprompt.generation.decoding import Choice, Completion, Rules, TextDecoding
 from backprompt.logprobs import log_softmax
+
+NOISE_BYTES = 4 << 20
+"""Random numbers are made so many at a time: they stay in the cache."""
 
 _LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
     **dict.fromkeys(
@@ -169,8 +173,9 @@ def processed(texts: Sequence[Ruled], scores: Tensor) -> Tensor:
         return scores
     scores = scores.clone()  # some processors write to their input
     rows_each = scores.shape[0] // len(texts)
+    num_ids = [text.num_ids for text in texts]
     for same_place in zip(*(text.rules.processors for text in texts), strict=True):
-        for group in _alike(texts, same_place):
+        for group in _alike(same_place, num_ids):
             ids, processor = texts[group[0]].ids(), same_place[group[0]]
             if len(group) == len(texts):
                 scores = processor(ids, scores)
@@ -184,13 +189,23 @@ def processed(texts: Sequence[Ruled], scores: Tensor) -> Tensor:
     return scores
 
 
-def _alike(texts: Sequence[Ruled], processors: Sequence[Any]) -> Iterable[list[int]]:
-    """Group texts, by their idx, whose processors of one place do the same to a row of scores."""
+def _alike(processors: Sequence[Any], num_ids: Sequence[int]) -> Iterable[Sequence[int]]:
+    """Group texts, by their idx, whose processors of one place do the same to a row of scores.
+
+    Args:
+        processors: the processor of each text, all of one type.
+        num_ids: the number of ids of each text so far.
+
+    """
+    looks_at = _LOOKS_AT.get(type(processors[0]))
+    if looks_at is None:
+        return ([idx] for idx in range(len(processors)))
+    inputs = list(map(looks_at, processors, num_ids))
+    if len(set(inputs)) == 1:
+        return [range(len(processors))]
     groups: dict[Hashable, list[int]] = {}
-    for idx, (text, processor) in enumerate(zip(texts, processors, strict=True)):
-        looks_at = _LOOKS_AT.get(type(processor))
-        key = (idx, None) if looks_at is None else (None, looks_at(processor, text.num_ids))
-        groups.setdefault(key, []).append(idx)
+    for idx, seen in enumerate(inputs):
+        groups.setdefault(seen, []).append(idx)
     return groups.values()
 
 
@@ -204,10 +219,39 @@ def _drawn(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         )
     # As torch.multinomial does for one sample, in ATen/native/Distributions.cpp: p / q with q exponential, argmax.
     probabilities = scores.softmax(dim=-1)
+    fill = _fill_quickly if scores.device.type == "cpu" and is_quick_the_same() else _fill
     noise = torch.empty_like(probabilities)
+    fill(noise, generators)
+    return torch.div(probabilities, noise, out=noise).argmax(dim=-1)
+
+
+def _fill(noise: Tensor, generators: Sequence[torch.Generator]) -> None:
+    """Fill each row with exponentially distributed numbers of its own generator."""
     for row, own in zip(noise, generators, strict=True):
         row.exponential_(generator=own)
-    return torch.div(probabilities, noise, out=noise).argmax(dim=-1)
+
+
+def _fill_quickly(noise: Tensor, generators: Sequence[torch.Generator]) -> None:
+    """Fill rows as `_fill` does on the CPU: the same uniform numbers, and logarithms of many numbers at a time."""
+    rows_at_a_time = max(1, NOISE_BYTES // (8 * noise.shape[1]))
+    uniform = torch.empty((min(len(noise), rows_at_a_time), noise.shape[1]), dtype=torch.float64)
+    for start in range(0, len(noise), rows_at_a_time):
+        part = noise[start : start + rows_at_a_time]
+        drawn = uniform[: len(part)]
+        for row, own in zip(drawn, generators[start:], strict=False):
+            row.uniform_(generator=own)
+        part.copy_(drawn.neg_().log1p_().neg_())
+
+
+@lru_cache(maxsize=1)
+def is_quick_the_same() -> bool:
+    """Return whether `_fill_quickly` gives the numbers of `_fill`, to the bit, here and with this torch."""
+    found = []
+    for fill in (_fill, _fill_quickly):
+        noise = torch.empty((2, 3000))
+        fill(noise, [torch.Generator().manual_seed(seed) for seed in (0, 1)])
+        found.append(noise)
+    return torch.equal(*found)
 
 
 def check_best(best: Sequence[float], *, is_drawn: bool) -> None:

@@ -12,7 +12,8 @@ import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,8 +36,7 @@ Completion: TypeAlias = tuple[int, ...]
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A chosen token, its log-probability in the model's own distribution (nats), and whether none is higher."""
 
     token_id: int
@@ -73,7 +73,7 @@ class Rules:
     processors: Any
     criteria: Sequence[Any]
 
-    @property
+    @cached_property
     def other_criteria(self) -> list[Any]:
         """Criteria that look at more than the last token and the number of tokens."""
         return [
@@ -179,11 +179,11 @@ class Decoding:
         if last_id in self._end_ids:
             return "eos"
         met = [criterion for criterion in rules.other_criteria if bool(criterion(ids(), None).any())]
+        if not met:
+            return "length" if num_new == self.max_new_tokens else None
         if any(isinstance(criterion, StopStringCriteria) for criterion in met):
             return "stop"
-        if num_new == self.max_new_tokens:
-            return "length"
-        return "criteria" if met else None
+        return "length" if num_new == self.max_new_tokens else "criteria"
 
     def generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator:
         """Return the random number generator of one sample of a text."""

@@ -111,6 +111,8 @@ class StopStrings:
 
     def with_token(self, watched: Watched, token_id: int) -> Watched:
         """Return a continuation with one more token, and whether a stop string ends it."""
+        if not self._searches:
+            return watched
         after = [
             search.decoder.with_token(decoded, token_id)
             for search, decoded in zip(self._searches, watched.decoded, strict=True)

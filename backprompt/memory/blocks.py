@@ -156,9 +156,13 @@ class Block(ABC):
 
         `sources` None: all rows, in order.
         """
+        devices = {tensor.device for tensor in self.tensors.values()}
+        there = {device: on_device(targets.numpy(), device) for device in devices}
+        chosen = {device: None if sources is None else on_device(sources.numpy(), device) for device in devices}
         for name, tensor in self.tensors.items():
-            rows = tensor if sources is None else tensor.index_select(self.token_axis, sources.to(tensor.device))
-            other.tensors[name].index_copy_(self.token_axis, targets.to(tensor.device), rows)
+            own = chosen[tensor.device]
+            rows = tensor if own is None else tensor.index_select(self.token_axis, own)
+            other.tensors[name].index_copy_(self.token_axis, there[tensor.device], rows)
 
 
 class KeysValues(Block):

@@ -24,6 +24,7 @@ from backprompt.forest.forest import Forest
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
 from backprompt.memory.places import Places
+from backprompt.transfers import on_device
 
 ROWS_AT_A_TIME = 16
 """The least free room of a text in a new buffer, in rows; an eighth of its rows if that is more."""
@@ -111,7 +112,8 @@ class Growth:
             pairs = [(upper, span) for span in absorbing if (upper := _absorbable(span, held)) is not None]
             together = {span: _Held.of(upper).with_next(_Held.of(span)) for upper, span in pairs}
             apart = [(upper, span) for upper, span in pairs if together[span] is None]
-            made += self._make_room([pair for pair in apart if not self._has_room(*pair)])
+            needed = [(upper, len(span.token_ids)) for upper, span in apart]
+            made += self._make_room([pair for pair in needed if not self._has_room(*pair)])
             together |= self._append(apart)
             for _, span in pairs:
                 both = together[span]
@@ -123,25 +125,20 @@ class Growth:
                 made += self._move_out(span.parent)  # it has several children
         return made
 
-    def num_steps(self, ends: Iterable[Span]) -> int:
-        """Return for how many steps these spans have room to take in a token each; 0 if one cannot take in any.
+    def make_room(self, ends: Iterable[Span]) -> list[Block]:
+        """Make room behind spans that have none for one more token, all in one buffer; return the new blocks."""
+        return self._make_room([(end, 1) for end in ends if not self._has_room(end, 1)])
 
-        A span that somebody else knows of, or that others continue, stays as it is.
-        """
-        found: dict[object, _Buffer] = {}
+    def num_steps(self, ends: Iterable[Span]) -> int:
+        """Return for how many steps these spans have room to take in a token each."""
+        found: dict[object, _Buffer | None] = {}
         num_steps = sys.maxsize
         for end in ends:
-            keys_values, states = end.keys_values, end.states
-            if keys_values is None or states is None or end.children or end.is_end or end.is_stored or end.error:
-                return 0
-            buffer = found.get(keys_values.block)
-            if buffer is None:
-                block = keys_values_of(end).block
-                buffer = self._buffers.get(block)
-                if buffer is None or not block.num_rows == states_of(end).block.num_rows == buffer.num_rows:
-                    return 0
-                found[block] = buffer
-            if states.block is not buffer.states() or states.stop != keys_values.stop:
+            keys_values, states = keys_values_of(end), states_of(end)
+            if keys_values.block not in found:
+                found[keys_values.block] = self._buffer_of(keys_values.block, states.block)
+            buffer = found[keys_values.block]
+            if buffer is None or states.block is not buffer.states() or states.stop != keys_values.stop:
                 return 0
             num_steps = min(num_steps, buffer.room.get(keys_values.stop, 0) - keys_values.stop)
         return max(0, num_steps)
@@ -164,14 +161,17 @@ class Growth:
         """
         for idx, (own_keys_values, own_states) in enumerate(new.places.blocks):
             indices = np.flatnonzero(new.places.block_idx == idx)
-            sources = None if len(indices) == len(ends) else torch.from_numpy(indices)
-            targets = torch.from_numpy(new.places.target_rows[indices])
+            targets = new.places.target_rows[indices]
+            logprobs, is_argmax, sources = new.states.logprobs, new.states.is_argmax, None
+            if len(indices) < len(ends):
+                sources = torch.from_numpy(indices)
+                chosen = on_device(indices, logprobs.device)
+                logprobs, is_argmax = logprobs[chosen], is_argmax[chosen]
             if new.are_placed:
-                chosen = slice(None) if sources is None else sources.to(new.states.logprobs.device)
-                own_states.write_scores(targets, new.states.logprobs[chosen], new.states.is_argmax[chosen])
+                own_states.write_scores(targets, logprobs, is_argmax)
             else:
-                new.keys_values.copy_rows_to(own_keys_values, sources, targets)
-                new.states.copy_rows_to(own_states, sources, targets)
+                new.keys_values.copy_rows_to(own_keys_values, sources, torch.from_numpy(targets))
+                new.states.copy_rows_to(own_states, sources, torch.from_numpy(targets))
         with self._forest.changing():
             for end, token_id in zip(ends, token_ids, strict=True):
                 self._take_in(end, token_id)
@@ -195,41 +195,46 @@ class Growth:
         """
         return [block for part in span.path() for block in self._move_out(part)]
 
-    def _has_room(self, upper: Span, span: Span) -> bool:
-        """Whether there is room behind the rows of `upper` for those of its child `span`."""
+    def _has_room(self, upper: Span, num_tokens: int) -> bool:
+        """Whether there is room for more tokens behind the rows of a span."""
         keys_values, states = _Held.of(upper)
-        buffer = self._buffers.get(keys_values.block)
+        buffer = self._buffer_of(keys_values.block, states.block)
         return (
             buffer is not None
-            and buffer.states() is states.block
-            and keys_values.block.num_rows == states.block.num_rows == buffer.num_rows
             and keys_values.stop == states.stop
-            and keys_values.stop + len(span.token_ids) <= buffer.room.get(keys_values.stop, 0)
+            and keys_values.stop + num_tokens <= buffer.room.get(keys_values.stop, 0)
         )
 
-    def _make_room(self, pairs: Sequence[tuple[Span, Span]]) -> list[Block]:
-        """Copy the rows of spans into one buffer, each with room for its child and some more rows."""
-        if not pairs:
+    def _buffer_of(self, keys_values: KeysValues, states: States) -> _Buffer | None:
+        """Return the buffer that these blocks are, if they still are one."""
+        buffer = self._buffers.get(keys_values)
+        if buffer is None or buffer.states() is not states:
+            return None
+        return buffer if keys_values.num_rows == states.num_rows == buffer.num_rows else None
+
+    def _make_room(self, spans: Sequence[tuple[Span, int]]) -> list[Block]:
+        """Copy the rows of spans into one buffer, each with room for so many tokens and some more rows."""
+        if not spans:
             return []
         num_rows = 0
         room: dict[int, int] = {}
         ranges: list[tuple[int, int]] = []
-        for upper, span in pairs:
-            num_needed = len(upper.token_ids) + len(span.token_ids)
+        for upper, num_tokens in spans:
+            num_needed = len(upper.token_ids) + num_tokens
             start, stop = num_rows, num_rows + len(upper.token_ids)
             num_rows += num_needed + max(ROWS_AT_A_TIME, num_needed // 8)
             ranges.append((start, stop))
             room[stop] = num_rows
-        first = _Held.of(pairs[0][0])
+        first = _Held.of(spans[0][0])
         # A masked key that is nan would spoil the rows that do not see it, so the room is filled with zeros.
         keys_values, states = first.keys_values.block.zeros(num_rows), first.states.block.zeros(num_rows)
         copies: list[_Copy] = []
-        for (upper, _), (start, _) in zip(pairs, ranges, strict=True):
+        for (upper, _), (start, _) in zip(spans, ranges, strict=True):
             copies += [(keys_values_of(upper), keys_values, start), (states_of(upper), states, start)]
         copy_rows(copies)
         self._buffers[keys_values] = _Buffer(ref(states), num_rows, room)
         self._mixed.update((keys_values, states))
-        for (upper, _), rows in zip(pairs, ranges, strict=True):
+        for (upper, _), rows in zip(spans, ranges, strict=True):
             upper.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
         return [keys_values, states]
 
@@ -269,6 +274,11 @@ class Growth:
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""
         return block in self._mixed and block.num_rows > len(span.token_ids)
+
+
+def takes_tokens_in(span: Span) -> bool:
+    """Whether a span may grow in place: it has its rows, and nobody else knows of its end."""
+    return not (span.children or span.is_end or span.is_stored or span.error) and span.is_held(with_keys_values=True)
 
 
 def _absorbable(span: Span, held: Container[Span]) -> Span | None:

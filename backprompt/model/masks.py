@@ -73,16 +73,16 @@ def meanings(mask_function: Callable[..., Tensor], first: int, stop: int, device
 def _nums_visible(mask_function: Callable[..., Tensor], positions: range, device: torch.device) -> list[int | None]:
     """Return how many keys a query at each position sees, or None if they are not the last ones up to the position."""
     try:
-        visible = _visible(mask_function, positions, torch.device("cpu"))
+        visible = visible_keys(mask_function, positions, torch.device("cpu"))
     except RuntimeError:  # the mask looks into tensors of its own
-        visible = _visible(mask_function, positions, device).cpu()
+        visible = visible_keys(mask_function, positions, device).cpu()
     queries, keys = _indices(positions, torch.device("cpu"))
     nums = visible.sum(dim=1, keepdim=True)
     are_last = (visible == ((keys <= queries) & (keys > queries - nums))).all(dim=1)
     return [num if is_right else None for num, is_right in zip(nums[:, 0].tolist(), are_last.tolist(), strict=True)]
 
 
-def _visible(mask_function: Callable[..., Tensor], positions: range, device: torch.device) -> Tensor:
+def visible_keys(mask_function: Callable[..., Tensor], positions: range, device: torch.device) -> Tensor:
     """Return which keys the query at each position sees, `(positions, keys)`."""
     zero = torch.zeros((), dtype=torch.long, device=device)
     queries, keys = _indices(positions, device)
