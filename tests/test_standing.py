@@ -178,3 +178,16 @@ def test_calls_that_begin_at_a_later_step() -> None:
         steps.advance()
         prepared.advance()
         plain.advance()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_shows_in_the_rows_that_see_it(value: float, dtype: torch.dtype) -> None:
+    """No score is left out of a sum because it is -inf, so a captured step need not look at queries and keys."""
+    segments = Segments.of([KeySegment.own(0, 4, 0, (1, 2, 3, 4))], [0] * 4)
+    for launch in (Launch(SMALL, 20, 1), Launch(SMALL, 1, 1000)):
+        for sign in (1, -1):
+            query, key, value_ = (draw(heads, 4, 16, heads).contiguous().to(DEVICE, dtype) for heads in (4, 2, 2))
+            query[0, 2, 3], key[0, 2, 3] = value, sign
+            output = OneLaunch(segments).attend(0, query, key, value_, Scoring(0.25), launch)
+            assert output.isfinite().all(dim=2)[:, 0].tolist() == [True, True, False, True]

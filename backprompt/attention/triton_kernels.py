@@ -73,7 +73,8 @@ def attend_kernel(
     # Scores are to the base 2. A finite start keeps differences of infinities out.
     largest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    summed = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    # NaN for a query that is not finite: its scores may all be -inf, which looks as if it saw nothing.
+    summed = tl.zeros([ROWS, PADDED_DIM], tl.float32) + tl.sum(q.to(tl.float32) * 0.0, 1)[:, None]
     for idx in range(first_piece, last_piece):
         piece = pieces + idx * PIECE_COLUMNS
         block, first_key, num_keys = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)

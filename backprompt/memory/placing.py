@@ -31,7 +31,10 @@ def place_kernel(
     SOURCE_COLUMNS: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):
-    """Copy a row of a tensor to its place; zeros, if not all rows are finite: others must not see NaN."""
+    """Copy a row of a tensor to its place, and note in `is_finite` if it is not finite; zeros go for such numbers.
+
+    Others may see NaN and infinity although they do not attend to them.
+    """
     tensor = tl.program_id(0) % num_tensors
     row = tl.program_id(0) // num_tensors
     block = tl.load(block_idx + row)
@@ -44,14 +47,16 @@ def place_kernel(
         read_stride, write_stride = tl.load(source + 1), tl.load(target + 1)
         num_heads, head_numbers = tl.load(source + 2), tl.load(source + 3)
         target_row = tl.load(target_rows + row)
-        is_right = tl.load(is_finite) != 0
         for first in range(0, num_heads * head_numbers, NUMBERS):
             idx = first + tl.arange(0, NUMBERS)
-            is_number = (idx < num_heads * head_numbers) & is_right
+            is_number = idx < num_heads * head_numbers
             head, number = idx // head_numbers, idx % head_numbers
             values = tl.load(read + head * read_stride + row * head_numbers + number, mask=is_number, other=0.0)
-            is_stored = idx < num_heads * head_numbers
-            tl.store(write + head * write_stride + target_row * head_numbers + number, values, mask=is_stored)
+            is_right = tl.abs(values.to(tl.float32)) < float("inf")
+            if tl.sum((is_number & (is_right == 0)).to(tl.int32), 0) > 0:
+                tl.store(is_finite, 0)
+            values = tl.where(is_right, values, 0.0)
+            tl.store(write + head * write_stride + target_row * head_numbers + number, values, mask=is_number)
 
 
 def place(like: Any, is_finite: Any, sources: Any, targets: Any, rows: Any) -> None:
@@ -59,7 +64,7 @@ def place(like: Any, is_finite: Any, sources: Any, targets: Any, rows: Any) -> N
 
     Args:
         like: any tensor with the dtype of all others.
-        is_finite: whether the rows are copied, `()`; if not, zeros are.
+        is_finite: `()`, int32; becomes 0 if a row is not finite, and stays as it is if all are.
         sources: `(tensors, SOURCE_COLUMNS)`.
         targets: `(blocks, tensors, 2)`, flat: the address and the stride between heads.
         rows: the block and the row there of each row, `(2, rows)`; block -1 for a row that is not copied.

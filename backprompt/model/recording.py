@@ -23,7 +23,7 @@ class Output:
     Attributes:
         hidden: final hidden states, `(rows, hidden)`.
         keys_values: the keys and values of all rows.
-        is_finite: whether all rows but those behind the step's own are finite, `()`.
+        is_finite: 1 if all rows but those behind the step's own are finite, and the rows that were placed, `()`, int32.
         in_flight: what the run has found out about the model.
 
     """

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
+from backprompt.attention.base import CannotStandError, ForestAttention, PreparedAttention, StandingAttention
 from backprompt.forest.plan import Pass
 from backprompt.memory.blocks import KeysValues
 from backprompt.memory.places import Places
@@ -143,11 +143,11 @@ class CapturedSteps:
         addresses: Sequence[int],
     ) -> _Graph | None:
         """Record a graph for steps like this one."""
-        standing = self._attention.standing(bucket)
-        if standing is None:
-            self.refusal = "the calls of attention are others in each step"
-            return None
+        graph: _Graph | None = None
         try:
+            standing = self._attention.standing(bucket)
+            if standing is None:
+                raise CannotStandError("the calls of attention are others in each step")
             graph = _Graph(bucket, standing, addresses, self._weights[0].device, self._place)
             graph.load(pass_, prepared, places)
             graph.record(run, self._record, max(pass_.positions))
@@ -158,6 +158,7 @@ class CapturedSteps:
         if self.refusal is not None:
             logger.info("Steps are not captured: %s.", self.refusal)
             return None
+        assert graph is not None
         self._graphs[bucket] = graph
         self.counts["recorded"] += 1
         return graph
@@ -229,7 +230,7 @@ class _Graph:
         def compute() -> Output:
             in_flight = InFlight(self._standing, max_position, is_checked=False)
             hidden = run(rows[:2], in_flight)
-            is_finite = (hidden.isfinite().all(dim=1) | (rows[2] > 0)).all()
+            is_finite = (hidden.isfinite().all(dim=1) | (rows[2] > 0)).all().int()
             return Output(hidden, KeysValues.of(in_flight.keys, in_flight.values), is_finite, in_flight)
 
         def finish(output: Output) -> None:
@@ -255,8 +256,12 @@ class _Graph:
         """Do the step that was loaded."""
         self._recorded.replay()
         output = self._recorded.output
-        keys_values = output.keys_values if self._are_placed else output.keys_values.first_rows(num_live)
-        return Replayed(output.hidden[:num_live], keys_values, output.is_finite, self._are_placed)
+        if self._are_placed:
+            return Replayed(output.hidden[:num_live], output.keys_values, output.is_finite, True)
+        keys_values = output.keys_values.first_rows(num_live)
+        are_finite = [tensor.isfinite().all() for tensor in keys_values.in_order()]
+        is_finite = torch.stack([output.is_finite > 0, *are_finite]).all()
+        return Replayed(output.hidden[:num_live], keys_values, is_finite, False)
 
 
 def captured_steps(body: nn.Module, attention: ForestAttention) -> CapturedSteps | None:
