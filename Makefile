@@ -22,6 +22,9 @@ BENCH_INSTALLED := $(VENV)/.installed-bench
 # Touched when it holds what the documentation is made with.
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
+# The tests whose models lie on the device that BACKPROMPT_TEST_DEVICE names.
+BY_DEVICE := $(patsubst %,tests/test_%.py,models laws logprobs groups memory generate classify store)
+
 .PHONY: help demo bench docs pictures venv check test format clean
 .DEFAULT_GOAL := help
 
@@ -71,8 +74,12 @@ check: $(INSTALLED) ## formatting, lint, types, and the order in which folders i
 	$(BIN)/lint-imports --no-cache
 
 # One thread a process: two processes that each start a thread a core get in each other's way.
-test: check ## check, then run the tests
+test: check ## check, then run the tests; where CUDA is, those by device a second time there
 	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  echo 'once more, on CUDA: $(BY_DEVICE)'; \
+	  $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )BACKPROMPT_TEST_DEVICE=cuda $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(BY_DEVICE); \
+	fi
 
 format: $(INSTALLED) ## rewrite the code as the formatter and the fixable lints want it
 	$(BIN)/ruff format .

@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
 
 # deadline: an example's first run may build a model. derandomize: a failure is there again on the next run.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50, print_blob=True)
+# HYPOTHESIS_PROFILE=quick draws few, for slow devices.
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=4, print_blob=True)
 # HYPOTHESIS_PROFILE=thorough draws other examples each time, to look for what the fixed ones miss.
 settings.register_profile("thorough", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

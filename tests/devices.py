@@ -6,18 +6,22 @@ BACKPROMPT_TEST_DEVICE=other    a device that is none, for a machine without one
 
 import os
 
+import pytest
 import torch
 
 from other_device import DEVICE as OTHER
-from other_device import OtherDevice
+from other_device import OtherDevice, OtherGenerator
 
 NAME = os.environ.get("BACKPROMPT_TEST_DEVICE", "cpu")
 DEVICE = OTHER if NAME == "other" else torch.device(NAME)
 _other = None
 if NAME == "other":
     _other = OtherDevice().__enter__()
+    torch.Generator = OtherGenerator
     torch.mps.recommended_max_memory = lambda: 4 << 30
     torch.mps.current_allocated_memory = lambda: 0
+
+known_to_torch = pytest.mark.skipif(NAME == "other", reason="torch itself must know the device")
 
 
 def on_test_device(model):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,6 +59,13 @@ class Elsewhere(Tensor):
         raise AssertionError(f"{func} was not called through torch's functions")
 
 
+class OtherGenerator(torch.Generator):
+    """A generator for the device: the CPU's."""
+
+    def __new__(cls, device: object = None) -> OtherGenerator:
+        return super().__new__(cls, "cpu")
+
+
 class OtherDevice(TorchFunctionMode):
     """The device, for as long as the context lasts.
 
@@ -74,14 +81,17 @@ class OtherDevice(TorchFunctionMode):
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.launches = 0
+        self._apply: Any = nn.Module._apply
 
     def __enter__(self) -> OtherDevice:
         OtherDevice.current = self
+        nn.Module._apply = lambda *args: self._applied(*args)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        nn.Module._apply = self._apply
         OtherDevice.current = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -90,16 +100,28 @@ class OtherDevice(TorchFunctionMode):
             return _call(func, args, kwargs)
         return func(*args, **kwargs)
 
+    def _applied(self, module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if any(map(_is_elsewhere, module.parameters())):
+            return _replaced(module, function)
+        return self._apply(module, function, recurse)
+
     def moved(self, model: nn.Module) -> nn.Module:
         """The same model, on the device; shared weights stay shared."""
-        made: dict[int, Elsewhere] = {}
-        for module in model.modules():
-            for held, is_parameter in ((module._parameters, True), (module._buffers, False)):
-                for name, value in held.items():
-                    if value is not None:
-                        there = held[name] = made.setdefault(id(value), Elsewhere(value.detach()))
-                        there._is_param = is_parameter
-        return model
+        return _replaced(model, lambda value: value if _is_elsewhere(value) else Elsewhere(value.detach()))
+
+
+def _replaced(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The same model with other weights, as `model.to(dtype)` makes it; shared weights stay shared."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old ones, so that no new one gets the id of one
+    for module in model.modules():
+        for held, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for name, value in held.items():
+                if value is not None:
+                    if id(value) not in made:
+                        made[id(value)] = (value, function(value))
+                    _, held[name] = made[id(value)]
+                    held[name]._is_param = is_parameter
+    return model
 
 
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -34,10 +34,15 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, string: str) -> list[int]:
     return tokenizer(string)["input_ids"]
 
 
+def ids_for(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """The ids of one text as the model takes them, `(1, tokens)`, on its device."""
+    return torch.tensor([list(ids)], device=model.device)
+
+
 def plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
     """The logits after each of the ids, (tokens, vocab), in the model's dtype, on the CPU."""
     with _evaluating(model), torch.no_grad():
-        return model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].cpu()
+        return model(input_ids=ids_for(model, ids)).logits[0].cpu()
 
 
 def plain_token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
@@ -73,7 +78,7 @@ def plain_greedy(model: PreTrainedModel, ids: Sequence[int], num_tokens: int) ->
 
 def generated_by_transformers(model: PreTrainedModel, ids: Sequence[int], **options: Any) -> tuple[int, ...]:
     """The ids that transformers' `generate` appends to one prompt; greedily, unless options say otherwise."""
-    prompt = torch.tensor([list(ids)], device=model.device)
+    prompt = ids_for(model, ids)
     options = {"do_sample": False, "pad_token_id": 0, **options}
     found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
     return tuple(found[0, len(ids) :].tolist())
@@ -146,8 +151,8 @@ def masked_logits(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
     with _evaluating(model), torch.no_grad():
         return (
             model(
-                input_ids=torch.tensor([text.ids], device=model.device),
-                position_ids=torch.tensor([text.positions], device=model.device),
+                input_ids=ids_for(model, text.ids),
+                position_ids=ids_for(model, text.positions),
                 attention_mask=mask[None, None].to(model.device),
             )
             .logits[0]

@@ -1,4 +1,4 @@
-"""Spans of a forest, told by the token ids that lead to them."""
+"""Spans of a forest, told by the token ids that lead to them, and blocks for their rows."""
 
 from typing import Any
 
@@ -10,3 +10,13 @@ def spelled(span: Any) -> tuple[int, ...]:
         ids = span.token_ids + ids
         span = span.parent
     return ids
+
+
+class AnyBlock:
+    """A block of which nothing matters but its identity."""
+
+    def take(self, span: Any, num_rows: int) -> None:
+        pass
+
+    def release(self, span: Any, num_rows: int) -> None:
+        pass

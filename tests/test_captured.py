@@ -12,9 +12,10 @@ import torch
 pytest.importorskip("triton", reason="there is no wheel of triton for this platform")
 
 from backprompt import LM, NonFiniteError, Text, generate
-from backprompt.attention.calls import CallsAttention
+from backprompt.attention.calls import CallsAttention, PreparedCalls
+from backprompt.attention.shapes import Launch
 from backprompt.attention.tiles import Tile
-from backprompt.attention.triton import Launch, TritonAttention
+from backprompt.attention.triton import TritonAttention
 from backprompt.memory import growth
 from backprompt.memory.blocks import KeysValues, States
 from backprompt.memory.places import Places
@@ -53,26 +54,35 @@ def tensors_of(output: Output) -> list[torch.Tensor]:
 class CallsThatStand(CallsAttention):
     """The calls of each step, for as many rows as the step has: the interpreter of kernels is slow."""
 
+    has_room = True
+
+    def prepare(self, pass_: Any, num_steps: int = 1) -> "PreparedForSome":
+        return PreparedForSome(self, pass_, num_steps)
+
     def standing(self, num_rows: int) -> Any:
         return StandingCalls(num_rows)
+
+
+class PreparedForSome(PreparedCalls):
+    def attend(self, layer_idx: int, query: Any, key: Any, value: Any, scoring: Any) -> torch.Tensor:
+        num_live = self._pass.num_tokens
+        rows = (tensor[:, :num_live] for tensor in (query, key, value))
+        output = super().attend(layer_idx, *rows, scoring)
+        return torch.cat([output, torch.full_like(output[:1], 7.0).repeat(query.shape[1] - num_live, 1, 1)])
 
 
 class StandingCalls:
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
         self.prepared: Any = None
-        self.has_room = True
 
     def load(self, prepared: Any) -> bool:
         self.prepared = prepared
-        return self.has_room
+        return CallsThatStand.has_room
 
-    def attend(self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Any) -> Any:
+    def attend(self, layer_idx: int, query: torch.Tensor, *args: Any) -> torch.Tensor:
         assert query.shape[1] == self.num_rows
-        num_live = len(self.prepared._pass.spans)
-        rows = (tensor[:, :num_live] for tensor in (query, key, value))
-        output = self.prepared.attend(layer_idx, *rows, scoring)
-        return torch.cat([output, torch.full_like(output[:1], 7.0).repeat(self.num_rows - num_live, 1, 1)])
+        return self.prepared.attend(layer_idx, query, *args)
 
 
 def place_by_hand(like: Any, is_finite: Any, sources: Any, targets: Any, rows: Any) -> None:
@@ -201,12 +211,11 @@ def test_changed_weights_are_seen(tokenizer: Any) -> None:
 
 
 @pytest.mark.usefixtures("captured")
-def test_a_step_without_room_leaves_the_graph(model: Any, tokenizer: Any) -> None:
+def test_a_step_without_room_leaves_the_graph(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LM(model, tokenizer)
 
     def between(num: int, run: Any) -> None:
-        for graph in lm.session.evaluator.executor.steps._graphs.values():
-            graph._standing.has_room = num != 6
+        monkeypatch.setattr(CallsThatStand, "has_room", num != 6)
 
     assert stepping(lm, 12, between) == plain_greedy(model, Text("The cat", lm).tokens, 12)
     assert counts_of(lm)["left"] == 1
@@ -267,7 +276,7 @@ def test_a_step_that_is_not_finite_is_no_step(value: float, tokenizer: Any, monk
 
     def between(num: int, run: Any) -> None:
         if num == 6:
-            model.transformer.wte.weight.data[run._live[0].decoding.last.token_id] = value
+            model.transformer.wte.weight.data[run.found()[0][0].choices[-1].token_id] = value
 
     with pytest.raises(NonFiniteError):
         stepping(lm, 12, between)
@@ -337,7 +346,7 @@ def test_a_captured_step_allocates_nothing_in_the_model(model: Any, tokenizer: A
         stream.run.step()
     captured = lm.session.evaluator.executor.steps
     assert captured.counts["replayed"] > 3
-    replay = next(iter(captured._graphs.values()))._recording.replay
+    replay = next(iter(captured.graphs.values())).recording.replay
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     replay()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

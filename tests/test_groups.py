@@ -12,6 +12,7 @@ import backprompt as bp
 from backprompt import LM, GroupError, Text, TextTooLongError, evaluate
 from backprompt.store import DiskStore, MemoryStore
 from comparing import assert_close
+from examples import up_to
 from reference import masked_logits, masked_token_logprobs, plain_logits
 from tiny_models import FAMILIES
 
@@ -72,7 +73,7 @@ def build(lm, given_segments):
 
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=up_to(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, models, tokenizer, monkeypatch):
     """In any order, packed in any passes, within any budget, and from a store."""

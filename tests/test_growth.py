@@ -27,8 +27,7 @@ class Texts:
         self.ends = [self.forest.insert(ids, is_end=False) for ids in self.ids]
         new = [end for end in dict.fromkeys(self.ends) if not end.is_held()]
         compute(new)
-        for end in new:
-            self.growth.note_pass(end)
+        self.growth.note_pass(new)
         return self.growth.absorb(list(dict.fromkeys(self.ends)), held=set(self.ends))
 
     def spans_behind_prompts(self):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from backprompt.forest.span import KINDS
 from backprompt.memory.blocks import Location
 from backprompt.memory.host import HostMemory
+from backprompt.memory.leaves import NOTHING_SPARED
 from backprompt.memory.tier import Tier
 from tiny_blocks import (
     KEYS_VALUES_BYTES,
@@ -24,22 +25,26 @@ CPU = Location(torch.device("cpu"))
 
 
 def any_order(kind, span):
-    return (0, 0.0, 0)
+    return (0.0, 0)
 
 
-def pools(num_host_bytes, *texts):
+def shortest_first(kind, span):
+    return (float(len(span.token_ids)), 0)
+
+
+def pools(num_host_bytes, *texts, order=any_order):
     """A device that holds texts, each computed alone, an empty second pool, and the texts' spans."""
     forest, _ = inserted(*texts)
     spans = list(forest.spans())
-    device, host = Tier(10_000, "device"), HostMemory(num_host_bytes, CPU, CPU)
+    device, host = Tier(10_000, "device", order), HostMemory(num_host_bytes, order, CPU, CPU)
     device.add(block for span in spans for block in compute([span]))
     return device, host, forest, spans
 
 
-def moved_out(num_host_bytes, *texts):
+def moved_out(num_host_bytes, *texts, order=any_order):
     """The same, with all of them gone to the second pool as far as that takes them."""
-    device, host, forest, spans = pools(num_host_bytes, *texts)
-    host.take(spans, device.shrink(spans, 10**9, any_order), any_order)
+    device, host, forest, spans = pools(num_host_bytes, *texts, order=order)
+    host.take(forest, device.shrink(forest, 10**9, NOTHING_SPARED), NOTHING_SPARED)
     return device, host, forest, spans
 
 
@@ -52,9 +57,9 @@ def test_what_goes_lies_in_the_second_pool_alone():
 def test_rows_of_one_block_that_go_together_stay_together():
     forest, _ = inserted(STEM, LEFT, RIGHT)
     spans = list(forest.spans())
-    device, host = Tier(10_000, "device"), HostMemory(10_000, CPU, CPU)
+    device, host = Tier(10_000, "device", any_order), HostMemory(10_000, any_order, CPU, CPU)
     device.add(compute(spans))
-    host.take(spans, device.shrink(spans, 10**9, any_order), any_order)
+    host.take(forest, device.shrink(forest, 10**9, NOTHING_SPARED), NOTHING_SPARED)
     assert len({id(span.host_states.block) for span in spans}) == 1
     assert len({id(span.host_keys_values.block) for span in spans}) == 1
     assert_right_in_host(spans)
@@ -68,10 +73,9 @@ def test_a_pool_of_no_bytes_takes_nothing():
 
 def test_leaves_go_where_not_all_fits():
     """Of the two leaves the one that ranks lower; of the other its keys and values only."""
-    device, host, _, spans = pools(6 * TOKEN_BYTES + 2 * STATES_BYTES, STEM, LEFT, RIGHT)
-    stem, left, right = spans
-    dropped = device.shrink(spans, 10**9, any_order)
-    host.take(spans, dropped, lambda kind, span: (0, float(len(span.token_ids)), 0))
+    _, host, _, (stem, left, right) = moved_out(
+        6 * TOKEN_BYTES + 2 * STATES_BYTES, STEM, LEFT, RIGHT, order=shortest_first
+    )
     assert host.num_bytes <= host.max_bytes
     assert left.is_empty
     assert right.is_held(in_host=True)
@@ -80,12 +84,10 @@ def test_leaves_go_where_not_all_fits():
 
 
 def test_what_cannot_fit_with_what_it_continues_pushes_nothing_out():
-    device, host, forest, spans = moved_out(6 * TOKEN_BYTES, STEM, (9, 8))
+    device, host, forest, spans = moved_out(6 * TOKEN_BYTES, STEM, (9, 8), order=shortest_first)
     end = forest.insert((*STEM, *range(50, 70)))
     device.add(compute([end]))
-    every = list(forest.spans())
-    dropped = device.shrink(every, 10**9, any_order)
-    host.take(every, dropped, lambda kind, span: (0, float(len(span.token_ids)), 0))  # these would be dropped last
+    host.take(forest, device.shrink(forest, 10**9, NOTHING_SPARED), NOTHING_SPARED)  # these would be dropped last
     assert end.is_empty
     assert_right_in_host(spans)
 
@@ -161,7 +163,7 @@ def test_the_budget_holds_and_what_is_held_has_what_it_continues(data):
     ends = [span for span in spans if span.is_end]
     for _ in range(3):
         excess = data.draw(st.integers(0, 12)) * TOKEN_BYTES
-        host.take(spans, device.shrink(spans, excess, any_order), any_order)
+        host.take(forest, device.shrink(forest, excess, NOTHING_SPARED), NOTHING_SPARED)
         assert host.num_bytes <= host.max_bytes
         planned = host.plan_fetch(
             data.draw(st.permutations(ends)), data.draw(st.integers(0, 2000)), frozenset(), with_keys_values=True

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from backprompt import LM, Text, evaluate
 from comparing import assert_close, assert_equals_plain, num_distinct
+from examples import up_to
 from reference import plain_ids, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS
@@ -92,7 +93,7 @@ def usable(texts: list[Text]) -> list[Text]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(segments=forests(), max_tokens=PASS_SIZES, tile_tokens=TILE_SIZES)
-@settings(max_examples=8)
+@settings(max_examples=up_to(8))
 @example(segments=[["The cat", " sat"], ["The cat", "s"]], max_tokens=3, tile_tokens=1)
 def test_p1_same_numbers_as_the_plain_call(name: str, segments: list[list], max_tokens: int, tile_tokens: int) -> None:
     model = family(name)
@@ -115,7 +116,7 @@ def test_p1_ids_are_those_of_the_whole_string(tokenizer_name: str, segments: lis
 
 
 @given(segments=forests(), joins=st.sampled_from(["exact", "split"]), data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=up_to(40))
 def test_p2_order_and_size_of_passes_and_what_was_cached_do_not_matter(
     segments: list[list], joins: str, data: st.DataObject
 ) -> None:
@@ -248,7 +249,7 @@ class AnyOrder(RuleBasedStateMachine):
         module_name, name = data.draw(st.sampled_from(self.weight_names())).rsplit(".", 1)
         module = self.model.get_submodule(module_name)
         weight = getattr(module, name)
-        noise = torch.randn(weight.shape, generator=self.generator) * 0.05
+        noise = (torch.randn(weight.shape, generator=self.generator) * 0.05).to(weight.device)
         with torch.no_grad():
             if how == "in place":
                 weight += noise
@@ -266,5 +267,5 @@ class AnyOrder(RuleBasedStateMachine):
             assert all(span.states is not None for span in self.lm.session.evaluator.forest.spans())
 
 
-AnyOrder.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=up_to(25), stateful_step_count=20, deadline=None)
 TestAnyOrder = AnyOrder.TestCase

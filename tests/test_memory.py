@@ -16,7 +16,9 @@ from backprompt.memory.budget import default_host_bytes, default_max_bytes, pars
 from backprompt.memory.host import HostMemory
 from backprompt.store import DiskStore, MemoryStore
 from comparing import assert_close, assert_equals_plain, num_distinct
-from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
+from examples import up_to
+from ranking import compare_with_plain
+from reference import ids_for, plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
@@ -119,6 +121,7 @@ class AnyUse(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(tier, "MAX_SMALL_BLOCKS", max_small_blocks)
         self.lm = make_lm(self.model, self.tokenizer, num_tokens, pass_tokens, host_tokens=host_tokens)
+        compare_with_plain(self.patch, lambda _: self.lm.session.evaluator.forest)
         self.texts = wide_forest(self.lm, num_branches=3, num_leaves=3)
         self.texts += [Text("Question: What is 12 + 34? ", self.lm), Text("One alone.", self.lm)]
         for text in self.texts:
@@ -163,7 +166,7 @@ class AnyUse(RuleBasedStateMachine):
         text = self.texts[idx]
         cache = text.model_repr.past_key_values()
         assert cache.get_seq_length() == len(text.tokens)
-        logits = self.model(torch.tensor([[5]]), past_key_values=cache).logits[0, -1]
+        logits = self.model(ids_for(self.model, [5]), past_key_values=cache).logits[0, -1]
         assert_close(logits, plain_logits(self.model, (*text.tokens, 5))[-1])
 
     @rule(indices=st.lists(st.integers(0, 10), max_size=11), data=st.data())
@@ -217,7 +220,7 @@ class AnyUse(RuleBasedStateMachine):
             self.patch.undo()
 
 
-AnyUse.TestCase.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+AnyUse.TestCase.settings = settings(max_examples=up_to(40), stateful_step_count=15, deadline=None)
 TestAnyUse = AnyUse.TestCase
 
 
@@ -648,8 +651,8 @@ def test_scores_move_with_their_tokens(model, tokenizer):
     lm.session.evaluator.memory.max_bytes = 1000 * TOKEN_BYTES
     before = lm.stats
     for scores, earlier, flags in zip(lm.token_scores(texts), first, expected, strict=True):
-        assert torch.equal(scores.is_argmax, flags)
-        torch.testing.assert_close(scores.logprobs, earlier.logprobs, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(scores.is_argmax.cpu(), flags)
+        assert_close(scores.logprobs, earlier.logprobs, atol=0)
     done = lm.stats - before
     assert (done.logit_rows, done.tokens_computed, done.tokens_fetched > 0) == (0, 0, True)
 
@@ -781,9 +784,9 @@ def test_the_second_pool_is_off_where_the_model_lies_in_host_memory(model, token
         LM(model, tokenizer, host_memory_bytes="some")
 
 
-def test_pinned_memory_is_refused_for_a_model_on_the_cpu_before_anything_else(model):
+def test_pinned_memory_is_refused_for_a_model_on_the_cpu_before_anything_else():
     with pytest.raises(ValueError, match="lies on 'cpu'"):
-        LM(model, "no tokenizer at all", pin_memory=True)
+        LM(FAMILIES["gpt2"]().cpu(), "no tokenizer at all", pin_memory=True)
     with pytest.raises(ValueError, match="lies on 'cpu'"):
         load("a model that is not there", device="cpu", pin_memory=True)
 
@@ -796,7 +799,7 @@ def test_all_that_moves_between_the_pools_is_page_locked(model, tokenizer, monke
     page_locked = {}
 
     def empty(self, shape, dtype):
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
         if self.is_pinned:
             page_locked[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
@@ -924,7 +927,7 @@ def test_the_default_is_a_share_of_what_is_free(model, tokenizer):
         LM(model, tokenizer, memory_bytes="a lot")
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=up_to(30), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(num_tokens=st.integers(0, 150), host_tokens=st.integers(0, 150), order=st.permutations(range(9)))
 def test_no_budget_costs_more_than_one_text_after_the_other_would(num_tokens, host_tokens, order, model, tokenizer):
     """Whatever is dropped: an evaluation never forwards more than the texts' own tokens, each text alone."""

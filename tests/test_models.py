@@ -25,7 +25,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from backprompt import LM, Text, TextTooLongError, UnsupportedModelError, evaluate
 from comparing import assert_close, assert_equals_plain, num_distinct
-from reference import plain_ids, plain_logits
+from devices import known_to_torch, on_test_device
+from reference import ids_for, plain_ids, plain_logits
 from tiny_models import FAMILIES, LONGROPE_ORIGINAL_POSITIONS, MAX_POSITIONS, OTHERS, SLIDING_WINDOW, VOCAB_SIZE
 from tiny_tokenizers import byte_level_bpe
 
@@ -54,7 +55,7 @@ def random_model(config, build=AutoModelForCausalLM.from_config):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
+    return on_test_device(model.eval())
 
 
 def config_like(family, **changes):
@@ -137,7 +138,7 @@ def test_low_precision_equals_the_plain_call_of_the_same_dtype(family, dtype, ma
     ours, plain = [], []
     for text in texts:
         truth = plain_logits(exact, text.tokens)
-        ours.append((text.model_repr.all_logits() - truth).square().mean())
+        ours.append((text.model_repr.all_logits().cpu() - truth).square().mean())
         plain.append((plain_logits(model, text.tokens) - truth).square().mean())
     assert torch.stack(ours).mean().sqrt() < 1.2 * torch.stack(plain).mean().sqrt()
 
@@ -322,7 +323,7 @@ class BiasedAttention(LlamaAttention):
     """Attention that asks its implementation for a bias a position."""
 
     def forward(self, *args, **kwargs):
-        return super().forward(*args, position_bias=torch.ones(1), **kwargs)
+        return super().forward(*args, position_bias=torch.ones(1, device=self.q_proj.weight.device), **kwargs)
 
 
 def test_a_keyword_that_attention_does_not_implement_is_refused_by_name(tokenizer):
@@ -394,19 +395,21 @@ ADAPTERS = {
 }
 
 
+@known_to_torch
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_model_with_an_adapter_equals_its_plain_call(kind, tokenizer):
     model = peft.get_peft_model(FAMILIES["llama"](), ADAPTERS[kind]).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:  # the adapter's own, which start as the identity
-                parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
+                parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view(parameter.shape).to(parameter))
     texts = forest(LM(model, tokenizer, max_tokens_per_forward=16))
     assert_is_as_plain(model, tokenizer, texts)
     base = plain_logits(FAMILIES["llama"](), texts[0].tokens)[-1]
-    assert (texts[0].logits - base).abs().max() > 1e-2
+    assert (texts[0].logits.cpu() - base).abs().max() > 1e-2
 
 
+@known_to_torch
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -462,11 +465,12 @@ def test_a_call_continues_from_past_key_values(family, tokenizer):
     next_ids = plain_ids(tokenizer, " and it")
     with torch.no_grad():
         cache = text.model_repr.past_key_values()
-        logits = model(input_ids=torch.tensor([next_ids]), past_key_values=cache).logits[0]
+        logits = model(input_ids=ids_for(model, next_ids), past_key_values=cache).logits[0]
     plain = plain_logits(model, [*text.tokens, *next_ids])[-len(next_ids) :]
     assert_close(logits, plain)
 
 
+@known_to_torch
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral_sliding"])
 def test_generation_continues_from_past_key_values_and_changes_nothing(family, tokenizer):
     model = FAMILIES[family]()
@@ -475,7 +479,7 @@ def test_generation_continues_from_past_key_values_and_changes_nothing(family, t
     evaluate(texts)
     held = lm.stats.bytes_held
     for text in (texts[0], texts[1]):
-        ids = torch.tensor([[*text.tokens, *plain_ids(tokenizer, " and it")]])
+        ids = ids_for(model, [*text.tokens, *plain_ids(tokenizer, " and it")])
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
         plain = model.generate(ids, **options)
         cache = text.model_repr.past_key_values()
@@ -489,6 +493,7 @@ def test_generation_continues_from_past_key_values_and_changes_nothing(family, t
     assert before.bytes_held == held
 
 
+@known_to_torch
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral_sliding"])
 def test_a_text_itself_is_generated_on_from_a_cache_of_all_but_its_last_token(family, tokenizer):
     """Something must be left to forward: given a cache of all its ids, `generate` forwards all of them once more."""
@@ -497,7 +502,7 @@ def test_a_text_itself_is_generated_on_from_a_cache_of_all_but_its_last_token(fa
     text = forest(lm)[0]
     evaluate(text)
     before = lm.stats
-    ids = torch.tensor([text.tokens])
+    ids = ids_for(model, text.tokens)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
     cache = Text.from_tokens(text.tokens[:-1], lm).model_repr.past_key_values()
     assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))

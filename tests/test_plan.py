@@ -20,7 +20,7 @@ from backprompt.forest.plan import KeySegment, Pass, plan_pass
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import BlockRows
 from comparing import beginnings
-from spans import spelled
+from spans import AnyBlock, spelled
 
 Ids = tuple[int, ...]
 Scene = tuple[list[list[Ids]], list[Ids]]
@@ -59,14 +59,14 @@ class World:
 
     def __init__(self, computed_batches: Iterable[Iterable[Ids]] = ()) -> None:
         self.forest = Forest()
-        self.blocks: list[object] = []
+        self.blocks: list[AnyBlock] = []
         self.token_at: dict[tuple[object, int], Ids] = {}
         for batch in computed_batches:
             self.compute(span for ids in batch for span in self.forest.insert(ids).path())
 
     def compute(self, spans: Iterable[Span]) -> None:
         """Put those of `spans` that are not computed into a new block, one behind the other."""
-        block, start = object(), 0
+        block, start = AnyBlock(), 0
         self.blocks.append(block)
         for span in spans:
             if span.keys_values is None:
@@ -340,10 +340,10 @@ def test_a_chain_that_continues_a_cached_text_is_two_calls(tile_tokens: int) -> 
 
 def test_what_lies_apart_in_memory_is_attended_to_apart() -> None:
     """20 (rows 5..25) -- 10 (rows 25..35 of another block, or 0..10 of the same): never one segment."""
-    for block_of_second, start in ((object(), 25), (None, 0)):
+    for block_of_second, start in ((AnyBlock(), 25), (None, 0)):
         forest = Forest()
         first, second, end = (forest.insert(range(num_tokens)) for num_tokens in (20, 30, 33))
-        first.keys_values = BlockRows(block := object(), 5, 25)
+        first.keys_values = BlockRows(block := AnyBlock(), 5, 25)
         second.keys_values = BlockRows(block_of_second or block, start, start + 10)
         assert cross(plan_pass([end])) == (
             KeySegment(0, 3, block, 5, 25, key_position=0),

@@ -15,7 +15,7 @@ from backprompt.forest.forest import Forest
 from backprompt.forest.span import KINDS, Junction, JunctionKey, Kind, Pool, Span
 from backprompt.memory.blocks import BlockRows
 from comparing import beginnings
-from spans import spelled
+from spans import AnyBlock, spelled
 
 Ids = tuple[int, ...]
 
@@ -61,7 +61,7 @@ class Computed:
 
     def add(self, ids: Ids) -> None:
         end = self._forest.insert(ids)
-        block, num_rows = object(), 7  # the rows before these are another text's
+        block, num_rows = AnyBlock(), 7  # the rows before these are another text's
         for span in path_to(end):
             if span.keys_values is None:
                 stop = num_rows + len(span.token_ids)
@@ -180,7 +180,7 @@ def test_a_split_keeps_the_object_as_the_lower_part(num_tokens: int) -> None:
     """
     forest = Forest()
     below, sibling, span = forest.insert((5, 6, 7, 8, 9, 10)), forest.insert((5, 1)), forest.insert((5, 6, 7, 8, 9))
-    parent, block = span.parent, object()
+    parent, block = span.parent, AnyBlock()
     span.keys_values, span.states = BlockRows(block, 20, 24), BlockRows(block, 30, 34)
     span.host_keys_values, span.host_states = BlockRows(block, 40, 44), BlockRows(block, 50, 54)
     span.was_computed = True
@@ -284,7 +284,7 @@ def test_prune_takes_what_stands_below_a_span_that_is_not_computed() -> None:
     """1 (computed) -- 2 (not) -- 3 (computed)"""
     forest = Forest()
     spans = [forest.insert(ids) for ids in ((1,), (1, 2), (1, 2, 3))]
-    spans[0].states, spans[2].states = BlockRows(object(), 0, 1), BlockRows(object(), 0, 1)
+    spans[0].states, spans[2].states = BlockRows(AnyBlock(), 0, 1), BlockRows(AnyBlock(), 0, 1)
     forest.prune()
     assert list(all_spans(forest)) == [spans[0]]
 
@@ -293,12 +293,12 @@ def test_prune_leaves_what_is_held_in_the_second_pool() -> None:
     """1 (on the device) -- 2 (in the second pool) -- 3 (nowhere)"""
     forest = Forest()
     spans = [forest.insert(ids) for ids in ((1,), (1, 2), (1, 2, 3))]
-    spans[0].states, spans[1].host_states = BlockRows(object(), 0, 1), BlockRows(object(), 0, 1)
+    spans[0].states, spans[1].host_states = BlockRows(AnyBlock(), 0, 1), BlockRows(AnyBlock(), 0, 1)
     assert [span.is_empty for span in spans] == [False, False, True]
     forest.prune()
     assert list(all_spans(forest)) == spans[:2]
     assert repr(spans[1]) == "Span(1 tokens at 1, 0 children, held in the second pool)"
-    spans[1].host_keys_values = BlockRows(object(), 0, 1)
+    spans[1].host_keys_values = BlockRows(AnyBlock(), 0, 1)
     forest.clear()
     assert (spans[1].host_keys_values, spans[1].host_states) == (None, None)
 
@@ -329,7 +329,7 @@ def test_a_chain_of_ten_thousand_spans() -> None:
     assert list(forest.spans()) == end.path()
     assert forest.insert(ids) is end
     for span in end.path():
-        span.keys_values = span.states = BlockRows(object(), 0, 1)
+        span.keys_values = span.states = BlockRows(AnyBlock(), 0, 1)
     branch = forest.insert((*ids, 1))
     assert branch.parent is end
     assert forest.num_computed((*ids, 1)) == len(ids)
@@ -363,7 +363,7 @@ def test_an_evaluation_that_has_computed_nothing_goes_on() -> None:
 def test_where_a_span_is_held_and_with_what(slots, held, with_keys, anywhere, anywhere_with_keys) -> None:
     span = Forest().insert((1, 2))
     for slot in slots:
-        setattr(span, slot, BlockRows(object(), 0, 2))
+        setattr(span, slot, BlockRows(AnyBlock(), 0, 2))
     assert (span.is_held(), span.is_held(with_keys_values=True)) == (held, with_keys)
     assert (span.is_held(in_host=True), span.is_held(in_host=True, with_keys_values=True)) == (
         anywhere,
@@ -380,7 +380,7 @@ def test_a_thing_lies_in_one_pool_at_most(kind: Kind) -> None:
         return [pool for pool in ("device", "host") if span.rows_in(kind, pool) is not None]
 
     (other,) = set(KINDS) - {kind}
-    rows = BlockRows(object(), 0, 2)
+    rows = BlockRows(AnyBlock(), 0, 2)
     span.move(kind, rows, "host")
     assert (lies_in(kind), lies_in(other)) == (["host"], [])
     span.place(**{kind: rows})

@@ -38,8 +38,7 @@ class Texts:
         for step in range(num_tokens):
             self.ends = [self.forest.extend(end, end.stop, (20 + step,)) for end in self.ends]
             compute(self.ends)
-            for end in self.ends:
-                self.growth.note_pass(end)
+            self.growth.note_pass(self.ends)
             self.growth.absorb(self.ends, held=set(self.ends))
 
     def take_in(self, ends, token_ids):

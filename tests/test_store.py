@@ -34,6 +34,7 @@ from backprompt.errors import (
 )
 from backprompt.store import DiskStore, Entry, Match
 from backprompt.store.file import to_pieces
+from examples import up_to
 from stores import assert_same, change_index, file_of, make_entry
 from threads import in_threads, within
 
@@ -256,7 +257,7 @@ class AnyOperations(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-AnyOperations.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+AnyOperations.TestCase.settings = settings(max_examples=up_to(30), stateful_step_count=25, deadline=None)
 TestAnyOperations = AnyOperations.TestCase
 
 

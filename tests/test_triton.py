@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,13 +17,16 @@ from backprompt.attention import triton as one_launch
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
 from backprompt.attention.choice import attention_for
+from backprompt.attention.launches import Launcher
+from backprompt.attention.shapes import Launch, Shape, launch_for
 from backprompt.attention.tables import Cut, Segments, Work
-from backprompt.attention.tiles import Tile
-from backprompt.attention.triton import Launch, OneLaunch, TritonAttention, reason_against
+from backprompt.attention.tiles import Tile, tiles_for
+from backprompt.attention.triton import OneLaunch, TritonAttention, reason_against
 from backprompt.forest.plan import KeySegment
 from backprompt.memory.blocks import KeysValues
 from backprompt.model import executor
 from comparing import assert_equals_plain
+from examples import up_to
 from packed import Ids, Layers, attend_by_hand, batches_of_texts, check_close, draw, passes_over
 from tiny_models import FAMILIES
 
@@ -33,14 +36,16 @@ SMALL = Tile(rows=16, keys=16, warps=4, stages=2)
 """So small that short texts need several tiles and pieces."""
 
 
-def launch_of(*, split: bool) -> Launch:
+def launch_of(*, split: bool, skips_masks: bool = False) -> Launch:
     """With `split`, each piece of keys has a program of its own."""
-    return Launch(SMALL, programs_a_processor=1e9, least_pieces=1 if split else 1_000_000)
+    return Launch(
+        replace(SMALL, skips_masks=skips_masks), programs_a_processor=1e9, least_pieces=1 if split else 1_000_000
+    )
 
 
-def attention_of(*, split: bool = False) -> TritonAttention:
+def attention_of(*, split: bool = False, skips_masks: bool = False) -> TritonAttention:
     """An attention that serves here."""
-    return TritonAttention(launch_of(split=split), device_types={DEVICE})
+    return TritonAttention(launch_of(split=split, skips_masks=skips_masks), device_types={DEVICE})
 
 
 def sinks_of(heads: int) -> torch.Tensor:
@@ -64,8 +69,9 @@ scorings = st.builds(
     tile_tokens=st.sampled_from([1, 5, 128]),
     max_tokens=st.sampled_from([1000, 50, 6]),
     split=st.booleans(),
+    skips_masks=st.booleans(),
 )
-@settings(max_examples=12)
+@settings(max_examples=up_to(12))
 def test_every_row_attends_to_what_leads_to_it_within_the_window(
     batches: tuple[list[Ids], ...],
     scoring_of_layer: tuple[Scoring, Scoring],
@@ -74,11 +80,12 @@ def test_every_row_attends_to_what_leads_to_it_within_the_window(
     tile_tokens: int,
     max_tokens: int,
     split: bool,
+    skips_masks: bool,
 ) -> None:
     heads, kv_heads, head_dim = shape
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     layers = Layers((ids for batch in batches for ids in batch), head_dim, dtype, DEVICE, **sizes)
-    attention = attention_of(split=split)
+    attention = attention_of(split=split, skips_masks=skips_masks)
     for pass_, names in passes_over(batches, layers, tile_tokens, max_tokens):
         prepared = attention.prepare(pass_)
         for layer_idx, scoring in enumerate(scoring_of_layer):
@@ -172,19 +179,35 @@ def test_few_rows_with_many_keys_are_shared_by_programs() -> None:
     assert sorted(work.programs[:, 4]) == list(range(len(ranges))) == list(range(work.num_slots))
 
 
+def test_pieces_that_all_rows_of_a_tile_see() -> None:
+    """Rows 0..40 behind 20 keys, and rows 16..40 behind 16 more: of tiles of 16 rows, pieces of 16 keys."""
+    segments = [KeySegment(0, 40, object(), 0, 20, 0), KeySegment(16, 40, object(), 0, 16, 20)]
+    segments.append(KeySegment.own(0, 40, 36))
+    pieces = work_of(segments, list(range(36, 76))).pieces
+    assert pieces[:, [0, 1, 2, 6]].tolist() == [
+        *[[0, 0, 16, 2], [0, 16, 4, 0], [-1, 0, 16, 1]],
+        *[[0, 0, 16, 2], [0, 16, 4, 0], [1, 0, 16, 2], [-1, 0, 16, 1], [-1, 16, 16, 1]],
+        *[[0, 0, 16, 2], [0, 16, 4, 0], [1, 0, 16, 2], [-1, 0, 16, 1], [-1, 16, 16, 1], [-1, 32, 8, 1]],
+    ]
+
+
+def test_the_tile_follows_the_plan() -> None:
+    """Few rows, and many rows of which each has keys of its own, take the tile for few rows."""
+    shape = Shape(torch.device("cpu"), torch.bfloat16, 12, 12, 64)
+    many, few = tiles_for(64, 2)
+
+    def tile_of(segments: list[KeySegment], num_rows: int) -> Tile:
+        return launch_for(shape, Segments.of(segments, range(num_rows))).tile
+
+    assert tile_of([KeySegment.own(0, 40, 0)], 40) == few
+    assert tile_of([KeySegment.own(0, 4000, 0)], 4000) == many
+    block = object()
+    apart = [KeySegment(row, row + 1, block, 500 * row, 500 * row + 500, 0) for row in range(1000)]
+    assert tile_of(apart, 1000) == few
+    assert tile_of([KeySegment(0, 1000, block, 0, 500, 0)], 1000) == many
+
+
 # Launches, and which attention serves
-
-
-@dataclass
-class Counting:
-    """A kernel that counts its launches."""
-
-    kernel: Any
-    count: int = 0
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        self.count += 1
-        return self.kernel[grid]
 
 
 @pytest.mark.parametrize(("split", "launches"), [(False, [2, 0]), (True, [2, 2])])
@@ -197,13 +220,18 @@ def test_a_layer_is_one_launch_or_two_with_shared_rows(
     *_, (pass_, names) = passes_over(batches, layers, tile_tokens=8, max_tokens=1000)
     attention = attention_of(split=split)
     attention.prepare(pass_).attend(0, *layers.rows(0, names), Scoring(0.4))  # compares the kernel first
-    kernels = [Counting(one_launch.attend_kernel), Counting(one_launch.join_kernel)]
-    monkeypatch.setattr(one_launch, "attend_kernel", kernels[0])
-    monkeypatch.setattr(one_launch, "join_kernel", kernels[1])
+    launched = []
+    launch = Launcher.launch
+
+    def count(launcher: Launcher, *args: Any) -> None:
+        launched.append(launcher.kernel)
+        launch(launcher, *args)
+
+    monkeypatch.setattr(Launcher, "launch", count)
     prepared = attention.prepare(pass_)
     for layer_idx in (0, 1):
         prepared.attend(layer_idx, *layers.rows(layer_idx, names), Scoring(0.4))
-    assert [kernel.count for kernel in kernels] == launches
+    assert [launched.count(kernel) for kernel in (one_launch.attend_kernel, one_launch.join_kernel)] == launches
 
 
 def pass_of(num_texts: int) -> tuple[Any, list[torch.Tensor]]:
@@ -212,6 +240,29 @@ def pass_of(num_texts: int) -> tuple[Any, list[torch.Tensor]]:
     layers = Layers(texts, 8, torch.float32, DEVICE)
     ((pass_, names),) = passes_over([texts], layers, tile_tokens=8, max_tokens=1000)
     return pass_, layers.rows(0, names)
+
+
+def test_a_kernel_is_looked_up_once_for_all_arguments_of_a_kind() -> None:
+    """The second launch calls the compiled kernel, with addresses; another alignment or stride is another kind."""
+    calls: list[tuple[str, tuple[object, ...]]] = []
+
+    def recorded(name: str, result: object) -> Any:
+        class Recorder:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+                assert grid[0] == 7
+                return lambda *args, **_: (calls.append((name, args)), result)[1]
+
+        return Recorder()
+
+    launcher = Launcher(recorded("kernel", recorded("compiled", None)), {"A": 1, "B": False}, {"num_warps": 4})
+    tensor = torch.zeros(64)
+    launcher.launch(7, [tensor], [32], [0.5])
+    launcher.launch(7, [tensor[16:]], [64], [1.5])
+    assert calls == [("kernel", (tensor, 32, 0.5)), ("compiled", (tensor[16:].data_ptr(), 64, 1.5, 1, False))]
+    for tensors, sizes in (([tensor[1:]], [32]), ([tensor], [1]), ([tensor], [17]), ([tensor], [1 << 31])):
+        calls.clear()
+        launcher.launch(7, tensors, sizes, [0.5])
+        assert [name for name, _ in calls] == ["kernel"]
 
 
 @pytest.mark.cuda
@@ -239,9 +290,12 @@ def test_passes_of_other_sizes_compile_nothing_new() -> None:
 
 @pytest.fixture
 def nothing_compared() -> Iterator[None]:
-    reason_against.cache_clear()
+    caches = reason_against, one_launch.launchers
+    for cache in caches:
+        cache.cache_clear()
     yield
-    reason_against.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 class Failing:
@@ -253,7 +307,10 @@ class Idle:
     """Leaves the output as it was found: zeros, or worse."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: args[3].zero_()
+        def launch(*args: torch.Tensor, **_: object) -> None:
+            args[3].zero_()
+
+        return launch
 
 
 @pytest.mark.usefixtures("nothing_compared")

@@ -27,7 +27,8 @@ Ints = NDArray[np.int32]
 
 PIECE_COLUMNS = 8
 """Columns of a piece: block (-1: the pass itself), first key, number of keys, first row and row after the last that see
-them, position of the first key, whether the keys belong to the segment's own rows, log2 of their count as float32."""
+them, position of the first key, kind (1: keys of the segment's own rows, 2: all rows of the tile see all keys, and the
+keys are as many as a piece can have, 0: others), log2 of their count as float32."""
 
 PROGRAM_COLUMNS = 8
 """Columns of a program: first row, row after the last, first piece, piece after the last, slot (-1: none); three are
@@ -176,6 +177,13 @@ class Work:
         return cls(pieces, programs, joins, int(slots_of_tile.sum()))
 
 
+def num_pieces(segments: Segments, tile_rows: int, piece_keys: int) -> int:
+    """Return about the number of pieces, those that causality or a window hides included; fast."""
+    start, stop, num_keys = segments.columns[0], segments.columns[1], segments.columns[4]
+    num_tiles = (stop - 1) // tile_rows - start // tile_rows + 1
+    return int(num_tiles @ -(-num_keys // piece_keys))
+
+
 def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDArray[np.int64]]:
     """Return the pieces in the order of tiles, and the number of pieces of each tile."""
     start, stop, block, key_start, num_keys, key_position, times, is_own, is_mixed = segments.columns
@@ -205,6 +213,10 @@ def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDA
     pieces[:, 4] = stop[of]
     pieces[:, 5] = key_position[of] + first
     pieces[:, 6] = is_own[of]
+    tile_stop = np.minimum((pair_tile + 1) * cut.tile_rows, len(segments.positions))
+    is_whole_tile = (high - low == tile_stop - pair_tile * cut.tile_rows) & (is_own[pair_segment] == 0)
+    if window is None:
+        pieces[is_whole_tile[pair] & (pieces[:, 2] == cut.piece_keys), 6] = 2
     pieces[:, 7] = np.log2(times[of].astype(np.float64)).astype(np.float32).view(np.int32)
     return pieces, np.bincount(pair_tile, weights=pair_pieces, minlength=num_tiles).astype(np.int64)
 

@@ -13,10 +13,9 @@ calls.py do.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,58 +24,16 @@ from backprompt.attention.base import CannotStandError, PreparedAttention, Scori
 from backprompt.attention.calls import CallsAttention
 from backprompt.attention.device_tables import ADDRESS_COLUMNS, DeviceTables, Room
 from backprompt.attention.kernels import additive_mask, clear_kernel
-from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Cut, Segments, Work
-from backprompt.attention.tiles import LEAST_PIECES, PROGRAMS_A_PROCESSOR, Tile, tile_for
+from backprompt.attention.launches import Launcher, on_device
+from backprompt.attention.shapes import Launch, Shape, launch_for
+from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Segments, Work
+from backprompt.attention.tiles import Tile
 from backprompt.attention.triton_kernels import attend_kernel, join_kernel
 from backprompt.forest.plan import KeySegment, Pass
 
 LOG2E = math.log2(math.e)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The shape of a layer's heads, and where and how the layer computes."""
-
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor) -> Shape:
-        """Return the shape of a layer; shapes of tensors are those of `PreparedAttention.attend`."""
-        return cls(query.device, query.dtype, query.shape[0], key.shape[0], query.shape[-1])
-
-    @property
-    def group(self) -> int:
-        """The number of heads that share a head of keys."""
-        return self.heads // self.kv_heads
-
-
-@dataclass(frozen=True)
-class Launch:
-    """The way in which a layer is launched: its tile, and how programs share rows."""
-
-    tile: Tile
-    programs_a_processor: float = PROGRAMS_A_PROCESSOR
-    least_pieces: int = LEAST_PIECES
-
-    def heads_of_program(self, shape: Shape) -> int:
-        """Return the number of heads of a group that a program computes; a large group is cut into equal parts."""
-        num_parts = -(-shape.group // self.tile.rows)
-        return -(-shape.group // num_parts)
-
-    def num_axes(self, shape: Shape) -> int:
-        """Return the number of programs that compute the heads of the same rows and keys."""
-        return shape.kv_heads * -(-shape.group // self.heads_of_program(shape))
-
-    def cut(self, shape: Shape) -> Cut:
-        """Return the sizes of tiles and pieces."""
-        shares = _num_processors(shape.device) * self.programs_a_processor / self.num_axes(shape)
-        return Cut(self.tile.rows // self.heads_of_program(shape), self.tile.keys, shares, self.least_pieces)
 
 
 class TritonAttention:
@@ -102,23 +59,32 @@ class TritonAttention:
         """Return the attention of captured steps of so many rows; see `ForestAttention.standing`."""
         return StandingTriton(self, num_rows)
 
-    def refusal(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> str | None:
-        """Return why the kernel does not serve for such tensors; None if the kernel serves."""
+    def launch_or_refusal(
+        self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, segments: Segments
+    ) -> Launch | str:
+        """Return the way of launching for such tensors and segments, or why the kernel does not serve."""
+        refusal = self.refusal(query, key, value, scoring, None)
+        if refusal is not None:
+            return refusal
+        launch = self.launch_for(Shape.of(query, key), segments)
+        return self.refusal(query, key, value, scoring, launch.tile) or launch
+
+    def refusal(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, tile: Tile | None) -> str | None:
+        """Return why the kernel does not serve for such tensors with a tile; None if the kernel serves."""
         if query.device.type not in self.device_types:
             return f"triton is not used on {query.device.type}"
         if query.dtype not in DTYPES:
             return f"triton is not used for {query.dtype}"
         if key.shape[-1] != value.shape[-1]:
             return "keys and values differ in size"
+        if tile is None:
+            return None
         features = scoring.window is not None, scoring.softcap is not None, scoring.sinks is not None
-        return reason_against(Shape.of(query, key), self.launch_for(query, key).tile, *features)
+        return reason_against(Shape.of(query, key), tile, *features)
 
-    def launch_for(self, query: Tensor, key: Tensor) -> Launch:
-        """Return the way of launching for such tensors."""
-        if self._launch is not None:
-            return self._launch
-        num_rows = query.shape[1] * (query.shape[0] // key.shape[0])
-        return _launch_of(query.shape[-1], query.element_size(), min(num_rows, 1 << 16))
+    def launch_for(self, shape: Shape, segments: Segments) -> Launch:
+        """Return the way of launching for heads of a shape and the segments of a pass."""
+        return self._launch or launch_for(shape, segments)
 
 
 class PreparedTriton:
@@ -130,6 +96,7 @@ class PreparedTriton:
         self._segments: Segments | None = None
         self._forest: OneLaunch | None = None
         self._calls = attention.calls.prepare(pass_, num_steps)  # for layers that the kernel does not serve
+        self._launches: dict[Hashable, Launch | str] = {}
 
     @property
     def segments(self) -> Segments:
@@ -147,15 +114,19 @@ class PreparedTriton:
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
         attention = self._attention
-        refusal = attention.refusal(query, key, value, scoring)
-        if refusal is not None:
+        kind = _kind_of(query, key, value, scoring)
+        launch = self._launches.get(kind)
+        if launch is None:
+            launch = attention.launch_or_refusal(query, key, value, scoring, self.segments)
+            self._launches[kind] = launch
+        if isinstance(launch, str):
             output = self._calls.attend(layer_idx, query, key, value, scoring)
-            attention.name = f"{attention.calls.name} ({refusal})"
+            attention.name = f"{attention.calls.name} ({launch})"
             return output
         attention.name = "triton"
         if self._forest is None:
             self._forest = OneLaunch(self.segments)
-        return self._forest.attend(layer_idx, query, key, value, scoring, attention.launch_for(query, key))
+        return self._forest.attend(layer_idx, query, key, value, scoring, launch)
 
 
 class StandingTriton:
@@ -165,6 +136,7 @@ class StandingTriton:
         self._attention = attention
         self._num_rows = num_rows
         self._forest: OneLaunch | None = None
+        self._launches: dict[Hashable, Launch] = {}
 
     def load(self, prepared: PreparedAttention) -> bool:
         """Go on to the step that an attention is prepared for; see `StandingAttention.load`."""
@@ -177,12 +149,29 @@ class StandingTriton:
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
-        attention = self._attention
-        refusal = attention.refusal(query, key, value, scoring)
-        if refusal is not None:
-            raise CannotStandError(refusal)
         assert self._forest is not None, "`load` comes first"
-        return self._forest.attend(layer_idx, query, key, value, scoring, attention.launch_for(query, key))
+        kind = _kind_of(query, key, value, scoring)
+        if kind not in self._launches:
+            launch = self._attention.launch_or_refusal(query, key, value, scoring, self._forest.segments)
+            if isinstance(launch, str):
+                raise CannotStandError(launch)
+            self._launches[kind] = launch
+        return self._forest.attend(layer_idx, query, key, value, scoring, self._launches[kind])
+
+
+def _kind_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Hashable:
+    """Return all that a layer's launches depend on, but for the launch; the same in most layers of a model."""
+    return (
+        query.device,
+        query.dtype,
+        query.shape,
+        key.shape[0],
+        value.shape[-1],
+        scoring.scaling,
+        scoring.window,
+        scoring.softcap,
+        None if scoring.sinks is None else scoring.sinks.dtype,
+    )
 
 
 class OneLaunch:
@@ -192,126 +181,139 @@ class OneLaunch:
         segments: the segments of the pass.
         has_room: whether the tables have room for later steps.
 
+    Attributes:
+        segments: see above.
+        tables: the tables of layers that are alike.
+
     """
 
     def __init__(self, segments: Segments, *, has_room: bool = False) -> None:
-        self._segments = segments
+        self.segments = segments
         self._has_room = has_room
-        self._tables: dict[tuple[Shape, Launch, int | None], DeviceTables] = {}
-
-    def load(self, segments: Segments) -> bool:
-        """Go on to another pass; False if there is no room for it, then this object is of no more use."""
-        self._segments = segments
-        return all(
-            tables.load(segments, Work.of(segments, launch.cut(shape), window))
-            for (shape, launch, window), tables in self._tables.items()
-        )
+        self.tables: dict[tuple[Shape, Launch, int | None], DeviceTables] = {}
+        self._layers: dict[Hashable, _Layers] = {}
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, launch: Launch
     ) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
-        shape = Shape.of(query, key)
+        kind = _kind_of(query, key, value, scoring)
+        layers = self._layers.get(kind)
+        if layers is None or layers.launch is not launch:
+            shape = Shape.of(query, key)
+            layers = self._layers[kind] = _Layers.of(self._tables_of(shape, launch, scoring), shape, scoring, launch)
+        with on_device(query.device):
+            return layers.attend(layer_idx, query, key, value, scoring.sinks)
+
+    def load(self, segments: Segments) -> bool:
+        """Go on to another pass; False if there is no room for it, then this object is of no more use."""
+        self.segments = segments
+        return all(
+            tables.load(segments, Work.of(segments, launch.cut(shape), window))
+            for (shape, launch, window), tables in self.tables.items()
+        )
+
+    def _tables_of(self, shape: Shape, launch: Launch, scoring: Scoring) -> DeviceTables:
         of_tables = shape, launch, scoring.window
-        if of_tables not in self._tables:
+        if of_tables not in self.tables:
             cut = launch.cut(shape)
-            work = Work.of(self._segments, cut, scoring.window)
-            room = Room.for_steps(self._segments, work, cut) if self._has_room else None
-            self._tables[of_tables] = DeviceTables.of(self._segments, work, shape.device, room)
-        with _on_device(shape.device):
-            return _launch(self._tables[of_tables], layer_idx, query, key, value, scoring, launch)
+            work = Work.of(self.segments, cut, scoring.window)
+            room = Room.for_steps(self.segments, work, cut) if self._has_room else None
+            self.tables[of_tables] = DeviceTables.of(self.segments, work, shape.device, room)
+        return self.tables[of_tables]
 
 
-def _launch(
-    tables: DeviceTables, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, launch: Launch
-) -> Tensor:
-    """Launch the kernel of a layer, and the join if programs share rows."""
-    shape, tile = Shape.of(query, key), launch.tile
-    query = query if query.stride(2) == 1 else query.contiguous()
-    key, value = key.contiguous(), value.contiguous()
-    num_tokens, head_dim = query.shape[1:]
-    num_axes, heads = launch.num_axes(shape), launch.heads_of_program(shape)
-    output = torch.empty((num_tokens, shape.heads, head_dim), dtype=query.dtype, device=query.device)
-    partial = torch.empty((tables.room.slots, num_axes, tile.rows, head_dim), dtype=torch.float32, device=query.device)
-    partial_lse = torch.empty((tables.room.slots, num_axes, tile.rows), dtype=torch.float32, device=query.device)
-    sinks = output if scoring.sinks is None else scoring.sinks
-    softcap = scoring.softcap
+@dataclass(frozen=True)
+class _Layers:
+    """The launches of layers that are alike: all that need not be found again in each layer.
+
+    Attributes:
+        launch: the way of launching.
+        tables: the tables.
+        attending, joining: the kernels.
+        num_axes: the number of programs for the same rows and keys.
+        numbers: the window, the factor of scores and the cap, as the kernel takes them.
+        partial, partial_lse: the partial results of a layer. The next layer writes over them.
+
+    """
+
+    launch: Launch
+    tables: DeviceTables
+    attending: Launcher
+    joining: Launcher
+    num_axes: int
+    numbers: tuple[int, float, float]
+    partial: Tensor
+    partial_lse: Tensor
+
+    @classmethod
+    def of(cls, tables: DeviceTables, shape: Shape, scoring: Scoring, launch: Launch) -> _Layers:
+        """Return the launches of layers with these tables."""
+        softcap, num_axes = scoring.softcap, launch.num_axes(shape)
+        scale = scoring.scaling * LOG2E if softcap is None else scoring.scaling / softcap
+        slots = tables.room.slots, num_axes, launch.tile.rows
+        dtype_of_sinks = None if scoring.sinks is None else scoring.sinks.dtype
+        return cls(
+            launch,
+            tables,
+            *launchers(shape, launch.tile, scoring.window is not None, softcap is not None, dtype_of_sinks),
+            num_axes,
+            (scoring.window or 0, scale, 0.0 if softcap is None else softcap * LOG2E),
+            torch.empty((*slots, shape.head_dim), dtype=torch.float32, device=shape.device),
+            torch.empty(slots, dtype=torch.float32, device=shape.device),
+        )
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        """Launch the kernel of a layer, and the join if programs share rows."""
+        tables, num_axes = self.tables, self.num_axes
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        key, value = key.contiguous(), value.contiguous()
+        num_heads, num_tokens, head_dim = query.shape
+        output = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
+        partial, partial_lse = self.partial, self.partial_lse
+        sinks = output if sinks is None else sinks
+        places = tables.addresses, tables.positions, tables.until, tables.pieces, tables.programs
+        self.attending.launch(
+            tables.room.programs * num_axes,
+            (query, key, value, output, sinks, partial, partial_lse, *places),
+            (query.stride(0), query.stride(1)),
+            (layer_idx, tables.room.blocks, num_tokens, num_axes, num_heads, *self.numbers),
+        )
+        if tables.room.joins:
+            results = output, sinks, partial, partial_lse, tables.joins
+            self.joining.launch(tables.room.joins * num_axes, results, (), (num_axes, num_heads))
+        return output
+
+
+@lru_cache(maxsize=256)
+def launchers(
+    shape: Shape, tile: Tile, has_window: bool, has_softcap: bool, dtype_of_sinks: torch.dtype | None
+) -> tuple[Launcher, Launcher]:
+    """Return the launchers of the kernel and of the join."""
     common = {
         "GROUP": shape.group,
-        "HEADS": heads,
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": max(16, 1 << (head_dim - 1).bit_length()),
+        "HEADS": Launch(tile).heads_of_program(shape),
+        "HEAD_DIM": shape.head_dim,
+        "PADDED_DIM": max(16, 1 << (shape.head_dim - 1).bit_length()),
         "ROWS": tile.rows,
-        "HAS_SINKS": scoring.sinks is not None,
+        "HAS_SINKS": dtype_of_sinks is not None,
     }
-    attend_kernel[(tables.room.programs * num_axes,)](
-        query,
-        key,
-        value,
-        output,
-        sinks,
-        partial,
-        partial_lse,
-        tables.addresses,
-        tables.positions,
-        tables.until,
-        tables.pieces,
-        tables.programs,
-        layer_idx,
-        tables.room.blocks,
-        num_tokens,
-        num_axes,
-        scoring.window or 0,
-        scoring.scaling * LOG2E if softcap is None else scoring.scaling / softcap,
-        0.0 if softcap is None else softcap * LOG2E,
-        query.stride(0),
-        query.stride(1),
-        shape.heads,
-        KEYS=tile.keys,
-        HAS_WINDOW=scoring.window is not None,
-        HAS_SOFTCAP=softcap is not None,
-        IS_ALIGNED=head_dim * query.element_size() % 16 == 0,
-        IS_INTERPRETED=shape.device.type == "cpu",
-        PROGRAM_COLUMNS=PROGRAM_COLUMNS,
-        PIECE_COLUMNS=PIECE_COLUMNS,
-        ADDRESS_COLUMNS=ADDRESS_COLUMNS,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **common,
-    )
-    if tables.room.joins:
-        join_kernel[(tables.room.joins * num_axes,)](
-            output,
-            sinks,
-            partial,
-            partial_lse,
-            tables.joins,
-            num_axes,
-            shape.heads,
-            JOIN_COLUMNS=JOIN_COLUMNS,
-            num_warps=4,
-            **common,
-        )
-    return output
-
-
-@lru_cache(maxsize=4096)
-def _launch_of(head_dim: int, num_bytes: int, num_rows: int) -> Launch:
-    return Launch(tile_for(head_dim, num_bytes, num_rows))
-
-
-@lru_cache(maxsize=16)
-def _num_processors(device: torch.device) -> int:
-    """Return the number of multiprocessors."""
-    if device.type != "cuda":
-        return 1
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
-
-
-def _on_device(device: torch.device) -> Any:
-    """Return a context in which kernels are launched on a device: Triton launches on the current one."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+    constants = {
+        "KEYS": tile.keys,
+        "HAS_WINDOW": has_window,
+        "HAS_SOFTCAP": has_softcap,
+        "SKIPS_MASKS": tile.skips_masks,
+        "PRECISION": tile.precision,
+        "IS_ALIGNED": shape.head_dim * shape.dtype.itemsize % 16 == 0,
+        "IS_INTERPRETED": shape.device.type == "cpu",
+        "PROGRAM_COLUMNS": PROGRAM_COLUMNS,
+        "PIECE_COLUMNS": PIECE_COLUMNS,
+        "ADDRESS_COLUMNS": ADDRESS_COLUMNS,
+    }
+    attending = Launcher(attend_kernel, common | constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+    joining = Launcher(join_kernel, common | {"JOIN_COLUMNS": JOIN_COLUMNS}, {"num_warps": 4})
+    return attending, joining
 
 
 # The comparison with the clear kernel

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["layer_idx", "num_blocks", "num_tokens", "num_axes", "window"])
+@triton.jit(do_not_specialize=["layer_idx", "num_blocks", "num_tokens", "num_axes", "num_heads", "window"])
 def attend_kernel(
     query,  # (heads, tokens, HEAD_DIM)
     own_key,  # (kv_heads, tokens, HEAD_DIM)
@@ -25,25 +25,27 @@ def attend_kernel(
     until,
     pieces,
     programs,
+    query_head_stride,
+    query_token_stride,
     layer_idx,
     num_blocks,
     num_tokens,
     num_axes,
+    num_heads,
     window,
     scale,
     cap,
-    query_head_stride,
-    query_token_stride,
-    num_heads,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,  # of a program; an axis is a head of keys and a part of its group
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
+    SKIPS_MASKS: tl.constexpr,
+    PRECISION: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
     PROGRAM_COLUMNS: tl.constexpr,
@@ -73,13 +75,13 @@ def attend_kernel(
     # Scores are to the base 2. A finite start keeps differences of infinities out.
     largest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    # NaN for a query that is not finite: its scores may all be -inf, which looks as if it saw nothing.
-    summed = tl.zeros([ROWS, PADDED_DIM], tl.float32) + tl.sum(q.to(tl.float32) * 0.0, 1)[:, None]
+    summed = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     for idx in range(first_piece, last_piece):
         piece = pieces + idx * PIECE_COLUMNS
         block, first_key, num_keys = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
         low, high = tl.load(piece + 3), tl.load(piece + 4)
-        is_own = tl.load(piece + 6) > 0
+        kind = tl.load(piece + 6)
+        is_own = kind == 1
         log2_times = tl.load(piece + 7).to(tl.float32, bitcast=True)
         in_block = block >= 0
         entry = addresses + (layer_idx * num_blocks + block) * ADDRESS_COLUMNS
@@ -98,28 +100,27 @@ def attend_kernel(
         else:
             k = tl.load(keys, mask=is_key[None, :] & (dim[:, None] < HEAD_DIM), other=0.0)
             v = tl.load(values, mask=is_key[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
-        scores = _dot(q, k, IS_INTERPRETED) * scale
+        scores = _dot(q, k, PRECISION, IS_INTERPRETED) * scale
         if HAS_SOFTCAP:
             scores = _tanh(scores) * cap
         scores += log2_times
-        # Row r sees key k of its own segment if k <= r < until[k], and a key of another segment if low <= r < high.
-        key_row = first_key + key_idx
-        is_own_key = is_key & is_own
-        row_from = tl.where(is_own, key_row, low)
-        row_until = tl.where(is_key, tl.load(until + key_row, mask=is_own_key, other=high), 0)
-        is_seen = (row[:, None] >= row_from[None, :]) & (row[:, None] < row_until[None, :])
-        if HAS_WINDOW:
-            other_position = tl.load(piece + 5) + key_idx
-            own_position = tl.load(positions + key_row, mask=is_own_key, other=0)
-            key_position = tl.where(is_own, own_position, other_position)
-            is_seen = is_seen & (position[:, None] - key_position[None, :] < window)
-        scores = tl.where(is_seen, scores, -float("inf"))
+        if SKIPS_MASKS:
+            if kind < 2:
+                scores = _masked(
+                    scores, row, position, positions, until, first_key, key_idx, is_key, is_own, low, high, piece,
+                    window, HAS_WINDOW,
+                )  # fmt: skip
+        else:
+            scores = _masked(
+                scores, row, position, positions, until, first_key, key_idx, is_key, is_own, low, high, piece, window,
+                HAS_WINDOW,
+            )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_largest[:, None])
         fading = tl.exp2(largest - new_largest)
         total = total * fading + tl.sum(weights, 1)
         summed = summed * fading[:, None]
-        summed += _dot(weights.to(element), v, IS_INTERPRETED)
+        summed += _dot(weights.to(element), v, PRECISION, IS_INTERPRETED)
         largest = new_largest
     if slot >= 0:
         at = (slot.to(tl.int64) * num_axes + axis) * ROWS + lane
@@ -141,12 +142,34 @@ def attend_kernel(
 
 
 @triton.jit
-def _dot(a, b, IS_INTERPRETED: tl.constexpr):
-    """Return a product, exact for float32; the interpreter cannot multiply in bfloat16."""
+def _masked(
+    scores, row, position, positions, until, first_key, key_idx, is_key, is_own, low, high, piece, window,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Return scores, -inf for keys that a row does not see.
+
+    Row r sees key k of its own segment if k <= r < until[k], and a key of another segment if low <= r < high.
+    """
+    key_row = first_key + key_idx
+    is_own_key = is_key & is_own
+    row_from = tl.where(is_own, key_row, low)
+    row_until = tl.where(is_key, tl.load(until + key_row, mask=is_own_key, other=high), 0)
+    is_seen = (row[:, None] >= row_from[None, :]) & (row[:, None] < row_until[None, :])
+    if HAS_WINDOW:
+        other_position = tl.load(piece + 5) + key_idx
+        own_position = tl.load(positions + key_row, mask=is_own_key, other=0)
+        key_position = tl.where(is_own, own_position, other_position)
+        is_seen = is_seen & (position[:, None] - key_position[None, :] < window)
+    return tl.where(is_seen, scores, -float("inf"))
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr, IS_INTERPRETED: tl.constexpr):
+    """Return a product; the interpreter cannot multiply in bfloat16."""
     if IS_INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -160,7 +183,7 @@ def _tanh(x):
     return tl.where(size < 0.25, series, tl.where(x < 0, -quotient, quotient))
 
 
-@triton.jit(do_not_specialize=["num_axes"])
+@triton.jit(do_not_specialize=["num_axes", "num_heads"])
 def join_kernel(
     output,
     sinks,
@@ -211,3 +234,54 @@ def join_kernel(
     safe = tl.where(total > 0, total, 1.0)
     at = (row.to(tl.int64) * num_heads + head) * HEAD_DIM
     tl.store(output + at[:, None] + dim[None, :], (summed / safe[:, None]).to(output.dtype.element_ty), mask=is_number)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def copy_kernel(
+    query,  # (HEADS, tokens, HEAD_DIM)
+    key,  # (KV_HEADS, tokens, HEAD_DIM)
+    value,
+    key_copy,
+    value_copy,
+    flag,
+    query_head_stride,
+    query_token_stride,
+    key_head_stride,
+    key_token_stride,
+    value_head_stride,
+    value_token_stride,
+    num_tokens,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Copy some tokens of a head of keys or of values; set the flag if a query or a key is not finite."""
+    axes: tl.constexpr = HEADS + 2 * KV_HEADS
+    axis = tl.program_id(0) % axes
+    token = (tl.program_id(0) // axes * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    dim = tl.arange(0, PADDED_DIM)[None, :]
+    is_number = (token < num_tokens) & (dim < HEAD_DIM)
+    if axis < HEADS:
+        _check(
+            tl.load(query + axis.to(tl.int64) * query_head_stride + token * query_token_stride + dim, is_number, 0.0),
+            flag,
+        )
+    elif axis < HEADS + KV_HEADS:
+        head = (axis - HEADS).to(tl.int64)
+        numbers = tl.load(key + head * key_head_stride + token * key_token_stride + dim, is_number, 0.0)
+        tl.store(key_copy + (head * num_tokens + token) * HEAD_DIM + dim, numbers, is_number)
+        _check(numbers, flag)
+    else:
+        head = (axis - HEADS - KV_HEADS).to(tl.int64)
+        numbers = tl.load(value + head * value_head_stride + token * value_token_stride + dim, is_number, 0.0)
+        tl.store(value_copy + (head * num_tokens + token) * HEAD_DIM + dim, numbers, is_number)
+
+
+@triton.jit
+def _check(numbers, flag):
+    """Set the flag if a number is NaN or infinite. Programs that race store the same."""
+    is_finite = tl.abs(numbers.to(tl.float32)) < float("inf")
+    if tl.min(is_finite.to(tl.int32)) == 0:
+        tl.store(flag, 1)

@@ -87,6 +87,7 @@ class Archive:
                 memory.add([block])
                 visit.room -= block.num_bytes
                 num_tokens += block.num_rows if kind == "states" else 0
+            memory.note([span])
             return span.holds(kind)
 
         visit = Visit(room, bring)
@@ -172,7 +173,8 @@ class Archive:
     def _load_span(self, kind: Kind, forest: Forest, span: Span, finder: Finder, reader: Reader) -> Iterator[Block]:
         """Load the missing rows of a span, and yield them; the span is split where only a beginning can be loaded."""
         if isinstance(span, Junction):
-            span.move(kind, NOTHING, "device")
+            with forest.changing():
+                span.move(kind, NOTHING, "device")
             return
         while not span.holds(kind):
             found = finder.find(span)

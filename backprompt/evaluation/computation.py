@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from weakref import finalize
 
 from torch import Tensor, nn
 
-from backprompt.attention.base import PreparedAttention
 from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.holders import Holders
@@ -30,11 +29,12 @@ from backprompt.forest.passes import (
     num_tokens_of,
     on_the_way,
 )
-from backprompt.forest.plan import TILE_TOKENS, Pass, plan_pass
+from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
+from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
-from backprompt.memory.places import Places
-from backprompt.model.executor import Executor, Forwarded
+from backprompt.memory.leaves import NOTHING_SPARED, Spared
+from backprompt.model.executor import Executor
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenIds
@@ -76,22 +76,39 @@ class Request:
         is_step: whether this is a step of a generation: part of the evaluation that began the generation, without
             reading from the store or writing to it.
         before_eviction: called before an eviction over the budget, to read off results while their states are held.
+        arrived: a list that takes the texts' ends when their states have come; those that hold them at the beginning
+            are left out.
 
     """
 
     with_keys_values: bool = False
     is_step: bool = False
     before_eviction: Callable[[], None] | None = None
+    arrived: list[Span] | None = None
+
+    def note_arrival(self, end: Span) -> None:
+        """Note that the states of an end have come."""
+        if self.arrived is not None:
+            self.arrived.append(end)
 
 
-@dataclass(frozen=True, slots=True)
-class _Coming:
-    """The needs to make room for: spans that must stay, their uses in later passes, bytes to be fetched."""
+@dataclass(slots=True)
+class _Empty:
+    """The spans that hold nothing: at most so many, with at most so many tokens."""
 
-    needed: Set[Span] = frozenset()
-    last_uses: Mapping[Span, int] | None = None
-    next_pass: int = 0
-    num_bytes: int = 0
+    num_spans: int = 0
+    num_tokens: int = 0
+
+    @property
+    def is_too_much(self) -> bool:
+        """Whether they may be more than the forest is to remember."""
+        return self.num_spans > MAX_EMPTY_SPANS or self.num_tokens > MAX_EMPTY_TOKENS
+
+    def add(self, spans: Iterable[Span]) -> None:
+        """Count spans that may hold nothing any more."""
+        for span in spans:
+            self.num_spans += 1
+            self.num_tokens += len(span.token_ids)
 
 
 @dataclass(frozen=True)
@@ -137,8 +154,14 @@ class Computation:
         self.tile_tokens = TILE_TOKENS
         self._checked_work = self.counters.work
         self._is_probed = False
+        self._empty = _Empty()
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
         finalize(self, self.forest.clear).atexit = False
+
+    @property
+    def _layout(self) -> Layout:
+        assert self.executor.layout is not None, "the probe ran a pass"
+        return self.executor.layout
 
     @property
     def token_bytes(self) -> int:
@@ -164,11 +187,10 @@ class Computation:
         ends = list(ends_of_texts)
         self.memory.touch(ends)
         yield ends
-        if self.memory.has_evicted:
-            num_spans, num_tokens = self.forest.count_empty()
-            if num_spans > MAX_EMPTY_SPANS or num_tokens > MAX_EMPTY_TOKENS:
+        if self._empty.is_too_much:
+            self._empty = _Empty(*self.forest.count_empty())
+            if self._empty.is_too_much:
                 self._prune(MAX_EMPTY_SPANS * 9 // 10, MAX_EMPTY_TOKENS * 9 // 10)  # the next evaluation need not prune
-            self.memory.has_evicted = False
 
     @contextmanager
     def held(self, texts: Sequence[TokenIds], request: Request) -> Iterator[list[Span]]:
@@ -190,6 +212,7 @@ class Computation:
             while waiting:
                 num_waiting = len(waiting)
                 self._compute_some(waiting, request, bar, is_stuck=is_stuck)
+                self.memory.end_plan()
                 is_stuck = len(waiting) == num_waiting
 
     def _compute_some(self, waiting: dict[Span, None], request: Request, bar: GrowingBar, *, is_stuck: bool) -> None:
@@ -199,6 +222,7 @@ class Computation:
         for end in group:
             if end.is_held(with_keys_values=request.with_keys_values):
                 del waiting[end]
+                request.note_arrival(end)
         missing = missing_spans(group, with_keys_values=request.with_keys_values)
         passes = cut_into_passes(self.forest, missing, self.max_tokens)
         bar.expect(sum(map(num_tokens_of, passes)), is_long=len(passes) > 1)
@@ -207,7 +231,7 @@ class Computation:
             needed = {parent for span in spans for parent in span.parents}
             if is_stuck:  # otherwise one pass may drop what another computed of the group
                 needed |= on_the_way(group)
-            self._make_room_for(_Coming(needed, uses, pass_idx), request)
+            self._make_room_for(Spared((needed,), uses, pass_idx), request)
             if is_cut_off(spans):
                 return
             self._forward(spans)
@@ -215,8 +239,10 @@ class Computation:
                 self.archive.save_new(span for span in spans if span.token_ids)
             bar.update(num_tokens_of(spans))
             for span in spans:
-                waiting.pop(span, None)
-        self._make_room_for(_Coming(), request)
+                if span in waiting:
+                    del waiting[span]
+                    request.note_arrival(span)
+        self._make_room_for(NOTHING_SPARED, request)
 
     def _bring_back(self, ends: Sequence[Span], request: Request) -> Sequence[Span]:
         """Fetch and load the rows that the second pool and the store have of the way to `ends`.
@@ -244,8 +270,9 @@ class Computation:
         planned = host.plan_fetch(ends, room, pinned, with_keys_values=request.with_keys_values)
         if planned.num_bytes:
             needed = on_the_way([*planned.served, *planned.spans["states"], *planned.spans["keys_values"]])
-            self._make_room_for(_Coming(needed, num_bytes=planned.num_bytes), request)
+            self._make_room_for(Spared((needed,)), request, planned.num_bytes)
             self.memory.add(host.fetch(self.forest, planned))
+            self.memory.note([span for spans in planned.spans.values() for span in spans])
             self.counters.tokens_fetched += planned.num_tokens
         return planned.served
 
@@ -253,9 +280,9 @@ class Computation:
         """Load rows from the store; return the ends of the texts that there was room for."""
         free = max(0, self.memory.max_bytes - self.memory.num_bytes)
         room = free + self.max_tokens * self.executor.token_bytes
-        layout = self.executor.layout
-        assert layout is not None, "the probe ran a pass"
-        loaded = archive.load(self.forest, ends, room, self.memory, layout, with_keys_values=request.with_keys_values)
+        loaded = archive.load(
+            self.forest, ends, room, self.memory, self._layout, with_keys_values=request.with_keys_values
+        )
         self.counters.tokens_loaded += loaded.num_tokens
         if loaded.num_tokens:
             logger.debug("Loaded %d tokens from the store.", loaded.num_tokens)
@@ -267,7 +294,7 @@ class Computation:
         with_tokens = [span for span in spans if span.token_ids]
         computed = None
         if with_tokens:
-            with self._blaming_weights():
+            with self.blaming_weights():
                 computed = self.executor.compute(plan_pass(with_tokens, self.tile_tokens))
         num_tokens = num_tokens_of(with_tokens)
         num_recomputed = num_tokens_of(span for span in with_tokens if span.was_computed)
@@ -284,29 +311,16 @@ class Computation:
                     span.place(keys_values=NOTHING, states=NOTHING)
                 span.was_computed = True
                 span.computed_in = self.forest.stamp()
+            self.memory.note(spans)
         self.counters.forward_passes += bool(with_tokens)
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
 
-    def forward_step(self, pass_: Pass, attention: PreparedAttention, places: Places) -> Forwarded:
-        """Forward the tokens that texts go on with, and count them; the caller keeps the results.
-
-        A pass that is not finite is not counted, nor does it raise an error: see `Executor.compute`.
-        """
-        started = time.perf_counter()
-        with self._blaming_weights():
-            forwarded = self.executor.step(pass_, attention, places)
-        if forwarded.is_finite:
-            self.counters.forward_passes += 1
-            self.counters.tokens_computed += len(pass_.spans)
-            self.counters.seconds += time.perf_counter() - started
-        return forwarded
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""
         started = time.perf_counter()
-        with self._blaming_weights():
+        with self.blaming_weights():
             logits = self.executor.logits(hidden)
         self.counters.logit_rows += hidden.shape[0]
         self.counters.seconds += time.perf_counter() - started
@@ -314,18 +328,16 @@ class Computation:
 
     def make_room(self) -> None:
         """Evict rows over the budget."""
-        self._make_room_for(_Coming(), Request())
+        self._make_room_for(NOTHING_SPARED, Request())
 
-    def _make_room_for(self, coming: _Coming, request: Request) -> None:
+    def _make_room_for(self, spared: Spared, request: Request, num_coming_bytes: int = 0) -> None:
         """Evict rows over the budget, also those that will be; see `Memory.evict`."""
-        is_exceeded = self.memory.is_exceeded(coming.num_bytes)
+        is_exceeded = self.memory.is_exceeded(num_coming_bytes)
         if not is_exceeded and not self.memory.is_scattered:
             return
         if is_exceeded and request.before_eviction is not None:
             request.before_eviction()
-        self.memory.evict(
-            self.forest, self.holders.ends(), coming.needed, coming.last_uses, coming.next_pass, coming.num_bytes
-        )
+        self._empty.add(self.memory.evict(self.forest, self.holders.ends(), spared, num_coming_bytes))
 
     def recover(self) -> None:
         """Restore a consistent state after an error, wherever it came: "Failures" in docs/design/evaluation.md.
@@ -350,18 +362,22 @@ class Computation:
 
     def _forget(self) -> None:
         self.forest.clear()
+        self.memory.forget()
         self.pools.clear()
+        self._empty = _Empty()
 
     def _prune(self, max_spans: int, max_tokens: int) -> None:
         """Forget spans without rows, except the latest, and results that would keep such spans alive."""
         self.forest.prune(max_spans, max_tokens)
+        self._empty = _Empty(max_spans, max_tokens)
         self.pools.retain(set(self.forest.spans()))
 
     def probe_once(self) -> None:
         """Compare a small tree with plain calls, once; from then on a token's bytes are known."""
         if not self._is_probed:
-            with self._blaming_weights():
+            with self.blaming_weights():
                 probe(self._model, self.executor)
+            self.memory.order.times_smaller = self._layout.times_smaller
             self._is_probed = True
 
     def check_unchanged(self) -> None:
@@ -383,7 +399,7 @@ class Computation:
             )
 
     @contextmanager
-    def _blaming_weights(self) -> Iterator[None]:
+    def blaming_weights(self) -> Iterator[None]:
         """Replace errors of the model by StaleRepresentationError if its weights have changed."""
         try:
             yield

@@ -85,8 +85,7 @@ class Continuations:
             new = [end for end in dict.fromkeys(ends) if not end.is_held(with_keys_values=True)]
             computation.compute(ends, Request(with_keys_values=True, is_step=True))
         counters.tokens_requested += max(len(parts), counters.tokens_computed - num_before)
-        for end in new:
-            self.growth.note_pass(end)
+        self.growth.note_pass(new)
         return ends
 
     def settle(self, grown: Sequence[Span], dropped: Sequence[Span], scores: Mapping[Span, TokenScore]) -> None:
@@ -100,10 +99,10 @@ class Continuations:
 
         """
         self._scoring.note_last(scores)
-        held = self._computation.holders.ends()
-        for end in dropped:
-            self._computation.forest.discard(end, held)
-        self._computation.memory.add(self.growth.absorb(list(dict.fromkeys(grown)), held))
+        held, memory = self._computation.holders.ends(), self._computation.memory
+        memory.note([self._computation.forest.discard(end, held) for end in dropped])
+        memory.add(self.growth.absorb(list(dict.fromkeys(grown)), held))
+        memory.note(grown)
 
     def end(self, ends: Sequence[Span]) -> None:
         """Finish grown texts that have no holder any more: from now on they are like all other texts."""

@@ -7,6 +7,7 @@ scores of all texts of a call are read with one gather, into one tensor.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -110,21 +111,22 @@ class Scoring:
 
         """
         parts: list[tuple[Sequence[int], ScoredTexts]] = []
-        waiting: Sequence[int] = range(len(wanted))
         with self._computation.inserted([text.token_ids for text in wanted]) as ends:
+            waiting: dict[Span, list[int]] = {}
+            for idx, end in enumerate(ends):
+                waiting.setdefault(end, []).append(idx)
+            arrived = [end for end in waiting if end.is_held()]
 
             def collect() -> None:
                 """Read off what is there, before any of it is dropped."""
-                nonlocal waiting
-                ready = [idx for idx in waiting if ends[idx].is_held()]
+                ready = sorted(itertools.chain.from_iterable(waiting.pop(end) for end in arrived))
+                arrived.clear()
                 if parts and not ready:
                     return
                 texts = [Ready(Inserted(ends[idx], wanted[idx].token_ids), *wanted[idx][1:]) for idx in ready]
                 parts.append((ready, self.read(texts)))
-                done = set(ready)
-                waiting = [idx for idx in waiting if idx not in done]
 
-            self._computation.compute(ends, Request(before_eviction=collect))
+            self._computation.compute(ends, Request(before_eviction=collect, arrived=arrived))
             collect()
         return ScoredTexts.in_order(parts)
 

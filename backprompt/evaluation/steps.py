@@ -8,6 +8,7 @@ that cannot go this way goes the way of all evaluations (continuations.py).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +17,13 @@ from torch import Tensor
 from backprompt.attention.base import PreparedAttention
 from backprompt.evaluation.computation import Computation
 from backprompt.evaluation.scores import TokenScore, TokenScores
+from backprompt.forest.plan import Pass
 from backprompt.forest.span import Span
 from backprompt.forest.steps import StepPlan
 from backprompt.memory.blocks import States
 from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
+from backprompt.memory.places import Places
+from backprompt.model.executor import Forwarded
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Steps:
         token_ids = [tokens[end][0] for end in plan.ends]
         plan.begin(token_ids)
         places = self._growth.places(plan.ends)
-        forwarded = computation.forward_step(plan.pass_, step.attention, places)
+        forwarded = self._forward(plan.pass_, step.attention, places)
         if not forwarded.is_finite:
             return None
         executor = computation.executor
@@ -88,6 +92,17 @@ class Steps:
         step.num_left -= 1
         forest.next_step = step
         return Stepped(plan.ends, forwarded.hidden)
+
+    def _forward(self, pass_: Pass, attention: PreparedAttention, places: Places) -> Forwarded:
+        """Forward the tokens that texts go on with, and count them, unless something is not finite."""
+        computation, started = self._computation, time.perf_counter()
+        with computation.blaming_weights():
+            forwarded = computation.executor.step(pass_, attention, places)
+        if forwarded.is_finite:
+            computation.counters.forward_passes += 1
+            computation.counters.tokens_computed += len(pass_.spans)
+            computation.counters.seconds += time.perf_counter() - started
+        return forwarded
 
     def end(self, ends: Iterable[Span]) -> None:
         """Forget the plan of texts that have ended, or that keeps rows in memory while there is too little."""

@@ -166,23 +166,25 @@ class Forest:
             upper.parent.add_child(child_key(upper.parent, upper.position, upper.token_ids[0]), span)
             span.token_ids = upper.token_ids + span.token_ids
             span.position = upper.position
-            span.parent = upper.parent
+            span.follow(upper.parent)
             span.place(keys_values=keys_values, states=states)
 
-    def discard(self, span: Span, held: Container[Span]) -> None:
+    def discard(self, span: Span, held: Container[Span]) -> Span:
         """Remove a span without children that no text ends at, and then its ancestors while the same holds for them.
 
         A span stays if it has children, is among `held`, or ends a text. A span may be discarded more than once.
+        Returns the first span that stays.
         """
         while span.token_ids and span.parent is not None and not (span.children or span in held or span.is_end):
             parent = span.parent
             key = child_key(parent, span.position, span.token_ids[0])
             if parent.children.get(key) is not span:
-                return
+                return span
             with self.changing():
                 span.drop()
                 parent.remove_child(key)
             span = parent
+        return span
 
     def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
         """Remove spans that hold nothing, until at most `max_spans` of them with `max_tokens` tokens are left.

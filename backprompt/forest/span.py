@@ -69,12 +69,24 @@ ChildKey: TypeAlias = "int | LaterKey | JunctionKey"
 """The key of a span among its parent's children; for most spans the first token."""
 
 
+class RowsBlock(Protocol):
+    """A block of tensors, which this module never reads. A block knows the spans that hold rows of it."""
+
+    def take(self, span: Span, num_rows: int) -> None:
+        """Note that a span holds rows of the block, and that so many more rows are held than before."""
+        ...
+
+    def release(self, span: Span, num_rows: int) -> None:
+        """Note that a span does not hold its rows of the block any more."""
+        ...
+
+
 class Rows(Protocol):
-    """The place of a span's data: consecutive rows of a block of tensors that this module never reads."""
+    """The place of a span's data: consecutive rows of a block."""
 
     @property
-    def block(self) -> object:
-        """The block, by identity."""
+    def block(self) -> RowsBlock | None:
+        """The block, by identity; None if there are no rows."""
         ...
 
     @property
@@ -113,6 +125,11 @@ _SLOTS: Mapping[tuple[Kind, Pool], str] = {
 }
 """The attributes of a `Span` that give the place of each kind of data. Only the methods of `Span` set them."""
 
+_BELOW: Mapping[str, str] = {slot: f"{slot}_below" for slot in _SLOTS.values()}
+"""The attributes that count the spans right behind a span which hold the same kind of data in the same pool."""
+
+_NEEDS = {(kind, pool): (slot, _BELOW[slot], _SLOTS["keys_values", pool]) for (kind, pool), slot in _SLOTS.items()}
+"""For each kind of data in each pool: its place, the number of spans that need it, the place of keys and values."""
 
 NO_CHILDREN: Mapping[ChildKey, Span] = MappingProxyType({})
 """The children of a span that has none, as most spans: a dict of its own would be another object to collect."""
@@ -125,6 +142,8 @@ class Span:
         keys_values: the place of its keys and values on the model's device, or None.
         states: the place of its final hidden states and log-probabilities on the device, or None.
         host_keys_values, host_states: their places in the second pool (memory/host.py); never in both pools.
+        keys_values_below, ...: for each of these four, the number of spans that hold the same and need this span for
+            it: children, and junctions behind groups.
         was_computed: whether the span was ever computed, even if it holds nothing now.
         computed_in, loaded_in: the number of the evaluation that last forwarded it, or read it from a store; or 0.
         is_end: whether a text in use ends here, so that this object must keep its end.
@@ -141,16 +160,20 @@ class Span:
         "credit",
         "error",
         "host_keys_values",
+        "host_keys_values_below",
         "host_states",
+        "host_states_below",
         "is_end",
         "is_stored",
         "key",
         "keys_values",
+        "keys_values_below",
         "last_used",
         "loaded_in",
         "parent",
         "position",
         "states",
+        "states_below",
         "token_ids",
         "was_computed",
     )
@@ -164,6 +187,7 @@ class Span:
         self.states: Rows | None = None
         self.host_keys_values: Rows | None = None
         self.host_states: Rows | None = None
+        self.keys_values_below = self.states_below = self.host_keys_values_below = self.host_states_below = 0
         self.was_computed = False
         self.computed_in = self.loaded_in = 0
         self.is_end = False
@@ -253,35 +277,70 @@ class Span:
         rows: Rows | None = getattr(self, _SLOTS[kind, pool])
         return rows
 
+    def is_free(self, kind: Kind, pool: Pool) -> bool:
+        """Whether one kind of data lies in a pool and no other data there needs it: it can be evicted.
+
+        The spans right behind this one need it, and keys and values need their states.
+        """
+        slot, below, keys_values = _NEEDS[kind, pool]
+        if getattr(self, slot) is None or getattr(self, below):
+            return False
+        return kind == "keys_values" or getattr(self, keys_values) is None
+
     def place(self, *, keys_values: Rows | None = None, states: Rows | None = None) -> None:
         """Record new places on the device for the given data, and remove those in the second pool."""
         if states is not None:
-            self.states, self.host_states = states, None
+            self.move("states", states, "device")
         if keys_values is not None:
-            self.keys_values, self.host_keys_values = keys_values, None
+            self.move("keys_values", keys_values, "device")
 
     def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
         """Record a new place in a pool for one kind of data, and remove that in the other pool."""
-        setattr(self, _SLOTS[kind, pool], rows)
-        setattr(self, _SLOTS[kind, "host" if pool == "device" else "device"], None)
+        self._put(_SLOTS[kind, pool], rows)
+        self.let_go(kind, "host" if pool == "device" else "device")
 
     def let_go(self, kind: Kind, pool: Pool) -> None:
         """Remove one kind of data from a pool."""
-        setattr(self, _SLOTS[kind, pool], None)
+        slot = _SLOTS[kind, pool]
+        if getattr(self, slot) is not None:
+            self._put(slot, None)
 
     def drop(self) -> None:
         """Remove all data: references to the span must not keep blocks alive."""
-        for slot in _SLOTS.values():
-            setattr(self, slot, None)
+        for slot in _BELOW:
+            self._put(slot, None)
+
+    def _put(self, slot: str, rows: Rows | None) -> None:
+        """Set one of the places; the block and the parents learn of it."""
+        before: Rows | None = getattr(self, slot)
+        setattr(self, slot, rows)
+        if before is not None and before.block is not None:
+            before.block.release(self, before.stop - before.start)
+        if rows is not None and rows.block is not None:
+            rows.block.take(self, rows.stop - rows.start)
+        if (before is None) != (rows is None):
+            below, change = _BELOW[slot], 1 if before is None else -1
+            for parent in self.parents:
+                setattr(parent, below, getattr(parent, below) + change)
 
     def give(self, upper: Span, num_tokens: int) -> None:
-        """Give the rows of the first tokens to another span, in either pool, without copying."""
-        for slot in _SLOTS.values():
+        """Give the rows of the first tokens to a new parent, in either pool, without copying."""
+        for slot, below in _BELOW.items():
             rows: Rows | None = getattr(self, slot)
             if rows is not None:
                 first, second = rows.split(num_tokens)
-                setattr(upper, slot, first)
+                setattr(upper, slot, first)  # among those that `upper` continues, it is counted in place of this span
                 setattr(self, slot, second)
+                setattr(upper, below, 1)
+                if first.block is not None:
+                    first.block.take(upper, 0)
+
+    def follow(self, parent: Span) -> None:
+        """Continue another span from now on; the one before does not matter any more."""
+        self.parent = parent
+        for slot, below in _BELOW.items():
+            if getattr(self, slot) is not None:
+                setattr(parent, below, getattr(parent, below) + 1)
 
     def num_bytes(self, pool: Pool) -> int:
         """Return the bytes of all data in a pool."""

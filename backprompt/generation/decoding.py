@@ -24,7 +24,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from backprompt.arguments import as_int
 from backprompt.errors import GenerationError
 from backprompt.evaluation.scores import TokenScore
-from backprompt.generation.lookahead import DEFAULT_NGRAM, proposals
+from backprompt.generation.lookahead import DEFAULT_NGRAM, Ngrams
 from backprompt.generation.options import SAMPLING_FIELDS, checked
 from backprompt.generation.stops import Cut, StopStrings, as_stop_strings
 from backprompt.logprobs import logprob_dtype
@@ -217,6 +217,7 @@ class TextDecoding:
         self._ids = torch.empty(0)  # (1, tokens), with room for all tokens to come, where rules look at ids
         self._num_written = 0  # the number of ids written so far
         self._num_ahead = decoding.num_lookup_tokens
+        self._ngrams = Ngrams(decoding.max_ngram)  # where tokens are looked up
         self._completion: Completion = ()  # the ids added so far, or a beginning of them
         self.proposals: list[Completion] = []
         """Longer continuations than the tokens added so far, that may turn out right."""
@@ -312,7 +313,8 @@ class TextDecoding:
         num_tokens = min(self._num_ahead, self._decoding.max_new_tokens - len(self._choices) - 1)
         if num_tokens < 1:
             return []
-        tried = proposals(torch.tensor(self._ids_from(0)), num_tokens, self._decoding.max_ngram)
+        self._ngrams.extend(self._ids_from(len(self._ngrams)))
+        tried = self._ngrams.proposals(num_tokens)
         beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
         return list(dict.fromkeys((*self.completion, *tokens) for tokens in beginnings))
 

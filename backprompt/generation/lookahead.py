@@ -10,7 +10,7 @@ model.
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable
 
 MAX_PROPOSALS = 3
 """The number of continuations tried at once."""
@@ -19,26 +19,44 @@ DEFAULT_NGRAM = 2
 """The largest number of last tokens to look up, where the options do not say."""
 
 
-def proposals(ids: Tensor, num_tokens: int, max_ngram: int) -> list[tuple[int, ...]]:
-    """Return possible continuations of `(tokens,)` ids: the ids that followed the last n of them earlier.
-
-    Longer n-grams come first, and of one length the latest; no proposal is a beginning of another.
+class Ngrams:
+    """The ids of a text, and where its n-grams stand that something follows.
 
     Args:
-        ids: a text's ids.
-        num_tokens: the largest number of tokens in a proposal.
         max_ngram: the largest n.
 
     """
-    found: list[tuple[int, ...]] = []
-    for size in range(min(max_ngram, len(ids) - 1), 0, -1):
-        is_match = (ids.unfold(0, size, 1)[:-1] == ids[-size:]).all(dim=1)
-        for start in reversed(is_match.nonzero()[:, 0].tolist()):
-            following = tuple(ids[start + size : start + size + num_tokens].tolist())
-            if any(other[: len(following)] == following for other in found):
-                continue
-            found = [other for other in found if following[: len(other)] != other]
-            found.append(following)
-            if len(found) == MAX_PROPOSALS:
-                return found
-    return found
+
+    def __init__(self, max_ngram: int) -> None:
+        self._max_ngram = max_ngram
+        self._ids: list[int] = []
+        self._stops: dict[tuple[int, ...], list[int]] = {}  # by n-gram, the place behind each, ascending
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Add ids to the text."""
+        for token_id in ids:
+            stop = len(self._ids)
+            for size in range(1, min(self._max_ngram, stop) + 1):
+                self._stops.setdefault(tuple(self._ids[stop - size :]), []).append(stop)
+            self._ids.append(token_id)
+
+    def proposals(self, num_tokens: int) -> list[tuple[int, ...]]:
+        """Return possible continuations of the text: the ids that followed the last n of it earlier.
+
+        Longer n-grams come first, and of one length the latest; no proposal is a beginning of another. `num_tokens`:
+        the largest number of tokens in a proposal.
+        """
+        found: list[tuple[int, ...]] = []
+        for size in range(min(self._max_ngram, len(self._ids)), 0, -1):
+            for stop in reversed(self._stops.get(tuple(self._ids[-size:]), [])):
+                following = tuple(self._ids[stop : stop + num_tokens])
+                if any(other[: len(following)] == following for other in found):
+                    continue
+                found = [other for other in found if following[: len(other)] != other]
+                found.append(following)
+                if len(found) == MAX_PROPOSALS:
+                    return found
+        return found

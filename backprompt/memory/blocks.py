@@ -8,6 +8,7 @@ moves no data, and spans of one pass share one allocation. A block is freed with
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,10 @@ class Block(ABC):
 
     Attributes:
         tensors: the tensors by their names in a store.
+        row_bytes: bytes of a row.
+        spans: the spans that hold rows of the block.
+        num_held: the number of rows that they hold.
+        loose: the blocks, of the tier that counts this one, some rows of which no span holds.
 
     """
 
@@ -102,6 +107,24 @@ class Block(ABC):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
+        self.row_bytes = self.num_bytes // max(1, self.num_rows)
+        self.spans: dict[Span, None] = {}
+        self.num_held = 0
+        self.loose: set[Block] = set()
+
+    def take(self, span: Span, num_rows: int) -> None:
+        """Note that a span holds rows of the block, and that so many more rows are held than before."""
+        self.spans[span] = None
+        self.num_held += num_rows
+
+    def release(self, span: Span, num_rows: int) -> None:
+        """Note that a span does not hold its rows of the block any more."""
+        self.spans.pop(span, None)
+        self.num_held -= num_rows
+        if self.spans:
+            self.loose.add(self)
+        else:
+            self.loose.discard(self)  # the block may be freed
 
     @property
     def num_rows(self) -> int:
@@ -112,6 +135,11 @@ class Block(ABC):
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum([tensor.nbytes for tensor in self.tensors.values()])
+
+    @property
+    def num_unheld_bytes(self) -> int:
+        """Bytes of the rows that no span holds."""
+        return self.row_bytes * (self.num_rows - self.num_held)
 
     @property
     def tensor_bytes(self) -> int:
@@ -302,6 +330,12 @@ class Layout:
         axis, sizes = token_axis(name), self.rows[name].sizes
         return (*sizes[:axis], num_tokens, *sizes[axis:])
 
+    @property
+    def times_smaller(self) -> float:
+        """The ratio of a token's bytes, keys and values included, to those of its states."""
+        num_bytes = {name: math.prod(row.sizes) * row.dtype.itemsize for name, row in self.rows.items()}
+        return sum(num_bytes.values()) / sum(num_bytes[name] for name in STATE_TENSORS)
+
 
 def _row_spec(tensor: Tensor, axis: int) -> RowSpec:
     return RowSpec(tensor.dtype, (*tensor.shape[:axis], *tensor.shape[axis + 1 :]))
@@ -321,7 +355,7 @@ class BlockRows(Generic[BlockType]):
     @property
     def num_bytes(self) -> int:
         """The rows' share of the block's bytes."""
-        return self.block.num_bytes * (self.stop - self.start) // self.block.num_rows
+        return self.block.row_bytes * (self.stop - self.start)
 
     def split(self, num_tokens: int) -> tuple[BlockRows[BlockType], BlockRows[BlockType]]:
         """Return the first `num_tokens` rows and the others, without copying."""
@@ -340,12 +374,14 @@ class BlockRows(Generic[BlockType]):
 
 def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
     """Copy rows into blocks, each to its start row there; rows between the same two blocks take one copy a tensor."""
-    by_blocks: dict[tuple[Block, Block], list[tuple[int, int]]] = {}
+    by_blocks: dict[tuple[Block, Block], list[tuple[int, int, int]]] = {}
     for rows, target, start in copies:
-        pairs = by_blocks.setdefault((rows.block, target), [])
-        pairs += [(row, start + idx) for idx, row in enumerate(range(rows.start, rows.stop))]
-    for (block, target), pairs in by_blocks.items():
-        block.copy_rows_to(target, *torch.tensor(pairs).unbind(dim=1))
+        by_blocks.setdefault((rows.block, target), []).append((rows.start, rows.stop - rows.start, start))
+    for (block, target), parts in by_blocks.items():
+        starts, lengths, targets = torch.tensor(parts).unbind(dim=1)
+        within = torch.arange(int(lengths.sum())) - (lengths.cumsum(dim=0) - lengths).repeat_interleave(lengths)
+        sources = starts.repeat_interleave(lengths) + within
+        block.copy_rows_to(target, sources, targets.repeat_interleave(lengths) + within)
 
 
 def gather(rows: Iterable[BlockRows[Any]], name: str) -> Tensor:

@@ -15,31 +15,31 @@ evicted last, those of the latest pass first, and are fetched or computed again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Sequence, Set
+from dataclasses import replace
 
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Kind, Span
-from backprompt.memory.blocks import keys_values_of, states_of
 from backprompt.memory.host import HostMemory
-from backprompt.memory.tier import Rank, Tier
+from backprompt.memory.leaves import NOTHING_SPARED, Rank, Spared
+from backprompt.memory.tier import Tier
 
 logger = logging.getLogger(__name__)
 
 
-class Memory(Tier):
-    """The device's tier: the rows for passes and for results. Evicted rows go to the second pool."""
+class GreedyDual:
+    """The order of eviction in all tiers.
 
-    def __init__(self, max_bytes: int, hidden_size: int, host: HostMemory) -> None:
-        super().__init__(max_bytes, "device")
-        self._hidden_size = hidden_size
-        self.host = host
+    Args:
+        hidden_size: that of the model.
+
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        self._tokens_of_a_layer = 6 * hidden_size
         self._level = 0.0
         self._clock = 0
-        self.has_evicted = False  # since somebody reset this
-
-    def is_exceeded(self, num_coming_bytes: int = 0) -> bool:
-        """Whether the bytes held, with those to come, exceed the budget."""
-        return self.num_bytes + num_coming_bytes > self.max_bytes
+        self.times_smaller = 1.0
 
     def touch(self, spans: Iterable[Span]) -> None:
         """Record that these spans are used now. Their ancestors count as used at the same time."""
@@ -48,15 +48,55 @@ class Memory(Tier):
             span.last_used = self._clock
             span.credit = self._level + self._cost(span)
 
+    def rank(self, kind: Kind, span: Span) -> Rank:
+        """Return the rank of a span's rows."""
+        if kind == "keys_values":
+            return span.credit, span.last_used
+        return span.credit + (self.times_smaller - 1) * self._cost(span), span.last_used
+
+    def raise_level(self, credit: float) -> None:
+        """Record that rows of this credit were evicted."""
+        self._level = max(self._level, credit)
+
+    def _cost(self, span: Span) -> float:
+        """Return the cost of computing a token of the span, in units of its linear layers.
+
+        Multiplications in each layer: 12 hidden^2 in a token's linear layers, 2 hidden for each token before it.
+        """
+        return 1 + span.position / self._tokens_of_a_layer
+
+
+class Memory(Tier):
+    """The device's tier: the rows for passes and for results. Evicted rows go to the second pool."""
+
+    def __init__(self, max_bytes: int, order: GreedyDual, host: HostMemory) -> None:
+        super().__init__(max_bytes, "device", order.rank)
+        self.order = order
+        self.host = host
+
+    def is_exceeded(self, num_coming_bytes: int = 0) -> bool:
+        """Whether the bytes held, with those to come, exceed the budget."""
+        return self.num_bytes + num_coming_bytes > self.max_bytes
+
+    def touch(self, spans: Sequence[Span]) -> None:
+        """Record that these spans are used now."""
+        self.order.touch(spans)
+        self.note(spans)
+        self.host.note(spans)
+
+    def forget(self) -> None:
+        """Forget the spans, in both pools: they have left the forest."""
+        super().forget()
+        self.host.forget()
+
+    def end_plan(self) -> None:
+        """From now on no pass attends to spans that were to be evicted last, in both pools."""
+        super().end_plan()
+        self.host.end_plan()
+
     def evict(
-        self,
-        forest: Forest,
-        held: Set[Span],
-        needed: Set[Span] = frozenset(),
-        last_uses: Mapping[Span, int] | None = None,
-        next_pass: int = 0,
-        num_coming_bytes: int = 0,
-    ) -> None:
+        self, forest: Forest, held: Set[Span], spared: Spared = NOTHING_SPARED, num_coming_bytes: int = 0
+    ) -> Collection[Span]:
         """Evict rows until the budget holds or no evictable row is left; join small blocks if there are many.
 
         After an error, blocks may be partly cut: the forest is not whole any more.
@@ -64,54 +104,26 @@ class Memory(Tier):
         Args:
             forest: all spans.
             held: the ends of texts in use.
-            needed: spans that must stay, with their ancestors.
-            last_uses: for the spans that later passes attend to, the index of the last such pass.
-            next_pass: the index of the next pass.
+            spared: the spans that must stay in one of the pools, with their ancestors, and those that are to go last.
             num_coming_bytes: bytes to keep free for coming rows.
+
+        Returns:
+            The spans that have left the device.
 
         """
         excess = self.num_bytes + num_coming_bytes - self.max_bytes
         if excess <= 0:
             if self.is_scattered:
-                self.compact(list(forest.held_spans()))
-            return
+                with forest.changing():
+                    self.compact()
+            return ()
         num_held = self.num_bytes
-        last_uses = last_uses or {}
-
-        spans = list(forest.held_spans())
-        smaller = _times_smaller(spans)
-
-        def rank(kind: Kind, span: Span) -> Rank | None:
-            if span in needed:
-                return None
-            last_use = last_uses.get(span, -1)
-            if last_use >= next_pass:
-                return (1, -last_use, 0)
-            worth = (smaller - 1) * self._cost(span) if kind == "states" else 0.0
-            return (0, span.credit + worth, span.last_used)
-
         with forest.changing():
-            dropped = self.shrink(spans, excess, lambda kind, span: None if span in held else rank(kind, span))
-            ranks = [rank(kind, span) for kind, rows in dropped.items() for span in rows]
-            self._level = max([self._level, *(found[1] for found in ranks if found is not None and found[0] == 0)])
-            self.host.take(spans, dropped, rank)
-            self.has_evicted = True
+            dropped = self.shrink(forest, excess, replace(spared, stay=(*spared.stay, held)))
+            self.order.raise_level(self._leaves.highest)
+            self.host.take(forest, dropped, spared)
+            gone = list(dropped["states"])
             del dropped  # the references keep blocks alive
-            self.compact(spans)
+            self.compact()
         logger.debug("Evicted %d bytes of %d; the budget is %d.", num_held - self.num_bytes, num_held, self.max_bytes)
-
-    def _cost(self, span: Span) -> float:
-        """Return the cost of computing a token of the span, in units of its linear layers.
-
-        Multiplications in each layer: 12 hidden^2 in a token's linear layers, 2 hidden for each token before it.
-        """
-        return 1 + span.position / (6 * self._hidden_size)
-
-
-def _times_smaller(spans: Iterable[Span]) -> float:
-    """Return the ratio of a token's bytes, keys and values included, to those of its states."""
-    for span in spans:
-        if span.token_ids and span.is_held(with_keys_values=True):
-            states_bytes = states_of(span).num_bytes
-            return (keys_values_of(span).num_bytes + states_bytes) / states_bytes
-    return 1.0
+        return gone

@@ -94,9 +94,9 @@ class Growth:
         self._buffers: WeakKeyDictionary[KeysValues, _Buffer] = WeakKeyDictionary()  # live as long as their spans
         self._mixed: WeakSet[Block] = WeakSet()  # blocks with rows of several texts, or with free room
 
-    def note_pass(self, span: Span) -> None:
-        """Record that a span was computed in a pass together with spans of other texts."""
-        self._mixed.update((keys_values_of(span).block, states_of(span).block))
+    def note_pass(self, spans: Iterable[Span]) -> None:
+        """Record that spans were computed in passes together with spans of other texts."""
+        self._mixed.update({rows.block for span in spans for rows in _Held.of(span)})
 
     def absorb(self, spans: Sequence[Span], held: Container[Span]) -> list[Block]:
         """Let spans absorb their parents where no other text uses these; return the new blocks.

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import KINDS, Kind, Span
 from backprompt.memory.blocks import Block, Location
+from backprompt.memory.leaves import Ranking, Spared
 from backprompt.memory.span_rows import SpanRows, moved
-from backprompt.memory.tier import Ranking, Tier, num_bytes_of
+from backprompt.memory.tier import Tier, num_bytes_of
 from backprompt.memory.visit import Visit
 
 
@@ -53,39 +54,41 @@ class HostMemory(Tier):
 
     """
 
-    def __init__(self, max_bytes: int, here: Location, device: Location) -> None:
-        super().__init__(max_bytes, "host")
+    def __init__(self, max_bytes: int, rank: Ranking, here: Location, device: Location) -> None:
+        super().__init__(max_bytes, "host", rank)
         self._here = here
         self._device = device
+        self._longest = 0  # the number of tokens of the longest text that has come here
 
-    def take(self, spans: Sequence[Span], dropped: Mapping[Kind, SpanRows], rank: Ranking) -> None:
+    def take(self, forest: Forest, dropped: Mapping[Kind, SpanRows], spared: Spared) -> None:
         """Hold the rows evicted from the device, as far as they fit.
 
         Rows are evicted from here before any copy, so the budget is never exceeded, except by one tensor of a block
         that is being made smaller. After an error, blocks may be partly cut: see `Memory.evict`.
 
         Args:
-            spans: all spans, each before its children.
+            forest: all spans.
             dropped: the rows, still on the device.
-            rank: the order of eviction.
+            spared: see `Memory.evict`.
 
         """
         if not self.max_bytes or not any(dropped.values()):
             return
         for kind, rows in dropped.items():
             self.hold(kind, rows)
-        self._refuse(spans)
-        num_held = sum(num_bytes_of(self.held(kind, spans)) for kind in dropped)
-        self.shrink(spans, num_held - self.max_bytes, rank)
+            self.note(rows)
+        self._refuse(forest, dropped)
+        num_coming = sum(num_bytes_of(self.held(kind, rows)) for kind, rows in dropped.items())
+        self.shrink(forest, self.num_held_bytes + num_coming - self.max_bytes, spared)
         coming = {kind: self.held(kind, rows) for kind, rows in dropped.items()}
         if self.num_bytes + sum(map(num_bytes_of, coming.values())) > self.max_bytes:
-            self.compact(spans)
+            self.compact()
         for kind, rows in coming.items():
             copies = moved(rows, self._here)
-            self.add(part.block for part in copies.values())
             self.hold(kind, copies)
+            self.add(dict.fromkeys(part.block for part in copies.values()))
         if self.is_scattered:
-            self.compact(spans)
+            self.compact()
 
     def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys_values: bool) -> Fetch:
         """Choose the rows to move back for the texts that end here, for as many texts as fit the device together.
@@ -121,22 +124,33 @@ class HostMemory(Tier):
                     span.move(kind, rows[span], "device")
         return [part.block for rows in copies.values() for part in rows.values()]
 
-    def _refuse(self, spans: Sequence[Span]) -> None:
+    def _refuse(self, forest: Forest, dropped: Mapping[Kind, SpanRows]) -> None:
         """Let go of rows that cannot fit, and of their descendants' rows.
 
-        A row cannot fit if it exceeds the budget together with its ancestors' rows here, whatever else is evicted.
+        A row cannot fit if it exceeds the budget together with its ancestors' rows here, whatever else is evicted. If
+        the longest text that has come here would fit alone, all rows can.
         """
-        for kind in KINDS:
-            held = self.held(kind, spans)
-            num_above: dict[Span, float] = {
-                root: 0 for span in spans[:1] for root in span.parents
-            }  # for spans held in either pool: bytes here up to the span
-            for span in spans:
-                own = held[span].num_bytes if span in held else 0
-                # Of a junction's parents, the largest: they may share ancestors.
-                above = max((num_above.get(parent, math.inf) for parent in span.parents), default=math.inf)
-                if above + own <= self.max_bytes and not span.is_empty:
-                    if span in held or span.holds(kind):
-                        num_above[span] = above + own
-                else:
-                    span.let_go(kind, "host")
+        self._longest = max(self._longest, *(span.stop for rows in dropped.values() for span in rows))
+        kinds = [kind for kind, rows in dropped.items() if self._longest * _token_bytes(rows) > self.max_bytes]
+        spans = list(forest.held_spans()) if kinds else []
+        for kind in kinds:
+            self._refuse_some(kind, spans, forest.root)
+
+    def _refuse_some(self, kind: Kind, spans: Sequence[Span], root: Span) -> None:
+        held = self.held(kind, spans)
+        num_above: dict[Span, float] = {root: 0}  # for spans held in either pool: bytes here up to the span
+        for span in spans:
+            own = held[span].num_bytes if span in held else 0
+            # Of a junction's parents, the largest: they may share ancestors.
+            above = max((num_above.get(parent, math.inf) for parent in span.parents), default=math.inf)
+            if above + own <= self.max_bytes and not span.is_empty:
+                if span in held or span.holds(kind):
+                    num_above[span] = above + own
+            else:
+                span.let_go(kind, "host")
+                self.note((span, *span.parents))
+
+
+def _token_bytes(rows: SpanRows) -> float:
+    """Return the bytes of a token's rows."""
+    return max((part.num_bytes / (part.stop - part.start) for part in rows.values() if part.num_bytes), default=0.0)

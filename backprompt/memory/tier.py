@@ -6,23 +6,18 @@ before its states (hidden states and log-probabilities, much smaller). The calle
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
-from weakref import WeakSet
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
+from backprompt.forest.forest import Forest
 from backprompt.forest.span import KINDS, Kind, Pool, Span, rows_of
 from backprompt.memory.blocks import Block, BlockRows
+from backprompt.memory.counted import CountedBlocks
+from backprompt.memory.leaves import Leaves, Ranking, Spared
 from backprompt.memory.span_rows import SpanRows, compact, joined
 
 MAX_SMALL_BLOCKS = 128
 """The largest number of small blocks: a long series of evaluations of few tokens would leave two blocks each."""
-
-Rank: TypeAlias = "tuple[int, float, int]"
-
-Ranking: TypeAlias = "Callable[[Kind, Span], Rank | None]"
-"""The rank of a span's rows of one kind: the leaf of lowest rank is evicted first, a leaf without a rank stays."""
 
 
 class Tier:
@@ -31,18 +26,26 @@ class Tier:
     Args:
         max_bytes: the budget.
         pool: the pool of this tier, as spans name it.
+        rank: the order of eviction.
 
     """
 
-    def __init__(self, max_bytes: int, pool: Pool) -> None:
+    def __init__(self, max_bytes: int, pool: Pool, rank: Ranking) -> None:
         self.max_bytes = max_bytes
         self._pool = pool
-        self._blocks: WeakSet[Block] = WeakSet()
+        self._leaves = Leaves(pool, rank)
+        self._blocks = CountedBlocks()
+        self._loose: set[Block] = set()  # blocks with rows that no span holds
 
     @property
     def num_bytes(self) -> int:
         """Bytes of keys, values, hidden states and log-probabilities that are alive."""
-        return sum(block.num_bytes for block in self._blocks)
+        return self._blocks.num_bytes
+
+    @property
+    def num_held_bytes(self) -> int:
+        """The bytes of the rows that spans hold."""
+        return self.num_bytes - sum(block.num_unheld_bytes for block in self._loose)
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -50,13 +53,31 @@ class Tier:
         return list(self._blocks)
 
     def add(self, blocks: Iterable[Block | None]) -> None:
-        """Count these blocks while they live."""
-        self._blocks.update(block for block in blocks if block is not None)
+        """Count these blocks while they live; spans hold their rows already."""
+        for block in blocks:
+            if block is not None:
+                self._count(block)
+                self._leaves.note(block.spans)
+
+    def note(self, spans: Iterable[Span]) -> None:
+        """Note that spans hold other rows than before, no rows behind them hold them, or they have another rank."""
+        self._leaves.note(spans)
 
     def recount(self, spans: Sequence[Span]) -> None:
         """Count the blocks that these spans refer to, and no others."""
         held = (rows for kind in KINDS for rows in self.held(kind, spans).values())
-        self._blocks = WeakSet(rows.block for rows in held if rows.block is not None)
+        self._blocks, self._loose = CountedBlocks(), set()
+        for block in dict.fromkeys(rows.block for rows in held if rows.block is not None):
+            self._count(block)
+        self._leaves.forget()
+
+    def end_plan(self) -> None:
+        """From now on no pass attends to spans that were to be evicted last."""
+        self._leaves.end_plan()
+
+    def forget(self) -> None:
+        """Forget the spans: they have left the forest."""
+        self._leaves.forget()
 
     def held(self, kind: Kind, spans: Iterable[Span]) -> SpanRows:
         """Return the rows of the spans that have any here."""
@@ -67,67 +88,66 @@ class Tier:
         for span, part in rows.items():
             span.move(kind, part, self._pool)
 
-    def shrink(self, spans: Sequence[Span], excess: int, rank: Ranking) -> dict[Kind, SpanRows]:
+    def shrink(self, forest: Forest, excess: int, spared: Spared) -> dict[Kind, SpanRows]:
         """Evict rows until `excess` bytes are gone or no evictable row is left.
 
         Returns the evicted rows; their blocks stay alive while the result is referenced.
         """
-        if excess <= 0:
-            return {kind: {} for kind in KINDS}
-        rows = {kind: self.held(kind, spans) for kind in KINDS}
-        num_before = {kind: dict.fromkeys(rows[kind], 0) for kind in KINDS}  # number of rows to evict before these
-        for kind in KINDS:
-            for span in rows[kind]:
-                for next_kind, waiting in _unblocked(kind, span, rows):
-                    num_before[next_kind][waiting] += 1
         dropped: dict[Kind, SpanRows] = {kind: {} for kind in KINDS}
-        order = itertools.count()  # among equals, first come first
-        heap: list[tuple[Rank, int, Kind, Span]] = []
-
-        def offer(kind: Kind, span: Span) -> None:
-            if num_before[kind][span] == 0 and (ranked := rank(kind, span)) is not None:
-                heapq.heappush(heap, (ranked, next(order), kind, span))
-
-        for kind in KINDS:
-            for span in rows[kind]:
-                offer(kind, span)
-        while heap and excess > 0:
-            _, _, kind, span = heapq.heappop(heap)
-            dropped[kind][span] = rows[kind][span]
-            excess -= rows[kind][span].num_bytes
+        if excess <= 0:
+            return dropped
+        if not self._leaves.are_known:
+            self._leaves.begin(forest.held_spans())
+        self._leaves.begin_eviction(spared)
+        while excess > 0 and (leaf := self._leaves.take()) is not None:
+            kind, span = leaf.kind, leaf.span
+            rows = cast("BlockRows[Any]", span.rows_in(kind, self._pool))
+            dropped[kind][span] = rows
+            excess -= rows.num_bytes
             span.let_go(kind, self._pool)
-            for next_kind, waiting in _unblocked(kind, span, rows):
-                if waiting is not span:
-                    waiting.credit = max(waiting.credit, span.credit)
-                    waiting.last_used = max(waiting.last_used, span.last_used)
-                num_before[next_kind][waiting] -= 1
-                offer(next_kind, waiting)
+            self._unblock(kind, span)
+        self._leaves.end_eviction()
         return dropped
+
+    def _unblock(self, kind: Kind, span: Span) -> None:
+        """Offer the rows that waited for an eviction: the same of the parents, and the span's own states."""
+        for parent in span.parents:
+            if parent.rows_in(kind, self._pool) is not None:
+                parent.credit = max(parent.credit, span.credit)
+                parent.last_used = max(parent.last_used, span.last_used)
+                self._leaves.offer(kind, parent)
+        if kind == "keys_values":
+            self._leaves.offer("states", span)
 
     @property
     def is_scattered(self) -> bool:
         """Whether the overhead of many small blocks is too large."""
-        return sum(block.is_small for block in self._blocks) > MAX_SMALL_BLOCKS
+        return self._blocks.num_small > MAX_SMALL_BLOCKS
 
-    def compact(self, spans: Sequence[Span]) -> None:
+    def compact(self) -> None:
         """Remove unused rows from blocks, and join small blocks if there are many."""
+        loose = list(self._loose)
+        self._loose.clear()
         for kind in reversed(KINDS):  # larger blocks first
-            self.hold(kind, compact(self._own(kind, spans)))
+            self.hold(kind, compact(self._rows_in(kind, loose)))
+        self._blocks.count(loose)
+        del loose
         if self.is_scattered:
+            small = [block for block in self._blocks if block.is_small]
             for kind in reversed(KINDS):
-                self.hold(kind, joined(self._own(kind, spans)))
+                self.hold(kind, joined(self._rows_in(kind, small)))
+            self._blocks.count(small)
 
-    def _own(self, kind: Kind, spans: Sequence[Span]) -> SpanRows:
-        """Return the spans' rows in blocks that were added here."""
-        return {span: part for span, part in self.held(kind, spans).items() if part.block in self._blocks}
+    def _rows_in(self, kind: Kind, blocks: Iterable[Block]) -> SpanRows:
+        """Return all rows of one kind in these blocks that spans hold."""
+        held = ((block, self.held(kind, block.spans)) for block in blocks)
+        return {span: part for block, rows in held for span, part in rows.items() if part.block is block}
 
-
-def _unblocked(kind: Kind, span: Span, rows: Mapping[Kind, SpanRows]) -> list[tuple[Kind, Span]]:
-    """Return the rows that this eviction unblocks: those of the same kind of the span's parents, and its states."""
-    unblocked: list[tuple[Kind, Span]] = [(kind, parent) for parent in span.parents if parent in rows[kind]]
-    if kind == "keys_values" and span in rows["states"]:
-        unblocked.append(("states", span))
-    return unblocked
+    def _count(self, block: Block) -> None:
+        self._blocks.count([block])
+        block.loose = self._loose
+        if block.spans and block.num_held < block.num_rows:
+            self._loose.add(block)
 
 
 def num_bytes_of(rows: Mapping[Span, BlockRows[Any]]) -> int:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
-from backprompt.attention.choice import attention_for
+from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring, StandingAttention
+from backprompt.attention.choice import attention_for, copies_for
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
@@ -127,6 +127,7 @@ class Executor:
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
         self._attention: ForestAttention = attention_for(self.device)
+        self._make_copies = copies_for(self.device)
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
@@ -207,22 +208,23 @@ class Executor:
         """
         inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
-        in_flight = InFlight(prepared, max(pass_.positions))
-        hidden = self.run(inputs, in_flight)
-        extremes = torch.stack(in_flight.extremes)
-        is_finite = bool(hidden.isfinite().all() & extremes.isfinite().all())
+        in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
+        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
 
-    def run(self, inputs: Tensor, in_flight: InFlight) -> Tensor:
-        """Run the model's body, and return the final hidden states, `(tokens, hidden)`.
+    def run(
+        self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
+    ) -> tuple[InFlight, Tensor]:
+        """Run the model's body; return what it has left, and the final hidden states, `(tokens, hidden)`.
 
         Args:
             inputs: token ids and positions, `(2, tokens)`.
-            in_flight: takes in the keys and values.
+            attention: attends.
+            max_position: the largest of the positions.
 
         """
         token_ids, positions = inputs[:1], inputs[1:]  # (1, tokens)
-        self._in_flight = in_flight
+        in_flight = self._in_flight = InFlight(attention, self._make_copies(), max_position)
         try:
             output = self._body(
                 input_ids=token_ids,
@@ -237,8 +239,7 @@ class Executor:
                 f"{self._model_name} does not go through transformers' attention interface, so its attention cannot be "
                 "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
             )
-        hidden: Tensor = output.last_hidden_state[0].clone()
-        return hidden
+        return in_flight, output.last_hidden_state[0].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
@@ -327,11 +328,7 @@ class Executor:
             softcap=softcap,
             sinks=s_aux,
         )
-        # torch's attention returns numbers for some rows whose scores are NaN, so queries and keys are checked.
-        if in_flight.is_checked:
-            in_flight.extremes += (*query.aminmax(), *key.aminmax())
-        # A model's key may be a view of queries, keys and values together; a copy keeps the key alone.
-        layer_idx = in_flight.add_layer(_copy(key[0]), _copy(value[0]))
+        layer_idx = in_flight.add_layer(*in_flight.copies.of(query[0], key[0], value[0]))
         kernel_before = self.kernel_name
         output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
         if self.kernel_name != kernel_before:
@@ -396,8 +393,3 @@ def _register(name: str, executor: Executor) -> None:
     for interface in (AttentionInterface, AttentionMaskInterface):
         # The interface offers no way to unregister a global name.
         weakref.finalize(executor, interface._global_mapping.pop, name, None)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy with storage of its own."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backprompt.attention.base import PreparedAttention, StandingAttention
+from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
 from backprompt.model.masks import Mask
 
@@ -19,10 +20,9 @@ class InFlight:
 
     Attributes:
         attention: attends.
+        copies: copies keys and values, and looks for numbers that are not finite.
         max_position: the last position of the call.
-        is_checked: whether extremes of queries and keys are collected, to find NaN that the attention may hide.
         keys, values: those of each layer.
-        extremes: of all queries and keys.
         masks: the masks that the model has made.
         least_unseen: the least last position at which a layer would be refused for a window that no mask shows; None if
             there is none.
@@ -30,11 +30,10 @@ class InFlight:
     """
 
     attention: PreparedAttention | StandingAttention
+    copies: Copies
     max_position: int
-    is_checked: bool = True
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    extremes: list[Tensor] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     least_unseen: int | None = None
     _markers: list[Tensor] = field(default_factory=list)

@@ -47,7 +47,7 @@ CLOSE = 8
 """How close the first replay must come to the plain run, in units of the dtype's precision, over the largest number."""
 
 
-Run: TypeAlias = "Callable[[Tensor, InFlight], Tensor]"
+Run: TypeAlias = "Callable[[Tensor, StandingAttention, int], tuple[InFlight, Tensor]]"
 """Runs a model's body: see `Executor.run`."""
 
 Place: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]"
@@ -82,6 +82,7 @@ class CapturedSteps:
         refusal: why there are no graphs; None if there may be.
 
     Attributes:
+        graphs: see above.
         counts: how many steps were "replayed" or "eager", how many graphs were "recorded" or "left".
         refusal: see above; a model that cannot be recorded has one from then on.
 
@@ -99,7 +100,7 @@ class CapturedSteps:
         self._weights = weights
         self._record = record
         self._place = place
-        self._graphs: dict[int, _Graph] = {}
+        self.graphs: dict[int, Graph] = {}
         self._asked: Counter[int] = Counter()
         self.counts: Counter[str] = Counter()
         self.refusal = refusal
@@ -116,10 +117,10 @@ class CapturedSteps:
         self.counts["replayed"] += 1
         return graph.replayed(len(pass_.spans))
 
-    def _ready(self, bucket: int, run: Run, pass_: Pass, prepared: PreparedAttention, places: Places) -> _Graph | None:
+    def _ready(self, bucket: int, run: Run, pass_: Pass, prepared: PreparedAttention, places: Places) -> Graph | None:
         """Return a graph that is ready to replay the step."""
         addresses = [weight.data_ptr() for weight in self._weights]
-        graph = self._graphs.get(bucket)
+        graph = self.graphs.get(bucket)
         if graph is None:
             self._asked[bucket] += 1
             if self._asked[bucket] > STEPS_BEFORE_RECORDING:
@@ -129,7 +130,7 @@ class CapturedSteps:
         if reason is None:
             return graph
         logger.debug("The graph of steps of %d rows is left: %s.", bucket, reason)
-        del self._graphs[bucket], self._asked[bucket]
+        del self.graphs[bucket], self._asked[bucket]
         self.counts["left"] += 1
         return None
 
@@ -141,14 +142,14 @@ class CapturedSteps:
         prepared: PreparedAttention,
         places: Places,
         addresses: Sequence[int],
-    ) -> _Graph | None:
+    ) -> Graph | None:
         """Record a graph for steps like this one."""
-        graph: _Graph | None = None
+        graph: Graph | None = None
         try:
             standing = self._attention.standing(bucket)
             if standing is None:
                 raise CannotStandError("the calls of attention are others in each step")
-            graph = _Graph(bucket, standing, addresses, self._weights[0].device, self._place)
+            graph = Graph(bucket, standing, addresses, self._weights[0].device, self._place)
             graph.load(pass_, prepared, places)
             graph.record(run, self._record, max(pass_.positions))
             graph.load(pass_, prepared, places)
@@ -159,12 +160,12 @@ class CapturedSteps:
             logger.info("Steps are not captured: %s.", self.refusal)
             return None
         assert graph is not None
-        self._graphs[bucket] = graph
+        self.graphs[bucket] = graph
         self.counts["recorded"] += 1
         return graph
 
 
-class _Graph:
+class Graph:
     """A graph of steps of so many rows, and the tensors that it reads.
 
     Args:
@@ -187,13 +188,13 @@ class _Graph:
         """Ids, positions, whether a row is none of the step's, the block and the row where it goes, `(5, rows)`; then
         where the blocks lie, see `Places.addresses`."""
         self._are_placed = False
-        self._recording: Recording | None = None
+        self._recorded: Recording | None = None
 
     def reason_to_leave(self, pass_: Pass, addresses: Sequence[int]) -> str | None:
         """Return why the graph does not hold for a step; None if it does."""
         if addresses != self._addresses:
             return "weights lie elsewhere"
-        if not self._recorded.output.in_flight.means_the_same_at(max(pass_.positions)):
+        if not self.recording.output.in_flight.means_the_same_at(max(pass_.positions)):
             return "a mask means something else at other positions"
         return None
 
@@ -228,34 +229,34 @@ class _Graph:
         rows[3] = -1
 
         def compute() -> Output:
-            in_flight = InFlight(self._standing, max_position, is_checked=False)
-            hidden = run(rows[:2], in_flight)
-            is_finite = (hidden.isfinite().all(dim=1) | (rows[2] > 0)).all().int()
-            return Output(hidden, KeysValues.of(in_flight.keys, in_flight.values), is_finite, in_flight)
+            in_flight, hidden = run(rows[:2], self._standing, max_position)
+            is_finite = (hidden.isfinite().all(dim=1) | (rows[2] > 0)).all() & in_flight.copies.are_finite()
+            return Output(hidden, KeysValues.of(in_flight.keys, in_flight.values), is_finite.int(), in_flight)
 
         def finish(output: Output) -> None:
             self._place(output.hidden, output.is_finite, sources, self._numbers[rows.numel() :], rows[3:])
 
-        self._recording = record(compute, finish)
-        copy_to(sources.view(-1), self._recording.output.sources().ravel())
+        self._recorded = record(compute, finish)
+        copy_to(sources.view(-1), self.recording.output.sources().ravel())
 
     @property
-    def _recorded(self) -> Recording:
-        assert self._recording is not None, "`record` comes first"
-        return self._recording
+    def recording(self) -> Recording:
+        """The recorded work."""
+        assert self._recorded is not None, "`record` comes first"
+        return self._recorded
 
     def gap_to_plain_run(self, num_live: int) -> str | None:
         """Return in words how far a replay is from the run before the recording; None if it is close."""
-        self._recorded.replay()
-        found, expected = (output.hidden[:num_live].float() for output in (self._recorded.output, self._recorded.plain))
-        allowed = CLOSE * torch.finfo(self._recorded.output.hidden.dtype).eps * float(expected.abs().max())
+        self.recording.replay()
+        found, expected = (output.hidden[:num_live].float() for output in (self.recording.output, self.recording.plain))
+        allowed = CLOSE * torch.finfo(self.recording.output.hidden.dtype).eps * float(expected.abs().max())
         gap = float((found - expected).abs().max())
         return None if gap <= allowed else f"a replay was off by {gap:.1e}"
 
     def replayed(self, num_live: int) -> Replayed:
         """Do the step that was loaded."""
-        self._recorded.replay()
-        output = self._recorded.output
+        self.recording.replay()
+        output = self.recording.output
         if self._are_placed:
             return Replayed(output.hidden[:num_live], output.keys_values, output.is_finite, True)
         keys_values = output.keys_values.first_rows(num_live)

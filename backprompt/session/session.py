@@ -34,7 +34,7 @@ from backprompt.forest.span import Inserted
 from backprompt.forking import watch_lm
 from backprompt.memory.blocks import Location
 from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
-from backprompt.memory.eviction import Memory
+from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
 from backprompt.model.executor import Executor, plain_surroundings
 from backprompt.model.skeleton import model_device, unwrap
@@ -290,7 +290,7 @@ class Session:
         encoded = self.checked_ids(texts)
         evaluator = self.evaluator
         known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
-        evaluator.memory.touch(found.end for found in known.values())
+        evaluator.memory.touch([found.end for found in known.values()])
         missing = {text: ids for text, ids in zip(texts, encoded, strict=True) if text not in known}
         if missing:
             ends = evaluator.evaluate(list(missing.values()))
@@ -344,18 +344,19 @@ class Session:
         model, archive = unwrap(self.model), None
         device = model_device(model)
         pinned = Location(torch.device("cpu"), self.options.pin_memory)
-        host = HostMemory(self._host_memory_bytes, pinned, Location(device))
         tokenizer = fingerprint.tokenizer
         if self.store is not None:  # a cycle with the session would keep tensors alive for longer than the LM
             root = partial(fingerprint.root, in_store=True)
             archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode, device)
         executor = Executor(model, tokenizer.decode, pack_weights=self.options.pack_weights)
+        order = GreedyDual(executor.hidden_size)
+        host = HostMemory(self._host_memory_bytes, order.rank, pinned, Location(device))
         return Evaluator(
             Means(
                 model=model,
                 has_changed=fingerprint.has_changed,
                 executor=executor,
-                memory=Memory(self._memory_bytes, executor.hidden_size, host),
+                memory=Memory(self._memory_bytes, order, host),
                 pools=Pools(MAX_RESULT_BYTES),
                 archive=archive,
                 counters=self.counters,

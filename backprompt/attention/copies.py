@@ -1,0 +1,44 @@
+"""The keys and values of a pass as its block holds them, and whether queries and keys are finite.
+
+A model's key may be a view of queries, keys and values together; a copy keeps the key alone. torch's attention returns
+numbers for some rows whose scores are NaN, so queries and keys are checked.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Copies(Protocol):
+    """The copies of one pass, made layer by layer. Shapes are those of `PreparedAttention.attend`."""
+
+    def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return contiguous copies of keys and values, with storage of their own; note whether all is finite."""
+        ...
+
+    def are_finite(self) -> Tensor:
+        """Return whether all queries and keys so far are finite, `()`, on their device; there were some."""
+        ...
+
+
+class PlainCopies:
+    """Copies made by torch: four operations a layer."""
+
+    def __init__(self) -> None:
+        self._extremes: list[Tensor] = []
+
+    def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Copies`."""
+        self._extremes += (*query.aminmax(), *key.aminmax())
+        return _copy(key), _copy(value)
+
+    def are_finite(self) -> Tensor:
+        """See `Copies`."""
+        return torch.stack(self._extremes).isfinite().all()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -1,0 +1,65 @@
+"""Launches of kernels of Triton with little work of the host.
+
+Triton looks at each argument of a launch in Python, to find the compiled kernel. A layer of a small model takes less
+time on the device than that look takes. So compiled kernels are kept here, by all that they depend on, and called
+with addresses instead of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Launcher:
+    """A kernel with its constants.
+
+    Tensors must come on one device and in the same dtypes in each launch; where these change, so must the launcher.
+
+    Args:
+        kernel: its arguments are tensors, then whole numbers, then numbers that Triton does not specialise on, then
+            constants.
+        constants: by name, in the order of the kernel's arguments.
+        options: `num_warps` and `num_stages`.
+
+    """
+
+    def __init__(self, kernel: Any, constants: Mapping[str, object], options: Mapping[str, int]) -> None:
+        self.kernel = kernel
+        self._constants = dict(constants)
+        self._values = tuple(constants.values())
+        self._options = dict(options)
+        self._compiled: dict[tuple[int, ...], Any] = {}
+
+    def launch(
+        self, num_programs: int, tensors: Sequence[Tensor], sizes: Sequence[int] = (), others: Sequence[float] = ()
+    ) -> None:
+        """Launch so many programs on the device that is current."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        kind = *[address % 16 for address in addresses], *[_kind_of(size) for size in sizes]
+        compiled = self._compiled.get(kind)
+        if compiled is not None:
+            compiled[num_programs, 1, 1](*addresses, *sizes, *others, *self._values)
+            return
+        compiled = self.kernel[num_programs,](*tensors, *sizes, *others, **self._constants, **self._options)
+        if compiled is not None:  # the interpreter compiles nothing
+            self._compiled[kind] = compiled
+
+
+def _kind_of(size: int) -> int:
+    """Return a number for all that Triton specialises on: being 1, being a multiple of 16, having over 31 bits."""
+    return -1 if size >= 1 << 31 else min(size, 17) if size % 16 else 0
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which kernels are launched on a device: Triton launches on the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _AS_IS
+    return torch.cuda.device(device)
+
+
+_AS_IS: AbstractContextManager[None] = nullcontext()

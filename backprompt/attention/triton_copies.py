@@ -1,0 +1,115 @@
+"""The copies of copies.py in one launch a layer, with a kernel in Triton.
+
+The kernel reads queries, keys and values once each. torch takes two passes over queries and keys for their extremes,
+and two more launches for the copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from backprompt.attention.copies import PlainCopies
+from backprompt.attention.launches import Launcher, on_device
+from backprompt.attention.triton_kernels import copy_kernel
+
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+PROGRAM_NUMBERS = 4096
+"""About the numbers that a program copies."""
+
+
+class TritonCopies:
+    """Copies made by the kernel; by torch for tensors that the kernel does not serve.
+
+    Args:
+        device_types: the types of devices on which the kernel serves.
+
+    """
+
+    def __init__(self, device_types: Collection[str] = ("cuda",)) -> None:
+        self._device_types = device_types
+        self._plain = PlainCopies()
+        self._flags: dict[torch.device, Tensor] = {}
+        self.is_plain_used = False
+
+    def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Copies`."""
+        sizes = query.shape[0], key.shape[0], query.shape[2]
+        if not self._is_fit(query, key, value) or not serves(query.device, query.dtype, *sizes):
+            self.is_plain_used = True
+            return self._plain.of(query, key, value)
+        flag = self._flags.get(query.device)
+        if flag is None:
+            flag = self._flags[query.device] = torch.zeros(1, dtype=torch.int32, device=query.device)
+        return _copied(query, key, value, flag)
+
+    def are_finite(self) -> Tensor:
+        """See `Copies`."""
+        found = [(flag == 0).all() for flag in self._flags.values()]
+        if self.is_plain_used:
+            found.append(self._plain.are_finite())
+        return found[0] if len(found) == 1 else torch.stack([one.to(found[0].device) for one in found]).all()
+
+    def _is_fit(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        return (
+            query.device.type in self._device_types
+            and query.dtype in DTYPES
+            and query.dtype == key.dtype == value.dtype
+            and key.shape == value.shape
+            and query.shape[2] == key.shape[2]
+            and query.stride(2) == key.stride(2) == value.stride(2) == 1
+        )
+
+
+def _copied(query: Tensor, key: Tensor, value: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
+    """Return copies of keys and values; `flag` becomes 1 if a query or a key is not finite."""
+    heads, num_tokens, head_dim = query.shape
+    kv_heads = key.shape[0]
+    launch, tokens = launcher(query.device, query.dtype, heads, kv_heads, head_dim)
+    copies = (
+        torch.empty(key.shape, dtype=key.dtype, device=key.device),
+        torch.empty(value.shape, dtype=value.dtype, device=value.device),
+    )
+    strides = *query.stride()[:2], *key.stride()[:2], *value.stride()[:2]
+    with on_device(query.device):
+        num_programs = -(-num_tokens // tokens) * (heads + 2 * kv_heads)
+        launch.launch(num_programs, (query, key, value, *copies, flag), strides, (num_tokens,))
+    return copies
+
+
+@lru_cache(maxsize=64)
+def launcher(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> tuple[Launcher, int]:
+    """Return the launcher for tensors of a kind, and the tokens that a program copies."""
+    padded = 1 << (head_dim - 1).bit_length()
+    tokens = max(1, PROGRAM_NUMBERS // padded)
+    constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PADDED_DIM": padded, "TOKENS": tokens}
+    return Launcher(copy_kernel, constants, {"num_warps": 4}), tokens
+
+
+@lru_cache(maxsize=64)
+def serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Return whether the kernel compiles, copies a tiny case and notices infinity there."""
+    query, key, value = (
+        torch.arange(num * 3 * head_dim, device=device).to(dtype).remainder(7).view(3, num, head_dim).transpose(0, 1)
+        for num in (heads, kv_heads, kv_heads)
+    )
+    flags = torch.zeros(2, dtype=torch.int32, device=device)
+    try:
+        first = _copied(query, key, value, flags[:1])
+        key[0, 2, 0] = torch.inf
+        second = _copied(query, key, value, flags[1:])
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel, and the answer is cached
+    except Exception:  # a compiler runs, and fails in ways of its own
+        return False
+    return (
+        flags.tolist() == [0, 1]
+        and all(torch.equal(copy, value) for copy in (first[1], second[1]))
+        and torch.equal(second[0], key)
+    )

@@ -1,0 +1,199 @@
+"""The leaves of a tier: the rows that can be evicted next, in the order of eviction.
+
+Rows can be evicted if no other rows of the tier need them (`Span.is_free`). Keeps a heap of such rows by rank. The heap
+may lag behind the forest: spans that were used or computed are noted, and looked at before the next row is taken; and
+an entry that is taken is compared with its span. So no eviction walks over the forest: a row is looked at when it
+becomes a leaf, when its span is used, and when it goes.
+
+Until the first eviction, after an error, and where many spans were used since an eviction, nothing is known. Then all
+spans that hold something must be given once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
+
+from backprompt.forest.span import KINDS, Kind, Pool, Span
+
+Rank: TypeAlias = "tuple[float, int]"
+"""The leaf of lowest rank is evicted first; among equals, the leaf that was known first."""
+
+Ranking: TypeAlias = "Callable[[Kind, Span], Rank]"
+
+_NO_USES: Mapping[Span, int] = MappingProxyType({})
+
+MIN_NOTED = 1000
+"""At least this many spans are noted, and stale entries kept, before all is forgotten or sorted out."""
+
+
+class Leaf(NamedTuple):
+    """The rows of one kind of a span, and their rank."""
+
+    rank: Rank
+    number: int
+    kind: Kind
+    span: Span
+
+
+@dataclass(frozen=True)
+class Spared:
+    """The spans that stay, with all that they continue, and those that are to go last.
+
+    Attributes:
+        stay: spans whose rows stay.
+        last_uses: for the spans that later passes attend to, the index of the last such pass.
+        next_pass: the index of the next pass.
+
+    """
+
+    stay: tuple[Container[Span], ...] = ()
+    last_uses: Mapping[Span, int] = field(default_factory=lambda: _NO_USES)
+    next_pass: int = 0
+
+    def is_needed_later(self, span: Span) -> bool:
+        """Whether a later pass attends to a span."""
+        return self.last_uses.get(span, -1) >= self.next_pass
+
+    def stays(self, span: Span) -> bool:
+        """Whether the rows of a span stay."""
+        for spans in self.stay:  # noqa: SIM110, a generator costs as much as the rest of a look at a leaf
+            if span in spans:
+                return True
+        return False
+
+
+NOTHING_SPARED = Spared()
+
+
+class Leaves:
+    """The leaves of one tier.
+
+    Args:
+        pool: the tier's pool.
+        rank: the order; a rank may become lower only for spans that are noted then.
+
+    Attributes:
+        pool, rank: as given.
+        spared: the spans that stay or go last in the present eviction, or the latest.
+        highest: the highest rank of a leaf that was taken in turn, its last use left out.
+
+    """
+
+    def __init__(self, pool: Pool, rank: Ranking) -> None:
+        self.highest = 0.0
+        self.pool = pool
+        self.rank = rank
+        self._heap: list[Leaf] = []
+        self._numbers = itertools.count()
+        self._noted: dict[Span, None] | None = None
+        self._max_noted = self._max_heap = MIN_NOTED
+        self._aside: list[Leaf] = []  # leaves that stay in this eviction
+        self._later: dict[int, deque[Leaf]] = {}  # leaves that later passes attend to, by their last use
+        self.spared = NOTHING_SPARED
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the leaves are known; else `begin` must be called before one is taken."""
+        return self._noted is not None
+
+    def forget(self) -> None:
+        """Forget all leaves: from now on nothing is known."""
+        self._noted = None
+        self._heap, self._aside = [], []
+        self._later, self.spared = {}, NOTHING_SPARED
+
+    def begin(self, spans: Iterable[Span]) -> None:
+        """Find the leaves among all spans that hold something."""
+        self.forget()
+        self._noted = dict.fromkeys(spans)
+        self._max_noted = max(MIN_NOTED, len(self._noted))
+
+    def note(self, spans: Iterable[Span]) -> None:
+        """Note that spans hold other rows than before, have become leaves, or have another rank."""
+        if self._noted is not None:
+            self._noted.update(dict.fromkeys(spans))
+            if len(self._noted) > self._max_noted:
+                self.forget()
+
+    def end_plan(self) -> None:
+        """Let the leaves that the passes of a plan attended to be taken as all others."""
+        self._spare(NOTHING_SPARED)
+
+    def begin_eviction(self, spared: Spared) -> None:
+        """Look at the noted spans; from now on leaves may be taken, but for those that are spared."""
+        assert self._noted is not None, "`begin` was not called"
+        for span in self._noted:
+            for kind in KINDS:
+                self.offer(kind, span)
+        self._noted.clear()
+        self._spare(spared)
+        if len(self._heap) > self._max_heap:
+            self._sort_out()
+
+    def take(self) -> Leaf | None:
+        """Return the leaf of lowest rank, which must be evicted then; None if there is none.
+
+        Those that later passes attend to come last, those of the latest pass first.
+        """
+        heap, pool, spared = self._heap, self.pool, self.spared
+        while heap:
+            leaf = heapq.heappop(heap)
+            rank, _, kind, span = leaf
+            if not span.is_free(kind, pool):
+                continue
+            if rank != self.rank(kind, span):
+                self.offer(kind, span)
+            elif spared.stays(span):
+                self._aside.append(leaf)
+            elif spared.is_needed_later(span):
+                self._later.setdefault(spared.last_uses[span], deque()).append(leaf)
+            else:
+                self.highest = max(self.highest, rank[0])
+                return leaf
+        return self._take_later()
+
+    def offer(self, kind: Kind, span: Span) -> None:
+        """Add a row if it is a leaf."""
+        if span.is_free(kind, self.pool):
+            heapq.heappush(self._heap, Leaf(self.rank(kind, span), next(self._numbers), kind, span))
+
+    def end_eviction(self) -> None:
+        """Let the leaves that stayed be taken again."""
+        for leaf in self._aside:
+            heapq.heappush(self._heap, leaf)
+        self._aside = []
+
+    def _spare(self, spared: Spared) -> None:
+        """Let the leaves that no later pass attends to any more be taken as all others."""
+        is_same_plan = spared.last_uses is self.spared.last_uses
+        self.spared = spared
+        for last_use in [use for use in self._later if use < spared.next_pass or not is_same_plan]:
+            for leaf in self._later.pop(last_use):
+                heapq.heappush(self._heap, leaf)
+
+    def _take_later(self) -> Leaf | None:
+        while self._later:
+            latest = max(self._later)
+            leaves = self._later[latest]
+            while leaves:
+                leaf = leaves.popleft()
+                if self.spared.stays(leaf.span):
+                    self._aside.append(leaf)
+                elif leaf.span.is_free(leaf.kind, self.pool):
+                    return leaf
+            del self._later[latest]
+        return None
+
+    def _sort_out(self) -> None:
+        """Remove entries of rows that are gone or have another rank."""
+        leaves = dict.fromkeys((leaf.kind, leaf.span) for leaf in sorted(self._heap))
+        self._heap = []
+        for kind, span in leaves:
+            self.offer(kind, span)
+        self._max_heap = 2 * len(self._heap) + MIN_NOTED
