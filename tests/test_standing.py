@@ -34,7 +34,7 @@ def test_the_segments_of_a_step_are_those_of_a_plan_from_nothing(
     prompts: list[tuple[int, ...]], num_steps: int, tile_tokens: int, is_late: bool
 ) -> None:
     texts = Texts(prompts)
-    steps = StepPlan(texts.ends, tile_tokens)
+    steps = StepPlan(texts.to_come(), tile_tokens)
     prepared = TritonAttention().prepare(steps.pass_, 16)
     for step in range(num_steps):
         if step:
@@ -165,7 +165,7 @@ def test_layers_that_the_kernel_does_not_serve_are_refused() -> None:
 def test_calls_that_begin_at_a_later_step() -> None:
     """The kernel serves the first step, and not the second."""
     texts = Texts(PROMPTS)
-    steps = StepPlan(texts.ends)
+    steps = StepPlan(texts.to_come())
     prepared = TritonAttention(device_types=set()).prepare(steps.pass_, 16)
     plain = CallsAttention().prepare(steps.pass_, 16)
     for step in range(3):

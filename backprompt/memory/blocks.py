@@ -184,13 +184,14 @@ class Block(ABC):
 
         `sources` None: all rows, in order.
         """
-        devices = {tensor.device for tensor in self.tensors.values()}
-        there = {device: on_device(targets.numpy(), device) for device in devices}
-        chosen = {device: None if sources is None else on_device(sources.numpy(), device) for device in devices}
+        places: dict[torch.device, tuple[Tensor | None, Tensor]] = {}  # moved once a device
         for name, tensor in self.tensors.items():
-            own = chosen[tensor.device]
-            rows = tensor if own is None else tensor.index_select(self.token_axis, own)
-            other.tensors[name].index_copy_(self.token_axis, there[tensor.device], rows)
+            if tensor.device not in places:
+                own = None if sources is None else on_device(sources.numpy(), tensor.device)
+                places[tensor.device] = own, on_device(targets.numpy(), tensor.device)
+            own_sources, own_targets = places[tensor.device]
+            rows = tensor if own_sources is None else tensor.index_select(self.token_axis, own_sources)
+            other.tensors[name].index_copy_(self.token_axis, own_targets, rows)
 
 
 class KeysValues(Block):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from backprompt.forest.forest import Forest
@@ -65,16 +66,32 @@ class NewRows:
     """The rows of the tokens that spans take in.
 
     Attributes:
-        keys_values, states: the rows.
-        places: where they go.
-        are_placed: whether keys, values and hidden states are there already.
+        rows: the row of each token in the blocks.
+        keys_values, states: the rows of a pass.
+        are_placed: whether keys, values and hidden states are where they go already.
 
     """
 
+    rows: Sequence[int]
     keys_values: KeysValues
     states: States
-    places: Places
     are_placed: bool = False
+
+    def copy_to(
+        self, keys_values: KeysValues, states: States, rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]
+    ) -> None:
+        """Copy some rows to the rows `targets` of other blocks."""
+        are_all = len(rows) == self.states.num_rows
+        if self.are_placed:
+            logprobs, is_argmax = self.states.logprobs, self.states.is_argmax
+            if not are_all:
+                chosen = on_device(rows, logprobs.device)
+                logprobs, is_argmax = logprobs[chosen], is_argmax[chosen]
+            states.write_scores(targets, logprobs, is_argmax)
+            return
+        sources = None if are_all else torch.from_numpy(rows)
+        self.keys_values.copy_rows_to(keys_values, sources, torch.from_numpy(targets))
+        self.states.copy_rows_to(states, sources, torch.from_numpy(targets))
 
 
 _Copy: TypeAlias = "tuple[BlockRows[Any], Block, int]"
@@ -122,7 +139,7 @@ class Growth:
             absorbing = [span for _, span in pairs]
         for span in spans:
             if span.parent is not None and not span.parent.is_end:
-                made += self._move_out(span.parent)  # it has several children
+                made += self.release(span.parent)  # it has several children
         return made
 
     def make_room(self, ends: Iterable[Span]) -> list[Block]:
@@ -159,34 +176,21 @@ class Growth:
             new: the rows of the tokens, in the order of `ends`.
 
         """
-        for idx, (own_keys_values, own_states) in enumerate(new.places.blocks):
-            indices = np.flatnonzero(new.places.block_idx == idx)
-            targets = new.places.target_rows[indices]
-            logprobs, is_argmax, sources = new.states.logprobs, new.states.is_argmax, None
-            if len(indices) < len(ends):
-                sources = torch.from_numpy(indices)
-                chosen = on_device(indices, logprobs.device)
-                logprobs, is_argmax = logprobs[chosen], is_argmax[chosen]
-            if new.are_placed:
-                own_states.write_scores(targets, logprobs, is_argmax)
-            else:
-                new.keys_values.copy_rows_to(own_keys_values, sources, torch.from_numpy(targets))
-                new.states.copy_rows_to(own_states, sources, torch.from_numpy(targets))
+        by_block: dict[tuple[KeysValues, States], list[int]] = {}
+        for idx, end in enumerate(ends):
+            by_block.setdefault((keys_values_of(end).block, states_of(end).block), []).append(idx)
+        for blocks, indices in by_block.items():
+            targets = np.array([keys_values_of(ends[idx]).stop for idx in indices])
+            new.copy_to(*blocks, np.array([new.rows[idx] for idx in indices]), targets)
         with self._forest.changing():
-            for end, token_id in zip(ends, token_ids, strict=True):
-                self._take_in(end, token_id)
+            for (own_keys_values, _), indices in by_block.items():
+                room = self._buffers[own_keys_values].room
+                for idx in indices:
+                    _take_in(ends[idx], token_ids[idx], room)
 
-    def _take_in(self, end: Span, token_id: int) -> None:
-        """Let a span take in a token whose rows lie behind its own."""
-        keys_values, states = keys_values_of(end), states_of(end)
-        room = self._buffers[keys_values.block].room
-        room[keys_values.stop + 1] = room.pop(keys_values.stop)
-        end.token_ids = (*end.token_ids, token_id)
-        end.key = None
-        end.place(
-            keys_values=BlockRows(keys_values.block, keys_values.start, keys_values.stop + 1),
-            states=BlockRows(states.block, states.start, states.stop + 1),
-        )
+    def release(self, span: Span) -> list[Block]:
+        """Free the room behind a span that several texts continue from now on; return new blocks."""
+        return self._move_out(span)
 
     def finish(self, span: Span) -> list[Block]:
         """Free the room behind a grown text: the text will not grow any more.
@@ -274,6 +278,18 @@ class Growth:
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""
         return block in self._mixed and block.num_rows > len(span.token_ids)
+
+
+def _take_in(end: Span, token_id: int, room: dict[int, int]) -> None:
+    """Let a span take in a token whose rows lie behind its own; `room` is that of its buffer."""
+    keys_values, states = keys_values_of(end), states_of(end)
+    room[keys_values.stop + 1] = room.pop(keys_values.stop)
+    end.token_ids = (*end.token_ids, token_id)
+    end.key = None
+    end.place(
+        keys_values=BlockRows(keys_values.block, keys_values.start, keys_values.stop + 1),
+        states=BlockRows(states.block, states.start, states.stop + 1),
+    )
 
 
 def takes_tokens_in(span: Span) -> bool:
