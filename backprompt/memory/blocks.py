@@ -216,13 +216,24 @@ class KeysValues(Block):
         keys, values = layer_names(layer_idx)
         return self.tensors[keys][:, rows], self.tensors[values][:, rows]
 
+    def first_rows(self, num_rows: int) -> KeysValues:
+        """Return views of the first rows."""
+        return KeysValues({name: tensor[:, :num_rows] for name, tensor in self.tensors.items()})
+
+    def in_order(self) -> list[Tensor]:
+        """Return the keys and the values of each layer in turn."""
+        return [self.tensors[name] for idx in range(self.num_layers) for name in layer_names(idx)]
+
     def addresses(self) -> list[tuple[int, int, int]]:
         """Return, for each layer, the addresses of the first key and value and the stride between heads, in numbers.
 
         The rows of a head lie side by side. The addresses are valid until the block changes or moves.
         """
-        layers = [self.layer(layer_idx, slice(None)) for layer_idx in range(self.num_layers)]
-        return [(keys.data_ptr(), values.data_ptr(), keys.stride(0)) for keys, values in layers]
+        tensors = self.in_order()
+        return [
+            (keys.data_ptr(), values.data_ptr(), keys.stride(0))
+            for keys, values in zip(tensors[::2], tensors[1::2], strict=True)
+        ]
 
 
 class States(Block):
