@@ -283,7 +283,8 @@ def test_passes_of_other_sizes_compile_nothing_new() -> None:
         tiles.append(attention.launch_for(Shape.of(*rows[:2]), Segments.of(pass_.segments, pass_.positions)).tile)
         attention.prepare(pass_).attend(0, *rows, Scoring(0.4))
         compiled.append(sum(len(caches[0]) for caches in one_launch.attend_kernel.device_caches.values()))
-    assert set(tiles[:2]) == set(tiles) and len(set(tiles)) == 2
+    assert set(tiles[:2]) == set(tiles)
+    assert len(set(tiles)) == 2
     assert len(set(compiled[1:])) == 1
 
 

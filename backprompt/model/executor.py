@@ -30,8 +30,10 @@ from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
 from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.model import skeleton
+from backprompt.model.fusion import fusion_for
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
+from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
 from backprompt.transfers import on_device
 
@@ -132,7 +134,9 @@ class Executor:
         self._head = skeleton.make_head(model)
         self._config: Any = self._head.config
         with plain_surroundings(self.device):
-            self.linears = speed_up((self._body, self._head), pack=pack_weights)
+            fusion_for(self.device)(self._body)
+            linears = speed_up((self._body, self._head), pack=pack_weights)
+            self.linears = pad_head(self._head, model, linears)
         self._in_flight: _InFlight | None = None
         _register(name, self)
 

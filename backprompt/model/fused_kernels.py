@@ -31,7 +31,7 @@ def rms_norm_kernel(
     if ADDS_ONE:
         factors += 1.0
     mean = tl.sum(numbers * numbers, 1) / SIZE
-    normed = numbers * (1.0 / tl.sqrt(mean + eps))[:, None]
+    normed = numbers * tl.rsqrt(mean + eps)[:, None]
     if CASTS_FIRST:
         normed = normed.to(given.dtype).to(tl.float32)
     tl.store(output + row * SIZE + idx, (normed * factors).to(given.dtype), is_number)
