@@ -25,6 +25,7 @@ from backprompt.attention.base import ForestAttention, PreparedAttention, Scorin
 from backprompt.attention.choice import attention_for, copies_for
 from backprompt.attention.copies import Copies
 from backprompt.errors import NonFiniteError, UnsupportedModelError
+from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
@@ -68,14 +69,27 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
 
     All code that makes or changes tensors runs in this context.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        yield
+    with torch.no_grad():
+        if not _is_special(device):  # as for most callers: the rest takes longer than this
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if torch.is_autocast_enabled(device.type):
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            yield
+
+
+def _is_special(device: torch.device) -> bool:
+    """Whether the caller is in inference mode or autocast, or has another default device."""
+    return (
+        torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled(device.type)
+        or torch.get_default_device().type != "cpu"
+    )
 
 
 @dataclass(frozen=True)
@@ -233,6 +247,7 @@ class Executor:
 
         A masked key that is NaN may spoil texts that do not see it, so spoiled texts run alone until one fails again.
         """
+        pass_ = Pass(tuple(without_fans(pass_.spans)), pass_.segments)
         spans = list(zip(pass_.spans, pass_.slices, strict=True))
         spoiled = [span for span, rows in spans if not bool(hidden[rows].isfinite().all())] or list(pass_.spans)
         for span in spoiled:
