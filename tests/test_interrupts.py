@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import backprompt
-from backprompt import LM, Text, evaluate, forking, generate
+from backprompt import LM, Text, classify, evaluate, forking, generate
+from backprompt.forest.fan import Fan
 from backprompt.store import DiskStore, MemoryStore
 from comparing import assert_close, num_distinct_ids
 from reference import plain_greedy, plain_logits, plain_token_logprobs
@@ -40,6 +41,7 @@ FACADES = {"node.py", "lm.py"}
 # Functions that change several things that belong together: always taken.
 CRITICAL = {
     "split",
+    "unfold",
     "absorb",
     "discard",
     "clear",
@@ -118,15 +120,16 @@ def chosen(events, seen, seed):
 class World:
     """An `LM` with a pin, a stream under way and a full memory, and what one may do with it."""
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model, tokenizer, operation):
         self.model = model
+        # Shared completions are one span only where a pass has room for several such spans, and without a store.
+        passes = {"max_tokens_per_forward": 17, "store": MemoryStore(persist="explicit")}
         self.lm = LM(
             model,
             tokenizer,
             memory_bytes=40 * TOKEN_BYTES,
             host_memory_bytes=20 * TOKEN_BYTES,
-            max_tokens_per_forward=17,
-            store=MemoryStore(persist="explicit"),
+            **({"max_tokens_per_forward": 64} if operation == "classify" else passes),
         )
         self.pinned = Text("The cat sat", self.lm)
         self.pins = [(self.pinned, self.pinned.pin())]
@@ -135,6 +138,7 @@ class World:
         self.other = Text("Question: What is 12 + 34?", self.lm)
         self.found = evaluate([self.other, self.other + " Answer: 46", self.pinned + " on the mat and slept"])
         self.texts = [self.pinned, self.other + " Answer", Text("The dog", self.lm), self.pinned + " on a hat"]
+        self.shared = [Text("It is on", self.lm), Text("It lies on", self.lm)]
         self.evaluator = self.lm.session.evaluator
 
     def evaluate(self):
@@ -151,6 +155,12 @@ class World:
 
     def next_token_logprobs(self):
         self.lm.next_token_logprobs(self.texts, [[1, 2], [3], [4], [5, 6]])
+
+    def classify(self):
+        prompts = [self.other, *self.shared]
+        classify.predict_proba(prompts, ["a mat", "a hat", "it"], self.lm)
+        assert any(isinstance(span, Fan) for span in self.lm.session.evaluator.forest.spans())
+        self.lm.evaluate([self.shared[0] + " a mat"])
 
     def generate(self):
         generate(self.texts[:3], max_new_tokens=4)
@@ -231,7 +241,7 @@ class World:
             assert num_bytes == sum(block.num_bytes for block in blocks)
 
     def check_numbers(self):
-        for text in [*self.texts, self.other]:
+        for text in [*self.texts, self.other, self.shared[0] + " a hat"]:
             assert_close(text.logits, expected(self.model, text)[-1])
         for text, found in zip(self.texts, self.lm.token_logprobs(self.texts), strict=True):
             logprobs = plain_token_logprobs(self.model, text.tokens)
@@ -259,6 +269,7 @@ OPERATIONS = [
     "read_logprobs",
     "token_scores",
     "next_token_logprobs",
+    "classify",
     "generate",
     "beams",
     "go_on_with_the_stream",
@@ -293,10 +304,10 @@ def test_an_interrupt_at_any_line():
     for seed, operation in enumerate(OPERATIONS):
         if TAKES_ALL and os.environ["BACKPROMPT_EVERY_LINE"] not in ("1", operation):
             continue
-        events = interrupt(World(model, tokenizer), operation, None)
+        events = interrupt(World(model, tokenizer, operation), operation, None)
         for idx in chosen(events, seen, seed):
             try:
-                interrupt(World(model, tokenizer), operation, idx)
+                interrupt(World(model, tokenizer, operation), operation, idx)
             except Exception as error:
                 raise AssertionError(f"{operation}, interrupted at event {idx}, {events[idx]}") from error
 

@@ -45,7 +45,7 @@ def waits_of(device, work):
 WEIGHTS = "backprompt/model/weights.py"
 PASS = "backprompt/model/executor.py"
 CHOICE = "backprompt/generation/choosing.py"
-SCORING = "backprompt/evaluation/predictions.py"
+SCORING = "backprompt/evaluation/rating.py"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral_sliding", "gpt_oss"])

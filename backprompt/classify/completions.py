@@ -21,8 +21,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from backprompt.arguments import as_choice, as_list, check_encodable
 from backprompt.errors import TextTypeError
+from backprompt.forest.fan import Shape
 from backprompt.lm import LM
 from backprompt.text.node import Text
 from backprompt.text.segments import Group
@@ -48,6 +52,16 @@ class EncodedCompletions:
 
     def __len__(self) -> int:
         return len(self.strings)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The trie of the ids."""
+        return Shape(self.token_ids)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The number of tokens of each completion."""
+        return np.array(list(map(len, self.token_ids)), dtype=np.int64)
 
     @cached_property
     def longest(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ beginnings, and the first token of every completion is read off the prompt's las
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,12 @@ from backprompt.classify.completions import (
 from backprompt.classify.prompts import Example, Prompt, Prompts, as_prompts, bound, check_prompts, common_lm
 from backprompt.classify.weighing import Floats
 from backprompt.errors import EmptyTextError
+from backprompt.evaluation.behind import Behind
 from backprompt.lm import LM
 from backprompt.progress import Bar, check_show, is_wanted, showing
 from backprompt.session.text_scores import scores_behind
 from backprompt.text.node import Text
-from backprompt.tokens.graph import TokenIds
+from backprompt.tokens.graph import TokenIds, num_positions
 
 MIN_PROMPTS_FOR_A_BAR = 5
 TOKENS_AT_A_TIME = 1 << 20
@@ -161,27 +163,32 @@ class PromptsWithCompletions:
 
     def log_probs(self, show_progress_bar: bool | None) -> Iterator[list[Floats]]:
         """Yield, for each prompt, an array of token log-probabilities a completion."""
+        for block in self.scored(show_progress_bar):
+            stops = np.cumsum(block.completions.lengths)[:-1]
+            yield from (np.split(row, stops) for row in block.logprobs)
+
+    def scored(self, show_progress_bar: bool | None) -> Iterator[ScoredBlock]:
+        """Yield all prompts in order, neighbours with common completions together."""
         with self.bar(show_progress_bar) as bar:
-            for rows in self._scored():
-                bar.update()
-                yield rows
+            for prompt_idxs in self._slices():
+                for block in self._score(prompt_idxs):
+                    bar.update(len(block.prompt_idxs))
+                    yield block
 
     def bar(self, show: bool | None) -> Any:
         """Return a progress bar over the prompts; by default it shows on long work only."""
         is_shown = is_wanted(show, is_long=len(self.prompts) >= MIN_PROMPTS_FOR_A_BAR)
         return Bar(total=len(self.prompts), desc="prompts", disable=not is_shown)
 
-    def behind(self, prompt_idx: int, token_ids: tuple[int, ...]) -> Text:
-        """Return a prompt with ids behind it."""
-        prompt_ids = self.prompt_ids[prompt_idx]
-        if isinstance(prompt_ids, tuple):
-            return Text.from_tokens(prompt_ids + token_ids, self.lm)  # the prompt is not encoded again
-        return self.prompts[prompt_idx] + Text.from_tokens(token_ids, self.lm)
-
     def _check_lengths(self) -> None:
         """Raise for ids that the model lacks, a prompt without tokens, or too many of them with a completion."""
         distinct = dict.fromkeys(self.completions)
         all_ids = dict.fromkeys(ids for own in distinct for ids in own.token_ids)
+        lengths = [
+            num_positions(ids) + len(own.longest) for ids, own in zip(self.prompt_ids, self.completions, strict=True)
+        ]
+        if self.lm.session.limits.are_fine([*self.prompt_ids, *all_ids], lengths):
+            return
         self.lm.check([Text.from_tokens(ids, self.lm) for ids in all_ids])
         longest = {own: Text.from_tokens(own.longest, self.lm) for own in distinct}
         self.lm.check([prompt + longest[own] for prompt, own in zip(self.prompts, self.completions, strict=True)])
@@ -192,24 +199,44 @@ class PromptsWithCompletions:
                     "before it."
                 )
 
-    def _scored(self) -> Iterator[list[Floats]]:
+    def _slices(self) -> Iterator[range]:
+        """Yield the prompts that are scored together."""
         first, num_tokens = 0, 0
         for idx, (prompt_ids, completions) in enumerate(zip(self.prompt_ids, self.completions, strict=True)):
             num_tokens += (len(prompt_ids) + len(completions.longest)) * len(completions)
             if num_tokens >= TOKENS_AT_A_TIME or idx == len(self.prompts) - 1:
-                yield from self._score(range(first, idx + 1))
+                yield range(first, idx + 1)
                 first, num_tokens = idx + 1, 0
 
-    def _score(self, prompt_idxs: Sequence[int]) -> Iterator[list[Floats]]:
+    def _score(self, prompt_idxs: range) -> Iterator[ScoredBlock]:
         """Score some prompts' completions together."""
         with showing(False):  # there is a bar over the prompts
             found = scores_behind(
-                self.lm.session, [(self.prompt_ids[idx], self.completions[idx].token_ids) for idx in prompt_idxs]
+                self.lm.session, [Behind(self.prompt_ids[idx], self.completions[idx].shape) for idx in prompt_idxs]
             )
         together = found.scores.logprobs.cpu().double().numpy()  # one transfer
-        rows = iter(np.split(together, np.cumsum(found.lengths)[:-1]))
-        for idx in prompt_idxs:
-            yield [next(rows) for _ in self.completions[idx].strings]
+        start = 0
+        for completions, group in itertools.groupby(prompt_idxs, key=self.completions.__getitem__):
+            idxs = list(group)
+            stop = start + len(idxs) * completions.shape.num_scores
+            yield ScoredBlock(idxs, completions, together[start:stop].reshape(len(idxs), -1))
+            start = stop
+
+
+@dataclass(frozen=True)
+class ScoredBlock:
+    """Neighbouring prompts with common completions, scored.
+
+    Attributes:
+        prompt_idxs: the idx of each prompt.
+        completions: the common completions.
+        logprobs: the log-probabilities of the tokens of all completions behind each prompt, `(prompts, tokens)`.
+
+    """
+
+    prompt_idxs: Sequence[int]
+    completions: EncodedCompletions
+    logprobs: Floats
 
 
 def _examples_among(listed: Sequence[Any], completions: object, end_of_prompt: EndOfPrompt) -> list[Example]:

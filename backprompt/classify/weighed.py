@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import torch
 
 from backprompt.classify.completions import EncodedCompletions
 from backprompt.classify.discounts import discounts
@@ -25,6 +24,9 @@ from backprompt.classify.weighing import (
     log_of_prior,
 )
 from backprompt.errors import NonFiniteError
+from backprompt.progress import showing
+from backprompt.session.text_scores import scores_of_next
+from backprompt.tokens.graph import with_more
 
 NODES_AT_A_TIME = 32
 """Best-first search expands about this many nodes in one pass, if so many may still lead to the best completion: on
@@ -70,10 +72,16 @@ class WeighedCompletions:
 
     def weights(self) -> Iterator[Floats]:
         """Yield, for each prompt, the weight of each completion, `(completions,)`."""
-        scored = self.pairs.log_probs(self.show_progress_bar)
-        for weighing, own, rows in zip(self.weighings, self.pairs.completions, scored, strict=True):
-            weights = [finite_weight(weighing.weight(idx, row), own.strings[idx]) for idx, row in enumerate(rows)]
-            yield np.array(weights)
+        for block in self.pairs.scored(self.show_progress_bar):
+            own = block.completions
+            first = 0
+            for weighing, alike in itertools.groupby(block.prompt_idxs, key=self.weighings.__getitem__):
+                stop = first + len(list(alike))
+                weights = weighing.weights(own.lengths, block.logprobs[first:stop])
+                for idx in np.flatnonzero((weights == np.inf).any(axis=0)).tolist():
+                    finite_weight(np.inf, own.strings[idx])
+                yield from weights
+                first = stop
 
     def probabilities(self) -> Iterator[Floats]:
         """Yield, for each prompt, the probability of each completion, `(completions,)`."""
@@ -115,12 +123,13 @@ class WeighedCompletions:
 
     def _look_up(self, expanded: Sequence[Expanded]) -> None:
         """Tell searches the log-probabilities of all tokens that follow the nodes that they expand."""
-        following = self.pairs.lm.next_token_logprobs(
-            [self.pairs.behind(idx, node.token_ids) for idx, _, node in expanded],
-            [list(node.children) for _, _, node in expanded],
-            show_progress_bar=False,
-        )
-        logprobs = iter(torch.cat(following).tolist())
+        prompt_ids = self.pairs.prompt_ids
+        with showing(False):  # there is a bar over the prompts
+            following = scores_of_next(
+                self.pairs.lm.session,
+                [(with_more(prompt_ids[idx], node.token_ids), list(node.children)) for idx, _, node in expanded],
+            )
+        logprobs = iter(following.scores.logprobs.tolist())
         for _, search, node in expanded:
             search.tell(node, {token_id: next(logprobs) for token_id in node.children})
 

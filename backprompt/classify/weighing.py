@@ -57,6 +57,35 @@ class Weighing:
             weight -= self.neutral_weights[completion_idx]
         return float(weight + log_prior)
 
+    def weights(self, lengths: npt.NDArray[np.int64], logprobs: Floats) -> Floats:
+        """Return the weight of each completion behind each of some prompts, `(prompts, completions)`; see `weight`.
+
+        Args:
+            lengths: the number of tokens of each completion.
+            logprobs: the log-probabilities of the tokens of all completions, `(prompts, tokens)`.
+
+        """
+        found: Floats = np.empty((len(logprobs), len(lengths)))
+        starts = np.cumsum(lengths) - lengths
+        for length in np.unique(lengths):  # numpy adds the numbers of each row as it adds those of one completion
+            own = np.flatnonzero(lengths == length)
+            found[:, own] = self._weights(own, logprobs[:, starts[own, None] + np.arange(length)])
+        return found
+
+    def _weights(self, completion_idxs: npt.NDArray[np.int64], logprobs: Floats) -> Floats:
+        """Return the weights of completions of one length; `logprobs`: `(prompts, completions, tokens)`."""
+        log_prior = 0.0 if self.log_prior is None else np.asarray(self.log_prior)[completion_idxs]
+        is_excluded = (logprobs.min(axis=-1) == -np.inf) | (log_prior == -np.inf)
+        if is_excluded.any():
+            logprobs = np.where(is_excluded[..., None], 0.0, logprobs)
+        if self.discounts is not None:
+            logprobs = logprobs + np.stack([self.discounts[idx] for idx in completion_idxs])
+        weights: Floats = logprobs.mean(axis=-1) if self.aggregate == "mean" else logprobs.sum(axis=-1)
+        if self.neutral_weights is not None:
+            neutral = np.asarray(self.neutral_weights)[completion_idxs]
+            weights = np.subtract(weights, neutral, out=weights, where=weights > -np.inf)
+        return np.where(is_excluded, -np.inf, weights + log_prior)
+
     def probabilities(self, weights: Floats) -> Floats:
         """Return the probability of each completion, `(completions,)`: Bayes' rule, without underflow if normalized."""
         if not self.normalize:

@@ -85,7 +85,7 @@ class Sketch:
     """The held parts of texts.
 
     Args:
-        held: the inspected forest; nothing in it changes.
+        held: the inspected forest; nothing in it changes, except that fans on the way unfold.
         texts: the texts' token ids.
         archive: the store to ask for tokens that the forest does not hold; only its index is read.
         asides: other tokens to look up; texts are planned without them.
@@ -99,6 +99,7 @@ class Sketch:
         archive: Archive | None = None,
         asides: Iterable[Aside] = (),
     ) -> None:
+        self._held = held
         self.forest = Forest()
         self.forest.evaluation = held.evaluation
         self.texts = [Inserted(self.forest.insert(token_ids), token_ids) for token_ids in texts]
@@ -163,6 +164,7 @@ class Sketch:
         reached = self._reached.get(span.parent)
         part: Span | None = None
         while reached is not None and part is not span:
+            self._held.unfold(reached.span)
             following = reached.next(span.position, span.token_ids[0])
             if following is None:
                 return
@@ -245,6 +247,7 @@ def positions_of(held: Forest, runs: Iterable[tuple[int, ...]]) -> dict[tuple[in
     for run in dict.fromkeys(runs):
         by_first.setdefault(run[0], []).append(run)
     found: dict[tuple[int, ...], int] = {}
+    held.unfold_all()
     for span in held.spans():
         for idx, token_id in enumerate(span.token_ids):
             for run in by_first.get(token_id, ()):

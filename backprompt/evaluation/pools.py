@@ -1,16 +1,20 @@
 """Pools of results that no block holds: rows of logits, and scores of tokens that were not forwarded.
 
-Each pool keeps the most recently used results, by the end of their text, under a byte bound of its own.
+Each pool keeps the most recently used results, by the end of their text or by their fan, under a byte bound of its own.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from backprompt.evaluation.scores import TokenScore
+from backprompt.forest.fan import Fan
 from backprompt.forest.span import Span
 
 MAX_CANDIDATE_BYTES = 64 << 20
@@ -23,8 +27,12 @@ CANDIDATE_BYTES = 200
 """Bytes of an entry of a dict from int to `TokenScore`, all objects included, when the dict is half full."""
 
 
+MAX_LEAF_BYTES = 64 << 20
+"""Bound of the pool of scores of the leaves of fans."""
+
+
 class Pools:
-    """Both pools.
+    """All pools.
 
     Args:
         max_logit_bytes: the bound of the rows of logits.
@@ -34,21 +42,41 @@ class Pools:
     def __init__(self, max_logit_bytes: int) -> None:
         self.logits = LogitPool(max_logit_bytes)
         self.candidates = CandidatePool(MAX_CANDIDATE_BYTES)
+        self.leaves = LeafPool(MAX_LEAF_BYTES)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that both pools hold."""
-        return self.logits.num_bytes + self.candidates.num_bytes
+        """Bytes that all pools hold."""
+        return self.logits.num_bytes + self.candidates.num_bytes + self.leaves.num_bytes
+
+    def unfold(self, fan: Fan, spans: Sequence[Span]) -> None:
+        """Let the scores of a fan's leaves be found as candidates behind the spans that take its place."""
+        found = self.leaves.take(fan)
+        if found is None:
+            return
+        assert fan.parent is not None
+        shape = fan.shape
+        end_of = {piece.stop - 1: span for piece, span in zip(shape.rows.pieces, spans, strict=True)} | {-1: fan.parent}
+        by_end: dict[Span, dict[int, TokenScore]] = {}
+        leaves = (numbers[shape.num_rows :].tolist() for numbers in (shape.scores.parents, shape.scores.token_ids))
+        for row, token_id, logprob, is_argmax in zip(
+            *leaves, found.logprobs.tolist(), found.are_argmax.tolist(), strict=True
+        ):
+            by_end.setdefault(end_of[row], {})[token_id] = TokenScore(logprob, is_argmax)
+        for end, scores in by_end.items():
+            self.candidates.put(end, scores)
 
     def retain(self, spans: Container[Span]) -> None:
         """Drop the results behind all other spans, which the results would keep alive."""
         self.logits.retain(spans)
         self.candidates.retain(spans)
+        self.leaves.retain(spans)
 
     def clear(self) -> None:
         """Drop everything."""
         self.logits.clear()
         self.candidates.clear()
+        self.leaves.clear()
 
 
 class LogitPool:
@@ -123,6 +151,58 @@ class CandidatePool:
         """Drop those behind other spans than these, and count anew."""
         self._scores = OrderedDict((end, scores) for end, scores in self._scores.items() if end in spans)
         self.num_bytes = sum(map(_num_candidate_bytes, self._scores.values()))
+
+    def clear(self) -> None:
+        """Drop all of them."""
+        self._scores.clear()
+        self.num_bytes = 0
+
+
+class LeafScores(NamedTuple):
+    """The scores of a fan's leaves, on the CPU: log-probabilities, and whether each is an argmax, `(leaves,)` each."""
+
+    logprobs: npt.NDArray[np.float64]
+    are_argmax: npt.NDArray[np.bool_]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both."""
+        return self.logprobs.nbytes + self.are_argmax.nbytes
+
+
+class LeafPool:
+    """Scores of the leaves of fans: the latest used ones, under a bound of bytes of their own."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._scores: OrderedDict[Fan, LeafScores] = OrderedDict()
+
+    def get(self, fan: Fan) -> LeafScores | None:
+        """Return the scores of a fan's leaves, if they are here."""
+        found = self._scores.get(fan)
+        if found is not None:
+            self._scores.move_to_end(fan)
+        return found
+
+    def put(self, fan: Fan, scores: LeafScores) -> None:
+        """Keep the scores of a fan's leaves, dropping those of the least recently used fans over the bound."""
+        self.take(fan)
+        self._scores[fan] = scores
+        self.num_bytes += scores.num_bytes
+        while self.num_bytes > self.max_bytes:
+            self.take(next(iter(self._scores)))
+
+    def take(self, fan: Fan) -> LeafScores | None:
+        """Return the scores of a fan's leaves, if they are here, and keep them no longer."""
+        found = self._scores.pop(fan, None)
+        self.num_bytes -= 0 if found is None else found.num_bytes
+        return found
+
+    def retain(self, spans: Container[Span]) -> None:
+        """Drop those of other fans than these, and count anew."""
+        self._scores = OrderedDict((fan, scores) for fan, scores in self._scores.items() if fan in spans)
+        self.num_bytes = sum(scores.num_bytes for scores in self._scores.values())
 
     def clear(self) -> None:
         """Drop all of them."""

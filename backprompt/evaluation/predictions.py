@@ -8,9 +8,9 @@ states. The score of a *candidate*, a token that may follow a text and is not fo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,11 @@ from torch import Tensor
 
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
-from backprompt.logprobs import rated
 from backprompt.memory.blocks import States, states_of
 from backprompt.transfers import on_device
 
 Item = TypeVar("Item")
 Ints: TypeAlias = "npt.NDArray[np.int64]"
-
-LOG_SOFTMAX_BYTES = 4 << 20
 
 
 class NumberedRows:
@@ -113,27 +110,6 @@ class Targets:
     numbers: Ints
 
 
-@dataclass(frozen=True)
-class Rated:
-    """Tokens that were scored: their scores, and whether a distribution scored each, `(tokens,)`, on the device."""
-
-    scores: TokenScores
-    is_usable: Tensor
-
-    @classmethod
-    def concatenated(cls, parts: Sequence[Rated]) -> Rated:
-        """Return the tokens of all parts, one part behind the other."""
-        scores = TokenScores.concatenated([part.scores for part in parts])
-        return cls(scores, torch.cat([part.is_usable for part in parts]))
-
-    def on_host(self) -> npt.NDArray[Any]:
-        """Return log-probabilities, `is_argmax` and `is_usable` as numbers, `(3, tokens)`; the host waits once."""
-        logprobs = self.scores.logprobs
-        columns = [logprobs, self.scores.is_argmax.to(logprobs.dtype), self.is_usable.to(logprobs.dtype)]
-        found: npt.NDArray[Any] = torch.stack(columns).cpu().numpy()
-        return found
-
-
 class Predictions:
     """The tokens of one scoring that have no score yet. Each row that predicts some of them is computed once.
 
@@ -147,15 +123,17 @@ class Predictions:
 
     def __init__(self, rows: NumberedRows) -> None:
         self._rows = rows
-        self._token_ids: list[Ints] = []
-        self._numbers: list[Ints] = []
+        self._known_rows: list[tuple[Ints, Ints, Ints]] = []  # rows that predict, token ids, numbers
         self._branched: dict[Span, list[int]] = {}  # numbers of first tokens, by what they continue
         self._candidates: list[tuple[int, int, int]] = []  # the row, the id, the number
 
     def add_inner(self, token_ids: Iterable[int], numbers: Ints) -> None:
         """Add tokens that stand behind another one of their span."""
-        self._token_ids.append(np.fromiter(token_ids, dtype=np.int64, count=len(numbers)))
-        self._numbers.append(numbers)
+        self.add(numbers - 1, np.fromiter(token_ids, dtype=np.int64, count=len(numbers)), numbers)
+
+    def add(self, predicting: Ints, token_ids: Ints, numbers: Ints) -> None:
+        """Add tokens, each with the row that predicts it."""
+        self._known_rows.append((predicting, token_ids, numbers))
 
     def add_first(self, parent: Span, number: int) -> None:
         """Add the first token of a span that continues `parent`."""
@@ -186,10 +164,8 @@ class Predictions:
             for child in held_children(parent)
         ]
         singles = np.array([*self._candidates, *branches], dtype=np.int64).reshape(-1, 3)
-        inner = np.concatenate([*self._numbers, np.zeros(0, dtype=np.int64)])
-        predicting = np.concatenate([inner - 1, singles[:, 0]])
-        token_ids = np.concatenate([*self._token_ids, singles[:, 1]])
-        numbers = np.concatenate([inner, singles[:, 2]])
+        parts = [*self._known_rows, (singles[:, 0], singles[:, 1], singles[:, 2])]
+        predicting, token_ids, numbers = map(np.concatenate, zip(*parts, strict=True))
         is_new = ~np.append(self._rows.are_scored(), False)[np.maximum(numbers, -1)]  # the last is for candidates
         asked = list(itertools.chain.from_iterable(self._branched.values()))
         is_asked = np.ones(len(numbers), dtype=bool)
@@ -204,25 +180,6 @@ def ranges(starts: Ints, stops: Ints) -> Ints:
     ends = np.cumsum(lengths)
     numbers: Ints = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
     return numbers
-
-
-def rated_tokens(logits: Tensor, row_idx: Ints, token_ids: Ints) -> Rated:
-    """Return, for each token, `log_softmax(logits)[row_idx, token_id]`, and whether it is its row's argmax in float32.
-
-    The tokens are sorted by their rows. The CPU takes a few rows at a time: rows that fit the cache take a fifth of the
-    time that all rows at once take.
-    """
-    is_cpu = logits.device.type == "cpu"
-    num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1])) if is_cpu else logits.shape[0]
-    starts = range(0, logits.shape[0], num_rows)
-    bounds = np.searchsorted(row_idx, [*starts, logits.shape[0]]).tolist()
-    rows, tokens = on_device(np.stack([row_idx, token_ids]), logits.device)
-    found = []
-    for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
-        logprobs, is_usable, argmax = rated(logits[start : start + num_rows])
-        own, own_tokens = rows[first:last] - start, tokens[first:last]
-        found.append(Rated(TokenScores(logprobs[own, own_tokens], argmax[own] == own_tokens), is_usable[own]))
-    return Rated.concatenated(found) if len(found) > 1 else found[0]
 
 
 def is_scored(span: Span) -> bool:

@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from backprompt.evaluation.pools import CandidatePool
+from backprompt.evaluation.pools import LeafScores, Pools
 from backprompt.evaluation.predictions import Ints, NumberedRows, Predictions, held_child, ranges
 from backprompt.evaluation.scores import TokenScore, TokenScores
+from backprompt.forest.fan import Fan
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Inserted, Span
 from backprompt.tokens.graph import TokenGraph
-
-_NOT_YET = TokenScore(float("nan"), False)
 
 
 class Ready(NamedTuple):
@@ -38,27 +37,35 @@ class Reading:
 
     Args:
         forest: of the texts' spans.
-        pool: of candidates that were scored before.
+        pools: of candidates and leaves that were scored before.
 
     Attributes:
         rows: those in which scores of forwarded tokens lie.
 
     """
 
-    def __init__(self, forest: Forest, pool: CandidatePool) -> None:
+    def __init__(self, forest: Forest, pools: Pools) -> None:
         self._forest = forest
-        self._pool = pool
+        self._pools = pools
         self.rows = NumberedRows()
+        self._numbers: list[Ints] = []  # of all scores in order, up to the runs below
         self._starts: list[int] = []  # runs of numbers, one text behind the other
         self._stops: list[int] = []
         self._first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
+        self._fans: dict[Fan, int] = {}  # with the number of the first leaf's score
         self._candidates: dict[tuple[Span, int], int] = {}  # their numbers
         self._held: list[tuple[Span, int]] = []  # candidates that were forwarded: what they follow, their number
         self._missing: dict[int, tuple[Span, int]] = {}  # candidates to be scored, by their number
-        self._values: list[TokenScore] = []  # of the candidates -1, -2, ...
+        self._known: dict[int, TokenScore] = {}  # candidates that were scored before, by their number
+        self._num_candidates = 0  # with leaves; their numbers are -1, -2, ...
+        self._logprobs = np.zeros(0)  # of candidates, once all texts are added
+        self._are_argmax = np.zeros(0, dtype=bool)
 
-    def add(self, text: Ready) -> int:
-        """Add a text; return how many scores are read of it."""
+    def add(self, item: Ready | Fan) -> int:
+        """Add a text, or the completions of a fan; return how many scores are read of it."""
+        return self._add_fan(item) if isinstance(item, Fan) else self._add_text(item)
+
+    def _add_text(self, text: Ready) -> int:
         num_scores = len(text.candidates)
         for span, first_row in spans_from(self._forest, text.text, text.start):
             first, num_tokens = self.rows.first_of(span), len(span.token_ids)
@@ -72,6 +79,28 @@ class Reading:
             self._stops.append(number + 1)
         return num_scores
 
+    def _add_fan(self, fan: Fan) -> int:
+        shape = fan.shape
+        if fan not in self._fans:
+            self._fans[fan] = -1 - self._num_candidates
+            self._num_candidates += shape.num_leaves
+        self._end_runs()
+        self._numbers.append(self._numbers_in(fan)[shape.scores.index])
+        return shape.num_scores
+
+    def _end_runs(self) -> None:
+        """Add the numbers of the runs so far to those of all scores."""
+        if self._starts:
+            starts, stops = (np.array(bounds, dtype=np.int64) for bounds in (self._starts, self._stops))
+            self._numbers.append(ranges(starts, stops))
+            self._starts, self._stops = [], []
+
+    def _numbers_in(self, fan: Fan) -> Ints:
+        """Return the number of the score of each row of a fan, then of each leaf."""
+        first_row, first_leaf = self.rows.first_of(fan), self._fans[fan]
+        rows = np.arange(first_row, first_row + fan.shape.num_rows)
+        return np.concatenate([rows, np.arange(first_leaf, first_leaf - fan.shape.num_leaves, -1)])
+
     def add_ahead(self, text: Inserted) -> None:
         """Let a text be scored without being read."""
         for span, _ in spans_from(self._forest, text, 0):
@@ -79,13 +108,36 @@ class Reading:
 
     def predictions(self) -> Predictions:
         """Return what must be computed; scores that are known elsewhere are written to their rows."""
+        self._logprobs = np.full(self._num_candidates, np.nan)
+        self._are_argmax = np.zeros(self._num_candidates, dtype=bool)
+        for number, score in self._known.items():
+            self._logprobs[-1 - number], self._are_argmax[-1 - number] = score
         predictions = Predictions(self.rows)
         self._add_spans(predictions)
         for end, number in self._held:
             predictions.add_first(end, number)
         for number, (end, token_id) in self._missing.items():
             predictions.add_candidate(end, token_id, number)
+        for fan in self._fans:
+            self._add_tokens(fan, predictions)
         return predictions
+
+    def _add_tokens(self, fan: Fan, predictions: Predictions) -> None:
+        """Add the tokens of a fan to what must be computed, without leaves that were scored before."""
+        shape, parents, numbers = fan.shape, fan.shape.scores.parents, self._numbers_in(fan)
+        assert fan.parent is not None
+        predicting = np.where(parents < 0, self.rows.last_of(fan.parent), parents + self.rows.first_of(fan))
+        num_tokens = len(numbers)
+        known = self._pools.leaves.get(fan)
+        if known is not None:
+            self._logprobs[self._leaves_of(fan)], self._are_argmax[self._leaves_of(fan)] = known
+            num_tokens = shape.num_rows
+        predictions.add(predicting[:num_tokens], shape.scores.token_ids[:num_tokens], numbers[:num_tokens])
+
+    def _leaves_of(self, fan: Fan) -> slice:
+        """Return where the scores of a fan's leaves lie among those of the candidates."""
+        start = -1 - self._fans[fan]
+        return slice(start, start + fan.shape.num_leaves)
 
     def write(self, numbers: Ints, scores: TokenScores, on_host: npt.NDArray[Any]) -> None:
         """Write computed scores to where they are held, those of candidates into the pool as well.
@@ -94,28 +146,40 @@ class Reading:
         """
         self.rows.write(numbers, scores)
         is_candidate = numbers < 0
-        logprobs, is_argmax = on_host[:, is_candidate]
+        places = -1 - numbers[is_candidate]
+        self._logprobs[places], self._are_argmax[places] = on_host[:, is_candidate]
         by_end: dict[Span, dict[int, TokenScore]] = {}
-        values = map(TokenScore, logprobs.tolist(), is_argmax.astype(np.bool_).tolist())
-        for number, score in zip(numbers[is_candidate].tolist(), values, strict=True):
-            end, token_id = self._missing[number]
-            self._values[-1 - number] = score
-            by_end.setdefault(end, {})[token_id] = score
+        for place in places.tolist() if self._missing else ():
+            if (missing := self._missing.get(-1 - place)) is not None:
+                score = TokenScore(float(self._logprobs[place]), bool(self._are_argmax[place]))
+                by_end.setdefault(missing[0], {})[missing[1]] = score
         for end, own in by_end.items():
-            self._pool.put(end, own)
+            self._pools.candidates.put(end, own)
+
+    def keep_leaves(self) -> None:
+        """Keep the scores of all leaves in their pool; all of them are there."""
+        for fan in self._fans:
+            leaves = self._leaves_of(fan)
+            self._pools.leaves.put(fan, LeafScores(self._logprobs[leaves].copy(), self._are_argmax[leaves].copy()))
 
     def scores(self, dtype: torch.dtype, device: torch.device) -> TokenScores:
         """Return all scores, one text behind the other; log-probabilities in this dtype, on this device."""
-        numbers = ranges(np.array(self._starts, dtype=np.int64), np.array(self._stops, dtype=np.int64))
-        return self.rows.scores(numbers, TokenScores.of(self._values, dtype, device))
+        self._end_runs()
+        numbers = np.concatenate([*self._numbers, np.zeros(0, dtype=np.int64)])
+        candidates = TokenScores.of_arrays(self._logprobs, self._are_argmax, dtype, device)
+        return self.rows.scores(numbers, candidates)
 
-    def numbers_of(self, text: Ready) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
-        """Yield the number of each score of a text, and what returns the ids of all that stands before the token."""
-        for span, first_row in spans_from(self._forest, text.text, text.start):
+    def numbers_of(self, item: Ready | Fan) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
+        """Yield the number of each score of a text or a fan, and what returns the ids of all before the token."""
+        if isinstance(item, Fan):
+            for number, parent in zip(self._numbers_in(item).tolist(), item.shape.scores.parents, strict=True):
+                yield number, partial(_ids_in_fan, item, int(parent))
+            return
+        for span, first_row in spans_from(self._forest, item.text, item.start):
             for idx in range(first_row, len(span.token_ids)):
                 yield self.rows.first_of(span) + idx, partial(_ids_before, span, idx)
-        end = text.text.end
-        for token_id in text.candidates:
+        end = item.text.end
+        for token_id in item.candidates:
             yield self._number_of(end, token_id), partial(ids_up_to, end)
 
     def _want(self, span: Span, first_row: int) -> None:
@@ -126,16 +190,18 @@ class Reading:
     def _number_of(self, end: Span, token_id: int) -> int:
         number = self._candidates.get((end, token_id))
         if number is None:
-            pooled = self._pool.get(end).get(token_id)
+            pooled = self._pools.candidates.get(end).get(token_id)
             child = held_child(end, token_id) if pooled is None else None
             if child is not None:
                 number = self.rows.first_of(child)
                 self._held.append((end, number))
             else:
-                self._values.append(_NOT_YET if pooled is None else pooled)
-                number = -len(self._values)
+                self._num_candidates += 1
+                number = -self._num_candidates
                 if pooled is None:
                     self._missing[number] = (end, token_id)
+                else:
+                    self._known[number] = pooled
             self._candidates[end, token_id] = number
         return number
 
@@ -160,7 +226,7 @@ class Reading:
             assert span.parent is not None
             if not span.parent.token_ids:
                 unpredicted.append(number)
-            elif (pooled := self._pool.get(span.parent).get(span.token_ids[0])) is not None:
+            elif (pooled := self._pools.candidates.get(span.parent).get(span.token_ids[0])) is not None:
                 recalled[number] = pooled
             else:
                 predictions.add_first(span.parent, number)
@@ -193,6 +259,11 @@ def spans_from(forest: Forest, text: Inserted, start: int) -> list[tuple[Span, i
 def ids_up_to(end: Span) -> tuple[int, ...]:
     """Return the ids of the text that ends here, those of groups before it left out."""
     return tuple(token_id for span in end.path() for token_id in span.token_ids)
+
+
+def _ids_in_fan(fan: Fan, row: int) -> tuple[int, ...]:
+    assert fan.parent is not None
+    return ids_up_to(fan.parent) + fan.shape.ids_before(row)
 
 
 def _ids_before(span: Span, idx: int) -> tuple[int, ...]:

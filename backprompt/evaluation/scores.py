@@ -41,6 +41,17 @@ class TokenScores:
         """Return these as tensors on a device, log-probabilities in this dtype."""
         logprobs = np.array([score.logprob for score in scores], dtype=np.float64)
         is_argmax = np.array([score.is_argmax for score in scores], dtype=np.bool_)
+        return cls.of_arrays(logprobs, is_argmax, dtype, device)
+
+    @classmethod
+    def of_arrays(
+        cls,
+        logprobs: npt.NDArray[np.float64],
+        is_argmax: npt.NDArray[np.bool_],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> TokenScores:
+        """Return arrays, `(tokens,)` each, as tensors on a device, log-probabilities in this dtype."""
         narrow = logprobs if dtype == torch.float64 else logprobs.astype(np.float32)
         return cls(on_device(narrow, device), on_device(is_argmax, device))
 

@@ -15,10 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from backprompt.evaluation.behind import Behind, placed_behind
 from backprompt.evaluation.computation import Computation, Request
-from backprompt.evaluation.predictions import NumberedRows, Rated, ranges, rated_tokens
+from backprompt.evaluation.predictions import NumberedRows, Targets, ranges
+from backprompt.evaluation.rating import Rated, rated_tokens
 from backprompt.evaluation.reading import Reading, Ready
 from backprompt.evaluation.scores import TokenScore, TokenScores
+from backprompt.forest.fan import Fan
 from backprompt.forest.span import Inserted, Span
 from backprompt.logprobs import are_distributions
 from backprompt.progress import progress_bar
@@ -88,7 +91,6 @@ class Scoring:
 
     def __init__(self, computation: Computation) -> None:
         self._computation = computation
-        self._pool = computation.pools.candidates
 
     def token_scores(
         self, texts: Iterable[TokenIds], starts: Iterable[int], are_computed: Iterable[bool]
@@ -110,33 +112,56 @@ class Scoring:
             NonFiniteError: a row that predicts a wanted token is no distribution.
 
         """
-        parts: list[tuple[Sequence[int], ScoredTexts]] = []
         with self._computation.inserted([text.token_ids for text in wanted]) as ends:
-            waiting: dict[Span, list[int]] = {}
-            for idx, end in enumerate(ends):
-                waiting.setdefault(end, []).append(idx)
-            arrived = [end for end in waiting if end.is_held()]
+            texts = []
+            for end, (token_ids, start, candidates) in zip(ends, wanted, strict=True):
+                if candidates:
+                    self._computation.forest.unfold(end)
+                texts.append(Ready(Inserted(end, token_ids), start, candidates))
+            return self._computed(texts, ends)
 
-            def collect() -> None:
-                """Read off what is there, before any of it is dropped."""
-                ready = sorted(itertools.chain.from_iterable(waiting.pop(end) for end in arrived))
-                arrived.clear()
-                if parts and not ready:
-                    return
-                texts = [Ready(Inserted(ends[idx], wanted[idx].token_ids), *wanted[idx][1:]) for idx in ready]
-                parts.append((ready, self.read(texts)))
+    def behind(self, prompts: Sequence[Behind]) -> ScoredTexts:
+        """Evaluate completions behind prompts, and score their tokens: of each prompt those of all its completions.
 
-            self._computation.compute(ends, Request(before_eviction=collect, arrived=arrived))
-            collect()
+        Raises:
+            NonFiniteError: a row that predicts a token is no distribution.
+
+        """
+        with self._computation.inserted([prompt for prompt, _ in prompts]) as ends:
+            placed = placed_behind(self._computation, prompts, ends)
+            items = [item for found in placed for item in ([found] if isinstance(found, Fan) else found)]
+            item_ends = [item if isinstance(item, Fan) else item.text.end for item in items]
+            self._computation.memory.touch(item_ends)
+            scores = self._computed(items, item_ends).scores
+        return ScoredTexts(scores, [shape.num_scores for _, shape in prompts])
+
+    def _computed(self, items: Sequence[Ready | Fan], ends: Sequence[Span]) -> ScoredTexts:
+        """Compute what is inserted and ends here, and score it."""
+        parts: list[tuple[Sequence[int], ScoredTexts]] = []
+        waiting: dict[Span, list[int]] = {}
+        for idx, end in enumerate(ends):
+            waiting.setdefault(end, []).append(idx)
+        arrived = [end for end in waiting if end.is_held()]
+
+        def collect() -> None:
+            """Read off what is there, before any of it is dropped."""
+            ready = sorted(itertools.chain.from_iterable(waiting.pop(end) for end in arrived))
+            arrived.clear()
+            if parts and not ready:
+                return
+            parts.append((ready, self.read([items[idx] for idx in ready])))
+
+        self._computation.compute(ends, Request(before_eviction=collect, arrived=arrived))
+        collect()
         return ScoredTexts.in_order(parts)
 
-    def read(self, texts: Sequence[Ready], ahead: Iterable[Inserted] = ()) -> ScoredTexts:
-        """Return the wanted scores of held texts; those that are not there yet are computed.
+    def read(self, items: Sequence[Ready | Fan], ahead: Iterable[Inserted] = ()) -> ScoredTexts:
+        """Return the wanted scores of held texts and fans; those that are not there yet are computed.
 
         Each row that predicts several tokens is computed once, and none that predicts only tokens before the starts.
 
         Args:
-            texts: the texts.
+            items: the texts and fans.
             ahead: other texts to be scored along with them.
 
         Raises:
@@ -144,13 +169,14 @@ class Scoring:
                 stay unscored.
 
         """
-        reading = Reading(self._computation.forest, self._pool)
-        lengths = [reading.add(text) for text in texts]
+        reading = Reading(self._computation.forest, self._computation.pools)
+        lengths = [reading.add(item) for item in items]
         for text in ahead:
             reading.add_ahead(text)
         unusable = self._compute(reading)
         if unusable:
-            self._check_wanted(reading, texts, unusable)
+            self._check_wanted(reading, items, unusable)
+        reading.keep_leaves()
         executor = self._computation.executor
         return ScoredTexts(reading.scores(executor.logprob_dtype, executor.device), lengths)
 
@@ -164,17 +190,27 @@ class Scoring:
     def _compute(self, reading: Reading) -> dict[int, int]:
         """Compute the scores that are not there yet; the host waits for the device once.
 
+        An interrupt or an error keeps the scores of the slices before it.
+
         Returns:
             The numbers of the rows that are no distribution, by the numbers of the scores that they should have given.
 
         """
         parts = reading.predictions().slices(self._computation.executor.rows_in_a_slice)
         with progress_bar(sum(len(part.rows) for part in parts), "scoring", "tokens", is_long=len(parts) > 1) as bar:
-            found = []
-            for part in parts:
-                logits = self._computation.logits(reading.rows.hidden(part.rows))
-                found.append(rated_tokens(logits, part.row_idx, part.token_ids))
-                bar.update(len(part.rows))
+            found: list[Rated] = []
+            try:
+                for part in parts:
+                    logits = self._computation.logits(reading.rows.hidden(part.rows))
+                    found.append(rated_tokens(logits, part.row_idx, part.token_ids))
+                    bar.update(len(part.rows))
+            except BaseException:
+                self._write(reading, parts[: len(found)], found)
+                raise
+        return self._write(reading, parts, found)
+
+    def _write(self, reading: Reading, parts: Sequence[Targets], found: Sequence[Rated]) -> dict[int, int]:
+        """Write what was found of each part; see `_compute`."""
         if not found:
             return {}
         scores, numbers = Rated.concatenated(found), np.concatenate([part.numbers for part in parts])
@@ -188,11 +224,11 @@ class Scoring:
         rows = np.concatenate([part.rows[part.row_idx] for part in parts])
         return dict(zip(numbers[~is_usable].tolist(), rows[~is_usable].tolist(), strict=True))
 
-    def _check_wanted(self, reading: Reading, texts: Iterable[Ready], unusable: Mapping[int, int]) -> None:
-        """Raise if a wanted token of the texts, or a candidate, was to be scored by the logits of an `unusable` row."""
+    def _check_wanted(self, reading: Reading, items: Iterable[Ready | Fan], unusable: Mapping[int, int]) -> None:
+        """Raise if a wanted token, or a candidate, was to be scored by the logits of an `unusable` row."""
         executor = self._computation.executor
-        for text in texts:
-            for number, ids_before in reading.numbers_of(text):
+        for item in items:
+            for number, ids_before in reading.numbers_of(item):
                 if number in unusable:
                     hidden = reading.rows.hidden(np.array([unusable[number]]))
                     raise executor.logits_error(executor.logits(hidden)[0], ids_before())

@@ -11,12 +11,30 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from backprompt.forest.span import NO_CHILDREN, BranchEnd, Inserted, Junction, JunctionKey, Rows, Span, child_key
+from backprompt.forest.fan import Fan, Shape
+from backprompt.forest.span import (
+    FAN,
+    KINDS,
+    NO_CHILDREN,
+    POOLS,
+    BranchEnd,
+    Inserted,
+    Junction,
+    JunctionKey,
+    Kind,
+    Pool,
+    Rows,
+    Span,
+    child_key,
+)
 from backprompt.tokens.graph import TokenGraph, TokenIds, common_length, fold
 
 
 class Forest:
     """All spans, under one empty root.
+
+    Args:
+        on_unfold: called with each fan that unfolds, and with the spans that take its place.
 
     Attributes:
         root: the empty span that texts begin behind.
@@ -28,8 +46,9 @@ class Forest:
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_unfold: Callable[[Fan, Sequence[Span]], None] = lambda fan, spans: None) -> None:
         self.root = Span((), 0, None)
+        self._on_unfold = on_unfold
         self.evaluation = 0
         self.is_whole = True
         self.next_step: object = None
@@ -97,6 +116,8 @@ class Forest:
         """Return the span that ends where `ids` end; they follow `span`, and the first of them is at `position`."""
         num_matched = 0
         while num_matched < len(ids):
+            if FAN in span.children:
+                self.unfold(span)
             key = child_key(span, position + num_matched, ids[num_matched])
             child = span.children.get(key)
             if child is None:
@@ -114,6 +135,7 @@ class Forest:
         branches = Counter(ends)
         for end, _ in ends:
             end.is_end = True
+        self.unfold(before)
         junction = before.junction(ends)
         if junction is None:
             junction = Junction(position, before, branches)
@@ -125,6 +147,8 @@ class Forest:
         ids = tuple(token_ids)
         span, num_matched = self.root, 0
         while num_matched < len(ids):
+            if FAN in span.children:
+                self.unfold(span)
             child = span.children.get(ids[num_matched])
             if child is None or not child.is_held(with_keys_values=True):
                 break
@@ -135,13 +159,50 @@ class Forest:
             span = child
         return num_matched
 
+    def fan(self, end: Span, shape: Shape) -> Fan | None:
+        """Return the fan of a shape behind a text; None if something else stands there."""
+        fan = end.children.get(FAN)
+        if isinstance(fan, Fan):
+            return fan if fan.shape.completions == shape.completions else None
+        if end.children:
+            return None
+        fan = Fan(shape, end)
+        end.add_child(FAN, fan)
+        return fan
+
+    def unfold(self, parent: Span) -> None:
+        """Replace the fan behind a span, if there is one, by ordinary spans with the same rows; nothing is copied."""
+        fan = parent.children.get(FAN)
+        if not isinstance(fan, Fan):
+            return
+        spans = fan.unfolded()
+        places: list[tuple[Span, Kind, Pool, Rows]] = []
+        for kind, pool in itertools.product(KINDS, POOLS):
+            rest = fan.rows_in(kind, pool)
+            for span in spans if rest is not None else ():
+                assert rest is not None
+                own, rest = rest.split(len(span.token_ids))
+                places.append((span, kind, pool, own))
+        with self.changing():
+            for span in spans:
+                assert span.parent is not None
+                span.parent.add_child(span.token_ids[0], span)
+            for span, kind, pool, rows in places:  # each after its parents, and its states first
+                span.move(kind, rows, pool)
+            self._on_unfold(fan, spans)
+            parent.remove_child(FAN)
+            fan.drop()
+
+    def unfold_all(self) -> None:
+        """Unfold all fans."""
+        for span in list(self.spans()):
+            self.unfold(span)
+
     def split(self, span: Span, num_tokens: int) -> Span:
         """Cut `span` after `num_tokens` and return the new upper part; `span` itself becomes the lower part."""
         assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
         upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
-        upper.was_computed, upper.is_stored, upper.error = span.was_computed, span.is_stored, span.error
-        upper.computed_in, upper.loaded_in = span.computed_in, span.loaded_in
-        upper.credit, upper.last_used = span.credit, span.last_used
+        upper.note_history_of(span)
         upper.add_child(span.token_ids[num_tokens], span)
         with self.changing():
             span.parent.add_child(child_key(span.parent, span.position, span.token_ids[0]), upper)

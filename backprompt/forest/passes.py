@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from backprompt.forest.fan import Fan
 from backprompt.forest.forest import Forest, depth_first
 from backprompt.forest.span import Span
 
@@ -109,7 +110,7 @@ def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> l
     """Group depth-first `spans` into passes of at most `max_tokens` tokens and about equal size.
 
     A span that does not fit is split in the forest. Splitting changes no result: the second part sees the first part's
-    keys like any ancestor's.
+    keys like any ancestor's. A fan is never split: a fan that does not fit begins the next pass.
     """
     num_tokens = num_tokens_of(spans)
     num_passes = -(-num_tokens // max_tokens)
@@ -119,7 +120,7 @@ def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> l
     num_current = 0
     for span in spans:
         while num_current + len(span.token_ids) > max_tokens:
-            room = target - num_current
+            room = 0 if isinstance(span, Fan) else target - num_current
             if room >= MIN_CUT_TOKENS or not current:
                 current.append(forest.split(span, room))
             passes.append(tuple(current))

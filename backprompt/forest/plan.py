@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from backprompt.forest.fan import Fan
 from backprompt.forest.span import Span
 
 TILE_TOKENS = 128
@@ -159,7 +160,7 @@ class Pass:
     @property
     def positions(self) -> list[int]:
         """The position of each token of the row in its own text."""
-        return [p for span in self.spans for p in range(span.position, span.position + len(span.token_ids))]
+        return [position for span in self.spans for position in span.positions]
 
     def calls(self, window: int | None, multiplications_a_pair: int) -> list[Call]:
         """Return the kernel calls of a layer, own calls first.
@@ -186,7 +187,8 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
     Junctions have no rows and are left out. Ancestors outside `spans` must be computed: an earlier pass, or an earlier
     evaluation, holds their keys.
     """
-    spans = [span for span in spans if span.token_ids]
+    laid_out = tuple(span for span in spans if span.token_ids)
+    spans = [part for span in laid_out for part in _parts(span, tile_tokens)]
     layout = _Layout(spans)
     own: list[KeySegment] = []
     reach: dict[tuple[Span, int], list[slice]] = {}  # ancestor, its count -> rows that see it
@@ -213,7 +215,15 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
             else:
                 slices.append(slice(start, stop))
         idx = next_idx
-    return Pass(tuple(spans), (*_merge_small(own, tile_tokens), *_cross_segments(reach, layout)))
+    return Pass(laid_out, (*_merge_small(own, tile_tokens), *_cross_segments(reach, layout)))
+
+
+def _parts(span: Span, tile_tokens: int) -> Sequence[Span]:
+    """Return the spans that a fan unfolds into if it is too large for a tile, in the order of its rows; else the span.
+
+    The fan itself stays as it is.
+    """
+    return span.unfolded() if isinstance(span, Fan) and len(span.token_ids) > tile_tokens else (span,)
 
 
 class _Layout:
@@ -262,15 +272,21 @@ class _Layout:
         A chain has no gaps of positions, so a window covers as many rows as positions.
         """
         inner = [self.spans[i] for i in range(idx + 1, end)]
-        if all(span.parent is before for span, before in zip(inner, self.spans[idx:end], strict=False)) and not any(
-            span.begins_chain for span in inner
+        has_fan = any(isinstance(self.spans[i], Fan) for i in range(idx, end))
+        if (
+            not has_fan
+            and all(span.parent is before for span, before in zip(inner, self.spans[idx:end], strict=False))
+            and not any(span.begins_chain for span in inner)
         ):
             return None
-        return tuple(
-            self.starts[self.subtree_ends[i]]
-            for i in range(idx, end)
-            for _ in range(self.starts[i], self.starts[i + 1])
-        )
+        until: list[int] = []
+        for i in range(idx, end):
+            span, start = self.spans[i], self.starts[i]
+            if isinstance(span, Fan):
+                until += (start + row for row in span.shape.rows.until)
+            else:
+                until += [self.starts[self.subtree_ends[i]]] * len(span.token_ids)
+        return tuple(until)
 
 
 def _merge_small(own: Sequence[KeySegment], tile_tokens: int) -> list[KeySegment]:

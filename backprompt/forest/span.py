@@ -65,7 +65,13 @@ class JunctionKey:
         return cls(frozenset(Counter(ends).items()))
 
 
-ChildKey: TypeAlias = "int | LaterKey | JunctionKey"
+class FanKey:
+    """The key of a fan (fan.py), which is the only child of its parent."""
+
+
+FAN = FanKey()
+
+ChildKey: TypeAlias = "int | LaterKey | JunctionKey | FanKey"
 """The key of a span among its parent's children; for most spans the first token."""
 
 
@@ -115,7 +121,9 @@ Kind: TypeAlias = Literal["states", "keys_values"]
 KINDS: tuple[Kind, ...] = ("states", "keys_values")
 
 Pool: TypeAlias = Literal["device", "host"]
-"""The two pools of memory for the data of spans."""
+"""The two pools of memory for the data of spans; `POOLS`: both."""
+
+POOLS: tuple[Pool, ...] = ("device", "host")
 
 _SLOTS: Mapping[tuple[Kind, Pool], str] = {
     ("states", "device"): "states",
@@ -221,6 +229,11 @@ class Span:
         return self.position + len(self.token_ids)
 
     @property
+    def positions(self) -> Sequence[int]:
+        """The position of each of its tokens."""
+        return range(self.position, self.stop)
+
+    @property
     def parents(self) -> Sequence[Span]:
         """The spans that must be held for this span to be held; the root has none."""
         return () if self.parent is None else (self.parent,)
@@ -314,10 +327,13 @@ class Span:
         """Set one of the places; the block and the parents learn of it."""
         before: Rows | None = getattr(self, slot)
         setattr(self, slot, rows)
-        if before is not None and before.block is not None:
-            before.block.release(self, before.stop - before.start)
-        if rows is not None and rows.block is not None:
-            rows.block.take(self, rows.stop - rows.start)
+        old, new = None if before is None else before.block, None if rows is None else rows.block
+        num_before = 0 if before is None else before.stop - before.start
+        num_rows = 0 if rows is None else rows.stop - rows.start
+        if old is not None and old is not new:
+            old.release(self, num_before)
+        if new is not None:
+            new.take(self, num_rows - num_before if old is new else num_rows)
         if (before is None) != (rows is None):
             below, change = _BELOW[slot], 1 if before is None else -1
             for parent in self.parents:
@@ -341,6 +357,12 @@ class Span:
         for slot, below in _BELOW.items():
             if getattr(self, slot) is not None:
                 setattr(parent, below, getattr(parent, below) + 1)
+
+    def note_history_of(self, other: Span) -> None:
+        """Take over whether and when another span was computed, stored and used."""
+        self.was_computed, self.is_stored, self.error = other.was_computed, other.is_stored, other.error
+        self.computed_in, self.loaded_in = other.computed_in, other.loaded_in
+        self.credit, self.last_used = other.credit, other.last_used
 
     def num_bytes(self, pool: Pool) -> int:
         """Return the bytes of all data in a pool."""

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -28,13 +29,16 @@ from backprompt.arguments import as_bool, as_int, check_encodable
 from backprompt.bound import as_lm
 from backprompt.classify.scoring import TOKENS_AT_A_TIME
 from backprompt.errors import GenerationError
+from backprompt.evaluation.behind import Behind
+from backprompt.forest.fan import Shape
 from backprompt.generation.decoding import Decoding
 from backprompt.generation.options import SAMPLING_FIELDS
 from backprompt.generation.run import Run, run_with_bar
 from backprompt.generation.stops import StopStrings, missing_characters
 from backprompt.lm import LM
 from backprompt.loading import load
-from backprompt.progress import Bar
+from backprompt.progress import Bar, showing
+from backprompt.session.text_scores import scores_of_ids, token_scores
 from backprompt.text.node import Text
 from backprompt.tokens.tokenizer import Speller
 
@@ -363,15 +367,19 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
     def _score(self, continuations: Sequence[_Continuation]) -> Iterator[tuple[float, bool]]:
         """Yield each continuation's sum of log-probabilities, and whether it is the greedy one; all are one forest."""
-        texts = [Text.from_tokens(continuation.token_ids, self.lm) for continuation in continuations]
-        scores = self.lm.token_scores(
-            texts, [continuation.start for continuation in continuations], show_progress_bar=False
+        session = self.lm.session
+        with showing(False):  # there is a bar over the requests
+            found = scores_of_ids(session, _behind_contexts(continuations))
+            if found is None:
+                texts = [Text.from_tokens(continuation.token_ids, self.lm) for continuation in continuations]
+                found = token_scores(session, texts, [continuation.start for continuation in continuations])
+        lengths = np.array(found.lengths, dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        logprobs = found.scores.logprobs.double().cpu().numpy()
+        is_argmax = found.scores.is_argmax.cpu().numpy()
+        yield from zip(
+            np.add.reduceat(logprobs, starts).tolist(), np.logical_and.reduceat(is_argmax, starts).tolist(), strict=True
         )
-        num_scored = [len(score.logprobs) for score in scores]
-        logprobs = torch.split(torch.cat([score.logprobs for score in scores]).double().cpu(), num_scored)
-        is_argmax = torch.split(torch.cat([score.is_argmax for score in scores]).cpu(), num_scored)
-        for own_logprobs, own_is_argmax in zip(logprobs, is_argmax, strict=True):
-            yield float(own_logprobs.sum()), bool(own_is_argmax.all())
 
 
 @dataclass(frozen=True)
@@ -383,6 +391,16 @@ class _Continuation:
 
     token_ids: tuple[int, ...]
     start: int
+
+
+def _behind_contexts(continuations: Sequence[_Continuation]) -> list[Behind]:
+    """Return continuations in their order, those of neighbours with the same context together."""
+    shapes: dict[tuple[tuple[int, ...], ...], Shape] = {}
+    behind: list[Behind] = []
+    for context, own in itertools.groupby(continuations, key=lambda of: of.token_ids[: of.start]):
+        completions = tuple(continuation.token_ids[continuation.start :] for continuation in own)
+        behind.append(Behind(context, shapes.setdefault(completions, Shape(completions))))
+    return behind
 
 
 def _slices(continuations: Sequence[_Continuation]) -> Iterator[list[int]]:

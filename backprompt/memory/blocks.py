@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
+from backprompt.memory.location import Location
 from backprompt.transfers import on_device
 
 if TYPE_CHECKING:
@@ -64,24 +65,17 @@ def layer_names(layer_idx: int) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Location:
-    """The place where tensors are made: a device and, for the CPU, whether memory is pinned (page-locked)."""
+class Watch:
+    """Changes of a tier's blocks that the tier looks at from time to time.
 
-    device: torch.device
-    is_pinned: bool = False
+    Attributes:
+        takers: spans that have begun to hold rows.
+        loose: blocks in use with rows that no span holds any more.
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> Location:
-        """Return the location of a tensor."""
-        return cls(tensor.device, tensor.is_pinned())
+    """
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a new tensor here, with arbitrary content."""
-        return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.is_pinned)
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """Return a copy here; the copy is complete on return."""
-        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+    takers: dict[Span, None] = field(default_factory=dict)
+    loose: set[Block] = field(default_factory=set)
 
 
 class Block(ABC):
@@ -92,7 +86,7 @@ class Block(ABC):
         row_bytes: bytes of a row.
         spans: the spans that hold rows of the block.
         num_held: the number of rows that they hold.
-        loose: the blocks, of the tier that counts this one, some rows of which no span holds.
+        watch: of the tier that counts the block.
 
     """
 
@@ -110,21 +104,25 @@ class Block(ABC):
         self.row_bytes = self.num_bytes // max(1, self.num_rows)
         self.spans: dict[Span, None] = {}
         self.num_held = 0
-        self.loose: set[Block] = set()
+        self.watch: Watch | None = None
 
     def take(self, span: Span, num_rows: int) -> None:
         """Note that a span holds rows of the block, and that so many more rows are held than before."""
         self.spans[span] = None
         self.num_held += num_rows
+        if self.watch is not None:
+            self.watch.takers[span] = None
 
     def release(self, span: Span, num_rows: int) -> None:
         """Note that a span does not hold its rows of the block any more."""
         self.spans.pop(span, None)
         self.num_held -= num_rows
+        if self.watch is None:
+            return
         if self.spans:
-            self.loose.add(self)
+            self.watch.loose.add(self)
         else:
-            self.loose.discard(self)  # the block may be freed
+            self.watch.loose.discard(self)  # the block may be freed
 
     @property
     def num_rows(self) -> int:
@@ -218,13 +216,24 @@ class KeysValues(Block):
         keys, values = layer_names(layer_idx)
         return self.tensors[keys][:, rows], self.tensors[values][:, rows]
 
+    def first_rows(self, num_rows: int) -> KeysValues:
+        """Return views of the first rows."""
+        return KeysValues({name: tensor[:, :num_rows] for name, tensor in self.tensors.items()})
+
+    def in_order(self) -> list[Tensor]:
+        """Return the keys and the values of each layer in turn."""
+        return [self.tensors[name] for idx in range(self.num_layers) for name in layer_names(idx)]
+
     def addresses(self) -> list[tuple[int, int, int]]:
         """Return, for each layer, the addresses of the first key and value and the stride between heads, in numbers.
 
         The rows of a head lie side by side. The addresses are valid until the block changes or moves.
         """
-        layers = [self.layer(layer_idx, slice(None)) for layer_idx in range(self.num_layers)]
-        return [(keys.data_ptr(), values.data_ptr(), keys.stride(0)) for keys, values in layers]
+        tensors = self.in_order()
+        return [
+            (keys.data_ptr(), values.data_ptr(), keys.stride(0))
+            for keys, values in zip(tensors[::2], tensors[1::2], strict=True)
+        ]
 
 
 class States(Block):

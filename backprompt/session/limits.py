@@ -42,11 +42,11 @@ class TextLimits:
 
     def check_all(self, texts: Sequence[Text], encoded: Sequence[TokenIds], lengths: Sequence[int]) -> None:
         """Raise for the first text that cannot be evaluated; see `check`. `lengths`: how many positions each takes."""
-        if not self._are_fine(encoded, lengths):
+        if not self.are_fine(encoded, lengths):
             for text, token_ids, length in zip(texts, encoded, lengths, strict=True):
                 self.check(text, token_ids, length)
 
-    def _are_fine(self, encoded: Sequence[TokenIds], lengths: Sequence[int]) -> bool:
+    def are_fine(self, encoded: Sequence[TokenIds], lengths: Sequence[int]) -> bool:
         """Return whether the extremes of all texts together show that each text can be evaluated."""
         all_ids = list(map(flat, encoded))
         if not all(all_ids):
@@ -106,9 +106,10 @@ class TextLimits:
             )
 
 
-def check_has_last_token(shown: str, token_ids: TokenIds) -> None:
-    """Raise GroupError for a text that ends in a group; the message shows the text as `shown`."""
+def check_has_last_token(text: Text | str, token_ids: TokenIds) -> None:
+    """Raise GroupError for a text that ends in a group; the message shows the text, or what a string says of it."""
     if ends_in_group(token_ids):
+        shown = text if isinstance(text, str) else repr(text)
         raise GroupError(
             f"{shown} ends in a group, so it has no last token, and nothing to predict the next one from. Add a "
             "segment behind the group: text + '...'."

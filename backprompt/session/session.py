@@ -32,10 +32,10 @@ from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
 from backprompt.forest.span import Inserted
 from backprompt.forking import watch_lm
-from backprompt.memory.blocks import Location
 from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
+from backprompt.memory.location import Location
 from backprompt.model.executor import Executor, plain_surroundings
 from backprompt.model.skeleton import model_device, unwrap
 from backprompt.session.evaluated import Batch, Evaluated
@@ -132,26 +132,25 @@ class Session:
             finally:
                 self._has_looked = had_looked
 
-    def current(self) -> Evaluator:
+    def current(self, *, with_weights: bool = True) -> Evaluator:
         """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held.
 
         The first call since the lock was taken looks at them, and `exclusive` looks again at the end of work.
+        `with_weights` False: only the tokenizer is looked at, which is enough to encode texts.
         """
-        self.current_encoder()
-        if not self._has_looked or self.evaluator.is_closed:
-            if self.fingerprint.has_changed() or self.evaluator.is_closed:
-                self._start_over(Fingerprint(self.model, self.fingerprint.tokenizer, self.store))
-            self._has_looked = True
+        tokenizer = self.fingerprint.tokenizer
+        has_to_look = not self._has_looked or self.evaluator.is_closed
+        if has_to_look and tokenizer.has_changed():
+            logger.info("The tokenizer has changed.")
+            self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
+        elif not with_weights:
+            return self.evaluator
+        elif has_to_look and (self.fingerprint.has_changed() or self.evaluator.is_closed):
+            self._start_over(Fingerprint(self.model, tokenizer, self.store))
+        self._has_looked = True
         self.evaluator.continuations.end_abandoned()
         self.evaluator.hold_pins()
         return self.evaluator
-
-    def current_encoder(self) -> Encoder:
-        """Return the encoder of the tokenizer as it is now, without a look at the weights; the lock must be held."""
-        if not self._has_looked and self.fingerprint.tokenizer.has_changed():
-            logger.info("The tokenizer has changed.")
-            self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
-        return self.encoder
 
     @contextmanager
     def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
@@ -234,7 +233,7 @@ class Session:
             self.current()
             found = self.ids_before_more(texts)
             for text, token_ids in zip(texts, found, strict=True):
-                check_has_last_token(repr(text), token_ids)
+                check_has_last_token(text, token_ids)
             return found
 
     def ids_to_continue(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:

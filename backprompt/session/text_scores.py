@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from backprompt.arguments import as_list, is_int
+from backprompt.evaluation.behind import Behind
 from backprompt.evaluation.scoring import ScoredTexts, Wanted
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
+from backprompt.session.shared_ends import scores_if_fine, scores_of_shared_ends
 from backprompt.text.node import Text, lazily
-from backprompt.tokens.graph import TokenIds, flat, is_beginning, with_more
+from backprompt.tokens.graph import TokenIds, flat, is_beginning
 
 
 def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
@@ -21,29 +23,45 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
     if len(given) != len(texts):
         raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start a text.")
     with session.exclusive():
+        session.current()
+        shared = scores_of_shared_ends(session, texts, given)
+        if shared is not None:
+            return shared
         first = _first_scored(session, texts, given)
         encoded = session.checked_ids(texts, first, is_scoring=True)
         return session.evaluator.scoring.token_scores(encoded, first, session.are_computed(texts))
 
 
-def scores_behind(session: Session, prompts: Iterable[tuple[TokenIds, Sequence[tuple[int, ...]]]]) -> ScoredTexts:
-    """Return the scores of ids behind prompts: of each prompt those of its continuations, each by itself.
+def scores_behind(session: Session, prompts: Sequence[Behind]) -> ScoredTexts:
+    """Return the scores of completions behind prompts, of each prompt those of all its completions, one tensor for all.
 
     Args:
         session: of the prompts.
-        prompts: the ids of each prompt (see `Session.prompt_ids`), and its continuations, none of them empty. The
-            caller has checked that they can be evaluated.
+        prompts: the ids of each prompt (see `Session.prompt_ids`), and its completions. The caller has checked that
+            they can be evaluated.
 
     """
     with session.exclusive():
         session.current()
-        wanted = [
-            Wanted(with_more(prompt, ids[:-1]), len(prompt), ids[-1:])
-            for prompt, continuations in prompts
-            for ids in continuations
-        ]
-        session.counters.tokens_requested += sum(len(text.token_ids) + 1 for text in wanted)
-        return session.evaluator.scoring.scored(wanted)
+        session.counters.tokens_requested += sum(
+            len(prompt) * len(shape.completions) + shape.num_scores for prompt, shape in prompts
+        )
+        return session.evaluator.scoring.behind(prompts)
+
+
+def scores_of_ids(session: Session, prompts: Sequence[Behind]) -> ScoredTexts | None:
+    """Return the scores of completions behind prompts, of each completion its own; None if one cannot be evaluated."""
+    with session.exclusive():
+        session.current()
+        return scores_if_fine(session, prompts)
+
+
+def scores_of_next(session: Session, texts: Sequence[tuple[TokenIds, Sequence[int]]]) -> ScoredTexts:
+    """Return the scores of tokens that may follow texts of ids; the caller has checked that they can be evaluated."""
+    with session.exclusive():
+        session.current()
+        session.counters.tokens_requested += sum(len(token_ids) for token_ids, _ in texts)
+        return session.evaluator.scoring.scored([Wanted(ids, len(ids), own) for ids, own in texts])
 
 
 def next_token_logprobs(
@@ -62,7 +80,7 @@ def next_token_logprobs(
     with session.exclusive():
         session.current()
         for text, encoded in zip(texts, session.encoder.encode(texts), strict=True):
-            check_has_last_token(repr(text), encoded)
+            check_has_last_token(text, encoded)
         limits = session.limits
         candidates = [tuple(map(limits.as_id, ids)) for ids in token_ids]
         wanted = [Wanted(ids, len(ids), own) for ids, own in zip(session.checked_ids(texts), candidates, strict=True)]

@@ -2,22 +2,29 @@
 
 Seconds are the processor's, which other processes on the machine do not stretch. Each workload begins with
 nothing computed and is held against a yardstick of the same run: a plain dictionary trie of
-the same token ids, built in Python. The model's own part stays in the figures: one layer, hidden size 32.
+the same token ids, built in Python. The model's own part stays in the seconds: one layer, hidden size 32. A second
+figure is without it (`ModelClock`).
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from backprompt import LM, Text, classify, evaluate, generate
+from backprompt.attention.calls import CallsAttention
+from backprompt.model.executor import Executor
 from benchmarks import workloads
 from benchmarks.machine import describe_machine
 from benchmarks.suite import Measured, Results, Say, Suite
@@ -37,7 +44,7 @@ class Line:
     """One workload.
 
     `per` says of what a figure is: "all", "text" or "step". `of_trie`: the same by the yardstick's seconds; None where
-    no trie is built, as for a step of generation.
+    no trie is built, as for a step of generation. `beside_model`: the seconds of the same run outside the model.
     """
 
     workload: str
@@ -45,6 +52,7 @@ class Line:
     seconds: float
     of_trie: float | None
     tokens_computed: int
+    beside_model: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,16 +66,30 @@ class Case:
     rounds: int = ROUNDS
 
 
+class Timed(NamedTuple):
+    """The seconds of some work, and those of them outside the model."""
+
+    seconds: float
+    beside_model: float
+
+
 class Rig:
-    """A tiny model and the tokenizer of all benchmarks."""
+    """A tiny model, the tokenizer of all benchmarks, and a clock that must run while work is timed."""
 
     def __init__(self) -> None:
+        self.clock = ModelClock()
         self.tokenizer: PreTrainedTokenizerFast = workloads.make_tokenizer()
         torch.manual_seed(workloads.SEED)
         size: dict[str, Any] = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 1024}
         config = GPT2Config(vocab_size=len(self.tokenizer), bos_token_id=0, eos_token_id=0, **size)
         self.model = GPT2LMHeadModel(config).eval()
         self.lm = self.make_lm()
+
+    def timed(self, work: Callable[[], object]) -> Timed:
+        """Do some work and return its seconds."""
+        before = self.clock.seconds
+        seconds = _cpu_seconds(work)
+        return Timed(seconds, seconds - (self.clock.seconds - before))
 
     def make_lm(self, **options: Any) -> LM:
         return LM(self.model, self.tokenizer, max_tokens_per_forward=8192, **options)
@@ -81,6 +103,64 @@ class Rig:
     def ids(self, strings: Iterable[str]) -> list[list[int]]:
         found: list[list[int]] = self.tokenizer(list(strings))["input_ids"]
         return found
+
+
+class ModelClock:
+    """Counts the seconds inside the model while the context lasts.
+
+    These are the seconds of the modules of body and head, and of the attention's kernel calls. The rest of attention
+    counts as beside the model: the plan of the calls, their masks, the joins of their results.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0  # of modules
+        self._is_inside = False
+        self._since = 0.0
+        self._undo = ExitStack()
+
+    def __enter__(self) -> ModelClock:
+        hooks = (
+            register_module_forward_pre_hook(lambda module, given: self._nest(1)),
+            register_module_forward_hook(lambda module, given, output: self._nest(-1), always_call=True),
+        )
+        for hook in hooks:
+            self._undo.callback(hook.remove)
+        attend, kernel_for = Executor.attend, CallsAttention.kernel_for
+        self._undo.enter_context(mock.patch.object(Executor, "attend", self._timed(attend, is_inside=False)))
+        self._undo.enter_context(
+            mock.patch.object(
+                CallsAttention, "kernel_for", lambda *given: self._timed(kernel_for(*given), is_inside=True)
+            )
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+    def _nest(self, by: int) -> None:
+        if {self._depth, self._depth + by} == {0, 1}:
+            self._go(is_inside=by > 0)
+        self._depth += by
+
+    def _timed(self, function: Callable[..., Any], *, is_inside: bool) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*given: Any, **keywords: Any) -> Any:
+            before = self._go(is_inside=is_inside)
+            try:
+                return function(*given, **keywords)
+            finally:
+                self._go(is_inside=before)
+
+        return timed
+
+    def _go(self, *, is_inside: bool) -> bool:
+        """Go inside or out; return where the clock was."""
+        now = time.process_time()
+        if self._is_inside:
+            self.seconds += now - self._since
+        before, self._is_inside, self._since = self._is_inside, is_inside, now
+        return before
 
 
 def trie_of(texts: Iterable[Sequence[int]]) -> dict[int, Any]:
@@ -206,19 +286,19 @@ def _generating(**options: Any) -> Any:
     def prepare(rig: Rig) -> tuple[Callable[[], object], list[list[int]]]:
         prompts = [prompt.string for prompt in workloads.classes(64, 2, shared_words=25).prompts]
 
-        def work() -> float:
-            seconds = []
+        def work() -> Timed:
+            runs = []
             for num_steps in (WARM_UP_STEPS, WARM_UP_STEPS + STEPS):
                 rig.lm.clear()
                 texts = [Text(prompt, rig.lm) for prompt in prompts]
-                seconds.append(
-                    _cpu_seconds(
+                runs.append(
+                    rig.timed(
                         lambda texts=texts, n=num_steps: generate(
                             texts, max_new_tokens=n, min_new_tokens=n, show_progress_bar=False, **options
                         )
                     )
                 )
-            return seconds[1] - seconds[0]
+            return Timed(*(long - short for short, long in zip(*runs, strict=True)))
 
         return work, []
 
@@ -258,9 +338,10 @@ class Host(Suite):
         try:
             rig = Rig()
             lines = []
-            for line in _measured(rig):
-                lines.append(line)
-                say(table_of([line]))
+            with rig.clock:
+                for line in _measured(rig):
+                    lines.append(line)
+                    say(table_of([line]))
             return Measured(lines, describe_machine(rig.lm))
         finally:
             torch.set_num_threads(num_threads)
@@ -272,39 +353,44 @@ class Host(Suite):
 def _measured(rig: Rig) -> Iterator[Line]:
     for case in CASES:
         work, ids = case.prepare(rig)
-        ours, tries = [], []
+        ours: list[Timed] = []
+        tries: list[float] = []
         num_computed = 0
         for _ in range(case.rounds + 1):  # the first warms up
             rig.lm.clear()
             gc.collect()
             before = rig.lm.stats.tokens_computed
             found: list[object] = []
-            seconds = _cpu_seconds(lambda work=work, found=found: found.append(work()))
-            ours.append(found[0] if isinstance(found[0], float) else seconds)
+            timed = rig.timed(lambda work=work, found=found: found.append(work()))
+            ours.append(found[0] if isinstance(found[0], Timed) else timed)
             num_computed = rig.lm.stats.tokens_computed - before
             tries.append(_cpu_seconds(lambda ids=ids: trie_of(ids)))
-        best = min(ours[1:])
+        best = min(ours[1:])  # by all seconds
         yield Line(
             workload=case.name,
             per=case.per,
-            seconds=best / case.num_parts,
-            of_trie=best / min(tries[1:]) if ids else None,
+            seconds=best.seconds / case.num_parts,
+            of_trie=best.seconds / min(tries[1:]) if ids else None,
             tokens_computed=num_computed,
+            beside_model=best.beside_model / case.num_parts,
         )
 
 
 def table_of(lines: list[Line]) -> str:
-    return markdown(
-        ["workload", "milliseconds", "of a dictionary trie"],
-        [
-            [
-                line.workload,
-                f"{milliseconds(line.seconds)}{'' if line.per == 'all' else f' a {line.per}'}",
-                "" if line.of_trie is None else f"{line.of_trie:.1f}",
-            ]
-            for line in lines
-        ],
-    )
+    headings = ["workload", "milliseconds", "of a dictionary trie"]
+    rows = [
+        [line.workload, _figure(line, line.seconds), "" if line.of_trie is None else f"{line.of_trie:.1f}"]
+        for line in lines
+    ]
+    if any(line.beside_model is not None for line in lines):
+        headings.insert(2, "beside the model")
+        for row, line in zip(rows, lines, strict=True):
+            row.insert(2, "" if line.beside_model is None else _figure(line, line.beside_model))
+    return markdown(headings, rows)
+
+
+def _figure(line: Line, seconds: float) -> str:
+    return f"{milliseconds(seconds)}{'' if line.per == 'all' else f' a {line.per}'}"
 
 
 SUITE = Host()
