@@ -25,7 +25,7 @@ def missing_spans(ends: Iterable[Span], *, with_keys_values: bool = False) -> li
     Texts that share nothing keep the given order. Of several children of one span, the child with the most tokens to
     compute comes first: it joins the causal run of its parent, and the small children lie side by side behind it.
     """
-    wanted: dict[Span, list[Span]] = {}  # the ends and all their ancestors, with their wanted children
+    wanted: dict[Span, None] = {}  # the ends and all their ancestors
     for end in ends:
         if end.is_held(with_keys_values=with_keys_values):
             continue
@@ -33,18 +33,19 @@ def missing_spans(ends: Iterable[Span], *, with_keys_values: bool = False) -> li
         while stack:
             span = stack.pop()
             if span not in wanted:
-                wanted[span] = []
+                wanted[span] = None
                 stack += span.parents
-    for span in list(wanted):
+    children: dict[Span, list[Span]] = {}  # the wanted children of spans that have any
+    for span in wanted:
         if span.parent is not None:
-            wanted[span.parent].append(span)
+            children.setdefault(span.parent, []).append(span)
     root = next((span for span in wanted if span.parent is None), None)
     if root is None:
         return []
-    num_missing = _num_missing(root, wanted)
+    num_missing = _num_missing(root, children)
 
-    def largest_first(span: Span) -> list[Span]:
-        following = wanted[span]
+    def largest_first(span: Span) -> Sequence[Span]:
+        following = children.get(span, ())
         # With junctions, keep the given order: the spans behind a junction come before the branches of others.
         if span is root or len(following) < 2 or not all(child.token_ids for child in following):
             return following
@@ -57,11 +58,11 @@ def _num_missing(root: Span, children: Mapping[Span, list[Span]]) -> dict[Span, 
     """Return, for each span, the number of tokens to compute in the span and its descendants."""
     top_down = [root]
     for span in top_down:
-        top_down += children[span]
+        top_down += children.get(span, ())
     num_missing: dict[Span, int] = {}
     for span in reversed(top_down):
         own = len(span.token_ids) if _is_missing(span) else 0
-        num_missing[span] = own + sum(map(num_missing.__getitem__, children[span]))
+        num_missing[span] = own + sum(map(num_missing.__getitem__, children.get(span, ())))
     return num_missing
 
 

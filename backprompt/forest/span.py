@@ -303,9 +303,13 @@ class Span:
     def place(self, *, keys_values: Rows | None = None, states: Rows | None = None) -> None:
         """Record new places on the device for the given data, and remove those in the second pool."""
         if states is not None:
-            self.move("states", states, "device")
+            self._put("states", states)
+            if self.host_states is not None:
+                self._put("host_states", None)
         if keys_values is not None:
-            self.move("keys_values", keys_values, "device")
+            self._put("keys_values", keys_values)
+            if self.host_keys_values is not None:
+                self._put("host_keys_values", None)
 
     def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
         """Record a new place in a pool for one kind of data, and remove that in the other pool."""

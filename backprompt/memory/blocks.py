@@ -108,10 +108,11 @@ class Block(ABC):
 
     def take(self, span: Span, num_rows: int) -> None:
         """Note that a span holds rows of the block, and that so many more rows are held than before."""
-        self.spans[span] = None
         self.num_held += num_rows
-        if self.watch is not None:
-            self.watch.takers[span] = None
+        if span not in self.spans:
+            self.spans[span] = None
+            if self.watch is not None:
+                self.watch.takers[span] = None
 
     def release(self, span: Span, num_rows: int) -> None:
         """Note that a span does not hold its rows of the block any more."""

@@ -130,6 +130,7 @@ class Tier:
 
     def compact(self) -> None:
         """Remove unused rows from blocks, and join small blocks if there are many."""
+        self.note(())
         loose = list(self._watch.loose)
         self._watch.loose.clear()
         for kind in reversed(KINDS):  # larger blocks first
@@ -141,6 +142,7 @@ class Tier:
             for kind in reversed(KINDS):
                 self.hold(kind, joined(self._rows_in(kind, small)))
             self._blocks.count(small)
+        self._watch.takers.clear()  # they hold the same rows as before
 
     def _rows_in(self, kind: Kind, blocks: Iterable[Block]) -> SpanRows:
         """Return all rows of one kind in these blocks that spans hold."""

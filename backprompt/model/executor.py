@@ -180,14 +180,14 @@ class Executor:
         keys_values, hidden = forwarded.keys_values, forwarded.hidden
         if not forwarded.is_finite:
             raise self._error_of(pass_, hidden)
-        new = [(span, rows) for span, rows in zip(pass_.spans, pass_.slices, strict=True) if not span.is_held()]
+        slices = pass_.slices
+        new = [(span, rows) for span, rows in zip(pass_.spans, slices, strict=True) if not span.is_held()]
         if len(new) == len(pass_.spans):
             states: States | None = States.of(hidden)
         else:
             states = States.of_rows(hidden, [rows for _, rows in new]) if new else None
         keys_values_of = {
-            span: BlockRows(keys_values, rows.start, rows.stop)
-            for span, rows in zip(pass_.spans, pass_.slices, strict=True)
+            span: BlockRows(keys_values, rows.start, rows.stop) for span, rows in zip(pass_.spans, slices, strict=True)
         }
         states_of: dict[Span, BlockRows[States]] = {}
         start = 0
