@@ -310,25 +310,25 @@ class LM(Engine[Text]):
         """
         texts = self._session.own_texts(texts)
         with self._session.exclusive():
-            self._session.current()
+            self._session.current(with_weights=False)
             return self._session.encoder.extents(texts)
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
         with self._session.exclusive():
-            self._session.current()
+            self._session.current(with_weights=False)
             return flat(self._session.encoder.encode([text])[0])
 
     def joins(self, text: Text) -> list[Join]:
         """Return the joins of a text that change tokens; see `Text.joins`."""
         with self._session.exclusive():
-            self._session.current()
+            self._session.current(with_weights=False)
             return self._session.encoder.joins(text)
 
     def string(self, text: Text) -> str:
         """Return the string of a text with segments of token ids; see `Text.string`."""
         with self._session.exclusive():
-            self._session.current()
+            self._session.current(with_weights=False)
             return self._session.encoder.string(text)
 
     def clear(self) -> None:

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from other_device import DEVICE as OTHER
-from other_device import OtherDevice, OtherGenerator
+from other_device import OtherDevice, OtherEvent, OtherGenerator
 
 NAME = os.environ.get("BACKPROMPT_TEST_DEVICE", "cpu")
 DEVICE = OTHER if NAME == "other" else torch.device(NAME)
 _other = None
 if NAME == "other":
     _other = OtherDevice().__enter__()
-    torch.Generator = OtherGenerator
+    torch.Event, torch.Generator = OtherEvent, OtherGenerator
     torch.mps.recommended_max_memory = lambda: 4 << 30
     torch.mps.current_allocated_memory = lambda: 0
 

@@ -30,6 +30,7 @@ _READS = {Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__
 _WITH_UNKNOWN_SIZE = {Tensor.nonzero, torch.nonzero, Tensor.masked_select, Tensor.equal, torch.equal, Tensor.unique}
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 _MOVES = {Tensor.to, Tensor.cpu}
+_ARRAYS = {Tensor.numpy, Tensor.__array__}
 
 
 class Elsewhere(Tensor):
@@ -64,6 +65,22 @@ class OtherGenerator(torch.Generator):
 
     def __new__(cls, device: object = None) -> OtherGenerator:
         return super().__new__(cls, "cpu")
+
+
+class OtherEvent:
+    """An event of the device, which has always happened."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+    def record(self, stream: object = None) -> None:
+        """Do nothing."""
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+    def query(self) -> bool:
+        return True
 
 
 class OtherDevice(TorchFunctionMode):
@@ -127,6 +144,8 @@ def _replaced(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Modu
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in _MOVES:
         return _moved(func, *args, **kwargs)
+    if func in _ARRAYS and _is_elsewhere(args[0]):
+        raise TypeError(f"can't convert {DEVICE} device type tensor to numpy.")
     given = tree_leaves((args, kwargs))
     is_there = _is_there(kwargs.get("device")) or ("device" not in kwargs and any(map(_is_elsewhere, given)))
     if func not in _INDEXING and func is not Tensor.copy_:

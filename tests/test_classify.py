@@ -153,7 +153,7 @@ def test_sentencepiece_puts_the_space_itself(model):
     (found,) = log_probs("hello (", ["a"], lm, end_of_prompt="")
     whole = Text("hello (a", lm)
     assert len(found) == 1
-    np.testing.assert_allclose(found, whole.token_logprobs[-1:].numpy(), rtol=0, atol=ATOL[torch.float32])
+    np.testing.assert_allclose(found, whole.token_logprobs[-1:].cpu().numpy(), rtol=0, atol=ATOL[torch.float32])
     assert Text("hello (", lm).select(["a", "b"], end_of_prompt="").tokens in (
         whole.tokens,
         Text("hello (b", lm).tokens,
@@ -172,7 +172,7 @@ def test_texts_with_groups_are_prompts(lm):
     (found,) = log_probs(text, ["sat"])
     ids = lm.tokenizer(" sat", add_special_tokens=False)["input_ids"]
     expected = (text + Text.from_tokens(ids, lm)).token_logprobs[-len(ids) :]
-    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found, expected.cpu().numpy(), rtol=0, atol=1e-6)
     with pytest.raises(GroupError, match="ends in a group"):
         log_probs(Text("See ", lm) + (Text("the cat") | "the mat"), ["sat"])
 

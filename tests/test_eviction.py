@@ -111,7 +111,7 @@ def test_what_a_dropped_text_continued_can_go(model, tokenizer, monkeypatch):
     evaluator, prompt = lm.session.evaluator, Text("The cat", lm)
     with plain_surroundings(evaluator.executor.device):
         (before,) = evaluator.evaluate([prompt.tokens])
-        ends = evaluator.continuations.grow([(*prompt.tokens, 5), (*prompt.tokens, 6)])
+        ends = evaluator.continuations.grow([(before, (5,)), (before, (6,))], list)
     with evaluator.holders.using(ends):
         evaluate(dogs)
     assert before.is_held(with_keys_values=True)

@@ -205,7 +205,7 @@ def test_what_is_evaluated_between_steps_leaves_nothing_behind(model, tokenizer)
         assert lm.stats.bytes_held <= 60 * 646
 
 
-@pytest.mark.parametrize(("name", "which"), [("absorb", 2), ("extend", 4)])
+@pytest.mark.parametrize(("name", "which"), [("make_room", 1), ("extend", 4)])
 def test_an_error_within_a_step_leaves_pins_as_they_were(lm, monkeypatch, name, which):
     growth = lm.session.evaluator.continuations.growth
     method, num_calls = getattr(growth, name), 0

@@ -12,7 +12,7 @@ import backprompt as bp
 from backprompt import LM, GroupError, Text, TextTooLongError, evaluate
 from backprompt.store import DiskStore, MemoryStore
 from comparing import assert_close
-from examples import up_to
+from quick import up_to
 from reference import masked_logits, masked_token_logprobs, plain_logits
 from tiny_models import FAMILIES
 

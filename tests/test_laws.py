@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from backprompt import LM, Text, evaluate
 from comparing import assert_close, assert_equals_plain, num_distinct
-from examples import up_to
+from quick import up_to
 from reference import plain_ids, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, build
 from tiny_tokenizers import TOKENIZERS

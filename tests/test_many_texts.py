@@ -1,6 +1,7 @@
 """Many texts in one call: the numbers of each by itself, and work on the host that does not grow with them."""
 
 import gc
+from collections import Counter
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from backprompt import LM, Text
 from backprompt.classify import log_probs
+from backprompt.model.weights import WeightsMonitor
+from backprompt.tokens.tokenizer import PrivateTokenizer
 from comparing import assert_close
 from operations import Operations
 from tiny_models import build
@@ -169,3 +172,29 @@ def test_nothing_is_read_twice():
     assert (lm.stats - before).logit_rows == (lm.stats - before).tokens_computed == 0
     assert num < 40, num
     assert all(a[1:].equal(b[1:]) for a, b in zip(first, lm.token_logprobs(texts), strict=True))
+
+
+def test_a_property_of_a_computed_text_takes_one_look_and_hardly_a_launch(monkeypatch):
+    """Tokens need no look at the weights."""
+    lm = LM(MODEL, TOKENIZER)
+    text = Text("The cat sat", lm)
+    expected = text.logits, text.token_logprobs, text.tokens
+    looks = Counter()
+    for of_type in (WeightsMonitor, PrivateTokenizer):
+
+        def counted(self, of_type=of_type, look=of_type.has_changed):
+            looks[of_type] += 1
+            return look(self)
+
+        monkeypatch.setattr(of_type, "has_changed", counted)
+    for name, before, num_looks, max_operations in (
+        ("logits", expected[0], 1, 12),
+        ("token_logprobs", expected[1], 1, 16),
+        ("tokens", expected[2], 0, 0),
+    ):
+        looks.clear()
+        with Operations(lm.session.evaluator.executor) as operations:
+            found = getattr(text, name)
+        assert (found == before) if name == "tokens" else torch.equal(found.nan_to_num(), before.nan_to_num())
+        assert looks == Counter({WeightsMonitor: num_looks, PrivateTokenizer: 1})
+        assert operations.num <= max_operations, name

@@ -16,7 +16,8 @@ from backprompt.memory.budget import default_host_bytes, default_max_bytes, pars
 from backprompt.memory.host import HostMemory
 from backprompt.store import DiskStore, MemoryStore
 from comparing import assert_close, assert_equals_plain, num_distinct
-from examples import up_to
+from devices import DEVICE
+from quick import up_to
 from ranking import compare_with_plain
 from reference import ids_for, plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES
@@ -270,7 +271,8 @@ def test_keys_and_values_go_first_and_results_stay(model, tokenizer):
     """A budget for all states and the keys of little more than one path: reading all results needs no forward."""
     lm = make_lm(model, tokenizer, 0)
     num_tokens = num_distinct(wide_forest(lm))
-    lm = LM(model, tokenizer, memory_bytes=num_tokens * STATE_BYTES + 80 * KEY_BYTES, max_tokens_per_forward=16)
+    memory_bytes = num_tokens * STATE_BYTES + 80 * KEY_BYTES
+    lm = LM(model, tokenizer, memory_bytes=memory_bytes, host_memory_bytes=0, max_tokens_per_forward=16)
     texts = wide_forest(lm)
     reprs = evaluate(texts)
     before = lm.stats
@@ -776,7 +778,7 @@ def test_texts_that_cannot_go_on_together_go_on_alone(model, tokenizer, monkeypa
 
 
 def test_the_second_pool_is_off_where_the_model_lies_in_host_memory(model, tokenizer):
-    assert LM(model, tokenizer).session.evaluator.host.max_bytes == 0
+    assert LM(FAMILIES["gpt2"]().cpu(), tokenizer).session.evaluator.host.max_bytes == 0
     assert default_host_bytes(torch.device("mps")) == 0
     assert 10**6 < default_host_bytes(torch.device("cuda")) < 10**13
     assert LM(model, tokenizer, host_memory_bytes="2 GB").session.evaluator.host.max_bytes == 2 * 10**9
@@ -920,7 +922,7 @@ def test_budgets_that_are_not(given_):
 
 
 def test_the_default_is_a_share_of_what_is_free(model, tokenizer):
-    default = default_max_bytes(torch.device("cpu"))
+    default = default_max_bytes(DEVICE)
     assert 10**6 < default < 10**13
     assert LM(model, tokenizer).session.evaluator.memory.max_bytes == pytest.approx(default, rel=0.5)
     with pytest.raises(ValueError, match="2 GB"):

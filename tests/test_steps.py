@@ -41,9 +41,12 @@ class Texts:
             self.growth.note_pass(self.ends)
             self.growth.absorb(self.ends, held=set(self.ends))
 
+    def to_come(self):
+        return [Span((0,), end.stop, end) for end in self.ends]
+
     def take_in(self, ends, token_ids):
         new = [Span((token_id,), end.stop, end) for end, token_id in zip(ends, token_ids, strict=True)]
-        self.growth.extend(ends, token_ids, keys_values_for(new), states_for(new))
+        self.growth.extend(ends, token_ids, range(len(ends)), keys_values_for(new), states_for(new))
 
 
 def rows_of(tokens, num_heads=4):
@@ -82,7 +85,7 @@ def test_a_step_attends_as_if_it_were_planned_from_nothing(
 ):
     """Some texts leave on the way."""
     texts = Texts(prompts)
-    steps = StepPlan(texts.ends, tile_tokens)
+    steps = StepPlan(texts.to_come(), tile_tokens)
     attention = CallsAttention()
     assert texts.growth.num_steps(texts.ends) == ROWS_AT_A_TIME
     prepared = attention.prepare(steps.pass_, ROWS_AT_A_TIME)
@@ -123,7 +126,7 @@ def test_a_step_attends_as_if_it_were_planned_from_nothing(
 @pytest.mark.parametrize("what", ["split", "moved", "grown"])
 def test_a_plan_is_not_used_where_keys_lie_elsewhere(what):
     texts = Texts(PROMPTS)
-    steps = StepPlan(texts.ends)
+    steps = StepPlan(texts.to_come())
     assert steps.is_current()
     end = texts.ends[1]
     if what == "split":
@@ -236,3 +239,59 @@ def test_what_a_step_in_place_leaves_is_what_evaluating_leaves(model, tokenizer)
     assert lm.stats.bytes_held == lm.session.evaluator.executor.token_bytes * sum(
         len(span.token_ids) for span in lm.session.evaluator.forest.spans()
     )
+
+
+@pytest.mark.parametrize(("num_texts", "num_samples"), [(7, 1), (1, 4)], ids=["join", "part"])
+def test_texts_that_join_and_samples_that_part_take_their_steps_in_place(
+    model, tokenizer, monkeypatch, num_texts, num_samples
+):
+    """Nothing is inserted but the prompts."""
+    monkeypatch.setattr("backprompt.generation.run.MAX_LIVE_TEXTS", 4)
+    texts = [f"{number} cats sat on" for number in range(num_texts)]
+    options = {"max_new_tokens": 12, "temperature": 0.3, "seed": 4, "eos_token_id": list(range(0, 320, 9))}
+    options["n"] = num_samples
+    together = LM(model, tokenizer)
+
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(together.session.evaluator.continuations, "grow", refuse)
+    found = generate([Text(text, together) for text in texts], **options)
+    assert len({len(sample.completion_tokens) for samples in found for sample in samples}) > 1
+    forest, token_bytes = together.session.evaluator.forest, together.session.evaluator.executor.token_bytes
+    assert together.stats.tokens_computed == sum(len(span.token_ids) for span in forest.spans())
+    assert together.stats.bytes_held == together.stats.tokens_computed * token_bytes
+    for text, samples in zip(texts, found, strict=True):
+        alone = generate(Text(text, LM(model, tokenizer)), **options)
+        for sample, expected in zip(samples, alone, strict=True):
+            assert sample.completion_tokens == expected.completion_tokens
+            assert_close(sample.completion_logprobs, expected.completion_logprobs)
+            assert_close(sample.token_logprobs, plain_token_logprobs(model, sample.tokens))
+
+
+@pytest.mark.parametrize("what", ["evaluated", "dropped", "pinned", "another generation"])
+def test_what_happens_between_steps_is_noticed(model, tokenizer, what):
+    """The step after it is made without what the step before has left, and right."""
+    lm = LM(model, tokenizer)
+    text = Text("The cat sat on", lm)
+    stream = text.stream(max_new_tokens=12)
+    for _ in range(5):
+        stream.run.step()
+    so_far = Text.from_tokens(stream.text.tokens[:-1], lm)
+    if what == "evaluated":
+        so_far.logits  # noqa: B018
+    elif what == "dropped":
+        lm.clear()
+    elif what == "pinned":
+        so_far.pin()
+    else:
+        other = text.stream(max_new_tokens=12)
+        for _ in range(8):
+            other.run.step()
+    list(stream)
+    assert stream.text.completion_tokens == plain_greedy(model, text.tokens, 12)
+    assert_close(stream.text.token_logprobs, plain_token_logprobs(model, stream.text.tokens))
+    if what in ("evaluated", "pinned"):
+        before = lm.stats.tokens_computed
+        assert so_far.logits.shape == (320,)
+        assert lm.stats.tokens_computed == before

@@ -34,7 +34,7 @@ from backprompt.errors import (
 )
 from backprompt.store import DiskStore, Entry, Match
 from backprompt.store.file import to_pieces
-from examples import up_to
+from quick import up_to
 from stores import assert_same, change_index, file_of, make_entry
 from threads import in_threads, within
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from backprompt.forest.span import KINDS
 from backprompt.memory import tier
+from backprompt.memory.blocks import BlockRows
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.memory.tier import Tier
 from backprompt.tokens.graph import TokenBranch, TokenGraph, TokenGroup
@@ -149,6 +150,24 @@ def test_compacting_keeps_the_rows_that_are_held(held):
     device.compact()
     assert device.num_bytes == 7 * TOKEN_BYTES
     assert_right([spans[0], spans[2]])
+
+
+def test_compacting_takes_the_room_behind_the_only_span_of_a_block_that_grows():
+    forest, (end,) = inserted((1, 2, 3))
+    device = Tier(10_000, "device", first_to_last(3))
+    blocks = compute([end])
+    first, second = forest.split(end, 1), end
+    forest.split(end, 1)
+    for block, kind in zip(blocks, KINDS, strict=True):
+        first.place(**{kind: BlockRows(block, 0, 1)})
+        second.let_go(kind, "device")
+        second.parent.let_go(kind, "device")
+    device.add(blocks)
+    for block, kind in zip(blocks, KINDS, strict=True):
+        first.place(**{kind: BlockRows(block, 0, 2)})  # as if the span had taken in a token
+    device.compact()
+    assert device.num_bytes == 2 * TOKEN_BYTES
+    assert [block.num_held for block in blocks] == [2, 2]
 
 
 def test_small_blocks_become_one_where_they_are_many(monkeypatch):

@@ -26,8 +26,8 @@ from backprompt.forest.plan import KeySegment
 from backprompt.memory.blocks import KeysValues
 from backprompt.model import executor
 from comparing import assert_equals_plain
-from examples import up_to
 from packed import Ids, Layers, attend_by_hand, batches_of_texts, check_close, draw, passes_over
+from quick import up_to
 from tiny_models import FAMILIES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

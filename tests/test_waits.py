@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from backprompt import LM, NonFiniteError, Text, evaluate
+from backprompt.generation.decoding import Decoding
+from backprompt.generation.run import Run
+from backprompt.generation.stops import StopStrings
 from comparing import assert_close
 from other_device import DEVICE, OtherDevice
 from tiny_models import build
@@ -41,7 +44,8 @@ def waits_of(device, work):
 
 WEIGHTS = "backprompt/model/weights.py"
 PASS = "backprompt/model/executor.py"
-SCORING = "backprompt/evaluation/predictions.py"
+CHOICE = "backprompt/generation/choosing.py"
+SCORING = "backprompt/evaluation/rating.py"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral_sliding", "gpt_oss"])
@@ -85,6 +89,27 @@ def test_a_thousand_texts_wait_and_launch_no_more_than_a_hundred():
             assert waits == {WEIGHTS: 2, PASS: 1, SCORING: 1}
             launches.append(device.launches)
     assert launches[1] <= min(100, launches[0] + 8), launches
+
+
+def test_a_step_of_a_generation_waits_and_launches_the_same_for_many_texts():
+    """It waits for the pass, for whether the logits are distributions, and for the tokens."""
+    launches = []
+    for num_texts in (4, 40):
+        with OtherDevice() as device:
+            lm = lm_on(device)
+            texts = [Text.from_tokens((idx, 3, 5, 8), lm) for idx in range(num_texts)]
+            stops = StopStrings(None, lm.tokenizer)
+            model = lm.session.causal_lm
+            decoding = Decoding(model, lm.tokenizer, max_new_tokens=20, stops=stops, seed=1, given={})
+            run = Run(lm, texts, decoding)
+            for _ in range(4):
+                run.step()
+            device.launches = 0
+            waits = waits_of(device, run.step)
+            launches.append(device.launches)
+            assert waits == {WEIGHTS: 2, PASS: 1, "backprompt/evaluation/scoring.py": 1, CHOICE: 1}
+            run.close()
+    assert launches[0] == launches[1]
 
 
 def test_rows_that_are_no_distribution_are_named_and_the_others_scored():

@@ -17,7 +17,6 @@ from weakref import finalize
 
 from torch import Tensor, nn
 
-from backprompt.attention.base import PreparedAttention
 from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.holders import Holders
@@ -32,12 +31,12 @@ from backprompt.forest.passes import (
     num_tokens_of,
     on_the_way,
 )
-from backprompt.forest.plan import TILE_TOKENS, Pass, plan_pass
+from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
 from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
-from backprompt.model.executor import Executor, Forwarded
+from backprompt.model.executor import Executor
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenIds
@@ -170,7 +169,7 @@ class Computation:
 
     @property
     def _layout(self) -> Layout:
-        assert self.executor.layout is not None, "the probe ran a pass"
+        assert self.executor.layout is not None, "a pass came before"
         return self.executor.layout
 
     @property
@@ -304,7 +303,7 @@ class Computation:
         with_tokens = [span for span in spans if span.token_ids]
         computed = None
         if with_tokens:
-            with self._blaming_weights():
+            with self.blaming_weights():
                 computed = self.executor.compute(plan_pass(with_tokens, self.tile_tokens))
         num_tokens = num_tokens_of(with_tokens)
         num_recomputed = num_tokens_of(span for span in with_tokens if span.was_computed)
@@ -327,24 +326,10 @@ class Computation:
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
 
-    def forward_step(self, pass_: Pass, attention: PreparedAttention) -> Forwarded:
-        """Forward the tokens that texts go on with, and count them; the caller keeps the results.
-
-        A pass that is not finite is not counted, nor does it raise an error: see `Executor.compute`.
-        """
-        started = time.perf_counter()
-        with self._blaming_weights():
-            forwarded = self.executor.forward(pass_, attention)
-        if forwarded.is_finite:
-            self.counters.forward_passes += 1
-            self.counters.tokens_computed += len(pass_.spans)
-            self.counters.seconds += time.perf_counter() - started
-        return forwarded
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""
         started = time.perf_counter()
-        with self._blaming_weights():
+        with self.blaming_weights():
             logits = self.executor.logits(hidden)
         self.counters.logit_rows += hidden.shape[0]
         self.counters.seconds += time.perf_counter() - started
@@ -357,10 +342,12 @@ class Computation:
     def _make_room_for(self, spared: Spared, request: Request, num_coming_bytes: int = 0) -> None:
         """Evict rows over the budget, also those that will be; see `Memory.evict`."""
         is_exceeded = self.memory.is_exceeded(num_coming_bytes)
-        if not is_exceeded and not self.memory.is_scattered:
+        is_anything_held = self.executor.layout is not None  # else the first pass failed
+        if not is_anything_held or not (is_exceeded or self.memory.is_scattered):
             return
         if is_exceeded and request.before_eviction is not None:
             request.before_eviction()
+        self.memory.order.times_smaller = self._layout.times_smaller
         self._empty.add(self.memory.evict(self.forest, self.holders.ends(), spared, num_coming_bytes))
 
     def recover(self) -> None:
@@ -399,9 +386,8 @@ class Computation:
     def probe_once(self) -> None:
         """Compare a small tree with plain calls, once; from then on a token's bytes are known."""
         if not self._is_probed:
-            with self._blaming_weights():
+            with self.blaming_weights():
                 probe(self._model, self.executor)
-            self.memory.order.times_smaller = self._layout.times_smaller
             self._is_probed = True
 
     def check_unchanged(self) -> None:
@@ -423,7 +409,7 @@ class Computation:
             )
 
     @contextmanager
-    def _blaming_weights(self) -> Iterator[None]:
+    def blaming_weights(self) -> Iterator[None]:
         """Replace errors of the model by StaleRepresentationError if its weights have changed."""
         try:
             yield

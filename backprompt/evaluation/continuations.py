@@ -14,7 +14,7 @@ from backprompt.evaluation.computation import Computation, Request
 from backprompt.evaluation.holders import Growing
 from backprompt.evaluation.scores import TokenScore
 from backprompt.evaluation.scoring import Scoring
-from backprompt.evaluation.steps import Stepped, Steps
+from backprompt.evaluation.steps import Stepped, Steps, Token
 from backprompt.forest.span import Span
 from backprompt.memory.growth import Growth
 from backprompt.tokens.graph import TokenIds
@@ -52,8 +52,8 @@ class Continuations:
         with self._computation.held(texts, Request(with_keys_values=True)) as ends:
             return ends
 
-    def extend(self, owner: object, tokens: Mapping[Span, tuple[int, TokenScore]], num_texts: int) -> Stepped | None:
-        """Let texts take in a token each, in place; None if that is not possible, see `Steps.extend`.
+    def extend(self, owner: object, tokens: Mapping[Token, TokenScore], num_texts: int) -> Stepped | None:
+        """Let texts take in a token each; None if that is not possible, see `Steps.extend`.
 
         `num_texts`: how many texts these are; several may be equal so far.
         """

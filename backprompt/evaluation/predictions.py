@@ -8,9 +8,9 @@ states. The score of a *candidate*, a token that may follow a text and is not fo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,11 @@ from torch import Tensor
 
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
-from backprompt.logprobs import rated
 from backprompt.memory.blocks import States, states_of
 from backprompt.transfers import on_device
 
 Item = TypeVar("Item")
 Ints: TypeAlias = "npt.NDArray[np.int64]"
-
-LOG_SOFTMAX_BYTES = 4 << 20
 
 
 class NumberedRows:
@@ -113,27 +110,6 @@ class Targets:
     numbers: Ints
 
 
-@dataclass(frozen=True)
-class Rated:
-    """Tokens that were scored: their scores, and whether a distribution scored each, `(tokens,)`, on the device."""
-
-    scores: TokenScores
-    is_usable: Tensor
-
-    @classmethod
-    def concatenated(cls, parts: Sequence[Rated]) -> Rated:
-        """Return the tokens of all parts, one part behind the other."""
-        scores = TokenScores.concatenated([part.scores for part in parts])
-        return cls(scores, torch.cat([part.is_usable for part in parts]))
-
-    def on_host(self) -> npt.NDArray[Any]:
-        """Return log-probabilities, `is_argmax` and `is_usable` as numbers, `(3, tokens)`; the host waits once."""
-        logprobs = self.scores.logprobs
-        columns = [logprobs, self.scores.is_argmax.to(logprobs.dtype), self.is_usable.to(logprobs.dtype)]
-        found: npt.NDArray[Any] = torch.stack(columns).cpu().numpy()
-        return found
-
-
 class Predictions:
     """The tokens of one scoring that have no score yet. Each row that predicts some of them is computed once.
 
@@ -204,26 +180,6 @@ def ranges(starts: Ints, stops: Ints) -> Ints:
     ends = np.cumsum(lengths)
     numbers: Ints = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
     return numbers
-
-
-def rated_tokens(logits: Tensor, row_idx: Ints, token_ids: Ints) -> Rated:
-    """Return, for each token, `log_softmax(logits)[row_idx, token_id]`, and whether it is its row's argmax in float32.
-
-    The tokens are sorted by their rows. The CPU takes a few rows at a time: rows that fit the cache take a fifth of the
-    time that all rows at once take.
-    """
-    is_cpu = logits.device.type == "cpu"
-    num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1])) if is_cpu else logits.shape[0]
-    starts = range(0, logits.shape[0], num_rows)
-    bounds = np.searchsorted(row_idx, [*starts, logits.shape[0]]).tolist()
-    rows, tokens = on_device(np.stack([row_idx, token_ids]), logits.device)
-    found = []
-    for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
-        logprobs, is_usable, is_argmax = rated(
-            logits[start : start + num_rows], rows[first:last] - start, tokens[first:last]
-        )
-        found.append(Rated(TokenScores(logprobs, is_argmax), is_usable))
-    return Rated.concatenated(found) if len(found) > 1 else found[0]
 
 
 def is_scored(span: Span) -> bool:

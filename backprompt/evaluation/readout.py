@@ -47,7 +47,11 @@ class Readout:
             NonFiniteError: a row is no distribution.
 
         """
-        return self.logits_after(ends, gather_hidden(list(map(_last_row, ends)))) if ends else []
+        return self.logits_after(ends, self.last_hidden(ends)) if ends else []
+
+    def last_hidden(self, ends: Sequence[Span]) -> Tensor:
+        """Return the final hidden state behind each of several held texts, `(texts, hidden)`."""
+        return gather_hidden(list(map(_last_row, ends)))
 
     def logits_after(self, ends: Sequence[Span], hidden: Tensor) -> list[Tensor]:
         """Return the logits by the final hidden state behind each text, `(texts, hidden)`; see `next_logits`."""

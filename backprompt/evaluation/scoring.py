@@ -17,7 +17,8 @@ from torch import Tensor
 
 from backprompt.evaluation.behind import Behind, placed_behind
 from backprompt.evaluation.computation import Computation, Request
-from backprompt.evaluation.predictions import NumberedRows, Rated, ranges, rated_tokens
+from backprompt.evaluation.predictions import NumberedRows, Targets, ranges
+from backprompt.evaluation.rating import Rated, rated_tokens
 from backprompt.evaluation.reading import Reading, Ready
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.fan import Fan
@@ -189,17 +190,27 @@ class Scoring:
     def _compute(self, reading: Reading) -> dict[int, int]:
         """Compute the scores that are not there yet; the host waits for the device once.
 
+        An interrupt or an error keeps the scores of the slices before it.
+
         Returns:
             The numbers of the rows that are no distribution, by the numbers of the scores that they should have given.
 
         """
         parts = reading.predictions().slices(self._computation.executor.rows_in_a_slice)
         with progress_bar(sum(len(part.rows) for part in parts), "scoring", "tokens", is_long=len(parts) > 1) as bar:
-            found = []
-            for part in parts:
-                logits = self._computation.logits(reading.rows.hidden(part.rows))
-                found.append(rated_tokens(logits, part.row_idx, part.token_ids))
-                bar.update(len(part.rows))
+            found: list[Rated] = []
+            try:
+                for part in parts:
+                    logits = self._computation.logits(reading.rows.hidden(part.rows))
+                    found.append(rated_tokens(logits, part.row_idx, part.token_ids))
+                    bar.update(len(part.rows))
+            except BaseException:
+                self._write(reading, parts[: len(found)], found)
+                raise
+        return self._write(reading, parts, found)
+
+    def _write(self, reading: Reading, parts: Sequence[Targets], found: Sequence[Rated]) -> dict[int, int]:
+        """Write what was found of each part; see `_compute`."""
         if not found:
             return {}
         scores, numbers = Rated.concatenated(found), np.concatenate([part.numbers for part in parts])

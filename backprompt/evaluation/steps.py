@@ -8,8 +8,11 @@ that cannot go this way goes the way of all evaluations (continuations.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -18,14 +21,25 @@ from backprompt.evaluation.computation import Computation
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
 from backprompt.forest.steps import StepPlan
-from backprompt.memory.blocks import States
+from backprompt.memory.blocks import BlockRows, KeysValues, States
 from backprompt.memory.growth import Growth, takes_tokens_in
+
+Token: TypeAlias = "tuple[Span, int]"
+"""The last span of a text, and the token with which the text goes on."""
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """The texts of a step in the order of its rows, and the final hidden state behind each, `(texts, hidden)`."""
+    """The texts of a step in the order of its rows.
 
+    Attributes:
+        tokens: each text as it was given.
+        ends: the last span of each text, which has the token now.
+        hidden: the final hidden state behind each, `(texts, hidden)`.
+
+    """
+
+    tokens: Sequence[Token]
     ends: Sequence[Span]
     hidden: Tensor
 
@@ -52,40 +66,48 @@ class Steps:
         self._computation = computation
         self._growth = growth
 
-    def extend(self, owner: object, tokens: Mapping[Span, tuple[int, TokenScore]]) -> Stepped | None:
+    def extend(self, owner: object, tokens: Mapping[Token, TokenScore]) -> Stepped | None:
         """Forward a token behind each of several texts, and let the texts take it in.
+
+        A text whose last span cannot take a token in goes on with a new span.
 
         Args:
             owner: that of the texts, as given to `Holders.let_grow`.
-            tokens: by the last span of each text, the token and its score.
+            tokens: the score of each token. A text may go on in several ways.
 
         Returns:
             None if this is not possible for all of them; then nothing has changed.
 
         """
         computation, forest = self._computation, self._computation.forest
-        if not self._can_extend(owner, tokens):
+        growing = self._growing(owner, tokens)
+        if growing is None:
             return None
-        step = self._next_step(tokens)
+        is_mixed = len(growing) < len(tokens)
+        step = self._mixed_step(tokens, growing) if is_mixed else self._next_step(growing)
         forest.next_step = None
         plan = step.plan
-        token_ids = [tokens[end][0] for end in plan.ends]
-        plan.begin(token_ids)
-        forwarded = computation.forward_step(plan.pass_, step.attention)
+        if not is_mixed:
+            plan.begin([growing[end] for end in plan.ends])
+        started = time.perf_counter()
+        with computation.blaming_weights():
+            forwarded = computation.executor.forward(plan.pass_, step.attention)
         if not forwarded.is_finite:
-            return None
+            return None  # the other way finds out which text is to blame
+        counters = computation.counters
+        counters.forward_passes += 1
+        counters.tokens_computed += len(tokens)
+        counters.seconds += time.perf_counter() - started
         executor = computation.executor
-        scores = TokenScores.of([tokens[end][1] for end in plan.ends], executor.logprob_dtype, executor.device)
+        scores = TokenScores.of([tokens[token] for token in plan.tokens], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
-        self._growth.extend(plan.ends, token_ids, forwarded.keys_values, states)
-        evaluation = forest.stamp()
-        for end in plan.ends:
-            end.computed_in = evaluation
-        computation.memory.touch(plan.ends)
-        plan.advance()
-        step.num_left -= 1
-        forest.next_step = step
-        return Stepped(plan.ends, forwarded.hidden)
+        stepped = Stepped(plan.tokens, self._keep(plan, growing, forwarded.keys_values, states), forwarded.hidden)
+        computation.memory.touch(stepped.ends)
+        if not is_mixed:
+            plan.advance()
+            step.num_left -= 1
+            forest.next_step = step
+        return stepped
 
     def end(self, ends: Iterable[Span]) -> None:
         """Forget the plan of texts that have ended, or that keeps rows in memory while there is too little."""
@@ -95,27 +117,74 @@ class Steps:
         ):
             self._computation.forest.next_step = None
 
-    def _can_extend(self, owner: object, tokens: Collection[Span]) -> bool:
-        """Return whether the texts can take tokens in."""
+    def _growing(self, owner: object, tokens: Collection[Token]) -> dict[Span, int] | None:
+        """Return the spans that take a token in, each with its token; None if some text cannot go on this way."""
         computation = self._computation
         if not tokens or len(tokens) > computation.max_tokens:
-            return False
+            return None
         if computation.memory.is_exceeded() or computation.memory.is_scattered:
-            return False
-        return computation.holders.others(owner).isdisjoint(tokens) and all(map(takes_tokens_in, tokens))
+            return None
+        parting = {end for end, count in Counter(end for end, _ in tokens).items() if count > 1}
+        of_others = computation.holders.others(owner)
+        growing: dict[Span, int] = {}
+        for end, token_id in tokens:
+            if takes_tokens_in(end) and end not in parting and end not in of_others:
+                growing[end] = token_id
+            elif token_id in end.children or not end.is_held(with_keys_values=True):
+                return None
+        return growing
 
-    def _next_step(self, tokens: Collection[Span]) -> _NextStep:
-        """Return the next step of these texts: the one after the last, or a new one."""
-        computation, step = self._computation, self._computation.forest.next_step
+    def _next_step(self, ends: Collection[Span]) -> _NextStep:
+        """Return the next step of texts of which all take a token in: the one after the last, or a new one."""
+        step = self._computation.forest.next_step
         if isinstance(step, _NextStep) and step.num_left:
-            rows = step.plan.rows_of(tokens)
+            rows = step.plan.rows_of(ends)
             are_all = len(rows) == len(step.plan.ends)
             if not are_all:
                 step.plan.keep(rows)
-            if len(rows) == len(tokens) and step.plan.is_current():
+            if len(rows) == len(ends) and step.plan.is_current():
                 step.attention.advance(None if are_all else rows)
                 return step
-        computation.memory.add(self._growth.make_room(tokens))
-        num_steps = self._growth.num_steps(tokens)
-        plan = StepPlan(list(tokens), computation.tile_tokens)
+        self._make_room(ends)
+        return self._planned([(end, 0) for end in ends], self._growth.num_steps(ends))
+
+    def _mixed_step(self, tokens: Iterable[Token], growing: Collection[Span]) -> _NextStep:
+        """Return a step after which there are other spans, so that the step after it is planned anew."""
+        self._make_room(growing)
+        return self._planned(tokens, 1)
+
+    def _make_room(self, ends: Collection[Span]) -> None:
+        self._computation.memory.add(self._growth.make_room(ends))
+
+    def _planned(self, tokens: Iterable[Token], num_steps: int) -> _NextStep:
+        computation = self._computation
+        to_come = [Span((token_id,), end.stop, end) for end, token_id in tokens]
+        plan = StepPlan(to_come, computation.tile_tokens)
         return _NextStep(plan, computation.executor.prepare(plan.pass_, num_steps), num_steps)
+
+    def _keep(
+        self, plan: StepPlan, growing: Container[Span], keys_values: KeysValues, states: States
+    ) -> Sequence[Span]:
+        """Let spans hold the rows of a step; return the last span of each text."""
+        forest, memory, growth = self._computation.forest, self._computation.memory, self._growth
+        rows = [row for row, end in enumerate(plan.ends) if end in growing]
+        grown = [plan.tokens[row] for row in rows]
+        growth.extend([end for end, _ in grown], [token_id for _, token_id in grown], rows, keys_values, states)
+        ends = list(plan.ends)
+        evaluation = forest.stamp()
+        for row, (before, token_id) in enumerate(plan.tokens):
+            if before not in growing:
+                end = ends[row] = plan.pass_.spans[row]
+                with forest.changing():
+                    before.add_child(token_id, end)
+                    end.place(keys_values=BlockRows(keys_values, row, row + 1), states=BlockRows(states, row, row + 1))
+                    end.was_computed = True
+            ends[row].computed_in = evaluation
+        new = {end: before for end, before in zip(ends, plan.ends, strict=True) if end is not before}
+        if new:
+            memory.add([keys_values, states])
+            growth.note_pass(new)
+            for before in dict.fromkeys(new.values()):
+                if not before.is_end:
+                    memory.add(growth.release(before))
+        return ends

@@ -327,10 +327,13 @@ class Span:
         """Set one of the places; the block and the parents learn of it."""
         before: Rows | None = getattr(self, slot)
         setattr(self, slot, rows)
-        if before is not None and before.block is not None:
-            before.block.release(self, before.stop - before.start)
-        if rows is not None and rows.block is not None:
-            rows.block.take(self, rows.stop - rows.start)
+        old, new = None if before is None else before.block, None if rows is None else rows.block
+        num_before = 0 if before is None else before.stop - before.start
+        num_rows = 0 if rows is None else rows.stop - rows.start
+        if old is not None and old is not new:
+            old.release(self, num_before)
+        if new is not None:
+            new.take(self, num_rows - num_before if old is new else num_rows)
         if (before is None) != (rows is None):
             below, change = _BELOW[slot], 1 if before is None else -1
             for parent in self.parents:

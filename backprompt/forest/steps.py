@@ -23,25 +23,29 @@ class StepPlan:
     """The plan of the next step of texts that grow together, and of the steps after it.
 
     Args:
-        ends: the last spans of the texts, which hold their keys and values; each once.
+        to_come: a span for the next token of each text, behind the last span of the text. These are no spans of the
+            forest: where the last span takes its token in, they only stand for the tokens.
         tile_tokens: see `plan_pass`.
 
     Attributes:
-        pass_: the plan of the next step, with the segments of the first. Its spans stand for the tokens to come, and
-            are no spans of the forest: a text's last span takes its token in.
+        pass_: the plan of the next step, with the segments of the first.
         ends: the last spans of the texts, in the order of the rows.
 
     """
 
-    def __init__(self, ends: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> None:
-        to_come = missing_spans([Span((0,), end.stop, end) for end in ends], with_keys_values=True)
-        planned = plan_pass(to_come, tile_tokens)
-        self.ends = [span.parent for span in to_come if span.parent is not None]
+    def __init__(self, to_come: Iterable[Span], tile_tokens: int = TILE_TOKENS) -> None:
+        planned = plan_pass(missing_spans(to_come, with_keys_values=True), tile_tokens)
+        self.ends = [span.parent for span in planned.spans if span.parent is not None]
         self.pass_ = Pass(planned.spans, _with_growing(planned.segments, self.ends))
         self._chains = [[span for span in end.closure() if span.token_ids and span is not end] for end in self.ends]
         self._above = list({span: None for chain in self._chains for span in chain})
         self._rows_above = list(map(_KEYS_VALUES, self._above))
         self._rows = list(map(_KEYS_VALUES, self.ends))
+
+    @property
+    def tokens(self) -> list[tuple[Span, int]]:
+        """The last span of each text and its next token."""
+        return [(end, span.token_ids[0]) for end, span in zip(self.ends, self.pass_.spans, strict=True)]
 
     def rows_of(self, ends: Container[Span]) -> list[int]:
         """Return the rows of these texts."""

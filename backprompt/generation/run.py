@@ -10,8 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.scores import TokenScore
+from backprompt.evaluation.steps import Token
 from backprompt.forest.span import Span
 from backprompt.generation.beams import BeamDecoding, choose_beams
 from backprompt.generation.choosing import Logits, choose_next
@@ -68,8 +71,9 @@ class _Live:
             return None
         return decoding.last if decoding.num_new == self._num_held + 1 else None
 
-    def take_in(self) -> None:
-        """Note that the held continuation has grown by `next_token`."""
+    def go_on(self, end: Span) -> None:
+        """Note that the held continuation has grown by `next_token`, and ends here now."""
+        self.tip = end
         self._num_held += 1
 
     def beginning_of(self, completion: Completion) -> tuple[Span, Completion]:
@@ -161,27 +165,33 @@ class Run:
 
     def _step_in_place(self, evaluator: Evaluator) -> bool:
         """Decide the next token of every live text where each has grown by one; return False if that is not so."""
-        by_tip: dict[Span, list[_Live]] = {}
-        tokens: dict[Span, tuple[int, TokenScore]] = {}
-        if self._may_begin and self._num_begun < len(self.texts):
-            return False
+        by_token: dict[Token, list[_Live]] = {}
+        tokens: dict[Token, TokenScore] = {}
         for live in self._live:
-            token = live.next_token
-            if token is None or live.tip is None:
+            choice = live.next_token
+            if choice is None or live.tip is None:
                 return False
-            if tokens.setdefault(live.tip, (token.token_id, token.score))[0] != token.token_id:
-                return False  # two samples that were equal so far
-            by_tip.setdefault(live.tip, []).append(live)
+            token = live.tip, choice.token_id
+            tokens[token] = choice.score
+            by_token.setdefault(token, []).append(live)
         stepped = evaluator.continuations.extend(self, tokens, len(self._live))
         if stepped is None:
             return False
-        for live in self._live:
-            live.take_in()
-        logits = Logits(
-            evaluator.readout.logits_after(stepped.ends, stepped.hidden), evaluator.executor.rows_in_a_slice
-        )
+        for token, end in zip(stepped.tokens, stepped.ends, strict=True):
+            for live in by_token[token]:
+                live.go_on(end)
+        rows = [(live.decoding, row) for row, token in enumerate(stepped.tokens) for live in by_token[token]]
+        ends, hidden = list(stepped.ends), stepped.hidden
+        if self._may_begin and self._num_begun < len(self.texts):
+            num_before = len(self._live)
+            self._admit(evaluator)
+            begun = self._live[num_before:]
+            new = list(dict.fromkeys(live.tip for live in begun if live.tip is not None))
+            rows += [(live.decoding, len(ends) + new.index(live.tip)) for live in begun if live.tip is not None]
+            hidden = torch.cat([hidden, evaluator.readout.last_hidden(new)]) if new else hidden
+            ends += new
+        logits = Logits(evaluator.readout.logits_after(ends, hidden), evaluator.executor.rows_in_a_slice)
         evaluator.computation.check_unchanged()  # before any token is chosen by these logits
-        rows = [(live.decoding, row) for row, end in enumerate(stepped.ends) for live in by_tip[end]]
         choose_next([(text, row) for text, row in rows if isinstance(text, TextDecoding)], logits)
         return True
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -84,6 +84,20 @@ class Location:
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Changes of a tier's blocks that the tier looks at from time to time.
+
+    Attributes:
+        takers: spans that have begun to hold rows.
+        loose: blocks in use with rows that no span holds any more.
+
+    """
+
+    takers: dict[Span, None] = field(default_factory=dict)
+    loose: set[Block] = field(default_factory=set)
+
+
 class Block(ABC):
     """Rows of tensors, one row for each token. No tensor is a view of a larger one.
 
@@ -92,7 +106,7 @@ class Block(ABC):
         row_bytes: bytes of a row.
         spans: the spans that hold rows of the block.
         num_held: the number of rows that they hold.
-        loose: the blocks, of the tier that counts this one, some rows of which no span holds.
+        watch: of the tier that counts the block.
 
     """
 
@@ -110,21 +124,25 @@ class Block(ABC):
         self.row_bytes = self.num_bytes // max(1, self.num_rows)
         self.spans: dict[Span, None] = {}
         self.num_held = 0
-        self.loose: set[Block] = set()
+        self.watch: Watch | None = None
 
     def take(self, span: Span, num_rows: int) -> None:
         """Note that a span holds rows of the block, and that so many more rows are held than before."""
         self.spans[span] = None
         self.num_held += num_rows
+        if self.watch is not None:
+            self.watch.takers[span] = None
 
     def release(self, span: Span, num_rows: int) -> None:
         """Note that a span does not hold its rows of the block any more."""
         self.spans.pop(span, None)
         self.num_held -= num_rows
+        if self.watch is None:
+            return
         if self.spans:
-            self.loose.add(self)
+            self.watch.loose.add(self)
         else:
-            self.loose.discard(self)  # the block may be freed
+            self.watch.loose.discard(self)  # the block may be freed
 
     @property
     def num_rows(self) -> int:
@@ -187,8 +205,8 @@ class Block(ABC):
         places: dict[torch.device, tuple[Tensor | None, Tensor]] = {}  # moved once a device
         for name, tensor in self.tensors.items():
             if tensor.device not in places:
-                own = None if sources is None else sources.to(tensor.device)
-                places[tensor.device] = own, targets.to(tensor.device)
+                own = None if sources is None else on_device(sources.numpy(), tensor.device)
+                places[tensor.device] = own, on_device(targets.numpy(), tensor.device)
             own_sources, own_targets = places[tensor.device]
             rows = tensor if own_sources is None else tensor.index_select(self.token_axis, own_sources)
             other.tensors[name].index_copy_(self.token_axis, own_targets, rows)

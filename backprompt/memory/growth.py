@@ -102,7 +102,7 @@ class Growth:
             absorbing = [span for _, span in pairs]
         for span in spans:
             if span.parent is not None and not span.parent.is_end:
-                made += self._move_out(span.parent)  # it has several children
+                made += self.release(span.parent)  # it has several children
         return made
 
     def make_room(self, ends: Iterable[Span]) -> list[Block]:
@@ -123,38 +123,41 @@ class Growth:
             num_steps = min(num_steps, buffer.room.get(keys_values.stop, 0) - keys_values.stop)
         return max(0, num_steps)
 
-    def extend(self, ends: Sequence[Span], token_ids: Sequence[int], keys_values: KeysValues, states: States) -> None:
+    def extend(
+        self,
+        ends: Sequence[Span],
+        token_ids: Sequence[int],
+        rows: Sequence[int],
+        keys_values: KeysValues,
+        states: States,
+    ) -> None:
         """Let spans take in a token each, for which they have room.
 
         Args:
             ends: the spans.
             token_ids: the token of each.
-            keys_values, states: their rows, in the order of `ends`.
+            rows: the row of each in the blocks.
+            keys_values, states: the rows of a pass.
 
         """
         by_block: dict[tuple[KeysValues, States], list[int]] = {}
         for idx, end in enumerate(ends):
             by_block.setdefault((keys_values_of(end).block, states_of(end).block), []).append(idx)
         for (own_keys_values, own_states), indices in by_block.items():
-            sources = None if len(by_block) == 1 else torch.tensor(indices)
+            are_all = len(indices) == keys_values.num_rows
+            sources = None if are_all else torch.tensor([rows[idx] for idx in indices])
             targets = torch.tensor([keys_values_of(ends[idx]).stop for idx in indices])
             keys_values.copy_rows_to(own_keys_values, sources, targets)
             states.copy_rows_to(own_states, sources, targets)
         with self._forest.changing():
-            for end, token_id in zip(ends, token_ids, strict=True):
-                self._take_in(end, token_id)
+            for (own_keys_values, _), indices in by_block.items():
+                room = self._buffers[own_keys_values].room
+                for idx in indices:
+                    _take_in(ends[idx], token_ids[idx], room)
 
-    def _take_in(self, end: Span, token_id: int) -> None:
-        """Let a span take in a token whose rows lie behind its own."""
-        keys_values, states = keys_values_of(end), states_of(end)
-        room = self._buffers[keys_values.block].room
-        room[keys_values.stop + 1] = room.pop(keys_values.stop)
-        end.token_ids = (*end.token_ids, token_id)
-        end.key = None
-        end.place(
-            keys_values=BlockRows(keys_values.block, keys_values.start, keys_values.stop + 1),
-            states=BlockRows(states.block, states.start, states.stop + 1),
-        )
+    def release(self, span: Span) -> list[Block]:
+        """Free the room behind a span that several texts continue from now on; return new blocks."""
+        return self._move_out(span)
 
     def finish(self, span: Span) -> list[Block]:
         """Free the room behind a grown text: the text will not grow any more.
@@ -242,6 +245,18 @@ class Growth:
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""
         return block in self._mixed and block.num_rows > len(span.token_ids)
+
+
+def _take_in(end: Span, token_id: int, room: dict[int, int]) -> None:
+    """Let a span take in a token whose rows lie behind its own; `room` is that of its buffer."""
+    keys_values, states = keys_values_of(end), states_of(end)
+    room[keys_values.stop + 1] = room.pop(keys_values.stop)
+    end.token_ids = (*end.token_ids, token_id)
+    end.key = None
+    end.place(
+        keys_values=BlockRows(keys_values.block, keys_values.start, keys_values.stop + 1),
+        states=BlockRows(states.block, states.start, states.stop + 1),
+    )
 
 
 def takes_tokens_in(span: Span) -> bool:

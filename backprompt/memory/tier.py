@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import KINDS, Kind, Pool, Span, rows_of
-from backprompt.memory.blocks import Block, BlockRows
+from backprompt.memory.blocks import Block, BlockRows, Watch
 from backprompt.memory.counted import CountedBlocks
 from backprompt.memory.leaves import Leaves, Ranking, Spared
 from backprompt.memory.span_rows import SpanRows, compact, joined
@@ -35,7 +35,7 @@ class Tier:
         self._pool = pool
         self._leaves = Leaves(pool, rank)
         self._blocks = CountedBlocks()
-        self._loose: set[Block] = set()  # blocks with rows that no span holds
+        self._watch = Watch()
 
     @property
     def num_bytes(self) -> int:
@@ -45,7 +45,7 @@ class Tier:
     @property
     def num_held_bytes(self) -> int:
         """The bytes of the rows that spans hold."""
-        return self.num_bytes - sum(block.num_unheld_bytes for block in self._loose)
+        return self.num_bytes - sum(block.num_unheld_bytes for block in self._watch.loose)
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -60,13 +60,15 @@ class Tier:
                 self._leaves.note(block.spans)
 
     def note(self, spans: Iterable[Span]) -> None:
-        """Note that spans hold other rows than before, no rows behind them hold them, or they have another rank."""
+        """Note spans with other rows, without rows behind them, or with another rank, and those that blocks noted."""
         self._leaves.note(spans)
+        self._leaves.note(self._watch.takers)
+        self._watch.takers.clear()
 
     def recount(self, spans: Sequence[Span]) -> None:
         """Count the blocks that these spans refer to, and no others."""
         held = (rows for kind in KINDS for rows in self.held(kind, spans).values())
-        self._blocks, self._loose = CountedBlocks(), set()
+        self._blocks, self._watch = CountedBlocks(), Watch()
         for block in dict.fromkeys(rows.block for rows in held if rows.block is not None):
             self._count(block)
         self._leaves.forget()
@@ -78,6 +80,7 @@ class Tier:
     def forget(self) -> None:
         """Forget the spans: they have left the forest."""
         self._leaves.forget()
+        self._watch.takers.clear()
 
     def held(self, kind: Kind, spans: Iterable[Span]) -> SpanRows:
         """Return the rows of the spans that have any here."""
@@ -96,6 +99,7 @@ class Tier:
         dropped: dict[Kind, SpanRows] = {kind: {} for kind in KINDS}
         if excess <= 0:
             return dropped
+        self.note(())
         if not self._leaves.are_known:
             self._leaves.begin(forest.held_spans())
         self._leaves.begin_eviction(spared)
@@ -126,8 +130,8 @@ class Tier:
 
     def compact(self) -> None:
         """Remove unused rows from blocks, and join small blocks if there are many."""
-        loose = list(self._loose)
-        self._loose.clear()
+        loose = list(self._watch.loose)
+        self._watch.loose.clear()
         for kind in reversed(KINDS):  # larger blocks first
             self.hold(kind, compact(self._rows_in(kind, loose)))
         self._blocks.count(loose)
@@ -145,9 +149,9 @@ class Tier:
 
     def _count(self, block: Block) -> None:
         self._blocks.count([block])
-        block.loose = self._loose
+        block.watch = self._watch
         if block.spans and block.num_held < block.num_rows:
-            self._loose.add(block)
+            self._watch.loose.add(block)
 
 
 def num_bytes_of(rows: Mapping[Span, BlockRows[Any]]) -> int:

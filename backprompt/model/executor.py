@@ -67,14 +67,27 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
 
     All code that makes or changes tensors runs in this context.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        yield
+    with torch.no_grad():
+        if not _is_special(device):  # as for most callers: the rest takes longer than this
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if torch.is_autocast_enabled(device.type):
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            yield
+
+
+def _is_special(device: torch.device) -> bool:
+    """Whether the caller is in inference mode or autocast, or has another default device."""
+    return (
+        torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled(device.type)
+        or torch.get_default_device().type != "cpu"
+    )
 
 
 @dataclass(frozen=True)

@@ -372,7 +372,7 @@ def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
         components = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
         parts += (None if part is None else part.__getstate__() for part in components)
         model = backend.model
-        parts += (tuple(token.id for token in model.tokenize(word)) for word in words)
+        parts += [token.id for word in words for token in model.tokenize(word)]
     else:
         parts.append(tuple(tokenizer(_SAMPLE)["input_ids"]))
     return tuple(parts)
