@@ -18,3 +18,11 @@ def on_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def copy_to(target: Tensor, values: npt.NDArray[Any]) -> None:
+    """Copy an array over the beginning of a tensor of one axis, without waiting."""
+    source = torch.from_numpy(np.ascontiguousarray(values))
+    if target.device.type == "cuda":
+        source = source.pin_memory()
+    target[: len(source)].copy_(source, non_blocking=True)

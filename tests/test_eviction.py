@@ -12,10 +12,10 @@ from backprompt.forest.forest import Forest
 from backprompt.forest.passes import cut_into_passes, last_uses, missing_spans, on_the_way
 from backprompt.forest.span import Span
 from backprompt.memory import leaves
-from backprompt.memory.blocks import Location
 from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
 from backprompt.memory.leaves import Spared
+from backprompt.memory.location import Location
 from backprompt.model.executor import plain_surroundings
 from backprompt.tokens.graph import TokenBranch, TokenGraph, TokenGroup
 from ranking import compare_with_plain, plain_leaves

@@ -24,7 +24,7 @@ from backprompt import (
 )
 from backprompt.attention.calls import PreparedCalls
 from backprompt.generation.run import Run
-from backprompt.memory.blocks import Location
+from backprompt.memory.location import Location
 from comparing import assert_close, num_distinct_ids
 from reference import generated_by_transformers, plain_greedy, plain_logits, plain_token_logprobs
 from threads import in_threads

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt.forest.span import KINDS
-from backprompt.memory.blocks import Location
 from backprompt.memory.host import HostMemory
 from backprompt.memory.leaves import NOTHING_SPARED
+from backprompt.memory.location import Location
 from backprompt.memory.tier import Tier
 from tiny_blocks import (
     KEYS_VALUES_BYTES,

@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from backprompt import LM, MemoryBudgetError, Text, TokenIdError, evaluate, load
 from backprompt.memory import tier
-from backprompt.memory.blocks import Location
 from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.memory.host import HostMemory
+from backprompt.memory.location import Location
 from backprompt.store import DiskStore, MemoryStore
 from comparing import assert_close, assert_equals_plain, num_distinct
 from devices import DEVICE

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backprompt import LM, Text
-from backprompt.model import executor, pass_size
+from backprompt.model import masks, pass_size
 from comparing import assert_equals_plain
 from tiny_models import build
 
@@ -32,15 +32,15 @@ def test_the_caller_decides(model, tokenizer):
 def test_a_mask_that_looks_into_tensors_of_the_device_is_asked_there(tokenizer, monkeypatch):
     """As a chunked mask does, which knows the padding of each row."""
     asked = []
-    visible = executor.visible_keys
+    visible = masks.visible_keys
 
-    def only_there(mask_function, position, device):
-        asked.append(position)
-        if asked.count(position) % 2:
+    def only_there(mask_function, positions, device):
+        asked.append(positions)
+        if asked.count(positions) % 2:
             raise RuntimeError("Expected all tensors to be on the same device")
-        return visible(mask_function, position, device)
+        return visible(mask_function, positions, device)
 
-    monkeypatch.setattr(executor, "visible_keys", only_there)
+    monkeypatch.setattr(masks, "visible_keys", only_there)
     model = build("mistral_sliding")
     assert_equals_plain(model, [Text("The cat sat on the mat, and the dog did not.", LM(model, tokenizer))])
     assert asked

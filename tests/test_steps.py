@@ -20,7 +20,7 @@ from backprompt.forest.passes import missing_spans
 from backprompt.forest.plan import plan_pass
 from backprompt.forest.span import Span
 from backprompt.forest.steps import StepPlan, later
-from backprompt.memory.growth import ROWS_AT_A_TIME, Growth, takes_tokens_in
+from backprompt.memory.growth import ROWS_AT_A_TIME, Growth, NewRows, takes_tokens_in
 from comparing import assert_close
 from reference import plain_greedy, plain_token_logprobs
 from tiny_blocks import assert_right, compute, inserted, keys_values_for, numbers_of, states_for
@@ -46,7 +46,8 @@ class Texts:
 
     def take_in(self, ends, token_ids):
         new = [Span((token_id,), end.stop, end) for end, token_id in zip(ends, token_ids, strict=True)]
-        self.growth.extend(ends, token_ids, range(len(ends)), keys_values_for(new), states_for(new))
+        rows = NewRows(range(len(ends)), keys_values_for(new), states_for(new))
+        self.growth.extend(ends, token_ids, rows)
 
 
 def rows_of(tokens, num_heads=4):

@@ -53,6 +53,30 @@ class PreparedAttention(Protocol):
         ...
 
 
+class CannotStandError(Exception):
+    """A layer for which a `StandingAttention` does not serve."""
+
+
+class StandingAttention(Protocol):
+    """Attention of steps with the same number of rows, from tables at addresses that stay: a graph can replay it.
+
+    A step's rows may be fewer; the others see nothing.
+    """
+
+    def load(self, prepared: PreparedAttention) -> bool:
+        """Set the step that comes next; False if the tables have no room for it, then a new object is needed."""
+        ...
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Return attention over the forest; see `PreparedAttention.attend`.
+
+        Raises:
+            CannotStandError: this layer is attended to in another way.
+
+        """
+        ...
+
+
 class ForestAttention(Protocol):
     """A way to attend over a packed forest.
 
@@ -71,4 +95,8 @@ class ForestAttention(Protocol):
 
         `num_steps`: how many steps of a generation it may serve, one after the other; see `advance`.
         """
+        ...
+
+    def standing(self, num_rows: int) -> StandingAttention | None:
+        """Return the attention of captured steps of so many rows; None if this way of attending has none."""
         ...

@@ -55,6 +55,9 @@ class CallsAttention:
         """Return the attention of a pass, for one or several steps; see `ForestAttention.prepare`."""
         return PreparedCalls(self, pass_, num_steps)
 
+    def standing(self, num_rows: int) -> None:
+        """Return None: the calls of each step are others."""
+
     def kernel_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernel:
         """Return the kernel for such tensors; shapes are those of `PreparedAttention.attend`."""
         if self._given is not None:

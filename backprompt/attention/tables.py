@@ -109,6 +109,11 @@ class Segments:
         key_position[is_own & stay] += (positions[start[is_own & stay]] - first[is_own & stay]).astype(np.int64)
         return Segments(columns[:, stay], self.blocks, positions, until, self.grows[stay])
 
+    def padded(self, num_rows: int) -> Segments:
+        """Return the segments of so many rows: the rows behind those of the pass see nothing."""
+        more = (0, num_rows - len(self.positions))
+        return replace(self, positions=np.pad(self.positions, more), until=np.pad(self.until, more))
+
 
 @dataclass(frozen=True)
 class Cut:

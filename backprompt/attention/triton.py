@@ -16,15 +16,13 @@ import math
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from backprompt.attention.base import PreparedAttention, Scoring
+from backprompt.attention.base import CannotStandError, PreparedAttention, Scoring
 from backprompt.attention.calls import CallsAttention
+from backprompt.attention.device_tables import ADDRESS_COLUMNS, DeviceTables, Room
 from backprompt.attention.kernels import additive_mask, clear_kernel
 from backprompt.attention.launches import Launcher, on_device
 from backprompt.attention.shapes import Launch, Shape, launch_for
@@ -33,21 +31,9 @@ from backprompt.attention.tiles import Tile
 from backprompt.attention.triton_kernels import attend_kernel, join_kernel
 from backprompt.forest.plan import KeySegment, Pass
 
-ADDRESS_COLUMNS = 4
-"""Columns of the table of addresses: the first key and the first value of a layer in bytes, the stride between heads in
-numbers; one is spare."""
-
 LOG2E = math.log2(math.e)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
-
-class Addressed(Protocol):
-    """Keys and values of computed rows that tell where they lie."""
-
-    def addresses(self) -> list[tuple[int, int, int]]:
-        """Return, for each layer, the addresses of keys and values and the stride between their heads in numbers."""
-        ...
 
 
 class TritonAttention:
@@ -69,6 +55,20 @@ class TritonAttention:
         """Return the attention of a pass, for one or several steps; see `ForestAttention.prepare`."""
         return PreparedTriton(self, pass_, num_steps)
 
+    def standing(self, num_rows: int) -> StandingTriton:
+        """Return the attention of captured steps of so many rows; see `ForestAttention.standing`."""
+        return StandingTriton(self, num_rows)
+
+    def launch_or_refusal(
+        self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, segments: Segments
+    ) -> Launch | str:
+        """Return the way of launching for such tensors and segments, or why the kernel does not serve."""
+        refusal = self.refusal(query, key, value, scoring, None)
+        if refusal is not None:
+            return refusal
+        launch = self.launch_for(Shape.of(query, key), segments)
+        return self.refusal(query, key, value, scoring, launch.tile) or launch
+
     def refusal(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, tile: Tile | None) -> str | None:
         """Return why the kernel does not serve for such tensors with a tile; None if the kernel serves."""
         if query.device.type not in self.device_types:
@@ -88,24 +88,28 @@ class TritonAttention:
 
 
 class PreparedTriton:
-    """The tables of one pass, made once for all layers of the same shape and window."""
+    """The tables of one pass, made once for all layers of the same shape and window, and anew for each step."""
 
     def __init__(self, attention: TritonAttention, pass_: Pass, num_steps: int = 1) -> None:
         self._attention = attention
         self._pass = pass_
-        self._num_steps = num_steps
         self._segments: Segments | None = None
         self._forest: OneLaunch | None = None
-        self._calls: PreparedAttention | None = None
+        self._calls = attention.calls.prepare(pass_, num_steps)  # for layers that the kernel does not serve
         self._launches: dict[Hashable, Launch | str] = {}
+
+    @property
+    def segments(self) -> Segments:
+        """The segments of the step that is next."""
+        if self._segments is None:
+            self._segments = Segments.of(self._pass.segments, self._pass.positions)
+        return self._segments
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
         """Go on to the next step; see `PreparedAttention.advance`."""
         self._forest = None
-        if self._segments is not None:
-            self._segments = self._segments.next_step(rows)
-        if self._calls is not None:
-            self._calls.advance(rows)
+        self._segments = self.segments.next_step(rows)
+        self._calls.advance(rows)
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
@@ -113,29 +117,46 @@ class PreparedTriton:
         kind = _kind_of(query, key, value, scoring)
         launch = self._launches.get(kind)
         if launch is None:
-            launch = self._launches[kind] = self._launch_or_refusal(query, key, value, scoring)
+            launch = attention.launch_or_refusal(query, key, value, scoring, self.segments)
+            self._launches[kind] = launch
         if isinstance(launch, str):
-            if self._calls is None:
-                self._calls = attention.calls.prepare(self._pass, self._num_steps)
             output = self._calls.attend(layer_idx, query, key, value, scoring)
             attention.name = f"{attention.calls.name} ({launch})"
             return output
         attention.name = "triton"
-        if self._segments is None:
-            self._segments = Segments.of(self._pass.segments, self._pass.positions)
         if self._forest is None:
-            self._forest = OneLaunch(self._segments)
+            self._forest = OneLaunch(self.segments)
         return self._forest.attend(layer_idx, query, key, value, scoring, launch)
 
-    def _launch_or_refusal(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Launch | str:
-        """Return the way of launching for such tensors, or why the kernel does not serve."""
-        refusal = self._attention.refusal(query, key, value, scoring, None)
-        if refusal is not None:
-            return refusal
-        if self._segments is None:
-            self._segments = Segments.of(self._pass.segments, self._pass.positions)
-        launch = self._attention.launch_for(Shape.of(query, key), self._segments)
-        return self._attention.refusal(query, key, value, scoring, launch.tile) or launch
+
+class StandingTriton:
+    """A `StandingAttention` that makes the launches of `PreparedTriton`, with tables that have room for later steps."""
+
+    def __init__(self, attention: TritonAttention, num_rows: int) -> None:
+        self._attention = attention
+        self._num_rows = num_rows
+        self._forest: OneLaunch | None = None
+        self._launches: dict[Hashable, Launch] = {}
+
+    def load(self, prepared: PreparedAttention) -> bool:
+        """Go on to the step that an attention is prepared for; see `StandingAttention.load`."""
+        assert isinstance(prepared, PreparedTriton), prepared
+        segments = prepared.segments.padded(self._num_rows)
+        if self._forest is None:
+            self._forest = OneLaunch(segments, has_room=True)
+            return True
+        return self._forest.load(segments)
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Return attention over the forest; see `PreparedAttention.attend`."""
+        assert self._forest is not None, "`load` comes first"
+        kind = _kind_of(query, key, value, scoring)
+        if kind not in self._launches:
+            launch = self._attention.launch_or_refusal(query, key, value, scoring, self._forest.segments)
+            if isinstance(launch, str):
+                raise CannotStandError(launch)
+            self._launches[kind] = launch
+        return self._forest.attend(layer_idx, query, key, value, scoring, self._launches[kind])
 
 
 def _kind_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Hashable:
@@ -154,16 +175,22 @@ def _kind_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Has
 
 
 class OneLaunch:
-    """The launches of one pass.
+    """The launches of one pass, or of several of the same shape one after the other.
 
     Args:
         segments: the segments of the pass.
+        has_room: whether the tables have room for later steps.
+
+    Attributes:
+        segments: see above.
+        tables: the tables of layers that are alike.
 
     """
 
-    def __init__(self, segments: Segments) -> None:
-        self._segments = segments
-        self._tables: dict[tuple[Shape, Launch, int | None], _Tables] = {}
+    def __init__(self, segments: Segments, *, has_room: bool = False) -> None:
+        self.segments = segments
+        self._has_room = has_room
+        self.tables: dict[tuple[Shape, Launch, int | None], DeviceTables] = {}
         self._layers: dict[Hashable, _Layers] = {}
 
     def attend(
@@ -178,70 +205,22 @@ class OneLaunch:
         with on_device(query.device):
             return layers.attend(layer_idx, query, key, value, scoring.sinks)
 
-    def _tables_of(self, shape: Shape, launch: Launch, scoring: Scoring) -> _Tables:
-        of_tables = shape, launch, scoring.window
-        if of_tables not in self._tables:
-            work = Work.of(self._segments, launch.cut(shape), scoring.window)
-            self._tables[of_tables] = _Tables.of(self._segments, work, shape.device)
-        return self._tables[of_tables]
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """The tables of a pass on the device; the columns of each are named in tables.py and above."""
-
-    addresses: Tensor
-    positions: Tensor
-    until: Tensor
-    pieces: Tensor
-    programs: Tensor
-    joins: Tensor
-    num_blocks: int
-    num_programs: int
-    num_joins: int
-    num_slots: int
-
-    @classmethod
-    def of(cls, segments: Segments, work: Work, device: torch.device) -> _Tables:
-        """Copy the tables to the device: one copy, from pinned memory, and nobody waits for it."""
-        parts: list[NDArray[Any]] = [
-            _addresses(segments.blocks),
-            segments.positions,
-            segments.until,
-            work.pieces,
-            work.programs,
-            work.joins,
-        ]
-        sizes = [-(-part.nbytes // 16) * 16 + 16 for part in parts]  # aligned, and never empty
-        host = torch.empty(sum(sizes) // 4, dtype=torch.int32, pin_memory=device.type == "cuda")
-        numbers, start = host.numpy(), 0
-        for part, size in zip(parts, sizes, strict=True):
-            numbers[start : start + part.nbytes // 4] = part.reshape(-1).view(np.int32)
-            start += size // 4
-        tables = torch.split(host.to(device, non_blocking=True), [size // 4 for size in sizes])
-        addresses, positions, until, pieces, programs, joins = tables
-        return cls(
-            addresses=addresses.view(torch.int64),
-            positions=positions,
-            until=until,
-            pieces=pieces,
-            programs=programs,
-            joins=joins,
-            num_blocks=len(segments.blocks),
-            num_programs=len(work.programs),
-            num_joins=len(work.joins),
-            num_slots=work.num_slots,
+    def load(self, segments: Segments) -> bool:
+        """Go on to another pass; False if there is no room for it, then this object is of no more use."""
+        self.segments = segments
+        return all(
+            tables.load(segments, Work.of(segments, launch.cut(shape), window))
+            for (shape, launch, window), tables in self.tables.items()
         )
 
-
-def _addresses(blocks: Sequence[object]) -> NDArray[np.int64]:
-    """Return the table of addresses, `(layers, blocks, columns)`."""
-    if not blocks:
-        return np.zeros((0, 0, ADDRESS_COLUMNS), dtype=np.int64)
-    of_blocks = np.array([cast(Addressed, block).addresses() for block in blocks], dtype=np.int64)
-    table = np.zeros((of_blocks.shape[1], len(blocks), ADDRESS_COLUMNS), dtype=np.int64)
-    table[:, :, :3] = of_blocks.transpose(1, 0, 2)
-    return table
+    def _tables_of(self, shape: Shape, launch: Launch, scoring: Scoring) -> DeviceTables:
+        of_tables = shape, launch, scoring.window
+        if of_tables not in self.tables:
+            cut = launch.cut(shape)
+            work = Work.of(self.segments, cut, scoring.window)
+            room = Room.for_steps(self.segments, work, cut) if self._has_room else None
+            self.tables[of_tables] = DeviceTables.of(self.segments, work, shape.device, room)
+        return self.tables[of_tables]
 
 
 @dataclass(frozen=True)
@@ -259,7 +238,7 @@ class _Layers:
     """
 
     launch: Launch
-    tables: _Tables
+    tables: DeviceTables
     attending: Launcher
     joining: Launcher
     num_axes: int
@@ -268,11 +247,11 @@ class _Layers:
     partial_lse: Tensor
 
     @classmethod
-    def of(cls, tables: _Tables, shape: Shape, scoring: Scoring, launch: Launch) -> _Layers:
+    def of(cls, tables: DeviceTables, shape: Shape, scoring: Scoring, launch: Launch) -> _Layers:
         """Return the launches of layers with these tables."""
         softcap, num_axes = scoring.softcap, launch.num_axes(shape)
         scale = scoring.scaling * LOG2E if softcap is None else scoring.scaling / softcap
-        slots = tables.num_slots, num_axes, launch.tile.rows
+        slots = tables.room.slots, num_axes, launch.tile.rows
         dtype_of_sinks = None if scoring.sinks is None else scoring.sinks.dtype
         return cls(
             launch,
@@ -296,14 +275,14 @@ class _Layers:
         sinks = output if sinks is None else sinks
         places = tables.addresses, tables.positions, tables.until, tables.pieces, tables.programs
         self.attending.launch(
-            tables.num_programs * num_axes,
+            tables.room.programs * num_axes,
             (query, key, value, output, sinks, partial, partial_lse, *places),
             (query.stride(0), query.stride(1)),
-            (layer_idx, tables.num_blocks, num_tokens, num_axes, num_heads, *self.numbers),
+            (layer_idx, tables.room.blocks, num_tokens, num_axes, num_heads, *self.numbers),
         )
-        if tables.num_joins:
+        if tables.room.joins:
             results = output, sinks, partial, partial_lse, tables.joins
-            self.joining.launch(tables.num_joins * num_axes, results, (), (num_axes, num_heads))
+            self.joining.launch(tables.room.joins * num_axes, results, (), (num_axes, num_heads))
         return output
 
 

@@ -33,7 +33,6 @@ from backprompt.forest.passes import (
 )
 from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
-from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.model.executor import Executor
@@ -168,11 +167,6 @@ class Computation:
         finalize(self, self.forest.clear).atexit = False
 
     @property
-    def _layout(self) -> Layout:
-        assert self.executor.layout is not None, "a pass came before"
-        return self.executor.layout
-
-    @property
     def token_bytes(self) -> int:
         """The bytes of all rows held for one token; the first use runs the probe."""
         self.probe_once()
@@ -289,9 +283,9 @@ class Computation:
         """Load rows from the store; return the ends of the texts that there was room for."""
         free = max(0, self.memory.max_bytes - self.memory.num_bytes)
         room = free + self.max_tokens * self.executor.token_bytes
-        loaded = archive.load(
-            self.forest, ends, room, self.memory, self._layout, with_keys_values=request.with_keys_values
-        )
+        layout = self.executor.layout
+        assert layout is not None, "the probe ran a pass"
+        loaded = archive.load(self.forest, ends, room, self.memory, layout, with_keys_values=request.with_keys_values)
         self.counters.tokens_loaded += loaded.num_tokens
         if loaded.num_tokens:
             logger.debug("Loaded %d tokens from the store.", loaded.num_tokens)
@@ -342,12 +336,12 @@ class Computation:
     def _make_room_for(self, spared: Spared, request: Request, num_coming_bytes: int = 0) -> None:
         """Evict rows over the budget, also those that will be; see `Memory.evict`."""
         is_exceeded = self.memory.is_exceeded(num_coming_bytes)
-        is_anything_held = self.executor.layout is not None  # else the first pass failed
-        if not is_anything_held or not (is_exceeded or self.memory.is_scattered):
-            return
+        layout = self.executor.layout
+        if layout is None or not (is_exceeded or self.memory.is_scattered):
+            return  # without a layout, the first pass failed, and nothing is held
         if is_exceeded and request.before_eviction is not None:
             request.before_eviction()
-        self.memory.order.times_smaller = self._layout.times_smaller
+        self.memory.order.times_smaller = layout.times_smaller
         self._empty.add(self.memory.evict(self.forest, self.holders.ends(), spared, num_coming_bytes))
 
     def recover(self) -> None:

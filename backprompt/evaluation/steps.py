@@ -21,8 +21,9 @@ from backprompt.evaluation.computation import Computation
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
 from backprompt.forest.steps import StepPlan
-from backprompt.memory.blocks import BlockRows, KeysValues, States
-from backprompt.memory.growth import Growth, takes_tokens_in
+from backprompt.memory.blocks import BlockRows, States
+from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
+from backprompt.model.executor import Forwarded
 
 Token: TypeAlias = "tuple[Span, int]"
 """The last span of a text, and the token with which the text goes on."""
@@ -91,7 +92,10 @@ class Steps:
             plan.begin([growing[end] for end in plan.ends])
         started = time.perf_counter()
         with computation.blaming_weights():
-            forwarded = computation.executor.forward(plan.pass_, step.attention)
+            if is_mixed:
+                forwarded = computation.executor.forward(plan.pass_, step.attention)
+            else:
+                forwarded = computation.executor.step(plan.pass_, step.attention, self._growth.places(plan.ends))
         if not forwarded.is_finite:
             return None  # the other way finds out which text is to blame
         counters = computation.counters
@@ -101,7 +105,7 @@ class Steps:
         executor = computation.executor
         scores = TokenScores.of([tokens[token] for token in plan.tokens], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
-        stepped = Stepped(plan.tokens, self._keep(plan, growing, forwarded.keys_values, states), forwarded.hidden)
+        stepped = Stepped(plan.tokens, self._keep(plan, growing, forwarded, states), forwarded.hidden)
         computation.memory.touch(stepped.ends)
         if not is_mixed:
             plan.advance()
@@ -162,14 +166,14 @@ class Steps:
         plan = StepPlan(to_come, computation.tile_tokens)
         return _NextStep(plan, computation.executor.prepare(plan.pass_, num_steps), num_steps)
 
-    def _keep(
-        self, plan: StepPlan, growing: Container[Span], keys_values: KeysValues, states: States
-    ) -> Sequence[Span]:
+    def _keep(self, plan: StepPlan, growing: Container[Span], forwarded: Forwarded, states: States) -> Sequence[Span]:
         """Let spans hold the rows of a step; return the last span of each text."""
         forest, memory, growth = self._computation.forest, self._computation.memory, self._growth
+        keys_values = forwarded.keys_values
         rows = [row for row, end in enumerate(plan.ends) if end in growing]
         grown = [plan.tokens[row] for row in rows]
-        growth.extend([end for end, _ in grown], [token_id for _, token_id in grown], rows, keys_values, states)
+        new_rows = NewRows(rows, forwarded.keys_values, states, forwarded.are_placed)
+        growth.extend([end for end, _ in grown], [token_id for _, token_id in grown], new_rows)
         ends = list(plan.ends)
         evaluation = forest.stamp()
         for row, (before, token_id) in enumerate(plan.tokens):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
+from backprompt.memory.location import Location
 from backprompt.transfers import on_device
 
 if TYPE_CHECKING:
@@ -61,27 +62,6 @@ def token_axis(name: str) -> int:
 def layer_names(layer_idx: int) -> tuple[str, str]:
     """Return the names of a layer's keys and values."""
     return f"keys.{layer_idx}", f"values.{layer_idx}"
-
-
-@dataclass(frozen=True)
-class Location:
-    """The place where tensors are made: a device and, for the CPU, whether memory is pinned (page-locked)."""
-
-    device: torch.device
-    is_pinned: bool = False
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Location:
-        """Return the location of a tensor."""
-        return cls(tensor.device, tensor.is_pinned())
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a new tensor here, with arbitrary content."""
-        return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.is_pinned)
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """Return a copy here; the copy is complete on return."""
-        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 @dataclass(frozen=True)
@@ -236,13 +216,24 @@ class KeysValues(Block):
         keys, values = layer_names(layer_idx)
         return self.tensors[keys][:, rows], self.tensors[values][:, rows]
 
+    def first_rows(self, num_rows: int) -> KeysValues:
+        """Return views of the first rows."""
+        return KeysValues({name: tensor[:, :num_rows] for name, tensor in self.tensors.items()})
+
+    def in_order(self) -> list[Tensor]:
+        """Return the keys and the values of each layer in turn."""
+        return [self.tensors[name] for idx in range(self.num_layers) for name in layer_names(idx)]
+
     def addresses(self) -> list[tuple[int, int, int]]:
         """Return, for each layer, the addresses of the first key and value and the stride between heads, in numbers.
 
         The rows of a head lie side by side. The addresses are valid until the block changes or moves.
         """
-        layers = [self.layer(layer_idx, slice(None)) for layer_idx in range(self.num_layers)]
-        return [(keys.data_ptr(), values.data_ptr(), keys.stride(0)) for keys, values in layers]
+        tensors = self.in_order()
+        return [
+            (keys.data_ptr(), values.data_ptr(), keys.stride(0))
+            for keys, values in zip(tensors[::2], tensors[1::2], strict=True)
+        ]
 
 
 class States(Block):

@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
+from backprompt.memory.places import Places
+from backprompt.transfers import on_device
 
 ROWS_AT_A_TIME = 16
 """The least free room of a text in a new buffer, in rows; an eighth of its rows if that is more."""
@@ -55,6 +59,39 @@ class _Held(NamedTuple):
         """Return these rows and others as one range if the others directly follow these."""
         keys_values, states = self.keys_values.with_next(others.keys_values), self.states.with_next(others.states)
         return None if keys_values is None or states is None else _Held(keys_values, states)
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """The rows of the tokens that spans take in.
+
+    Attributes:
+        rows: the row of each token in the blocks.
+        keys_values, states: the rows of a pass.
+        are_placed: whether keys, values and hidden states are where they go already.
+
+    """
+
+    rows: Sequence[int]
+    keys_values: KeysValues
+    states: States
+    are_placed: bool = False
+
+    def copy_to(
+        self, keys_values: KeysValues, states: States, rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]
+    ) -> None:
+        """Copy some rows to the rows `targets` of other blocks."""
+        are_all = len(rows) == self.states.num_rows
+        if self.are_placed:
+            logprobs, is_argmax = self.states.logprobs, self.states.is_argmax
+            if not are_all:
+                chosen = on_device(rows, logprobs.device)
+                logprobs, is_argmax = logprobs[chosen], is_argmax[chosen]
+            states.write_scores(targets, logprobs, is_argmax)
+            return
+        sources = None if are_all else torch.from_numpy(rows)
+        self.keys_values.copy_rows_to(keys_values, sources, torch.from_numpy(targets))
+        self.states.copy_rows_to(states, sources, torch.from_numpy(targets))
 
 
 _Copy: TypeAlias = "tuple[BlockRows[Any], Block, int]"
@@ -123,32 +160,28 @@ class Growth:
             num_steps = min(num_steps, buffer.room.get(keys_values.stop, 0) - keys_values.stop)
         return max(0, num_steps)
 
-    def extend(
-        self,
-        ends: Sequence[Span],
-        token_ids: Sequence[int],
-        rows: Sequence[int],
-        keys_values: KeysValues,
-        states: States,
-    ) -> None:
+    def places(self, ends: Sequence[Span]) -> Places:
+        """Return where the next rows of spans go for which there is room."""
+        idx_of: dict[tuple[KeysValues, States], int] = {}
+        block_idx = [idx_of.setdefault((keys_values_of(end).block, states_of(end).block), len(idx_of)) for end in ends]
+        target_rows = [keys_values_of(end).stop for end in ends]
+        return Places(list(idx_of), np.array(block_idx), np.array(target_rows))
+
+    def extend(self, ends: Sequence[Span], token_ids: Sequence[int], new: NewRows) -> None:
         """Let spans take in a token each, for which they have room.
 
         Args:
             ends: the spans.
             token_ids: the token of each.
-            rows: the row of each in the blocks.
-            keys_values, states: the rows of a pass.
+            new: the rows of the tokens, in the order of `ends`.
 
         """
         by_block: dict[tuple[KeysValues, States], list[int]] = {}
         for idx, end in enumerate(ends):
             by_block.setdefault((keys_values_of(end).block, states_of(end).block), []).append(idx)
-        for (own_keys_values, own_states), indices in by_block.items():
-            are_all = len(indices) == keys_values.num_rows
-            sources = None if are_all else torch.tensor([rows[idx] for idx in indices])
-            targets = torch.tensor([keys_values_of(ends[idx]).stop for idx in indices])
-            keys_values.copy_rows_to(own_keys_values, sources, targets)
-            states.copy_rows_to(own_states, sources, targets)
+        for blocks, indices in by_block.items():
+            targets = np.array([keys_values_of(ends[idx]).stop for idx in indices])
+            new.copy_to(*blocks, np.array([new.rows[idx] for idx in indices]), targets)
         with self._forest.changing():
             for (own_keys_values, _), indices in by_block.items():
                 room = self._buffers[own_keys_values].room

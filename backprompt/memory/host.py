@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import KINDS, Kind, Span
-from backprompt.memory.blocks import Block, Location
+from backprompt.memory.blocks import Block
 from backprompt.memory.leaves import Ranking, Spared
+from backprompt.memory.location import Location
 from backprompt.memory.span_rows import SpanRows, moved
 from backprompt.memory.tier import Tier, num_bytes_of
 from backprompt.memory.visit import Visit

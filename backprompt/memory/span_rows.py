@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from backprompt.forest.span import Span
-from backprompt.memory.blocks import SMALL_TENSOR_BYTES, Block, BlockRows, Location
+from backprompt.memory.blocks import SMALL_TENSOR_BYTES, Block, BlockRows
+from backprompt.memory.location import Location
 
 SpanRows: TypeAlias = "dict[Span, BlockRows[Any]]"
 """The places of spans' rows of one kind."""

@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,19 +21,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring
+from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring, StandingAttention
 from backprompt.attention.choice import attention_for, copies_for
-from backprompt.attention.copies import Copies
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
 from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
+from backprompt.memory.places import Places
 from backprompt.model import skeleton
+from backprompt.model.in_flight import InFlight
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.pass_size import tokens_per_forward
+from backprompt.model.steps import CapturedSteps, captured_steps
 from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
@@ -147,11 +149,14 @@ class Executor:
         self._config: Any = self._head.config
         with plain_surroundings(self.device):
             self.linears = speed_up((self._body, self._head), pack=pack_weights)
-        self._in_flight: _InFlight | None = None
+        self._in_flight: InFlight | None = None
+        self.steps: CapturedSteps | None = captured_steps(self._body, self._attention)
+        """Captured steps of generations, where the device has graphs."""
         _register(name, self)
 
     def close(self) -> None:
         """Release the copies of the model and packed weights; nothing can be computed afterwards."""
+        self.steps = None
         for name in ("_body", "_head", "_model"):
             vars(self).pop(name, None)  # a second call finds none
 
@@ -197,6 +202,17 @@ class Executor:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
         return self._attention.prepare(pass_, num_steps)
 
+    def step(self, pass_: Pass, attention: PreparedAttention, places: Places) -> Forwarded:
+        """Forward one token for each of several texts, by a captured graph where there is one: see steps.py.
+
+        The results are overwritten by the next step. `places`: where they go.
+        """
+        replayed = None if self.steps is None else self.steps.step(self.run, pass_, attention, places)
+        if replayed is None:
+            return self.forward(pass_, attention)
+        is_finite = bool(replayed.is_finite)
+        return Forwarded(replayed.keys_values, replayed.hidden, is_finite, replayed.are_placed)
+
     def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
         """Forward all tokens of a pass; `attention`: as it was prepared, if it was.
 
@@ -204,10 +220,25 @@ class Executor:
             UnsupportedModelError: the model's attention does something that is not implemented here.
 
         """
-        columns = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
-        token_ids, positions = columns[:1], columns[1:]  # (1, tokens)
+        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
-        in_flight = self._in_flight = _InFlight(prepared, self._make_copies(), max(pass_.positions))
+        in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
+        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
+        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
+
+    def run(
+        self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
+    ) -> tuple[InFlight, Tensor]:
+        """Run the model's body; return what it has left, and the final hidden states, `(tokens, hidden)`.
+
+        Args:
+            inputs: token ids and positions, `(2, tokens)`.
+            attention: attends.
+            max_position: the largest of the positions.
+
+        """
+        token_ids, positions = inputs[:1], inputs[1:]  # (1, tokens)
+        in_flight = self._in_flight = InFlight(attention, self._make_copies(), max_position)
         try:
             output = self._body(
                 input_ids=token_ids,
@@ -222,9 +253,7 @@ class Executor:
                 f"{self._model_name} does not go through transformers' attention interface, so its attention cannot be "
                 "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
             )
-        hidden = output.last_hidden_state[0].clone()  # (tokens, hidden)
-        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
-        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
+        return in_flight, output.last_hidden_state[0].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
@@ -301,7 +330,9 @@ class Executor:
         assert in_flight is not None, "attention outside of Executor.forward"
         self._refuse_unknown(keywords, dropout, is_causal)
         window = in_flight.window_of(attention_mask, self._model_name)
-        if window is None and sliding_window is not None and in_flight.max_position >= sliding_window:
+        if window is None and sliding_window is not None:
+            in_flight.note_window(sliding_window)
+        if in_flight.least_unseen is not None and in_flight.max_position >= in_flight.least_unseen:
             raise UnsupportedModelError(
                 f"{self._model_name} asks its attention for a sliding window of {sliding_window} positions, but its "
                 "mask does not say so. Keep texts within the window."
@@ -325,16 +356,11 @@ class Executor:
         """Return a marker for a mask that is causal, or causal within a window; transformers' mask interface."""
         in_flight = self._in_flight
         assert in_flight is not None, "a mask outside of Executor.forward"
-        last = in_flight.max_position
-        # A window shows equally many keys at the last two positions; chunked and look-ahead masks do not.
-        seen = [None, None] if use_vmap else [_numvisible_keys(mask_function, p, self.device) for p in (last - 1, last)]
-        if seen == [last, last + 1]:
-            return in_flight.add_marker(None, self.device)
-        if seen[0] is not None and seen[0] == seen[1]:
-            return in_flight.add_marker(seen[1], self.device)
+        if not use_vmap and in_flight.add_mask(mask_function, self.device).meaning.is_known:
+            return in_flight.marker
         raise UnsupportedModelError(
             f"{self._model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "
-            f"{last + 1} tokens), which packed evaluation does not implement. Shorter texts may work."
+            f"{in_flight.max_position + 1} tokens), which packed evaluation does not implement. Shorter texts may work."
         )
 
     def _refuse_unknown(self, keywords: dict[str, object], dropout: float, is_causal: bool | None) -> None:
@@ -352,60 +378,15 @@ class Executor:
 
 @dataclass(frozen=True)
 class Forwarded:
-    """The output of a pass: keys and values, final hidden states `(tokens, hidden)`, and whether all was finite."""
+    """The output of a pass: keys and values, final hidden states `(tokens, hidden)`, and whether all was finite.
+
+    `are_placed`: whether keys, values and hidden states were copied to their places, see `Executor.step`.
+    """
 
     keys_values: KeysValues
     hidden: Tensor
     is_finite: bool
-
-
-@dataclass
-class _InFlight:
-    """The state of one forward call: tensors and markers, collected layer by layer."""
-
-    attention: PreparedAttention
-    copies: Copies
-    max_position: int
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    _markers: list[tuple[Tensor, int | None]] = field(default_factory=list)
-
-    def add_layer(self, key: Tensor, value: Tensor) -> int:
-        self.keys.append(key)
-        self.values.append(value)
-        return len(self.keys) - 1
-
-    def add_marker(self, window: int | None, device: torch.device) -> Tensor:
-        marker = torch.empty(0, device=device)
-        self._markers.append((marker, window))
-        return marker
-
-    def window_of(self, mask: Tensor | None, model_name: str) -> int | None:
-        for marker, window in self._markers:
-            if mask is marker:
-                return window
-        raise UnsupportedModelError(
-            f"{model_name} makes its attention mask without transformers' mask interface, so what it hides is unknown. "
-            "Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
-        )
-
-
-def _numvisible_keys(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> int | None:
-    """Return how many keys a query at `position` sees, or None if they are not the last ones up to `position`."""
-    try:
-        visible = visible_keys(mask_function, position, torch.device("cpu"))  # so that the host does not wait
-    except RuntimeError:
-        visible = visible_keys(mask_function, position, device)  # the mask looks into tensors of its own
-    num_visible = int(visible.sum())
-    are_last = bool(visible[position + 1 - num_visible : position + 1].all()) if num_visible <= position + 1 else False
-    return num_visible if are_last else None
-
-
-def visible_keys(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> Tensor:
-    """Return whether a query at `position` sees each key, one more than a causal mask shows."""
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    keys = torch.arange(position + 2, device=device)
-    return mask_function(zero, zero, torch.tensor(position, device=device), keys)
+    are_placed: bool = False
 
 
 def _register(name: str, executor: Executor) -> None:

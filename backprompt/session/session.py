@@ -32,10 +32,10 @@ from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
 from backprompt.forest.span import Inserted
 from backprompt.forking import watch_lm
-from backprompt.memory.blocks import Location
 from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
+from backprompt.memory.location import Location
 from backprompt.model.executor import Executor, plain_surroundings
 from backprompt.model.skeleton import model_device, unwrap
 from backprompt.session.evaluated import Batch, Evaluated

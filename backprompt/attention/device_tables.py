@@ -1,0 +1,194 @@
+"""The tables of a pass (tables.py) on the device, where the kernels read them: one tensor, and one copy to fill it.
+
+The tables of an ordinary pass have exactly the size of their content. Those of captured steps have room for more, so
+that the next step's content goes to the same addresses: see model/steps.py. Programs and joins that are not used have
+no rows, so they write nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Cut, Segments, Work
+from backprompt.transfers import copy_to
+
+ADDRESS_COLUMNS = 4
+"""Columns of the table of addresses: the first key and the first value of a layer in bytes, the stride between heads in
+numbers; one is spare."""
+
+ROOM_FOR_BLOCKS = 8
+"""The least number of blocks for which tables with room have room."""
+
+ROOM_FOR_PIECES = 1024
+"""The least number of pieces for which tables with room have room."""
+
+
+class Addressed(Protocol):
+    """Keys and values of computed rows that tell where they lie."""
+
+    def addresses(self) -> Sequence[tuple[int, int, int]]:
+        """Return, for each layer, the addresses of keys and values and the stride between their heads in numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Room:
+    """The number of entries for which tables have room.
+
+    Attributes:
+        rows: the rows of the pass.
+        blocks, programs, joins, pieces: see tables.py.
+        slots: the partial results.
+
+    """
+
+    rows: int
+    blocks: int
+    programs: int
+    joins: int
+    pieces: int
+    slots: int
+
+    @classmethod
+    def of(cls, segments: Segments, work: Work) -> Room:
+        """Return the room that the tables of one pass take."""
+        sizes = len(work.programs), len(work.joins), len(work.pieces), work.num_slots
+        return cls(len(segments.positions), len(segments.blocks), *sizes)
+
+    @classmethod
+    def for_steps(cls, segments: Segments, work: Work, cut: Cut) -> Room:
+        """Return the room for the steps of a generation that begin with this one.
+
+        Programs and joins have room for all steps of so many rows; pieces and blocks for twice as many as now.
+        """
+        num_rows = len(segments.positions)
+        pieces = max(ROOM_FOR_PIECES, _power_of_two(2 * len(work.pieces)))
+        tiles = -(-num_rows // cut.tile_rows)
+        programs = tiles + math.ceil(min(cut.shares, pieces))  # a tile, and an equal share of the pieces
+        blocks = max(ROOM_FOR_BLOCKS, _power_of_two(2 * len(segments.blocks)))
+        return cls(num_rows, blocks, programs, tiles, pieces, programs)
+
+    def holds(self, other: Room) -> bool:
+        """Return whether tables of another size fit, for the same rows."""
+        return (
+            self.rows == other.rows
+            and self.blocks >= other.blocks
+            and self.programs >= other.programs
+            and self.joins >= other.joins
+            and self.pieces >= other.pieces
+            and self.slots >= other.slots
+        )
+
+
+@dataclass(frozen=True)
+class DeviceTables:
+    """The tables on the device; the columns of each are named in tables.py and above.
+
+    Attributes:
+        room: for how much there is room.
+        numbers: all tables, one behind the other, in 4 bytes each.
+        sizes: the size of each table, in the order of the properties.
+
+    """
+
+    room: Room
+    numbers: Tensor
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, segments: Segments, work: Work, device: torch.device, room: Room | None = None) -> DeviceTables:
+        """Return the tables of a pass on the device: one copy from pinned memory, and nobody waits for it."""
+        room = Room.of(segments, work) if room is None else room
+        numbers, sizes = _laid_out(segments, work, room)
+        made = cls(room, torch.empty(sum(sizes), dtype=torch.int32, device=device), sizes)
+        copy_to(made.numbers, numbers)
+        return made
+
+    def load(self, segments: Segments, work: Work) -> bool:
+        """Go on to another pass with so many rows, at the same addresses; False if there is no room for it."""
+        if not self.room.holds(Room.of(segments, work)):
+            return False
+        numbers, sizes = _laid_out(segments, work, self.room)
+        if sizes != self.sizes:
+            return False  # another number of layers
+        copy_to(self.numbers, numbers)
+        return True
+
+    def _table(self, idx: int) -> Tensor:
+        start = sum(self.sizes[:idx])
+        return self.numbers[start : start + self.sizes[idx]]
+
+    @property
+    def addresses(self) -> Tensor:
+        """The table of addresses, `(layers, blocks, columns)`, flat."""
+        return self._table(0).view(torch.int64)
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of each row."""
+        return self._table(1)
+
+    @property
+    def until(self) -> Tensor:
+        """The row at which the rows end that see each row."""
+        return self._table(2)
+
+    @property
+    def programs(self) -> Tensor:
+        """The programs, flat."""
+        return self._table(3)
+
+    @property
+    def joins(self) -> Tensor:
+        """The joins, flat."""
+        return self._table(4)
+
+    @property
+    def pieces(self) -> Tensor:
+        """The pieces, flat."""
+        return self._table(5)
+
+
+def _laid_out(segments: Segments, work: Work, room: Room) -> tuple[NDArray[np.int32], tuple[int, ...]]:
+    """Return all tables as one array, without the room behind the last, and the size of each with its room."""
+    unused = np.zeros((room.programs - len(work.programs), PROGRAM_COLUMNS), dtype=np.int32)
+    unused[:, 4] = -1
+    parts: list[NDArray[Any]] = [
+        _addresses(segments.blocks, room.blocks),
+        segments.positions,
+        segments.until,
+        np.concatenate([work.programs, unused]),
+        np.concatenate([work.joins, np.zeros((room.joins - len(work.joins), JOIN_COLUMNS), dtype=np.int32)]),
+        work.pieces,
+    ]
+    used = [part.nbytes // 4 for part in parts]
+    sizes = [-(-size // 4) * 4 + 4 for size in (*used[:-1], room.pieces * PIECE_COLUMNS)]  # aligned, and never empty
+    numbers = np.zeros(sum(sizes[:-1]) + used[-1], dtype=np.int32)
+    start = 0
+    for part, size in zip(parts, sizes, strict=True):
+        numbers[start : start + part.nbytes // 4] = np.ascontiguousarray(part).reshape(-1).view(np.int32)
+        start += size
+    return numbers, tuple(sizes)
+
+
+def _addresses(blocks: Sequence[object], room: int) -> NDArray[np.int64]:
+    """Return the table of addresses, `(layers, room, columns)`."""
+    if not blocks:
+        return np.zeros((0, 0, ADDRESS_COLUMNS), dtype=np.int64)
+    of_blocks = np.array([cast(Addressed, block).addresses() for block in blocks], dtype=np.int64)
+    table = np.zeros((of_blocks.shape[1], room, ADDRESS_COLUMNS), dtype=np.int64)
+    table[:, : len(blocks), :3] = of_blocks.transpose(1, 0, 2)
+    return table
+
+
+def _power_of_two(number: int) -> int:
+    """Return the least power of two that is no smaller than the number."""
+    return 1 << max(0, number - 1).bit_length()

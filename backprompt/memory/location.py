@@ -1,0 +1,30 @@
+"""The places where tensors are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Location:
+    """The place where tensors are made: a device and, for the CPU, whether memory is pinned (page-locked)."""
+
+    device: torch.device
+    is_pinned: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Location:
+        """Return the location of a tensor."""
+        return cls(tensor.device, tensor.is_pinned())
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a new tensor here, with arbitrary content."""
+        return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.is_pinned)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy here; the copy is complete on return."""
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)

@@ -1,0 +1,41 @@
+"""The places of the new rows of growing texts: which row of which block each row goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from backprompt.memory.blocks import KeysValues, States
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places of the rows of a step.
+
+    Attributes:
+        blocks: the blocks that take rows in.
+        block_idx, target_rows: for each row, the block and the row there, `(rows,)`.
+
+    """
+
+    blocks: Sequence[tuple[KeysValues, States]]
+    block_idx: npt.NDArray[np.int64]
+    target_rows: npt.NDArray[np.int64]
+
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Return where the tensors of each block lie.
+
+        For keys and values of each layer in turn, then the hidden states, the address of the first number and the
+        stride between heads in numbers, `(blocks, tensors, 2)`.
+        """
+        return np.array([_addresses(*blocks) for blocks in self.blocks], dtype=np.int64)
+
+
+def _addresses(keys_values: KeysValues, states: States) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for keys, values, stride in keys_values.addresses():
+        found += [(keys, stride), (values, stride)]
+    return [*found, (states.hidden.data_ptr(), 0)]

@@ -1,0 +1,104 @@
+"""The recording of work on a device: what is launched once by Python is launched again by a graph, as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from backprompt.memory.blocks import KeysValues
+from backprompt.model.in_flight import InFlight
+
+
+@dataclass(frozen=True)
+class Output:
+    """The results of a step, in tensors that each replay fills anew.
+
+    Attributes:
+        hidden: final hidden states, `(rows, hidden)`.
+        keys_values: the keys and values of all rows.
+        is_finite: 1 if all rows but those behind the step's own are finite, and the rows that were placed, `()`, int32.
+        in_flight: what the run has found out about the model.
+
+    """
+
+    hidden: Tensor
+    keys_values: KeysValues
+    is_finite: Tensor
+    in_flight: InFlight
+
+    def sources(self) -> npt.NDArray[np.int64]:
+        """Return where the tensors lie that go to places, in the order of `Places.addresses`; see placing.py."""
+        found = [(tensor.data_ptr(), tensor.stride(0), *tensor.shape[::2]) for tensor in self.keys_values.in_order()]
+        return np.array([*found, (self.hidden.data_ptr(), 0, 1, self.hidden.shape[1])], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Recorded work.
+
+    Attributes:
+        plain: what the work gave when it was not recorded.
+        output: the tensors that `replay` fills.
+        replay: does the work.
+
+    """
+
+    plain: Output
+    output: Output
+    replay: Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Records work on a device."""
+
+    def __call__(self, compute: Callable[[], Output], finish: Callable[[Output], None]) -> Recording:
+        """Record the function `compute`, and `finish` with its output."""
+        ...
+
+
+class CudaRecorder:
+    """Records work as CUDA graphs, which share one pool of memory.
+
+    Args:
+        device: the device.
+
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[], Output], finish: Callable[[Output], None]) -> Recording:
+        """See `Recorder`; what the work allocates first is allocated by a run on the same stream."""
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(self._stream):
+                plain = compute()
+                finish(plain)
+                self._stream.synchronize()
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = compute()
+                    finish(output)
+                except BaseException:
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            current.wait_stream(self._stream)
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                graph.replay()
+
+        return Recording(plain, output, replay)
