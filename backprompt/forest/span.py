@@ -362,11 +362,6 @@ class Span:
             if getattr(self, slot) is not None:
                 setattr(parent, below, getattr(parent, below) + 1)
 
-    def num_bytes(self, pool: Pool) -> int:
-        """Return the bytes of all data in a pool."""
-        found = (self.rows_in(kind, pool) for kind in KINDS)
-        return sum(rows.num_bytes for rows in found if rows is not None)
-
     def path(self) -> list[Span]:
         """Return the spans from the first below the root down to this one; no junction may lie between."""
         spans: list[Span] = []
