@@ -62,6 +62,8 @@ class LM(Engine[Text]):
         pack_weights: on the CPU, hold a second copy of the weights of all linear layers, in the order in which they are
             multiplied. The copy takes as many bytes as those weights (`lm.stats.packed_weight_bytes`; 494 MB for GPT-2)
             and makes passes faster, most of all those of few tokens: generation. For weights in float32 or bfloat16.
+            On CUDA a copy of the output head's weight is made without being asked for: in half precision, where the
+            size of the vocabulary is no multiple of 8 and the copy takes at most a third of the model's bytes.
     Raises:
         ValueError, TypeError: an option has an invalid value.
         UnsupportedModelError: the model cannot be evaluated exactly, or its weights cannot be packed; the message names

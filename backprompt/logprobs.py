@@ -33,7 +33,7 @@ def rated(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> tuple[Tensor, T
 
     """
     values = logits.to(logprob_dtype(logits.dtype))
-    if logits.is_cpu:
+    if logits.device.type == "cpu":
         largest = values.amax(dim=-1)  # NaN where a row has one
         is_argmax = _are_argmax(values.float(), row_idx, token_ids)
     else:

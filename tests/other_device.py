@@ -48,6 +48,10 @@ class Elsewhere(Tensor):
     def device(self) -> torch.device:
         return DEVICE
 
+    @property
+    def is_cpu(self) -> bool:
+        return False
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Elsewhere:
         return memo.setdefault(id(self), Elsewhere(self.inner.clone()))
 

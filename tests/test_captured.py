@@ -1,7 +1,9 @@
 """Captured steps of generations give the tokens of plain ones; on the CPU a function does again what is recorded."""
 
 import ctypes
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -350,3 +352,25 @@ def test_a_captured_step_allocates_nothing_in_the_model(model: Any, tokenizer: A
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     replay()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_the_table_of_sources_lives_as_long_as_its_graph(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph keeps addresses, and no tensors."""
+    sources = []
+
+    def noted(like: Any, is_finite: Any, *tables: Any) -> None:
+        sources.append(weakref.ref(tables[0]))
+        place_by_hand(like, is_finite, *tables)
+
+    def record_addresses(compute: Callable[[], Output], finish: Callable[[Output], None]) -> Recording:
+        recording = record(compute, finish)
+        return Recording(recording.plain, recording.plain, lambda: None)
+
+    capture(monkeypatch, record_addresses, place=noted)
+    lm = LM(model, tokenizer)
+    generate(texts_of(lm), max_new_tokens=6)
+    gc.collect()
+    assert counts_of(lm)["recorded"] == 1
+    assert sources[-1]() is not None

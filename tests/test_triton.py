@@ -36,16 +36,14 @@ SMALL = Tile(rows=16, keys=16, warps=4, stages=2)
 """So small that short texts need several tiles and pieces."""
 
 
-def launch_of(*, split: bool, skips_masks: bool = False) -> Launch:
+def launch_of(*, split: bool) -> Launch:
     """With `split`, each piece of keys has a program of its own."""
-    return Launch(
-        replace(SMALL, skips_masks=skips_masks), programs_a_processor=1e9, least_pieces=1 if split else 1_000_000
-    )
+    return Launch(SMALL, programs_a_processor=1e9, least_pieces=1 if split else 1_000_000)
 
 
-def attention_of(*, split: bool = False, skips_masks: bool = False) -> TritonAttention:
+def attention_of(*, split: bool = False) -> TritonAttention:
     """An attention that serves here."""
-    return TritonAttention(launch_of(split=split, skips_masks=skips_masks), device_types={DEVICE})
+    return TritonAttention(launch_of(split=split), device_types={DEVICE})
 
 
 def sinks_of(heads: int) -> torch.Tensor:
@@ -69,7 +67,6 @@ scorings = st.builds(
     tile_tokens=st.sampled_from([1, 5, 128]),
     max_tokens=st.sampled_from([1000, 50, 6]),
     split=st.booleans(),
-    skips_masks=st.booleans(),
 )
 @settings(max_examples=up_to(12))
 def test_every_row_attends_to_what_leads_to_it_within_the_window(
@@ -80,12 +77,11 @@ def test_every_row_attends_to_what_leads_to_it_within_the_window(
     tile_tokens: int,
     max_tokens: int,
     split: bool,
-    skips_masks: bool,
 ) -> None:
     heads, kv_heads, head_dim = shape
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     layers = Layers((ids for batch in batches for ids in batch), head_dim, dtype, DEVICE, **sizes)
-    attention = attention_of(split=split, skips_masks=skips_masks)
+    attention = attention_of(split=split)
     for pass_, names in passes_over(batches, layers, tile_tokens, max_tokens):
         prepared = attention.prepare(pass_)
         for layer_idx, scoring in enumerate(scoring_of_layer):
@@ -279,13 +275,17 @@ def test_a_pass_waits_for_nothing() -> None:
 
 @pytest.mark.cuda
 def test_passes_of_other_sizes_compile_nothing_new() -> None:
+    """Few rows and many take a tile each, and each tile is compiled once."""
     attention = TritonAttention()
-    compiled = []
-    for num_texts in (16, 17, 40, 64, 111):
+    compiled, tiles = [], []
+    for num_texts in (16, 300, 17, 40, 111, 301, 450):
         pass_, rows = pass_of(num_texts)
+        tiles.append(attention.launch_for(Shape.of(*rows[:2]), Segments.of(pass_.segments, pass_.positions)).tile)
         attention.prepare(pass_).attend(0, *rows, Scoring(0.4))
         compiled.append(sum(len(caches[0]) for caches in one_launch.attend_kernel.device_caches.values()))
-    assert len(set(compiled)) == 1
+    assert set(tiles[:2]) == set(tiles)
+    assert len(set(tiles)) == 2
+    assert len(set(compiled[1:])) == 1
 
 
 @pytest.fixture

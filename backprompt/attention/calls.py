@@ -12,8 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from backprompt.attention.base import Scoring
 from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, aligned, choose_kernel, clear_kernel
 from backprompt.forest.plan import Call, Pass
 from backprompt.forest.steps import kept, later, places_of
+from backprompt.transfers import on_device
+
+Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 
 class Layers(Protocol):
@@ -132,7 +137,7 @@ class PreparedCalls:
         self._pass = pass_
         self._steps_left = num_steps
         self._num_done = 0
-        self._positions: Tensor | None = None  # of the rows, on the device
+        self._positions: Ints | None = None  # of the rows
         self._prepared: dict[tuple[int | None, int, torch.dtype], list[_Masked]] = {}
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
@@ -193,10 +198,10 @@ class PreparedCalls:
         if not call.needs_mask:
             return _Masked(call, call.keys, last_stop=last_stop)
         if self._positions is None:
-            self._positions = torch.tensor(self._pass.positions, device=query.device)
-        visible = _visible(call, self._positions)
-        blind = None if call.is_own else ~visible.any(dim=1, keepdim=True)
-        blind = blind if blind is not None and blind.any() else None
+            self._positions = np.array(self._pass.positions)
+        seen = _visible(call, self._positions)
+        visible, sees_some = on_device(seen, query.device), seen.max(axis=1, keepdims=True)
+        blind = None if call.is_own or sees_some.all() else on_device(~sees_some, query.device)
         if call.window is not None or not last_stop:
             return _Masked(call, call.keys, additive_mask(visible, query.dtype), blind)
         visible = torch.nn.functional.pad(visible, (0, self._steps_left - 1))  # the keys to come
@@ -215,57 +220,36 @@ def _next_keys(call: Call) -> Tensor:
     return torch.tensor(growing).T.contiguous()
 
 
-def _visible(call: Call, positions: Tensor) -> Tensor:
+def _visible(call: Call, positions: Ints) -> npt.NDArray[np.bool_]:
     """Return which rows of a call see which of its keys, `(rows, keys)`; `positions` are those of the pass's rows."""
     return _visible_own(call, positions) if call.is_own else _visible_others(call, positions)
 
 
-def _visible_own(call: Call, positions: Tensor) -> Tensor:
+def _visible_own(call: Call, positions: Ints) -> npt.NDArray[np.bool_]:
     """Return which rows of a segment see which rows of it."""
     (segment,) = call.segments
-    row_idx = torch.arange(call.rows.start, call.rows.stop, device=positions.device)[:, None]
-    key_idx = torch.arange(call.keys.start, call.keys.stop, device=positions.device)
-    visible = key_idx <= row_idx
+    row_idx = np.arange(call.rows.start, call.rows.stop)[:, None]
+    visible: npt.NDArray[np.bool_] = np.arange(call.keys.start, call.keys.stop) <= row_idx
     if segment.visible_until is not None:
-        until = torch.tensor(segment.visible_until[_shifted(call.keys, -segment.key_start)], device=positions.device)
-        visible &= row_idx < until
+        visible &= row_idx < np.array(segment.visible_until[_shifted(call.keys, -segment.key_start)])
     if call.window is not None:
         visible &= positions[call.rows][:, None] - positions[call.keys] < call.window
     return visible
 
 
-def _visible_others(call: Call, positions: Tensor) -> Tensor:
-    """Return which rows see which keys of segments that are not their own: some operations, however many segments."""
-    rows = positions[call.rows][:, None]
-    key_idx = torch.arange(call.keys.stop - call.keys.start, device=positions.device)
-    visible: Tensor | None = None
-    for layer in _layers(call):
-        first, stop, position = torch.tensor(layer).T[..., None].to(positions.device)  # (rows, 1) each
-        seen = (key_idx >= first) & (key_idx < stop)
-        if call.window is not None:
-            seen &= rows - (key_idx + position) < call.window
-        visible = seen if visible is None else visible | seen
-    assert visible is not None
+def _visible_others(call: Call, positions: Ints) -> npt.NDArray[np.bool_]:
+    """Return which rows see which keys of segments that are not their own."""
+    visible = np.zeros((call.rows.stop - call.rows.start, call.keys.stop - call.keys.start), dtype=np.bool_)
+    for segment in call.segments:
+        rows = _shifted(slice(segment.start, segment.stop), -call.rows.start)
+        keys = _shifted(slice(segment.key_start, segment.key_stop), -call.keys.start)
+        if call.window is None:
+            visible[rows, keys] = True
+        else:
+            key_positions = np.arange(keys.stop - keys.start) + segment.key_position
+            distance = positions[segment.start : segment.stop, None] - key_positions
+            visible[rows, keys] |= distance < call.window
     return visible
-
-
-def _layers(call: Call) -> list[list[tuple[int, int, int]]]:
-    """Lay the segments of a call out so that each row has at most one in a layer.
-
-    Returns, for each layer and row, the first key that it sees, the key after the last, and the position that the
-    call's first key would have in the segment. Keys are counted from the call's first.
-    """
-    layers: list[list[tuple[int, int, int]]] = []
-    for segment in sorted(call.segments, key=lambda segment: segment.start):
-        start = segment.start - call.rows.start
-        layer = next((layer for layer in layers if len(layer) <= start), None)
-        if layer is None:
-            layers.append(layer := [])
-        first, stop = segment.key_start - call.keys.start, segment.key_stop - call.keys.start
-        layer += [(0, 0, 0)] * (start - len(layer))
-        layer += [(first, stop, segment.key_position - first)] * (segment.stop - segment.start)
-    num_rows = call.rows.stop - call.rows.start
-    return [layer + [(0, 0, 0)] * (num_rows - len(layer)) for layer in layers]
 
 
 def _shifted(piece: slice, by: int) -> slice:

@@ -303,8 +303,6 @@ def launchers(
         "KEYS": tile.keys,
         "HAS_WINDOW": has_window,
         "HAS_SOFTCAP": has_softcap,
-        "SKIPS_MASKS": tile.skips_masks,
-        "PRECISION": tile.precision,
         "IS_ALIGNED": shape.head_dim * shape.dtype.itemsize % 16 == 0,
         "IS_INTERPRETED": shape.device.type == "cpu",
         "PROGRAM_COLUMNS": PROGRAM_COLUMNS,

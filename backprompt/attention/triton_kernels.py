@@ -44,8 +44,6 @@ def attend_kernel(
     KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SKIPS_MASKS: tl.constexpr,
-    PRECISION: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
     PROGRAM_COLUMNS: tl.constexpr,
@@ -100,17 +98,11 @@ def attend_kernel(
         else:
             k = tl.load(keys, mask=is_key[None, :] & (dim[:, None] < HEAD_DIM), other=0.0)
             v = tl.load(values, mask=is_key[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
-        scores = _dot(q, k, PRECISION, IS_INTERPRETED) * scale
+        scores = _dot(q, k, IS_INTERPRETED) * scale
         if HAS_SOFTCAP:
             scores = _tanh(scores) * cap
         scores += log2_times
-        if SKIPS_MASKS:
-            if kind < 2:
-                scores = _masked(
-                    scores, row, position, positions, until, first_key, key_idx, is_key, is_own, low, high, piece,
-                    window, HAS_WINDOW,
-                )  # fmt: skip
-        else:
+        if kind < 2:  # else all rows see all keys
             scores = _masked(
                 scores, row, position, positions, until, first_key, key_idx, is_key, is_own, low, high, piece, window,
                 HAS_WINDOW,
@@ -120,7 +112,7 @@ def attend_kernel(
         fading = tl.exp2(largest - new_largest)
         total = total * fading + tl.sum(weights, 1)
         summed = summed * fading[:, None]
-        summed += _dot(weights.to(element), v, PRECISION, IS_INTERPRETED)
+        summed += _dot(weights.to(element), v, IS_INTERPRETED)
         largest = new_largest
     if slot >= 0:
         at = (slot.to(tl.int64) * num_axes + axis) * ROWS + lane
@@ -164,12 +156,12 @@ def _masked(
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr, IS_INTERPRETED: tl.constexpr):
+def _dot(a, b, IS_INTERPRETED: tl.constexpr):
     """Return a product; the interpreter cannot multiply in bfloat16."""
     if IS_INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit

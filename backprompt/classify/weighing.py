@@ -67,7 +67,7 @@ class Weighing:
         """
         found: Floats = np.empty((len(logprobs), len(lengths)))
         starts = np.cumsum(lengths) - lengths
-        for length in np.unique(lengths):  # numpy adds the numbers of each row as it adds those of one completion
+        for length in set(lengths.tolist()):  # numpy adds the numbers of each row as it adds those of one completion
             own = np.flatnonzero(lengths == length)
             found[:, own] = self._weights(own, logprobs[:, starts[own, None] + np.arange(length)])
         return found

@@ -103,9 +103,11 @@ class Steps:
         counters.tokens_computed += len(tokens)
         counters.seconds += time.perf_counter() - started
         executor = computation.executor
-        scores = TokenScores.of([tokens[token] for token in plan.tokens], executor.logprob_dtype, executor.device)
+        in_order = plan.tokens
+        scores = TokenScores.of([tokens[token] for token in in_order], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
-        stepped = Stepped(plan.tokens, self._keep(plan, growing, forwarded, states), forwarded.hidden)
+        ends = self._keep(plan, in_order, growing, forwarded, states)
+        stepped = Stepped(in_order, ends, forwarded.hidden)
         computation.memory.touch(stepped.ends)
         if not is_mixed:
             plan.advance()
@@ -166,17 +168,19 @@ class Steps:
         plan = StepPlan(to_come, computation.tile_tokens)
         return _NextStep(plan, computation.executor.prepare(plan.pass_, num_steps), num_steps)
 
-    def _keep(self, plan: StepPlan, growing: Container[Span], forwarded: Forwarded, states: States) -> Sequence[Span]:
+    def _keep(
+        self, plan: StepPlan, tokens: Sequence[Token], growing: Container[Span], forwarded: Forwarded, states: States
+    ) -> Sequence[Span]:
         """Let spans hold the rows of a step; return the last span of each text."""
         forest, memory, growth = self._computation.forest, self._computation.memory, self._growth
         keys_values = forwarded.keys_values
-        rows = [row for row, end in enumerate(plan.ends) if end in growing]
-        grown = [plan.tokens[row] for row in rows]
-        new_rows = NewRows(rows, forwarded.keys_values, states, forwarded.are_placed)
+        rows = [row for row, (end, _) in enumerate(tokens) if end in growing]
+        grown = [tokens[row] for row in rows]
+        new_rows = NewRows(rows, keys_values, states, forwarded.are_placed)
         growth.extend([end for end, _ in grown], [token_id for _, token_id in grown], new_rows)
         ends = list(plan.ends)
         evaluation = forest.stamp()
-        for row, (before, token_id) in enumerate(plan.tokens):
+        for row, (before, token_id) in enumerate(tokens):
             if before not in growing:
                 end = ends[row] = plan.pass_.spans[row]
                 with forest.changing():

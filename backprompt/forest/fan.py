@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from backprompt.forest.span import Span
+from backprompt.forest.span import Span, pass_on_history
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -248,7 +248,7 @@ class Fan(Span):
             parent = self.parent if piece.parent_idx is None else spans[piece.parent_idx]
             span = Span(self.token_ids[piece.start : piece.stop], self.position + piece.depth, parent)
             span.is_end = piece.is_end
-            span.note_history_of(self)
+            pass_on_history(self, span)
             spans.append(span)
         return spans
 

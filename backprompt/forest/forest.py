@@ -26,6 +26,7 @@ from backprompt.forest.span import (
     Rows,
     Span,
     child_key,
+    pass_on_history,
 )
 from backprompt.tokens.graph import TokenGraph, TokenIds, common_length, fold
 
@@ -202,7 +203,7 @@ class Forest:
         """Cut `span` after `num_tokens` and return the new upper part; `span` itself becomes the lower part."""
         assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
         upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
-        upper.note_history_of(span)
+        pass_on_history(span, upper)
         upper.add_child(span.token_ids[num_tokens], span)
         with self.changing():
             span.parent.add_child(child_key(span.parent, span.position, span.token_ids[0]), upper)

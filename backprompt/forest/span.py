@@ -360,17 +360,6 @@ class Span:
             if getattr(self, slot) is not None:
                 setattr(parent, below, getattr(parent, below) + 1)
 
-    def note_history_of(self, other: Span) -> None:
-        """Take over whether and when another span was computed, stored and used."""
-        self.was_computed, self.is_stored, self.error = other.was_computed, other.is_stored, other.error
-        self.computed_in, self.loaded_in = other.computed_in, other.loaded_in
-        self.credit, self.last_used = other.credit, other.last_used
-
-    def num_bytes(self, pool: Pool) -> int:
-        """Return the bytes of all data in a pool."""
-        found = (self.rows_in(kind, pool) for kind in KINDS)
-        return sum(rows.num_bytes for rows in found if rows is not None)
-
     def path(self) -> list[Span]:
         """Return the spans from the first below the root down to this one; no junction may lie between."""
         spans: list[Span] = []
@@ -388,6 +377,13 @@ class Inserted:
 
     end: Span
     token_ids: TokenIds
+
+
+def pass_on_history(span: Span, new: Span) -> None:
+    """Let a new span know whether and when the span that it is a part of was computed, stored and used."""
+    new.was_computed, new.is_stored, new.error = span.was_computed, span.is_stored, span.error
+    new.computed_in, new.loaded_in = span.computed_in, span.loaded_in
+    new.credit, new.last_used = span.credit, span.last_used
 
 
 def rows_of(spans: Iterable[Span], kind: Kind, pool: Pool) -> dict[Span, Rows]:

@@ -103,7 +103,8 @@ class HostMemory(Tier):
         def bring(kind: Kind, span: Span) -> bool:
             nonlocal num_bytes
             if kind == "states" and span not in pinned:
-                visit.room -= span.num_bytes("device")
+                on_device = (span.rows_in(kind, "device") for kind in KINDS)
+                visit.room -= sum(rows.num_bytes for rows in on_device if rows is not None)
             rows = span.rows_in(kind, "host")
             if rows is None:
                 return span.holds(kind)

@@ -31,9 +31,11 @@ from backprompt.logprobs import logprob_dtype
 from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.memory.places import Places
 from backprompt.model import skeleton
+from backprompt.model.fusion import fusion_for
 from backprompt.model.in_flight import InFlight
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
+from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
 from backprompt.model.steps import CapturedSteps, captured_steps
 from backprompt.transfers import on_device
@@ -148,7 +150,9 @@ class Executor:
         self._head = skeleton.make_head(model)
         self._config: Any = self._head.config
         with plain_surroundings(self.device):
-            self.linears = speed_up((self._body, self._head), pack=pack_weights)
+            fusion_for(self.device)(self._body)
+            linears = speed_up((self._body, self._head), pack=pack_weights)
+            self.linears = pad_head(self._head, model, linears)
         self._in_flight: InFlight | None = None
         self.steps: CapturedSteps | None = captured_steps(self._body, self._attention)
         """Captured steps of generations, where the device has graphs."""

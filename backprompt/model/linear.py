@@ -12,7 +12,7 @@ The measurements are in `docs/design/model.md`, "Matrix products".
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,7 +33,7 @@ _ROWS_TO_PACK_FOR = 64
 
 @dataclass(frozen=True)
 class Linears:
-    """The method that multiplies linear layers, and the extra bytes that packed weights take."""
+    """The method that multiplies linear layers, and the extra bytes that packed or padded weights take."""
 
     name: str
     packed_bytes: int = 0
@@ -91,16 +91,16 @@ def _replaceable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
         for name, child in parent.named_children()
         if type(child) in (nn.Linear, Conv1D)
         and "forward" not in vars(child)  # no forward of the user's
-        and _is_plain(_weight(child))
+        and is_plain(_weight(child), ("cpu",))
     ]
 
 
-def _is_plain(weight: Tensor) -> bool:
-    """Return whether a weight holds plain numbers on the CPU, unlike a special tensor such as a quantized one."""
+def is_plain(weight: Tensor, device_types: Collection[str]) -> bool:
+    """Return whether a weight on a device holds plain numbers, unlike a special tensor such as a quantized one."""
     return (
         type(weight) in (Tensor, nn.Parameter)
         and weight.layout == torch.strided
-        and weight.device.type == "cpu"
+        and weight.device.type in device_types
         and weight.is_floating_point()
     )
 

@@ -187,6 +187,8 @@ class Graph:
         self._numbers = torch.empty(0, dtype=torch.int64, device=device)
         """Ids, positions, whether a row is none of the step's, the block and the row where it goes, `(5, rows)`; then
         where the blocks lie, see `Places.addresses`."""
+        self._sources: Tensor | None = None
+        """Where the new rows lie, see placing.py. The graph reads this tensor, so it must live as long."""
         self._are_placed = False
         self._recorded: Recording | None = None
 
@@ -225,7 +227,7 @@ class Graph:
         """
         rows = self._numbers[: 5 * self._num_rows].view(5, self._num_rows)
         num_tensors = (len(self._numbers) - rows.numel()) // (2 * MAX_BLOCKS)
-        sources = rows.new_zeros((num_tensors, 4))
+        sources = self._sources = rows.new_zeros((num_tensors, 4))
         rows[3] = -1
 
         def compute() -> Output:

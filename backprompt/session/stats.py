@@ -28,9 +28,10 @@ class Stats:
         host_bytes_held: the same held now in the second pool, in host memory.
         result_bytes_held: rows of logits, and log-probabilities of tokens that were scored and not forwarded, held now
             in bounded pools of their own.
-        packed_weight_bytes: the copies of weights that `pack_weights` makes.
+        packed_weight_bytes: the copies of weights that `pack_weights` makes, and that of the output head on CUDA.
         kernel: the attention kernel in use.
-        linears: the code that multiplies linear layers: "torch", "onednn" (see `model/linear.py`) or "onednn, packed".
+        linears: the code that multiplies linear layers: "torch", "onednn" (see `model/linear.py`) or "onednn, packed";
+            ", padded head" is added where the head has a padded copy of its weight (see `model/padded.py`).
 
     """
 

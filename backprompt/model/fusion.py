@@ -1,0 +1,24 @@
+"""The choice of what replaces elementwise parts of a private body, for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import nn
+
+
+def fusion_for(device: torch.device) -> Callable[[nn.Module], int]:
+    """Return what gives modules of a body kernels of their own, and counts them: on CUDA where Triton is installed."""
+    if device.type != "cuda":
+        return _nothing
+    try:
+        fuse: Callable[[nn.Module], int] = import_module("backprompt.model.fused").fuse
+    except ImportError:
+        return _nothing
+    return fuse
+
+
+def _nothing(body: nn.Module) -> int:
+    return 0
