@@ -304,12 +304,10 @@ class Span:
         """Record new places on the device for the given data, and remove those in the second pool."""
         if states is not None:
             self._put("states", states)
-            if self.host_states is not None:
-                self._put("host_states", None)
+            self.let_go("states", "host")
         if keys_values is not None:
             self._put("keys_values", keys_values)
-            if self.host_keys_values is not None:
-                self._put("host_keys_values", None)
+            self.let_go("keys_values", "host")
 
     def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
         """Record a new place in a pool for one kind of data, and remove that in the other pool."""
