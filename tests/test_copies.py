@@ -127,11 +127,11 @@ def test_models_give_the_numbers_of_the_plain_call(name, tokenizer):
 @pytest.mark.usefixtures("in_one_launch")
 @pytest.mark.parametrize("name", ["q_proj", "k_proj"])
 def test_scores_of_nan_are_an_error(name, tokenizer, monkeypatch):
-    """For few keys torch's attention returns numbers. The probe would see it first."""
+    """For few keys torch's attention returns numbers; the kernel on CUDA gives NaN. The probe would see it first."""
     model = FAMILIES["llama"]()
     with torch.no_grad():
         model.get_submodule(f"model.layers.1.self_attn.{name}").weight[...] = torch.nan
     monkeypatch.setattr("backprompt.evaluation.computation.probe", lambda model, executor: None)
     text = Text.from_tokens((5, 6, 7), LM(model.to(DEVICE), tokenizer))
-    with pytest.raises(NonFiniteError, match="queries or keys of NaN or infinity at the end of"):
+    with pytest.raises(NonFiniteError, match=r"(queries or keys of NaN or infinity|NaN hidden states) at the end of"):
         text.logits  # noqa: B018

@@ -336,8 +336,9 @@ def test_a_keyword_that_attention_does_not_implement_is_refused_by_name(tokenize
 
 
 def on_the_meta_device():
+    config = config_like("llama")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config_like("llama"))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def partly_on_the_meta_device():

@@ -1,5 +1,7 @@
 """The one-launch attention of a generation's steps: tables of the next step, and tables that stay where they are."""
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -152,6 +154,18 @@ def test_blocks_beyond_the_room_are_refused() -> None:
         more = [KeySegment(0, 1, KeysValues(block.tensors), 0, 3, 0) for _ in range(num_blocks)]
         crowded = Pass(pass_of(rows).spans, (*rows.segments, *more))
         assert standing.load(attention.prepare(crowded)) == is_held
+
+
+def test_tables_that_stay_keep_no_blocks() -> None:
+    """Else rows of texts that have ended would lie in memory until the next step."""
+    rows = Rows([5] * 2, 10)
+    attention, standing = standing_of(rows, 2)
+    assert standing.load(attention.prepare(pass_of(rows)))
+    blocks = [weakref.ref(segment.block) for segment in rows.segments if segment.block is not None]
+    del rows
+    gc.collect()
+    assert blocks
+    assert not any(block() for block in blocks)
 
 
 def test_layers_that_the_kernel_does_not_serve_are_refused() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -206,8 +206,11 @@ class OneLaunch:
             return layers.attend(layer_idx, query, key, value, scoring.sinks)
 
     def load(self, segments: Segments) -> bool:
-        """Go on to another pass; False if there is no room for it, then this object is of no more use."""
-        self.segments = segments
+        """Go on to another pass; False if there is no room for it, then this object is of no more use.
+
+        The blocks of the pass are not kept: others keep them for as long as the step takes.
+        """
+        self.segments = replace(segments, blocks=())
         return all(
             tables.load(segments, Work.of(segments, launch.cut(shape), window))
             for (shape, launch, window), tables in self.tables.items()

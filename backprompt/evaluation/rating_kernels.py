@@ -1,15 +1,15 @@
 """The kernels that rate tokens, in Triton; rating_triton.py launches them.
 
 The first one reads each logit once. A lane of a block keeps what it has seen of its columns; the lanes of a row are
-joined at the row's end. The numbers of columns and their alignment are a model's own, so a model needs one compilation
-of each kernel.
+joined at the row's end. The numbers of columns and their alignment are a model's own, and nothing else is specialised
+on, so a model needs one compilation of each kernel.
 """
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["largest_of", "log_total_of", "argmax_of"])
 def rows_kernel(
     logits,  # (rows, columns)
     largest_of,  # (rows,), float32: the maximum
@@ -42,7 +42,19 @@ def rows_kernel(
     tl.store(argmax_of + row, tl.min(tl.where(largest == row_largest, argmax, 2147483647), 0).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["rows", "token_ids", "logprobs", "is_argmax", "is_usable", "num_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        "largest_of",
+        "log_total_of",
+        "argmax_of",
+        "rows",
+        "token_ids",
+        "logprobs",
+        "is_argmax",
+        "is_usable",
+        "num_tokens",
+    ]
+)
 def tokens_kernel(
     logits,
     largest_of,
