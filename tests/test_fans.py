@@ -138,7 +138,12 @@ def test_texts_that_are_built_with_the_same_ends_have_the_scores_of_each(prompts
     lm, fresh = make_lm(), make_lm()
     ends = [Text.from_tokens(ids, lm) for ids in listed]
     ours = [as_prompt(prompt, lm, has_group) for prompt, has_group in zip(prompts, groups, strict=False)]
-    texts = [prompt + end for prompt in ours for end in ends]
+    are_apart = data.draw(st.booleans())  # ends with the same ids, or the same ends
+    texts = [
+        prompt + (Text.from_tokens(ids, lm) if are_apart else end)
+        for prompt in ours
+        for ids, end in zip(listed, ends, strict=True)
+    ]
     starts = [data.draw(st.sampled_from([prompt, len(prompt.tokens)])) for prompt in ours for _ in ends]
     for _ in range(data.draw(st.integers(0, 2))):
         data.draw(st.sampled_from(texts))()
@@ -161,11 +166,17 @@ def test_texts_that_are_built_with_the_same_ends_have_the_scores_of_each(prompts
             assert scores.is_argmax.equal(whole.is_argmax[first:])
 
 
-def test_texts_that_are_built_with_the_same_ends_are_fans():
+@pytest.mark.parametrize("are_apart", [False, True])
+def test_texts_that_are_built_with_the_same_ends_are_fans(are_apart):
     lm = make_lm()
     prompts, shapes = prompts_and_shapes(lm)
-    ends = [Text.from_tokens(ids, lm) for ids in shapes[0].completions]
-    texts = [prompt + end for prompt in prompts for end in ends]
+    listed = shapes[0].completions
+    ends = [Text.from_tokens(ids, lm) for ids in listed]
+    texts = [
+        prompt + (Text.from_tokens(ids, lm) if are_apart else end)
+        for prompt in prompts
+        for ids, end in zip(listed, ends, strict=True)
+    ]
     lm.token_logprobs(texts, [3] * len(texts))
     assert len(fans(lm)) == 4
     before = lm.stats

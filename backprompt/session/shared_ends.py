@@ -4,7 +4,8 @@
     ends = [Text.from_tokens(ids, lm) for ids in completions]
     lm.token_logprobs([prompt + end for prompt in prompts for end in ends], starts)
 
-Such texts are told by identity, from how they were built. Their ids are never joined, checked or inserted one by one.
+Such texts are told by how they were built: prompts by identity, ends by their ids. The ids of whole texts are never
+joined, checked or inserted one by one.
 """
 
 from __future__ import annotations
@@ -72,25 +73,29 @@ def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
             return None
         prompts.append(pairs[0][0])
         ends.append(tuple(right for _, right in pairs))
-    by_ends: dict[tuple[int, ...], Shape | None] = {}
+    by_objects: dict[tuple[int, ...], Shape] = {}
+    by_ids: dict[tuple[tuple[int, ...], ...], Shape] = {}
     shapes: list[Shape] = []
     for own in ends:
-        key = tuple(map(id, own))
-        if key not in by_ends:
-            by_ends[key] = _shape_of(own)
-        shape = by_ends[key]
-        if shape is None or len(by_ends) * 2 > len(ends):
+        objects = tuple(map(id, own))
+        shape = by_objects.get(objects)
+        if shape is None:
+            completions = _token_ids_of(own)
+            if completions is None:
+                return None
+            shape = by_objects[objects] = by_ids.setdefault(completions, Shape(completions))
+        if len(by_ids) * 2 > len(ends):
             return None
         shapes.append(shape)
     return prompts, shapes
 
 
-def _shape_of(ends: Sequence[Text]) -> Shape | None:
-    """Return the shape of texts that are token ids; None for others."""
-    completions: list[tuple[int, ...]] = []
+def _token_ids_of(ends: Sequence[Text]) -> tuple[tuple[int, ...], ...] | None:
+    """Return the ids of texts that are token ids; None for others."""
+    found: list[tuple[int, ...]] = []
     for end in ends:
         segments = end.segments
         if len(segments) != 1 or not isinstance(segments[0], tuple):
             return None
-        completions.append(segments[0])
-    return Shape(completions)
+        found.append(segments[0])
+    return tuple(found)
