@@ -5,6 +5,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="there is no wheel of triton for this platf
 
 import devices
 from backprompt import LM, NonFiniteError, Text, generate
+from backprompt.attention.base import CannotStandError
 from backprompt.attention.calls import CallsAttention, PreparedCalls
 from backprompt.attention.shapes import Launch
 from backprompt.attention.tiles import Tile
@@ -24,7 +26,7 @@ from backprompt.memory.blocks import KeysValues, States
 from backprompt.memory.places import Places
 from backprompt.memory.placing import place
 from backprompt.model import executor, steps
-from backprompt.model.recording import Output, Recording
+from backprompt.model.recording import NoWaits, Output, Recording
 from backprompt.model.steps import CapturedSteps
 from backprompt.model.weights import WeightsMonitor
 from comparing import assert_close
@@ -377,3 +379,45 @@ def test_the_table_of_sources_lives_as_long_as_its_graph(
     gc.collect()
     assert counts_of(lm)["recorded"] == 1
     assert sources[-1]() is not None
+
+
+@pytest.mark.parametrize(
+    ("work", "is_refused"),
+    [
+        (lambda numbers: numbers.sum().item(), True),
+        (lambda numbers: numbers.nonzero(), True),
+        (lambda numbers: numbers[numbers > 1], True),
+        (lambda numbers: torch.where(numbers > 1), True),
+        (lambda numbers: numbers.to("meta"), True),
+        (lambda numbers: numbers[torch.tensor([1, 0])].to(torch.float64) + 1, False),
+    ],
+)
+def test_work_that_waits_is_refused_before_it_is_recorded(work: Callable[..., Any], is_refused: bool) -> None:
+    numbers = torch.arange(4.0)
+    with pytest.raises(CannotStandError) if is_refused else nullcontext(), NoWaits("cpu"):
+        work(numbers)
+
+
+@pytest.mark.usefixtures("captured")
+@pytest.mark.parametrize("what", ["memory", "numbers"])
+def test_what_says_nothing_about_graphs_leaves_them_on(
+    what: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt fails, and a later one succeeds."""
+    attempts = []
+
+    def failing(compute: Callable[[], Output], finish: Callable[[Output], None]) -> Recording:
+        attempts.append(what)
+        if len(attempts) > 1:
+            return record(compute, finish)
+        if what == "memory":
+            raise torch.OutOfMemoryError
+        recording = record(compute, finish)
+        recording.plain.is_finite.zero_()
+        return recording
+
+    capture(monkeypatch, failing)
+    lm = LM(model, tokenizer)
+    generate(texts_of(lm), max_new_tokens=16)
+    assert len(attempts) == 2
+    assert counts_of(lm)["recorded"] == 1

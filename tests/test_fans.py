@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backprompt import LM, NonFiniteError, Text, classify, explain
+from backprompt import LM, NonFiniteError, Text, classify, explain, generate
 from backprompt.evaluation.behind import Behind
 from backprompt.forest.fan import Fan, Shape
 from backprompt.forest.forest import Forest
@@ -428,3 +428,25 @@ def test_classification_builds_no_text_of_a_completion(monkeypatch):
     monkeypatch.setattr(Text, "__add__", lambda text, other: built.append(other) or plain(text, other))
     classify.predict_proba(prompts, ["a mat", "the mat", "a hat of his"], lm)
     assert len(built) <= 2 * len(prompts)
+
+
+def test_texts_that_part_where_a_fan_stands_lose_nothing():
+    """A generation that goes on behind a prompt with a fan unfolds it: what the fan holds is not computed again."""
+    lm = make_lm()
+    prompts = [Text.from_tokens(ids, lm) for ids in ((5, 6, 7), (8, 9))]
+    greedy = [prompt.generate(max_new_tokens=4).completion_tokens for prompt in prompts]
+    lm.clear()
+    ends = [Text.from_tokens(ids, lm) for ids in ((greedy[0][0], 3, 4), (greedy[1][0], 7, 2))]
+    texts = [prompt + end for prompt in prompts for end in ends]
+    lm.token_logprobs(texts, [len(prompt.tokens) for prompt in prompts for _ in ends])
+    assert len(fans(lm)) == 2
+    before = lm.stats
+    found = generate(prompts, max_new_tokens=4)
+    assert [text.completion_tokens for text in found] == greedy
+    assert not fans(lm)
+    assert (lm.stats - before).tokens_computed == 4  # the second and third of each; the fans hold the first ones
+    before = lm.stats
+    lm.evaluate([prompt + Text.from_tokens(ids[:3], lm) for prompt, ids in zip(prompts, greedy, strict=True)])
+    assert (lm.stats - before).tokens_computed == 0
+    for span in lm.session.evaluator.computation.forest.spans():
+        assert span.keys_values_below == sum(child.keys_values is not None for child in span.children.values())

@@ -208,3 +208,14 @@ def test_the_model_is_released_without_the_collector(launched, tokenizer):
         assert weight() is None
     finally:
         gc.enable()
+
+
+def test_a_gate_with_another_activation_keeps_its_own_code():
+    model = FAMILIES["llama"]().to(DEVICE)
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+    rows = draw(1, 3, 32)
+    with torch.no_grad():
+        expected = [layer.mlp(rows) for layer in model.model.layers]
+        assert fuse(model.model, device_types=(DEVICE.type,))
+        for layer, before in zip(model.model.layers, expected, strict=True):
+            check(layer.mlp(rows), before, torch.float32)

@@ -12,7 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+
+TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+"""Whether a compiled kernel is called with its constants, too. Before, each launch goes through Triton's own look."""
 
 
 class Launcher:
@@ -46,7 +50,7 @@ class Launcher:
             compiled[num_programs, 1, 1](*addresses, *sizes, *others, *self._values)
             return
         compiled = self.kernel[num_programs,](*tensors, *sizes, *others, **self._constants, **self._options)
-        if compiled is not None:  # the interpreter compiles nothing
+        if compiled is not None and TAKES_CONSTANTS:  # the interpreter compiles nothing
             self._compiled[kind] = compiled
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from backprompt.attention.base import PreparedAttention
 from backprompt.evaluation.computation import Computation
 from backprompt.evaluation.scores import TokenScore, TokenScores
-from backprompt.forest.span import Span
+from backprompt.forest.span import FAN, Span
 from backprompt.forest.steps import StepPlan
 from backprompt.memory.blocks import BlockRows, States
 from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
@@ -136,8 +136,8 @@ class Steps:
         for end, token_id in tokens:
             if takes_tokens_in(end) and end not in parting and end not in of_others:
                 growing[end] = token_id
-            elif token_id in end.children or not end.is_held(with_keys_values=True):
-                return None
+            elif token_id in end.children or FAN in end.children or not end.is_held(with_keys_values=True):
+                return None  # the other way finds the token there, or unfolds the fan
         return growing
 
     def _next_step(self, ends: Collection[Span]) -> _NextStep:

@@ -187,6 +187,7 @@ class Forest:
         with self.changing():
             for span in spans:
                 assert span.parent is not None
+                assert span.token_ids[0] not in span.parent.children, "a fan is an only child"
                 span.parent.add_child(span.token_ids[0], span)
             for span, kind, pool, rows in places:  # each after its parents, and its states first
                 span.move(kind, rows, pool)

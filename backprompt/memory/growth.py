@@ -238,8 +238,9 @@ class Growth:
         copy_rows(copies)
         self._buffers[keys_values] = _Buffer(ref(states), num_rows, room)
         self._mixed.update((keys_values, states))
-        for (upper, _), rows in zip(spans, ranges, strict=True):
-            upper.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
+        with self._forest.changing():
+            for (upper, _), rows in zip(spans, ranges, strict=True):
+                upper.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
         return [keys_values, states]
 
     def _append(self, pairs: Sequence[tuple[Span, Span]]) -> dict[Span, _Held]:
@@ -265,15 +266,13 @@ class Growth:
         """Copy generated rows into blocks of their own; shared blocks would keep the rows of other texts alive."""
         if not (span.token_ids and span.is_held(with_keys_values=True)):
             return []
-        made: list[Block] = []
         keys_values, states = keys_values_of(span), states_of(span)
-        if self._is_shared(keys_values.block, span):
-            span.place(keys_values=keys_values.alone())
-            made.append(keys_values_of(span).block)
-        if self._is_shared(states.block, span):
-            span.place(states=states.alone())
-            made.append(states_of(span).block)
-        return made
+        own_keys_values = keys_values.alone() if self._is_shared(keys_values.block, span) else None
+        own_states = states.alone() if self._is_shared(states.block, span) else None
+        if own_keys_values is not None or own_states is not None:
+            with self._forest.changing():
+                span.place(keys_values=own_keys_values, states=own_states)
+        return [rows.block for rows in (own_keys_values, own_states) if rows is not None]
 
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""

@@ -67,7 +67,8 @@ def fuse(body: nn.Module, device_types: Collection[str] = ("cuda",)) -> int:
         ):
             continue
         shapes = tuple(tuple(one.shape) for one in module.parameters())
-        kind = type(module), shapes, parameter.dtype, parameter.device, _eps_of(module)
+        parts = tuple(map(type, module.children()))  # an activation may be another in each layer
+        kind = type(module), parts, shapes, parameter.dtype, parameter.device, _eps_of(module)
         if kind not in classes:
             with on_device(parameter.device):
                 classes[kind] = _fused_class(module, parameter)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from backprompt.attention.base import CannotStandError
 from backprompt.memory.blocks import KeysValues
 from backprompt.model.in_flight import InFlight
 
@@ -55,6 +57,57 @@ class Recording:
     replay: Callable[[], None]
 
 
+_ATEN = torch.ops.aten
+_WAITING = frozenset(
+    {
+        _ATEN._local_scalar_dense,
+        _ATEN._unique2,
+        _ATEN.bincount,
+        _ATEN.equal,
+        _ATEN.masked_select,
+        _ATEN.nonzero,
+        _ATEN.repeat_interleave,
+        _ATEN.unique_consecutive,
+        _ATEN.unique_dim,
+    }
+)
+_PICKING = frozenset({_ATEN.index, _ATEN.index_put, _ATEN.index_put_})
+"""Operations that wait where an index is a mask."""
+_COPYING = frozenset({_ATEN._to_copy, _ATEN.copy_})
+
+
+class NoWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which operations that wait for the device, or copy from one to another, raise an error.
+
+    A recording cannot hold such an operation, and one that fails leaves random numbers on CUDA unusable.
+
+    Args:
+        device_type: the type of the device.
+
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device_type = device_type
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do an operation, or raise CannotStandError."""
+        packet = func.overloadpacket
+        flat = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        tensors = [each for each in flat if isinstance(each, Tensor)]
+        is_here = any(tensor.device.type == self._device_type for tensor in tensors)
+        picks = packet in _PICKING and any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])
+        if is_here and (packet in _WAITING or picks):
+            raise CannotStandError(f"the model waits for the device in {packet}")
+        found = func(*args, **(kwargs or {}))
+        devices = {tensor.device.type for tensor in (*tensors, found) if isinstance(tensor, Tensor) and tensor.dim()}
+        if packet in _COPYING and len(devices) > 1:
+            raise CannotStandError("the model copies numbers from one device to another")
+        return found
+
+
 class Recorder(Protocol):
     """Records work on a device."""
 
@@ -83,8 +136,10 @@ class CudaRecorder:
             self._stream.wait_stream(current)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(self._stream):
-                plain = compute()
+                plain = compute()  # makes tables and compiles kernels, once
                 finish(plain)
+                with NoWaits(self._device.type):
+                    compute()
                 self._stream.synchronize()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:

@@ -153,13 +153,20 @@ class CapturedSteps:
             graph.load(pass_, prepared, places)
             graph.record(run, self._record, max(pass_.positions))
             graph.load(pass_, prepared, places)
-            self.refusal = graph.gap_to_plain_run(len(pass_.spans))
+            if not bool(graph.recording.plain.is_finite):
+                graph = None  # says nothing about graphs; nor does too little memory
+            else:
+                self.refusal = graph.gap_to_plain_run(len(pass_.spans))
+        except torch.OutOfMemoryError:
+            graph = None
         except Exception as error:  # whatever a model does that a graph cannot hold; a step without a graph shows it
             self.refusal = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if self.refusal is not None:
             logger.info("Steps are not captured: %s.", self.refusal)
             return None
-        assert graph is not None
+        if graph is None:
+            del self._asked[bucket]
+            return None
         self.graphs[bucket] = graph
         self.counts["recorded"] += 1
         return graph
@@ -239,7 +246,11 @@ class Graph:
             self._place(output.hidden, output.is_finite, sources, self._numbers[rows.numel() :], rows[3:])
 
         self._recorded = record(compute, finish)
-        copy_to(sources.view(-1), self.recording.output.sources().ravel())
+        output = self.recording.output
+        dtypes = {tensor.dtype for tensor in (output.hidden, *output.keys_values.in_order())}
+        if len(dtypes) > 1:
+            raise CannotStandError(f"rows are of several dtypes: {sorted(map(str, dtypes))}")
+        copy_to(sources.view(-1), output.sources().ravel())
 
     @property
     def recording(self) -> Recording:
