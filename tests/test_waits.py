@@ -6,6 +6,7 @@ Counted on a device that is none: `other_device.py`.
 
 import pytest
 import torch
+from torch import nn
 
 from backprompt import LM, NonFiniteError, Text, evaluate
 from backprompt.generation.decoding import Decoding
@@ -68,6 +69,16 @@ def test_evaluation_waits_once_a_pass():
         lm = lm_on(device)
         assert waits_of(device, lambda: lm.evaluate(many(lm, 100))) == {WEIGHTS: 2, PASS: 1}
         assert waits_of(device, lambda: lm.evaluate(many(lm, 100))) == {WEIGHTS: 1}
+
+
+def test_weights_of_several_dtypes_wait_once_a_look():
+    with OtherDevice() as device:
+        lm = lm_on(device, "llama")
+        for norm in (lm.model.model.norm, lm.model.model.layers[0].input_layernorm):
+            norm.register_buffer("unused", device.moved(nn.Linear(3, 3, dtype=torch.float64)).weight.data)
+        lm.refresh()
+        lm.evaluate(many(lm, 10))
+        assert waits_of(device, lambda: lm.evaluate(many(lm, 10))) == {WEIGHTS: 1}
 
 
 def test_a_thousand_texts_wait_and_launch_no_more_than_a_hundred():

@@ -84,7 +84,11 @@ class WeightsMonitor:
         )
 
     def _take_sample(self) -> list[Tensor]:
-        return [torch.cat(views).view(torch.uint8) for views in self._sample_views]
+        """Return the bytes of the sample, one tensor a device: each comparison waits for its device."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for views in self._sample_views:
+            by_device.setdefault(views[0].device, []).append(torch.cat(views).view(torch.uint8))
+        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in by_device.values()]
 
 
 class _Tables:
