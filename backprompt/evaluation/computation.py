@@ -351,6 +351,7 @@ class Computation:
         forgotten.
         """
         self.holders.stop_using()
+        self.executor.abandon()
         self.forest.next_step = None
         if not self.forest.is_whole:
             self._forget()

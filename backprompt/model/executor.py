@@ -230,6 +230,10 @@ class Executor:
         is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
 
+    def abandon(self) -> None:
+        """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
+        self._in_flight = None
+
     def run(
         self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
     ) -> tuple[InFlight, Tensor]:
