@@ -6,6 +6,7 @@ and two more launches for the copies.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from functools import lru_cache
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from backprompt.attention.copies import PlainCopies
 from backprompt.attention.launches import Launcher, on_device
 from backprompt.attention.triton_kernels import copy_kernel
+
+logger = logging.getLogger(__name__)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -106,7 +109,8 @@ def serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, 
         second = _copied(query, key, value, flags[1:])
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel, and the answer is cached
-    except Exception:  # a compiler runs, and fails in ways of its own
+    except Exception as error:  # a compiler runs, and fails in ways of its own
+        logger.info("Keys and values are copied by torch: triton failed: %s", error)
         return False
     return (
         flags.tolist() == [0, 1]
