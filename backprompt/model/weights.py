@@ -76,6 +76,10 @@ class WeightsMonitor:
 
     def has_changed(self) -> bool:
         """Return whether a quick look sees a difference to the state at construction."""
+        return self.has_moved() or self._sample.has_changed()
+
+    def has_moved(self) -> bool:
+        """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
         return (
             self._contents.have_changed()
             or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
@@ -83,7 +87,6 @@ class WeightsMonitor:
             or _pointers(self._tensors) != self._pointers
             or _versions(self._versioned) != self._versions
             or list(map(_adapter_state, self._adapted)) != self._adapter_states
-            or self._sample.has_changed()
         )
 
 
