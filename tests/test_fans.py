@@ -330,14 +330,35 @@ def test_shared_completions_are_one_span_a_prompt():
     assert len(list(lm.session.evaluator.forest.spans())) == 9
 
 
-def test_a_prompt_alone_a_large_fan_and_a_store_have_spans():
-    prompts, shapes = prompts_and_shapes(make_lm())
-    for options, num_prompts in (({}, 1), ({"max_tokens_per_forward": 100}, 4), ({"store": MemoryStore()}, 4)):
+def test_a_completion_alone_a_large_fan_and_a_store_have_spans():
+    for options, sizes in (
+        ({}, (1, 1)),
+        ({"max_tokens_per_forward": 100}, (4, 40)),
+        ({"store": MemoryStore()}, (4, 40)),
+    ):
         lm = make_lm(**options)
-        prompts, shapes = prompts_and_shapes(lm, num_prompts)
+        prompts, shapes = prompts_and_shapes(lm, *sizes)
         scored(lm, prompts, shapes)
         assert not fans(lm)
-        assert len(list(lm.session.evaluator.forest.spans())) > 40
+        assert len(list(lm.session.evaluator.forest.spans())) > sizes[1]
+
+
+def test_completions_of_one_prompt_are_a_fan():
+    """Those that several prompts have each for itself, too; a fan keeps no more than arrays and what was given."""
+    lm = make_lm()
+    prompts, _ = prompts_and_shapes(lm)
+    shapes = [Shape([(idx, other, 5) for other in range(20)]) for idx in range(len(prompts))]
+    scored(lm, prompts, shapes)
+    assert len(fans(lm)) == 4
+    texts = [
+        prompt + Text.from_tokens(ids, lm)
+        for prompt, own in zip(prompts, shapes, strict=True)
+        for ids in own.completions
+    ]
+    before = lm.stats
+    lm.token_logprobs(texts)
+    assert work(lm, before)[0] == 0
+    assert len(fans(lm)) == 4
 
 
 def test_evicted_fans_are_computed_again():
@@ -415,11 +436,11 @@ def test_an_error_is_that_of_texts():
     with torch.no_grad():
         spoiled.get_input_embeddings().weight[50] = torch.nan
     messages = []
-    for num_prompts in (1, 2):  # of one prompt alone the completions are texts
-        lm = LM(spoiled, TOKENIZER)
-        prompts = [Text("The dog", lm)] * num_prompts
+    for store in (MemoryStore(), None):  # with a store the completions are texts
+        lm = LM(spoiled, TOKENIZER, store=store)
+        prompts = [Text("The dog", lm)] * 2
         with pytest.raises(NonFiniteError, match="NaN hidden states at the end of") as caught:
-            scored(lm, prompts, [Shape([(1, 2, 3), (7, 8, 50, 10, 11), (7, 9)])] * num_prompts)
+            scored(lm, prompts, [Shape([(1, 2, 3), (7, 8, 50, 10, 11), (7, 9)])] * 2)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     shapes = [Shape([(1, 2, 3), (7, 9)])] * 2

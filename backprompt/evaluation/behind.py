@@ -1,7 +1,7 @@
 """Completions behind prompts, as they stand in the forest: as a fan where possible, else as texts.
 
-A fan needs a prompt behind which nothing stands yet, completions that several prompts of the call share, and no store,
-which knows spans. All else is computed as texts, so that no token is computed twice.
+A fan needs a prompt behind which nothing stands yet, several completions or one that several prompts of the call share,
+and no store, which knows spans. All else is computed as texts, so that no token is computed twice.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def placed_behind(computation: Computation, prompts: Sequence[Behind], ends: Seq
     num_prompts = Counter(behind.shape for behind in prompts)
     max_rows = 0 if computation.archive is not None else computation.max_tokens // FANS_IN_A_PASS
     placed: list[Placed | None] = [
-        forest.fan(end, shape) if num_prompts[shape] > 1 and shape.has_rows and shape.num_rows <= max_rows else None
+        forest.fan(end, shape)
+        if (len(shape.completions) > 1 or num_prompts[shape] > 1) and shape.has_rows and shape.num_rows <= max_rows
+        else None
         for end, (_, shape, _) in zip(ends, prompts, strict=True)
     ]
     # Texts may run through prompts that have a fan already, which then unfolds: their completions are texts, too.

@@ -121,8 +121,6 @@ def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
             if completions is None:
                 return None
             shape = by_objects[objects] = by_ids.setdefault(completions, Shape(completions))
-        if len(by_ids) * 2 > len(ends):
-            return None
         shapes.append(shape)
     return prompts, shapes
 
