@@ -71,7 +71,9 @@ class TrieAttention:
         pair = pair_for(query, key, value, scoring.softcap)
         self.name = pair.name
         calls = self._calls_for(scoring.window, dtype)
-        attended: Tensor = _Attend.apply(query, key, value, scoring.sinks, scoring.scaling, calls, pair)
+        attended: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
+            query, key, value, scoring.sinks, scoring.scaling, calls, pair
+        )
         return attended
 
     def _calls_for(self, window: int | None, dtype: torch.dtype) -> list[_Call]:
@@ -98,7 +100,7 @@ class TrieAttention:
                 keys = slice(first, min(first + window, edge.stop))
                 distances = trie.positions[first:stop, None] - trie.positions[keys]
                 visible = (distances >= 0) & (distances < window)
-                sees_some = visible.any(axis=1)
+                sees_some = visible.max(axis=1)
                 num_rows = int(np.flatnonzero(sees_some)[-1]) + 1
                 visible, sees_some = visible[:num_rows], sees_some[:num_rows]
                 blind = None if sees_some.all() else on_device(~sees_some[:, None], self._device)
@@ -138,7 +140,7 @@ class _Attend(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, output, lse = ctx.saved_tensors
         grad = grad.contiguous()

@@ -105,7 +105,9 @@ FAST_BACKWARDS: dict[str, Callable[..., Gradients]] = {"cpu": _flash_cpu_backwar
 def pair_for(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Pair:
     """Return the pair for such tensors: the device's fast one where it serves and agrees with the clear one."""
     if softcap is not None:
-        return Pair("clear (soft cap)", partial(clear_kernel, softcap=softcap), partial(clear_backward, softcap=softcap))
+        return Pair(
+            "clear (soft cap)", partial(clear_kernel, softcap=softcap), partial(clear_backward, softcap=softcap)
+        )
     if key.shape[-1] != value.shape[-1]:
         return Pair("clear (keys and values differ in size)", clear_kernel, clear_backward)
     return choose_pair(query.device, query.dtype, query.shape[0], key.shape[0], key.shape[-1])
