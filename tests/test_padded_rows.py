@@ -113,7 +113,7 @@ def test_ids_out_of_range_are_an_error_where_the_mask_is_1():
         (torch.ones(1, 2), torch.ones(1, 2), None, TypeError, "input_ids must be integers"),
         (torch.ones(2).long(), torch.ones(2), None, ValueError, r"\(rows, columns\), not \(2,\)"),
         (torch.ones(2, 3).long(), torch.ones(2, 2), None, ValueError, r"shape \(2, 2\), and input_ids \(2, 3\)"),
-        (torch.ones(1, 4).long(), torch.tensor([[1, 0, 1, 1]]), None, ValueError, "a 0 in row 0, column 1, between"),
+        (torch.ones(1, 4).long(), torch.tensor([[1, 0, 1, 0]]), None, ValueError, "a 0 in row 0, column 1, between"),
         (torch.ones(1, 2).long(), torch.tensor([[0.5, 1]]), None, ValueError, "has 0.5 in row 0, column 0"),
         (torch.ones(1, 2).long(), torch.tensor([[-torch.inf, 0]]), None, ValueError, "additive mask"),
         (torch.ones(1, 2).long(), torch.ones(1, 2), 3, ValueError, "logits_to_keep is 3, but input_ids has 2 columns"),

@@ -8,11 +8,14 @@ import typing as _typing
 from importlib import import_module as _import_module
 
 if _typing.TYPE_CHECKING:
+    from backprompt.training.results import Account as Account
+    from backprompt.training.results import RowScores as RowScores
     from backprompt.training.rows import PaddedRows as PaddedRows
+    from backprompt.training.scores import token_logprobs as token_logprobs
 
-_PLACES = {"PaddedRows": "rows"}
+_PLACES = {"Account": "results", "PaddedRows": "rows", "RowScores": "results", "token_logprobs": "scores"}
 
-__all__ = ["PaddedRows"]
+__all__ = ["Account", "PaddedRows", "RowScores", "token_logprobs"]
 
 
 def __getattr__(name: str) -> _typing.Any:
