@@ -122,6 +122,7 @@ class Executor:
         self.device = skeleton.model_device(model)
         self.limits = skeleton.limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
+        self.vocab_size = skeleton.vocab_size(model)
         self.logprob_dtype = logprob_dtype(skeleton.head_dtype(model))
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0

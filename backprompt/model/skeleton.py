@@ -261,6 +261,12 @@ def is_rewritten_in_place(module: nn.Module) -> bool:
     return any(name is not None and ("dynamic" in name or name == "longrope") for name in names)
 
 
+def vocab_size(model: nn.Module) -> int:
+    """Return the number of tokens that the output head scores."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight.shape[0]
+
+
 def logit_row_bytes(model: nn.Module) -> int:
     """Return the bytes of one row of logits."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
