@@ -1,8 +1,8 @@
 """Private copies of the user's model: all of its weights, none of its modes.
 
 `copy.deepcopy` with a memo that maps every parameter to itself takes milliseconds and shares all weights. The copy
-is in eval mode (but for `make_trained_body`) and has a configuration of its own. So the user's model never sees the switched attention
-implementation, not even from another thread in the middle of a plain call.
+is in eval mode, except where it is trained, and has a configuration of its own. So the user's model never sees the
+switched attention implementation, not even from another thread in the middle of a plain call.
 
 Three copies are made: `body` (the decoder, attention switched to ours), `head` (the causal model around a decoder
 that returns its input, so that the model's own code scales or caps logits), and, for the probe, `plain_copy` (the
