@@ -187,6 +187,8 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
     memo |= {id(buffer): buffer for buffer in model.buffers() if buffer.nbytes > SHARED_BUFFER_BYTES}
     memo |= replacements or {}
     private: nn.Module = copy.deepcopy(model, memo).eval()
+    if "_original_forward" in vars(private):  # accelerate's `prepare` has put a forward under autocast in its place
+        private.forward = vars(private).pop("_original_forward")
     for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False

@@ -62,8 +62,8 @@ def check_no_dropout(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"Dropout is active: the model is in training mode, and its module {name or type(module).__name__!r} "
                 f"drops with probability {rate:g}. A trainer's own numbers are of random parts of the model then, "
-                "which no shared pass can reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in peft, "
-                "attn_pdrop=0 and the like in a configuration), or call model.eval() for this call."
+                "which no shared pass can reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in "
+                "peft, attn_pdrop=0 and the like in a configuration), or call model.eval() for this call."
             )
 
 
@@ -120,7 +120,14 @@ def _own_lm(model: nn.Module, max_tokens_per_forward: int | None) -> LM:
 
 
 class NoTokenizer:
-    """Stands in for the tokenizer where only ids are computed with: knows no string, and shows ids as numbers."""
+    """Stands in for the tokenizer where only ids are computed with: knows no string, and shows ids as numbers.
+
+    Attributes:
+        vocab_size: larger than any id, so that each is shown.
+
+    """
+
+    vocab_size = 1 << 32
 
     def __call__(self, strings: Sequence[str] | str, **options: object) -> dict[str, list[Any]]:
         """Return no ids for any string."""
