@@ -73,6 +73,12 @@ def split_to_score(token_ids: TokenIds, start: int) -> tuple[TokenIds, int] | No
     return without_last(token_ids) if start < len(token_ids) else None
 
 
+def to_score(token_ids: TokenIds, start: int, is_computed: bool) -> Wanted:
+    """Return a text to be scored from a token on. Its last token is not forwarded, unless the text is computed."""
+    split = None if is_computed else split_to_score(token_ids, start)  # else a computed span would be cut
+    return Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:])
+
+
 def num_positions_to_score(token_ids: TokenIds, start: int) -> int:
     """Return how many positions a text takes that is scored from `start` on; see `split_to_score`."""
     if isinstance(token_ids, TokenGraph):
@@ -99,11 +105,7 @@ class Scoring:
 
         The last token of a text is scored by the row before it and is not forwarded, unless the text is computed.
         """
-        wanted = []
-        for token_ids, start, is_computed in zip(texts, starts, are_computed, strict=True):
-            split = None if is_computed else split_to_score(token_ids, start)  # else a computed span would be cut
-            wanted.append(Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:]))
-        return self.scored(wanted)
+        return self.scored(list(map(to_score, texts, starts, are_computed)))
 
     def scored(self, wanted: Sequence[Wanted]) -> ScoredTexts:
         """Evaluate texts and score the wanted tokens of each.
@@ -127,13 +129,17 @@ class Scoring:
             NonFiniteError: a row that predicts a token is no distribution.
 
         """
-        with self._computation.inserted([prompt for prompt, _ in prompts]) as ends:
+        with self._computation.inserted([behind.prompt for behind in prompts]) as ends:
+            items: list[Ready | Fan] = []
             placed = placed_behind(self._computation, prompts, ends)
-            items = [item for found in placed for item in ([found] if isinstance(found, Fan) else found)]
+            for end, (prompt, _, num_own), found in zip(ends, prompts, placed, strict=True):
+                if num_own:
+                    items.append(Ready(Inserted(end, prompt), len(prompt) - num_own))
+                items += [found] if isinstance(found, Fan) else found
             item_ends = [item if isinstance(item, Fan) else item.text.end for item in items]
             self._computation.memory.touch(item_ends)
             scores = self._computed(items, item_ends).scores
-        return ScoredTexts(scores, [shape.num_scores for _, shape in prompts])
+        return ScoredTexts(scores, [behind.num_scores for behind in prompts])
 
     def _computed(self, items: Sequence[Ready | Fan], ends: Sequence[Span]) -> ScoredTexts:
         """Compute what is inserted and ends here, and score it."""
