@@ -194,7 +194,8 @@ def test_weights_that_lie_elsewhere_leave_the_graph(tokenizer: Any, monkeypatch:
     """Nobody else notices, as with a copy of the same numbers that is made between two looks."""
     model = FAMILIES["gpt2"]()
     lm = LM(model, tokenizer)
-    monkeypatch.setattr(WeightsMonitor, "has_changed", lambda self: False)
+    for look in ("has_changed", "has_moved"):
+        monkeypatch.setattr(WeightsMonitor, look, lambda self: False)
     weight = model.transformer.h[0].mlp.c_fc.weight
 
     def between(num: int, run: Any) -> None:
@@ -279,7 +280,8 @@ def test_a_step_that_is_not_finite_is_no_step(value: float, tokenizer: Any, monk
     """The embedding of the token that comes next is spoiled, unseen."""
     model = FAMILIES["gpt2"]()
     lm = LM(model, tokenizer)
-    monkeypatch.setattr(WeightsMonitor, "has_changed", lambda self: False)
+    for look in ("has_changed", "has_moved"):
+        monkeypatch.setattr(WeightsMonitor, look, lambda self: False)
 
     def between(num: int, run: Any) -> None:
         if num == 6:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def _is_special(device: torch.device) -> bool:
     return (
         torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled(device.type)
-        or torch.empty(0).device.type != "cpu"  # a third of the time of `torch.get_default_device`
+        or torch.get_default_device().type != "cpu"
     )
 
 
@@ -201,8 +202,7 @@ class Executor:
         replayed = None if self.steps is None else self.steps.step(self.run, pass_, attention, places)
         if replayed is None:
             return self.forward(pass_, attention)
-        is_finite = bool(replayed.is_finite)
-        return Forwarded(replayed.keys_values, replayed.hidden, is_finite, replayed.are_placed)
+        return Forwarded(replayed.keys_values, replayed.hidden, replayed.is_finite, replayed.are_placed)
 
     def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
         """Forward all tokens of a pass; `attention`: as it was prepared, if it was.
@@ -214,8 +214,8 @@ class Executor:
         inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
         in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
-        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
-        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
+        are_finite = hidden.isfinite().all() & in_flight.copies.are_finite()
+        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 
     def abandon(self) -> None:
         """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
@@ -326,15 +326,25 @@ class Executor:
 
 @dataclass(frozen=True)
 class Forwarded:
-    """The output of a pass: keys and values, final hidden states `(tokens, hidden)`, and whether all was finite.
+    """The output of a pass, on which the device may still work.
 
-    `are_placed`: whether keys, values and hidden states were copied to their places, see `Executor.step`.
+    Attributes:
+        keys_values: the keys and values.
+        hidden: the final hidden states, `(tokens, hidden)`.
+        are_finite: whether all numbers are finite, `()`.
+        are_placed: whether keys, values and hidden states were copied to their places, see `Executor.step`.
+
     """
 
     keys_values: KeysValues
     hidden: Tensor
-    is_finite: bool
+    are_finite: Tensor
     are_placed: bool = False
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether all numbers are finite; the first look waits for the device."""
+        return bool(self.are_finite)
 
 
 def _register(name: str, executor: Executor) -> None:
