@@ -205,8 +205,9 @@ class Scoring:
             found: list[Rated] = []
             try:
                 for part in parts:
-                    logits = self._computation.logits(reading.rows.hidden(part.rows))
-                    found.append(rated_tokens(logits, part.row_idx, part.token_ids))
+                    hidden = reading.rows.hidden(part.rows)
+                    # No name for the logits: their memory is free for those of the next slice.
+                    found.append(rated_tokens(self._computation.logits(hidden), part.row_idx, part.token_ids))
                     bar.update(len(part.rows))
             except BaseException:
                 self._write(reading, parts[: len(found)], found)
