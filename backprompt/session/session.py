@@ -30,7 +30,6 @@ from backprompt.evaluation.computation import Counters, Means
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
-from backprompt.forest.span import Inserted
 from backprompt.forking import watch_lm
 from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.memory.eviction import GreedyDual, Memory
@@ -301,7 +300,7 @@ class Session:
         if missing:
             ends = evaluator.evaluate(list(missing.values()))
             batch = Batch(evaluator)
-            new = {text: batch.add(Inserted(end, ids)) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
+            new = {text: batch.add(end, ids) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]

@@ -8,7 +8,8 @@ import torch
 
 from backprompt.arguments import as_list, is_int
 from backprompt.evaluation.behind import Behind
-from backprompt.evaluation.scoring import ScoredTexts, Wanted
+from backprompt.evaluation.reading import Wanted
+from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
 from backprompt.session.shared_ends import scores_if_fine, scores_of_shared_ends
