@@ -83,26 +83,27 @@ class Scoring:
         self._computation = computation
 
     def token_scores(
-        self, texts: Iterable[TokenIds], starts: Iterable[int], are_computed: Iterable[bool]
+        self, texts: Iterable[TokenIds], starts: Iterable[int], ends: Sequence[Span | None]
     ) -> ScoredTexts:
         """Evaluate texts and return the scores of their tokens, from a token of each on.
 
         The last token of a text is scored by the row before it and is not forwarded, unless the text is computed.
+        `ends`: the ends of texts that are computed, else None.
         """
         wanted = []
-        for token_ids, start, is_computed in zip(texts, starts, are_computed, strict=True):
-            split = None if is_computed else split_to_score(token_ids, start)  # else a computed span would be cut
+        for token_ids, start, end in zip(texts, starts, ends, strict=True):
+            split = split_to_score(token_ids, start) if end is None else None  # else a computed span would be cut
             wanted.append(Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:]))
-        return self.scored(wanted)
+        return self.scored(wanted, ends)
 
-    def scored(self, wanted: Sequence[Wanted]) -> ScoredTexts:
-        """Evaluate texts and score the wanted tokens of each.
+    def scored(self, wanted: Sequence[Wanted], known: Sequence[Span | None] | None = None) -> ScoredTexts:
+        """Evaluate texts and score the wanted tokens of each; `known`: the ends of those that are in the forest.
 
         Raises:
             NonFiniteError: a row that predicts a wanted token is no distribution.
 
         """
-        with self._computation.inserted([text.token_ids for text in wanted]) as ends:
+        with self._computation.inserted([text.token_ids for text in wanted], known) as ends:
             for end, text in zip(ends, wanted, strict=True):
                 if text.candidates:
                     self._computation.forest.unfold(end)

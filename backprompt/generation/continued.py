@@ -85,6 +85,7 @@ def continue_as(
         "_hash",
         "_noted",
         "_noted_by",
+        "_whole_hash",
     ):
         setattr(text, name, getattr(plain, name))
     text._prompt, text._completion = prompt, completion

@@ -30,7 +30,7 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
             return shared
         first = _first_scored(session, texts, given)
         encoded = session.checked_ids(texts, first, is_scoring=True)
-        return session.evaluator.scoring.token_scores(encoded, first, session.are_computed(texts))
+        return session.evaluator.scoring.token_scores(encoded, first, session.computed_ends(texts))
 
 
 def scores_behind(session: Session, prompts: Sequence[Behind]) -> ScoredTexts:

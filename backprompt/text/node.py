@@ -84,6 +84,7 @@ class Text(Questions):
         "_num_segments",
         "_right",
         "_segment",
+        "_whole_hash",
     )
 
     _lm: Engine[Text] | None
@@ -95,6 +96,7 @@ class Text(Questions):
     _hash: int
     _noted: Any
     _noted_by: object
+    _whole_hash: int | None
 
     def __init__(
         self, string: str, lm: Engine[Text] | tuple[Any, Any] | None = None, *, add_special_tokens: bool = True
@@ -133,7 +135,7 @@ class Text(Questions):
         self._add_special_tokens = add_special_tokens
         self._left = self._right = None
         self._lm = lm
-        self._noted = self._noted_by = None
+        self._noted = self._noted_by = self._whole_hash = None
         self._num_segments = 1 if segment else 0
         self._hash = hash(segment) % PRIME if segment else 0
         if _EAGER.get():
@@ -225,7 +227,11 @@ class Text(Questions):
         return f"Text({shortened(shown(self._walk_segments()), _REPR_CHARACTERS, gap='...')}{option})"
 
     def __hash__(self) -> int:
-        return hash((self._hash, self._num_segments, self._add_special_tokens, id(self._lm)))
+        whole = self._whole_hash
+        if whole is None:
+            whole = hash((self._hash, self._num_segments, self._add_special_tokens, id(self._lm)))
+            self._whole_hash = whole
+        return whole
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -300,7 +306,7 @@ def _concatenate(left: Text, right: Text) -> Text:
     text._add_special_tokens = (right if left._is_nothing else left)._add_special_tokens
     text._segment = ""
     text._left, text._right, text._lm = left, right, lm
-    text._noted = text._noted_by = None
+    text._noted = text._noted_by = text._whole_hash = None
     text._num_segments = left._num_segments + right._num_segments
     shift = _BASE if right._num_segments == 1 else pow(_BASE, right._num_segments, PRIME)
     text._hash = (left._hash * shift + right._hash) % PRIME
