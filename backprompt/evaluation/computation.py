@@ -7,6 +7,7 @@ weights change during the work, everything is forgotten.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -176,9 +177,14 @@ class Computation:
         """Return the bytes that all of these texts take together, in the device's memory."""
         return num_tokens_of(on_the_way(ends)) * self.token_bytes
 
-    def inserted(self, texts: Iterable[TokenIds], *, are_ends: bool = True) -> AbstractContextManager[list[Span]]:
-        """Yield the ends of texts in the forest; `are_ends`: see `Forest.insert`."""
-        return self._in_forest(self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)
+    def inserted(
+        self, texts: Iterable[TokenIds], known: Iterable[Span | None] | None = None, *, are_ends: bool = True
+    ) -> AbstractContextManager[list[Span]]:
+        """Yield the ends of texts in the forest; `known`: those that are there; `are_ends`: see `Forest.insert`."""
+        return self._in_forest(
+            self.forest.insert(token_ids, is_end=are_ends) if end is None else end
+            for token_ids, end in zip(texts, itertools.repeat(None) if known is None else known, strict=False)
+        )
 
     def extended(self, texts: Iterable[tuple[Span, tuple[int, ...]]]) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts that go on behind spans of the forest; they count as the ends of no texts."""

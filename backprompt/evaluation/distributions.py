@@ -20,7 +20,7 @@ from backprompt.evaluation.computation import Computation, Request
 from backprompt.evaluation.predicting import PredictingRows
 from backprompt.evaluation.predictions import NumberedRows, ranges
 from backprompt.evaluation.rating import LOG_SOFTMAX_BYTES
-from backprompt.evaluation.scoring import Wanted
+from backprompt.evaluation.reading import Wanted
 from backprompt.forest.span import Inserted, Span
 from backprompt.progress import progress_bar
 from backprompt.tokens.graph import flat

@@ -43,8 +43,12 @@ from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
 
-HEAD_SLICE_BYTES = 64 << 20
-"""Logit rows are computed in slices of at most this size, never for a whole forest at once."""
+HEAD_SLICE_BYTES = 24 << 20
+"""Logit rows are computed in slices of at most this size, never for a whole forest at once.
+
+The C library gives memory of up to 32 MB back to the process for the next slice. Larger slices are new pages each time,
+and the system takes longer to make them than a small model to fill them.
+"""
 
 DEVICE_HEAD_SLICE_BYTES = 128 << 20
 """The same on other devices than the CPU, where each slice costs launches. Scores take four times as much on top."""

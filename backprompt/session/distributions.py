@@ -126,7 +126,7 @@ def _of_texts(
     texts = session.own_texts(texts)
     with session.exclusive():
         encoded, first = encoded_to_score(session, texts, starts)
-        wanted = list(map(to_score, encoded, first, session.are_computed(texts)))
+        wanted = list(map(to_score, encoded, first, [end is not None for end in session.computed_ends(texts)]))
         found = distributions(session.current().computation, wanted, asked)
         lengths = [len(token_ids) - start for token_ids, start in zip(encoded, first, strict=True)]
         return found, torch.tensor([0, *lengths]).cumsum(0)

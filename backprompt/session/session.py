@@ -30,7 +30,7 @@ from backprompt.evaluation.computation import Counters, Means
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
-from backprompt.forest.span import Inserted
+from backprompt.forest.span import Span
 from backprompt.forking import watch_lm
 from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.memory.eviction import GreedyDual, Memory
@@ -299,7 +299,8 @@ class Session:
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
         """Evaluate the texts, computing only missing spans; the lock must be held."""
         evaluator = self.current()
-        known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
+        found = zip(texts, map(self._evaluated.get, texts), strict=True) if self._evaluated else ()
+        known = {text: evaluated for text, evaluated in found if evaluated is not None and evaluated.is_computed}
         evaluator.memory.touch([found.end for found in known.values()])
         if len(known) == len(texts):  # their ids were checked when they were evaluated
             self.counters.tokens_requested += sum(len(known[text].token_ids) for text in texts)
@@ -309,14 +310,17 @@ class Session:
         if missing:
             ends = evaluator.evaluate(list(missing.values()))
             batch = Batch(evaluator)
-            new = {text: batch.add(Inserted(end, ids)) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
+            new = {text: batch.add(end, ids) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]
 
-    def are_computed(self, texts: Iterable[Text]) -> list[bool]:
-        """Return for each text whether it was evaluated and its states are still held; the lock must be held."""
-        return [found is not None and found.is_computed for found in map(self._evaluated.get, texts)]
+    def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
+        """Return the ends of texts that were evaluated and whose states are still held; the lock must be held."""
+        if not self._evaluated:
+            return [None] * len(texts)
+        found = map(self._evaluated.get, texts)
+        return [None if evaluated is None or not evaluated.is_computed else evaluated.end for evaluated in found]
 
     # The tokenizer and the model
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from backprompt.arguments import as_bool
 from backprompt.errors import TokenIdError
 from backprompt.evaluation.distributions import Asked, Distributions
-from backprompt.evaluation.scoring import Wanted
+from backprompt.evaluation.reading import Wanted
 from backprompt.lm import LM
 from backprompt.session.distributions import as_temperature, as_top_k, distributions_of_ids
 from backprompt.session.limits import TextLimits
@@ -112,7 +112,7 @@ def _read(session: Session, texts: Sequence[tuple[int, ...]], starts: Sequence[i
     """Return what is asked for of the tokens of each row from a start on, row behind row."""
     if asked.is_plain:
         session.counters.tokens_requested += sum(map(len, texts))
-        scored = session.evaluator.scoring.token_scores(texts, starts, [False] * len(texts))
+        scored = session.evaluator.scoring.token_scores(texts, starts, [None] * len(texts))
         return Distributions(scored.scores.logprobs, None, None, None, None)
     wanted = [Wanted(ids[:-1], start, ids[-1:]) for ids, start in zip(texts, starts, strict=True)]
     return distributions_of_ids(session, wanted, asked)
