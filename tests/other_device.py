@@ -117,6 +117,8 @@ class OtherDevice(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is Tensor.__deepcopy__ and not _is_elsewhere(args[0]):
+            return func(*args, **kwargs)  # its memo knows tensors of all devices
         if func in _MOVES or _is_there(kwargs.get("device")) or any(map(_is_elsewhere, tree_leaves((args, kwargs)))):
             return _call(func, args, kwargs)
         return func(*args, **kwargs)
@@ -152,7 +154,9 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise TypeError(f"can't convert {DEVICE} device type tensor to numpy.")
     given = tree_leaves((args, kwargs))
     is_there = _is_there(kwargs.get("device")) or ("device" not in kwargs and any(map(_is_elsewhere, given)))
-    if func not in _INDEXING and func is not Tensor.copy_:
+    if func is Tensor.copy_:
+        is_there = _is_elsewhere(args[0])
+    elif func not in _INDEXING:
         _check_one_device(func, given)
     _count(func, args)
     if "device" in kwargs:

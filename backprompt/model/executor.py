@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring, StandingAttention
+from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
 from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.forest.fan import without_fans
@@ -30,7 +31,7 @@ from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
 from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.memory.places import Places
-from backprompt.model import skeleton
+from backprompt.model import skeleton, spread
 from backprompt.model.fusion import fusion_for
 from backprompt.model.in_flight import InFlight
 from backprompt.model.linear import speed_up
@@ -133,7 +134,9 @@ class Executor:
         skeleton.check_supported(model)
         self._model = model
         self._decode = decode
-        self.device = skeleton.model_device(model)
+        self.device = spread.head_device(model)
+        """Where hidden states and logits lie. Keys and values lie on the device of their layer."""
+        self._input_device = spread.input_device(model)
         self.limits = skeleton.limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
         self.logprob_dtype = logprob_dtype(skeleton.head_dtype(model))
@@ -142,20 +145,26 @@ class Executor:
         """Bytes that are held for one token; known after the first pass."""
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
-        self._attention: ForestAttention = attention_for(self.device)
-        self._make_copies = copies_for(self.device)
+        self.device_of: dict[str, torch.device] = {}
+        """The device of each tensor of a block, by name; known after the first pass."""
+        devices = spread.devices_of(model)
+        self._attention: ForestAttention = attention_for(self.device) if len(devices) == 1 else AttentionByDevice()
+        self._make_copies = copies_for(self.device) if len(devices) == 1 else CopiesByDevice
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
         self._head = skeleton.make_head(model)
         self._config: Any = self._head.config
         with plain_surroundings(self.device):
-            fusion_for(self.device)(self._body)
+            if not spread.is_spread(model):
+                fusion_for(self.device)(self._body)
             linears = speed_up((self._body, self._head), pack=pack_weights)
             self.linears = pad_head(self._head, model, linears)
         self._in_flight: InFlight | None = None
-        self.steps: CapturedSteps | None = captured_steps(self._body, self._attention)
+        self.steps: CapturedSteps | None = None
         """Captured steps of generations, where the device has graphs."""
+        if not spread.is_spread(model):  # hooks move weights between steps
+            self.steps = captured_steps(self._body, self._attention)
         _register(name, self)
 
     def close(self) -> None:
@@ -200,6 +209,7 @@ class Executor:
             sample = States.of_rows(hidden, [slice(0, 1)])
             self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
             self.layout = Layout.of(keys_values, sample)
+            self.device_of |= {name: row.device for name, row in self.layout.rows.items()}
         return Computed(keys_values, states, keys_values_of, states_of)
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
@@ -224,10 +234,10 @@ class Executor:
             UnsupportedModelError: the model's attention does something that is not implemented here.
 
         """
-        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
+        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self._input_device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
         in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
-        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
+        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device))
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
 
     def abandon(self) -> None:
@@ -261,7 +271,8 @@ class Executor:
                 f"{self._model_name} does not go through transformers' attention interface, so its attention cannot be "
                 "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
             )
-        return in_flight, output.last_hidden_state[0].clone()
+        hidden = output.last_hidden_state[0]
+        return in_flight, hidden.clone() if hidden.device == self.device else hidden.to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
@@ -364,7 +375,7 @@ class Executor:
         """Return a marker for a mask that is causal, or causal within a window; transformers' mask interface."""
         in_flight = self._in_flight
         assert in_flight is not None, "a mask outside of Executor.forward"
-        if not use_vmap and in_flight.add_mask(mask_function, self.device).meaning.is_known:
+        if not use_vmap and in_flight.add_mask(mask_function, self._input_device).meaning.is_known:
             return in_flight.marker
         raise UnsupportedModelError(
             f"{self._model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "

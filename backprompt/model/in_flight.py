@@ -47,7 +47,7 @@ class InFlight:
     def add_mask(self, mask_function: Callable[..., Tensor], device: torch.device) -> Mask:
         """Note a mask."""
         self.masks.append(Mask(mask_function, self.max_position, device))
-        self._markers.append(torch.empty(0, device=device))
+        self._markers.append(torch.zeros(len(self._markers), device=device))
         return self.masks[-1]
 
     @property
@@ -58,7 +58,7 @@ class InFlight:
     def window_of(self, marker: Tensor | None, model_name: str) -> int | None:
         """Return the window of the mask for which a marker stands."""
         for own, mask in zip(self._markers, self.masks, strict=True):
-            if marker is own:
+            if marker is own or _is_copied(marker, own):
                 return mask.meaning.window
         raise UnsupportedModelError(
             f"{model_name} makes its attention mask without transformers' mask interface, so what it hides is unknown. "
@@ -73,3 +73,8 @@ class InFlight:
         """Return whether a call with another last position would go the same way."""
         is_seen = self.least_unseen is None or position < self.least_unseen
         return is_seen and all(mask.means_the_same_at(position) for mask in self.masks)
+
+
+def _is_copied(marker: Tensor | None, own: Tensor) -> bool:
+    """Return whether a layer on another device was handed a copy of a marker; markers differ in their lengths."""
+    return marker is not None and marker.shape == own.shape and marker.device != own.device
