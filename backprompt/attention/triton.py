@@ -138,6 +138,11 @@ class StandingTriton:
         self._forest: OneLaunch | None = None
         self._launches: dict[Hashable, Launch] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the tables and of partial results."""
+        return 0 if self._forest is None else self._forest.num_bytes
+
     def load(self, prepared: PreparedAttention) -> bool:
         """Go on to the step that an attention is prepared for; see `StandingAttention.load`."""
         assert isinstance(prepared, PreparedTriton), prepared
@@ -204,6 +209,12 @@ class OneLaunch:
             layers = self._layers[kind] = _Layers.of(self._tables_of(shape, launch, scoring), shape, scoring, launch)
         with on_device(query.device):
             return layers.attend(layer_idx, query, key, value, scoring.sinks)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the tables and of partial results."""
+        partial = [layers.partial.nbytes + layers.partial_lse.nbytes for layers in self._layers.values()]
+        return sum(tables.numbers.nbytes for tables in self.tables.values()) + sum(partial)
 
     def load(self, segments: Segments) -> bool:
         """Go on to another pass; False if there is no room for it, then this object is of no more use.

@@ -33,7 +33,7 @@ from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.memory.places import Places
 from backprompt.model import skeleton, spread
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import InFlight
+from backprompt.model.in_flight import Forwarded, InFlight, Way
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.padded import pad_head
@@ -225,15 +225,26 @@ class Executor:
         if replayed is None:
             return self.forward(pass_, attention)
         is_finite = bool(replayed.is_finite)
-        return Forwarded(replayed.keys_values, replayed.hidden, is_finite, replayed.are_placed)
+        way: Way = "recorded" if replayed.is_first else "replayed"
+        return Forwarded(replayed.keys_values, replayed.hidden, is_finite, replayed.are_placed, way)
 
     def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
         """Forward all tokens of a pass; `attention`: as it was prepared, if it was.
+
+        Where memory is short, the graphs of captured steps make room.
 
         Raises:
             UnsupportedModelError: the model's attention does something that is not implemented here.
 
         """
+        try:
+            return self._forward(pass_, attention)
+        except torch.OutOfMemoryError:
+            if self.steps is None or not self.steps.forget():
+                raise
+        return self._forward(pass_, attention)
+
+    def _forward(self, pass_: Pass, attention: PreparedAttention | None) -> Forwarded:
         inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self._input_device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
         in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
@@ -243,6 +254,16 @@ class Executor:
     def abandon(self) -> None:
         """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
         self._in_flight = None
+
+    def forget_graphs(self) -> None:
+        """Release the memory of captured steps; more steps will be captured."""
+        if self.steps is not None:
+            self.steps.forget()
+
+    @property
+    def graph_bytes(self) -> int:
+        """The memory of captured steps."""
+        return 0 if self.steps is None else self.steps.num_bytes
 
     def run(
         self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
@@ -393,19 +414,6 @@ class Executor:
                 f"{self._model_name} passes {', '.join(unknown)} to its attention, which packed attention does not "
                 "implement; ignoring it would give other numbers."
             )
-
-
-@dataclass(frozen=True)
-class Forwarded:
-    """The output of a pass: keys and values, final hidden states `(tokens, hidden)`, and whether all was finite.
-
-    `are_placed`: whether keys, values and hidden states were copied to their places, see `Executor.step`.
-    """
-
-    keys_values: KeysValues
-    hidden: Tensor
-    is_finite: bool
-    are_placed: bool = False
 
 
 def _register(name: str, executor: Executor) -> None:

@@ -1,9 +1,10 @@
-"""The state of one forward call of a model's body: what its masks and layers have left so far."""
+"""The state of one forward call of a model's body: what its masks and layers have left so far; and what is left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,7 +12,11 @@ from torch import Tensor
 from backprompt.attention.base import PreparedAttention, StandingAttention
 from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
+from backprompt.memory.blocks import KeysValues
 from backprompt.model.masks import Mask
+
+Way: TypeAlias = Literal["replayed", "recorded", "plain"]
+"""How a step of a generation was computed: by a graph, by the first run of one, or without."""
 
 
 @dataclass
@@ -73,6 +78,21 @@ class InFlight:
         """Return whether a call with another last position would go the same way."""
         is_seen = self.least_unseen is None or position < self.least_unseen
         return is_seen and all(mask.means_the_same_at(position) for mask in self.masks)
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """The output of a pass: keys and values, final hidden states `(tokens, hidden)`, and whether all was finite.
+
+    `are_placed`: whether keys, values and hidden states were copied to their places, see `Executor.step`. `way`: of a
+    step.
+    """
+
+    keys_values: KeysValues
+    hidden: Tensor
+    is_finite: bool
+    are_placed: bool = False
+    way: Way = "plain"
 
 
 def _is_copied(marker: Tensor | None, own: Tensor) -> bool:
