@@ -42,6 +42,9 @@ class Elsewhere(Tensor):
         return Tensor._make_wrapper_subclass(cls, inner.size(), dtype=inner.dtype, device="meta")
 
     def __init__(self, inner: Tensor) -> None:
+        device = OtherDevice.current
+        if inner.dtype == torch.float64 and device is not None and not device.has_float64:
+            raise TypeError(f"Cannot convert a {DEVICE} Tensor to float64 dtype.")
         self.inner = inner
 
     @property
@@ -90,16 +93,21 @@ class OtherEvent:
 class OtherDevice(TorchFunctionMode):
     """The device, for as long as the context lasts.
 
+    Args:
+        has_float64: False for a device like MPS.
+
     Attributes:
         waits: the lines at which the host waited for the device, and how often.
         launches: how many functions of torch ran on the device.
+        has_float64: see above.
 
     """
 
     current: OtherDevice | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_float64: bool = True) -> None:
         super().__init__()
+        self.has_float64 = has_float64
         self.waits: Counter[str] = Counter()
         self.launches = 0
         self._apply: Any = nn.Module._apply

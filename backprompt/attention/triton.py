@@ -27,7 +27,7 @@ from backprompt.attention.kernels import additive_mask, clear_kernel
 from backprompt.attention.launches import Launcher, on_device
 from backprompt.attention.shapes import Launch, Shape, launch_for
 from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Segments, Work
-from backprompt.attention.tiles import Tile
+from backprompt.attention.tiles import LARGEST_HEAD, Tile
 from backprompt.attention.triton_kernels import attend_kernel, join_kernel
 from backprompt.forest.plan import KeySegment, Pass
 
@@ -77,6 +77,8 @@ class TritonAttention:
             return f"triton is not used for {query.dtype}"
         if key.shape[-1] != value.shape[-1]:
             return "keys and values differ in size"
+        if key.shape[-1] > LARGEST_HEAD:
+            return f"triton is not used for heads of more than {LARGEST_HEAD} numbers"
         if tile is None:
             return None
         features = scoring.window is not None, scoring.softcap is not None, scoring.sinks is not None
