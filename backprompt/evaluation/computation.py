@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from weakref import finalize
 
@@ -37,6 +38,7 @@ from backprompt.forest.span import NOTHING, Junction, Span
 from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.model.executor import Executor
+from backprompt.model.in_flight import Way
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenIds
@@ -61,6 +63,7 @@ class Counters:
     tokens_loaded: int = 0
     forward_passes: int = 0
     logit_rows: int = 0
+    steps: Counter[Way] = field(default_factory=Counter)
     seconds: float = 0.0
 
     @property
@@ -368,8 +371,9 @@ class Computation:
         self.make_room()
 
     def clear(self) -> None:
-        """Forget everything computed, pinned texts included."""
+        """Forget everything computed, pinned texts and graphs of steps included."""
         self.holders.unpin_all()
+        self.executor.forget_graphs()
         self._forget()
 
     def _forget(self) -> None:

@@ -37,7 +37,8 @@ from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
 from backprompt.memory.location import Location
 from backprompt.model.executor import Executor, plain_surroundings
-from backprompt.model.skeleton import model_device, unwrap
+from backprompt.model.skeleton import check_supported, unwrap
+from backprompt.model.spread import devices_of, head_device
 from backprompt.session.evaluated import Batch, Evaluated
 from backprompt.session.fingerprint import Fingerprint
 from backprompt.session.limits import TextLimits, check_has_last_token
@@ -78,11 +79,13 @@ class Session:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
-        device = model_device(unwrap(model))
+        causal_lm = unwrap(model)
+        check_supported(causal_lm)
+        device = head_device(causal_lm)
         if options.pin_memory:
             check_can_pin(device)
         memory, host_memory = options.memory_bytes, options.host_memory_bytes
-        self._memory_bytes = default_max_bytes(device) if memory is None else parse_bytes(memory)
+        self._memory_bytes = _default_bytes(causal_lm) if memory is None else parse_bytes(memory)
         if host_memory is None:
             self._host_memory_bytes = default_host_bytes(device)
         else:
@@ -360,15 +363,15 @@ class Session:
 
     def _make_evaluator(self, fingerprint: Fingerprint) -> Evaluator:
         model, archive = unwrap(self.model), None
-        device = model_device(model)
         pinned = Location(torch.device("cpu"), self.options.pin_memory)
         tokenizer = fingerprint.tokenizer
         if self.store is not None:  # a cycle with the session would keep tensors alive for longer than the LM
             root = partial(fingerprint.root, in_store=True)
-            archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode, device)
+            archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode)
         executor = Executor(model, tokenizer.decode, pack_weights=self.options.pack_weights)
         order = GreedyDual(executor.hidden_size)
-        host = HostMemory(self._host_memory_bytes, order.rank, pinned, Location(device))
+        here = Location(executor.device, device_of=executor.device_of)
+        host = HostMemory(self._host_memory_bytes, order.rank, pinned, here)
         return Evaluator(
             Means(
                 model=model,
@@ -396,6 +399,11 @@ class Session:
         self.encoder = encoder
         self.fingerprint = fingerprint
         self.evaluator = evaluator
+
+
+def _default_bytes(model: nn.Module) -> int:
+    """Return the default budget: where layers lie on several devices, that of the device with the least free memory."""
+    return min(map(default_max_bytes, devices_of(model)))
 
 
 def session_of(text: object, idx: int) -> Session:
