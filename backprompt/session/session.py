@@ -191,8 +191,7 @@ class Session:
             if not compare:
                 self._start_over(Fingerprint(self.model, tokenizer, self.store))
             elif (renewed := self.fingerprint.renewed(tokenizer)) is not None:
-                self._probed.clear()  # settings of modules may have changed, which no look sees
-                self._start_over(renewed)
+                self._start_over(renewed, probe_again=True)  # settings of modules may have changed, which no look sees
 
     def before_fork(self) -> None:
         """Take the lock, so that no other thread is in the middle of a change while the process is forked."""
@@ -382,7 +381,7 @@ class Session:
             )
         )
 
-    def _start_over(self, fingerprint: Fingerprint) -> None:
+    def _start_over(self, fingerprint: Fingerprint, *, probe_again: bool = False) -> None:
         """Start over with the current model and tokenizer, which `fingerprint` names.
 
         Nothing changes if the model can no longer be evaluated.
@@ -390,7 +389,10 @@ class Session:
         """
         logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
         evaluator = self._make_evaluator(fingerprint)
-        self._take_over_probe(fingerprint, evaluator)
+        if probe_again:
+            self._probed.clear()
+        else:
+            self._take_over_probe(fingerprint, evaluator)
         encoder = self._make_encoder(fingerprint.tokenizer)
         self.evaluator.close()
         self._evaluated = WeakKeyDictionary()
