@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from backprompt import LM, Text
+from backprompt import LM, MemoryBudgetError, Text
 from backprompt.evaluation import computation
 from backprompt.model import weights
 from backprompt.session import fingerprint
@@ -55,6 +55,15 @@ def test_new_numbers_are_not_probed_again(probed, hashed, tokenizer):
     check(lm)
     assert len(probed) == 1
     assert hashed == []
+
+
+def test_the_bytes_of_a_token_are_known_without_a_probe(probed, tokenizer):
+    lm = LM(build("llama"), tokenizer, memory_bytes=2_000, host_memory_bytes=0)
+    check(lm)
+    step(lm.model)
+    with pytest.raises(MemoryBudgetError):
+        Text("The cat sat on the mat and slept", lm).pin()
+    assert len(probed) == 1
 
 
 def parameter_replaced(model):
