@@ -26,7 +26,7 @@ from torch import nn
 from backprompt.arguments import as_list
 from backprompt.errors import StaleRepresentationError, UnboundTextError
 from backprompt.evaluation.archive import Archive
-from backprompt.evaluation.computation import Counters, Means
+from backprompt.evaluation.computation import Counters, Means, Probed
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
@@ -102,6 +102,7 @@ class Session:
         self.fingerprint = Fingerprint(model, private, self.store)  # before the first use of the weights
         self.evaluator = self._make_evaluator(self.fingerprint)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
+        self._probed: dict[tuple[str, ...], Probed] = {}  # by the state of adapters, while the model's parts stay
         watch_lm(self)
 
     # The lock, and one state of the weights
@@ -132,11 +133,15 @@ class Session:
             finally:
                 self._has_looked = had_looked
 
-    def current(self, *, with_weights: bool = True) -> Evaluator:
+    def current(self, *, with_weights: bool = True, with_numbers: bool = True) -> Evaluator:
         """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held.
 
         The first call since the lock was taken looks at them, and `exclusive` looks again at the end of work.
-        `with_weights` False: only the tokenizer is looked at, which is enough to encode texts.
+
+        Args:
+            with_weights: False for a look at the tokenizer only, which is enough to encode texts.
+            with_numbers: False for a look without the numbers of the weights. The caller looks at those later.
+
         """
         tokenizer = self.fingerprint.tokenizer
         has_to_look = not self._has_looked or self.evaluator.is_closed
@@ -145,8 +150,10 @@ class Session:
             self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
         elif not with_weights:
             return self.evaluator
-        elif has_to_look and (self.fingerprint.has_changed() or self.evaluator.is_closed):
-            self._start_over(Fingerprint(self.model, tokenizer, self.store))
+        elif has_to_look:
+            have_changed = self.fingerprint.has_changed if with_numbers else self.fingerprint.has_moved
+            if have_changed() or self.evaluator.is_closed:
+                self._start_over(Fingerprint(self.model, tokenizer, self.store))
         self._has_looked = True
         self.evaluator.continuations.end_abandoned()
         self.evaluator.hold_pins()
@@ -156,12 +163,14 @@ class Session:
     def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
         """Hold the lock and yield the evaluator for a step of a generation that was begun with `expected`.
 
+        A step looks at the numbers of the weights once, before a token is chosen: see `Computation.check_unchanged`.
+
         Raises:
             StaleRepresentationError: the generation was begun with other weights.
 
         """
         with self.exclusive():
-            evaluator = self.current()
+            evaluator = self.current(with_numbers=expected is None)
             if expected is not None and evaluator is not expected:
                 raise StaleRepresentationError(
                     "The model's weights (or its tokenizer) have changed since this continuation was begun. Begin "
@@ -175,12 +184,14 @@ class Session:
             self.evaluator.continuations.end_abandoned()
             self.evaluator.computation.clear()
 
-    def refresh(self) -> None:
-        """Hash every weight and the tokenizer again; see `LM.refresh`."""
+    def refresh(self, *, compare: bool) -> None:
+        """Hash every weight and the tokenizer again, or take the weights for changed; see `LM.refresh`."""
         with self.exclusive():
-            renewed = self.fingerprint.renewed(PrivateTokenizer(self.tokenizer))
-            if renewed is not None:
-                self._start_over(renewed)
+            tokenizer = PrivateTokenizer(self.tokenizer)
+            if not compare:
+                self._start_over(Fingerprint(self.model, tokenizer, self.store))
+            elif (renewed := self.fingerprint.renewed(tokenizer)) is not None:
+                self._start_over(renewed, probe_again=True)  # settings of modules may have changed, which no look sees
 
     def before_fork(self) -> None:
         """Take the lock, so that no other thread is in the middle of a change while the process is forked."""
@@ -370,7 +381,7 @@ class Session:
             )
         )
 
-    def _start_over(self, fingerprint: Fingerprint) -> None:
+    def _start_over(self, fingerprint: Fingerprint, *, probe_again: bool = False) -> None:
         """Start over with the current model and tokenizer, which `fingerprint` names.
 
         Nothing changes if the model can no longer be evaluated.
@@ -378,12 +389,26 @@ class Session:
         """
         logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
         evaluator = self._make_evaluator(fingerprint)
+        if probe_again:
+            self._probed.clear()
+        else:
+            self._take_over_probe(fingerprint, evaluator)
         encoder = self._make_encoder(fingerprint.tokenizer)
         self.evaluator.close()
         self._evaluated = WeakKeyDictionary()
         self.encoder = encoder
         self.fingerprint = fingerprint
         self.evaluator = evaluator
+
+    def _take_over_probe(self, fingerprint: Fingerprint, evaluator: Evaluator) -> None:
+        """Spare a new evaluator the probe, if one has probed the same parts with the same adapters: numbers differ."""
+        probed = self.evaluator.computation.probed()
+        if probed is not None:
+            self._probed[self.fingerprint.adapters] = probed
+        if self.fingerprint.has_other_parts():
+            self._probed.clear()
+        elif fingerprint.adapters in self._probed:
+            evaluator.computation.take_over(self._probed[fingerprint.adapters])
 
 
 def session_of(text: object, idx: int) -> Session:
