@@ -15,6 +15,7 @@ from training_batches import NUM_IDS, Batch, batches, group, ungrouped
 
 from backprompt import LM
 from backprompt.errors import TextTooLongError, UnsupportedModelError
+from backprompt.model.linear import TrainedLinear
 from backprompt.training import body, head, token_logprobs
 from backprompt.training.attention import TrieAttention
 from comparing import assert_close
@@ -281,16 +282,17 @@ def test_the_head_is_applied_in_slices(held_bytes, num_calls, monkeypatch):
     """Slices beyond the bytes that are held are computed again in the backward."""
     monkeypatch.setattr(head, "SLICE_BYTES", 4 * NUM_IDS * 8)
     monkeypatch.setattr(head, "HELD_BYTES", held_bytes)
-    model, sizes, forward = build("llama"), [], nn.Linear.forward
+    model, sizes = build("llama"), []
     plain_model = copy.deepcopy(model)
-
-    def counted(self, rows):
-        if self.weight is model.lm_head.weight:
-            sizes.append(rows.shape[-2])
-        return forward(self, rows)
-
     token_logprobs(model, *Batch([(5, 6)], [0], 2, None).tensors())  # the probe applies the head, too
-    monkeypatch.setattr(nn.Linear, "forward", counted)
+    for layer in (nn.Linear, TrainedLinear):
+
+        def counted(self, rows, forward=layer.forward):
+            if self.weight is model.lm_head.weight:
+                sizes.append(rows.shape[-2])
+            return forward(self, rows)
+
+        monkeypatch.setattr(layer, "forward", counted)
     check(model, group(5, 20, 6), 0.7, ("entropy", "top_k", "token_ids"), plain_model)
     assert sizes[:4] == [8, 8, 8, 2]  # 1 + 5 * 5 rows
     assert len(sizes) == num_calls

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from backprompt.evaluation.distributions import Asked, Distributions
 from backprompt.model import skeleton
+from backprompt.model.linear import speed_up_trained
 from backprompt.training.body import hidden_states
 from backprompt.training.head import Wanted, read_distributions
 from backprompt.training.rows import PaddedRows
@@ -86,6 +87,7 @@ def distributions(
         num_rows += len(part.predictors)
     wanted = Wanted(row_of, rows.token_ids[rows.targets], asked)
     private = skeleton.make_head(model)
+    speed_up_trained(private)
 
     def logits_of(states: Tensor) -> Tensor:
         logits: Tensor = private(inputs_embeds=states[None], use_cache=False).logits[0]
