@@ -113,16 +113,20 @@ def _efficient_cuda_backward(
     heads, rows, _ = query.shape
     kv_heads, keys, _ = value.shape
     groups = (kv_heads, heads // kv_heads)  # kv_heads is the batch, and the keys are expanded over the group
+
+    def by_group(given: Tensor) -> Tensor:
+        return given.reshape(*groups, *given.shape[1:])
+
     lse = torch.nn.functional.pad(lse.transpose(0, 1), (0, -rows % 32))  # whole blocks of rows, as the forward's
     no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
     grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        grad.transpose(0, 1).unflatten(0, groups),
-        query.unflatten(0, groups),
+        by_group(grad.transpose(0, 1)),
+        by_group(query),
         key[:, None].expand(-1, groups[1], -1, -1),
         value[:, None].expand(-1, groups[1], -1, -1),
         None if mask is None else mask.expand(*groups, rows, keys),
-        output.transpose(0, 1).unflatten(0, groups),
-        lse.unflatten(0, groups),
+        by_group(output.transpose(0, 1)),
+        by_group(lse),
         no_dropout,
         no_dropout,
         0.0,
