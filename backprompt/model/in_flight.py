@@ -155,7 +155,7 @@ def run_body(body: nn.Module, inputs: Tensor) -> Tensor:
     output: Any = body(
         input_ids=token_ids, position_ids=positions, attention_mask=torch.ones_like(token_ids), use_cache=False
     )
-    hidden: Tensor = output.last_hidden_state[0]
+    hidden: Tensor = output.last_hidden_state.squeeze(0)
     return hidden
 
 

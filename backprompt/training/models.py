@@ -29,13 +29,13 @@ class Scorer(NamedTuple):
     keeps_results: bool
 
 
-def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None) -> Scorer:
+def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, requires_grad: bool = False) -> Scorer:
     """Return an `LM` as given, or that of a model.
 
     Raises:
         TypeError: the value is neither.
         ValueError: an `LM` is given together with `max_tokens_per_forward`.
-        UnsupportedModelError: dropout is active in the model.
+        UnsupportedModelError: dropout is active in the model, or gradients would not reach other processes.
 
     """
     if max_tokens_per_forward is not None:
@@ -46,12 +46,20 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None) -
                 "max_tokens_per_forward is for models. An LM has its own, given when it is made: "
                 "LM(model, tokenizer, max_tokens_per_forward=...)."
             )
+        if requires_grad:
+            check_no_dropout(lm_or_model.session.model)
         return Scorer(lm_or_model, keeps_results=True)
     if not isinstance(lm_or_model, nn.Module):
         raise TypeError(f"lm_or_model must be an LM or a model of transformers, not {type(lm_or_model).__name__}.")
+    if requires_grad and isinstance(lm_or_model, DistributedDataParallel):
+        raise UnsupportedModelError(
+            "DistributedDataParallel averages gradients only behind a call of its own forward, which a shared pass "
+            "does not make. Give its .module, and average the gradients of the processes yourself."
+        )
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
-    _warn_of_autocast(model)
+    if not requires_grad:
+        _warn_of_autocast(model)
     return Scorer(_own_lm(model, max_tokens_per_forward), keeps_results=False)
 
 
