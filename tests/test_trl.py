@@ -1,0 +1,205 @@
+"""ForestLogprobs: TRL's losses, metrics and gradients, with the tokens that a group shares forwarded once."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from backprompt.integrations.trl import ForestLogprobs
+from tiny_models import build
+from tiny_tokenizers import byte_level_bpe
+
+PROMPTS = ["the cat sat on", "Review: the film was great, the ending"]
+GROUP = 4
+
+
+class ForestGRPO(ForestLogprobs, GRPOTrainer):
+    pass
+
+
+class ForestRLOO(ForestLogprobs, RLOOTrainer):
+    pass
+
+
+def count_e(completions, **others):
+    return [float(completion.count("e")) for completion in completions]
+
+
+def make_trainer(kind, folder, model="llama", lora=False, seed=0, **options):
+    config = GRPOConfig if issubclass(kind, GRPOTrainer) else RLOOConfig
+    tokenizer = byte_level_bpe()
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1)
+    built = build(model, seed=seed)
+    built.config.pad_token_id = built.config.eos_token_id = tokenizer.pad_token_id
+    built.generation_config.pad_token_id = built.generation_config.eos_token_id = tokenizer.pad_token_id
+    return kind(
+        built,
+        reward_funcs=count_e,
+        args=config(
+            str(folder),
+            per_device_train_batch_size=2 * GROUP,
+            num_generations=GROUP,
+            max_completion_length=6,
+            max_steps=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            seed=3,
+            disable_tqdm=True,
+            **{"gradient_checkpointing": False, **options},
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None,
+    )
+
+
+def batch_of(trainer):
+    """Two groups behind prompts of different lengths, padded on the left; completions padded on the right."""
+    tokenizer = trainer.processing_class
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS for _ in range(GROUP)]
+    draw = torch.Generator().manual_seed(0)
+    width, kept, pad = max(map(len, prompts)), 6, tokenizer.pad_token_id
+    input_ids = torch.full((len(prompts), width + kept), pad)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        length = 1 + row % kept
+        input_ids[row, width - len(ids) : width] = torch.tensor(ids)
+        input_ids[row, width : width + length] = torch.randint(2, 100, (length,), generator=draw)
+        mask[row, width - len(ids) : width + length] = 1
+    return input_ids, mask, kept
+
+
+def gradients_of(trainer, method, input_ids, mask, kept):
+    """Log-probabilities and entropies by a method of the trainer, and the gradients of a loss of both."""
+    model = trainer.model
+    model.zero_grad()
+    logprobs, entropies, aux_loss = method(trainer, model, input_ids, mask, kept, compute_entropy=True)
+    assert aux_loss is None
+    weights = torch.linspace(0.5, 1.5, logprobs.numel()).view_as(logprobs)
+    ((logprobs + 0.1 * entropies) * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logprobs.detach(), entropies.detach(), gradients
+
+
+@pytest.mark.parametrize("kind", [ForestGRPO, ForestRLOO])
+@pytest.mark.parametrize("lora", [False, True])
+def test_logprobs_entropies_and_gradients_are_the_trainers_own(kind, lora, tmp_path):
+    trainer = make_trainer(kind, tmp_path, lora=lora, temperature=0.7)
+    batch = batch_of(trainer)
+    logprobs, entropies, gradients = gradients_of(trainer, kind._get_per_token_logps_and_entropies, *batch)
+    plain = kind.__mro__[2]._get_per_token_logps_and_entropies
+    own_logprobs, own_entropies, own_gradients = gradients_of(trainer, plain, *batch)
+    torch.testing.assert_close(logprobs, own_logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, own_entropies, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == own_gradients.keys() and gradients
+    for name, gradient in own_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert not trainer.forest_refusals
+
+
+def test_each_distinct_token_is_forwarded_once(tmp_path):
+    trainer = make_trainer(ForestGRPO, tmp_path)
+    forwarded = []
+    input_ids, mask, kept = batch_of(trainer)
+    embedding = trainer.model.get_input_embeddings()
+    own = embedding.forward
+    embedding.forward = lambda ids: (forwarded.append(ids.numel()), own(ids))[1]
+    trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, kept)
+    rows = [tuple(ids[keep.bool()].tolist()) for ids, keep in zip(input_ids, mask, strict=True)]
+    distinct = {row[:stop] for row in rows for stop in range(1, len(row))}
+    assert sum(forwarded) == len(distinct)
+    assert trainer._metrics["train"]["forest/tokens_forwarded"] == [len(distinct)]
+    assert trainer._metrics["train"]["forest/tokens_given"] == [int(mask.sum())]
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"beta": 0.1, "num_iterations": 2}, {"gradient_checkpointing": True}])
+def test_a_run_has_the_losses_and_the_weights_of_a_run_without(options, tmp_path):
+    runs = []
+    for kind in (GRPOTrainer, ForestGRPO):
+        trainer = make_trainer(kind, tmp_path / kind.__name__, lora="beta" in options, **options)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        runs.append((log, dict(trainer.model.named_parameters())))
+    (plain_log, plain), (log, ours) = runs
+    assert len(log) == len(plain_log) == 2
+    for before, after in zip(plain_log, log, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "reward", "kl", "clip_ratio/region_mean"):
+            assert before.get(name) == pytest.approx(after.get(name), rel=1e-3, abs=1e-6), name
+        assert after["forest/tokens_forwarded"] < after["forest/tokens_given"]
+    for name, parameter in plain.items():
+        torch.testing.assert_close(ours[name], parameter, atol=1e-4, rtol=1e-4)
+
+
+def test_the_adapters_reference_is_the_model_without_it(tmp_path):
+    trainer = make_trainer(ForestGRPO, tmp_path, lora=True, beta=0.1)
+    input_ids, mask, kept = batch_of(trainer)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        ours, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, kept)
+        plain, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, input_ids, mask, kept)
+    with torch.no_grad():
+        adapted, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, kept)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert (adapted - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"compute_aux_loss": True}, "balancing loss"),
+        ({"token_type_ids": "ones"}, "token_type_ids"),
+    ],
+)
+def test_calls_beyond_the_forest_go_to_the_trainers_own_method(given, words, tmp_path, caplog, monkeypatch):
+    trainer = make_trainer(ForestGRPO, tmp_path)
+    input_ids, mask, kept = batch_of(trainer)
+    given = {name: torch.ones_like(input_ids) if value == "ones" else value for name, value in given.items()}
+    seen = []
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_get_per_token_logps_and_entropies",
+        lambda self, model, *args, **kwargs: seen.append(kwargs) or (None, None, None),
+    )
+    with caplog.at_level(logging.WARNING, "backprompt.integrations.trl"):
+        for _ in range(2):
+            trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, kept, **given)
+    assert len(seen) == 2 and given.items() <= seen[0].items()
+    assert len(caplog.records) == 1 and words in caplog.text
+    assert len(trainer.forest_refusals) == 1
+
+
+def test_an_unsupported_model_trains_as_before(tmp_path, caplog):
+    trainer = make_trainer(ForestGRPO, tmp_path, model="bloom")
+    with caplog.at_level(logging.WARNING, "backprompt.integrations.trl"):
+        ours, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, *batch_of(trainer))
+    plain, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, *batch_of(trainer))
+    assert torch.equal(ours, plain)
+    assert "attention" in caplog.text
+
+
+def test_gradients_pass_through_ddp(tmp_path):
+    """Gradients of a process group are averaged by hooks of DDP, which see nothing of a call past DDP's forward."""
+    trainer = make_trainer(ForestGRPO, tmp_path)
+    batch = batch_of(trainer)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(trainer.model)
+        reduced = []
+        wrapped.register_comm_hook(None, lambda state, bucket: reduced.append(1) or _done(bucket.buffer()))
+        logprobs, _, _ = trainer._get_per_token_logps_and_entropies(wrapped, *batch)
+        logprobs.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert reduced
+
+
+def _done(tensor):
+    future = torch.futures.Future()
+    future.set_result(tensor)
+    return future
