@@ -4,10 +4,13 @@ import logging
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from backprompt import LM, Text, UnsupportedModelError
 from backprompt.integrations.trl import ForestLogprobs
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
@@ -203,3 +206,29 @@ def _done(tensor):
     future = torch.futures.Future()
     future.set_result(tensor)
     return future
+
+
+@pytest.mark.parametrize("is_wrapped_by_accelerate", [False, True])
+def test_an_lm_of_a_trainers_model_has_the_models_own_numbers(is_wrapped_by_accelerate, tmp_path):
+    """TRL and accelerate put wrappers around the forward method of the one model, which a copy must not follow."""
+    trainer = make_trainer(ForestGRPO, tmp_path, temperature=0.5)
+    expected = build("llama")(torch.tensor([[5, 6, 7]])).logits[0, -1]
+    if is_wrapped_by_accelerate:
+        AcceleratorState._reset_state()
+        Accelerator(mixed_precision="bf16", cpu=True).prepare_model(trainer.model)
+        AcceleratorState._reset_state()
+    lm = LM(trainer.model, trainer.processing_class)
+    torch.testing.assert_close(Text.from_tokens([5, 6, 7], lm).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_forward_method_that_somebody_else_replaced_is_not_left_out():
+    model = build("llama")
+    own = model.forward
+    model.forward = lambda *args, **kwargs: _halved(own(*args, **kwargs))
+    with pytest.raises(UnsupportedModelError):
+        _ = Text.from_tokens([5, 6, 7], LM(model, byte_level_bpe())).logits
+
+
+def _halved(output):
+    output.logits = output.logits / 2
+    return output
