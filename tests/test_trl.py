@@ -15,6 +15,11 @@ from backprompt.integrations.trl import ForestLogprobs
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
+pytestmark = [  # of TRL's own code and of transformers
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),
+]
+
 PROMPTS = ["the cat sat on", "Review: the film was great, the ending"]
 GROUP = 4
 
