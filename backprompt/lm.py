@@ -23,6 +23,7 @@ from backprompt.evaluation.lookup import Piece
 from backprompt.evaluation.scores import TokenScores
 from backprompt.forking import ForkableLock, watch_lm
 from backprompt.progress import showing
+from backprompt.session.distributions import Entropies, TopLogprobs, entropies, top_logprobs
 from backprompt.session.options import Options, check_options
 from backprompt.session.representation import ModelRepr, Pin, pinned, save
 from backprompt.session.session import Session
@@ -245,6 +246,56 @@ class LM(Engine[Text]):
         """
         with showing(show_progress_bar):
             return token_scores(self._session, texts, starts).split()
+
+    def entropies(
+        self,
+        texts: Iterable[Text],
+        starts: Iterable[Text | int] | None = None,
+        *,
+        temperature: float = 1.0,
+        show_progress_bar: bool | None = None,
+    ) -> Entropies:
+        """Evaluate texts and return the entropies of the distributions that predict their tokens.
+
+            found = lm.entropies([prompt + " Paris", prompt + " Lyon"], [prompt, prompt])
+            found.entropies  # of all texts, (tokens,)
+            found.split()  # of each text
+
+        Each distinct row of the output head is computed once, however many texts share it, and is not kept.
+
+        Args:
+            texts, starts, show_progress_bar: see `token_logprobs`.
+            temperature: divides the logits.
+
+        Raises:
+            All errors of `token_logprobs`, and TypeError and ValueError for a temperature that is no number above 0.
+
+        """
+        with showing(show_progress_bar):
+            return entropies(self._session, texts, starts, temperature)
+
+    def top_logprobs(
+        self,
+        texts: Iterable[Text],
+        k: int,
+        starts: Iterable[Text | int] | None = None,
+        *,
+        temperature: float = 1.0,
+        show_progress_bar: bool | None = None,
+    ) -> TopLogprobs:
+        """Evaluate texts and return the `k` most probable tokens in the place of each of their tokens.
+
+        Args:
+            texts, starts, show_progress_bar: see `token_logprobs`.
+            k: how many tokens.
+            temperature: divides the logits.
+
+        Raises:
+            All errors of `entropies`, and ValueError for a `k` that is no int from 1 to the size of the vocabulary.
+
+        """
+        with showing(show_progress_bar):
+            return top_logprobs(self._session, texts, k, starts, temperature)
 
     def next_token_logprobs(
         self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]], *, show_progress_bar: bool | None = None

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring, StandingAttention
+from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
 from backprompt.attention.choice import attention_for, copies_for
-from backprompt.errors import NonFiniteError, UnsupportedModelError
+from backprompt.errors import NonFiniteError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
@@ -32,7 +32,7 @@ from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.memory.places import Places
 from backprompt.model import skeleton
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import InFlight
+from backprompt.model.in_flight import InFlight, no_layers_error, run_body
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.padded import pad_head
@@ -49,20 +49,6 @@ DEVICE_HEAD_SLICE_BYTES = 128 << 20
 """The same on other devices than the CPU, where each slice costs launches. Scores take four times as much on top."""
 
 _names = itertools.count()
-
-# Keywords that models pass along and packed attention can ignore. Any other that is not None is refused by name.
-_MEANINGLESS_KEYWORDS = frozenset(
-    {
-        "cache_position",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_embeddings",
-        "position_ids",
-        "return_dict",
-        "use_cache",
-    }
-)
 
 
 @contextmanager
@@ -136,6 +122,7 @@ class Executor:
         self.device = skeleton.model_device(model)
         self.limits = skeleton.limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
+        self.vocab_size = skeleton.vocab_size(model)
         self.logprob_dtype = logprob_dtype(skeleton.head_dtype(model))
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
@@ -245,23 +232,16 @@ class Executor:
             max_position: the largest of the positions.
 
         """
-        token_ids, positions = inputs[:1], inputs[1:]  # (1, tokens)
-        in_flight = self._in_flight = InFlight(attention, self._make_copies(), max_position)
+        in_flight = self._in_flight = InFlight(
+            attention=attention, copies=self._make_copies(), model_name=self._model_name, max_position=max_position
+        )
         try:
-            output = self._body(
-                input_ids=token_ids,
-                position_ids=positions,
-                attention_mask=torch.ones_like(token_ids),
-                use_cache=False,
-            )
+            hidden = run_body(self._body, inputs)
         finally:
             self._in_flight = None
         if not in_flight.keys:
-            raise UnsupportedModelError(
-                f"{self._model_name} does not go through transformers' attention interface, so its attention cannot be "
-                "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
-            )
-        return in_flight, output.last_hidden_state[0].clone()
+            raise no_layers_error(self._model_name)
+        return in_flight, hidden.clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
@@ -320,14 +300,7 @@ class Executor:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        is_causal: bool | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **keywords: object,
+        **keywords: Any,
     ) -> tuple[Tensor, None]:
         """Attend over the forest of the pass in flight; transformers' attention interface.
 
@@ -336,21 +309,7 @@ class Executor:
         """
         in_flight = self._in_flight
         assert in_flight is not None, "attention outside of Executor.forward"
-        self._refuse_unknown(keywords, dropout, is_causal)
-        window = in_flight.window_of(attention_mask, self._model_name)
-        if window is None and sliding_window is not None:
-            in_flight.note_window(sliding_window)
-        if in_flight.least_unseen is not None and in_flight.max_position >= in_flight.least_unseen:
-            raise UnsupportedModelError(
-                f"{self._model_name} asks its attention for a sliding window of {sliding_window} positions, but its "
-                "mask does not say so. Keep texts within the window."
-            )
-        scoring = Scoring(
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            window=window,
-            softcap=softcap,
-            sinks=s_aux,
-        )
+        scoring = in_flight.scoring(query, attention_mask, **keywords)
         layer_idx = in_flight.add_layer(*in_flight.copies.of(query[0], key[0], value[0]))
         kernel_before = self.kernel_name
         output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
@@ -358,30 +317,11 @@ class Executor:
             logger.info("Attention of %s runs on the kernel %s.", self._model_name, self.kernel_name)
         return output[None], None
 
-    def mark_mask(
-        self, *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **keywords: object
-    ) -> Tensor | None:
+    def mark_mask(self, *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **keywords: object) -> Tensor:
         """Return a marker for a mask that is causal, or causal within a window; transformers' mask interface."""
         in_flight = self._in_flight
         assert in_flight is not None, "a mask outside of Executor.forward"
-        if not use_vmap and in_flight.add_mask(mask_function, self.device).meaning.is_known:
-            return in_flight.marker
-        raise UnsupportedModelError(
-            f"{self._model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "
-            f"{in_flight.max_position + 1} tokens), which packed evaluation does not implement. Shorter texts may work."
-        )
-
-    def _refuse_unknown(self, keywords: dict[str, object], dropout: float, is_causal: bool | None) -> None:
-        unknown = [name for name, value in keywords.items() if value is not None and name not in _MEANINGLESS_KEYWORDS]
-        if dropout:
-            unknown.append("dropout")
-        if is_causal is False:
-            unknown.append("is_causal=False")
-        if unknown:
-            raise UnsupportedModelError(
-                f"{self._model_name} passes {', '.join(unknown)} to its attention, which packed attention does not "
-                "implement; ignoring it would give other numbers."
-            )
+        return in_flight.mark(mask_function, use_vmap, self.device)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Private copies of the user's model: all of its weights, none of its modes.
 
 `copy.deepcopy` with a memo that maps every parameter to itself takes milliseconds and shares all weights. The copy
-is in eval mode and has a configuration of its own. So the user's model never sees the switched attention
-implementation, not even from another thread in the middle of a plain call.
+is in eval mode, except where it is trained, and has a configuration of its own. So the user's model never sees the
+switched attention implementation, not even from another thread in the middle of a plain call.
 
 Three copies are made: `body` (the decoder, attention switched to ours), `head` (the causal model around a decoder
 that returns its input, so that the model's own code scales or caps logits), and, for the probe, `plain_copy` (the
@@ -147,11 +147,15 @@ def limits_of(model: nn.Module) -> Limits:
 
 def make_body(model: nn.Module, attention_name: str) -> nn.Module:
     """Return a copy of the decoder whose attention is the registered function `attention_name`."""
+    return _switched(_private_copy(_decoder(model)), attention_name)
+
+
+def make_trained_body(model: nn.Module, attention_name: str) -> nn.Module:
+    """Return the same in the model's own modes: a model in training mode may recompute its layers in the backward."""
     body = _private_copy(_decoder(model))
-    for config in _configs(body):
-        config._attn_implementation = attention_name
-    _fuse_gelu(body)
-    return body
+    for private, own in zip(body.modules(), _decoder(model).modules(), strict=True):
+        private.training = own.training
+    return _switched(body, attention_name)
 
 
 def make_head(model: nn.Module) -> nn.Module:
@@ -190,7 +194,7 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
     for module in private.modules():
         if _has_trainers_forward(module):
             del module.forward
-    for config in _configs(private):
+    for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False
     return private
@@ -213,7 +217,15 @@ def _has_trainers_forward(module: nn.Module) -> bool:
     return False
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def _switched(body: nn.Module, attention_name: str) -> nn.Module:
+    for config in configs_of(body):
+        config._attn_implementation = attention_name
+    _fuse_gelu(body)
+    return body
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Return the configurations of a model and of its parts."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return list(configs.values())
 
@@ -234,8 +246,13 @@ def _uses_attention_interface(model: nn.Module) -> bool:
 
 
 def is_foreign(hook: object) -> bool:
-    """Return whether a hook is not one of transformers' own, which capture outputs only on request."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    """Return whether a hook may change numbers.
+
+    transformers' own hooks capture outputs on request. peft's and other trainers' hooks of these names let gradients
+    reach a layer that is recomputed.
+    """
+    is_of_trainers = getattr(hook, "__name__", "") in ("make_inputs_require_grad", "make_inputs_require_grads")
+    return not is_of_trainers and not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _decoder(model: nn.Module) -> PreTrainedModel:
@@ -266,6 +283,12 @@ def is_rewritten_in_place(module: nn.Module) -> bool:
     kinds = getattr(module, "rope_type", None)
     names = kinds.values() if isinstance(kinds, dict) else [kinds]
     return any(name is not None and ("dynamic" in name or name == "longrope") for name in names)
+
+
+def vocab_size(model: nn.Module) -> int:
+    """Return the number of tokens that the output head scores."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight.shape[0]
 
 
 def logit_row_bytes(model: nn.Module) -> int:
