@@ -141,8 +141,8 @@ class ForestLogprobs:
 
     def _count(self, found: RowScores) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]  # type: ignore[attr-defined]
-        metrics["forest/tokens_given"].append(float(found.account.num_given))
-        metrics["forest/tokens_forwarded"].append(float(found.account.num_forwarded))
+        metrics["forest/tokens_given"].append(float(found.account.tokens_given))
+        metrics["forest/tokens_forwarded"].append(float(found.account.tokens_forwarded))
 
 
 def _causal_of(model: nn.Module) -> nn.Module:
