@@ -44,7 +44,8 @@ def parts_of(rows: PaddedRows, max_tokens: int | None) -> list[Part]:
     scored = np.flatnonzero(rows.lengths > rows.starts)
     if not len(scored):
         return []
-    ids = [rows.token_ids[rows.offsets[row] : rows.offsets[row + 1] - 1] for row in scored]
+    of_rows = rows.split()
+    ids = [of_rows[row][:-1] for row in scored]
     order = sort_order(ids)
     ordered = [ids[idx] for idx in order]
     pieces = [slice(0, len(ids))] if max_tokens is None else cut(ordered, max_tokens)

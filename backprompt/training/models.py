@@ -29,13 +29,13 @@ class Scorer(NamedTuple):
     keeps_results: bool
 
 
-def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None) -> Scorer:
+def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, requires_grad: bool = False) -> Scorer:
     """Return an `LM` as given, or that of a model.
 
     Raises:
         TypeError: the value is neither.
         ValueError: an `LM` is given together with `max_tokens_per_forward`.
-        UnsupportedModelError: dropout is active in the model.
+        UnsupportedModelError: dropout is active in the model, or gradients would not reach other processes.
 
     """
     if max_tokens_per_forward is not None:
@@ -46,12 +46,20 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None) -
                 "max_tokens_per_forward is for models. An LM has its own, given when it is made: "
                 "LM(model, tokenizer, max_tokens_per_forward=...)."
             )
+        if requires_grad:
+            check_no_dropout(lm_or_model.session.model)
         return Scorer(lm_or_model, keeps_results=True)
     if not isinstance(lm_or_model, nn.Module):
         raise TypeError(f"lm_or_model must be an LM or a model of transformers, not {type(lm_or_model).__name__}.")
+    if requires_grad and isinstance(lm_or_model, DistributedDataParallel):
+        raise UnsupportedModelError(
+            "DistributedDataParallel averages gradients only behind a call of its own forward, which a shared pass "
+            "does not make. Give its .module, and average the gradients of the processes yourself."
+        )
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
-    _warn_of_autocast(model)
+    if not requires_grad:
+        _warn_of_autocast(model)
     return Scorer(_own_lm(model, max_tokens_per_forward), keeps_results=False)
 
 
@@ -62,8 +70,8 @@ def check_no_dropout(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"Dropout is active: the model is in training mode, and its module {name or type(module).__name__!r} "
                 f"drops with probability {rate:g}. A trainer's own numbers are of random parts of the model then, "
-                "which no shared pass can reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in peft, "
-                "attn_pdrop=0 and the like in a configuration), or call model.eval() for this call."
+                "which no shared pass can reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in "
+                "peft, attn_pdrop=0 and the like in a configuration), or call model.eval() for this call."
             )
 
 
@@ -120,7 +128,14 @@ def _own_lm(model: nn.Module, max_tokens_per_forward: int | None) -> LM:
 
 
 class NoTokenizer:
-    """Stands in for the tokenizer where only ids are computed with: knows no string, and shows ids as numbers."""
+    """Stands in for the tokenizer where only ids are computed with: knows no string, and shows ids as numbers.
+
+    Attributes:
+        vocab_size: larger than any id, so that each is shown.
+
+    """
+
+    vocab_size = 1 << 32
 
     def __call__(self, strings: Sequence[str] | str, **options: object) -> dict[str, list[Any]]:
         """Return no ids for any string."""

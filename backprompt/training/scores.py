@@ -19,10 +19,11 @@ from backprompt.lm import LM
 from backprompt.session.distributions import as_temperature, as_top_k, distributions_of_ids
 from backprompt.session.limits import TextLimits
 from backprompt.session.session import Session
-from backprompt.tokens.graph import common_length
+from backprompt.training.gradients import distributions
 from backprompt.training.models import scorer_of
 from backprompt.training.results import Account, RowScores
 from backprompt.training.rows import PaddedRows
+from backprompt.training.trie import num_distinct
 
 
 def token_logprobs(
@@ -35,6 +36,7 @@ def token_logprobs(
     entropy: bool = False,
     top_k: int | None = None,
     token_ids: Tensor | None = None,
+    requires_grad: bool = False,
     max_tokens_per_forward: int | None = None,
 ) -> RowScores:
     """Return the log-probabilities of a padded batch's tokens, with each distinct token forwarded once.
@@ -46,6 +48,10 @@ def token_logprobs(
     beginning, such as completions of one prompt, share the work for it, in any order and with padding on either side.
     Each row's numbers are those of a plain call on the row's own tokens, in eval mode, in the dtype of the weights:
     autocast is shut out, and positions count from the row's first real token.
+
+    With `requires_grad=True` the results have an autograd graph behind them, down to the model's own parameters. Each
+    distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, recomputes
+    its layers in the backward if gradient checkpointing is on, and numbers that are not finite are returned.
 
     Args:
         lm_or_model: an `LM`, which keeps what it computes for later calls, within its budget; or a causal LM of
@@ -59,7 +65,10 @@ def token_logprobs(
         top_k: how many of the most probable tokens to return, with their log-probabilities; None for none.
         token_ids: other tokens to score in the place of each token, `(rows, kept, k)`; any number at padding. None for
             none.
-        max_tokens_per_forward: for a model, the largest number of tokens in one packed pass; see `LM`.
+        requires_grad: whether the results have a graph, see above.
+        max_tokens_per_forward: for a model, the largest number of tokens in one packed pass; see `LM`. With gradients
+            None means no limit. Under a limit a batch goes through the model in parts, which the backward computes
+            again, one after the other; beginnings that several parts share are forwarded for each.
 
     Raises:
         TypeError, ValueError: a value is not as described; the message names it.
@@ -69,7 +78,8 @@ def token_logprobs(
         NonFiniteError: the model returned NaN or infinity.
 
     """
-    lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward)
+    as_bool(requires_grad, "requires_grad")
+    lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
     session = lm.session
     try:
         with session.exclusive():
@@ -82,7 +92,9 @@ def token_logprobs(
                 top_k=None if top_k is None else as_top_k(session, top_k, "top_k"),
                 given=None if token_ids is None else _given(session, rows, token_ids),
             )
-            return _scores(session, rows, asked)
+            if not requires_grad:
+                return _scores(session, rows, asked)
+        return _scores_with_graph(session, rows, asked)
     finally:
         if not keeps_results:
             session.clear()
@@ -93,14 +105,27 @@ def _scores(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
     numbers = (rows.lengths > rows.starts).nonzero()[0].tolist()  # of the rows with targets
     texts, starts = [rows.ids_of(row) for row in numbers], rows.starts[numbers].tolist()
     found = _read(session, texts, starts, asked)
-    num_forwarded = session.counters.tokens_computed - num_before
+    return _results(rows, found, session.counters.tokens_computed - num_before)
+
+
+def _scores_with_graph(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "requires_grad=True makes a graph, and the call stands under torch.no_grad() or torch.inference_mode(). "
+            "Leave that context, or give requires_grad=torch.is_grad_enabled()."
+        )
+    found, num_forwarded = distributions(session.model, rows, asked, session.options.max_tokens_per_forward)
+    return _results(rows, found, num_forwarded)
+
+
+def _results(rows: PaddedRows, found: Distributions, num_forwarded: int) -> RowScores:
     return RowScores(
         logprobs=rows.scattered(found.logprobs.to(torch.float32)),
         entropies=_scattered(rows, found.entropies),
         top_logprobs=_scattered(rows, found.top_logprobs),
         top_ids=None if found.top_ids is None else rows.scattered(found.top_ids),
         given_logprobs=_scattered(rows, found.given_logprobs),
-        account=Account(len(rows.token_ids), num_distinct(rows), num_forwarded),
+        account=Account(len(rows.token_ids), num_distinct(rows.split()), num_forwarded),
     )
 
 
@@ -116,16 +141,6 @@ def _read(session: Session, texts: Sequence[tuple[int, ...]], starts: Sequence[i
         return Distributions(scored.scores.logprobs, None, None, None, None)
     wanted = [Wanted(ids[:-1], start, ids[-1:]) for ids, start in zip(texts, starts, strict=True)]
     return distributions_of_ids(session, wanted, asked)
-
-
-def num_distinct(rows: PaddedRows) -> int:
-    """Return the number of distinct tokens of the rows: the sizes of the sorted rows without what neighbours share."""
-    before: tuple[int, ...] = ()
-    total = 0
-    for ids in sorted(map(rows.ids_of, range(rows.num_rows))):
-        total += len(ids) - common_length(ids, before, 0)
-        before = ids
-    return total
 
 
 def _check_lengths(limits: TextLimits, rows: PaddedRows) -> None:

@@ -79,6 +79,12 @@ def shared_beginnings(rows: Sequence[Ints]) -> list[int]:
     return [0, *(_num_common(before, row) for before, row in pairwise(rows))][: len(rows)]
 
 
+def num_distinct(rows: Sequence[Ints]) -> int:
+    """Return the number of distinct tokens of rows, in any order."""
+    ordered = [rows[idx] for idx in sort_order(rows)]
+    return sum(map(len, rows)) - sum(shared_beginnings(ordered))
+
+
 def _num_common(before: Ints, row: Ints) -> int:
     num = min(len(before), len(row))
     differs = before[:num] != row[:num]
