@@ -126,7 +126,7 @@ def torch_scores(rows):
     return type(rows[0])(torch.cat([row.logprobs for row in rows]), torch.cat([row.is_argmax for row in rows]))
 
 
-@settings(max_examples=100)
+@settings(max_examples=150)
 @given(
     prompts=prompts_of_ids(),
     groups=st.lists(st.booleans(), min_size=5, max_size=5),
@@ -134,24 +134,26 @@ def torch_scores(rows):
     data=st.data(),
 )
 def test_texts_that_are_built_with_the_same_ends_have_the_scores_of_each(prompts, groups, listed, data):
-    """Whatever was computed before, wherever they are scored from, and in any order."""
-    lm, fresh = make_lm(), make_lm()
+    """Whatever was computed before, wherever they are scored from, in any order, and under any budget."""
+    choose = data.draw
+    max_bytes = choose(st.sampled_from([4_000, 40_000, 10_000_000]))
+    lm, fresh = make_lm(memory_bytes=max_bytes, max_tokens_per_forward=choose(st.sampled_from([16, 1000]))), make_lm()
     ends = [Text.from_tokens(ids, lm) for ids in listed]
     ours = [as_prompt(prompt, lm, has_group) for prompt, has_group in zip(prompts, groups, strict=False)]
-    are_apart = data.draw(st.booleans())  # ends with the same ids, or the same ends
+    are_apart = choose(st.booleans())  # ends with the same ids, or the same ends
     texts = [
         prompt + (Text.from_tokens(ids, lm) if are_apart else end)
         for prompt in ours
         for ids, end in zip(listed, ends, strict=True)
     ]
-    starts = [data.draw(st.sampled_from([prompt, len(prompt.tokens)])) for prompt in ours for _ in ends]
-    for _ in range(data.draw(st.integers(0, 2))):
-        data.draw(st.sampled_from(texts))()
-    if data.draw(st.booleans()):
-        texts = data.draw(st.permutations(texts))
+    starts = [choose(beginnings(prompt)) for prompt in ours for _ in ends]
+    for _ in range(choose(st.integers(0, 2))):
+        choose(st.sampled_from(texts))()
+    if choose(st.booleans()):
+        texts = choose(st.permutations(texts))
         starts = [0] * len(texts)
-    if data.draw(st.booleans()):
-        starts[0] = data.draw(st.integers(0, len(texts[0].tokens)))
+    if choose(st.booleans()):
+        starts[0] = choose(st.integers(0, len(texts[0].tokens)))
     plain = [as_prompt(prompt, fresh, has_group) for prompt, has_group in zip(prompts, groups, strict=False)]
     expected = {
         prompt.tokens + ids: fresh.token_scores([prompt + Text.from_tokens(ids, fresh)])[0]
@@ -164,10 +166,20 @@ def test_texts_that_are_built_with_the_same_ends_have_the_scores_of_each(prompts
             whole = expected[text.tokens]
             assert_close(scores.logprobs, whole.logprobs[first:])
             assert scores.is_argmax.equal(whole.is_argmax[first:])
+        assert lm.stats.bytes_held <= max_bytes
+
+
+def beginnings(prompt):
+    """Starts within a prompt: numbers of tokens, and texts."""
+    texts = [prompt]
+    if len(prompt.segments) == 1:
+        texts += [Text.from_tokens(prompt.tokens[:stop], prompt.lm) for stop in range(len(prompt.tokens))]
+    return st.sampled_from(texts) | st.integers(0, len(prompt.tokens))
 
 
 @pytest.mark.parametrize("are_apart", [False, True])
-def test_texts_that_are_built_with_the_same_ends_are_fans(are_apart):
+@pytest.mark.parametrize("num_own", [0, 1, 3])
+def test_texts_that_are_built_with_the_same_ends_are_fans(are_apart, num_own):
     lm = make_lm()
     prompts, shapes = prompts_and_shapes(lm)
     listed = shapes[0].completions
@@ -177,12 +189,37 @@ def test_texts_that_are_built_with_the_same_ends_are_fans(are_apart):
         for prompt in prompts
         for ids, end in zip(listed, ends, strict=True)
     ]
-    lm.token_logprobs(texts, [3] * len(texts))
-    assert len(fans(lm)) == 4
     before = lm.stats
-    lm.token_logprobs(texts, [2] * len(texts))  # the last token of each prompt, too: one by one
-    assert work(lm, before) == (0, 4)
-    assert not fans(lm)
+    lm.token_logprobs(texts, [3 - num_own] * len(texts))
+    assert len(fans(lm)) == 4
+    asked = lm.stats - before
+    assert asked.tokens_requested == sum(len(text.tokens) for text in texts)
+    num_first_rows = {0: 0, 1: 4, 3: 5}[num_own]  # of the last token of each prompt, and of the first, which they share
+    assert asked.logit_rows == 4 * (1 + shapes[0].num_rows) + num_first_rows
+    before = lm.stats
+    lm.token_logprobs(texts)
+    assert work(lm, before) == (0, 5 - num_first_rows)
+    assert len(fans(lm)) == 4
+    lm.token_logprobs(texts[:2], [4, 0])  # a start behind the prompt: one by one
+    assert work(lm, before) == (0, 5 - num_first_rows)
+    assert len(fans(lm)) == 3
+
+
+def test_a_start_that_is_no_beginning_of_a_prompt_is_refused_as_of_texts():
+    lm = make_lm()
+    prompts, shapes = prompts_and_shapes(lm)
+    texts = [prompt + Text.from_tokens(ids, lm) for prompt in prompts for ids in shapes[0].completions]
+    for start, error in (
+        (Text.from_tokens([9, 1, 7], lm), ValueError),
+        (Text.from_tokens([9] * 20, lm), ValueError),
+        (-1, ValueError),
+        (9, ValueError),
+        (True, TypeError),
+        ("9", TypeError),
+    ):
+        with pytest.raises(error):
+            lm.token_logprobs(texts, [start] * len(texts))
+    assert lm.stats.tokens_computed == 0
 
 
 @settings(max_examples=100)
@@ -205,6 +242,21 @@ def test_the_work_is_that_of_texts(prompts, listed, max_tokens):
     lm.next_token_logprobs(ours, [[ids[0] for ids in listed]] * len(ours))
     assert work(lm, before) == (0, 0)
     assert not fans(lm)
+
+
+@settings(max_examples=100)
+@given(prompts=prompts_of_ids(), listed=completions, max_tokens=st.sampled_from([40, 1000]))
+def test_the_work_of_whole_texts_is_a_row_for_each_beginning(prompts, listed, max_tokens):
+    lm = make_lm(max_tokens_per_forward=max_tokens)
+    ends = [Text.from_tokens(ids, lm) for ids in listed]
+    texts = [prompt + end for prompt in (Text.from_tokens(prompt, lm) for prompt in prompts) for end in ends]
+    before = lm.stats
+    lm.token_logprobs(texts)
+    num_rows = num_distinct_ids(text.tokens[:-1] for text in texts)
+    assert work(lm, before) == (num_rows, num_rows)
+    before = lm.stats
+    lm.token_logprobs(texts)
+    assert work(lm, before) == (0, 0)
 
 
 @given(listed=completions, prompt=st.lists(ids, min_size=1, max_size=3).map(tuple))
@@ -278,14 +330,35 @@ def test_shared_completions_are_one_span_a_prompt():
     assert len(list(lm.session.evaluator.forest.spans())) == 9
 
 
-def test_a_prompt_alone_a_large_fan_and_a_store_have_spans():
-    prompts, shapes = prompts_and_shapes(make_lm())
-    for options, num_prompts in (({}, 1), ({"max_tokens_per_forward": 100}, 4), ({"store": MemoryStore()}, 4)):
+def test_a_completion_alone_a_large_fan_and_a_store_have_spans():
+    for options, sizes in (
+        ({}, (1, 1)),
+        ({"max_tokens_per_forward": 100}, (4, 40)),
+        ({"store": MemoryStore()}, (4, 40)),
+    ):
         lm = make_lm(**options)
-        prompts, shapes = prompts_and_shapes(lm, num_prompts)
+        prompts, shapes = prompts_and_shapes(lm, *sizes)
         scored(lm, prompts, shapes)
         assert not fans(lm)
-        assert len(list(lm.session.evaluator.forest.spans())) > 40
+        assert len(list(lm.session.evaluator.forest.spans())) > sizes[1]
+
+
+def test_completions_of_one_prompt_are_a_fan():
+    """Those that several prompts have each for itself, too; a fan keeps no more than arrays and what was given."""
+    lm = make_lm()
+    prompts, _ = prompts_and_shapes(lm)
+    shapes = [Shape([(idx, other, 5) for other in range(20)]) for idx in range(len(prompts))]
+    scored(lm, prompts, shapes)
+    assert len(fans(lm)) == 4
+    texts = [
+        prompt + Text.from_tokens(ids, lm)
+        for prompt, own in zip(prompts, shapes, strict=True)
+        for ids in own.completions
+    ]
+    before = lm.stats
+    lm.token_logprobs(texts)
+    assert work(lm, before)[0] == 0
+    assert len(fans(lm)) == 4
 
 
 def test_evicted_fans_are_computed_again():
@@ -363,11 +436,11 @@ def test_an_error_is_that_of_texts():
     with torch.no_grad():
         spoiled.get_input_embeddings().weight[50] = torch.nan
     messages = []
-    for num_prompts in (1, 2):  # of one prompt alone the completions are texts
-        lm = LM(spoiled, TOKENIZER)
-        prompts = [Text("The dog", lm)] * num_prompts
+    for store in (MemoryStore(), None):  # with a store the completions are texts
+        lm = LM(spoiled, TOKENIZER, store=store)
+        prompts = [Text("The dog", lm)] * 2
         with pytest.raises(NonFiniteError, match="NaN hidden states at the end of") as caught:
-            scored(lm, prompts, [Shape([(1, 2, 3), (7, 8, 50, 10, 11), (7, 9)])] * num_prompts)
+            scored(lm, prompts, [Shape([(1, 2, 3), (7, 8, 50, 10, 11), (7, 9)])] * 2)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     shapes = [Shape([(1, 2, 3), (7, 9)])] * 2

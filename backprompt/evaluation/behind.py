@@ -1,7 +1,7 @@
 """Completions behind prompts, as they stand in the forest: as a fan where possible, else as texts.
 
-A fan needs a prompt behind which nothing stands yet, completions that several prompts of the call share, and no store,
-which knows spans. All else is computed as texts, so that no token is computed twice.
+A fan needs a prompt behind which nothing stands yet, several completions or one that several prompts of the call share,
+and no store, which knows spans. All else is computed as texts, so that no token is computed twice.
 """
 
 from __future__ import annotations
@@ -21,10 +21,21 @@ FANS_IN_A_PASS = 4
 
 
 class Behind(NamedTuple):
-    """A prompt, and completions to be scored behind it."""
+    """A prompt, and completions to be scored behind it; and how many of the prompt's last tokens are scored before."""
 
     prompt: TokenIds
     shape: Shape
+    num_own: int = 0
+
+    @property
+    def num_scores(self) -> int:
+        """The number of tokens that are scored: the prompt's own ones, then those of all completions."""
+        return self.num_own + self.shape.num_scores
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of all texts: the prompt with each completion."""
+        return len(self.prompt) * len(self.shape.completions) + self.shape.num_scores
 
 
 Placed: TypeAlias = "Fan | list[Ready]"
@@ -37,8 +48,10 @@ def placed_behind(computation: Computation, prompts: Sequence[Behind], ends: Seq
     num_prompts = Counter(behind.shape for behind in prompts)
     max_rows = 0 if computation.archive is not None else computation.max_tokens // FANS_IN_A_PASS
     placed: list[Placed | None] = [
-        forest.fan(end, shape) if num_prompts[shape] > 1 and shape.has_rows and shape.num_rows <= max_rows else None
-        for end, (_, shape) in zip(ends, prompts, strict=True)
+        forest.fan(end, shape)
+        if (len(shape.completions) > 1 or num_prompts[shape] > 1) and shape.has_rows and shape.num_rows <= max_rows
+        else None
+        for end, (_, shape, _) in zip(ends, prompts, strict=True)
     ]
     # Texts may run through prompts that have a fan already, which then unfolds: their completions are texts, too.
     while lost := [idx for idx, found in enumerate(placed) if found is None or _is_unfolded(found)]:

@@ -56,7 +56,7 @@ class Pools:
             return
         assert fan.parent is not None
         shape = fan.shape
-        end_of = {piece.stop - 1: span for piece, span in zip(shape.rows.pieces, spans, strict=True)} | {-1: fan.parent}
+        end_of = {piece.stop - 1: span for piece, span in zip(shape.pieces(), spans, strict=True)} | {-1: fan.parent}
         by_end: dict[Span, dict[int, TokenScore]] = {}
         leaves = (numbers[shape.num_rows :].tolist() for numbers in (shape.scores.parents, shape.scores.token_ids))
         for row, token_id, logprob, is_argmax in zip(

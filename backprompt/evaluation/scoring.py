@@ -129,13 +129,17 @@ class Scoring:
             NonFiniteError: a row that predicts a token is no distribution.
 
         """
-        with self._computation.inserted([prompt for prompt, _ in prompts]) as ends:
+        with self._computation.inserted([behind.prompt for behind in prompts]) as ends:
+            items: list[Ready | Fan] = []
             placed = placed_behind(self._computation, prompts, ends)
-            items = [item for found in placed for item in ([found] if isinstance(found, Fan) else found)]
+            for end, (prompt, _, num_own), found in zip(ends, prompts, placed, strict=True):
+                if num_own:
+                    items.append(Ready(Inserted(end, prompt), len(prompt) - num_own))
+                items += [found] if isinstance(found, Fan) else found
             item_ends = [item if isinstance(item, Fan) else item.text.end for item in items]
             self._computation.memory.touch(item_ends)
             scores = self._computed(items, item_ends).scores
-        return ScoredTexts(scores, [shape.num_scores for _, shape in prompts])
+        return ScoredTexts(scores, [behind.num_scores for behind in prompts])
 
     def _computed(self, items: Sequence[Ready | Fan], ends: Sequence[Span]) -> ScoredTexts:
         """Compute what is inserted and ends here, and score it."""

@@ -16,6 +16,7 @@ the only child of its parent. Whatever looks for single tokens behind the prompt
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backprompt.forest.span import Span, pass_on_history
+from backprompt.tokens.graph import common_length
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -49,14 +51,14 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a shape, depth first; a child with more rows comes before its smaller siblings.
+    """The rows of a shape, depth first.
 
     Attributes:
         token_ids: the token of each row.
         depths: the number of rows on the way to each row.
         until: the row after the last descendant of each row.
         parents: the row before each row; -1 is the prompt's last token.
-        pieces: the spans that the rows unfold into.
+        ends: the rows behind which the last token of a completion stands, ascending.
 
     """
 
@@ -64,7 +66,7 @@ class Rows:
     depths: tuple[int, ...]
     until: tuple[int, ...]
     parents: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,17 +83,6 @@ class Scores:
     token_ids: Ints
     parents: Ints
     index: Ints
-
-
-class _Node:
-    """A node of the trie: a token of a row, and the nodes behind it."""
-
-    __slots__ = ("children", "num_rows", "row")
-
-    def __init__(self) -> None:
-        self.children: dict[int, _Node] = {}
-        self.num_rows = 0  # of the node and of all nodes behind it; 0 for a leaf
-        self.row = -1
 
 
 class Shape:
@@ -125,51 +116,15 @@ class Shape:
         """Whether any token is forwarded."""
         return any(len(ids) > 1 for ids in self.completions)
 
-    @cached_property
+    @property
     def rows(self) -> Rows:
         """The rows."""
-        ends = {node.row for ids in self.completions if (node := self._node_of(ids[:-1])) is not self._trie}
-        token_ids: list[int] = []
-        depths: list[int] = []
-        until: list[int] = []
-        parents: list[int] = []
-        pieces: list[Piece] = []
-        piece_of: dict[int, int | None] = {-1: None}  # by last row
-        for node, token_id, parent, depth in _depth_first(self._trie):
-            row = node.row
-            token_ids.append(token_id)
-            depths.append(depth)
-            until.append(row + node.num_rows)
-            parents.append(parent.row)
-            inner = [child for child in parent.children.values() if child.num_rows]
-            if pieces and pieces[-1].stop == row and parent.row == row - 1 and len(inner) == 1 and row - 1 not in ends:
-                last = pieces[-1]
-                pieces[-1] = last._replace(stop=row + 1, is_end=row in ends)
-                piece_of[row] = piece_of.pop(row - 1)
-            else:
-                piece_of[row] = len(pieces)
-                pieces.append(Piece(row, row + 1, depth, piece_of[parent.row], row in ends))
-        return Rows(tuple(token_ids), tuple(depths), tuple(until), tuple(parents), tuple(pieces))
+        return self._layout[0]
 
-    @cached_property
+    @property
     def scores(self) -> Scores:
         """Where the scores come from."""
-        rows = self.rows
-        token_ids, parents, index = list(rows.token_ids), list(rows.parents), []
-        leaves: dict[_Node, int] = {}
-        for ids in self.completions:
-            node = self._trie
-            for token_id in ids:
-                before, node = node, node.children[token_id]
-                if node.num_rows:
-                    index.append(node.row)
-                    continue
-                if node not in leaves:
-                    leaves[node] = len(token_ids)
-                    token_ids.append(token_id)
-                    parents.append(before.row)
-                index.append(leaves[node])
-        return Scores(*(np.array(numbers, dtype=np.int64) for numbers in (token_ids, parents, index)))
+        return self._layout[1]
 
     def ids_before(self, parent: int) -> tuple[int, ...]:
         """Return the tokens of a completion up to a row; none for -1."""
@@ -179,46 +134,57 @@ class Shape:
             parent = self.rows.parents[parent]
         return tuple(reversed(ids))
 
+    def pieces(self) -> list[Piece]:
+        """Return the spans that the rows unfold into, each after the one that it continues."""
+        rows, ends = self.rows, set(self.rows.ends)
+        firsts = {row for row, parent in enumerate(rows.parents) if parent != row - 1 or parent in ends}
+        bounds = sorted({0, self.num_rows} | firsts | {rows.parents[row] + 1 for row in firsts})
+        idx_of = {-1: None} | {stop - 1: idx for idx, stop in enumerate(bounds[1:])}
+        return [
+            Piece(start, stop, rows.depths[start], idx_of[rows.parents[start]], stop - 1 in ends)
+            for start, stop in itertools.pairwise(bounds)
+        ]
+
     @cached_property
-    def _trie(self) -> _Node:
-        """The root of all tokens, the rows numbered depth first."""
-        root = _Node()
-        nodes: list[_Node] = []  # each before those behind it
+    def _layout(self) -> tuple[Rows, Scores]:
+        """Lay out all tokens but the last ones in the order of their ids, in which a trie is walked depth first."""
+        token_ids: list[int] = []
+        depths: list[int] = []
+        until: list[int] = []
+        parents: list[int] = []
+        way: list[int] = []  # the rows of the latest beginning
+        way_of: dict[tuple[int, ...], list[int]] = {(): []}
+        places: dict[tuple[int, int], int] = {}  # of tokens that do not follow the row before, by parent and token
+        before: tuple[int, ...] = ()
+        for ids in sorted({ids[:-1] for ids in self.completions} - {()}):
+            num_common, row = common_length(before, ids, 0), len(token_ids)
+            parent = way[num_common - 1] if num_common else -1
+            places[parent, ids[num_common]] = row
+            for done in way[num_common:]:
+                until[done] = row
+            stop = row + len(ids) - num_common
+            token_ids += ids[num_common:]
+            depths += range(num_common, len(ids))
+            until += [-1] * (stop - row)
+            parents.append(parent)
+            parents += range(row, stop - 1)
+            way = way_of[ids] = [*way[:num_common], *range(row, stop)]
+            before = ids
+        for done in way:
+            until[done] = len(token_ids)
+        ends = sorted({own[-1] for own in way_of.values() if own})
+        rows = Rows(*map(tuple, (token_ids, depths, until, parents, ends)))
+        index: list[int] = []
         for ids in self.completions:
-            node = root
-            for token_id in ids:
-                child = node.children.get(token_id)
-                if child is None:
-                    child = node.children[token_id] = _Node()
-                    nodes.append(child)
-                node = child
-        for node in reversed(nodes):
-            if node.children:
-                node.num_rows = 1 + sum(child.num_rows for child in node.children.values())
-        for row, (node, *_) in enumerate(_depth_first(root)):
-            node.row = row
-        return root
-
-    def _node_of(self, ids: tuple[int, ...]) -> _Node:
-        node = self._trie
-        for token_id in ids:
-            node = node.children[token_id]
-        return node
-
-
-def _depth_first(root: _Node) -> list[tuple[_Node, int, _Node, int]]:
-    """Return the nodes that have a row, each with its token, the node before it and its depth."""
-    found: list[tuple[_Node, int, _Node, int]] = []
-    stack = [(root, -1, root, -1)]
-    while stack:
-        entry = stack.pop()
-        node, _, _, depth = entry
-        if node is not root:
-            found.append(entry)
-        inner = [(token_id, child) for token_id, child in node.children.items() if child.num_rows]
-        inner.sort(key=lambda item: item[1].num_rows)  # the last is taken first
-        stack += ((child, token_id, node, depth + 1) for token_id, child in inner)
-    return found
+            way = way_of[ids[:-1]]
+            target = way[-1] if way else -1, ids[-1]
+            if target not in places:
+                places[target] = len(token_ids)
+                parents.append(target[0])
+                token_ids.append(ids[-1])
+            index += way
+            index.append(places[target])
+        return rows, Scores(*(np.array(numbers, dtype=np.int64) for numbers in (token_ids, parents, index)))
 
 
 class Fan(Span):
@@ -244,7 +210,7 @@ class Fan(Span):
     def unfolded(self) -> list[Span]:
         """Return new spans for the rows, depth first. They hold nothing, and are no children yet."""
         spans: list[Span] = []
-        for piece in self.shape.rows.pieces:
+        for piece in self.shape.pieces():
             parent = self.parent if piece.parent_idx is None else spans[piece.parent_idx]
             span = Span(self.token_ids[piece.start : piece.stop], self.position + piece.depth, parent)
             span.is_end = piece.is_end

@@ -286,7 +286,7 @@ class States(Block):
 
     def is_scored(self, start: int, stop: int) -> bool:
         """Return whether all tokens of the rows `start..stop` have a log-probability."""
-        return bool(self.has_logprobs[start:stop].all())
+        return bool(self.has_logprobs.numpy()[start:stop].all())
 
     def write_scores(self, rows: npt.NDArray[np.int64], logprobs: Tensor, is_argmax: Tensor) -> None:
         """Write log-probabilities of rows' tokens; `rows`: the rows' indices."""

@@ -76,7 +76,7 @@ def _is_special(device: torch.device) -> bool:
     return (
         torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled(device.type)
-        or torch.get_default_device().type != "cpu"
+        or torch.empty(0).device.type != "cpu"  # a third of the time of `torch.get_default_device`
     )
 
 

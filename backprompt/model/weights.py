@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -54,41 +56,38 @@ class WeightsMonitor:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._children = _Tables([module._modules for module in modules])
+        rewritten = [is_rewritten_in_place(module) for module in modules]
+        named = list(zip(modules, rewritten, strict=True))
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._parameters = _Tables([module._parameters for module in modules])
-        self._buffers = _Tables([module._buffers for module in modules if not is_rewritten_in_place(module)])
-        self._rewritten = [
-            (module._buffers, len(module._buffers)) for module in modules if is_rewritten_in_place(module)
-        ]
+        self._contents = _Tables(
+            [
+                *(module._modules for module in modules),
+                *(module._parameters for module in modules),
+                *(module._buffers for module, is_rewritten in named if not is_rewritten),
+            ]
+        )
+        self._rewritten = [(module._buffers, len(module._buffers)) for module, is_rewritten in named if is_rewritten]
         self._tensors = [tensor for _, _, tensor in _places(model)]
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._pointers, self._versions = _pointers(self._tensors), _versions(self._versioned)
         self._adapted = [module for module in modules if "merged_adapters" in module.__dict__]
         self._adapter_states = list(map(_adapter_state, self._adapted))
-        self._sample_views = _sample_views(self._tensors)
-        self._sample = self._take_sample()
+        self._sample = _Sample(self._tensors)
 
     def has_changed(self) -> bool:
         """Return whether a quick look sees a difference to the state at construction."""
+        return self.has_moved() or self._sample.has_changed()
+
+    def has_moved(self) -> bool:
+        """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
         return (
-            self._children.have_changed()
+            self._contents.have_changed()
             or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
-            or self._parameters.have_changed()
-            or self._buffers.have_changed()
             or any(len(table) != num_before for table, num_before in self._rewritten)
             or _pointers(self._tensors) != self._pointers
             or _versions(self._versioned) != self._versions
             or list(map(_adapter_state, self._adapted)) != self._adapter_states
-            or not all(map(torch.equal, self._take_sample(), self._sample))
         )
-
-    def _take_sample(self) -> list[Tensor]:
-        """Return the bytes of the sample, one tensor a device: each comparison waits for its device."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for views in self._sample_views:
-            by_device.setdefault(views[0].device, []).append(torch.cat(views).view(torch.uint8))
-        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in by_device.values()]
 
 
 class _Tables:
@@ -97,16 +96,57 @@ class _Tables:
     def __init__(self, tables: Sequence[Mapping[str, object]]) -> None:
         self._tables = tables
         self._lengths = list(map(len, tables))
-        self._contents = self._now()
+        self._values = [table.values() for table in tables if table]  # they show later changes
+        self._contents = list(itertools.chain.from_iterable(self._values))
 
     def have_changed(self) -> bool:
         """Return whether an element is another one, or has another place."""
         if list(map(len, self._tables)) != self._lengths:
             return True
-        return not all(map(operator.is_, self._now(), self._contents))
+        return not all(map(operator.is_, itertools.chain.from_iterable(self._values), self._contents))
 
-    def _now(self) -> list[object]:
-        return list(itertools.chain.from_iterable(table.values() for table in self._tables))
+
+class _Sample:
+    """Some elements of each tensor, as bytes.
+
+    The memory of the CPU is read by numpy: torch takes eight times as long for so many small tensors. The arrays keep
+    the tensors' memory alive; a tensor whose memory is exchanged or resized must be noticed before a look at them.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        groups = _sample_views(tensors)
+        self._arrays = [_as_array(view) for views in groups for view in views if _is_plain(view)]
+        rest = ([view for view in views if not _is_plain(view)] for views in groups)
+        self._views = [views for views in rest if views]
+        self._bytes, self._elsewhere = self._take_bytes(), self._take_elsewhere()
+
+    def has_changed(self) -> bool:
+        """Return whether an element is another one now."""
+        return self._take_bytes() != self._bytes or not all(map(torch.equal, self._take_elsewhere(), self._elsewhere))
+
+    def _take_bytes(self) -> bytes:
+        return b"".join(map(np.ndarray.tobytes, self._arrays))
+
+    def _take_elsewhere(self) -> list[Tensor]:
+        """Return the bytes that lie elsewhere, one tensor a device: each comparison waits for its device."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for views in self._views:
+            by_device.setdefault(views[0].device, []).append(torch.cat(views).view(torch.uint8))
+        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in by_device.values()]
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their bytes."""
+
+
+def _is_plain(view: Tensor) -> bool:
+    """Return whether numpy can read a view."""
+    return type(view) is Tensor and view.device.type == "cpu" and view.itemsize in _INTEGERS and not view.is_quantized
+
+
+def _as_array(view: Tensor) -> npt.NDArray[Any]:
+    """Return a view as an array of integers; `Tensor.numpy` would forbid the user to resize the tensor's memory."""
+    return np.from_dlpack(view.view(_INTEGERS[view.itemsize]))
 
 
 _version_of = operator.attrgetter("_version")  # inference tensors have none

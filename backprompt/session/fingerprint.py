@@ -62,6 +62,10 @@ class Fingerprint:
         """Return whether a quick look sees changed weights."""
         return self._monitor.has_changed()
 
+    def has_moved(self) -> bool:
+        """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
+        return self._monitor.has_moved()
+
     def root(self, *, in_store: bool = False) -> Root:
         """Return the root of all keys, or with `in_store` of the keys of results that the store may have made inexact.
 

@@ -132,11 +132,15 @@ class Session:
             finally:
                 self._has_looked = had_looked
 
-    def current(self, *, with_weights: bool = True) -> Evaluator:
+    def current(self, *, with_weights: bool = True, with_numbers: bool = True) -> Evaluator:
         """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held.
 
         The first call since the lock was taken looks at them, and `exclusive` looks again at the end of work.
-        `with_weights` False: only the tokenizer is looked at, which is enough to encode texts.
+
+        Args:
+            with_weights: False for a look at the tokenizer only, which is enough to encode texts.
+            with_numbers: False for a look without the numbers of the weights. The caller looks at those later.
+
         """
         tokenizer = self.fingerprint.tokenizer
         has_to_look = not self._has_looked or self.evaluator.is_closed
@@ -145,8 +149,10 @@ class Session:
             self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
         elif not with_weights:
             return self.evaluator
-        elif has_to_look and (self.fingerprint.has_changed() or self.evaluator.is_closed):
-            self._start_over(Fingerprint(self.model, tokenizer, self.store))
+        elif has_to_look:
+            have_changed = self.fingerprint.has_changed if with_numbers else self.fingerprint.has_moved
+            if have_changed() or self.evaluator.is_closed:
+                self._start_over(Fingerprint(self.model, tokenizer, self.store))
         self._has_looked = True
         self.evaluator.continuations.end_abandoned()
         self.evaluator.hold_pins()
@@ -156,12 +162,14 @@ class Session:
     def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
         """Hold the lock and yield the evaluator for a step of a generation that was begun with `expected`.
 
+        A step looks at the numbers of the weights once, before a token is chosen: see `Computation.check_unchanged`.
+
         Raises:
             StaleRepresentationError: the generation was begun with other weights.
 
         """
         with self.exclusive():
-            evaluator = self.current()
+            evaluator = self.current(with_numbers=expected is None)
             if expected is not None and evaluator is not expected:
                 raise StaleRepresentationError(
                     "The model's weights (or its tokenizer) have changed since this continuation was begun. Begin "

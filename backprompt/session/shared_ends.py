@@ -2,64 +2,101 @@
 
     prompts = [Text.from_tokens(ids, lm) for ids in all_ids]
     ends = [Text.from_tokens(ids, lm) for ids in completions]
-    lm.token_logprobs([prompt + end for prompt in prompts for end in ends], starts)
+    lm.token_logprobs([prompt + end for prompt in prompts for end in ends])
 
 Such texts are told by how they were built: prompts by identity, ends by their ids. The ids of whole texts are never
-joined, checked or inserted one by one.
+joined, checked or inserted one by one. The scores of a prompt's own tokens are read once, and copied to each text that
+is scored from a start within the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from itertools import chain, groupby, islice
+
+import numpy as np
 
 from backprompt.evaluation.behind import Behind
+from backprompt.evaluation.predictions import Ints, ranges
+from backprompt.evaluation.scores import TokenScores
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.fan import Shape
 from backprompt.session.session import Session
 from backprompt.text.node import Text, sides
-from backprompt.tokens.graph import ends_in_group, num_positions
+from backprompt.tokens.graph import TokenGraph, TokenIds, ends_in_group, is_beginning, num_positions
 
 
 def scores_of_shared_ends(session: Session, texts: Sequence[Text], starts: Sequence[Text | int]) -> ScoredTexts | None:
-    """Return the scores of the ends of texts; None for texts to be scored one by one. The lock must be held.
+    """Return the scores of texts; None for texts to be scored one by one. The lock must be held.
 
-    The texts must be prompts with the same few sequences of ends of token ids, each text scored from its end on, and
-    none of them evaluated.
+    The texts must be prompts with the same few sequences of ends of token ids, each start a beginning of the prompt,
+    and none of the texts evaluated.
     """
     grouped = _grouped(texts)
     if grouped is None:
         return None
     prompts, shapes = grouped
-    prompt_ids = session.ids_before_more(prompts)
+    beginnings = list({id(start): start for start in [*prompts, *starts] if isinstance(start, Text)}.values())
+    ids_of = dict(zip(map(id, beginnings), session.ids_before_more(beginnings), strict=True))
+    prompt_ids = [ids_of[id(prompt)] for prompt in prompts]
     if not all(prompt_ids) or any(map(ends_in_group, prompt_ids)):
         return None
-    given = iter(zip(texts, starts, strict=True))
-    for ids, shape in zip(prompt_ids, shapes, strict=True):
-        for _ in shape.completions:
-            text, start = next(given)
-            if not (start == len(ids) if type(start) is int else start is (sides(text) or (None,))[0]):
-                return None
-    if any(session.are_computed(texts)):
+    given = iter(starts)
+    nums_own = [
+        _nums_own(ids, [ids_of.get(id(start), start) for start in islice(given, len(shape.completions))])
+        for ids, shape in zip(prompt_ids, shapes, strict=True)
+    ]
+    if not all(nums_own) or any(session.are_computed(texts)):
         return None
-    behind = list(map(Behind, prompt_ids, shapes))
-    return scores_if_fine(session, behind)
+    behind = list(map(Behind, prompt_ids, shapes, map(max, nums_own)))
+    scores = scores_if_fine(session, behind)
+    return None if scores is None else _joined(scores, behind, nums_own)
 
 
-def scores_if_fine(session: Session, behind: Sequence[Behind]) -> ScoredTexts | None:
-    """Return the scores of completions behind prompts, of each completion its own; None if one cannot be evaluated.
-
-    The lock must be held.
-    """
-    completions = dict.fromkeys(ids for shape in dict.fromkeys(own for _, own in behind) for ids in shape.completions)
-    lengths = [num_positions(prompt) + max(map(len, shape.completions)) - 1 for prompt, shape in behind]
-    if not session.limits.are_fine([*(prompt for prompt, _ in behind), *completions], lengths):
+def scores_if_fine(session: Session, behind: Sequence[Behind]) -> TokenScores | None:
+    """Return the scores of completions behind prompts; None if one cannot be evaluated. The lock must be held."""
+    completions = dict.fromkeys(ids for shape in dict.fromkeys(of.shape for of in behind) for ids in shape.completions)
+    lengths = [num_positions(of.prompt) + max(map(len, of.shape.completions)) - 1 for of in behind]
+    if not session.limits.are_fine([*(of.prompt for of in behind), *completions], lengths):
         return None
-    session.counters.tokens_requested += sum(
-        len(prompt) * len(shape.completions) + shape.num_scores for prompt, shape in behind
+    session.counters.tokens_requested += sum(of.num_tokens for of in behind)
+    return session.evaluator.scoring.behind(behind).scores
+
+
+def _nums_own(prompt: TokenIds, starts: Sequence[TokenIds | Text | int]) -> list[int]:
+    """Return how many tokens of a prompt are scored from each start; nothing where a start is no beginning of it."""
+    num_of: dict[int, int] = {}  # by identity: one start is that of many texts
+    for start in starts:
+        if id(start) not in num_of:
+            if isinstance(start, (tuple, TokenGraph)):
+                num_before = len(start) if is_beginning(start, prompt) else -1
+            else:
+                num_before = start if type(start) is int else -1
+            if not 0 <= num_before <= len(prompt):
+                return []
+            num_of[id(start)] = len(prompt) - num_before
+    return [num_of[id(start)] for start in starts]
+
+
+def _joined(scores: TokenScores, behind: Sequence[Behind], nums_own: Sequence[Sequence[int]]) -> ScoredTexts:
+    """Return the scores of whole texts, from those of each prompt's own tokens and of its completions."""
+    lengths = _ints(chain.from_iterable(map(len, of.shape.completions) for of in behind))
+    own = _ints(chain.from_iterable(nums_own))
+    if not own.any():
+        return ScoredTexts(scores, lengths.tolist())
+    # Before the completions of a text stand those of the texts before it, and the own tokens of its prompt and of
+    # those before it.
+    num_texts = [len(of.shape.completions) for of in behind]
+    stops = np.cumsum(lengths) + np.repeat(np.cumsum([of.num_own for of in behind]), num_texts)
+    own_stops = np.repeat(
+        np.cumsum([of.num_scores for of in behind]) - [of.shape.num_scores for of in behind], num_texts
     )
-    found = session.evaluator.scoring.behind(behind)
-    return ScoredTexts(found.scores, [len(ids) for _, shape in behind for ids in shape.completions])
+    parts = np.stack([own_stops - own, own_stops, stops - lengths, stops], axis=1).reshape(-1, 2)
+    return ScoredTexts(scores.at(ranges(parts[:, 0], parts[:, 1])), (own + lengths).tolist())
+
+
+def _ints(numbers: Iterable[int]) -> Ints:
+    return np.fromiter(numbers, dtype=np.int64)
 
 
 def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
@@ -84,8 +121,6 @@ def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
             if completions is None:
                 return None
             shape = by_objects[objects] = by_ids.setdefault(completions, Shape(completions))
-        if len(by_ids) * 2 > len(ends):
-            return None
         shapes.append(shape)
     return prompts, shapes
 

@@ -61,9 +61,7 @@ def scores_behind(session: Session, prompts: Sequence[Behind]) -> ScoredTexts:
     """
     with session.exclusive():
         session.current()
-        session.counters.tokens_requested += sum(
-            len(prompt) * len(shape.completions) + shape.num_scores for prompt, shape in prompts
-        )
+        session.counters.tokens_requested += sum(behind.num_tokens for behind in prompts)
         return session.evaluator.scoring.behind(prompts)
 
 
@@ -71,7 +69,9 @@ def scores_of_ids(session: Session, prompts: Sequence[Behind]) -> ScoredTexts | 
     """Return the scores of completions behind prompts, of each completion its own; None if one cannot be evaluated."""
     with session.exclusive():
         session.current()
-        return scores_if_fine(session, prompts)
+        found = scores_if_fine(session, prompts)
+        lengths = [len(ids) for behind in prompts for ids in behind.shape.completions]
+        return None if found is None else ScoredTexts(found, lengths)
 
 
 def scores_of_next(session: Session, texts: Sequence[tuple[TokenIds, Sequence[int]]]) -> ScoredTexts:

@@ -246,24 +246,32 @@ def _evaluate_and_score(make: Callable[[], tuple[list[str], list[str]]]) -> Any:
     return prepare
 
 
-def _many(num_texts: int) -> Any:
-    """Texts of ids behind shared parts: 10 instructions, 25 questions each, and as many endings of 2 tokens."""
+def _many(num_texts: int, *, are_shared: bool = True) -> Any:
+    """Texts of ids behind shared parts: 10 instructions, 25 questions each, and as many endings of 2 tokens.
+
+    The endings are those of all questions or, unless `are_shared`, each question's own.
+    """
 
     def prepare(rig: Rig) -> tuple[Callable[[], object], list[list[int]]]:
         draw = random.Random(num_texts)
         shared = [_drawn(30, idx) for idx in range(10)]
         middles = [_drawn(12, (idx, "middle")) for idx in range(250)]
-        endings = [[draw.randrange(1, NUM_IDS) for _ in range(2)] for _ in range(num_texts // 250)]
+        num_sets = 1 if are_shared else len(middles)
+        endings = [
+            [[draw.randrange(1, NUM_IDS) for _ in range(2)] for _ in range(num_texts // 250)] for _ in range(num_sets)
+        ]
 
         def work() -> None:
-            parts = [Text.from_tokens(ids, rig.lm) for ids in endings]
+            parts = [[Text.from_tokens(ids, rig.lm) for ids in own] for own in endings]
             texts = []
             for idx, middle in enumerate(middles):
                 prompt = Text.from_tokens(shared[idx % 10], rig.lm) + Text.from_tokens(middle, rig.lm)
-                texts += [prompt + part for part in parts]
+                texts += [prompt + part for part in parts[idx % num_sets]]
             rig.lm.token_logprobs(texts)
 
-        return work, [shared[i % 10] + middle + end for i, middle in enumerate(middles) for end in endings]
+        return work, [
+            shared[i % 10] + middle + end for i, middle in enumerate(middles) for end in endings[i % num_sets]
+        ]
 
     return prepare
 
@@ -315,6 +323,8 @@ CASES = (
     Case("512 x 2, `predict_proba`", _predict_proba(lambda: _few(512, 2))),
     Case("5,000 texts of ids, `token_logprobs`", _many(5_000), "text", 5_000),
     Case("50,000 texts of ids, `token_logprobs`", _many(50_000), "text", 50_000, rounds=2),
+    Case("5,000 texts of ids with their own ends", _many(5_000, are_shared=False), "text", 5_000),
+    Case("50,000 texts of ids with their own ends", _many(50_000, are_shared=False), "text", 50_000, rounds=2),
     Case("2,600 texts through a budget of 2,000 tokens", _evicting(2_600, 2_000)),
     Case("26,000 texts through a budget of 20,000 tokens", _evicting(26_000, 20_000), rounds=2),
     Case("generation, 64 texts, greedy", _generating(), "step", STEPS),
