@@ -131,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plain, plain_seconds = train(GRPOTrainer, name, folder, options.steps)
         forest, forest_seconds = train(ForestTrainer, name, folder, options.steps)
-    print(f"\n{'step':>4} {'reward':>8} {'loss, TRL':>14} {'loss, forest':>14} {'gradient, TRL':>14} {'gradient, forest':>17}")
+    print(
+        f"\n{'step':>4} {'reward':>8} {'loss, TRL':>14} {'loss, forest':>14} {'gradient, TRL':>14} {'gradient, forest':>17}"
+    )
     logs = [[entry for entry in trainer.state.log_history if "loss" in entry] for trainer in (plain, forest)]
     for step, (own, ours) in enumerate(zip(*logs, strict=True), 1):
         print(

@@ -94,7 +94,7 @@ class ForestLogprobs:
                     logits_to_keep,
                     temperature=self.temperature,  # type: ignore[attr-defined]
                     entropy=compute_entropy,
-                    requires_grad=True,
+                    requires_grad=torch.is_grad_enabled(),
                     max_tokens_per_forward=max_tokens,
                 )
 
