@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from backprompt.arguments import as_bool
 from backprompt.errors import (
     NotPicklableError,
     UnsupportedModelError,
@@ -391,7 +392,7 @@ class LM(Engine[Text]):
         """
         self._session.clear()
 
-    def refresh(self) -> None:
+    def refresh(self, *, compare: bool = True) -> None:
         """Hash every weight and the tokenizer again, and drop all computed results if either changed.
 
         `refresh` is needed only after changes that the quick check before each evaluation cannot see: writes through
@@ -399,8 +400,13 @@ class LM(Engine[Text]):
         within the tokenizer, or files rewritten in place from which weights are mapped into memory. Refresh after such
         a change and before evaluating: with a store, results computed in between are stored as those of the old
         weights. Without an earlier use of `fingerprint` no hash exists to compare with, and all results are dropped.
+
+        Args:
+            compare: False takes the weights for changed without reading them, as after a step of training, and drops
+                all results at once. Settings of modules must be as they were.
+
         """
-        self._session.refresh()
+        self._session.refresh(compare=as_bool(compare, "compare"))
 
 
 _SHARED: WeakValueDictionary[tuple[int, int], LM] = WeakValueDictionary()

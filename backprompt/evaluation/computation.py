@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 from weakref import finalize
 
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from backprompt.forest.passes import (
 )
 from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
+from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.model.executor import Executor
@@ -136,6 +138,13 @@ class Means:
     archive: Archive | None
     counters: Counters
     max_tokens_per_forward: int | None
+
+
+class Probed(NamedTuple):
+    """What the probe has found of a model that passed it: the layout of rows, and the bytes of a token."""
+
+    layout: Layout
+    token_bytes: int
 
 
 def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]) -> None:
@@ -384,6 +393,16 @@ class Computation:
             with self.blaming_weights():
                 probe(self._model, self.executor)
             self._is_probed = True
+
+    def probed(self) -> Probed | None:
+        """Return what the probe has found; None before it ran."""
+        layout = self.executor.layout
+        return Probed(layout, self.executor.token_bytes) if self._is_probed and layout is not None else None
+
+    def take_over(self, probed: Probed) -> None:
+        """Take over what the probe has found of a model with the same parts, so that it does not run again."""
+        self.executor.layout, self.executor.token_bytes = probed
+        self._is_probed = True
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.

@@ -48,11 +48,8 @@ _UNIMPORTANT_CONFIG = frozenset(
 _UNIMPORTANT_SETTINGS = frozenset({"gradient_checkpointing", "training"})
 
 
-class WeightsMonitor:
-    """The state of a model's weights at one moment, and a check whether it has changed.
-
-    The check runs before every evaluation, so all that is compared lies in flat lists.
-    """
+class PartsMonitor:
+    """The parts of a model at one moment, whatever numbers are in them: modules, hooks, tensors and where these lie."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
@@ -67,12 +64,37 @@ class WeightsMonitor:
             ]
         )
         self._rewritten = [(module._buffers, len(module._buffers)) for module, is_rewritten in named if is_rewritten]
-        self._tensors = [tensor for _, _, tensor in _places(model)]
-        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
-        self._pointers, self._versions = _pointers(self._tensors), _versions(self._versioned)
-        self._adapted = [module for module in modules if "merged_adapters" in module.__dict__]
-        self._adapter_states = list(map(_adapter_state, self._adapted))
-        self._sample = _Sample(self._tensors)
+        self.tensors = [tensor for _, _, tensor in _places(model)]
+        self._pointers = _pointers(self.tensors)
+
+    def have_changed(self) -> bool:
+        """Return whether a part is another one, or has another place, than at construction."""
+        return (
+            self._contents.have_changed()
+            or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
+            or any(len(table) != num_before for table, num_before in self._rewritten)
+            or _pointers(self.tensors) != self._pointers
+        )
+
+
+class WeightsMonitor:
+    """The state of a model's weights at one moment, and a check whether it has changed.
+
+    The check runs before every evaluation, so all that is compared lies in flat lists.
+
+    Attributes:
+        parts: the parts of the model.
+        adapters: which adapters of each layer are active or merged, and how they are scaled.
+
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parts = PartsMonitor(model)
+        self._versioned = [tensor for tensor in self.parts.tensors if not tensor.is_inference()]
+        self._versions = _versions(self._versioned)
+        self._adapted = [module for module in model.modules() if "merged_adapters" in module.__dict__]
+        self.adapters = tuple(map(_adapter_state, self._adapted))
+        self._sample = _Sample(self.parts.tensors)
 
     def has_changed(self) -> bool:
         """Return whether a quick look sees a difference to the state at construction."""
@@ -81,12 +103,9 @@ class WeightsMonitor:
     def has_moved(self) -> bool:
         """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
         return (
-            self._contents.have_changed()
-            or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
-            or any(len(table) != num_before for table, num_before in self._rewritten)
-            or _pointers(self._tensors) != self._pointers
+            self.parts.have_changed()
             or _versions(self._versioned) != self._versions
-            or list(map(_adapter_state, self._adapted)) != self._adapter_states
+            or tuple(map(_adapter_state, self._adapted)) != self.adapters
         )
 
 

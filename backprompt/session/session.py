@@ -26,7 +26,7 @@ from torch import nn
 from backprompt.arguments import as_list
 from backprompt.errors import StaleRepresentationError, UnboundTextError
 from backprompt.evaluation.archive import Archive
-from backprompt.evaluation.computation import Counters, Means
+from backprompt.evaluation.computation import Counters, Means, Probed
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
@@ -102,6 +102,7 @@ class Session:
         self.fingerprint = Fingerprint(model, private, self.store)  # before the first use of the weights
         self.evaluator = self._make_evaluator(self.fingerprint)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
+        self._probed: dict[tuple[str, ...], Probed] = {}  # by the state of adapters, while the model's parts stay
         watch_lm(self)
 
     # The lock, and one state of the weights
@@ -183,12 +184,14 @@ class Session:
             self.evaluator.continuations.end_abandoned()
             self.evaluator.computation.clear()
 
-    def refresh(self) -> None:
-        """Hash every weight and the tokenizer again; see `LM.refresh`."""
+    def refresh(self, *, compare: bool) -> None:
+        """Hash every weight and the tokenizer again, or take the weights for changed; see `LM.refresh`."""
         with self.exclusive():
-            renewed = self.fingerprint.renewed(PrivateTokenizer(self.tokenizer))
-            if renewed is not None:
-                self._start_over(renewed)
+            tokenizer = PrivateTokenizer(self.tokenizer)
+            if not compare:
+                self._start_over(Fingerprint(self.model, tokenizer, self.store))
+            elif (renewed := self.fingerprint.renewed(tokenizer)) is not None:
+                self._start_over(renewed, probe_again=True)  # settings of modules may have changed, which no look sees
 
     def before_fork(self) -> None:
         """Take the lock, so that no other thread is in the middle of a change while the process is forked."""
@@ -378,7 +381,7 @@ class Session:
             )
         )
 
-    def _start_over(self, fingerprint: Fingerprint) -> None:
+    def _start_over(self, fingerprint: Fingerprint, *, probe_again: bool = False) -> None:
         """Start over with the current model and tokenizer, which `fingerprint` names.
 
         Nothing changes if the model can no longer be evaluated.
@@ -386,12 +389,26 @@ class Session:
         """
         logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
         evaluator = self._make_evaluator(fingerprint)
+        if probe_again:
+            self._probed.clear()
+        else:
+            self._take_over_probe(fingerprint, evaluator)
         encoder = self._make_encoder(fingerprint.tokenizer)
         self.evaluator.close()
         self._evaluated = WeakKeyDictionary()
         self.encoder = encoder
         self.fingerprint = fingerprint
         self.evaluator = evaluator
+
+    def _take_over_probe(self, fingerprint: Fingerprint, evaluator: Evaluator) -> None:
+        """Spare a new evaluator the probe, if one has probed the same parts with the same adapters: numbers differ."""
+        probed = self.evaluator.computation.probed()
+        if probed is not None:
+            self._probed[self.fingerprint.adapters] = probed
+        if self.fingerprint.has_other_parts():
+            self._probed.clear()
+        elif fingerprint.adapters in self._probed:
+            evaluator.computation.take_over(self._probed[fingerprint.adapters])
 
 
 def session_of(text: object, idx: int) -> Session:
