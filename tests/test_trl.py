@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from backprompt import LM, Text, UnsupportedModelError
-from backprompt.integrations.trl import ForestLogprobs
+from backprompt.integrations.trl import ForestLogprobs, ForestStates
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -25,6 +25,10 @@ GROUP = 4
 
 
 class ForestGRPO(ForestLogprobs, GRPOTrainer):
+    pass
+
+
+class ForestDPO(ForestStates, DPOTrainer):
     pass
 
 
@@ -96,30 +100,50 @@ def gradients_of(trainer, method, input_ids, mask, kept):
     return logprobs.detach(), entropies.detach(), gradients
 
 
-@pytest.mark.parametrize("kind", [ForestGRPO, ForestRLOO])
+@pytest.mark.parametrize(("kind", "own_kind"), [(ForestGRPO, GRPOTrainer), (ForestRLOO, RLOOTrainer)])
 @pytest.mark.parametrize("lora", [False, True])
-def test_logprobs_entropies_and_gradients_are_the_trainers_own(kind, lora, tmp_path):
+def test_logprobs_entropies_and_gradients_are_the_trainers_own(kind, own_kind, lora, tmp_path):
     trainer = make_trainer(kind, tmp_path, lora=lora, temperature=0.7)
     batch = batch_of(trainer)
     logprobs, entropies, gradients = gradients_of(trainer, kind._get_per_token_logps_and_entropies, *batch)
-    plain = kind.__mro__[2]._get_per_token_logps_and_entropies
+    plain = own_kind._get_per_token_logps_and_entropies
     own_logprobs, own_entropies, own_gradients = gradients_of(trainer, plain, *batch)
     torch.testing.assert_close(logprobs, own_logprobs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropies, own_entropies, atol=1e-5, rtol=1e-5)
-    assert gradients.keys() == own_gradients.keys() and gradients
+    assert gradients
+    assert gradients.keys() == own_gradients.keys()
     for name, gradient in own_gradients.items():
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
     assert not trainer.forest_refusals
 
 
-def test_each_distinct_token_is_forwarded_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("has_graph", [False, True])
+def test_a_batch_size_bounds_what_is_forwarded_at_once(has_graph, tmp_path, monkeypatch):
     trainer = make_trainer(ForestGRPO, tmp_path)
-    forwarded = []
     input_ids, mask, kept = batch_of(trainer)
+    with torch.set_grad_enabled(has_graph):
+        expected, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, kept)
+        forwarded = count_embedded(monkeypatch)
+        found, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, kept, batch_size=1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert len(forwarded) > 1
+    assert max(forwarded) <= input_ids.shape[1]
+
+
+def count_embedded(monkeypatch):
+    """A list that the number of tokens of each pass is appended to."""
+    forwarded = []
     own = torch.nn.functional.embedding
     monkeypatch.setattr(
         torch.nn.functional, "embedding", lambda ids, *args: (forwarded.append(ids.numel()), own(ids, *args))[1]
     )
+    return forwarded
+
+
+def test_each_distinct_token_is_forwarded_once(tmp_path, monkeypatch):
+    trainer = make_trainer(ForestGRPO, tmp_path)
+    input_ids, mask, kept = batch_of(trainer)
+    forwarded = count_embedded(monkeypatch)
     trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, kept)
     rows = [tuple(ids[keep.bool()].tolist()) for ids, keep in zip(input_ids, mask, strict=True)]
     distinct = {row[:stop] for row in rows for stop in range(1, len(row))}
@@ -147,7 +171,7 @@ def test_a_run_has_the_losses_and_the_weights_of_a_run_without(options, tmp_path
             )
         assert after["forest/tokens_forwarded"] < after["forest/tokens_given"]
     for name, parameter in plain.items():
-        torch.testing.assert_close(ours[name], parameter, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours[name], parameter, atol=1e-3, rtol=1e-4)  # of steps of 1e-2
 
 
 def test_the_adapters_reference_is_the_model_without_it(tmp_path):
@@ -182,8 +206,10 @@ def test_calls_beyond_the_forest_go_to_the_trainers_own_method(given, words, tmp
     with caplog.at_level(logging.WARNING, "backprompt.integrations.trl"):
         for _ in range(2):
             trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, kept, **given)
-    assert len(seen) == 2 and given.items() <= seen[0].items()
-    assert len(caplog.records) == 1 and words in caplog.text
+    assert len(seen) == 2
+    assert given.items() <= seen[0].items()
+    assert len(caplog.records) == 1
+    assert words in caplog.text
     assert len(trainer.forest_refusals) == 1
 
 
@@ -242,3 +268,69 @@ def test_a_forward_method_that_somebody_else_replaced_is_not_left_out():
 def _halved(output):
     output.logits = output.logits / 2
     return output
+
+
+# DPO
+
+PAIRS = [
+    ("the cat sat on", " the mat", " a hat of felt"),
+    ("Review: the film was great, the ending", " wasn't", " was"),
+]
+
+
+def make_pairs_trainer(kind, folder, lora, **options):
+    tokenizer = byte_level_bpe()
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1)
+    model = build("llama")
+    model.config.pad_token_id = model.config.eos_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id = tokenizer.pad_token_id
+    return kind(
+        model,
+        ref_model=None if lora else build("llama", seed=1),
+        args=DPOConfig(
+            str(folder),
+            per_device_train_batch_size=2,
+            max_steps=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            **options,
+        ),
+        train_dataset=Dataset.from_list(
+            [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in PAIRS]
+        ),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None,
+    )
+
+
+@pytest.mark.parametrize("options", [{"lora": True}, {"lora": False}, {"lora": True, "precompute_ref_log_probs": True}])
+def test_dpo_has_its_losses_metrics_and_weights(options, tmp_path):
+    runs = []
+    for kind in (DPOTrainer, ForestDPO):
+        trainer = make_pairs_trainer(kind, tmp_path / kind.__name__, **options)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        runs.append((trainer, log, dict(trainer.model.named_parameters())))
+    (_, plain_log, plain), (forest, log, ours) = runs
+    assert len(log) == len(plain_log) == 2
+    for before, after in zip(plain_log, log, strict=True):
+        for name in before.keys() - {"step_time"}:
+            assert after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-5), name
+        assert after["forest/tokens_forwarded"] < after["forest/tokens_given"]
+    for name, parameter in plain.items():
+        torch.testing.assert_close(ours[name], parameter, atol=1e-3, rtol=1e-4)  # of steps of 1e-2
+    assert not forest.forest_refusals
+
+
+def test_a_trainer_without_the_method_is_refused():
+    class Wrong(ForestLogprobs, DPOTrainer):
+        pass
+
+    with pytest.raises(TypeError, match="ForestStates"):
+        Wrong(build("llama"))

@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from backprompt.model import skeleton
-from backprompt.training import body
+from backprompt.training.body import hidden_states as states_of_trie
 from backprompt.training.models import scorer_of
 from backprompt.training.results import Account
 from backprompt.training.rows import PaddedRows
 from backprompt.training.scores import check_lengths
-from backprompt.training.trie import Trie, sort_order
+from backprompt.training.trie import Ints, Trie, sort_order
 from backprompt.transfers import on_device
 
 
@@ -57,21 +58,27 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
         rows = PaddedRows.of(input_ids, attention_mask, 0, session.limits.model.num_embeddings)
         check_lengths(session.limits, rows, num_unused=0)
     causal = skeleton.unwrap(model)
+    if not len(rows.token_ids):
+        return RowStates(_zeros(causal, rows), Account(0, 0, 0))
     ids = rows.split()
     order = sort_order(ids)
     trie = Trie.of([ids[row] for row in order])
-    nodes_of = dict(zip(order, trie.nodes, strict=True))
-    nodes = np.concatenate([nodes_of[row] for row in range(rows.num_rows)])
-    states = body.hidden_states(causal, trie, np.arange(len(trie.token_ids)), is_recomputed=False)
+    nodes = np.concatenate([trie.nodes[idx] for idx in np.argsort(order)])
+    states = states_of_trie(causal, trie, np.arange(len(trie.token_ids)), is_recomputed=False)
     flat = states.new_zeros((rows.num_rows * rows.num_columns, states.shape[1]))
     filled = flat.index_copy(0, on_device(_places(rows), states.device), states[on_device(nodes, states.device)])
     account = Account(len(rows.token_ids), len(trie.token_ids), len(trie.token_ids))
     return RowStates(filled.view(rows.num_rows, rows.num_columns, -1).to(rows.device), account)
 
 
-def _places(rows: PaddedRows) -> np.ndarray:
+def _zeros(causal: nn.Module, rows: PaddedRows) -> Tensor:
+    shape = (rows.num_rows, rows.num_columns, skeleton.hidden_size(causal))
+    return torch.zeros(shape, dtype=skeleton.head_dtype(causal), device=rows.device)
+
+
+def _places(rows: PaddedRows) -> Ints:
     """Return where each real token is in a flattened `(rows, columns)`, row behind row."""
     numbers = np.repeat(np.arange(rows.num_rows), rows.lengths)
     columns = rows.first_columns[numbers] + np.arange(len(numbers)) - rows.offsets[numbers]
-    places: np.ndarray = numbers * rows.num_columns + columns
+    places: Ints = numbers * rows.num_columns + columns
     return places
