@@ -30,6 +30,10 @@ SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
 
 
+TRAINERS = ("accelerate.utils.", "backprompt.", "torch.amp.", "trl.")
+"""The packages whose wrappers of a model's forward method change nothing but precision, or add calls of their own."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """The limits that a model sets for texts.
@@ -182,13 +186,31 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
     memo |= spread.shared_with_copies(model)
     memo |= replacements or {}
     private: nn.Module = copy.deepcopy(model, memo).eval()
-    if "_original_forward" in vars(private):  # accelerate's `prepare` has put a forward under autocast in its place
-        private.forward = vars(private).pop("_original_forward")
+    for module in private.modules():
+        if _has_trainers_forward(module):
+            del module.forward
     spread.forget_movers(private)
     for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False
     return private
+
+
+def _has_trainers_forward(module: nn.Module) -> bool:
+    """Return whether a trainer has wrapped the forward method of this one module, for calls of its own.
+
+    Such a wrapper holds the method of the user's model. So a copy of the model would run the model itself.
+    """
+    forward = vars(module).get("forward")
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        if function is type(module).forward:
+            return True
+        place = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+        if not place.startswith(TRAINERS):
+            return False
+        forward = getattr(function, "__wrapped__", None)
+    return False
 
 
 def _switched(body: nn.Module, attention_name: str) -> nn.Module:
