@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from intents import DATA, INSTRUCTION, INTENTS, SHOTS, read_questions
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from backprompt.integrations.trl import ForestLogprobs
 from demo_model import add_model_argument, demo_model_folder
-from intents import DATA, INSTRUCTION, INTENTS, SHOTS, read_questions
 
 GROUP = 8
 STEPS = 3
@@ -71,8 +71,8 @@ class Clocked:
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.seconds = 0.0
-        for name in ("_get_per_token_logps_and_entropies",):
-            setattr(trainer, name, self._clocked(getattr(trainer, name)))
+        name = "_get_per_token_logps_and_entropies"
+        setattr(trainer, name, self._clocked(getattr(trainer, name)))
         trainer.accelerator.backward = self._clocked(trainer.accelerator.backward)
 
     def _clocked(self, work: Any) -> Any:
@@ -114,7 +114,7 @@ def train(kind: type[GRPOTrainer], name: str, folder: str, steps: int) -> tuple[
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"),
     )
-    trainer.pop_callback(trainer.callback_handler.callbacks[-1]) if trainer.args.disable_tqdm else None
+    trainer.remove_callback(PrinterCallback)
     clock = Clocked(trainer)
     trainer.train()
     return trainer, clock.seconds
@@ -131,14 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plain, plain_seconds = train(GRPOTrainer, name, folder, options.steps)
         forest, forest_seconds = train(ForestTrainer, name, folder, options.steps)
-    print(
-        f"\n{'step':>4} {'reward':>8} {'loss, TRL':>14} {'loss, forest':>14} {'gradient, TRL':>14} {'gradient, forest':>17}"
-    )
+    headings = ("loss, TRL", "loss, forest", "gradient, TRL", "gradient, forest")
+    print(f"\n{'step':>4} {'reward':>8}" + "".join(f"{heading:>18}" for heading in headings))
     logs = [[entry for entry in trainer.state.log_history if "loss" in entry] for trainer in (plain, forest)]
     for step, (own, ours) in enumerate(zip(*logs, strict=True), 1):
         print(
-            f"{step:4} {own['reward']:8.3f} {own['loss']:14.6f} {ours['loss']:14.6f} {own['grad_norm']:14.6f} "
-            f"{ours['grad_norm']:17.6f}"
+            f"{step:4} {own['reward']:8.3f}"
+            + "".join(f"{log[name]:18.6f}" for name in ("loss", "grad_norm") for log in (own, ours))
         )
     given = sum(entry["forest/tokens_given"] for entry in logs[1])
     forwarded = sum(entry["forest/tokens_forwarded"] for entry in logs[1])

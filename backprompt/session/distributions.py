@@ -13,7 +13,8 @@ from torch import Tensor
 
 from backprompt.arguments import as_int, as_number
 from backprompt.evaluation.distributions import Asked, Distributions, distributions
-from backprompt.evaluation.scoring import Wanted, to_score
+from backprompt.evaluation.reading import Wanted
+from backprompt.evaluation.scoring import to_score
 from backprompt.session.session import Session
 from backprompt.session.text_scores import encoded_to_score
 from backprompt.text.node import Text
