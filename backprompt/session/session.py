@@ -402,13 +402,13 @@ class Session:
 
     def _take_over_probe(self, fingerprint: Fingerprint, evaluator: Evaluator) -> None:
         """Spare a new evaluator the probe, if one has probed the same parts with the same adapters: numbers differ."""
-        probed = self.evaluator.computation.probed()
+        probed = self.evaluator.computation.probed
         if probed is not None:
             self._probed[self.fingerprint.adapters] = probed
         if self.fingerprint.has_other_parts():
             self._probed.clear()
         elif fingerprint.adapters in self._probed:
-            evaluator.computation.take_over(self._probed[fingerprint.adapters])
+            evaluator.computation.probe_once(self._probed[fingerprint.adapters])
 
 
 def session_of(text: object, idx: int) -> Session:
