@@ -40,6 +40,9 @@ def test_a_step_is_measured_on_each_batch():
     lengths = batch.attention_mask.sum(dim=1) - 20
     assert line.tokens_padded == batch.num_padded
     assert line.tokens_forwarded == 20 + int((lengths - 1).sum())
+    assert {row.step: row.tokens_forwarded for row in measured.rows} == dict.fromkeys(
+        ["without gradients", "with gradients"], line.tokens_forwarded
+    )
     assert line.ratio_of_tokens == line.tokens_padded / line.tokens_forwarded
     results: dict = {}
     suite.SUITE.keep(results, measured.rows)

@@ -185,10 +185,19 @@ def fresh_choice():
     choose_pair.cache_clear()
 
 
+FAST = [
+    ("cpu", "flash_cpu", torch.float64),
+    ("cpu", "flash_cpu", torch.float32),
+    ("cpu", "flash_cpu", torch.bfloat16),
+    pytest.param("cuda", "efficient_cuda", torch.bfloat16, marks=pytest.mark.cuda),
+]
+
+
 @pytest.mark.usefixtures("fresh_choice")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_fast_pair_serves_on_the_cpu(dtype):
-    assert [choose_pair(CPU, dtype, 4, kv_heads, 16).name for kv_heads in (4, 2, 1)] == ["flash_cpu"] * 3
+@pytest.mark.parametrize(("device", "name", "dtype"), FAST, ids=str)
+def test_the_fast_pair_serves(device, name, dtype):
+    chosen = [choose_pair(torch.device(device), dtype, 4, kv_heads, 16).name for kv_heads in (4, 2, 1)]
+    assert chosen == [name] * 3
 
 
 @pytest.mark.usefixtures("fresh_choice")

@@ -98,7 +98,9 @@ def cut(rows: Sequence[Ints], max_tokens: int) -> list[slice]:
     fewest tokens in all, and of these with the fewest parts.
     """
     shared = shared_beginnings(rows)
-    max_tokens = max(max_tokens, *map(len, rows), 0)
+    if sum(map(len, rows)) - sum(shared) <= max_tokens:
+        return [slice(0, len(rows))] if rows else []
+    max_tokens = max(max_tokens, *map(len, rows))
     best = [(0, 0, 0)]  # for the first n rows: tokens, parts, and the first row of the last part
     for stop in range(1, len(rows) + 1):
         found = []

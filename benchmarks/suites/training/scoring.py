@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backprompt.training import token_logprobs
 from benchmarks.suites.training.batches import Batch, Done
@@ -20,14 +20,16 @@ def by_backprompt(model: nn.Module, batch: Batch) -> Done:
 
 @torch.no_grad()
 def by_plain_batch(model: nn.Module, batch: Batch) -> Done:
-    """The same, by `GRPOTrainer._get_per_token_logps_and_entropies`, without its temperature."""
+    """The same, some rows at a time."""
     parts = zip(batch.input_ids.split(ROWS_AT_A_TIME), batch.attention_mask.split(ROWS_AT_A_TIME), strict=True)
-    found = []
-    for ids, mask in parts:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=batch.num_kept + 1).logits[
-            :, :-1
-        ]
-        targets = ids[:, -batch.num_kept :]
-        selected = logits.gather(-1, targets[..., None])[..., 0]
-        found.append(selected - torch.stack([row.logsumexp(dim=-1) for row in logits]))
-    return Done(torch.cat(found) * batch.attention_mask[:, -batch.num_kept :], batch.num_padded)
+    found = [selected_logprobs(model, ids, mask, batch.num_kept) for ids, mask in parts]
+    return Done(torch.cat(found), batch.num_padded)
+
+
+def selected_logprobs(model: nn.Module, ids: Tensor, mask: Tensor, num_kept: int) -> Tensor:
+    """What `GRPOTrainer._get_per_token_logps_and_entropies` returns, without its temperature; 0 at padding."""
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=num_kept + 1)
+    logits = output.logits[:, :-1]
+    selected = logits.gather(-1, ids[:, -num_kept:, None])[..., 0]
+    logprobs: Tensor = selected - torch.stack([row.logsumexp(dim=-1) for row in logits])
+    return logprobs * mask[:, -num_kept:]

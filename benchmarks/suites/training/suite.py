@@ -22,7 +22,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.measure import Spread, peak_bytes_of, seconds_of
 from benchmarks.rows import Key, as_json
 from benchmarks.suite import Measured, Results, Say, Suite
-from benchmarks.suites.training import scoring
+from benchmarks.suites.training import gradients, scoring
 from benchmarks.suites.training.batches import Batch, Done, group, nothing_shared
 from benchmarks.tables import Table, markdown, megabytes, with_range
 
@@ -47,7 +47,10 @@ class Step:
     ways: dict[str, Way]
 
 
-STEPS = (Step("without gradients", {BACKPROMPT: scoring.by_backprompt, PLAIN: scoring.by_plain_batch}),)
+STEPS = (
+    Step("without gradients", {BACKPROMPT: scoring.by_backprompt, PLAIN: scoring.by_plain_batch}),
+    Step("with gradients", {BACKPROMPT: gradients.by_backprompt, PLAIN: gradients.by_plain_batch}),
+)
 
 
 @dataclass(frozen=True)
