@@ -3,7 +3,6 @@
 import copy
 import gc
 import io
-import warnings
 import weakref
 from dataclasses import replace
 from functools import cache, partialmethod
@@ -316,20 +315,37 @@ def test_a_model_is_freed_with_its_lm():
 
 
 @known_to_torch
-def test_autocast_is_shut_out():
-    """The numbers are those of the weights, and the caller is told where the weights are in float32."""
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_computes_under_autocast_as_with_gradients(name):
+    """To the bit: a policy's ratio to its old self is 1 before the first step."""
+    model, batch = family(name), group(3, 20, 8)
+    options = {"entropy": True, "top_k": 2, "token_ids": given_ids(batch), "temperature": 0.8}
+    exact = token_logprobs(model, *batch.tensors(), 8, **options)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = token_logprobs(model, *batch.tensors(), 8, **options)
+        with_gradients = token_logprobs(model, *batch.tensors(), 8, requires_grad=True, **options)
+        logits = model(input_ids=batch.tensors()[0]).logits[:, 19:-1].float() / 0.8
+    plain = logits.log_softmax(-1).gather(2, batch.tensors()[0][:, 20:, None])[..., 0].detach()
+    for result in RESULTS:
+        assert not getattr(found, result).requires_grad
+        assert_close(getattr(found, result), getattr(with_gradients, result).detach(), atol=0)
+    assert found.account == with_gradients.account == exact.account
+    gap, gap_of_exact = ((own.logprobs - plain).abs().mean() for own in (found, exact))
+    assert gap < ATOL[torch.bfloat16] / 4
+    assert (found.logprobs - exact.logprobs).abs().max() > 1e-3
+    assert gap < 2 * gap_of_exact  # as far from the plain call under autocast as its own rounding is
+
+
+@known_to_torch
+def test_an_lm_and_weights_in_autocasts_dtype_shut_autocast_out(tokenizer):
     batch = group(2, 6, 4)
-    for dtype, num_warnings in ((torch.float32, 1), (torch.bfloat16, 0)):
-        model = build("llama").to(dtype)
-        expected = token_logprobs(model, *batch.tensors(), entropy=True)
-        with torch.autocast(DEVICE.type, torch.bfloat16), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = token_logprobs(model, *batch.tensors(), entropy=True)
+    half = build("llama").to(torch.bfloat16)
+    for scorer in (half, LM(half, tokenizer), LM(family("llama"), tokenizer)):
+        expected = token_logprobs(scorer, *batch.tensors(), entropy=True)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            found = token_logprobs(scorer, *batch.tensors(), entropy=True)
         assert_close(found.logprobs, expected.logprobs, atol=0)
         assert_close(found.entropies, expected.entropies, atol=0)
-        told = [warning for warning in caught if "Autocast to torch.bfloat16 is on" in str(warning.message)]
-        assert len(told) == num_warnings
-        assert all(warning.filename == __file__ for warning in told)
 
 
 def test_a_forward_that_accelerate_has_wrapped_is_not_the_models():

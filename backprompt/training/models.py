@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from backprompt.arguments import as_int
 from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
-from backprompt.model.skeleton import model_device, unwrap
-from backprompt.warn import warn_caller
+from backprompt.model.skeleton import head_dtype, model_device, unwrap
 
 _ATTRIBUTE = "_backprompt_lm"
 
@@ -58,8 +57,6 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
         )
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
-    if not requires_grad:
-        _warn_of_autocast(model)
     return Scorer(_own_lm(model, max_tokens_per_forward), keeps_results=False)
 
 
@@ -87,14 +84,11 @@ def _dropout_rate(module: nn.Module) -> float:
     return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
 
 
-def _warn_of_autocast(model: nn.Module) -> None:
-    device = model_device(unwrap(model))
-    if torch.is_autocast_enabled(device.type) and next(model.parameters()).dtype == torch.float32:
-        lower = torch.get_autocast_dtype(device.type)
-        warn_caller(
-            f"Autocast to {lower} is on, but without gradients backprompt computes in the dtype of the weights, "
-            f"torch.float32: more exact and slower. For the speed of {lower} load the weights in it."
-        )
+def is_under_autocast(model: nn.Module) -> bool:
+    """Return whether the caller's autocast computes in another dtype than that of the model's weights."""
+    model = unwrap(model)
+    device = model_device(model).type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != head_dtype(model)
 
 
 class _Kept:
