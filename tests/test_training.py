@@ -24,7 +24,6 @@ from devices import DEVICE, known_to_torch
 from quick import up_to
 from reference import ATOL
 from tiny_models import build
-from tiny_tokenizers import byte_level_bpe
 
 LAW_FAMILIES = ["gpt2", "llama", "gemma2", "gpt_oss", "mistral_sliding", "opt"]
 RESULTS = ["logprobs", "entropies", "top_logprobs", "top_ids", "given_logprobs"]
@@ -316,29 +315,37 @@ def test_a_model_is_freed_with_its_lm():
 
 
 @known_to_torch
-def test_an_lm_shuts_autocast_out():
-    lm = LM(build("llama"), byte_level_bpe())
-    batch = group(2, 6, 4)
-    expected = token_logprobs(lm, *batch.tensors(), entropy=True)
-    lm.clear()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_computes_under_autocast_as_with_gradients(name):
+    """To the bit: a policy's ratio to its old self is 1 before the first step."""
+    model, batch = family(name), group(3, 20, 8)
+    options = {"entropy": True, "top_k": 2, "token_ids": given_ids(batch), "temperature": 0.8}
+    exact = token_logprobs(model, *batch.tensors(), 8, **options)
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        found = token_logprobs(lm, *batch.tensors(), entropy=True)
-    assert_close(found.logprobs, expected.logprobs, atol=0)
-    assert_close(found.entropies, expected.entropies, atol=0)
+        found = token_logprobs(model, *batch.tensors(), 8, **options)
+        with_gradients = token_logprobs(model, *batch.tensors(), 8, requires_grad=True, **options)
+        logits = model(input_ids=batch.tensors()[0]).logits[:, 19:-1].float() / 0.8
+    plain = logits.log_softmax(-1).gather(2, batch.tensors()[0][:, 20:, None])[..., 0].detach()
+    for result in RESULTS:
+        assert not getattr(found, result).requires_grad
+        assert_close(getattr(found, result), getattr(with_gradients, result).detach(), atol=0)
+    assert found.account == with_gradients.account == exact.account
+    gap, gap_of_exact = ((own.logprobs - plain).abs().mean() for own in (found, exact))
+    assert gap < ATOL[torch.bfloat16] / 4
+    assert (found.logprobs - exact.logprobs).abs().max() > 1e-3
+    assert gap < 2 * gap_of_exact  # as far from the plain call under autocast as its own rounding is
 
 
 @known_to_torch
-def test_a_model_under_autocast_has_the_numbers_of_a_step_with_gradients():
-    """Else the ratio of a policy to itself, a step before, would not be 1."""
-    model, batch = build("llama"), group(2, 6, 4)
-    exact = token_logprobs(model, *batch.tensors()).logprobs
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        found = token_logprobs(model, *batch.tensors(), entropy=True)
-        trained = token_logprobs(model, *batch.tensors(), entropy=True, requires_grad=True)
-    assert not found.logprobs.requires_grad
-    assert_close(found.logprobs, trained.logprobs.detach(), atol=0)
-    assert_close(found.entropies, trained.entropies.detach(), atol=0)
-    assert 1e-3 < (found.logprobs - exact).abs().max() < 0.3
+def test_an_lm_and_weights_in_autocasts_dtype_shut_autocast_out(tokenizer):
+    batch = group(2, 6, 4)
+    half = build("llama").to(torch.bfloat16)
+    for scorer in (half, LM(half, tokenizer), LM(family("llama"), tokenizer)):
+        expected = token_logprobs(scorer, *batch.tensors(), entropy=True)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            found = token_logprobs(scorer, *batch.tensors(), entropy=True)
+        assert_close(found.logprobs, expected.logprobs, atol=0)
+        assert_close(found.entropies, expected.entropies, atol=0)
 
 
 # Errors

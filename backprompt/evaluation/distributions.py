@@ -22,6 +22,7 @@ from backprompt.evaluation.predictions import NumberedRows, ranges
 from backprompt.evaluation.rating import LOG_SOFTMAX_BYTES
 from backprompt.evaluation.reading import Wanted
 from backprompt.forest.span import Span
+from backprompt.logprobs import are_distributions
 from backprompt.progress import progress_bar
 from backprompt.tokens.graph import flat
 from backprompt.transfers import on_device
@@ -195,26 +196,19 @@ class _Found:
         values = logits.to(self._logprobs.dtype)
         if asked.temperature != 1:
             values = values / asked.temperature
-        largest = values.amax(dim=-1, keepdim=True)  # nan where a row has one
-        shifted = values - largest  # (rows, vocab), at most 0
-        exps = shifted.exp()
-        sums = exps.sum(dim=-1)
-        log_sums = sums.log()
+        logprobs = values.log_softmax(dim=-1)  # (rows, vocab)
         own = on_device(numbers, device)
-        if self._entropies is not None:
-            # A token of probability 0 adds 0, and not 0 * -inf.
-            means = exps.mul_(shifted.clamp_min(torch.finfo(shifted.dtype).min)).sum(dim=-1) / sums
-            self._entropies[own] = log_sums - means
-        if self._top is not None and self._top_ids is not None:
-            top = shifted.topk(self._top.shape[1], dim=-1)
-            self._top[own], self._top_ids[own] = top.values - log_sums[:, None], top.indices
         tokens, row_idx = self._tokens_of(numbers)
-        targets = on_device(np.stack([tokens, row_idx, self._token_ids[tokens]]), device)
-        places, of_rows, ids = targets
-        self._logprobs[places] = shifted[of_rows, ids] - log_sums[of_rows]
+        places, of_rows, ids = on_device(np.stack([tokens, row_idx, self._token_ids[tokens]]), device)
+        self._logprobs[places] = logprobs[of_rows, ids]
         if self._given is not None and asked.given is not None:
-            self._given[places] = shifted[of_rows[:, None], asked.given[places]] - log_sums[of_rows, None]
-        return largest[:, 0].isfinite()
+            self._given[places] = logprobs[of_rows[:, None], asked.given[places]]
+        if self._top is not None and self._top_ids is not None:
+            self._top[own], self._top_ids[own] = logprobs.topk(self._top.shape[1], dim=-1)
+        if self._entropies is not None:  # last: a token of probability 0 adds 0, and not 0 * -inf
+            least = torch.finfo(logprobs.dtype).min
+            self._entropies[own] = -values.softmax(dim=-1).mul_(logprobs.clamp_min_(least)).sum(dim=-1)
+        return are_distributions(values)
 
     def _tokens_of(self, numbers: Ints) -> tuple[Ints, Ints]:
         """Return the tokens that rows predict, and by which of the rows each is predicted."""

@@ -26,7 +26,7 @@ from torch import nn
 from backprompt.arguments import as_list
 from backprompt.errors import StaleRepresentationError, UnboundTextError
 from backprompt.evaluation.archive import Archive
-from backprompt.evaluation.computation import Counters, Means, Probed
+from backprompt.evaluation.computation import Counters, Means
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
@@ -43,6 +43,7 @@ from backprompt.session.evaluated import Batch, Evaluated
 from backprompt.session.fingerprint import Fingerprint
 from backprompt.session.limits import TextLimits, check_has_last_token
 from backprompt.session.options import Options, check_can_pin
+from backprompt.session.probes import Probes
 from backprompt.store import DiskStore, Store
 from backprompt.text.checks import engine_of
 from backprompt.text.node import Text, lazily
@@ -105,7 +106,7 @@ class Session:
         self.fingerprint = Fingerprint(model, private, self.store)  # before the first use of the weights
         self.evaluator = self._make_evaluator(self.fingerprint)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
-        self._probed: dict[tuple[str, ...], Probed] = {}  # by the state of adapters, while the model's parts stay
+        self._probes = Probes()
         watch_lm(self)
 
     # The lock, and one state of the weights
@@ -397,25 +398,16 @@ class Session:
         logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
         evaluator = self._make_evaluator(fingerprint)
         if probe_again:
-            self._probed.clear()
+            self._probes.forget()
         else:
-            self._take_over_probe(fingerprint, evaluator)
+            old = self.evaluator.computation
+            self._probes.pass_on(self.fingerprint, old, fingerprint, evaluator.computation)
         encoder = self._make_encoder(fingerprint.tokenizer)
         self.evaluator.close()
         self._evaluated = WeakKeyDictionary()
         self.encoder = encoder
         self.fingerprint = fingerprint
         self.evaluator = evaluator
-
-    def _take_over_probe(self, fingerprint: Fingerprint, evaluator: Evaluator) -> None:
-        """Spare a new evaluator the probe, if one has probed the same parts with the same adapters: numbers differ."""
-        probed = self.evaluator.computation.probed()
-        if probed is not None:
-            self._probed[self.fingerprint.adapters] = probed
-        if self.fingerprint.has_other_parts():
-            self._probed.clear()
-        elif fingerprint.adapters in self._probed:
-            evaluator.computation.take_over(self._probed[fingerprint.adapters])
 
 
 def _default_bytes(model: nn.Module) -> int:

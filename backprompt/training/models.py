@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backprompt.arguments import as_int
 from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
+from backprompt.model.skeleton import head_dtype, unwrap
+from backprompt.model.spread import head_device
 
 _ATTRIBUTE = "_backprompt_lm"
 
@@ -80,6 +83,13 @@ def _dropout_rate(module: nn.Module) -> float:
         return module.p
     rates = [vars(module).get(name, 0) for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop")]
     return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
+
+
+def is_under_autocast(model: nn.Module) -> bool:
+    """Return whether the caller's autocast computes in another dtype than that of the model's weights."""
+    model = unwrap(model)
+    device = head_device(model).type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != head_dtype(model)
 
 
 class _Kept:

@@ -20,7 +20,7 @@ from backprompt.session.distributions import as_temperature, as_top_k, distribut
 from backprompt.session.limits import TextLimits
 from backprompt.session.session import Session
 from backprompt.training.gradients import distributions
-from backprompt.training.models import scorer_of
+from backprompt.training.models import is_under_autocast, scorer_of
 from backprompt.training.results import Account, RowScores
 from backprompt.training.rows import PaddedRows
 from backprompt.training.trie import num_distinct
@@ -47,12 +47,12 @@ def token_logprobs(
     Column j of the results is of `input_ids[:, -kept + j]`, given the tokens before it in its row. Rows with a common
     beginning, such as completions of one prompt, share the work for it, in any order and with padding on either side.
     Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's first real
-    token. An `LM` computes in the dtype of the weights, and shuts autocast out. A model under autocast computes as the
-    trainer's own call does, and without a prefix cache: parts of a large batch forward what they share once each.
+    token. An `LM` computes in the dtype of the weights, and shuts autocast out. A model computes under the caller's
+    autocast, as it does with gradients, where that is of another dtype than the weights.
 
     With `requires_grad=True` the results have an autograd graph behind them, down to the model's own parameters. Each
-    distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, recomputes
-    its layers in the backward if gradient checkpointing is on, and numbers that are not finite are returned.
+    distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, and
+    recomputes its layers in the backward if gradient checkpointing is on.
 
     Args:
         lm_or_model: an `LM`, which keeps what it computes for later calls, within its budget; or a causal LM of
@@ -76,18 +76,14 @@ def token_logprobs(
         TokenIdError: the model has no such token id.
         TextTooLongError: a row has more tokens than the model has positions.
         UnsupportedModelError: the model cannot be evaluated exactly, or dropout is active in it.
-        NonFiniteError: the model returned NaN or infinity.
+        NonFiniteError: the model returned NaN or infinity. With gradients, and under autocast as above, such numbers
+            are returned.
 
     """
-    if as_bool(requires_grad, "requires_grad") and not torch.is_grad_enabled():
-        raise ValueError(
-            "requires_grad=True makes a graph, and the call stands under torch.no_grad() or torch.inference_mode(). "
-            "Leave that context, or give requires_grad=torch.is_grad_enabled()."
-        )
+    as_bool(requires_grad, "requires_grad")
     lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
     session = lm.session
-    device = session.evaluator.executor.device
-    through_body = requires_grad or (not keeps_results and torch.is_autocast_enabled(device.type))
+    is_cast = not keeps_results and is_under_autocast(session.model)
     try:
         with session.exclusive():
             session.current()
@@ -99,10 +95,9 @@ def token_logprobs(
                 top_k=None if top_k is None else as_top_k(session, top_k, "top_k"),
                 given=None if token_ids is None else _given(session, rows, token_ids),
             )
-            if not through_body:
+            if not requires_grad and not is_cast:
                 return _scores(session, rows, asked)
-        with torch.set_grad_enabled(requires_grad):
-            return _scores_by_body(session, rows, asked)
+        return _scores_of_model(session, rows, asked, requires_grad=requires_grad)
     finally:
         if not keeps_results:
             session.clear()
@@ -116,9 +111,16 @@ def _scores(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
     return _results(rows, found, session.counters.tokens_computed - num_before)
 
 
-def _scores_by_body(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
-    found, num_forwarded = distributions(session.model, rows, asked, session.options.max_tokens_per_forward)
-    return _results(rows, found, num_forwarded)
+def _scores_of_model(session: Session, rows: PaddedRows, asked: Asked, *, requires_grad: bool) -> RowScores:
+    """Return the scores by the user's own model, in its own modes and the caller's surroundings."""
+    if requires_grad and not torch.is_grad_enabled():
+        raise ValueError(
+            "requires_grad=True makes a graph, and the call stands under torch.no_grad() or torch.inference_mode(). "
+            "Leave that context, or give requires_grad=torch.is_grad_enabled()."
+        )
+    with torch.set_grad_enabled(requires_grad):
+        found, num_forwarded = distributions(session.model, rows, asked, session.options.max_tokens_per_forward)
+        return _results(rows, found, num_forwarded)
 
 
 def _results(rows: PaddedRows, found: Distributions, num_forwarded: int) -> RowScores:
