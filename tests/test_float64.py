@@ -8,7 +8,7 @@ from backprompt.classify import predict_proba
 from backprompt.cli.generate import result_of
 from backprompt.store import MemoryStore
 from comparing import assert_equals_plain
-from devices import known_to_torch
+from devices import DEVICE, known_to_torch
 from other_device import OtherDevice, OtherGenerator
 from tiny_models import build
 
@@ -17,6 +17,8 @@ pytestmark = known_to_torch
 
 @pytest.fixture
 def device(monkeypatch):
+    if DEVICE.type != "cpu":
+        pytest.skip("the emulated device stands beside the CPU")
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 4 << 30)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 0)
     monkeypatch.setattr(torch, "Generator", OtherGenerator)
