@@ -7,12 +7,15 @@ weights change during the work, everything is forgotten.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 from weakref import finalize
 
 from torch import Tensor, nn
@@ -33,9 +36,11 @@ from backprompt.forest.passes import (
 )
 from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
+from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.model.executor import Executor
+from backprompt.model.in_flight import Way
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenIds
@@ -60,6 +65,7 @@ class Counters:
     tokens_loaded: int = 0
     forward_passes: int = 0
     logit_rows: int = 0
+    steps: Counter[Way] = field(default_factory=Counter)
     seconds: float = 0.0
 
     @property
@@ -138,6 +144,13 @@ class Means:
     max_tokens_per_forward: int | None
 
 
+class Probed(NamedTuple):
+    """What the probe has found of a model that passed it: the layout of rows, and the bytes of a token."""
+
+    layout: Layout
+    token_bytes: int
+
+
 def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]) -> None:
     """Note that spans took the place of a fan; the forest calls this, and must not keep a computation alive."""
     pools.unfold(fan, spans)
@@ -176,9 +189,14 @@ class Computation:
         """Return the bytes that all of these texts take together, in the device's memory."""
         return num_tokens_of(on_the_way(ends)) * self.token_bytes
 
-    def inserted(self, texts: Iterable[TokenIds], *, are_ends: bool = True) -> AbstractContextManager[list[Span]]:
-        """Yield the ends of texts in the forest; `are_ends`: see `Forest.insert`."""
-        return self._in_forest(self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)
+    def inserted(
+        self, texts: Iterable[TokenIds], known: Iterable[Span | None] | None = None, *, are_ends: bool = True
+    ) -> AbstractContextManager[list[Span]]:
+        """Yield the ends of texts in the forest; `known`: those that are there; `are_ends`: see `Forest.insert`."""
+        return self._in_forest(
+            self.forest.insert(token_ids, is_end=are_ends) if end is None else end
+            for token_ids, end in zip(texts, itertools.repeat(None) if known is None else known, strict=False)
+        )
 
     def extended(self, texts: Iterable[tuple[Span, tuple[int, ...]]]) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts that go on behind spans of the forest; they count as the ends of no texts."""
@@ -362,8 +380,9 @@ class Computation:
         self.make_room()
 
     def clear(self) -> None:
-        """Forget everything computed, pinned texts included."""
+        """Forget everything computed, pinned texts and graphs of steps included."""
         self.holders.unpin_all()
+        self.executor.forget_graphs()
         self._forget()
 
     def _forget(self) -> None:
@@ -384,6 +403,16 @@ class Computation:
             with self.blaming_weights():
                 probe(self._model, self.executor)
             self._is_probed = True
+
+    def probed(self) -> Probed | None:
+        """Return what the probe has found; None before it ran."""
+        layout = self.executor.layout
+        return Probed(layout, self.executor.token_bytes) if self._is_probed and layout is not None else None
+
+    def take_over(self, probed: Probed) -> None:
+        """Take over what the probe has found of a model with the same parts, so that it does not run again."""
+        self.executor.layout, self.executor.token_bytes = probed
+        self._is_probed = True
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.

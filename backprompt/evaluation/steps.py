@@ -23,7 +23,7 @@ from backprompt.forest.span import FAN, Span
 from backprompt.forest.steps import StepPlan
 from backprompt.memory.blocks import BlockRows, States
 from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
-from backprompt.model.executor import Forwarded
+from backprompt.model.in_flight import Forwarded
 
 Token: TypeAlias = "tuple[Span, int]"
 """The last span of a text, and the token with which the text goes on."""
@@ -103,6 +103,7 @@ class Steps:
             return None  # the other way finds out which text is to blame
         counters = computation.counters
         counters.forward_passes += 1
+        counters.steps[forwarded.way] += 1
         counters.tokens_computed += len(tokens)
         counters.seconds += time.perf_counter() - started
         ends = self._keep(plan, in_order, growing, forwarded, states)

@@ -9,6 +9,7 @@ log-sum-exp. The backward makes the same calls: see `kernels.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,7 @@ class _Attend(torch.autograd.Function):
         pair: Pair,
     ) -> Tensor:
         joined = Joined(query, value)
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device):
             if not all(call.is_first for call in calls[:1]):
                 joined.start_with(slice(None), value.new_zeros(()), value.new_full((), _NOTHING, dtype=torch.float32))
             for call in calls:
@@ -146,7 +147,7 @@ class _Attend(torch.autograd.Function):
         grad = grad.contiguous()
         grad_query = torch.zeros(query.shape, dtype=lse.dtype, device=query.device)
         grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device):
             for call in ctx.calls:
                 rows, keys = call.rows, call.keys
                 of_rows, grad_key[:, keys], grad_value[:, keys] = ctx.pair.backward(
@@ -169,6 +170,12 @@ def _grad_sinks(grad: Tensor, output: Tensor, lse: Tensor, sinks: Tensor) -> Ten
     """Return the gradient of the sinks: each takes weight from the output of its head."""
     weights = torch.exp(sinks.to(lse.dtype) - lse)  # (tokens, heads)
     return -(weights * (grad.to(lse.dtype) * output).sum(dim=-1)).sum(dim=0).to(sinks.dtype)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _dtype_of(*given: Tensor) -> torch.dtype:

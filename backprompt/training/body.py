@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from backprompt.model import skeleton
+from backprompt.errors import UnsupportedModelError
+from backprompt.model import skeleton, spread
 from backprompt.model.in_flight import Masks, no_layers_error, run_body
+from backprompt.model.linear import speed_up_trained
 from backprompt.training.attention import TrieAttention
 from backprompt.training.trie import Ints, Trie
 from backprompt.transfers import on_device
@@ -48,7 +50,12 @@ def hidden_states(model: nn.Module, trie: Trie, wanted: Ints, *, is_recomputed: 
         is_recomputed: whether the backward computes the whole call again, so that nothing of it is held until then.
 
     """
-    device = skeleton.model_device(model)
+    if spread.is_spread(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is offloaded or spread over devices by accelerate, so gradients of its weights "
+            "have no one place. Load it onto one device, or score it without gradients."
+        )
+    device = spread.head_device(model)
     call = _Call(
         model_name=type(model).__name__,
         max_position=int(trie.positions.max()),
@@ -56,6 +63,7 @@ def hidden_states(model: nn.Module, trie: Trie, wanted: Ints, *, is_recomputed: 
         device=device,
     )
     body = skeleton.make_trained_body(model, _NAME)
+    speed_up_trained(body)
     for config in skeleton.configs_of(body):
         setattr(config, _ATTRIBUTE, call)
     inputs = on_device(np.stack([trie.token_ids, trie.positions]), device)
@@ -81,7 +89,7 @@ def _attend(
     call: _Call = getattr(module.config, _ATTRIBUTE)
     call.has_attended = True
     scoring = call.scoring(query, attention_mask, **keywords)
-    return call.attention.attend(query[0], key[0], value[0], scoring)[None], None
+    return call.attention.attend(query.squeeze(0), key.squeeze(0), value.squeeze(0), scoring)[None], None
 
 
 def _mark_mask(*, config: Any, mask_function: Callable[..., Tensor], use_vmap: bool = False, **_: object) -> Tensor:

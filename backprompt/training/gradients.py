@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from backprompt.evaluation.distributions import Asked, Distributions
 from backprompt.model import skeleton
-from backprompt.training import head
+from backprompt.model.linear import speed_up_trained
 from backprompt.training.body import hidden_states
+from backprompt.training.head import Wanted, read_distributions
 from backprompt.training.rows import PaddedRows
 from backprompt.training.trie import Ints, Trie, cut, sort_order
 
@@ -44,7 +45,8 @@ def parts_of(rows: PaddedRows, max_tokens: int | None) -> list[Part]:
     scored = np.flatnonzero(rows.lengths > rows.starts)
     if not len(scored):
         return []
-    ids = [rows.token_ids[rows.offsets[row] : rows.offsets[row + 1] - 1] for row in scored]
+    of_rows = rows.split()
+    ids = [of_rows[row][:-1] for row in scored]
     order = sort_order(ids)
     ordered = [ids[idx] for idx in order]
     pieces = [slice(0, len(ids))] if max_tokens is None else cut(ordered, max_tokens)
@@ -83,14 +85,15 @@ def distributions(
         hidden.append(hidden_states(model, part.trie, part.predictors, is_recomputed=len(parts) > 1))
         row_of[part.targets] = part.row_of + num_rows
         num_rows += len(part.predictors)
-    wanted = head.Wanted(row_of, rows.token_ids[rows.targets], asked)
+    wanted = Wanted(row_of, rows.token_ids[rows.targets], asked)
     private = skeleton.make_head(model)
+    speed_up_trained(private)
 
     def logits_of(states: Tensor) -> Tensor:
         logits: Tensor = private(inputs_embeds=states[None], use_cache=False).logits[0]
         return logits
 
-    found = head.read(logits_of, torch.cat(hidden), skeleton.vocab_size(model), wanted)
+    found = read_distributions(logits_of, torch.cat(hidden), skeleton.vocab_size(model), wanted)
     return found, sum(len(part.trie.token_ids) for part in parts)
 
 

@@ -53,7 +53,9 @@ class _Slice(NamedTuple):
     top_ids: Tensor | None
 
 
-def read(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, vocab_size: int, wanted: Wanted) -> Distributions:
+def read_distributions(
+    logits_of: Callable[[Tensor], Tensor], hidden: Tensor, vocab_size: int, wanted: Wanted
+) -> Distributions:
     """Return what is asked for of wanted tokens; each distinct pair of a row and a token is read once.
 
     Args:

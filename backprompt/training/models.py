@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backprompt.arguments import as_int
 from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
-from backprompt.model.skeleton import model_device, unwrap
-from backprompt.warn import warn_caller
 
 _ATTRIBUTE = "_backprompt_lm"
 
@@ -29,13 +26,13 @@ class Scorer(NamedTuple):
     keeps_results: bool
 
 
-def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None) -> Scorer:
+def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, requires_grad: bool = False) -> Scorer:
     """Return an `LM` as given, or that of a model.
 
     Raises:
         TypeError: the value is neither.
         ValueError: an `LM` is given together with `max_tokens_per_forward`.
-        UnsupportedModelError: dropout is active in the model.
+        UnsupportedModelError: dropout is active in the model, or gradients would not reach other processes.
 
     """
     if max_tokens_per_forward is not None:
@@ -46,12 +43,18 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None) -
                 "max_tokens_per_forward is for models. An LM has its own, given when it is made: "
                 "LM(model, tokenizer, max_tokens_per_forward=...)."
             )
+        if requires_grad:
+            check_no_dropout(lm_or_model.session.model)
         return Scorer(lm_or_model, keeps_results=True)
     if not isinstance(lm_or_model, nn.Module):
         raise TypeError(f"lm_or_model must be an LM or a model of transformers, not {type(lm_or_model).__name__}.")
+    if requires_grad and isinstance(lm_or_model, DistributedDataParallel):
+        raise UnsupportedModelError(
+            "DistributedDataParallel averages gradients only behind a call of its own forward, which a shared pass "
+            "does not make. Give its .module, and average the gradients of the processes yourself."
+        )
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
-    _warn_of_autocast(model)
     return Scorer(_own_lm(model, max_tokens_per_forward), keeps_results=False)
 
 
@@ -77,16 +80,6 @@ def _dropout_rate(module: nn.Module) -> float:
         return module.p
     rates = [vars(module).get(name, 0) for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop")]
     return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
-
-
-def _warn_of_autocast(model: nn.Module) -> None:
-    device = model_device(unwrap(model))
-    if torch.is_autocast_enabled(device.type) and next(model.parameters()).dtype == torch.float32:
-        lower = torch.get_autocast_dtype(device.type)
-        warn_caller(
-            f"Autocast to {lower} is on, but without gradients backprompt computes in the dtype of the weights, "
-            f"torch.float32: more exact and slower. For the speed of {lower} load the weights in it."
-        )
 
 
 class _Kept:

@@ -121,6 +121,10 @@ class PaddedRows:
         """Return the real tokens of a row."""
         return tuple(self.token_ids[self.offsets[row] : self.offsets[row + 1]].tolist())
 
+    def split(self) -> list[Ints]:
+        """Return the real tokens of each row."""
+        return np.split(self.token_ids, self.offsets[1:-1]) if self.num_rows else []
+
     def of_targets(self, values: Tensor, name: str) -> Tensor:
         """Return, of values for all kept columns, those of the targets, `(targets, ...)`.
 

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from backprompt.arguments import as_bool
 from backprompt.errors import TokenIdError
 from backprompt.evaluation.distributions import Asked, Distributions
-from backprompt.evaluation.scoring import Wanted
+from backprompt.evaluation.reading import Wanted
 from backprompt.lm import LM
 from backprompt.session.distributions import as_temperature, as_top_k, distributions_of_ids
 from backprompt.session.limits import TextLimits
 from backprompt.session.session import Session
-from backprompt.tokens.graph import common_length
+from backprompt.training.gradients import distributions
 from backprompt.training.models import scorer_of
 from backprompt.training.results import Account, RowScores
 from backprompt.training.rows import PaddedRows
+from backprompt.training.trie import num_distinct
 
 
 def token_logprobs(
@@ -35,6 +36,7 @@ def token_logprobs(
     entropy: bool = False,
     top_k: int | None = None,
     token_ids: Tensor | None = None,
+    requires_grad: bool = False,
     max_tokens_per_forward: int | None = None,
 ) -> RowScores:
     """Return the log-probabilities of a padded batch's tokens, with each distinct token forwarded once.
@@ -44,8 +46,13 @@ def token_logprobs(
 
     Column j of the results is of `input_ids[:, -kept + j]`, given the tokens before it in its row. Rows with a common
     beginning, such as completions of one prompt, share the work for it, in any order and with padding on either side.
-    Each row's numbers are those of a plain call on the row's own tokens, in eval mode, in the dtype of the weights:
-    autocast is shut out, and positions count from the row's first real token.
+    Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's first real
+    token. An `LM` computes in the dtype of the weights, and shuts autocast out. A model under autocast computes as the
+    trainer's own call does, and without a prefix cache: parts of a large batch forward what they share once each.
+
+    With `requires_grad=True` the results have an autograd graph behind them, down to the model's own parameters. Each
+    distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, recomputes
+    its layers in the backward if gradient checkpointing is on, and numbers that are not finite are returned.
 
     Args:
         lm_or_model: an `LM`, which keeps what it computes for later calls, within its budget; or a causal LM of
@@ -59,7 +66,10 @@ def token_logprobs(
         top_k: how many of the most probable tokens to return, with their log-probabilities; None for none.
         token_ids: other tokens to score in the place of each token, `(rows, kept, k)`; any number at padding. None for
             none.
-        max_tokens_per_forward: for a model, the largest number of tokens in one packed pass; see `LM`.
+        requires_grad: whether the results have a graph, see above.
+        max_tokens_per_forward: for a model, the largest number of tokens in one packed pass; see `LM`. With gradients
+            None means no limit. Under a limit a batch goes through the model in parts, which the backward computes
+            again, one after the other; beginnings that several parts share are forwarded for each.
 
     Raises:
         TypeError, ValueError: a value is not as described; the message names it.
@@ -69,20 +79,30 @@ def token_logprobs(
         NonFiniteError: the model returned NaN or infinity.
 
     """
-    lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward)
+    if as_bool(requires_grad, "requires_grad") and not torch.is_grad_enabled():
+        raise ValueError(
+            "requires_grad=True makes a graph, and the call stands under torch.no_grad() or torch.inference_mode(). "
+            "Leave that context, or give requires_grad=torch.is_grad_enabled()."
+        )
+    lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
     session = lm.session
+    device = session.evaluator.executor.device
+    through_body = requires_grad or (not keeps_results and torch.is_autocast_enabled(device.type))
     try:
         with session.exclusive():
             session.current()
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
-            _check_lengths(session.limits, rows)
+            check_lengths(session.limits, rows)
             asked = Asked(
                 temperature=as_temperature(temperature),
                 entropy=as_bool(entropy, "entropy"),
                 top_k=None if top_k is None else as_top_k(session, top_k, "top_k"),
                 given=None if token_ids is None else _given(session, rows, token_ids),
             )
-            return _scores(session, rows, asked)
+            if not through_body:
+                return _scores(session, rows, asked)
+        with torch.set_grad_enabled(requires_grad):
+            return _scores_by_body(session, rows, asked)
     finally:
         if not keeps_results:
             session.clear()
@@ -93,14 +113,22 @@ def _scores(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
     numbers = (rows.lengths > rows.starts).nonzero()[0].tolist()  # of the rows with targets
     texts, starts = [rows.ids_of(row) for row in numbers], rows.starts[numbers].tolist()
     found = _read(session, texts, starts, asked)
-    num_forwarded = session.counters.tokens_computed - num_before
+    return _results(rows, found, session.counters.tokens_computed - num_before)
+
+
+def _scores_by_body(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
+    found, num_forwarded = distributions(session.model, rows, asked, session.options.max_tokens_per_forward)
+    return _results(rows, found, num_forwarded)
+
+
+def _results(rows: PaddedRows, found: Distributions, num_forwarded: int) -> RowScores:
     return RowScores(
         logprobs=rows.scattered(found.logprobs.to(torch.float32)),
         entropies=_scattered(rows, found.entropies),
         top_logprobs=_scattered(rows, found.top_logprobs),
         top_ids=None if found.top_ids is None else rows.scattered(found.top_ids),
         given_logprobs=_scattered(rows, found.given_logprobs),
-        account=Account(len(rows.token_ids), num_distinct(rows), num_forwarded),
+        account=Account(len(rows.token_ids), num_distinct(rows.split()), num_forwarded),
     )
 
 
@@ -112,29 +140,19 @@ def _read(session: Session, texts: Sequence[tuple[int, ...]], starts: Sequence[i
     """Return what is asked for of the tokens of each row from a start on, row behind row."""
     if asked.is_plain:
         session.counters.tokens_requested += sum(map(len, texts))
-        scored = session.evaluator.scoring.token_scores(texts, starts, [False] * len(texts))
+        scored = session.evaluator.scoring.token_scores(texts, starts, [None] * len(texts))
         return Distributions(scored.scores.logprobs, None, None, None, None)
     wanted = [Wanted(ids[:-1], start, ids[-1:]) for ids, start in zip(texts, starts, strict=True)]
     return distributions_of_ids(session, wanted, asked)
 
 
-def num_distinct(rows: PaddedRows) -> int:
-    """Return the number of distinct tokens of the rows: the sizes of the sorted rows without what neighbours share."""
-    before: tuple[int, ...] = ()
-    total = 0
-    for ids in sorted(map(rows.ids_of, range(rows.num_rows))):
-        total += len(ids) - common_length(ids, before, 0)
-        before = ids
-    return total
-
-
-def _check_lengths(limits: TextLimits, rows: PaddedRows) -> None:
-    """Raise TextTooLongError for the first row that does not fit; its last token takes no position."""
+def check_lengths(limits: TextLimits, rows: PaddedRows, num_unused: int = 1) -> None:
+    """Raise TextTooLongError for the first row that does not fit; `num_unused`: its last tokens take no position."""
     if limits.model.max_tokens is None:
         return
-    for row in (rows.lengths - 1 > limits.model.max_tokens).nonzero()[0].tolist():
+    for row in (rows.lengths - num_unused > limits.model.max_tokens).nonzero()[0].tolist():
         num_tokens = int(rows.lengths[row])
-        limits.check_length(f"Row {row} of input_ids", num_tokens, num_tokens - 1)
+        limits.check_length(f"Row {row} of input_ids", num_tokens, num_tokens - num_unused)
 
 
 def _given(session: Session, rows: PaddedRows, token_ids: Tensor) -> Tensor:

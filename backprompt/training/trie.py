@@ -79,6 +79,12 @@ def shared_beginnings(rows: Sequence[Ints]) -> list[int]:
     return [0, *(_num_common(before, row) for before, row in pairwise(rows))][: len(rows)]
 
 
+def num_distinct(rows: Sequence[Ints]) -> int:
+    """Return the number of distinct tokens of rows, in any order."""
+    ordered = [rows[idx] for idx in sort_order(rows)]
+    return sum(map(len, rows)) - sum(shared_beginnings(ordered))
+
+
 def _num_common(before: Ints, row: Ints) -> int:
     num = min(len(before), len(row))
     differs = before[:num] != row[:num]
@@ -92,7 +98,9 @@ def cut(rows: Sequence[Ints], max_tokens: int) -> list[slice]:
     fewest tokens in all, and of these with the fewest parts.
     """
     shared = shared_beginnings(rows)
-    max_tokens = max(max_tokens, *map(len, rows), 0)
+    if sum(map(len, rows)) - sum(shared) <= max_tokens:
+        return [slice(0, len(rows))] if rows else []
+    max_tokens = max(max_tokens, *map(len, rows))
     best = [(0, 0, 0)]  # for the first n rows: tokens, parts, and the first row of the last part
     for stop in range(1, len(rows) + 1):
         found = []
