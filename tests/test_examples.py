@@ -70,13 +70,13 @@ def test_hello_there(
     assert f"{num_distinct([*texts, context + ' General' + ' Grievous']) - num_distinct(texts)} more." in printed
 
 
-# requests.py
+# shared_context.py
 
 
 def test_requests_share_the_manual(
     example: Callable[[str], ModuleType], model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    requests = example("requests")
+    requests = example("shared_context")
     lm = load(model_folder)
     questions = [f"\n\nQuestion: {question}\nAnswer:" for question in requests.QUESTIONS[:6]]
     runs = requests.run_all(lm, questions)
@@ -97,7 +97,7 @@ def test_requests_share_the_manual(
 
 
 def test_there_are_twenty_requests(example: Callable[[str], ModuleType]) -> None:
-    requests = example("requests")
+    requests = example("shared_context")
     assert len(set(requests.QUESTIONS)) == 20
     assert 400 <= len(requests.MANUAL.split()) <= 1000
 

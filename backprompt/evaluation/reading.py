@@ -21,13 +21,13 @@ from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.fan import Fan
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Inserted, Span
-from backprompt.tokens.graph import TokenGraph
+from backprompt.tokens.graph import TokenGraph, TokenIds
 
 
-class Ready(NamedTuple):
-    """A text whose states are held, and what of it is scored: tokens from `start` on, and tokens that may follow."""
+class Wanted(NamedTuple):
+    """A text to be scored: its tokens from `start` on, and tokens that may follow it and are not forwarded."""
 
-    text: Inserted
+    token_ids: TokenIds
     start: int
     candidates: Sequence[int] = ()
 
@@ -61,20 +61,20 @@ class Reading:
         self._logprobs = np.zeros(0)  # of candidates, once all texts are added
         self._are_argmax = np.zeros(0, dtype=bool)
 
-    def add(self, item: Ready | Fan) -> int:
-        """Add a text, or the completions of a fan; return how many scores are read of it."""
-        return self._add_fan(item) if isinstance(item, Fan) else self._add_text(item)
+    def add(self, item: Wanted | Fan, end: Span) -> int:
+        """Add a text that ends here, or the completions of a fan; return how many scores are read of it."""
+        return self._add_fan(item) if isinstance(item, Fan) else self._add_text(item, end)
 
-    def _add_text(self, text: Ready) -> int:
+    def _add_text(self, text: Wanted, end: Span) -> int:
         num_scores = len(text.candidates)
-        for span, first_row in spans_from(self._forest, text.text, text.start):
+        for span, first_row in spans_from(self._forest, end, text.token_ids, text.start):
             first, num_tokens = self.rows.first_of(span), len(span.token_ids)
             self._starts.append(first + first_row)
             self._stops.append(first + num_tokens)
             self._want(span, first_row)
             num_scores += num_tokens - first_row
         for token_id in text.candidates:
-            number = self._number_of(text.text.end, token_id)
+            number = self._number_of(end, token_id)
             self._starts.append(number)
             self._stops.append(number + 1)
         return num_scores
@@ -103,7 +103,7 @@ class Reading:
 
     def add_ahead(self, text: Inserted) -> None:
         """Let a text be scored without being read."""
-        for span, _ in spans_from(self._forest, text, 0):
+        for span, _ in spans_from(self._forest, text.end, text.token_ids, 0):
             self._want(span, 0)
 
     def predictions(self) -> Predictions:
@@ -148,13 +148,11 @@ class Reading:
         is_candidate = numbers < 0
         places = -1 - numbers[is_candidate]
         self._logprobs[places], self._are_argmax[places] = on_host[:, is_candidate]
-        by_end: dict[Span, dict[int, TokenScore]] = {}
         for place in places.tolist() if self._missing else ():
             if (missing := self._missing.get(-1 - place)) is not None:
+                end, token_id = missing
                 score = TokenScore(float(self._logprobs[place]), bool(self._are_argmax[place]))
-                by_end.setdefault(missing[0], {})[missing[1]] = score
-        for end, own in by_end.items():
-            self._pools.candidates.put(end, own)
+                self._pools.candidates.put(end, [(token_id, score)])
 
     def keep_leaves(self) -> None:
         """Keep the scores of all leaves in their pool; all of them are there."""
@@ -169,16 +167,15 @@ class Reading:
         candidates = TokenScores.of_arrays(self._logprobs, self._are_argmax, dtype, device)
         return self.rows.scores(numbers, candidates)
 
-    def numbers_of(self, item: Ready | Fan) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
-        """Yield the number of each score of a text or a fan, and what returns the ids of all before the token."""
+    def numbers_of(self, item: Wanted | Fan, end: Span) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
+        """Yield the number of each score of what was added, and what returns the ids of all before the token."""
         if isinstance(item, Fan):
             for number, parent in zip(self._numbers_in(item).tolist(), item.shape.scores.parents, strict=True):
                 yield number, partial(_ids_in_fan, item, int(parent))
             return
-        for span, first_row in spans_from(self._forest, item.text, item.start):
+        for span, first_row in spans_from(self._forest, end, item.token_ids, item.start):
             for idx in range(first_row, len(span.token_ids)):
                 yield self.rows.first_of(span) + idx, partial(_ids_before, span, idx)
-        end = item.text.end
         for token_id in item.candidates:
             yield self._number_of(end, token_id), partial(ids_up_to, end)
 
@@ -190,7 +187,7 @@ class Reading:
     def _number_of(self, end: Span, token_id: int) -> int:
         number = self._candidates.get((end, token_id))
         if number is None:
-            pooled = self._pools.candidates.get(end).get(token_id)
+            pooled = self._pools.candidates.get(end, token_id)
             child = held_child(end, token_id) if pooled is None else None
             if child is not None:
                 number = self.rows.first_of(child)
@@ -226,7 +223,7 @@ class Reading:
             assert span.parent is not None
             if not span.parent.token_ids:
                 unpredicted.append(number)
-            elif (pooled := self._pools.candidates.get(span.parent).get(span.token_ids[0])) is not None:
+            elif (pooled := self._pools.candidates.get(span.parent, span.token_ids[0])) is not None:
                 recalled[number] = pooled
             else:
                 predictions.add_first(span.parent, number)
@@ -237,18 +234,18 @@ class Reading:
         predictions.add_inner(token_ids, ranges((firsts + np.maximum(1, first_rows))[left], stops[left]))
 
 
-def spans_from(forest: Forest, text: Inserted, start: int) -> list[tuple[Span, int]]:
+def spans_from(forest: Forest, end: Span, token_ids: TokenIds, start: int) -> list[tuple[Span, int]]:
     """Return the spans of a text's tokens from `start` on, in written order, each with its first such row."""
     spans: list[tuple[Span, int]] = []
-    if isinstance(text.token_ids, TokenGraph):
+    if isinstance(token_ids, TokenGraph):
         num_before = 0
-        for span in forest.in_order(text):
+        for span in forest.in_order(Inserted(end, token_ids)):
             stop = num_before + len(span.token_ids)
             if stop > start:
                 spans.append((span, max(0, start - num_before)))
             num_before = stop
         return spans
-    span = text.end
+    span = end
     while span.parent is not None and span.position + len(span.token_ids) > start:
         spans.append((span, max(0, start - span.position)))
         span = span.parent

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backprompt.arguments import as_int
 from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
-from backprompt.model.skeleton import model_device, unwrap
-from backprompt.warn import warn_caller
 
 _ATTRIBUTE = "_backprompt_lm"
 
@@ -58,8 +55,6 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
         )
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
-    if not requires_grad:
-        _warn_of_autocast(model)
     return Scorer(_own_lm(model, max_tokens_per_forward), keeps_results=False)
 
 
@@ -85,16 +80,6 @@ def _dropout_rate(module: nn.Module) -> float:
         return module.p
     rates = [vars(module).get(name, 0) for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop")]
     return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
-
-
-def _warn_of_autocast(model: nn.Module) -> None:
-    device = model_device(unwrap(model))
-    if torch.is_autocast_enabled(device.type) and next(model.parameters()).dtype == torch.float32:
-        lower = torch.get_autocast_dtype(device.type)
-        warn_caller(
-            f"Autocast to {lower} is on, but without gradients backprompt computes in the dtype of the weights, "
-            f"torch.float32: more exact and slower. For the speed of {lower} load the weights in it."
-        )
 
 
 class _Kept:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from backprompt.arguments import as_bool
 from backprompt.errors import TokenIdError
 from backprompt.evaluation.distributions import Asked, Distributions
-from backprompt.evaluation.scoring import Wanted
+from backprompt.evaluation.reading import Wanted
 from backprompt.lm import LM
 from backprompt.session.distributions import as_temperature, as_top_k, distributions_of_ids
 from backprompt.session.limits import TextLimits
@@ -46,8 +46,9 @@ def token_logprobs(
 
     Column j of the results is of `input_ids[:, -kept + j]`, given the tokens before it in its row. Rows with a common
     beginning, such as completions of one prompt, share the work for it, in any order and with padding on either side.
-    Each row's numbers are those of a plain call on the row's own tokens, in eval mode, in the dtype of the weights:
-    autocast is shut out, and positions count from the row's first real token.
+    Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's first real
+    token. An `LM` computes in the dtype of the weights, and shuts autocast out. A model under autocast computes as the
+    trainer's own call does, and without a prefix cache: parts of a large batch forward what they share once each.
 
     With `requires_grad=True` the results have an autograd graph behind them, down to the model's own parameters. Each
     distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, recomputes
@@ -78,23 +79,30 @@ def token_logprobs(
         NonFiniteError: the model returned NaN or infinity.
 
     """
-    as_bool(requires_grad, "requires_grad")
+    if as_bool(requires_grad, "requires_grad") and not torch.is_grad_enabled():
+        raise ValueError(
+            "requires_grad=True makes a graph, and the call stands under torch.no_grad() or torch.inference_mode(). "
+            "Leave that context, or give requires_grad=torch.is_grad_enabled()."
+        )
     lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
     session = lm.session
+    device = session.evaluator.executor.device
+    through_body = requires_grad or (not keeps_results and torch.is_autocast_enabled(device.type))
     try:
         with session.exclusive():
             session.current()
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
-            _check_lengths(session.limits, rows)
+            check_lengths(session.limits, rows)
             asked = Asked(
                 temperature=as_temperature(temperature),
                 entropy=as_bool(entropy, "entropy"),
                 top_k=None if top_k is None else as_top_k(session, top_k, "top_k"),
                 given=None if token_ids is None else _given(session, rows, token_ids),
             )
-            if not requires_grad:
+            if not through_body:
                 return _scores(session, rows, asked)
-        return _scores_with_graph(session, rows, asked)
+        with torch.set_grad_enabled(requires_grad):
+            return _scores_by_body(session, rows, asked)
     finally:
         if not keeps_results:
             session.clear()
@@ -108,12 +116,7 @@ def _scores(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
     return _results(rows, found, session.counters.tokens_computed - num_before)
 
 
-def _scores_with_graph(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
-    if not torch.is_grad_enabled():
-        raise ValueError(
-            "requires_grad=True makes a graph, and the call stands under torch.no_grad() or torch.inference_mode(). "
-            "Leave that context, or give requires_grad=torch.is_grad_enabled()."
-        )
+def _scores_by_body(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
     found, num_forwarded = distributions(session.model, rows, asked, session.options.max_tokens_per_forward)
     return _results(rows, found, num_forwarded)
 
@@ -137,19 +140,19 @@ def _read(session: Session, texts: Sequence[tuple[int, ...]], starts: Sequence[i
     """Return what is asked for of the tokens of each row from a start on, row behind row."""
     if asked.is_plain:
         session.counters.tokens_requested += sum(map(len, texts))
-        scored = session.evaluator.scoring.token_scores(texts, starts, [False] * len(texts))
+        scored = session.evaluator.scoring.token_scores(texts, starts, [None] * len(texts))
         return Distributions(scored.scores.logprobs, None, None, None, None)
     wanted = [Wanted(ids[:-1], start, ids[-1:]) for ids, start in zip(texts, starts, strict=True)]
     return distributions_of_ids(session, wanted, asked)
 
 
-def _check_lengths(limits: TextLimits, rows: PaddedRows) -> None:
-    """Raise TextTooLongError for the first row that does not fit; its last token takes no position."""
+def check_lengths(limits: TextLimits, rows: PaddedRows, num_unused: int = 1) -> None:
+    """Raise TextTooLongError for the first row that does not fit; `num_unused`: its last tokens take no position."""
     if limits.model.max_tokens is None:
         return
-    for row in (rows.lengths - 1 > limits.model.max_tokens).nonzero()[0].tolist():
+    for row in (rows.lengths - num_unused > limits.model.max_tokens).nonzero()[0].tolist():
         num_tokens = int(rows.lengths[row])
-        limits.check_length(f"Row {row} of input_ids", num_tokens, num_tokens - 1)
+        limits.check_length(f"Row {row} of input_ids", num_tokens, num_tokens - num_unused)
 
 
 def _given(session: Session, rows: PaddedRows, token_ids: Tensor) -> Tensor:
