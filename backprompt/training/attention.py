@@ -144,7 +144,6 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, output, lse = ctx.saved_tensors
-        grad = grad.contiguous()
         grad_query = torch.zeros(query.shape, dtype=lse.dtype, device=query.device)
         grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
         with _without_autocast(query.device):
