@@ -16,17 +16,29 @@ from torch.nn.parallel import DistributedDataParallel
 from backprompt.arguments import as_int
 from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
-from backprompt.model.skeleton import head_dtype, unwrap
+from backprompt.model.skeleton import unwrap
 from backprompt.model.spread import head_device
 
 _ATTRIBUTE = "_backprompt_lm"
 
 
 class Scorer(NamedTuple):
-    """An `LM`, and whether it keeps what it computes between calls."""
+    """An `LM`, whether it keeps what it computes between calls, and the largest number of tokens in a pass."""
 
     lm: LM
     keeps_results: bool
+    max_tokens_per_forward: int | None
+
+    def prepare(self, *, with_gradients: bool) -> None:
+        """Let the `LM` look at the weights, and set the size of its passes; its lock must be held.
+
+        Passes with gradients do not go through its evaluator, which would probe the model.
+        """
+        computation = self.lm.session.current().computation
+        if not self.keeps_results:
+            computation.max_tokens = self.max_tokens_per_forward or computation.executor.tokens_per_forward()
+        if with_gradients:
+            computation.probe_once()
 
 
 def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, requires_grad: bool = False) -> Scorer:
@@ -48,7 +60,7 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
             )
         if requires_grad:
             check_no_dropout(lm_or_model.session.model)
-        return Scorer(lm_or_model, keeps_results=True)
+        return Scorer(lm_or_model, True, lm_or_model.session.options.max_tokens_per_forward)
     if not isinstance(lm_or_model, nn.Module):
         raise TypeError(f"lm_or_model must be an LM or a model of transformers, not {type(lm_or_model).__name__}.")
     if requires_grad and isinstance(lm_or_model, DistributedDataParallel):
@@ -58,46 +70,57 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
         )
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
-    return Scorer(_own_lm(model, max_tokens_per_forward), keeps_results=False)
+    return Scorer(_own_lm(model), False, max_tokens_per_forward)
 
 
 def check_no_dropout(model: nn.Module) -> None:
-    """Raise UnsupportedModelError if a module drops numbers at random in the model's present mode."""
+    """Raise UnsupportedModelError if a module drops numbers or adds noise at random in the model's present mode."""
     for name, module in model.named_modules():
-        if module.training and (rate := _dropout_rate(module)) > 0:
+        if module.training and (found := _randomness(module)) is not None:
             raise UnsupportedModelError(
                 f"Dropout is active: the model is in training mode, and its module {name or type(module).__name__!r} "
-                f"drops with probability {rate:g}. A trainer's own numbers are of random parts of the model then, "
-                "which no shared pass can reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in "
-                "peft, attn_pdrop=0 and the like in a configuration), or call model.eval() for this call."
+                f"{found}. A trainer's own numbers are of random parts of the model then, which no shared pass can "
+                "reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in peft, attn_pdrop=0 and "
+                "the like in a configuration), or call model.eval() for this call."
             )
 
 
-def _dropout_rate(module: nn.Module) -> float:
-    """Return the probability with which a module drops numbers in training; 0 if it never does.
+def _randomness(module: nn.Module) -> str | None:
+    """Return what a module does at random in training, for messages; None if it does nothing.
 
-    Attention of transformers has no module for its dropout, but a number in an attribute. Modules with modules of their
-    own for it name those "dropout", too, which are no numbers.
+    Many modules of transformers have no module for their dropout, but a number in an attribute: "attention_dropout",
+    "residual_dropout", "resid_pdrop". Routers of experts have "router_jitter_noise". Modules with modules of their own
+    for it name those "dropout", too, which are no numbers.
     """
     if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p
-    rates = [vars(module).get(name, 0) for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop")]
-    return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
+        return f"drops with probability {module.p:g}" if module.p > 0 else None
+    for name, value in vars(module).items():
+        if not isinstance(value, float) or value <= 0:
+            continue
+        if name.endswith("jitter_noise"):
+            return f"adds noise ({name} = {value:g})"
+        if "dropout" in name or name.endswith(("pdrop", "layerdrop")):
+            return f"drops with probability {value:g}"
+    return None
 
 
 def is_under_autocast(model: nn.Module) -> bool:
-    """Return whether the caller's autocast computes in another dtype than that of the model's weights."""
-    model = unwrap(model)
-    device = head_device(model).type
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != head_dtype(model)
+    """Return whether the caller's autocast computes in another dtype than that of some of the model's weights.
+
+    The weights of adapters are often float32 beside others in half precision.
+    """
+    device = head_device(unwrap(model)).type
+    if not torch.is_autocast_enabled(device):
+        return False
+    dtype = torch.get_autocast_dtype(device)
+    return any(weight.is_floating_point() and weight.dtype != dtype for weight in model.parameters())
 
 
 class _Kept:
-    """What a model keeps: its `LM`, and the option that it was made with. Copies and pickles of it are empty."""
+    """What a model keeps: its `LM`. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
         self.lm: LM | None = None
-        self.max_tokens_per_forward: int | None = None
 
     def __copy__(self) -> _Kept:
         return _Kept()
@@ -109,16 +132,12 @@ class _Kept:
         return _Kept, ()
 
 
-def _own_lm(model: nn.Module, max_tokens_per_forward: int | None) -> LM:
+def _own_lm(model: nn.Module) -> LM:
     """Return the `LM` that a model keeps, made if need be."""
-    kept = vars(model).setdefault(_ATTRIBUTE, _Kept())
-    lm: LM | None = kept.lm
-    # A shallow copy of a model has the attributes of the original.
-    is_fitting = lm is not None and lm.session.model is model and kept.max_tokens_per_forward == max_tokens_per_forward
-    if lm is None or not is_fitting:
-        lm = LM(model, NoTokenizer(), max_tokens_per_forward=max_tokens_per_forward)
+    lm: LM | None = vars(model).setdefault(_ATTRIBUTE, _Kept()).lm
+    if lm is None or lm.session.model is not model:  # a shallow copy of a model has the attributes of the original
         kept = vars(model)[_ATTRIBUTE] = _Kept()
-        kept.lm, kept.max_tokens_per_forward = lm, max_tokens_per_forward
+        lm = kept.lm = LM(model, NoTokenizer())
     return lm
 
 

@@ -20,7 +20,7 @@ from backprompt.session.distributions import as_temperature, as_top_k, distribut
 from backprompt.session.limits import TextLimits
 from backprompt.session.session import Session
 from backprompt.training.gradients import distributions
-from backprompt.training.models import is_under_autocast, scorer_of
+from backprompt.training.models import Scorer, is_under_autocast, scorer_of
 from backprompt.training.results import Account, RowScores
 from backprompt.training.rows import PaddedRows
 from backprompt.training.trie import num_distinct
@@ -48,7 +48,7 @@ def token_logprobs(
     beginning, such as completions of one prompt, share the work for it, in any order and with padding on either side.
     Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's first real
     token. An `LM` computes in the dtype of the weights, and shuts autocast out. A model computes under the caller's
-    autocast, as it does with gradients, where that is of another dtype than the weights.
+    autocast, as it does with gradients, where that is of another dtype than some of the weights.
 
     With `requires_grad=True` the results have an autograd graph behind them, down to the model's own parameters. Each
     distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, and
@@ -81,12 +81,12 @@ def token_logprobs(
 
     """
     as_bool(requires_grad, "requires_grad")
-    lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
-    session = lm.session
-    is_cast = not keeps_results and is_under_autocast(session.model)
+    scorer = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
+    session = scorer.lm.session
+    goes_through_lm = not requires_grad and (scorer.keeps_results or not is_under_autocast(session.model))
     try:
         with session.exclusive():
-            session.current()
+            scorer.prepare(with_gradients=not goes_through_lm)
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
             check_lengths(session.limits, rows)
             asked = Asked(
@@ -95,11 +95,11 @@ def token_logprobs(
                 top_k=None if top_k is None else as_top_k(session, top_k, "top_k"),
                 given=None if token_ids is None else _given(session, rows, token_ids),
             )
-            if not requires_grad and not is_cast:
+            if goes_through_lm:
                 return _scores(session, rows, asked)
-        return _scores_of_model(session, rows, asked, requires_grad=requires_grad)
+        return _scores_of_model(scorer, rows, asked, requires_grad=requires_grad)
     finally:
-        if not keeps_results:
+        if not scorer.keeps_results:
             session.clear()
 
 
@@ -111,7 +111,7 @@ def _scores(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
     return _results(rows, found, session.counters.tokens_computed - num_before)
 
 
-def _scores_of_model(session: Session, rows: PaddedRows, asked: Asked, *, requires_grad: bool) -> RowScores:
+def _scores_of_model(scorer: Scorer, rows: PaddedRows, asked: Asked, *, requires_grad: bool) -> RowScores:
     """Return the scores by the user's own model, in its own modes and the caller's surroundings."""
     if requires_grad and not torch.is_grad_enabled():
         raise ValueError(
@@ -119,7 +119,8 @@ def _scores_of_model(session: Session, rows: PaddedRows, asked: Asked, *, requir
             "Leave that context, or give requires_grad=torch.is_grad_enabled()."
         )
     with torch.set_grad_enabled(requires_grad):
-        found, num_forwarded = distributions(session.model, rows, asked, session.options.max_tokens_per_forward)
+        model, max_tokens = scorer.lm.session.model, scorer.max_tokens_per_forward
+        found, num_forwarded = distributions(model, rows, asked, max_tokens)
         return _results(rows, found, num_forwarded)
 
 

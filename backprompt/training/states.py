@@ -52,9 +52,10 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
         UnsupportedModelError: the model cannot be evaluated exactly, or dropout is active in it.
 
     """
-    session = scorer_of(model, None, requires_grad=True).lm.session
+    scorer = scorer_of(model, None, requires_grad=True)
+    session = scorer.lm.session
     with session.exclusive():
-        session.current()
+        scorer.prepare(with_gradients=True)
         rows = PaddedRows.of(input_ids, attention_mask, 0, session.limits.model.num_embeddings)
         check_lengths(session.limits, rows, num_unused=0)
     causal = skeleton.unwrap(model)
