@@ -17,6 +17,7 @@ from backprompt.attention.by_device import AttentionByDevice
 from backprompt.memory.blocks import KeysValues
 from backprompt.memory.location import Location
 from backprompt.model import skeleton
+from backprompt.model.pass_size import TOKENS
 from backprompt.model.spread import offloaded
 from backprompt.store import MemoryStore
 from comparing import assert_close, assert_equals_plain, num_distinct
@@ -333,6 +334,8 @@ def test_keys_stay_on_the_device_of_their_layer(family, moved, max_tokens, other
     assert lm.stats.tokens_computed == num_distinct(texts)
     layers = {"head": set(), "first layer": {0}, "last layer": {len(layers_of(model)) - 1}}
     assert_rows_lie_there(lm, layers.get(moved, set(range(len(layers_of(model))))))
+    if max_tokens is None:
+        assert lm.session.evaluator.max_tokens_per_forward == TOKENS["cpu"]
     states = {span.states.block.hidden.device.type for span in lm.session.evaluator.forest.held_spans()}
     assert states == {OTHER.type if is_at_the_head else "cpu"}
 

@@ -138,9 +138,10 @@ class Executor:
         """The layout of rows; known after the first pass."""
         self.device_of: dict[str, torch.device] = {}
         """The device of each tensor of a block, by name; known after the first pass."""
-        devices = spread.devices_of(model)
-        self._attention: ForestAttention = attention_for(self.device) if len(devices) == 1 else AttentionByDevice()
-        self._make_copies = copies_for(self.device) if len(devices) == 1 else CopiesByDevice
+        self._devices = spread.devices_of(model)
+        is_on_one = len(self._devices) == 1
+        self._attention: ForestAttention = attention_for(self.device) if is_on_one else AttentionByDevice()
+        self._make_copies = copies_for(self.device) if is_on_one else CopiesByDevice
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
@@ -317,7 +318,7 @@ class Executor:
 
     def tokens_per_forward(self) -> int:
         """Return the largest number of tokens in a pass, where the caller gives none."""
-        return tokens_per_forward(self._body, self.device)
+        return min(tokens_per_forward(self._body, device) for device in self._devices)
 
     def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
         """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""
