@@ -155,12 +155,7 @@ def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]
 
 
 class Computation:
-    """Computes spans, each once for as long as it is held.
-
-    Attributes:
-        probed: what the probe has found; None before it ran.
-
-    """
+    """Computes spans, each once for as long as it is held."""
 
     def __init__(self, means: Means) -> None:
         self._model = means.model
@@ -175,7 +170,7 @@ class Computation:
         self.holders = Holders()
         self.tile_tokens = TILE_TOKENS
         self._checked_work = self.counters.work
-        self.probed: Probed | None = None
+        self._is_probed = False
         self._empty = _Empty()
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
         finalize(self, self.forest.clear).atexit = False
@@ -397,14 +392,20 @@ class Computation:
 
         `known`: what the probe has found of a model with the same parts, so that it need not run.
         """
-        if self.probed is not None:
+        if self._is_probed:
             return
         if known is None:
             with self.blaming_weights():
                 probe(self._model, self.executor)
-            assert self.executor.layout is not None, "the probe runs a pass"
-            known = Probed(self.executor.layout, self.executor.token_bytes)
-        self.executor.layout, self.executor.token_bytes = self.probed = known
+        else:
+            self.executor.layout, self.executor.token_bytes = known
+        self._is_probed = True
+
+    @property
+    def probed(self) -> Probed | None:
+        """What the probe has found; None before it ran."""
+        layout = self.executor.layout
+        return Probed(layout, self.executor.token_bytes) if self._is_probed and layout is not None else None
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.
