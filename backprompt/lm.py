@@ -45,14 +45,15 @@ class LM(Engine[Text]):
     gradients. Copying an `LM` returns the same object.
 
     Args:
-        model: any causal LM of transformers whose attention goes through transformers' attention interface.
+        model: any causal LM of transformers whose attention goes through transformers' attention interface. accelerate
+            may have spread it over devices, or offloaded it.
         tokenizer: its tokenizer.
         joins: how strings that meet in a text are encoded. "exact" encodes the whole string; "split" encodes every
             segment on its own; "error" raises where the two differ.
         add_special_tokens: whether each text gets the special tokens that the tokenizer adds to a whole string.
         memory_bytes: the budget for results held between calls: keys, values, hidden states and log-probabilities. A
-            number of bytes or text such as "2 GB"; by default half of the free memory of the device. Results beyond the
-            budget are dropped, and computed again on demand.
+            number of bytes or text such as "2 GB"; by default half of the free memory of the device, and of several
+            devices, of the one with the least. Results beyond the budget are dropped, and computed again on demand.
         host_memory_bytes: a second budget, in host memory: results beyond the first budget move there instead, and back
             on demand. By default a quarter of the free host memory, and 0 for a model that lies in host memory itself.
         pin_memory: take page-locked host memory for the second budget, for faster transfers; for models on CUDA.

@@ -181,6 +181,11 @@ def test_a_call_over_the_budget_looks_at_each_text_equally_often(is_scored, mode
     assert looks_a_text(2000) < 1.1 * looks_a_text(400)
 
 
+def num_leaves_noted():
+    gc.collect()
+    return sum(type(found) is tuple and len(found) == 5 and isinstance(found[4], Span) for found in gc.get_objects())
+
+
 def num_alive(of_type):
     gc.collect()
     return sum(type(found) is of_type for found in gc.get_objects())
@@ -191,7 +196,7 @@ def test_texts_used_again_and_again_leave_nothing_behind():
     world.evaluate([(idx,) for idx in range(150)], 50, lambda ends: set())
     for idx in range(3000):
         world.evaluate([(149,), (1000 + idx,)], 50, lambda ends: set())
-    assert num_alive(leaves.Leaf) < 1500
+    assert num_leaves_noted() < 1500
     assert len(plain_leaves(world.forest, "device")) > 90
 
 

@@ -135,6 +135,14 @@ def test_other_families(name):
     check(build(name), group(3, 12, 6), 0.7, ("entropy",))
 
 
+def test_layers_with_and_without_a_window():
+    config = build("gemma2").config
+    config.sliding_window = 5
+    model = type(build("gemma2"))(config).eval()
+    check(model, group(3, 12, 6), 0.7, ("entropy",))
+    check(model, group(3, 12, 6), max_tokens_per_forward=20)
+
+
 def test_the_same_whether_an_lm_or_its_model_is_given(tokenizer):
     model = build("llama")
     batch = group(3, 9, 4)
@@ -370,8 +378,9 @@ def test_numbers_that_are_not_finite_are_returned():
     assert found.logprobs.isnan().all()
 
 
-def test_batches_without_targets_have_a_graph_too():
-    model = build("llama")
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_batches_without_targets_have_a_graph_too(has_lora):
+    model = with_lora(build("llama")) if has_lora else build("llama")  # the head of which is frozen
     for batch in (Batch([], [], 0, None), Batch([(), (5,)], [0, 1], 3, None), Batch([(5, 6, 7)], [0], 6, 3)):
         found = token_logprobs(model, *batch.tensors(), batch.kept, requires_grad=True, entropy=True, top_k=2)
         assert found.account.tokens_forwarded == 0

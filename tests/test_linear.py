@@ -247,6 +247,18 @@ def test_a_trained_layer_heeds_autocast():
     assert TrainedLinear(layer.double())(rows.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    "surroundings", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_settings_do_not_decide(surroundings, monkeypatch):
+    training_failure.cache_clear()
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
+    model = nn.Sequential(nn.Linear(4, 4))
+    with surroundings():
+        speed_up_trained(model)
+    assert isinstance(model[0], TrainedLinear)
+
+
 @pytest.mark.parametrize("why_not", [None, "slower", "wrong"])
 def test_trained_layers_are_replaced_where_that_is_right_and_faster(why_not, monkeypatch):
     training_failure.cache_clear()

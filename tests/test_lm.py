@@ -386,20 +386,20 @@ def test_results_do_not_keep_what_is_forgotten_alive(model, tokenizer, monkeypat
         lm.token_logprobs([Text.from_tokens([first, 5, 6, 7], lm)])
     evaluator = lm.session.evaluator
     candidates = evaluator.computation.pools.candidates
-    known = [scores for span in evaluator.forest.spans() if (scores := candidates.get(span))]
-    assert candidates.num_bytes == sum(CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(scores) for scores in known) > 0
-    assert lm.stats.result_bytes_held <= 20 * 400
+    num_known = sum(candidates.get(span, 7) is not None for span in evaluator.forest.spans())
+    assert candidates.num_bytes == num_known * (CANDIDATE_END_BYTES + CANDIDATE_BYTES) > 0
+    assert num_known <= 20
 
 
 def test_what_is_known_of_tokens_not_forwarded_is_bounded(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("backprompt.evaluation.pools.MAX_CANDIDATE_BYTES", 600)
+    monkeypatch.setattr("backprompt.evaluation.pools.MAX_CANDIDATE_BYTES", CANDIDATE_END_BYTES + 2 * CANDIDATE_BYTES)
     lm = LM(model, tokenizer)
     texts = [Text("The cat", lm) + Text.from_tokens([token_id], lm) for token_id in range(40, 60)]
     for chosen in (texts[:2], texts, texts[5:]):
         for text, logprobs in zip(chosen, lm.token_logprobs(chosen), strict=True):
             expected = plain_token_logprobs(model, text.tokens)
             assert_close(logprobs, expected)
-        assert lm.stats.result_bytes_held <= 600
+        assert lm.stats.result_bytes_held <= CANDIDATE_END_BYTES + 2 * CANDIDATE_BYTES
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -149,17 +149,23 @@ def test_completions_that_prompts_share_take_no_operation_each():
     assert nums[1] <= min(100, nums[0] + 8), nums
 
 
-def test_a_text_leaves_few_objects():
-    """Its span, where its rows lie, the score of its last token: the collector walks through all of them."""
+@pytest.mark.parametrize(("work", "num_with_texts"), [("token_logprobs", 8), ("evaluate", 11)])
+def test_a_text_leaves_few_objects(work, num_with_texts):
+    """Its span, and where its rows lie: the collector walks through all of them, and most of all when there are many.
+
+    The texts themselves and what is known of them take some more.
+    """
     lm = LM(MODEL, TOKENIZER, max_tokens_per_forward=10_000)
     lm.token_logprobs(many(lm, 400))
     gc.collect()
     before = len(gc.get_objects())
-    texts = [Text.from_tokens((idx % 250, 9, 9, 9, idx // 250), lm) for idx in range(1000)]
-    lm.token_logprobs(texts)
-    del texts
+    texts = [Text.from_tokens((idx % 250, 9, idx // 250, 9, 9), lm) for idx in range(1000)]
+    found = getattr(lm, work)(texts)
     gc.collect()
-    assert len(gc.get_objects()) - before < 8 * 1000
+    assert len(gc.get_objects()) - before < num_with_texts * 1000
+    del texts, found
+    gc.collect()
+    assert len(gc.get_objects()) - before < 4600  # 1,250 spans, 250 of which have a dict of children
 
 
 def test_nothing_is_read_twice():

@@ -63,8 +63,9 @@ def test_transformers_is_not_asked_where_no_scores_are_equal(processor, monkeypa
     calls = []
     plain = type(processor).__call__
     monkeypatch.setattr(type(processor), "__call__", lambda *given: calls.append(len(given[2])) or plain(*given))
-    quickly_processed(processor, IDS, scores_of("any", torch.float32))
-    assert calls == []
+    for kind in ("any", "few"):
+        quickly_processed(processor, IDS, scores_of(kind, torch.float32))
+        assert calls == []
     scores = scores_of("any", torch.float32)
     scores[4] = 0
     quickly_processed(processor, IDS, scores)

@@ -349,21 +349,6 @@ def test_an_lm_and_weights_in_autocasts_dtype_shut_autocast_out(tokenizer):
         assert_close(found.entropies, expected.entropies, atol=0)
 
 
-def test_a_forward_that_accelerate_has_wrapped_is_not_the_models():
-    """As `Accelerator(mixed_precision="bf16").prepare` does; the plain call under autocast is another one."""
-    model, batch = build("llama"), group(2, 6, 4)
-    expected = token_logprobs(build("llama"), *batch.tensors()).logprobs
-    own = model.forward
-
-    def under_autocast(*args, **options):
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            return own(*args, **options)
-
-    model._original_forward, model.forward = own, under_autocast
-    assert_close(token_logprobs(model, *batch.tensors()).logprobs, expected, atol=0)
-    assert model.forward is under_autocast
-
-
 # Errors
 
 

@@ -146,6 +146,20 @@ def test_attention_and_its_gradients_are_those_written_out(dtype, window, softca
         assert attention.name == ("flash_cpu" if softcap is None else "clear (soft cap)")
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_autocast_decides_about_the_dtype_and_not_about_the_kernels(softcap):
+    trie = random_trie(random.Random(1))
+    tensors = [torch.randn((2, len(trie.until), 8), requires_grad=True) for _ in range(3)]
+    lower = [tensor.detach().to(torch.bfloat16).requires_grad_() for tensor in tensors]
+    expected = TrieAttention(trie, CPU).attend(*lower, Scoring(0.3, softcap=softcap))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = TrieAttention(trie, CPU).attend(*tensors, Scoring(0.3, softcap=softcap))
+        gradients = torch.autograd.grad(found.sum(), tensors)
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected.sum(), lower), strict=True):
+        assert torch.equal(ours, theirs.float())
+
+
 def test_one_call_an_edge_and_no_mask_for_causal_attention(monkeypatch):
     trie = Trie.of(in_order([[0] * 20 + [row] * 5 for row in range(1, 9)]))
     tensors = [torch.randn((2, len(trie.until), 8), requires_grad=True) for _ in range(3)]
@@ -183,6 +197,15 @@ def fresh_choice():
     choose_pair.cache_clear()
     yield
     choose_pair.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_the_callers_settings_do_not_decide():
+    tensors = [torch.randn((2, 3, 16), dtype=torch.float64) for _ in range(3)]
+    attention = TrieAttention(Trie.of([np.arange(3)]), CPU)
+    with torch.device("meta"), torch.inference_mode():
+        attention.attend(*tensors, Scoring(0.3))
+    assert attention.name == "flash_cpu"
 
 
 FAST = [

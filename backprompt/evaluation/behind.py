@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from backprompt.evaluation.computation import Computation
-from backprompt.evaluation.reading import Ready
+from backprompt.evaluation.reading import Wanted
 from backprompt.forest.fan import Fan, Shape
-from backprompt.forest.span import FAN, Inserted, Span
+from backprompt.forest.span import FAN, Span
 from backprompt.tokens.graph import TokenIds, with_more
 
 FANS_IN_A_PASS = 4
@@ -38,8 +38,17 @@ class Behind(NamedTuple):
         return len(self.prompt) * len(self.shape.completions) + self.shape.num_scores
 
 
-Placed: TypeAlias = "Fan | list[Ready]"
-"""Completions in the forest: a fan, or texts whose scores in this order are those of the completions."""
+class Placed(NamedTuple):
+    """Completions in the forest: a fan, or texts whose scores in this order are those of the completions.
+
+    Attributes:
+        items: the fan, or the texts.
+        ends: the end of each.
+
+    """
+
+    items: Sequence[Fan | Wanted]
+    ends: Sequence[Span]
 
 
 def placed_behind(computation: Computation, prompts: Sequence[Behind], ends: Sequence[Span]) -> list[Placed]:
@@ -47,33 +56,36 @@ def placed_behind(computation: Computation, prompts: Sequence[Behind], ends: Seq
     forest = computation.forest
     num_prompts = Counter(behind.shape for behind in prompts)
     max_rows = 0 if computation.archive is not None else computation.max_tokens // FANS_IN_A_PASS
-    placed: list[Placed | None] = [
+    fans: list[Fan | None] = [
         forest.fan(end, shape)
         if (len(shape.completions) > 1 or num_prompts[shape] > 1) and shape.has_rows and shape.num_rows <= max_rows
         else None
         for end, (_, shape, _) in zip(ends, prompts, strict=True)
     ]
+    placed = [None if fan is None else Placed([fan], [fan]) for fan in fans]
     # Texts may run through prompts that have a fan already, which then unfolds: their completions are texts, too.
-    while lost := [idx for idx, found in enumerate(placed) if found is None or _is_unfolded(found)]:
+    while lost := [idx for idx, fan in enumerate(fans) if (placed[idx] is None if fan is None else _is_unfolded(fan))]:
         for idx in lost:
-            placed[idx] = _as_texts(computation, prompts[idx], ends[idx])
+            fans[idx], placed[idx] = None, _as_texts(computation, prompts[idx], ends[idx])
     return [found for found in placed if found is not None]
 
 
-def _is_unfolded(placed: Placed) -> bool:
-    return isinstance(placed, Fan) and placed.parent is not None and placed.parent.children.get(FAN) is not placed
+def _is_unfolded(fan: Fan) -> bool:
+    return fan.parent is not None and fan.parent.children.get(FAN) is not fan
 
 
-def _as_texts(computation: Computation, behind: Behind, end: Span) -> list[Ready]:
+def _as_texts(computation: Computation, behind: Behind, end: Span) -> Placed:
     """Insert completions without their last tokens, which are scored as candidates."""
-    forest, start = computation.forest, len(behind.prompt)
+    forest, (prompt, shape, _) = computation.forest, behind
     forest.unfold(end)
-    if not behind.shape.has_rows:
-        return [Ready(Inserted(end, behind.prompt), start, [token_id for (token_id,) in behind.shape.completions])]
-    texts = []
-    for ids in behind.shape.completions:
+    if not shape.has_rows:
+        return Placed([Wanted(prompt, len(prompt), [token_id for (token_id,) in shape.completions])], [end])
+    texts: list[Wanted] = []
+    text_ends: list[Span] = []
+    for ids in shape.completions:
         last = forest.extend(end, end.stop, ids[:-1])
         last.is_end = True
         forest.unfold(last)
-        texts.append(Ready(Inserted(last, with_more(behind.prompt, ids[:-1])), start, ids[-1:]))
-    return texts
+        texts.append(Wanted(with_more(prompt, ids[:-1]), len(prompt), ids[-1:]))
+        text_ends.append(last)
+    return Placed(texts, text_ends)

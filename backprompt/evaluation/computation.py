@@ -7,11 +7,13 @@ weights change during the work, everything is forgotten.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 from weakref import finalize
@@ -38,6 +40,7 @@ from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.model.executor import Executor
+from backprompt.model.in_flight import Way
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenIds
@@ -62,6 +65,7 @@ class Counters:
     tokens_loaded: int = 0
     forward_passes: int = 0
     logit_rows: int = 0
+    steps: Counter[Way] = field(default_factory=Counter)
     seconds: float = 0.0
 
     @property
@@ -185,9 +189,14 @@ class Computation:
         """Return the bytes that all of these texts take together, in the device's memory."""
         return num_tokens_of(on_the_way(ends)) * self.token_bytes
 
-    def inserted(self, texts: Iterable[TokenIds], *, are_ends: bool = True) -> AbstractContextManager[list[Span]]:
-        """Yield the ends of texts in the forest; `are_ends`: see `Forest.insert`."""
-        return self._in_forest(self.forest.insert(token_ids, is_end=are_ends) for token_ids in texts)
+    def inserted(
+        self, texts: Iterable[TokenIds], known: Iterable[Span | None] | None = None, *, are_ends: bool = True
+    ) -> AbstractContextManager[list[Span]]:
+        """Yield the ends of texts in the forest; `known`: those that are there; `are_ends`: see `Forest.insert`."""
+        return self._in_forest(
+            self.forest.insert(token_ids, is_end=are_ends) if end is None else end
+            for token_ids, end in zip(texts, itertools.repeat(None) if known is None else known, strict=False)
+        )
 
     def extended(self, texts: Iterable[tuple[Span, tuple[int, ...]]]) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts that go on behind spans of the forest; they count as the ends of no texts."""
@@ -371,8 +380,9 @@ class Computation:
         self.make_room()
 
     def clear(self) -> None:
-        """Forget everything computed, pinned texts included."""
+        """Forget everything computed, pinned texts and graphs of steps included."""
         self.holders.unpin_all()
+        self.executor.forget_graphs()
         self._forget()
 
     def _forget(self) -> None:

@@ -20,8 +20,8 @@ from backprompt.evaluation.computation import Computation, Request
 from backprompt.evaluation.predicting import PredictingRows
 from backprompt.evaluation.predictions import NumberedRows, ranges
 from backprompt.evaluation.rating import LOG_SOFTMAX_BYTES
-from backprompt.evaluation.scoring import Wanted
-from backprompt.forest.span import Inserted, Span
+from backprompt.evaluation.reading import Wanted
+from backprompt.forest.span import Span
 from backprompt.logprobs import are_distributions
 from backprompt.progress import progress_bar
 from backprompt.tokens.graph import flat
@@ -91,7 +91,7 @@ def distributions(computation: Computation, wanted: Sequence[Wanted], asked: Ask
         rows = PredictingRows()
         waiting: dict[Span, list[int]] = {}
         for idx, (end, (token_ids, start, candidates)) in enumerate(zip(ends, wanted, strict=True)):
-            rows.add(computation.forest, Inserted(end, token_ids), start, len(candidates))
+            rows.add(computation.forest, end, token_ids, start, len(candidates))
             waiting.setdefault(end, []).append(idx)
         found = _Found(computation, rows, _token_ids(wanted), asked)
         arrived = [end for end in waiting if end.is_held()]

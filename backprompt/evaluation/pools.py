@@ -6,7 +6,7 @@ Each pool keeps the most recently used results, by the end of their text or by t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +20,11 @@ from backprompt.forest.span import Span
 MAX_CANDIDATE_BYTES = 64 << 20
 """Bound of the pool of log-probabilities of tokens that were scored and not forwarded."""
 
-CANDIDATE_END_BYTES = 200
-"""Bytes of a dict besides its entries."""
+CANDIDATE_END_BYTES = 300
+"""Bytes of a dict besides its entries, and of its place in the pool."""
 
-CANDIDATE_BYTES = 200
-"""Bytes of an entry of a dict from int to `TokenScore`, all objects included, when the dict is half full."""
+CANDIDATE_BYTES = 120
+"""Bytes of an entry of a dict from int to float, all objects included, when the dict is half full."""
 
 
 MAX_LEAF_BYTES = 64 << 20
@@ -57,12 +57,12 @@ class Pools:
         assert fan.parent is not None
         shape = fan.shape
         end_of = {piece.stop - 1: span for piece, span in zip(shape.pieces(), spans, strict=True)} | {-1: fan.parent}
-        by_end: dict[Span, dict[int, TokenScore]] = {}
+        by_end: dict[Span, list[tuple[int, TokenScore]]] = {}
         leaves = (numbers[shape.num_rows :].tolist() for numbers in (shape.scores.parents, shape.scores.token_ids))
         for row, token_id, logprob, is_argmax in zip(
             *leaves, found.logprobs.tolist(), found.are_argmax.tolist(), strict=True
         ):
-            by_end.setdefault(end_of[row], {})[token_id] = TokenScore(logprob, is_argmax)
+            by_end.setdefault(end_of[row], []).append((token_id, TokenScore(logprob, is_argmax)))
         for end, scores in by_end.items():
             self.candidates.put(end, scores)
 
@@ -118,43 +118,54 @@ class LogitPool:
 class CandidatePool:
     """Scores of tokens that were scored as what may follow a text, but not forwarded: the latest used ones.
 
-    Under a bound of bytes of their own.
+    Under a bound of bytes of their own. They lie in dicts of numbers, which Python's collector does not walk through:
+    the log-probabilities of a text by token id, and the one token that is the text's argmax, where it is known.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._scores: OrderedDict[Span, dict[int, TokenScore]] = OrderedDict()
+        self._logprobs: OrderedDict[Span, dict[int, float]] = OrderedDict()
+        self._argmax: dict[Span, int] = {}
 
-    def get(self, end: Span) -> Mapping[int, TokenScore]:
-        """Return what is known of what follows the text that ends here, by token id."""
-        known = self._scores.get(end)
+    def get(self, end: Span, token_id: int) -> TokenScore | None:
+        """Return the score of a token behind the text that ends here, if it is known."""
+        known = self._logprobs.get(end)
         if known is None:
-            return {}
-        self._scores.move_to_end(end)
-        return known
+            return None
+        self._logprobs.move_to_end(end)
+        logprob = known.get(token_id)
+        return None if logprob is None else TokenScore(logprob, self._argmax.get(end) == token_id)
 
-    def put(self, end: Span, scores: Mapping[int, TokenScore]) -> None:
-        """Keep these, dropping those of the least recently used texts over the bound."""
-        if end not in self._scores:
-            self._scores[end] = {}
+    def put(self, end: Span, scores: Iterable[tuple[int, TokenScore]]) -> None:
+        """Keep scores by token id, dropping those of the least recently used texts over the bound."""
+        known = self._logprobs.get(end)
+        if known is None:
+            known = self._logprobs[end] = {}
             self.num_bytes += CANDIDATE_END_BYTES
-        known = self._scores[end]
-        self.num_bytes += CANDIDATE_BYTES * len(scores.keys() - known.keys())
-        known.update(scores)
-        self._scores.move_to_end(end)
+        else:
+            self._logprobs.move_to_end(end)
+        num_before = len(known)
+        for token_id, (logprob, is_argmax) in scores:
+            known[token_id] = logprob
+            if is_argmax:
+                self._argmax[end] = token_id
+        self.num_bytes += CANDIDATE_BYTES * (len(known) - num_before)
         while self.num_bytes > self.max_bytes:
-            _, dropped = self._scores.popitem(last=False)
+            end, dropped = self._logprobs.popitem(last=False)
+            self._argmax.pop(end, None)
             self.num_bytes -= _num_candidate_bytes(dropped)
 
     def retain(self, spans: Container[Span]) -> None:
         """Drop those behind other spans than these, and count anew."""
-        self._scores = OrderedDict((end, scores) for end, scores in self._scores.items() if end in spans)
-        self.num_bytes = sum(map(_num_candidate_bytes, self._scores.values()))
+        self._logprobs = OrderedDict((end, scores) for end, scores in self._logprobs.items() if end in spans)
+        self._argmax = {end: token_id for end, token_id in self._argmax.items() if end in spans}
+        self.num_bytes = sum(map(_num_candidate_bytes, self._logprobs.values()))
 
     def clear(self) -> None:
         """Drop all of them."""
-        self._scores.clear()
+        self._logprobs.clear()
+        self._argmax.clear()
         self.num_bytes = 0
 
 
@@ -210,5 +221,5 @@ class LeafPool:
         self.num_bytes = 0
 
 
-def _num_candidate_bytes(scores: Mapping[int, TokenScore]) -> int:
+def _num_candidate_bytes(scores: Mapping[int, float]) -> int:
     return CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(scores)

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from backprompt.evaluation.predictions import ranges
 from backprompt.evaluation.reading import spans_from
 from backprompt.forest.forest import Forest
-from backprompt.forest.span import Inserted, Span
+from backprompt.forest.span import Span
+from backprompt.tokens.graph import TokenIds
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -43,16 +44,16 @@ class PredictingRows:
         self._text_runs = [0]  # where the runs of each text start
         self._numbers: dict[Span, int] = {}  # of the first wanted row of each span, once all texts are added
 
-    def add(self, forest: Forest, text: Inserted, start: int, num_candidates: int) -> None:
-        """Want the tokens of a text from `start` on, and so many tokens that may follow the text."""
-        for span, first_row in spans_from(forest, text, start):
+    def add(self, forest: Forest, end: Span, token_ids: TokenIds, start: int, num_candidates: int) -> None:
+        """Want the tokens of the text that ends here from `start` on, and so many tokens that may follow the text."""
+        for span, first_row in spans_from(forest, end, token_ids, start):
             num_tokens = len(span.token_ids)
             if first_row == 0:
                 assert span.parent is not None
                 self._add_last(span.parent)
             self._add_run(span, max(0, first_row - 1), num_tokens - 1)
         for _ in range(num_candidates):
-            self._add_last(text.end)
+            self._add_last(end)
         self._text_runs.append(len(self._runs))
 
     def _add_last(self, span: Span) -> None:

@@ -21,13 +21,13 @@ from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.fan import Fan
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Inserted, Span
-from backprompt.tokens.graph import TokenGraph
+from backprompt.tokens.graph import TokenGraph, TokenIds
 
 
-class Ready(NamedTuple):
-    """A text whose states are held, and what of it is scored: tokens from `start` on, and tokens that may follow."""
+class Wanted(NamedTuple):
+    """A text to be scored: its tokens from `start` on, and tokens that may follow it and are not forwarded."""
 
-    text: Inserted
+    token_ids: TokenIds
     start: int
     candidates: Sequence[int] = ()
 
@@ -52,7 +52,7 @@ class Reading:
         self._starts: list[int] = []  # runs of numbers, one text behind the other
         self._stops: list[int] = []
         self._first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
-        self._fans: dict[Fan, int] = {}  # with the number of the first leaf's score
+        self._fans: dict[Fan, Ints] = {}  # with the number of the score of each row, then of each leaf
         self._candidates: dict[tuple[Span, int], int] = {}  # their numbers
         self._held: list[tuple[Span, int]] = []  # candidates that were forwarded: what they follow, their number
         self._missing: dict[int, tuple[Span, int]] = {}  # candidates to be scored, by their number
@@ -61,31 +61,35 @@ class Reading:
         self._logprobs = np.zeros(0)  # of candidates, once all texts are added
         self._are_argmax = np.zeros(0, dtype=bool)
 
-    def add(self, item: Ready | Fan) -> int:
-        """Add a text, or the completions of a fan; return how many scores are read of it."""
-        return self._add_fan(item) if isinstance(item, Fan) else self._add_text(item)
+    def add(self, item: Wanted | Fan, end: Span) -> int:
+        """Add a text that ends here, or the completions of a fan; return how many scores are read of it."""
+        return self._add_fan(item) if isinstance(item, Fan) else self._add_text(item, end)
 
-    def _add_text(self, text: Ready) -> int:
+    def _add_text(self, text: Wanted, end: Span) -> int:
         num_scores = len(text.candidates)
-        for span, first_row in spans_from(self._forest, text.text, text.start):
+        for span, first_row in spans_from(self._forest, end, text.token_ids, text.start):
             first, num_tokens = self.rows.first_of(span), len(span.token_ids)
             self._starts.append(first + first_row)
             self._stops.append(first + num_tokens)
             self._want(span, first_row)
             num_scores += num_tokens - first_row
         for token_id in text.candidates:
-            number = self._number_of(text.text.end, token_id)
+            number = self._number_of(end, token_id)
             self._starts.append(number)
             self._stops.append(number + 1)
         return num_scores
 
     def _add_fan(self, fan: Fan) -> int:
         shape = fan.shape
-        if fan not in self._fans:
-            self._fans[fan] = -1 - self._num_candidates
-            self._num_candidates += shape.num_leaves
+        numbers = self._fans.get(fan)
+        if numbers is None:
+            first_row, first_leaf = self.rows.first_of(fan), -1 - self._num_candidates
+            rows = np.arange(first_row, first_row + shape.num_rows)
+            leaves = np.arange(first_leaf, first_leaf - shape.num_leaves, -1)
+            numbers = self._fans[fan] = np.concatenate([rows, leaves])
+            self._num_candidates += len(leaves)
         self._end_runs()
-        self._numbers.append(self._numbers_in(fan)[shape.scores.index])
+        self._numbers.append(numbers[shape.scores.index])
         return shape.num_scores
 
     def _end_runs(self) -> None:
@@ -95,15 +99,9 @@ class Reading:
             self._numbers.append(ranges(starts, stops))
             self._starts, self._stops = [], []
 
-    def _numbers_in(self, fan: Fan) -> Ints:
-        """Return the number of the score of each row of a fan, then of each leaf."""
-        first_row, first_leaf = self.rows.first_of(fan), self._fans[fan]
-        rows = np.arange(first_row, first_row + fan.shape.num_rows)
-        return np.concatenate([rows, np.arange(first_leaf, first_leaf - fan.shape.num_leaves, -1)])
-
     def add_ahead(self, text: Inserted) -> None:
         """Let a text be scored without being read."""
-        for span, _ in spans_from(self._forest, text, 0):
+        for span, _ in spans_from(self._forest, text.end, text.token_ids, 0):
             self._want(span, 0)
 
     def predictions(self) -> Predictions:
@@ -118,26 +116,29 @@ class Reading:
             predictions.add_first(end, number)
         for number, (end, token_id) in self._missing.items():
             predictions.add_candidate(end, token_id, number)
-        for fan in self._fans:
-            self._add_tokens(fan, predictions)
+        for fan, numbers in self._fans.items():
+            self._add_tokens(fan, numbers, predictions)
         return predictions
 
-    def _add_tokens(self, fan: Fan, predictions: Predictions) -> None:
+    def _add_tokens(self, fan: Fan, numbers: Ints, predictions: Predictions) -> None:
         """Add the tokens of a fan to what must be computed, without leaves that were scored before."""
-        shape, parents, numbers = fan.shape, fan.shape.scores.parents, self._numbers_in(fan)
+        shape, parents = fan.shape, fan.shape.scores.parents
         assert fan.parent is not None
         predicting = np.where(parents < 0, self.rows.last_of(fan.parent), parents + self.rows.first_of(fan))
         num_tokens = len(numbers)
         known = self._pools.leaves.get(fan)
         if known is not None:
-            self._logprobs[self._leaves_of(fan)], self._are_argmax[self._leaves_of(fan)] = known
+            leaves = self._leaves_of(fan)
+            self._logprobs[leaves], self._are_argmax[leaves] = known
             num_tokens = shape.num_rows
         predictions.add(predicting[:num_tokens], shape.scores.token_ids[:num_tokens], numbers[:num_tokens])
 
     def _leaves_of(self, fan: Fan) -> slice:
         """Return where the scores of a fan's leaves lie among those of the candidates."""
-        start = -1 - self._fans[fan]
-        return slice(start, start + fan.shape.num_leaves)
+        numbers = self._fans[fan]
+        num_rows = fan.shape.num_rows
+        start = -1 - int(numbers[num_rows]) if num_rows < len(numbers) else 0
+        return slice(start, start + len(numbers) - num_rows)
 
     def write(self, numbers: Ints, scores: TokenScores, on_host: npt.NDArray[Any]) -> None:
         """Write computed scores to where they are held, those of candidates into the pool as well.
@@ -148,13 +149,11 @@ class Reading:
         is_candidate = numbers < 0
         places = -1 - numbers[is_candidate]
         self._logprobs[places], self._are_argmax[places] = on_host[:, is_candidate]
-        by_end: dict[Span, dict[int, TokenScore]] = {}
         for place in places.tolist() if self._missing else ():
             if (missing := self._missing.get(-1 - place)) is not None:
+                end, token_id = missing
                 score = TokenScore(float(self._logprobs[place]), bool(self._are_argmax[place]))
-                by_end.setdefault(missing[0], {})[missing[1]] = score
-        for end, own in by_end.items():
-            self._pools.candidates.put(end, own)
+                self._pools.candidates.put(end, [(token_id, score)])
 
     def keep_leaves(self) -> None:
         """Keep the scores of all leaves in their pool; all of them are there."""
@@ -169,16 +168,15 @@ class Reading:
         candidates = TokenScores.of_arrays(self._logprobs, self._are_argmax, dtype, device)
         return self.rows.scores(numbers, candidates)
 
-    def numbers_of(self, item: Ready | Fan) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
-        """Yield the number of each score of a text or a fan, and what returns the ids of all before the token."""
+    def numbers_of(self, item: Wanted | Fan, end: Span) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
+        """Yield the number of each score of what was added, and what returns the ids of all before the token."""
         if isinstance(item, Fan):
-            for number, parent in zip(self._numbers_in(item).tolist(), item.shape.scores.parents, strict=True):
+            for number, parent in zip(self._fans[item].tolist(), item.shape.scores.parents, strict=True):
                 yield number, partial(_ids_in_fan, item, int(parent))
             return
-        for span, first_row in spans_from(self._forest, item.text, item.start):
+        for span, first_row in spans_from(self._forest, end, item.token_ids, item.start):
             for idx in range(first_row, len(span.token_ids)):
                 yield self.rows.first_of(span) + idx, partial(_ids_before, span, idx)
-        end = item.text.end
         for token_id in item.candidates:
             yield self._number_of(end, token_id), partial(ids_up_to, end)
 
@@ -190,7 +188,7 @@ class Reading:
     def _number_of(self, end: Span, token_id: int) -> int:
         number = self._candidates.get((end, token_id))
         if number is None:
-            pooled = self._pools.candidates.get(end).get(token_id)
+            pooled = self._pools.candidates.get(end, token_id)
             child = held_child(end, token_id) if pooled is None else None
             if child is not None:
                 number = self.rows.first_of(child)
@@ -226,7 +224,7 @@ class Reading:
             assert span.parent is not None
             if not span.parent.token_ids:
                 unpredicted.append(number)
-            elif (pooled := self._pools.candidates.get(span.parent).get(span.token_ids[0])) is not None:
+            elif (pooled := self._pools.candidates.get(span.parent, span.token_ids[0])) is not None:
                 recalled[number] = pooled
             else:
                 predictions.add_first(span.parent, number)
@@ -237,18 +235,18 @@ class Reading:
         predictions.add_inner(token_ids, ranges((firsts + np.maximum(1, first_rows))[left], stops[left]))
 
 
-def spans_from(forest: Forest, text: Inserted, start: int) -> list[tuple[Span, int]]:
+def spans_from(forest: Forest, end: Span, token_ids: TokenIds, start: int) -> list[tuple[Span, int]]:
     """Return the spans of a text's tokens from `start` on, in written order, each with its first such row."""
     spans: list[tuple[Span, int]] = []
-    if isinstance(text.token_ids, TokenGraph):
+    if isinstance(token_ids, TokenGraph):
         num_before = 0
-        for span in forest.in_order(text):
+        for span in forest.in_order(Inserted(end, token_ids)):
             stop = num_before + len(span.token_ids)
             if stop > start:
                 spans.append((span, max(0, start - num_before)))
             num_before = stop
         return spans
-    span = text.end
+    span = end
     while span.parent is not None and span.position + len(span.token_ids) > start:
         spans.append((span, max(0, start - span.position)))
         span = span.parent

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backprompt.evaluation.computation import Computation
 from backprompt.evaluation.predictions import is_scored, slices
-from backprompt.evaluation.reading import Ready, ids_up_to
+from backprompt.evaluation.reading import Wanted, ids_up_to
 from backprompt.evaluation.scoring import Scoring, unusable_rows
 from backprompt.forest.span import Inserted, Span
 from backprompt.memory.blocks import KeysValues, States, gather, gather_each, gather_hidden, keys_values_of, states_of
@@ -118,7 +118,7 @@ class Readout:
         spans = self._computation.forest.in_order(text)
         if all(map(is_scored, spans)):
             return gather(map(states_of, spans), "logprobs")
-        return self._scoring.read([Ready(text, 0)], ahead()).scores.logprobs
+        return self._scoring.read([Wanted(text.token_ids, 0)], [text.end], ahead()).scores.logprobs
 
     def hidden_states(self, text: Inserted) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""

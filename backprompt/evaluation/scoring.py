@@ -7,10 +7,8 @@ scores of all texts of a call are read with one gather, into one tensor.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -19,21 +17,13 @@ from backprompt.evaluation.behind import Behind, placed_behind
 from backprompt.evaluation.computation import Computation, Request
 from backprompt.evaluation.predictions import NumberedRows, Targets, ranges
 from backprompt.evaluation.rating import Rated, rated_tokens
-from backprompt.evaluation.reading import Reading, Ready
+from backprompt.evaluation.reading import Reading, Wanted
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.fan import Fan
 from backprompt.forest.span import Inserted, Span
 from backprompt.logprobs import are_distributions
 from backprompt.progress import progress_bar
 from backprompt.tokens.graph import TokenGraph, TokenIds, num_positions, without_last
-
-
-class Wanted(NamedTuple):
-    """A text to be scored: its tokens from `start` on, and tokens that may follow it and are not forwarded."""
-
-    token_ids: TokenIds
-    start: int
-    candidates: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -99,28 +89,28 @@ class Scoring:
         self._computation = computation
 
     def token_scores(
-        self, texts: Iterable[TokenIds], starts: Iterable[int], are_computed: Iterable[bool]
+        self, texts: Iterable[TokenIds], starts: Iterable[int], ends: Sequence[Span | None]
     ) -> ScoredTexts:
         """Evaluate texts and return the scores of their tokens, from a token of each on.
 
         The last token of a text is scored by the row before it and is not forwarded, unless the text is computed.
+        `ends`: the ends of texts that are computed, else None.
         """
-        return self.scored(list(map(to_score, texts, starts, are_computed)))
+        are_computed = [end is not None for end in ends]  # a computed span would be cut
+        return self.scored(list(map(to_score, texts, starts, are_computed)), ends)
 
-    def scored(self, wanted: Sequence[Wanted]) -> ScoredTexts:
-        """Evaluate texts and score the wanted tokens of each.
+    def scored(self, wanted: Sequence[Wanted], known: Sequence[Span | None] | None = None) -> ScoredTexts:
+        """Evaluate texts and score the wanted tokens of each; `known`: the ends of those that are in the forest.
 
         Raises:
             NonFiniteError: a row that predicts a wanted token is no distribution.
 
         """
-        with self._computation.inserted([text.token_ids for text in wanted]) as ends:
-            texts = []
-            for end, (token_ids, start, candidates) in zip(ends, wanted, strict=True):
-                if candidates:
+        with self._computation.inserted([text.token_ids for text in wanted], known) as ends:
+            for end, text in zip(ends, wanted, strict=True):
+                if text.candidates:
                     self._computation.forest.unfold(end)
-                texts.append(Ready(Inserted(end, token_ids), start, candidates))
-            return self._computed(texts, ends)
+            return self._computed(wanted, ends)
 
     def behind(self, prompts: Sequence[Behind]) -> ScoredTexts:
         """Evaluate completions behind prompts, and score their tokens: of each prompt those of all its completions.
@@ -130,44 +120,45 @@ class Scoring:
 
         """
         with self._computation.inserted([behind.prompt for behind in prompts]) as ends:
-            items: list[Ready | Fan] = []
+            items: list[Wanted | Fan] = []
+            item_ends: list[Span] = []
             placed = placed_behind(self._computation, prompts, ends)
             for end, (prompt, _, num_own), found in zip(ends, prompts, placed, strict=True):
                 if num_own:
-                    items.append(Ready(Inserted(end, prompt), len(prompt) - num_own))
-                items += [found] if isinstance(found, Fan) else found
-            item_ends = [item if isinstance(item, Fan) else item.text.end for item in items]
+                    items.append(Wanted(prompt, len(prompt) - num_own))
+                    item_ends.append(end)
+                items += found.items
+                item_ends += found.ends
             self._computation.memory.touch(item_ends)
             scores = self._computed(items, item_ends).scores
         return ScoredTexts(scores, [behind.num_scores for behind in prompts])
 
-    def _computed(self, items: Sequence[Ready | Fan], ends: Sequence[Span]) -> ScoredTexts:
+    def _computed(self, items: Sequence[Wanted | Fan], ends: Sequence[Span]) -> ScoredTexts:
         """Compute what is inserted and ends here, and score it."""
         parts: list[tuple[Sequence[int], ScoredTexts]] = []
-        waiting: dict[Span, list[int]] = {}
-        for idx, end in enumerate(ends):
-            waiting.setdefault(end, []).append(idx)
-        arrived = [end for end in waiting if end.is_held()]
+        waiting = _Waiting(ends)
+        arrived = [end for end in waiting.ends if end.is_held()]
 
         def collect() -> None:
             """Read off what is there, before any of it is dropped."""
-            ready = sorted(itertools.chain.from_iterable(waiting.pop(end) for end in arrived))
+            ready = waiting.take(arrived)
             arrived.clear()
             if parts and not ready:
                 return
-            parts.append((ready, self.read([items[idx] for idx in ready])))
+            parts.append((ready, self.read([items[idx] for idx in ready], [ends[idx] for idx in ready])))
 
         self._computation.compute(ends, Request(before_eviction=collect, arrived=arrived))
         collect()
         return ScoredTexts.in_order(parts)
 
-    def read(self, items: Sequence[Ready | Fan], ahead: Iterable[Inserted] = ()) -> ScoredTexts:
+    def read(self, items: Sequence[Wanted | Fan], ends: Sequence[Span], ahead: Iterable[Inserted] = ()) -> ScoredTexts:
         """Return the wanted scores of held texts and fans; those that are not there yet are computed.
 
         Each row that predicts several tokens is computed once, and none that predicts only tokens before the starts.
 
         Args:
             items: the texts and fans.
+            ends: the end of each.
             ahead: other texts to be scored along with them.
 
         Raises:
@@ -176,12 +167,12 @@ class Scoring:
 
         """
         reading = Reading(self._computation.forest, self._computation.pools)
-        lengths = [reading.add(item) for item in items]
+        lengths = list(map(reading.add, items, ends))
         for text in ahead:
             reading.add_ahead(text)
         unusable = self._compute(reading)
         if unusable:
-            self._check_wanted(reading, items, unusable)
+            self._check_wanted(reading, zip(items, ends, strict=True), unusable)
         reading.keep_leaves()
         executor = self._computation.executor
         return ScoredTexts(reading.scores(executor.logprob_dtype, executor.device), lengths)
@@ -207,8 +198,9 @@ class Scoring:
             found: list[Rated] = []
             try:
                 for part in parts:
-                    logits = self._computation.logits(reading.rows.hidden(part.rows))
-                    found.append(rated_tokens(logits, part.row_idx, part.token_ids))
+                    hidden = reading.rows.hidden(part.rows)
+                    # No name for the logits: their memory is free for those of the next slice.
+                    found.append(rated_tokens(self._computation.logits(hidden), part.row_idx, part.token_ids))
                     bar.update(len(part.rows))
             except BaseException:
                 self._write(reading, parts[: len(found)], found)
@@ -230,14 +222,42 @@ class Scoring:
         rows = np.concatenate([part.rows[part.row_idx] for part in parts])
         return dict(zip(numbers[~is_usable].tolist(), rows[~is_usable].tolist(), strict=True))
 
-    def _check_wanted(self, reading: Reading, items: Iterable[Ready | Fan], unusable: Mapping[int, int]) -> None:
+    def _check_wanted(
+        self, reading: Reading, added: Iterable[tuple[Wanted | Fan, Span]], unusable: Mapping[int, int]
+    ) -> None:
         """Raise if a wanted token, or a candidate, was to be scored by the logits of an `unusable` row."""
         executor = self._computation.executor
-        for item in items:
-            for number, ids_before in reading.numbers_of(item):
+        for item, end in added:
+            for number, ids_before in reading.numbers_of(item, end):
                 if number in unusable:
                     hidden = reading.rows.hidden(np.array([unusable[number]]))
                     raise executor.logits_error(executor.logits(hidden)[0], ids_before())
+
+
+class _Waiting:
+    """The items that wait for their ends' states; without an object an item, which the collector would walk through."""
+
+    def __init__(self, ends: Sequence[Span]) -> None:
+        self._last_of: dict[Span, int] = {}
+        self._before: list[int] = []  # for each item, the one before it with the same end, or -1
+        for idx, end in enumerate(ends):
+            self._before.append(self._last_of.get(end, -1))
+            self._last_of[end] = idx
+
+    @property
+    def ends(self) -> Iterable[Span]:
+        """The ends of all items that wait."""
+        return self._last_of.keys()
+
+    def take(self, ends: Iterable[Span]) -> list[int]:
+        """Return the items that end here, in order; they wait no more."""
+        found: list[int] = []
+        for end in ends:
+            idx = self._last_of.pop(end)
+            while idx >= 0:
+                found.append(idx)
+                idx = self._before[idx]
+        return sorted(found)
 
 
 def unusable_rows(logits: Tensor) -> list[int]:

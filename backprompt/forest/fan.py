@@ -1,4 +1,4 @@
-"""Fans: completions that many prompts share, laid out once and held behind each prompt as one span.
+"""Fans: completions of a prompt, or of many prompts, laid out once and held behind each prompt as one span.
 
 A *shape* is the trie of the token ids of some completions. Its layout is computed once: which tokens are forwarded, in
 depth-first order, and where the score of each token of each completion lies. A completion's last token is scored by the

@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
@@ -136,7 +137,9 @@ _SLOTS: Mapping[tuple[Kind, Pool], str] = {
 _BELOW: Mapping[str, str] = {slot: f"{slot}_below" for slot in _SLOTS.values()}
 """The attributes that count the spans right behind a span which hold the same kind of data in the same pool."""
 
-_NEEDS = {(kind, pool): (slot, _BELOW[slot], _SLOTS["keys_values", pool]) for (kind, pool), slot in _SLOTS.items()}
+_NEEDS = {
+    (kind, pool): attrgetter(slot, _BELOW[slot], _SLOTS["keys_values", pool]) for (kind, pool), slot in _SLOTS.items()
+}
 """For each kind of data in each pool: its place, the number of spans that need it, the place of keys and values."""
 
 NO_CHILDREN: Mapping[ChildKey, Span] = MappingProxyType({})
@@ -295,10 +298,8 @@ class Span:
 
         The spans right behind this one need it, and keys and values need their states.
         """
-        slot, below, keys_values = _NEEDS[kind, pool]
-        if getattr(self, slot) is None or getattr(self, below):
-            return False
-        return kind == "keys_values" or getattr(self, keys_values) is None
+        rows, num_below, keys_values = _NEEDS[kind, pool](self)
+        return rows is not None and not num_below and (kind == "keys_values" or keys_values is None)
 
     def place(self, *, keys_values: Rows | None = None, states: Rows | None = None) -> None:
         """Record new places on the device for the given data, and remove those in the second pool."""
@@ -317,29 +318,39 @@ class Span:
     def let_go(self, kind: Kind, pool: Pool) -> None:
         """Remove one kind of data from a pool."""
         slot = _SLOTS[kind, pool]
-        if getattr(self, slot) is not None:
-            self._put(slot, None)
+        rows: Rows | None = getattr(self, slot)
+        if rows is None:
+            return
+        setattr(self, slot, None)
+        if rows.block is not None:
+            rows.block.release(self, rows.stop - rows.start)
+        self._count_below(slot, -1)
 
     def drop(self) -> None:
         """Remove all data: references to the span must not keep blocks alive."""
-        for slot in _BELOW:
-            self._put(slot, None)
+        for kind, pool in _SLOTS:
+            self.let_go(kind, pool)
 
-    def _put(self, slot: str, rows: Rows | None) -> None:
+    def _put(self, slot: str, rows: Rows) -> None:
         """Set one of the places; the block and the parents learn of it."""
         before: Rows | None = getattr(self, slot)
         setattr(self, slot, rows)
-        old, new = None if before is None else before.block, None if rows is None else rows.block
-        num_before = 0 if before is None else before.stop - before.start
-        num_rows = 0 if rows is None else rows.stop - rows.start
-        if old is not None and old is not new:
-            old.release(self, num_before)
-        if new is not None:
-            new.take(self, num_rows - num_before if old is new else num_rows)
-        if (before is None) != (rows is None):
-            below, change = _BELOW[slot], 1 if before is None else -1
-            for parent in self.parents:
-                setattr(parent, below, getattr(parent, below) + change)
+        num_before = 0
+        if before is None:
+            self._count_below(slot, 1)
+        elif before.block is not None:
+            if before.block is rows.block:
+                num_before = before.stop - before.start
+            else:
+                before.block.release(self, before.stop - before.start)
+        if rows.block is not None:
+            rows.block.take(self, rows.stop - rows.start - num_before)
+
+    def _count_below(self, slot: str, change: int) -> None:
+        """Let the parents count one more span, or one less, that holds what this span holds there."""
+        below = _BELOW[slot]
+        for parent in self.parents:
+            setattr(parent, below, getattr(parent, below) + change)
 
     def give(self, upper: Span, num_tokens: int) -> None:
         """Give the rows of the first tokens to a new parent, in either pool, without copying."""

@@ -123,8 +123,9 @@ def choose(texts: Sequence[TextDecoding], rows: Sequence[Mapping[Completion, int
 def choose_next(texts: list[tuple[TextDecoding, int]], logits: Logits) -> None:
     """Choose one token for each text by its row of `logits`; see `choose`."""
     _add(texts, logits)
-    for text, _ in texts:
-        text.look_ahead(1, 1)
+    if texts[0][0].looks_ahead:
+        for text, _ in texts:
+            text.look_ahead(1, 1)
 
 
 def _add(texts: list[tuple[TextDecoding, int]], logits: Logits) -> None:

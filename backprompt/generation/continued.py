@@ -75,7 +75,18 @@ def continue_as(
         completion = Text.from_tokens(token_ids, lm) + rest
         plain = prompt + completion
     text = kind.__new__(kind)
-    for name in ("_segment", "_add_special_tokens", "_left", "_right", "_lm", "_num_segments", "_hash", "_noted"):
+    for name in (
+        "_segment",
+        "_add_special_tokens",
+        "_left",
+        "_right",
+        "_lm",
+        "_num_segments",
+        "_hash",
+        "_noted",
+        "_noted_by",
+        "_whole_hash",
+    ):
         setattr(text, name, getattr(plain, name))
     text._prompt, text._completion = prompt, completion
     return text

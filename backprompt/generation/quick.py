@@ -47,8 +47,11 @@ def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
     if not bool(ascending[:, -1].isfinite().all()):
         found: Tensor = processor(ids, scores)
         return found
-    shares = ascending.softmax(dim=-1).cumsum(dim=-1)
-    num_removed = torch.searchsorted(shares, shares.new_full((len(shares), 1), 1 - processor.top_p), right=True)
+    impossible = ascending.new_full((len(ascending), 1), -torch.inf)
+    num_impossible = int(torch.searchsorted(ascending, impossible, right=True).min())
+    shares = ascending.softmax(dim=-1)[:, num_impossible:].cumsum(dim=-1)  # from the left, so zeros may be left out
+    allowed = shares.new_full((len(shares), 1), 1 - processor.top_p)
+    num_removed = torch.searchsorted(shares, allowed, right=True) + num_impossible
     num_removed.clamp_(max=max(0, scores.shape[1] - processor.min_tokens_to_keep))
     border = ascending.gather(1, num_removed)
     kept = _not_below(scores, border, processor.filter_value)

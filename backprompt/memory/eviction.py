@@ -52,7 +52,9 @@ class GreedyDual:
         """Return the rank of a span's rows."""
         if kind == "keys_values":
             return span.credit, span.last_used
-        return span.credit + (self.times_smaller - 1) * self._cost(span), span.last_used
+        # `_cost`, but a call less for each row of an eviction
+        cost = 1 + span.position / self._tokens_of_a_layer
+        return span.credit + (self.times_smaller - 1) * cost, span.last_used
 
     def raise_level(self, credit: float) -> None:
         """Record that rows of this credit were evicted."""

@@ -11,15 +11,15 @@ spans that hold something must be given once.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from backprompt.forest.span import KINDS, Kind, Pool, Span
+from backprompt.forest.span import Kind, Pool, Span
 
 Rank: TypeAlias = "tuple[float, int]"
 """The leaf of lowest rank is evicted first; among equals, the leaf that was known first."""
@@ -32,13 +32,8 @@ MIN_NOTED = 1000
 """At least this many spans are noted, and stale entries kept, before all is forgotten or sorted out."""
 
 
-class Leaf(NamedTuple):
-    """The rows of one kind of a span, and their rank."""
-
-    rank: Rank
-    number: int
-    kind: Kind
-    span: Span
+Leaf: TypeAlias = "tuple[float, int, int, Kind, Span]"
+"""The rank of the rows of one kind of a span, the number that tells equals apart, and whose rows they are."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +124,8 @@ class Leaves:
         """Look at the noted spans; from now on leaves may be taken, but for those that are spared."""
         assert self._noted is not None, "`begin` was not called"
         for span in self._noted:
-            for kind in KINDS:
-                self.offer(kind, span)
+            # States are a leaf only without keys and values.
+            self.offer("states" if span.rows_in("keys_values", self.pool) is None else "keys_values", span)
         self._noted.clear()
         self._spare(spared)
         if len(self._heap) > self._max_heap:
@@ -141,32 +136,33 @@ class Leaves:
 
         Those that later passes attend to come last, those of the latest pass first.
         """
-        heap, pool, spared = self._heap, self.pool, self.spared
+        heap, pool, rank_of, spared = self._heap, self.pool, self.rank, self.spared
         while heap:
-            leaf = heapq.heappop(heap)
-            rank, _, kind, span = leaf
+            leaf = heappop(heap)
+            credit, last_used, _, kind, span = leaf
             if not span.is_free(kind, pool):
                 continue
-            if rank != self.rank(kind, span):
+            if (credit, last_used) != rank_of(kind, span):
                 self.offer(kind, span)
             elif spared.stays(span):
                 self._aside.append(leaf)
             elif spared.is_needed_later(span):
                 self._later.setdefault(spared.last_uses[span], deque()).append(leaf)
             else:
-                self.highest = max(self.highest, rank[0])
+                if credit > self.highest:
+                    self.highest = credit
                 return leaf
         return self._take_later()
 
     def offer(self, kind: Kind, span: Span) -> None:
         """Add a row if it is a leaf."""
         if span.is_free(kind, self.pool):
-            heapq.heappush(self._heap, Leaf(self.rank(kind, span), next(self._numbers), kind, span))
+            heappush(self._heap, (*self.rank(kind, span), next(self._numbers), kind, span))
 
     def end_eviction(self) -> None:
         """Let the leaves that stayed be taken again."""
         for leaf in self._aside:
-            heapq.heappush(self._heap, leaf)
+            heappush(self._heap, leaf)
         self._aside = []
 
     def _spare(self, spared: Spared) -> None:
@@ -175,7 +171,7 @@ class Leaves:
         self.spared = spared
         for last_use in [use for use in self._later if use < spared.next_pass or not is_same_plan]:
             for leaf in self._later.pop(last_use):
-                heapq.heappush(self._heap, leaf)
+                heappush(self._heap, leaf)
 
     def _take_later(self) -> Leaf | None:
         while self._later:
@@ -183,16 +179,17 @@ class Leaves:
             leaves = self._later[latest]
             while leaves:
                 leaf = leaves.popleft()
-                if self.spared.stays(leaf.span):
+                _, _, _, kind, span = leaf
+                if self.spared.stays(span):
                     self._aside.append(leaf)
-                elif leaf.span.is_free(leaf.kind, self.pool):
+                elif span.is_free(kind, self.pool):
                     return leaf
             del self._later[latest]
         return None
 
     def _sort_out(self) -> None:
         """Remove entries of rows that are gone or have another rank."""
-        leaves = dict.fromkeys((leaf.kind, leaf.span) for leaf in sorted(self._heap))
+        leaves = dict.fromkeys((kind, span) for _, _, _, kind, span in sorted(self._heap))
         self._heap = []
         for kind, span in leaves:
             self.offer(kind, span)

@@ -103,12 +103,12 @@ class Tier:
         if not self._leaves.are_known:
             self._leaves.begin(forest.held_spans())
         self._leaves.begin_eviction(spared)
+        pool = self._pool
         while excess > 0 and (leaf := self._leaves.take()) is not None:
-            kind, span = leaf.kind, leaf.span
-            rows = cast("BlockRows[Any]", span.rows_in(kind, self._pool))
-            dropped[kind][span] = rows
+            _, _, _, kind, span = leaf
+            rows = dropped[kind][span] = cast("BlockRows[Any]", span.rows_in(kind, pool))
             excess -= rows.num_bytes
-            span.let_go(kind, self._pool)
+            span.let_go(kind, pool)
             self._unblock(kind, span)
         self._leaves.end_eviction()
         return dropped

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
+from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
 from backprompt.errors import NonFiniteError
 from backprompt.forest.fan import without_fans
@@ -30,9 +31,9 @@ from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
 from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.memory.places import Places
-from backprompt.model import skeleton
+from backprompt.model import skeleton, spread
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import InFlight, no_layers_error, run_body
+from backprompt.model.in_flight import Forwarded, InFlight, Way, no_layers_error, run_body
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.padded import pad_head
@@ -42,8 +43,12 @@ from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
 
-HEAD_SLICE_BYTES = 64 << 20
-"""Logit rows are computed in slices of at most this size, never for a whole forest at once."""
+HEAD_SLICE_BYTES = 24 << 20
+"""Logit rows are computed in slices of at most this size, never for a whole forest at once.
+
+The C library gives memory of up to 32 MB back to the process for the next slice. Larger slices are new pages each time,
+and the system takes longer to make them than a small model to fill them.
+"""
 
 DEVICE_HEAD_SLICE_BYTES = 128 << 20
 """The same on other devices than the CPU, where each slice costs launches. Scores take four times as much on top."""
@@ -76,7 +81,7 @@ def _is_special(device: torch.device) -> bool:
     return (
         torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled(device.type)
-        or torch.empty(0).device.type != "cpu"  # a third of the time of `torch.get_default_device`
+        or torch.get_default_device().type != "cpu"
     )
 
 
@@ -119,7 +124,9 @@ class Executor:
         skeleton.check_supported(model)
         self._model = model
         self._decode = decode
-        self.device = skeleton.model_device(model)
+        self.device = spread.head_device(model)
+        """Where hidden states and logits lie. Keys and values lie on the device of their layer."""
+        self._input_device = spread.input_device(model)
         self.limits = skeleton.limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
         self.vocab_size = skeleton.vocab_size(model)
@@ -129,20 +136,27 @@ class Executor:
         """Bytes that are held for one token; known after the first pass."""
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
-        self._attention: ForestAttention = attention_for(self.device)
-        self._make_copies = copies_for(self.device)
+        self.device_of: dict[str, torch.device] = {}
+        """The device of each tensor of a block, by name; known after the first pass."""
+        self._devices = spread.devices_of(model)
+        is_on_one = len(self._devices) == 1
+        self._attention: ForestAttention = attention_for(self.device) if is_on_one else AttentionByDevice()
+        self._make_copies = copies_for(self.device) if is_on_one else CopiesByDevice
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
         self._head = skeleton.make_head(model)
         self._config: Any = self._head.config
         with plain_surroundings(self.device):
-            fusion_for(self.device)(self._body)
+            if not spread.is_spread(model):
+                fusion_for(self.device)(self._body)
             linears = speed_up((self._body, self._head), pack=pack_weights)
             self.linears = pad_head(self._head, model, linears)
         self._in_flight: InFlight | None = None
-        self.steps: CapturedSteps | None = captured_steps(self._body, self._attention)
+        self.steps: CapturedSteps | None = None
         """Captured steps of generations, where the device has graphs."""
+        if not spread.is_spread(model):  # hooks move weights between steps
+            self.steps = captured_steps(self._body, self._attention)
         _register(name, self)
 
     def close(self) -> None:
@@ -187,6 +201,7 @@ class Executor:
             sample = States.of_rows(hidden, [slice(0, 1)])
             self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
             self.layout = Layout.of(keys_values, sample)
+            self.device_of |= {name: row.device for name, row in self.layout.rows.items()}
         return Computed(keys_values, states, keys_values_of, states_of)
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
@@ -201,25 +216,45 @@ class Executor:
         replayed = None if self.steps is None else self.steps.step(self.run, pass_, attention, places)
         if replayed is None:
             return self.forward(pass_, attention)
-        is_finite = bool(replayed.is_finite)
-        return Forwarded(replayed.keys_values, replayed.hidden, is_finite, replayed.are_placed)
+        way: Way = "recorded" if replayed.is_first else "replayed"
+        return Forwarded(replayed.keys_values, replayed.hidden, replayed.is_finite, replayed.are_placed, way)
 
     def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
         """Forward all tokens of a pass; `attention`: as it was prepared, if it was.
+
+        Where memory is short, the graphs of captured steps make room.
 
         Raises:
             UnsupportedModelError: the model's attention does something that is not implemented here.
 
         """
-        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
+        try:
+            return self._forward(pass_, attention)
+        except torch.OutOfMemoryError:
+            if self.steps is None or not self.steps.forget():
+                raise
+        return self._forward(pass_, attention)
+
+    def _forward(self, pass_: Pass, attention: PreparedAttention | None) -> Forwarded:
+        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self._input_device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
         in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
-        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
-        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
+        are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
+        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 
     def abandon(self) -> None:
         """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
         self._in_flight = None
+
+    def forget_graphs(self) -> None:
+        """Release the memory of captured steps; more steps will be captured."""
+        if self.steps is not None:
+            self.steps.forget()
+
+    @property
+    def graph_bytes(self) -> int:
+        """The memory of captured steps."""
+        return 0 if self.steps is None else self.steps.num_bytes
 
     def run(
         self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
@@ -241,7 +276,7 @@ class Executor:
             self._in_flight = None
         if not in_flight.keys:
             raise no_layers_error(self._model_name)
-        return in_flight, hidden.clone()
+        return in_flight, hidden.clone() if hidden.device == self.device else hidden.to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
@@ -283,7 +318,7 @@ class Executor:
 
     def tokens_per_forward(self) -> int:
         """Return the largest number of tokens in a pass, where the caller gives none."""
-        return tokens_per_forward(self._body, self.device)
+        return min(tokens_per_forward(self._body, device) for device in self._devices)
 
     def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
         """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""
@@ -321,20 +356,7 @@ class Executor:
         """Return a marker for a mask that is causal, or causal within a window; transformers' mask interface."""
         in_flight = self._in_flight
         assert in_flight is not None, "a mask outside of Executor.forward"
-        return in_flight.mark(mask_function, use_vmap, self.device)
-
-
-@dataclass(frozen=True)
-class Forwarded:
-    """The output of a pass: keys and values, final hidden states `(tokens, hidden)`, and whether all was finite.
-
-    `are_placed`: whether keys, values and hidden states were copied to their places, see `Executor.step`.
-    """
-
-    keys_values: KeysValues
-    hidden: Tensor
-    is_finite: bool
-    are_placed: bool = False
+        return in_flight.mark(mask_function, use_vmap, self._input_device)
 
 
 def _register(name: str, executor: Executor) -> None:

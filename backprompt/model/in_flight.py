@@ -1,10 +1,11 @@
-"""The state of one forward call of a model's body: what its masks and layers have left so far."""
+"""The state of one forward call of a model's body: what its masks and layers have left so far; and what is left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,11 @@ from torch import Tensor, nn
 from backprompt.attention.base import PreparedAttention, Scoring, StandingAttention
 from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
+from backprompt.memory.blocks import KeysValues
 from backprompt.model.masks import Mask
+
+Way: TypeAlias = Literal["replayed", "recorded", "plain"]
+"""How a step of a generation was computed: by a graph, by the first run of one, or without."""
 
 # Keywords that models pass along and packed attention can ignore. Any other that is not None is refused by name.
 _MEANINGLESS_KEYWORDS = frozenset(
@@ -160,3 +165,28 @@ def no_layers_error(model_name: str) -> UnsupportedModelError:
         f"{model_name} does not go through transformers' attention interface, so its attention cannot be "
         "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
     )
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """The output of a pass, on which the device may still work.
+
+    Attributes:
+        keys_values: the keys and values.
+        hidden: the final hidden states, `(tokens, hidden)`.
+        are_finite: whether all numbers are finite, `()`.
+        are_placed: whether keys, values and hidden states were copied to their places, see `Executor.step`.
+        way: of a step.
+
+    """
+
+    keys_values: KeysValues
+    hidden: Tensor
+    are_finite: Tensor
+    are_placed: bool = False
+    way: Way = "plain"
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether all numbers are finite; the first look waits for the device."""
+        return bool(self.are_finite)

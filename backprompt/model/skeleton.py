@@ -24,9 +24,14 @@ from transformers.activations import NewGELUActivation
 from transformers.utils.generic import ModelOutput
 
 from backprompt.errors import UnsupportedModelError
+from backprompt.model import spread
 
 SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
+
+
+TRAINERS = ("accelerate.utils.", "backprompt.", "torch.amp.", "trl.")
+"""The packages whose wrappers of a model's forward method change nothing but precision, or add calls of their own."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +100,7 @@ def check_supported(model: nn.Module) -> None:
             f"{name} scales its queries by the row of the call instead of the position (attn_temperature_tuning), so "
             "its texts cannot share a pass."
         )
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise UnsupportedModelError(
-            f"{name} has parameters on the meta device, which hold no numbers. Load its weights, or .to_empty() and "
-            "initialise it, before wrapping it."
-        )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise UnsupportedModelError(
-            f"{name} is spread over several devices or offloaded ({sorted(map(str, devices))}). Load it onto one "
-            "device, without device_map."
-        )
+    spread.check_spread(model, _decoder(model))
     hooked = _first_hooked_module(model)
     if hooked is not None:
         raise UnsupportedModelError(
@@ -183,16 +178,39 @@ class _DecoderOutput(ModelOutput):
 
 
 def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = None) -> nn.Module:
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    memo |= {id(buffer): buffer for buffer in model.buffers() if buffer.nbytes > SHARED_BUFFER_BYTES}
+    # What has no numbers is not shared: the hooks of a copy put numbers in its place.
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
+    memo |= {
+        id(buffer): buffer for buffer in model.buffers() if buffer.nbytes > SHARED_BUFFER_BYTES and not buffer.is_meta
+    }
+    memo |= spread.shared_with_copies(model)
     memo |= replacements or {}
     private: nn.Module = copy.deepcopy(model, memo).eval()
-    if "_original_forward" in vars(private):  # accelerate's `prepare` has put a forward under autocast in its place
-        private.forward = vars(private).pop("_original_forward")
+    for module in private.modules():
+        if _has_trainers_forward(module):
+            del module.forward
+    spread.forget_movers(private)
     for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False
     return private
+
+
+def _has_trainers_forward(module: nn.Module) -> bool:
+    """Return whether a trainer has wrapped the forward method of this one module, for calls of its own.
+
+    Such a wrapper holds the method of the user's model. So a copy of the model would run the model itself.
+    """
+    forward = vars(module).get("forward")
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        if function is type(module).forward:
+            return True
+        place = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+        if not place.startswith(TRAINERS):
+            return False
+        forward = getattr(function, "__wrapped__", None)
+    return False
 
 
 def _switched(body: nn.Module, attention_name: str) -> nn.Module:
@@ -285,8 +303,3 @@ def hidden_size(model: nn.Module) -> int:
     """Return the size of the hidden states that the output head reads."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
     return weight.shape[1]
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Return the model's device, of which `check_supported` allows only one."""
-    return next(model.parameters()).device

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from backprompt.model.skeleton import is_foreign, is_rewritten_in_place, unwrap
+from backprompt.model.spread import FileState, Offloaded, hooks_in, offloaded
 from backprompt.progress import progress_bar
 
 HASH_FORMAT = 2
@@ -56,15 +57,22 @@ class PartsMonitor:
         rewritten = [is_rewritten_in_place(module) for module in modules]
         named = list(zip(modules, rewritten, strict=True))
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._offloaded = offloaded(model)
+        self._sources = [weight.source() for weight in self._offloaded]
+        self._names_elsewhere: dict[nn.Module, set[str]] = {}
+        for weight in self._offloaded:
+            self._names_elsewhere.setdefault(weight.module, set()).add(weight.name)
+        self._modules, self._spreading = modules, hooks_in(modules)
         self._contents = _Tables(
             [
                 *(module._modules for module in modules),
-                *(module._parameters for module in modules),
-                *(module._buffers for module, is_rewritten in named if not is_rewritten),
+                *(self._own(module, module._parameters) for module in modules),
+                *(self._own(module, module._buffers) for module, is_rewritten in named if not is_rewritten),
             ]
         )
         self._rewritten = [(module._buffers, len(module._buffers)) for module, is_rewritten in named if is_rewritten]
-        self.tensors = [tensor for _, _, tensor in _places(model)]
+        self.tensors = [tensor for _, _, tensor in _places(model) if not tensor.is_meta]
+        self.tensors += [source for source in self._sources if isinstance(source, Tensor)]
         self._pointers = _pointers(self.tensors)
 
     def have_changed(self) -> bool:
@@ -73,8 +81,15 @@ class PartsMonitor:
             self._contents.have_changed()
             or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
             or any(len(table) != num_before for table, num_before in self._rewritten)
+            or not all(map(operator.is_, hooks_in(self._modules), self._spreading))
+            or not all(map(_is_same, [weight.source() for weight in self._offloaded], self._sources))
             or _pointers(self.tensors) != self._pointers
         )
+
+    def _own(self, module: nn.Module, table: Mapping[str, object]) -> Mapping[str, object]:
+        """Return a module's table without offloaded weights: each plain call puts other tensors there."""
+        names = self._names_elsewhere.get(module, set()) & table.keys()
+        return _Without(table, names) if names else table
 
 
 class WeightsMonitor:
@@ -107,6 +122,28 @@ class WeightsMonitor:
             or _versions(self._versioned) != self._versions
             or tuple(map(_adapter_state, self._adapted)) != self.adapters
         )
+
+
+def _is_same(source: object, before: object) -> bool:
+    """Return whether the numbers of an offloaded weight still lie in the same tensor, or in an unchanged file."""
+    return source is before or (isinstance(source, FileState) and source == before)
+
+
+class _Without(Mapping[str, object]):
+    """A table without some names."""
+
+    def __init__(self, table: Mapping[str, object], names: Set[str]) -> None:
+        self._table = table
+        self._names = names
+
+    def __getitem__(self, name: str) -> object:
+        return self._table[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._table if name not in self._names)
+
+    def __len__(self) -> int:
+        return len(self._table) - len(self._names)
 
 
 class _Tables:
@@ -184,10 +221,15 @@ def content_hash(model: nn.Module) -> str:
 
     Reads every weight once, on as many threads as torch has: hashing releases the interpreter lock.
     """
-    pieces = [piece for tensor in _distinct_tensors(model) for piece in _pieces(tensor)]
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        digests = []
-        with progress_bar(sum(piece.nbytes for piece in pieces), "hashing weights", "bytes") as bar:
+    elsewhere = {id(weight.like): weight for weight in offloaded(model)}
+    tensors = _distinct_tensors(model)
+    digests: list[bytes] = []
+    with (
+        ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
+        progress_bar(sum(tensor.nbytes for tensor in tensors), "hashing weights", "bytes") as bar,
+    ):
+        for portion in _portions(tensors, elsewhere):
+            pieces = [piece for tensor in portion for piece in _pieces(tensor)]
             for piece, digest in zip(pieces, pool.map(_digest, pieces), strict=True):
                 digests.append(digest)
                 bar.update(piece.nbytes)
@@ -227,6 +269,15 @@ def _hash_described(model: nn.Module, digests: Iterable[bytes]) -> str:
 
 def _distinct_tensors(model: nn.Module) -> list[Tensor]:
     return list({id(tensor): tensor for _, _, tensor in _places(unwrap(model))}.values())
+
+
+def _portions(tensors: Iterable[Tensor], elsewhere: Mapping[int, Offloaded]) -> Iterator[list[Tensor]]:
+    """Yield the tensors with their numbers, in order: those that are offloaded alone, so that each is soon freed."""
+    for is_elsewhere, group in itertools.groupby(tensors, key=lambda tensor: id(tensor) in elsewhere):
+        if is_elsewhere:
+            yield from ([elsewhere[id(tensor)].load()] for tensor in group)
+        else:
+            yield list(group)
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:

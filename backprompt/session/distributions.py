@@ -13,7 +13,8 @@ from torch import Tensor
 
 from backprompt.arguments import as_int, as_number
 from backprompt.evaluation.distributions import Asked, Distributions, distributions
-from backprompt.evaluation.scoring import Wanted, to_score
+from backprompt.evaluation.reading import Wanted
+from backprompt.evaluation.scoring import to_score
 from backprompt.session.session import Session
 from backprompt.session.text_scores import encoded_to_score
 from backprompt.text.node import Text
@@ -126,7 +127,7 @@ def _of_texts(
     texts = session.own_texts(texts)
     with session.exclusive():
         encoded, first = encoded_to_score(session, texts, starts)
-        wanted = list(map(to_score, encoded, first, session.are_computed(texts)))
+        wanted = list(map(to_score, encoded, first, [end is not None for end in session.computed_ends(texts)]))
         found = distributions(session.current().computation, wanted, asked)
         lengths = [len(token_ids) - start for token_ids, start in zip(encoded, first, strict=True)]
         return found, torch.tensor([0, *lengths]).cumsum(0)

@@ -29,9 +29,9 @@ class Batch:
     _num_texts: int = 0
     _texts: WeakValueDictionary[int, Evaluated] = field(default_factory=WeakValueDictionary)
 
-    def add(self, inserted: Inserted) -> Evaluated:
+    def add(self, end: Span, token_ids: TokenIds) -> Evaluated:
         """Add a text to the batch and return it."""
-        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, inserted)
+        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, end, token_ids)
         self._num_texts += 1
         return evaluated
 
@@ -47,11 +47,12 @@ class Batch:
 
 @dataclass(eq=False)
 class Evaluated:
-    """An evaluated text, and its place in its batch."""
+    """An evaluated text: its place in its batch, its end and its token ids."""
 
     batch: Batch
     batch_idx: int
-    inserted: Inserted
+    end: Span
+    token_ids: TokenIds
 
     @property
     def evaluator(self) -> Evaluator:
@@ -59,14 +60,9 @@ class Evaluated:
         return self.batch.evaluator
 
     @property
-    def token_ids(self) -> TokenIds:
-        """The text's token ids."""
-        return self.inserted.token_ids
-
-    @property
-    def end(self) -> Span:
-        """The text's end."""
-        return self.inserted.end
+    def inserted(self) -> Inserted:
+        """The text as it stands in the forest."""
+        return Inserted(self.end, self.token_ids)
 
     @property
     def is_computed(self) -> bool:
@@ -82,5 +78,5 @@ class Evaluated:
     def held(self, *, with_keys_values: bool = False) -> Iterator[Inserted]:
         """Hold the states that results are read from, computed again if dropped; see `Evaluator.held`."""
         with self.evaluator.held(self.token_ids, self.end, with_keys_values=with_keys_values) as end:
-            self.inserted = Inserted(end, self.token_ids)
+            self.end = end
             yield self.inserted

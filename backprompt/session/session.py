@@ -30,14 +30,15 @@ from backprompt.evaluation.computation import Counters, Means
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
-from backprompt.forest.span import Inserted
+from backprompt.forest.span import Span
 from backprompt.forking import watch_lm
 from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
 from backprompt.memory.location import Location
 from backprompt.model.executor import Executor, plain_surroundings
-from backprompt.model.skeleton import model_device, unwrap
+from backprompt.model.skeleton import check_supported, unwrap
+from backprompt.model.spread import devices_of, head_device
 from backprompt.session.evaluated import Batch, Evaluated
 from backprompt.session.fingerprint import Fingerprint
 from backprompt.session.limits import TextLimits, check_has_last_token
@@ -79,11 +80,13 @@ class Session:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
-        device = model_device(unwrap(model))
+        causal_lm = unwrap(model)
+        check_supported(causal_lm)
+        device = head_device(causal_lm)
         if options.pin_memory:
             check_can_pin(device)
         memory, host_memory = options.memory_bytes, options.host_memory_bytes
-        self._memory_bytes = default_max_bytes(device) if memory is None else parse_bytes(memory)
+        self._memory_bytes = _default_bytes(causal_lm) if memory is None else parse_bytes(memory)
         if host_memory is None:
             self._host_memory_bytes = default_host_bytes(device)
         else:
@@ -303,7 +306,8 @@ class Session:
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
         """Evaluate the texts, computing only missing spans; the lock must be held."""
         evaluator = self.current()
-        known = {text: found for text in texts if (found := self._evaluated.get(text)) and found.is_computed}
+        found = zip(texts, map(self._evaluated.get, texts), strict=True) if self._evaluated else ()
+        known = {text: evaluated for text, evaluated in found if evaluated is not None and evaluated.is_computed}
         evaluator.memory.touch([found.end for found in known.values()])
         if len(known) == len(texts):  # their ids were checked when they were evaluated
             self.counters.tokens_requested += sum(len(known[text].token_ids) for text in texts)
@@ -313,14 +317,17 @@ class Session:
         if missing:
             ends = evaluator.evaluate(list(missing.values()))
             batch = Batch(evaluator)
-            new = {text: batch.add(Inserted(end, ids)) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
+            new = {text: batch.add(end, ids) for end, (text, ids) in zip(ends, missing.items(), strict=True)}
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]
 
-    def are_computed(self, texts: Iterable[Text]) -> list[bool]:
-        """Return for each text whether it was evaluated and its states are still held; the lock must be held."""
-        return [found is not None and found.is_computed for found in map(self._evaluated.get, texts)]
+    def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
+        """Return the ends of texts that were evaluated and whose states are still held; the lock must be held."""
+        if not self._evaluated:
+            return [None] * len(texts)
+        found = map(self._evaluated.get, texts)
+        return [None if evaluated is None or not evaluated.is_computed else evaluated.end for evaluated in found]
 
     # The tokenizer and the model
 
@@ -360,15 +367,15 @@ class Session:
 
     def _make_evaluator(self, fingerprint: Fingerprint) -> Evaluator:
         model, archive = unwrap(self.model), None
-        device = model_device(model)
         pinned = Location(torch.device("cpu"), self.options.pin_memory)
         tokenizer = fingerprint.tokenizer
         if self.store is not None:  # a cycle with the session would keep tensors alive for longer than the LM
             root = partial(fingerprint.root, in_store=True)
-            archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode, device)
+            archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode)
         executor = Executor(model, tokenizer.decode, pack_weights=self.options.pack_weights)
         order = GreedyDual(executor.hidden_size)
-        host = HostMemory(self._host_memory_bytes, order.rank, pinned, Location(device))
+        here = Location(executor.device, device_of=executor.device_of)
+        host = HostMemory(self._host_memory_bytes, order.rank, pinned, here)
         return Evaluator(
             Means(
                 model=model,
@@ -401,6 +408,11 @@ class Session:
         self.encoder = encoder
         self.fingerprint = fingerprint
         self.evaluator = evaluator
+
+
+def _default_bytes(model: nn.Module) -> int:
+    """Return the default budget: where layers lie on several devices, that of the device with the least free memory."""
+    return min(map(default_max_bytes, devices_of(model)))
 
 
 def session_of(text: object, idx: int) -> Session:

@@ -46,7 +46,7 @@ def scores_of_shared_ends(session: Session, texts: Sequence[Text], starts: Seque
         _nums_own(ids, [ids_of.get(id(start), start) for start in islice(given, len(shape.completions))])
         for ids, shape in zip(prompt_ids, shapes, strict=True)
     ]
-    if not all(nums_own) or any(session.are_computed(texts)):
+    if not all(nums_own) or any(session.computed_ends(texts)):
         return None
     behind = list(map(Behind, prompt_ids, shapes, map(max, nums_own)))
     scores = scores_if_fine(session, behind)

@@ -8,7 +8,8 @@ import torch
 
 from backprompt.arguments import as_list, is_int
 from backprompt.evaluation.behind import Behind
-from backprompt.evaluation.scoring import ScoredTexts, Wanted
+from backprompt.evaluation.reading import Wanted
+from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
 from backprompt.session.shared_ends import scores_if_fine, scores_of_shared_ends
@@ -26,7 +27,7 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
         if shared is not None:
             return shared
         encoded, first = encoded_to_score(session, texts, given)
-        return session.evaluator.scoring.token_scores(encoded, first, session.are_computed(texts))
+        return session.evaluator.scoring.token_scores(encoded, first, session.computed_ends(texts))
 
 
 def encoded_to_score(

@@ -80,9 +80,11 @@ class Text(Questions):
         "_left",
         "_lm",
         "_noted",
+        "_noted_by",
         "_num_segments",
         "_right",
         "_segment",
+        "_whole_hash",
     )
 
     _lm: Engine[Text] | None
@@ -92,7 +94,9 @@ class Text(Questions):
     _add_special_tokens: bool
     _num_segments: int
     _hash: int
-    _noted: tuple[object, Any] | None
+    _noted: Any
+    _noted_by: object
+    _whole_hash: int | None
 
     def __init__(
         self, string: str, lm: Engine[Text] | tuple[Any, Any] | None = None, *, add_special_tokens: bool = True
@@ -131,7 +135,7 @@ class Text(Questions):
         self._add_special_tokens = add_special_tokens
         self._left = self._right = None
         self._lm = lm
-        self._noted = None
+        self._noted = self._noted_by = self._whole_hash = None
         self._num_segments = 1 if segment else 0
         self._hash = hash(segment) % PRIME if segment else 0
         if _EAGER.get():
@@ -223,7 +227,11 @@ class Text(Questions):
         return f"Text({shortened(shown(self._walk_segments()), _REPR_CHARACTERS, gap='...')}{option})"
 
     def __hash__(self) -> int:
-        return hash((self._hash, self._num_segments, self._add_special_tokens, id(self._lm)))
+        whole = self._whole_hash
+        if whole is None:
+            whole = hash((self._hash, self._num_segments, self._add_special_tokens, id(self._lm)))
+            self._whole_hash = whole
+        return whole
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -278,13 +286,12 @@ def sides(text: Text) -> tuple[Text, Text] | None:
 
 def note(text: Text, of: object, value: Any) -> None:
     """Keep a value with a text for as long as the text lives, in place of an older one; `of` says whose value it is."""
-    text._noted = of, value
+    text._noted, text._noted_by = value, of
 
 
 def noted(text: Text, of: object) -> Any:
     """Return the value that was noted last, if it was noted by the same one; else None."""
-    found = text._noted
-    return found[1] if found is not None and found[0] is of else None
+    return text._noted if text._noted_by is of else None
 
 
 def _concatenate(left: Text, right: Text) -> Text:
@@ -298,7 +305,8 @@ def _concatenate(left: Text, right: Text) -> Text:
     text = Text.__new__(Text)
     text._add_special_tokens = (right if left._is_nothing else left)._add_special_tokens
     text._segment = ""
-    text._left, text._right, text._lm, text._noted = left, right, lm, None
+    text._left, text._right, text._lm = left, right, lm
+    text._noted = text._noted_by = text._whole_hash = None
     text._num_segments = left._num_segments + right._num_segments
     shift = _BASE if right._num_segments == 1 else pow(_BASE, right._num_segments, PRIME)
     text._hash = (left._hash * shift + right._hash) % PRIME

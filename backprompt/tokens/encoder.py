@@ -53,14 +53,18 @@ class Encoder:
 
         """
         unknown = [text for text in texts if noted(text, self._mark) is None]
-        known = {text: ids for text in unknown if (ids := self._encoded.get(text)) is not None}
-        new = [text for text in dict.fromkeys(unknown) if text not in known]
+        found: dict[Text, TokenIds | None] = dict.fromkeys(unknown)
+        if self._encoded:
+            found = {text: self._encoded.get(text) for text in found}
+        new = [text for text, ids in found.items() if ids is None]
         if new:
             encoded = dict(zip(new, self._encode_new(new), strict=True))
             self._encoded.update(encoded)
-            known |= encoded
-        for text in unknown:
-            note(text, self._mark, known[text])
+            found |= encoded
+        for text, ids in zip(
+            unknown, found.values() if len(found) == len(unknown) else map(found.get, unknown), strict=True
+        ):
+            note(text, self._mark, ids)
         return [noted(text, self._mark) for text in texts]
 
     def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:

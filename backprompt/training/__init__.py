@@ -12,10 +12,19 @@ if _typing.TYPE_CHECKING:
     from backprompt.training.results import RowScores as RowScores
     from backprompt.training.rows import PaddedRows as PaddedRows
     from backprompt.training.scores import token_logprobs as token_logprobs
+    from backprompt.training.states import RowStates as RowStates
+    from backprompt.training.states import hidden_states as hidden_states
 
-_PLACES = {"Account": "results", "PaddedRows": "rows", "RowScores": "results", "token_logprobs": "scores"}
+_PLACES = {
+    "Account": "results",
+    "PaddedRows": "rows",
+    "RowScores": "results",
+    "RowStates": "states",
+    "hidden_states": "states",
+    "token_logprobs": "scores",
+}
 
-__all__ = ["Account", "PaddedRows", "RowScores", "token_logprobs"]
+__all__ = ["Account", "PaddedRows", "RowScores", "RowStates", "hidden_states", "token_logprobs"]
 
 
 def __getattr__(name: str) -> _typing.Any:

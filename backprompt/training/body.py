@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from backprompt.model import skeleton
+from backprompt.errors import UnsupportedModelError
+from backprompt.model import skeleton, spread
 from backprompt.model.in_flight import Masks, no_layers_error, run_body
 from backprompt.model.linear import speed_up_trained
 from backprompt.training.attention import TrieAttention
@@ -49,7 +50,12 @@ def hidden_states(model: nn.Module, trie: Trie, wanted: Ints, *, is_recomputed: 
         is_recomputed: whether the backward computes the whole call again, so that nothing of it is held until then.
 
     """
-    device = skeleton.model_device(model)
+    if spread.is_spread(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is offloaded or spread over devices by accelerate, so gradients of its weights "
+            "have no one place. Load it onto one device, or score it without gradients."
+        )
+    device = spread.head_device(model)
     call = _Call(
         model_name=type(model).__name__,
         max_position=int(trie.positions.max()),

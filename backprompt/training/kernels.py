@@ -120,7 +120,7 @@ def _efficient_cuda_backward(
     lse = torch.nn.functional.pad(lse.transpose(0, 1), (0, -rows % 32))  # whole blocks of rows, as the forward's
     no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
     grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        by_group(grad.transpose(0, 1)),
+        by_group(grad.contiguous().transpose(0, 1)),
         by_group(query),
         key[:, None].expand(-1, groups[1], -1, -1),
         value[:, None].expand(-1, groups[1], -1, -1),
@@ -181,7 +181,7 @@ def _largest_gap(
 
     def draw(num_heads: int, rows: int) -> Tensor:
         # The layout of models: heads are interleaved in each row.
-        drawn = torch.randn((rows, num_heads, head_dim), generator=generator).to(device=device, dtype=dtype)
+        drawn = torch.randn((rows, num_heads, head_dim), generator=generator, device="cpu").to(device, dtype)
         return drawn.transpose(0, 1)
 
     query, key, value = draw(heads, 70), draw(kv_heads, 40), draw(kv_heads, 40)

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from backprompt.arguments import as_int
 from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
-from backprompt.model.skeleton import head_dtype, model_device, unwrap
+from backprompt.model.skeleton import head_dtype, unwrap
+from backprompt.model.spread import head_device
 
 _ATTRIBUTE = "_backprompt_lm"
 
@@ -87,7 +88,7 @@ def _dropout_rate(module: nn.Module) -> float:
 def is_under_autocast(model: nn.Module) -> bool:
     """Return whether the caller's autocast computes in another dtype than that of the model's weights."""
     model = unwrap(model)
-    device = model_device(model).type
+    device = head_device(model).type
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != head_dtype(model)
 
 

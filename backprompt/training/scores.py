@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from backprompt.arguments import as_bool
 from backprompt.errors import TokenIdError
 from backprompt.evaluation.distributions import Asked, Distributions
-from backprompt.evaluation.scoring import Wanted
+from backprompt.evaluation.reading import Wanted
 from backprompt.lm import LM
 from backprompt.session.distributions import as_temperature, as_top_k, distributions_of_ids
 from backprompt.session.limits import TextLimits
@@ -88,7 +88,7 @@ def token_logprobs(
         with session.exclusive():
             session.current()
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
-            _check_lengths(session.limits, rows)
+            check_lengths(session.limits, rows)
             asked = Asked(
                 temperature=as_temperature(temperature),
                 entropy=as_bool(entropy, "entropy"),
@@ -142,19 +142,19 @@ def _read(session: Session, texts: Sequence[tuple[int, ...]], starts: Sequence[i
     """Return what is asked for of the tokens of each row from a start on, row behind row."""
     if asked.is_plain:
         session.counters.tokens_requested += sum(map(len, texts))
-        scored = session.evaluator.scoring.token_scores(texts, starts, [False] * len(texts))
+        scored = session.evaluator.scoring.token_scores(texts, starts, [None] * len(texts))
         return Distributions(scored.scores.logprobs, None, None, None, None)
     wanted = [Wanted(ids[:-1], start, ids[-1:]) for ids, start in zip(texts, starts, strict=True)]
     return distributions_of_ids(session, wanted, asked)
 
 
-def _check_lengths(limits: TextLimits, rows: PaddedRows) -> None:
-    """Raise TextTooLongError for the first row that does not fit; its last token takes no position."""
+def check_lengths(limits: TextLimits, rows: PaddedRows, num_unused: int = 1) -> None:
+    """Raise TextTooLongError for the first row that does not fit; `num_unused`: its last tokens take no position."""
     if limits.model.max_tokens is None:
         return
-    for row in (rows.lengths - 1 > limits.model.max_tokens).nonzero()[0].tolist():
+    for row in (rows.lengths - num_unused > limits.model.max_tokens).nonzero()[0].tolist():
         num_tokens = int(rows.lengths[row])
-        limits.check_length(f"Row {row} of input_ids", num_tokens, num_tokens - 1)
+        limits.check_length(f"Row {row} of input_ids", num_tokens, num_tokens - num_unused)
 
 
 def _given(session: Session, rows: PaddedRows, token_ids: Tensor) -> Tensor:
