@@ -282,8 +282,12 @@ def test_a_model_keeps_its_lm(monkeypatch):
         token_logprobs(model, ids, mask)
         token_logprobs(other, ids, mask)
     assert len(made) == 2
-    token_logprobs(model, ids, mask, max_tokens_per_forward=3)
-    assert len(made) == 3
+    passes = []
+    for max_tokens in (None, 3, None):  # trainers give another one with each batch
+        before = made[0].stats
+        token_logprobs(model, ids, mask, max_tokens_per_forward=max_tokens)
+        passes.append((made[0].stats - before).forward_passes)
+    assert (len(made), passes) == (2, [1, 2, 1])
     assert_close(token_logprobs(copy.copy(model), ids, mask).logprobs, token_logprobs(model, ids, mask).logprobs)
 
 
