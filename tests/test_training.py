@@ -262,6 +262,7 @@ def test_active_dropout_is_refused():
     token_logprobs(llama.eval(), ids, mask)
 
 
+@known_to_torch
 def test_a_step_of_training_changes_the_numbers():
     model, batch = build("llama"), replace(group(3, 6, 4), kept=None)
     before = token_logprobs(model, *batch.tensors()).logprobs
@@ -281,8 +282,12 @@ def test_a_model_keeps_its_lm(monkeypatch):
         token_logprobs(model, ids, mask)
         token_logprobs(other, ids, mask)
     assert len(made) == 2
-    token_logprobs(model, ids, mask, max_tokens_per_forward=3)
-    assert len(made) == 3
+    passes = []
+    for max_tokens in (None, 3, None):  # trainers give another one with each batch
+        before = made[0].stats
+        token_logprobs(model, ids, mask, max_tokens_per_forward=max_tokens)
+        passes.append((made[0].stats - before).forward_passes)
+    assert (len(made), passes) == (2, [1, 2, 1])
     assert_close(token_logprobs(copy.copy(model), ids, mask).logprobs, token_logprobs(model, ids, mask).logprobs)
 
 

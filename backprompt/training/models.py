@@ -58,7 +58,7 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
         )
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
-    return Scorer(_own_lm(model, max_tokens_per_forward), keeps_results=False)
+    return Scorer(_own_lm(model), keeps_results=False)
 
 
 def check_no_dropout(model: nn.Module) -> None:
@@ -93,11 +93,10 @@ def is_under_autocast(model: nn.Module) -> bool:
 
 
 class _Kept:
-    """What a model keeps: its `LM`, and the option that it was made with. Copies and pickles of it are empty."""
+    """What a model keeps: its `LM`. Copies and pickles of it are empty."""
 
-    def __init__(self) -> None:
-        self.lm: LM | None = None
-        self.max_tokens_per_forward: int | None = None
+    def __init__(self, lm: LM | None = None) -> None:
+        self.lm = lm
 
     def __copy__(self) -> _Kept:
         return _Kept()
@@ -109,16 +108,13 @@ class _Kept:
         return _Kept, ()
 
 
-def _own_lm(model: nn.Module, max_tokens_per_forward: int | None) -> LM:
+def _own_lm(model: nn.Module) -> LM:
     """Return the `LM` that a model keeps, made if need be."""
-    kept = vars(model).setdefault(_ATTRIBUTE, _Kept())
-    lm: LM | None = kept.lm
-    # A shallow copy of a model has the attributes of the original.
-    is_fitting = lm is not None and lm.session.model is model and kept.max_tokens_per_forward == max_tokens_per_forward
-    if lm is None or not is_fitting:
-        lm = LM(model, NoTokenizer(), max_tokens_per_forward=max_tokens_per_forward)
-        kept = vars(model)[_ATTRIBUTE] = _Kept()
-        kept.lm, kept.max_tokens_per_forward = lm, max_tokens_per_forward
+    kept = vars(model).get(_ATTRIBUTE)
+    lm: LM | None = None if kept is None else kept.lm
+    if lm is None or lm.session.model is not model:  # a shallow copy of a model has the attributes of the original
+        lm = LM(model, NoTokenizer())
+        vars(model)[_ATTRIBUTE] = _Kept(lm)
     return lm
 
 

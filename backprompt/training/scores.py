@@ -84,9 +84,12 @@ def token_logprobs(
     lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
     session = lm.session
     is_cast = not keeps_results and is_under_autocast(session.model)
+    max_tokens = session.options.max_tokens_per_forward if keeps_results else max_tokens_per_forward
     try:
         with session.exclusive():
-            session.current()
+            computation = session.current().computation
+            if not keeps_results:
+                computation.max_tokens = max_tokens or computation.executor.tokens_per_forward()
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
             check_lengths(session.limits, rows)
             asked = Asked(
@@ -97,7 +100,7 @@ def token_logprobs(
             )
             if not requires_grad and not is_cast:
                 return _scores(session, rows, asked)
-        return _scores_of_model(session, rows, asked, requires_grad=requires_grad)
+        return _scores_of_model(session.model, rows, asked, max_tokens, requires_grad=requires_grad)
     finally:
         if not keeps_results:
             session.clear()
@@ -111,7 +114,9 @@ def _scores(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
     return _results(rows, found, session.counters.tokens_computed - num_before)
 
 
-def _scores_of_model(session: Session, rows: PaddedRows, asked: Asked, *, requires_grad: bool) -> RowScores:
+def _scores_of_model(
+    model: nn.Module, rows: PaddedRows, asked: Asked, max_tokens: int | None, *, requires_grad: bool
+) -> RowScores:
     """Return the scores by the user's own model, in its own modes and the caller's surroundings."""
     if requires_grad and not torch.is_grad_enabled():
         raise ValueError(
@@ -119,7 +124,7 @@ def _scores_of_model(session: Session, rows: PaddedRows, asked: Asked, *, requir
             "Leave that context, or give requires_grad=torch.is_grad_enabled()."
         )
     with torch.set_grad_enabled(requires_grad):
-        found, num_forwarded = distributions(session.model, rows, asked, session.options.max_tokens_per_forward)
+        found, num_forwarded = distributions(model, rows, asked, max_tokens)
         return _results(rows, found, num_forwarded)
 
 
