@@ -46,6 +46,7 @@ from backprompt.inspection.show import ShownText, ShownToken
 from backprompt.inspection.verify import NodeDrift, Verification, verify
 from backprompt.lm import LM
 from backprompt.loading import load
+from backprompt.session.distributions import Entropies, TopLogprobs
 from backprompt.session.representation import ModelRepr, Pin
 from backprompt.session.stats import Stats
 from backprompt.store import DiskStore, MemoryStore, Store
@@ -62,6 +63,7 @@ __all__ = [
     "DrawingError",
     "DriftError",
     "EmptyTextError",
+    "Entropies",
     "EntryTooLargeError",
     "Explanation",
     "Extent",
@@ -98,6 +100,7 @@ __all__ = [
     "TokenIdError",
     "TokenScores",
     "TokenizerError",
+    "TopLogprobs",
     "UnboundTextError",
     "UnsupportedModelError",
     "Verification",

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from backprompt.arguments import as_bool
 from backprompt.errors import (
     NotPicklableError,
     UnsupportedModelError,
@@ -23,6 +24,7 @@ from backprompt.evaluation.lookup import Piece
 from backprompt.evaluation.scores import TokenScores
 from backprompt.forking import ForkableLock, watch_lm
 from backprompt.progress import showing
+from backprompt.session.distributions import Entropies, TopLogprobs, entropies, top_logprobs
 from backprompt.session.options import Options, check_options
 from backprompt.session.representation import ModelRepr, Pin, pinned, save
 from backprompt.session.session import Session
@@ -43,14 +45,15 @@ class LM(Engine[Text]):
     gradients. Copying an `LM` returns the same object.
 
     Args:
-        model: any causal LM of transformers whose attention goes through transformers' attention interface.
+        model: any causal LM of transformers whose attention goes through transformers' attention interface. accelerate
+            may have spread it over devices, or offloaded it.
         tokenizer: its tokenizer.
         joins: how strings that meet in a text are encoded. "exact" encodes the whole string; "split" encodes every
             segment on its own; "error" raises where the two differ.
         add_special_tokens: whether each text gets the special tokens that the tokenizer adds to a whole string.
         memory_bytes: the budget for results held between calls: keys, values, hidden states and log-probabilities. A
-            number of bytes or text such as "2 GB"; by default half of the free memory of the device. Results beyond the
-            budget are dropped, and computed again on demand.
+            number of bytes or text such as "2 GB"; by default half of the free memory of the device, and of several
+            devices, of the one with the least. Results beyond the budget are dropped, and computed again on demand.
         host_memory_bytes: a second budget, in host memory: results beyond the first budget move there instead, and back
             on demand. By default a quarter of the free host memory, and 0 for a model that lies in host memory itself.
         pin_memory: take page-locked host memory for the second budget, for faster transfers; for models on CUDA.
@@ -246,6 +249,56 @@ class LM(Engine[Text]):
         with showing(show_progress_bar):
             return token_scores(self._session, texts, starts).split()
 
+    def entropies(
+        self,
+        texts: Iterable[Text],
+        starts: Iterable[Text | int] | None = None,
+        *,
+        temperature: float = 1.0,
+        show_progress_bar: bool | None = None,
+    ) -> Entropies:
+        """Evaluate texts and return the entropies of the distributions that predict their tokens.
+
+            found = lm.entropies([prompt + " Paris", prompt + " Lyon"], [prompt, prompt])
+            found.entropies  # of all texts, (tokens,)
+            found.split()  # of each text
+
+        Each distinct row of the output head is computed once, however many texts share it, and is not kept.
+
+        Args:
+            texts, starts, show_progress_bar: see `token_logprobs`.
+            temperature: divides the logits.
+
+        Raises:
+            All errors of `token_logprobs`, and TypeError and ValueError for a temperature that is no number above 0.
+
+        """
+        with showing(show_progress_bar):
+            return entropies(self._session, texts, starts, temperature)
+
+    def top_logprobs(
+        self,
+        texts: Iterable[Text],
+        k: int,
+        starts: Iterable[Text | int] | None = None,
+        *,
+        temperature: float = 1.0,
+        show_progress_bar: bool | None = None,
+    ) -> TopLogprobs:
+        """Evaluate texts and return the `k` most probable tokens in the place of each of their tokens.
+
+        Args:
+            texts, starts, show_progress_bar: see `token_logprobs`.
+            k: how many tokens.
+            temperature: divides the logits.
+
+        Raises:
+            All errors of `entropies`, and ValueError for a `k` that is no int from 1 to the size of the vocabulary.
+
+        """
+        with showing(show_progress_bar):
+            return top_logprobs(self._session, texts, k, starts, temperature)
+
     def next_token_logprobs(
         self, texts: Iterable[Text], token_ids: Sequence[Sequence[int]], *, show_progress_bar: bool | None = None
     ) -> list[torch.Tensor]:
@@ -340,7 +393,7 @@ class LM(Engine[Text]):
         """
         self._session.clear()
 
-    def refresh(self) -> None:
+    def refresh(self, *, compare: bool = True) -> None:
         """Hash every weight and the tokenizer again, and drop all computed results if either changed.
 
         `refresh` is needed only after changes that the quick check before each evaluation cannot see: writes through
@@ -348,8 +401,13 @@ class LM(Engine[Text]):
         within the tokenizer, or files rewritten in place from which weights are mapped into memory. Refresh after such
         a change and before evaluating: with a store, results computed in between are stored as those of the old
         weights. Without an earlier use of `fingerprint` no hash exists to compare with, and all results are dropped.
+
+        Args:
+            compare: False takes the weights for changed without reading them, as after a step of training, and drops
+                all results at once. Settings of modules must be as they were.
+
         """
-        self._session.refresh()
+        self._session.refresh(compare=as_bool(compare, "compare"))
 
 
 _SHARED: WeakValueDictionary[tuple[int, int], LM] = WeakValueDictionary()

@@ -42,6 +42,9 @@ class Elsewhere(Tensor):
         return Tensor._make_wrapper_subclass(cls, inner.size(), dtype=inner.dtype, device="meta")
 
     def __init__(self, inner: Tensor) -> None:
+        device = OtherDevice.current
+        if inner.dtype == torch.float64 and device is not None and not device.has_float64:
+            raise TypeError(f"Cannot convert a {DEVICE} Tensor to float64 dtype.")
         self.inner = inner
 
     @property
@@ -90,16 +93,21 @@ class OtherEvent:
 class OtherDevice(TorchFunctionMode):
     """The device, for as long as the context lasts.
 
+    Args:
+        has_float64: False for a device like MPS.
+
     Attributes:
         waits: the lines at which the host waited for the device, and how often.
         launches: how many functions of torch ran on the device.
+        has_float64: see above.
 
     """
 
     current: OtherDevice | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_float64: bool = True) -> None:
         super().__init__()
+        self.has_float64 = has_float64
         self.waits: Counter[str] = Counter()
         self.launches = 0
         self._apply: Any = nn.Module._apply
@@ -117,6 +125,8 @@ class OtherDevice(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is Tensor.__deepcopy__ and not _is_elsewhere(args[0]):
+            return func(*args, **kwargs)  # its memo knows tensors of all devices
         if func in _MOVES or _is_there(kwargs.get("device")) or any(map(_is_elsewhere, tree_leaves((args, kwargs)))):
             return _call(func, args, kwargs)
         return func(*args, **kwargs)
@@ -152,7 +162,9 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise TypeError(f"can't convert {DEVICE} device type tensor to numpy.")
     given = tree_leaves((args, kwargs))
     is_there = _is_there(kwargs.get("device")) or ("device" not in kwargs and any(map(_is_elsewhere, given)))
-    if func not in _INDEXING and func is not Tensor.copy_:
+    if func is Tensor.copy_:
+        is_there = _is_elsewhere(args[0])
+    elif func not in _INDEXING:
         _check_one_device(func, given)
     _count(func, args)
     if "device" in kwargs:

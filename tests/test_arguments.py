@@ -37,6 +37,8 @@ TAKE_TEXTS = {
     "LM.token_logprobs": LM_.token_logprobs,
     "LM.token_scores": LM_.token_scores,
     "LM.next_token_logprobs": lambda given: LM_.next_token_logprobs(given, [[1]]),
+    "LM.entropies": LM_.entropies,
+    "LM.top_logprobs": lambda given: LM_.top_logprobs(given, 2),
     "LM.check": LM_.check,
     "LM.look_up": LM_.look_up,
     "LM.extents": LM_.extents,
@@ -254,6 +256,8 @@ BARS = {
     "token_logprobs": lambda given: token_logprobs(EXAMPLE_TEXTS, LM_, show_progress_bar=given),
     "LM.token_logprobs": lambda given: LM_.token_logprobs([TEXT], show_progress_bar=given),
     "LM.next_token_logprobs": lambda given: LM_.next_token_logprobs([TEXT], [[1]], show_progress_bar=given),
+    "LM.entropies": lambda given: LM_.entropies([TEXT], show_progress_bar=given),
+    "LM.top_logprobs": lambda given: LM_.top_logprobs([TEXT], 2, show_progress_bar=given),
 }
 INTS = {
     "sample": (1, lambda given: bp.verify(TEXT, sample=given)),

@@ -6,7 +6,9 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from backprompt.memory.blocks import KeysValues, States
 from backprompt.memory.places import Places
 from backprompt.memory.placing import place
 from backprompt.model import executor, steps
-from backprompt.model.recording import NoWaits, Output, Recording
+from backprompt.model.recording import CudaRecorder, NoWaits, Output, Recording
 from backprompt.model.steps import CapturedSteps
 from backprompt.model.weights import WeightsMonitor
 from comparing import assert_close
@@ -79,6 +81,7 @@ class PreparedForSome(PreparedCalls):
 class StandingCalls:
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
+        self.num_bytes = 100 * num_rows
         self.prepared: Any = None
 
     def load(self, prepared: Any) -> bool:
@@ -107,13 +110,14 @@ def capture(
     record: Any = record,
     attention: Callable[[], Any] = CallsThatStand,
     place: Any = place_by_hand,
+    max_bytes: float = math.inf,
 ) -> None:
     """Let models capture the steps of generations on the CPU."""
     if devices.DEVICE.type != "cpu":
         pytest.skip("what is captured is done again by hand, on the CPU")
 
     def captured(body: torch.nn.Module, attention: Any) -> CapturedSteps:
-        return CapturedSteps(attention, [*body.parameters(), *body.buffers()], record, place)
+        return CapturedSteps(attention, [*body.parameters(), *body.buffers()], record, place, max_bytes=max_bytes)
 
     patch.setattr(executor, "attention_for", lambda device: attention())
     patch.setattr(executor, "captured_steps", captured)
@@ -194,7 +198,8 @@ def test_weights_that_lie_elsewhere_leave_the_graph(tokenizer: Any, monkeypatch:
     """Nobody else notices, as with a copy of the same numbers that is made between two looks."""
     model = FAMILIES["gpt2"]()
     lm = LM(model, tokenizer)
-    monkeypatch.setattr(WeightsMonitor, "has_changed", lambda self: False)
+    for look in ("has_changed", "has_moved"):
+        monkeypatch.setattr(WeightsMonitor, look, lambda self: False)
     weight = model.transformer.h[0].mlp.c_fc.weight
 
     def between(num: int, run: Any) -> None:
@@ -279,7 +284,8 @@ def test_a_step_that_is_not_finite_is_no_step(value: float, tokenizer: Any, monk
     """The embedding of the token that comes next is spoiled, unseen."""
     model = FAMILIES["gpt2"]()
     lm = LM(model, tokenizer)
-    monkeypatch.setattr(WeightsMonitor, "has_changed", lambda self: False)
+    for look in ("has_changed", "has_moved"):
+        monkeypatch.setattr(WeightsMonitor, look, lambda self: False)
 
     def between(num: int, run: Any) -> None:
         if num == 6:
@@ -421,3 +427,165 @@ def test_what_says_nothing_about_graphs_leaves_them_on(
     generate(texts_of(lm), max_new_tokens=16)
     assert len(attempts) == 2
     assert counts_of(lm)["recorded"] == 1
+
+
+# Counts and memory
+
+
+def record_taking(num_bytes: int) -> Any:
+    """Records, and says how much memory that took."""
+    return lambda compute, finish: replace(record(compute, finish), num_bytes=num_bytes)
+
+
+def test_stats_count_steps_and_the_memory_of_graphs(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(monkeypatch, record_taking(10_000))
+    lm = LM(model, tokenizer)
+    assert lm.stats.graph_bytes == 0
+    stepping(lm, 12)
+    stats, counts = lm.stats, counts_of(lm)
+    assert (stats.steps_recorded, stats.steps_plain) == (1, counts["eager"] + 1)  # one that began a span
+    assert stats.steps_replayed == counts["replayed"] - 1 > 5
+    (graph,) = lm.session.evaluator.executor.steps.graphs.values()
+    assert stats.graph_bytes == 10_000 + graph.num_bytes
+    assert graph.num_bytes > 100
+    assert graph.recording.plain is None  # whose rows would be held for nothing
+    lm.clear()
+    after = lm.stats
+    assert after.graph_bytes == 0
+    assert (after - stats).steps_replayed == 0
+    assert stepping(lm, 12) == plain_greedy(model, Text("The cat", lm).tokens, 12)
+    assert (lm.stats - after).steps_recorded == 1
+
+
+def test_steps_without_graphs_are_counted(model: Any, tokenizer: Any) -> None:
+    lm = LM(model, tokenizer)
+    stepping(lm, 12)
+    assert lm.stats.steps_plain > 5
+    assert (lm.stats.steps_replayed, lm.stats.steps_recorded, lm.stats.graph_bytes) == (0, 0, 0)
+
+
+def test_graphs_that_take_too_much_memory_are_left(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps of four rows take more than there is; a step of one row fits."""
+
+    def taking(compute: Callable[[], Output], finish: Callable[[Output], None]) -> Recording:
+        recording = record(compute, finish)
+        return replace(recording, num_bytes=10_000 * len(recording.output.hidden))
+
+    capture(monkeypatch, taking, max_bytes=25_000)
+    lm = LM(model, tokenizer)
+    captured = lm.session.evaluator.executor.steps
+    with caplog.at_level("INFO", logger="backprompt.model.steps"):
+        for _ in range(2):
+            for text in generate(texts_of(lm), max_new_tokens=12):
+                assert text.completion_tokens == plain_greedy(model, text.prompt.tokens, 12)
+    assert "Steps of 4 rows are not captured: with them graphs take" in caplog.text
+    assert captured.counts["recorded"] == 1
+    assert (captured.graphs, captured.num_bytes) == ({}, 0)
+    assert stepping(lm, 12) == plain_greedy(model, Text("The cat", lm).tokens, 12)
+    assert list(captured.graphs) == [1]
+    assert 10_000 < captured.num_bytes < 25_000
+
+
+@pytest.mark.usefixtures("captured")
+def test_graphs_make_room_for_a_pass(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM(model, tokenizer)
+    stepping(lm, 12)
+    executor = lm.session.evaluator.executor
+    run, calls = executor.run, []
+
+    def short_of_memory(*args: Any) -> Any:
+        calls.append(bool(executor.steps.graphs))
+        if executor.steps.graphs or len(calls) > 2:
+            raise torch.OutOfMemoryError
+        return run(*args)
+
+    monkeypatch.setattr(executor, "run", short_of_memory)
+    text = Text("Hello", lm)
+    assert_close(text.token_logprobs, plain_token_logprobs(model, text.tokens))
+    assert calls == [True, False]
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to free
+        lm.evaluate([Text("Another", lm)])
+    assert calls == [True, False, False]
+
+
+class FakeGraph:
+    """As torch has it: a pool lives as long as a graph in it, and is of no more use afterwards."""
+
+    pools: ClassVar[dict[int, int]] = {}
+    reserved = 0
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        assert self.pools.get(pool) != 0, "use_count > 0 INTERNAL ASSERT FAILED"
+        self.pools[pool] = self.pools.get(pool, 0) + 1
+        weakref.finalize(self, self.release, pool)
+
+    def capture_end(self) -> None:
+        FakeGraph.reserved += 1000
+
+    def replay(self) -> None:
+        pass
+
+    @classmethod
+    def release(cls, pool: int) -> None:
+        cls.pools[pool] -= 1
+
+
+def test_a_pool_is_of_no_more_use_when_its_graphs_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = iter(range(1, 100))
+    cuda = SimpleNamespace(
+        Stream=lambda device: SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None),
+        CUDAGraph=FakeGraph,
+        current_stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+        device=lambda device: nullcontext(),
+        graph_pool_handle=lambda: next(handles),
+        memory_reserved=lambda: FakeGraph.reserved,
+        stream=lambda stream: nullcontext(),
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(FakeGraph, "pools", {})
+    recorder = CudaRecorder(torch.device("cpu"))
+    output = Output(torch.zeros(1), keys_values(1, 1), torch.ones(()), None)
+    first, second = (recorder(lambda: output, lambda _: None) for _ in range(2))
+    assert FakeGraph.pools == {1: 2}
+    assert first.num_bytes == second.num_bytes == 1000
+    del first
+    gc.collect()
+    third = recorder(lambda: output, lambda _: None)
+    assert FakeGraph.pools == {1: 2}
+    del second, third
+    gc.collect()
+    assert FakeGraph.pools == {1: 0}
+    recorder(lambda: output, lambda _: None)
+    assert set(FakeGraph.pools) == {1, 2}
+
+
+@pytest.mark.cuda
+def test_graphs_are_recorded_again_after_all_are_gone(tokenizer: Any) -> None:
+    model = FAMILIES["gpt2"]().cuda()
+    lm = LM(model, tokenizer)
+    for num in range(1, 4):
+        assert stepping(lm, 12) == plain_greedy(model, Text("The cat", lm).tokens, 12)
+        assert lm.session.evaluator.executor.steps.refusal is None
+        assert lm.stats.steps_recorded == num
+        assert lm.stats.graph_bytes > 0
+        lm.clear()
+        assert lm.stats.graph_bytes == 0
+
+
+@pytest.mark.cuda
+def test_the_memory_of_graphs_is_counted(tokenizer: Any) -> None:
+    """What a graph takes is what torch reserves when it is recorded, and gives back when it is left."""
+    lm = LM(FAMILIES["llama"]().cuda(), tokenizer)
+    stepping(lm, 12)
+    num_bytes = lm.stats.graph_bytes
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    lm.session.evaluator.executor.forget_graphs()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert 0 < before - torch.cuda.memory_reserved() <= num_bytes + (2 << 20)

@@ -575,15 +575,31 @@ def test_texts_that_cannot_be_continued(lm):
     assert len(long.generate(max_new_tokens=3).completion_tokens) == 3
 
 
-def test_changed_weights_are_noticed(tokenizer):
+def in_place(weight):
+    weight[0, 0] += 0.5
+
+
+def through_data(weight):
+    weight.data.mul_(1.5)  # the numbers alone tell
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(in_place, "since this continuation was begun"), (through_data, "while they were used")]
+)
+def test_changed_weights_are_noticed(change, message, tokenizer):
     model = FAMILIES["gpt2"]()
     lm = LM(model, tokenizer)
     stream = Text(PROMPTS[0], lm).stream(max_new_tokens=5)
     next(stream)
+    before = stream.text.completion_tokens
     with torch.no_grad():
-        model.transformer.h[1].mlp.c_fc.weight[0, 0] += 0.5
-    with pytest.raises(StaleRepresentationError, match="Begin again"):
-        list(stream)
+        change(model.transformer.h[1].mlp.c_fc.weight)
+    with pytest.raises(StaleRepresentationError, match=message):
+        stream.run.step()
+    assert stream.text.completion_tokens == before
+    assert lm.stats.bytes_held == 0
+    again, fresh = (Text(PROMPTS[0], used).generate(max_new_tokens=5) for used in (lm, LM(model, tokenizer)))
+    assert again.completion_tokens == fresh.completion_tokens
 
 
 def test_an_interrupted_batch_keeps_its_nodes(lm, monkeypatch):

@@ -78,8 +78,8 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in statement.names)
 
 
-THEIRS = {"_repr_html_", "_loglikelihood_tokens", "_max_length"}
-"""Names that IPython and lm-evaluation-harness give to attributes, in the package and out of it."""
+THEIRS = {"_repr_html_", "_loglikelihood_tokens", "_max_length", "_get_per_token_logps_and_entropies"}
+"""Names that IPython, lm-evaluation-harness and TRL give to attributes, in the package and out of it."""
 
 
 def test_no_module_uses_what_another_keeps_to_itself():

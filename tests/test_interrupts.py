@@ -156,6 +156,9 @@ class World:
     def next_token_logprobs(self):
         self.lm.next_token_logprobs(self.texts, [[1, 2], [3], [4], [5, 6]])
 
+    def entropies(self):
+        self.lm.entropies(self.texts, [1, 2, 0, 3])
+
     def classify(self):
         prompts = [self.other, *self.shared]
         classify.predict_proba(prompts, ["a mat", "a hat", "it"], self.lm)
@@ -269,6 +272,7 @@ OPERATIONS = [
     "read_logprobs",
     "token_scores",
     "next_token_logprobs",
+    "entropies",
     "classify",
     "generate",
     "beams",

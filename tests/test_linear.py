@@ -11,7 +11,14 @@ from transformers.pytorch_utils import Conv1D
 
 from backprompt import LM, Text, UnsupportedModelError, generate
 from backprompt.model import linear
-from backprompt.model.linear import Linears, OneDnnLinear, speed_up
+from backprompt.model.linear import (
+    Linears,
+    OneDnnLinear,
+    TrainedLinear,
+    speed_up,
+    speed_up_trained,
+    training_failure,
+)
 from comparing import assert_close
 from reference import plain_greedy, plain_logits
 from tiny_models import FAMILIES
@@ -209,3 +216,70 @@ def test_the_faster_one_serves(seconds, expected, monkeypatch):
     times = iter([0.0, seconds[0], 0.0, seconds[1]] * 1000)
     monkeypatch.setattr("backprompt.model.linear.time", SimpleNamespace(perf_counter=lambda: next(times)))
     assert linear.is_faster.__wrapped__() is expected
+
+
+# Layers that are trained
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("frozen", ["none", "rows", "weight"])
+@pytest.mark.parametrize("shape", [(1, 7), (5,), (2, 3), (1, 0), (1, 300)], ids=str)
+def test_a_trained_layer_has_the_same_gradients(make, frozen, shape):
+    layer = make()
+    layer.weight.requires_grad_(frozen != "weight")
+    rows = torch.randn((*shape, 48), requires_grad=frozen != "rows")
+    leaves = [leaf for leaf in (rows, *layer.parameters()) if leaf.requires_grad]
+    upstream = torch.randn((*shape, 33))
+    expected, found = layer(rows), TrainedLinear(layer)(rows)
+    assert ("_TrainedProduct" in type(found.grad_fn).__name__) == (rows.numel() > 0)
+    for ours, theirs in zip(
+        (found, *torch.autograd.grad(found, leaves, upstream)),
+        (expected, *torch.autograd.grad(expected, leaves, upstream)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-5)
+
+
+def test_a_trained_layer_heeds_autocast():
+    layer, rows = nn.Linear(48, 33), torch.randn(5, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert TrainedLinear(layer)(rows).dtype == torch.bfloat16
+    assert TrainedLinear(layer.double())(rows.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "surroundings", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_settings_do_not_decide(surroundings, monkeypatch):
+    training_failure.cache_clear()
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
+    model = nn.Sequential(nn.Linear(4, 4))
+    with surroundings():
+        speed_up_trained(model)
+    assert isinstance(model[0], TrainedLinear)
+
+
+@pytest.mark.parametrize("why_not", [None, "slower", "wrong"])
+def test_trained_layers_are_replaced_where_that_is_right_and_faster(why_not, monkeypatch):
+    training_failure.cache_clear()
+    monkeypatch.setattr(linear, "is_faster", lambda: why_not != "slower")
+    if why_not == "wrong":
+        monkeypatch.setattr(linear, "training_failure", lambda: "it was off by 1")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    speed_up_trained(model)
+    assert [type(layer) for layer in model] == [TrainedLinear if why_not is None else nn.Linear] * 2
+    mixed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double())
+    speed_up_trained(mixed)
+    assert not any(isinstance(layer, TrainedLinear) for layer in mixed)
+
+
+def test_wrong_gradients_are_found(monkeypatch):
+    assert training_failure() is None
+    training_failure.cache_clear()
+    product = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda rows, *args: product(rows.contiguous() * 1.001, *args)
+    )
+    assert "was off by" in training_failure()
+    monkeypatch.undo()
+    training_failure.cache_clear()

@@ -347,9 +347,9 @@ def partly_on_the_meta_device():
     return model
 
 
-def offloaded():
+def hooked_by_others():
     model = FAMILIES["gpt2"]()
-    model.transformer.h[1]._hf_hook = object()  # as left on a module by accelerate's dispatch
+    model.transformer.h[1]._hf_hook = object()  # where accelerate has its hooks
     return model
 
 
@@ -373,7 +373,7 @@ def hooked(register, where):
         (byte_level_bpe, "An LM wraps a model of transformers, not TokenizersBackend"),
         (on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),
         (partly_on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),
-        (offloaded, "GPT2LMHeadModel is spread over several devices or offloaded"),
+        (hooked_by_others, "GPT2LMHeadModel has the hook object of accelerate on its module 'transformer.h.1'"),
         (lambda: hooked("register_forward_hook", "model.layers.1"), "forward hook on its module 'model.layers.1'"),
         (lambda: hooked("register_forward_pre_hook", "lm_head"), "forward hook on its module 'lm_head'"),
         (lambda: hooked("register_forward_hook", ""), "forward hook on its module 'LlamaForCausalLM'"),

@@ -92,6 +92,8 @@ def test_each_function_can_be_silenced(texts, lm, is_shown):
         "token_logprobs": lambda show: lm.token_logprobs(texts, show_progress_bar=show),
         "token_scores": lambda show: lm.token_scores(texts, show_progress_bar=show),
         "next_token_logprobs": lambda show: lm.next_token_logprobs(texts, [[1, 2]] * 3, show_progress_bar=show),
+        "entropies": lambda show: lm.entropies(texts, show_progress_bar=show),
+        "top_logprobs": lambda show: lm.top_logprobs(texts, 2, show_progress_bar=show),
         "independence_gap": lambda show: independence_gap(texts, show_progress_bar=show),
         "classify.token_logprobs": lambda show: token_logprobs(texts, show_progress_bar=show),
     }

@@ -346,6 +346,16 @@ def test_the_calls_serve_where_the_kernel_does_not(
     assert reason in attention.name
 
 
+@pytest.mark.parametrize(("head_dim", "kernel"), [(256, "triton"), (257, "heads of more than 256 numbers)")])
+def test_the_calls_serve_for_large_heads(head_dim: int, kernel: str) -> None:
+    layers = Layers([(1, 2, 3)], head_dim, torch.float32, DEVICE, head_dim=head_dim)
+    ((pass_, names),) = passes_over([[(1, 2, 3)]], layers, tile_tokens=8, max_tokens=1000)
+    attention = TritonAttention(device_types={DEVICE})
+    output = attention.prepare(pass_).attend(0, *layers.rows(0, names), Scoring(0.1))
+    check_close((output,), (layers.expected(0, names, Scoring(0.1)),), torch.float32)
+    assert attention.name.endswith(kernel)
+
+
 def test_the_choice_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(attention_for(torch.device("cpu")), CallsAttention)
     assert isinstance(attention_for(torch.device("cuda")), TritonAttention)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,3 +306,44 @@ def test_what_is_refused(model, tokenizer):
     with pytest.raises(bp.TextTooLongError):
         verify(Text("a " * 300, lm))
     assert lm.stats.tokens_computed == 0
+
+
+# TF32
+
+
+@pytest.fixture
+def products():
+    """Torch's setting of matrix products, which stays as it was."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_tf32_is_known_by_torchs_setting(products):
+    for precision, is_on in (("tf32", True), ("ieee", False)):
+        products.fp32_precision = precision
+        assert verify_module.multiplies_in_tf32(torch.device("cuda"), torch.float32) is is_on
+        assert not verify_module.multiplies_in_tf32(torch.device("cuda"), torch.bfloat16)
+        assert not verify_module.multiplies_in_tf32(torch.device("cpu"), torch.float32)
+
+
+def test_tf32_is_known_by_the_setting_of_older_versions(monkeypatch):
+    for is_on in (True, False):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=is_on))
+        assert verify_module.multiplies_in_tf32(torch.device("cuda"), torch.float32) is is_on
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_gap_under_tf32_names_it(is_on, tokenizer, monkeypatch):
+    monkeypatch.setattr(verify_module, "multiplies_in_tf32", lambda device, dtype: is_on)
+    model = FAMILIES["gpt2"]()
+    lm = LM(model, tokenizer)
+    text = Text("The cat sat", lm)
+    assert "TF32" not in str(verify(text))
+    assert verify(text).tf32 is is_on
+    wrong = verify(text, tolerance=0.0)
+    assert "TF32" not in str(wrong)  # a gap of float32's own
+    assert "TF32" not in wrong.advice
+    far = verify_against(monkeypatch, [text], scale_logits(0.9))
+    assert ("TF32" in str(far)) is is_on
+    assert ("TF32" in far.advice) is is_on

@@ -44,7 +44,7 @@ def waits_of(device, work):
 
 
 WEIGHTS = "backprompt/model/weights.py"
-PASS = "backprompt/model/executor.py"
+PASS = "backprompt/model/in_flight.py"
 CHOICE = "backprompt/generation/choosing.py"
 SCORING = "backprompt/evaluation/rating.py"
 
@@ -103,7 +103,7 @@ def test_a_thousand_texts_wait_and_launch_no_more_than_a_hundred():
 
 
 def test_a_step_of_a_generation_waits_and_launches_the_same_for_many_texts():
-    """It waits for the pass, for whether the logits are distributions, and for the tokens."""
+    """It waits for the pass, whether the logits are distributions, whether weights have changed, and the tokens."""
     launches = []
     for num_texts in (4, 40):
         with OtherDevice() as device:
@@ -118,7 +118,7 @@ def test_a_step_of_a_generation_waits_and_launches_the_same_for_many_texts():
             device.launches = 0
             waits = waits_of(device, run.step)
             launches.append(device.launches)
-            assert waits == {WEIGHTS: 2, PASS: 1, "backprompt/evaluation/scoring.py": 1, CHOICE: 1}
+            assert waits == {WEIGHTS: 1, PASS: 1, "backprompt/evaluation/scoring.py": 1, CHOICE: 1}
             run.close()
     assert launches[0] == launches[1]
 

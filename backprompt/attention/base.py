@@ -63,6 +63,11 @@ class StandingAttention(Protocol):
     A step's rows may be fewer; the others see nothing.
     """
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the tables."""
+        ...
+
     def load(self, prepared: PreparedAttention) -> bool:
         """Set the step that comes next; False if the tables have no room for it, then a new object is needed."""
         ...

@@ -111,8 +111,9 @@ class Segments:
 
     def padded(self, num_rows: int) -> Segments:
         """Return the segments of so many rows: the rows behind those of the pass see nothing."""
-        more = (0, num_rows - len(self.positions))
-        return replace(self, positions=np.pad(self.positions, more), until=np.pad(self.until, more))
+        found = np.zeros((2, num_rows), dtype=np.int32)
+        found[:, : len(self.positions)] = self.positions, self.until
+        return replace(self, positions=found[0], until=found[1])
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ _TILES: dict[int, dict[int, tuple[Tile, Tile]]] = {
     },
 }
 
+LARGEST_HEAD = 256
+"""Larger heads have no tile: the kernel keeps a row of sums for each row of a tile."""
+
 FEW_ROWS = 256
 """Up to this many rows of queries the tile for few rows serves: its programs are shorter, and more of them run."""
 
@@ -54,6 +57,6 @@ LEAST_PIECES = 4
 
 
 def tiles_for(head_dim: int, num_bytes: int) -> tuple[Tile, Tile]:
-    """Return the tiles for many and for few rows, for a head size and the bytes of a number."""
+    """Return the tiles for many and for few rows, for a head size up to `LARGEST_HEAD` and the bytes of a number."""
     table = _TILES[num_bytes]
-    return next((tiles for largest, tiles in table.items() if head_dim <= largest), table[256])
+    return next(tiles for largest, tiles in table.items() if head_dim <= largest)

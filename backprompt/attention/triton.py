@@ -27,7 +27,7 @@ from backprompt.attention.kernels import additive_mask, clear_kernel
 from backprompt.attention.launches import Launcher, on_device
 from backprompt.attention.shapes import Launch, Shape, launch_for
 from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Segments, Work
-from backprompt.attention.tiles import Tile
+from backprompt.attention.tiles import LARGEST_HEAD, Tile
 from backprompt.attention.triton_kernels import attend_kernel, join_kernel
 from backprompt.forest.plan import KeySegment, Pass
 
@@ -77,6 +77,8 @@ class TritonAttention:
             return f"triton is not used for {query.dtype}"
         if key.shape[-1] != value.shape[-1]:
             return "keys and values differ in size"
+        if key.shape[-1] > LARGEST_HEAD:
+            return f"triton is not used for heads of more than {LARGEST_HEAD} numbers"
         if tile is None:
             return None
         features = scoring.window is not None, scoring.softcap is not None, scoring.sinks is not None
@@ -137,6 +139,11 @@ class StandingTriton:
         self._num_rows = num_rows
         self._forest: OneLaunch | None = None
         self._launches: dict[Hashable, Launch] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the tables and of partial results."""
+        return 0 if self._forest is None else self._forest.num_bytes
 
     def load(self, prepared: PreparedAttention) -> bool:
         """Go on to the step that an attention is prepared for; see `StandingAttention.load`."""
@@ -204,6 +211,12 @@ class OneLaunch:
             layers = self._layers[kind] = _Layers.of(self._tables_of(shape, launch, scoring), shape, scoring, launch)
         with on_device(query.device):
             return layers.attend(layer_idx, query, key, value, scoring.sinks)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the tables and of partial results."""
+        partial = [layers.partial.nbytes + layers.partial_lse.nbytes for layers in self._layers.values()]
+        return sum(tables.numbers.nbytes for tables in self.tables.values()) + sum(partial)
 
     def load(self, segments: Segments) -> bool:
         """Go on to another pass; False if there is no room for it, then this object is of no more use.

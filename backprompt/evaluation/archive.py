@@ -11,8 +11,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from backprompt.errors import EntryTooLargeError, StaleRepresentationError
 from backprompt.evaluation.entries import Finder, Reader, is_sound, root_of
 from backprompt.evaluation.span_keys import Root, SpanKeys
@@ -50,7 +48,6 @@ class Archive:
         root: returns the root of all keys; called at first use, because it hashes the model's weights.
         has_changed: whether the weights differ from those of the root. If they do, nothing is stored.
         decode: from token ids to text.
-        device: the device of loaded tensors.
 
     """
 
@@ -60,13 +57,11 @@ class Archive:
         root: Callable[[], Root],
         has_changed: Callable[[], bool],
         decode: Callable[[Sequence[int]], str],
-        device: torch.device,
     ) -> None:
         self._store = store
         self._keys = SpanKeys(root)
         self._has_changed = has_changed
         self._decode = decode
-        self._device = device
         self._can_read = self._can_write = True
         self._has_warned = False
 
@@ -78,7 +73,7 @@ class Archive:
         Loading ends after `room` bytes and one span; but at least one text gets all its stored rows. An entry of
         another layout than `layout` is damaged.
         """
-        finder, reader = Finder(self._store, self._keys), Reader(self._store, layout, self._device)
+        finder, reader = Finder(self._store, self._keys), Reader(self._store, layout)
         num_tokens = 0
 
         def bring(kind: Kind, span: Span) -> bool:
@@ -130,7 +125,7 @@ class Archive:
 
     def under(self, root: Root) -> Archive:
         """Return an archive of the same store whose keys are built on another root."""
-        return Archive(self._store, lambda: root, self._has_changed, self._decode, self._device)
+        return Archive(self._store, lambda: root, self._has_changed, self._decode)
 
     @property
     def root(self) -> Root:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 from weakref import finalize
 
 from torch import Tensor, nn
@@ -34,9 +36,11 @@ from backprompt.forest.passes import (
 )
 from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
+from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.model.executor import Executor
+from backprompt.model.in_flight import Way
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenIds
@@ -61,6 +65,7 @@ class Counters:
     tokens_loaded: int = 0
     forward_passes: int = 0
     logit_rows: int = 0
+    steps: Counter[Way] = field(default_factory=Counter)
     seconds: float = 0.0
 
     @property
@@ -139,6 +144,13 @@ class Means:
     max_tokens_per_forward: int | None
 
 
+class Probed(NamedTuple):
+    """What the probe has found of a model that passed it: the layout of rows, and the bytes of a token."""
+
+    layout: Layout
+    token_bytes: int
+
+
 def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]) -> None:
     """Note that spans took the place of a fan; the forest calls this, and must not keep a computation alive."""
     pools.unfold(fan, spans)
@@ -147,7 +159,12 @@ def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]
 
 
 class Computation:
-    """Computes spans, each once for as long as it is held."""
+    """Computes spans, each once for as long as it is held.
+
+    Attributes:
+        probed: what the probe has found; None before it ran.
+
+    """
 
     def __init__(self, means: Means) -> None:
         self._model = means.model
@@ -162,7 +179,7 @@ class Computation:
         self.holders = Holders()
         self.tile_tokens = TILE_TOKENS
         self._checked_work = self.counters.work
-        self._is_probed = False
+        self.probed: Probed | None = None
         self._empty = _Empty()
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
         finalize(self, self.forest.clear).atexit = False
@@ -368,8 +385,9 @@ class Computation:
         self.make_room()
 
     def clear(self) -> None:
-        """Forget everything computed, pinned texts included."""
+        """Forget everything computed, pinned texts and graphs of steps included."""
         self.holders.unpin_all()
+        self.executor.forget_graphs()
         self._forget()
 
     def _forget(self) -> None:
@@ -384,12 +402,20 @@ class Computation:
         self._empty = _Empty(max_spans, max_tokens)
         self.pools.retain(set(self.forest.spans()))
 
-    def probe_once(self) -> None:
-        """Compare a small tree with plain calls, once; from then on a token's bytes are known."""
-        if not self._is_probed:
+    def probe_once(self, known: Probed | None = None) -> None:
+        """Compare a small tree with plain calls, once; from then on a token's bytes are known.
+
+        `known`: what the probe has found of a model with the same parts, so that it need not run.
+        """
+        if self.probed is not None:
+            return
+        if known is None:
             with self.blaming_weights():
                 probe(self._model, self.executor)
-            self._is_probed = True
+            assert self.executor.layout is not None, "the probe runs a pass"
+            known = Probed(self.executor.layout, self.executor.token_bytes)
+        self.probed = known
+        self.executor.know_rows(*known)
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.

@@ -77,10 +77,9 @@ class Finder:
 class Reader:
     """Reads from the store, and keeps the last entry read of each kind."""
 
-    def __init__(self, store: Store, layout: Layout, device: torch.device) -> None:
+    def __init__(self, store: Store, layout: Layout) -> None:
         self._store = store
         self._layout = layout
-        self._device = device
         self._last: dict[
             Kind, tuple[tuple[str, bytes], Entry | None]
         ] = {}  # spans of one entry come one after the other
@@ -112,7 +111,7 @@ class Reader:
 
     def _rows(self, entry: Entry, name: str, found: Found) -> torch.Tensor:
         """Return rows of a tensor on the device where a block has them, in storage of their own."""
-        device = "cpu" if name in States.on_host else self._device
+        device = self._layout.rows[name].device
         axis = token_axis(name)
         parts = {
             part: entry.tensors[part].narrow(axis, found.first, found.num_tokens).to(device)

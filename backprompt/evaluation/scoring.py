@@ -63,6 +63,12 @@ def split_to_score(token_ids: TokenIds, start: int) -> tuple[TokenIds, int] | No
     return without_last(token_ids) if start < len(token_ids) else None
 
 
+def to_score(token_ids: TokenIds, start: int, is_computed: bool) -> Wanted:
+    """Return a text to be scored from a token on. Its last token is not forwarded, unless the text is computed."""
+    split = None if is_computed else split_to_score(token_ids, start)  # else a computed span would be cut
+    return Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:])
+
+
 def num_positions_to_score(token_ids: TokenIds, start: int) -> int:
     """Return how many positions a text takes that is scored from `start` on; see `split_to_score`."""
     if isinstance(token_ids, TokenGraph):
@@ -90,11 +96,8 @@ class Scoring:
         The last token of a text is scored by the row before it and is not forwarded, unless the text is computed.
         `ends`: the ends of texts that are computed, else None.
         """
-        wanted = []
-        for token_ids, start, end in zip(texts, starts, ends, strict=True):
-            split = split_to_score(token_ids, start) if end is None else None  # else a computed span would be cut
-            wanted.append(Wanted(token_ids, start) if split is None else Wanted(split[0], start, split[1:]))
-        return self.scored(wanted, ends)
+        are_computed = [end is not None for end in ends]  # a computed span would be cut
+        return self.scored(list(map(to_score, texts, starts, are_computed)), ends)
 
     def scored(self, wanted: Sequence[Wanted], known: Sequence[Span | None] | None = None) -> ScoredTexts:
         """Evaluate texts and score the wanted tokens of each; `known`: the ends of those that are in the forest.

@@ -23,7 +23,7 @@ from backprompt.forest.span import FAN, Span
 from backprompt.forest.steps import StepPlan
 from backprompt.memory.blocks import BlockRows, States
 from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
-from backprompt.model.executor import Forwarded
+from backprompt.model.in_flight import Forwarded
 
 Token: TypeAlias = "tuple[Span, int]"
 """The last span of a text, and the token with which the text goes on."""
@@ -96,16 +96,16 @@ class Steps:
                 forwarded = computation.executor.forward(plan.pass_, step.attention)
             else:
                 forwarded = computation.executor.step(plan.pass_, step.attention, self._growth.places(plan.ends))
+        executor, in_order = computation.executor, plan.tokens  # made while the device computes
+        scores = TokenScores.of([tokens[token] for token in in_order], executor.logprob_dtype, executor.device)
+        states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
         if not forwarded.is_finite:
             return None  # the other way finds out which text is to blame
         counters = computation.counters
         counters.forward_passes += 1
+        counters.steps[forwarded.way] += 1
         counters.tokens_computed += len(tokens)
         counters.seconds += time.perf_counter() - started
-        executor = computation.executor
-        in_order = plan.tokens
-        scores = TokenScores.of([tokens[token] for token in in_order], executor.logprob_dtype, executor.device)
-        states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
         ends = self._keep(plan, in_order, growing, forwarded, states)
         stepped = Stepped(in_order, ends, forwarded.hidden)
         computation.memory.touch(stepped.ends)

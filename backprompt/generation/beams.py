@@ -17,6 +17,7 @@ from backprompt.evaluation.predictions import slices
 from backprompt.evaluation.scores import TokenScore
 from backprompt.generation.choosing import Logits, check_best, processed
 from backprompt.generation.decoding import Choice, Completion, Decoding, Found, Rules
+from backprompt.generation.quick import first_of_largest
 from backprompt.logprobs import log_softmax
 
 UNREACHABLE = -1e9
@@ -50,7 +51,7 @@ def _go_on(texts: Sequence[BeamDecoding], logits: Tensor) -> None:
     so_far = torch.cat([text.scores for text in texts])
     accumulated = (scores + so_far[:, None]).reshape(len(texts), -1)  # (texts, beams * vocab)
     check_best(accumulated.amax(dim=-1).tolist(), is_drawn=False)
-    most_probable = logits.float().argmax(dim=-1).reshape(len(texts), -1).tolist()
+    most_probable = first_of_largest(logits.float()).reshape(len(texts), -1).tolist()
     for idx, (text, own) in enumerate(zip(texts, logprobs.tensor_split(len(texts)), strict=True)):
         text.go_on(accumulated[idx : idx + 1], own, most_probable[idx])
 

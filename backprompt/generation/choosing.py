@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as kinds
@@ -22,10 +23,14 @@ from transformers.generation import logits_process as kinds
 from backprompt.errors import GenerationError
 from backprompt.evaluation.predictions import slices
 from backprompt.generation.decoding import Choice, Completion, Rules, TextDecoding
+from backprompt.generation.quick import first_of_largest, quickly_processed
 from backprompt.logprobs import log_softmax
 
 NOISE_BYTES = 4 << 20
 """Random numbers are made so many at a time: they stay in the cache."""
+
+MAX_SHARE_PICKED = 1 / 8
+"""The largest share of numbers that are picked out of rows to be worked on alone."""
 
 _LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
     **dict.fromkeys(
@@ -118,8 +123,9 @@ def choose(texts: Sequence[TextDecoding], rows: Sequence[Mapping[Completion, int
 def choose_next(texts: list[tuple[TextDecoding, int]], logits: Logits) -> None:
     """Choose one token for each text by its row of `logits`; see `choose`."""
     _add(texts, logits)
-    for text, _ in texts:
-        text.look_ahead(1, 1)
+    if texts[0][0].looks_ahead:
+        for text, _ in texts:
+            text.look_ahead(1, 1)
 
 
 def _add(texts: list[tuple[TextDecoding, int]], logits: Logits) -> None:
@@ -151,11 +157,11 @@ def _found(texts: Sequence[TextDecoding], logits: Tensor) -> Tensor:
     """
     unprocessed = logits.float()  # transformers chooses by float32, whatever the dtype of the model
     scores = processed(texts, unprocessed)
-    most_probable = unprocessed.argmax(dim=-1)
+    most_probable = first_of_largest(unprocessed)
     if texts[0].is_drawn:
         chosen = _drawn(scores, [text.generator for text in texts])
     else:
-        chosen = most_probable if scores is unprocessed else scores.argmax(dim=-1)
+        chosen = most_probable if scores is unprocessed else first_of_largest(scores)
     logprobs = log_softmax(logits).gather(1, chosen[:, None])[:, 0]
     found = (chosen, logprobs, chosen == most_probable, scores.amax(dim=-1))
     return torch.stack([values.to(logprobs.dtype) for values in found])
@@ -178,14 +184,14 @@ def processed(texts: Sequence[Ruled], scores: Tensor) -> Tensor:
         for group in _alike(same_place, num_ids):
             ids, processor = texts[group[0]].ids(), same_place[group[0]]
             if len(group) == len(texts):
-                scores = processor(ids, scores)
+                scores = quickly_processed(processor, ids, scores)
             elif len(group) == 1:
                 rows = slice(group[0] * rows_each, (group[0] + 1) * rows_each)
-                scores[rows] = processor(ids, scores[rows])
+                scores[rows] = quickly_processed(processor, ids, scores[rows])
             else:
                 own = torch.tensor([idx * rows_each + row for idx in group for row in range(rows_each)])
                 own = own.to(scores.device)
-                scores[own] = processor(ids, scores[own])
+                scores[own] = quickly_processed(processor, ids, scores[own])
     return scores
 
 
@@ -219,38 +225,60 @@ def _drawn(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         )
     # As torch.multinomial does for one sample, in ATen/native/Distributions.cpp: p / q with q exponential, argmax.
     probabilities = scores.softmax(dim=-1)
-    fill = _fill_quickly if scores.device.type == "cpu" and is_quick_the_same() else _fill
-    noise = torch.empty_like(probabilities)
-    fill(noise, generators)
-    return torch.div(probabilities, noise, out=noise).argmax(dim=-1)
+    divide = _divide_quickly if scores.device.type == "cpu" and is_quick_the_same() else _divide
+    divide(probabilities, generators)
+    return first_of_largest(probabilities)
 
 
-def _fill(noise: Tensor, generators: Sequence[torch.Generator]) -> None:
-    """Fill each row with exponentially distributed numbers of its own generator."""
+def _divide(rows: Tensor, generators: Sequence[torch.Generator]) -> None:
+    """Divide each row by exponentially distributed numbers of its own generator."""
+    noise = torch.empty_like(rows)
     for row, own in zip(noise, generators, strict=True):
         row.exponential_(generator=own)
+    rows.div_(noise)
 
 
-def _fill_quickly(noise: Tensor, generators: Sequence[torch.Generator]) -> None:
-    """Fill rows as `_fill` does on the CPU: the same uniform numbers, and logarithms of many numbers at a time."""
-    rows_at_a_time = max(1, NOISE_BYTES // (8 * noise.shape[1]))
-    uniform = torch.empty((min(len(noise), rows_at_a_time), noise.shape[1]), dtype=torch.float64)
-    for start in range(0, len(noise), rows_at_a_time):
-        part = noise[start : start + rows_at_a_time]
+def _divide_quickly(rows: Tensor, generators: Sequence[torch.Generator]) -> None:
+    """Divide rows as `_divide` does on the CPU: the same uniform numbers, and logarithms of many numbers at a time.
+
+    Where few numbers of the rows are more than 0, the others are left as they are.
+    """
+    rows_at_a_time = max(1, NOISE_BYTES // (8 * rows.shape[1]))
+    uniform = torch.empty((min(len(rows), rows_at_a_time), rows.shape[1]), dtype=torch.float64)
+    for start in range(0, len(rows), rows_at_a_time):
+        part = rows[start : start + rows_at_a_time]
         drawn = uniform[: len(part)]
         for row, own in zip(drawn, generators[start:], strict=False):
             row.uniform_(generator=own)
-        part.copy_(drawn.neg_().log1p_().neg_())
+        positive = np.flatnonzero(part.numpy() > 0)
+        if len(positive) > MAX_SHARE_PICKED * part.numel():
+            part.div_(_exponential(drawn).to(part.dtype))
+        else:
+            places = torch.from_numpy(positive)
+            noise = _exponential(drawn.take(places)).to(part.dtype)
+            part.put_(places, part.take(places).div_(noise))
+
+
+def _exponential(uniform: Tensor) -> Tensor:
+    """Return exponentially distributed numbers in the place of uniform ones, in float64."""
+    return uniform.neg_().log1p_().neg_()
 
 
 @lru_cache(maxsize=1)
 def is_quick_the_same() -> bool:
-    """Return whether `_fill_quickly` gives the numbers of `_fill`, to the bit, here and with this torch."""
+    """Return whether `_divide_quickly` gives the numbers of `_divide`, to the bit, here and with this torch."""
+    full = torch.ones((2, 3000))
+    sparse = torch.zeros((2, 3000))
+    sparse[:, ::20] = 1
+    return all(map(_are_divided_the_same, (full, sparse)))
+
+
+def _are_divided_the_same(rows: Tensor) -> bool:
     found = []
-    for fill in (_fill, _fill_quickly):
-        noise = torch.empty((2, 3000))
-        fill(noise, [torch.Generator().manual_seed(seed) for seed in (0, 1)])
-        found.append(noise)
+    for divide in (_divide, _divide_quickly):
+        divided = rows.clone()
+        divide(divided, [torch.Generator().manual_seed(seed) for seed in (0, 1)])
+        found.append(divided)
     return torch.equal(*found)
 
 

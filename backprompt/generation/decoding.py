@@ -213,6 +213,7 @@ class TextDecoding:
         self._watched = decoding.stops.begin(prompt_ids)
         self._cut: Cut | None = None
         self.is_drawn = decoding.is_sampling
+        self.looks_ahead = decoding.num_lookup_tokens > 0
         self._device: torch.device | None = None
         self._ids = torch.empty(0)  # (1, tokens), with room for all tokens to come, where rules look at ids
         self._num_written = 0  # the number of ids written so far

@@ -61,7 +61,7 @@ def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | 
     divergences, argmax_changed = [], []
     reprs = evaluate([*declared, *full], show_progress_bar=show_progress_bar)
     for ours, plain in zip(reprs[: len(full)], reprs[len(full) :], strict=True):
-        by_mask, by_all = (r.logits.double().log_softmax(dim=-1) for r in (ours, plain))
+        by_mask, by_all = (r.logits.cpu().double().log_softmax(dim=-1) for r in (ours, plain))
         terms = by_all.exp() * (by_all - by_mask)
         divergences.append(float(terms.where(by_all > -math.inf, 0.0).sum()))  # a token of probability 0 adds nothing
         argmax_changed.append(bool(by_mask.argmax() != by_all.argmax()))

@@ -91,6 +91,8 @@ class Verification:
         argmax_flips: the number of tokens behind which another token is the most probable.
         dtype: the dtype that the model computes in, such as "torch.float32".
         tolerance: the largest `gap` that passes, nats.
+        tf32: whether torch multiplies float32 matrices in TF32 on the model's device, so that the plain call itself is
+            inexact.
         stored_error: the largest relative error of results read back from a store in fewer bits; 0 without any.
         nodes: each segment, in the order of the texts; shared segments once.
 
@@ -106,6 +108,7 @@ class Verification:
     argmax_flips: int
     dtype: str
     tolerance: float
+    tf32: bool
     stored_error: float
     nodes: tuple[NodeDrift, ...]
 
@@ -118,6 +121,20 @@ class Verification:
     def worst(self) -> NodeDrift:
         """The segment with the largest gap at tokens that matter."""
         return max(self.nodes, key=lambda node: node.gap)
+
+    @property
+    def advice(self) -> str:
+        """What to do about a gap that is too large."""
+        if self._is_due_to_tf32:
+            return _TF32
+        return (
+            "If weights were changed in place, call lm.refresh(); if they were not, this is a bug of backprompt, or "
+            "the model mixes tokens outside attention."
+        )
+
+    @property
+    def _is_due_to_tf32(self) -> bool:
+        return self.tf32 and self.gap > TOLERANCE[torch.float32]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as dicts, lists, strings and numbers, such as JSON takes; None for infinity."""
@@ -151,6 +168,8 @@ class Verification:
             f"Compared: {self.num_texts:,} of {self.num_given:,} texts, {self.num_tokens:,} tokens; behind "
             f"{self.argmax_flips:,} of them another token is the most probable."
         )
+        if self._is_due_to_tf32:
+            yield _TF32
         if self.num_groups:
             yield (f"Left out: {self.num_groups:,} texts with groups or frozen segments, which no plain call computes.")
         if self.stored_error:
@@ -175,6 +194,11 @@ class Verification:
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: None if figure == math.inf else figure for name, figure in figures.items()}
 
+
+_TF32 = (
+    "torch multiplies float32 matrices in TF32, with 11 bits of each factor, so the plain call itself may be as far "
+    'from exact numbers. Verify with torch.set_float32_matmul_precision("highest").'
+)
 
 _HEAD = ("segment", "tokens", "gap", "largest gap", "mean gap", "argmax flips")
 
@@ -241,8 +265,7 @@ def verify(
         raise DriftError(
             f"Log-probabilities lie {verification.gap:.2g} nats from the plain call's, more than the "
             f"{verification.tolerance:.2g} tolerated in {verification.dtype}: behind texts[{node.text_idx}], segment "
-            f"{node.segment_idx} ({node.segment}). If weights were changed in place, call lm.refresh(); if they "
-            "were not, this is a bug of backprompt, or the model mixes tokens outside attention."
+            f"{node.segment_idx} ({node.segment}). {verification.advice}"
         )
     return verification
 
@@ -278,9 +301,19 @@ def _compare(
         argmax_flips=sum(node.argmax_flips for node in nodes),
         dtype=str(dtype),
         tolerance=tolerance,
+        tf32=multiplies_in_tf32(lm.session.evaluator.executor.device, dtype),
         stored_error=stored_error,
         nodes=nodes,
     )
+
+
+def multiplies_in_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch rounds the factors of matrix products to TF32, for a device and the dtype of weights."""
+    if device.type != "cuda" or dtype != torch.float32:
+        return False
+    products: Any = torch.backends.cuda.matmul
+    precision = getattr(products, "fp32_precision", None)  # older versions of torch have the other attribute alone
+    return bool(products.allow_tf32) if precision is None else precision == "tf32"
 
 
 @dataclass(frozen=True)

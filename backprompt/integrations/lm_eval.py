@@ -375,7 +375,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 found = token_scores(session, texts, [continuation.start for continuation in continuations])
         lengths = np.array(found.lengths, dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
-        logprobs = found.scores.logprobs.double().cpu().numpy()
+        logprobs = found.scores.logprobs.cpu().double().numpy()  # MPS has no float64
         is_argmax = found.scores.is_argmax.cpu().numpy()
         yield from zip(
             np.add.reduceat(logprobs, starts).tolist(), np.logical_and.reduceat(is_argmax, starts).tolist(), strict=True

@@ -161,13 +161,14 @@ class Block(ABC):
             self.tensors[name] = _side_by_side([tensor, *(other.tensors[name] for other in others)], self.token_axis)
 
     def copied(self, pieces: Sequence[slice], location: Location | None = None) -> Self:
-        """Return a new block of these rows, in this order, by default at this block's location: one copy a tensor."""
-        at = location or Location.of(self.tensors[self.first_name])
-        return type(self)({name: self._copied(name, pieces, at) for name in self.tensors})
+        """Return a new block of these rows, in this order, by default where this block lies: one copy a tensor."""
+        return type(self)({name: self._copied(name, pieces, location) for name in self.tensors})
 
-    def _copied(self, name: str, pieces: Sequence[slice], location: Location) -> Tensor:
+    def _copied(self, name: str, pieces: Sequence[slice], location: Location | None) -> Tensor:
         rows = _picked(self.tensors[name], pieces, self.token_axis)
-        return rows.clone() if name in self.on_host else location.copy(rows)
+        if name in self.on_host:
+            return rows.clone()
+        return (Location.of(self.tensors[name]) if location is None else location.of_tensor(name)).copy(rows)
 
     def zeros(self, num_rows: int) -> Self:
         """Return a block of `num_rows` rows of zeros, with the same shapes and location."""
@@ -286,7 +287,7 @@ class States(Block):
 
     def is_scored(self, start: int, stop: int) -> bool:
         """Return whether all tokens of the rows `start..stop` have a log-probability."""
-        return bool(self.has_logprobs[start:stop].all())
+        return bool(self.has_logprobs.numpy()[start:stop].all())
 
     def write_scores(self, rows: npt.NDArray[np.int64], logprobs: Tensor, is_argmax: Tensor) -> None:
         """Write log-probabilities of rows' tokens; `rows`: the rows' indices."""
@@ -303,15 +304,16 @@ class States(Block):
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A tensor's dtype, and the sizes of all its axes except that of tokens."""
+    """A tensor's dtype, the sizes of all its axes except that of tokens, and its device."""
 
     dtype: torch.dtype
     sizes: tuple[int, ...]
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The format of the rows of one model, the same in every pass.
+    """The format of the rows of one model and their devices, the same in every pass.
 
     Attributes:
         rows: the format of each tensor of both blocks, by name.
@@ -338,7 +340,7 @@ class Layout:
 
 
 def _row_spec(tensor: Tensor, axis: int) -> RowSpec:
-    return RowSpec(tensor.dtype, (*tensor.shape[:axis], *tensor.shape[axis + 1 :]))
+    return RowSpec(tensor.dtype, (*tensor.shape[:axis], *tensor.shape[axis + 1 :]), tensor.device)
 
 
 BlockType = TypeVar("BlockType", bound=Block)

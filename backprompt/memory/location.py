@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,15 +11,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Location:
-    """The place where tensors are made: a device and, for the CPU, whether memory is pinned (page-locked)."""
+    """The place where tensors are made: a device and, for the CPU, whether memory is pinned (page-locked).
+
+    Attributes:
+        device, is_pinned: see above.
+        device_of: the devices of tensors of blocks that lie on another one, by name.
+
+    """
 
     device: torch.device
     is_pinned: bool = False
+    device_of: Mapping[str, torch.device] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Location:
         """Return the location of a tensor."""
         return cls(tensor.device, tensor.is_pinned())
+
+    def of_tensor(self, name: str) -> Location:
+        """Return the location of a tensor of a block."""
+        return Location(self.device_of[name], self.is_pinned) if name in self.device_of else self
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a new tensor here, with arbitrary content."""

@@ -21,18 +21,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from backprompt.attention.base import ForestAttention, PreparedAttention, Scoring, StandingAttention
+from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
+from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
-from backprompt.errors import NonFiniteError, UnsupportedModelError
+from backprompt.errors import NonFiniteError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
 from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.memory.places import Places
-from backprompt.model import skeleton
+from backprompt.model import skeleton, spread
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import InFlight
+from backprompt.model.in_flight import Forwarded, InFlight, Way, no_layers_error, run_body
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.padded import pad_head
@@ -53,20 +54,6 @@ DEVICE_HEAD_SLICE_BYTES = 128 << 20
 """The same on other devices than the CPU, where each slice costs launches. Scores take four times as much on top."""
 
 _names = itertools.count()
-
-# Keywords that models pass along and packed attention can ignore. Any other that is not None is refused by name.
-_MEANINGLESS_KEYWORDS = frozenset(
-    {
-        "cache_position",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_embeddings",
-        "position_ids",
-        "return_dict",
-        "use_cache",
-    }
-)
 
 
 @contextmanager
@@ -137,29 +124,39 @@ class Executor:
         skeleton.check_supported(model)
         self._model = model
         self._decode = decode
-        self.device = skeleton.model_device(model)
+        self.device = spread.head_device(model)
+        """Where hidden states and logits lie. Keys and values lie on the device of their layer."""
+        self._input_device = spread.input_device(model)
         self.limits = skeleton.limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
+        self.vocab_size = skeleton.vocab_size(model)
         self.logprob_dtype = logprob_dtype(skeleton.head_dtype(model))
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
         """Bytes that are held for one token; known after the first pass."""
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
-        self._attention: ForestAttention = attention_for(self.device)
-        self._make_copies = copies_for(self.device)
+        self.device_of: dict[str, torch.device] = {}
+        """The device of each tensor of a block, by name; known after the first pass."""
+        self._devices = spread.devices_of(model)
+        is_on_one = len(self._devices) == 1
+        self._attention: ForestAttention = attention_for(self.device) if is_on_one else AttentionByDevice()
+        self._make_copies = copies_for(self.device) if is_on_one else CopiesByDevice
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
         self._head = skeleton.make_head(model)
         self._config: Any = self._head.config
         with plain_surroundings(self.device):
-            fusion_for(self.device)(self._body)
+            if not spread.is_spread(model):
+                fusion_for(self.device)(self._body)
             linears = speed_up((self._body, self._head), pack=pack_weights)
             self.linears = pad_head(self._head, model, linears)
         self._in_flight: InFlight | None = None
-        self.steps: CapturedSteps | None = captured_steps(self._body, self._attention)
+        self.steps: CapturedSteps | None = None
         """Captured steps of generations, where the device has graphs."""
+        if not spread.is_spread(model):  # hooks move weights between steps
+            self.steps = captured_steps(self._body, self._attention)
         _register(name, self)
 
     def close(self) -> None:
@@ -202,9 +199,14 @@ class Executor:
             start = stop
         if self.layout is None:
             sample = States.of_rows(hidden, [slice(0, 1)])
-            self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-            self.layout = Layout.of(keys_values, sample)
+            token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
+            self.know_rows(Layout.of(keys_values, sample), token_bytes)
         return Computed(keys_values, states, keys_values_of, states_of)
+
+    def know_rows(self, layout: Layout, token_bytes: int) -> None:
+        """Take over the layout of rows, and the bytes of a token, from a pass of a model with the same parts."""
+        self.layout, self.token_bytes = layout, token_bytes
+        self.device_of |= {name: row.device for name, row in layout.rows.items()}
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
@@ -218,25 +220,45 @@ class Executor:
         replayed = None if self.steps is None else self.steps.step(self.run, pass_, attention, places)
         if replayed is None:
             return self.forward(pass_, attention)
-        is_finite = bool(replayed.is_finite)
-        return Forwarded(replayed.keys_values, replayed.hidden, is_finite, replayed.are_placed)
+        way: Way = "recorded" if replayed.is_first else "replayed"
+        return Forwarded(replayed.keys_values, replayed.hidden, replayed.is_finite, replayed.are_placed, way)
 
     def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
         """Forward all tokens of a pass; `attention`: as it was prepared, if it was.
+
+        Where memory is short, the graphs of captured steps make room.
 
         Raises:
             UnsupportedModelError: the model's attention does something that is not implemented here.
 
         """
-        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self.device)
+        try:
+            return self._forward(pass_, attention)
+        except torch.OutOfMemoryError:
+            if self.steps is None or not self.steps.forget():
+                raise
+        return self._forward(pass_, attention)
+
+    def _forward(self, pass_: Pass, attention: PreparedAttention | None) -> Forwarded:
+        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self._input_device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
         in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
-        is_finite = bool(hidden.isfinite().all() & in_flight.copies.are_finite())
-        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, is_finite)
+        are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
+        return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 
     def abandon(self) -> None:
         """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
         self._in_flight = None
+
+    def forget_graphs(self) -> None:
+        """Release the memory of captured steps; more steps will be captured."""
+        if self.steps is not None:
+            self.steps.forget()
+
+    @property
+    def graph_bytes(self) -> int:
+        """The memory of captured steps."""
+        return 0 if self.steps is None else self.steps.num_bytes
 
     def run(
         self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
@@ -249,23 +271,16 @@ class Executor:
             max_position: the largest of the positions.
 
         """
-        token_ids, positions = inputs[:1], inputs[1:]  # (1, tokens)
-        in_flight = self._in_flight = InFlight(attention, self._make_copies(), max_position)
+        in_flight = self._in_flight = InFlight(
+            attention=attention, copies=self._make_copies(), model_name=self._model_name, max_position=max_position
+        )
         try:
-            output = self._body(
-                input_ids=token_ids,
-                position_ids=positions,
-                attention_mask=torch.ones_like(token_ids),
-                use_cache=False,
-            )
+            hidden = run_body(self._body, inputs)
         finally:
             self._in_flight = None
         if not in_flight.keys:
-            raise UnsupportedModelError(
-                f"{self._model_name} does not go through transformers' attention interface, so its attention cannot be "
-                "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
-            )
-        return in_flight, output.last_hidden_state[0].clone()
+            raise no_layers_error(self._model_name)
+        return in_flight, hidden.clone() if hidden.device == self.device else hidden.to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states: `(rows, hidden)` -> `(rows, vocab)`. Slice large inputs.
@@ -307,7 +322,7 @@ class Executor:
 
     def tokens_per_forward(self) -> int:
         """Return the largest number of tokens in a pass, where the caller gives none."""
-        return tokens_per_forward(self._body, self.device)
+        return min(tokens_per_forward(self._body, device) for device in self._devices)
 
     def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
         """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""
@@ -324,14 +339,7 @@ class Executor:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        is_causal: bool | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **keywords: object,
+        **keywords: Any,
     ) -> tuple[Tensor, None]:
         """Attend over the forest of the pass in flight; transformers' attention interface.
 
@@ -340,21 +348,7 @@ class Executor:
         """
         in_flight = self._in_flight
         assert in_flight is not None, "attention outside of Executor.forward"
-        self._refuse_unknown(keywords, dropout, is_causal)
-        window = in_flight.window_of(attention_mask, self._model_name)
-        if window is None and sliding_window is not None:
-            in_flight.note_window(sliding_window)
-        if in_flight.least_unseen is not None and in_flight.max_position >= in_flight.least_unseen:
-            raise UnsupportedModelError(
-                f"{self._model_name} asks its attention for a sliding window of {sliding_window} positions, but its "
-                "mask does not say so. Keep texts within the window."
-            )
-        scoring = Scoring(
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            window=window,
-            softcap=softcap,
-            sinks=s_aux,
-        )
+        scoring = in_flight.scoring(query, attention_mask, **keywords)
         layer_idx = in_flight.add_layer(*in_flight.copies.of(query[0], key[0], value[0]))
         kernel_before = self.kernel_name
         output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
@@ -362,43 +356,11 @@ class Executor:
             logger.info("Attention of %s runs on the kernel %s.", self._model_name, self.kernel_name)
         return output[None], None
 
-    def mark_mask(
-        self, *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **keywords: object
-    ) -> Tensor | None:
+    def mark_mask(self, *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **keywords: object) -> Tensor:
         """Return a marker for a mask that is causal, or causal within a window; transformers' mask interface."""
         in_flight = self._in_flight
         assert in_flight is not None, "a mask outside of Executor.forward"
-        if not use_vmap and in_flight.add_mask(mask_function, self.device).meaning.is_known:
-            return in_flight.marker
-        raise UnsupportedModelError(
-            f"{self._model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "
-            f"{in_flight.max_position + 1} tokens), which packed evaluation does not implement. Shorter texts may work."
-        )
-
-    def _refuse_unknown(self, keywords: dict[str, object], dropout: float, is_causal: bool | None) -> None:
-        unknown = [name for name, value in keywords.items() if value is not None and name not in _MEANINGLESS_KEYWORDS]
-        if dropout:
-            unknown.append("dropout")
-        if is_causal is False:
-            unknown.append("is_causal=False")
-        if unknown:
-            raise UnsupportedModelError(
-                f"{self._model_name} passes {', '.join(unknown)} to its attention, which packed attention does not "
-                "implement; ignoring it would give other numbers."
-            )
-
-
-@dataclass(frozen=True)
-class Forwarded:
-    """The output of a pass: keys and values, final hidden states `(tokens, hidden)`, and whether all was finite.
-
-    `are_placed`: whether keys, values and hidden states were copied to their places, see `Executor.step`.
-    """
-
-    keys_values: KeysValues
-    hidden: Tensor
-    is_finite: bool
-    are_placed: bool = False
+        return in_flight.mark(mask_function, use_vmap, self._input_device)
 
 
 def _register(name: str, executor: Executor) -> None:

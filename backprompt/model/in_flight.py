@@ -1,42 +1,143 @@
-"""The state of one forward call of a model's body: what its masks and layers have left so far."""
+"""The state of one forward call of a model's body: what its masks and layers have left so far; and what is left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backprompt.attention.base import PreparedAttention, StandingAttention
+from backprompt.attention.base import PreparedAttention, Scoring, StandingAttention
 from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
+from backprompt.memory.blocks import KeysValues
 from backprompt.model.masks import Mask
 
+Way: TypeAlias = Literal["replayed", "recorded", "plain"]
+"""How a step of a generation was computed: by a graph, by the first run of one, or without."""
 
-@dataclass
-class InFlight:
-    """The tensors and markers of one forward call, collected layer by layer.
+# Keywords that models pass along and packed attention can ignore. Any other that is not None is refused by name.
+_MEANINGLESS_KEYWORDS = frozenset(
+    {
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+@dataclass(kw_only=True)
+class Masks:
+    """The masks of one forward call, and how its layers score.
 
     Attributes:
-        attention: attends.
-        copies: copies keys and values, and looks for numbers that are not finite.
+        model_name: for messages.
         max_position: the last position of the call.
-        keys, values: those of each layer.
         masks: the masks that the model has made.
         least_unseen: the least last position at which a layer would be refused for a window that no mask shows; None if
             there is none.
 
     """
 
-    attention: PreparedAttention | StandingAttention
-    copies: Copies
+    model_name: str
     max_position: int
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     least_unseen: int | None = None
-    _markers: list[Tensor] = field(default_factory=list)
+
+    def mark(self, mask_function: Callable[..., Tensor], use_vmap: bool, device: torch.device) -> Tensor:
+        """Return a marker for a mask that is causal, or causal within a window.
+
+        The shape of the marker is its number, `(0, number)`: a layer that is recomputed may be given a copy.
+        """
+        if not use_vmap:
+            self.masks.append(Mask(mask_function, self.max_position, device))
+            if self.masks[-1].meaning.is_known:
+                return torch.empty((0, len(self.masks)), device=device)
+        raise UnsupportedModelError(
+            f"{self.model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "
+            f"{self.max_position + 1} tokens), which packed evaluation does not implement. Shorter texts may work."
+        )
+
+    def scoring(
+        self,
+        query: Tensor,
+        marker: Tensor | None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **keywords: object,
+    ) -> Scoring:
+        """Return the scoring of a layer, from what the layer passes to transformers' attention interface.
+
+        Raises:
+            UnsupportedModelError: packed attention does not implement a keyword, or the mask is unknown.
+
+        """
+        self._refuse_unknown(keywords, dropout, is_causal)
+        window = self._window_of(marker)
+        if window is None and sliding_window is not None:
+            self.least_unseen = sliding_window if self.least_unseen is None else min(sliding_window, self.least_unseen)
+        if self.least_unseen is not None and self.max_position >= self.least_unseen:
+            raise UnsupportedModelError(
+                f"{self.model_name} asks its attention for a sliding window of {sliding_window} positions, but its "
+                "mask does not say so. Keep texts within the window."
+            )
+        return Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
+
+    def means_the_same_at(self, position: int) -> bool:
+        """Return whether a call with another last position would go the same way."""
+        is_seen = self.least_unseen is None or position < self.least_unseen
+        return is_seen and all(mask.means_the_same_at(position) for mask in self.masks)
+
+    def _window_of(self, marker: Tensor | None) -> int | None:
+        """Return the window of the mask for which a marker stands."""
+        if marker is not None and marker.ndim == 2 and marker.shape[0] == 0:
+            return self.masks[marker.shape[1] - 1].meaning.window
+        raise UnsupportedModelError(
+            f"{self.model_name} makes its attention mask without transformers' mask interface, so what it hides is "
+            "unknown. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+        )
+
+    def _refuse_unknown(self, keywords: Mapping[str, object], dropout: float, is_causal: bool | None) -> None:
+        unknown = [name for name, value in keywords.items() if value is not None and name not in _MEANINGLESS_KEYWORDS]
+        if dropout:
+            unknown.append("dropout")
+        if is_causal is False:
+            unknown.append("is_causal=False")
+        if unknown:
+            raise UnsupportedModelError(
+                f"{self.model_name} passes {', '.join(unknown)} to its attention, which packed attention does not "
+                "implement; ignoring it would give other numbers."
+            )
+
+
+@dataclass(kw_only=True)
+class InFlight(Masks):
+    """The tensors and markers of one forward call, collected layer by layer.
+
+    Attributes:
+        attention: attends.
+        copies: copies keys and values, and looks for numbers that are not finite.
+        keys, values: those of each layer.
+
+    """
+
+    attention: PreparedAttention | StandingAttention
+    copies: Copies
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
 
     def add_layer(self, key: Tensor, value: Tensor) -> int:
         """Note the keys and values of the next layer, and return its idx."""
@@ -44,32 +145,48 @@ class InFlight:
         self.values.append(value)
         return len(self.keys) - 1
 
-    def add_mask(self, mask_function: Callable[..., Tensor], device: torch.device) -> Mask:
-        """Note a mask."""
-        self.masks.append(Mask(mask_function, self.max_position, device))
-        self._markers.append(torch.empty(0, device=device))
-        return self.masks[-1]
 
-    @property
-    def marker(self) -> Tensor:
-        """What stands for the last mask."""
-        return self._markers[-1]
+def run_body(body: nn.Module, inputs: Tensor) -> Tensor:
+    """Run a model's body on packed tokens; return the final hidden states, `(tokens, hidden)`.
 
-    def window_of(self, marker: Tensor | None, model_name: str) -> int | None:
-        """Return the window of the mask for which a marker stands."""
-        for own, mask in zip(self._markers, self.masks, strict=True):
-            if marker is own:
-                return mask.meaning.window
-        raise UnsupportedModelError(
-            f"{model_name} makes its attention mask without transformers' mask interface, so what it hides is unknown. "
-            "Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
-        )
+    `inputs`: token ids and positions, `(2, tokens)`.
+    """
+    token_ids, positions = inputs[:1], inputs[1:]  # (1, tokens)
+    output: Any = body(
+        input_ids=token_ids, position_ids=positions, attention_mask=torch.ones_like(token_ids), use_cache=False
+    )
+    hidden: Tensor = output.last_hidden_state.squeeze(0)
+    return hidden
 
-    def note_window(self, window: int) -> None:
-        """Note that a layer asks for a window of which its mask shows nothing."""
-        self.least_unseen = window if self.least_unseen is None else min(window, self.least_unseen)
 
-    def means_the_same_at(self, position: int) -> bool:
-        """Return whether a call with another last position would go the same way."""
-        is_seen = self.least_unseen is None or position < self.least_unseen
-        return is_seen and all(mask.means_the_same_at(position) for mask in self.masks)
+def no_layers_error(model_name: str) -> UnsupportedModelError:
+    """Return the error for a model of which no layer has called our attention."""
+    return UnsupportedModelError(
+        f"{model_name} does not go through transformers' attention interface, so its attention cannot be "
+        "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+    )
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """The output of a pass, on which the device may still work.
+
+    Attributes:
+        keys_values: the keys and values.
+        hidden: the final hidden states, `(tokens, hidden)`.
+        are_finite: whether all numbers are finite, `()`.
+        are_placed: whether keys, values and hidden states were copied to their places, see `Executor.step`.
+        way: of a step.
+
+    """
+
+    keys_values: KeysValues
+    hidden: Tensor
+    are_finite: Tensor
+    are_placed: bool = False
+    way: Way = "plain"
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether all numbers are finite; the first look waits for the device."""
+        return bool(self.are_finite)

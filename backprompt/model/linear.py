@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from backprompt.errors import UnsupportedModelError
@@ -83,6 +85,58 @@ def speed_up(models: Iterable[nn.Module], *, pack: bool) -> Linears:
     return Linears("onednn, packed" if pack else "onednn", packed_bytes)
 
 
+class TrainedLinear(nn.Module):
+    """Replaces a linear layer in a private copy of a model that is trained: gradients reach the same parameters."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        self.weight = _weight(like)  # read by some models
+        self.bias: Tensor | None = like.bias  # type: ignore[assignment]
+        self._is_transposed = isinstance(like, Conv1D)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`(..., inputs)` -> `(..., outputs)`."""
+        weight = self.weight.t() if self._is_transposed else self.weight
+        if rows.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not rows.numel():
+            return nn.functional.linear(rows, weight, self.bias)
+        product: Tensor = _TrainedProduct.apply(rows, weight, self.bias)  # type: ignore[no-untyped-call]
+        return product
+
+
+class _TrainedProduct(torch.autograd.Function):
+    """`rows @ weight.T + bias`, and the two products of its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _product(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+        flat = grad.flatten(0, -2)  # (all rows, outputs)
+        of_rows = _product(grad, weight.t(), None) if needs_rows else None
+        of_weight = _product(flat.t(), rows.flatten(0, -2).t(), None) if needs_weight else None
+        return of_rows, of_weight, flat.sum(dim=0) if needs_bias else None
+
+
+def speed_up_trained(model: nn.Module) -> None:
+    """Let oneDNN multiply the linear layers of a private copy that is trained, where oneDNN is faster."""
+    layers = _replaceable(model)
+    if {_weight(layer).dtype for _, _, layer in layers} == {torch.float32} and _serves_training():
+        made = {layer: TrainedLinear(layer) for _, _, layer in layers}
+        for parent, name, layer in layers:
+            setattr(parent, name, made[layer])
+
+
+def _serves_training() -> bool:
+    """Return whether oneDNN is right and faster; the answer is kept, so the caller's torch settings are shut out."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return failure_of(torch.float32) is None and training_failure() is None and is_faster()
+
+
 def _replaceable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Return the plain linear layers on the CPU, each with its parent module and its name there."""
     return [
@@ -137,6 +191,28 @@ def failure_of(dtype: torch.dtype) -> str | None:
     gap = max(float((one - expected).abs().max()) for one in found)
     allowed = 8 * torch.finfo(dtype).eps * float(expected.abs().max())
     return None if gap <= allowed else f"it was off by {gap:.1e}"
+
+
+@lru_cache
+def training_failure() -> str | None:
+    """Return why oneDNN's products are not used in the backward, or None, after trying a tiny case."""
+    given = [_drawn(shape) for shape in ((1, 5, 48), (33, 48), (33,))]
+    gaps = []
+    with torch.enable_grad():
+        for is_transposed in (False, True):
+            leaves = [tensor.requires_grad_() for tensor in (given[0], given[1], given[2])]
+            rows, weight, bias = leaves
+            weight = weight.t().clone().t() if is_transposed else weight
+            upstream = _drawn((1, 5, 33))
+            expected = torch.autograd.grad(nn.functional.linear(rows, weight, bias), leaves, upstream)
+            try:
+                product: Tensor = _TrainedProduct.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+                found = torch.autograd.grad(product, leaves, upstream)
+            except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+                return (str(error).splitlines() or [type(error).__name__])[0]
+            gaps += [float((ours - torchs).abs().max()) for ours, torchs in zip(found, expected, strict=True)]
+    gap = max(gaps)
+    return None if gap <= 64 * torch.finfo(torch.float32).eps else f"it was off by {gap:.1e}"
 
 
 @lru_cache

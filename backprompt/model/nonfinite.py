@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from backprompt.errors import NonFiniteError
 from backprompt.model.skeleton import head_dtype
+from backprompt.model.spread import named_numbers
 
 TOKENS_SHOWN = 24
 """A message shows at most this many of a text's last tokens."""
@@ -49,10 +50,11 @@ def _why(model: nn.Module, otherwise: str = "", *, is_minus_inf_fine: bool = Tru
     """Return the reason. With `is_minus_inf_fine`, -inf in the output head's bias is no reason: it masks a token."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     bias = getattr(head, "bias", None)
-    for name, parameter in model.named_parameters():
+    name_of_bias = next((name for name, parameter in model.named_parameters() if parameter is bias), None)
+    for name, parameter in named_numbers(model):
         values = parameter if parameter.element_size() > 1 else parameter.float()  # 8-bit types lack some operations
         is_fine = values.isfinite()
-        if parameter is bias and is_minus_inf_fine:
+        if name == name_of_bias and is_minus_inf_fine:
             is_fine |= values == -torch.inf
         if not bool(is_fine.all()):
             what = "NaN" if bool(values.isnan().any()) else "infinity"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -46,15 +47,17 @@ class Recording:
     """Recorded work.
 
     Attributes:
-        plain: what the work gave when it was not recorded.
+        plain: what the work gave when it was not recorded; None once it was compared.
         output: the tensors that `replay` fills.
         replay: does the work.
+        num_bytes: the memory that was taken for it, beside the memory of earlier recordings.
 
     """
 
-    plain: Output
+    plain: Output | None
     output: Output
     replay: Callable[[], None]
+    num_bytes: int = 0
 
 
 _ATEN = torch.ops.aten
@@ -127,7 +130,8 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, compute: Callable[[], Output], finish: Callable[[Output], None]) -> Recording:
         """See `Recorder`; what the work allocates first is allocated by a run on the same stream."""
@@ -135,12 +139,16 @@ class CudaRecorder:
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             graph = torch.cuda.CUDAGraph()
+            alive = list(self._graphs)  # until the recording has begun
+            if not alive:  # torch has no use for a pool whose graphs are all gone
+                self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.stream(self._stream):
                 plain = compute()  # makes tables and compiles kernels, once
                 finish(plain)
                 with NoWaits(self._device.type):
                     compute()
                 self._stream.synchronize()
+                reserved = torch.cuda.memory_reserved()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     output = compute()
@@ -151,9 +159,12 @@ class CudaRecorder:
                     raise
                 graph.capture_end()
             current.wait_stream(self._stream)
+            num_bytes = max(0, torch.cuda.memory_reserved() - reserved)
+        del alive
+        self._graphs.add(graph)
 
         def replay() -> None:
             with torch.cuda.device(self._device):
                 graph.replay()
 
-        return Recording(plain, output, replay)
+        return Recording(plain, output, replay, num_bytes)

@@ -1,8 +1,8 @@
 """Private copies of the user's model: all of its weights, none of its modes.
 
 `copy.deepcopy` with a memo that maps every parameter to itself takes milliseconds and shares all weights. The copy
-is in eval mode and has a configuration of its own. So the user's model never sees the switched attention
-implementation, not even from another thread in the middle of a plain call.
+is in eval mode, except where it is trained, and has a configuration of its own. So the user's model never sees the
+switched attention implementation, not even from another thread in the middle of a plain call.
 
 Three copies are made: `body` (the decoder, attention switched to ours), `head` (the causal model around a decoder
 that returns its input, so that the model's own code scales or caps logits), and, for the probe, `plain_copy` (the
@@ -24,9 +24,14 @@ from transformers.activations import NewGELUActivation
 from transformers.utils.generic import ModelOutput
 
 from backprompt.errors import UnsupportedModelError
+from backprompt.model import spread
 
 SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
+
+
+TRAINERS = ("accelerate.utils.", "backprompt.", "torch.amp.", "trl.")
+"""The packages whose wrappers of a model's forward method change nothing but precision, or add calls of their own."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +100,7 @@ def check_supported(model: nn.Module) -> None:
             f"{name} scales its queries by the row of the call instead of the position (attn_temperature_tuning), so "
             "its texts cannot share a pass."
         )
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise UnsupportedModelError(
-            f"{name} has parameters on the meta device, which hold no numbers. Load its weights, or .to_empty() and "
-            "initialise it, before wrapping it."
-        )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise UnsupportedModelError(
-            f"{name} is spread over several devices or offloaded ({sorted(map(str, devices))}). Load it onto one "
-            "device, without device_map."
-        )
+    spread.check_spread(model, _decoder(model))
     hooked = _first_hooked_module(model)
     if hooked is not None:
         raise UnsupportedModelError(
@@ -143,11 +138,15 @@ def limits_of(model: nn.Module) -> Limits:
 
 def make_body(model: nn.Module, attention_name: str) -> nn.Module:
     """Return a copy of the decoder whose attention is the registered function `attention_name`."""
+    return _switched(_private_copy(_decoder(model)), attention_name)
+
+
+def make_trained_body(model: nn.Module, attention_name: str) -> nn.Module:
+    """Return the same in the model's own modes: a model in training mode may recompute its layers in the backward."""
     body = _private_copy(_decoder(model))
-    for config in _configs(body):
-        config._attn_implementation = attention_name
-    _fuse_gelu(body)
-    return body
+    for private, own in zip(body.modules(), _decoder(model).modules(), strict=True):
+        private.training = own.training
+    return _switched(body, attention_name)
 
 
 def make_head(model: nn.Module) -> nn.Module:
@@ -179,17 +178,50 @@ class _DecoderOutput(ModelOutput):
 
 
 def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = None) -> nn.Module:
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    memo |= {id(buffer): buffer for buffer in model.buffers() if buffer.nbytes > SHARED_BUFFER_BYTES}
+    # What has no numbers is not shared: the hooks of a copy put numbers in its place.
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
+    memo |= {
+        id(buffer): buffer for buffer in model.buffers() if buffer.nbytes > SHARED_BUFFER_BYTES and not buffer.is_meta
+    }
+    memo |= spread.shared_with_copies(model)
     memo |= replacements or {}
     private: nn.Module = copy.deepcopy(model, memo).eval()
-    for config in _configs(private):
+    for module in private.modules():
+        if _has_trainers_forward(module):
+            del module.forward
+    spread.forget_movers(private)
+    for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False
     return private
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def _has_trainers_forward(module: nn.Module) -> bool:
+    """Return whether a trainer has wrapped the forward method of this one module, for calls of its own.
+
+    Such a wrapper holds the method of the user's model. So a copy of the model would run the model itself.
+    """
+    forward = vars(module).get("forward")
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        if function is type(module).forward:
+            return True
+        place = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+        if not place.startswith(TRAINERS):
+            return False
+        forward = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _switched(body: nn.Module, attention_name: str) -> nn.Module:
+    for config in configs_of(body):
+        config._attn_implementation = attention_name
+    _fuse_gelu(body)
+    return body
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Return the configurations of a model and of its parts."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return list(configs.values())
 
@@ -210,8 +242,13 @@ def _uses_attention_interface(model: nn.Module) -> bool:
 
 
 def is_foreign(hook: object) -> bool:
-    """Return whether a hook is not one of transformers' own, which capture outputs only on request."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    """Return whether a hook may change numbers.
+
+    transformers' own hooks capture outputs on request. peft's and other trainers' hooks of these names let gradients
+    reach a layer that is recomputed.
+    """
+    is_of_trainers = getattr(hook, "__name__", "") in ("make_inputs_require_grad", "make_inputs_require_grads")
+    return not is_of_trainers and not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _decoder(model: nn.Module) -> PreTrainedModel:
@@ -244,6 +281,12 @@ def is_rewritten_in_place(module: nn.Module) -> bool:
     return any(name is not None and ("dynamic" in name or name == "longrope") for name in names)
 
 
+def vocab_size(model: nn.Module) -> int:
+    """Return the number of tokens that the output head scores."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return weight.shape[0]
+
+
 def logit_row_bytes(model: nn.Module) -> int:
     """Return the bytes of one row of logits."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
@@ -260,8 +303,3 @@ def hidden_size(model: nn.Module) -> int:
     """Return the size of the hidden states that the output head reads."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
     return weight.shape[1]
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Return the model's device, of which `check_supported` allows only one."""
-    return next(model.parameters()).device

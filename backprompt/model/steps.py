@@ -13,9 +13,10 @@ after some more steps. A model that cannot be recorded takes all steps without g
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TypeAlias
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from backprompt.attention.base import CannotStandError, ForestAttention, PreparedAttention, StandingAttention
 from backprompt.forest.plan import Pass
 from backprompt.memory.blocks import KeysValues
+from backprompt.memory.budget import free_bytes
 from backprompt.memory.places import Places
 from backprompt.model import skeleton
 from backprompt.model.in_flight import InFlight
@@ -42,6 +44,9 @@ STEPS_BEFORE_RECORDING = 3
 
 MAX_BLOCKS = 8
 """The largest number of blocks to which a graph copies rows."""
+
+LARGEST_SHARE = 1 / 16
+"""The share of the memory that is free when a model is wrapped that graphs may take."""
 
 CLOSE = 8
 """How close the first replay must come to the plain run, in units of the dtype's precision, over the largest number."""
@@ -62,6 +67,7 @@ class Replayed:
         hidden, keys_values: of the step's rows; the next step overwrites them.
         is_finite: whether all is finite, `()`.
         are_placed: whether the rows lie at their places already.
+        is_first: whether the graph was recorded for this step.
 
     """
 
@@ -69,6 +75,7 @@ class Replayed:
     keys_values: KeysValues
     is_finite: Tensor
     are_placed: bool
+    is_first: bool
 
 
 class CapturedSteps:
@@ -80,6 +87,8 @@ class CapturedSteps:
         record: records graphs.
         place: see `Place`.
         refusal: why there are no graphs; None if there may be.
+        max_bytes: the memory that graphs may take. A graph that takes too much is left with all others, and no step of
+            so many rows is recorded any more.
 
     Attributes:
         graphs: see above.
@@ -95,6 +104,7 @@ class CapturedSteps:
         record: Recorder,
         place: Place,
         refusal: str | None = None,
+        max_bytes: float = math.inf,
     ) -> None:
         self._attention = attention
         self._weights = weights
@@ -104,10 +114,27 @@ class CapturedSteps:
         self._asked: Counter[int] = Counter()
         self.counts: Counter[str] = Counter()
         self.refusal = refusal
+        self._max_bytes = max_bytes
+        self._max_rows = BUCKETS[-1]
+        self._pool_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of all graphs. What one leaves others use; it is free when there is none."""
+        return self._pool_bytes + sum(graph.num_bytes for graph in self.graphs.values())
+
+    def forget(self) -> bool:
+        """Leave all graphs, where memory is short; return whether there were any."""
+        had_some = bool(self.graphs)
+        self.graphs.clear()
+        self._asked.clear()
+        self._pool_bytes = 0
+        return had_some
 
     def step(self, run: Run, pass_: Pass, prepared: PreparedAttention, places: Places) -> Replayed | None:
         """Compute a step of one token a span; None if it must be computed without a graph."""
-        bucket = next((size for size in BUCKETS if size >= len(pass_.spans)), None)
+        bucket = next((size for size in BUCKETS if len(pass_.spans) <= size <= self._max_rows), None)
+        num_recorded = self.counts["recorded"]
         graph = (
             None if bucket is None or self.refusal is not None else self._ready(bucket, run, pass_, prepared, places)
         )
@@ -115,7 +142,7 @@ class CapturedSteps:
             self.counts["eager"] += 1
             return None
         self.counts["replayed"] += 1
-        return graph.replayed(len(pass_.spans))
+        return graph.replayed(len(pass_.spans), is_first=self.counts["recorded"] > num_recorded)
 
     def _ready(self, bucket: int, run: Run, pass_: Pass, prepared: PreparedAttention, places: Places) -> Graph | None:
         """Return a graph that is ready to replay the step."""
@@ -131,6 +158,8 @@ class CapturedSteps:
             return graph
         logger.debug("The graph of steps of %d rows is left: %s.", bucket, reason)
         del self.graphs[bucket], self._asked[bucket]
+        if not self.graphs:
+            self._pool_bytes = 0
         self.counts["left"] += 1
         return None
 
@@ -153,7 +182,7 @@ class CapturedSteps:
             graph.load(pass_, prepared, places)
             graph.record(run, self._record, max(pass_.positions))
             graph.load(pass_, prepared, places)
-            if not bool(graph.recording.plain.is_finite):
+            if not graph.is_plain_run_finite():
                 graph = None  # says nothing about graphs; nor does too little memory
             else:
                 self.refusal = graph.gap_to_plain_run(len(pass_.spans))
@@ -168,7 +197,17 @@ class CapturedSteps:
             del self._asked[bucket]
             return None
         self.graphs[bucket] = graph
+        self._pool_bytes += graph.recording.num_bytes
         self.counts["recorded"] += 1
+        if self.num_bytes > self._max_bytes:
+            logger.info(
+                "Steps of %d rows are not captured: with them graphs take %d bytes, more than %d.",
+                bucket,
+                self.num_bytes,
+                self._max_bytes,
+            )
+            self._max_rows = bucket // 2
+            self.forget()
         return graph
 
 
@@ -258,24 +297,39 @@ class Graph:
         assert self._recorded is not None, "`record` comes first"
         return self._recorded
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the tensors that the graph reads, beside the memory of its recording."""
+        return self._numbers.nbytes + self._standing.num_bytes
+
+    def is_plain_run_finite(self) -> bool:
+        """Return whether the run before the recording was finite."""
+        return bool(self._plain.is_finite)
+
+    @property
+    def _plain(self) -> Output:
+        assert self.recording.plain is not None, "was compared already"
+        return self.recording.plain
+
     def gap_to_plain_run(self, num_live: int) -> str | None:
-        """Return in words how far a replay is from the run before the recording; None if it is close."""
+        """Return in words how far a replay is from the run before the recording, once; None if it is close."""
         self.recording.replay()
-        found, expected = (output.hidden[:num_live].float() for output in (self.recording.output, self.recording.plain))
+        found, expected = (output.hidden[:num_live].float() for output in (self.recording.output, self._plain))
+        self._recorded = replace(self.recording, plain=None)  # whose rows take memory
         allowed = CLOSE * torch.finfo(self.recording.output.hidden.dtype).eps * float(expected.abs().max())
         gap = float((found - expected).abs().max())
         return None if gap <= allowed else f"a replay was off by {gap:.1e}"
 
-    def replayed(self, num_live: int) -> Replayed:
+    def replayed(self, num_live: int, *, is_first: bool) -> Replayed:
         """Do the step that was loaded."""
         self.recording.replay()
         output = self.recording.output
         if self._are_placed:
-            return Replayed(output.hidden[:num_live], output.keys_values, output.is_finite, True)
+            return Replayed(output.hidden[:num_live], output.keys_values, output.is_finite, True, is_first)
         keys_values = output.keys_values.first_rows(num_live)
         are_finite = [tensor.isfinite().all() for tensor in keys_values.in_order()]
         is_finite = torch.stack([output.is_finite > 0, *are_finite]).all()
-        return Replayed(output.hidden[:num_live], keys_values, is_finite, False)
+        return Replayed(output.hidden[:num_live], keys_values, is_finite, False, is_first)
 
 
 def captured_steps(body: nn.Module, attention: ForestAttention) -> CapturedSteps | None:
@@ -290,4 +344,5 @@ def captured_steps(body: nn.Module, attention: ForestAttention) -> CapturedSteps
         return None
     is_rewritten = any(map(skeleton.is_rewritten_in_place, body.modules()))
     refusal = "rotary tables depend on positions" if is_rewritten else None
-    return CapturedSteps(attention, weights, CudaRecorder(device), place, refusal)
+    max_bytes = free_bytes(device) * LARGEST_SHARE
+    return CapturedSteps(attention, weights, CudaRecorder(device), place, refusal, max_bytes)

@@ -11,15 +11,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from backprompt.model.skeleton import is_foreign, is_rewritten_in_place, unwrap
+from backprompt.model.spread import FileState, Offloaded, hooks_in, offloaded
 from backprompt.progress import progress_bar
 
 HASH_FORMAT = 2
@@ -46,49 +49,101 @@ _UNIMPORTANT_CONFIG = frozenset(
 _UNIMPORTANT_SETTINGS = frozenset({"gradient_checkpointing", "training"})
 
 
+class PartsMonitor:
+    """The parts of a model at one moment, whatever numbers are in them: modules, hooks, tensors and where these lie."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        rewritten = [is_rewritten_in_place(module) for module in modules]
+        named = list(zip(modules, rewritten, strict=True))
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._offloaded = offloaded(model)
+        self._sources = [weight.source() for weight in self._offloaded]
+        self._names_elsewhere: dict[nn.Module, set[str]] = {}
+        for weight in self._offloaded:
+            self._names_elsewhere.setdefault(weight.module, set()).add(weight.name)
+        self._modules, self._spreading = modules, hooks_in(modules)
+        self._contents = _Tables(
+            [
+                *(module._modules for module in modules),
+                *(self._own(module, module._parameters) for module in modules),
+                *(self._own(module, module._buffers) for module, is_rewritten in named if not is_rewritten),
+            ]
+        )
+        self._rewritten = [(module._buffers, len(module._buffers)) for module, is_rewritten in named if is_rewritten]
+        self.tensors = [tensor for _, _, tensor in _places(model) if not tensor.is_meta]
+        self.tensors += [source for source in self._sources if isinstance(source, Tensor)]
+        self._pointers = _pointers(self.tensors)
+
+    def have_changed(self) -> bool:
+        """Return whether a part is another one, or has another place, than at construction."""
+        return (
+            self._contents.have_changed()
+            or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
+            or any(len(table) != num_before for table, num_before in self._rewritten)
+            or not all(map(operator.is_, hooks_in(self._modules), self._spreading))
+            or not all(map(_is_same, [weight.source() for weight in self._offloaded], self._sources))
+            or _pointers(self.tensors) != self._pointers
+        )
+
+    def _own(self, module: nn.Module, table: Mapping[str, object]) -> Mapping[str, object]:
+        """Return a module's table without offloaded weights: each plain call puts other tensors there."""
+        names = self._names_elsewhere.get(module, set()) & table.keys()
+        return _Without(table, names) if names else table
+
+
 class WeightsMonitor:
     """The state of a model's weights at one moment, and a check whether it has changed.
 
     The check runs before every evaluation, so all that is compared lies in flat lists.
+
+    Attributes:
+        parts: the parts of the model.
+        adapters: which adapters of each layer are active or merged, and how they are scaled.
+
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._children = _Tables([module._modules for module in modules])
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._parameters = _Tables([module._parameters for module in modules])
-        self._buffers = _Tables([module._buffers for module in modules if not is_rewritten_in_place(module)])
-        self._rewritten = [
-            (module._buffers, len(module._buffers)) for module in modules if is_rewritten_in_place(module)
-        ]
-        self._tensors = [tensor for _, _, tensor in _places(model)]
-        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
-        self._pointers, self._versions = _pointers(self._tensors), _versions(self._versioned)
-        self._adapted = [module for module in modules if "merged_adapters" in module.__dict__]
-        self._adapter_states = list(map(_adapter_state, self._adapted))
-        self._sample_views = _sample_views(self._tensors)
-        self._sample = self._take_sample()
+        self.parts = PartsMonitor(model)
+        self._versioned = [tensor for tensor in self.parts.tensors if not tensor.is_inference()]
+        self._versions = _versions(self._versioned)
+        self._adapted = [module for module in model.modules() if "merged_adapters" in module.__dict__]
+        self.adapters = tuple(map(_adapter_state, self._adapted))
+        self._sample = _Sample(self.parts.tensors)
 
     def has_changed(self) -> bool:
         """Return whether a quick look sees a difference to the state at construction."""
+        return self.has_moved() or self._sample.has_changed()
+
+    def has_moved(self) -> bool:
+        """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
         return (
-            self._children.have_changed()
-            or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
-            or self._parameters.have_changed()
-            or self._buffers.have_changed()
-            or any(len(table) != num_before for table, num_before in self._rewritten)
-            or _pointers(self._tensors) != self._pointers
+            self.parts.have_changed()
             or _versions(self._versioned) != self._versions
-            or list(map(_adapter_state, self._adapted)) != self._adapter_states
-            or not all(map(torch.equal, self._take_sample(), self._sample))
+            or tuple(map(_adapter_state, self._adapted)) != self.adapters
         )
 
-    def _take_sample(self) -> list[Tensor]:
-        """Return the bytes of the sample, one tensor a device: each comparison waits for its device."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for views in self._sample_views:
-            by_device.setdefault(views[0].device, []).append(torch.cat(views).view(torch.uint8))
-        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in by_device.values()]
+
+def _is_same(source: object, before: object) -> bool:
+    """Return whether the numbers of an offloaded weight still lie in the same tensor, or in an unchanged file."""
+    return source is before or (isinstance(source, FileState) and source == before)
+
+
+class _Without(Mapping[str, object]):
+    """A table without some names."""
+
+    def __init__(self, table: Mapping[str, object], names: Set[str]) -> None:
+        self._table = table
+        self._names = names
+
+    def __getitem__(self, name: str) -> object:
+        return self._table[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._table if name not in self._names)
+
+    def __len__(self) -> int:
+        return len(self._table) - len(self._names)
 
 
 class _Tables:
@@ -97,16 +152,57 @@ class _Tables:
     def __init__(self, tables: Sequence[Mapping[str, object]]) -> None:
         self._tables = tables
         self._lengths = list(map(len, tables))
-        self._contents = self._now()
+        self._values = [table.values() for table in tables if table]  # they show later changes
+        self._contents = list(itertools.chain.from_iterable(self._values))
 
     def have_changed(self) -> bool:
         """Return whether an element is another one, or has another place."""
         if list(map(len, self._tables)) != self._lengths:
             return True
-        return not all(map(operator.is_, self._now(), self._contents))
+        return not all(map(operator.is_, itertools.chain.from_iterable(self._values), self._contents))
 
-    def _now(self) -> list[object]:
-        return list(itertools.chain.from_iterable(table.values() for table in self._tables))
+
+class _Sample:
+    """Some elements of each tensor, as bytes.
+
+    The memory of the CPU is read by numpy: torch takes eight times as long for so many small tensors. The arrays keep
+    the tensors' memory alive; a tensor whose memory is exchanged or resized must be noticed before a look at them.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        groups = _sample_views(tensors)
+        self._arrays = [_as_array(view) for views in groups for view in views if _is_plain(view)]
+        rest = ([view for view in views if not _is_plain(view)] for views in groups)
+        self._views = [views for views in rest if views]
+        self._bytes, self._elsewhere = self._take_bytes(), self._take_elsewhere()
+
+    def has_changed(self) -> bool:
+        """Return whether an element is another one now."""
+        return self._take_bytes() != self._bytes or not all(map(torch.equal, self._take_elsewhere(), self._elsewhere))
+
+    def _take_bytes(self) -> bytes:
+        return b"".join(map(np.ndarray.tobytes, self._arrays))
+
+    def _take_elsewhere(self) -> list[Tensor]:
+        """Return the bytes that lie elsewhere, one tensor a device: each comparison waits for its device."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for views in self._views:
+            by_device.setdefault(views[0].device, []).append(torch.cat(views).view(torch.uint8))
+        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in by_device.values()]
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their bytes."""
+
+
+def _is_plain(view: Tensor) -> bool:
+    """Return whether numpy can read a view."""
+    return type(view) is Tensor and view.device.type == "cpu" and view.itemsize in _INTEGERS and not view.is_quantized
+
+
+def _as_array(view: Tensor) -> npt.NDArray[Any]:
+    """Return a view as an array of integers; `Tensor.numpy` would forbid the user to resize the tensor's memory."""
+    return np.from_dlpack(view.view(_INTEGERS[view.itemsize]))
 
 
 _version_of = operator.attrgetter("_version")  # inference tensors have none
@@ -125,10 +221,15 @@ def content_hash(model: nn.Module) -> str:
 
     Reads every weight once, on as many threads as torch has: hashing releases the interpreter lock.
     """
-    pieces = [piece for tensor in _distinct_tensors(model) for piece in _pieces(tensor)]
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        digests = []
-        with progress_bar(sum(piece.nbytes for piece in pieces), "hashing weights", "bytes") as bar:
+    elsewhere = {id(weight.like): weight for weight in offloaded(model)}
+    tensors = _distinct_tensors(model)
+    digests: list[bytes] = []
+    with (
+        ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
+        progress_bar(sum(tensor.nbytes for tensor in tensors), "hashing weights", "bytes") as bar,
+    ):
+        for portion in _portions(tensors, elsewhere):
+            pieces = [piece for tensor in portion for piece in _pieces(tensor)]
             for piece, digest in zip(pieces, pool.map(_digest, pieces), strict=True):
                 digests.append(digest)
                 bar.update(piece.nbytes)
@@ -168,6 +269,15 @@ def _hash_described(model: nn.Module, digests: Iterable[bytes]) -> str:
 
 def _distinct_tensors(model: nn.Module) -> list[Tensor]:
     return list({id(tensor): tensor for _, _, tensor in _places(unwrap(model))}.values())
+
+
+def _portions(tensors: Iterable[Tensor], elsewhere: Mapping[int, Offloaded]) -> Iterator[list[Tensor]]:
+    """Yield the tensors with their numbers, in order: those that are offloaded alone, so that each is soon freed."""
+    for is_elsewhere, group in itertools.groupby(tensors, key=lambda tensor: id(tensor) in elsewhere):
+        if is_elsewhere:
+            yield from ([elsewhere[id(tensor)].load()] for tensor in group)
+        else:
+            yield list(group)
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:

@@ -62,6 +62,19 @@ class Fingerprint:
         """Return whether a quick look sees changed weights."""
         return self._monitor.has_changed()
 
+    def has_other_parts(self) -> bool:
+        """Return whether the model has other parts now, rather than other numbers or adapters in the same parts."""
+        return self._monitor.parts.have_changed()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Which adapters of each layer are active or merged, and how they are scaled."""
+        return self._monitor.adapters
+
+    def has_moved(self) -> bool:
+        """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
+        return self._monitor.has_moved()
+
     def root(self, *, in_store: bool = False) -> Root:
         """Return the root of all keys, or with `in_store` of the keys of results that the store may have made inexact.
 

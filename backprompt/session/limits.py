@@ -38,7 +38,9 @@ class TextLimits:
                 "token such as the tokenizer's BOS: Text.from_tokens([tokenizer.bos_token_id], lm)."
             )
         self._check_ids(text, flat(token_ids))
-        self._check_length(text, token_ids, num_positions(token_ids) if length is None else length)
+        what = "tokens" if isinstance(token_ids, tuple) else "positions"
+        num_given = num_positions(token_ids)
+        self.check_length(repr(text), num_given, num_given if length is None else length, what)
 
     def check_all(self, texts: Sequence[Text], encoded: Sequence[TokenIds], lengths: Sequence[int]) -> None:
         """Raise for the first text that cannot be evaluated; see `check`. `lengths`: how many positions each takes."""
@@ -91,12 +93,20 @@ class TextLimits:
                 f"{num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
             )
 
-    def _check_length(self, text: Text, token_ids: TokenIds, length: int) -> None:
+    def check_length(self, shown: str, num_given: int, length: int, what: str = "tokens") -> None:
+        """Raise TextTooLongError for a text that takes more positions than the model has.
+
+        Args:
+            shown: the text, for the message.
+            num_given: how many tokens or positions the text has, whichever `what` says.
+            length: how many positions its evaluation takes.
+            what: what is counted.
+
+        """
         limits = self.model
         if limits.max_tokens is None or length <= limits.max_tokens:
             return
-        what = "tokens" if isinstance(token_ids, tuple) else "positions"
-        too_long = f"{text!r} has {num_positions(token_ids)} {what}, but the model has {limits.max_tokens} positions"
+        too_long = f"{shown} has {num_given} {what}, but the model has {limits.max_tokens} positions"
         if limits.why_hard is not None:
             raise TextTooLongError(f"{too_long}: {limits.why_hard}. Shorten the text by {length - limits.max_tokens}.")
         if not self.beyond_trained_length:

@@ -37,11 +37,13 @@ from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
 from backprompt.memory.location import Location
 from backprompt.model.executor import Executor, plain_surroundings
-from backprompt.model.skeleton import model_device, unwrap
+from backprompt.model.skeleton import check_supported, unwrap
+from backprompt.model.spread import devices_of, head_device
 from backprompt.session.evaluated import Batch, Evaluated
 from backprompt.session.fingerprint import Fingerprint
 from backprompt.session.limits import TextLimits, check_has_last_token
 from backprompt.session.options import Options, check_can_pin
+from backprompt.session.probes import Probes
 from backprompt.store import DiskStore, Store
 from backprompt.text.checks import engine_of
 from backprompt.text.node import Text, lazily
@@ -78,11 +80,13 @@ class Session:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
-        device = model_device(unwrap(model))
+        causal_lm = unwrap(model)
+        check_supported(causal_lm)
+        device = head_device(causal_lm)
         if options.pin_memory:
             check_can_pin(device)
         memory, host_memory = options.memory_bytes, options.host_memory_bytes
-        self._memory_bytes = default_max_bytes(device) if memory is None else parse_bytes(memory)
+        self._memory_bytes = _default_bytes(causal_lm) if memory is None else parse_bytes(memory)
         if host_memory is None:
             self._host_memory_bytes = default_host_bytes(device)
         else:
@@ -102,6 +106,7 @@ class Session:
         self.fingerprint = Fingerprint(model, private, self.store)  # before the first use of the weights
         self.evaluator = self._make_evaluator(self.fingerprint)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
+        self._probes = Probes()
         watch_lm(self)
 
     # The lock, and one state of the weights
@@ -132,11 +137,15 @@ class Session:
             finally:
                 self._has_looked = had_looked
 
-    def current(self, *, with_weights: bool = True) -> Evaluator:
+    def current(self, *, with_weights: bool = True, with_numbers: bool = True) -> Evaluator:
         """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held.
 
         The first call since the lock was taken looks at them, and `exclusive` looks again at the end of work.
-        `with_weights` False: only the tokenizer is looked at, which is enough to encode texts.
+
+        Args:
+            with_weights: False for a look at the tokenizer only, which is enough to encode texts.
+            with_numbers: False for a look without the numbers of the weights. The caller looks at those later.
+
         """
         tokenizer = self.fingerprint.tokenizer
         has_to_look = not self._has_looked or self.evaluator.is_closed
@@ -145,8 +154,10 @@ class Session:
             self._start_over(Fingerprint(self.model, PrivateTokenizer(self.tokenizer), self.store))
         elif not with_weights:
             return self.evaluator
-        elif has_to_look and (self.fingerprint.has_changed() or self.evaluator.is_closed):
-            self._start_over(Fingerprint(self.model, tokenizer, self.store))
+        elif has_to_look:
+            have_changed = self.fingerprint.has_changed if with_numbers else self.fingerprint.has_moved
+            if have_changed() or self.evaluator.is_closed:
+                self._start_over(Fingerprint(self.model, tokenizer, self.store))
         self._has_looked = True
         self.evaluator.continuations.end_abandoned()
         self.evaluator.hold_pins()
@@ -156,12 +167,14 @@ class Session:
     def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
         """Hold the lock and yield the evaluator for a step of a generation that was begun with `expected`.
 
+        A step looks at the numbers of the weights once, before a token is chosen: see `Computation.check_unchanged`.
+
         Raises:
             StaleRepresentationError: the generation was begun with other weights.
 
         """
         with self.exclusive():
-            evaluator = self.current()
+            evaluator = self.current(with_numbers=expected is None)
             if expected is not None and evaluator is not expected:
                 raise StaleRepresentationError(
                     "The model's weights (or its tokenizer) have changed since this continuation was begun. Begin "
@@ -175,12 +188,14 @@ class Session:
             self.evaluator.continuations.end_abandoned()
             self.evaluator.computation.clear()
 
-    def refresh(self) -> None:
-        """Hash every weight and the tokenizer again; see `LM.refresh`."""
+    def refresh(self, *, compare: bool) -> None:
+        """Hash every weight and the tokenizer again, or take the weights for changed; see `LM.refresh`."""
         with self.exclusive():
-            renewed = self.fingerprint.renewed(PrivateTokenizer(self.tokenizer))
-            if renewed is not None:
-                self._start_over(renewed)
+            tokenizer = PrivateTokenizer(self.tokenizer)
+            if not compare:
+                self._start_over(Fingerprint(self.model, tokenizer, self.store))
+            elif (renewed := self.fingerprint.renewed(tokenizer)) is not None:
+                self._start_over(renewed, probe_again=True)  # settings of modules may have changed, which no look sees
 
     def before_fork(self) -> None:
         """Take the lock, so that no other thread is in the middle of a change while the process is forked."""
@@ -352,15 +367,15 @@ class Session:
 
     def _make_evaluator(self, fingerprint: Fingerprint) -> Evaluator:
         model, archive = unwrap(self.model), None
-        device = model_device(model)
         pinned = Location(torch.device("cpu"), self.options.pin_memory)
         tokenizer = fingerprint.tokenizer
         if self.store is not None:  # a cycle with the session would keep tensors alive for longer than the LM
             root = partial(fingerprint.root, in_store=True)
-            archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode, device)
+            archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode)
         executor = Executor(model, tokenizer.decode, pack_weights=self.options.pack_weights)
         order = GreedyDual(executor.hidden_size)
-        host = HostMemory(self._host_memory_bytes, order.rank, pinned, Location(device))
+        here = Location(executor.device, device_of=executor.device_of)
+        host = HostMemory(self._host_memory_bytes, order.rank, pinned, here)
         return Evaluator(
             Means(
                 model=model,
@@ -374,7 +389,7 @@ class Session:
             )
         )
 
-    def _start_over(self, fingerprint: Fingerprint) -> None:
+    def _start_over(self, fingerprint: Fingerprint, *, probe_again: bool = False) -> None:
         """Start over with the current model and tokenizer, which `fingerprint` names.
 
         Nothing changes if the model can no longer be evaluated.
@@ -382,12 +397,22 @@ class Session:
         """
         logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
         evaluator = self._make_evaluator(fingerprint)
+        if probe_again:
+            self._probes.forget()
+        else:
+            old = self.evaluator.computation
+            self._probes.pass_on(self.fingerprint, old, fingerprint, evaluator.computation)
         encoder = self._make_encoder(fingerprint.tokenizer)
         self.evaluator.close()
         self._evaluated = WeakKeyDictionary()
         self.encoder = encoder
         self.fingerprint = fingerprint
         self.evaluator = evaluator
+
+
+def _default_bytes(model: nn.Module) -> int:
+    """Return the default budget: where layers lie on several devices, that of the device with the least free memory."""
+    return min(map(default_max_bytes, devices_of(model)))
 
 
 def session_of(text: object, idx: int) -> Session:

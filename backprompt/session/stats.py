@@ -23,11 +23,16 @@ class Stats:
         tokens_reused: requested less forwarded tokens: cached, shared, or scored without being forwarded.
         forward_passes: packed forward passes.
         logit_rows: rows of logits computed by the output head.
+        steps_replayed: steps of generations that a CUDA graph computed, as it was recorded in an earlier step.
+        steps_recorded: steps of generations in which a CUDA graph was recorded.
+        steps_plain: steps of generations without a CUDA graph, of texts that grow in place: all of them on the CPU.
         seconds: time in forward passes and in the output head.
         bytes_held: keys, values, hidden states and log-probabilities held now on the device.
         host_bytes_held: the same held now in the second pool, in host memory.
         result_bytes_held: rows of logits, and log-probabilities of tokens that were scored and not forwarded, held now
             in bounded pools of their own.
+        graph_bytes: the memory of CUDA graphs, beside `memory_bytes`: at most a 16th of what was free when the `LM`
+            was made. `lm.clear()` frees it, as does a pass for which memory is short.
         packed_weight_bytes: the copies of weights that `pack_weights` makes, and that of the output head on CUDA.
         kernel: the attention kernel in use.
         linears: the code that multiplies linear layers: "torch", "onednn" (see `model/linear.py`) or "onednn, packed";
@@ -43,10 +48,14 @@ class Stats:
     tokens_reused: int
     forward_passes: int
     logit_rows: int
+    steps_replayed: int
+    steps_recorded: int
+    steps_plain: int
     seconds: float
     bytes_held: int
     host_bytes_held: int
     result_bytes_held: int
+    graph_bytes: int
     packed_weight_bytes: int
     kernel: str
     linears: str
@@ -69,10 +78,14 @@ def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
         tokens_reused=counters.tokens_requested - counters.tokens_computed,
         forward_passes=counters.forward_passes,
         logit_rows=counters.logit_rows,
+        steps_replayed=counters.steps["replayed"],
+        steps_recorded=counters.steps["recorded"],
+        steps_plain=counters.steps["plain"],
         seconds=counters.seconds,
         bytes_held=evaluator.memory.num_bytes,
         host_bytes_held=evaluator.host.num_bytes,
         result_bytes_held=evaluator.pools.num_bytes,
+        graph_bytes=evaluator.executor.graph_bytes,
         packed_weight_bytes=evaluator.executor.linears.packed_bytes,
         kernel=evaluator.executor.kernel_name,
         linears=evaluator.executor.linears.name,

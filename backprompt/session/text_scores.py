@@ -20,17 +20,35 @@ from backprompt.tokens.graph import TokenIds, flat, is_beginning
 def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
     """Return the scores of each text's tokens from its start on; see `LM.token_scores`. There is a text."""
     texts = session.own_texts(texts)
-    given = [0] * len(texts) if starts is None else as_list(starts, "starts must be a Text or an int for each text")
-    if len(given) != len(texts):
-        raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start a text.")
+    given = _given_starts(texts, starts)
     with session.exclusive():
         session.current()
         shared = scores_of_shared_ends(session, texts, given)
         if shared is not None:
             return shared
-        first = _first_scored(session, texts, given)
-        encoded = session.checked_ids(texts, first, is_scoring=True)
+        encoded, first = encoded_to_score(session, texts, given)
         return session.evaluator.scoring.token_scores(encoded, first, session.computed_ends(texts))
+
+
+def encoded_to_score(
+    session: Session, texts: Sequence[Text], starts: Iterable[Text | int] | None
+) -> tuple[list[TokenIds], list[int]]:
+    """Return the ids of texts to be scored, and the first token to score of each; the lock must be held.
+
+    Raises:
+        ValueError: there is another number of starts than of texts, or a start is no beginning of its text.
+        The errors of `evaluate` for texts that cannot be evaluated.
+
+    """
+    first = _first_scored(session, texts, _given_starts(texts, starts))
+    return session.checked_ids(texts, first, is_scoring=True), first
+
+
+def _given_starts(texts: Sequence[Text], starts: Iterable[Text | int] | None) -> Sequence[Text | int]:
+    given = [0] * len(texts) if starts is None else as_list(starts, "starts must be a Text or an int for each text")
+    if len(given) != len(texts):
+        raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start a text.")
+    return given
 
 
 def scores_behind(session: Session, prompts: Sequence[Behind]) -> ScoredTexts:

@@ -1,0 +1,226 @@
+"""TRL's trainers, with each distinct token of a batch forwarded and sent backward once.
+
+    from trl import GRPOTrainer
+    from backprompt.integrations.trl import ForestLogprobs
+
+    class Trainer(ForestLogprobs, GRPOTrainer):
+        pass
+
+The completions of a group share their prompt, and so do the two answers of a pair. TRL forwards the prompt once for
+each of them, with padding around it. `ForestLogprobs` replaces the method that computes log-probabilities and entropies
+(GRPO, RLOO). `ForestStates` replaces the body of the model, behind which TRL's own head goes on (DPO). Data, rewards,
+losses and metrics stay the trainer's own. This module imports nothing of TRL.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from backprompt.errors import UnsupportedModelError
+from backprompt.model.skeleton import decoder_of
+from backprompt.training import Account, RowScores, hidden_states, token_logprobs
+
+logger = logging.getLogger(__name__)
+
+KEYWORD = "backprompt_forest"
+"""The keyword by which a call reaches the forest through everything that wraps a model."""
+
+Work: TypeAlias = "Callable[[nn.Module], RowScores]"
+
+METHOD = "_get_per_token_logps_and_entropies"
+"""The method of a trainer that `ForestLogprobs` replaces."""
+
+
+class _Forest:
+    """What the mixins share: the reasons for which the forest does not serve, and the account of the tokens.
+
+    Attributes:
+        forest_refusals: the reasons for which calls went the trainer's own way, each once.
+
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.forest_refusals: list[str] = []
+
+    def _causal_models(self) -> list[nn.Module]:
+        """Return the model and the reference, each without adapters around it."""
+        models = (self.model, getattr(self, "ref_model", None))  # type: ignore[attr-defined]
+        unwrapped = [self.accelerator.unwrap_model(model) for model in models if model is not None]  # type: ignore[attr-defined]
+        return [model.get_base_model() if hasattr(model, "peft_config") else model for model in unwrapped]
+
+    def _why_cut(self) -> str | None:
+        """Return the reason if no process holds the whole model."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            return "the model is cut over several devices"
+        if self.accelerator.parallelism_config is not None:  # type: ignore[attr-defined]
+            return "a parallelism_config is set"
+        return None
+
+    def _say_once(self, reason: str) -> None:
+        if reason not in self.forest_refusals:
+            self.forest_refusals.append(reason)
+            logger.warning("Batches go the trainer's own way, and not through the forest: %s.", reason.rstrip("."))
+
+    def _count(self, account: Account) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]  # type: ignore[attr-defined]
+        metrics["forest/tokens_given"].append(float(account.tokens_given))
+        metrics["forest/tokens_forwarded"].append(float(account.tokens_forwarded))
+
+
+class ForestLogprobs(_Forest):
+    """A mixin for `GRPOTrainer` and `RLOOTrainer` of TRL 1.16 and newer: log-probabilities by the forest of a batch.
+
+    Name it before the trainer: `class Trainer(ForestLogprobs, GRPOTrainer)`. Numbers and gradients are those of the
+    trainer's own method but for rounding. What the forest cannot do goes to that method, and the log says so once for
+    each reason: images and other inputs beside tokens, the balancing loss of mixtures of experts, models that are cut
+    over several devices (FSDP, DeepSpeed, tensor, context or sequence parallelism), `cast_lm_head_to_fp32`, active
+    dropout, models that backprompt does not support. Models that every process holds whole (DDP) are fine.
+
+    The metrics `forest/tokens_given` and `forest/tokens_forwarded` are the tokens of a call, and those that it took.
+
+    Raises:
+        TypeError: the trainer behind it has no such method.
+
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        method = getattr(super(), METHOD, None)
+        if method is None or "compute_aux_loss" not in inspect.signature(method).parameters:
+            raise TypeError(
+                "ForestLogprobs stands before GRPOTrainer or RLOOTrainer of TRL 1.16 or newer, as in class "
+                "Trainer(ForestLogprobs, GRPOTrainer). For DPOTrainer there is ForestStates."
+            )
+        super().__init__(*args, **kwargs)
+        for causal in self._causal_models():
+            _let_through(causal)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return log-probabilities and entropies, each `(rows, logits_to_keep)`; see the trainer's own method.
+
+        `batch_size` bounds what is forwarded at once, as there: so many rows' tokens.
+        """
+        reason = self._why_not(compute_aux_loss, others)
+        if reason is None:
+            max_tokens = None if batch_size is None else batch_size * input_ids.shape[1]
+
+            def work(causal: nn.Module) -> RowScores:
+                return token_logprobs(
+                    causal,
+                    input_ids,
+                    attention_mask,
+                    logits_to_keep,
+                    temperature=self.temperature,  # type: ignore[attr-defined]
+                    entropy=compute_entropy,
+                    requires_grad=torch.is_grad_enabled(),
+                    max_tokens_per_forward=max_tokens,
+                )
+
+            try:
+                with self.accelerator.autocast():  # type: ignore[attr-defined]
+                    found: RowScores = model(**{KEYWORD: work})
+            except UnsupportedModelError as error:
+                reason = str(error)
+            else:
+                self._count(found.account)
+                return found.logprobs, found.entropies, None
+        self._say_once(reason)
+        return super()._get_per_token_logps_and_entropies(  # type: ignore[misc, no-any-return]
+            model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size=batch_size,
+            compute_entropy=compute_entropy,
+            compute_aux_loss=compute_aux_loss,
+            **others,
+        )
+
+    def _why_not(self, compute_aux_loss: bool, others: dict[str, Any]) -> str | None:
+        """Return the reason for which a call goes to the trainer's own method; None if there is none."""
+        given = sorted(name for name, value in others.items() if value is not None)
+        if given:
+            return f"the batch has inputs beside tokens ({', '.join(given)})"
+        if compute_aux_loss:
+            return "the balancing loss of a mixture of experts is asked for"
+        if getattr(self.args, "cast_lm_head_to_fp32", False):  # type: ignore[attr-defined]
+            return "cast_lm_head_to_fp32 is set"
+        return self._why_cut()
+
+
+class ForestStates(_Forest):
+    """A mixin for `DPOTrainer` of TRL: the hidden states of a batch by its forest, and TRL's own head behind them.
+
+    Name it before the trainer: `class Trainer(ForestStates, DPOTrainer)`. Chosen and rejected answers share their
+    prompt, which goes through the body of the model once for both, and once through that of the reference. Calls that
+    the forest cannot do, and the metrics, are as for `ForestLogprobs`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for causal in self._causal_models():
+            body = decoder_of(causal)
+            if body is not None:
+                _share(causal, body, self._states)
+
+    def _states(self, causal: nn.Module, batch: dict[str, Any]) -> Tensor | None:
+        """Return the final hidden states of a batch, `(rows, columns, hidden)`; None for the model's own way."""
+        given = {name for name, value in batch.items() if value is not None and name != "return_dict"}
+        if given != {"input_ids", "attention_mask", "use_cache"} or batch["use_cache"]:
+            if {"pixel_values", "output_router_logits"} & given:
+                self._say_once(f"the batch has more than tokens ({', '.join(sorted(given))})")
+            return None  # generation, for one
+        reason = self._why_cut()
+        if reason is None:
+            try:
+                found = hidden_states(causal, batch["input_ids"], batch["attention_mask"])
+            except UnsupportedModelError as error:
+                reason = str(error)
+            else:
+                self._count(found.account)
+                return found.hidden
+        self._say_once(reason)
+        return None
+
+
+def _let_through(causal: nn.Module) -> None:
+    """Let calls with `KEYWORD` do their work on the model, inside of all that wraps it, such as DDP's bookkeeping."""
+    plain = causal.forward
+
+    @functools.wraps(type(causal).forward)  # generation looks for the signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        work: Work | None = kwargs.pop(KEYWORD, None)
+        return plain(*args, **kwargs) if work is None else work(self)
+
+    causal.forward = types.MethodType(forward, causal)
+
+
+def _share(causal: nn.Module, body: nn.Module, states_of: Callable[[nn.Module, dict[str, Any]], Tensor | None]) -> None:
+    """Let the body of a model ask for the hidden states of a batch before it computes them itself."""
+    plain = body.forward
+
+    @functools.wraps(type(body).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = None if args else states_of(causal, kwargs)
+        return plain(*args, **kwargs) if hidden is None else BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    body.forward = types.MethodType(forward, body)

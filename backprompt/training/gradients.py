@@ -1,0 +1,107 @@
+"""Scores of padded batches with an autograd graph behind them: each distinct token goes forward and backward once.
+
+Rows are sorted into a trie of their distinct tokens. The trie goes through the body of the user's model as one packed
+call, and the hidden states that predict wanted tokens through its head. Under a budget of tokens the rows are cut into
+several tries. The backward then computes each of them again, one after the other, so that no two are held at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from backprompt.evaluation.distributions import Asked, Distributions
+from backprompt.model import skeleton
+from backprompt.model.linear import speed_up_trained
+from backprompt.training.body import hidden_states
+from backprompt.training.head import Wanted, read_distributions
+from backprompt.training.rows import PaddedRows
+from backprompt.training.trie import Ints, Trie, cut, sort_order
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows whose distinct tokens go through the model together.
+
+    Attributes:
+        trie: the tokens.
+        predictors: those of them that predict targets, `(predictors,)`.
+        row_of: which of the predictors predicts each target of the part, `(targets,)`.
+        targets: the number of each target of the part among all targets of the batch, `(targets,)`.
+
+    """
+
+    trie: Trie
+    predictors: Ints
+    row_of: Ints
+    targets: Ints
+
+
+def parts_of(rows: PaddedRows, max_tokens: int | None) -> list[Part]:
+    """Return the parts of a batch; the last token of each row predicts nothing and is left out."""
+    scored = np.flatnonzero(rows.lengths > rows.starts)
+    if not len(scored):
+        return []
+    of_rows = rows.split()
+    ids = [of_rows[row][:-1] for row in scored]
+    order = sort_order(ids)
+    ordered = [ids[idx] for idx in order]
+    pieces = [slice(0, len(ids))] if max_tokens is None else cut(ordered, max_tokens)
+    first_targets = np.cumsum([0, *(rows.lengths - rows.starts)])
+    parts = []
+    for piece in pieces:
+        trie = Trie.of(ordered[piece])
+        own = [scored[idx] for idx in order[piece]]
+        nodes = [nodes[rows.starts[row] - 1 :] for row, nodes in zip(own, trie.nodes, strict=True)]
+        predictors, row_of = np.unique(_joined(nodes), return_inverse=True)
+        targets = [np.arange(first_targets[row], first_targets[row + 1]) for row in own]
+        parts.append(Part(trie, predictors, row_of, _joined(targets)))
+    return parts
+
+
+def distributions(
+    model: nn.Module, rows: PaddedRows, asked: Asked, max_tokens: int | None
+) -> tuple[Distributions, int]:
+    """Return what is asked for of a batch's targets, with gradients, and how many tokens went through the model.
+
+    Args:
+        model: a causal LM, adapters included, as the caller trains it.
+        rows: the batch.
+        asked: what is read of each target.
+        max_tokens: the largest number of tokens in one call of the model's body; None for no limit.
+
+    Raises:
+        UnsupportedModelError: the model's attention does something that is not implemented here.
+
+    """
+    model = skeleton.unwrap(model)
+    parts = parts_of(rows, max_tokens)
+    hidden = [_no_states(model)]
+    row_of, num_rows = np.empty(len(rows.targets), dtype=np.int64), 0
+    for part in parts:
+        hidden.append(hidden_states(model, part.trie, part.predictors, is_recomputed=len(parts) > 1))
+        row_of[part.targets] = part.row_of + num_rows
+        num_rows += len(part.predictors)
+    wanted = Wanted(row_of, rows.token_ids[rows.targets], asked)
+    private = skeleton.make_head(model)
+    speed_up_trained(private)
+
+    def logits_of(states: Tensor) -> Tensor:
+        logits: Tensor = private(inputs_embeds=states[None], use_cache=False).logits[0]
+        return logits
+
+    found = read_distributions(logits_of, torch.cat(hidden), skeleton.vocab_size(model), wanted)
+    return found, sum(len(part.trie.token_ids) for part in parts)
+
+
+def _no_states(model: nn.Module) -> Tensor:
+    """Return zero rows of hidden states: a batch without targets has a graph, too."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    return torch.zeros((0, weight.shape[1]), dtype=weight.dtype, device=weight.device, requires_grad=True)
+
+
+def _joined(arrays: list[Ints]) -> Ints:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)

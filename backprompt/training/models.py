@@ -1,0 +1,144 @@
+"""The `LM` of a model that is being trained: made once, kept as long as the model, and empty between calls.
+
+The model itself keeps its `LM`, in an attribute that copies and pickles leave out. No table can: an `LM` holds its
+model, so a table of `LM`s would keep models alive, whatever its keys are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from backprompt.arguments import as_int
+from backprompt.errors import UnsupportedModelError
+from backprompt.lm import LM
+from backprompt.model.skeleton import head_dtype, unwrap
+from backprompt.model.spread import head_device
+
+_ATTRIBUTE = "_backprompt_lm"
+
+
+class Scorer(NamedTuple):
+    """An `LM`, and whether it keeps what it computes between calls."""
+
+    lm: LM
+    keeps_results: bool
+
+
+def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, requires_grad: bool = False) -> Scorer:
+    """Return an `LM` as given, or that of a model.
+
+    Raises:
+        TypeError: the value is neither.
+        ValueError: an `LM` is given together with `max_tokens_per_forward`.
+        UnsupportedModelError: dropout is active in the model, or gradients would not reach other processes.
+
+    """
+    if max_tokens_per_forward is not None:
+        as_int(max_tokens_per_forward, "max_tokens_per_forward", at_least=1)
+    if isinstance(lm_or_model, LM):
+        if max_tokens_per_forward is not None:
+            raise ValueError(
+                "max_tokens_per_forward is for models. An LM has its own, given when it is made: "
+                "LM(model, tokenizer, max_tokens_per_forward=...)."
+            )
+        if requires_grad:
+            check_no_dropout(lm_or_model.session.model)
+        return Scorer(lm_or_model, keeps_results=True)
+    if not isinstance(lm_or_model, nn.Module):
+        raise TypeError(f"lm_or_model must be an LM or a model of transformers, not {type(lm_or_model).__name__}.")
+    if requires_grad and isinstance(lm_or_model, DistributedDataParallel):
+        raise UnsupportedModelError(
+            "DistributedDataParallel averages gradients only behind a call of its own forward, which a shared pass "
+            "does not make. Give its .module, and average the gradients of the processes yourself."
+        )
+    model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
+    check_no_dropout(model)
+    return Scorer(_own_lm(model), keeps_results=False)
+
+
+def check_no_dropout(model: nn.Module) -> None:
+    """Raise UnsupportedModelError if a module drops numbers at random in the model's present mode."""
+    for name, module in model.named_modules():
+        if module.training and (rate := _dropout_rate(module)) > 0:
+            raise UnsupportedModelError(
+                f"Dropout is active: the model is in training mode, and its module {name or type(module).__name__!r} "
+                f"drops with probability {rate:g}. A trainer's own numbers are of random parts of the model then, "
+                "which no shared pass can reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in "
+                "peft, attn_pdrop=0 and the like in a configuration), or call model.eval() for this call."
+            )
+
+
+def _dropout_rate(module: nn.Module) -> float:
+    """Return the probability with which a module drops numbers in training; 0 if it never does.
+
+    Attention of transformers has no module for its dropout, but a number in an attribute. Modules with modules of their
+    own for it name those "dropout", too, which are no numbers.
+    """
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    rates = [vars(module).get(name, 0) for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop")]
+    return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
+
+
+def is_under_autocast(model: nn.Module) -> bool:
+    """Return whether the caller's autocast computes in another dtype than that of the model's weights."""
+    model = unwrap(model)
+    device = head_device(model).type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != head_dtype(model)
+
+
+class _Kept:
+    """What a model keeps: its `LM`. Copies and pickles of it are empty."""
+
+    def __init__(self, lm: LM | None = None) -> None:
+        self.lm = lm
+
+    def __copy__(self) -> _Kept:
+        return _Kept()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        return _Kept()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Kept, ()
+
+
+def _own_lm(model: nn.Module) -> LM:
+    """Return the `LM` that a model keeps, made if need be."""
+    kept = vars(model).get(_ATTRIBUTE)
+    lm: LM | None = None if kept is None else kept.lm
+    if lm is None or lm.session.model is not model:  # a shallow copy of a model has the attributes of the original
+        lm = LM(model, NoTokenizer())
+        vars(model)[_ATTRIBUTE] = _Kept(lm)
+    return lm
+
+
+class NoTokenizer:
+    """Stands in for the tokenizer where only ids are computed with: knows no string, and shows ids as numbers.
+
+    Attributes:
+        vocab_size: larger than any id, so that each is shown.
+
+    """
+
+    vocab_size = 1 << 32
+
+    def __call__(self, strings: Sequence[str] | str, **options: object) -> dict[str, list[Any]]:
+        """Return no ids for any string."""
+        return {"input_ids": [] if isinstance(strings, str) else [[] for _ in strings]}
+
+    def __len__(self) -> int:
+        return 0
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the tokens: there are none."""
+        return {}
+
+    def decode(self, token_ids: Iterable[int], **options: object) -> str:
+        """Return the ids as they are printed."""
+        return " ".join(map(str, token_ids))
