@@ -291,6 +291,15 @@ def test_a_model_keeps_its_lm(monkeypatch):
     assert_close(token_logprobs(copy.copy(model), ids, mask).logprobs, token_logprobs(model, ids, mask).logprobs)
 
 
+def test_a_models_lm_takes_its_share_of_the_memory_that_is_free_at_the_call(monkeypatch):
+    model, batch = build("llama"), group(4, 20, 6)
+    memory = backprompt.training.models.scorer_of(model, None).lm.session.evaluator.memory
+    for budget in (100_000, 10_000, 50_000):
+        monkeypatch.setattr(backprompt.training.models, "default_bytes", lambda model, budget=budget: budget)
+        assert_is_plain(token_logprobs(model, *batch.tensors(), 6, max_tokens_per_forward=8), model, batch)
+        assert memory.max_bytes == budget
+
+
 def _noting(self, made: list, init, *args, **options) -> None:
     made.append(self)
     init(self, *args, **options)

@@ -18,6 +18,7 @@ from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
 from backprompt.model.skeleton import head_dtype, unwrap
 from backprompt.model.spread import head_device
+from backprompt.session.session import Session, default_bytes
 
 _ATTRIBUTE = "_backprompt_lm"
 
@@ -59,6 +60,16 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
     return Scorer(_own_lm(model), keeps_results=False)
+
+
+def fit(session: Session, max_tokens_per_forward: int | None) -> None:
+    """Let the `LM` of a model take its share of the memory that is free now; the lock must be held.
+
+    Between two calls a trainer may have made the states of its optimizer, or freed its activations.
+    """
+    computation = session.current().computation
+    computation.max_tokens = max_tokens_per_forward or computation.executor.tokens_per_forward()
+    computation.memory.max_bytes = default_bytes(session.model)
 
 
 def check_no_dropout(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from backprompt.session.distributions import as_temperature, as_top_k, distribut
 from backprompt.session.limits import TextLimits
 from backprompt.session.session import Session
 from backprompt.training.gradients import distributions
-from backprompt.training.models import is_under_autocast, scorer_of
+from backprompt.training.models import fit, is_under_autocast, scorer_of
 from backprompt.training.results import Account, RowScores
 from backprompt.training.rows import PaddedRows
 from backprompt.training.trie import num_distinct
@@ -87,9 +87,9 @@ def token_logprobs(
     max_tokens = session.options.max_tokens_per_forward if keeps_results else max_tokens_per_forward
     try:
         with session.exclusive():
-            computation = session.current().computation
+            session.current()
             if not keeps_results:
-                computation.max_tokens = max_tokens or computation.executor.tokens_per_forward()
+                fit(session, max_tokens)
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
             check_lengths(session.limits, rows)
             asked = Asked(
