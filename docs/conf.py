@@ -57,7 +57,7 @@ default_role = "py:obj"
 # default role), types of other packages (their sites cannot be asked when there is no
 # network), and aliases of types.
 _OTHERS = (
-    "torch|numpy|npt|transformers|sklearn|lm_eval|networkx|graphviz|matplotlib"
+    "torch|numpy|npt|transformers|sklearn|lm_eval|trl|networkx|graphviz|matplotlib"
     "|collections|typing|os|pathlib"
 )
 nitpick_ignore_regex = [

@@ -90,6 +90,7 @@ def train(kind: type[GRPOTrainer], name: str, folder: str, steps: int) -> tuple[
     """Train from the same beginning; return the trainer, and the seconds of forward and backward passes."""
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = kind(
         AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
         reward_funcs=share_of_keywords,

@@ -380,3 +380,30 @@ def test_a_chat_goes_back_without_computing_anything_twice(
     assert all(number < 60 for number in computed[1:])
     assert printed.count("Write, for example, /back 1.") == 2
     assert printed.count(chat.HELP) == 2
+
+
+# grpo.py
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning", "ignore:.*pin_memory:UserWarning")
+def test_grpo(
+    example: Callable[[str], ModuleType], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "with_end"
+    model = build("llama")
+    model.config.max_position_embeddings = 8192
+    model.save_pretrained(folder)
+    tokenizer = byte_level_bpe()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1)
+    tokenizer.save_pretrained(folder)
+    example("grpo").main(["--model", str(folder), "--steps", "1"])
+    printed = capsys.readouterr().out
+    row = next(line.split() for line in printed.splitlines() if line.startswith("   1 "))
+    reward, own_loss, loss, own_gradient, gradient = map(float, row[1:])
+    assert 0 <= reward <= 1
+    assert loss == pytest.approx(own_loss, abs=1e-5)
+    assert gradient == pytest.approx(own_gradient, rel=1e-3)
+    given, forwarded = (
+        int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:in the batch|forwarded)", printed)
+    )
+    assert forwarded < given / 4

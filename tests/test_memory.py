@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from backprompt import LM, MemoryBudgetError, Text, TokenIdError, evaluate, load
 from backprompt.memory import tier
-from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
+from backprompt.memory.budget import default_host_bytes, default_max_bytes, free_bytes, parse_bytes
 from backprompt.memory.host import HostMemory
 from backprompt.memory.location import Location
 from backprompt.store import DiskStore, MemoryStore
@@ -938,3 +938,11 @@ def test_no_budget_costs_more_than_one_text_after_the_other_would(num_tokens, ho
     before = lm.stats
     evaluate(texts)
     assert (lm.stats - before).tokens_computed <= sum(len(text.tokens) for text in texts)
+
+
+def test_what_torch_keeps_of_a_gpu_and_does_not_use_is_free(monkeypatch):
+    """After a step of training most of the memory may lie in torch's pool."""
+    found = {"mem_get_info": (10, 100), "memory_reserved": 80, "memory_allocated": 30}
+    for name, value in found.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda")) == 10 + 80 - 30

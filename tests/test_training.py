@@ -286,6 +286,7 @@ def test_randomness_in_an_attribute_is_refused_too(name, value, words):
                 token_logprobs(model, ids, mask, requires_grad=requires_grad)
 
 
+@known_to_torch
 def test_a_step_of_training_changes_the_numbers():
     model, batch = build("llama"), replace(group(3, 6, 4), kept=None)
     before = token_logprobs(model, *batch.tensors()).logprobs
@@ -304,9 +305,23 @@ def test_a_model_keeps_its_lm(monkeypatch):
     for _ in range(2):
         token_logprobs(model, ids, mask)
         token_logprobs(other, ids, mask)
-    token_logprobs(model, ids, mask, max_tokens_per_forward=3)
-    assert len(made) == 2  # trainers give one limit with gradients, and another without
+    assert len(made) == 2
+    passes = []
+    for max_tokens in (None, 3, None):  # trainers give another one with each batch
+        before = made[0].stats
+        token_logprobs(model, ids, mask, max_tokens_per_forward=max_tokens)
+        passes.append((made[0].stats - before).forward_passes)
+    assert (len(made), passes) == (2, [1, 2, 1])
     assert_close(token_logprobs(copy.copy(model), ids, mask).logprobs, token_logprobs(model, ids, mask).logprobs)
+
+
+def test_a_models_lm_takes_its_share_of_the_memory_that_is_free_at_the_call(monkeypatch):
+    model, batch = build("llama"), group(4, 20, 6)
+    memory = backprompt.training.models.scorer_of(model, None).lm.session.evaluator.memory
+    for budget in (100_000, 10_000, 50_000):
+        monkeypatch.setattr(backprompt.training.models, "default_bytes", lambda model, budget=budget: budget)
+        assert_is_plain(token_logprobs(model, *batch.tensors(), 6, max_tokens_per_forward=8), model, batch)
+        assert memory.max_bytes == budget
 
 
 def _noting(self, made: list, init, *args, **options) -> None:

@@ -199,6 +199,15 @@ def fresh_choice():
     choose_pair.cache_clear()
 
 
+@pytest.mark.usefixtures("fresh_choice")
+def test_the_callers_settings_do_not_decide():
+    tensors = [torch.randn((2, 3, 16), dtype=torch.float64) for _ in range(3)]
+    attention = TrieAttention(Trie.of([np.arange(3)]), CPU)
+    with torch.device("meta"), torch.inference_mode():
+        attention.attend(*tensors, Scoring(0.3))
+    assert attention.name == "flash_cpu"
+
+
 FAST = [
     ("cpu", "flash_cpu", torch.float64),
     ("cpu", "flash_cpu", torch.float32),

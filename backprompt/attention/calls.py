@@ -190,13 +190,22 @@ class PreparedCalls:
         if key not in self._prepared:
             planned = later(self._pass, self._num_done) if self._num_done else self._pass
             calls = planned.calls(window, multiplications_a_pair)
-            self._prepared[key] = [self._masked(call, query) for call in calls]
+            known: dict[bytes, Tensor] = {}  # fans of one shape have one mask
+            self._prepared[key] = [self._masked(call, query, known) for call in calls]
         return self._prepared[key]
 
-    def _masked(self, call: Call, query: Tensor) -> _Masked:
+    def _masked(self, call: Call, query: Tensor, known: dict[bytes, Tensor]) -> _Masked:
+        """Return a call with its mask; `known`: the masks of trees of rows, which other calls may share."""
         last_stop = max((segment.key_stop for segment in call.segments if segment.grows), default=0)
         if not call.needs_mask:
             return _Masked(call, call.keys, last_stop=last_stop)
+        if call.is_own and call.window is None and not last_stop:
+            until = np.array(call.segments[0].visible_until) - call.rows.start
+            mask = known.get(until.tobytes())
+            if mask is None:
+                visible = on_device(_visible_tree(until), query.device)
+                mask = known[until.tobytes()] = additive_mask(visible, query.dtype)
+            return _Masked(call, call.keys, mask)
         if self._positions is None:
             self._positions = np.array(self._pass.positions)
         seen = _visible(call, self._positions)
@@ -223,6 +232,12 @@ def _next_keys(call: Call) -> Tensor:
 def _visible(call: Call, positions: Ints) -> npt.NDArray[np.bool_]:
     """Return which rows of a call see which of its keys, `(rows, keys)`; `positions` are those of the pass's rows."""
     return _visible_own(call, positions) if call.is_own else _visible_others(call, positions)
+
+
+def _visible_tree(until: Ints) -> npt.NDArray[np.bool_]:
+    """Return which rows see which, `(rows, rows)`; `until`: of each row, the row behind the last that sees it."""
+    row_idx = np.arange(len(until))
+    return (row_idx <= row_idx[:, None]) & (row_idx[:, None] < until)
 
 
 def _visible_own(call: Call, positions: Ints) -> npt.NDArray[np.bool_]:

@@ -414,7 +414,8 @@ class Computation:
                 probe(self._model, self.executor)
             assert self.executor.layout is not None, "the probe runs a pass"
             known = Probed(self.executor.layout, self.executor.token_bytes)
-        self.executor.layout, self.executor.token_bytes = self.probed = known
+        self.probed = known
+        self.executor.know_rows(*known)
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.

@@ -52,7 +52,7 @@ class Reading:
         self._starts: list[int] = []  # runs of numbers, one text behind the other
         self._stops: list[int] = []
         self._first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
-        self._fans: dict[Fan, int] = {}  # with the number of the first leaf's score
+        self._fans: dict[Fan, Ints] = {}  # with the number of the score of each row, then of each leaf
         self._candidates: dict[tuple[Span, int], int] = {}  # their numbers
         self._held: list[tuple[Span, int]] = []  # candidates that were forwarded: what they follow, their number
         self._missing: dict[int, tuple[Span, int]] = {}  # candidates to be scored, by their number
@@ -81,11 +81,15 @@ class Reading:
 
     def _add_fan(self, fan: Fan) -> int:
         shape = fan.shape
-        if fan not in self._fans:
-            self._fans[fan] = -1 - self._num_candidates
-            self._num_candidates += shape.num_leaves
+        numbers = self._fans.get(fan)
+        if numbers is None:
+            first_row, first_leaf = self.rows.first_of(fan), -1 - self._num_candidates
+            rows = np.arange(first_row, first_row + shape.num_rows)
+            leaves = np.arange(first_leaf, first_leaf - shape.num_leaves, -1)
+            numbers = self._fans[fan] = np.concatenate([rows, leaves])
+            self._num_candidates += len(leaves)
         self._end_runs()
-        self._numbers.append(self._numbers_in(fan)[shape.scores.index])
+        self._numbers.append(numbers[shape.scores.index])
         return shape.num_scores
 
     def _end_runs(self) -> None:
@@ -94,12 +98,6 @@ class Reading:
             starts, stops = (np.array(bounds, dtype=np.int64) for bounds in (self._starts, self._stops))
             self._numbers.append(ranges(starts, stops))
             self._starts, self._stops = [], []
-
-    def _numbers_in(self, fan: Fan) -> Ints:
-        """Return the number of the score of each row of a fan, then of each leaf."""
-        first_row, first_leaf = self.rows.first_of(fan), self._fans[fan]
-        rows = np.arange(first_row, first_row + fan.shape.num_rows)
-        return np.concatenate([rows, np.arange(first_leaf, first_leaf - fan.shape.num_leaves, -1)])
 
     def add_ahead(self, text: Inserted) -> None:
         """Let a text be scored without being read."""
@@ -118,26 +116,29 @@ class Reading:
             predictions.add_first(end, number)
         for number, (end, token_id) in self._missing.items():
             predictions.add_candidate(end, token_id, number)
-        for fan in self._fans:
-            self._add_tokens(fan, predictions)
+        for fan, numbers in self._fans.items():
+            self._add_tokens(fan, numbers, predictions)
         return predictions
 
-    def _add_tokens(self, fan: Fan, predictions: Predictions) -> None:
+    def _add_tokens(self, fan: Fan, numbers: Ints, predictions: Predictions) -> None:
         """Add the tokens of a fan to what must be computed, without leaves that were scored before."""
-        shape, parents, numbers = fan.shape, fan.shape.scores.parents, self._numbers_in(fan)
+        shape, parents = fan.shape, fan.shape.scores.parents
         assert fan.parent is not None
         predicting = np.where(parents < 0, self.rows.last_of(fan.parent), parents + self.rows.first_of(fan))
         num_tokens = len(numbers)
         known = self._pools.leaves.get(fan)
         if known is not None:
-            self._logprobs[self._leaves_of(fan)], self._are_argmax[self._leaves_of(fan)] = known
+            leaves = self._leaves_of(fan)
+            self._logprobs[leaves], self._are_argmax[leaves] = known
             num_tokens = shape.num_rows
         predictions.add(predicting[:num_tokens], shape.scores.token_ids[:num_tokens], numbers[:num_tokens])
 
     def _leaves_of(self, fan: Fan) -> slice:
         """Return where the scores of a fan's leaves lie among those of the candidates."""
-        start = -1 - self._fans[fan]
-        return slice(start, start + fan.shape.num_leaves)
+        numbers = self._fans[fan]
+        num_rows = fan.shape.num_rows
+        start = -1 - int(numbers[num_rows]) if num_rows < len(numbers) else 0
+        return slice(start, start + len(numbers) - num_rows)
 
     def write(self, numbers: Ints, scores: TokenScores, on_host: npt.NDArray[Any]) -> None:
         """Write computed scores to where they are held, those of candidates into the pool as well.
@@ -170,7 +171,7 @@ class Reading:
     def numbers_of(self, item: Wanted | Fan, end: Span) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
         """Yield the number of each score of what was added, and what returns the ids of all before the token."""
         if isinstance(item, Fan):
-            for number, parent in zip(self._numbers_in(item).tolist(), item.shape.scores.parents, strict=True):
+            for number, parent in zip(self._fans[item].tolist(), item.shape.scores.parents, strict=True):
                 yield number, partial(_ids_in_fan, item, int(parent))
             return
         for span, first_row in spans_from(self._forest, end, item.token_ids, item.start):

@@ -138,9 +138,10 @@ class Executor:
         """The layout of rows; known after the first pass."""
         self.device_of: dict[str, torch.device] = {}
         """The device of each tensor of a block, by name; known after the first pass."""
-        devices = spread.devices_of(model)
-        self._attention: ForestAttention = attention_for(self.device) if len(devices) == 1 else AttentionByDevice()
-        self._make_copies = copies_for(self.device) if len(devices) == 1 else CopiesByDevice
+        self._devices = spread.devices_of(model)
+        is_on_one = len(self._devices) == 1
+        self._attention: ForestAttention = attention_for(self.device) if is_on_one else AttentionByDevice()
+        self._make_copies = copies_for(self.device) if is_on_one else CopiesByDevice
         self._model_name = type(model).__name__
         name = f"backprompt-{next(_names)}"
         self._body = skeleton.make_body(model, name)
@@ -198,10 +199,14 @@ class Executor:
             start = stop
         if self.layout is None:
             sample = States.of_rows(hidden, [slice(0, 1)])
-            self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-            self.layout = Layout.of(keys_values, sample)
-            self.device_of |= {name: row.device for name, row in self.layout.rows.items()}
+            token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
+            self.know_rows(Layout.of(keys_values, sample), token_bytes)
         return Computed(keys_values, states, keys_values_of, states_of)
+
+    def know_rows(self, layout: Layout, token_bytes: int) -> None:
+        """Take over the layout of rows, and the bytes of a token, from a pass of a model with the same parts."""
+        self.layout, self.token_bytes = layout, token_bytes
+        self.device_of |= {name: row.device for name, row in layout.rows.items()}
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
@@ -317,7 +322,7 @@ class Executor:
 
     def tokens_per_forward(self) -> int:
         """Return the largest number of tokens in a pass, where the caller gives none."""
-        return tokens_per_forward(self._body, self.device)
+        return min(tokens_per_forward(self._body, device) for device in self._devices)
 
     def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
         """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""

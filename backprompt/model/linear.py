@@ -132,14 +132,16 @@ class _TrainedProduct(torch.autograd.Function):
 def speed_up_trained(model: nn.Module) -> None:
     """Let oneDNN multiply the linear layers of a private copy that is trained, where oneDNN is faster."""
     layers = _replaceable(model)
-    if {_weight(layer).dtype for _, _, layer in layers} != {torch.float32}:
-        return
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):  # verdicts are kept, for other callers, too
-        is_served = failure_of(torch.float32) is None and training_failure() is None and is_faster()
-    if is_served:
+    if {_weight(layer).dtype for _, _, layer in layers} == {torch.float32} and _serves_training():
         made = {layer: TrainedLinear(layer) for _, _, layer in layers}
         for parent, name, layer in layers:
             setattr(parent, name, made[layer])
+
+
+def _serves_training() -> bool:
+    """Return whether oneDNN is right and faster; the answer is kept, so the caller's torch settings are shut out."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return failure_of(torch.float32) is None and training_failure() is None and is_faster()
 
 
 def _replaceable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

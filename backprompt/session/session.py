@@ -86,7 +86,7 @@ class Session:
         if options.pin_memory:
             check_can_pin(device)
         memory, host_memory = options.memory_bytes, options.host_memory_bytes
-        self._memory_bytes = _default_bytes(causal_lm) if memory is None else parse_bytes(memory)
+        self._memory_bytes = default_bytes(causal_lm) if memory is None else parse_bytes(memory)
         if host_memory is None:
             self._host_memory_bytes = default_host_bytes(device)
         else:
@@ -410,7 +410,7 @@ class Session:
         self.evaluator = evaluator
 
 
-def _default_bytes(model: nn.Module) -> int:
+def default_bytes(model: nn.Module) -> int:
     """Return the default budget: where layers lie on several devices, that of the device with the least free memory."""
     return min(map(default_max_bytes, devices_of(model)))
 

@@ -69,7 +69,8 @@ class TrieAttention:
         """
         dtype = _dtype_of(query, key, value)
         query, key, value = (given.to(dtype) for given in (query, key, value))
-        pair = pair_for(query, key, value, scoring.softcap)
+        with _without_autocast(query.device):
+            pair = pair_for(query, key, value, scoring.softcap)
         self.name = pair.name
         calls = self._calls_for(scoring.window, dtype)
         attended: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
@@ -99,14 +100,14 @@ class TrieAttention:
             stop = int(trie.until[edge.start])
             for first in range(edge.start, edge.stop, window):
                 keys = slice(first, min(first + window, edge.stop))
-                distances = trie.positions[first:stop, None] - trie.positions[keys]
+                sees_some = trie.positions[first:stop] < trie.positions[keys.stop - 1] + window
+                sees_some = sees_some[: np.flatnonzero(sees_some)[-1] + 1]
+                rows = slice(first, first + len(sees_some))
+                distances = trie.positions[rows, None] - trie.positions[keys]
                 visible = (distances >= 0) & (distances < window)
-                sees_some = visible.max(axis=1)
-                num_rows = int(np.flatnonzero(sees_some)[-1]) + 1
-                visible, sees_some = visible[:num_rows], sees_some[:num_rows]
                 blind = None if sees_some.all() else on_device(~sees_some[:, None], self._device)
                 mask = additive_mask(on_device(visible, self._device), dtype)
-                yield _Call(slice(first, first + num_rows), keys, False, mask, blind)
+                yield _Call(rows, keys, False, mask, blind)
 
 
 class _Attend(torch.autograd.Function):

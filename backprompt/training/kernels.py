@@ -181,7 +181,7 @@ def _largest_gap(
 
     def draw(num_heads: int, rows: int) -> Tensor:
         # The layout of models: heads are interleaved in each row.
-        drawn = torch.randn((rows, num_heads, head_dim), generator=generator).to(device=device, dtype=dtype)
+        drawn = torch.randn((rows, num_heads, head_dim), generator=generator, device="cpu").to(device, dtype)
         return drawn.transpose(0, 1)
 
     query, key, value = draw(heads, 70), draw(kv_heads, 40), draw(kv_heads, 40)

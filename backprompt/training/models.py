@@ -18,27 +18,16 @@ from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
 from backprompt.model.skeleton import unwrap
 from backprompt.model.spread import head_device
+from backprompt.session.session import Session, default_bytes
 
 _ATTRIBUTE = "_backprompt_lm"
 
 
 class Scorer(NamedTuple):
-    """An `LM`, whether it keeps what it computes between calls, and the largest number of tokens in a pass."""
+    """An `LM`, and whether it keeps what it computes between calls."""
 
     lm: LM
     keeps_results: bool
-    max_tokens_per_forward: int | None
-
-    def prepare(self, *, with_gradients: bool) -> None:
-        """Let the `LM` look at the weights, and set the size of its passes; its lock must be held.
-
-        Passes with gradients do not go through its evaluator, which would probe the model.
-        """
-        computation = self.lm.session.current().computation
-        if not self.keeps_results:
-            computation.max_tokens = self.max_tokens_per_forward or computation.executor.tokens_per_forward()
-        if with_gradients:
-            computation.probe_once()
 
 
 def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, requires_grad: bool = False) -> Scorer:
@@ -60,7 +49,7 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
             )
         if requires_grad:
             check_no_dropout(lm_or_model.session.model)
-        return Scorer(lm_or_model, True, lm_or_model.session.options.max_tokens_per_forward)
+        return Scorer(lm_or_model, keeps_results=True)
     if not isinstance(lm_or_model, nn.Module):
         raise TypeError(f"lm_or_model must be an LM or a model of transformers, not {type(lm_or_model).__name__}.")
     if requires_grad and isinstance(lm_or_model, DistributedDataParallel):
@@ -70,7 +59,17 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
         )
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
-    return Scorer(_own_lm(model), False, max_tokens_per_forward)
+    return Scorer(_own_lm(model), keeps_results=False)
+
+
+def fit(session: Session, max_tokens_per_forward: int | None) -> None:
+    """Let the `LM` of a model take its share of the memory that is free now; the lock must be held.
+
+    Between two calls a trainer may have made the states of its optimizer, or freed its activations.
+    """
+    computation = session.current().computation
+    computation.max_tokens = max_tokens_per_forward or computation.executor.tokens_per_forward()
+    computation.memory.max_bytes = default_bytes(session.model)
 
 
 def check_no_dropout(model: nn.Module) -> None:
@@ -88,19 +87,17 @@ def check_no_dropout(model: nn.Module) -> None:
 def _randomness(module: nn.Module) -> str | None:
     """Return what a module does at random in training, for messages; None if it does nothing.
 
-    Many modules of transformers have no module for their dropout, but a number in an attribute: "attention_dropout",
-    "residual_dropout", "resid_pdrop". Routers of experts have "router_jitter_noise". Modules with modules of their own
-    for it name those "dropout", too, which are no numbers.
+    Many layers of transformers have no module for dropout, but a number in an attribute: `attention_dropout`,
+    `residual_dropout`, `resid_pdrop`, `layerdrop`. Routers of experts have `router_jitter_noise`.
     """
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return f"drops with probability {module.p:g}" if module.p > 0 else None
     for name, value in vars(module).items():
-        if not isinstance(value, float) or value <= 0:
-            continue
-        if name.endswith("jitter_noise"):
-            return f"adds noise ({name} = {value:g})"
-        if "dropout" in name or name.endswith(("pdrop", "layerdrop")):
-            return f"drops with probability {value:g}"
+        if isinstance(value, float) and value > 0:
+            if "drop" in name:
+                return f"drops with probability {value:g}"
+            if name.endswith("jitter_noise"):
+                return f"adds noise ({name} = {value:g})"
     return None
 
 
@@ -119,8 +116,8 @@ def is_under_autocast(model: nn.Module) -> bool:
 class _Kept:
     """What a model keeps: its `LM`. Copies and pickles of it are empty."""
 
-    def __init__(self) -> None:
-        self.lm: LM | None = None
+    def __init__(self, lm: LM | None = None) -> None:
+        self.lm = lm
 
     def __copy__(self) -> _Kept:
         return _Kept()
@@ -134,10 +131,11 @@ class _Kept:
 
 def _own_lm(model: nn.Module) -> LM:
     """Return the `LM` that a model keeps, made if need be."""
-    lm: LM | None = vars(model).setdefault(_ATTRIBUTE, _Kept()).lm
+    kept = vars(model).get(_ATTRIBUTE)
+    lm: LM | None = None if kept is None else kept.lm
     if lm is None or lm.session.model is not model:  # a shallow copy of a model has the attributes of the original
-        kept = vars(model)[_ATTRIBUTE] = _Kept()
-        lm = kept.lm = LM(model, NoTokenizer())
+        lm = LM(model, NoTokenizer())
+        vars(model)[_ATTRIBUTE] = _Kept(lm)
     return lm
 
 

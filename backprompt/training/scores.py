@@ -20,7 +20,7 @@ from backprompt.session.distributions import as_temperature, as_top_k, distribut
 from backprompt.session.limits import TextLimits
 from backprompt.session.session import Session
 from backprompt.training.gradients import distributions
-from backprompt.training.models import Scorer, is_under_autocast, scorer_of
+from backprompt.training.models import fit, is_under_autocast, scorer_of
 from backprompt.training.results import Account, RowScores
 from backprompt.training.rows import PaddedRows
 from backprompt.training.trie import num_distinct
@@ -81,12 +81,17 @@ def token_logprobs(
 
     """
     as_bool(requires_grad, "requires_grad")
-    scorer = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
-    session = scorer.lm.session
-    goes_through_lm = not requires_grad and (scorer.keeps_results or not is_under_autocast(session.model))
+    lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
+    session = lm.session
+    goes_through_lm = not requires_grad and (keeps_results or not is_under_autocast(session.model))
+    max_tokens = session.options.max_tokens_per_forward if keeps_results else max_tokens_per_forward
     try:
         with session.exclusive():
-            scorer.prepare(with_gradients=not goes_through_lm)
+            session.current()
+            if not keeps_results:
+                fit(session, max_tokens)
+            if not goes_through_lm:
+                session.evaluator.computation.probe_once()
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
             check_lengths(session.limits, rows)
             asked = Asked(
@@ -97,9 +102,9 @@ def token_logprobs(
             )
             if goes_through_lm:
                 return _scores(session, rows, asked)
-        return _scores_of_model(scorer, rows, asked, requires_grad=requires_grad)
+        return _scores_of_model(session.model, rows, asked, max_tokens, requires_grad=requires_grad)
     finally:
-        if not scorer.keeps_results:
+        if not keeps_results:
             session.clear()
 
 
@@ -111,7 +116,9 @@ def _scores(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
     return _results(rows, found, session.counters.tokens_computed - num_before)
 
 
-def _scores_of_model(scorer: Scorer, rows: PaddedRows, asked: Asked, *, requires_grad: bool) -> RowScores:
+def _scores_of_model(
+    model: nn.Module, rows: PaddedRows, asked: Asked, max_tokens: int | None, *, requires_grad: bool
+) -> RowScores:
     """Return the scores by the user's own model, in its own modes and the caller's surroundings."""
     if requires_grad and not torch.is_grad_enabled():
         raise ValueError(
@@ -119,7 +126,6 @@ def _scores_of_model(scorer: Scorer, rows: PaddedRows, asked: Asked, *, requires
             "Leave that context, or give requires_grad=torch.is_grad_enabled()."
         )
     with torch.set_grad_enabled(requires_grad):
-        model, max_tokens = scorer.lm.session.model, scorer.max_tokens_per_forward
         found, num_forwarded = distributions(model, rows, asked, max_tokens)
         return _results(rows, found, num_forwarded)
 

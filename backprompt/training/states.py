@@ -52,10 +52,9 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
         UnsupportedModelError: the model cannot be evaluated exactly, or dropout is active in it.
 
     """
-    scorer = scorer_of(model, None, requires_grad=True)
-    session = scorer.lm.session
+    session = scorer_of(model, None, requires_grad=True).lm.session
     with session.exclusive():
-        scorer.prepare(with_gradients=True)
+        session.current().computation.probe_once()
         rows = PaddedRows.of(input_ids, attention_mask, 0, session.limits.model.num_embeddings)
         check_lengths(session.limits, rows, num_unused=0)
     causal = skeleton.unwrap(model)
