@@ -126,12 +126,13 @@ def test_models_give_the_numbers_of_the_plain_call(name, tokenizer):
 
 @pytest.mark.usefixtures("in_one_launch")
 @pytest.mark.parametrize("name", ["q_proj", "k_proj"])
-def test_scores_of_nan_are_an_error(name, tokenizer, monkeypatch):
-    """For few keys torch's attention returns numbers; the kernel on CUDA gives NaN. The probe would see it first."""
-    model = FAMILIES["llama"]()
+def test_scores_of_nan_are_an_error(name, tokenizer):
+    """For few keys torch's attention returns numbers; the kernel on CUDA gives NaN. The probe comes before."""
+    model = FAMILIES["llama"]().to(DEVICE)
+    lm = LM(model, tokenizer)
+    evaluate(Text("Hello", lm))
     with torch.no_grad():
         model.get_submodule(f"model.layers.1.self_attn.{name}").weight[...] = torch.nan
-    monkeypatch.setattr("backprompt.evaluation.computation.probe", lambda model, executor: None)
-    text = Text.from_tokens((5, 6, 7), LM(model.to(DEVICE), tokenizer))
+    text = Text.from_tokens((5, 6, 7), lm)
     with pytest.raises(NonFiniteError, match=r"(queries or keys of NaN or infinity|NaN hidden states) at the end of"):
         text.logits  # noqa: B018

@@ -420,6 +420,19 @@ def test_what_has_no_gradients_is_refused(tokenizer):
     token_logprobs(dropping.eval(), ids, mask, requires_grad=True)
 
 
+def test_models_that_cannot_be_packed_are_refused():
+    peft = pytest.importorskip("peft")
+    prompted = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    ids, mask = group(2, 4, 3).tensors()
+    for model, match in ((build("mamba"), "attention interface"), (prompted, "virtual tokens")):
+        with pytest.raises(UnsupportedModelError, match=match):
+            token_logprobs(model, ids, mask, requires_grad=True)
+    hooked = build("llama")
+    hooked.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match=r"forward hook on its module 'model\.layers\.0'"):
+        token_logprobs(hooked, ids, mask, requires_grad=True)
+
+
 def test_a_model_behind_distributed_data_parallel_is_refused():
     wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(wrapped)

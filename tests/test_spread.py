@@ -394,13 +394,20 @@ def test_generation_over_devices(other, tokenizer):
     assert_rows_lie_there(lm, {1})
 
 
-def test_evicted_rows_come_back_to_their_layers(other, tokenizer):
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_evicted_rows_come_back_to_their_layers(is_changed, other, tokenizer):
+    """Also where weights have changed, and the model is not probed again."""
     first = Text("The cat sat on the mat.", on_two_devices(other, tokenizer))
     evaluate(first)
     token_bytes = first.lm.session.evaluator.executor.token_bytes
     budget = (len(first.tokens) + 2) * token_bytes
     lm = on_two_devices(other, tokenizer, max_tokens_per_forward=16, host_memory_bytes="1 GB", memory_bytes=budget)
-    text = Text(first.string, lm)
+    plain, text = build("llama"), Text(first.string, lm)
+    if is_changed:
+        evaluate(Text("Hello", lm))
+        with torch.no_grad():
+            for model in (lm.model, plain):
+                model.lm_head.weight.mul_(1.5)
     evaluate([text, Text("It slept all day, and the dog ran.", lm)])
     assert lm.stats.host_bytes_held
     continued = text + "!"
@@ -408,7 +415,7 @@ def test_evicted_rows_come_back_to_their_layers(other, tokenizer):
     assert lm.stats.tokens_fetched >= len(text.tokens)
     assert lm.stats.tokens_recomputed == 0
     assert_rows_lie_there(lm, {1})
-    assert_equals_plain(build("llama"), [continued, text])
+    assert_equals_plain(plain, [continued, text])
 
 
 def test_stored_rows_come_to_the_device_of_their_layer(other, tokenizer):

@@ -159,7 +159,12 @@ def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]
 
 
 class Computation:
-    """Computes spans, each once for as long as it is held."""
+    """Computes spans, each once for as long as it is held.
+
+    Attributes:
+        probed: what the probe has found; None before it ran.
+
+    """
 
     def __init__(self, means: Means) -> None:
         self._model = means.model
@@ -174,7 +179,7 @@ class Computation:
         self.holders = Holders()
         self.tile_tokens = TILE_TOKENS
         self._checked_work = self.counters.work
-        self._is_probed = False
+        self.probed: Probed | None = None
         self._empty = _Empty()
         # Spans refer to each other: without this, their tensors would wait for the cycle collector.
         finalize(self, self.forest.clear).atexit = False
@@ -402,20 +407,15 @@ class Computation:
 
         `known`: what the probe has found of a model with the same parts, so that it need not run.
         """
-        if self._is_probed:
+        if self.probed is not None:
             return
         if known is None:
             with self.blaming_weights():
                 probe(self._model, self.executor)
-        else:
-            self.executor.layout, self.executor.token_bytes = known
-        self._is_probed = True
-
-    @property
-    def probed(self) -> Probed | None:
-        """What the probe has found; None before it ran."""
-        layout = self.executor.layout
-        return Probed(layout, self.executor.token_bytes) if self._is_probed and layout is not None else None
+            assert self.executor.layout is not None, "the probe runs a pass"
+            known = Probed(self.executor.layout, self.executor.token_bytes)
+        self.probed = known
+        self.executor.know_rows(*known)
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.

@@ -29,6 +29,7 @@ from backprompt.forest.span import Span, pass_on_history
 from backprompt.tokens.graph import common_length
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
+SmallInts: TypeAlias = "npt.NDArray[np.int32]"
 
 
 class Piece(NamedTuple):
@@ -51,7 +52,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a shape, depth first.
+    """The rows of a shape, depth first; the first token with the most rows comes first.
 
     Attributes:
         token_ids: the token of each row.
@@ -63,10 +64,10 @@ class Rows:
     """
 
     token_ids: tuple[int, ...]
-    depths: tuple[int, ...]
-    until: tuple[int, ...]
-    parents: tuple[int, ...]
-    ends: tuple[int, ...]
+    depths: SmallInts
+    until: SmallInts
+    parents: SmallInts
+    ends: SmallInts
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,23 +132,27 @@ class Shape:
         ids: list[int] = []
         while parent >= 0:
             ids.append(self.rows.token_ids[parent])
-            parent = self.rows.parents[parent]
+            parent = int(self.rows.parents[parent])
         return tuple(reversed(ids))
 
     def pieces(self) -> list[Piece]:
         """Return the spans that the rows unfold into, each after the one that it continues."""
-        rows, ends = self.rows, set(self.rows.ends)
-        firsts = {row for row, parent in enumerate(rows.parents) if parent != row - 1 or parent in ends}
-        bounds = sorted({0, self.num_rows} | firsts | {rows.parents[row] + 1 for row in firsts})
+        rows = self.rows
+        depths, parents, ends = rows.depths.tolist(), rows.parents.tolist(), set(rows.ends.tolist())
+        firsts = {row for row, parent in enumerate(parents) if parent != row - 1 or parent in ends}
+        bounds = sorted({0, self.num_rows} | firsts | {parents[row] + 1 for row in firsts})
         idx_of = {-1: None} | {stop - 1: idx for idx, stop in enumerate(bounds[1:])}
         return [
-            Piece(start, stop, rows.depths[start], idx_of[rows.parents[start]], stop - 1 in ends)
+            Piece(start, stop, depths[start], idx_of[parents[start]], stop - 1 in ends)
             for start, stop in itertools.pairwise(bounds)
         ]
 
     @cached_property
     def _layout(self) -> tuple[Rows, Scores]:
-        """Lay out all tokens but the last ones in the order of their ids, in which a trie is walked depth first."""
+        """Lay out all tokens but the last ones: sorted by their ids, in which order a trie is walked depth first.
+
+        Those with the first token behind which most tokens stand come first: they join the causal run of the prompt.
+        """
         token_ids: list[int] = []
         depths: list[int] = []
         until: list[int] = []
@@ -156,7 +161,11 @@ class Shape:
         way_of: dict[tuple[int, ...], list[int]] = {(): []}
         places: dict[tuple[int, int], int] = {}  # of tokens that do not follow the row before, by parent and token
         before: tuple[int, ...] = ()
-        for ids in sorted({ids[:-1] for ids in self.completions} - {()}):
+        beginnings = {ids[:-1] for ids in self.completions} - {()}
+        num_behind: dict[int, int] = {}
+        for ids in beginnings:
+            num_behind[ids[0]] = num_behind.get(ids[0], 0) + len(ids)
+        for ids in sorted(beginnings, key=lambda ids: (-num_behind[ids[0]], ids)):
             num_common, row = common_length(before, ids, 0), len(token_ids)
             parent = way[num_common - 1] if num_common else -1
             places[parent, ids[num_common]] = row
@@ -173,7 +182,9 @@ class Shape:
         for done in way:
             until[done] = len(token_ids)
         ends = sorted({own[-1] for own in way_of.values() if own})
-        rows = Rows(*map(tuple, (token_ids, depths, until, parents, ends)))
+        rows = Rows(
+            tuple(token_ids), *(np.array(numbers, dtype=np.int32) for numbers in (depths, until, parents, ends))
+        )
         index: list[int] = []
         for ids in self.completions:
             way = way_of[ids[:-1]]
@@ -205,7 +216,8 @@ class Fan(Span):
     @property
     def positions(self) -> Sequence[int]:
         """The position of each token."""
-        return [self.position + depth for depth in self.shape.rows.depths]
+        positions: list[int] = (self.shape.rows.depths + self.position).tolist()
+        return positions
 
     def unfolded(self) -> list[Span]:
         """Return new spans for the rows, depth first. They hold nothing, and are no children yet."""

@@ -283,7 +283,7 @@ class _Layout:
         for i in range(idx, end):
             span, start = self.spans[i], self.starts[i]
             if isinstance(span, Fan):
-                until += (start + row for row in span.shape.rows.until)
+                until += (span.shape.rows.until + start).tolist()
             else:
                 until += [self.starts[self.subtree_ends[i]]] * len(span.token_ids)
         return tuple(until)

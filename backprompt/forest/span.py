@@ -397,12 +397,6 @@ def pass_on_history(span: Span, new: Span) -> None:
     new.credit, new.last_used = span.credit, span.last_used
 
 
-def rows_of(spans: Iterable[Span], kind: Kind, pool: Pool) -> dict[Span, Rows]:
-    """Return the places of one kind of data in a pool, for the spans that have it there."""
-    slot = _SLOTS[kind, pool]
-    return {span: rows for span in spans if (rows := getattr(span, slot)) is not None}
-
-
 class Nothing:
     """The place of a junction's data while its parents hold theirs: no rows of no block."""
 

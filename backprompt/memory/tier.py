@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from backprompt.forest.forest import Forest
-from backprompt.forest.span import KINDS, Kind, Pool, Span, rows_of
+from backprompt.forest.span import KINDS, Kind, Pool, Span
 from backprompt.memory.blocks import Block, BlockRows, Watch
 from backprompt.memory.counted import CountedBlocks
 from backprompt.memory.leaves import Leaves, Ranking, Spared
@@ -84,7 +84,8 @@ class Tier:
 
     def held(self, kind: Kind, spans: Iterable[Span]) -> SpanRows:
         """Return the rows of the spans that have any here."""
-        return cast("SpanRows", rows_of(spans, kind, self._pool))
+        found = {span: rows for span in spans if (rows := span.rows_in(kind, self._pool)) is not None}
+        return cast("SpanRows", found)
 
     def hold(self, kind: Kind, rows: Mapping[Span, BlockRows[Any]]) -> None:
         """Let spans refer to rows here."""

@@ -199,10 +199,14 @@ class Executor:
             start = stop
         if self.layout is None:
             sample = States.of_rows(hidden, [slice(0, 1)])
-            self.token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-            self.layout = Layout.of(keys_values, sample)
-            self.device_of |= {name: row.device for name, row in self.layout.rows.items()}
+            token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
+            self.know_rows(Layout.of(keys_values, sample), token_bytes)
         return Computed(keys_values, states, keys_values_of, states_of)
+
+    def know_rows(self, layout: Layout, token_bytes: int) -> None:
+        """Take over the layout of rows, and the bytes of a token, from a pass of a model with the same parts."""
+        self.layout, self.token_bytes = layout, token_bytes
+        self.device_of |= {name: row.device for name, row in layout.rows.items()}
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
