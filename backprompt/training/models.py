@@ -87,13 +87,12 @@ def check_no_dropout(model: nn.Module) -> None:
 def _dropout_rate(module: nn.Module) -> float:
     """Return the probability with which a module drops numbers in training; 0 if it never does.
 
-    Attention of transformers has no module for its dropout, but a number in an attribute. Modules with modules of their
-    own for it name those "dropout", too, which are no numbers.
+    Many layers of transformers have no module for dropout, but a number in an attribute: `attention_dropout`,
+    `hidden_dropout`, `residual_dropout`, `layerdrop`.
     """
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p
-    rates = [vars(module).get(name, 0) for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop")]
-    return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
+    return max((rate for name, rate in vars(module).items() if "drop" in name and isinstance(rate, float)), default=0.0)
 
 
 def is_under_autocast(model: nn.Module) -> bool:
