@@ -4,7 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from training_batches import NUM_IDS, Batch, batches, group, ungrouped
 from backprompt import LM
 from backprompt.errors import TextTooLongError, UnsupportedModelError
 from backprompt.model.linear import TrainedLinear
-from backprompt.training import body, head, token_logprobs
+from backprompt.training import body, head, hidden_states, token_logprobs
 from backprompt.training.attention import TrieAttention
 from comparing import assert_close
 from devices import DEVICE, known_to_torch
@@ -418,6 +418,22 @@ def test_what_has_no_gradients_is_refused(tokenizer):
         with pytest.raises(UnsupportedModelError, match=r"drops with probability 0\.1.*model\.eval\(\)"):
             token_logprobs(given_model, ids, mask, requires_grad=True)
     token_logprobs(dropping.eval(), ids, mask, requires_grad=True)
+
+
+def test_a_model_whose_code_computes_something_else_is_refused():
+    """The probe sees the difference, before the first pass with gradients, too."""
+    model, (ids, mask) = build("llama"), group(2, 4, 3).tensors()
+    own = model.forward
+
+    def halved(*args, **kwargs):
+        output = own(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    model.forward = halved
+    for call in (partial(token_logprobs, requires_grad=True), hidden_states):
+        with pytest.raises(UnsupportedModelError, match="differ"):
+            call(model, ids, mask)
 
 
 def test_models_that_cannot_be_packed_are_refused():

@@ -231,7 +231,8 @@ def test_a_trained_layer_has_the_same_gradients(make, frozen, shape):
     leaves = [leaf for leaf in (rows, *layer.parameters()) if leaf.requires_grad]
     upstream = torch.randn((*shape, 33))
     expected, found = layer(rows), TrainedLinear(layer)(rows)
-    assert ("_TrainedProduct" in type(found.grad_fn).__name__) == (rows.numel() > 0)
+    before_view = found.grad_fn.next_functions[0][0]
+    assert ("_TrainedProduct" in type(before_view).__name__) == (rows.numel() > 0)
     for ours, theirs in zip(
         (found, *torch.autograd.grad(found, leaves, upstream)),
         (expected, *torch.autograd.grad(expected, leaves, upstream)),
@@ -245,6 +246,22 @@ def test_a_trained_layer_heeds_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert TrainedLinear(layer)(rows).dtype == torch.bfloat16
     assert TrainedLinear(layer.double())(rows.double()).dtype == torch.float64
+
+
+def test_results_of_trained_layers_may_be_written_into():
+    """As some adapters do, AdaLoRA for one."""
+    torch.manual_seed(0)
+    layer, rows = nn.Linear(48, 33), torch.randn(2, 5, 48, requires_grad=True)
+    gradients = []
+    for made in (layer, TrainedLinear(layer)):
+        product = made(rows)
+        product += 1
+        product[:, 1:].mul_(2)
+        (product**2).sum().backward()
+        gradients.append((rows.grad.clone(), layer.weight.grad.clone()))
+        rows.grad = layer.weight.grad = None
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from training_batches import NUM_IDS, Batch, Plain, batches, group, ungrouped
 
 import backprompt.training.models
 from backprompt import LM, Text
 from backprompt.errors import NonFiniteError, TextTooLongError, TokenIdError, UnsupportedModelError
+from backprompt.model.linear import training_failure
 from backprompt.training import token_logprobs
 from comparing import assert_close
 from devices import DEVICE, known_to_torch
@@ -265,6 +267,28 @@ def test_active_dropout_is_refused():
     token_logprobs(llama.eval(), ids, mask)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("residual_dropout", 0.1, r"drops with probability 0\.1"),
+        ("resid_pdrop", 0.1, r"drops with probability 0\.1"),
+        ("router_jitter_noise", 0.01, r"adds noise \(router_jitter_noise = 0\.01\)"),
+        ("dropout", 0, None),
+        ("has_dropout", True, None),
+    ],
+)
+def test_randomness_in_an_attribute_is_refused_too(name, value, words):
+    """Starcoder2 and Doge drop with a number of their own, and Mixtral's and PhiMoE's routers add noise."""
+    model, (ids, mask) = build("llama").train(), group(2, 3, 2).tensors()
+    setattr(model.model.layers[0], name, value)
+    for requires_grad in (False, True):
+        if words is None:
+            token_logprobs(model, ids, mask, requires_grad=requires_grad)
+        else:
+            with pytest.raises(UnsupportedModelError, match=rf"'model\.layers\.0' {words}"):
+                token_logprobs(model, ids, mask, requires_grad=requires_grad)
+
+
 @known_to_torch
 def test_a_step_of_training_changes_the_numbers():
     model, batch = build("llama"), replace(group(3, 6, 4), kept=None)
@@ -351,6 +375,30 @@ def test_a_model_computes_under_autocast_as_with_gradients(name):
     assert gap < ATOL[torch.bfloat16] / 4
     assert (found.logprobs - exact.logprobs).abs().max() > 1e-3
     assert gap < 2 * gap_of_exact  # as far from the plain call under autocast as its own rounding is
+
+
+@known_to_torch
+def test_adapters_in_float32_on_weights_in_half_precision_compute_under_autocast():
+    batch, config = group(3, 20, 8), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(build("llama").to(torch.bfloat16), config)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.float32}
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = token_logprobs(model, *batch.tensors(), 8)
+        with_gradients = token_logprobs(model, *batch.tensors(), 8, requires_grad=True)
+    assert_close(found.logprobs, with_gradients.logprobs.detach(), atol=0)
+
+
+@known_to_torch
+@pytest.mark.parametrize("max_tokens", [None, 30])
+def test_the_first_call_may_stand_in_inference_mode_under_autocast(max_tokens):
+    model, batch = build("llama"), group(3, 20, 8)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        expected = token_logprobs(model, *batch.tensors(), 8, max_tokens_per_forward=max_tokens)
+        training_failure.cache_clear()
+        with torch.inference_mode():
+            found = token_logprobs(build("llama"), *batch.tensors(), 8, max_tokens_per_forward=max_tokens)
+    assert_close(found.logprobs, expected.logprobs, atol=0)
+    token_logprobs(model, *batch.tensors(), 8, requires_grad=True).logprobs.sum().backward()
 
 
 @known_to_torch

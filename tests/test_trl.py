@@ -1,5 +1,6 @@
 """ForestLogprobs: TRL's losses, metrics and gradients, with the tokens that a group shares forwarded once."""
 
+import copy
 import logging
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from backprompt import LM, Text, UnsupportedModelError
@@ -40,13 +41,15 @@ def count_e(completions, **others):
     return [float(completion.count("e")) for completion in completions]
 
 
-def make_trainer(kind, folder, model="llama", lora=False, seed=0, **options):
+def make_trainer(kind, folder, model="llama", lora=False, seed=0, change=None, **options):
     config = GRPOConfig if issubclass(kind, GRPOTrainer) else RLOOConfig
     tokenizer = byte_level_bpe()
     tokenizer.pad_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1)
     built = build(model, seed=seed)
     built.config.pad_token_id = built.config.eos_token_id = tokenizer.pad_token_id
     built.generation_config.pad_token_id = built.generation_config.eos_token_id = tokenizer.pad_token_id
+    if change is not None:
+        built = change(built)
     return kind(
         built,
         reward_funcs=count_e,
@@ -117,6 +120,24 @@ def test_logprobs_entropies_and_gradients_are_the_trainers_own(kind, own_kind, l
     assert not trainer.forest_refusals
 
 
+def test_adapters_that_transformers_has_added_are_trained(tmp_path):
+    """Such a model has a `peft_config`, and is no model of peft."""
+
+    def adapted(model):
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        return model
+
+    trainer = make_trainer(ForestGRPO, tmp_path, change=adapted)
+    batch = batch_of(trainer)
+    logprobs, _, gradients = gradients_of(trainer, ForestGRPO._get_per_token_logps_and_entropies, *batch)
+    own_logprobs, _, own_gradients = gradients_of(trainer, GRPOTrainer._get_per_token_logps_and_entropies, *batch)
+    torch.testing.assert_close(logprobs, own_logprobs, atol=1e-5, rtol=1e-5)
+    assert all("lora" in name for name in gradients)
+    for name, gradient in own_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert not trainer.forest_refusals
+
+
 @pytest.mark.parametrize("has_graph", [False, True])
 def test_a_batch_size_bounds_what_is_forwarded_at_once(has_graph, tmp_path, monkeypatch):
     trainer = make_trainer(ForestGRPO, tmp_path)
@@ -143,6 +164,8 @@ def count_embedded(monkeypatch):
 def test_each_distinct_token_is_forwarded_once(tmp_path, monkeypatch):
     trainer = make_trainer(ForestGRPO, tmp_path)
     input_ids, mask, kept = batch_of(trainer)
+    trainer._get_per_token_logps_and_entropies(trainer.model, input_ids[:1], mask[:1], kept)  # the probe embeds, too
+    trainer._metrics["eval"].clear()
     forwarded = count_embedded(monkeypatch)
     trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, kept)
     rows = [tuple(ids[keep.bool()].tolist()) for ids, keep in zip(input_ids, mask, strict=True)]
@@ -213,6 +236,25 @@ def test_calls_beyond_the_forest_go_to_the_trainers_own_method(given, words, tmp
     assert len(trainer.forest_refusals) == 1
 
 
+def prompted(model):
+    return get_peft_model(model, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize(
+    ("change", "num_columns", "words"), [(prompted, 20, "virtual tokens"), (None, 140, "rows are longer than")]
+)
+def test_batches_that_the_forest_refuses_go_to_the_trainers_own_method(change, num_columns, words, tmp_path):
+    trainer = make_trainer(ForestGRPO, tmp_path, change=change)
+    for num_rows in (2, 3):
+        input_ids = torch.randint(2, 100, (num_rows, num_columns))
+        batch = input_ids, torch.ones_like(input_ids), 6
+        ours, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, *batch)
+        plain, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, *batch)
+        assert torch.equal(ours, plain)
+    assert len(trainer.forest_refusals) == 1
+    assert words in trainer.forest_refusals[0]
+
+
 def test_an_unsupported_model_trains_as_before(tmp_path, caplog):
     trainer = make_trainer(ForestGRPO, tmp_path, model="bloom")
     with caplog.at_level(logging.WARNING, "backprompt.integrations.trl"):
@@ -278,12 +320,14 @@ PAIRS = [
 ]
 
 
-def make_pairs_trainer(kind, folder, lora, **options):
+def make_pairs_trainer(kind, folder, lora, change=None, **options):
     tokenizer = byte_level_bpe()
     tokenizer.pad_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1)
     model = build("llama")
     model.config.pad_token_id = model.config.eos_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = model.generation_config.eos_token_id = tokenizer.pad_token_id
+    if change is not None:
+        model = change(model)
     return kind(
         model,
         ref_model=None if lora else build("llama", seed=1),
@@ -326,6 +370,46 @@ def test_dpo_has_its_losses_metrics_and_weights(options, tmp_path):
     for name, parameter in plain.items():
         torch.testing.assert_close(ours[name], parameter, atol=1e-3, rtol=1e-4)  # of steps of 1e-2
     assert not forest.forest_refusals
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda folder: make_trainer(ForestGRPO, folder), lambda folder: make_pairs_trainer(ForestDPO, folder, False)],
+)
+def test_a_copy_of_the_model_computes_with_its_own_weights(make, tmp_path):
+    model = make(tmp_path).model
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.model.layers[0].self_attn.v_proj.weight.mul_(3)
+    ids = torch.tensor([[5, 6, 7]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "labels": ids}
+    before, found = (given(**batch, fused_lm_head=True).log_probs for given in (model, copied))
+    assert (found - before).abs().max() > 1e-3
+    loaded = build("llama")
+    loaded.load_state_dict(copied.state_dict())
+    expected = loaded(ids).logits.log_softmax(-1)[0, [0, 1], [6, 7]]
+    torch.testing.assert_close(found.flatten()[:2], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_body_that_somebody_else_has_wrapped_is_not_left_out(tmp_path):
+    def wrap(model):
+        own = model.model.forward
+
+        def halved(*args, **kwargs):
+            output = own(*args, **kwargs)
+            output.last_hidden_state = output.last_hidden_state / 2
+            return output
+
+        model.model.forward = halved
+        return model
+
+    ids = torch.tensor([[5, 6, 7]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "labels": ids}
+    plain, ours = (
+        make_pairs_trainer(kind, tmp_path, False, change=wrap).model(**batch, fused_lm_head=True).log_probs
+        for kind in (DPOTrainer, ForestDPO)
+    )
+    assert torch.equal(ours, plain)
 
 
 def test_a_trainer_without_the_method_is_refused():

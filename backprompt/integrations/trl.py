@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from backprompt.errors import UnsupportedModelError
-from backprompt.model.skeleton import decoder_of
+from backprompt.errors import TextTooLongError, UnsupportedModelError
+from backprompt.model.skeleton import decoder_of, unwrap
 from backprompt.training import Account, RowScores, hidden_states, token_logprobs
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ KEYWORD = "backprompt_forest"
 """The keyword by which a call reaches the forest through everything that wraps a model."""
 
 Work: TypeAlias = "Callable[[nn.Module], RowScores]"
+
+Method: TypeAlias = "Callable[..., Any]"
+"""The forward method of a module as a function, whose first argument is the module."""
 
 METHOD = "_get_per_token_logps_and_entropies"
 """The method of a trainer that `ForestLogprobs` replaces."""
@@ -56,7 +59,7 @@ class _Forest:
         """Return the model and the reference, each without adapters around it."""
         models = (self.model, getattr(self, "ref_model", None))  # type: ignore[attr-defined]
         unwrapped = [self.accelerator.unwrap_model(model) for model in models if model is not None]  # type: ignore[attr-defined]
-        return [model.get_base_model() if hasattr(model, "peft_config") else model for model in unwrapped]
+        return [model.get_base_model() if hasattr(model, "get_base_model") else model for model in unwrapped]
 
     def _why_cut(self) -> str | None:
         """Return the reason if no process holds the whole model."""
@@ -84,7 +87,8 @@ class ForestLogprobs(_Forest):
     trainer's own method but for rounding. What the forest cannot do goes to that method, and the log says so once for
     each reason: images and other inputs beside tokens, the balancing loss of mixtures of experts, models that are cut
     over several devices (FSDP, DeepSpeed, tensor, context or sequence parallelism), `cast_lm_head_to_fp32`, active
-    dropout, models that backprompt does not support. Models that every process holds whole (DDP) are fine.
+    dropout, rows beyond the model's length, models that backprompt does not support. Models that every process holds
+    whole (DDP) are fine.
 
     The metrics `forest/tokens_given` and `forest/tokens_forwarded` are the tokens of a call, and those that it took.
 
@@ -136,10 +140,11 @@ class ForestLogprobs(_Forest):
                 )
 
             try:
+                unwrap(self.accelerator.unwrap_model(model))  # type: ignore[attr-defined]  # refuses adapters of the input
                 with self.accelerator.autocast():  # type: ignore[attr-defined]
                     found: RowScores = model(**{KEYWORD: work})
-            except UnsupportedModelError as error:
-                reason = str(error)
+            except (UnsupportedModelError, TextTooLongError) as error:
+                reason = _said(error)
             else:
                 self._count(found.account)
                 return found.logprobs, found.entropies, None
@@ -193,8 +198,8 @@ class ForestStates(_Forest):
         if reason is None:
             try:
                 found = hidden_states(causal, batch["input_ids"], batch["attention_mask"])
-            except UnsupportedModelError as error:
-                reason = str(error)
+            except (UnsupportedModelError, TextTooLongError) as error:
+                reason = _said(error)
             else:
                 self._count(found.account)
                 return found.hidden
@@ -202,25 +207,46 @@ class ForestStates(_Forest):
         return None
 
 
+def _said(error: Exception) -> str:
+    """Return the reason that an error gives, the same for all batches."""
+    if isinstance(error, TextTooLongError):
+        return "rows are longer than the model was trained for"
+    return str(error)
+
+
 def _let_through(causal: nn.Module) -> None:
     """Let calls with `KEYWORD` do their work on the model, inside of all that wraps it, such as DDP's bookkeeping."""
-    plain = causal.forward
 
-    @functools.wraps(type(causal).forward)  # generation looks for the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(plain: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         work: Work | None = kwargs.pop(KEYWORD, None)
-        return plain(*args, **kwargs) if work is None else work(self)
+        return plain(self, *args, **kwargs) if work is None else work(self)
 
-    causal.forward = types.MethodType(forward, causal)
+    _replace_forward(causal, forward)
 
 
 def _share(causal: nn.Module, body: nn.Module, states_of: Callable[[nn.Module, dict[str, Any]], Tensor | None]) -> None:
     """Let the body of a model ask for the hidden states of a batch before it computes them itself."""
-    plain = body.forward
 
-    @functools.wraps(type(body).forward)
+    def forward(plain: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = None if args or self is not body else states_of(causal, kwargs)
+        return plain(self, *args, **kwargs) if hidden is None else BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    _replace_forward(body, forward)
+
+
+def _replace_forward(module: nn.Module, replacement: Callable[..., Any]) -> None:
+    """Put a function in the place of a module's forward method, which is its first argument.
+
+    A copy of the module has the same function in its place, and must not run the module that it is a copy of.
+    """
+    before: Any = module.forward
+    is_method = getattr(before, "__self__", None) is module
+    plain: Method = before.__func__ if is_method else lambda self, *args, **kwargs: before(*args, **kwargs)
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden = None if args else states_of(causal, kwargs)
-        return plain(*args, **kwargs) if hidden is None else BaseModelOutputWithPast(last_hidden_state=hidden)
+        return replacement(plain, self, *args, **kwargs)
 
-    body.forward = types.MethodType(forward, body)
+    functools.update_wrapper(forward, type(module).forward)
+    vars(forward)["__signature__"] = inspect.signature(type(module).forward)  # generation looks for it
+    vars(forward)["__wrapped__"] = plain if is_method else before
+    module.forward = types.MethodType(forward, module)

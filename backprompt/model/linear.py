@@ -99,12 +99,20 @@ class TrainedLinear(nn.Module):
         weight = self.weight.t() if self._is_transposed else self.weight
         if rows.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not rows.numel():
             return nn.functional.linear(rows, weight, self.bias)
-        product: Tensor = _TrainedProduct.apply(rows, weight, self.bias)  # type: ignore[no-untyped-call]
-        return product
+        return _trained_product(rows, weight, self.bias)
+
+
+def _trained_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `rows @ weight.T + bias`, with gradients.
+
+    The operation returns a view for more than two axes, and nobody may write into a view that a Function returns.
+    """
+    product: Tensor = _TrainedProduct.apply(rows.reshape(-1, rows.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    return product.view(*rows.shape[:-1], -1)
 
 
 class _TrainedProduct(torch.autograd.Function):
-    """`rows @ weight.T + bias`, and the two products of its backward."""
+    """The same for `(rows, inputs)`, and the two products of its backward."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -116,10 +124,9 @@ class _TrainedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
-        flat = grad.flatten(0, -2)  # (all rows, outputs)
         of_rows = _product(grad, weight.t(), None) if needs_rows else None
-        of_weight = _product(flat.t(), rows.flatten(0, -2).t(), None) if needs_weight else None
-        return of_rows, of_weight, flat.sum(dim=0) if needs_bias else None
+        of_weight = _product(grad.t(), rows.t(), None) if needs_weight else None
+        return of_rows, of_weight, grad.sum(dim=0) if needs_bias else None
 
 
 def speed_up_trained(model: nn.Module) -> None:
@@ -206,8 +213,7 @@ def training_failure() -> str | None:
             upstream = _drawn((1, 5, 33))
             expected = torch.autograd.grad(nn.functional.linear(rows, weight, bias), leaves, upstream)
             try:
-                product: Tensor = _TrainedProduct.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
-                found = torch.autograd.grad(product, leaves, upstream)
+                found = torch.autograd.grad(_trained_product(rows, weight, bias), leaves, upstream)
             except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
                 return (str(error).splitlines() or [type(error).__name__])[0]
             gaps += [float((ours - torchs).abs().max()) for ours, torchs in zip(found, expected, strict=True)]

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from backprompt.arguments import as_int
 from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
-from backprompt.model.skeleton import head_dtype, unwrap
+from backprompt.model.skeleton import unwrap
 from backprompt.model.spread import head_device
 from backprompt.session.session import Session, default_bytes
 
@@ -73,33 +73,44 @@ def fit(session: Session, max_tokens_per_forward: int | None) -> None:
 
 
 def check_no_dropout(model: nn.Module) -> None:
-    """Raise UnsupportedModelError if a module drops numbers at random in the model's present mode."""
+    """Raise UnsupportedModelError if a module drops numbers or adds noise at random in the model's present mode."""
     for name, module in model.named_modules():
-        if module.training and (rate := _dropout_rate(module)) > 0:
+        if module.training and (found := _randomness(module)) is not None:
             raise UnsupportedModelError(
                 f"Dropout is active: the model is in training mode, and its module {name or type(module).__name__!r} "
-                f"drops with probability {rate:g}. A trainer's own numbers are of random parts of the model then, "
-                "which no shared pass can reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in "
-                "peft, attn_pdrop=0 and the like in a configuration), or call model.eval() for this call."
+                f"{found}. A trainer's own numbers are of random parts of the model then, which no shared pass can "
+                "reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in peft, attn_pdrop=0 and "
+                "the like in a configuration), or call model.eval() for this call."
             )
 
 
-def _dropout_rate(module: nn.Module) -> float:
-    """Return the probability with which a module drops numbers in training; 0 if it never does.
+def _randomness(module: nn.Module) -> str | None:
+    """Return what a module does at random in training, for messages; None if it does nothing.
 
     Many layers of transformers have no module for dropout, but a number in an attribute: `attention_dropout`,
-    `hidden_dropout`, `residual_dropout`, `layerdrop`.
+    `residual_dropout`, `resid_pdrop`, `layerdrop`. Routers of experts have `router_jitter_noise`.
     """
     if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p
-    return max((rate for name, rate in vars(module).items() if "drop" in name and isinstance(rate, float)), default=0.0)
+        return f"drops with probability {module.p:g}" if module.p > 0 else None
+    for name, value in vars(module).items():
+        if isinstance(value, float) and value > 0:
+            if "drop" in name:
+                return f"drops with probability {value:g}"
+            if name.endswith("jitter_noise"):
+                return f"adds noise ({name} = {value:g})"
+    return None
 
 
 def is_under_autocast(model: nn.Module) -> bool:
-    """Return whether the caller's autocast computes in another dtype than that of the model's weights."""
-    model = unwrap(model)
-    device = head_device(model).type
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != head_dtype(model)
+    """Return whether the caller's autocast computes in another dtype than that of some of the model's weights.
+
+    The weights of adapters are often float32 beside others in half precision.
+    """
+    device = head_device(unwrap(model)).type
+    if not torch.is_autocast_enabled(device):
+        return False
+    dtype = torch.get_autocast_dtype(device)
+    return any(weight.is_floating_point() and weight.dtype != dtype for weight in model.parameters())
 
 
 class _Kept:

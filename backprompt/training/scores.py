@@ -48,7 +48,7 @@ def token_logprobs(
     beginning, such as completions of one prompt, share the work for it, in any order and with padding on either side.
     Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's first real
     token. An `LM` computes in the dtype of the weights, and shuts autocast out. A model computes under the caller's
-    autocast, as it does with gradients, where that is of another dtype than the weights.
+    autocast, as it does with gradients, where that is of another dtype than some of the weights.
 
     With `requires_grad=True` the results have an autograd graph behind them, down to the model's own parameters. Each
     distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, and
@@ -83,13 +83,15 @@ def token_logprobs(
     as_bool(requires_grad, "requires_grad")
     lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
     session = lm.session
-    is_cast = not keeps_results and is_under_autocast(session.model)
+    goes_through_lm = not requires_grad and (keeps_results or not is_under_autocast(session.model))
     max_tokens = session.options.max_tokens_per_forward if keeps_results else max_tokens_per_forward
     try:
         with session.exclusive():
             session.current()
             if not keeps_results:
                 fit(session, max_tokens)
+            if not goes_through_lm:
+                session.evaluator.computation.probe_once()
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
             check_lengths(session.limits, rows)
             asked = Asked(
@@ -98,7 +100,7 @@ def token_logprobs(
                 top_k=None if top_k is None else as_top_k(session, top_k, "top_k"),
                 given=None if token_ids is None else _given(session, rows, token_ids),
             )
-            if not requires_grad and not is_cast:
+            if goes_through_lm:
                 return _scores(session, rows, asked)
         return _scores_of_model(session.model, rows, asked, max_tokens, requires_grad=requires_grad)
     finally:

@@ -54,7 +54,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     """
     session = scorer_of(model, None, requires_grad=True).lm.session
     with session.exclusive():
-        session.current()
+        session.current().computation.probe_once()
         rows = PaddedRows.of(input_ids, attention_mask, 0, session.limits.model.num_embeddings)
         check_lengths(session.limits, rows, num_unused=0)
     causal = skeleton.unwrap(model)
