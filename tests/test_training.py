@@ -259,9 +259,12 @@ def test_active_dropout_is_refused():
     assert model.training
     llama = build("llama").train()
     token_logprobs(llama, ids, mask)
+    for name in ("attention_dropout", "hidden_dropout", "residual_dropout"):
+        setattr(llama.model.layers[1].self_attn, name, 0.25)
+        with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.1\.self_attn' drops with probability 0\.25"):
+            token_logprobs(llama, ids, mask)
+        setattr(llama.model.layers[1].self_attn, name, 0.0)
     llama.model.layers[1].self_attn.attention_dropout = 0.25
-    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.1\.self_attn' drops with probability 0\.25"):
-        token_logprobs(llama, ids, mask)
     token_logprobs(llama.eval(), ids, mask)
 
 

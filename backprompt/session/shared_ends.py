@@ -1,12 +1,12 @@
-"""Texts that are prompts with shared ends of token ids, as scored completions behind these prompts.
+"""Texts that are prompts with ends of token ids, as scored completions behind these prompts.
 
     prompts = [Text.from_tokens(ids, lm) for ids in all_ids]
     ends = [Text.from_tokens(ids, lm) for ids in completions]
     lm.token_logprobs([prompt + end for prompt in prompts for end in ends])
 
-Such texts are told by how they were built: prompts by identity, ends by their ids. The ids of whole texts are never
-joined, checked or inserted one by one. The scores of a prompt's own tokens are read once, and copied to each text that
-is scored from a start within the prompt.
+Such texts are told by how they were built: prompts by identity, ends by their ids, shared or not. The ids of whole
+texts are never joined, checked or inserted one by one. The scores of a prompt's own tokens are read once, and copied to
+each text that is scored from a start within the prompt.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from backprompt.tokens.graph import TokenGraph, TokenIds, ends_in_group, is_begi
 def scores_of_shared_ends(session: Session, texts: Sequence[Text], starts: Sequence[Text | int]) -> ScoredTexts | None:
     """Return the scores of texts; None for texts to be scored one by one. The lock must be held.
 
-    The texts must be prompts with the same few sequences of ends of token ids, each start a beginning of the prompt,
-    and none of the texts evaluated.
+    The texts must be prompts with several ends of token ids each, each start a beginning of the prompt, and none of the
+    texts evaluated.
     """
     grouped = _grouped(texts)
     if grouped is None:
@@ -100,7 +100,7 @@ def _ints(numbers: Iterable[int]) -> Ints:
 
 
 def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
-    """Return the prompts of texts in order, and what stands behind each; None if prompts do not share their ends."""
+    """Return the prompts of texts in order, and what stands behind each; None for other texts."""
     both = list(map(sides, texts))
     prompts: list[Text] = []
     ends: list[tuple[Text, ...]] = []
