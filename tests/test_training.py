@@ -10,6 +10,7 @@ from types import MethodType
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -386,6 +387,16 @@ def test_adapters_in_float32_on_weights_in_half_precision_compute_under_autocast
         found = token_logprobs(model, *batch.tensors(), 8)
         with_gradients = token_logprobs(model, *batch.tensors(), 8, requires_grad=True)
     assert_close(found.logprobs, with_gradients.logprobs.detach(), atol=0)
+
+
+@known_to_torch
+def test_an_offloaded_model_is_scored_under_autocast_too():
+    model, batch = build("llama"), group(3, 9, 4)
+    expected = token_logprobs(model, *batch.tensors(), 4)
+    cpu_offload(model, DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = token_logprobs(model, *batch.tensors(), 4)
+    assert_close(found.logprobs, expected.logprobs)
 
 
 @known_to_torch

@@ -418,3 +418,17 @@ def test_a_trainer_without_the_method_is_refused():
 
     with pytest.raises(TypeError, match="ForestStates"):
         Wrong(build("llama"))
+
+
+@pytest.mark.parametrize(("trainer", "mixin"), [(GRPOTrainer, ForestLogprobs), (DPOTrainer, ForestStates)])
+def test_a_mixin_behind_its_trainer_is_refused(trainer, mixin):
+    with pytest.raises(TypeError, match=rf"names {trainer.__name__} before .*Name the mixin first"):
+        type("Wrong", (trainer, mixin), {})
+
+    class Own:
+        pass
+
+    class Trainer(Own, mixin, trainer):
+        pass
+
+    type("Further", (Trainer,), {})

@@ -51,6 +51,16 @@ class _Forest:
 
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise TypeError for a class that names a trainer before the mixin, which would then have no part in it."""
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__[: cls.__mro__.index(_Forest)]:
+            if hasattr(base, "compute_loss") and not issubclass(base, _Forest):
+                raise TypeError(
+                    f"{cls.__name__} names {base.__name__} before the forest's mixin, so nothing would go through the "
+                    "forest. Name the mixin first, as in class Trainer(ForestLogprobs, GRPOTrainer)."
+                )
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.forest_refusals: list[str] = []

@@ -17,7 +17,7 @@ from backprompt.arguments import as_int
 from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
 from backprompt.model.skeleton import unwrap
-from backprompt.model.spread import head_device
+from backprompt.model.spread import head_device, is_spread
 from backprompt.session.session import Session, default_bytes
 
 _ATTRIBUTE = "_backprompt_lm"
@@ -101,13 +101,15 @@ def _randomness(module: nn.Module) -> str | None:
     return None
 
 
-def is_under_autocast(model: nn.Module) -> bool:
-    """Return whether the caller's autocast computes in another dtype than that of some of the model's weights.
+def heeds_autocast(model: nn.Module) -> bool:
+    """Return whether a model is run under the caller's autocast: where that is of another dtype than some weights.
 
-    The weights of adapters are often float32 beside others in half precision.
+    The weights of adapters are often float32 beside others in half precision. Only an `LM` runs a model that is
+    offloaded or spread over devices, and shuts autocast out.
     """
-    device = head_device(unwrap(model)).type
-    if not torch.is_autocast_enabled(device):
+    model = unwrap(model)
+    device = head_device(model).type
+    if not torch.is_autocast_enabled(device) or is_spread(model):
         return False
     dtype = torch.get_autocast_dtype(device)
     return any(weight.is_floating_point() and weight.dtype != dtype for weight in model.parameters())

@@ -20,7 +20,7 @@ from backprompt.session.distributions import as_temperature, as_top_k, distribut
 from backprompt.session.limits import TextLimits
 from backprompt.session.session import Session
 from backprompt.training.gradients import distributions
-from backprompt.training.models import fit, is_under_autocast, scorer_of
+from backprompt.training.models import fit, heeds_autocast, scorer_of
 from backprompt.training.results import Account, RowScores
 from backprompt.training.rows import PaddedRows
 from backprompt.training.trie import num_distinct
@@ -77,13 +77,13 @@ def token_logprobs(
         TextTooLongError: a row has more tokens than the model has positions.
         UnsupportedModelError: the model cannot be evaluated exactly, or dropout is active in it.
         NonFiniteError: the model returned NaN or infinity. With gradients, and under autocast as above, such numbers
-            are returned.
+            are returned, but for those of the probe before a model's first call.
 
     """
     as_bool(requires_grad, "requires_grad")
     lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
     session = lm.session
-    goes_through_lm = not requires_grad and (keeps_results or not is_under_autocast(session.model))
+    goes_through_lm = not requires_grad and (keeps_results or not heeds_autocast(session.model))
     max_tokens = session.options.max_tokens_per_forward if keeps_results else max_tokens_per_forward
     try:
         with session.exclusive():
