@@ -214,8 +214,28 @@ def test_layers_with_a_mind_of_their_own_are_left_alone(monkeypatch):
 def test_the_faster_one_serves(seconds, expected, monkeypatch):
     """In turns: torch's product, then oneDNN's. The clock is read before and after each."""
     times = iter([0.0, seconds[0], 0.0, seconds[1]] * 1000)
-    monkeypatch.setattr("backprompt.model.linear.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    clock = SimpleNamespace(thread_time=lambda: next(times), perf_counter=lambda: next(times))
+    monkeypatch.setattr("backprompt.model.linear.time", clock)
+    num_threads = torch.get_num_threads()
     assert linear.is_faster.__wrapped__() is expected
+    assert torch.get_num_threads() == num_threads
+
+
+def test_the_comparison_is_of_one_thread(monkeypatch):
+    """Two threads on a busy machine wait for each other, and the time of that says nothing."""
+    used = []
+    own = linear.nn.functional.linear
+    monkeypatch.setattr(
+        linear.nn.functional, "linear", lambda *given: (used.append(torch.get_num_threads()), own(*given))[1]
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        linear.is_faster.__wrapped__()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(used) == {1}
 
 
 # Layers that are trained
