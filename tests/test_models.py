@@ -19,6 +19,7 @@ from transformers import (
     MixtralConfig,
     ModernBertDecoderConfig,
     Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3NextConfig,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -282,6 +283,48 @@ def test_hybrids_whose_other_layers_mix_tokens_are_refused(hybrid, tokenizer):
     reason = "ForCausalLM (does not go through transformers' attention interface|.* mixes tokens outside attention)"
     with pytest.raises(UnsupportedModelError, match=reason):
         evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+
+
+def as_constructed(config, dtype):
+    """A model with its constructor's small weights, whose layers move logits by little."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return on_test_device(AutoModelForCausalLM.from_config(config).eval().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hybrid", ["lfm2", "lfm2, convolution last", "qwen3_5"])
+def test_hybrids_with_small_weights_are_refused_in_low_precision(hybrid, dtype, tokenizer):
+    """Where logits differ by less than such numbers are compared to, the text's rows still depend on other texts."""
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 8}
+    qwen = Qwen3_5TextConfig(**TINY, **sizes, layer_types=["linear_attention", "full_attention"])
+    model = as_constructed(qwen if hybrid == "qwen3_5" else HYBRIDS[hybrid](), dtype)
+    with pytest.raises(UnsupportedModelError, match=r"when other texts in the same pass change.* mixes tokens outside"):
+        evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_experts_that_flip_with_the_last_bit_do_not_refuse_a_model(seed, tokenizer):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(FAMILIES["gpt_oss"]().config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model = on_test_device(model.to(torch.bfloat16))
+    evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_probe_runs_the_model_on_forty_tokens(dtype, tokenizer):
+    """One plain call of three texts, and three passes."""
+    model = random_model(config_like("llama")).to(dtype)
+    calls = []
+    embed = type(model.model.embed_tokens).forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Embedding, "forward", lambda self, ids: calls.append(ids.numel()) or embed(self, ids))
+        evaluate(Text("", LM(model, tokenizer)) + "The")
+    assert calls == [27, 4, 12, 12, 1]
 
 
 def llama4(**changes):

@@ -241,6 +241,12 @@ def _uses_attention_interface(model: nn.Module) -> bool:
     )
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model chooses experts for each token, as the names of its modules' classes say."""
+    names = {type(module).__name__.lower() for module in model.modules()}
+    return any("expert" in name or "moe" in name or "router" in name for name in names)
+
+
 def is_foreign(hook: object) -> bool:
     """Return whether a hook may change numbers.
 
