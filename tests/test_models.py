@@ -481,12 +481,14 @@ def test_adapters_that_look_at_the_whole_call_are_refused(config, reason, tokeni
 # Compiled models. Nothing is compiled: the model's own code runs
 
 
-@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "its decoder", "a layer"])
+@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "its decoder", "a layer", "its method"])
 def test_compiled_models_run_as_they_were_written(how, tokenizer):
     plain = FAMILIES["llama"]()
     model = FAMILIES["llama"]()
     if how == "torch.compile(model)":
         model = torch.compile(model, backend=refuse_to_compile)
+    elif how == "its method":
+        model.forward = torch.compile(model.forward, backend=refuse_to_compile)
     else:
         module = {"model.compile()": model, "its decoder": model.model, "a layer": model.model.layers[0]}[how]
         module.compile(backend=refuse_to_compile)

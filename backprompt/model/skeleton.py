@@ -30,8 +30,8 @@ SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
 
 
-TRAINERS = ("accelerate.utils.", "backprompt.", "torch.amp.", "trl.")
-"""The packages whose wrappers of a model's forward method change nothing but precision, or add calls of their own."""
+TRAINERS = ("accelerate.utils.", "backprompt.", "torch._dynamo.", "torch.amp.", "trl.")
+"""The packages whose wrappers of a model's forward method compile it, change precision, or add calls of their own."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,11 @@ def _has_trainers_forward(module: nn.Module) -> bool:
 
     Such a wrapper holds the method of the user's model. So a copy of the model would run the model itself.
     """
-    forward = vars(module).get("forward")
+    return _leads_to_own(module, vars(module).get("forward"))
+
+
+def _leads_to_own(module: nn.Module, forward: object) -> bool:
+    """Return whether a callable is the module's own method within wrappers that change no number."""
     while forward is not None:
         function = getattr(forward, "__func__", forward)
         if function is type(module).forward:
@@ -211,6 +215,13 @@ def _has_trainers_forward(module: nn.Module) -> bool:
             return False
         forward = getattr(function, "__wrapped__", None)
     return False
+
+
+def replaced_forward(module: nn.Module) -> object | None:
+    """Return what was put in the place of a module's forward method, None if it computes the same as the method."""
+    own = vars(module)
+    forward: object = own.get("_old_forward" if spread.has_hook(module) else "forward")
+    return None if forward is None or _leads_to_own(module, forward) else forward
 
 
 def _switched(body: nn.Module, attention_name: str) -> nn.Module:
