@@ -13,6 +13,9 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GraniteConfig,
+    GraniteSpeechConfig,
+    GraniteSpeechForConditionalGeneration,
     JambaConfig,
     Lfm2Config,
     Llama4TextConfig,
@@ -24,7 +27,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from backprompt import LM, Text, TextTooLongError, UnsupportedModelError, evaluate
+from backprompt import LM, Text, TextTooLongError, TokenIdError, UnsupportedModelError, evaluate
+from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain, num_distinct
 from devices import known_to_torch, on_test_device
 from reference import ids_for, plain_ids, plain_logits
@@ -498,6 +502,38 @@ def test_compiled_models_run_as_they_were_written(how, tokenizer):
 
 def refuse_to_compile(graph, inputs):
     raise AssertionError("compiled")
+
+
+# Models of texts and other media
+
+
+def granite_speech():
+    """Its outer class embeds the token that stands for a sound as token 0."""
+    sizes = {"hidden_dim": 32, "num_layers": 1, "num_heads": 2, "dim_head": 16, "conv_kernel_size": 3}
+    config = GraniteSpeechConfig(
+        text_config=GraniteConfig(**TINY).to_dict(),
+        encoder_config={**sizes, "input_dim": 16, "output_dim": 8, "context_size": 20, "max_pos_emb": 32},
+        projector_config={
+            **{"model_type": "blip_2_qformer", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"intermediate_size": 32, "encoder_hidden_size": 32},
+        },
+        audio_token_index=308,
+        has_lora_adapter=False,
+    )
+    return random_model(config, GraniteSpeechForConditionalGeneration)
+
+
+def test_tokens_that_stand_for_a_sound_are_refused(tokenizer):
+    model = granite_speech()
+    lm = LM(model, tokenizer)
+    texts = [Text.from_tokens(ids, lm) for ids in ((7, 99, 9, 11), (7, 99, 307), (7, 309))]
+    evaluate(texts)
+    assert_equals_plain(model, texts)
+    with pytest.raises(TokenIdError, match="308 stands for an image, a video or a sound"):
+        Text.from_tokens((7, 308, 9, 11), lm).logits  # noqa: B018
+    with pytest.raises(TokenIdError, match="308 stands for an image, a video or a sound"):
+        token_logprobs(lm, torch.tensor([[7, 308, 9, 11]]))
+    assert_equals_plain(model, [Text.from_tokens((7, 9), lm)])
 
 
 # past_key_values

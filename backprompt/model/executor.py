@@ -217,6 +217,7 @@ class Executor:
 
         The results are overwritten by the next step. `places`: where they go.
         """
+        self.limits.check_placeholders(pass_.token_ids)
         replayed = None if self.steps is None else self.steps.step(self.run, pass_, attention, places)
         if replayed is None:
             return self.forward(pass_, attention)
@@ -230,8 +231,10 @@ class Executor:
 
         Raises:
             UnsupportedModelError: the model's attention does something that is not implemented here.
+            TokenIdError: a token stands for an image or a sound.
 
         """
+        self.limits.check_placeholders(pass_.token_ids)
         try:
             return self._forward(pass_, attention)
         except torch.OutOfMemoryError:

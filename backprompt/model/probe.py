@@ -120,9 +120,10 @@ def differences(ours: Tensor, theirs: Tensor) -> Tensor:
 
 def _plain_logits(plain_model: nn.Module, executor: Executor, first: int) -> tuple[_Texts, Tensor]:
     """Return texts whose plain logits are distributions, and these logits, `(texts, tokens, vocab)`."""
+    limits = executor.limits
     error: NonFiniteError | None = None
     for attempt in range(first, first + _MAX_TRIES):
-        texts = [token_ids_of(path, executor.limits.num_embeddings, attempt) for path in _PATHS]
+        texts = [_without_placeholders(token_ids_of(path, limits.num_embeddings, attempt), limits) for path in _PATHS]
         plain: Tensor = plain_model(input_ids=torch.tensor(texts, device=executor.device)).logits
         unusable = (~are_distributions(plain)).nonzero().tolist()
         if not unusable:
@@ -137,6 +138,12 @@ def _plain_logits(plain_model: nn.Module, executor: Executor, first: int) -> tup
 def token_ids_of(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...]:
     """Spread the probe's tokens over the vocabulary; equal paths get equal ids, and each attempt other ids."""
     return tuple((31 * idx + 7 * ord(letter) + 11 + 5 * attempt) % num_embeddings for idx, letter in enumerate(path))
+
+
+def _without_placeholders(ids: tuple[int, ...], limits: skeleton.Limits) -> tuple[int, ...]:
+    """Return the ids with another token in the places of those that stand for images or sounds."""
+    usual = next(token_id for token_id in range(limits.num_embeddings) if token_id not in limits.placeholders)
+    return tuple(usual if token_id in limits.placeholders else token_id for token_id in ids)
 
 
 def _with_other_siblings(texts: _Texts) -> _Texts:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.utils.generic import ModelOutput
 
-from backprompt.errors import UnsupportedModelError
+from backprompt.errors import TokenIdError, UnsupportedModelError
 from backprompt.model import spread
 
 SHARED_BUFFER_BYTES = 1 << 16
@@ -32,6 +32,8 @@ SHARED_BUFFER_BYTES = 1 << 16
 
 TRAINERS = ("accelerate.utils.", "backprompt.", "torch._dynamo.", "torch.amp.", "trl.")
 """The packages whose wrappers of a model's forward method compile it, change precision, or add calls of their own."""
+
+_MEDIA = ("image", "video", "audio", "speech", "vision")
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,23 @@ class Limits:
         num_embeddings: token ids must be below this number.
         max_tokens: the number of positions that the model was made for, or None if it does not say.
         why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
+        placeholders: token ids that stand for images or sounds.
 
     """
 
     num_embeddings: int
     max_tokens: int | None
     why_hard: str | None
+    placeholders: frozenset[int] = frozenset()
+
+    def check_placeholders(self, token_ids: Iterable[int]) -> None:
+        """Raise TokenIdError if a token stands for an image or a sound."""
+        if self.placeholders and not self.placeholders.isdisjoint(token_ids):
+            found = min(self.placeholders.intersection(token_ids))
+            raise TokenIdError(
+                f"Token id {found} stands for an image, a video or a sound, which the model puts in its place. Only "
+                "texts without such tokens are evaluated."
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -129,11 +142,27 @@ def limits_of(model: nn.Module) -> Limits:
         if "dynamic" in kind or kind == "longrope":
             original = rope.get("original_max_position_embeddings") or max_tokens
             why = f"its {kind} rotary scaling changes all positions of a call that has a longer one"
-            return Limits(num_embeddings, original, why)
+            return Limits(num_embeddings, original, why, _placeholders(model))
     is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    return Limits(
-        num_embeddings, max_tokens, None if is_rotary else "its position embeddings are learned, one a position"
-    )
+    why_hard = None if is_rotary else "its position embeddings are learned, one a position"
+    return Limits(num_embeddings, max_tokens, why_hard, _placeholders(model))
+
+
+def _placeholders(model: nn.Module) -> frozenset[int]:
+    """Return the token ids that a model of texts and other media replaces by embeddings of these.
+
+    In texts alone, some classes embed such ids as others, and some do not.
+    """
+    config: Any = model.config
+    if config.get_text_config() is config:
+        return frozenset()
+    names = [f"{kind}_token_{suffix}" for kind in _MEDIA for suffix in ("id", "index")]
+    found = {getattr(config, name, None) for name in names}
+    offsets = [getattr(getattr(config, f"{kind}_config", None), "vocab_offset", None) for kind in _MEDIA]
+    lowest = min((offset for offset in offsets if offset is not None), default=None)
+    if lowest is not None:  # from here on the embedding has rows for other media
+        found |= set(range(lowest, model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator]
+    return frozenset(token_id for token_id in found if isinstance(token_id, int))
 
 
 def make_body(model: nn.Module, attention_name: str) -> nn.Module:
