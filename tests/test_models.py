@@ -13,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteSpeechConfig,
     GraniteSpeechForConditionalGeneration,
@@ -207,6 +208,36 @@ def test_rotary_scaling_by_length_is_right_up_to_the_original_length_and_refused
         evaluate([within, beyond])
     # Why: a longer position in a call changes the rows before it.
     assert (plain_logits(model, beyond.tokens)[:-1] - logits).abs().max() > 1e-2
+
+
+def two_longropes():
+    """A model whose kinds of layers have other original lengths, the shorter one the second."""
+
+    def rope(original):
+        lengths = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.5, 2.0, 3.0, 4.0]}
+        return {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": original, **lengths}
+
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "head_dim": 8}
+    ropes = {"full_attention": rope(64), "sliding_attention": rope(32)}
+    return random_model(Gemma3TextConfig(**TINY, **kinds, rope_parameters=ropes))
+
+
+def dynamic(original, max_positions):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": original}
+    return random_model(config_like("llama", rope_parameters=rope, max_position_embeddings=max_positions))
+
+
+@pytest.mark.parametrize(
+    ("make", "longest"),
+    [(two_longropes, 32), (lambda: dynamic(64, 32), 32), (lambda: dynamic(16, 32), 32)],
+    ids=["two longropes", "dynamic, original above", "dynamic, original below"],
+)
+def test_the_length_from_which_rotary_scaling_changes_is_the_one_that_its_code_reads(make, longest, tokenizer):
+    model = make()
+    lm = LM(model, tokenizer, max_tokens_per_forward=7)
+    assert_equals_plain(model, [Text.from_tokens(list(range(5, 5 + length)), lm) for length in (longest - 3, longest)])
+    with pytest.raises(TextTooLongError, match=rf"{longest} positions.*rotary scaling.*Shorten the text by 1\."):
+        evaluate(Text.from_tokens(list(range(5, 6 + longest)), lm))
 
 
 # Experts, heads
@@ -480,6 +511,19 @@ def test_a_model_with_an_adapter_equals_its_plain_call(kind, tokenizer):
 def test_adapters_that_look_at_the_whole_call_are_refused(config, reason, tokenizer):
     with pytest.raises(UnsupportedModelError, match=f"The adapter 'default' .*{reason}"):
         LM(peft.get_peft_model(FAMILIES["llama"](), config), tokenizer)
+
+
+@known_to_torch
+def test_an_adapter_that_scales_others_by_a_run_of_its_own_is_refused(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        peft.get_peft_model(FAMILIES["llama"](), lora).save_pretrained(tmp_path / name)
+    adapters = {name: str(tmp_path / name) for name in ("a", "b")}
+    base = FAMILIES["llama"]()
+    base.config.use_cache = False
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters=adapters)
+    with pytest.raises(UnsupportedModelError, match=r"The adapter 'default' is an X-LoRA.* ordinary LoRA"):
+        LM(peft.get_peft_model(base, config), tokenizer)
 
 
 # Compiled models. Nothing is compiled: the model's own code runs

@@ -551,6 +551,27 @@ def test_changed_weights_are_noticed(change, model, tokenizer):
     assert evaluate(texts[0]).key != key
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_element_of_a_model_made_in_inference_mode_is_noticed(dtype, tokenizer):
+    """Its tensors have no versions, and a sample does not see every element."""
+    with torch.inference_mode():
+        model = FAMILIES["llama"]().to(dtype)
+        model.model.norm.weight = nn.Parameter(model.model.norm.weight[:].clone(), requires_grad=False)
+    assert model.model.norm.weight.is_inference()
+    lm = LM(model, tokenizer)
+    text = Text("The cat", lm)
+    evaluate(text)
+    stats = lm.stats
+    assert text.logits.isfinite().all()
+    assert (lm.stats - stats).tokens_computed == 0
+    with torch.inference_mode():
+        model.model.embed_tokens.weight[text.tokens[0], 5] += 50
+    assert_equals_plain(model, [text])
+    with torch.inference_mode():
+        model.model.norm.weight[3] *= 50
+    assert_equals_plain(model, [text])
+
+
 def test_a_changed_configuration_is_noticed(tokenizer):
     model = FAMILIES["gemma2"]()
     lm = LM(model, tokenizer)

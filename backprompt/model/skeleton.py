@@ -81,6 +81,11 @@ def unwrap(model: nn.Module) -> nn.Module:
                         f"The adapter {name!r} ({adapter.peft_type}) puts virtual tokens before the prompt, which "
                         "packed evaluation does not model. Use an adapter that changes layers, such as LoRA."
                     )
+                if "XLORA" in str(adapter.peft_type):
+                    raise UnsupportedModelError(
+                        f"The adapter {name!r} is an X-LoRA, which scales its LoRAs by a first run over the call, "
+                        "so its texts cannot share a pass. Use an ordinary LoRA."
+                    )
                 if getattr(adapter, "alora_invocation_tokens", None):
                     raise UnsupportedModelError(
                         f"The adapter {name!r} is an activated LoRA, which looks for its invocation tokens in the "
@@ -137,15 +142,26 @@ def limits_of(model: nn.Module) -> Limits:
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     num_embeddings = embeddings.shape[0]
     max_tokens: int | None = getattr(config, "max_position_embeddings", None)
-    for rope in _rope_parameters(config):
-        kind = str(rope.get("rope_type", "default"))
-        if "dynamic" in kind or kind == "longrope":
-            original = rope.get("original_max_position_embeddings") or max_tokens
-            why = f"its {kind} rotary scaling changes all positions of a call that has a longer one"
-            return Limits(num_embeddings, original, why, _placeholders(model))
+    scaled = [
+        (int(length), kind)
+        for kind, length in (_scaled_from(rope, max_tokens) for rope in _rope_parameters(config))
+        if length is not None
+    ]
+    if scaled:
+        length, kind = min(scaled)  # kinds of layers may differ
+        why = f"its {kind} rotary scaling changes all positions of a call that has a longer one"
+        return Limits(num_embeddings, length, why, _placeholders(model))
     is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
     why_hard = None if is_rotary else "its position embeddings are learned, one a position"
     return Limits(num_embeddings, max_tokens, why_hard, _placeholders(model))
+
+
+def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int | None]:
+    """Return the kind of rotary scaling, and the length beyond which it looks at the longest position of a call."""
+    kind = str(rope.get("rope_type", "default"))
+    if "dynamic" in kind:  # transformers' code does not read the original length
+        return kind, max_tokens
+    return kind, rope.get("original_max_position_embeddings") or max_tokens if kind == "longrope" else None
 
 
 def _placeholders(model: nn.Module) -> frozenset[int]:

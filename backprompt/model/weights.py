@@ -4,7 +4,8 @@ Before each evaluation a quick look compares, for every parameter and buffer, id
 strided sample of the content, and the module tree with the state of its adapters, its configurations and replaced
 methods. `.data` writes bump no version; the
 sample sees those that touch many elements, as merging an adapter does. The quick look misses `.data` writes to a few
-elements, which `LM.refresh()` finds by hashing everything.
+elements, which `LM.refresh()` finds by hashing everything. Tensors made in inference mode have no versions, and are
+summed up in full.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ class WeightsMonitor:
     def __init__(self, model: nn.Module) -> None:
         self.parts = PartsMonitor(model)
         self._versioned = [tensor for tensor in self.parts.tensors if not tensor.is_inference()]
+        self._unversioned = [tensor for tensor in self.parts.tensors if tensor.is_inference()]
+        self._sums = _sums(self._unversioned)
         self._versions = _versions(self._versioned)
         self._adapted = [module for module in model.modules() if "merged_adapters" in module.__dict__]
         self.adapters = tuple(map(_adapter_state, self._adapted))
@@ -107,7 +110,7 @@ class WeightsMonitor:
 
     def has_changed(self) -> bool:
         """Return whether a quick look sees a difference to the state at construction."""
-        return self.has_moved() or self._sample.has_changed()
+        return self.has_moved() or self._sample.has_changed() or _sums(self._unversioned) != self._sums
 
     def has_moved(self) -> bool:
         """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
@@ -199,11 +202,26 @@ def _as_array(view: Tensor) -> npt.NDArray[Any]:
     return np.from_dlpack(view.view(_INTEGERS[view.itemsize]))
 
 
-_version_of = operator.attrgetter("_version")  # inference tensors have none
+_version_of = operator.attrgetter("_version")
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(_version_of, tensors))
+
+
+def _sums(tensors: Iterable[Tensor]) -> list[float]:
+    """Return the sum of the bytes of each tensor, read as integers: the versions of inference tensors, which have none.
+
+    Each of these tensors is read in full.
+    """
+    with torch.inference_mode():
+        sums = [_as_integers(tensor).sum(dtype=torch.int64) for tensor in tensors]
+        return [of.item() for of in sums]
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.view(torch.int64 if flat.nbytes % 8 == 0 and flat.storage_offset() == 0 else torch.uint8)
 
 
 def _pointers(tensors: Iterable[Tensor]) -> list[int]:
