@@ -13,6 +13,9 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GraniteConfig,
     GraniteSpeechConfig,
@@ -25,6 +28,8 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -526,6 +531,55 @@ def test_an_adapter_that_scales_others_by_a_run_of_its_own_is_refused(tokenizer,
         LM(peft.get_peft_model(base, config), tokenizer)
 
 
+@known_to_torch
+def test_a_lora_on_parameters_is_refused(tokenizer):
+    base = random_model(MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2))
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(UnsupportedModelError, match=r"LoRA on parameters \(target_parameters\).* Merge it"):
+        LM(peft.get_peft_model(base, config), tokenizer)
+
+
+SMALL_ADAPTERS = {
+    "trainable tokens, tied": peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 262]),
+    "adaption prompt": peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM"),
+}
+
+
+@known_to_torch
+@pytest.mark.parametrize("kind", SMALL_ADAPTERS)
+def test_adapters_that_look_at_linear_layers_find_them_where_onednn_serves(kind, tokenizer, monkeypatch):
+    monkeypatch.setattr("backprompt.model.linear.is_faster", lambda: True)
+    base = random_model(config_like("llama", tie_word_embeddings=True))
+    model = peft.get_peft_model(base, SMALL_ADAPTERS[kind]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view(parameter.shape).to(parameter))
+    lm = LM(model, tokenizer, max_tokens_per_forward=16)
+    assert_is_as_plain(model, tokenizer, short_forest(lm))
+
+
+def bert(build, config, **changes):
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return random_model(config(**sizes, intermediate_size=64, **changes), build)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: bert(BertLMHeadModel, BertConfig), "attend to later tokens, as an encoder does.*is_decoder=True"),
+        (
+            lambda: bert(RobertaForCausalLM, RobertaConfig, is_decoder=True),
+            "other logits in a packed pass.* positions from its padding id on",
+        ),
+    ],
+    ids=["an encoder", "positions behind the padding id"],
+)
+def test_a_refusal_tells_the_reason(make, reason, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        Text("The cat", LM(make(), tokenizer)).logits  # noqa: B018
+
+
 # Compiled models. Nothing is compiled: the model's own code runs
 
 
@@ -594,6 +648,16 @@ def test_a_call_continues_from_past_key_values(family, tokenizer):
         logits = model(input_ids=ids_for(model, next_ids), past_key_values=cache).logits[0]
     plain = plain_logits(model, [*text.tokens, *next_ids])[-len(next_ids) :]
     assert_close(logits, plain)
+
+
+def test_a_cache_of_another_form_is_refused(tokenizer):
+    """The model's own has compressed keys and values."""
+    ranks = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    model = random_model(DeepseekV3Config(**{**TINY, "num_key_value_heads": 4}, **ranks, first_k_dense_replace=2))
+    text = Text("The cat sat on the mat.", LM(model, tokenizer))
+    assert_is_as_plain(model, tokenizer, [text])
+    with pytest.raises(UnsupportedModelError, match="DeepseekV3ForCausalLM keeps other things in its cache"):
+        text.model_repr.past_key_values()
 
 
 @known_to_torch

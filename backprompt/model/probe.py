@@ -67,14 +67,17 @@ def probe(model: nn.Module, executor: Executor) -> None:
     fault: str | None = None
     for first in range(_MAX_TRIES if has_experts else 1):
         texts, plain = _plain_logits(plain_model, executor, first)
-        fault = _fault(type(model).__name__, executor, texts, plain, has_experts=has_experts)
+        fault = _fault(model, executor, texts, plain, has_experts=has_experts)
         if fault is None:
             return
     raise UnsupportedModelError(fault)
 
 
-def _fault(name: str, executor: Executor, texts: _Texts, plain_logits: Tensor, *, has_experts: bool) -> str | None:
+def _fault(
+    model: nn.Module, executor: Executor, texts: _Texts, plain_logits: Tensor, *, has_experts: bool
+) -> str | None:
     """Return why the model cannot be packed, as one set of tokens shows it, or None."""
+    name = type(model).__name__
     try:
         packed, change = _packed_logits(executor, texts)
     except NonFiniteError as error:
@@ -100,8 +103,7 @@ def _fault(name: str, executor: Executor, texts: _Texts, plain_logits: Tensor, *
         if not gap <= TOLERANCE[logits.dtype] * scale:
             return (
                 f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
-                f"than {TOLERANCE[logits.dtype] * scale:.0e} for {logits.dtype}. Something in it mixes tokens outside "
-                "attention, so its texts cannot share a pass."
+                f"than {TOLERANCE[logits.dtype] * scale:.0e} for {logits.dtype}. {skeleton.why_unlike_plain(model)}"
             )
     allowed = (_CHANGE_BY_EXPERTS if has_experts else _CHANGE)[packed[0].dtype]
     if not change <= allowed:

@@ -118,6 +118,11 @@ def check_supported(model: nn.Module) -> None:
             f"{name} scales its queries by the row of the call instead of the position (attn_temperature_tuning), so "
             "its texts cannot share a pass."
         )
+    if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{name} has a LoRA on parameters (target_parameters), which peft puts into the weights anew in each call, "
+            "so that no state of the weights stays. Merge it (model.merge_and_unload()), or adapt modules."
+        )
     spread.check_spread(model, _decoder(model))
     hooked = _first_hooked_module(model)
     if hooked is not None:
@@ -295,6 +300,13 @@ def _uses_attention_interface(model: nn.Module) -> bool:
     return getattr(model, "_supports_attention_backend", False) or hasattr(
         sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"
     )
+
+
+def why_unlike_plain(model: nn.Module) -> str:
+    """Return the likely reason why packed logits of a model are not those of its plain call."""
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        return "It counts positions from its padding id on, and packed evaluation from 0."
+    return "Something in it mixes tokens outside attention, so its texts cannot share a pass."
 
 
 def has_experts(model: nn.Module) -> bool:
