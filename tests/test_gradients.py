@@ -130,6 +130,26 @@ def test_gradients_are_those_of_the_plain_calls(name, batch, temperature, asked,
         assert account.tokens_forwarded >= len(batch.forwarded())
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral_sliding"])
+@given(batch=batches(), pad=st.sampled_from([0, -100]))
+@settings(max_examples=up_to(10))
+def test_hidden_states_are_those_of_the_plain_calls(name, batch, pad):
+    model = family(name)
+    weights = torch.randn((len(batch.rows), batch.width, 32), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = torch.zeros_like(weights)
+    for row, (ids, left) in enumerate(zip(batch.rows, batch.left, strict=True)):
+        if ids:
+            states = model.get_decoder()(torch.tensor([ids], device=DEVICE)).last_hidden_state[0]
+            (states * weights[row, left : left + len(ids)]).sum().backward()
+            expected[row, left : left + len(ids)] = states.detach()
+    plain = gradients(model)
+    found = hidden_states(model, *batch.tensors(pad))
+    assert_close(found.hidden.detach(), expected)
+    assert found.account.tokens_forwarded == len(batch.distinct())
+    (found.hidden * weights).sum().backward()  # of padding alone, too
+    assert_same_gradients(gradients(model), plain)
+
+
 @pytest.mark.parametrize("name", ["granite", "cohere", "opt", "gpt_neox", "phi", "gemma", "olmo2"])
 def test_other_families(name):
     check(build(name), group(3, 12, 6), 0.7, ("entropy",))
@@ -160,8 +180,9 @@ def test_the_same_whether_an_lm_or_its_model_is_given(tokenizer):
 def with_lora(model):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of GPT-2's transposed layers
+        torch.manual_seed(0)
         return peft.get_peft_model(model, config)
 
 

@@ -413,15 +413,26 @@ def test_the_first_call_may_stand_in_inference_mode_under_autocast(max_tokens):
 
 
 @known_to_torch
-def test_an_lm_and_weights_in_autocasts_dtype_shut_autocast_out(tokenizer):
+def test_an_lm_shuts_autocast_out(tokenizer):
     batch = group(2, 6, 4)
-    half = build("llama").to(torch.bfloat16)
-    for scorer in (half, LM(half, tokenizer), LM(family("llama"), tokenizer)):
-        expected = token_logprobs(scorer, *batch.tensors(), entropy=True)
+    for lm in (LM(build("llama").to(torch.bfloat16), tokenizer), LM(family("llama"), tokenizer)):
+        expected = token_logprobs(lm, *batch.tensors(), entropy=True)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            found = token_logprobs(scorer, *batch.tensors(), entropy=True)
+            found = token_logprobs(lm, *batch.tensors(), entropy=True)
         assert_close(found.logprobs, expected.logprobs, atol=0)
         assert_close(found.entropies, expected.entropies, atol=0)
+
+
+@known_to_torch
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_scored_as_with_gradients(dtype, is_autocast):
+    model, batch = build("llama").to(dtype), group(3, 20, 8)
+    with torch.autocast(DEVICE.type, dtype, enabled=is_autocast):
+        found = token_logprobs(model, *batch.tensors(), 8, entropy=True)
+        with_gradients = token_logprobs(model, *batch.tensors(), 8, entropy=True, requires_grad=True)
+    assert_close(found.logprobs, with_gradients.logprobs.detach(), atol=0)
+    assert_close(found.entropies, with_gradients.entropies.detach(), atol=0)
 
 
 # Errors

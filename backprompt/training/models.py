@@ -101,18 +101,17 @@ def _randomness(module: nn.Module) -> str | None:
     return None
 
 
-def heeds_autocast(model: nn.Module) -> bool:
-    """Return whether a model is run under the caller's autocast: where that is of another dtype than some weights.
+def goes_as_with_gradients(model: nn.Module) -> bool:
+    """Return whether a model is run without gradients as with them: under autocast, and with half-precision weights.
 
-    The weights of adapters are often float32 beside others in half precision. Only an `LM` runs a model that is
-    offloaded or spread over devices, and shuts autocast out.
+    There two ways to compute the same differ by rounding that a policy's ratio to its old self would show. Only an
+    `LM` runs a model that is offloaded or spread over devices, and shuts autocast out.
     """
     model = unwrap(model)
-    device = head_device(model).type
-    if not torch.is_autocast_enabled(device) or is_spread(model):
+    if is_spread(model):
         return False
-    dtype = torch.get_autocast_dtype(device)
-    return any(weight.is_floating_point() and weight.dtype != dtype for weight in model.parameters())
+    is_half = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in model.parameters())
+    return is_half or torch.is_autocast_enabled(head_device(model).type)
 
 
 class _Kept:

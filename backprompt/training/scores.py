@@ -20,7 +20,7 @@ from backprompt.session.distributions import as_temperature, as_top_k, distribut
 from backprompt.session.limits import TextLimits
 from backprompt.session.session import Session
 from backprompt.training.gradients import distributions
-from backprompt.training.models import fit, heeds_autocast, scorer_of
+from backprompt.training.models import fit, goes_as_with_gradients, scorer_of
 from backprompt.training.results import Account, RowScores
 from backprompt.training.rows import PaddedRows
 from backprompt.training.trie import num_distinct
@@ -47,8 +47,8 @@ def token_logprobs(
     Column j of the results is of `input_ids[:, -kept + j]`, given the tokens before it in its row. Rows with a common
     beginning, such as completions of one prompt, share the work for it, in any order and with padding on either side.
     Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's first real
-    token. An `LM` computes in the dtype of the weights, and shuts autocast out. A model computes under the caller's
-    autocast, as it does with gradients, where that is of another dtype than some of the weights.
+    token. An `LM` computes in the dtype of the weights, and shuts autocast out. A model under the caller's autocast, or
+    with weights in half precision, computes to the bit what it does with gradients.
 
     With `requires_grad=True` the results have an autograd graph behind them, down to the model's own parameters. Each
     distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, and
@@ -76,14 +76,14 @@ def token_logprobs(
         TokenIdError: the model has no such token id.
         TextTooLongError: a row has more tokens than the model has positions.
         UnsupportedModelError: the model cannot be evaluated exactly, or dropout is active in it.
-        NonFiniteError: the model returned NaN or infinity. With gradients, and under autocast as above, such numbers
+        NonFiniteError: the model returned NaN or infinity. With gradients, and in half precision, such numbers
             are returned, but for those of the probe before a model's first call.
 
     """
     as_bool(requires_grad, "requires_grad")
     lm, keeps_results = scorer_of(lm_or_model, max_tokens_per_forward, requires_grad)
     session = lm.session
-    goes_through_lm = not requires_grad and (keeps_results or not heeds_autocast(session.model))
+    goes_through_lm = not requires_grad and (keeps_results or not goes_as_with_gradients(session.model))
     max_tokens = session.options.max_tokens_per_forward if keeps_results else max_tokens_per_forward
     try:
         with session.exclusive():

@@ -73,8 +73,10 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
 
 
 def _zeros(causal: nn.Module, rows: PaddedRows) -> Tensor:
+    """Return the states of a batch of padding, which has a graph where gradients are on."""
     shape = (rows.num_rows, rows.num_columns, skeleton.hidden_size(causal))
-    return torch.zeros(shape, dtype=skeleton.head_dtype(causal), device=rows.device)
+    dtype = skeleton.head_dtype(causal)
+    return torch.zeros(shape, dtype=dtype, device=rows.device, requires_grad=torch.is_grad_enabled())
 
 
 def _places(rows: PaddedRows) -> Ints:
