@@ -559,6 +559,23 @@ def test_adapters_that_look_at_linear_layers_find_them_where_onednn_serves(kind,
     assert_is_as_plain(model, tokenizer, short_forest(lm))
 
 
+class Linear8bitLt(nn.Linear):
+    """Takes the place of the int8 layer of bitsandbytes, whose first call empties its weight."""
+
+    def forward(self, rows):
+        weight, self.weight.CB = self.weight.CB, None
+        return nn.functional.linear(rows, weight, self.bias)
+
+
+def test_int8_layers_of_bitsandbytes_are_refused_before_they_run(tokenizer):
+    model = FAMILIES["llama"]()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.__class__, layer.weight.CB = Linear8bitLt, layer.weight.data
+    with pytest.raises(UnsupportedModelError, match="int8 layers of bitsandbytes.* without load_in_8bit"):
+        LM(model, tokenizer)
+    assert layer.weight.CB is not None
+
+
 def bert(build, config, **changes):
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     return random_model(config(**sizes, intermediate_size=64, **changes), build)

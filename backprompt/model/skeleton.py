@@ -118,10 +118,16 @@ def check_supported(model: nn.Module) -> None:
             f"{name} scales its queries by the row of the call instead of the position (attn_temperature_tuning), so "
             "its texts cannot share a pass."
         )
-    if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
+    kinds = {type(module).__name__ for module in model.modules()}
+    if "ParamWrapper" in kinds:
         raise UnsupportedModelError(
             f"{name} has a LoRA on parameters (target_parameters), which peft puts into the weights anew in each call, "
             "so that no state of the weights stays. Merge it (model.merge_and_unload()), or adapt modules."
+        )
+    if "Linear8bitLt" in kinds:
+        raise UnsupportedModelError(
+            f"{name} has int8 layers of bitsandbytes, which take numbers out of their weights in their first call, so "
+            "private copies cannot share the weights. Load the model without load_in_8bit=True."
         )
     spread.check_spread(model, _decoder(model))
     hooked = _first_hooked_module(model)
