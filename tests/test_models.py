@@ -571,7 +571,7 @@ def test_int8_layers_of_bitsandbytes_are_refused_before_they_run(tokenizer):
     model = FAMILIES["llama"]()
     layer = model.model.layers[0].mlp.up_proj
     layer.__class__, layer.weight.CB = Linear8bitLt, layer.weight.data
-    with pytest.raises(UnsupportedModelError, match="int8 layers of bitsandbytes.* without load_in_8bit"):
+    with pytest.raises(UnsupportedModelError, match=r"int8 layers of bitsandbytes.* without load_in_8bit"):
         LM(model, tokenizer)
     assert layer.weight.CB is not None
 
