@@ -23,6 +23,8 @@ from transformers import (
     JambaConfig,
     Lfm2Config,
     Llama4TextConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     ModernBertDecoderConfig,
     Qwen2MoeConfig,
@@ -636,6 +638,26 @@ def granite_speech():
         has_lora_adapter=False,
     )
     return random_model(config, GraniteSpeechForConditionalGeneration)
+
+
+def llava():
+    """Its outer class embeds the token that stands for an image as any other, where there is no image."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", **sizes, "image_size": 28, "patch_size": 14}
+    text = {"model_type": "llama", **TINY}
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=304)
+    return random_model(config, LlavaForConditionalGeneration)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_stand_for_an_image_are_evaluated_where_they_are_embedded_as_others(dtype, tokenizer):
+    """Before and after weights have changed, when the model is not probed again."""
+    model = llava().to(dtype)
+    text = Text.from_tokens((7, 304, 9, 11), LM(model, tokenizer))
+    assert_equals_plain(model, [text])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] += 1
+    assert_equals_plain(model, [text])
 
 
 def test_tokens_that_stand_for_a_sound_are_refused(tokenizer):

@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -209,6 +209,10 @@ class Executor:
         """Take over the layout of rows, and the bytes of a token, from a pass of a model with the same parts."""
         self.layout, self.token_bytes = layout, token_bytes
         self.device_of |= {name: row.device for name, row in layout.rows.items()}
+
+    def refuse_placeholders(self, placeholders: frozenset[int]) -> None:
+        """Let only these token ids be refused as standing for images or sounds; the probe finds out which."""
+        self.limits = replace(self.limits, placeholders=placeholders)
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""

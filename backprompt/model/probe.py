@@ -51,6 +51,8 @@ _TILE_TOKENS = 3
 _MAX_TRIES = 4
 """Number of token sets to try: a few rows of an embedding that are not finite are no reason to refuse a model."""
 
+_MAX_PLACEHOLDERS = 16
+
 _Texts = list[tuple[int, ...]]
 
 
@@ -69,6 +71,7 @@ def probe(model: nn.Module, executor: Executor) -> None:
         texts, plain = _plain_logits(plain_model, executor, first)
         fault = _fault(model, executor, texts, plain, has_experts=has_experts)
         if fault is None:
+            executor.refuse_placeholders(_refused_placeholders(plain_model, executor))
             return
     raise UnsupportedModelError(fault)
 
@@ -140,6 +143,31 @@ def _plain_logits(plain_model: nn.Module, executor: Executor, first: int) -> tup
 def token_ids_of(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...]:
     """Spread the probe's tokens over the vocabulary; equal paths get equal ids, and each attempt other ids."""
     return tuple((31 * idx + 7 * ord(letter) + 11 + 5 * attempt) % num_embeddings for idx, letter in enumerate(path))
+
+
+def _refused_placeholders(plain_model: nn.Module, executor: Executor) -> frozenset[int]:
+    """Return the ids that stand for images or sounds if the plain call embeds one of them as another, else none."""
+    placeholders = executor.limits.placeholders
+    if not placeholders or len(placeholders) > _MAX_PLACEHOLDERS:
+        return placeholders
+    (usual,) = _without_placeholders((min(placeholders),), executor.limits)
+    ids = (usual, *sorted(placeholders), usual)
+    forest = Forest()
+    executor.refuse_placeholders(frozenset())
+    try:
+        plain: Tensor = plain_model(input_ids=torch.tensor([ids], device=executor.device)).logits[0]
+        end = forest.insert(ids)
+        executor.compute(plan_pass(missing_spans([end]), _TILE_TOKENS)).place()
+        packed = executor.logits(gather([states_of(span) for span in end.path()], "hidden"))
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ArithmeticError):
+        return placeholders  # the plain call wants an image or a sound for each of them
+    finally:
+        forest.clear()
+        executor.refuse_placeholders(placeholders)
+    allowed = TOLERANCE[packed.dtype] * float(plain.abs().max()) * (1 if packed.itemsize > 2 else 1 / 8)
+    return frozenset() if float(differences(packed.float(), plain.float()).max()) <= allowed else placeholders
 
 
 def _without_placeholders(ids: tuple[int, ...], limits: skeleton.Limits) -> tuple[int, ...]:
