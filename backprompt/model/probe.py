@@ -40,7 +40,7 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torc
 In float64 many models still take their softmax in float32.
 """
 
-_CHANGE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 2e-4, torch.bfloat16: 1e-3}
+_CHANGE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
 """Largest change of hidden states, relative to the largest, where tokens change that a text does not see."""
 _CHANGE_BY_EXPERTS = _CHANGE | {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """The same of models with experts: one multiplies as many rows at once as chose it, and rounds accordingly."""
