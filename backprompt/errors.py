@@ -36,7 +36,7 @@ class TextTooLongError(BackpromptError, ValueError):
 
 
 class TokenIdError(BackpromptError, IndexError):
-    """A token id that the model's embedding does not have."""
+    """A token id that the model's embedding does not have, or that stands for an image or a sound."""
 
 
 class TokenizerError(BackpromptError, ValueError):

@@ -13,17 +13,30 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteSpeechConfig,
+    GraniteSpeechForConditionalGeneration,
     JambaConfig,
     Lfm2Config,
     Llama4TextConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     ModernBertDecoderConfig,
     Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3NextConfig,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from backprompt import LM, Text, TextTooLongError, UnsupportedModelError, evaluate
+from backprompt import LM, Text, TextTooLongError, TokenIdError, UnsupportedModelError, evaluate
+from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain, num_distinct
 from devices import known_to_torch, on_test_device
 from reference import ids_for, plain_ids, plain_logits
@@ -204,6 +217,36 @@ def test_rotary_scaling_by_length_is_right_up_to_the_original_length_and_refused
     assert (plain_logits(model, beyond.tokens)[:-1] - logits).abs().max() > 1e-2
 
 
+def two_longropes():
+    """A model whose kinds of layers have other original lengths, the shorter one the second."""
+
+    def rope(original):
+        lengths = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.5, 2.0, 3.0, 4.0]}
+        return {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": original, **lengths}
+
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "head_dim": 8}
+    ropes = {"full_attention": rope(64), "sliding_attention": rope(32)}
+    return random_model(Gemma3TextConfig(**TINY, **kinds, rope_parameters=ropes))
+
+
+def dynamic(original, max_positions):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": original}
+    return random_model(config_like("llama", rope_parameters=rope, max_position_embeddings=max_positions))
+
+
+@pytest.mark.parametrize(
+    ("make", "longest"),
+    [(two_longropes, 32), (lambda: dynamic(64, 32), 32), (lambda: dynamic(16, 32), 32)],
+    ids=["two longropes", "dynamic, original above", "dynamic, original below"],
+)
+def test_the_length_from_which_rotary_scaling_changes_is_the_one_that_its_code_reads(make, longest, tokenizer):
+    model = make()
+    lm = LM(model, tokenizer, max_tokens_per_forward=7)
+    assert_equals_plain(model, [Text.from_tokens(list(range(5, 5 + length)), lm) for length in (longest - 3, longest)])
+    with pytest.raises(TextTooLongError, match=rf"{longest} positions.*rotary scaling.*Shorten the text by 1\."):
+        evaluate(Text.from_tokens(list(range(5, 6 + longest)), lm))
+
+
 # Experts, heads
 
 
@@ -282,6 +325,48 @@ def test_hybrids_whose_other_layers_mix_tokens_are_refused(hybrid, tokenizer):
     reason = "ForCausalLM (does not go through transformers' attention interface|.* mixes tokens outside attention)"
     with pytest.raises(UnsupportedModelError, match=reason):
         evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+
+
+def as_constructed(config, dtype):
+    """A model with its constructor's small weights, whose layers move logits by little."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return on_test_device(AutoModelForCausalLM.from_config(config).eval().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hybrid", ["lfm2, convolution last", "qwen3_5"])
+def test_hybrids_with_small_weights_are_refused_in_low_precision(hybrid, dtype, tokenizer):
+    """Where logits differ by less than such numbers are compared to, the text's rows still depend on other texts."""
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 8}
+    qwen = Qwen3_5TextConfig(**TINY, **sizes, layer_types=["linear_attention", "full_attention"])
+    model = as_constructed(qwen if hybrid == "qwen3_5" else HYBRIDS[hybrid](), dtype)
+    with pytest.raises(UnsupportedModelError, match=r"when other texts in the same pass change.* mixes tokens outside"):
+        evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_experts_that_flip_with_the_last_bit_do_not_refuse_a_model(seed, tokenizer):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(FAMILIES["gpt_oss"]().config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model = on_test_device(model.to(torch.bfloat16))
+    evaluate(Text("The cat sat on the mat.", LM(model, tokenizer)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_probe_runs_the_model_on_forty_tokens(dtype, tokenizer):
+    """One plain call of three texts, and three passes."""
+    model = random_model(config_like("llama")).to(dtype)
+    calls = []
+    embed = type(model.model.embed_tokens).forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Embedding, "forward", lambda self, ids: calls.append(ids.numel()) or embed(self, ids))
+        evaluate(Text("", LM(model, tokenizer)) + "The")
+    assert calls == [27, 4, 12, 12, 1]
 
 
 def llama4(**changes):
@@ -435,15 +520,96 @@ def test_adapters_that_look_at_the_whole_call_are_refused(config, reason, tokeni
         LM(peft.get_peft_model(FAMILIES["llama"](), config), tokenizer)
 
 
+@known_to_torch
+def test_an_adapter_that_scales_others_by_a_run_of_its_own_is_refused(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        peft.get_peft_model(FAMILIES["llama"](), lora).save_pretrained(tmp_path / name)
+    adapters = {name: str(tmp_path / name) for name in ("a", "b")}
+    base = FAMILIES["llama"]()
+    base.config.use_cache = False
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters=adapters)
+    with pytest.raises(UnsupportedModelError, match=r"The adapter 'default' is an X-LoRA.* ordinary LoRA"):
+        LM(peft.get_peft_model(base, config), tokenizer)
+
+
+@known_to_torch
+def test_a_lora_on_parameters_is_refused(tokenizer):
+    base = random_model(MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2))
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(UnsupportedModelError, match=r"LoRA on parameters \(target_parameters\).* Merge it"):
+        LM(peft.get_peft_model(base, config), tokenizer)
+
+
+SMALL_ADAPTERS = {
+    "trainable tokens, tied": peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 262]),
+    "adaption prompt": peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM"),
+}
+
+
+@known_to_torch
+@pytest.mark.parametrize("kind", SMALL_ADAPTERS)
+def test_adapters_that_look_at_linear_layers_find_them_where_onednn_serves(kind, tokenizer, monkeypatch):
+    monkeypatch.setattr("backprompt.model.linear.is_faster", lambda: True)
+    base = random_model(config_like("llama", tie_word_embeddings=True))
+    model = peft.get_peft_model(base, SMALL_ADAPTERS[kind]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view(parameter.shape).to(parameter))
+    lm = LM(model, tokenizer, max_tokens_per_forward=16)
+    assert_is_as_plain(model, tokenizer, short_forest(lm))
+
+
+class Linear8bitLt(nn.Linear):
+    """Takes the place of the int8 layer of bitsandbytes, whose first call empties its weight."""
+
+    def forward(self, rows):
+        weight, self.weight.CB = self.weight.CB, None
+        return nn.functional.linear(rows, weight, self.bias)
+
+
+def test_int8_layers_of_bitsandbytes_are_refused_before_they_run(tokenizer):
+    model = FAMILIES["llama"]()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.__class__, layer.weight.CB = Linear8bitLt, layer.weight.data
+    with pytest.raises(UnsupportedModelError, match=r"int8 layers of bitsandbytes.* without load_in_8bit"):
+        LM(model, tokenizer)
+    assert layer.weight.CB is not None
+
+
+def bert(build, config, **changes):
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return random_model(config(**sizes, intermediate_size=64, **changes), build)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: bert(BertLMHeadModel, BertConfig), "attend to later tokens, as an encoder does.*is_decoder=True"),
+        (
+            lambda: bert(RobertaForCausalLM, RobertaConfig, is_decoder=True),
+            "other logits in a packed pass.* positions from its padding id on",
+        ),
+    ],
+    ids=["an encoder", "positions behind the padding id"],
+)
+def test_a_refusal_tells_the_reason(make, reason, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        Text("The cat", LM(make(), tokenizer)).logits  # noqa: B018
+
+
 # Compiled models. Nothing is compiled: the model's own code runs
 
 
-@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "its decoder", "a layer"])
+@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "its decoder", "a layer", "its method"])
 def test_compiled_models_run_as_they_were_written(how, tokenizer):
     plain = FAMILIES["llama"]()
     model = FAMILIES["llama"]()
     if how == "torch.compile(model)":
         model = torch.compile(model, backend=refuse_to_compile)
+    elif how == "its method":
+        model.forward = torch.compile(model.forward, backend=refuse_to_compile)
     else:
         module = {"model.compile()": model, "its decoder": model.model, "a layer": model.model.layers[0]}[how]
         module.compile(backend=refuse_to_compile)
@@ -453,6 +619,58 @@ def test_compiled_models_run_as_they_were_written(how, tokenizer):
 
 def refuse_to_compile(graph, inputs):
     raise AssertionError("compiled")
+
+
+# Models of texts and other media
+
+
+def granite_speech():
+    """Its outer class embeds the token that stands for a sound as token 0."""
+    sizes = {"hidden_dim": 32, "num_layers": 1, "num_heads": 2, "dim_head": 16, "conv_kernel_size": 3}
+    config = GraniteSpeechConfig(
+        text_config=GraniteConfig(**TINY).to_dict(),
+        encoder_config={**sizes, "input_dim": 16, "output_dim": 8, "context_size": 20, "max_pos_emb": 32},
+        projector_config={
+            **{"model_type": "blip_2_qformer", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"intermediate_size": 32, "encoder_hidden_size": 32},
+        },
+        audio_token_index=308,
+        has_lora_adapter=False,
+    )
+    return random_model(config, GraniteSpeechForConditionalGeneration)
+
+
+def llava():
+    """Its outer class embeds the token that stands for an image as any other, where there is no image."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", **sizes, "image_size": 28, "patch_size": 14}
+    text = {"model_type": "llama", **TINY}
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=304)
+    return random_model(config, LlavaForConditionalGeneration)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_stand_for_an_image_are_evaluated_where_they_are_embedded_as_others(dtype, tokenizer):
+    """Before and after weights have changed, when the model is not probed again."""
+    model = llava().to(dtype)
+    text = Text.from_tokens((7, 304, 9, 11), LM(model, tokenizer))
+    assert_equals_plain(model, [text])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] += 1
+    assert_equals_plain(model, [text])
+
+
+def test_tokens_that_stand_for_a_sound_are_refused(tokenizer):
+    model = granite_speech()
+    lm = LM(model, tokenizer)
+    texts = [Text.from_tokens(ids, lm) for ids in ((7, 99, 9, 11), (7, 99, 307), (7, 309))]
+    evaluate(texts)
+    assert_equals_plain(model, texts)
+    with pytest.raises(TokenIdError, match="308 stands for an image, a video or a sound"):
+        Text.from_tokens((7, 308, 9, 11), lm).logits  # noqa: B018
+    with pytest.raises(TokenIdError, match="308 stands for an image, a video or a sound"):
+        token_logprobs(lm, torch.tensor([[7, 308, 9, 11]]))
+    assert_equals_plain(model, [Text.from_tokens((7, 9), lm)])
 
 
 # past_key_values
@@ -469,6 +687,16 @@ def test_a_call_continues_from_past_key_values(family, tokenizer):
         logits = model(input_ids=ids_for(model, next_ids), past_key_values=cache).logits[0]
     plain = plain_logits(model, [*text.tokens, *next_ids])[-len(next_ids) :]
     assert_close(logits, plain)
+
+
+def test_a_cache_of_another_form_is_refused(tokenizer):
+    """The model's own has compressed keys and values."""
+    ranks = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    model = random_model(DeepseekV3Config(**{**TINY, "num_key_value_heads": 4}, **ranks, first_k_dense_replace=2))
+    text = Text("The cat sat on the mat.", LM(model, tokenizer))
+    assert_is_as_plain(model, tokenizer, [text])
+    with pytest.raises(UnsupportedModelError, match="DeepseekV3ForCausalLM keeps other things in its cache"):
+        text.model_repr.past_key_values()
 
 
 @known_to_torch

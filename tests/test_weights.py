@@ -20,6 +20,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model
 
@@ -505,7 +506,14 @@ def head_tied(model):
     model.lm_head.weight = model.model.embed_tokens.weight
 
 
+def forward_replaced(model):
+    mlp = model.model.layers[0].mlp
+    old = mlp.forward
+    mlp.forward = lambda hidden: old(hidden) * 3
+
+
 CHANGES = {
+    "a method replaced": forward_replaced,
     "a step of an optimizer": step,
     "one element, in place": in_place,
     "a matrix, through .data": through_data,
@@ -541,6 +549,68 @@ def test_changed_weights_are_noticed(change, model, tokenizer):
     assert old[0].num_tokens == len(texts[0].tokens)
     assert lm.fingerprint != fingerprint
     assert evaluate(texts[0]).key != key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_element_of_a_model_made_in_inference_mode_is_noticed(dtype, tokenizer):
+    """Its tensors have no versions, and a sample does not see every element."""
+    with torch.inference_mode():
+        model = FAMILIES["llama"]().to(dtype)
+        model.model.norm.weight = nn.Parameter(model.model.norm.weight[:].clone(), requires_grad=False)
+    assert model.model.norm.weight.is_inference()
+    lm = LM(model, tokenizer)
+    text = Text("The cat", lm)
+    evaluate(text)
+    stats = lm.stats
+    assert text.logits.isfinite().all()
+    assert (lm.stats - stats).tokens_computed == 0
+    with torch.inference_mode():
+        model.model.embed_tokens.weight[text.tokens[0], 5] += 50
+    assert_equals_plain(model, [text])
+    with torch.inference_mode():
+        model.model.norm.weight[3] *= 50
+    assert_equals_plain(model, [text])
+
+
+def test_a_changed_configuration_is_noticed(tokenizer):
+    model = FAMILIES["gemma2"]()
+    lm = LM(model, tokenizer)
+    texts = forest(lm)
+    evaluate(texts)
+    fingerprint = lm.fingerprint
+    model.config.final_logit_softcapping = 0.5
+    assert_equals_plain(model, texts)
+    assert texts[0].logits.abs().max() <= 0.5
+    assert lm.fingerprint != fingerprint
+
+
+def times(factor, old):
+    return lambda hidden: old(hidden) * factor
+
+
+def test_fingerprints_tell_replaced_methods_apart_by_content(model, tokenizer):
+    mlp = model.model.layers[0].mlp
+    old, found = mlp.forward, []
+    for factor in (2, 3, 2):
+        mlp.forward = times(factor, old)
+        found.append(content_hash(model))
+    assert found[0] == found[2] != found[1]
+
+
+def test_wrappers_of_trainers_and_compilers_are_no_change(model, tokenizer):
+    """Such as those of accelerate's mixed precision."""
+    lm = LM(model, tokenizer)
+    texts = forest(lm)
+    evaluate(texts)
+    stats, fingerprint = lm.stats, lm.fingerprint
+    model.forward = convert_outputs_to_fp32(model.forward)
+    model.model.layers[0].forward = torch.compile(model.model.layers[0].forward, backend="eager")
+    read(texts)
+    assert (lm.stats - stats).tokens_computed == 0
+    lm.refresh()
+    assert lm.fingerprint == fingerprint
+    assert content_hash(model) == content_hash(model)
+    assert_equals_plain(model, texts)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

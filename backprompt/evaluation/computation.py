@@ -145,10 +145,11 @@ class Means:
 
 
 class Probed(NamedTuple):
-    """What the probe has found of a model that passed it: the layout of rows, and the bytes of a token."""
+    """What the probe has found of a model that passed it: the layout of rows, bytes of a token, and refused ids."""
 
     layout: Layout
     token_bytes: int
+    placeholders: frozenset[int]
 
 
 def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]) -> None:
@@ -412,10 +413,12 @@ class Computation:
         if known is None:
             with self.blaming_weights():
                 probe(self._model, self.executor)
-            assert self.executor.layout is not None, "the probe runs a pass"
-            known = Probed(self.executor.layout, self.executor.token_bytes)
+            executor = self.executor
+            assert executor.layout is not None, "the probe runs a pass"
+            known = Probed(executor.layout, executor.token_bytes, executor.limits.placeholders)
         self.probed = known
-        self.executor.know_rows(*known)
+        self.executor.know_rows(known.layout, known.token_bytes)
+        self.executor.refuse_placeholders(known.placeholders)
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.

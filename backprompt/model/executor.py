@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from backprompt.logprobs import logprob_dtype
 from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.memory.places import Places
 from backprompt.model import skeleton, spread
+from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.fusion import fusion_for
 from backprompt.model.in_flight import Forwarded, InFlight, Way, no_layers_error, run_body
 from backprompt.model.linear import speed_up
@@ -153,6 +154,7 @@ class Executor:
             linears = speed_up((self._body, self._head), pack=pack_weights)
             self.linears = pad_head(self._head, model, linears)
         self._in_flight: InFlight | None = None
+        self._form_of_cache: tuple[Form | None] | None = None  # known after its first use
         self.steps: CapturedSteps | None = None
         """Captured steps of generations, where the device has graphs."""
         if not spread.is_spread(model):  # hooks move weights between steps
@@ -208,6 +210,10 @@ class Executor:
         self.layout, self.token_bytes = layout, token_bytes
         self.device_of |= {name: row.device for name, row in layout.rows.items()}
 
+    def refuse_placeholders(self, placeholders: frozenset[int]) -> None:
+        """Let only these token ids be refused as standing for images or sounds; the probe finds out which."""
+        self.limits = replace(self.limits, placeholders=placeholders)
+
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
         return self._attention.prepare(pass_, num_steps)
@@ -217,6 +223,7 @@ class Executor:
 
         The results are overwritten by the next step. `places`: where they go.
         """
+        self.limits.check_placeholders(pass_.token_ids)
         replayed = None if self.steps is None else self.steps.step(self.run, pass_, attention, places)
         if replayed is None:
             return self.forward(pass_, attention)
@@ -230,8 +237,10 @@ class Executor:
 
         Raises:
             UnsupportedModelError: the model's attention does something that is not implemented here.
+            TokenIdError: a token stands for an image or a sound.
 
         """
+        self.limits.check_placeholders(pass_.token_ids)
         try:
             return self._forward(pass_, attention)
         except torch.OutOfMemoryError:
@@ -325,12 +334,10 @@ class Executor:
         return min(tokens_per_forward(self._body, device) for device in self._devices)
 
     def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
-        """Return a cache for `model(..., past_key_values=...)` with all rows of a block."""
-        cache = DynamicCache(config=self._config)
-        for layer_idx in range(keys_values.num_layers):
-            key, value = keys_values.layer(layer_idx, slice(None))
-            cache.update(key[None], value[None], layer_idx)
-        return cache
+        """Return a cache for `model(..., past_key_values=...)` with all rows of a block; see caches.py."""
+        if self._form_of_cache is None:
+            self._form_of_cache = (form_of_cache(self._model, self._input_device),)
+        return dynamic_cache(self._model_name, self._config, *self._form_of_cache, keys_values)
 
     def attend(
         self,

@@ -14,7 +14,7 @@ from backprompt.attention.base import PreparedAttention, Scoring, StandingAttent
 from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
 from backprompt.memory.blocks import KeysValues
-from backprompt.model.masks import Mask
+from backprompt.model.masks import Mask, sees_later
 
 Way: TypeAlias = Literal["replayed", "recorded", "plain"]
 """How a step of a generation was computed: by a graph, by the first run of one, or without."""
@@ -61,6 +61,12 @@ class Masks:
             self.masks.append(Mask(mask_function, self.max_position, device))
             if self.masks[-1].meaning.is_known:
                 return torch.empty((0, len(self.masks)), device=device)
+            if sees_later(mask_function, self.max_position, device):
+                raise UnsupportedModelError(
+                    f"{self.model_name} lets tokens attend to later tokens, as an encoder does, so what it computes "
+                    "for a text changes with the text behind it. Use a causal LM (a configuration of some families "
+                    "needs is_decoder=True)."
+                )
         raise UnsupportedModelError(
             f"{self.model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "
             f"{self.max_position + 1} tokens), which packed evaluation does not implement. Shorter texts may work."

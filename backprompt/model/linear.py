@@ -57,6 +57,7 @@ class OneDnnLinear(nn.Module):
         self.weight = _weight(like)  # read by some models
         self.bias: Tensor | None = like.bias  # type: ignore[assignment]
         weight = _outputs_first(like)
+        self.out_features, self.in_features = weight.shape  # read by some adapters
         self._multiplied = _packed(weight) if is_packed else weight
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -95,6 +96,7 @@ class TrainedLinear(nn.Module):
         self.weight = _weight(like)  # read by some models
         self.bias: Tensor | None = like.bias  # type: ignore[assignment]
         self._is_transposed = isinstance(like, Conv1D)
+        self.out_features, self.in_features = _outputs_first(like).shape  # read by some adapters
 
     def forward(self, rows: Tensor) -> Tensor:
         """`(..., inputs)` -> `(..., outputs)`."""
@@ -154,6 +156,7 @@ def _replaceable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
         for name, child in parent.named_children()
         if type(child) in (nn.Linear, Conv1D)
         and "forward" not in vars(child)  # no forward of the user's
+        and type(parent).__name__ != "TrainableTokensLayer"  # peft's looks at the type, and multiplies on its own
         and is_plain(_weight(child), ("cpu",))
     ]
 

@@ -1,16 +1,25 @@
 """The probe: before a model is used, a small packed tree is compared with its plain calls.
 
 The probe catches what the configuration does not show: layers that mix tokens outside attention (state-space layers,
-convolutions), norms outside the body, unusual heads. The tree has 12 tokens,
+convolutions), norms outside the body, unusual heads. The tree has 16 tokens,
 
     a a a a --+-- b b b --+-- c c
-              |           +-- d
-              +-- e e
+              |           +-- d d
+              +-- e e e e e
 
 and runs as two passes, so that attention to cached keys, to keys of the same pass and within a tile all take part.
+
+In low precision a comparison of logits is coarse: small weights mix tokens by less than its tolerance. So the second
+pass runs once more with other tokens in the places of `bbb`, `cc` and `dd`. The rows of `eeeee` do not see these
+tokens, and must stay the same.
+
+The choice of experts flips with the last bit. A flip changes rows of one set of tokens, and a wrong layer those of
+each. So a model with experts is refused if several sets show a fault.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +28,11 @@ from backprompt.errors import NonFiniteError, UnsupportedModelError
 from backprompt.forest.forest import Forest
 from backprompt.forest.passes import missing_spans
 from backprompt.forest.plan import plan_pass
+from backprompt.forest.span import Span
 from backprompt.logprobs import are_distributions
 from backprompt.memory.blocks import gather, states_of
 from backprompt.model import skeleton
-from backprompt.model.executor import Executor
+from backprompt.model.executor import Computed, Executor
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -30,24 +40,49 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torc
 In float64 many models still take their softmax in float32.
 """
 
-_PATHS = ("aaaabbbcc", "aaaabbbd", "aaaaee")
+_CHANGE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
+"""Largest change of hidden states, relative to the largest, where tokens change that a text does not see."""
+_CHANGE_BY_EXPERTS = _CHANGE | {torch.float16: 3e-3, torch.bfloat16: 2e-2}
+"""The same of models with experts: one multiplies as many rows at once as chose it, and rounds accordingly."""
+
+_PATHS = ("aaaabbbcc", "aaaabbbdd", "aaaaeeeee")
+"""Of one length, so that one plain call takes all."""
 _TILE_TOKENS = 3
 _MAX_TRIES = 4
 """Number of token sets to try: a few rows of an embedding that are not finite are no reason to refuse a model."""
 
+_MAX_PLACEHOLDERS = 16
+
+_Texts = list[tuple[int, ...]]
+
 
 def probe(model: nn.Module, executor: Executor) -> None:
-    """Compare packed evaluation with the plain call.
+    """Compare packed evaluation with the plain call, and with itself after a change that must not matter.
 
     Raises:
         UnsupportedModelError: the two differ by more than the tolerance, or the model cannot be run packed.
         NonFiniteError: NaN or infinity in the plain call itself, or on the way in a packed pass.
 
     """
+    plain_model = skeleton.plain_copy(model)
+    has_experts = skeleton.has_experts(model)
+    fault: str | None = None
+    for first in range(_MAX_TRIES if has_experts else 1):
+        texts, plain = _plain_logits(plain_model, executor, first)
+        fault = _fault(model, executor, texts, plain, has_experts=has_experts)
+        if fault is None:
+            executor.refuse_placeholders(_refused_placeholders(plain_model, executor))
+            return
+    raise UnsupportedModelError(fault)
+
+
+def _fault(
+    model: nn.Module, executor: Executor, texts: _Texts, plain_logits: Tensor, *, has_experts: bool
+) -> str | None:
+    """Return why the model cannot be packed, as one set of tokens shows it, or None."""
     name = type(model).__name__
-    texts, plain_logits = _plain_logits(model, executor)
     try:
-        packed = _packed_logits(executor, texts)
+        packed, change = _packed_logits(executor, texts)
     except NonFiniteError as error:
         # In float16 the plain call may be just within range, and torch's attention hides some scores that are NaN.
         raise NonFiniteError(
@@ -69,11 +104,18 @@ def probe(model: nn.Module, executor: Executor) -> None:
         scale = max(1.0, float(plain[plain.isfinite()].abs().max()))
         gap = float(differences(logits.float(), plain.float()).max())
         if not gap <= TOLERANCE[logits.dtype] * scale:
-            raise UnsupportedModelError(
+            return (
                 f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
-                f"than {TOLERANCE[logits.dtype] * scale:.0e} for {logits.dtype}. Something in it mixes tokens outside "
-                "attention, so its texts cannot share a pass."
+                f"than {TOLERANCE[logits.dtype] * scale:.0e} for {logits.dtype}. {skeleton.why_unlike_plain(model)}"
             )
+    allowed = (_CHANGE_BY_EXPERTS if has_experts else _CHANGE)[packed[0].dtype]
+    if not change <= allowed:
+        return (
+            f"{name} gives a text other hidden states when other texts in the same pass change: by {change:.2e} of the "
+            f"largest, more than {allowed:.0e}. Something in it mixes tokens outside attention, so its texts cannot "
+            "share a pass."
+        )
+    return None
 
 
 def differences(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -81,22 +123,18 @@ def differences(ours: Tensor, theirs: Tensor) -> Tensor:
     return torch.where(ours == theirs, 0.0, (ours - theirs).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def _plain_logits(model: nn.Module, executor: Executor) -> tuple[list[tuple[int, ...]], list[Tensor]]:
-    """Return texts whose plain logits are distributions, and the logits of each, `(tokens, vocab)`."""
-    plain_model = skeleton.plain_copy(model)
+def _plain_logits(plain_model: nn.Module, executor: Executor, first: int) -> tuple[_Texts, Tensor]:
+    """Return texts whose plain logits are distributions, and these logits, `(texts, tokens, vocab)`."""
+    limits = executor.limits
     error: NonFiniteError | None = None
-    for attempt in range(_MAX_TRIES):
-        texts = [token_ids_of(path, executor.limits.num_embeddings, attempt) for path in _PATHS]
-        plain = [plain_model(input_ids=torch.tensor([ids], device=executor.device)).logits[0] for ids in texts]
-        unusable = [
-            (row, ids[: idx + 1])
-            for ids, logits in zip(texts, plain, strict=True)
-            for idx, row in enumerate(logits)
-            if not bool(are_distributions(row))
-        ]
+    for attempt in range(first, first + _MAX_TRIES):
+        texts = [_without_placeholders(token_ids_of(path, limits.num_embeddings, attempt), limits) for path in _PATHS]
+        plain: Tensor = plain_model(input_ids=torch.tensor(texts, device=executor.device)).logits
+        unusable = (~are_distributions(plain)).nonzero().tolist()
         if not unusable:
             return texts, plain
-        error = error or executor.logits_error(*unusable[0])
+        text_idx, idx = unusable[0]
+        error = error or executor.logits_error(plain[text_idx, idx], texts[text_idx][: idx + 1])
     raise NonFiniteError(
         f"{error} So it does for each of {_MAX_TRIES} sets of tokens, with which it is tried before its first text."
     )
@@ -107,15 +145,79 @@ def token_ids_of(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...
     return tuple((31 * idx + 7 * ord(letter) + 11 + 5 * attempt) % num_embeddings for idx, letter in enumerate(path))
 
 
-def _packed_logits(executor: Executor, texts: list[tuple[int, ...]]) -> list[Tensor]:
-    """Return the logits of each text, `(tokens, vocab)`, computed as one forest in two passes."""
+def _refused_placeholders(plain_model: nn.Module, executor: Executor) -> frozenset[int]:
+    """Return the ids that stand for images or sounds if the plain call embeds one of them as another, else none."""
+    placeholders = executor.limits.placeholders
+    if not placeholders or len(placeholders) > _MAX_PLACEHOLDERS:
+        return placeholders
+    (usual,) = _without_placeholders((min(placeholders),), executor.limits)
+    ids = (usual, *sorted(placeholders), usual)
+    forest = Forest()
+    executor.refuse_placeholders(frozenset())
+    try:
+        plain: Tensor = plain_model(input_ids=torch.tensor([ids], device=executor.device)).logits[0]
+        end = forest.insert(ids)
+        executor.compute(plan_pass(missing_spans([end]), _TILE_TOKENS)).place()
+        packed = executor.logits(gather([states_of(span) for span in end.path()], "hidden"))
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ArithmeticError):
+        return placeholders  # the plain call wants an image or a sound for each of them
+    finally:
+        forest.clear()
+        executor.refuse_placeholders(placeholders)
+    allowed = TOLERANCE[packed.dtype] * float(plain.abs().max()) * (1 if packed.itemsize > 2 else 1 / 8)
+    return frozenset() if float(differences(packed.float(), plain.float()).max()) <= allowed else placeholders
+
+
+def _without_placeholders(ids: tuple[int, ...], limits: skeleton.Limits) -> tuple[int, ...]:
+    """Return the ids with another token in the places of those that stand for images or sounds."""
+    usual = next(token_id for token_id in range(limits.num_embeddings) if token_id not in limits.placeholders)
+    return tuple(usual if token_id in limits.placeholders else token_id for token_id in ids)
+
+
+def _with_other_siblings(texts: _Texts) -> _Texts:
+    """Return the texts with the last as it is, and other tokens in the branches of the others.
+
+    The tokens are those of other branches: their embeddings are known to be finite.
+    """
+    (*_, c1, c2), (*_, d1, d2), (*trunk, e3, e4, e5) = texts
+    other = (*trunk[:4], e5, e4, e3)
+    return [(*other, d2, d1), (*other, c2, c1), texts[-1]]
+
+
+def _packed_logits(executor: Executor, texts: _Texts) -> tuple[list[Tensor], float]:
+    """Compute the texts as one forest in two passes, and the second pass once more with other siblings of the last.
+
+    Returns:
+        The logits of each text, `(tokens, vocab)`, and the change of the last text's hidden states.
+
+    """
     forest = Forest()
     ends = [forest.insert(ids) for ids in texts]
-    spans = missing_spans(ends)
+    other_ends = [forest.insert(ids) for ids in _with_other_siblings(texts)]
     try:
-        for part in (spans[:1], spans[1:]):
-            executor.compute(plan_pass(part, _TILE_TOKENS)).place()
+        (trunk, *_), (_, *changed) = missing_spans(ends), missing_spans(other_ends)
+        executor.compute(plan_pass([trunk], _TILE_TOKENS)).place()
+        spans = missing_spans(ends)
+        other = executor.compute(plan_pass(changed, _TILE_TOKENS))
+        computed = executor.compute(plan_pass(spans, _TILE_TOKENS))
+        change = 0.0
+        if [len(span.token_ids) for span in spans] == [len(span.token_ids) for span in changed]:
+            change = _change(*(_hidden(of, ends[-1].path()) for of in (computed, other)))
+        computed.place()
         places = [[states_of(span) for span in end.path()] for end in ends]
-        return [executor.logits(gather(path, "hidden")) for path in places]
+        return [executor.logits(gather(path, "hidden")) for path in places], change
     finally:
         forest.clear()  # spans refer to each other: uncleared, their tensors would wait for the cycle collector
+
+
+def _hidden(computed: Computed, path: Sequence[Span]) -> Tensor:
+    """Return the final hidden states of the spans of a path that a pass has computed, `(tokens, hidden)`."""
+    return gather([computed.states_of[span] for span in path if span in computed.states_of], "hidden")
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """Return the largest change of a row, relative to the largest number in the row."""
+    sizes = before.float().abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return float(((before.float() - after.float()).abs().amax(-1) / sizes).max())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,17 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.utils.generic import ModelOutput
 
-from backprompt.errors import UnsupportedModelError
+from backprompt.errors import TokenIdError, UnsupportedModelError
 from backprompt.model import spread
 
 SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
 
 
-TRAINERS = ("accelerate.utils.", "backprompt.", "torch.amp.", "trl.")
-"""The packages whose wrappers of a model's forward method change nothing but precision, or add calls of their own."""
+TRAINERS = ("accelerate.utils.", "backprompt.", "torch._dynamo.", "torch.amp.", "trl.")
+"""The packages whose wrappers of a model's forward method compile it, change precision, or add calls of their own."""
+
+_MEDIA = ("image", "video", "audio", "speech", "vision")
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,23 @@ class Limits:
         num_embeddings: token ids must be below this number.
         max_tokens: the number of positions that the model was made for, or None if it does not say.
         why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
+        placeholders: token ids that stand for images or sounds.
 
     """
 
     num_embeddings: int
     max_tokens: int | None
     why_hard: str | None
+    placeholders: frozenset[int] = frozenset()
+
+    def check_placeholders(self, token_ids: Iterable[int]) -> None:
+        """Raise TokenIdError if a token stands for an image or a sound."""
+        if self.placeholders and not self.placeholders.isdisjoint(token_ids):
+            found = min(self.placeholders.intersection(token_ids))
+            raise TokenIdError(
+                f"Token id {found} stands for an image, a video or a sound, which the model puts in its place. Only "
+                "texts without such tokens are evaluated."
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -67,6 +80,11 @@ def unwrap(model: nn.Module) -> nn.Module:
                     raise UnsupportedModelError(
                         f"The adapter {name!r} ({adapter.peft_type}) puts virtual tokens before the prompt, which "
                         "packed evaluation does not model. Use an adapter that changes layers, such as LoRA."
+                    )
+                if "XLORA" in str(adapter.peft_type):
+                    raise UnsupportedModelError(
+                        f"The adapter {name!r} is an X-LoRA, which scales its LoRAs by a first run over the call, "
+                        "so its texts cannot share a pass. Use an ordinary LoRA."
                     )
                 if getattr(adapter, "alora_invocation_tokens", None):
                     raise UnsupportedModelError(
@@ -100,6 +118,17 @@ def check_supported(model: nn.Module) -> None:
             f"{name} scales its queries by the row of the call instead of the position (attn_temperature_tuning), so "
             "its texts cannot share a pass."
         )
+    kinds = {type(module).__name__ for module in model.modules()}
+    if "ParamWrapper" in kinds:
+        raise UnsupportedModelError(
+            f"{name} has a LoRA on parameters (target_parameters), which peft puts into the weights anew in each call, "
+            "so that no state of the weights stays. Merge it (model.merge_and_unload()), or adapt modules."
+        )
+    if "Linear8bitLt" in kinds:
+        raise UnsupportedModelError(
+            f"{name} has int8 layers of bitsandbytes, which take numbers out of their weights in their first call, so "
+            "private copies cannot share the weights. Load the model without load_in_8bit=True."
+        )
     spread.check_spread(model, _decoder(model))
     hooked = _first_hooked_module(model)
     if hooked is not None:
@@ -124,16 +153,43 @@ def limits_of(model: nn.Module) -> Limits:
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     num_embeddings = embeddings.shape[0]
     max_tokens: int | None = getattr(config, "max_position_embeddings", None)
-    for rope in _rope_parameters(config):
-        kind = str(rope.get("rope_type", "default"))
-        if "dynamic" in kind or kind == "longrope":
-            original = rope.get("original_max_position_embeddings") or max_tokens
-            why = f"its {kind} rotary scaling changes all positions of a call that has a longer one"
-            return Limits(num_embeddings, original, why)
+    scaled = [
+        (int(length), kind)
+        for kind, length in (_scaled_from(rope, max_tokens) for rope in _rope_parameters(config))
+        if length is not None
+    ]
+    if scaled:
+        length, kind = min(scaled)  # kinds of layers may differ
+        why = f"its {kind} rotary scaling changes all positions of a call that has a longer one"
+        return Limits(num_embeddings, length, why, _placeholders(model))
     is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    return Limits(
-        num_embeddings, max_tokens, None if is_rotary else "its position embeddings are learned, one a position"
-    )
+    why_hard = None if is_rotary else "its position embeddings are learned, one a position"
+    return Limits(num_embeddings, max_tokens, why_hard, _placeholders(model))
+
+
+def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int | None]:
+    """Return the kind of rotary scaling, and the length beyond which it looks at the longest position of a call."""
+    kind = str(rope.get("rope_type", "default"))
+    if "dynamic" in kind:  # transformers' code does not read the original length
+        return kind, max_tokens
+    return kind, rope.get("original_max_position_embeddings") or max_tokens if kind == "longrope" else None
+
+
+def _placeholders(model: nn.Module) -> frozenset[int]:
+    """Return the token ids that a model of texts and other media replaces by embeddings of these.
+
+    In texts alone, some classes embed such ids as others, and some do not.
+    """
+    config: Any = model.config
+    if config.get_text_config() is config:
+        return frozenset()
+    names = [f"{kind}_token_{suffix}" for kind in _MEDIA for suffix in ("id", "index")]
+    found = {getattr(config, name, None) for name in names}
+    offsets = [getattr(getattr(config, f"{kind}_config", None), "vocab_offset", None) for kind in _MEDIA]
+    lowest = min((offset for offset in offsets if offset is not None), default=None)
+    if lowest is not None:  # from here on the embedding has rows for other media
+        found |= set(range(lowest, model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator]
+    return frozenset(token_id for token_id in found if isinstance(token_id, int))
 
 
 def make_body(model: nn.Module, attention_name: str) -> nn.Module:
@@ -201,7 +257,11 @@ def _has_trainers_forward(module: nn.Module) -> bool:
 
     Such a wrapper holds the method of the user's model. So a copy of the model would run the model itself.
     """
-    forward = vars(module).get("forward")
+    return _leads_to_own(module, vars(module).get("forward"))
+
+
+def _leads_to_own(module: nn.Module, forward: object) -> bool:
+    """Return whether a callable is the module's own method within wrappers that change no number."""
     while forward is not None:
         function = getattr(forward, "__func__", forward)
         if function is type(module).forward:
@@ -211,6 +271,13 @@ def _has_trainers_forward(module: nn.Module) -> bool:
             return False
         forward = getattr(function, "__wrapped__", None)
     return False
+
+
+def replaced_forward(module: nn.Module) -> object | None:
+    """Return what was put in the place of a module's forward method, None if it computes the same as the method."""
+    own = vars(module)
+    forward: object = own.get("_old_forward" if spread.has_hook(module) else "forward")
+    return None if forward is None or _leads_to_own(module, forward) else forward
 
 
 def _switched(body: nn.Module, attention_name: str) -> nn.Module:
@@ -239,6 +306,19 @@ def _uses_attention_interface(model: nn.Module) -> bool:
     return getattr(model, "_supports_attention_backend", False) or hasattr(
         sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"
     )
+
+
+def why_unlike_plain(model: nn.Module) -> str:
+    """Return the likely reason why packed logits of a model are not those of its plain call."""
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        return "It counts positions from its padding id on, and packed evaluation from 0."
+    return "Something in it mixes tokens outside attention, so its texts cannot share a pass."
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model chooses experts for each token, as the names of its modules' classes say."""
+    names = {type(module).__name__.lower() for module in model.modules()}
+    return any("expert" in name or "moe" in name or "router" in name for name in names)
 
 
 def is_foreign(hook: object) -> bool:

@@ -72,7 +72,7 @@ class Offloaded:
 
 def is_spread(model: nn.Module) -> bool:
     """Return whether modules have hooks of accelerate."""
-    return any(_HOOK in vars(module) for module in model.modules())
+    return any(map(has_hook, model.modules()))
 
 
 def check_spread(model: nn.Module, decoder: nn.Module) -> None:
@@ -136,6 +136,11 @@ def named_numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     elsewhere = {id(weight.like): weight for weight in offloaded(model)}
     for name, parameter in model.named_parameters():
         yield name, elsewhere[id(parameter)].load() if id(parameter) in elsewhere else parameter.detach()
+
+
+def has_hook(module: nn.Module) -> bool:
+    """Return whether a module has a hook of accelerate, which wraps its forward method."""
+    return _HOOK in vars(module)
 
 
 def hooks_in(modules: Iterable[nn.Module]) -> list[object]:

@@ -1,9 +1,11 @@
 """A monitor that notices changed weights, and a hash that names weights by content.
 
 Before each evaluation a quick look compares, for every parameter and buffer, identity, `data_ptr`, `_version` and a
-strided sample of the content, and the module tree with the state of its adapters. `.data` writes bump no version; the
+strided sample of the content, and the module tree with the state of its adapters, its configurations and replaced
+methods. `.data` writes bump no version; the
 sample sees those that touch many elements, as merging an adapter does. The quick look misses `.data` writes to a few
-elements, which `LM.refresh()` finds by hashing everything.
+elements, which `LM.refresh()` finds by hashing everything. Tensors made in inference mode have no versions, and are
+summed up in full.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from backprompt.model.behaviour import UNIMPORTANT_CONFIG, BehaviourMonitor, describe_forwards
 from backprompt.model.skeleton import is_foreign, is_rewritten_in_place, unwrap
 from backprompt.model.spread import FileState, Offloaded, hooks_in, offloaded
 from backprompt.progress import progress_bar
@@ -33,30 +36,21 @@ PIECE_BYTES = 16 << 20
 """Part of the hash's format."""
 
 _ADAPTER_STATE = ("_active_adapter", "merged_adapters", "_disable_adapters", "scaling")
-_UNIMPORTANT_CONFIG = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
 _UNIMPORTANT_SETTINGS = frozenset({"gradient_checkpointing", "training"})
 
 
 class PartsMonitor:
-    """The parts of a model at one moment, whatever numbers are in them: modules, hooks, tensors and where these lie."""
+    """The parts of a model at one moment, whatever numbers are in them.
+
+    The parts are modules, their methods, hooks and configurations, and tensors and where these lie.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         rewritten = [is_rewritten_in_place(module) for module in modules]
         named = list(zip(modules, rewritten, strict=True))
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._behaviour = BehaviourMonitor(model)
         self._offloaded = offloaded(model)
         self._sources = [weight.source() for weight in self._offloaded]
         self._names_elsewhere: dict[nn.Module, set[str]] = {}
@@ -84,6 +78,7 @@ class PartsMonitor:
             or not all(map(operator.is_, hooks_in(self._modules), self._spreading))
             or not all(map(_is_same, [weight.source() for weight in self._offloaded], self._sources))
             or _pointers(self.tensors) != self._pointers
+            or self._behaviour.has_changed()
         )
 
     def _own(self, module: nn.Module, table: Mapping[str, object]) -> Mapping[str, object]:
@@ -106,6 +101,8 @@ class WeightsMonitor:
     def __init__(self, model: nn.Module) -> None:
         self.parts = PartsMonitor(model)
         self._versioned = [tensor for tensor in self.parts.tensors if not tensor.is_inference()]
+        self._unversioned = [tensor for tensor in self.parts.tensors if tensor.is_inference()]
+        self._sums = _sums(self._unversioned)
         self._versions = _versions(self._versioned)
         self._adapted = [module for module in model.modules() if "merged_adapters" in module.__dict__]
         self.adapters = tuple(map(_adapter_state, self._adapted))
@@ -113,7 +110,7 @@ class WeightsMonitor:
 
     def has_changed(self) -> bool:
         """Return whether a quick look sees a difference to the state at construction."""
-        return self.has_moved() or self._sample.has_changed()
+        return self.has_moved() or self._sample.has_changed() or _sums(self._unversioned) != self._sums
 
     def has_moved(self) -> bool:
         """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
@@ -205,11 +202,26 @@ def _as_array(view: Tensor) -> npt.NDArray[Any]:
     return np.from_dlpack(view.view(_INTEGERS[view.itemsize]))
 
 
-_version_of = operator.attrgetter("_version")  # inference tensors have none
+_version_of = operator.attrgetter("_version")
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(_version_of, tensors))
+
+
+def _sums(tensors: Iterable[Tensor]) -> list[float]:
+    """Return the sum of the bytes of each tensor, read as integers: the versions of inference tensors, which have none.
+
+    Each of these tensors is read in full.
+    """
+    with torch.inference_mode():
+        sums = [_as_integers(tensor).sum(dtype=torch.int64) for tensor in tensors]
+        return [of.item() for of in sums]
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.view(torch.int64 if flat.nbytes % 8 == 0 and flat.storage_offset() == 0 else torch.uint8)
 
 
 def _pointers(tensors: Iterable[Tensor]) -> list[int]:
@@ -253,7 +265,7 @@ def _hash_described(model: nn.Module, digests: Iterable[bytes]) -> str:
     """Return the SHA-256 of a model's description and of the digests of its numbers."""
     causal_model = unwrap(model)
     config: Any = causal_model.config
-    described = sorted((key, repr(value)) for key, value in config.to_dict().items() if key not in _UNIMPORTANT_CONFIG)
+    described = sorted((key, repr(value)) for key, value in config.to_dict().items() if key not in UNIMPORTANT_CONFIG)
     adapters = [_adapter_state(module) for module in model.modules() if "merged_adapters" in module.__dict__]
     settings = [
         _settings(module)
@@ -263,7 +275,10 @@ def _hash_described(model: nn.Module, digests: Iterable[bytes]) -> str:
     names = {id(tensor): name for name, tensor in (*causal_model.named_parameters(), *causal_model.named_buffers())}
     # A tied weight is named here at each of its places; its numbers are hashed once.
     tensors = [(names[id(t)], tuple(t.shape), str(t.dtype)) for _, _, t in _places(causal_model)]
-    description = (HASH_FORMAT, type(causal_model).__qualname__, described, adapters, settings, tensors)
+    description: tuple[object, ...] = (
+        *(HASH_FORMAT, type(causal_model).__qualname__, described, adapters, settings, tensors),
+        *describe_forwards(causal_model),
+    )
     return hashlib.sha256(repr(description).encode() + b"".join(digests)).hexdigest()
 
 

@@ -93,6 +93,8 @@ def token_logprobs(
             if not goes_through_lm:
                 session.evaluator.computation.probe_once()
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
+            if not goes_through_lm:  # an LM looks itself
+                session.limits.model.check_placeholders(rows.token_ids.tolist())
             check_lengths(session.limits, rows)
             asked = Asked(
                 temperature=as_temperature(temperature),

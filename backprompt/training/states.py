@@ -56,6 +56,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     with session.exclusive():
         session.current().computation.probe_once()
         rows = PaddedRows.of(input_ids, attention_mask, 0, session.limits.model.num_embeddings)
+        session.limits.model.check_placeholders(rows.token_ids.tolist())
         check_lengths(session.limits, rows, num_unused=0)
     causal = skeleton.unwrap(model)
     if not len(rows.token_ids):

@@ -1,0 +1,106 @@
+"""What a model computes besides its tensors: its configurations, and `forward` methods that were replaced.
+
+Trainers wrap `forward` for precision and for calls of their own, and accelerate for its hooks. Such wrappers change no
+number, and are no change.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import operator
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backprompt.model.skeleton import configs_of, replaced_forward
+
+UNIMPORTANT_CONFIG = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+_PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+_MAX_DEPTH = 4
+
+
+class BehaviourMonitor:
+    """The configurations and replaced methods of a model at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._configs = [vars(config) for config in configs_of(model)]
+        self._values = [copy.deepcopy(_values_of(config)) for config in self._configs]
+        self._forwards = self._own_forwards()
+        self._replaced = list(map(replaced_forward, self._modules))
+
+    def has_changed(self) -> bool:
+        """Return whether a configuration has another value, or a module another method."""
+        if list(map(_values_of, self._configs)) != self._values:
+            return True
+        forwards = self._own_forwards()
+        if all(map(operator.is_, forwards, self._forwards)):
+            return False
+        if not all(map(operator.is_, map(replaced_forward, self._modules), self._replaced)):
+            return True
+        self._forwards = forwards
+        return False
+
+    def _own_forwards(self) -> list[object]:
+        return [module.__dict__.get("forward") for module in self._modules]
+
+
+def _values_of(config: Mapping[str, object]) -> dict[str, object]:
+    """Return the values that the model's code may read; parts with configurations of their own count there."""
+    return {
+        name: value
+        for name, value in config.items()
+        if name[0] != "_" and name not in UNIMPORTANT_CONFIG and isinstance(value, _PLAIN)
+    }
+
+
+def describe_forwards(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the modules whose `forward` was replaced, and the code in its place, equal in all processes."""
+    replaced = ((name, replaced_forward(module)) for name, module in model.named_modules())
+    return [(name, _described(forward)) for name, forward in replaced if forward is not None]
+
+
+def _described(value: Any, depth: int = 0) -> str:
+    if depth > _MAX_DEPTH or isinstance(value, (bool, int, float, str, bytes, type(None))):
+        return repr(value) if depth <= _MAX_DEPTH else ""
+
+    def all_of(values: Any) -> str:
+        return repr([_described(each, depth + 1) for each in values])
+
+    if isinstance(value, types.FunctionType):
+        return all_of((value.__module__, value.__qualname__, value.__code__, value.__defaults__, *_cells_of(value)))
+    if isinstance(value, types.MethodType):
+        return all_of((value.__func__, type(value.__self__).__qualname__))
+    if isinstance(value, types.CodeType):
+        return all_of((value.co_code, value.co_names, *value.co_consts))
+    if isinstance(value, functools.partial):
+        return all_of((value.func, value.args, *sorted(value.keywords.items())))
+    if isinstance(value, (list, tuple)):
+        return all_of(value)
+    if isinstance(value, Tensor) and not value.is_meta:
+        numbers = value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+        return hashlib.sha256(numbers.tobytes()).hexdigest()
+    return type(value).__qualname__
+
+
+def _cells_of(function: Callable[..., object]) -> list[object]:
+    """Return what a function refers to from the function around it; a cell may be empty yet."""
+    cells = getattr(function, "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells if cell != types.CellType()]
