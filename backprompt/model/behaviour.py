@@ -41,15 +41,19 @@ class BehaviourMonitor:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
+        self._tables = [vars(module) for module in self._modules]
         self._configs = [vars(config) for config in configs_of(model)]
-        self._values = [copy.deepcopy(_values_of(config)) for config in self._configs]
+        self._seen = list(map(_copied, self._configs))  # what a look compares at once, unimportant values included
+        self._values = [_values_of(config) for config in self._seen]
         self._forwards = self._own_forwards()
         self._replaced = list(map(replaced_forward, self._modules))
 
     def has_changed(self) -> bool:
         """Return whether a configuration has another value, or a module another method."""
-        if list(map(_values_of, self._configs)) != self._values:
-            return True
+        if self._configs != self._seen:
+            if list(map(_values_of, self._configs)) != self._values:
+                return True
+            self._seen = list(map(_copied, self._configs))
         forwards = self._own_forwards()
         if all(map(operator.is_, forwards, self._forwards)):
             return False
@@ -59,7 +63,15 @@ class BehaviourMonitor:
         return False
 
     def _own_forwards(self) -> list[object]:
-        return [module.__dict__.get("forward") for module in self._modules]
+        return list(map(_own_forward_of, self._tables))
+
+
+_own_forward_of = operator.methodcaller("get", "forward")
+
+
+def _copied(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a copy that a change within a value of the original does not reach."""
+    return {name: copy.deepcopy(value) if isinstance(value, _PLAIN) else value for name, value in config.items()}
 
 
 def _values_of(config: Mapping[str, object]) -> dict[str, object]:

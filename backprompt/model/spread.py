@@ -9,6 +9,7 @@ Hooks run in private copies of a model as in the model. Maps of offloaded weight
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from backprompt.errors import UnsupportedModelError
 
 _HOOK = "_hf_hook"
 _ALIGN, _SEQUENCE = "AlignDevicesHook", "SequentialHook"
+_hook_of = operator.methodcaller("get", _HOOK)
 _PREFIXED, _LOADER = "PrefixedDataset", "OffloadedWeightsLoader"
 _MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 """Methods that accelerate replaces by functions, which would move the user's model when a copy is asked to move."""
@@ -143,9 +145,9 @@ def has_hook(module: nn.Module) -> bool:
     return _HOOK in vars(module)
 
 
-def hooks_in(modules: Iterable[nn.Module]) -> list[object]:
-    """Return the hook of each module, None for a module without one."""
-    return [module.__dict__.get(_HOOK) for module in modules]
+def hooks_in(tables: Iterable[Mapping[str, object]]) -> list[object]:
+    """Return the hook of each module by its attributes, None for a module without one."""
+    return list(map(_hook_of, tables))
 
 
 def head_device(model: nn.Module) -> torch.device:

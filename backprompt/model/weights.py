@@ -2,10 +2,9 @@
 
 Before each evaluation a quick look compares, for every parameter and buffer, identity, `data_ptr`, `_version` and a
 strided sample of the content, and the module tree with the state of its adapters, its configurations and replaced
-methods. `.data` writes bump no version; the
-sample sees those that touch many elements, as merging an adapter does. The quick look misses `.data` writes to a few
-elements, which `LM.refresh()` finds by hashing everything. Tensors made in inference mode have no versions, and are
-summed up in full.
+methods. `.data` writes bump no version; the sample sees those that touch many elements, as merging an adapter does. The
+quick look misses `.data` writes to a few elements, which `LM.refresh()` finds by hashing everything. Tensors made in
+inference mode have no versions, and are summed up in full.
 """
 
 from __future__ import annotations
@@ -56,7 +55,8 @@ class PartsMonitor:
         self._names_elsewhere: dict[nn.Module, set[str]] = {}
         for weight in self._offloaded:
             self._names_elsewhere.setdefault(weight.module, set()).add(weight.name)
-        self._modules, self._spreading = modules, hooks_in(modules)
+        self._attributes = list(map(vars, modules))
+        self._spreading = hooks_in(self._attributes)
         self._contents = _Tables(
             [
                 *(module._modules for module in modules),
@@ -75,7 +75,7 @@ class PartsMonitor:
             self._contents.have_changed()
             or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
             or any(len(table) != num_before for table, num_before in self._rewritten)
-            or not all(map(operator.is_, hooks_in(self._modules), self._spreading))
+            or not all(map(operator.is_, hooks_in(self._attributes), self._spreading))
             or not all(map(_is_same, [weight.source() for weight in self._offloaded], self._sources))
             or _pointers(self.tensors) != self._pointers
             or self._behaviour.has_changed()
