@@ -5,9 +5,9 @@
     ├── ...
     └── completion 8
 
-The reward can be checked: 1 if the completion begins with the keywords of the question's intent, less for each keyword
-that is missing. Losses and gradients of both runs are the same but for rounding. TRL forwards the prompt once for each
-completion, and the forest once for the group. The model is SmolLM2-135M with LoRA on its attention.
+The reward can be checked: half a point for a line of three keywords, half for those of the question's intent. Losses
+and gradients of both runs are the same but for rounding. TRL forwards the prompt once for each completion, and the
+forest once for the group. The model is SmolLM2-135M with LoRA on its attention.
 
     python -m pip install 'trl>=1.16' peft        # or: pip install '.[trl,demo]'
     python examples/grpo.py
@@ -56,13 +56,15 @@ def make_dataset() -> Dataset:
     )
 
 
-def share_of_keywords(completions: Sequence[str], keywords: Sequence[str], **others: Any) -> list[float]:
-    """The share of the intent's keywords in the first line of each completion."""
+def score_keywords(completions: Sequence[str], keywords: Sequence[str], **others: Any) -> list[float]:
+    """Half a point for a first line of three keywords, and half for the share of the intent's keywords among them."""
     rewards = []
     for completion, expected in zip(completions, keywords, strict=True):
-        found = {keyword.strip() for keyword in completion.split("\n")[0].split(",")}
+        line, end, _ = completion.partition("\n")
+        found = [keyword.strip() for keyword in line.split(",")]
         wanted = expected.split(", ")
-        rewards.append(sum(keyword in found for keyword in wanted) / len(wanted))
+        is_formed = bool(end) and len(found) == 3
+        rewards.append(is_formed / 2 + sum(keyword in found for keyword in wanted) / len(wanted) / 2)
     return rewards
 
 
@@ -93,7 +95,7 @@ def train(kind: type[GRPOTrainer], name: str, folder: str, steps: int) -> tuple[
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = kind(
         AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
-        reward_funcs=share_of_keywords,
+        reward_funcs=score_keywords,
         args=GRPOConfig(
             folder,
             per_device_train_batch_size=GROUP,
