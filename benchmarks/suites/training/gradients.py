@@ -1,4 +1,4 @@
-"""Forward and backward: by backprompt, and by the plain padded batch as trl computes its loss."""
+"""Forward and backward: by backprompt, and by the padded batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from backprompt.training import token_logprobs
 from benchmarks.suites.training.batches import Batch, Done
-from benchmarks.suites.training.scoring import ROWS_AT_A_TIME, selected_logprobs
+from benchmarks.suites.training.scoring import ROWS_AT_A_TIME, LogprobsOf
 
 
 def by_backprompt(model: nn.Module, batch: Batch) -> Done:
@@ -18,14 +18,14 @@ def by_backprompt(model: nn.Module, batch: Batch) -> Done:
     return Done(_numbers(model, scores.logprobs), scores.account.tokens_forwarded)
 
 
-def by_plain_batch(model: nn.Module, batch: Batch) -> Done:
-    """The same, a few rows at a time: gradients add up as a trainer's do over its micro-batches."""
+def by_rows(logprobs_of: LogprobsOf, model: nn.Module, batch: Batch) -> Done:
+    """The same by the padded batch, a few rows at a time: gradients add up as a trainer's do over its micro-batches."""
     model.zero_grad()
     found = []
     for ids, mask in zip(
         batch.input_ids.split(ROWS_AT_A_TIME), batch.attention_mask.split(ROWS_AT_A_TIME), strict=True
     ):
-        logprobs = selected_logprobs(model, ids, mask, batch.num_kept)
+        logprobs = logprobs_of(model, ids, mask, batch.num_kept)
         _loss(logprobs).backward()
         found.append(logprobs.detach())
     return Done(_numbers(model, torch.cat(found)), batch.num_padded)

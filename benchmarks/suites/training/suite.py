@@ -1,4 +1,4 @@
-"""The suite: each step on each batch and model, by backprompt and by the plain padded batch, in turns.
+"""The suite: each step on each batch and model, by backprompt, the plain padded batch and TRL's own method, in turns.
 
 The ratio of tokens is what sharing saves where each token costs the same: the tokens that the plain batch forwards,
 padding included, divided by those that backprompt forwards. The output head is not shared. On the CPU backprompt also
@@ -26,7 +26,7 @@ from benchmarks.suites.training import gradients, scoring
 from benchmarks.suites.training.batches import Batch, Done, group, nothing_shared
 from benchmarks.tables import Table, markdown, megabytes, with_range
 
-BACKPROMPT, PLAIN = "backprompt", "plain padded"
+BACKPROMPT, PLAIN, TRL = "backprompt", "plain padded", "TRL"
 MAX_ROUNDS = 2
 SLOW_SECONDS = 15.0
 """A batch that takes longer, all ways together, is measured once."""
@@ -50,8 +50,22 @@ class Step:
 
 
 STEPS = (
-    Step("without gradients", {BACKPROMPT: scoring.by_backprompt, PLAIN: scoring.by_plain_batch}),
-    Step("with gradients", {BACKPROMPT: gradients.by_backprompt, PLAIN: gradients.by_plain_batch}),
+    Step(
+        "without gradients",
+        {
+            BACKPROMPT: scoring.by_backprompt,
+            PLAIN: partial(scoring.by_rows, scoring.selected_logprobs),
+            TRL: partial(scoring.by_rows, scoring.trl_logprobs),
+        },
+    ),
+    Step(
+        "with gradients",
+        {
+            BACKPROMPT: gradients.by_backprompt,
+            PLAIN: partial(gradients.by_rows, scoring.selected_logprobs),
+            TRL: partial(gradients.by_rows, scoring.trl_logprobs),
+        },
+    ),
 )
 
 
@@ -66,6 +80,7 @@ class Line:
     tokens_forwarded: Annotated[int, Key("tokens forwarded")]
     seconds: dict[str, Spread]
     ratio: Spread
+    ratio_to_trl: Annotated[Spread, Key("ratio to TRL")]
     peak_bytes: Annotated[dict[str, int | None], Key("peak bytes")]
 
     @property
@@ -139,6 +154,7 @@ def line_of(model_name: str, model: nn.Module, step: Step, batch_name: str, batc
         tokens_forwarded=found[BACKPROMPT].tokens_forwarded,
         seconds={way: Spread.of(values) for way, values in seconds.items()},
         ratio=Spread.of_ratios(seconds[PLAIN], seconds[BACKPROMPT]),
+        ratio_to_trl=Spread.of_ratios(seconds[TRL], seconds[BACKPROMPT]),
         peak_bytes=peaks,
     )
 
@@ -152,9 +168,12 @@ def table_of(lines: list[Line]) -> str:
         "forwarded",
         "ratio of tokens",
         "ratio of seconds",
+        "the same to TRL",
         "s, padded",
+        "s, TRL",
         "s, backprompt",
         "peak MB, padded",
+        "peak MB, TRL",
         "peak MB, backprompt",
     ]
     rows = [
@@ -166,8 +185,9 @@ def table_of(lines: list[Line]) -> str:
             f"{line.tokens_forwarded:,}",
             f"{line.ratio_of_tokens:.2f}",
             with_range(line.ratio),
-            *(f"{line.seconds[way].median:.2f}" for way in (PLAIN, BACKPROMPT)),
-            *(megabytes(line.peak_bytes[way]) for way in (PLAIN, BACKPROMPT)),
+            f"{line.ratio_to_trl.median:.2f}",
+            *(f"{line.seconds[way].median:.2f}" for way in (PLAIN, TRL, BACKPROMPT)),
+            *(megabytes(line.peak_bytes[way]) for way in (PLAIN, TRL, BACKPROMPT)),
         ]
         for line in lines
     ]
