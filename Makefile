@@ -23,7 +23,7 @@ BENCH_INSTALLED := $(VENV)/.installed-bench
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
 # The tests whose models lie on the device that BACKPROMPT_TEST_DEVICE names.
-BY_DEVICE := $(patsubst %,tests/test_%.py,models laws logprobs groups memory generate classify store spread)
+BY_DEVICE := $(patsubst %,tests/test_%.py,models laws logprobs groups memory generate classify store spread training gradients)
 
 .PHONY: help demo bench docs pictures venv check test format clean
 .DEFAULT_GOAL := help
