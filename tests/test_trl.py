@@ -432,3 +432,16 @@ def test_a_mixin_behind_its_trainer_is_refused(trainer, mixin):
         pass
 
     type("Further", (Trainer,), {})
+
+
+@pytest.mark.parametrize("where", ["args.use_liger_kernel", "accelerator.state.parallelism_config"])
+def test_liger_and_sequence_parallelism_go_to_the_trainers_own_method(where, tmp_path, monkeypatch):
+    trainer = make_trainer(ForestGRPO, tmp_path)
+    holder, name = trainer, where
+    while "." in name:
+        first, name = name.split(".", 1)
+        holder = getattr(holder, first)
+    monkeypatch.setattr(holder, name, True, raising=False)
+    trainer._get_per_token_logps_and_entropies(trainer.model, *batch_of(trainer))
+    (reason,) = trainer.forest_refusals
+    assert name in reason

@@ -77,6 +77,8 @@ class _Forest:
             return "the model is cut over several devices"
         if self.accelerator.parallelism_config is not None:  # type: ignore[attr-defined]
             return "a parallelism_config is set"
+        if getattr(self.args, "use_liger_kernel", False):  # type: ignore[attr-defined]
+            return "use_liger_kernel is set"
         return None
 
     def _say_once(self, reason: str) -> None:
