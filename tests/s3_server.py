@@ -29,13 +29,13 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, upstream, folder):
+    def __init__(self, upstream):
         super().__init__(("127.0.0.1", 0), Handler)
         self.upstream = upstream
-        self.folder = folder  # of the bucket
         self.delay_seconds = 0.0
         self.cuts = False  # answers end in the middle of their content
         self.refuses = False  # every answer is "503 Slow Down"
+        self.num_bytes = 0  # of contents that were passed back
         self.requests = []  # method and path of each, in order
 
     def store(self, prefix="prompts", secret=SECRET_KEY, **options):
@@ -73,6 +73,7 @@ class Handler(BaseHTTPRequestHandler):
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
+        server.num_bytes += len(content)
         # rclone answers a part of an object with 200; S3 and others with 206.
         self.send_response_only(206 if answer.getheader("Content-Range") else answer.status)
         for name, value in answer.getheaders():
@@ -106,7 +107,7 @@ def serving(folder: Path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    server = Server(port, folder / BUCKET)
+    server = Server(port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         deadline = time.monotonic() + 20

@@ -16,6 +16,7 @@ import torch
 from backprompt import LM, Text
 from backprompt.errors import DamagedEntryError, MissingDependencyError
 from backprompt.store import CachedStore, DiskStore, Entry, Match, MemoryStore, ObjectStore, open_store
+from backprompt.store.file import to_pieces
 from stores import assert_same, make_entry
 
 pytest.importorskip("obstore")
@@ -126,8 +127,10 @@ def test_only_the_bytes_asked_for_are_read_of_a_large_object(s3, monkeypatch):
     assert_same(store.get(entry.header.name), entry)
     assert_same(store.get(entry.header.name, {"hidden"}), entry, {"hidden"})
     s3.requests.clear()
+    s3.num_bytes = 0
     assert store.get(entry.header.name, ()).header == entry.header
     assert [method for method, _ in s3.requests] == ["HEAD", "GET", "GET"]  # the size, and the header's two parts
+    assert s3.num_bytes == len(to_pieces(entry)[0])
 
 
 @pytest.mark.parametrize("small_bytes", [0, 1 << 20])
@@ -214,11 +217,10 @@ def test_a_store_that_cannot_be_written_to_is_said_once(failing, model, tokenize
     assert sum("Evaluation goes on" in record.message for record in caplog.records) in (1, 2)  # reading, and writing
 
 
-def test_objects_that_are_gone_are_computed_again(s3, model, tokenizer):
-    writer = LM(model, tokenizer, store=s3.store(prefix="gone"))
-    expected = Text(PROMPT, writer).logits
-    shutil.rmtree(s3.folder / "gone" / "entries")
-    reader = LM(model, tokenizer, store=s3.store(prefix="gone"))
+def test_objects_that_are_gone_are_computed_again(bucket, model, tokenizer):
+    expected = Text(PROMPT, LM(model, tokenizer, store=bucket)).logits
+    shutil.rmtree(path_of(bucket) / "entries")
+    reader = LM(model, tokenizer, store=ObjectStore(bucket.url))
     torch.testing.assert_close(Text(PROMPT, reader).logits, expected)
     assert reader.stats.tokens_computed > 0
 
