@@ -28,6 +28,7 @@ from backprompt.errors import (
     TokenizerError,
     UnboundTextError,
     UnsupportedModelError,
+    WorkerError,
 )
 from backprompt.evaluation.lookup import Piece
 from backprompt.evaluation.scores import TokenScores
@@ -106,6 +107,7 @@ __all__ = [
     "UnboundTextError",
     "UnsupportedModelError",
     "Verification",
+    "WorkerError",
     "chat",
     "classify",
     "draw",

@@ -14,7 +14,7 @@ from backprompt.bound import bound_lm
 from backprompt.errors import GenerationError
 from backprompt.generation.continued import GeneratedText
 from backprompt.generation.decoding import Decoding
-from backprompt.generation.run import Run, run_with_bar
+from backprompt.generation.run import run_with_bar, running
 from backprompt.generation.stops import StopStrings
 from backprompt.lm import LM
 from backprompt.progress import check_show
@@ -96,7 +96,8 @@ def generate(
         if decoding.num_beams == 1:
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
         raise GenerationError(f"{decoding.num_beams} beams give no {n} continuations. Ask for more: num_beams={n}.")
-    run = Run(lm, [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed, decoding)
+    asked = [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed
+    run = running(lm, asked, decoding)
     run_with_bar(run, show_progress_bar)
     found = run.results(num_each)
     if decoding.is_sampling:
@@ -140,7 +141,7 @@ class Stream(Iterator[str]):
             raise GenerationError("Beams are decided on at the end, so there are no pieces to stream. Use generate.")
         self._lm = lm
         self._prompt = prompt
-        self.run = Run(lm, [prompt], decoding)
+        self.run = running(lm, [prompt], decoding, is_stream=True)
         self._stops = decoding.stops
         self._decoder = Decoder(lm.tokenizer, lm.tokenizer.all_special_ids)
         self._decoded = self._decoder.begin(flat(self.run.prompts[0]))
