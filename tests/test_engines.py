@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import backprompt as bp
-from backprompt import LM, Text
+from backprompt import LM, Text, classify
 from backprompt.engines import layout as layouts
 from backprompt.engines.explanation import PlacedExplanation
 from backprompt.engines.layout import Layout
 from backprompt.engines.travel import PackedIds, text_of
 from backprompt.errors import TextTypeError, UnsupportedModelError
 from crews import crew_lm, plain_lm, tiny_gpt2
-from engine_contract import PROMPTS, EngineContract
+from engine_contract import LABELS, PROMPTS, EngineContract
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -141,6 +141,20 @@ def test_texts_that_share_nothing_go_to_whoever_was_given_least():
     workers = [layout.place([(first,) * 5])[0].worker for first in range(6)]
     assert workers == [0, 1, 2, 0, 1, 2]
     assert layout.place([(4, 4, 4, 9)])[0].worker == workers[4]
+
+
+def test_slices_and_searches_are_as_many_times_larger_as_there_are_workers(monkeypatch):
+    monkeypatch.setattr("backprompt.classify.scoring.TOKENS_AT_A_TIME", 150)
+
+    def num_calls(num_workers, **options):
+        lm = crew_lm(num_workers)
+        asked = asked_of(lm, lambda: classify.predict(PROMPTS * 4, LABELS, lm, **options))
+        return sum(1 for worker, method in asked if worker == asked[0][0])
+
+    assert num_calls(1) >= 2 * num_calls(4) > 2
+    monkeypatch.setattr("backprompt.classify.weighed.NODES_AT_A_TIME", 1)
+    monkeypatch.setattr("backprompt.classify.weighed.MAX_LIVE_SEARCHES", 2)
+    assert num_calls(1, search="best-first") >= 2 * num_calls(4, search="best-first") > 2
 
 
 def test_samples_of_a_prompt_are_on_one_worker():

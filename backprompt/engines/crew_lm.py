@@ -50,7 +50,7 @@ class CrewLM(LM):
     @property
     def num_workers(self) -> int:
         """The number of workers."""
-        return self._remote.crew.num_workers
+        return self._remote.num_workers
 
     @property
     def model(self) -> Any:

@@ -86,10 +86,11 @@ class RemoteSession(TextSession):
 
     def __init__(self, crew: Crew, description: Description) -> None:
         self.crew = crew
+        self.num_workers = crew.num_workers
         self.tokenizer = description.tokenizer
         self.options = description.options
         self.counters = Counters()
-        self.layout = Layout(crew.num_workers)
+        self.layout = Layout(self.num_workers)
         self._skeleton = description.skeleton()
         self._description = description
         self._lock = threading.RLock()
@@ -224,7 +225,7 @@ class RemoteSession(TextSession):
 
     def ask_all(self, method: str) -> list[Any]:
         """Ask every worker."""
-        return self.crew.ask([Question(worker, method) for worker in range(self.crew.num_workers)])
+        return self.crew.ask([Question(worker, method) for worker in range(self.num_workers)])
 
     def stats(self) -> Stats:
         """Return the work of all workers together, and the bytes that they hold."""

@@ -344,7 +344,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(continuations)
         with Bar(total=len(continuations), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for chosen in _slices(continuations):
+            for chosen in _slices(continuations, TOKENS_AT_A_TIME * self.lm.session.num_workers):
                 for idx, result in zip(chosen, self._score([continuations[idx] for idx in chosen]), strict=True):
                     found[idx] = result
                     strings = requests[idx][0]
@@ -403,7 +403,7 @@ def _behind_contexts(continuations: Sequence[_Continuation]) -> list[Behind]:
     return behind
 
 
-def _slices(continuations: Sequence[_Continuation]) -> Iterator[list[int]]:
+def _slices(continuations: Sequence[_Continuation], num_tokens_each: int) -> Iterator[list[int]]:
     """Yield the indices of continuations to be scored together, so that common beginnings come together."""
     # Ids compare fast as bytes. The order means nothing, but it puts common beginnings side by side.
     order = sorted(range(len(continuations)), key=lambda idx: array("i", continuations[idx].token_ids).tobytes())
@@ -412,7 +412,7 @@ def _slices(continuations: Sequence[_Continuation]) -> Iterator[list[int]]:
     for idx in order:
         chosen.append(idx)
         num_tokens += len(continuations[idx].token_ids)
-        if num_tokens >= TOKENS_AT_A_TIME:
+        if num_tokens >= num_tokens_each:
             yield chosen
             chosen, num_tokens = [], 0
     if chosen:

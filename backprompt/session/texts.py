@@ -53,6 +53,7 @@ class TextSession(ABC):
         options: checked options.
         counters: the work that was done since the session began.
         encoder: turns texts into token ids.
+        num_workers: how many workers share a call: callers that cut long work into slices ask for so many times more.
 
     """
 
@@ -60,6 +61,7 @@ class TextSession(ABC):
     options: Options
     counters: Counters
     encoder: Encoder
+    num_workers: int = 1
 
     @abstractmethod
     def exclusive(self) -> AbstractContextManager[None]:
