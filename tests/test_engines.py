@@ -132,7 +132,7 @@ def test_every_text_is_placed_once_and_found_again(calls, num_workers):
         placed += texts
         for text in worker_of:
             if all(other == text or other[: len(text)] != text for other in placed):
-                (part,) = layout.place([(*text, 9)], remember=False)
+                (part,) = layout.place([text + (9,) * 8], remember=False)
                 assert part.worker == worker_of[text]
 
 
