@@ -59,6 +59,14 @@ def test_texts_of_workers_and_of_an_lm_do_not_mix():
         lm.evaluate("a")
 
 
+def test_a_changed_tokenizer_is_noticed():
+    lm, plain = crew_lm(), plain_lm()
+    before = Text("The cat sat", lm).tokens
+    for engine in (lm, plain):
+        engine.tokenizer.add_tokens(["cat sat"])
+    assert Text("The cat sat", lm).tokens == Text("The cat sat", plain).tokens != before
+
+
 # Placement
 
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple)

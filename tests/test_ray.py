@@ -243,12 +243,12 @@ def labelled(lm, batch):
 
 @pytest.mark.filterwarnings("ignore")  # Ray warns of uses of its own
 def test_rows_of_a_table_are_labelled(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
 
     prompts = [f"{prompt} {idx}. Label:" for idx in range(6) for prompt in PROMPTS]
     pq.write_table(pa.table({"prompt": prompts}), tmp_path / "prompts.parquet")
-    rows = ray.data.read_parquet(str(tmp_path / "prompts.parquet")).sort("prompt")
+    rows = ray.data.read_parquet(str(tmp_path / "prompts.parquet"), override_num_blocks=1).sort("prompt")
     found = rows.map_batches(
         MapTexts, fn_constructor_args=(tiny_gpt2, labelled), concurrency=1, num_cpus=0.25, batch_size=12
     )
