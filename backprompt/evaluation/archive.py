@@ -16,7 +16,8 @@ from backprompt.evaluation.entries import Finder, Reader, is_sound, root_of
 from backprompt.evaluation.span_keys import Root, SpanKeys
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import NOTHING, Junction, Kind, Span
-from backprompt.memory.blocks import Block, BlockRows, Layout, gather_each, keys_values_of, states_of
+from backprompt.memory.blocks import Block, BlockRows, gather_each, keys_values_of, states_of
+from backprompt.memory.layout import Layout
 from backprompt.memory.tier import Tier
 from backprompt.memory.visit import Visit
 from backprompt.store.base import Entry, Header, Store

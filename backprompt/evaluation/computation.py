@@ -10,10 +10,9 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 from weakref import finalize
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.evaluation.archive import Archive
+from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.holders import Holders
 from backprompt.evaluation.pools import Pools
 from backprompt.forest.fan import Fan
@@ -36,14 +36,15 @@ from backprompt.forest.passes import (
 )
 from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
-from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
+from backprompt.memory.layout import Layout
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
+from backprompt.memory.snapshots import keep_snapshot
 from backprompt.model.executor import Executor
-from backprompt.model.in_flight import Way
+from backprompt.model.in_flight import Work
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
-from backprompt.tokens.graph import TokenIds
+from backprompt.tokens.graph import TokenGraph, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -52,26 +53,6 @@ MAX_EMPTY_SPANS = 10_000
 
 MAX_EMPTY_TOKENS = 1_000_000
 """The largest number of tokens in such spans; each id takes 40 bytes."""
-
-
-@dataclass
-class Counters:
-    """Work done so far; `LM.stats` is a frozen copy."""
-
-    tokens_requested: int = 0
-    tokens_computed: int = 0
-    tokens_recomputed: int = 0
-    tokens_fetched: int = 0
-    tokens_loaded: int = 0
-    forward_passes: int = 0
-    logit_rows: int = 0
-    steps: Counter[Way] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    @property
-    def work(self) -> tuple[int, int]:
-        """The counts of work done with the model's weights."""
-        return self.forward_passes, self.logit_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +181,18 @@ class Computation:
     ) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts in the forest; `known`: those that are there; `are_ends`: see `Forest.insert`."""
         return self._in_forest(
-            self.forest.insert(token_ids, is_end=are_ends) if end is None else end
+            self._insert(token_ids, is_end=are_ends) if end is None else end
             for token_ids, end in zip(texts, itertools.repeat(None) if known is None else known, strict=False)
         )
 
     def extended(self, texts: Iterable[tuple[Span, tuple[int, ...]]]) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts that go on behind spans of the forest; they count as the ends of no texts."""
         return self._in_forest(self.forest.extend(end, end.stop, more) for end, more in texts)
+
+    def _insert(self, token_ids: TokenIds, *, is_end: bool) -> Span:
+        if isinstance(token_ids, TokenGraph):
+            self.executor.check_packed("groups and frozen segments")
+        return self.forest.insert(token_ids, is_end=is_end)
 
     @contextmanager
     def _in_forest(self, ends_of_texts: Iterable[Span]) -> Iterator[list[Span]]:
@@ -339,10 +325,16 @@ class Computation:
                 span.was_computed = True
                 span.computed_in = self.forest.stamp()
             self.memory.note(spans)
-        self.counters.forward_passes += bool(with_tokens)
+        if computed is not None:
+            self.note_work(computed.work)
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
+
+    def note_work(self, work: Work) -> None:
+        """Count a pass, and keep the snapshots that it has restored."""
+        self.counters.note_pass(work)
+        self.memory.add([keep_snapshot(span, snapshot) for span, snapshot in work.restored.items()])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""

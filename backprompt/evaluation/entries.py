@@ -15,7 +15,8 @@ from backprompt.errors import DamagedEntryError, StoreVersionError
 from backprompt.evaluation.span_keys import Root, SpanKeys
 from backprompt.forest.keys import root_key
 from backprompt.forest.span import Kind, Span
-from backprompt.memory.blocks import STATE_TENSORS, Block, KeysValues, Layout, States, token_axis
+from backprompt.memory.blocks import STATE_TENSORS, Block, KeysValues, States, token_axis
+from backprompt.memory.layout import Layout
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, parts_of
 from backprompt.store.schema import TensorSpec, check_header, check_tensors
@@ -94,7 +95,7 @@ class Reader:
             return None
         if kind == "states":
             return Read(self._states(entry, found), entry.header.error)
-        return Read(KeysValues(self._tensors(entry, KeysValues, found)), entry.header.error)
+        return Read(self._layout.keys_values(self._tensors(entry, KeysValues, found)), entry.header.error)
 
     def _states(self, entry: Entry, found: Found) -> States:
         is_scored = (

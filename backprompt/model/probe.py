@@ -33,6 +33,7 @@ from backprompt.logprobs import are_distributions
 from backprompt.memory.blocks import gather, states_of
 from backprompt.model import skeleton
 from backprompt.model.executor import Computed, Executor
+from backprompt.model.levels_probe import ways_by_levels
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -65,6 +66,39 @@ def probe(model: nn.Module, executor: Executor) -> None:
 
     """
     plain_model = skeleton.plain_copy(model)
+    why = skeleton.why_not_packed(model)
+    if why is None:
+        try:
+            _compare(model, plain_model, executor)
+            return
+        except UnsupportedModelError as error:
+            why = str(error)
+    _probe_by_levels(model, plain_model, executor, why)
+
+
+def _probe_by_levels(model: nn.Module, plain_model: nn.Module, executor: Executor, why_not_packed: str) -> None:
+    """Let the executor go by levels in the first way that gives the numbers of the plain call."""
+    fault = ""
+    try:
+        for levels in ways_by_levels(model, executor, _ids_to_try(executor), why_not_packed):
+            executor.go_by_levels(levels)
+            try:
+                _compare(model, plain_model, executor)
+                return
+            except UnsupportedModelError as error:
+                fault = fault or str(error)
+    except UnsupportedModelError as error:
+        fault = fault or str(error)
+    raise UnsupportedModelError(f"{why_not_packed} {fault}")
+
+
+def _ids_to_try(executor: Executor) -> tuple[int, ...]:
+    limits = executor.limits
+    return _without_placeholders(token_ids_of("abcdefg", limits.num_embeddings, 0), limits)
+
+
+def _compare(model: nn.Module, plain_model: nn.Module, executor: Executor) -> None:
+    """Compare evaluation as the executor does it with the plain call; see `probe`."""
     has_experts = skeleton.has_experts(model)
     fault: str | None = None
     for first in range(_MAX_TRIES if has_experts else 1):
@@ -93,10 +127,8 @@ def _fault(
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         if isinstance(error, UnsupportedModelError):
             raise
-        raise UnsupportedModelError(
-            f"{name} cannot be run on a packed row of texts: {type(error).__name__}: {error}. Use a family whose "
-            "layers go through transformers' attention interface (GPT-2, Llama, Qwen, Mistral, Gemma, OPT, Phi ...)."
-        ) from error
+        what = "on a packed row of texts" if executor.levels is None else "by levels"
+        raise UnsupportedModelError(f"{name} cannot be run {what}: {type(error).__name__}: {error}.") from error
     for ids, logits, plain in zip(texts, packed, plain_logits, strict=True):
         if logits.dtype == torch.float16:
             for idx in (~are_distributions(logits)).nonzero()[:, 0].tolist():
@@ -104,6 +136,11 @@ def _fault(
         scale = max(1.0, float(plain[plain.isfinite()].abs().max()))
         gap = float(differences(logits.float(), plain.float()).max())
         if not gap <= TOLERANCE[logits.dtype] * scale:
+            if executor.levels is not None:
+                return (
+                    f"Nor can spans continue its cache: the logits differ by {gap:.2e} from those of its plain call, "
+                    f"more than {TOLERANCE[logits.dtype] * scale:.0e}."
+                )
             return (
                 f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
                 f"than {TOLERANCE[logits.dtype] * scale:.0e} for {logits.dtype}. {skeleton.why_unlike_plain(model)}"

@@ -104,11 +104,6 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{name} is not a transformers model; backprompt runs causal LMs of transformers.")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; backprompt runs decoder-only causal LMs.")
-    if not _uses_attention_interface(model):
-        raise UnsupportedModelError(
-            f"{name} does not go through transformers' attention interface, so its attention cannot be packed. Use a "
-            "family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
-        )
     if model.get_output_embeddings() is None or decoder_of(model) is None:  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{name} has no language-model head. Load it with AutoModelForCausalLM, or name a causal LM checkpoint."
@@ -138,6 +133,14 @@ def check_supported(model: nn.Module) -> None:
         )
 
 
+def why_not_packed(model: nn.Module) -> str | None:
+    """Return why a model that `check_supported` lets pass cannot be packed, if its code shows that; else None."""
+    if _uses_attention_interface(model):
+        return None
+    name = type(model).__name__
+    return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
+
+
 def decoder_of(model: nn.Module) -> PreTrainedModel | None:
     """Return the model without its head, or None if there is no such part.
 
@@ -152,7 +155,7 @@ def limits_of(model: nn.Module) -> Limits:
     config: Any = _decoder(model).config
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     num_embeddings = embeddings.shape[0]
-    max_tokens: int | None = getattr(config, "max_position_embeddings", None)
+    max_tokens: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     scaled = [
         (int(length), kind)
         for kind, length in (_scaled_from(rope, max_tokens) for rope in _rope_parameters(config))
@@ -163,7 +166,7 @@ def limits_of(model: nn.Module) -> Limits:
         why = f"its {kind} rotary scaling changes all positions of a call that has a longer one"
         return Limits(num_embeddings, length, why, _placeholders(model))
     is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    why_hard = None if is_rotary else "its position embeddings are learned, one a position"
+    why_hard = None if is_rotary else "its positions are rows of a table"
     return Limits(num_embeddings, max_tokens, why_hard, _placeholders(model))
 
 
@@ -195,6 +198,11 @@ def _placeholders(model: nn.Module) -> frozenset[int]:
 def make_body(model: nn.Module, attention_name: str) -> nn.Module:
     """Return a copy of the decoder whose attention is the registered function `attention_name`."""
     return _switched(_private_copy(_decoder(model)), attention_name)
+
+
+def make_own_body(model: nn.Module) -> nn.Module:
+    """Return a copy of the decoder with its own attention."""
+    return _private_copy(_decoder(model))
 
 
 def make_trained_body(model: nn.Module, attention_name: str) -> nn.Module:
@@ -246,6 +254,11 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
         if _has_trainers_forward(module):
             del module.forward
     spread.forget_movers(private)
+    for module in private.modules():
+        if (
+            getattr(module, "layers_are_rescaled", True) is False
+        ):  # RWKV would divide the user's weights in its first call
+            module.config.rescale_every = 0  # type: ignore[union-attr]
     for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False

@@ -92,6 +92,9 @@ def token_logprobs(
                 fit(session, max_tokens)
             if not goes_through_lm:
                 session.evaluator.computation.probe_once()
+                if requires_grad:
+                    session.evaluator.executor.check_packed("gradients")
+                goes_through_lm = session.evaluator.executor.levels is not None
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
             if not goes_through_lm:  # an LM looks itself
                 session.limits.model.check_placeholders(rows.token_ids.tolist())

@@ -55,6 +55,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     session = scorer_of(model, None, requires_grad=True).lm.session
     with session.exclusive():
         session.current().computation.probe_once()
+        session.evaluator.executor.check_packed("hidden states of a batch")
         rows = PaddedRows.of(input_ids, attention_mask, 0, session.limits.model.num_embeddings)
         session.limits.model.check_placeholders(rows.token_ids.tolist())
         check_lengths(session.limits, rows, num_unused=0)
