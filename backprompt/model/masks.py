@@ -29,6 +29,12 @@ class Meaning(NamedTuple):
     window: int | None = None
 
 
+class Unknown(NamedTuple):
+    """A mask that packed attention does not implement; `why`: the message for it, where a layer attends by it."""
+
+    why: str
+
+
 class Mask:
     """A mask as a pass found it, and the positions at which it means the same.
 
