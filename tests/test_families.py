@@ -7,6 +7,7 @@ DeepSeek V3.2 chooses keys. Gemma 4 slices its masks, and its class for images h
 import pytest
 import torch
 from accelerate import cpu_offload
+from test_models import PASS_SIZES, TINY, forest, random_model, short_forest
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -25,7 +26,6 @@ from backprompt import LM, Text, TextTooLongError, TokenIdError, UnsupportedMode
 from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain
 from reference import plain_token_logprobs
-from test_models import PASS_SIZES, TINY, forest, random_model, short_forest
 from tiny_models import MAX_POSITIONS, VOCAB_SIZE
 
 # Positions

@@ -6,8 +6,9 @@
   In a private copy the table uses the positions that the decoder is given.
 - *Temperature by position* (Llama 4): layers without rotation scale their queries by the row of the call. In a private
   copy they are handed a stand-in for a cache, with which the model's own code counts true positions.
-- *Chosen keys* (DeepSeek V3.2, GLM-MoE-DSA and kin): an indexer chooses a number of keys for each query. For a text
-  of at most so many tokens it chooses all. In a private copy the indexer says so, and longer texts are refused.
+- *Chosen keys* (DeepSeek V3.2, GLM-MoE-DSA, MiniMax M3 and kin): an indexer chooses a number of keys, or of blocks of
+  keys, for each query. For a text of at most so many tokens it chooses all. In a private copy the indexer says so, and
+  longer texts are refused.
 
 The parts are found by what their code has, so that the next family with the same code needs nothing here.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
 from backprompt.errors import UnsupportedModelError
 
@@ -32,16 +34,16 @@ def adapt(body: nn.Module) -> None:
         UnsupportedModelError: somebody gave such a module a forward of its own.
 
     """
-    for module in list(body.modules()):
-        if _is_indexer(module):
+    for module in list(_modules(body)):
+        if _num_chosen(module) is not None:
             _become(module, _ChoosesAllKeys)
         elif any(map(_scales_by_row, module.children())):
             _become(module, _TellsPositions)
         elif _scales_by_row(module):
             _become(module, _AtTruePositions)
-        elif table := _table_by_row(module):
+        elif _counts_rows(module):
             _become(module, _TakesPositions)
-            _become(table, _TableAtTruePositions)
+            _become(module.embed_positions, _TableAtTruePositions)
         elif _counts_behind_padding(module):
             _become(module.position_embeddings, _ShiftedPositions)
             module.position_embeddings.first_position = module.padding_idx + 1
@@ -52,26 +54,60 @@ def padding_id(model: nn.Module) -> int | None:
     return next((module.padding_idx for module in _modules(model) if _counts_behind_padding(module)), None)
 
 
+def mixing_layers(decoder: PreTrainedModel) -> list[str]:
+    """Return the classes of layers that keep a state of all tokens before, as those of transformers' cache tell.
+
+    Small weights mix tokens by less than a comparison of numbers shows, and keys may be compressed in blocks longer
+    than the texts of a comparison.
+    """
+    compressors = {type(module).__name__ for module in decoder.modules() if _is_compressor(module)}
+    if compressors or not _caches_states(decoder.config):
+        return sorted(compressors)
+    around_convolutions = {
+        type(module).__name__
+        for module in decoder.modules()
+        if any(isinstance(part, nn.Conv1d) and max(part.kernel_size) > 1 for part in module.children())
+    }
+    return sorted(around_convolutions) or ["linear attention"]
+
+
+def _is_compressor(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Compressor")
+
+
+def _caches_states(config: Any) -> bool:
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):  # a configuration without layers that caches know
+        return False
+    return any(hasattr(layer, "conv_states") for layer in layers)
+
+
 def num_chosen_keys(model: nn.Module) -> int | None:
     """Return the number of keys that the indexers of a model choose for a query, None if there are no indexers."""
-    return min((module.index_topk for module in _modules(model) if _is_indexer(module)), default=None)
+    return min((num for num in map(_num_chosen, model.modules()) if num is not None), default=None)
 
 
 def _modules(model: nn.Module) -> Iterator[Any]:
     return model.modules()
 
 
-def _is_indexer(module: Any) -> bool:
-    return type(module).__name__.endswith("Indexer") and isinstance(getattr(module, "index_topk", None), int)
-
-
-def _table_by_row(module: Any) -> nn.Module | None:
-    """Return a decoder's table of positions if the decoder hands it those of the rows of the call."""
-    table: nn.Module | None = getattr(module, "embed_positions", None)
-    if table is None or not {"past_key_values_length", "position_ids"} <= _parameters_of(table):
+def _num_chosen(module: Any) -> int | None:
+    """Return the number of keys that an indexer chooses for a query; None of other modules."""
+    if not type(module).__name__.endswith("Indexer"):
         return None
-    own = _parameters_of(module)
-    return table if "past_key_values" in own and "position_ids" not in own else None
+    if isinstance(getattr(module, "index_topk", None), int):
+        return int(module.index_topk)
+    if isinstance(getattr(module, "topk_blocks", None), int):
+        return int(module.topk_blocks * module.block_size)
+    return None
+
+
+def _counts_rows(module: Any) -> bool:
+    """Return whether a decoder hands its table of positions those of the rows of the call."""
+    table, own = getattr(module, "embed_positions", None), _parameters_of(module)
+    takes_positions = table is not None and {"past_key_values_length", "position_ids"} <= _parameters_of(table)
+    return takes_positions and "past_key_values" in own and "position_ids" not in own
 
 
 def _parameters_of(module: nn.Module) -> set[str]:
@@ -90,7 +126,7 @@ def _counts_behind_padding(module: Any) -> bool:
     )
 
 
-def _become(module: nn.Module, kind: type) -> None:
+def _become(module: Any, kind: type) -> None:
     """Give a module of a private copy the forward of another class, which calls the module's own."""
     cls: type = type(module)
     if "forward" in vars(module) and "_old_forward" not in vars(module):
@@ -174,6 +210,6 @@ class _ChoosesAllKeys:
         return torch.empty((*hidden_states.shape[:-1], 0), dtype=torch.int32, device=hidden_states.device)
 
 
-def are_all_keys(indices: Tensor) -> bool:
-    """Return whether the indices that an indexer has passed to attention are those of all keys."""
-    return indices.shape[-1] == 0
+def are_all_keys(value: object) -> bool:
+    """Return whether a value that a layer passes to its attention says that an indexer has chosen all keys."""
+    return isinstance(value, Tensor) and value.dtype == torch.int32 and value.shape[-1:] == (0,)

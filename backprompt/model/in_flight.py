@@ -15,7 +15,7 @@ from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
 from backprompt.memory.blocks import KeysValues
 from backprompt.model.families import are_all_keys
-from backprompt.model.masks import Mask, Unknown, sees_later
+from backprompt.model.masks import Mask, Unknown
 
 Way: TypeAlias = Literal["replayed", "recorded", "plain"]
 """How a step of a generation was computed: by a graph, by the first run of one, or without."""
@@ -37,6 +37,11 @@ _MEANINGLESS_KEYWORDS = frozenset(
 
 _FIRST_MARKER = 1 << 40
 """Markers have one axis of this size and more, which no tensor of numbers has."""
+
+
+def is_about_marker(error: Exception) -> bool:
+    """Return whether an error names the size of a marker: somebody has taken the marker for a mask of numbers."""
+    return str(_FIRST_MARKER)[:-3] in str(error)
 
 
 @dataclass(kw_only=True)
@@ -72,12 +77,6 @@ class Masks:
             mask = None if use_vmap else Mask(mask_function, self.max_position, device)
             if mask is not None and mask.meaning.is_known:
                 return mask
-            if mask is not None and sees_later(mask_function, self.max_position, device):
-                return Unknown(
-                    f"{self.model_name} lets tokens attend to later tokens, as an encoder does, so what it computes "
-                    "for a text changes with the text behind it. Use a causal LM (a configuration of some families "
-                    "needs is_decoder=True)."
-                )
         except IndexError:
             return Unknown(
                 f"{self.model_name} masks attention by a table of the rows of its call, so its texts cannot share one."
@@ -98,7 +97,6 @@ class Masks:
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        indices: Tensor | None = None,
         **keywords: object,
     ) -> Scoring:
         """Return the scoring of a layer, from what the layer passes to transformers' attention interface.
@@ -107,8 +105,6 @@ class Masks:
             UnsupportedModelError: packed attention does not implement a keyword, or the mask is unknown.
 
         """
-        if indices is not None and not are_all_keys(indices):
-            keywords["indices"] = indices
         self._refuse_unknown(keywords, dropout, is_causal)
         window = self._window_of(marker)
         if window is None and sliding_window is not None:
@@ -138,7 +134,11 @@ class Masks:
         )
 
     def _refuse_unknown(self, keywords: Mapping[str, object], dropout: float, is_causal: bool | None) -> None:
-        unknown = [name for name, value in keywords.items() if value is not None and name not in _MEANINGLESS_KEYWORDS]
+        unknown = [
+            name
+            for name, value in keywords.items()
+            if value is not None and name not in _MEANINGLESS_KEYWORDS and not are_all_keys(value)
+        ]
         if dropout:
             unknown.append("dropout")
         if is_causal is False:

@@ -88,12 +88,6 @@ def _nums_visible(mask_function: Callable[..., Tensor], positions: range, device
     return [num if is_right else None for num, is_right in zip(nums[:, 0].tolist(), are_last.tolist(), strict=True)]
 
 
-def sees_later(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> bool:
-    """Return whether the first query of a call with this last position sees the last key, or the last the next one."""
-    visible = visible_keys(mask_function, range(position + 1), device)
-    return bool(visible[0, max(position, 1)] | visible[-1, -1])
-
-
 def visible_keys(mask_function: Callable[..., Tensor], positions: range, device: torch.device) -> Tensor:
     """Return which keys the query at each position sees, `(positions, keys)`."""
     zero = torch.zeros((), dtype=torch.long, device=device)

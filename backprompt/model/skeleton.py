@@ -356,9 +356,14 @@ def _uses_attention_interface(model: nn.Module) -> bool:
     )
 
 
-def why_unlike_plain(model: nn.Module) -> str:
-    """Return the likely reason why packed logits of a model are not those of its plain call."""
-    return "Something in it mixes tokens outside attention, so its texts cannot share a pass."
+def refuse_mixing_layers(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, naming the layers, if some keep a state of all tokens before."""
+    kinds = families.mixing_layers(_decoder(model))
+    if kinds:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so "
+            "mixes tokens outside attention. Its texts cannot share a pass."
+        )
 
 
 def has_experts(model: nn.Module) -> bool:
