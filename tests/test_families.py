@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from backprompt import LM, Text, TextTooLongError, TokenIdError, UnsupportedModelError, evaluate
+from backprompt.model.skeleton import decoder_of
 from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain
 from reference import plain_token_logprobs
@@ -161,3 +162,14 @@ def test_layers_that_share_keys_and_slice_their_masks(max_tokens, tokenizer):
     texts = forest(LM(model, tokenizer, max_tokens_per_forward=max_tokens))
     evaluate(texts)
     assert_equals_plain(model, texts)
+
+
+# Heads below which lies more than the decoder
+
+
+@pytest.mark.parametrize("make", [bart, roberta, llama4])
+def test_the_users_configuration_stays_as_it_is(make, tokenizer):
+    model = make()
+    before = [vars(config).copy() for config in (model.config, decoder_of(model).config)]
+    Text.from_tokens((7, 9, 11), LM(model, tokenizer)).logits  # noqa: B018
+    assert [vars(config) for config in (model.config, decoder_of(model).config)] == before

@@ -67,8 +67,10 @@ def probe(model: nn.Module, executor: Executor) -> None:
         NonFiniteError: NaN or infinity in the plain call itself, or on the way in a packed pass.
 
     """
-    skeleton.refuse_mixing_layers(model)
     plain_model = skeleton.plain_copy(model)
+    why = skeleton.why_not_packed(model)
+    if why is not None:
+        raise UnsupportedModelError(why)
     has_experts = skeleton.has_experts(model)
     fault: UnsupportedModelError | None = None
     for first in range(_MAX_TRIES if has_experts else 1):

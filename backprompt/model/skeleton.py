@@ -33,7 +33,7 @@ SHARED_BUFFER_BYTES = 1 << 16
 TRAINERS = ("accelerate.utils.", "backprompt.", "torch._dynamo.", "torch.amp.", "trl.")
 """The packages whose wrappers of a model's forward method compile it, change precision, or add calls of their own."""
 
-_NUM_POSITIONS = ("max_position_embeddings", "max_target_positions")
+_NUM_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 """The fields of configurations that say for how many positions a model was made."""
 
 _MEDIA = ("image", "video", "audio", "speech", "vision")
@@ -143,6 +143,17 @@ def check_supported(model: nn.Module) -> None:
         )
 
 
+def why_not_packed(model: nn.Module) -> str | None:
+    """Return why a model that `check_supported` lets pass cannot be packed, if its parts show that; else None."""
+    kinds = families.mixing_layers(_decoder(model))
+    if kinds:
+        return (
+            f"{type(model).__name__} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so "
+            "mixes tokens outside attention. Its texts cannot share a pass."
+        )
+    return None
+
+
 def decoder_of(model: nn.Module) -> PreTrainedModel | None:
     """Return the model without its head, or None if there is no such part.
 
@@ -250,6 +261,8 @@ class _GivenHiddenStates(nn.Module):
     def __init__(self, part: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self._taken = (part, decoder)  # in a tuple, modules are no parts of this one
+        if hasattr(part, "config"):
+            self.config = copy.deepcopy(part.config)
 
     def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _DecoderOutput:
         return _DecoderOutput(last_hidden_state=inputs_embeds)
@@ -354,16 +367,6 @@ def _uses_attention_interface(model: nn.Module) -> bool:
         for part in (model, decoder_of(model))
         if part is not None
     )
-
-
-def refuse_mixing_layers(model: nn.Module) -> None:
-    """Raise UnsupportedModelError, naming the layers, if some keep a state of all tokens before."""
-    kinds = families.mixing_layers(_decoder(model))
-    if kinds:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so "
-            "mixes tokens outside attention. Its texts cannot share a pass."
-        )
 
 
 def has_experts(model: nn.Module) -> bool:
