@@ -42,6 +42,7 @@ from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.memory.snapshots import keep_snapshot
 from backprompt.model.executor import Executor
 from backprompt.model.in_flight import Work
+from backprompt.model.levels import check_packed
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
 from backprompt.tokens.graph import TokenGraph, TokenIds
@@ -133,6 +134,13 @@ class Probed(NamedTuple):
     placeholders: frozenset[int]
 
 
+def _checked(token_ids: TokenIds, executor: Executor) -> TokenIds:
+    """Return the ids of a text; raise UnsupportedModelError for groups that the model cannot evaluate."""
+    if isinstance(token_ids, TokenGraph):
+        check_packed(executor.levels, "Groups and frozen segments")
+    return token_ids
+
+
 def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]) -> None:
     """Note that spans took the place of a fan; the forest calls this, and must not keep a computation alive."""
     pools.unfold(fan, spans)
@@ -181,18 +189,13 @@ class Computation:
     ) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts in the forest; `known`: those that are there; `are_ends`: see `Forest.insert`."""
         return self._in_forest(
-            self._insert(token_ids, is_end=are_ends) if end is None else end
+            self.forest.insert(_checked(token_ids, self.executor), is_end=are_ends) if end is None else end
             for token_ids, end in zip(texts, itertools.repeat(None) if known is None else known, strict=False)
         )
 
     def extended(self, texts: Iterable[tuple[Span, tuple[int, ...]]]) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts that go on behind spans of the forest; they count as the ends of no texts."""
         return self._in_forest(self.forest.extend(end, end.stop, more) for end, more in texts)
-
-    def _insert(self, token_ids: TokenIds, *, is_end: bool) -> Span:
-        if isinstance(token_ids, TokenGraph):
-            self.executor.check_packed("groups and frozen segments")
-        return self.forest.insert(token_ids, is_end=is_end)
 
     @contextmanager
     def _in_forest(self, ends_of_texts: Iterable[Span]) -> Iterator[list[Span]]:

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
 from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
-from backprompt.errors import NonFiniteError, UnsupportedModelError
+from backprompt.errors import NonFiniteError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
@@ -355,14 +355,6 @@ class Executor:
     def tokens_per_forward(self) -> int:
         """Return the largest number of tokens in a pass, where the caller gives none."""
         return min(tokens_per_forward(self._body, device) for device in self._devices)
-
-    def check_packed(self, what: str) -> None:
-        """Raise UnsupportedModelError, for `what` needs packed passes, if the probe has found that there are none."""
-        if self.levels is not None:
-            raise UnsupportedModelError(
-                f"{self._model_name} is evaluated by levels, with its own attention, and {what} take packed attention. "
-                f"{self.levels.way.why_not_packed}"
-            )
 
     def dynamic_cache(self, keys_values: KeysValues, snapshot: Tensor | None) -> DynamicCache:
         """Return a cache for `model(..., past_key_values=...)` with all rows of a block; see caches.py.

@@ -45,6 +45,15 @@ Pieces = tuple["BlockRows[KeysValues]", ...]
 """The rows of keys and values of a text from its first token on."""
 
 
+def check_packed(levels: Levels | None, what: str) -> None:
+    """Raise UnsupportedModelError, for `what` takes packed attention, if passes go by levels."""
+    if levels is not None:
+        raise UnsupportedModelError(
+            f"{what} take packed attention, and this model is evaluated by levels, with its own attention. "
+            f"{levels.way.why_not_packed}"
+        )
+
+
 @dataclass(eq=False)
 class _Run:
     """Consecutive tokens of a text: those of a span, or those that lead to the end of a span without a snapshot.
