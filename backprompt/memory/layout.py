@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backprompt.memory.blocks import STATE_TENSORS, Block, KeysValues, token_axis
+from backprompt.memory.blocks import STATE_TENSORS, Block, token_axis
+from backprompt.memory.snapshots import snapshot_bytes_of
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,18 @@ class Layout:
 
     Attributes:
         rows: the format of each tensor of both blocks, by name.
-        keys_values: the class of blocks of keys and values.
+        snapshot_bytes: the bytes of a snapshot of states, 0 for a model without; see snapshots.py.
 
     """
 
     rows: Mapping[str, RowSpec]
-    keys_values: type[KeysValues] = KeysValues
+    snapshot_bytes: int = 0
 
     @classmethod
     def of(cls, *blocks: Block) -> Layout:
         """Return the layout of the rows of a pass."""
         rows = {name: _row_spec(t, block.token_axis) for block in blocks for name, t in block.tensors.items()}
-        return cls(rows, next((type(block) for block in blocks if isinstance(block, KeysValues)), KeysValues))
+        return cls(rows, max(map(snapshot_bytes_of, blocks)))
 
     def shape(self, name: str, num_tokens: int) -> tuple[int, ...]:
         """Return the shape of a tensor of `num_tokens` tokens."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from backprompt.forest.span import Span
-from backprompt.memory.blocks import BlockRows, KeysValues, keys_values_of
+from backprompt.memory.blocks import Block, BlockRows, KeysValues, keys_values_of
 from backprompt.memory.location import Location
 
 if TYPE_CHECKING:
@@ -93,6 +93,12 @@ class KeysValuesAndSnapshots(KeysValues):
                     found[start + row - piece.start] = snapshot
             start += piece.stop - piece.start
         return found
+
+
+def snapshot_bytes_of(block: Block) -> int:
+    """Return the bytes of a snapshot of a block, 0 if it has none."""
+    snapshots = block.snapshots if isinstance(block, KeysValuesAndSnapshots) else {}
+    return next((snapshot.nbytes for snapshot in snapshots.values()), 0)
 
 
 def snapshot_of(span: Span) -> Tensor | None:

@@ -184,7 +184,7 @@ def limits_of(model: nn.Module) -> Limits:
     if num_chosen is not None:
         hard.append((num_chosen, f"in longer texts its indexer chooses {num_chosen} keys for each token"))
     is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    why_hard = None if is_rotary else "its position embeddings are rows of a table"
+    why_hard = None if is_rotary else "its position embeddings are learned, one a position"
     if hard:
         max_tokens, why_hard = min(hard)  # kinds of layers may differ
     return Limits(embeddings.shape[0], max_tokens, why_hard, placeholders, padding)
