@@ -123,6 +123,10 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name} has no language-model head. Load it with AutoModelForCausalLM, or name a causal LM checkpoint."
         )
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"{name} has no one table of token embeddings (models of sounds have one a codebook), so it takes no texts."
+        )
     kinds = {type(module).__name__ for module in model.modules()}
     if "ParamWrapper" in kinds:
         raise UnsupportedModelError(
