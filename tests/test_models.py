@@ -650,6 +650,29 @@ def test_tokens_that_stand_for_a_sound_are_refused(tokenizer):
     assert_equals_plain(model, [Text.from_tokens((7, 9), lm)])
 
 
+OPTIONS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 3.0}, "beams": {"num_beams": 3}}
+
+
+@pytest.mark.parametrize("how", OPTIONS)
+def test_generation_chooses_no_token_that_stands_for_a_sound(how, tokenizer):
+    """However probable it is: the token's logit is a hundred times the largest otherwise."""
+    model = granite_speech()
+    text = Text.from_tokens((7, 99, 9, 11), LM(model, tokenizer))
+    logits = text.logits
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[308] = head[logits.argmax()] * logits.max().sign() * 100
+    assert int(plain_logits(model, text.tokens)[-1].argmax()) == 308
+    made = text.generate(max_new_tokens=6, **OPTIONS[how])
+    assert len(made.completion_tokens) == 6
+    assert 308 not in made.completion_tokens
+    if how != "sampled":
+        ids = ids_for(model, text.tokens)
+        options = {"max_new_tokens": 6, "suppress_tokens": [308], "do_sample": False, **OPTIONS[how]}
+        expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        assert made.tokens == tuple(expected[0].tolist())
+
+
 # past_key_values
 
 
