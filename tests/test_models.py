@@ -673,6 +673,23 @@ def test_generation_chooses_no_token_that_stands_for_a_sound(how, tokenizer):
         assert made.tokens == tuple(expected[0].tolist())
 
 
+@pytest.mark.parametrize("num_scored", [200, 400])
+def test_ids_that_are_not_both_embedded_and_scored_are_refused_and_not_generated(num_scored, tokenizer):
+    model = FAMILIES["llama"]()
+    model.lm_head = on_test_device(nn.Linear(model.config.hidden_size, num_scored))
+    last = min(num_scored, VOCAB_SIZE) - 1
+    lm = LM(model, tokenizer)
+    text = Text.from_tokens((7, last, 9), lm)
+    assert_equals_plain(model, [text])
+    with pytest.raises(TokenIdError, match=f"the model's embedding and head have ids 0 to {last}"):
+        Text.from_tokens((7, last + 1), lm).token_logprobs  # noqa: B018
+    with torch.no_grad():
+        model.lm_head.bias[-1] = 1000.0  # the most probable in any text
+    made = text.generate(max_new_tokens=4)
+    assert_equals_plain(model, [made])
+    assert (num_scored - 1 in made.completion_tokens) == (num_scored <= VOCAB_SIZE)
+
+
 # past_key_values
 
 

@@ -121,7 +121,8 @@ def _decoding(lm: LM, stops: StopStrings, max_new_tokens: int, seed: int | None,
 
 def refused_ids(lm: LM) -> frozenset[int]:
     """Return the ids with which no text can be evaluated, as far as it is known by now."""
-    return lm.session.evaluator.executor.limits.placeholders
+    executor = lm.session.evaluator.executor
+    return executor.limits.placeholders.union(range(executor.limits.num_embeddings, executor.vocab_size))
 
 
 def stream(
