@@ -1,13 +1,13 @@
 """What single families need, so that a packed pass computes what their plain call does.
 
 Llama 4 scales queries by rows of the call, RoBERTa counts positions behind its padding id, BART counts rows, and
-DeepSeek V3.2 chooses keys. Gemma 4 slices its masks, and its class for images has parts that a head asks for.
+DeepSeek V3.2 chooses keys. Gemma 4 slices its masks, and Chameleon's head asks for more than hidden states. Last, the
+most used families from end to end, a line each.
 """
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from test_models import PASS_SIZES, TINY, forest, random_model, short_forest
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -26,7 +26,11 @@ from backprompt import LM, Text, TextTooLongError, TokenIdError, UnsupportedMode
 from backprompt.model.skeleton import decoder_of
 from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain
+from devices import on_test_device
+from families.checks import check
+from families.models import CAUSAL, MEDIA, build
 from reference import plain_token_logprobs
+from test_models import PASS_SIZES, TINY, forest, random_model, short_forest
 from tiny_models import MAX_POSITIONS, VOCAB_SIZE
 
 # Positions
@@ -173,3 +177,71 @@ def test_the_users_configuration_stays_as_it_is(make, tokenizer):
     before = [vars(config).copy() for config in (model.config, decoder_of(model).config)]
     Text.from_tokens((7, 9, 11), LM(model, tokenizer)).logits  # noqa: B018
     assert [vars(config) for config in (model.config, decoder_of(model).config)] == before
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("chameleon", torch.bfloat16), ("mllama", torch.float32)])
+def test_logits_of_weights_in_bfloat16(family, dtype, tokenizer):
+    """Mllama's are in float32, though no better. Chameleon's head asks the part below for the tokens of images."""
+    model = on_test_device(build(family, {**MEDIA, **CAUSAL}[family]).bfloat16())
+    texts = forest(LM(model, tokenizer))
+    evaluate(texts)
+    assert texts[0].logits.dtype == dtype
+    assert_equals_plain(model, texts)
+
+
+# Layers that keep a state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "layers"), [("jamba", "JambaMambaMixer"), ("minimax", "linear attention")])
+def test_layers_with_a_state_are_refused_though_their_weights_do_not_show_it(family, layers, dtype, tokenizer):
+    """All weights are 0: what the layers mix is nothing, before the first step of a training."""
+    model = build(family, CAUSAL[family]).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with pytest.raises(UnsupportedModelError, match=f"keep a state of all tokens before .{layers}., and so mixes"):
+        Text.from_tokens((7, 9, 11), LM(on_test_device(model), tokenizer)).logits  # noqa: B018
+
+
+def test_compressed_keys_are_refused_though_the_texts_of_the_probe_are_shorter_than_a_block(tokenizer):
+    model = build("deepseek_v4", CAUSAL["deepseek_v4"])
+    with pytest.raises(UnsupportedModelError, match="DeepseekV4HCACompressor"):
+        Text.from_tokens((7, 9, 11), LM(on_test_device(model), tokenizer)).logits  # noqa: B018
+
+
+# Classes that take no texts
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("musicgen", "MusicgenForCausalLM has no one table of token embeddings"),
+        (
+            "gemma4_unified_assistant",
+            "cannot be called with token ids alone: ValueError: .* shared_kv_states cannot be",
+        ),
+        ("git", "GitForCausalLM computes with its attention mask by code of its own"),
+        ("paligemma", "PaliGemmaForConditionalGeneration lets tokens attend to later tokens"),
+    ],
+)
+def test_a_class_that_is_no_causal_model_of_texts_is_refused(family, reason, tokenizer):
+    model = on_test_device(build(family, {**MEDIA, **CAUSAL}[family]))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        Text.from_tokens((7, 9, 11), LM(model, tokenizer)).logits  # noqa: B018
+
+
+# Most used families, from end to end; `make families` does so with all
+
+MOST_USED = [
+    *("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "gemma4", "mistral", "mixtral", "phi3"),
+    *("gpt_oss", "deepseek_v3", "deepseek_v32", "llama4", "glm4_moe", "olmo2", "smollm3", "gpt2", "gpt_neox", "opt"),
+]
+
+
+@pytest.mark.parametrize("family", MOST_USED)
+def test_the_most_used_families_are_right(family, capsys):
+    verdict = check(family, CAUSAL[family], is_quick=True)
+    with capsys.disabled():
+        print(f"\n{verdict.line()}", end="")
+    assert verdict.status == "RIGHT"

@@ -644,6 +644,46 @@ def test_tokens_that_stand_for_a_sound_are_refused(tokenizer):
     assert_equals_plain(model, [Text.from_tokens((7, 9), lm)])
 
 
+OPTIONS = {"greedy": {}, "sampled": {"do_sample": True, "seed": 3, "temperature": 3.0}, "beams": {"num_beams": 3}}
+
+
+@pytest.mark.parametrize("how", OPTIONS)
+def test_generation_chooses_no_token_that_stands_for_a_sound(how, tokenizer):
+    """However probable it is: the token's logit is a hundred times the largest otherwise."""
+    model = granite_speech()
+    text = Text.from_tokens((7, 99, 9, 11), LM(model, tokenizer))
+    logits = text.logits
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[308] = head[logits.argmax()] * logits.max().sign() * 100
+    assert int(plain_logits(model, text.tokens)[-1].argmax()) == 308
+    made = text.generate(max_new_tokens=6, **OPTIONS[how])
+    assert len(made.completion_tokens) == 6
+    assert 308 not in made.completion_tokens
+    if how != "sampled":
+        ids = ids_for(model, text.tokens)
+        options = {"max_new_tokens": 6, "suppress_tokens": [308], "do_sample": False, **OPTIONS[how]}
+        expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        assert made.tokens == tuple(expected[0].tolist())
+
+
+@pytest.mark.parametrize("num_scored", [200, 400])
+def test_ids_that_are_not_both_embedded_and_scored_are_refused_and_not_generated(num_scored, tokenizer):
+    model = FAMILIES["llama"]()
+    model.lm_head = on_test_device(nn.Linear(model.config.hidden_size, num_scored))
+    last = min(num_scored, VOCAB_SIZE) - 1
+    lm = LM(model, tokenizer)
+    text = Text.from_tokens((7, last, 9), lm)
+    assert_equals_plain(model, [text])
+    with pytest.raises(TokenIdError, match=f"the model's embedding and head have ids 0 to {last}"):
+        Text.from_tokens((7, last + 1), lm).token_logprobs  # noqa: B018
+    with torch.no_grad():
+        model.lm_head.bias[-1] = 1000.0  # the most probable in any text
+    made = text.generate(max_new_tokens=4)
+    assert_equals_plain(model, [made])
+    assert (num_scored - 1 in made.completion_tokens) == (num_scored <= VOCAB_SIZE)
+
+
 # past_key_values
 
 

@@ -195,7 +195,7 @@ def _plain_logits(plain_model: nn.Module, executor: Executor, first: int) -> tup
     error: NonFiniteError | None = None
     for attempt in range(first, first + _MAX_TRIES):
         texts = [_without_placeholders(token_ids_of(path, limits.num_embeddings, attempt), limits) for path in _PATHS]
-        plain: Tensor = plain_model(input_ids=torch.tensor(texts, device=executor.device)).logits
+        plain = _plain_call(plain_model, texts, executor.device)
         unusable = (~are_distributions(plain)).nonzero().tolist()
         if not unusable:
             return texts, plain
@@ -204,6 +204,18 @@ def _plain_logits(plain_model: nn.Module, executor: Executor, first: int) -> tup
     raise NonFiniteError(
         f"{error} So it does for each of {_MAX_TRIES} sets of tokens, with which it is tried before its first text."
     )
+
+
+def _plain_call(plain_model: nn.Module, texts: _Texts, device: torch.device) -> Tensor:
+    try:
+        logits: Tensor = plain_model(input_ids=torch.tensor(texts, device=device)).logits
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{type(plain_model).__name__} cannot be called with token ids alone: {type(error).__name__}: {error}"
+        ) from error
+    return logits
 
 
 def token_ids_of(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ class Limits:
     """The limits that a model sets for texts.
 
     Attributes:
-        num_embeddings: token ids must be below this number.
+        num_embeddings: token ids must be below this number, of those that the model embeds and scores.
         max_tokens: the number of positions that the model was made for, or None if it does not say.
         why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
         placeholders: token ids that stand for images or sounds, or take no position.
@@ -118,6 +118,10 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name} has no language-model head. Load it with AutoModelForCausalLM, or name a causal LM checkpoint."
         )
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"{name} has no one table of token embeddings (models of sounds have one a codebook), so it takes no texts."
+        )
     kinds = {type(module).__name__ for module in model.modules()}
     if "ParamWrapper" in kinds:
         raise UnsupportedModelError(
@@ -167,6 +171,7 @@ def limits_of(model: nn.Module) -> Limits:
     """Return the limits on ids and positions."""
     config: Any = _decoder(model).config
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    num_embeddings = min(embeddings.shape[0], vocab_size(model))  # a head may score fewer
     max_tokens: int | None = next(
         (getattr(config, name) for name in _NUM_POSITIONS if getattr(config, name, None) is not None), None
     )
@@ -187,7 +192,7 @@ def limits_of(model: nn.Module) -> Limits:
     why_hard = None if is_rotary else "its position embeddings are learned, one a position"
     if hard:
         max_tokens, why_hard = min(hard)  # kinds of layers may differ
-    return Limits(embeddings.shape[0], max_tokens, why_hard, placeholders, padding)
+    return Limits(num_embeddings, max_tokens, why_hard, placeholders, padding)
 
 
 def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int | None]:
