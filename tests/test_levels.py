@@ -5,15 +5,18 @@ counted.
 """
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backprompt import LM, Text, UnsupportedModelError, evaluate
 from backprompt.model import levels as levels_module
+from backprompt.model.cache_form import Body
 from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain, num_distinct
 from quick import up_to
@@ -220,6 +223,65 @@ def test_the_way_outlives_a_change_of_weights():
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1.5)
     assert_p1(lm, [text])
+
+
+class Counting(nn.Module):
+    """A body of a running sum of embeddings; its cache is a dict with heads on the axis of texts, and two counters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 4)
+
+    def forward(self, input_ids, state=None, use_cache=True):
+        rows = self.embed(input_ids)  # (texts, tokens, 4)
+        keys = torch.cat([rows, rows + 1], dim=2).unflatten(2, (2, 4)).movedim(2, 1).flatten(0, 1)
+        if state is None:
+            state = {"keys": keys[:, :0], "sums": [rows[:, :0].sum(dim=1)], "seen": 0, "seen too": torch.tensor(0)}
+        assert state["seen"] == state["seen too"] == state["keys"].shape[1]
+        sums = state["sums"][0][:, None] + rows.cumsum(dim=1)
+        keys = torch.cat([state["keys"], keys], dim=1)
+        seen = state["seen"] + rows.shape[1]
+        state = {"keys": keys, "sums": [sums[:, -1]], "seen": seen, "seen too": torch.tensor(seen), "name": "constant"}
+        return SimpleNamespace(
+            last_hidden_state=sums + keys.unflatten(0, (-1, 2)).sum(dim=(1, 2))[:, None], state=state
+        )
+
+
+@torch.no_grad()
+def test_any_cache_of_tensors_is_taken_apart_and_put_together():
+    body = Body(Counting(), torch.device("cpu"))
+    form = body.form(3)
+    (keys,), (sums,) = form.rows, form.states
+    assert (keys.path, keys.batch_axis, keys.token_axis, keys.num_each) == (("keys",), 0, 1, 2)
+    assert (sums.path, sums.batch_axis, sums.shape) == (("sums", 0), 0, (1, 4))
+    _, cache = body.call([[1, 2, 3], [4, 5, 6]], None)
+    rows, snapshots = form.rows_of(cache, 3), form.snapshots_of(cache)
+    assert [tensor.shape for tensor in rows] == [(2, 2, 3, 4)]
+    swapped = form.built([tensor.flip(0) for tensor in rows], snapshots.flip(0), 3)
+    found, _ = body.call([[7, 8], [9, 1]], swapped, 3)
+    expected, _ = body.call([[4, 5, 6, 7, 8], [1, 2, 3, 9, 1]], None)
+    assert_close(found, expected[:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state | {"window": state["keys"][:, -3:]}, "states of other sizes"),
+        (lambda state: state | {"square": state["seen"] ** 2}, "does not count tokens"),
+        (lambda state: state | {"shared": torch.ones(7)}, "all texts of a batch share"),
+        (lambda state: None, "an empty cache"),
+    ],
+)
+@torch.no_grad()
+def test_other_caches_are_refused_by_name(change, reason):
+    class Other(Counting):
+        def forward(self, input_ids, state=None, use_cache=True):
+            found = super().forward(input_ids, state, use_cache)
+            found.state = change(found.state)
+            return found
+
+    with pytest.raises(UnsupportedModelError, match=reason):
+        Body(Other(), torch.device("cpu")).form(3)
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -133,6 +133,11 @@ def test_another_process_continues_stored_texts(kind, recurrent, tokenizer, tmp_
         evaluate(within)  # ends within what was stored: its states are computed again
         assert (second.stats.tokens_computed, second.stats.tokens_recomputed) == (3 + 1 + 2, 2)
         assert_equals_plain(recurrent, [left, within])
+        third = LM(recurrent, tokenizer, store=store)
+        (within,) = texts_of(third, (5, 6, 9))
+        evaluate(within)  # loads a beginning of the entry, without the states behind its end
+        assert (third.stats.tokens_loaded, third.stats.tokens_recomputed) == (2, 2)
+        assert_equals_plain(recurrent, [within])
 
 
 @given(

@@ -112,8 +112,10 @@ class StateTensor:
 
     def as_bytes(self, tensor: Tensor) -> Tensor:
         """Return the numbers of each text as bytes, `(texts, bytes)`, padded to a multiple of the alignment."""
-        num_texts = tensor.shape[self.batch_axis] // self.shape[0]
-        numbers = tensor.movedim(self.batch_axis, 0).reshape(num_texts, -1).contiguous().view(torch.uint8)
+        own = tensor.movedim(self.batch_axis, 0)
+        if own.shape[1:] != self.shape[1:]:
+            raise CacheError("its cache has states of other sizes for other texts")
+        numbers = own.reshape(own.shape[0] // self.shape[0], -1).contiguous().view(torch.uint8)
         return nn.functional.pad(numbers, (0, self.stop - self.start - numbers.shape[1]))
 
     def from_bytes(self, snapshots: Tensor) -> Tensor:
@@ -244,7 +246,10 @@ class Body:
             self.call([[token_id] * num_tokens] * num_texts, _empty_like(empty))[1]
             for num_texts, num_tokens in ((1, _NUM_TOKENS), (2, _NUM_TOKENS), (1, _MORE_TOKENS))
         ]
-        return _form_of(self.name, empty, *caches)
+        form = _form_of(self.name, empty, *caches)
+        if form.states:
+            form.snapshots_of(cache)  # a window has as many keys as there are tokens, as long as they are few
+        return form
 
 
 def _empty_like(cache: object) -> DynamicCache | None:
