@@ -222,8 +222,7 @@ class Executor:
             start = stop
         if self.layout is None:
             sample = States.of_rows(hidden, [slice(0, 1)])
-            token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-            self.know_rows(Layout.of(keys_values, sample), token_bytes)
+            self.know_rows(Layout.of(keys_values, sample), keys_values.row_bytes + sample.num_bytes)
         return Computed(keys_values, states, keys_values_of, states_of, forwarded.work)
 
     def know_rows(self, layout: Layout, token_bytes: int) -> None:
