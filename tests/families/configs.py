@@ -37,7 +37,7 @@ _NAMES: list[tuple[object, str]] = [
         "hidden_size n_embd d_model dim embed_dim embedding_size word_embed_proj_dim emb_dim dim_model embedding_dim "
         "projection_dim out_hidden_size hidden_dim mm_hidden_size input_embedding_size output_embedding_size "
         "backbone_hidden_size text_hidden_size output_dim projector_hidden_size width vision_hidden_size "
-        "audio_embed_dim adapter_input_size",
+        "audio_embed_dim adapter_input_size adapter_in_dim adapter_out_dim",
     ),
     (
         64,
@@ -222,6 +222,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config.rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
     },
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"] * 2},
+    "dots3_note": {"vision_config.mlp_layer_types": ["dense"] * 4, "vision_config.per_layer_config": {}},
     "fast_vlm": {"vision_config.hidden_size": 32},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
     "glm5_next": {"text_config.qk_rope_head_dim": 0, "text_config.head_dim": 0},
