@@ -19,6 +19,7 @@ import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from backprompt.errors import GenerationError
 from backprompt.evaluation.behind import Behind
 from backprompt.forest.fan import Shape
 from backprompt.generation.decoding import Decoding
+from backprompt.generation.generate import refused_ids
 from backprompt.generation.options import SAMPLING_FIELDS
 from backprompt.generation.run import Run, run_with_bar
 from backprompt.generation.stops import StopStrings, missing_characters
@@ -314,6 +316,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             stops=StopStrings(spelled, self.tokenizer, is_behind_prompt=False),
             seed=options.pop("seed", None),
             given=options,
+            refused=partial(refused_ids, self.lm),
         )
         encoded = (self.tok_encode(context, left_truncate_len=room) for context in contexts)
         prompts = [Text.from_tokens(ids or [self.prefix_token_id], self.lm) for ids in encoded]

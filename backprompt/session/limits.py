@@ -89,8 +89,8 @@ class TextLimits:
         if min(ids) < 0 or max(ids) >= num_embeddings:
             position, token_id = next((p, t) for p, t in enumerate(ids) if not 0 <= t < num_embeddings)
             raise TokenIdError(
-                f"{text!r} has token id {token_id} at position {position}, but the model's embedding has ids 0 to "
-                f"{num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
+                f"{text!r} has token id {token_id} at position {position}, but the model's embedding and head have ids "
+                f"0 to {num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
             )
 
     def check_length(self, shown: str, num_given: int, length: int, what: str = "tokens") -> None:

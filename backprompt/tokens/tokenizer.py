@@ -90,6 +90,17 @@ class Speller:
         return frozenset(self._tokenizer.get_vocab().values())
 
 
+def _copied(tokenizer: Any) -> Any:
+    try:
+        return copy.deepcopy(tokenizer)
+    except Exception as error:  # of the class's own code, or of what it holds
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} cannot be copied ({type(error).__name__}: {error}), and texts are encoded "
+            "with a copy, which nobody changes meanwhile. It holds something like a module, a lock or an open file: "
+            "give its class a method __deepcopy__, or a __getstate__ that leaves this out."
+        ) from error
+
+
 class PrivateTokenizer:
     """A copy of `tokenizer` that no other code changes or locks.
 
@@ -100,7 +111,7 @@ class PrivateTokenizer:
         continuing: the copy that encodes continuations, or None.
 
     Raises:
-        TokenizerError: `tokenizer` is not a tokenizer of transformers.
+        TokenizerError: `tokenizer` is not a tokenizer of transformers, or cannot be copied.
 
     """
 
@@ -112,7 +123,7 @@ class PrivateTokenizer:
             )
         self._original = tokenizer
         self._fingerprint: str | None = None
-        self._private: Any = copy.deepcopy(tokenizer)
+        self._private: Any = _copied(tokenizer)
         self._speller = Speller(self._private)
         self._words = _sample_words(tokenizer)
         self._state = _quick_state(tokenizer, self._words)
