@@ -106,7 +106,9 @@ def _num_chosen(module: Any) -> int | None:
 def _counts_rows(module: Any) -> bool:
     """Return whether a decoder hands its table of positions those of the rows of the call."""
     table, own = getattr(module, "embed_positions", None), _parameters_of(module)
-    takes_positions = table is not None and {"past_key_values_length", "position_ids"} <= _parameters_of(table)
+    takes_positions = isinstance(table, nn.Module) and {"past_key_values_length", "position_ids"} <= _parameters_of(
+        table
+    )
     return takes_positions and "past_key_values" in own and "position_ids" not in own
 
 

@@ -114,11 +114,6 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{name} is not a transformers model; backprompt runs causal LMs of transformers.")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; backprompt runs decoder-only causal LMs.")
-    if not _uses_attention_interface(model):
-        raise UnsupportedModelError(
-            f"{name} does not go through transformers' attention interface, so its attention cannot be packed. Use a "
-            "family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
-        )
     if model.get_output_embeddings() is None or decoder_of(model) is None:  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{name} has no language-model head. Load it with AutoModelForCausalLM, or name a causal LM checkpoint."
@@ -149,11 +144,14 @@ def check_supported(model: nn.Module) -> None:
 
 def why_not_packed(model: nn.Module) -> str | None:
     """Return why a model that `check_supported` lets pass cannot be packed, if its parts show that; else None."""
+    name = type(model).__name__
+    if not _uses_attention_interface(model):
+        return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
     kinds = families.mixing_layers(_decoder(model))
     if kinds:
         return (
-            f"{type(model).__name__} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so "
-            "mixes tokens outside attention. Its texts cannot share a pass."
+            f"{name} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so mixes tokens "
+            "outside attention. Its texts cannot share a pass."
         )
     return None
 
@@ -225,6 +223,11 @@ def _placeholders(model: nn.Module) -> frozenset[int]:
 def make_body(model: nn.Module, attention_name: str) -> nn.Module:
     """Return a copy of the decoder whose attention is the registered function `attention_name`."""
     return _switched(_private_copy(_decoder(model)), attention_name)
+
+
+def make_own_body(model: nn.Module) -> nn.Module:
+    """Return a copy of the decoder with its own attention."""
+    return _private_copy(_decoder(model))
 
 
 def make_trained_body(model: nn.Module, attention_name: str) -> nn.Module:
@@ -308,6 +311,11 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
         if _has_trainers_forward(module):
             del module.forward
     spread.forget_movers(private)
+    for module in private.modules():
+        if (
+            getattr(module, "layers_are_rescaled", True) is False
+        ):  # RWKV would divide the user's weights in its first call
+            module.config.rescale_every = 0  # type: ignore[union-attr]
     for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False

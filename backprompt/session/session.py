@@ -26,7 +26,8 @@ from torch import nn
 from backprompt.arguments import as_list
 from backprompt.errors import StaleRepresentationError, UnboundTextError
 from backprompt.evaluation.archive import Archive
-from backprompt.evaluation.computation import Counters, Means
+from backprompt.evaluation.computation import Means
+from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
