@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import Joined
 from backprompt.attention.kernels import additive_mask
-from backprompt.training import flex
+from backprompt.training.flex import Kind, NotCompiledError, attend_at_once, block_mask, choose
 from backprompt.training.kernels import Pair, clear_pair, pair_for
 from backprompt.training.trie import Trie
 from backprompt.transfers import on_device
@@ -102,14 +102,14 @@ class TrieAttention:
 
     def _in_one_call(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor | str:
         """Return attention by FlexAttention, or why it does not serve."""
-        choice = flex.choose(flex.Kind.of(query, key, value, scoring))
+        choice = choose(Kind.of(query, key, value, scoring))
         if choice.call is None:
             return choice.reason
         if scoring.window not in self._masks:
-            self._masks[scoring.window] = flex.block_mask(self._trie, scoring.window, self._device)
+            self._masks[scoring.window] = block_mask(self._trie, scoring.window, self._device)
         try:
-            return flex.attend(choice.call, query, key, value, scoring, self._masks[scoring.window])
-        except flex.NotCompiledError as error:
+            return attend_at_once(choice.call, query, key, value, scoring, self._masks[scoring.window])
+        except NotCompiledError as error:
             return f"flex failed: {error}"
 
     def _biting(self, window: int | None) -> int | None:

@@ -74,7 +74,7 @@ class Choice:
     reason: str = ""
 
 
-def attend(call: Call, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, mask: Any) -> Tensor:
+def attend_at_once(call: Call, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, mask: Any) -> Tensor:
     """Return attention under a `block_mask`, `(tokens, heads, value_dim)`, with gradients.
 
     Shapes: query `(heads, tokens, head_dim)`, key and value `(kv_heads, tokens, head_dim)`.
@@ -237,7 +237,7 @@ def _largest_gap(call: Call, kind: Kind, num_tokens: int) -> float:
         2.0 if kind.has_softcap else None,
         leaves[3] if kind.has_sinks else None,
     )
-    found = attend(call, query, key, value, scoring, block_mask(trie, scoring.window, kind.device))
+    found = attend_at_once(call, query, key, value, scoring, block_mask(trie, scoring.window, kind.device))
     expected = _written_out(query, key, value, scoring, trie)
     upstream = draw(*found.shape)
     ours, theirs = (torch.autograd.grad(output, leaves, upstream) for output in (found, expected))
