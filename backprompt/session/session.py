@@ -322,6 +322,16 @@ class Session:
             known |= new
         return [known[text] for text in texts]
 
+    def evaluated(self, text: Text) -> Evaluated:
+        """Evaluate one text, quickly if its states are held; the lock must be held."""
+        evaluator = self.current()
+        found = self._evaluated.get(text)
+        if found is None or not found.is_computed:
+            return self.evaluate([text])[0]
+        evaluator.memory.touch([found.end])
+        self.counters.tokens_requested += len(found.token_ids)
+        return found
+
     def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
         """Return the ends of texts that were evaluated and whose states are still held; the lock must be held."""
         if not self._evaluated:
