@@ -188,7 +188,7 @@ class LM(Engine[Text]):
     def representation(self, text: Text) -> ModelRepr:
         """Return the representation of a text, as `evaluate` does; for a held text no evaluation is counted."""
         with self._session.exclusive():
-            return ModelRepr(self._session, self._session.evaluated(text))
+            return ModelRepr(self._session, *self._session.evaluate([text]))
 
     def token_logprobs(
         self,
