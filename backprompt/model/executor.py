@@ -66,8 +66,10 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
 
     All code that makes or changes tensors runs in this context.
     """
-    with torch.no_grad():
-        if not _is_special(device):  # as for most callers: the rest takes longer than this
+    has_gradients = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # `torch.no_grad` takes longer than all the rest here
+    try:
+        if not _is_special(device):  # as for most callers
             yield
             return
         with ExitStack() as stack:
@@ -78,6 +80,12 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
             yield
+    finally:
+        torch._C._set_grad_enabled(has_gradients)
+
+
+_num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+"""How many modes of torch functions the caller is in: the default device is one, and slow to ask for."""
 
 
 def _is_special(device: torch.device) -> bool:
@@ -85,7 +93,7 @@ def _is_special(device: torch.device) -> bool:
     return (
         torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled(device.type)
-        or torch.get_default_device().type != "cpu"
+        or (_num_modes() > 0 and torch.get_default_device().type != "cpu")
     )
 
 

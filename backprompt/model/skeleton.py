@@ -355,9 +355,9 @@ def _switched(body: nn.Module, attention_name: str) -> nn.Module:
 
 
 def configs_of(model: nn.Module) -> list[Any]:
-    """Return the configurations of a model and of its parts."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return list(configs.values())
+    """Return the configurations of a model and of its parts; some parts call something else so."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())
 
 
 def _fuse_gelu(body: nn.Module) -> None:

@@ -108,8 +108,14 @@ class ModelRepr:
         single token before it has nan: a text's first, and the first behind a group. A branch's first token follows
         the token before the group.
         """
-        with self._held() as (evaluator, text):
-            return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
+        with self._session.exclusive():
+            self._check_evaluator(self._session.evaluator)
+            if self._evaluated.is_computed:
+                scored = self._evaluated.evaluator.readout.scored_logprobs(self._evaluated.inserted)
+                if scored is not None:  # nothing is computed, so nothing has to be held for it
+                    return scored
+            with self._held() as (evaluator, text):
+                return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
 
     @property
     def hidden_states(self) -> Tensor:

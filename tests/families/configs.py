@@ -37,7 +37,7 @@ _NAMES: list[tuple[object, str]] = [
         "hidden_size n_embd d_model dim embed_dim embedding_size word_embed_proj_dim emb_dim dim_model embedding_dim "
         "projection_dim out_hidden_size hidden_dim mm_hidden_size input_embedding_size output_embedding_size "
         "backbone_hidden_size text_hidden_size output_dim projector_hidden_size width vision_hidden_size "
-        "audio_embed_dim adapter_input_size",
+        "audio_embed_dim adapter_input_size adapter_in_dim adapter_out_dim",
     ),
     (
         64,
@@ -167,7 +167,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _SHARED,
     "gemma4": {"text_config.pad_token_id": 0},
     "gemma4_unified": {"text_config.pad_token_id": 0},
-    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "gemma4_assistant": {
+        **{"text_config.model_type": "gemma4_text", "text_config.num_kv_shared_layers": 6},
+        **{"text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0},
+    },
     "gemma3n": {
         **{f"text_config.{name}": value for name, value in _SHARED.items()},
         "text_config.vocab_size": VOCAB,
@@ -218,6 +221,15 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config.moe_intermediate_size": [16, 16],
         "text_config.rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
     },
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"] * 2},
+    "dots3_note": {"vision_config.mlp_layer_types": ["dense"] * 4, "vision_config.per_layer_config": {}},
+    "fast_vlm": {"vision_config.hidden_size": 32},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
+    "glm5_next": {"text_config.qk_rope_head_dim": 0, "text_config.head_dim": 0},
+    "molmo2": {"vision_config.image_size": [32, 32], "adapter_config.vision_feature_layer": [2, 1]},
+    "nemo_speechlm": {"head_config.audio_hidden_size": 32},
+    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2},
+    "perception_lm": {"vision_config.model_args": {"embed_dim": 32, "img_size": (32, 32), "depth": 2}},
     "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": []},
     "janus": {"vq_config.base_channels": 32},
 }
@@ -225,23 +237,37 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The tiny configuration of a type of models."""
-    return _tiny(CONFIG_MAPPING[model_type], CHANGES.get(model_type, {}))
+    return tiny_of(CONFIG_MAPPING[model_type], CHANGES.get(model_type, {}))
 
 
-def _tiny(cls: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
+def tiny_of(cls: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
+    """The tiny configuration of a class, and of its parts."""
     values = _values_of(cls) | {name: value for name, value in changes.items() if "." not in name}
-    parts = _parts_of(cls)
-    whole = cls() if parts else None
-    for name in parts:
-        part = getattr(whole, name, None)
-        if name not in values and isinstance(part, PreTrainedConfig):
+    parts = _parts_of(cls) | {
+        name.removesuffix(".model_type"): CONFIG_MAPPING[value]
+        for name, value in changes.items()
+        if name.endswith(".model_type")
+    }
+    for name, part in parts.items():
+        if name not in values:
             own = {key.removeprefix(f"{name}."): value for key, value in changes.items() if key.startswith(f"{name}.")}
-            values[name] = _tiny(type(part), CHANGES.get(part.model_type, {}) | own)
+            own.pop("model_type", None)
+            values[name] = tiny_of(part, CHANGES.get(part.model_type, {}) | own)
     return cls(**values)
 
 
-def _parts_of(cls: type) -> set[str]:
-    return {*(getattr(cls, "sub_configs", None) or {}), *(getattr(cls, "sub_configs_defaults", None) or {})}
+def _parts_of(cls: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
+    """The classes of the parts of a configuration, by name: those of its defaults where it has any."""
+    listed = {**(getattr(cls, "sub_configs", None) or {}), **(getattr(cls, "sub_configs_defaults", None) or {})}
+    if not listed:
+        return {}
+    try:
+        whole: Any = cls()
+    except Exception:  # defaults may contradict each other
+        whole = None
+    parts = {name: getattr(whole, name, part) for name, part in listed.items()}
+    kinds = {name: part if isinstance(part, type) else type(part) for name, part in parts.items()}
+    return {name: kind for name, kind in kinds.items() if issubclass(kind, PreTrainedConfig)}
 
 
 def _values_of(cls: type[PreTrainedConfig]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ MEDIA: dict[str, str] = {
 }
 """Classes of images, sounds and texts."""
 
-_MAX_PARAMETERS = 30_000_000
+_MAX_PARAMETERS = 130_000_000
 
 
 def build(model_type: str, class_name: str, seed: int = 0) -> PreTrainedModel:
@@ -32,8 +32,10 @@ def build(model_type: str, class_name: str, seed: int = 0) -> PreTrainedModel:
     """
     cls = getattr(transformers, class_name)
     config: Any = tiny_config(model_type)
-    if cls.config_class is not None and not isinstance(config, cls.config_class):
-        config = config.decoder if hasattr(config, "decoder") else config.get_text_config()
+    wanted = cls.config_class
+    if wanted is not None and not isinstance(config, wanted):
+        parts = [getattr(config, "decoder", None), config.get_text_config(decoder=True)]
+        config = next((part for part in parts if isinstance(part, wanted)), None) or tiny_config(wanted.model_type)
     _leave_out_timm(sys.modules[cls.__module__])
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in cls(config).parameters())
