@@ -94,7 +94,7 @@ def test_budgets_count_snapshots_and_evict_them_with_their_spans(recurrent, toke
     evaluate(texts_of(free, TRUNK, LEFT, RIGHT))
     held = sum(block.num_bytes for block in free.session.evaluator.memory.blocks)
     computation = free.session.evaluator.computation
-    tokens_and_spans = 9 * computation.token_bytes + 3 * computation.snapshot_bytes
+    tokens_and_spans = 9 * computation.token_bytes + 3 * computation.executor.snapshot_bytes
     assert free.stats.bytes_held == held == pytest.approx(tokens_and_spans, rel=0.05)
     assert explain(texts_of(free, LEFT, RIGHT)).bytes_needed == tokens_and_spans
     lm = LM(recurrent, tokenizer, memory_bytes=held * 2 // 3)

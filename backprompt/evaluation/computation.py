@@ -171,16 +171,10 @@ class Computation:
         self.probe_once()
         return self.executor.token_bytes
 
-    @property
-    def snapshot_bytes(self) -> int:
-        """The bytes of the states behind a span, 0 for most models; the first use runs the probe."""
-        self.probe_once()
-        return 0 if self.probed is None else self.probed.layout.snapshot_bytes
-
     def num_bytes_of(self, ends: Iterable[Span]) -> int:
         """Return the bytes that all of these texts take together, in the device's memory."""
         spans = on_the_way(ends)
-        return num_tokens_of(spans) * self.token_bytes + len(spans) * self.snapshot_bytes
+        return num_tokens_of(spans) * self.token_bytes + len(spans) * self.executor.snapshot_bytes
 
     def inserted(
         self, texts: Iterable[TokenIds], known: Iterable[Span | None] | None = None, *, are_ends: bool = True

@@ -1,4 +1,4 @@
-"""What the probe has found of a model, so that a model with the same parts and other numbers need not be probed again."""
+"""What the probe has found of a model, so that other numbers in the same parts need not be probed again."""
 
 from __future__ import annotations
 
