@@ -49,6 +49,8 @@ class Limits:
         why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
         placeholders: token ids that stand for images or sounds, or take no position.
         padding: the one of these that takes no position.
+        counts_tokens: whether texts have at most `max_tokens` tokens, which are more than positions where there is a
+            group: keys are chosen among all tokens that a token sees.
 
     """
 
@@ -57,6 +59,7 @@ class Limits:
     why_hard: str | None
     placeholders: frozenset[int] = frozenset()
     padding: int | None = None
+    counts_tokens: bool = False
 
     def check_placeholders(self, token_ids: Iterable[int]) -> None:
         """Raise TokenIdError if a token stands for an image or a sound, or takes no position."""
@@ -194,7 +197,7 @@ def limits_of(model: nn.Module) -> Limits:
     why_hard = None if is_rotary else "its position embeddings are learned, one a position"
     if hard:
         max_tokens, why_hard = min(hard)  # kinds of layers may differ
-    return Limits(num_embeddings, max_tokens, why_hard, placeholders, padding)
+    return Limits(num_embeddings, max_tokens, why_hard, placeholders, padding, num_chosen is not None)
 
 
 def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int | None]:
