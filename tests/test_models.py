@@ -277,7 +277,7 @@ def test_heads_tied_to_the_embedding_and_heads_of_their_own(family, is_tied, tok
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("mamba", "MambaForCausalLM does not go through transformers' attention interface"),
+        ("mamba", "MambaForCausalLM has layers that keep a state of all tokens before .MambaMixer."),
         ("t5", "T5ForConditionalGeneration is an encoder-decoder"),
         ("bloom", "BloomForCausalLM does not go through transformers' attention interface"),
         ("falcon", "FalconForCausalLM does not go through transformers' attention interface"),

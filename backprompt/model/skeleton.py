@@ -117,15 +117,12 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{name} is not a transformers model; backprompt runs causal LMs of transformers.")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; backprompt runs decoder-only causal LMs.")
-    if not _uses_attention_interface(model):
-        raise UnsupportedModelError(
-            f"{name} does not go through transformers' attention interface, so its attention cannot be packed. Use a "
-            "family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
-        )
     if model.get_output_embeddings() is None or decoder_of(model) is None:  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{name} has no language-model head. Load it with AutoModelForCausalLM, or name a causal LM checkpoint."
         )
+    if not _uses_attention_interface(model):
+        raise UnsupportedModelError(why_not_packed(model))
     if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{name} has no one table of token embeddings (models of sounds have one a codebook), so it takes no texts."
@@ -151,12 +148,18 @@ def check_supported(model: nn.Module) -> None:
 
 
 def why_not_packed(model: nn.Module) -> str | None:
-    """Return why a model that `check_supported` lets pass cannot be packed, if its parts show that; else None."""
+    """Return why a model cannot be packed, if its parts show that; else None."""
+    name = type(model).__name__
     kinds = families.mixing_layers(_decoder(model))
     if kinds:
         return (
-            f"{type(model).__name__} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so "
-            "mixes tokens outside attention. Its texts cannot share a pass."
+            f"{name} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so mixes tokens "
+            "outside attention. Its texts cannot share a pass."
+        )
+    if not _uses_attention_interface(model):
+        return (
+            f"{name} does not go through transformers' attention interface, so its attention cannot be packed. Use a "
+            "family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
         )
     return None
 
@@ -174,13 +177,14 @@ def decoder_of(model: nn.Module) -> PreTrainedModel | None:
 
 def limits_of(model: nn.Module) -> Limits:
     """Return the limits on ids and positions."""
-    config: Any = _decoder(model).config
+    decoder = _decoder(model)
+    config: Any = decoder.config
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     num_embeddings = min(embeddings.shape[0], vocab_size(model))  # a head may score fewer
     max_tokens: int | None = next(
         (getattr(config, name) for name in _NUM_POSITIONS if getattr(config, name, None) is not None), None
     )
-    padding = families.padding_id(model)
+    padding = families.padding_id(decoder)
     placeholders = _placeholders(model)
     if padding is not None:
         placeholders |= {padding}
@@ -190,7 +194,7 @@ def limits_of(model: nn.Module) -> Limits:
         for kind, length in (_scaled_from(rope, max_tokens) for rope in _rope_parameters(config))
         if length is not None
     ]
-    num_chosen = families.num_chosen_keys(model)
+    num_chosen = families.num_chosen_keys(decoder)
     if num_chosen is not None:
         hard.append((num_chosen, f"in longer texts its indexer chooses {num_chosen} keys for each token"))
     is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
