@@ -235,6 +235,7 @@ def test_compressed_keys_are_refused_though_the_texts_of_the_probe_are_shorter_t
             "gemma4_unified_assistant",
             "cannot be called with token ids alone: ValueError: .* shared_kv_states cannot be",
         ),
+        ("diffusion_gemma", "returns logits of the shape .* so they are not those of the next tokens"),
         ("git", "GitForCausalLM computes with its attention mask by code of its own"),
         ("paligemma", "PaliGemmaForConditionalGeneration lets tokens attend to later tokens"),
     ],
