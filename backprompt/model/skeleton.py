@@ -49,6 +49,8 @@ class Limits:
         why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
         placeholders: token ids that stand for images or sounds, or take no position.
         padding: the one of these that takes no position.
+        counts_tokens: whether texts have at most `max_tokens` tokens, which are more than positions where there is a
+            group: keys are chosen among all tokens that a token sees.
 
     """
 
@@ -57,6 +59,7 @@ class Limits:
     why_hard: str | None
     placeholders: frozenset[int] = frozenset()
     padding: int | None = None
+    counts_tokens: bool = False
 
     def check_placeholders(self, token_ids: Iterable[int]) -> None:
         """Raise TokenIdError if a token stands for an image or a sound, or takes no position."""
@@ -145,14 +148,14 @@ def check_supported(model: nn.Module) -> None:
 def why_not_packed(model: nn.Module) -> str | None:
     """Return why a model that `check_supported` lets pass cannot be packed, if its parts show that; else None."""
     name = type(model).__name__
-    if not _uses_attention_interface(model):
-        return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
     kinds = families.mixing_layers(_decoder(model))
     if kinds:
         return (
             f"{name} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so mixes tokens "
             "outside attention. Its texts cannot share a pass."
         )
+    if not _uses_attention_interface(model):
+        return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
     return None
 
 
@@ -169,13 +172,14 @@ def decoder_of(model: nn.Module) -> PreTrainedModel | None:
 
 def limits_of(model: nn.Module) -> Limits:
     """Return the limits on ids and positions."""
-    config: Any = _decoder(model).config
+    decoder = _decoder(model)
+    config: Any = decoder.config
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     num_embeddings = min(embeddings.shape[0], vocab_size(model))  # a head may score fewer
     max_tokens: int | None = next(
         (getattr(config, name) for name in _NUM_POSITIONS if getattr(config, name, None) is not None), None
     )
-    padding = families.padding_id(model)
+    padding = families.padding_id(decoder)
     placeholders = _placeholders(model)
     if padding is not None:
         placeholders |= {padding}
@@ -185,14 +189,14 @@ def limits_of(model: nn.Module) -> Limits:
         for kind, length in (_scaled_from(rope, max_tokens) for rope in _rope_parameters(config))
         if length is not None
     ]
-    num_chosen = families.num_chosen_keys(model)
+    num_chosen = families.num_chosen_keys(decoder)
     if num_chosen is not None:
         hard.append((num_chosen, f"in longer texts its indexer chooses {num_chosen} keys for each token"))
     is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
     why_hard = None if is_rotary else "its position embeddings are learned, one a position"
     if hard:
         max_tokens, why_hard = min(hard)  # kinds of layers may differ
-    return Limits(num_embeddings, max_tokens, why_hard, placeholders, padding)
+    return Limits(num_embeddings, max_tokens, why_hard, placeholders, padding, num_chosen is not None)
 
 
 def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int | None]:
