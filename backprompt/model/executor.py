@@ -32,6 +32,7 @@ from backprompt.logprobs import logprob_dtype
 from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
 from backprompt.memory.places import Places
 from backprompt.model import skeleton, spread
+from backprompt.model.adapters import AdaptedLayers, SegmentAdapters
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.fusion import fusion_for
 from backprompt.model.in_flight import Forwarded, InFlight, Way, no_layers_error, run_body
@@ -40,6 +41,7 @@ from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
 from backprompt.model.steps import CapturedSteps, captured_steps
+from backprompt.tokens.adapted import number_of, numbers_in, plain, plain_array
 from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
@@ -153,6 +155,9 @@ class Executor:
                 fusion_for(self.device)(self._body)
             linears = speed_up((self._body, self._head), pack=pack_weights)
             self.linears = pad_head(self._head, model, linears)
+        self.adapters = SegmentAdapters(model)
+        """The adapters that segments of texts may name."""
+        self._adapted = AdaptedLayers(self._body, self.adapters)
         self._in_flight: InFlight | None = None
         self._form_of_cache: tuple[Form | None] | None = None  # known after its first use
         self.steps: CapturedSteps | None = None
@@ -164,7 +169,7 @@ class Executor:
     def close(self) -> None:
         """Release the copies of the model and packed weights; nothing can be computed afterwards."""
         self.steps = None
-        for name in ("_body", "_head", "_model"):
+        for name in ("_body", "_head", "_model", "_adapted", "adapters"):
             vars(self).pop(name, None)  # a second call finds none
 
     @property
@@ -223,8 +228,9 @@ class Executor:
 
         The results are overwritten by the next step. `places`: where they go.
         """
-        self.limits.check_placeholders(pass_.token_ids)
-        replayed = None if self.steps is None else self.steps.step(self.run, pass_, attention, places)
+        self.limits.check_placeholders(plain(pass_.token_ids))
+        steps = None if numbers_in(pass_.token_ids) else self.steps  # a graph has all rows under the active adapters
+        replayed = None if steps is None else steps.step(self.run, pass_, attention, places)
         if replayed is None:
             return self.forward(pass_, attention)
         way: Way = "recorded" if replayed.is_first else "replayed"
@@ -240,7 +246,7 @@ class Executor:
             TokenIdError: a token stands for an image or a sound.
 
         """
-        self.limits.check_placeholders(pass_.token_ids)
+        self.limits.check_placeholders(plain(pass_.token_ids))
         try:
             return self._forward(pass_, attention)
         except torch.OutOfMemoryError:
@@ -249,9 +255,11 @@ class Executor:
         return self._forward(pass_, attention)
 
     def _forward(self, pass_: Pass, attention: PreparedAttention | None) -> Forwarded:
-        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self._input_device)
+        ids = np.array(pass_.token_ids, dtype=np.int64)
+        inputs = on_device(np.array([plain_array(ids), pass_.positions], dtype=np.int64), self._input_device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
-        in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
+        with self._adapted.under(number_of(ids)):
+            in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 

@@ -14,17 +14,17 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from backprompt.arguments import as_list
-from backprompt.errors import StaleRepresentationError, UnboundTextError
+from backprompt.errors import AdapterError, StaleRepresentationError, UnboundTextError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.computation import Counters, Means
 from backprompt.evaluation.evaluator import Evaluator
@@ -48,9 +48,12 @@ from backprompt.store import DiskStore, Store
 from backprompt.text.checks import engine_of
 from backprompt.text.node import Text, lazily
 from backprompt.text.questions import bound_engine
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.encoder import Encoder
 from backprompt.tokens.graph import TokenIds, before_last, num_positions
 from backprompt.tokens.tokenizer import PrivateTokenizer
+
+Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,6 @@ class Session:
         self.counters = Counters()
         self.store: Store | None = None
         private = PrivateTokenizer(tokenizer)
-        self.encoder = self._make_encoder(private)
         if isinstance(options.store, (str, os.PathLike)):
             self.store = DiskStore(options.store)
             weakref.finalize(self, self.store.close)  # nobody else can close it
@@ -105,6 +107,7 @@ class Session:
             self.store = options.store
         self.fingerprint = Fingerprint(model, private, self.store)  # before the first use of the weights
         self.evaluator = self._make_evaluator(self.fingerprint)
+        self.encoder = _make_encoder(self.options, private, self.evaluator)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
         self._probes = Probes()
         watch_lm(self)
@@ -162,6 +165,15 @@ class Session:
         self.evaluator.continuations.end_abandoned()
         self.evaluator.hold_pins()
         return self.evaluator
+
+    def ask_encoder(self, ask: Callable[[Encoder], Answer]) -> Answer:
+        """Return an answer of the encoder, without a look at the weights if the encoder knows all adapters."""
+        self.current(with_weights=False)
+        try:
+            return ask(self.encoder)
+        except AdapterError:
+            self.current()
+            return ask(self.encoder)
 
     @contextmanager
     def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
@@ -301,7 +313,8 @@ class Session:
     @property
     def limits(self) -> TextLimits:
         """The limits for texts that can be evaluated."""
-        return TextLimits(self.evaluator.executor.limits, self.options.beyond_trained_length)
+        executor = self.evaluator.executor
+        return TextLimits(executor.limits, self.options.beyond_trained_length, executor.adapters.numbers)
 
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
         """Evaluate the texts, computing only missing spans; the lock must be held."""
@@ -362,17 +375,14 @@ class Session:
 
     # Making and starting over
 
-    def _make_encoder(self, tokenizer: PrivateTokenizer) -> Encoder:
-        return Encoder(tokenizer, self.options.joins, self.options.add_special_tokens)
-
     def _make_evaluator(self, fingerprint: Fingerprint) -> Evaluator:
         model, archive = unwrap(self.model), None
         pinned = Location(torch.device("cpu"), self.options.pin_memory)
-        tokenizer = fingerprint.tokenizer
+        decode = partial(_decoded, fingerprint.tokenizer)
         if self.store is not None:  # a cycle with the session would keep tensors alive for longer than the LM
             root = partial(fingerprint.root, in_store=True)
-            archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode)
-        executor = Executor(model, tokenizer.decode, pack_weights=self.options.pack_weights)
+            archive = Archive(self.store, root, fingerprint.has_changed, decode)
+        executor = Executor(model, decode, pack_weights=self.options.pack_weights)
         order = GreedyDual(executor.hidden_size)
         here = Location(executor.device, device_of=executor.device_of)
         host = HostMemory(self._host_memory_bytes, order.rank, pinned, here)
@@ -402,12 +412,21 @@ class Session:
         else:
             old = self.evaluator.computation
             self._probes.pass_on(self.fingerprint, old, fingerprint, evaluator.computation)
-        encoder = self._make_encoder(fingerprint.tokenizer)
+        encoder = _make_encoder(self.options, fingerprint.tokenizer, evaluator)
         self.evaluator.close()
         self._evaluated = WeakKeyDictionary()
         self.encoder = encoder
         self.fingerprint = fingerprint
         self.evaluator = evaluator
+
+
+def _decoded(tokenizer: PrivateTokenizer, token_ids: Sequence[int]) -> str:
+    """Return the string of ids, whatever adapters they are under."""
+    return tokenizer.decode(plain(token_ids))
+
+
+def _make_encoder(options: Options, tokenizer: PrivateTokenizer, evaluator: Evaluator) -> Encoder:
+    return Encoder(tokenizer, options.joins, options.add_special_tokens, evaluator.executor.adapters.number_of)
 
 
 def default_bytes(model: nn.Module) -> int:
