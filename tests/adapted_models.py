@@ -44,7 +44,8 @@ def configs(family: str) -> dict[str, peft.LoraConfig]:
 
 def with_adapters(family: str, kind: Literal["peft", "mixin"] = "peft") -> nn.Module:
     model: Any = FAMILIES[family]()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         warnings.simplefilter("ignore")  # short names of adapters
         if kind == "mixin":
             for name, config in configs(family).items():

@@ -218,7 +218,7 @@ def _adapter_of(extent: Extent) -> str | None:
 
 def _mark(token: ShownToken) -> str:
     join = _CHANGED_JOIN if token.is_join_changed else _JOIN if token.begins_segment else ""
-    return f"{join}‹{_named(token.adapter)}› " if token.begins_segment and token.adapter is not None else join
+    return f"{join}[{_named(token.adapter)}] " if token.begins_segment and token.adapter is not None else join
 
 
 def _named(adapter: str) -> str:

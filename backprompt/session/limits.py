@@ -9,7 +9,7 @@ from backprompt.arguments import is_int
 from backprompt.errors import EmptyTextError, GroupError, TextTooLongError, TokenIdError
 from backprompt.model.skeleton import Limits
 from backprompt.text.node import Text
-from backprompt.tokens.adapted import numbers_in, plain
+from backprompt.tokens.adapted import number_of, numbers_in, plain
 from backprompt.tokens.graph import TokenIds, ends_in_group, flat, num_positions
 
 
@@ -90,8 +90,10 @@ class TextLimits:
         return int(token_id)
 
     def _plain(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return ids without their adapters; ids that are under no known adapter are no ids of a model at all."""
-        return plain(ids) if self.adapters.issuperset(numbers_in(ids)) else ids
+        """Return ids without their adapters; ids with other numbers are no ids of a model at all."""
+        if self.adapters.issuperset(numbers_in(ids)):
+            return plain(ids)
+        return tuple(plain([token_id])[0] if number_of(token_id) in self.adapters else token_id for token_id in ids)
 
     def _check_ids(self, text: Text, ids: tuple[int, ...]) -> None:
         ids = self._plain(ids)

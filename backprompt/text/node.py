@@ -208,7 +208,11 @@ class Text(Questions):
         """
         if not (name is None or isinstance(name, str)):
             raise TextTypeError(f"with_adapter takes the name of an adapter or None, not {abbreviated(name)}.")
-        return _from_segments(under_adapter(self.segments, name), self._lm, self._add_special_tokens)
+        with lazily():
+            text = _from_segments(under_adapter(self.segments, name), self._lm, self._add_special_tokens)
+        if _EAGER.get():
+            text._evaluate_eagerly()
+        return text
 
     # Reading, without a model
 

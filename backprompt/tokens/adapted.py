@@ -43,7 +43,7 @@ def plain(token_ids: Sequence[int]) -> tuple[int, ...]:
     ids = tuple(token_ids)
     if not ids or max(ids) < MAX_EMBEDDINGS:
         return ids
-    return tuple(token_id & (MAX_EMBEDDINGS - 1) for token_id in ids)
+    return tuple(token_id & (MAX_EMBEDDINGS - 1) if token_id >= MAX_EMBEDDINGS else token_id for token_id in ids)
 
 
 def plain_array(token_ids: Ints) -> Ints:
