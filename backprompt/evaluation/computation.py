@@ -10,10 +10,9 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 from weakref import finalize
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.evaluation.archive import Archive
+from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.holders import Holders
 from backprompt.evaluation.pools import Pools
 from backprompt.forest.fan import Fan
@@ -36,14 +36,16 @@ from backprompt.forest.passes import (
 )
 from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
-from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
+from backprompt.memory.layout import Layout
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
+from backprompt.memory.snapshots import keep_snapshot
 from backprompt.model.executor import Executor
-from backprompt.model.in_flight import Way
+from backprompt.model.in_flight import Work
+from backprompt.model.levels import check_packed
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
-from backprompt.tokens.graph import TokenIds
+from backprompt.tokens.graph import TokenGraph, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -52,26 +54,6 @@ MAX_EMPTY_SPANS = 10_000
 
 MAX_EMPTY_TOKENS = 1_000_000
 """The largest number of tokens in such spans; each id takes 40 bytes."""
-
-
-@dataclass
-class Counters:
-    """Work done so far; `LM.stats` is a frozen copy."""
-
-    tokens_requested: int = 0
-    tokens_computed: int = 0
-    tokens_recomputed: int = 0
-    tokens_fetched: int = 0
-    tokens_loaded: int = 0
-    forward_passes: int = 0
-    logit_rows: int = 0
-    steps: Counter[Way] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    @property
-    def work(self) -> tuple[int, int]:
-        """The counts of work done with the model's weights."""
-        return self.forward_passes, self.logit_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +134,13 @@ class Probed(NamedTuple):
     placeholders: frozenset[int]
 
 
+def _checked(token_ids: TokenIds, executor: Executor) -> TokenIds:
+    """Return the ids of a text; raise UnsupportedModelError for groups that the model cannot evaluate."""
+    if isinstance(token_ids, TokenGraph):
+        check_packed(executor.levels, "Groups and frozen segments")
+    return token_ids
+
+
 def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]) -> None:
     """Note that spans took the place of a fan; the forest calls this, and must not keep a computation alive."""
     pools.unfold(fan, spans)
@@ -200,7 +189,7 @@ class Computation:
     ) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts in the forest; `known`: those that are there; `are_ends`: see `Forest.insert`."""
         return self._in_forest(
-            self.forest.insert(token_ids, is_end=are_ends) if end is None else end
+            self.forest.insert(_checked(token_ids, self.executor), is_end=are_ends) if end is None else end
             for token_ids, end in zip(texts, itertools.repeat(None) if known is None else known, strict=False)
         )
 
@@ -339,10 +328,16 @@ class Computation:
                 span.was_computed = True
                 span.computed_in = self.forest.stamp()
             self.memory.note(spans)
-        self.counters.forward_passes += bool(with_tokens)
+        if computed is not None:
+            self.note_work(computed.work)
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
+
+    def note_work(self, work: Work) -> None:
+        """Count a pass, and keep the snapshots that it has restored."""
+        self.counters.note_pass(work)
+        self.memory.add([keep_snapshot(span, snapshot) for span, snapshot in work.restored.items()])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from backprompt.attention.base import PreparedAttention, Scoring, StandingAttention
 from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
+from backprompt.forest.span import Span
 from backprompt.memory.blocks import KeysValues
 from backprompt.model.families import are_all_keys
 from backprompt.model.masks import Mask, Unknown
@@ -195,6 +196,25 @@ def no_layers_error(model_name: str) -> UnsupportedModelError:
 
 
 @dataclass(frozen=True)
+class Work:
+    """The work of a pass besides its own tokens.
+
+    Attributes:
+        num_calls: the calls of the model's body.
+        num_again: tokens that were forwarded again, for states that were not kept; see levels.py.
+        restored: these states, as snapshots of the spans that hold their other rows.
+
+    """
+
+    num_calls: int = 1
+    num_again: int = 0
+    restored: Mapping[Span, Tensor] = field(default_factory=dict)
+
+
+ONE_CALL = Work()
+
+
+@dataclass(frozen=True)
 class Forwarded:
     """The output of a pass, on which the device may still work.
 
@@ -204,6 +224,7 @@ class Forwarded:
         are_finite: whether all numbers are finite, `()`.
         are_placed: whether keys, values and hidden states were copied to their places, see `Executor.step`.
         way: of a step.
+        work: the work besides.
 
     """
 
@@ -212,6 +233,7 @@ class Forwarded:
     are_finite: Tensor
     are_placed: bool = False
     way: Way = "plain"
+    work: Work = ONE_CALL
 
     @cached_property
     def is_finite(self) -> bool:

@@ -36,6 +36,9 @@ from backprompt.memory.blocks import gather, states_of
 from backprompt.model import skeleton
 from backprompt.model.executor import Computed, Executor
 from backprompt.model.in_flight import is_about_marker
+from backprompt.model.levels import Levels
+from backprompt.model.levels_probe import ways_by_levels
+from backprompt.model.limits import Limits
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -69,8 +72,38 @@ def probe(model: nn.Module, executor: Executor) -> None:
     """
     plain_model = skeleton.plain_copy(model)
     why = skeleton.why_not_packed(model)
-    if why is not None:
-        raise UnsupportedModelError(why)
+    fault = _compared(model, plain_model, executor) if why is None else UnsupportedModelError(why)
+    if fault is None:
+        return
+    if not _is_causal(plain_model, executor):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} lets tokens attend to later tokens, as an encoder does, so what it computes for "
+            "a text changes with the text behind it. Use a causal LM (a configuration of some families needs "
+            "is_decoder=True)."
+        ) from fault
+    _probe_by_levels(model, plain_model, executor, fault)
+
+
+def _probe_by_levels(
+    model: nn.Module, plain_model: nn.Module, executor: Executor, not_packed: UnsupportedModelError
+) -> None:
+    """Let the executor go by levels, in the first way that gives the numbers of the plain call."""
+    ids = _without_placeholders(token_ids_of("abcdefg", executor.limits.num_embeddings, 0), executor.limits)
+    fault: UnsupportedModelError | None = None
+    try:
+        for levels in ways_by_levels(model, executor, ids, str(not_packed)):
+            executor.go_by_levels(levels)
+            found = _compared(model, plain_model, executor)
+            if found is None:
+                return
+            fault = fault or found
+    except UnsupportedModelError as error:
+        fault = fault or error
+    raise UnsupportedModelError(f"{not_packed} {fault}") from not_packed
+
+
+def _compared(model: nn.Module, plain_model: nn.Module, executor: Executor) -> UnsupportedModelError | None:
+    """Compare evaluation as the executor does it with the plain call; return the fault, or None."""
     has_experts = skeleton.has_experts(model)
     fault: UnsupportedModelError | None = None
     for first in range(_MAX_TRIES if has_experts else 1):
@@ -78,15 +111,8 @@ def probe(model: nn.Module, executor: Executor) -> None:
         fault = _fault(model, executor, texts, plain, has_experts=has_experts)
         if fault is None:
             executor.refuse_placeholders(_refused_placeholders(plain_model, executor))
-            return
-    assert fault is not None
-    if not _is_causal(plain_model, executor, texts, plain):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} lets tokens attend to later tokens, as an encoder does, so what it computes for "
-            "a text changes with the text behind it. Use a causal LM (a configuration of some families needs "
-            "is_decoder=True)."
-        ) from fault
-    raise fault
+            return None
+    return fault
 
 
 def _fault(
@@ -104,7 +130,7 @@ def _fault(
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-        return error if isinstance(error, UnsupportedModelError) else _not_packed(name, error)
+        return error if isinstance(error, UnsupportedModelError) else _cannot_run(name, error, executor.levels)
     dtype = max(skeleton.head_dtype(model), packed[0].dtype, key=TOLERANCE.__getitem__)  # logits may be cast up
     for ids, logits, plain in zip(texts, packed, plain_logits, strict=True):
         if logits.dtype == torch.float16:
@@ -113,6 +139,11 @@ def _fault(
         scale = max(1.0, float(plain[plain.isfinite()].abs().max()))
         gap = float(differences(logits.float(), plain.float()).max())
         if not gap <= TOLERANCE[dtype] * scale:
+            if executor.levels is not None:
+                return UnsupportedModelError(
+                    f"Nor can spans continue its cache: the logits differ by {gap:.2e} from those of its plain call, "
+                    f"more than {TOLERANCE[dtype] * scale:.0e}."
+                )
             return UnsupportedModelError(
                 f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
                 f"than {TOLERANCE[dtype] * scale:.0e} for {dtype}. Something in it mixes tokens outside attention, so "
@@ -128,8 +159,10 @@ def _fault(
     return None
 
 
-def _not_packed(name: str, error: Exception) -> UnsupportedModelError:
-    """Return the error for a model that raises one on a packed row."""
+def _cannot_run(name: str, error: Exception, levels: Levels | None) -> UnsupportedModelError:
+    """Return the error for a model that raises one on a packed row, or behind a cache."""
+    if levels is not None:
+        return UnsupportedModelError(f"Nor can spans continue its cache: {type(error).__name__}: {error}")
     if is_about_marker(error):
         what = "computes with its attention mask by code of its own, so its attention cannot be packed"
     else:
@@ -142,8 +175,9 @@ def _not_packed(name: str, error: Exception) -> UnsupportedModelError:
     return found
 
 
-def _is_causal(plain_model: nn.Module, executor: Executor, texts: _Texts, plain_logits: Tensor) -> bool:
+def _is_causal(plain_model: nn.Module, executor: Executor) -> bool:
     """Return whether the plain call computes the same for the beginning of a text as for the text."""
+    texts, plain_logits = _plain_logits(plain_model, executor, 0)
     start = len(texts[0]) // 2
     alone: Tensor = plain_model(input_ids=torch.tensor([texts[0][:start]], device=executor.device)).logits[0]
     scale = max(1.0, float(alone.abs().max()))
@@ -220,7 +254,7 @@ def _refused_placeholders(plain_model: nn.Module, executor: Executor) -> frozens
     return frozenset() if float(differences(packed.float(), plain.float()).max()) <= allowed else placeholders
 
 
-def _without_placeholders(ids: tuple[int, ...], limits: skeleton.Limits) -> tuple[int, ...]:
+def _without_placeholders(ids: tuple[int, ...], limits: Limits) -> tuple[int, ...]:
     """Return the ids with another token in the places of those that stand for images or sounds."""
     usual = next(token_id for token_id in range(limits.num_embeddings) if token_id not in limits.placeholders)
     return tuple(usual if token_id in limits.placeholders else token_id for token_id in ids)

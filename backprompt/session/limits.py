@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backprompt.arguments import is_int
 from backprompt.errors import EmptyTextError, GroupError, TextTooLongError, TokenIdError
-from backprompt.model.skeleton import Limits
+from backprompt.model.limits import Limits
 from backprompt.text.node import Text
 from backprompt.tokens.graph import TokenIds, ends_in_group, flat, num_positions
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -125,8 +126,10 @@ class PrivateTokenizer:
         self._fingerprint: str | None = None
         self._private: Any = _copied(tokenizer)
         self._speller = Speller(self._private)
-        self._words = _sample_words(tokenizer)
-        self._state = _quick_state(tokenizer, self._words)
+        words = _sample_words(tokenizer)
+        self._state = _quick_state(tokenizer, words)
+        self._looked_at = _joined_for(tokenizer, words)
+        self._seen = _quick_state(tokenizer, self._looked_at)
         self.whole: Backend | None = None
         self._backend: Backend | None = None
         self.continuing: Backend | None = None
@@ -221,7 +224,7 @@ class PrivateTokenizer:
 
     def has_changed(self) -> bool:
         """Return whether the user's tokenizer differs from this copy, as far as a quick check can tell."""
-        return _quick_state(self._original, self._words) != self._state
+        return _quick_state(self._original, self._looked_at) != self._seen
 
     def fingerprint(self) -> str:
         """Return the SHA-256, as hex, of everything that determines ids."""
@@ -368,6 +371,11 @@ def _sample_words(tokenizer: Any) -> list[str]:
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
 
 
+def _joined_for(tokenizer: Any, words: list[str]) -> list[str]:
+    """Return the words as one for BPE, which merges within it as within each, in half the time."""
+    return ["".join(words)] if words and isinstance(tokenizer.backend_tokenizer.model, models.BPE) else words
+
+
 def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
     """Return a cheap summary: settings, sizes, and the ids of a sample, which a changed rule or merge alters.
 
@@ -381,12 +389,16 @@ def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Backend):
         components = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
-        parts += (None if part is None else part.__getstate__() for part in components)
+        parts += [None if part is None else part.__getstate__() for part in components]
         model = backend.model
-        parts += [token.id for word in words for token in model.tokenize(word)]
+        for word in words:
+            parts += map(_id_of, model.tokenize(word))
     else:
         parts.append(tuple(tokenizer(_SAMPLE)["input_ids"]))
     return tuple(parts)
+
+
+_id_of = operator.attrgetter("id")
 
 
 def added(before: str, after: str) -> str:
