@@ -1,4 +1,4 @@
-"""The token ids and positions that a model takes, and why it takes no others."""
+"""The limits that a model sets for texts: ids that it embeds and scores, and numbers of positions or of tokens."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class Limits:
         why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
         placeholders: token ids that stand for images or sounds, or take no position.
         padding: the one of these that takes no position.
+        counts_tokens: whether texts have at most `max_tokens` tokens, which are more than positions where there is a
+            group: keys are chosen among all tokens that a token sees.
 
     """
 
@@ -36,6 +38,7 @@ class Limits:
     why_hard: str | None
     placeholders: frozenset[int] = frozenset()
     padding: int | None = None
+    counts_tokens: bool = False
 
     def check_placeholders(self, token_ids: Iterable[int]) -> None:
         """Raise TokenIdError if a token stands for an image or a sound, or takes no position."""
@@ -62,7 +65,7 @@ def limits_of(model: nn.Module) -> Limits:
     max_tokens: int | None = next(
         (getattr(config, name) for name in _NUM_POSITIONS if getattr(config, name, None) is not None), None
     )
-    padding = families.padding_id(model)
+    padding = families.padding_id(decoder)
     placeholders = _placeholders(model)
     if padding is not None:
         placeholders |= {padding}
@@ -72,14 +75,14 @@ def limits_of(model: nn.Module) -> Limits:
         for kind, length in (_scaled_from(rope, max_tokens) for rope in _rope_parameters(config))
         if length is not None
     ]
-    num_chosen = families.num_chosen_keys(model)
+    num_chosen = families.num_chosen_keys(decoder)
     if num_chosen is not None:
         hard.append((num_chosen, f"in longer texts its indexer chooses {num_chosen} keys for each token"))
     is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
     why_hard = None if is_rotary else "its position embeddings are learned, one a position"
     if hard:
         max_tokens, why_hard = min(hard)  # kinds of layers may differ
-    return Limits(num_embeddings, max_tokens, why_hard, placeholders, padding)
+    return Limits(num_embeddings, max_tokens, why_hard, placeholders, padding, num_chosen is not None)
 
 
 def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int | None]:

@@ -216,6 +216,11 @@ def _plain_call(plain_model: nn.Module, texts: _Texts, device: torch.device) -> 
         raise UnsupportedModelError(
             f"{type(plain_model).__name__} cannot be called with token ids alone: {type(error).__name__}: {error}"
         ) from error
+    if logits.shape[:-1] != (len(texts), len(texts[0])):
+        raise UnsupportedModelError(
+            f"{type(plain_model).__name__} returns logits of the shape {tuple(logits.shape)} for {len(texts)} texts of "
+            f"{len(texts[0])} tokens, so they are not those of the next tokens."
+        )
     return logits
 
 

@@ -107,14 +107,14 @@ def check_supported(model: nn.Module) -> None:
 def why_not_packed(model: nn.Module) -> str | None:
     """Return why a model that `check_supported` lets pass cannot be packed, if its parts show that; else None."""
     name = type(model).__name__
-    if not _uses_attention_interface(model):
-        return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
     kinds = families.mixing_layers(_decoder(model))
     if kinds:
         return (
             f"{name} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so mixes tokens "
             "outside attention. Its texts cannot share a pass."
         )
+    if not _uses_attention_interface(model):
+        return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
     return None
 
 
