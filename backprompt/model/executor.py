@@ -151,6 +151,8 @@ class Executor:
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
         """Bytes that are held for one token; known after the first pass."""
+        self.snapshot_bytes = 0
+        """Bytes that are held for the states behind a span, if the model has any; known after the first pass."""
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
         self.device_of: dict[str, torch.device] = {}
@@ -236,13 +238,12 @@ class Executor:
             start = stop
         if self.layout is None:
             sample = States.of_rows(hidden, [slice(0, 1)])
-            token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-            self.know_rows(Layout.of(keys_values, sample), token_bytes)
+            self.know_rows(Layout.of(keys_values, sample), keys_values.row_bytes + sample.num_bytes)
         return Computed(keys_values, states, keys_values_of, states_of, forwarded.work)
 
     def know_rows(self, layout: Layout, token_bytes: int) -> None:
         """Take over the layout of rows, and the bytes of a token, from a pass of a model with the same parts."""
-        self.layout, self.token_bytes = layout, token_bytes
+        self.layout, self.token_bytes, self.snapshot_bytes = layout, token_bytes, layout.snapshot_bytes
         self.device_of |= {name: row.device for name, row in layout.rows.items()}
 
     def refuse_placeholders(self, placeholders: frozenset[int]) -> None:

@@ -220,11 +220,7 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
         if _has_trainers_forward(module):
             del module.forward
     spread.forget_movers(private)
-    for module in private.modules():
-        if (
-            getattr(module, "layers_are_rescaled", True) is False
-        ):  # RWKV would divide the user's weights in its first call
-            module.config.rescale_every = 0  # type: ignore[union-attr]
+    families.keep_weights(private)
     for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False

@@ -255,4 +255,4 @@ def save(session: Session, text: Text) -> None:
 
 def _num_bytes(evaluator: Evaluator, end: Span) -> int:
     """Return the bytes of a text's distinct tokens."""
-    return sum(len(span.token_ids) for span in end.closure()) * evaluator.executor.token_bytes
+    return evaluator.computation.num_bytes_of([end])
