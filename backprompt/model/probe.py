@@ -38,6 +38,7 @@ from backprompt.model.executor import Computed, Executor
 from backprompt.model.in_flight import is_about_marker
 from backprompt.model.levels import Levels
 from backprompt.model.levels_probe import ways_by_levels
+from backprompt.model.limits import Limits
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -253,7 +254,7 @@ def _refused_placeholders(plain_model: nn.Module, executor: Executor) -> frozens
     return frozenset() if float(differences(packed.float(), plain.float()).max()) <= allowed else placeholders
 
 
-def _without_placeholders(ids: tuple[int, ...], limits: skeleton.Limits) -> tuple[int, ...]:
+def _without_placeholders(ids: tuple[int, ...], limits: Limits) -> tuple[int, ...]:
     """Return the ids with another token in the places of those that stand for images or sounds."""
     usual = next(token_id for token_id in range(limits.num_embeddings) if token_id not in limits.placeholders)
     return tuple(usual if token_id in limits.placeholders else token_id for token_id in ids)
