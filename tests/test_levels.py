@@ -7,6 +7,7 @@ counted.
 from functools import cache
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from backprompt import LM, Text, UnsupportedModelError, evaluate
+from backprompt import LM, AdapterError, Text, UnsupportedModelError, evaluate
 from backprompt.evaluation import computation as computation_module
 from backprompt.model import levels as levels_module
 from backprompt.model.cache_form import Body
@@ -286,6 +287,18 @@ def test_other_caches_are_refused_by_name(change, reason):
 
     with pytest.raises(UnsupportedModelError, match=reason):
         Body(Other(), torch.device("cpu")).form(3)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("bloom", "query_key_value"), ("mamba2", "in_proj")])
+def test_active_adapters_take_part_and_those_of_segments_are_refused(name, layer):
+    config = peft.LoraConfig(target_modules=[layer], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(build(name), config).eval()
+    lm = LM(model, tokenizer())
+    text = Text.from_tokens((5, 6, 7), lm)
+    assert_close(text.model_repr.all_logits(), plain_logits(model, text.tokens))
+    assert float((plain_logits(model_of(name), text.tokens)[-1] - text.logits).abs().max()) > 0.01
+    with pytest.raises(AdapterError, match="by levels"):
+        evaluate(text + Text(" cat", lm).with_adapter(None))
 
 
 @pytest.mark.parametrize("name", STATES)
