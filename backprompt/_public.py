@@ -50,7 +50,7 @@ from backprompt.loading import load
 from backprompt.session.distributions import Entropies, TopLogprobs
 from backprompt.session.representation import ModelRepr, Pin
 from backprompt.session.stats import Stats
-from backprompt.store import DiskStore, MemoryStore, Store
+from backprompt.store import CachedStore, DiskStore, MemoryStore, ObjectStore, Store
 from backprompt.text.extents import Extent, Join
 from backprompt.text.node import Text, eager, parallel
 
@@ -58,6 +58,7 @@ __all__ = [
     "LM",
     "AdapterError",
     "BackpromptError",
+    "CachedStore",
     "DamagedEntryError",
     "DiskStore",
     "Divergence",
@@ -86,6 +87,7 @@ __all__ = [
     "NodeDrift",
     "NonFiniteError",
     "NotPicklableError",
+    "ObjectStore",
     "Piece",
     "Pin",
     "SelectedText",

@@ -7,6 +7,7 @@ kept. The texts of a call are continued together (run.py), by the rules of decod
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 from backprompt.arguments import as_int
@@ -109,8 +110,20 @@ def generate(
 
 def _decoding(lm: LM, stops: StopStrings, max_new_tokens: int, seed: int | None, given: Mapping[str, Any]) -> Decoding:
     return Decoding(
-        lm.session.causal_lm, lm.tokenizer, max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=given
+        lm.session.causal_lm,
+        lm.tokenizer,
+        max_new_tokens=max_new_tokens,
+        stops=stops,
+        seed=seed,
+        given=given,
+        refused=partial(refused_ids, lm),
     )
+
+
+def refused_ids(lm: LM) -> frozenset[int]:
+    """Return the ids with which no text can be evaluated, as far as it is known by now."""
+    executor = lm.session.evaluator.executor
+    return executor.limits.placeholders.union(range(executor.limits.num_embeddings, executor.vocab_size))
 
 
 def stream(

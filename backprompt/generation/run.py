@@ -233,6 +233,7 @@ class Run:
         while stop < len(self.texts) and len(self._live) + stop - first < max_live:
             is_sample = stop > first and self.prompts[stop] == self.prompts[stop - 1]
             num_bytes += (num_new + (0 if is_sample else len(self.prompts[stop]))) * evaluator.executor.token_bytes
+            num_bytes += evaluator.executor.snapshot_bytes
             if num_bytes > evaluator.memory.max_bytes and (stop > first or self._live):
                 break
             stop += 1

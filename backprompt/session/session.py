@@ -26,25 +26,26 @@ from torch import nn
 from backprompt.arguments import as_list
 from backprompt.errors import AdapterError, StaleRepresentationError, UnboundTextError
 from backprompt.evaluation.archive import Archive
-from backprompt.evaluation.computation import Counters, Means
+from backprompt.evaluation.computation import Means
+from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
 from backprompt.evaluation.scoring import num_positions_to_score
 from backprompt.forest.span import Span
 from backprompt.forking import watch_lm
-from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
 from backprompt.memory.location import Location
 from backprompt.model.executor import Executor, plain_surroundings
 from backprompt.model.skeleton import check_supported, unwrap
-from backprompt.model.spread import devices_of, head_device
+from backprompt.model.spread import head_device
+from backprompt.session.budgets import Budgets
 from backprompt.session.evaluated import Batch, Evaluated
 from backprompt.session.fingerprint import Fingerprint
 from backprompt.session.limits import TextLimits, check_has_last_token
 from backprompt.session.options import Options, check_can_pin
 from backprompt.session.probes import Probes
-from backprompt.store import DiskStore, Store
+from backprompt.store import Store, open_store
 from backprompt.text.checks import engine_of
 from backprompt.text.node import Text, lazily
 from backprompt.text.questions import bound_engine
@@ -85,15 +86,9 @@ class Session:
         self.options = options
         causal_lm = unwrap(model)
         check_supported(causal_lm)
-        device = head_device(causal_lm)
         if options.pin_memory:
-            check_can_pin(device)
-        memory, host_memory = options.memory_bytes, options.host_memory_bytes
-        self._memory_bytes = default_bytes(causal_lm) if memory is None else parse_bytes(memory)
-        if host_memory is None:
-            self._host_memory_bytes = default_host_bytes(device)
-        else:
-            self._host_memory_bytes = parse_bytes(host_memory, "host_memory_bytes")
+            check_can_pin(head_device(causal_lm))
+        self._budgets = Budgets.of(options, causal_lm)
         self.lock = threading.RLock()
         self._has_failed = False  # since the evaluator last recovered
         self._has_looked = False  # at weights and tokenizer, since the lock was taken
@@ -101,7 +96,7 @@ class Session:
         self.store: Store | None = None
         private = PrivateTokenizer(tokenizer)
         if isinstance(options.store, (str, os.PathLike)):
-            self.store = DiskStore(options.store)
+            self.store = open_store(options.store)
             weakref.finalize(self, self.store.close)  # nobody else can close it
         else:
             self.store = options.store
@@ -319,6 +314,11 @@ class Session:
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
         """Evaluate the texts, computing only missing spans; the lock must be held."""
         evaluator = self.current()
+        one = self._evaluated.get(texts[0]) if len(texts) == 1 else None
+        if one is not None and one.is_computed:  # a property of one text, say: below it would take twice as long
+            evaluator.memory.touch([one.end])
+            self.counters.tokens_requested += len(one.token_ids)
+            return [one]
         found = zip(texts, map(self._evaluated.get, texts), strict=True) if self._evaluated else ()
         known = {text: evaluated for text, evaluated in found if evaluated is not None and evaluated.is_computed}
         evaluator.memory.touch([found.end for found in known.values()])
@@ -385,13 +385,13 @@ class Session:
         executor = Executor(model, decode, pack_weights=self.options.pack_weights)
         order = GreedyDual(executor.hidden_size)
         here = Location(executor.device, device_of=executor.device_of)
-        host = HostMemory(self._host_memory_bytes, order.rank, pinned, here)
+        host = HostMemory(self._budgets.host, order.rank, pinned, here)
         return Evaluator(
             Means(
                 model=model,
                 has_changed=fingerprint.has_changed,
                 executor=executor,
-                memory=Memory(self._memory_bytes, order, host),
+                memory=Memory(self._budgets.device, order, host),
                 pools=Pools(MAX_RESULT_BYTES),
                 archive=archive,
                 counters=self.counters,
@@ -427,11 +427,6 @@ def _decoded(tokenizer: PrivateTokenizer, token_ids: Sequence[int]) -> str:
 
 def _make_encoder(options: Options, tokenizer: PrivateTokenizer, evaluator: Evaluator) -> Encoder:
     return Encoder(tokenizer, options.joins, options.add_special_tokens, evaluator.executor.adapters.number_of)
-
-
-def default_bytes(model: nn.Module) -> int:
-    """Return the default budget: where layers lie on several devices, that of the device with the least free memory."""
-    return min(map(default_max_bytes, devices_of(model)))
 
 
 def session_of(text: object, idx: int) -> Session:
