@@ -551,6 +551,24 @@ def test_changed_weights_are_noticed(change, model, tokenizer):
     assert evaluate(texts[0]).key != key
 
 
+ADDED = {
+    "a child": lambda norm: norm.add_module("more", nn.Identity()),
+    "a buffer": lambda norm: norm.register_buffer("more", torch.zeros(1)),
+    "a second parameter": lambda norm: norm.register_parameter("more", nn.Parameter(torch.zeros(1))),
+    "a method": lambda norm: setattr(norm, "forward", lambda rows: rows),
+    "a hook of accelerate": lambda norm: setattr(norm, "_hf_hook", object()),
+}
+
+
+@pytest.mark.parametrize("add", ADDED.values(), ids=ADDED)
+def test_a_part_where_there_was_none_is_noticed(add):
+    model = FAMILIES["llama"]()
+    monitor = WeightsMonitor(model)
+    assert not monitor.has_changed()
+    add(model.model.norm)
+    assert monitor.has_changed()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_element_of_a_model_made_in_inference_mode_is_noticed(dtype, tokenizer):
     """Its tensors have no versions, and a sample does not see every element."""
