@@ -148,6 +148,20 @@ def test_an_indexer_is_right_up_to_the_number_of_keys_that_it_chooses(config, ma
         (texts[-1] + "!").logits  # noqa: B018
 
 
+def test_an_indexer_chooses_among_the_tokens_of_all_parts_of_a_group(tokenizer):
+    """A group of equally long parts has half as many positions as tokens."""
+    lm = LM(random_model(DeepseekV32Config(**MLA, index_topk=20)), tokenizer)
+    start, end, part = (Text.from_tokens(range(*ids), lm) for ids in ((10, 14), (20, 22), (30, 37)))
+    text = start + (part | part) + end
+    assert len(text.tokens) == 20
+    assert text.logits.isfinite().all()
+    for longer in (text + "!", start + (part | part + "!") + end):
+        with pytest.raises(TextTooLongError, match="has 21 tokens, but the model has 20 positions: in longer texts"):
+            longer.logits  # noqa: B018
+    with pytest.raises(TextTooLongError, match="Ask for at most 0"):
+        text.generate(max_new_tokens=1)
+
+
 # Masks
 
 
@@ -221,6 +235,7 @@ def test_compressed_keys_are_refused_though_the_texts_of_the_probe_are_shorter_t
             "gemma4_unified_assistant",
             "cannot be called with token ids alone: ValueError: .* shared_kv_states cannot be",
         ),
+        ("diffusion_gemma", "returns logits of the shape .* so they are not those of the next tokens"),
         ("git", "GitForCausalLM computes with its attention mask by code of its own"),
         ("paligemma", "PaliGemmaForConditionalGeneration lets tokens attend to later tokens"),
     ],

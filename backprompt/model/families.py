@@ -49,9 +49,20 @@ def adapt(body: nn.Module) -> None:
             module.position_embeddings.first_position = module.padding_idx + 1
 
 
-def padding_id(model: nn.Module) -> int | None:
+def keep_weights(private: nn.Module) -> None:
+    """Keep a private copy from changing the weights that it shares with the user's model.
+
+    RWKV divides weights in its first call in eval mode, and as it goes on the hidden states, so that these stay within
+    float16's range. The user's model may do so; a copy that comes first leaves both as they are.
+    """
+    for module in _modules(private):
+        if getattr(module, "layers_are_rescaled", True) is False:
+            module.config.rescale_every = 0
+
+
+def padding_id(decoder: nn.Module) -> int | None:
     """Return the token id that takes no position in the plain call, and behind which positions begin; None if none."""
-    return next((module.padding_idx for module in _modules(model) if _counts_behind_padding(module)), None)
+    return next((module.padding_idx for module in _modules(decoder) if _counts_behind_padding(module)), None)
 
 
 def mixing_layers(decoder: PreTrainedModel) -> list[str]:
@@ -83,13 +94,13 @@ def _caches_states(config: Any) -> bool:
     return any(hasattr(layer, "conv_states") for layer in layers)
 
 
-def num_chosen_keys(model: nn.Module) -> int | None:
-    """Return the number of keys that the indexers of a model choose for a query, None if there are no indexers."""
-    return min((num for num in map(_num_chosen, model.modules()) if num is not None), default=None)
+def num_chosen_keys(decoder: nn.Module) -> int | None:
+    """Return the number of keys that the indexers of a decoder choose for a query, None if there are no indexers."""
+    return min((num for num in map(_num_chosen, decoder.modules()) if num is not None), default=None)
 
 
-def _modules(model: nn.Module) -> Iterator[Any]:
-    return model.modules()
+def _modules(decoder: nn.Module) -> Iterator[Any]:
+    return decoder.modules()
 
 
 def _num_chosen(module: Any) -> int | None:
@@ -105,11 +116,11 @@ def _num_chosen(module: Any) -> int | None:
 
 def _counts_rows(module: Any) -> bool:
     """Return whether a decoder hands its table of positions those of the rows of the call."""
-    table, own = getattr(module, "embed_positions", None), _parameters_of(module)
-    takes_positions = isinstance(table, nn.Module) and {"past_key_values_length", "position_ids"} <= _parameters_of(
-        table
-    )
-    return takes_positions and "past_key_values" in own and "position_ids" not in own
+    table = module._modules.get("embed_positions")
+    if table is None or not {"past_key_values_length", "position_ids"} <= _parameters_of(table):
+        return False
+    own = _parameters_of(module)
+    return "past_key_values" in own and "position_ids" not in own
 
 
 def _parameters_of(module: nn.Module) -> set[str]:
@@ -117,14 +128,15 @@ def _parameters_of(module: nn.Module) -> set[str]:
 
 
 def _scales_by_row(module: Any) -> bool:
-    return bool(getattr(module, "attn_temperature_tuning", False)) and hasattr(module, "floor_scale")
+    own = vars(module)  # looking up what a module lacks takes long
+    return "floor_scale" in own and bool(own.get("attn_temperature_tuning"))
 
 
 def _counts_behind_padding(module: Any) -> bool:
     return (
-        hasattr(module, "create_position_ids_from_input_ids")
+        isinstance(module._modules.get("position_embeddings"), nn.Embedding)
         and isinstance(getattr(module, "padding_idx", None), int)
-        and isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
+        and hasattr(module, "create_position_ids_from_input_ids")
     )
 
 

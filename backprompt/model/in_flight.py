@@ -41,8 +41,8 @@ _FIRST_MARKER = 1 << 40
 
 
 def is_about_marker(error: Exception) -> bool:
-    """Return whether an error names the size of a marker: somebody has taken the marker for a mask of numbers."""
-    return str(_FIRST_MARKER)[:-3] in str(error)
+    """Return whether an error names a size of a marker: somebody has taken the marker for a mask of numbers."""
+    return any(size in str(error) for size in (str(_FIRST_MARKER)[:-3], "tensor a (0)", "tensor b (0)"))
 
 
 @dataclass(kw_only=True)

@@ -38,6 +38,7 @@ from backprompt.model.executor import Computed, Executor
 from backprompt.model.in_flight import is_about_marker
 from backprompt.model.levels import Levels
 from backprompt.model.levels_probe import ways_by_levels
+from backprompt.model.limits import Limits
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -215,6 +216,11 @@ def _plain_call(plain_model: nn.Module, texts: _Texts, device: torch.device) -> 
         raise UnsupportedModelError(
             f"{type(plain_model).__name__} cannot be called with token ids alone: {type(error).__name__}: {error}"
         ) from error
+    if logits.shape[:-1] != (len(texts), len(texts[0])):
+        raise UnsupportedModelError(
+            f"{type(plain_model).__name__} returns logits of the shape {tuple(logits.shape)} for {len(texts)} texts of "
+            f"{len(texts[0])} tokens, so they are not those of the next tokens."
+        )
     return logits
 
 
@@ -248,7 +254,7 @@ def _refused_placeholders(plain_model: nn.Module, executor: Executor) -> frozens
     return frozenset() if float(differences(packed.float(), plain.float()).max()) <= allowed else placeholders
 
 
-def _without_placeholders(ids: tuple[int, ...], limits: skeleton.Limits) -> tuple[int, ...]:
+def _without_placeholders(ids: tuple[int, ...], limits: Limits) -> tuple[int, ...]:
     """Return the ids with another token in the places of those that stand for images or sounds."""
     usual = next(token_id for token_id in range(limits.num_embeddings) if token_id not in limits.placeholders)
     return tuple(usual if token_id in limits.placeholders else token_id for token_id in ids)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,9 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.utils.generic import ModelOutput
 
-from backprompt.errors import TokenIdError, UnsupportedModelError
+from backprompt.errors import UnsupportedModelError
 from backprompt.model import families, spread
+from backprompt.model.peft_layers import is_active
 
 SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
@@ -32,45 +32,6 @@ SHARED_BUFFER_BYTES = 1 << 16
 
 TRAINERS = ("accelerate.utils.", "backprompt.", "torch._dynamo.", "torch.amp.", "trl.")
 """The packages whose wrappers of a model's forward method compile it, change precision, or add calls of their own."""
-
-_NUM_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-"""The fields of configurations that say for how many positions a model was made."""
-
-_MEDIA = ("image", "video", "audio", "speech", "vision")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits that a model sets for texts.
-
-    Attributes:
-        num_embeddings: token ids must be below this number, of those that the model embeds and scores.
-        max_tokens: the number of positions that the model was made for, or None if it does not say.
-        why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
-        placeholders: token ids that stand for images or sounds, or take no position.
-        padding: the one of these that takes no position.
-
-    """
-
-    num_embeddings: int
-    max_tokens: int | None
-    why_hard: str | None
-    placeholders: frozenset[int] = frozenset()
-    padding: int | None = None
-
-    def check_placeholders(self, token_ids: Iterable[int]) -> None:
-        """Raise TokenIdError if a token stands for an image or a sound, or takes no position."""
-        if self.placeholders and not self.placeholders.isdisjoint(token_ids):
-            found = min(self.placeholders.intersection(token_ids))
-            if found == self.padding:
-                raise TokenIdError(
-                    f"Token id {found} is the model's padding, which takes no position in the plain call. Only texts "
-                    "without it are evaluated."
-                )
-            raise TokenIdError(
-                f"Token id {found} stands for an image, a video or a sound, which the model puts in its place. Only "
-                "texts without such tokens are evaluated."
-            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -96,10 +57,11 @@ def unwrap(model: nn.Module) -> nn.Module:
                         f"The adapter {name!r} is an X-LoRA, which scales its LoRAs by a first run over the call, "
                         "so its texts cannot share a pass. Use an ordinary LoRA."
                     )
-                if getattr(adapter, "alora_invocation_tokens", None):
+                if getattr(adapter, "alora_invocation_tokens", None) and is_active(model, name):
                     raise UnsupportedModelError(
                         f"The adapter {name!r} is an activated LoRA, which looks for its invocation tokens in the "
-                        "whole call, so its texts cannot share a pass. Use an ordinary LoRA."
+                        "whole call, so its texts cannot share a pass. Use an ordinary LoRA, or deactivate it "
+                        "(model.base_model.disable_adapter_layers()) and name it for segments: with_adapter(name)."
                     )
             model = model.get_base_model()  # type: ignore[operator]
         else:
@@ -145,14 +107,14 @@ def check_supported(model: nn.Module) -> None:
 def why_not_packed(model: nn.Module) -> str | None:
     """Return why a model that `check_supported` lets pass cannot be packed, if its parts show that; else None."""
     name = type(model).__name__
-    if not _uses_attention_interface(model):
-        return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
     kinds = families.mixing_layers(_decoder(model))
     if kinds:
         return (
             f"{name} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so mixes tokens "
             "outside attention. Its texts cannot share a pass."
         )
+    if not _uses_attention_interface(model):
+        return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
     return None
 
 
@@ -165,59 +127,6 @@ def decoder_of(model: nn.Module) -> PreTrainedModel | None:
     candidates = (model.get_decoder(), model.base_model, getattr(model, "model", None))  # type: ignore[operator]
     found = next((c for c in candidates if isinstance(c, PreTrainedModel) and c is not model), None)
     return found if found is None or found.get_output_embeddings() is None else decoder_of(found)
-
-
-def limits_of(model: nn.Module) -> Limits:
-    """Return the limits on ids and positions."""
-    config: Any = _decoder(model).config
-    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    num_embeddings = min(embeddings.shape[0], vocab_size(model))  # a head may score fewer
-    max_tokens: int | None = next(
-        (getattr(config, name) for name in _NUM_POSITIONS if getattr(config, name, None) is not None), None
-    )
-    padding = families.padding_id(model)
-    placeholders = _placeholders(model)
-    if padding is not None:
-        placeholders |= {padding}
-        max_tokens = None if max_tokens is None else max_tokens - padding - 1
-    hard = [
-        (int(length), f"its {kind} rotary scaling changes all positions of a call that has a longer one")
-        for kind, length in (_scaled_from(rope, max_tokens) for rope in _rope_parameters(config))
-        if length is not None
-    ]
-    num_chosen = families.num_chosen_keys(model)
-    if num_chosen is not None:
-        hard.append((num_chosen, f"in longer texts its indexer chooses {num_chosen} keys for each token"))
-    is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    why_hard = None if is_rotary else "its position embeddings are learned, one a position"
-    if hard:
-        max_tokens, why_hard = min(hard)  # kinds of layers may differ
-    return Limits(num_embeddings, max_tokens, why_hard, placeholders, padding)
-
-
-def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int | None]:
-    """Return the kind of rotary scaling, and the length beyond which it looks at the longest position of a call."""
-    kind = str(rope.get("rope_type", "default"))
-    if "dynamic" in kind:  # transformers' code does not read the original length
-        return kind, max_tokens
-    return kind, rope.get("original_max_position_embeddings") or max_tokens if kind == "longrope" else None
-
-
-def _placeholders(model: nn.Module) -> frozenset[int]:
-    """Return the token ids that a model of texts and other media replaces by embeddings of these.
-
-    In texts alone, some classes embed such ids as others, and some do not.
-    """
-    config: Any = model.config
-    if config.get_text_config() is config:
-        return frozenset()
-    names = [f"{kind}_token_{suffix}" for kind in _MEDIA for suffix in ("id", "index")]
-    found = {getattr(config, name, None) for name in names}
-    offsets = [getattr(getattr(config, f"{kind}_config", None), "vocab_offset", None) for kind in _MEDIA]
-    lowest = min((offset for offset in offsets if offset is not None), default=None)
-    if lowest is not None:  # from here on the embedding has rows for other media
-        found |= set(range(lowest, model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator]
-    return frozenset(token_id for token_id in found if isinstance(token_id, int))
 
 
 def make_body(model: nn.Module, attention_name: str) -> nn.Module:
@@ -311,11 +220,7 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
         if _has_trainers_forward(module):
             del module.forward
     spread.forget_movers(private)
-    for module in private.modules():
-        if (
-            getattr(module, "layers_are_rescaled", True) is False
-        ):  # RWKV would divide the user's weights in its first call
-            module.config.rescale_every = 0  # type: ignore[union-attr]
+    families.keep_weights(private)
     for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False
@@ -410,15 +315,6 @@ def _first_hooked_module(model: nn.Module) -> str | None:
             if is_foreign(hook):
                 return name or type(module).__name__
     return None
-
-
-def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rotary parameters; models with several kinds of layers have one set per kind."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" in parameters:
-        yield parameters
-    else:
-        yield from (value for value in parameters.values() if isinstance(value, dict))
 
 
 def is_rewritten_in_place(module: nn.Module) -> bool:
