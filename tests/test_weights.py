@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GPT2Model
 from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load, to_networkx
 from backprompt.model import weights
 from backprompt.model.executor import Executor
-from backprompt.model.weights import content_hash, sample_hash
+from backprompt.model.weights import WeightsMonitor, content_hash, sample_hash
 from backprompt.session import fingerprint as fingerprint_module
 from backprompt.store import MemoryStore
 from comparing import assert_close, assert_equals_plain, num_distinct_ids
