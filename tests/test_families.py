@@ -16,6 +16,7 @@ from transformers import (
     Gemma4TextConfig,
     GlmMoeDsaConfig,
     Llama4TextConfig,
+    LlamaForCausalLM,
     RobertaConfig,
     RobertaForCausalLM,
     WhisperConfig,
@@ -249,6 +250,29 @@ def test_compressed_keys_are_refused_though_the_texts_of_the_probe_are_shorter_t
 def test_a_class_that_is_no_causal_model_of_texts_is_refused(family, reason, tokenizer):
     model = on_test_device(build(family, {**MEDIA, **CAUSAL}[family]))
     with pytest.raises(UnsupportedModelError, match=reason):
+        Text.from_tokens((7, 9, 11), LM(model, tokenizer)).logits  # noqa: B018
+
+
+class Flipping(LlamaForCausalLM):
+    """One row of a longer call is another, as where the choice of an expert flips with the last bit."""
+
+    def forward(self, input_ids=None, **keywords):
+        output = super().forward(input_ids=input_ids, **keywords)
+        if input_ids is not None and input_ids.shape[1] > 4:
+            output.logits[:, 1] += 1
+        return output
+
+
+def test_one_row_that_differs_is_not_taken_for_later_tokens(tokenizer):
+    model = on_test_device(build("llama", CAUSAL["llama"]))
+    model.__class__ = Flipping
+    with pytest.raises(UnsupportedModelError, match="Flipping gives other logits in a packed pass than in its plain"):
+        Text.from_tokens((7, 9, 11), LM(model, tokenizer)).logits  # noqa: B018
+
+
+def test_later_tokens_are_noticed_in_low_precision(tokenizer):
+    model = on_test_device(build("paligemma", MEDIA["paligemma"]).bfloat16())
+    with pytest.raises(UnsupportedModelError, match="lets tokens attend to later tokens"):
         Text.from_tokens((7, 9, 11), LM(model, tokenizer)).logits  # noqa: B018
 
 
