@@ -18,12 +18,14 @@ from transformers import DynamicCache, PreTrainedModel
 from backprompt import LM, AdapterError, Text, UnsupportedModelError, evaluate
 from backprompt.evaluation import computation as computation_module
 from backprompt.model import levels as levels_module
+from backprompt.model import skeleton
 from backprompt.model.cache_form import Body
 from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain, num_distinct
 from quick import up_to
 from reference import ids_for, plain_greedy, plain_logits, plain_token_logprobs
 from tiny_cached_models import ALL, KEYS_AND_VALUES, ONE_AT_A_TIME, STATES, build
+from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
 ids = st.lists(st.integers(3, 9), max_size=7).map(tuple)
@@ -127,6 +129,30 @@ def test_generation_continues_caches_a_token_a_call(name):
     assert_p1(lm, made)
     samples = prompts[0].generate(max_new_tokens=3, n=3, do_sample=True, temperature=1.5, seed=1)
     assert_p1(lm, list(samples))
+
+
+@pytest.mark.parametrize("name", ["bloom", "lfm2", "mamba"])
+def test_beams_and_looked_up_tokens_continue_caches(name):
+    lm = lm_of(name)
+    prompt = Text.from_tokens((5, 6, 7, 5, 6), lm)
+    expected = plain_greedy(lm.model, prompt.tokens, 6)
+    assert prompt.generate(max_new_tokens=6, prompt_lookup_num_tokens=2).completion_tokens == expected
+    beams = prompt.generate(max_new_tokens=4, num_beams=3, n=2)
+    assert_p1(lm, list(beams))
+    assert lm.stats.tokens_recomputed <= 2 * len(prompt.tokens)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mistral_sliding", "phi"])
+def test_models_that_can_be_packed_may_go_by_levels(name, monkeypatch):
+    """Windows, sinks, soft caps and rotations are the model's own; a layer with a window keeps all keys."""
+    monkeypatch.setattr(skeleton, "why_not_packed", lambda model: "It could be.")
+    lm = LM(FAMILIES[name](), tokenizer(), max_tokens_per_forward=7)
+    texts = texts_of([tuple(range(3, 33)), (*range(3, 23), 1, 2), (*range(3, 23), 9, *range(40, 50))], lm)
+    assert_p1(lm, texts)
+    assert "by levels" in lm.stats.kernel
+    assert lm.stats.tokens_computed == num_distinct(texts)
+    made = texts[1].generate(max_new_tokens=4)
+    assert made.completion_tokens == plain_greedy(lm.model, texts[1].tokens, 4)
 
 
 @pytest.mark.parametrize("name", ["mpt", "qwen3_next", "mamba"])
