@@ -16,7 +16,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backprompt import LM, AdapterError, Text, UnsupportedModelError, evaluate
+from backprompt.classify import log_probs
 from backprompt.evaluation import computation as computation_module
+from backprompt.forest.fan import Fan
 from backprompt.model import levels as levels_module
 from backprompt.model import skeleton
 from backprompt.model.cache_form import Body
@@ -155,17 +157,19 @@ def test_models_that_can_be_packed_may_go_by_levels(name, monkeypatch):
     assert made.completion_tokens == plain_greedy(lm.model, texts[1].tokens, 4)
 
 
-@pytest.mark.parametrize("name", ["mpt", "qwen3_next", "mamba"])
-def test_completions_are_classified_as_by_the_plain_call(name):
+@pytest.mark.parametrize("name", ["mpt", "lfm2", "mamba"])
+def test_completions_are_laid_out_as_fans_and_continued_as_texts(name):
     lm = lm_of(name)
-    prompts = [Text("The cat sat on", lm), Text("The dog sat", lm)]
-    completions = [" the mat", " the dog", " a mat"]
-    scores = lm.token_logprobs([prompt + completion for prompt in prompts for completion in completions])
-    texts = [prompt + completion for prompt in prompts for completion in completions]
-    for text, found in zip(texts, scores, strict=True):
-        assert_close(found, plain_token_logprobs(lm.model, text.tokens))
-    following = prompts[0] + completions[0] + " and" + " more"
-    assert_p1(lm, [following])
+    prompts = [Text("The cat sat on", lm), Text("A dog sat", lm)]
+    completions = [" the mat now", " the dog", " a mat now"]
+    found = log_probs(prompts, completions)
+    assert sum(isinstance(span, Fan) for span in lm.session.evaluator.forest.spans()) == len(prompts)
+    for prompt, of_prompt in zip(prompts, found, strict=True):
+        for completion, scores in zip(completions, of_prompt, strict=True):
+            expected = plain_token_logprobs(lm.model, (prompt + completion).tokens)[len(prompt.tokens) :]
+            assert_close(torch.tensor(scores, dtype=expected.dtype), expected)
+    assert lm.stats.tokens_recomputed == 0
+    assert_p1(lm, [prompt + completion + " and more" for prompt in prompts for completion in completions])
 
 
 @pytest.mark.parametrize("name", ["lfm2", "mamba", "qwen3_next"])
@@ -187,6 +191,7 @@ def test_a_text_that_ends_within_a_span_is_computed_from_the_last_snapshot(name)
 @pytest.mark.parametrize("name", ["bamba", "rwkv"])
 def test_snapshots_that_take_too_much_are_not_kept(name, monkeypatch):
     monkeypatch.setattr(levels_module, "MAX_SNAPSHOT_BYTES", 1)
+    monkeypatch.setattr(levels_module, "free_bytes", lambda device: 4)
     lm = lm_of(name)
     texts = texts_of([(5, 6, 7, *end) for end in ((1, 2), (3,))], lm)
     evaluate(texts)
