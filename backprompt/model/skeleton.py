@@ -134,7 +134,9 @@ def make_body(model: nn.Module, attention_name: str) -> nn.Module:
 
 def make_own_body(model: nn.Module) -> nn.Module:
     """Return a copy of the decoder with its own attention."""
-    return _private_copy(_decoder(model))
+    body = _private_copy(_decoder(model))
+    families.limit_single_steps(body)
+    return body
 
 
 def make_trained_body(model: nn.Module, attention_name: str) -> nn.Module:
