@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backprompt import LM, Text, UnsupportedModelError, evaluate
+from backprompt.evaluation import computation as computation_module
 from backprompt.model import levels as levels_module
 from backprompt.model.cache_form import Body
 from backprompt.training import token_logprobs
@@ -215,14 +216,17 @@ def test_low_precision_and_small_weights_find_the_same_way(name, dtype):
     assert_equals_plain(lm.model, texts)
 
 
-def test_the_way_outlives_a_change_of_weights():
-    model = build("lfm2")
+@pytest.mark.parametrize("name", ["gptj", "lfm2"])
+def test_new_weights_are_not_probed_again(name, monkeypatch):
+    model = build(name)
     lm = LM(model, tokenizer())
     text = Text.from_tokens((5, 6, 7), lm)
     assert_p1(lm, [text])
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1.5)
+    monkeypatch.setattr(computation_module, "probe", lambda model, executor: pytest.fail("probed again"))
     assert_p1(lm, [text])
+    assert "by levels" in lm.stats.kernel
 
 
 class Counting(nn.Module):

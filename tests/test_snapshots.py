@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backprompt import LM, Text, evaluate
+from backprompt import LM, Text, evaluate, explain
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import BlockRows
 from backprompt.memory.snapshots import KeysValuesAndSnapshots, keep_snapshot, snapshot_of
 from backprompt.memory.span_rows import compact, joined
 from backprompt.store import DiskStore, MemoryStore
-from comparing import assert_equals_plain, num_distinct
+from comparing import assert_equals_plain
 from quick import up_to
 from tiny_cached_models import build
 from tiny_tokenizers import byte_level_bpe
@@ -93,7 +93,10 @@ def test_budgets_count_snapshots_and_evict_them_with_their_spans(recurrent, toke
     free = LM(recurrent, tokenizer)
     evaluate(texts_of(free, TRUNK, LEFT, RIGHT))
     held = sum(block.num_bytes for block in free.session.evaluator.memory.blocks)
-    assert free.stats.bytes_held == held > num_distinct(texts_of(free, LEFT, RIGHT)) * _token_bytes(free)
+    computation = free.session.evaluator.computation
+    tokens_and_spans = 9 * computation.token_bytes + 3 * computation.executor.snapshot_bytes
+    assert free.stats.bytes_held == held == pytest.approx(tokens_and_spans, rel=0.05)
+    assert explain(texts_of(free, LEFT, RIGHT)).bytes_needed == tokens_and_spans
     lm = LM(recurrent, tokenizer, memory_bytes=held * 2 // 3)
     for _ in range(2):
         for text in texts_of(lm, LEFT, RIGHT, TRUNK):
@@ -102,10 +105,6 @@ def test_budgets_count_snapshots_and_evict_them_with_their_spans(recurrent, toke
     assert lm.stats.tokens_recomputed > 0
     lm.clear()
     assert lm.stats.bytes_held == 0
-
-
-def _token_bytes(lm: LM) -> int:
-    return lm.session.evaluator.computation.token_bytes
 
 
 def test_snapshots_move_to_the_second_pool_and_back(recurrent, tokenizer):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 from weakref import finalize
 
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.holders import Holders
 from backprompt.evaluation.pools import Pools
+from backprompt.evaluation.probed import Probed
 from backprompt.forest.fan import Fan
 from backprompt.forest.forest import Forest
 from backprompt.forest.passes import (
@@ -37,7 +37,6 @@ from backprompt.forest.passes import (
 from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
 from backprompt.memory.eviction import Memory
-from backprompt.memory.layout import Layout
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.memory.snapshots import keep_snapshot
 from backprompt.model.executor import Executor
@@ -126,16 +125,8 @@ class Means:
     max_tokens_per_forward: int | None
 
 
-class Probed(NamedTuple):
-    """What the probe has found of a model that passed it: the layout of rows, bytes of a token, and refused ids."""
-
-    layout: Layout
-    token_bytes: int
-    placeholders: frozenset[int]
-
-
 def _checked(token_ids: TokenIds, executor: Executor) -> TokenIds:
-    """Return the ids of a text; raise UnsupportedModelError for groups that the model cannot evaluate."""
+    """Return the ids of a text; raise UnsupportedModelError if it has groups and the model cannot evaluate them."""
     if isinstance(token_ids, TokenGraph):
         check_packed(executor.levels, "Groups and frozen segments")
     return token_ids
@@ -182,7 +173,8 @@ class Computation:
 
     def num_bytes_of(self, ends: Iterable[Span]) -> int:
         """Return the bytes that all of these texts take together, in the device's memory."""
-        return num_tokens_of(on_the_way(ends)) * self.token_bytes
+        spans = on_the_way(ends)
+        return num_tokens_of(spans) * self.token_bytes + len(spans) * self.executor.snapshot_bytes
 
     def inserted(
         self, texts: Iterable[TokenIds], known: Iterable[Span | None] | None = None, *, are_ends: bool = True
@@ -282,7 +274,7 @@ class Computation:
         """Move rows back from the second pool; return the ends of the texts that there was room for."""
         host = self.memory.host
         pinned = on_the_way(self.holders.pinned_ends())
-        room = self.memory.max_bytes - num_tokens_of(pinned) * self.executor.token_bytes
+        room = self.memory.max_bytes - self.num_bytes_of(pinned)
         planned = host.plan_fetch(ends, room, pinned, with_keys_values=request.with_keys_values)
         if planned.num_bytes:
             needed = on_the_way([*planned.served, *planned.spans["states"], *planned.spans["keys_values"]])
@@ -408,12 +400,10 @@ class Computation:
         if known is None:
             with self.blaming_weights():
                 probe(self._model, self.executor)
-            executor = self.executor
-            assert executor.layout is not None, "the probe runs a pass"
-            known = Probed(executor.layout, executor.token_bytes, executor.limits.placeholders)
+            known = Probed.of(self.executor)
+        else:
+            known.hand_to(self.executor)
         self.probed = known
-        self.executor.know_rows(known.layout, known.token_bytes)
-        self.executor.refuse_placeholders(known.placeholders)
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.

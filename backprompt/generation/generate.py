@@ -20,6 +20,7 @@ from backprompt.lm import LM
 from backprompt.progress import check_show
 from backprompt.text.checks import as_texts
 from backprompt.text.node import Text
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.decoded import Decoder
 from backprompt.tokens.graph import flat
 
@@ -159,7 +160,7 @@ class Stream(Iterator[str]):
         self.run = Run(lm, [prompt], decoding)
         self._stops = decoding.stops
         self._decoder = Decoder(lm.tokenizer, lm.tokenizer.all_special_ids)
-        self._decoded = self._decoder.begin(flat(self.run.prompts[0]))
+        self._decoded = self._decoder.begin(plain(flat(self.run.prompts[0])))
         self._num_decoded = self._num_given = 0
 
     @property

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
 from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
-from backprompt.errors import NonFiniteError
+from backprompt.errors import AdapterError, NonFiniteError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
@@ -33,6 +33,7 @@ from backprompt.memory.blocks import BlockRows, KeysValues, States
 from backprompt.memory.layout import Layout
 from backprompt.memory.places import Places
 from backprompt.model import skeleton, spread
+from backprompt.model.adapters import AdaptedLayers, SegmentAdapters
 from backprompt.model.cache_form import Body
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.fusion import fusion_for
@@ -44,6 +45,7 @@ from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
 from backprompt.model.steps import CapturedSteps, captured_steps
+from backprompt.tokens.adapted import number_of, numbers_in, plain, plain_array
 from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
@@ -149,6 +151,8 @@ class Executor:
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
         """Bytes that are held for one token; known after the first pass."""
+        self.snapshot_bytes = 0
+        """Bytes that are held for the states behind a span, if the model has any; known after the first pass."""
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
         self.device_of: dict[str, torch.device] = {}
@@ -164,6 +168,9 @@ class Executor:
         """Forwards passes by levels, where attention cannot be packed; see levels.py."""
         self._take(skeleton.make_body(model, self._name))
         self._config: Any = self._head.config
+        self.adapters = SegmentAdapters(model)
+        """The adapters that segments of texts may name."""
+        self._adapted = AdaptedLayers(self._body, self.adapters)
         self._in_flight: InFlight | None = None
         self._form_of_cache: tuple[Form | None] | None = None  # known after its first use
         self.steps: CapturedSteps | None = None
@@ -194,7 +201,7 @@ class Executor:
     def close(self) -> None:
         """Release the copies of the model and packed weights; nothing can be computed afterwards."""
         self.steps = None
-        for name in ("_body", "_head", "_model"):
+        for name in ("_body", "_head", "_model", "_adapted", "adapters"):
             vars(self).pop(name, None)  # a second call finds none
 
     @property
@@ -231,13 +238,12 @@ class Executor:
             start = stop
         if self.layout is None:
             sample = States.of_rows(hidden, [slice(0, 1)])
-            token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-            self.know_rows(Layout.of(keys_values, sample), token_bytes)
+            self.know_rows(Layout.of(keys_values, sample), keys_values.row_bytes + sample.num_bytes)
         return Computed(keys_values, states, keys_values_of, states_of, forwarded.work)
 
     def know_rows(self, layout: Layout, token_bytes: int) -> None:
         """Take over the layout of rows, and the bytes of a token, from a pass of a model with the same parts."""
-        self.layout, self.token_bytes = layout, token_bytes
+        self.layout, self.token_bytes, self.snapshot_bytes = layout, token_bytes, layout.snapshot_bytes
         self.device_of |= {name: row.device for name, row in layout.rows.items()}
 
     def refuse_placeholders(self, placeholders: frozenset[int]) -> None:
@@ -253,8 +259,9 @@ class Executor:
 
         The results are overwritten by the next step. `places`: where they go.
         """
-        self.limits.check_placeholders(pass_.token_ids)
-        replayed = None if self.steps is None else self.steps.step(self.run, pass_, attention, places)
+        self.limits.check_placeholders(plain(pass_.token_ids))
+        steps = None if numbers_in(pass_.token_ids) else self.steps  # a graph has all rows under the active adapters
+        replayed = None if steps is None else steps.step(self.run, pass_, attention, places)
         if replayed is None:
             return self.forward(pass_, attention)
         way: Way = "recorded" if replayed.is_first else "replayed"
@@ -270,7 +277,7 @@ class Executor:
             TokenIdError: a token stands for an image or a sound.
 
         """
-        self.limits.check_placeholders(pass_.token_ids)
+        self.limits.check_placeholders(plain(pass_.token_ids))
         try:
             return self._forward(pass_, attention)
         except torch.OutOfMemoryError:
@@ -279,11 +286,17 @@ class Executor:
         return self._forward(pass_, attention)
 
     def _forward(self, pass_: Pass, attention: PreparedAttention | None) -> Forwarded:
+        ids = np.array(pass_.token_ids, dtype=np.int64)
         if self.levels is not None:
+            if numbers_in(pass_.token_ids):
+                raise AdapterError(
+                    f"Segments of texts cannot have adapters: {self._model_name} is forwarded by levels."
+                )
             return self.levels.forward(pass_)
-        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self._input_device)
+        inputs = on_device(np.array([plain_array(ids), pass_.positions], dtype=np.int64), self._input_device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
-        in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
+        with self._adapted.under(number_of(ids)):
+            in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 

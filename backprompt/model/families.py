@@ -49,6 +49,17 @@ def adapt(body: nn.Module) -> None:
             module.position_embeddings.first_position = module.padding_idx + 1
 
 
+def keep_weights(private: nn.Module) -> None:
+    """Keep a private copy from changing the weights that it shares with the user's model.
+
+    RWKV divides weights in its first call in eval mode, and as it goes on the hidden states, so that these stay within
+    float16's range. The user's model may do so; a copy that comes first leaves both as they are.
+    """
+    for module in _modules(private):
+        if getattr(module, "layers_are_rescaled", True) is False:
+            module.config.rescale_every = 0
+
+
 def padding_id(decoder: nn.Module) -> int | None:
     """Return the token id that takes no position in the plain call, and behind which positions begin; None if none."""
     return next((module.padding_idx for module in _modules(decoder) if _counts_behind_padding(module)), None)

@@ -122,6 +122,7 @@ class Way:
     Attributes:
         takes_several: whether a call sees all of the cache with several tokens, and not only with a single one.
         takes_batches: whether a call takes several texts with a token each.
+        takes_positions: whether a call says at which positions the tokens are.
         counts_positions: whether a call counts positions by itself as it is told to.
         why_not_packed: the reason for going by levels, for messages.
 
@@ -129,6 +130,7 @@ class Way:
 
     takes_several: bool
     takes_batches: bool
+    takes_positions: bool
     counts_positions: bool
     why_not_packed: str
 
@@ -147,6 +149,7 @@ class Levels:
         self.body = body
         self.form = form
         self.way = way
+        body.takes_positions = way.takes_positions
         self.names = [name for idx in range(max(1, -(-len(form.rows) // 2))) for name in layer_names(idx)]
 
     @property

@@ -55,6 +55,7 @@ def ways_by_levels(
             found = Way(
                 takes_several=_takes_several(body, form, token_ids),
                 takes_batches=_takes_batches(body, form, token_ids),
+                takes_positions=takes_positions,
                 counts_positions=_counts_positions(body, form, token_ids),
                 why_not_packed=why_not_packed,
             )

@@ -24,6 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from backprompt.errors import UnsupportedModelError
 from backprompt.model import families, spread
+from backprompt.model.peft_layers import is_active
 
 SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
@@ -56,10 +57,11 @@ def unwrap(model: nn.Module) -> nn.Module:
                         f"The adapter {name!r} is an X-LoRA, which scales its LoRAs by a first run over the call, "
                         "so its texts cannot share a pass. Use an ordinary LoRA."
                     )
-                if getattr(adapter, "alora_invocation_tokens", None):
+                if getattr(adapter, "alora_invocation_tokens", None) and is_active(model, name):
                     raise UnsupportedModelError(
                         f"The adapter {name!r} is an activated LoRA, which looks for its invocation tokens in the "
-                        "whole call, so its texts cannot share a pass. Use an ordinary LoRA."
+                        "whole call, so its texts cannot share a pass. Use an ordinary LoRA, or deactivate it "
+                        "(model.base_model.disable_adapter_layers()) and name it for segments: with_adapter(name)."
                     )
             model = model.get_base_model()  # type: ignore[operator]
         else:
@@ -218,11 +220,7 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
         if _has_trainers_forward(module):
             del module.forward
     spread.forget_movers(private)
-    for module in private.modules():
-        if (
-            getattr(module, "layers_are_rescaled", True) is False
-        ):  # RWKV would divide the user's weights in its first call
-            module.config.rescale_every = 0  # type: ignore[union-attr]
+    families.keep_weights(private)
     for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False

@@ -9,6 +9,7 @@ from backprompt.arguments import is_int
 from backprompt.errors import EmptyTextError, GroupError, TextTooLongError, TokenIdError
 from backprompt.model.limits import Limits
 from backprompt.text.node import Text
+from backprompt.tokens.adapted import number_of, numbers_in, plain
 from backprompt.tokens.graph import TokenIds, ends_in_group, flat, num_positions
 
 
@@ -19,11 +20,13 @@ class TextLimits:
     Attributes:
         model: the limits of the model itself.
         beyond_trained_length: whether texts may be longer than the model was trained for.
+        adapters: the numbers of the adapters that segments are under.
 
     """
 
     model: Limits
     beyond_trained_length: bool
+    adapters: frozenset[int] = frozenset()
 
     def check(self, text: Text, token_ids: TokenIds, length: int | None = None) -> None:
         """Raise if a text cannot be evaluated; `length`: the positions that evaluation takes, by default all.
@@ -54,6 +57,8 @@ class TextLimits:
         all_ids = list(map(flat, encoded))
         if not all(all_ids):
             return False
+        if self.adapters:
+            all_ids = [self._plain(ids) for ids in all_ids]
         lowest, highest = min(map(min, all_ids), default=0), max(map(max, all_ids), default=0)
         has_room = self.model.max_tokens is None or max(lengths, default=0) <= self.model.max_tokens
         is_plain = not self.model.counts_tokens or not any(map(self._num_beside, encoded))
@@ -86,11 +91,18 @@ class TextLimits:
             raise TokenIdError(f"Token id {token_id} is not one of the model's, which are 0 to {num_embeddings - 1}.")
         return int(token_id)
 
+    def _plain(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ids without their adapters; ids with other numbers are no ids of a model at all."""
+        if self.adapters.issuperset(numbers_in(ids)):
+            return plain(ids)
+        return tuple(plain([token_id])[0] if number_of(token_id) in self.adapters else token_id for token_id in ids)
+
     def _num_beside(self, token_ids: TokenIds) -> int:
         """Return how many tokens stand beside others at the same positions, where the model's limit counts them."""
         return len(flat(token_ids)) - num_positions(token_ids) if self.model.counts_tokens else 0
 
     def _check_ids(self, text: Text, ids: tuple[int, ...]) -> None:
+        ids = self._plain(ids)
         num_embeddings = self.model.num_embeddings
         if min(ids) < 0 or max(ids) >= num_embeddings:
             position, token_id = next((p, t) for p, t in enumerate(ids) if not 0 <= t < num_embeddings)

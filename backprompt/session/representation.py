@@ -25,6 +25,7 @@ from backprompt.session.evaluated import Evaluated
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
 from backprompt.text.node import Text
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenGraph, flat
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class ModelRepr:
     @property
     def input_ids(self) -> Tensor:
         """Token ids in written order, `(tokens,)`, int64."""
-        return torch.tensor(flat(self._evaluated.token_ids), device=self._evaluated.evaluator.executor.device)
+        return torch.tensor(plain(flat(self._evaluated.token_ids)), device=self._evaluated.evaluator.executor.device)
 
     @property
     def key(self) -> str:
@@ -254,4 +255,4 @@ def save(session: Session, text: Text) -> None:
 
 def _num_bytes(evaluator: Evaluator, end: Span) -> int:
     """Return the bytes of a text's distinct tokens."""
-    return sum(len(span.token_ids) for span in end.closure()) * evaluator.executor.token_bytes
+    return evaluator.computation.num_bytes_of([end])
