@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from backprompt import LM, Text, TextTooLongError, TokenIdError, UnsupportedModelError, evaluate
-from backprompt.model.skeleton import decoder_of, why_not_packed
+from backprompt.model.skeleton import decoder_of
 from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain
 from devices import on_test_device
@@ -208,17 +208,22 @@ def test_logits_of_weights_in_bfloat16(family, dtype, tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("family", "layers"), [("jamba", "JambaMambaMixer"), ("minimax", "linear attention")])
-def test_layers_with_a_state_are_not_packed_though_their_weights_do_not_show_it(family, layers, dtype, tokenizer):
+@pytest.mark.parametrize("family", ["jamba", "minimax"])
+def test_layers_with_a_state_go_by_levels_though_their_weights_do_not_show_it(family, dtype, tokenizer):
     """All weights are 0: what the layers mix is nothing, before the first step of a training."""
-    model = build(family, CAUSAL[family]).to(dtype)
+    model = on_test_device(build(family, CAUSAL[family]).to(dtype))
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    lm = LM(on_test_device(model), tokenizer)
-    assert_equals_plain(model, [Text.from_tokens((7, 9, 11), lm)])
-    assert lm.session.evaluator.executor.levels is not None
-    assert f"keep a state of all tokens before ({layers}), and so mixes" in why_not_packed(model)
+    lm = LM(model, tokenizer)
+    texts = [Text.from_tokens((7, 9, 11, *end), lm) for end in ((1, 2, 3), (4, 5, 6))]
+    assert_equals_plain(model, texts)
+    assert "by levels" in lm.stats.kernel
+    with torch.no_grad():
+        for parameter, weight in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    assert_equals_plain(model, texts)
 
 
 def test_compressed_keys_are_refused_though_the_texts_of_the_probe_are_shorter_than_a_block(tokenizer):
