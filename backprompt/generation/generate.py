@@ -6,8 +6,7 @@ kept. The texts of a call are continued together (run.py), by the rules of decod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from backprompt.arguments import as_int
@@ -116,14 +115,18 @@ def _decoding(lm: LM, stops: StopStrings, max_new_tokens: int, seed: int | None,
         stops=stops,
         seed=seed,
         given=given,
-        refused=partial(refused_ids, lm),
+        refused=refused_ids(lm),
     )
 
 
-def refused_ids(lm: LM) -> frozenset[int]:
-    """Return the ids with which no text can be evaluated, as far as it is known by now."""
-    executor = lm.session.evaluator.executor
-    return executor.limits.placeholders.union(range(executor.limits.num_embeddings, executor.vocab_size))
+def refused_ids(lm: LM) -> Callable[[], frozenset[int]]:
+    """Return a function that returns the ids with which no text can be evaluated, as far as it is known by then."""
+
+    def found() -> frozenset[int]:
+        executor = lm.session.evaluator.executor
+        return executor.limits.placeholders.union(range(executor.limits.num_embeddings, executor.vocab_size))
+
+    return found
 
 
 def stream(

@@ -18,7 +18,6 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,11 +60,8 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-LM_OPTIONS = tuple(
-    name
-    for name in inspect.signature(LM).parameters
-    if name not in ("model", "tokenizer", "joins", "add_special_tokens")
-)
+_OTHER_OPTIONS = {"model", "tokenizer", "joins", "add_special_tokens"}
+LM_OPTIONS = tuple(name for name in inspect.signature(LM).parameters if name not in _OTHER_OPTIONS)
 """Options of `LM` that a `pretrained` name may come with; texts are ids here, so options on strings are left out."""
 
 
@@ -313,7 +309,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             stops=StopStrings(spelled, self.tokenizer, is_behind_prompt=False),
             seed=options.pop("seed", None),
             given=options,
-            refused=partial(refused_ids, self.lm),
+            refused=refused_ids(self.lm),
         )
         encoded = (self.tok_encode(context, left_truncate_len=room) for context in contexts)
         prompts = [Text.from_tokens(ids or [self.prefix_token_id], self.lm) for ids in encoded]

@@ -83,7 +83,7 @@ def _takes_several(body: Body, form: CacheForm, token_ids: Sequence[int]) -> boo
         apart = _one_at_a_time(body, form.built(own_rows, own_snapshots, _NUM_BEFORE), after)
         together, _ = body.call([after], form.built(own_rows, own_snapshots, _NUM_BEFORE), _NUM_BEFORE)
         gap, change = (float((hidden - apart).float().abs().max()) for hidden in (together, usual))
-        if not gap <= _ALLOWED * change:
+        if not (change > 0 and gap <= _ALLOWED * change):  # weights of 0 show nothing, and may not stay so
             return False
     return True
 
@@ -104,7 +104,8 @@ def _takes_batches(body: Body, form: CacheForm, token_ids: Sequence[int]) -> boo
     if together.shape != (2, 1, apart[0].shape[-1]):
         return False
     gap = float((together - torch.cat(apart)).float().abs().max())
-    return gap <= _ALLOWED * float((apart[0] - apart[1]).float().abs().max())
+    change = float((apart[0] - apart[1]).float().abs().max())
+    return change > 0 and gap <= _ALLOWED * change
 
 
 def _counts_positions(body: Body, form: CacheForm, token_ids: Sequence[int]) -> bool:
@@ -120,7 +121,8 @@ def _counts_positions(body: Body, form: CacheForm, token_ids: Sequence[int]) -> 
     finally:
         body.takes_positions = takes_positions
     told, counted = found
-    return float((told - counted).abs().max()) <= _SAME * float(told.abs().max())
+    size = float(told.abs().max())
+    return size > 0 and float((told - counted).abs().max()) <= _SAME * size
 
 
 def _one_at_a_time(body: Body, cache: object, token_ids: Sequence[int]) -> Tensor:

@@ -176,13 +176,16 @@ def _cannot_run(name: str, error: Exception, levels: Levels | None) -> Unsupport
 
 
 def _is_causal(plain_model: nn.Module, executor: Executor) -> bool:
-    """Return whether the plain call computes the same for the beginning of a text as for the text."""
+    """Return whether the plain call computes the same for the beginning of a text as for the text.
+
+    One row that is the same is enough: later tokens change all rows, and a flip in the choice of experts a few.
+    """
     texts, plain_logits = _plain_logits(plain_model, executor, 0)
     start = len(texts[0]) // 2
     alone: Tensor = plain_model(input_ids=torch.tensor([texts[0][:start]], device=executor.device)).logits[0]
-    scale = max(1.0, float(alone.abs().max()))
-    gap = float(differences(alone.float(), plain_logits[0, :start].float()).max())
-    return gap <= TOLERANCE[alone.dtype] * scale
+    dtype = max(skeleton.head_dtype(plain_model), alone.dtype, key=TOLERANCE.__getitem__)
+    gaps = differences(alone.float(), plain_logits[0, :start].float()).amax(dim=-1)
+    return float(gaps.min()) <= TOLERANCE[dtype] * max(1.0, float(alone.abs().max()))
 
 
 def differences(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -109,10 +109,8 @@ def why_not_packed(model: nn.Module) -> str | None:
     name = type(model).__name__
     kinds = families.mixing_layers(_decoder(model))
     if kinds:
-        return (
-            f"{name} has layers that keep a state of all tokens before ({', '.join(kinds)}), and so mixes tokens "
-            "outside attention. Its texts cannot share a pass."
-        )
+        state = f"keep a state of all tokens before ({', '.join(kinds)}), and so mixes tokens outside attention"
+        return f"{name} has layers that {state}. Its texts cannot share a pass."
     if not _uses_attention_interface(model):
         return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
     return None
