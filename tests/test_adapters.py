@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 import backprompt as bp
 from backprompt import LM, AdapterError, Text, evaluate
+from backprompt.model.adapters import outputs_under
 from backprompt.store import MemoryStore
 from comparing import assert_close, num_distinct_ids
 from quick import up_to
 from reference import masked_logits, masked_token_logprobs, plain_greedy, plain_logits, token_logprobs_of
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, OTHERS
 from tiny_tokenizers import byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram
 
 LAW_FAMILIES = ("gpt2", "llama", "gpt_neox", "mistral_sliding")
@@ -169,7 +170,7 @@ def test_one_pass_serves_the_rows_of_several_adapters(lm, monkeypatch):
     context, question = runs_of(lm, range(50, 70), range(5))
     evaluate(Text.from_tokens([1], lm))  # the probe has run
     before, adapted, whole = lm.stats, [], []
-    forward, add = peft.tuners.lora.layer.Linear.forward, bp.model.adapters._adapted
+    forward, add = peft.tuners.lora.layer.Linear.forward, outputs_under
 
     def adapted_rows(layer, names, inputs, outputs):
         adapted.append((*names, len(inputs)))
@@ -179,7 +180,7 @@ def test_one_pass_serves_the_rows_of_several_adapters(lm, monkeypatch):
         whole.append(rows.shape)
         return forward(layer, rows)
 
-    monkeypatch.setattr("backprompt.model.adapters._adapted", adapted_rows)
+    monkeypatch.setattr("backprompt.model.adapters.outputs_under", adapted_rows)
     monkeypatch.setattr(peft.tuners.lora.layer.Linear, "forward", whole_rows)
     evaluate([context + question, *(context + question.with_adapter(name) for name in NAMES)])
     done = lm.stats - before
@@ -382,6 +383,17 @@ def test_other_kinds_of_adapters_are_refused_by_name_and_serve_the_whole_model(k
     with pytest.raises(AdapterError, match=f"adapter 'it' cannot be that of a segment: it changes .*{reason}"):
         text.with_adapter("it").logits  # noqa: B018
     assert torch.equal(text.with_adapter(None).logits, text.logits)
+
+
+def test_a_model_that_goes_by_levels_refuses_adapters_by_segment(tokenizer):
+    """Before and after the probe has found out that it does; its active adapters are on as ever."""
+    model = peft.get_peft_model(OTHERS["falcon"](), peft.LoraConfig(target_modules=["query_key_value"]), "it").eval()
+    lm = LM(model, tokenizer)
+    text = Text("The cat", lm)
+    for _ in range(2):
+        with pytest.raises(AdapterError, match=r"cannot have adapters: Falcon.* is forwarded by levels"):
+            (text + Text(" sat").with_adapter(None)).logits  # noqa: B018
+        assert_close(text.logits, plain_logits(model, text.tokens)[-1])
 
 
 def test_a_merged_adapter_is_refused(tokenizer):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -48,6 +48,7 @@ class SegmentAdapters:
         self._numbers: dict[str | None, int] = {}
         self._names: dict[int, str | None] = {}
         self._contents: dict[int, bytes] = {}
+        self._reason: str | None = None
 
     def number_of(self, name: str | None) -> int:
         """Return the number of an adapter; None: of no adapter.
@@ -60,7 +61,17 @@ class SegmentAdapters:
         if number is None:
             number = self._numbers[name] = self._found(name)
             self._names.setdefault(number, name)
+        self.check([number])
         return number
+
+    def check(self, numbers: Collection[int]) -> None:
+        """Raise AdapterError if tokens cannot be under adapters with these numbers."""
+        if self._reason is not None and any(numbers):
+            raise AdapterError(f"Segments of texts cannot have adapters: {self._reason}")
+
+    def refuse(self, reason: str) -> None:
+        """Let no segment have an adapter from now on."""
+        self._reason = reason
 
     @property
     def numbers(self) -> frozenset[int]:
@@ -280,11 +291,11 @@ class AdaptedLinear(nn.Module):
         for group in self._rows.groups:
             if names := group.names_in(layer):
                 own = group.on(rows.device)
-                outputs.index_copy_(0, own, _adapted(layer, names, inputs[own], outputs[own]))
+                outputs.index_copy_(0, own, outputs_under(layer, names, inputs[own], outputs[own]))
         return outputs.view(product.shape)
 
 
-def _adapted(layer: Layer, names: Sequence[str], inputs: Tensor, outputs: Tensor) -> Tensor:
+def outputs_under(layer: Layer, names: Sequence[str], inputs: Tensor, outputs: Tensor) -> Tensor:
     """Return the outputs of rows with what adapters add, as peft's `forward` of the layer computes it."""
     dtype = outputs.dtype
     for name in names:

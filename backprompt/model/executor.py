@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
 from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
-from backprompt.errors import AdapterError, NonFiniteError
+from backprompt.errors import NonFiniteError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
@@ -197,6 +197,7 @@ class Executor:
     def go_by_levels(self, levels: Levels) -> None:
         """Forward all passes by levels from now on."""
         self.levels, self.layout = levels, None
+        self.adapters.refuse(f"{self._model_name} is forwarded by levels, under its active adapters.")
 
     def close(self) -> None:
         """Release the copies of the model and packed weights; nothing can be computed afterwards."""
@@ -286,13 +287,10 @@ class Executor:
         return self._forward(pass_, attention)
 
     def _forward(self, pass_: Pass, attention: PreparedAttention | None) -> Forwarded:
-        ids = np.array(pass_.token_ids, dtype=np.int64)
         if self.levels is not None:
-            if numbers_in(pass_.token_ids):
-                raise AdapterError(
-                    f"Segments of texts cannot have adapters: {self._model_name} is forwarded by levels."
-                )
+            self.adapters.check(numbers_in(pass_.token_ids))
             return self.levels.forward(pass_)
+        ids = np.array(pass_.token_ids, dtype=np.int64)
         inputs = on_device(np.array([plain_array(ids), pass_.positions], dtype=np.int64), self._input_device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
         with self._adapted.under(number_of(ids)):
