@@ -21,6 +21,7 @@ from backprompt.errors import DriftError, GroupError
 from backprompt.inspection.missing import shown_segment
 from backprompt.model import skeleton
 from backprompt.model.probe import differences
+from backprompt.model.quantized import compared_as
 from backprompt.progress import Bar, check_show, is_wanted
 from backprompt.session.representation import ModelRepr, check_current
 from backprompt.text.checks import listed_texts
@@ -278,11 +279,11 @@ def _compare(
     with lm.session.exclusive():
         reprs = lm.evaluate(texts)
         plain = skeleton.plain_copy(skeleton.unwrap(lm.session.model))
-        dtype = next(plain.parameters()).dtype
+        dtype = skeleton.computed_dtype(plain)
         if tolerance is None:
             if dtype not in TOLERANCE:
                 raise ValueError(f"There is no tolerance for {dtype}. Give one: verify(texts, tolerance=...), in nats.")
-            tolerance = TOLERANCE[dtype]
+            tolerance = TOLERANCE[compared_as(plain, dtype)]
         for idx, text, model_repr, extents in zip(indices, texts, reprs, lm.extents(texts), strict=True):
             drifts.add(idx, text, extents, gaps_of(model_repr, plain))
             bar.update()

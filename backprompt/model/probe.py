@@ -33,6 +33,7 @@ from backprompt.logprobs import are_distributions
 from backprompt.memory.blocks import gather, states_of
 from backprompt.model import skeleton
 from backprompt.model.executor import Computed, Executor
+from backprompt.model.quantized import compared_as
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -102,11 +103,12 @@ def _fault(
             for idx in (~are_distributions(logits)).nonzero()[:, 0].tolist():
                 raise executor.logits_error(logits[idx], ids[: idx + 1])
         scale = max(1.0, float(plain[plain.isfinite()].abs().max()))
+        tolerance = TOLERANCE[compared_as(model, logits.dtype)]
         gap = float(differences(logits.float(), plain.float()).max())
-        if not gap <= TOLERANCE[logits.dtype] * scale:
+        if not gap <= tolerance * scale:
             return (
                 f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
-                f"than {TOLERANCE[logits.dtype] * scale:.0e} for {logits.dtype}. {skeleton.why_unlike_plain(model)}"
+                f"than {tolerance * scale:.0e} for {logits.dtype}. {skeleton.why_unlike_plain(model)}"
             )
     allowed = (_CHANGE_BY_EXPERTS if has_experts else _CHANGE)[packed[0].dtype]
     if not change <= allowed:
