@@ -35,10 +35,12 @@ from backprompt.model import skeleton, spread
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.fusion import fusion_for
 from backprompt.model.in_flight import Forwarded, InFlight, Way, no_layers_error, run_body
+from backprompt.model.int8 import speed_up_int8
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
+from backprompt.model.quantized import copied_bytes, weight_bytes
 from backprompt.model.steps import CapturedSteps, captured_steps
 from backprompt.transfers import on_device
 
@@ -152,7 +154,12 @@ class Executor:
             if not spread.is_spread(model):
                 fusion_for(self.device)(self._body)
             linears = speed_up((self._body, self._head), pack=pack_weights)
-            self.linears = pad_head(self._head, model, linears)
+            linears = speed_up_int8((self._body, self._head), linears)
+            linears = pad_head(self._head, model, linears)
+        copied = linears.packed_bytes + copied_bytes(self._body) + copied_bytes(self._head)
+        self.linears = replace(linears, packed_bytes=copied)
+        self.weight_bytes = weight_bytes(model)
+        """The bytes of the model's weights, as they are held: of quantized ones the integers and scales."""
         self._in_flight: InFlight | None = None
         self._form_of_cache: tuple[Form | None] | None = None  # known after its first use
         self.steps: CapturedSteps | None = None

@@ -80,6 +80,12 @@ def copied_weights(model: nn.Module) -> set[int]:
     return {id(module.weight) for module in model.modules() if _is_reordered(module) and not _has_order_of_cpu(module)}
 
 
+def copied_bytes(private: nn.Module) -> int:
+    """Return the bytes of the weights that a private copy could not share, before its first call."""
+    copied = copied_weights(private)
+    return sum(number.nbytes for held in private.parameters() if id(held) in copied for number in numbers_of(held))
+
+
 def check_quantized(model: nn.Module) -> None:
     """Raise UnsupportedModelError if quantized layers cannot share a pass, or their weights cannot be watched."""
     model_name = type(model).__name__
@@ -99,7 +105,7 @@ def check_quantized(model: nn.Module) -> None:
                     'backprompt.load(name, weights="int8").'
                 )
             raise UnsupportedModelError(
-                f"{named}, which packs its weight into an object of torch that cannot be watched. Quantize with torchao."
+                f"{named}, which packs its weight into an object that cannot be watched. Quantize with torchao."
             )
         if kind.__name__ == "HQQLinear":
             raise UnsupportedModelError(
@@ -134,7 +140,10 @@ def _state_tensors(state: object) -> list[Tensor]:
     """Return the tensors in the state of a 4-bit weight of bitsandbytes; the scales may have a state of their own."""
     values = list(vars(state).values()) if state is not None else []
     nested = [value for value in values if type(value) is type(state)]
-    return [*(value for value in values if isinstance(value, Tensor)), *(t for each in nested for t in _state_tensors(each))]
+    return [
+        *(value for value in values if isinstance(value, Tensor)),
+        *(t for each in nested for t in _state_tensors(each)),
+    ]
 
 
 def _state_settings(state: object) -> Iterator[tuple[str, str]]:

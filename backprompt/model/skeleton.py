@@ -374,7 +374,7 @@ def logit_row_bytes(model: nn.Module) -> int:
 
 
 def head_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the output head's results: that of its weights, or of the model's, where these are integers."""
+    """Return the dtype of the head's results: that of its weights, or of the model's, where these are integers."""
     weight: object = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else computed_dtype(model)
 

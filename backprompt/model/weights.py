@@ -68,7 +68,9 @@ class PartsMonitor:
         self._rewritten = [(module._buffers, len(module._buffers)) for module, is_rewritten in named if is_rewritten]
         self._special = special_weights(model)
         self._numbers = self._special_numbers()
-        self.tensors = [number for _, _, tensor in _places(model) if not tensor.is_meta for number in numbers_of(tensor)]
+        self.tensors = [
+            number for _, _, tensor in _places(model) if not tensor.is_meta for number in numbers_of(tensor)
+        ]
         self.tensors += [source for source in self._sources if isinstance(source, Tensor)]
         self._pointers = _pointers(self.tensors)
 
