@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import backprompt
 from backprompt import LM, ModelLoadError, Text, UnsupportedModelError, verify
-from backprompt.model import int8
+from backprompt.model import int8, skeleton
 from backprompt.model.checkpoint import CACHE_HOME_VARIABLE
 from backprompt.model.quantized import compared_as, numbers_of, special_weights, weight_bytes
 from backprompt.model.weights import WeightsMonitor, content_hash
@@ -125,14 +125,13 @@ def test_the_plain_call_is_as_it_was_after_an_evaluation(way, tokenizer):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_private_copies_share_quantized_weights(way, tokenizer):
+def test_private_copies_share_quantized_weights(way):
     model = quantized(way)
     if not way.startswith("torchao"):
         plain_logits(model, [1, 2, 3])  # now the weights have their order
-    lm = LM(model, tokenizer)
     shared = {number.data_ptr() for weight in special_weights(model) for number in numbers_of(weight)}
     assert shared
-    body = lm.session.evaluator.executor._body
+    body = skeleton.make_body(model, "eager")
     assert {number.data_ptr() for weight in special_weights(body) for number in numbers_of(weight)} <= shared
 
 
