@@ -49,13 +49,14 @@ from backprompt.loading import load
 from backprompt.session.distributions import Entropies, TopLogprobs
 from backprompt.session.representation import ModelRepr, Pin
 from backprompt.session.stats import Stats
-from backprompt.store import DiskStore, MemoryStore, Store
+from backprompt.store import CachedStore, DiskStore, MemoryStore, ObjectStore, Store
 from backprompt.text.extents import Extent, Join
 from backprompt.text.node import Text, eager, parallel
 
 __all__ = [
     "LM",
     "BackpromptError",
+    "CachedStore",
     "DamagedEntryError",
     "DiskStore",
     "Divergence",
@@ -84,6 +85,7 @@ __all__ = [
     "NodeDrift",
     "NonFiniteError",
     "NotPicklableError",
+    "ObjectStore",
     "Piece",
     "Pin",
     "SelectedText",

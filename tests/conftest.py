@@ -1,6 +1,7 @@
 """Settings of all tests: no downloads, the same examples each time, `cuda` tests only where CUDA is."""
 
 import os
+import uuid
 
 # Read when transformers and tokenizers are imported, so set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,10 +62,31 @@ def lm(model, tokenizer):
     return LM(model, tokenizer)
 
 
-@pytest.fixture(params=["memory", "disk"])
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """A real S3 server on this machine."""
+    pytest.importorskip("obstore")
+    import s3_server
+
+    if s3_server.rclone() is None:
+        pytest.skip("rclone is not installed")
+    with s3_server.serving(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "disk", "bucket", "folder as bucket", "cached"])
 def store(request, tmp_path):
     """An empty store of each kind."""
-    from backprompt.store import DiskStore, MemoryStore
+    from backprompt.store import CachedStore, DiskStore, MemoryStore, ObjectStore
 
-    with MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "prompts.bp") as made:
+    if request.param in ("bucket", "folder as bucket"):
+        pytest.importorskip("obstore")
+    makers = {
+        "memory": MemoryStore,
+        "disk": lambda: DiskStore(tmp_path / "prompts.bp"),
+        "bucket": lambda: request.getfixturevalue("s3").store(prefix=uuid.uuid4().hex),
+        "folder as bucket": lambda: ObjectStore(f"file://{tmp_path}/bucket"),
+        "cached": lambda: CachedStore(MemoryStore(), DiskStore(tmp_path / "cache.bp")),
+    }
+    with makers[request.param]() as made:
         yield made

@@ -108,13 +108,14 @@ def check_model_arguments(arguments: argparse.Namespace) -> None:
     """Raise for errors in the arguments that show without loading a model."""
     from backprompt.loading import available_device
     from backprompt.memory.budget import parse_bytes
+    from backprompt.store.opening import is_url
     from backprompt.store.paths import check_folder
 
     if arguments.memory is not None:
         parse_bytes(arguments.memory, "--memory")
     if arguments.device is not None:
         available_device(arguments.device, f"--device {arguments.device}")
-    if arguments.store is not None:
+    if arguments.store is not None and not is_url(arguments.store):
         try:
             check_folder(arguments.store)
         except OSError as error:

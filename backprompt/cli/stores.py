@@ -136,8 +136,14 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 def _opened(arguments: argparse.Namespace) -> DiskStore:
     """Open a store that is there: looking into another folder must not turn it into a store."""
+    from backprompt.store.opening import is_url
     from backprompt.store.paths import FOLDERS, check_folder
 
+    if is_url(arguments.path):
+        raise CommandError(
+            f"This command looks into folders, and {arguments.path} is a bucket: backprompt.ObjectStore(url).list() "
+            "yields its entries."
+        )
     try:
         folder = check_folder(arguments.path)
         if not (folder / FOLDERS[0]).is_dir():

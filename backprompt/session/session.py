@@ -44,7 +44,7 @@ from backprompt.session.fingerprint import Fingerprint
 from backprompt.session.limits import TextLimits, check_has_last_token
 from backprompt.session.options import Options, check_can_pin
 from backprompt.session.probes import Probes
-from backprompt.store import DiskStore, Store
+from backprompt.store import Store, open_store
 from backprompt.text.checks import engine_of
 from backprompt.text.node import Text, lazily
 from backprompt.text.questions import bound_engine
@@ -99,7 +99,7 @@ class Session:
         private = PrivateTokenizer(tokenizer)
         self.encoder = self._make_encoder(private)
         if isinstance(options.store, (str, os.PathLike)):
-            self.store = DiskStore(options.store)
+            self.store = open_store(options.store)
             weakref.finalize(self, self.store.close)  # nobody else can close it
         else:
             self.store = options.store

@@ -7,7 +7,10 @@ A new store implements `Store` of `base.py` in a module here, as `memory.py` doe
 """
 
 from backprompt.store.base import Entry, Header, Match, Store
+from backprompt.store.cached import CachedStore
 from backprompt.store.disk import DiskStore
 from backprompt.store.memory import MemoryStore
+from backprompt.store.object import ObjectStore
+from backprompt.store.opening import open_store
 
-__all__ = ["DiskStore", "Entry", "Header", "Match", "MemoryStore", "Store"]
+__all__ = ["CachedStore", "DiskStore", "Entry", "Header", "Match", "MemoryStore", "ObjectStore", "Store", "open_store"]

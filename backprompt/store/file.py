@@ -62,20 +62,25 @@ _NEEDED_FIELDS = {
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """The place of a tensor's bytes in a file, and their dtype, shape and checksums."""
 
     spec: TensorSpec
     start: int
     checksums: list[int]
 
+    @property
+    def stop(self) -> int:
+        """The offset behind the tensor's bytes."""
+        return self.start + self.spec.num_bytes
+
 
 @dataclass(frozen=True)
-class _Contents:
+class Contents:
     """The checked contents of a file's header."""
 
     header: Header
-    places: Mapping[str, _Place]
+    places: Mapping[str, Place]
 
 
 def to_pieces(entry: Entry) -> list[memoryview]:
@@ -124,7 +129,7 @@ def read_header(path: Path) -> Header:
 
     """
     with _opened(path) as file:
-        return _read_contents(file).header
+        return read_contents(file, os.fstat(file.fileno()).st_size).header
 
 
 def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
@@ -138,7 +143,7 @@ def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
 
     """
     with _opened(path) as file:
-        contents = _read_contents(file)
+        contents = read_contents(file, os.fstat(file.fileno()).st_size)
     chosen = {name: place for name, place in contents.places.items() if names is None or name in names}
 
     def read(name: str) -> Tensor:
@@ -166,15 +171,26 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _read_tensor(path: Path, name: str, place: _Place) -> Tensor:
+def _read_tensor(path: Path, name: str, place: Place) -> Tensor:
+    with _opened(path) as file:
+        file.seek(place.start)
+        return read_tensor(file, name, place)
+
+
+def read_tensor(file: BinaryIO, name: str, place: Place) -> Tensor:
+    """Return the tensor whose bytes come next in an open file, after comparing them with their checksums.
+
+    Raises:
+        MemoryError: memory is too small for the tensor.
+        DamagedEntryError: the bytes are not those that were written.
+
+    """
     try:
         tensor = torch.empty(place.spec.shape, dtype=place.spec.dtype)
     except RuntimeError as error:  # torch's form of a MemoryError
         raise MemoryError(f"no room for {place.spec.num_bytes:,} bytes of tensor {name!r}") from error
     data = _bytes_of(tensor)
-    with _opened(path) as file:
-        file.seek(place.start)
-        _read_into(file, data, f"tensor {name!r} is cut off")
+    _read_into(file, data, f"tensor {name!r} is cut off")
     if _checksums(data) != place.checksums:
         raise DamagedEntryError(f"tensor {name!r} has other bytes than were written")
     return tensor
@@ -189,9 +205,13 @@ def _read_into(file: BinaryIO, data: memoryview, complaint: str) -> None:
         raise DamagedEntryError(complaint)
 
 
-def _read_contents(file: BinaryIO) -> _Contents:
-    """Return the contents of the file's header, without reading the data."""
-    num_bytes = os.fstat(file.fileno()).st_size
+def read_contents(file: BinaryIO, num_bytes: int) -> Contents:
+    """Return the contents of the header at the beginning of a file of so many bytes, without reading the data.
+
+    Raises:
+        DamagedEntryError, StoreVersionError: see `read_header`.
+
+    """
     if not 10 <= num_bytes <= _MAX_LENGTH:
         raise DamagedEntryError(f"it cannot be {num_bytes} bytes long")
     start = bytearray(8)
@@ -206,7 +226,7 @@ def _read_contents(file: BinaryIO) -> _Contents:
     header = _header_of(_object(metadata["entry"]))
     places = _places_of(table, _object(metadata["checksums"]), len(start) + length, num_bytes)
     check_tensors(header, {name: place.spec for name, place in places.items()})
-    return _Contents(header, places)
+    return Contents(header, places)
 
 
 def _checked_metadata(table: dict[str, Any]) -> dict[str, str]:
@@ -245,7 +265,7 @@ def _header_of(described: dict[str, Any]) -> Header:
     return header
 
 
-def _places_of(table: dict[str, Any], checksums: dict[str, Any], data_start: int, num_bytes: int) -> dict[str, _Place]:
+def _places_of(table: dict[str, Any], checksums: dict[str, Any], data_start: int, num_bytes: int) -> dict[str, Place]:
     """Return the place of each tensor; together they cover all of the file's data without overlap."""
     if checksums.keys() != table.keys():
         raise DamagedEntryError("its checksums are those of other tensors")
@@ -262,7 +282,7 @@ def _places_of(table: dict[str, Any], checksums: dict[str, Any], data_start: int
         if offsets[1] - offsets[0] != spec.num_bytes:
             raise DamagedEntryError("a tensor's shape and offsets contradict each other")
         _check_checksums(checksums[name], spec.num_bytes)
-        places[name] = _Place(spec, data_start + offsets[0], checksums[name])
+        places[name] = Place(spec, data_start + offsets[0], checksums[name])
         starts.append((data_start + offsets[0], data_start + offsets[1]))
     stop = data_start
     for start, next_stop in sorted(starts):

@@ -1,0 +1,315 @@
+"""Cuts a forest of token ids into parts for several workers, so that the slowest part is as fast as can be.
+
+Texts are put into *forest order*: texts with a common beginning stand together. In this order a text adds the tokens
+behind the beginning that it shares with the text before it. A part is a run of texts in forest order. So a part costs
+what its texts add, and the beginning that its first text shares with the text before, which is computed once more, or
+fetched where that is cheaper:
+
+    texts in forest order    a b c     a b d e     a b d f     x y
+    shared with the one before   0           2           3       0
+    two parts               |a b c     a b d e |   a b d f     x y|   tokens: 5 + 6, three of them computed twice
+
+The cost of a token is that of the linear layers and that of attention to the tokens before it (`Rates`). All is done
+with flat arrays: two numbers a text are the whole input of the cut (`cut`), and nothing here knows of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Ints: TypeAlias = "npt.NDArray[np.int64]"
+Floats: TypeAlias = "npt.NDArray[np.float64]"
+
+# Tokens that are compared at once when neighbours are compared; a few arrays of that many numbers are alive.
+COMPARED_AT_ONCE = 1 << 22
+# How much of a part a cut may move forward to fall where texts share less. The best of these is taken.
+SLACKS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.25)
+# Steps of the bisection for the cost of the slowest part: a cost is found to a millionth of its first bounds.
+BISECTIONS = 20
+# Of cuts whose slowest parts differ by less than this share, the cut with fewer tokens is taken, ...
+ALIKE = 0.01
+# ... if its parts differ by less than this share.
+EVEN = 0.05
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What tokens cost, in any one unit, such as seconds.
+
+    Attributes:
+        linear: a token's linear layers.
+        attention: a token's attention to one token before it.
+        fetch: fetching the keys and values of a token that is computed elsewhere; None: nothing can be fetched.
+
+    """
+
+    linear: float = 1.0
+    attention: float = 0.0
+    fetch: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, rate in (("linear", self.linear), ("attention", self.attention), ("fetch", self.fetch or 0.0)):
+            if not 0 <= rate < float("inf"):
+                msg = f"a rate is a finite number that is not negative, not {name}={rate!r}"
+                raise ValueError(msg)
+
+    def computing(self, num_tokens: Ints) -> Floats:
+        """Return the cost of computing the first so many tokens of a text."""
+        return num_tokens * (self.linear + self.attention * (num_tokens - 1) / 2)
+
+    def fetching(self, num_tokens: Ints) -> Floats:
+        """Return the cost of fetching the first so many tokens of a text; infinite where nothing can be fetched."""
+        rate = np.inf if self.fetch is None else self.fetch
+        return np.multiply(num_tokens, rate, out=np.zeros(num_tokens.shape), where=num_tokens > 0)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Texts in parts.
+
+    Attributes:
+        order: the index of each text, in forest order, `(texts,)`.
+        starts: the place in `order` at which each part begins, and the number of texts, `(parts + 1,)`.
+        costs: of each part, in the unit of the rates, `(parts,)`.
+        imbalance: how much less the fastest part costs than the slowest, as a share of the slowest.
+        num_tokens: that each part computes, `(parts,)`.
+        num_fetched: tokens that each part fetches, all of them at the beginning of its first text, `(parts,)`.
+        num_distinct: the distinct tokens of all texts.
+        least_cost: no cut makes the slowest part cost less: an equal share of all distinct tokens, or the text that
+            costs most.
+        least_tokens: no cut into so many parts, however uneven, computes and fetches fewer tokens in all.
+
+    """
+
+    order: Ints
+    starts: Ints
+    costs: Floats
+    imbalance: float
+    num_tokens: Ints
+    num_fetched: Ints
+    num_distinct: int
+    least_cost: float
+    least_tokens: int
+
+    @cached_property
+    def parts(self) -> list[Ints]:
+        """The indices of each part's texts, in forest order."""
+        return np.split(self.order, self.starts[1:-1])
+
+
+def partition(
+    texts: Sequence[Sequence[int] | Ints],
+    num_parts: int | None = None,
+    *,
+    max_tokens: int | None = None,
+    rates: Rates = Rates(),
+) -> Partition:
+    """Cut texts, as token ids, into at most `num_parts` parts, or into parts of at most `max_tokens` tokens each.
+
+    There are fewer parts than `num_parts` where more would not make the slowest part faster.
+
+    Raises:
+        ValueError: none or both of `num_parts` and `max_tokens` are given, one is less than 1, or a text alone has more
+            than `max_tokens` tokens.
+
+    """
+    ids, offsets = flattened(texts)
+    order, shared = forest_order(ids, offsets)
+    return cut(np.diff(offsets)[order], shared, num_parts, max_tokens=max_tokens, rates=rates, order=order)
+
+
+def flattened(texts: Sequence[Sequence[int] | Ints]) -> tuple[npt.NDArray[np.int32], Ints]:
+    """Return the ids of all texts side by side, and the offset of each text and of the end, `(texts + 1,)`."""
+    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum(np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)), out=offsets[1:])
+    ids = np.empty(offsets[-1], dtype=np.int32)
+    for text, first, stop in zip(texts, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        ids[first:stop] = text
+    return ids, offsets
+
+
+def forest_order(ids: npt.NDArray[np.integer], offsets: Ints) -> tuple[Ints, Ints]:
+    """Return the indices of texts in forest order, and how many tokens each shares with the one before it.
+
+    The order is that of the sorted ids, a beginning before the texts that it begins. Sorting takes eight bytes a token
+    beside the ids, and some 150 bytes a text.
+    """
+    # Unsigned numbers with the highest byte first are ordered as their bytes are.
+    digits = ids.astype(">u4").view(np.uint8).data
+    keys = [
+        bytes(digits[4 * first : 4 * stop])
+        for first, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ]
+    del digits
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    del keys
+    return order, _shared_with_the_one_before(ids, offsets, order)
+
+
+def _shared_with_the_one_before(ids: npt.NDArray[np.integer], offsets: Ints, order: Ints) -> Ints:
+    shared = np.zeros(len(order), dtype=np.int64)
+    lengths = np.diff(offsets)[order]
+    at_most = np.minimum(lengths[1:], lengths[:-1])
+    firsts = offsets[:-1][order]
+    start = 0
+    ends = np.cumsum(at_most)
+    while start < len(at_most):
+        compared_before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, compared_before + COMPARED_AT_ONCE, side="right")))
+        shared[start + 1 : stop + 1] = _equal_tokens(
+            ids, firsts[start:stop], firsts[start + 1 : stop + 1], at_most[start:stop]
+        )
+        start = stop
+    return shared
+
+
+def _equal_tokens(ids: npt.NDArray[np.integer], firsts: Ints, others: Ints, at_most: Ints) -> Ints:
+    """Return how many tokens from `firsts` equal those from `others` before the first that differs, at most so many."""
+    ends = np.cumsum(at_most)
+    begins = ends - at_most
+    places = np.arange(ends[-1]) + np.repeat(firsts - begins, at_most)
+    differ = ids[places] != ids[places + np.repeat(others - firsts, at_most)]
+    differences = np.append(np.flatnonzero(differ), ends[-1])
+    equal: Ints = np.minimum(differences[np.searchsorted(differences, begins)] - begins, at_most)
+    return equal
+
+
+def cut(
+    lengths: Ints,
+    shared: Ints,
+    num_parts: int | None = None,
+    *,
+    max_tokens: int | None = None,
+    rates: Rates = Rates(),
+    order: Ints | None = None,
+) -> Partition:
+    """Cut texts in forest order; see `partition`.
+
+    Args:
+        lengths: tokens of each text, in forest order, `(texts,)`.
+        shared: tokens that each text shares with the text before it, `(texts,)`; 0 for the first.
+        num_parts: at most so many parts.
+        max_tokens: at most so many tokens are computed in each part.
+        rates: what tokens cost.
+        order: the index of each text; None: the texts are numbered in forest order.
+
+    """
+    if (num_parts is None) == (max_tokens is None):
+        msg = "give either num_parts or max_tokens"
+        raise ValueError(msg)
+    for name, number in (("num_parts", num_parts), ("max_tokens", max_tokens)):
+        if number is not None and number < 1:
+            msg = f"{name} must be at least 1, not {number}"
+            raise ValueError(msg)
+    forest = _Forest(lengths, shared, rates if max_tokens is None else Rates())
+    if max_tokens is None:
+        starts = _into(forest, num_parts or 1)
+    elif len(lengths) and lengths.max() > max_tokens:
+        msg = f"a text of {lengths.max()} tokens does not fit into a part of max_tokens={max_tokens}"
+        raise ValueError(msg)
+    else:
+        starts = min(
+            (forest.cut(max_tokens, slack, len(lengths)) for slack in SLACKS),
+            key=lambda starts: (len(starts), forest.repeated(starts)),
+        )
+    return _partition(_Forest(lengths, shared, rates), starts, np.arange(len(lengths)) if order is None else order)
+
+
+class _Forest:
+    """The costs of runs of texts: what a text adds, added up, and what it costs to begin with a text."""
+
+    def __init__(self, lengths: Ints, shared: Ints, rates: Rates) -> None:
+        self.lengths, self.shared, self.fetches = lengths, shared, rates.fetch is not None
+        self.fetched = rates.fetching(shared) < rates.computing(shared)
+        self.beginning = np.minimum(rates.computing(shared), rates.fetching(shared))
+        self.whole = rates.computing(lengths)
+        self.added = np.concatenate([[0.0], np.cumsum(self.whole - rates.computing(shared))])
+
+    def cut(self, cost: float, slack: float, num_parts: int) -> Ints:
+        """Return the starts of parts that cost at most so much, each filled but for a share of at most `slack`.
+
+        A text that costs more is a part of its own. Texts that do not fit into `num_parts` parts are left out.
+        """
+        starts, start = [0], 0
+        while start < len(self.lengths) and len(starts) <= num_parts:
+            filled = cost + self.added[start] - self.beginning[start]
+            most = max(start + 1, int(np.searchsorted(self.added, filled * (1 + 1e-12), side="right")) - 1)
+            if most < len(self.lengths):
+                least = max(start + 1, min(most, int(np.searchsorted(self.added, filled - slack * cost))))
+                most -= int(np.argmin(self.beginning[least : most + 1][::-1]))
+            starts.append(start := most)
+        return np.array(starts, dtype=np.int64)
+
+    def costs(self, starts: Ints) -> Floats:
+        """Return the cost of each part."""
+        return np.diff(self.added[starts]) + self.beginning[starts[:-1]]
+
+    def imbalance(self, starts: Ints) -> float:
+        """Return how much less the fastest part costs than the slowest, as a share of the slowest."""
+        costs = self.costs(starts)
+        return float(1 - costs.min() / costs.max()) if costs.max() else 0.0
+
+    def repeated(self, starts: Ints) -> int:
+        """Return how many tokens are computed or fetched once more."""
+        return int(self.shared[starts[:-1]].sum())
+
+
+def _into(forest: _Forest, num_parts: int) -> Ints:
+    """Return the starts of at most so many parts: the slowest as fast as can be, and with few tokens."""
+    if not len(forest.lengths):
+        return np.zeros(1, dtype=np.int64)
+    candidates = [starts for slack in SLACKS for starts in _bisected(forest, num_parts, slack)]
+    slowest = [forest.costs(starts).max() for starts in candidates]
+    enough = min(slowest) * (1 + ALIKE)
+    alike = [starts for starts, cost in zip(candidates, slowest, strict=True) if cost <= enough]
+    return min(
+        alike, key=lambda starts: (forest.imbalance(starts) > EVEN, forest.repeated(starts), forest.imbalance(starts))
+    )
+
+
+def _bisected(forest: _Forest, num_parts: int, slack: float) -> list[Ints]:
+    """Return the cuts into at most so many parts that a bisection over the cost of the slowest part comes by."""
+    low, high = _least_cost(forest, num_parts), float(forest.added[-1])
+    if (starts := forest.cut(low, slack, num_parts))[-1] == len(forest.lengths):
+        return [starts]
+    found = [np.array([0, len(forest.lengths)])]
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if (starts := forest.cut(middle, slack, num_parts))[-1] == len(forest.lengths):
+            found.append(starts)
+            high = middle
+        else:
+            low = middle
+    return found
+
+
+def _least_cost(forest: _Forest, num_parts: int) -> float:
+    """Return a cost that the slowest part reaches: each text is computed in one part, but for fetched tokens."""
+    alone = np.diff(forest.added) if forest.fetches else forest.whole
+    return max(float(forest.added[-1]) / num_parts, float(alone.max(initial=0.0)))
+
+
+def _partition(forest: _Forest, starts: Ints, order: Ints) -> Partition:
+    num_parts = len(starts) - 1
+    new = forest.lengths - forest.shared
+    beginnings = forest.shared[starts[:-1]]
+    fetched = forest.fetched[starts[:-1]]
+    num_distinct = int(new.sum())
+    fewest = np.partition(forest.shared[1:], num_parts - 2)[: num_parts - 1] if num_parts > 1 else new[:0]
+    return Partition(
+        order=order,
+        starts=starts,
+        costs=forest.costs(starts),
+        imbalance=forest.imbalance(starts) if num_parts else 0.0,
+        num_tokens=np.add.reduceat(new, starts[:-1]) + np.where(fetched, 0, beginnings) if num_parts else new,
+        num_fetched=np.where(fetched, beginnings, 0),
+        num_distinct=num_distinct,
+        least_cost=_least_cost(forest, num_parts) if num_parts else 0.0,
+        least_tokens=num_distinct + int(fewest.sum()),
+    )
