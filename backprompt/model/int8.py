@@ -111,7 +111,7 @@ class DynamicInt8Linear(Int8Linear):
         self.num_bytes = weight.qdata.nbytes
 
     def _multiplied(self, rows: Tensor) -> Tensor:
-        return _dynamic_product(rows, self._packed)
+        return dynamic_product(rows, self._packed)
 
 
 def speed_up_int8(models: Iterable[nn.Module], linears: Linears) -> Linears:
@@ -158,14 +158,14 @@ def failure_of_int8() -> str | None:
     inputs = (rows * (1 / size)).round().clamp(-_ZERO, _ZERO - 1)
     expected = (inputs.double() @ integers.double().t()) * size * scales
     try:
-        found = _dynamic_product(rows, _packed(integers, scales)).double()
+        found = dynamic_product(rows, _packed(integers, scales)).double()
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     gap = float((found - expected).abs().max())
     return None if gap <= 1e-5 * float(expected.abs().max()) else f"they were off by {gap:.1e}"
 
 
-def _dynamic_product(rows: Tensor, packed: _Packed) -> Tensor:
+def dynamic_product(rows: Tensor, packed: _Packed) -> Tensor:
     """Return the product of rows and packed weights, the rows rounded to torchao's integers; row by row."""
     size = rows.abs().amax(dim=-1, keepdim=True).div_(_STEPS).clamp_(min=_LEAST_SCALE)
     integers = (rows * size.reciprocal()).round_().add_(_ZERO).clamp_(max=2 * _ZERO - 1).to(torch.uint8)
