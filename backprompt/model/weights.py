@@ -312,8 +312,8 @@ def _portions(tensors: Iterable[Tensor], elsewhere: Mapping[int, Offloaded]) -> 
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Return a view that is no special tensor, and shows later writes."""
-    if type(tensor) in (Tensor, nn.Parameter):
+    """Return a view without a state of its own that shows later writes."""
+    if not is_special(tensor):
         return tensor.detach()
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach().as_subclass(Tensor)
