@@ -103,6 +103,7 @@ class Bits(Suite):
 def _demo() -> tuple[str, dict[str, Callable[[], LM]], Job]:
     sys.path.append(str(EXAMPLES))
     import intents
+
     from demo_model import demo_model_folder
 
     folder = demo_model_folder()
