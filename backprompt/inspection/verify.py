@@ -27,7 +27,7 @@ from backprompt.session.representation import check_current
 from backprompt.text.checks import listed_texts
 from backprompt.text.extents import Extent
 from backprompt.text.node import Text
-from backprompt.text.segments import Group
+from backprompt.text.segments import Adapted, Group
 
 if TYPE_CHECKING:
     from backprompt.lm import LM
@@ -80,8 +80,8 @@ class Verification:
     Attributes:
         num_texts: the number of texts that were compared.
         num_given: the number of texts that were given; texts beyond the sample were not compared.
-        num_groups: the number of given texts with groups or frozen segments, left out because no plain call computes
-            them.
+        num_groups: the number of given texts with groups, frozen segments or adapters by segment, left out because no
+            plain call computes them.
         num_tokens: tokens of the texts that were compared; shared tokens count in each text.
         gap: the largest absolute difference of log-probabilities at tokens that matter, nats; see `NodeDrift`. Infinite
             if one is not a number.
@@ -176,7 +176,10 @@ class Verification:
         if self._is_due_to_tf32:
             yield _TF32
         if self.num_groups:
-            yield (f"Left out: {self.num_groups:,} texts with groups or frozen segments, which no plain call computes.")
+            yield (
+                f"Left out: {self.num_groups:,} texts with groups, frozen segments or adapters by segment, which no "
+                "plain call computes."
+            )
         if self.is_coarse and not self.passed:
             yield _COARSE
         if self.cost is not None:
@@ -229,8 +232,8 @@ def verify(
 ) -> Verification:
     """Evaluate texts, compare all their log-probabilities with the plain call's, and return the gaps.
 
-    The plain call forwards every token of every text compared, one text per call. Texts with groups or frozen segments
-    are left out, as no plain call computes them; the result counts them.
+    The plain call forwards every token of every text compared, one text per call. Texts with groups, frozen segments or
+    adapters by segment are left out, as no plain call computes them; the result counts them.
 
     Args:
         texts: a text or several of one `LM`.
@@ -250,7 +253,7 @@ def verify(
         ValueError: there are no texts; `sample` is no int of at least 1, or `seed` none of at least 0; `tolerance` is
             negative or infinite, or missing for a dtype that has none; another argument is neither True nor False;
             `against` has another tokenizer or vocabulary.
-        GroupError: all of the texts have groups or frozen segments.
+        GroupError: all of the texts have groups, frozen segments or adapters by segment.
         TextTypeError, UnboundTextError: an element is not a text, or has no model.
         MixedModelsError: texts of two different `LM` objects.
         The errors of `evaluate`.
@@ -265,11 +268,14 @@ def verify(
     seed = as_int(seed, "seed", at_least=0)
     as_bool(raise_on_drift, "raise_on_drift")
     check_show(show_progress_bar)
-    indices = [idx for idx, text in enumerate(given) if not any(isinstance(part, Group) for part in text.segments)]
+    indices = [
+        idx for idx, text in enumerate(given) if not any(isinstance(part, (Group, Adapted)) for part in text.segments)
+    ]
     if not indices:
         raise GroupError(
-            f"verify compares with plain calls, and none computes groups or frozen segments, which all of the "
-            f"{len(given)} texts have. Verify texts without them, whose segments are computed by the same passes."
+            f"verify compares with plain calls, and none computes groups, frozen segments or adapters by segment, "
+            f"which all of the {len(given)} texts have. Verify texts without them, whose segments are computed by the "
+            "same passes."
         )
     num_groups = len(given) - len(indices)
     if sample is not None and sample < len(indices):

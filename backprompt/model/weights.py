@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from backprompt.model.attributes import AttributeMonitor
 from backprompt.model.behaviour import UNIMPORTANT_CONFIG, BehaviourMonitor, describe_forwards
 from backprompt.model.quantized import describe, is_special, numbers_of, special_weights
 from backprompt.model.skeleton import is_foreign, is_rewritten_in_place, unwrap
-from backprompt.model.spread import FileState, Offloaded, hooks_in, offloaded
+from backprompt.model.spread import HOOK, FileState, Offloaded, offloaded
 from backprompt.progress import progress_bar
 
 HASH_FORMAT = 2
@@ -56,8 +57,7 @@ class PartsMonitor:
         self._names_elsewhere: dict[nn.Module, set[str]] = {}
         for weight in self._offloaded:
             self._names_elsewhere.setdefault(weight.module, set()).add(weight.name)
-        self._attributes = list(map(vars, modules))
-        self._spreading = hooks_in(self._attributes)
+        self._spreading = AttributeMonitor(list(map(vars, modules)), HOOK)
         self._contents = _Tables(
             [
                 *(module._modules for module in modules),
@@ -80,7 +80,7 @@ class PartsMonitor:
             self._contents.have_changed()
             or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
             or any(len(table) != num_before for table, num_before in self._rewritten)
-            or not all(map(operator.is_, hooks_in(self._attributes), self._spreading))
+            or self._spreading.has_changed()
             or not all(map(_is_same, [weight.source() for weight in self._offloaded], self._sources))
             or not _are_same(self._special_numbers(), self._numbers)
             or _pointers(self.tensors) != self._pointers
@@ -119,7 +119,11 @@ class WeightsMonitor:
 
     def has_changed(self) -> bool:
         """Return whether a quick look sees a difference to the state at construction."""
-        return self.has_moved() or self._sample.has_changed() or _sums(self._unversioned) != self._sums
+        return (
+            self.has_moved()
+            or self._sample.has_changed()
+            or (bool(self._unversioned) and _sums(self._unversioned) != self._sums)
+        )
 
     def has_moved(self) -> bool:
         """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
@@ -160,14 +164,15 @@ class _Tables:
     """What a number of tables had in them, by identity: the children, parameters or buffers of modules."""
 
     def __init__(self, tables: Sequence[Mapping[str, object]]) -> None:
-        self._tables = tables
-        self._lengths = list(map(len, tables))
-        self._values = [table.values() for table in tables if table]  # they show later changes
+        self._empty = [table for table in tables if not table]
+        self._tables = [table for table in tables if table]
+        self._lengths = list(map(len, self._tables))
+        self._values = [table.values() for table in self._tables]  # they show later changes
         self._contents = list(itertools.chain.from_iterable(self._values))
 
     def have_changed(self) -> bool:
         """Return whether an element is another one, or has another place."""
-        if list(map(len, self._tables)) != self._lengths:
+        if any(self._empty) or list(map(len, self._tables)) != self._lengths:
             return True
         return not all(map(operator.is_, itertools.chain.from_iterable(self._values), self._contents))
 
@@ -181,7 +186,8 @@ class _Sample:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         groups = _sample_views(tensors)
-        self._arrays = [_as_array(view) for views in groups for view in views if _is_plain(view)]
+        arrays = ([_as_array(view) for view in views if _is_plain(view)] for views in groups)
+        self._arrays = [of_one_type for of_one_type in arrays if of_one_type]
         rest = ([view for view in views if not _is_plain(view)] for views in groups)
         self._views = [views for views in rest if views]
         self._bytes, self._elsewhere = self._take_bytes(), self._take_elsewhere()
@@ -191,7 +197,7 @@ class _Sample:
         return self._take_bytes() != self._bytes or not all(map(torch.equal, self._take_elsewhere(), self._elsewhere))
 
     def _take_bytes(self) -> bytes:
-        return b"".join(map(np.ndarray.tobytes, self._arrays))
+        return b"".join([np.concatenate(arrays).tobytes() for arrays in self._arrays])
 
     def _take_elsewhere(self) -> list[Tensor]:
         """Return the bytes that lie elsewhere, one tensor a device: each comparison waits for its device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from backprompt.evaluation.computation import Counters
+from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.evaluator import Evaluator
 
 _NAMES = ("kernel", "linears")  # fields of `Stats` that are not numbers
@@ -21,7 +21,8 @@ class Stats:
         tokens_fetched: tokens whose states, or keys and values, moved back from the second pool to the device.
         tokens_loaded: tokens whose states came from the store.
         tokens_reused: requested less forwarded tokens: cached, shared, or scored without being forwarded.
-        forward_passes: packed forward passes.
+        forward_passes: forward passes.
+        model_calls: calls of the model's body: one a packed pass, several a pass by levels.
         logit_rows: rows of logits computed by the output head.
         steps_replayed: steps of generations that a CUDA graph computed, as it was recorded in an earlier step.
         steps_recorded: steps of generations in which a CUDA graph was recorded.
@@ -51,6 +52,7 @@ class Stats:
     tokens_loaded: int
     tokens_reused: int
     forward_passes: int
+    model_calls: int
     logit_rows: int
     steps_replayed: int
     steps_recorded: int
@@ -82,6 +84,7 @@ def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
         tokens_loaded=counters.tokens_loaded,
         tokens_reused=counters.tokens_requested - counters.tokens_computed,
         forward_passes=counters.forward_passes,
+        model_calls=counters.model_calls,
         logit_rows=counters.logit_rows,
         steps_replayed=counters.steps["replayed"],
         steps_recorded=counters.steps["recorded"],
