@@ -30,7 +30,7 @@ assert vars(backprompt)["LM"] is backprompt.LM
 
 def test_what_is_public_is_imported_when_it_is_asked_for():
     done = subprocess.run([sys.executable, "-c", LAZY], cwd=FOLDER.parent, stderr=subprocess.PIPE, text=True)
-    # transformers imports torchao where it is installed, which says what it cannot load, and torch what it thinks of it.
+    # transformers imports torchao where it is installed, which says what it cannot load; torch comments on it.
     assert [line for line in done.stderr.splitlines() if not re.search("torchao/|torch/utils/_pytree", line)] == []
 
 
