@@ -25,7 +25,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 # The tests whose models lie on the device that BACKPROMPT_TEST_DEVICE names.
 BY_DEVICE := $(patsubst %,tests/test_%.py,models laws logprobs groups memory generate classify store spread training gradients)
 
-.PHONY: help demo bench docs pictures venv check test format clean
+.PHONY: help demo bench docs pictures venv check test families format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -80,6 +80,9 @@ test: check ## check, then run the tests; where CUDA is, those by device a secon
 	  echo 'once more, on CUDA: $(BY_DEVICE)'; \
 	  $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )BACKPROMPT_TEST_DEVICE=cuda $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(BY_DEVICE); \
 	fi
+
+families: $(INSTALLED) ## compare every family of transformers with its plain call, and write the table of docs/models.md
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m families
 
 format: $(INSTALLED) ## rewrite the code as the formatter and the fixable lints want it
 	$(BIN)/ruff format .

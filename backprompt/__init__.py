@@ -25,6 +25,8 @@ _OUTSIDE = {
     "stream": "generation.generate.stream",
     "draw": "inspection.draw.draw",
     "show": "inspection.show.show",
+    "entropies": "bound.entropies",
+    "top_logprobs": "bound.top_logprobs",
 }
 """The places of the functions that texts call by name, so that the node imports none of them."""
 

@@ -4,6 +4,7 @@ from backprompt import classify
 from backprompt.bound import evaluate
 from backprompt.drawing import Drawing
 from backprompt.errors import (
+    AdapterError,
     BackpromptError,
     DamagedEntryError,
     DrawingError,
@@ -56,6 +57,7 @@ from backprompt.text.node import Text, eager, parallel
 
 __all__ = [
     "LM",
+    "AdapterError",
     "BackpromptError",
     "CachedStore",
     "DamagedEntryError",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
+from torch import Tensor
+
 from backprompt.errors import MixedModelsError, TextTypeError
 from backprompt.lm import LM
 from backprompt.session.representation import ModelRepr
@@ -94,3 +96,14 @@ def as_lm(given: Any) -> LM:
     if not isinstance(engine, LM):
         raise TextTypeError(f"An LM is needed here, not {type(engine).__name__}.")
     return engine
+
+
+def entropies(text: Text, temperature: float) -> Tensor:
+    """Return the entropies of one text; see `Text.entropies`."""
+    return bound_lm(text, "entropies").entropies([text], temperature=temperature).entropies
+
+
+def top_logprobs(text: Text, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the most probable tokens in the place of one text's; see `Text.top_logprobs`."""
+    found = bound_lm(text, "log-probabilities").top_logprobs([text], k, temperature=temperature)
+    return found.logprobs, found.token_ids

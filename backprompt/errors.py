@@ -55,6 +55,10 @@ class UnsupportedModelError(BackpromptError, NotImplementedError):
     """Packed passes cannot reproduce the numbers of the model's plain call."""
 
 
+class AdapterError(BackpromptError, ValueError):
+    """A segment names an adapter that the model does not have, or that cannot be on for some tokens only."""
+
+
 class NonFiniteError(BackpromptError, ArithmeticError):
     """The model returned NaN or infinity, or gives probability 0 to every available choice."""
 

@@ -34,6 +34,7 @@ from backprompt.store import Store
 from backprompt.text.engine import Engine
 from backprompt.text.extents import Extent, Join
 from backprompt.text.node import Text
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import flat
 from backprompt.tokens.joins import Joins
 
@@ -366,26 +367,22 @@ class LM(Engine[Text]):
         """
         texts = self._session.own_texts(texts)
         with self._session.exclusive():
-            self._session.current(with_weights=False)
-            return self._session.encoder.extents(texts)
+            return self._session.ask_encoder(lambda encoder: encoder.extents(texts))
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
         with self._session.exclusive():
-            self._session.current(with_weights=False)
-            return flat(self._session.encoder.encode([text])[0])
+            return plain(flat(self._session.ask_encoder(lambda encoder: encoder.encode([text])[0])))
 
     def joins(self, text: Text) -> list[Join]:
         """Return the joins of a text that change tokens; see `Text.joins`."""
         with self._session.exclusive():
-            self._session.current(with_weights=False)
-            return self._session.encoder.joins(text)
+            return self._session.ask_encoder(lambda encoder: encoder.joins(text))
 
     def string(self, text: Text) -> str:
         """Return the string of a text with segments of token ids; see `Text.string`."""
         with self._session.exclusive():
-            self._session.current(with_weights=False)
-            return self._session.encoder.string(text)
+            return self._session.ask_encoder(lambda encoder: encoder.string(text))
 
     def clear(self) -> None:
         """Drop all computed results, including those of pinned texts.

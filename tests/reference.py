@@ -7,6 +7,7 @@ Nothing here may use the library.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,6 +169,39 @@ def masked_token_logprobs(model: PreTrainedModel, parts: Sequence[Any]) -> torch
         for token_id, row in zip(text.ids, text.predictors, strict=True)
     ]
     return torch.tensor(values, dtype=logprobs.dtype, device=logprobs.device)
+
+
+# Adapters by segment: each row of a call under adapters of its own.
+
+
+@contextmanager
+def adapters_by_row(model: torch.nn.Module, names_of_rows: Sequence[tuple[str, ...] | None]) -> Iterator[None]:
+    """Let each row of a call of one text be under the LoRAs with these names; None: as the model is set.
+
+    Each LoRA layer computes all rows once as the model is set, and once under each of the names, with peft's own code,
+    and takes each row from the computation that the row belongs to.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.forward = partial(_by_row, layer, names_of_rows)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _by_row(layer: Any, names_of_rows: Sequence[tuple[str, ...] | None], rows: torch.Tensor) -> torch.Tensor:
+    """The layer's output for `rows`, (1, tokens, inputs)."""
+    forward = type(layer).forward
+    found = forward(layer, rows)
+    before = layer._active_adapter, layer._disable_adapters
+    for names in set(names_of_rows) - {None}:
+        layer._active_adapter, layer._disable_adapters = list(names), False
+        belongs = torch.tensor([own == names for own in names_of_rows], device=rows.device)
+        found = torch.where(belongs[None, :, None], forward(layer, rows), found)
+        layer._active_adapter, layer._disable_adapters = before
+    return found
 
 
 @contextmanager

@@ -102,6 +102,17 @@ def test_no_texts_and_nothing_to_score(tokenizer):
     assert [part.shape for pair in lm.top_logprobs([text], 3, [text]).split() for part in pair] == [(0, 3)] * 2
 
 
+def test_a_text_asks_for_itself(tokenizer):
+    lm = LM(model_of("llama"), tokenizer)
+    text = Text("The cat sat", lm)
+    of_many = lm.entropies([text, text + " on"], temperature=2.0).split()[0]
+    torch.testing.assert_close(text.entropies(temperature=2.0), of_many, rtol=0, atol=0, equal_nan=True)
+    top = lm.top_logprobs([text], 3)
+    logprobs, token_ids = text.top_logprobs(3)
+    assert torch.equal(logprobs[1:], top.logprobs[1:])
+    assert torch.equal(token_ids, top.token_ids)
+
+
 def test_distributions_are_as_precise_as_the_model(tokenizer):
     lm = LM(model_of("opt", torch.float64), tokenizer)
     text = Text("The cat sat", lm)

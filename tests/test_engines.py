@@ -44,6 +44,7 @@ def test_what_needs_a_model_here_is_refused_by_name():
         lambda: bp.to_networkx([text]),
         lambda: bp.verify([text]),
         lambda: lm.refresh(),
+        lambda: text.with_adapter("other").tokens,
     ):
         with pytest.raises(UnsupportedModelError, match="workers"):
             ask()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from backprompt import Text, load
-from comparing import assert_close, num_distinct
+from comparing import assert_close, num_distinct, num_distinct_ids
 from reference import ATOL, plain_logits, plain_token_logprobs
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
@@ -407,3 +407,33 @@ def test_grpo(
         int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:in the batch|forwarded)", printed)
     )
     assert forwarded < given / 4
+
+
+# judges.py
+
+
+def test_three_adapters_answer_behind_one_manual(
+    example: Callable[[str], ModuleType], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The manual is computed once for all adapters, and once for each in whole runs."""
+    judges = example("judges")
+    judges.main(["--model", str(model_folder), "--steps", "1"])
+    printed = capsys.readouterr().out
+    lm = load(model_folder)
+    manual = Text(judges.MANUAL, lm)
+    num_forwarded = num_distinct_ids(Text(answer, lm).tokens[:-1] for answer in judges.ANSWERS)  # no last token is
+
+    def num_behind(name: str) -> int:
+        prompts = [manual + judges.asked(request, name) for request in judges.NEW]
+        return num_distinct(prompts) - len(manual.tokens) + len(prompts) * num_forwarded
+
+    nums_behind = [num_behind(name) for name in judges.QUESTIONS]
+    shared, whole = (re.search(rf"{line} +([\d,]+)", printed) for line in ("one shared manual", "runs, one an adapter"))
+    assert shared is not None
+    assert whole is not None
+    assert int(shared[1].replace(",", "")) == len(manual.tokens) + sum(nums_behind)
+    assert int(whole[1].replace(",", "")) == 3 * len(manual.tokens) + sum(nums_behind)
+    gap = re.search(r"cache: (\S+)\.$", printed)
+    assert gap is not None
+    assert float(gap[1]) <= ATOL[torch.float32]
+    assert max(map(len, printed.splitlines())) <= 100

@@ -27,8 +27,12 @@ pytestmark = known_to_torch
 FAMILIES = ["gpt2", "llama", "qwen3", "gemma2", "mistral_sliding", "gpt_oss"]
 OF_OWN = 1e-5
 """How far a gradient may be from the plain one, as norms, relative to the plain one's norm."""
-OF_ALL = 1e-7
-"""The same relative to the norm of all gradients, on top: a bias of keys has the gradient 0."""
+OF_ALL = 4 * torch.finfo(torch.float32).eps
+"""The same relative to the norm of all gradients, on top.
+
+Some gradients are 0 in exact arithmetic: those of a bias of keys; those of queries and keys where rows see one key, or
+keys with one value. Both ways find rounding there, some bits of numbers as large as the other gradients.
+"""
 
 
 @cache
@@ -461,7 +465,7 @@ def test_models_that_cannot_be_packed_are_refused():
     peft = pytest.importorskip("peft")
     prompted = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     ids, mask = group(2, 4, 3).tensors()
-    for model, match in ((build("mamba"), "attention interface"), (prompted, "virtual tokens")):
+    for model, match in ((build("mamba"), "Gradients take packed attention"), (prompted, "virtual tokens")):
         with pytest.raises(UnsupportedModelError, match=match):
             token_logprobs(model, ids, mask, requires_grad=True)
     hooked = build("llama")

@@ -682,7 +682,7 @@ BAD_TEXTS = {
     ),
     "an id too large": (
         TokenIdError,
-        r"token id 320 at position 1, but the model's embedding has ids 0 to 319. Use the model's own tokenizer",
+        r"token id 320 at position 1, but the model's embedding and head have ids 0 to 319. Use the model's own",
         lambda lm: Text.from_tokens([5, VOCAB_SIZE, 6], lm),
     ),
     "a negative id": (TokenIdError, r"token id -1 at position 2", lambda lm: Text.from_tokens([5, 6, -1], lm)),

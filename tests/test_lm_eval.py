@@ -165,7 +165,9 @@ def test_requests_have_the_answers_of_hf(family, models):
 def test_any_ids_have_the_answers_of_hf(data, models, monkeypatch):
     """Any lengths, greedy continuations among them, any max_length, in one forest or several."""
     hf, ours = models["gpt2"]
-    monkeypatch.setattr(integration, "TOKENS_AT_A_TIME", data.draw(st.sampled_from([1, 30, 1000])))
+    monkeypatch.setattr(
+        "backprompt.integrations.lm_eval_requests.TOKENS_AT_A_TIME", data.draw(st.sampled_from([1, 30, 1000]))
+    )
     max_length = data.draw(st.integers(4, 12))
     monkeypatch.setattr(hf, "_max_length", max_length)
     ours = BackpromptLM(ours.lm, max_length=max_length)
@@ -186,7 +188,7 @@ def test_what_shares_a_beginning_is_scored_together(folders, monkeypatch):
     contexts = [[first] * 40 for first in range(4)]
     requests = [(None, contexts[idx % 4], [300, 50 + idx]) for idx in range(24)]
     ours = BackpromptLM(folders["gpt2"], memory_bytes=0)
-    monkeypatch.setattr(integration, "TOKENS_AT_A_TIME", 6 * 42)
+    monkeypatch.setattr("backprompt.integrations.lm_eval_requests.TOKENS_AT_A_TIME", 6 * 42)
     before = ours.lm.stats
     ours._loglikelihood_tokens(requests, disable_tqdm=True)
     done = ours.lm.stats - before

@@ -506,9 +506,11 @@ def test_two_lms_do_not_meet_in_one_text(lm, other_lm):
         assert isinstance(raised.value, ValueError)
 
 
-@pytest.mark.parametrize("attribute", ["tokens", "logits", "token_logprobs", "model_repr", "joins", "__call__"])
+@pytest.mark.parametrize(
+    "attribute", ["tokens", "logits", "token_logprobs", "model_repr", "joins", "__call__", "entropies"]
+)
 def test_an_unbound_text_says_that_it_needs_a_model(attribute):
-    text = Text("a") + "b"
+    text, is_method = Text("a") + "b", attribute in ("joins", "__call__", "entropies")
     with pytest.raises(bp.UnboundTextError, match=r"Text\('ab'\) has no model") as raised:
-        operator.methodcaller(attribute)(text) if attribute in ("joins", "__call__") else getattr(text, attribute)
+        operator.methodcaller(attribute)(text) if is_method else getattr(text, attribute)
     assert isinstance(raised.value, ValueError)

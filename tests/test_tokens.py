@@ -672,6 +672,13 @@ def test_ids_that_no_tokenizer_has_cannot_be_decoded(token_ids):
         _ = Text.from_tokens(token_ids, lm("byte_level_bpe")).string
 
 
+def test_a_tokenizer_that_cannot_be_copied_is_refused():
+    tokenizer = CharacterTokenizer()
+    tokenizer.lock = threading.Lock()
+    with pytest.raises(bp.TokenizerError, match=r"CharacterTokenizer cannot be copied \(TypeError.*__deepcopy__"):
+        LM(_model(), tokenizer)
+
+
 # The user's tokenizer is left as found, and looked at
 
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GPT2Model
 from backprompt import LM, StaleRepresentationError, Text, UnsupportedModelError, evaluate, load, to_networkx
 from backprompt.model import weights
 from backprompt.model.executor import Executor
-from backprompt.model.weights import content_hash, sample_hash
+from backprompt.model.weights import WeightsMonitor, content_hash, sample_hash
 from backprompt.session import fingerprint as fingerprint_module
 from backprompt.store import MemoryStore
 from comparing import assert_close, assert_equals_plain, num_distinct_ids
@@ -549,6 +549,24 @@ def test_changed_weights_are_noticed(change, model, tokenizer):
     assert old[0].num_tokens == len(texts[0].tokens)
     assert lm.fingerprint != fingerprint
     assert evaluate(texts[0]).key != key
+
+
+ADDED = {
+    "a child": lambda norm: norm.add_module("more", nn.Identity()),
+    "a buffer": lambda norm: norm.register_buffer("more", torch.zeros(1)),
+    "a second parameter": lambda norm: norm.register_parameter("more", nn.Parameter(torch.zeros(1))),
+    "a method": lambda norm: setattr(norm, "forward", lambda rows: rows),
+    "a hook of accelerate": lambda norm: setattr(norm, "_hf_hook", object()),
+}
+
+
+@pytest.mark.parametrize("add", ADDED.values(), ids=ADDED)
+def test_a_part_where_there_was_none_is_noticed(add):
+    model = FAMILIES["llama"]()
+    monitor = WeightsMonitor(model)
+    assert not monitor.has_changed()
+    add(model.model.norm)
+    assert monitor.has_changed()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,7 +29,8 @@ from backprompt.errors import TextTypeError
 from backprompt.forest.fan import Shape
 from backprompt.lm import LM
 from backprompt.text.node import Text
-from backprompt.text.segments import Group
+from backprompt.text.segments import Group, leaves
+from backprompt.tokens.adapted import under
 
 EndOfPrompt: TypeAlias = Literal["auto", " ", ""]
 ENDS_OF_PROMPT: tuple[EndOfPrompt, ...] = ("auto", " ", "")
@@ -43,12 +44,14 @@ class EncodedCompletions:
         strings: the completions as they were given.
         end: the end of the prompts, which decides whether a space stands before each completion.
         token_ids: the ids of each completion behind such a prompt; no two are the same, and none is empty.
+        adapter: the number of the adapter that the prompts end under, and so the completions are under.
 
     """
 
     strings: tuple[str, ...]
     end: EndOfPrompt
     token_ids: tuple[tuple[int, ...], ...]
+    adapter: int = 0
 
     def __len__(self) -> int:
         return len(self.strings)
@@ -56,7 +59,11 @@ class EncodedCompletions:
     @cached_property
     def shape(self) -> Shape:
         """The trie of the ids."""
-        return Shape(self.token_ids)
+        return Shape([self.forwarded(ids) for ids in self.token_ids])
+
+    def forwarded(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ids under the adapter."""
+        return under(self.adapter, token_ids)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -87,8 +94,8 @@ def _takes_a_space(prompt: Text, added_tokens: tuple[str, ...]) -> bool:
         segments = segments[-1].branches[-1].segments
     if not segments:
         return True
-    strings = itertools.takewhile(lambda segment: isinstance(segment, str), reversed(segments))
-    run = "".join(reversed([str(string) for string in strings]))
+    last = list(leaves(itertools.takewhile(lambda segment: not isinstance(segment, Group), reversed(segments))))
+    run = "".join(reversed([str(leaf) for leaf in itertools.takewhile(lambda leaf: isinstance(leaf, str), last)]))
     return bool(run) and not run[-1].isspace() and not run.endswith(added_tokens)
 
 
@@ -121,26 +128,26 @@ def completion_ids(
     return found
 
 
-def encoded(lm: LM, behind: Sequence[tuple[EndOfPrompt, tuple[str, ...]]]) -> list[EncodedCompletions]:
-    """Return the encoded completions behind each prompt, one object for all prompts with one tuple and one end.
+def encoded(lm: LM, behind: Sequence[tuple[EndOfPrompt, tuple[str, ...], int]]) -> list[EncodedCompletions]:
+    """Return the encoded completions behind each prompt, one object for all with one tuple, one end and one adapter.
 
     Raises:
         TokenizerError: see `completion_ids`.
         ValueError: a completion has no tokens, or two completions of a prompt have the same.
 
     """
-    distinct = {(end, id(strings)): (end, strings) for end, strings in behind}
+    distinct = {(end, id(strings), adapter): (end, strings) for end, strings, adapter in behind}
     ids = completion_ids(lm, [(end, completion) for end, strings in distinct.values() for completion in strings])
     for (_, completion), token_ids in ids.items():
         if not token_ids:
             raise ValueError(f"The completion {completion!r} has no tokens, so it has no probability. Leave it out.")
     made = {
-        key: EncodedCompletions(strings, end, tuple(ids[end, completion] for completion in strings))
+        key: EncodedCompletions(strings, end, tuple(ids[end, completion] for completion in strings), key[2])
         for key, (end, strings) in distinct.items()
     }
     for completions in made.values():
         _check_different(completions)
-    return [made[end, id(strings)] for end, strings in behind]
+    return [made[end, id(strings), adapter] for end, strings, adapter in behind]
 
 
 def checked_completions(given: Iterable[str]) -> tuple[str, ...]:

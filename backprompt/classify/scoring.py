@@ -30,7 +30,8 @@ from backprompt.lm import LM
 from backprompt.progress import Bar, check_show, is_wanted, showing
 from backprompt.session.text_scores import scores_behind
 from backprompt.text.node import Text
-from backprompt.tokens.graph import TokenIds, num_positions
+from backprompt.tokens.adapted import number_of
+from backprompt.tokens.graph import TokenIds, flat, num_positions
 
 MIN_PROMPTS_FOR_A_BAR = 5
 TOKENS_AT_A_TIME = 1 << 20
@@ -151,7 +152,8 @@ class PromptsWithCompletions:
         given_ends = [example.end_of_prompt for example in examples] or [end_of_prompt] * len(texts)
         ends = ends_behind(lm, list(zip(texts, given_ends, strict=True)))
         prompt_ids = lm.session.prompt_ids(texts)  # refuses a prompt that ends in a group
-        behind = encoded(lm, list(zip(ends, per_prompt, strict=True)))
+        adapters = [number_of(flat(ids)[-1]) if ids else 0 for ids in prompt_ids]
+        behind = encoded(lm, list(zip(ends, per_prompt, adapters, strict=True)))
         pairs = cls(lm, texts, prompt_ids, behind, examples, is_single)
         pairs._check_lengths()
         return pairs

@@ -124,11 +124,14 @@ class WeighedCompletions:
 
     def _look_up(self, expanded: Sequence[Expanded]) -> None:
         """Tell searches the log-probabilities of all tokens that follow the nodes that they expand."""
-        prompt_ids = self.pairs.prompt_ids
+        prompt_ids, own = self.pairs.prompt_ids, self.pairs.completions
         with showing(False):  # there is a bar over the prompts
             following = scores_of_next(
                 self.pairs.lm.session,
-                [(with_more(prompt_ids[idx], node.token_ids), list(node.children)) for idx, _, node in expanded],
+                [
+                    (with_more(prompt_ids[idx], own[idx].forwarded(node.token_ids)), list(node.children))
+                    for idx, _, node in expanded
+                ],
             )
         logprobs = iter(following.scores.logprobs.tolist())
         for _, search, node in expanded:

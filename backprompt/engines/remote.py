@@ -23,7 +23,7 @@ from backprompt.engines.travel import Joined, PackedIds
 from backprompt.engines.worker import Description
 from backprompt.errors import UnsupportedModelError
 from backprompt.evaluation.behind import Behind
-from backprompt.evaluation.computation import Counters
+from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.distributions import Asked, Distributions
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import ScoredTexts, to_score
@@ -98,7 +98,7 @@ class RemoteSession(TextSession):
 
     def _begin_with(self, tokenizer: PrivateTokenizer) -> None:
         self._private = tokenizer
-        self.encoder = Encoder(tokenizer, self.options.joins, self.options.add_special_tokens)
+        self.encoder = Encoder(tokenizer, self.options.joins, self.options.add_special_tokens, _no_adapter)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -260,6 +260,13 @@ class RemoteScoring:
 
         more = [behind.shape.num_rows for behind in prompts]
         return self._session.ask("behind", [behind.prompt for behind in prompts], arguments, more).scores()
+
+
+def _no_adapter(name: str | None) -> int:
+    raise UnsupportedModelError(
+        f"Segments under adapters of their own, here {name!r}, are not there for a RayLM's workers. Activate one for "
+        "all texts in the function that loads the model, or use an LM in this process."
+    )
 
 
 def total_of(stats: Sequence[Stats]) -> Stats:

@@ -25,13 +25,15 @@ from backprompt.evaluation.reading import Wanted
 from backprompt.forest.fan import Shape
 from backprompt.forest.partition import Ints
 from backprompt.generation.decoding import Found, Recipe
+from backprompt.generation.generate import refused_ids
 from backprompt.generation.run import Run
 from backprompt.inspection.explain import explain
 from backprompt.inspection.explanation import Explanation
 from backprompt.lm import LM
 from backprompt.loading import load
 from backprompt.memory.budget import default_max_bytes
-from backprompt.model.skeleton import Limits, head_dtype
+from backprompt.model.limits import Limits
+from backprompt.model.skeleton import head_dtype
 from backprompt.session.distributions import distributions_of_ids
 from backprompt.session.options import Options
 from backprompt.session.representation import Pin
@@ -299,7 +301,7 @@ class Worker:
         session = self.lm.session
         ids = prompts.unpacked()
         session.counters.tokens_requested += sum(map(len, ids))
-        return Run(self.lm, (), recipe.decoding(session.causal_lm, self.lm.tokenizer), ids)
+        return Run(self.lm, (), recipe.decoding(session.causal_lm, self.lm.tokenizer, refused_ids(self.lm)), ids)
 
 
 def _wanted(texts: PackedIds, starts: Ints, candidates: PackedIds) -> list[Wanted]:

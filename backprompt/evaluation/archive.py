@@ -16,11 +16,14 @@ from backprompt.evaluation.entries import Finder, Reader, is_sound, root_of
 from backprompt.evaluation.span_keys import Root, SpanKeys
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import NOTHING, Junction, Kind, Span
-from backprompt.memory.blocks import Block, BlockRows, Layout, gather_each, keys_values_of, states_of
+from backprompt.memory.blocks import Block, BlockRows, gather_each, keys_values_of, states_of
+from backprompt.memory.layout import Layout
+from backprompt.memory.snapshots import snapshot_of
 from backprompt.memory.tier import Tier
 from backprompt.memory.visit import Visit
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import encode
+from backprompt.store.schema import SNAPSHOT
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +236,9 @@ class Archive:
         if self._store.dtype is not None:
             encoded = encode(tensors, self._store.dtype)
             tensors, dtypes, error = encoded.tensors, encoded.dtypes, max(error, encoded.error)
+        snapshot = snapshot_of(run[-1])
+        if snapshot is not None:
+            tensors[SNAPSHOT] = snapshot.cpu()
         header = Header(
             start=self._keys.start_of(run[0]).hex(),
             end=self._keys.key_of(run[-1]).hex(),

@@ -10,20 +10,20 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 from weakref import finalize
 
 from torch import Tensor, nn
 
 from backprompt.errors import NonFiniteError, StaleRepresentationError, UnsupportedModelError
 from backprompt.evaluation.archive import Archive
+from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.holders import Holders
 from backprompt.evaluation.pools import Pools
+from backprompt.evaluation.probed import Probed
 from backprompt.forest.fan import Fan
 from backprompt.forest.forest import Forest
 from backprompt.forest.passes import (
@@ -36,14 +36,15 @@ from backprompt.forest.passes import (
 )
 from backprompt.forest.plan import TILE_TOKENS, plan_pass
 from backprompt.forest.span import NOTHING, Junction, Span
-from backprompt.memory.blocks import Layout
 from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
+from backprompt.memory.snapshots import keep_snapshot
 from backprompt.model.executor import Executor
-from backprompt.model.in_flight import Way
+from backprompt.model.in_flight import Work
+from backprompt.model.levels import check_packed
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
-from backprompt.tokens.graph import TokenIds
+from backprompt.tokens.graph import TokenGraph, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -52,26 +53,6 @@ MAX_EMPTY_SPANS = 10_000
 
 MAX_EMPTY_TOKENS = 1_000_000
 """The largest number of tokens in such spans; each id takes 40 bytes."""
-
-
-@dataclass
-class Counters:
-    """Work done so far; `LM.stats` is a frozen copy."""
-
-    tokens_requested: int = 0
-    tokens_computed: int = 0
-    tokens_recomputed: int = 0
-    tokens_fetched: int = 0
-    tokens_loaded: int = 0
-    forward_passes: int = 0
-    logit_rows: int = 0
-    steps: Counter[Way] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    @property
-    def work(self) -> tuple[int, int]:
-        """The counts of work done with the model's weights."""
-        return self.forward_passes, self.logit_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +125,11 @@ class Means:
     max_tokens_per_forward: int | None
 
 
-class Probed(NamedTuple):
-    """What the probe has found of a model that passed it: the layout of rows, bytes of a token, and refused ids."""
-
-    layout: Layout
-    token_bytes: int
-    placeholders: frozenset[int]
+def _checked(token_ids: TokenIds, executor: Executor) -> TokenIds:
+    """Return the ids of a text; raise UnsupportedModelError if it has groups and the model cannot evaluate them."""
+    if isinstance(token_ids, TokenGraph):
+        check_packed(executor.levels, "Groups and frozen segments")
+    return token_ids
 
 
 def _note_unfolded(pools: Pools, memory: Memory, fan: Fan, spans: Sequence[Span]) -> None:
@@ -193,14 +173,15 @@ class Computation:
 
     def num_bytes_of(self, ends: Iterable[Span]) -> int:
         """Return the bytes that all of these texts take together, in the device's memory."""
-        return num_tokens_of(on_the_way(ends)) * self.token_bytes
+        spans = on_the_way(ends)
+        return num_tokens_of(spans) * self.token_bytes + len(spans) * self.executor.snapshot_bytes
 
     def inserted(
         self, texts: Iterable[TokenIds], known: Iterable[Span | None] | None = None, *, are_ends: bool = True
     ) -> AbstractContextManager[list[Span]]:
         """Yield the ends of texts in the forest; `known`: those that are there; `are_ends`: see `Forest.insert`."""
         return self._in_forest(
-            self.forest.insert(token_ids, is_end=are_ends) if end is None else end
+            self.forest.insert(_checked(token_ids, self.executor), is_end=are_ends) if end is None else end
             for token_ids, end in zip(texts, itertools.repeat(None) if known is None else known, strict=False)
         )
 
@@ -293,7 +274,7 @@ class Computation:
         """Move rows back from the second pool; return the ends of the texts that there was room for."""
         host = self.memory.host
         pinned = on_the_way(self.holders.pinned_ends())
-        room = self.memory.max_bytes - num_tokens_of(pinned) * self.executor.token_bytes
+        room = self.memory.max_bytes - self.num_bytes_of(pinned)
         planned = host.plan_fetch(ends, room, pinned, with_keys_values=request.with_keys_values)
         if planned.num_bytes:
             needed = on_the_way([*planned.served, *planned.spans["states"], *planned.spans["keys_values"]])
@@ -339,10 +320,16 @@ class Computation:
                 span.was_computed = True
                 span.computed_in = self.forest.stamp()
             self.memory.note(spans)
-        self.counters.forward_passes += bool(with_tokens)
+        if computed is not None:
+            self.note_work(computed.work)
         self.counters.tokens_computed += num_tokens
         self.counters.tokens_recomputed += num_recomputed
         self.counters.seconds += time.perf_counter() - started
+
+    def note_work(self, work: Work) -> None:
+        """Count a pass, and keep the snapshots that it has restored."""
+        self.counters.note_pass(work)
+        self.memory.add([keep_snapshot(span, snapshot) for span, snapshot in work.restored.items()])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""
@@ -413,12 +400,10 @@ class Computation:
         if known is None:
             with self.blaming_weights():
                 probe(self._model, self.executor)
-            executor = self.executor
-            assert executor.layout is not None, "the probe runs a pass"
-            known = Probed(executor.layout, executor.token_bytes, executor.limits.placeholders)
+            known = Probed.of(self.executor)
+        else:
+            known.hand_to(self.executor)
         self.probed = known
-        self.executor.know_rows(known.layout, known.token_bytes)
-        self.executor.refuse_placeholders(known.placeholders)
 
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.

@@ -24,6 +24,7 @@ from backprompt.evaluation.reading import Wanted
 from backprompt.forest.span import Span
 from backprompt.logprobs import are_distributions
 from backprompt.progress import progress_bar
+from backprompt.tokens.adapted import plain_array
 from backprompt.tokens.graph import flat
 from backprompt.transfers import on_device
 
@@ -109,7 +110,7 @@ def distributions(computation: Computation, wanted: Sequence[Wanted], asked: Ask
 def _token_ids(wanted: Sequence[Wanted]) -> Ints:
     """Return the ids of all wanted tokens, text behind text."""
     parts = [part for text in wanted for part in (flat(text.token_ids)[text.start :], text.candidates)]
-    return np.array([token_id for part in parts for token_id in part], dtype=np.int64)
+    return plain_array(np.array([token_id for part in parts for token_id in part], dtype=np.int64))
 
 
 class _Found:

@@ -15,10 +15,12 @@ from backprompt.errors import DamagedEntryError, StoreVersionError
 from backprompt.evaluation.span_keys import Root, SpanKeys
 from backprompt.forest.keys import root_key
 from backprompt.forest.span import Kind, Span
-from backprompt.memory.blocks import STATE_TENSORS, Block, KeysValues, Layout, States, token_axis
+from backprompt.memory.blocks import STATE_TENSORS, Block, KeysValues, States, token_axis
+from backprompt.memory.layout import Layout
+from backprompt.memory.snapshots import KeysValuesAndSnapshots
 from backprompt.store.base import Entry, Header, Store
 from backprompt.store.precision import decode, parts_of
-from backprompt.store.schema import TensorSpec, check_header, check_tensors
+from backprompt.store.schema import SNAPSHOT, TensorSpec, check_header, check_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,17 @@ class Reader:
             return None
         if kind == "states":
             return Read(self._states(entry, found), entry.header.error)
-        return Read(KeysValues(self._tensors(entry, KeysValues, found)), entry.header.error)
+        return Read(self._keys_values(entry, found), entry.header.error)
+
+    def _keys_values(self, entry: Entry, found: Found) -> KeysValues:
+        tensors = self._tensors(entry, KeysValues, found)
+        if not self._layout.snapshot_bytes:
+            return KeysValues(tensors)
+        block = KeysValuesAndSnapshots(tensors)
+        if SNAPSHOT in entry.tensors and found.first + found.num_tokens == len(entry.header.token_ids):
+            snapshot = torch.empty_like(entry.tensors[SNAPSHOT], device=self._layout.rows["keys.0"].device)
+            block.snapshots[found.num_tokens - 1] = snapshot.copy_(entry.tensors[SNAPSHOT])
+        return block
 
     def _states(self, entry: Entry, found: Found) -> States:
         is_scored = (
@@ -177,7 +189,8 @@ def _is_what_was_found(header: Header, found: Found) -> bool:
 
 def _expected(layout: Layout, num_tokens: int) -> dict[str, TensorSpec]:
     """Return the specs of the tensors of an entry of `num_tokens` tokens."""
-    return {name: TensorSpec(row.dtype, layout.shape(name, num_tokens)) for name, row in layout.rows.items()}
+    specs = {name: TensorSpec(row.dtype, layout.shape(name, num_tokens)) for name, row in layout.rows.items()}
+    return specs | ({SNAPSHOT: TensorSpec(torch.uint8, (layout.snapshot_bytes,))} if layout.snapshot_bytes else {})
 
 
 def root_of(header: Header) -> Root:

@@ -20,6 +20,7 @@ from torch import Tensor
 from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import States, states_of
+from backprompt.tokens.adapted import plain_array
 from backprompt.transfers import on_device
 
 Item = TypeVar("Item")
@@ -166,6 +167,7 @@ class Predictions:
         singles = np.array([*self._candidates, *branches], dtype=np.int64).reshape(-1, 3)
         parts = [*self._known_rows, (singles[:, 0], singles[:, 1], singles[:, 2])]
         predicting, token_ids, numbers = map(np.concatenate, zip(*parts, strict=True))
+        token_ids = plain_array(token_ids)
         is_new = ~np.append(self._rows.are_scored(), False)[np.maximum(numbers, -1)]  # the last is for candidates
         asked = list(itertools.chain.from_iterable(self._branched.values()))
         is_asked = np.ones(len(numbers), dtype=bool)

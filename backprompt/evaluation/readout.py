@@ -115,10 +115,14 @@ class Readout:
 
     def token_logprobs(self, text: Inserted, ahead: ReadAhead) -> Tensor:
         """Return the text's log-probabilities, `(tokens,)`; the texts of `ahead()` are scored along with the text."""
-        spans = self._computation.forest.in_order(text)
-        if all(map(is_scored, spans)):
-            return gather(map(states_of, spans), "logprobs")
+        if (scored := self.scored_logprobs(text)) is not None:
+            return scored
         return self._scoring.read([Wanted(text.token_ids, 0)], [text.end], ahead()).scores.logprobs
+
+    def scored_logprobs(self, text: Inserted) -> Tensor | None:
+        """Return a copy of the text's log-probabilities, `(tokens,)`, if all of them were computed and are held."""
+        spans = self._computation.forest.in_order(text)
+        return gather(map(states_of, spans), "logprobs") if all(map(is_scored, spans)) else None
 
     def hidden_states(self, text: Inserted) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""

@@ -102,7 +102,7 @@ class Steps:
         if not forwarded.is_finite:
             return None  # the other way finds out which text is to blame
         counters = computation.counters
-        counters.forward_passes += 1
+        computation.note_work(forwarded.work)  # before the spans go on: snapshots lie at their ends
         counters.steps[forwarded.way] += 1
         counters.tokens_computed += len(tokens)
         counters.seconds += time.perf_counter() - started

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from backprompt.arguments import as_bool, as_list
 from backprompt.bound import as_lm
 from backprompt.errors import TextTypeError, TokenizerError
-from backprompt.generation.continued import ContinuedText
+from backprompt.generation.continued import ContinuedText, under_the_adapter_of
 from backprompt.lm import LM
 from backprompt.text.node import Text
 from backprompt.tokens.tokenizer import Speller
@@ -276,7 +276,7 @@ class _Conversation:
             end = self._template.written_token(token_ids[num_said])
             is_written = _begins(self._whole[stop:], end)
             stop += len(end) if is_written else 0
-            text = Text.from_tokens(token_ids[: num_said + is_written], self._lm)
+            text = under_the_adapter_of(reply, Text.from_tokens(token_ids[: num_said + is_written], self._lm))
         yield _Place(len(before), stop, text)
 
     def _places_in(self, idx: int) -> list[_Place]:
@@ -419,7 +419,7 @@ def _own(lm: LM, text: Text) -> Text:
         return text
     special = lm.tokenizer.all_special_ids
     said = Text.from_tokens([token_id for token_id in text.completion_tokens if token_id not in special], lm)
-    return said + text.completion_rest
+    return under_the_adapter_of(text, said + text.completion_rest)
 
 
 def _num_before_end_tokens(lm: LM, reply: ContinuedText) -> int:

@@ -12,6 +12,7 @@ from backprompt.bound import bound_lm
 from backprompt.generation.decoding import FinishReason, Found
 from backprompt.text.engine import Engine
 from backprompt.text.node import Text, lazily
+from backprompt.text.segments import Adapted, last_leaf, leaves
 from backprompt.tokens.tokenizer import added
 
 Continued = TypeVar("Continued", bound="ContinuedText")
@@ -43,7 +44,7 @@ class ContinuedText(Text):
 
         If a stop string ended the text, only the whole tokens before the cut.
         """
-        ids = [segment for segment in self._completion.segments if isinstance(segment, tuple)]
+        ids = [leaf for leaf in leaves(self._completion.segments) if isinstance(leaf, tuple)]
         return ids[0] if ids else ()
 
     @property
@@ -59,8 +60,8 @@ class ContinuedText(Text):
     @property
     def completion_rest(self) -> str:
         """The string behind `completion_tokens` where a stop string cut a token; else empty."""
-        segments = self._completion.segments
-        return segments[-1] if segments and isinstance(segments[-1], str) else ""
+        strings = [leaf for leaf in leaves(self._completion.segments) if isinstance(leaf, str)]
+        return strings[-1] if strings else ""
 
     def _plain(self) -> Text:
         with lazily():
@@ -70,9 +71,12 @@ class ContinuedText(Text):
 def continue_as(
     kind: type[Continued], prompt: Text, token_ids: Sequence[int], lm: Engine[Text], rest: str = ""
 ) -> Continued:
-    """Return a text of some kind: a prompt, the ids that continue it, and behind the ids the string `rest`."""
+    """Return a text of some kind: a prompt, the ids that continue it, and behind the ids the string `rest`.
+
+    The continuation is under the adapter of the prompt's last segment.
+    """
     with lazily():
-        completion = Text.from_tokens(token_ids, lm) + rest
+        completion = under_the_adapter_of(prompt, Text.from_tokens(token_ids, lm) + rest)
         plain = prompt + completion
     text = kind.__new__(kind)
     for name in (
@@ -90,6 +94,12 @@ def continue_as(
         setattr(text, name, getattr(plain, name))
     text._prompt, text._completion = prompt, completion
     return text
+
+
+def under_the_adapter_of(before: Text, text: Text) -> Text:
+    """Return a text under the adapter of the last segment of another text, or as it is if that has none of its own."""
+    last = last_leaf(before.segments)
+    return text.with_adapter(last.adapter) if isinstance(last, Adapted) else text
 
 
 class GeneratedText(ContinuedText):

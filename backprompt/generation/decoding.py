@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from backprompt.arguments import as_int
@@ -104,13 +105,19 @@ class Recipe:
     seed: int
     given: Mapping[str, Any]
 
-    def decoding(self, model: Any, tokenizer: Any) -> Decoding:
-        """Return the decoding for a model with its tokenizer."""
+    def decoding(self, model: Any, tokenizer: Any, refused: Callable[[], frozenset[int]]) -> Decoding:
+        """Return the decoding for a model with its tokenizer; `refused`: see `Decoding`."""
         stops = StopStrings(
             self.stop, tokenizer, include_stop=self.include_stop, is_behind_prompt=self.is_behind_prompt
         )
         return Decoding(
-            model, tokenizer, max_new_tokens=self.max_new_tokens, stops=stops, seed=self.seed, given=self.given
+            model,
+            tokenizer,
+            max_new_tokens=self.max_new_tokens,
+            stops=stops,
+            seed=self.seed,
+            given=self.given,
+            refused=refused,
         )
 
 
@@ -125,6 +132,8 @@ class Decoding:
         seed: the seed of sampling. The same text with the same options, seed and sample has the same continuation,
             whatever else is generated with it; by default each run has a seed of its own.
         given: fields of `GenerationConfig`.
+        refused: returns the ids that must not be chosen: a text with one of them cannot be evaluated. Asked for each
+            text once it is evaluated, when the probe has found out which these are.
 
     Raises:
         GenerationError: options contradict each other or are not supported; the message says what to do instead.
@@ -140,8 +149,10 @@ class Decoding:
         stops: StopStrings,
         seed: int | None,
         given: Mapping[str, Any],
+        refused: Callable[[], frozenset[int]] = frozenset,
     ) -> None:
         self.model = model
+        self._refused = refused
         self.logprob_dtype = logprob_dtype(head_dtype(model))
         self.max_new_tokens = as_int(max_new_tokens, "max_new_tokens", at_least=1, error=GenerationError)
         self.stops = stops
@@ -196,6 +207,10 @@ class Decoding:
             device=str(prompt_ids.device),
             model_kwargs={},
         )
+        refused = sorted(self._refused())
+        if refused:
+            first = SuppressTokensLogitsProcessor(refused, device=str(prompt_ids.device))
+            processors = LogitsProcessorList([first, *processors])
         criteria = self.model._get_stopping_criteria(config, StoppingCriteriaList())
         return Rules(config, processors, [*criteria, *self._stop_strings])
 

@@ -6,7 +6,7 @@ kept. The texts of a call are continued together (run.py), by the rules of decod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from backprompt.arguments import as_int
@@ -20,6 +20,7 @@ from backprompt.lm import LM
 from backprompt.progress import check_show
 from backprompt.text.checks import as_texts
 from backprompt.text.node import Text
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.decoded import Decoder
 from backprompt.tokens.graph import flat
 
@@ -109,8 +110,24 @@ def generate(
 
 def _decoding(lm: LM, stops: StopStrings, max_new_tokens: int, seed: int | None, given: Mapping[str, Any]) -> Decoding:
     return Decoding(
-        lm.session.causal_lm, lm.tokenizer, max_new_tokens=max_new_tokens, stops=stops, seed=seed, given=given
+        lm.session.causal_lm,
+        lm.tokenizer,
+        max_new_tokens=max_new_tokens,
+        stops=stops,
+        seed=seed,
+        given=given,
+        refused=refused_ids(lm),
     )
+
+
+def refused_ids(lm: LM) -> Callable[[], frozenset[int]]:
+    """Return a function that returns the ids with which no text can be evaluated, as far as it is known by then."""
+
+    def found() -> frozenset[int]:
+        limits = lm.session.limits.model
+        return limits.placeholders.union(range(limits.num_embeddings, lm.session.vocab_size))
+
+    return found
 
 
 def stream(
@@ -144,7 +161,7 @@ class Stream(Iterator[str]):
         self.run = running(lm, [prompt], decoding, is_stream=True)
         self._stops = decoding.stops
         self._decoder = Decoder(lm.tokenizer, lm.tokenizer.all_special_ids)
-        self._decoded = self._decoder.begin(flat(self.run.prompts[0]))
+        self._decoded = self._decoder.begin(plain(flat(self.run.prompts[0])))
         self._num_decoded = self._num_given = 0
 
     @property

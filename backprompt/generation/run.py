@@ -26,6 +26,7 @@ from backprompt.generation.lookahead import MAX_PROPOSALS
 from backprompt.lm import LM
 from backprompt.progress import progress_bar, showing
 from backprompt.text.node import Text
+from backprompt.tokens.adapted import number_of, plain, under
 from backprompt.tokens.graph import TokenIds, flat, with_more
 
 MAX_LIVE_TEXTS = 256
@@ -36,7 +37,7 @@ class _Live:
     """A growing text.
 
     Attributes:
-        prompt_ids: its prompt.
+        prompt_ids: its prompt; what is added is under the adapter of the last of these tokens.
         decoding: its tokens so far.
         tip: the end of its one held continuation; None if it has several.
 
@@ -44,6 +45,7 @@ class _Live:
 
     def __init__(self, prompt_ids: TokenIds, decoding: TextDecoding | BeamDecoding, end: Span) -> None:
         self.prompt_ids = prompt_ids
+        self._number = number_of(flat(prompt_ids)[-1])
         self.decoding = decoding
         self.tip: Span | None = end
         self._num_held = 0  # the number of tokens of the one held continuation
@@ -72,16 +74,20 @@ class _Live:
             return None
         return decoding.last if decoding.num_new == self._num_held + 1 else None
 
+    def forwarded(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """Return ids of the continuation under its adapter."""
+        return under(self._number, token_ids)
+
     def go_on(self, end: Span) -> None:
         """Note that the held continuation has grown by `next_token`, and ends here now."""
         self.tip = end
         self._num_held += 1
 
     def beginning_of(self, completion: Completion) -> tuple[Span, Completion]:
-        """Return the end of the longest held beginning of a continuation, and the ids behind it."""
+        """Return the end of the longest held beginning of a continuation, and the ids to forward behind it."""
         ends = self.ends
         num_held = next(num for num in range(len(completion) - 1, -1, -1) if completion[:num] in ends)
-        return ends[completion[:num_held]], completion[num_held:]
+        return ends[completion[:num_held]], self.forwarded(completion[num_held:])
 
 
 class Running(Protocol):
@@ -150,9 +156,9 @@ class Run:
         self._decodings = []
         for ids in map(flat, self.prompts):
             if self.decoding.num_beams > 1:
-                self._decodings.append(BeamDecoding(self.decoding, ids))
+                self._decodings.append(BeamDecoding(self.decoding, plain(ids)))
             else:
-                self._decodings.append(TextDecoding(self.decoding, ids, num_samples[ids]))
+                self._decodings.append(TextDecoding(self.decoding, plain(ids), num_samples[ids]))
             num_samples[ids] += 1
 
     @property
@@ -208,7 +214,8 @@ class Run:
             choice = live.next_token
             if choice is None or live.tip is None:
                 return False
-            token = live.tip, choice.token_id
+            (token_id,) = live.forwarded([choice.token_id])
+            token = live.tip, token_id
             tokens[token] = choice.score
             by_token.setdefault(token, []).append(live)
         stepped = evaluator.continuations.extend(self, tokens, len(self._live))
@@ -241,7 +248,7 @@ class Run:
         if grown:
             ends = evaluator.continuations.grow(
                 [live.beginning_of(ids) for live, ids in grown],
-                lambda: [with_more(live.prompt_ids, ids) for live, ids in grown],
+                lambda: [with_more(live.prompt_ids, live.forwarded(ids)) for live, ids in grown],
             )
             more: dict[_Live, dict[Completion, Span]] = {}
             for (live, ids), end in zip(grown, ends, strict=True):
@@ -263,6 +270,7 @@ class Run:
         while stop < len(self.prompts) and len(self._live) + stop - first < max_live:
             is_sample = stop > first and self.prompts[stop] == self.prompts[stop - 1]
             num_bytes += (num_new + (0 if is_sample else len(self.prompts[stop]))) * evaluator.executor.token_bytes
+            num_bytes += evaluator.executor.snapshot_bytes
             if num_bytes > evaluator.memory.max_bytes and (stop > first or self._live):
                 break
             stop += 1

@@ -217,6 +217,11 @@ class _Picture:
             )
         if num_changed := sum(node["is_join_changed"] for node in data):
             lines.append("≠ at its join" if box.title is None else f"≠ at {counted(num_changed, 'join')}")
+        if adapters := {node["adapter"] for node in data} - {None}:
+            lines.append(
+                "under "
+                + ", ".join(f"the adapter {visible(name)}" if name else "no adapter" for name in sorted(adapters))
+            )
         if any(node["is_frozen"] for node in data):
             lines.append("frozen: sees nothing before it")
         return lines

@@ -92,7 +92,8 @@ def _expected(lm: LM, evaluator: Evaluator, texts: Sequence[Text]) -> Explanatio
         tokens_to_compute=num_to_compute,
         tokens_to_recompute=sum(len(span.token_ids) for span in to_compute if span.was_computed),
         pass_tokens=tuple(sum(len(span.token_ids) for span in spans) for spans in passes),
-        bytes_needed=num_distinct * evaluator.computation.token_bytes,
+        bytes_needed=num_distinct * evaluator.computation.token_bytes
+        + sum(1 for _ in sketch.forest.spans()) * evaluator.executor.snapshot_bytes,
         bytes_held=done.bytes_held,
         budget_bytes=evaluator.memory.max_bytes,
         seconds=None if seconds_a_token is None else seconds_a_token * num_to_compute,

@@ -56,6 +56,7 @@ class Actual:
     tokens_loaded: int
     tokens_fetched: int
     forward_passes: int
+    model_calls: int
     seconds: float
     bytes_held: int
 
@@ -196,6 +197,7 @@ class Explanation:
             ("  once more", f"{self.tokens_to_recompute:,}", f"{done.tokens_recomputed:,}" if done else ""),
             ("passes", str(self.forward_passes), str(done.forward_passes) if done else ""),
             ("  tokens in each", passes or "none", ""),
+            ("  model calls, by levels", "", str(done.model_calls) if done else ""),
             ("bytes these texts take", _bytes(self.bytes_needed), ""),
             ("bytes held now", _bytes(self.bytes_held), _bytes(done.bytes_held) if done else ""),
             ("bytes allowed", _bytes(self.budget_bytes), ""),
@@ -210,6 +212,7 @@ class Explanation:
             "  on disk": self.tokens_on_disk or (done and done.tokens_loaded),
             "  once more": self.tokens_to_recompute or (done and done.tokens_recomputed),
             "  tokens in each": self.forward_passes > 1,
+            "  model calls, by levels": done and done.model_calls > done.forward_passes,
         }
         return [row for row in rows if optional.get(row[0], True)]
 

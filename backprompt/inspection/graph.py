@@ -29,7 +29,8 @@ from backprompt.lm import LM
 from backprompt.text.checks import as_texts
 from backprompt.text.extents import Extent
 from backprompt.text.node import Text
-from backprompt.text.segments import Group, Segment
+from backprompt.text.segments import Adapted, Group, Leaf, Segment, bare, leaves
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import flat
 
 Kind: TypeAlias = Literal["string", "token ids", "special tokens", "junction"]
@@ -53,6 +54,7 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
 
     - `kind`: "string", "token ids", "special tokens" (those before a group) or "junction" (the end of a group);
     - `string`, `segment`: the string that the node adds to a text, and the segment itself;
+    - `adapter`: the name of the segment's own adapter, "" for `with_adapter(None)`, None if it has none of its own;
     - `token_ids`, `num_tokens`: its tokens in the first text that has it; a token across a join is the right side's;
     - `num_own_tokens`: the number of distinct tokens counted here; an evaluation of all texts computes their sum;
     - `num_bytes`: the bytes of these when held; None before the `LM` has computed anything;
@@ -203,8 +205,10 @@ class _Walk:
             return node
         return before
 
-    def _leaf(self, segment: Segment, before: _Node | None, position: int, extra: tuple[Any, ...]) -> tuple[_Node, int]:
-        kind: Kind = "string" if isinstance(segment, str) else "token ids"
+    def _leaf(
+        self, segment: Leaf | Adapted, before: _Node | None, position: int, extra: tuple[Any, ...]
+    ) -> tuple[_Node, int]:
+        kind: Kind = "string" if isinstance(bare(segment), str) else "token ids"
         num_special = 0 if self._next_extent is None else self._next_extent.num_special
         node = self._node((kind, before, segment, num_special, *extra), kind, segment, {before: 1}, position)
         if self._next_extent is None:
@@ -258,7 +262,7 @@ class _Walk:
         """Return the node of this key, new or not."""
         node = self._found.get(key)
         if node is None:
-            string = segment if isinstance(segment, str) else ""
+            string = "".join(map(str, leaves([segment]))) if kind == "string" and segment is not None else ""
             node = self._found[key] = _Node(kind, segment, string)
             node.parents = {parent: times for parent, times in parents.items() if parent is not None}
             node.position = None if self._encoding is None else position
@@ -291,7 +295,7 @@ def _add_encoded(merged: _Merged, lm: LM, texts: dict[int, Text]) -> int:
     for (text_idx, text), token_ids, its_extents, its_statuses in zip(
         texts.items(), all_token_ids, extents, statuses, strict=True
     ):
-        encoding = _Encoding(flat(token_ids), its_extents, encoder.tokenizer.decode)
+        encoding = _Encoding(plain(flat(token_ids)), its_extents, encoder.tokenizer.decode)
         uses = merged.add(text, text_idx, encoding)
         if token_ids:
             claims.claim(next(inserted_left), uses, its_statuses)
@@ -386,6 +390,7 @@ def _as_networkx(nodes: Sequence[_Node], *, num_texts: int, num_tokens: int) -> 
             kind=node.kind,
             string=node.string,
             segment=node.segment,
+            adapter=(node.segment.adapter or "") if isinstance(node.segment, Adapted) else None,
             token_ids=node.token_ids,
             num_tokens=len(node.token_ids),
             num_own_tokens=node.num_own_tokens,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backprompt.bound import bound_lm, evaluate, lm_of
+from backprompt.bound import as_lm, bound_lm, evaluate, lm_of
 from backprompt.text.checks import listed_texts
-from backprompt.text.node import Text
+from backprompt.text.node import Text, lazily
+from backprompt.tokens.adapted import number_of, plain
+from backprompt.tokens.graph import flat
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,25 @@ def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | 
     declared = listed_texts(texts, "independence_gap")
     for idx, text in enumerate(declared):
         lm_of(text, idx).session.prompt_ids([text])  # refuses a text that ends in a group
-    full = [Text.from_tokens(text.tokens, bound_lm(text, "a representation")) for text in declared]
+    full = list(map(_in_written_order, declared))
     divergences, argmax_changed = [], []
     reprs = evaluate([*declared, *full], show_progress_bar=show_progress_bar)
-    for ours, plain in zip(reprs[: len(full)], reprs[len(full) :], strict=True):
-        by_mask, by_all = (r.logits.cpu().double().log_softmax(dim=-1) for r in (ours, plain))
+    for ours, others in zip(reprs[: len(full)], reprs[len(full) :], strict=True):
+        by_mask, by_all = (r.logits.cpu().double().log_softmax(dim=-1) for r in (ours, others))
         terms = by_all.exp() * (by_all - by_mask)
         divergences.append(float(terms.where(by_all > -math.inf, 0.0).sum()))  # a token of probability 0 adds nothing
         argmax_changed.append(bool(by_mask.argmax() != by_all.argmax()))
     return IndependenceGap(tuple(divergences), tuple(argmax_changed))
+
+
+def _in_written_order(text: Text) -> Text:
+    """Return the text of the same tokens in which each sees all before it, under the same adapters."""
+    lm = as_lm(bound_lm(text, "a representation"))
+    with lm.session.exclusive(), lazily():
+        lm.session.current()
+        (token_ids,) = lm.session.encoder.encode([text])
+        whole = Text("", lm, add_special_tokens=False)
+        for number, run in itertools.groupby(flat(token_ids), key=number_of):
+            part = Text.from_tokens(plain(tuple(run)), lm)
+            whole += part.with_adapter(lm.session.evaluator.executor.adapters.name_of(number)) if number else part
+        return whole

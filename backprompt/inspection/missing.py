@@ -14,7 +14,7 @@ from backprompt.evaluation.lookup import Aside, Piece, Sketch, positions_of, whe
 from backprompt.evaluation.span_keys import Root
 from backprompt.forest.forest import Forest
 from backprompt.text.extents import Extent
-from backprompt.text.segments import shown
+from backprompt.text.segments import Adapted, Leaf, shown
 from backprompt.tokens.graph import TokenIds, flat
 
 Reason: TypeAlias = Literal["evicted", "join", "other model", "elsewhere", "too short", "never computed"]
@@ -207,7 +207,7 @@ def _differing(other: Root, own: Root) -> str:
     return " and ".join(differences)
 
 
-def shown_segment(segment: str | tuple[int, ...]) -> str:
+def shown_segment(segment: Leaf | Adapted) -> str:
     """Return a segment as it is written, without the middle of a long one."""
     string = shown([segment])
     return string if len(string) <= 40 else f"{string[:20]}...{string[-17:]}"

@@ -18,6 +18,9 @@ from backprompt.arguments import as_int
 from backprompt.bound import bound_lm
 from backprompt.lm import LM
 from backprompt.logprobs import log_softmax
+from backprompt.text.extents import Extent
+from backprompt.text.segments import Adapted
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenIds, flat, fold
 from backprompt.tokens.tokenizer import added
 from backprompt.visible import visible
@@ -67,6 +70,7 @@ class ShownToken:
             decoding.
         begins_segment: whether a segment begins with it.
         is_join_changed: whether joining that segment to the text before it changed tokens.
+        adapter: the name of its segment's own adapter, "" for `with_adapter(None)`, None if it has none of its own.
 
     """
 
@@ -76,6 +80,7 @@ class ShownToken:
     alternatives: tuple[tuple[str, float], ...]
     begins_segment: bool
     is_join_changed: bool
+    adapter: str | None = None
 
 
 class ShownText:
@@ -136,8 +141,9 @@ def show(text: Text, *, top: int = 5) -> ShownText:
         tokenizer = lm.session.private_tokenizer
     alternatives = _alternatives(lm, text, token_ids, top)
     starts = {extent.start: extent for extent in extents if extent.start < extent.stop}
+    adapters = {idx: _adapter_of(extent) for extent in extents for idx in range(extent.start, extent.stop)}
     logprobs = model_repr.token_logprobs.tolist()
-    ids = flat(token_ids)
+    ids = plain(flat(token_ids))
     return ShownText(
         [
             ShownToken(
@@ -147,6 +153,7 @@ def show(text: Text, *, top: int = 5) -> ShownText:
                 tuple((_string_of(tokenizer, ids[:idx], other), other_logprob) for other, other_logprob in others),
                 begins_segment=idx in starts,
                 is_join_changed=idx in starts and starts[idx].is_join_changed,
+                adapter=adapters.get(idx),
             )
             for idx, (token_id, string, logprob, others) in enumerate(
                 zip(ids, _strings(tokenizer, ids), logprobs, alternatives, strict=True)
@@ -205,8 +212,17 @@ def _is_marked(token: ShownToken) -> bool:
     return token.begins_segment and not token.is_join_changed
 
 
+def _adapter_of(extent: Extent) -> str | None:
+    return (extent.segment.adapter or "") if isinstance(extent.segment, Adapted) else None
+
+
 def _mark(token: ShownToken) -> str:
-    return _CHANGED_JOIN if token.is_join_changed else _JOIN if token.begins_segment else ""
+    join = _CHANGED_JOIN if token.is_join_changed else _JOIN if token.begins_segment else ""
+    return f"{join}[{_named(token.adapter)}] " if token.begins_segment and token.adapter is not None else join
+
+
+def _named(adapter: str) -> str:
+    return visible(adapter) if adapter else "no adapter"
 
 
 def _mark_of_shade(token: ShownToken) -> str:
@@ -235,7 +251,10 @@ def _token_html(token: ShownToken) -> str:
     style = f"{_style(_shade_of(token))}; border-radius: 3px; margin-right: 1px"
     if token.begins_segment:
         style += f"; border-left: {'4px double' if token.is_join_changed else '2px solid'} #7d8590; padding-left: 1px"
-    return f'<span style="{style}" title="{html.escape(_hover(token))}">{html.escape(_broken(token.string))}</span>'
+    label = _mark(token)[1:] if token.adapter is not None else ""
+    adapter = f'<sub style="opacity: 0.7">{html.escape(label)}</sub>' if label else ""
+    body = html.escape(_broken(token.string))
+    return f'{adapter}<span style="{style}" title="{html.escape(_hover(token))}">{body}</span>'
 
 
 def _hover(token: ShownToken) -> str:
@@ -244,6 +263,8 @@ def _hover(token: ShownToken) -> str:
     lines = [f"{visible(token.string)!r}: {told}, id {token.token_id}"]
     for rank, (string, logprob) in enumerate(token.alternatives, 1):
         lines.append(f"{rank}. {visible(string)!r} {_probability(logprob)}")
+    if token.adapter is not None:
+        lines.append(f"adapter: {_named(token.adapter)}")
     if token.is_join_changed:
         lines.append("joining the segment that begins here changed tokens")
     return "\n".join(lines)

@@ -16,9 +16,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -30,12 +29,12 @@ from backprompt.bound import as_lm
 from backprompt.classify.scoring import TOKENS_AT_A_TIME
 from backprompt.engines.ray import RayLM
 from backprompt.errors import GenerationError
-from backprompt.evaluation.behind import Behind
-from backprompt.forest.fan import Shape
 from backprompt.generation.decoding import Decoding
+from backprompt.generation.generate import refused_ids
 from backprompt.generation.options import SAMPLING_FIELDS
 from backprompt.generation.run import Running, run_with_bar, running
 from backprompt.generation.stops import StopStrings, missing_characters
+from backprompt.integrations.lm_eval_requests import Continuation, behind_contexts, slices_of
 from backprompt.lm import LM
 from backprompt.loading import load
 from backprompt.progress import Bar, showing
@@ -64,8 +63,8 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 WORKER_OPTIONS = ("num_workers", "num_cpus", "num_gpus")
-_NOT_GIVEN = ("model", "tokenizer", "joins", "add_special_tokens")
-LM_OPTIONS = tuple(name for name in inspect.signature(LM).parameters if name not in _NOT_GIVEN)
+_OTHER_OPTIONS = {"model", "tokenizer", "joins", "add_special_tokens"}
+LM_OPTIONS = tuple(name for name in inspect.signature(LM).parameters if name not in _OTHER_OPTIONS)
 """Options of `LM` that a `pretrained` name may come with; texts are ids here, so options on strings are left out."""
 
 
@@ -314,6 +313,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             stops=StopStrings(spelled, self.tokenizer, is_behind_prompt=False),
             seed=options.pop("seed", None),
             given=options,
+            refused=refused_ids(self.lm),
         )
         encoded = (self.tok_encode(context, left_truncate_len=room) for context in contexts)
         prompts = [Text.from_tokens(ids or [self.prefix_token_id], self.lm) for ids in encoded]
@@ -344,7 +344,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(continuations)
         with Bar(total=len(continuations), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for chosen in _slices(continuations, TOKENS_AT_A_TIME * self.lm.session.num_workers):
+            for chosen in slices_of(continuations, TOKENS_AT_A_TIME * self.lm.session.num_workers):
                 for idx, result in zip(chosen, self._score([continuations[idx] for idx in chosen]), strict=True):
                     found[idx] = result
                     strings = requests[idx][0]
@@ -355,7 +355,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
     def _continuation(
         self, strings: tuple[str, str] | None, context: list[int], continuation: list[int]
-    ) -> _Continuation:
+    ) -> Continuation:
         if not 1 <= len(continuation) <= self.max_length or not context:
             what = "" if strings is None else f" ({strings[1][:40]!r} behind {strings[0][-40:]!r})"
             raise ValueError(
@@ -363,13 +363,13 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 f"needs at least one of each, and at most max_length={self.max_length} of continuation."
             )
         ids = (*context, *continuation)[-(self.max_length + 1) :]
-        return _Continuation(ids, len(ids) - len(continuation))
+        return Continuation(ids, len(ids) - len(continuation))
 
-    def _score(self, continuations: Sequence[_Continuation]) -> Iterator[tuple[float, bool]]:
+    def _score(self, continuations: Sequence[Continuation]) -> Iterator[tuple[float, bool]]:
         """Yield each continuation's sum of log-probabilities, and whether it is the greedy one; all are one forest."""
         session = self.lm.session
         with showing(False):  # there is a bar over the requests
-            found = scores_of_ids(session, _behind_contexts(continuations))
+            found = scores_of_ids(session, behind_contexts(continuations))
             if found is None:
                 texts = [Text.from_tokens(continuation.token_ids, self.lm) for continuation in continuations]
                 found = token_scores(session, texts, [continuation.start for continuation in continuations])
@@ -380,43 +380,6 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         yield from zip(
             np.add.reduceat(logprobs, starts).tolist(), np.logical_and.reduceat(is_argmax, starts).tolist(), strict=True
         )
-
-
-@dataclass(frozen=True)
-class _Continuation:
-    """Ids of a request; the ids from `start` on are scored.
-
-    The ids are at most `max_length`, and one more that is scored and not forwarded.
-    """
-
-    token_ids: tuple[int, ...]
-    start: int
-
-
-def _behind_contexts(continuations: Sequence[_Continuation]) -> list[Behind]:
-    """Return continuations in their order, those of neighbours with the same context together."""
-    shapes: dict[tuple[tuple[int, ...], ...], Shape] = {}
-    behind: list[Behind] = []
-    for context, own in itertools.groupby(continuations, key=lambda of: of.token_ids[: of.start]):
-        completions = tuple(continuation.token_ids[continuation.start :] for continuation in own)
-        behind.append(Behind(context, shapes.setdefault(completions, Shape(completions))))
-    return behind
-
-
-def _slices(continuations: Sequence[_Continuation], num_tokens_each: int) -> Iterator[list[int]]:
-    """Yield the indices of continuations to be scored together, so that common beginnings come together."""
-    # Ids compare fast as bytes. The order means nothing, but it puts common beginnings side by side.
-    order = sorted(range(len(continuations)), key=lambda idx: array("i", continuations[idx].token_ids).tobytes())
-    chosen: list[int] = []
-    num_tokens = 0
-    for idx in order:
-        chosen.append(idx)
-        num_tokens += len(continuations[idx].token_ids)
-        if num_tokens >= num_tokens_each:
-            yield chosen
-            chosen, num_tokens = [], 0
-    if chosen:
-        yield chosen
 
 
 def _there(device: str | None) -> str | None:

@@ -8,7 +8,6 @@ moves no data, and spans of one pass share one allocation. A block is freed with
 
 from __future__ import annotations
 
-import math
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +138,10 @@ class Block(ABC):
     def num_unheld_bytes(self) -> int:
         """Bytes of the rows that no span holds."""
         return self.row_bytes * (self.num_rows - self.num_held)
+
+    def bytes_of(self, start: int, stop: int) -> int:
+        """Return the bytes of the rows `start..stop`."""
+        return self.row_bytes * (stop - start)
 
     @property
     def tensor_bytes(self) -> int:
@@ -302,47 +305,6 @@ class States(Block):
         self.has_logprobs.numpy()[rows] = True
 
 
-@dataclass(frozen=True)
-class RowSpec:
-    """A tensor's dtype, the sizes of all its axes except that of tokens, and its device."""
-
-    dtype: torch.dtype
-    sizes: tuple[int, ...]
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The format of the rows of one model and their devices, the same in every pass.
-
-    Attributes:
-        rows: the format of each tensor of both blocks, by name.
-
-    """
-
-    rows: Mapping[str, RowSpec]
-
-    @classmethod
-    def of(cls, *blocks: Block) -> Layout:
-        """Return the layout of the rows of a pass."""
-        return cls({name: _row_spec(t, block.token_axis) for block in blocks for name, t in block.tensors.items()})
-
-    def shape(self, name: str, num_tokens: int) -> tuple[int, ...]:
-        """Return the shape of a tensor of `num_tokens` tokens."""
-        axis, sizes = token_axis(name), self.rows[name].sizes
-        return (*sizes[:axis], num_tokens, *sizes[axis:])
-
-    @property
-    def times_smaller(self) -> float:
-        """The ratio of a token's bytes, keys and values included, to those of its states."""
-        num_bytes = {name: math.prod(row.sizes) * row.dtype.itemsize for name, row in self.rows.items()}
-        return sum(num_bytes.values()) / sum(num_bytes[name] for name in STATE_TENSORS)
-
-
-def _row_spec(tensor: Tensor, axis: int) -> RowSpec:
-    return RowSpec(tensor.dtype, (*tensor.shape[:axis], *tensor.shape[axis + 1 :]), tensor.device)
-
-
 BlockType = TypeVar("BlockType", bound=Block)
 
 
@@ -357,7 +319,7 @@ class BlockRows(Generic[BlockType]):
     @property
     def num_bytes(self) -> int:
         """The rows' share of the block's bytes."""
-        return self.block.row_bytes * (self.stop - self.start)
+        return self.block.bytes_of(self.start, self.stop)
 
     def split(self, num_tokens: int) -> tuple[BlockRows[BlockType], BlockRows[BlockType]]:
         """Return the first `num_tokens` rows and the others, without copying."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backprompt.model.attributes import AttributeMonitor
 from backprompt.model.skeleton import configs_of, replaced_forward
 
 UNIMPORTANT_CONFIG = frozenset(
@@ -45,7 +46,7 @@ class BehaviourMonitor:
         self._configs = [vars(config) for config in configs_of(model)]
         self._seen = list(map(_copied, self._configs))  # what a look compares at once, unimportant values included
         self._values = [_values_of(config) for config in self._seen]
-        self._forwards = self._own_forwards()
+        self._forwards = AttributeMonitor(self._tables, "forward")
         self._replaced = list(map(replaced_forward, self._modules))
 
     def has_changed(self) -> bool:
@@ -54,19 +55,13 @@ class BehaviourMonitor:
             if list(map(_values_of, self._configs)) != self._values:
                 return True
             self._seen = list(map(_copied, self._configs))
-        forwards = self._own_forwards()
-        if all(map(operator.is_, forwards, self._forwards)):
+        if not self._forwards.has_changed():
             return False
+        forwards = AttributeMonitor(self._tables, "forward")
         if not all(map(operator.is_, map(replaced_forward, self._modules), self._replaced)):
             return True
         self._forwards = forwards
         return False
-
-    def _own_forwards(self) -> list[object]:
-        return list(map(_own_forward_of, self._tables))
-
-
-_own_forward_of = operator.methodcaller("get", "forward")
 
 
 def _copied(config: Mapping[str, object]) -> dict[str, object]:

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from backprompt.errors import UnsupportedModelError
 from backprompt.memory.blocks import KeysValues
 from backprompt.model import skeleton
+from backprompt.model.limits import limits_of
 
 Form = list[tuple[int, int, int]]
 """Of each layer, the number of heads and the sizes of a key and a value."""
@@ -18,7 +19,7 @@ Form = list[tuple[int, int, int]]
 
 def form_of_cache(model: nn.Module, device: torch.device) -> Form | None:
     """Return the form of the cache that a plain call on one token makes, None if it is not one of keys and values."""
-    placeholders = skeleton.limits_of(model).placeholders
+    placeholders = limits_of(model).placeholders
     usual = next(token_id for token_id in range(len(placeholders) + 1) if token_id not in placeholders)
     ids = torch.tensor([[usual]], device=device)
     cache: Any = skeleton.plain_copy(model)(input_ids=ids, use_cache=True).past_key_values

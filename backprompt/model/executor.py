@@ -29,17 +29,25 @@ from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
-from backprompt.memory.blocks import BlockRows, KeysValues, Layout, States
+from backprompt.memory.blocks import BlockRows, KeysValues, States
+from backprompt.memory.layout import Layout
 from backprompt.memory.places import Places
 from backprompt.model import skeleton, spread
+from backprompt.model.adapters import AdaptedLayers, SegmentAdapters
+from backprompt.model.cache_form import Body
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import Forwarded, InFlight, Way, no_layers_error, run_body
+from backprompt.model.in_flight import Forwarded, InFlight, Way, Work, no_layers_error, run_body
+from backprompt.model.int8 import speed_up_int8
+from backprompt.model.levels import NO_ATTENTION, Levels
+from backprompt.model.limits import limits_of
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
+from backprompt.model.quantized import copied_bytes, weight_bytes
 from backprompt.model.steps import CapturedSteps, captured_steps
+from backprompt.tokens.adapted import number_of, numbers_in, plain, plain_array
 from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
@@ -63,8 +71,10 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
 
     All code that makes or changes tensors runs in this context.
     """
-    with torch.no_grad():
-        if not _is_special(device):  # as for most callers: the rest takes longer than this
+    has_gradients = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # `torch.no_grad` takes longer than all the rest here
+    try:
+        if not _is_special(device):  # as for most callers
             yield
             return
         with ExitStack() as stack:
@@ -75,6 +85,12 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
             yield
+    finally:
+        torch._C._set_grad_enabled(has_gradients)
+
+
+_num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+"""How many modes of torch functions the caller is in: the default device is one, and slow to ask for."""
 
 
 def _is_special(device: torch.device) -> bool:
@@ -82,7 +98,7 @@ def _is_special(device: torch.device) -> bool:
     return (
         torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled(device.type)
-        or torch.get_default_device().type != "cpu"
+        or (_num_modes() > 0 and torch.get_default_device().type != "cpu")
     )
 
 
@@ -94,6 +110,7 @@ class Computed:
         keys_values: the keys and values of all spans.
         states: the states of the spans that held none; None if all spans did.
         keys_values_of, states_of: the rows of each span.
+        work: the work besides.
 
     """
 
@@ -101,6 +118,7 @@ class Computed:
     states: States | None
     keys_values_of: Mapping[Span, BlockRows[KeysValues]]
     states_of: Mapping[Span, BlockRows[States]]
+    work: Work
 
     def place(self) -> None:
         """Hand the results to the spans."""
@@ -128,13 +146,15 @@ class Executor:
         self.device = spread.head_device(model)
         """Where hidden states and logits lie. Keys and values lie on the device of their layer."""
         self._input_device = spread.input_device(model)
-        self.limits = skeleton.limits_of(model)
+        self.limits = limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
         self.vocab_size = skeleton.vocab_size(model)
         self.logprob_dtype = logprob_dtype(skeleton.head_dtype(model))
         self.hidden_size = skeleton.hidden_size(model)
         self.token_bytes = 0
         """Bytes that are held for one token; known after the first pass."""
+        self.snapshot_bytes = 0
+        """Bytes that are held for the states behind a span, if the model has any; known after the first pass."""
         self.layout: Layout | None = None
         """The layout of rows; known after the first pass."""
         self.device_of: dict[str, torch.device] = {}
@@ -144,33 +164,58 @@ class Executor:
         self._attention: ForestAttention = attention_for(self.device) if is_on_one else AttentionByDevice()
         self._make_copies = copies_for(self.device) if is_on_one else CopiesByDevice
         self._model_name = type(model).__name__
-        name = f"backprompt-{next(_names)}"
-        self._body = skeleton.make_body(model, name)
-        self._head = skeleton.make_head(model)
+        self._packs_weights = pack_weights
+        self._name = f"backprompt-{next(_names)}"
+        self.levels: Levels | None = None
+        """Forwards passes by levels, where attention cannot be packed; see levels.py."""
+        self._take(skeleton.make_body(model, self._name))
         self._config: Any = self._head.config
-        with plain_surroundings(self.device):
-            if not spread.is_spread(model):
-                fusion_for(self.device)(self._body)
-            linears = speed_up((self._body, self._head), pack=pack_weights)
-            self.linears = pad_head(self._head, model, linears)
+        self.adapters = SegmentAdapters(model)
+        """The adapters that segments of texts may name."""
+        self._adapted = AdaptedLayers(self._body, self.adapters)
         self._in_flight: InFlight | None = None
         self._form_of_cache: tuple[Form | None] | None = None  # known after its first use
         self.steps: CapturedSteps | None = None
         """Captured steps of generations, where the device has graphs."""
         if not spread.is_spread(model):  # hooks move weights between steps
             self.steps = captured_steps(self._body, self._attention)
-        _register(name, self)
+        _register(self._name, self)
+
+    def _take(self, body: nn.Module) -> None:
+        """Go on with a private copy of the decoder, and make that of the head."""
+        self._body, self._head = body, skeleton.make_head(self._model)
+        with plain_surroundings(self.device):
+            if not spread.is_spread(self._model):
+                fusion_for(self.device)(self._body)
+            linears = speed_up((self._body, self._head), pack=self._packs_weights)
+            linears = speed_up_int8((self._body, self._head), linears)
+            linears = pad_head(self._head, self._model, linears)
+        copied = linears.packed_bytes + copied_bytes(self._body) + copied_bytes(self._head)
+        self.linears = replace(linears, packed_bytes=copied)
+        self.weight_bytes = weight_bytes(self._model)
+        """The bytes of the model's weights, as they are held: of quantized ones the integers and scales."""
+
+    def own_body(self) -> Body:
+        """Go on with a body that has its own attention, and return it."""
+        self.steps = None
+        self._take(skeleton.make_own_body(self._model))
+        return Body(self._body, self._input_device)
+
+    def go_by_levels(self, levels: Levels) -> None:
+        """Forward all passes by levels from now on."""
+        self.levels, self.layout = levels, None
+        self.adapters.refuse(f"{self._model_name} is forwarded by levels, under its active adapters.")
 
     def close(self) -> None:
         """Release the copies of the model and packed weights; nothing can be computed afterwards."""
         self.steps = None
-        for name in ("_body", "_head", "_model"):
+        for name in ("_body", "_head", "_model", "_adapted", "adapters"):
             vars(self).pop(name, None)  # a second call finds none
 
     @property
     def kernel_name(self) -> str:
         """The name of the attention kernel in use; the clear kernel's name includes the reason for it."""
-        return self._attention.name
+        return self._attention.name if self.levels is None else self.levels.name
 
     def compute(self, pass_: Pass) -> Computed:
         """Forward a pass; its spans hold no results before `Computed.place` is called.
@@ -201,13 +246,12 @@ class Executor:
             start = stop
         if self.layout is None:
             sample = States.of_rows(hidden, [slice(0, 1)])
-            token_bytes = -(-keys_values.num_bytes // keys_values.num_rows) + sample.num_bytes
-            self.know_rows(Layout.of(keys_values, sample), token_bytes)
-        return Computed(keys_values, states, keys_values_of, states_of)
+            self.know_rows(Layout.of(keys_values, sample), keys_values.row_bytes + sample.num_bytes)
+        return Computed(keys_values, states, keys_values_of, states_of, forwarded.work)
 
     def know_rows(self, layout: Layout, token_bytes: int) -> None:
         """Take over the layout of rows, and the bytes of a token, from a pass of a model with the same parts."""
-        self.layout, self.token_bytes = layout, token_bytes
+        self.layout, self.token_bytes, self.snapshot_bytes = layout, token_bytes, layout.snapshot_bytes
         self.device_of |= {name: row.device for name, row in layout.rows.items()}
 
     def refuse_placeholders(self, placeholders: frozenset[int]) -> None:
@@ -216,15 +260,16 @@ class Executor:
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
-        return self._attention.prepare(pass_, num_steps)
+        return NO_ATTENTION if self.levels is not None else self._attention.prepare(pass_, num_steps)
 
     def step(self, pass_: Pass, attention: PreparedAttention, places: Places) -> Forwarded:
         """Forward one token for each of several texts, by a captured graph where there is one: see steps.py.
 
         The results are overwritten by the next step. `places`: where they go.
         """
-        self.limits.check_placeholders(pass_.token_ids)
-        replayed = None if self.steps is None else self.steps.step(self.run, pass_, attention, places)
+        self.limits.check_placeholders(plain(pass_.token_ids))
+        steps = None if numbers_in(pass_.token_ids) else self.steps  # a graph has all rows under the active adapters
+        replayed = None if steps is None else steps.step(self.run, pass_, attention, places)
         if replayed is None:
             return self.forward(pass_, attention)
         way: Way = "recorded" if replayed.is_first else "replayed"
@@ -240,7 +285,7 @@ class Executor:
             TokenIdError: a token stands for an image or a sound.
 
         """
-        self.limits.check_placeholders(pass_.token_ids)
+        self.limits.check_placeholders(plain(pass_.token_ids))
         try:
             return self._forward(pass_, attention)
         except torch.OutOfMemoryError:
@@ -249,9 +294,14 @@ class Executor:
         return self._forward(pass_, attention)
 
     def _forward(self, pass_: Pass, attention: PreparedAttention | None) -> Forwarded:
-        inputs = on_device(np.array([pass_.token_ids, pass_.positions], dtype=np.int64), self._input_device)
+        if self.levels is not None:
+            self.adapters.check(numbers_in(pass_.token_ids))
+            return self.levels.forward(pass_)
+        ids = np.array(pass_.token_ids, dtype=np.int64)
+        inputs = on_device(np.array([plain_array(ids), pass_.positions], dtype=np.int64), self._input_device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
-        in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
+        with self._adapted.under(number_of(ids)):
+            in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 
@@ -333,8 +383,13 @@ class Executor:
         """Return the largest number of tokens in a pass, where the caller gives none."""
         return min(tokens_per_forward(self._body, device) for device in self._devices)
 
-    def dynamic_cache(self, keys_values: KeysValues) -> DynamicCache:
-        """Return a cache for `model(..., past_key_values=...)` with all rows of a block; see caches.py."""
+    def dynamic_cache(self, keys_values: KeysValues, snapshot: Tensor | None) -> DynamicCache:
+        """Return a cache for `model(..., past_key_values=...)` with all rows of a block; see caches.py.
+
+        `snapshot`: of the states behind them, if there is one.
+        """
+        if self.levels is not None:
+            return self.levels.cache_of(self._model_name, keys_values, snapshot)
         if self._form_of_cache is None:
             self._form_of_cache = (form_of_cache(self._model, self._input_device),)
         return dynamic_cache(self._model_name, self._config, *self._form_of_cache, keys_values)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from backprompt.attention.base import PreparedAttention, Scoring, StandingAttention
 from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
+from backprompt.forest.span import Span
 from backprompt.memory.blocks import KeysValues
-from backprompt.model.masks import Mask, sees_later
+from backprompt.model.families import are_all_keys
+from backprompt.model.masks import Mask, Unknown
 
 Way: TypeAlias = Literal["replayed", "recorded", "plain"]
 """How a step of a generation was computed: by a graph, by the first run of one, or without."""
@@ -34,6 +36,15 @@ _MEANINGLESS_KEYWORDS = frozenset(
 )
 
 
+_FIRST_MARKER = 1 << 40
+"""Markers have one axis of this size and more, which no tensor of numbers has."""
+
+
+def is_about_marker(error: Exception) -> bool:
+    """Return whether an error names a size of a marker: somebody has taken the marker for a mask of numbers."""
+    return any(size in str(error) for size in (str(_FIRST_MARKER)[:-3], "tensor a (0)", "tensor b (0)"))
+
+
 @dataclass(kw_only=True)
 class Masks:
     """The masks of one forward call, and how its layers score.
@@ -41,7 +52,7 @@ class Masks:
     Attributes:
         model_name: for messages.
         max_position: the last position of the call.
-        masks: the masks that the model has made.
+        masks: the masks that the model has made; or the reason why packed attention does not implement one.
         least_unseen: the least last position at which a layer would be refused for a window that no mask shows; None if
             there is none.
 
@@ -49,25 +60,29 @@ class Masks:
 
     model_name: str
     max_position: int
-    masks: list[Mask] = field(default_factory=list)
+    masks: list[Mask | Unknown] = field(default_factory=list)
     least_unseen: int | None = None
 
     def mark(self, mask_function: Callable[..., Tensor], use_vmap: bool, device: torch.device) -> Tensor:
-        """Return a marker for a mask that is causal, or causal within a window.
+        """Return a marker for a mask.
 
-        The shape of the marker is its number, `(0, number)`: a layer that is recomputed may be given a copy.
+        The shape of the marker is its number: a layer that is recomputed may be given a copy. Models slice masks, so
+        a marker has the four axes of a mask. Some models make a mask that no layer uses, so a mask that is neither
+        causal nor causal within a window is refused where a layer attends.
         """
-        if not use_vmap:
-            self.masks.append(Mask(mask_function, self.max_position, device))
-            if self.masks[-1].meaning.is_known:
-                return torch.empty((0, len(self.masks)), device=device)
-            if sees_later(mask_function, self.max_position, device):
-                raise UnsupportedModelError(
-                    f"{self.model_name} lets tokens attend to later tokens, as an encoder does, so what it computes "
-                    "for a text changes with the text behind it. Use a causal LM (a configuration of some families "
-                    "needs is_decoder=True)."
-                )
-        raise UnsupportedModelError(
+        self.masks.append(self._mask_of(mask_function, use_vmap, device))
+        return torch.empty((1, 1, 0, _FIRST_MARKER + len(self.masks) - 1), device=device)
+
+    def _mask_of(self, mask_function: Callable[..., Tensor], use_vmap: bool, device: torch.device) -> Mask | Unknown:
+        try:
+            mask = None if use_vmap else Mask(mask_function, self.max_position, device)
+            if mask is not None and mask.meaning.is_known:
+                return mask
+        except IndexError:
+            return Unknown(
+                f"{self.model_name} masks attention by a table of the rows of its call, so its texts cannot share one."
+            )
+        return Unknown(
             f"{self.model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "
             f"{self.max_position + 1} tokens), which packed evaluation does not implement. Shorter texts may work."
         )
@@ -105,19 +120,26 @@ class Masks:
     def means_the_same_at(self, position: int) -> bool:
         """Return whether a call with another last position would go the same way."""
         is_seen = self.least_unseen is None or position < self.least_unseen
-        return is_seen and all(mask.means_the_same_at(position) for mask in self.masks)
+        return is_seen and all(isinstance(mask, Unknown) or mask.means_the_same_at(position) for mask in self.masks)
 
     def _window_of(self, marker: Tensor | None) -> int | None:
         """Return the window of the mask for which a marker stands."""
-        if marker is not None and marker.ndim == 2 and marker.shape[0] == 0:
-            return self.masks[marker.shape[1] - 1].meaning.window
+        if marker is not None and marker.ndim == 4 and marker.shape[3] >= _FIRST_MARKER:
+            mask = self.masks[marker.shape[3] - _FIRST_MARKER]
+            if isinstance(mask, Unknown):
+                raise UnsupportedModelError(mask.why)
+            return mask.meaning.window
         raise UnsupportedModelError(
             f"{self.model_name} makes its attention mask without transformers' mask interface, so what it hides is "
             "unknown. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
         )
 
     def _refuse_unknown(self, keywords: Mapping[str, object], dropout: float, is_causal: bool | None) -> None:
-        unknown = [name for name, value in keywords.items() if value is not None and name not in _MEANINGLESS_KEYWORDS]
+        unknown = [
+            name
+            for name, value in keywords.items()
+            if value is not None and name not in _MEANINGLESS_KEYWORDS and not are_all_keys(value)
+        ]
         if dropout:
             unknown.append("dropout")
         if is_causal is False:
@@ -174,6 +196,25 @@ def no_layers_error(model_name: str) -> UnsupportedModelError:
 
 
 @dataclass(frozen=True)
+class Work:
+    """The work of a pass besides its own tokens.
+
+    Attributes:
+        num_calls: the calls of the model's body.
+        num_again: tokens that were forwarded again, for states that were not kept; see levels.py.
+        restored: these states, as snapshots of the spans that hold their other rows.
+
+    """
+
+    num_calls: int = 1
+    num_again: int = 0
+    restored: Mapping[Span, Tensor] = field(default_factory=dict)
+
+
+ONE_CALL = Work()
+
+
+@dataclass(frozen=True)
 class Forwarded:
     """The output of a pass, on which the device may still work.
 
@@ -183,6 +224,7 @@ class Forwarded:
         are_finite: whether all numbers are finite, `()`.
         are_placed: whether keys, values and hidden states were copied to their places, see `Executor.step`.
         way: of a step.
+        work: the work besides.
 
     """
 
@@ -191,6 +233,7 @@ class Forwarded:
     are_finite: Tensor
     are_placed: bool = False
     way: Way = "plain"
+    work: Work = ONE_CALL
 
     @cached_property
     def is_finite(self) -> bool:

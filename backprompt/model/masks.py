@@ -29,6 +29,12 @@ class Meaning(NamedTuple):
     window: int | None = None
 
 
+class Unknown(NamedTuple):
+    """A mask that packed attention does not implement; `why`: the message for it, where a layer attends by it."""
+
+    why: str
+
+
 class Mask:
     """A mask as a pass found it, and the positions at which it means the same.
 
@@ -80,12 +86,6 @@ def _nums_visible(mask_function: Callable[..., Tensor], positions: range, device
     nums = visible.sum(dim=1, keepdim=True)
     are_last = (visible == ((keys <= queries) & (keys > queries - nums))).all(dim=1)
     return [num if is_right else None for num, is_right in zip(nums[:, 0].tolist(), are_last.tolist(), strict=True)]
-
-
-def sees_later(mask_function: Callable[..., Tensor], position: int, device: torch.device) -> bool:
-    """Return whether the first query of a call with this last position sees the last key, or the last the next one."""
-    visible = visible_keys(mask_function, range(position + 1), device)
-    return bool(visible[0, max(position, 1)] | visible[-1, -1])
 
 
 def visible_keys(mask_function: Callable[..., Tensor], positions: range, device: torch.device) -> Tensor:

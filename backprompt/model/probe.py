@@ -13,6 +13,8 @@ In low precision a comparison of logits is coarse: small weights mix tokens by l
 pass runs once more with other tokens in the places of `bbb`, `cc` and `dd`. The rows of `eeeee` do not see these
 tokens, and must stay the same.
 
+Layers that keep a state of all tokens before are refused by what they are: see families.py.
+
 The choice of experts flips with the last bit. A flip changes rows of one set of tokens, and a wrong layer those of
 each. So a model with experts is refused if several sets show a fault.
 """
@@ -33,6 +35,11 @@ from backprompt.logprobs import are_distributions
 from backprompt.memory.blocks import gather, states_of
 from backprompt.model import skeleton
 from backprompt.model.executor import Computed, Executor
+from backprompt.model.in_flight import is_about_marker
+from backprompt.model.levels import Levels
+from backprompt.model.levels_probe import ways_by_levels
+from backprompt.model.limits import Limits
+from backprompt.model.quantized import compared_as
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -65,20 +72,53 @@ def probe(model: nn.Module, executor: Executor) -> None:
 
     """
     plain_model = skeleton.plain_copy(model)
+    why = skeleton.why_not_packed(model)
+    fault = _compared(model, plain_model, executor) if why is None else UnsupportedModelError(why)
+    if fault is None:
+        return
+    if not _is_causal(plain_model, executor):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} lets tokens attend to later tokens, as an encoder does, so what it computes for "
+            "a text changes with the text behind it. Use a causal LM (a configuration of some families needs "
+            "is_decoder=True)."
+        ) from fault
+    _probe_by_levels(model, plain_model, executor, fault)
+
+
+def _probe_by_levels(
+    model: nn.Module, plain_model: nn.Module, executor: Executor, not_packed: UnsupportedModelError
+) -> None:
+    """Let the executor go by levels, in the first way that gives the numbers of the plain call."""
+    ids = _without_placeholders(token_ids_of("abcdefg", executor.limits.num_embeddings, 0), executor.limits)
+    fault: UnsupportedModelError | None = None
+    try:
+        for levels in ways_by_levels(model, executor, ids, str(not_packed)):
+            executor.go_by_levels(levels)
+            found = _compared(model, plain_model, executor)
+            if found is None:
+                return
+            fault = fault or found
+    except UnsupportedModelError as error:
+        fault = fault or error
+    raise UnsupportedModelError(f"{not_packed} {fault}") from not_packed
+
+
+def _compared(model: nn.Module, plain_model: nn.Module, executor: Executor) -> UnsupportedModelError | None:
+    """Compare evaluation as the executor does it with the plain call; return the fault, or None."""
     has_experts = skeleton.has_experts(model)
-    fault: str | None = None
+    fault: UnsupportedModelError | None = None
     for first in range(_MAX_TRIES if has_experts else 1):
         texts, plain = _plain_logits(plain_model, executor, first)
         fault = _fault(model, executor, texts, plain, has_experts=has_experts)
         if fault is None:
             executor.refuse_placeholders(_refused_placeholders(plain_model, executor))
-            return
-    raise UnsupportedModelError(fault)
+            return None
+    return fault
 
 
 def _fault(
     model: nn.Module, executor: Executor, texts: _Texts, plain_logits: Tensor, *, has_experts: bool
-) -> str | None:
+) -> UnsupportedModelError | None:
     """Return why the model cannot be packed, as one set of tokens shows it, or None."""
     name = type(model).__name__
     try:
@@ -91,31 +131,63 @@ def _fault(
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-        if isinstance(error, UnsupportedModelError):
-            raise
-        raise UnsupportedModelError(
-            f"{name} cannot be run on a packed row of texts: {type(error).__name__}: {error}. Use a family whose "
-            "layers go through transformers' attention interface (GPT-2, Llama, Qwen, Mistral, Gemma, OPT, Phi ...)."
-        ) from error
+        return error if isinstance(error, UnsupportedModelError) else _cannot_run(name, error, executor.levels)
+    dtype = max(skeleton.head_dtype(model), packed[0].dtype, key=TOLERANCE.__getitem__)  # logits may be cast up
     for ids, logits, plain in zip(texts, packed, plain_logits, strict=True):
         if logits.dtype == torch.float16:
             for idx in (~are_distributions(logits)).nonzero()[:, 0].tolist():
                 raise executor.logits_error(logits[idx], ids[: idx + 1])
         scale = max(1.0, float(plain[plain.isfinite()].abs().max()))
+        tolerance = TOLERANCE[compared_as(model, logits.dtype)]
         gap = float(differences(logits.float(), plain.float()).max())
-        if not gap <= TOLERANCE[logits.dtype] * scale:
-            return (
+        if not gap <= tolerance * scale:
+            if executor.levels is not None:
+                return UnsupportedModelError(
+                    f"Nor can spans continue its cache: the logits differ by {gap:.2e} from those of its plain call, "
+                    f"more than {tolerance * scale:.0e}."
+                )
+            return UnsupportedModelError(
                 f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
-                f"than {TOLERANCE[logits.dtype] * scale:.0e} for {logits.dtype}. {skeleton.why_unlike_plain(model)}"
+                f"than {tolerance * scale:.0e} for {dtype}. Something in it mixes tokens outside attention, so "
+                "its texts cannot share a pass."
             )
-    allowed = (_CHANGE_BY_EXPERTS if has_experts else _CHANGE)[packed[0].dtype]
+    allowed = (_CHANGE_BY_EXPERTS if has_experts else _CHANGE)[dtype]
     if not change <= allowed:
-        return (
+        return UnsupportedModelError(
             f"{name} gives a text other hidden states when other texts in the same pass change: by {change:.2e} of the "
             f"largest, more than {allowed:.0e}. Something in it mixes tokens outside attention, so its texts cannot "
             "share a pass."
         )
     return None
+
+
+def _cannot_run(name: str, error: Exception, levels: Levels | None) -> UnsupportedModelError:
+    """Return the error for a model that raises one on a packed row, or behind a cache."""
+    if levels is not None:
+        return UnsupportedModelError(f"Nor can spans continue its cache: {type(error).__name__}: {error}")
+    if is_about_marker(error):
+        what = "computes with its attention mask by code of its own, so its attention cannot be packed"
+    else:
+        what = f"cannot be run on a packed row of texts: {type(error).__name__}: {error}"
+    found = UnsupportedModelError(
+        f"{name} {what}. Use a family whose layers go through transformers' attention interface (GPT-2, Llama, Qwen, "
+        "Mistral, Gemma, OPT, Phi ...)."
+    )
+    found.__cause__ = error
+    return found
+
+
+def _is_causal(plain_model: nn.Module, executor: Executor) -> bool:
+    """Return whether the plain call computes the same for the beginning of a text as for the text.
+
+    One row that is the same is enough: later tokens change all rows, and a flip in the choice of experts a few.
+    """
+    texts, plain_logits = _plain_logits(plain_model, executor, 0)
+    start = len(texts[0]) // 2
+    alone: Tensor = plain_model(input_ids=torch.tensor([texts[0][:start]], device=executor.device)).logits[0]
+    dtype = max(skeleton.head_dtype(plain_model), alone.dtype, key=TOLERANCE.__getitem__)
+    gaps = differences(alone.float(), plain_logits[0, :start].float()).amax(dim=-1)
+    return float(gaps.min()) <= TOLERANCE[dtype] * max(1.0, float(alone.abs().max()))
 
 
 def differences(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -129,7 +201,7 @@ def _plain_logits(plain_model: nn.Module, executor: Executor, first: int) -> tup
     error: NonFiniteError | None = None
     for attempt in range(first, first + _MAX_TRIES):
         texts = [_without_placeholders(token_ids_of(path, limits.num_embeddings, attempt), limits) for path in _PATHS]
-        plain: Tensor = plain_model(input_ids=torch.tensor(texts, device=executor.device)).logits
+        plain = _plain_call(plain_model, texts, executor.device)
         unusable = (~are_distributions(plain)).nonzero().tolist()
         if not unusable:
             return texts, plain
@@ -138,6 +210,23 @@ def _plain_logits(plain_model: nn.Module, executor: Executor, first: int) -> tup
     raise NonFiniteError(
         f"{error} So it does for each of {_MAX_TRIES} sets of tokens, with which it is tried before its first text."
     )
+
+
+def _plain_call(plain_model: nn.Module, texts: _Texts, device: torch.device) -> Tensor:
+    try:
+        logits: Tensor = plain_model(input_ids=torch.tensor(texts, device=device)).logits
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{type(plain_model).__name__} cannot be called with token ids alone: {type(error).__name__}: {error}"
+        ) from error
+    if logits.shape[:-1] != (len(texts), len(texts[0])):
+        raise UnsupportedModelError(
+            f"{type(plain_model).__name__} returns logits of the shape {tuple(logits.shape)} for {len(texts)} texts of "
+            f"{len(texts[0])} tokens, so they are not those of the next tokens."
+        )
+    return logits
 
 
 def token_ids_of(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...]:
@@ -170,7 +259,7 @@ def _refused_placeholders(plain_model: nn.Module, executor: Executor) -> frozens
     return frozenset() if float(differences(packed.float(), plain.float()).max()) <= allowed else placeholders
 
 
-def _without_placeholders(ids: tuple[int, ...], limits: skeleton.Limits) -> tuple[int, ...]:
+def _without_placeholders(ids: tuple[int, ...], limits: Limits) -> tuple[int, ...]:
     """Return the ids with another token in the places of those that stand for images or sounds."""
     usual = next(token_id for token_id in range(limits.num_embeddings) if token_id not in limits.placeholders)
     return tuple(usual if token_id in limits.placeholders else token_id for token_id in ids)

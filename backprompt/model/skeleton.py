@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,10 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.utils.generic import ModelOutput
 
-from backprompt.errors import TokenIdError, UnsupportedModelError
-from backprompt.model import spread
+from backprompt.errors import UnsupportedModelError
+from backprompt.model import families, spread
+from backprompt.model.peft_layers import is_active
+from backprompt.model.quantized import check_quantized, copied_weights
 
 SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
@@ -32,35 +33,6 @@ SHARED_BUFFER_BYTES = 1 << 16
 
 TRAINERS = ("accelerate.utils.", "backprompt.", "torch._dynamo.", "torch.amp.", "trl.")
 """The packages whose wrappers of a model's forward method compile it, change precision, or add calls of their own."""
-
-_MEDIA = ("image", "video", "audio", "speech", "vision")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits that a model sets for texts.
-
-    Attributes:
-        num_embeddings: token ids must be below this number.
-        max_tokens: the number of positions that the model was made for, or None if it does not say.
-        why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
-        placeholders: token ids that stand for images or sounds.
-
-    """
-
-    num_embeddings: int
-    max_tokens: int | None
-    why_hard: str | None
-    placeholders: frozenset[int] = frozenset()
-
-    def check_placeholders(self, token_ids: Iterable[int]) -> None:
-        """Raise TokenIdError if a token stands for an image or a sound."""
-        if self.placeholders and not self.placeholders.isdisjoint(token_ids):
-            found = min(self.placeholders.intersection(token_ids))
-            raise TokenIdError(
-                f"Token id {found} stands for an image, a video or a sound, which the model puts in its place. Only "
-                "texts without such tokens are evaluated."
-            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -86,10 +58,11 @@ def unwrap(model: nn.Module) -> nn.Module:
                         f"The adapter {name!r} is an X-LoRA, which scales its LoRAs by a first run over the call, "
                         "so its texts cannot share a pass. Use an ordinary LoRA."
                     )
-                if getattr(adapter, "alora_invocation_tokens", None):
+                if getattr(adapter, "alora_invocation_tokens", None) and is_active(model, name):
                     raise UnsupportedModelError(
                         f"The adapter {name!r} is an activated LoRA, which looks for its invocation tokens in the "
-                        "whole call, so its texts cannot share a pass. Use an ordinary LoRA."
+                        "whole call, so its texts cannot share a pass. Use an ordinary LoRA, or deactivate it "
+                        "(model.base_model.disable_adapter_layers()) and name it for segments: with_adapter(name)."
                     )
             model = model.get_base_model()  # type: ignore[operator]
         else:
@@ -104,19 +77,13 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{name} is not a transformers model; backprompt runs causal LMs of transformers.")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; backprompt runs decoder-only causal LMs.")
-    if not _uses_attention_interface(model):
-        raise UnsupportedModelError(
-            f"{name} does not go through transformers' attention interface, so its attention cannot be packed. Use a "
-            "family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
-        )
     if model.get_output_embeddings() is None or decoder_of(model) is None:  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{name} has no language-model head. Load it with AutoModelForCausalLM, or name a causal LM checkpoint."
         )
-    if getattr(config, "attn_temperature_tuning", False):
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):  # type: ignore[operator]
         raise UnsupportedModelError(
-            f"{name} scales its queries by the row of the call instead of the position (attn_temperature_tuning), so "
-            "its texts cannot share a pass."
+            f"{name} has no one table of token embeddings (models of sounds have one a codebook), so it takes no texts."
         )
     kinds = {type(module).__name__ for module in model.modules()}
     if "ParamWrapper" in kinds:
@@ -124,11 +91,7 @@ def check_supported(model: nn.Module) -> None:
             f"{name} has a LoRA on parameters (target_parameters), which peft puts into the weights anew in each call, "
             "so that no state of the weights stays. Merge it (model.merge_and_unload()), or adapt modules."
         )
-    if "Linear8bitLt" in kinds:
-        raise UnsupportedModelError(
-            f"{name} has int8 layers of bitsandbytes, which take numbers out of their weights in their first call, so "
-            "private copies cannot share the weights. Load the model without load_in_8bit=True."
-        )
+    check_quantized(model)
     spread.check_spread(model, _decoder(model))
     hooked = _first_hooked_module(model)
     if hooked is not None:
@@ -138,63 +101,39 @@ def check_supported(model: nn.Module) -> None:
         )
 
 
+def why_not_packed(model: nn.Module) -> str | None:
+    """Return why a model that `check_supported` lets pass cannot be packed, if its parts show that; else None."""
+    name = type(model).__name__
+    kinds = families.mixing_layers(_decoder(model))
+    if kinds:
+        state = f"keep a state of all tokens before ({', '.join(kinds)}), and so mixes tokens outside attention"
+        return f"{name} has layers that {state}. Its texts cannot share a pass."
+    if not _uses_attention_interface(model):
+        return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
+    return None
+
+
 def decoder_of(model: nn.Module) -> PreTrainedModel | None:
     """Return the model without its head, or None if there is no such part.
 
-    `get_decoder` looks for attributes by name, and finds the head of ModernBERT's decoder and nothing in Llama 4.
+    `get_decoder` looks for attributes by name, and finds the head of ModernBERT's decoder and nothing in Llama 4. In
+    Llama 4 with images it finds the causal LM of texts.
     """
     candidates = (model.get_decoder(), model.base_model, getattr(model, "model", None))  # type: ignore[operator]
-    return next((c for c in candidates if isinstance(c, PreTrainedModel) and c is not model), None)
-
-
-def limits_of(model: nn.Module) -> Limits:
-    """Return the limits on ids and positions."""
-    config: Any = _decoder(model).config
-    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    num_embeddings = embeddings.shape[0]
-    max_tokens: int | None = getattr(config, "max_position_embeddings", None)
-    scaled = [
-        (int(length), kind)
-        for kind, length in (_scaled_from(rope, max_tokens) for rope in _rope_parameters(config))
-        if length is not None
-    ]
-    if scaled:
-        length, kind = min(scaled)  # kinds of layers may differ
-        why = f"its {kind} rotary scaling changes all positions of a call that has a longer one"
-        return Limits(num_embeddings, length, why, _placeholders(model))
-    is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    why_hard = None if is_rotary else "its position embeddings are learned, one a position"
-    return Limits(num_embeddings, max_tokens, why_hard, _placeholders(model))
-
-
-def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int | None]:
-    """Return the kind of rotary scaling, and the length beyond which it looks at the longest position of a call."""
-    kind = str(rope.get("rope_type", "default"))
-    if "dynamic" in kind:  # transformers' code does not read the original length
-        return kind, max_tokens
-    return kind, rope.get("original_max_position_embeddings") or max_tokens if kind == "longrope" else None
-
-
-def _placeholders(model: nn.Module) -> frozenset[int]:
-    """Return the token ids that a model of texts and other media replaces by embeddings of these.
-
-    In texts alone, some classes embed such ids as others, and some do not.
-    """
-    config: Any = model.config
-    if config.get_text_config() is config:
-        return frozenset()
-    names = [f"{kind}_token_{suffix}" for kind in _MEDIA for suffix in ("id", "index")]
-    found = {getattr(config, name, None) for name in names}
-    offsets = [getattr(getattr(config, f"{kind}_config", None), "vocab_offset", None) for kind in _MEDIA]
-    lowest = min((offset for offset in offsets if offset is not None), default=None)
-    if lowest is not None:  # from here on the embedding has rows for other media
-        found |= set(range(lowest, model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator]
-    return frozenset(token_id for token_id in found if isinstance(token_id, int))
+    found = next((c for c in candidates if isinstance(c, PreTrainedModel) and c is not model), None)
+    return found if found is None or found.get_output_embeddings() is None else decoder_of(found)
 
 
 def make_body(model: nn.Module, attention_name: str) -> nn.Module:
     """Return a copy of the decoder whose attention is the registered function `attention_name`."""
     return _switched(_private_copy(_decoder(model)), attention_name)
+
+
+def make_own_body(model: nn.Module) -> nn.Module:
+    """Return a copy of the decoder with its own attention."""
+    body = _private_copy(_decoder(model))
+    families.limit_single_steps(body)
+    return body
 
 
 def make_trained_body(model: nn.Module, attention_name: str) -> nn.Module:
@@ -207,7 +146,18 @@ def make_trained_body(model: nn.Module, attention_name: str) -> nn.Module:
 
 def make_head(model: nn.Module) -> nn.Module:
     """Return a copy of the model that takes hidden states as `inputs_embeds` and only applies its head to them."""
-    return _private_copy(model, {id(_decoder(model)): _GivenHiddenStates()})
+    part = _below_head(model)
+    return _private_copy(model, {id(part): _GivenHiddenStates(part, _decoder(model))})
+
+
+def _below_head(model: nn.Module) -> nn.Module:
+    """Return the part whose output the head reads: the decoder, or the part that wraps it with towers for images."""
+    head, decoder = model.get_output_embeddings(), _decoder(model)  # type: ignore[operator]
+    part = model
+    while True:
+        part = next(child for child in part.children() if any(module is decoder for module in child.modules()))
+        if part is decoder or all(module is not head for module in part.modules()):
+            return part
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -216,10 +166,31 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 class _GivenHiddenStates(nn.Module):
-    """Takes the decoder's place, and returns its input as the last hidden state."""
+    """Takes the place of a part of the model, and returns its input as the last hidden state.
+
+    Other attributes that a head reads are those of the part. Where the head calls the decoder within the part, the
+    decoder's place is taken, too.
+    """
+
+    def __init__(self, part: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self._taken = (part, decoder)  # in a tuple, modules are no parts of this one
+        if hasattr(part, "config"):
+            self.config = copy.deepcopy(part.config)
 
     def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _DecoderOutput:
         return _DecoderOutput(last_hidden_state=inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+        part, decoder = self._taken
+        found = getattr(part, name)
+        is_around = isinstance(found, nn.Module) and any(module is decoder for module in found.modules())
+        return self if is_around else found
 
 
 @dataclass
@@ -235,7 +206,12 @@ class _DecoderOutput(ModelOutput):
 
 def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = None) -> nn.Module:
     # What has no numbers is not shared: the hooks of a copy put numbers in its place.
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
+    copied = copied_weights(model)
+    memo: dict[int, Any] = {
+        id(parameter): parameter
+        for parameter in model.parameters()
+        if not parameter.is_meta and id(parameter) not in copied
+    }
     memo |= {
         id(buffer): buffer for buffer in model.buffers() if buffer.nbytes > SHARED_BUFFER_BYTES and not buffer.is_meta
     }
@@ -246,6 +222,7 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
         if _has_trainers_forward(module):
             del module.forward
     spread.forget_movers(private)
+    families.keep_weights(private)
     for config in configs_of(private):
         config.return_dict = True
         config.output_hidden_states = config.output_attentions = config.use_cache = False
@@ -283,14 +260,15 @@ def replaced_forward(module: nn.Module) -> object | None:
 def _switched(body: nn.Module, attention_name: str) -> nn.Module:
     for config in configs_of(body):
         config._attn_implementation = attention_name
+    families.adapt(body)
     _fuse_gelu(body)
     return body
 
 
 def configs_of(model: nn.Module) -> list[Any]:
-    """Return the configurations of a model and of its parts."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return list(configs.values())
+    """Return the configurations of a model and of its parts; some parts call something else so."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())
 
 
 def _fuse_gelu(body: nn.Module) -> None:
@@ -302,17 +280,13 @@ def _fuse_gelu(body: nn.Module) -> None:
 
 
 def _uses_attention_interface(model: nn.Module) -> bool:
-    """Return whether the model declares the interface, or its code uses it without a declaration (StableLM)."""
-    return getattr(model, "_supports_attention_backend", False) or hasattr(
-        sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"
+    """Return whether the model or its decoder declares the interface, or uses it without a declaration (StableLM)."""
+    return any(
+        getattr(part, "_supports_attention_backend", False)
+        or hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS")
+        for part in (model, decoder_of(model))
+        if part is not None
     )
-
-
-def why_unlike_plain(model: nn.Module) -> str:
-    """Return the likely reason why packed logits of a model are not those of its plain call."""
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
-        return "It counts positions from its padding id on, and packed evaluation from 0."
-    return "Something in it mixes tokens outside attention, so its texts cannot share a pass."
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -345,15 +319,6 @@ def _first_hooked_module(model: nn.Module) -> str | None:
     return None
 
 
-def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rotary parameters; models with several kinds of layers have one set per kind."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" in parameters:
-        yield parameters
-    else:
-        yield from (value for value in parameters.values() if isinstance(value, dict))
-
-
 def is_rewritten_in_place(module: nn.Module) -> bool:
     """Return whether a module rewrites its own buffers while it runs, as rotary tables that depend on lengths do."""
     kinds = getattr(module, "rope_type", None)
@@ -363,23 +328,35 @@ def is_rewritten_in_place(module: nn.Module) -> bool:
 
 def vocab_size(model: nn.Module) -> int:
     """Return the number of tokens that the output head scores."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return weight.shape[0]
+    return _head_size(model)[0]
 
 
 def logit_row_bytes(model: nn.Module) -> int:
     """Return the bytes of one row of logits."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return weight.shape[0] * weight.element_size()
+    return vocab_size(model) * head_dtype(model).itemsize
 
 
 def head_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the output head's weights."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return weight.dtype
+    """Return the dtype of the head's results: that of its weights, or of the model's, where these are integers."""
+    weight: object = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else computed_dtype(model)
+
+
+def computed_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that a model computes in: that of its first floating-point parameter."""
+    dtypes = [parameter.dtype for parameter in model.parameters()]
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
 
 
 def hidden_size(model: nn.Module) -> int:
     """Return the size of the hidden states that the output head reads."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return weight.shape[1]
+    return _head_size(model)[1]
+
+
+def _head_size(model: nn.Module) -> tuple[int, int]:
+    """Return the outputs and inputs of the output head; the integers of a quantized weight may have another shape."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.shape[0], weight.shape[1]
+    return head.out_features, head.in_features

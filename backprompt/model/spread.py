@@ -9,9 +9,8 @@ Hooks run in private copies of a model as in the model. Maps of offloaded weight
 
 from __future__ import annotations
 
-import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from backprompt.errors import UnsupportedModelError
+from backprompt.model.quantized import numbers_of
 
-_HOOK = "_hf_hook"
+HOOK = "_hf_hook"
+"""Where a module has its hook of accelerate."""
 _ALIGN, _SEQUENCE = "AlignDevicesHook", "SequentialHook"
-_hook_of = operator.methodcaller("get", _HOOK)
 _PREFIXED, _LOADER = "PrefixedDataset", "OffloadedWeightsLoader"
 _MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 """Methods that accelerate replaces by functions, which would move the user's model when a copy is asked to move."""
@@ -134,20 +134,16 @@ def offloaded(model: nn.Module) -> list[Offloaded]:
 
 
 def named_numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the numbers of each parameter, wherever they lie."""
+    """Yield the name and the numbers of each parameter, wherever they lie; of quantized ones the scales."""
     elsewhere = {id(weight.like): weight for weight in offloaded(model)}
     for name, parameter in model.named_parameters():
-        yield name, elsewhere[id(parameter)].load() if id(parameter) in elsewhere else parameter.detach()
+        held = (elsewhere[id(parameter)].load(),) if id(parameter) in elsewhere else numbers_of(parameter)
+        yield from ((name, number.detach()) for number in held if number.is_floating_point())
 
 
 def has_hook(module: nn.Module) -> bool:
     """Return whether a module has a hook of accelerate, which wraps its forward method."""
-    return _HOOK in vars(module)
-
-
-def hooks_in(tables: Iterable[Mapping[str, object]]) -> list[object]:
-    """Return the hook of each module by its attributes, None for a module without one."""
-    return list(map(_hook_of, tables))
+    return HOOK in vars(module)
 
 
 def head_device(model: nn.Module) -> torch.device:
@@ -193,7 +189,7 @@ def forget_movers(private: nn.Module) -> None:
 
 def _hooks_of(module: nn.Module) -> list[Any]:
     """Return the hooks of a module, those of a sequence one by one."""
-    flat, waiting = [], [vars(module).get(_HOOK)]
+    flat, waiting = [], [vars(module).get(HOOK)]
     while waiting:
         hook = waiting.pop(0)
         if type(hook).__name__ == _SEQUENCE:

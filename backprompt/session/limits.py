@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from backprompt.arguments import is_int
 from backprompt.errors import EmptyTextError, GroupError, TextTooLongError, TokenIdError
-from backprompt.model.skeleton import Limits
+from backprompt.model.limits import Limits
 from backprompt.text.node import Text
+from backprompt.tokens.adapted import number_of, numbers_in, plain
 from backprompt.tokens.graph import TokenIds, ends_in_group, flat, num_positions
 
 
@@ -19,11 +20,13 @@ class TextLimits:
     Attributes:
         model: the limits of the model itself.
         beyond_trained_length: whether texts may be longer than the model was trained for.
+        adapters: the numbers of the adapters that segments are under.
 
     """
 
     model: Limits
     beyond_trained_length: bool
+    adapters: frozenset[int] = frozenset()
 
     def check(self, text: Text, token_ids: TokenIds, length: int | None = None) -> None:
         """Raise if a text cannot be evaluated; `length`: the positions that evaluation takes, by default all.
@@ -38,9 +41,10 @@ class TextLimits:
                 "token such as the tokenizer's BOS: Text.from_tokens([tokenizer.bos_token_id], lm)."
             )
         self._check_ids(text, flat(token_ids))
-        what = "tokens" if isinstance(token_ids, tuple) else "positions"
-        num_given = num_positions(token_ids)
-        self.check_length(repr(text), num_given, num_given if length is None else length, what)
+        what = "tokens" if isinstance(token_ids, tuple) or self.model.counts_tokens else "positions"
+        num_given, num_beside = num_positions(token_ids), self._num_beside(token_ids)
+        length = num_given if length is None else length
+        self.check_length(repr(text), num_given + num_beside, length + num_beside, what)
 
     def check_all(self, texts: Sequence[Text], encoded: Sequence[TokenIds], lengths: Sequence[int]) -> None:
         """Raise for the first text that cannot be evaluated; see `check`. `lengths`: how many positions each takes."""
@@ -53,16 +57,19 @@ class TextLimits:
         all_ids = list(map(flat, encoded))
         if not all(all_ids):
             return False
+        if self.adapters:
+            all_ids = [self._plain(ids) for ids in all_ids]
         lowest, highest = min(map(min, all_ids), default=0), max(map(max, all_ids), default=0)
         has_room = self.model.max_tokens is None or max(lengths, default=0) <= self.model.max_tokens
-        return has_room and lowest >= 0 and highest < self.model.num_embeddings
+        is_plain = not self.model.counts_tokens or not any(map(self._num_beside, encoded))
+        return has_room and is_plain and lowest >= 0 and highest < self.model.num_embeddings
 
     def check_room(self, text: Text, token_ids: TokenIds, max_new_tokens: int) -> None:
         """Raise TextTooLongError if there is no room for `max_new_tokens` behind a text."""
         limits = self.model
         if limits.max_tokens is None or (limits.why_hard is None and self.beyond_trained_length):
             return
-        room = limits.max_tokens - num_positions(token_ids)
+        room = limits.max_tokens - num_positions(token_ids) - self._num_beside(token_ids)
         if max_new_tokens > room:
             raise TextTooLongError(
                 f"{text!r} has {num_positions(token_ids)} tokens and the model {limits.max_tokens} positions, so there "
@@ -84,13 +91,24 @@ class TextLimits:
             raise TokenIdError(f"Token id {token_id} is not one of the model's, which are 0 to {num_embeddings - 1}.")
         return int(token_id)
 
+    def _plain(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ids without their adapters; ids with other numbers are no ids of a model at all."""
+        if self.adapters.issuperset(numbers_in(ids)):
+            return plain(ids)
+        return tuple(plain([token_id])[0] if number_of(token_id) in self.adapters else token_id for token_id in ids)
+
+    def _num_beside(self, token_ids: TokenIds) -> int:
+        """Return how many tokens stand beside others at the same positions, where the model's limit counts them."""
+        return len(flat(token_ids)) - num_positions(token_ids) if self.model.counts_tokens else 0
+
     def _check_ids(self, text: Text, ids: tuple[int, ...]) -> None:
+        ids = self._plain(ids)
         num_embeddings = self.model.num_embeddings
         if min(ids) < 0 or max(ids) >= num_embeddings:
             position, token_id = next((p, t) for p, t in enumerate(ids) if not 0 <= t < num_embeddings)
             raise TokenIdError(
-                f"{text!r} has token id {token_id} at position {position}, but the model's embedding has ids 0 to "
-                f"{num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
+                f"{text!r} has token id {token_id} at position {position}, but the model's embedding and head have ids "
+                f"0 to {num_embeddings - 1}. Use the model's own tokenizer, or model.resize_token_embeddings(...)."
             )
 
     def check_length(self, shown: str, num_given: int, length: int, what: str = "tokens") -> None:

@@ -7,7 +7,8 @@ of the adapters is probed once. All is forgotten when the model gets other parts
 
 from __future__ import annotations
 
-from backprompt.evaluation.computation import Computation, Probed
+from backprompt.evaluation.computation import Computation
+from backprompt.evaluation.probed import Probed
 from backprompt.session.fingerprint import Fingerprint
 
 

@@ -20,10 +20,12 @@ from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.holders import PinnedText
 from backprompt.forest.keys import key_of
 from backprompt.forest.span import Inserted, Span
+from backprompt.memory.snapshots import snapshot_of
 from backprompt.session.evaluated import Evaluated
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
 from backprompt.text.node import Text
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenGraph, flat
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class ModelRepr:
     @property
     def input_ids(self) -> Tensor:
         """Token ids in written order, `(tokens,)`, int64."""
-        return torch.tensor(flat(self._evaluated.token_ids), device=self._evaluated.evaluator.executor.device)
+        return torch.tensor(plain(flat(self._evaluated.token_ids)), device=self._evaluated.evaluator.executor.device)
 
     @property
     def key(self) -> str:
@@ -107,8 +109,14 @@ class ModelRepr:
         single token before it has nan: a text's first, and the first behind a group. A branch's first token follows
         the token before the group.
         """
-        with self._held() as (evaluator, text):
-            return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
+        with self._session.exclusive():
+            self._check_evaluator(self._session.evaluator)
+            if self._evaluated.is_computed:
+                scored = self._evaluated.evaluator.readout.scored_logprobs(self._evaluated.inserted)
+                if scored is not None:  # nothing is computed, so nothing has to be held for it
+                    return scored
+            with self._held() as (evaluator, text):
+                return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
 
     @property
     def hidden_states(self) -> Tensor:
@@ -138,6 +146,7 @@ class ModelRepr:
 
         Raises:
             GroupError: the text has groups or frozen segments, whose positions a cache of transformers cannot express.
+            UnsupportedModelError: the model's own cache has another form.
 
         """
         if isinstance(self._evaluated.token_ids, TokenGraph):
@@ -146,7 +155,7 @@ class ModelRepr:
                 "number of cached tokens for the next position. Read logits and log-probabilities from the text itself."
             )
         with self._held(with_keys_values=True) as (evaluator, text):
-            return evaluator.executor.dynamic_cache(evaluator.readout.keys_values(text.end))
+            return evaluator.executor.dynamic_cache(evaluator.readout.keys_values(text.end), snapshot_of(text.end))
 
     @contextmanager
     def _held(self, *, with_keys_values: bool = False) -> Iterator[tuple[Evaluator, Inserted]]:
@@ -246,4 +255,4 @@ def save(session: Session, text: Text) -> None:
 
 def _num_bytes(evaluator: Evaluator, end: Span) -> int:
     """Return the bytes of a text's distinct tokens."""
-    return sum(len(span.token_ids) for span in end.closure()) * evaluator.executor.token_bytes
+    return evaluator.computation.num_bytes_of([end])

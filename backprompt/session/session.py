@@ -25,7 +25,8 @@ from torch import nn
 
 from backprompt.errors import StaleRepresentationError
 from backprompt.evaluation.archive import Archive
-from backprompt.evaluation.computation import Counters, Means
+from backprompt.evaluation.computation import Means
+from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.distributions import Asked, Distributions, distributions
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
@@ -33,13 +34,13 @@ from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import Scoring
 from backprompt.forest.span import Span
 from backprompt.forking import watch_lm
-from backprompt.memory.budget import default_host_bytes, default_max_bytes, parse_bytes
 from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
 from backprompt.memory.location import Location
 from backprompt.model.executor import Executor, plain_surroundings
 from backprompt.model.skeleton import check_supported, unwrap
-from backprompt.model.spread import devices_of, head_device
+from backprompt.model.spread import head_device
+from backprompt.session.budgets import Budgets
 from backprompt.session.evaluated import Batch, Evaluated
 from backprompt.session.fingerprint import Fingerprint
 from backprompt.session.limits import TextLimits
@@ -48,6 +49,7 @@ from backprompt.session.probes import Probes
 from backprompt.session.texts import TextSession
 from backprompt.store import Store, open_store
 from backprompt.text.node import Text
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.encoder import Encoder
 from backprompt.tokens.tokenizer import PrivateTokenizer
 
@@ -81,22 +83,15 @@ class Session(TextSession):
         self.options = options
         causal_lm = unwrap(model)
         check_supported(causal_lm)
-        device = head_device(causal_lm)
         if options.pin_memory:
-            check_can_pin(device)
-        memory, host_memory = options.memory_bytes, options.host_memory_bytes
-        self._memory_bytes = default_bytes(causal_lm) if memory is None else parse_bytes(memory)
-        if host_memory is None:
-            self._host_memory_bytes = default_host_bytes(device)
-        else:
-            self._host_memory_bytes = parse_bytes(host_memory, "host_memory_bytes")
+            check_can_pin(head_device(causal_lm))
+        self._budgets = Budgets.of(options, causal_lm)
         self.lock = threading.RLock()
         self._has_failed = False  # since the evaluator last recovered
         self._has_looked = False  # at weights and tokenizer, since the lock was taken
         self.counters = Counters()
         self.store: Store | None = None
         private = PrivateTokenizer(tokenizer)
-        self.encoder = self._make_encoder(private)
         if isinstance(options.store, (str, os.PathLike)):
             self.store = open_store(options.store)
             weakref.finalize(self, self.store.close)  # nobody else can close it
@@ -104,6 +99,7 @@ class Session(TextSession):
             self.store = options.store
         self.fingerprint = Fingerprint(model, private, self.store)  # before the first use of the weights
         self.evaluator = self._make_evaluator(self.fingerprint)
+        self.encoder = _make_encoder(self.options, private, self.evaluator)
         self._evaluated: WeakKeyDictionary[Text, Evaluated] = WeakKeyDictionary()
         self._probes = Probes()
         watch_lm(self)
@@ -209,7 +205,8 @@ class Session(TextSession):
     @property
     def limits(self) -> TextLimits:
         """The limits for texts that can be evaluated."""
-        return TextLimits(self.evaluator.executor.limits, self.options.beyond_trained_length)
+        executor = self.evaluator.executor
+        return TextLimits(executor.limits, self.options.beyond_trained_length, executor.adapters.numbers)
 
     @property
     def vocab_size(self) -> int:
@@ -228,6 +225,11 @@ class Session(TextSession):
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
         """Evaluate the texts, computing only missing spans; the lock must be held."""
         evaluator = self.current()
+        one = self._evaluated.get(texts[0]) if len(texts) == 1 else None
+        if one is not None and one.is_computed:  # a property of one text, say: below it would take twice as long
+            evaluator.memory.touch([one.end])
+            self.counters.tokens_requested += len(one.token_ids)
+            return [one]
         found = zip(texts, map(self._evaluated.get, texts), strict=True) if self._evaluated else ()
         known = {text: evaluated for text, evaluated in found if evaluated is not None and evaluated.is_computed}
         evaluator.memory.touch([found.end for found in known.values()])
@@ -265,26 +267,23 @@ class Session(TextSession):
 
     # Making and starting over
 
-    def _make_encoder(self, tokenizer: PrivateTokenizer) -> Encoder:
-        return Encoder(tokenizer, self.options.joins, self.options.add_special_tokens)
-
     def _make_evaluator(self, fingerprint: Fingerprint) -> Evaluator:
         model, archive = unwrap(self.model), None
         pinned = Location(torch.device("cpu"), self.options.pin_memory)
-        tokenizer = fingerprint.tokenizer
+        decode = partial(_decoded, fingerprint.tokenizer)
         if self.store is not None:  # a cycle with the session would keep tensors alive for longer than the LM
             root = partial(fingerprint.root, in_store=True)
-            archive = Archive(self.store, root, fingerprint.has_changed, tokenizer.decode)
-        executor = Executor(model, tokenizer.decode, pack_weights=self.options.pack_weights)
+            archive = Archive(self.store, root, fingerprint.has_changed, decode)
+        executor = Executor(model, decode, pack_weights=self.options.pack_weights)
         order = GreedyDual(executor.hidden_size)
         here = Location(executor.device, device_of=executor.device_of)
-        host = HostMemory(self._host_memory_bytes, order.rank, pinned, here)
+        host = HostMemory(self._budgets.host, order.rank, pinned, here)
         return Evaluator(
             Means(
                 model=model,
                 has_changed=fingerprint.has_changed,
                 executor=executor,
-                memory=Memory(self._memory_bytes, order, host),
+                memory=Memory(self._budgets.device, order, host),
                 pools=Pools(MAX_RESULT_BYTES),
                 archive=archive,
                 counters=self.counters,
@@ -305,7 +304,7 @@ class Session(TextSession):
         else:
             old = self.evaluator.computation
             self._probes.pass_on(self.fingerprint, old, fingerprint, evaluator.computation)
-        encoder = self._make_encoder(fingerprint.tokenizer)
+        encoder = _make_encoder(self.options, fingerprint.tokenizer, evaluator)
         self.evaluator.close()
         self._evaluated = WeakKeyDictionary()
         self.encoder = encoder
@@ -313,6 +312,10 @@ class Session(TextSession):
         self.evaluator = evaluator
 
 
-def default_bytes(model: nn.Module) -> int:
-    """Return the default budget: where layers lie on several devices, that of the device with the least free memory."""
-    return min(map(default_max_bytes, devices_of(model)))
+def _decoded(tokenizer: PrivateTokenizer, token_ids: Sequence[int]) -> str:
+    """Return the string of ids, whatever adapters they are under."""
+    return tokenizer.decode(plain(token_ids))
+
+
+def _make_encoder(options: Options, tokenizer: PrivateTokenizer, evaluator: Evaluator) -> Encoder:
+    return Encoder(tokenizer, options.joins, options.add_special_tokens, evaluator.executor.adapters.number_of)

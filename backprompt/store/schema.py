@@ -8,6 +8,8 @@ An entry of T tokens has these tensors, with the same number of layers for keys 
     keys.0, keys.1, ...        (kv_heads, T, head_dim)      floating point
     values.0, values.1, ...    (kv_heads, T, value_dim)     floating point
 
+    snapshot                   (bytes,)                     uint8, only where the model has recurrent states
+
 In a store of reduced precision (precision.py) floating-point tensors may be float16; with "int8", keys and values may
 be int8, each with its scales: "keys.0.scale", (kv_heads, T, 1), float32.
 
@@ -37,6 +39,9 @@ MAX_NAME_LENGTH = 200
 
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_LENGTH}}}")
 _WORDS = re.compile(r"[ -~]{1,200}")
+SNAPSHOT = "snapshot"
+"""The name of the tensor with the states of a model behind the last token."""
+
 _LAYER = re.compile(r"(keys|values)\.(0|[1-9][0-9]{0,5})")
 _OPTIONAL = frozenset({"is_argmax"})
 _FLOATS = frozenset(COMPUTED_DTYPES.values())
@@ -107,6 +112,9 @@ def check_tensors(
         DamagedEntryError: a tensor is missing or superfluous, or has another shape or dtype.
 
     """
+    found = dict(found)
+    _check_snapshot(found.pop(SNAPSHOT, None), expected)
+    expected = None if expected is None else {name: spec for name, spec in expected.items() if name != SNAPSHOT}
     scales = {name: spec for name, spec in found.items() if isinstance(name, str) and name.endswith(SCALE)}
     tensors = {name: spec for name, spec in found.items() if name not in scales}
     _check_names(tensors, _names_of_any_model(tensors) if expected is None else frozenset(expected))
@@ -117,6 +125,16 @@ def check_tensors(
         _check_shape(header, name, spec, None if expected is None else expected[name])
         _check_dtype(header, name, spec, None if expected is None else expected[name])
         _check_scale(header, name, spec, scales.get(name + SCALE))
+
+
+def _check_snapshot(found: TensorSpec | None, expected: Mapping[str, TensorSpec] | None) -> None:
+    """Raise for a snapshot that an entry cannot have; an entry may have none."""
+    if found is None:
+        return
+    if expected is not None and found != expected.get(SNAPSHOT):
+        raise DamagedEntryError("its snapshot is not one of the model's states")
+    if found.dtype != torch.uint8 or len(found.shape) != 1 or found.shape[0] < 1:
+        raise DamagedEntryError(f"its snapshot is {found.dtype} of the shape {found.shape}")
 
 
 def _check_precision(header: Header) -> None:

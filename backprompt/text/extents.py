@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from backprompt.text.segments import Adapted, Leaf
+
 
 @dataclass(frozen=True)
 class Join:
@@ -37,7 +39,8 @@ class Extent:
     """The tokens of a segment of a text. A token that spans a join belongs to the segment behind the join.
 
     Attributes:
-        segment: a string or token ids; each segment inside the branches of a group has an extent of its own.
+        segment: a string or token ids, or either with its adapter (`Adapted`); each segment inside the branches of a
+            group has an extent of its own.
         start, stop: the first token and the one behind the last, counted in `text.tokens`. Special tokens belong to the
             segment next to them.
         replaced: the ids that the join with this segment changed: from `start` on, the ids of the text before this
@@ -48,7 +51,7 @@ class Extent:
 
     """
 
-    segment: str | tuple[int, ...]
+    segment: Leaf | Adapted
     start: int
     stop: int
     replaced: tuple[int, ...] = ()

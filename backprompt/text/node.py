@@ -23,7 +23,7 @@ from backprompt.arguments import as_bool, as_choice, as_list, is_python_int
 from backprompt.errors import MixedModelsError, TextTypeError
 from backprompt.text.engine import Engine, as_engine
 from backprompt.text.questions import Questions, bound_engine
-from backprompt.text.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown
+from backprompt.text.segments import POSITIONS, Branch, Group, Positions, Segment, leaves, shown, under_adapter
 from backprompt.visible import abbreviated, shortened
 
 PRIME = (1 << 61) - 1
@@ -187,6 +187,32 @@ class Text(Questions):
             return self
         branch = Branch(segments, is_frozen=True, add_special_tokens=self._add_special_tokens)
         return _leaf(Group((branch,)), self._lm)
+
+    def with_adapter(self, name: str | None) -> Text:
+        """Return this text with all its tokens computed under one adapter of the model, whatever adapters are active.
+
+            (context + question.with_adapter("judge")).logits
+
+        The text before and behind is not changed: `context` is computed once for questions under any adapter. The
+        adapter takes the place of those that parts of this text have. Tokens without an adapter of their own are
+        computed under the active adapters of the model. What is added behind a text (generated tokens, completions of
+        `classify`) is computed under the adapter of the text's last segment.
+
+        Args:
+            name: the name of a LoRA that is loaded into the model (peft's `load_adapter`, or transformers'). Whether
+                the model has it shows on evaluation. None: no adapter.
+
+        Raises:
+            TextTypeError: `name` is neither a `str` nor None.
+
+        """
+        if not (name is None or isinstance(name, str)):
+            raise TextTypeError(f"with_adapter takes the name of an adapter or None, not {abbreviated(name)}.")
+        with lazily():
+            text = _from_segments(under_adapter(self.segments, name), self._lm, self._add_special_tokens)
+        if _EAGER.get():
+            text._evaluate_eagerly()
+        return text
 
     # Reading, without a model
 

@@ -67,6 +67,42 @@ class Questions:
         """
         return self.model_repr.token_logprobs
 
+    def entropies(self, *, temperature: float = 1.0) -> Tensor:
+        """Return the entropy of the distribution that predicts each token, `(tokens,)`, nats.
+
+        Evaluates the text if need be. A row of the output head for each token is computed, and not kept; `lm.entropies`
+        takes many texts at a time. nan for a token without a prediction.
+
+        Args:
+            temperature: divides the logits.
+
+        Raises:
+            ValueError: the temperature is not above 0.
+            All errors of `backprompt.evaluate`.
+
+        """
+        found: Tensor = outside("entropies")(self, temperature)
+        return found
+
+    def top_logprobs(self, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities and ids of the most probable tokens in the place of each token.
+
+        Args:
+            k: how many tokens.
+            temperature: divides the logits.
+
+        Returns:
+            Log-probabilities `(tokens, k)`, in falling order, nats, and ids `(tokens, k)`; nan and -1 for a token
+            without a prediction. See `lm.top_logprobs`, which takes many texts at a time.
+
+        Raises:
+            ValueError: `k` is no int from 1 to the size of the vocabulary.
+            All errors of `entropies`.
+
+        """
+        found: tuple[Tensor, Tensor] = outside("top_logprobs")(self, k, temperature)
+        return found
+
     def generate(self, **options: Any) -> Any:
         r"""Let the model continue this text; takes the arguments of `backprompt.generate`.
 

@@ -3,22 +3,42 @@
     "context " + ("shot a" | "shot b") + " question"
 
 has three segments: a string, a `Group` of two branches, and a string. A branch is a sequence of segments itself, so
-groups nest. A frozen segment sees nothing before it: a group of one frozen branch.
+groups nest. A frozen segment sees nothing before it: a group of one frozen branch. A string or token ids may stand
+under an adapter of the model: `Adapted`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Literal, TypeAlias
 
 from backprompt.errors import GroupError
 
-Segment: TypeAlias = "str | tuple[int, ...] | Group"
-"""A string, token ids that are used unchanged, or a group."""
+Leaf: TypeAlias = "str | tuple[int, ...]"
+"""A string, or token ids that are used unchanged."""
+
+Segment: TypeAlias = "Leaf | Adapted | Group"
+"""A leaf, a leaf under an adapter, or a group."""
 
 Positions: TypeAlias = Literal["shared", "sequential"]
 POSITIONS: tuple[Positions, ...] = ("shared", "sequential")
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A leaf that is computed under one adapter of the model, whatever adapters are active.
+
+    Attributes:
+        leaf: a string or token ids; not empty.
+        adapter: the adapter's name; None: no adapter at all.
+
+    """
+
+    leaf: Leaf
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -72,8 +92,13 @@ class Group:
             )
 
 
-def leaves(segments: Iterable[Segment]) -> Iterator[str | tuple[int, ...]]:
+def leaves(segments: Iterable[Segment]) -> Iterator[Leaf]:
     """Yield the strings and tuples of token ids, including those in groups, in written order."""
+    yield from map(bare, marked_leaves(segments))
+
+
+def marked_leaves(segments: Iterable[Segment]) -> Iterator[Leaf | Adapted]:
+    """Yield the same, each with its adapter."""
     stack = [iter(segments)]
     while stack:
         segment = next(stack[-1], None)
@@ -85,8 +110,50 @@ def leaves(segments: Iterable[Segment]) -> Iterator[str | tuple[int, ...]]:
             yield segment
 
 
+def bare(segment: Leaf | Adapted) -> Leaf:
+    """Return a leaf without its adapter."""
+    return segment.leaf if isinstance(segment, Adapted) else segment
+
+
+def are_adapted(segments: Iterable[Segment]) -> bool:
+    """Return whether a leaf has an adapter of its own."""
+    return any(isinstance(leaf, Adapted) for leaf in marked_leaves(segments))
+
+
+def under_adapter(segments: Iterable[Segment], adapter: str | None) -> tuple[Segment, ...]:
+    """Return segments with all leaves under an adapter, in place of any other."""
+    return tuple(
+        Group(
+            tuple(replace(branch, segments=under_adapter(branch.segments, adapter)) for branch in segment.branches),
+            segment.positions,
+        )
+        if isinstance(segment, Group)
+        else Adapted(bare(segment), adapter)
+        for segment in segments
+    )
+
+
+def last_leaf(segments: Sequence[Segment]) -> Leaf | Adapted | None:
+    """Return the last leaf in written order; None if there is none."""
+    while segments and isinstance(segments[-1], Group):
+        segments = segments[-1].branches[-1].segments
+    return segments[-1] if segments else None  # type: ignore[return-value]  # no group
+
+
 def shown(segments: Iterable[Segment]) -> str:
-    """Return segments as an expression that shows their grouping; adjacent strings are merged."""
+    """Return segments as an expression that shows their grouping; adjacent strings of one adapter are merged."""
+    parts: list[str] = []
+    adapter_of = attrgetter("adapter")
+    for is_adapted, side_by_side in itertools.groupby(segments, key=lambda segment: isinstance(segment, Adapted)):
+        if not is_adapted:
+            parts += _shown_parts(side_by_side)
+            continue
+        for adapter, alike in itertools.groupby(side_by_side, key=adapter_of):
+            parts += (f"({part}).with_adapter({adapter!r})" for part in _shown_parts(leaves(alike)))
+    return " + ".join(parts) if parts else repr("")
+
+
+def _shown_parts(segments: Iterable[Segment]) -> list[str]:
     parts: list[str] = []
     string = ""
     for segment in segments:
@@ -94,10 +161,9 @@ def shown(segments: Iterable[Segment]) -> str:
             parts += [*([repr(string)] if string else []), _shown_group(segment)]
             string = ""
         else:
-            string += segment if isinstance(segment, str) else f"<{len(segment)} token ids>"
-    if string or not parts:
-        parts.append(repr(string))
-    return " + ".join(parts)
+            leaf = bare(segment)
+            string += leaf if isinstance(leaf, str) else f"<{len(leaf)} token ids>"
+    return [*parts, repr(string)] if string else parts
 
 
 def _shown_group(group: Group) -> str:

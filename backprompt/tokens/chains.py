@@ -1,4 +1,4 @@
-"""Chains: adjacent segments of a text with no group between, which are encoded together."""
+"""Chains: adjacent segments of a text with no group between, which are encoded together, whatever their adapters."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeAlias
 
-from backprompt.text.segments import Group, Segment
+from backprompt.text.segments import Adapted, Group, Leaf, Segment, bare
 
-Leaf: TypeAlias = "str | tuple[int, ...]"
+Marked: TypeAlias = "Leaf | Adapted"
+"""A leaf, perhaps under an adapter."""
 
 
 class Chain(NamedTuple):
@@ -16,6 +17,17 @@ class Chain(NamedTuple):
 
     leaves: tuple[Leaf, ...]
     is_continuation: bool  # whether any text stands before
+
+    def up_to(self, leaf_idx: int) -> Chain:
+        """Return the chain of the leaves before this one."""
+        return Chain(self.leaves[:leaf_idx], self.is_continuation)
+
+
+class MarkedChain(NamedTuple):
+    """A chain, and its leaves with their adapters."""
+
+    chain: Chain
+    leaves: tuple[Marked, ...]
 
 
 class GroupPiece(NamedTuple):
@@ -25,7 +37,7 @@ class GroupPiece(NamedTuple):
     is_continuation: bool
 
 
-def pieces_of(segments: Iterable[Segment], is_continuation: bool) -> Iterator[Chain | GroupPiece]:
+def pieces_of(segments: Iterable[Segment], is_continuation: bool) -> Iterator[MarkedChain | GroupPiece]:
     """Yield chains and groups, from left to right."""
     for is_group, side_by_side in itertools.groupby(segments, key=lambda segment: isinstance(segment, Group)):
         if is_group:
@@ -34,15 +46,16 @@ def pieces_of(segments: Iterable[Segment], is_continuation: bool) -> Iterator[Ch
                 yield GroupPiece(group, is_continuation)
                 is_continuation = True
         else:
-            yield Chain(tuple(leaf for leaf in side_by_side if not isinstance(leaf, Group)), is_continuation)
+            marked = tuple(leaf for leaf in side_by_side if not isinstance(leaf, Group))
+            yield MarkedChain(Chain(tuple(map(bare, marked)), is_continuation), marked)
             is_continuation = True
 
 
 def chains_of(segments: Iterable[Segment], is_continuation: bool = False) -> Iterator[Chain]:
     """Yield all chains of a text, including those in branches, in written order."""
     for piece in pieces_of(segments, is_continuation):
-        if isinstance(piece, Chain):
-            yield piece
+        if isinstance(piece, MarkedChain):
+            yield piece.chain
         else:
             for branch in piece.group.branches:
                 yield from chains_of(branch.segments, piece.is_continuation and not branch.is_frozen)

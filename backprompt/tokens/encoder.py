@@ -12,35 +12,58 @@ encoded like the beginning of a text. A frozen branch is encoded as a text of it
 Under `joins="exact"` a run is encoded as one string. Texts that share a beginning share the work: their segments are
 arranged as a trie, and the string that a node adds is encoded once, up to the last place where the string can provably
 be cut. Under `joins="split"` every segment is encoded on its own, the later ones as continuations.
+
+Adapters change no token of a run. A token that spans a join has the adapter of the segment behind the join. Special
+tokens have the adapter of the segment next to them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from backprompt.arguments import lone_surrogate, surrogate_message
-from backprompt.errors import JoinError, TokenizerError
+from backprompt.errors import AdapterError, JoinError, TokenizerError
 from backprompt.text.extents import Extent, Join
 from backprompt.text.node import Text, note, noted
-from backprompt.text.segments import Branch, Group, Segment, leaves
-from backprompt.tokens.chains import Chain, Leaf, chains_of, pieces_of
-from backprompt.tokens.graph import Part, TokenBranch, TokenGroup, TokenIds, as_token_ids, common_length
+from backprompt.text.segments import Adapted, Branch, Group, Leaf, Segment, bare, leaves, marked_leaves
+from backprompt.tokens.adapted import plain, under
+from backprompt.tokens.chains import Chain, Marked, MarkedChain, chains_of, pieces_of
+from backprompt.tokens.graph import Part, TokenBranch, TokenGroup, TokenIds, as_token_ids, common_length, flat
 from backprompt.tokens.joins import Joins, changed_joins
 from backprompt.tokens.tokenizer import EncodesStrings, added
 from backprompt.tokens.trie import Trie, TrieNode, encode_chains
 from backprompt.warn import warn_caller
 
 
-class Encoder:
-    """Encodes texts; remembers each text's ids for as long as the text lives."""
+def _no_adapters(name: str | None) -> int:
+    raise AdapterError(f"There is no model that could have the adapter {name!r}.")
 
-    def __init__(self, tokenizer: EncodesStrings, joins: Joins, add_special_tokens: bool) -> None:
+
+class Encoder:
+    """Encodes texts; remembers each text's ids for as long as the text lives.
+
+    Args:
+        tokenizer: encodes strings.
+        joins: see `LM`.
+        add_special_tokens: see `LM`.
+        number_of: returns the number of the adapter with this name; see adapted.py.
+
+    """
+
+    def __init__(
+        self,
+        tokenizer: EncodesStrings,
+        joins: Joins,
+        add_special_tokens: bool,
+        number_of: Callable[[str | None], int] = _no_adapters,
+    ) -> None:
         self.tokenizer = tokenizer
         self._joins = joins
         self._add_special_tokens = add_special_tokens
+        self._number_of_name = number_of
         self._encoded: WeakKeyDictionary[Text, TokenIds] = WeakKeyDictionary()  # for equal texts
         self._mark = object()  # texts keep ids under it, and so do not keep the tokenizer alive
 
@@ -49,6 +72,7 @@ class Encoder:
 
         Raises:
             JoinError: under `joins="error"`, tokens change where two segments of a text meet.
+            AdapterError: the model has no such adapter.
             TokenizerError: the tokenizer cannot encode a string.
 
         """
@@ -90,9 +114,13 @@ class Encoder:
     def _extents(self, text: Text, num_tokens: int, ids_of: Mapping[Chain, tuple[int, ...]]) -> list[Extent]:
         extents: list[Extent] = []
         num_special = self._num_prefix_ids(_as_branch(text), ids_of)
+        marked = marked_leaves(text.segments)
         for chain, num_before in zip(chains_of(text.segments), num_special, strict=True):
             start = extents[-1].stop if extents else 0
-            own = _extents_of(chain, ids_of, start + num_before)
+            own = [
+                replace(extent, segment=segment)
+                for extent, segment in zip(_extents_of(chain, ids_of, start + num_before), marked, strict=False)
+            ]
             extents += [replace(own[0], start=start, num_special=num_before), *own[1:]]
         return [*extents[:-1], *(replace(last, stop=num_tokens) for last in extents[-1:])]
 
@@ -165,7 +193,11 @@ class Encoder:
         """Yield the texts whose tokens, `encoded`, differ from those of their segments apart."""
         if self.tokenizer.encodes_continuations:
             apart = self._encode_texts(texts, split=True)
-            yield from (text for text, ids, split in zip(texts, encoded, apart, strict=True) if ids != split)
+            yield from (
+                text
+                for text, ids, split in zip(texts, encoded, apart, strict=True)
+                if plain(flat(ids)) != plain(flat(split))
+            )
         else:
             yield from filter(self.joins, texts)
 
@@ -178,9 +210,8 @@ class Encoder:
 
     def _encode_branches(self, texts: Sequence[Branch], *, split: bool) -> list[TokenIds]:
         """Encode texts, all together."""
-        ids_of = encode_chains(
-            self.tokenizer, {chain for text in texts for chain in chains_of(text.segments)}, split=split
-        )
+        chains = {chain for text in texts for chain in self._chains_to_encode(text.segments)}
+        ids_of = encode_chains(self.tokenizer, chains, split=split)
         return [as_token_ids(self._whole(text, ids_of)) for text in texts]
 
     def _whole(
@@ -189,8 +220,12 @@ class Encoder:
         """Return the parts of a text with the special tokens of a whole string; not `is_last`: more text follows."""
         prefix, suffix = self._special_ids(branch, ids_of)
         parts = self._parts(branch.segments, False, ids_of)
-        if prefix and parts and isinstance(parts[0], tuple) and parts[0][: len(prefix)] == prefix:
+        if prefix and parts and isinstance(parts[0], tuple) and plain(parts[0][: len(prefix)]) == prefix:
             self._warn_of_repeated(prefix)
+        if prefix:
+            prefix = under(self._number_at_start(branch.segments), prefix)
+        if suffix and branch.segments:
+            suffix = under(self._number_of(branch.segments[-1]), suffix)
         return ((prefix,) if prefix else ()) + parts + ((suffix,) if suffix and is_last else ())
 
     def _special_ids(
@@ -201,8 +236,10 @@ class Encoder:
         if not (self._add_special_tokens and branch.add_special_tokens and _begins_with_string(segments)):
             return (), ()
         first = next(pieces_of(segments, is_continuation=False), None)
-        prefix, suffix = self.tokenizer.special_ids_around(ids_of[first] if isinstance(first, Chain) else ())
-        return prefix, suffix if all(isinstance(segment, str) for segment in segments) else ()
+        prefix, suffix = self.tokenizer.special_ids_around(
+            ids_of[first.chain] if isinstance(first, MarkedChain) else ()
+        )
+        return prefix, suffix if all(isinstance(_bare(segment), str) for segment in segments) else ()
 
     def _warn_of_repeated(self, prefix: tuple[int, ...]) -> None:
         warn_caller(
@@ -216,8 +253,8 @@ class Encoder:
     ) -> tuple[Part, ...]:
         parts: list[Part] = []
         for piece in pieces_of(segments, is_continuation):
-            if isinstance(piece, Chain):
-                parts.append(ids_of[piece])
+            if isinstance(piece, MarkedChain):
+                parts.append(self._under_adapters(piece, ids_of))
                 continue
             branches = []
             for branch in piece.group.branches:
@@ -229,11 +266,49 @@ class Encoder:
             parts.append(TokenGroup(tuple(branches), piece.group.positions == "sequential"))
         return tuple(parts)
 
+    def _chains_to_encode(self, segments: Sequence[Segment], is_continuation: bool = False) -> Iterator[Chain]:
+        """Yield the chains of a text, and their beginnings up to each join behind which there are other adapters."""
+        for piece in pieces_of(segments, is_continuation):
+            if isinstance(piece, MarkedChain):
+                yield piece.chain
+                yield from (piece.chain.up_to(idx) for idx in self._joins_of_adapters(piece.leaves))
+                continue
+            for branch in piece.group.branches:
+                yield from self._chains_to_encode(branch.segments, piece.is_continuation and not branch.is_frozen)
+
+    def _joins_of_adapters(self, leaves: Sequence[Marked]) -> range:
+        """Return the indices of leaves from the first one on that is under another adapter than the leaf before."""
+        numbers = list(map(self._number_of, leaves))
+        changes = (idx for idx in range(1, len(numbers)) if numbers[idx] != numbers[idx - 1])
+        return range(next(changes, len(numbers)), len(numbers))
+
+    def _under_adapters(self, piece: MarkedChain, ids_of: Mapping[Chain, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the ids of a chain, those of each leaf under its adapter."""
+        ids = ids_of[piece.chain]
+        later: tuple[int, ...] = ()
+        for idx in reversed(self._joins_of_adapters(piece.leaves)):
+            start = common_length(ids_of[piece.chain.up_to(idx)], ids, 0)
+            later = under(self._number_of(piece.leaves[idx]), ids[start:]) + later
+            ids = ids[:start]  # a later join may have changed earlier tokens
+        return under(self._number_of(piece.leaves[0]), ids) + later
+
+    def _number_of(self, segment: Segment) -> int:
+        """Return the number of a leaf's adapter."""
+        return self._number_of_name(segment.adapter) if isinstance(segment, Adapted) else 0
+
+    def _number_at_start(self, segments: Sequence[Segment]) -> int:
+        """Return the number of the adapter that a text begins with; 0 for a group whose branches begin with several."""
+        first = segments[0] if segments else ""
+        if not isinstance(first, Group):
+            return self._number_of(first)
+        numbers = {self._number_at_start(branch.segments) for branch in first.branches if not branch.is_frozen}
+        return numbers.pop() if len(numbers) == 1 else 0
+
     def _num_prefix_ids(self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]]) -> list[int]:
         """Return the number of special tokens before each chain of a branch; a frozen branch is a text of its own."""
         counts: list[int] = []
         for piece in pieces_of(branch.segments, is_continuation=False):
-            if isinstance(piece, Chain):
+            if isinstance(piece, MarkedChain):
                 counts.append(0)
             else:
                 for inner in piece.group.branches:
@@ -263,7 +338,11 @@ def _begins_with_string(segments: Sequence[Segment]) -> bool:
     first = segments[0]
     if isinstance(first, Group):
         return any(not branch.is_frozen and _begins_with_string(branch.segments) for branch in first.branches)
-    return isinstance(first, str)
+    return isinstance(bare(first), str)
+
+
+def _bare(segment: Segment) -> Segment:
+    return segment if isinstance(segment, Group) else bare(segment)
 
 
 def _extents_of(chain: Chain, ids_of: Mapping[Chain, tuple[int, ...]], first: int) -> list[Extent]:

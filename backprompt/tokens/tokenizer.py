@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -90,6 +91,17 @@ class Speller:
         return frozenset(self._tokenizer.get_vocab().values())
 
 
+def _copied(tokenizer: Any) -> Any:
+    try:
+        return copy.deepcopy(tokenizer)
+    except Exception as error:  # of the class's own code, or of what it holds
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} cannot be copied ({type(error).__name__}: {error}), and texts are encoded "
+            "with a copy, which nobody changes meanwhile. It holds something like a module, a lock or an open file: "
+            "give its class a method __deepcopy__, or a __getstate__ that leaves this out."
+        ) from error
+
+
 class PrivateTokenizer:
     """A copy of `tokenizer` that no other code changes or locks.
 
@@ -100,7 +112,7 @@ class PrivateTokenizer:
         continuing: the copy that encodes continuations, or None.
 
     Raises:
-        TokenizerError: `tokenizer` is not a tokenizer of transformers.
+        TokenizerError: `tokenizer` is not a tokenizer of transformers, or cannot be copied.
 
     """
 
@@ -112,10 +124,12 @@ class PrivateTokenizer:
             )
         self._original = tokenizer
         self._fingerprint: str | None = None
-        self._private: Any = copy.deepcopy(tokenizer)
+        self._private: Any = _copied(tokenizer)
         self._speller = Speller(self._private)
-        self._words = _sample_words(tokenizer)
-        self._state = _quick_state(tokenizer, self._words)
+        words = _sample_words(tokenizer)
+        self._state = _quick_state(tokenizer, words)
+        self._looked_at = _joined_for(tokenizer, words)
+        self._seen = _quick_state(tokenizer, self._looked_at)
         self.whole: Backend | None = None
         self._backend: Backend | None = None
         self.continuing: Backend | None = None
@@ -210,7 +224,7 @@ class PrivateTokenizer:
 
     def has_changed(self) -> bool:
         """Return whether the user's tokenizer differs from this copy, as far as a quick check can tell."""
-        return _quick_state(self._original, self._words) != self._state
+        return _quick_state(self._original, self._looked_at) != self._seen
 
     def fingerprint(self) -> str:
         """Return the SHA-256, as hex, of everything that determines ids."""
@@ -357,6 +371,11 @@ def _sample_words(tokenizer: Any) -> list[str]:
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
 
 
+def _joined_for(tokenizer: Any, words: list[str]) -> list[str]:
+    """Return the words as one for BPE, which merges within it as within each, in half the time."""
+    return ["".join(words)] if words and isinstance(tokenizer.backend_tokenizer.model, models.BPE) else words
+
+
 def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
     """Return a cheap summary: settings, sizes, and the ids of a sample, which a changed rule or merge alters.
 
@@ -370,12 +389,16 @@ def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Backend):
         components = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
-        parts += (None if part is None else part.__getstate__() for part in components)
+        parts += [None if part is None else part.__getstate__() for part in components]
         model = backend.model
-        parts += [token.id for word in words for token in model.tokenize(word)]
+        for word in words:
+            parts += map(_id_of, model.tokenize(word))
     else:
         parts.append(tuple(tokenizer(_SAMPLE)["input_ids"]))
     return tuple(parts)
+
+
+_id_of = operator.attrgetter("id")
 
 
 def added(before: str, after: str) -> str:

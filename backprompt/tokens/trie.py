@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from backprompt.text.node import Text, sides
-from backprompt.text.segments import Group
-from backprompt.tokens.chains import Chain, Leaf
+from backprompt.text.segments import Adapted, Group, Leaf
+from backprompt.tokens.chains import Chain
 from backprompt.tokens.tokenizer import EncodesStrings
 
 
@@ -40,7 +40,7 @@ class Trie:
         return self._ended(*self._descend(self._roots[chain.is_continuation], "", chain.leaves))
 
     def add_text(self, text: Text) -> TrieNode | None:
-        """Return the node behind a text that nothing stands before; None if the text has a group.
+        """Return the node behind a text that nothing stands before; None if the text has a group or adapters.
 
         Texts that are built on one text share the walk along it. They must live as long as the trie.
         """
@@ -57,7 +57,7 @@ class Trie:
         tail = "" if node is None else node.tail()
         for whole, last in reversed(parts):
             segments = last.segments
-            if node is None or any(isinstance(segment, Group) for segment in segments):
+            if node is None or any(isinstance(segment, (Group, Adapted)) for segment in segments):
                 node = None
             else:
                 node, tail = self._descend(node, tail, segments)  # type: ignore[arg-type]  # none is a group

@@ -3,15 +3,15 @@
 Token q sees token k if `k <= q < until[k]`, and within a window if their positions are near. The keys are cut at the
 edges of the trie. The tokens that see an edge are those of the edge, causally, and all of its descendants, which lie
 right behind it. So one causal call of a kernel for each edge does, without a mask, and the results are joined by
-log-sum-exp. The backward makes the same calls: see `kernels.py`.
+log-sum-exp. The backward makes the same calls: see `kernels.py`. On CUDA one call does a whole layer: see `flex.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,9 +21,18 @@ from torch.autograd.function import once_differentiable
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import Joined
 from backprompt.attention.kernels import additive_mask
-from backprompt.training.kernels import Pair, pair_for
+from backprompt.training.flex import Kind, NotCompiledError, attend_at_once, block_mask, choose
+from backprompt.training.kernels import Pair, clear_pair, pair_for
 from backprompt.training.trie import Trie
 from backprompt.transfers import on_device
+
+Way: TypeAlias = Literal["flex", "fast"]
+"""One call of FlexAttention, or calls of the device's fast pair of kernels."""
+
+ORDER: dict[str, tuple[Way, ...]] = {"cuda": ("flex", "fast")}
+"""The ways of a device in the order in which they are tried; where none agrees with the clear pair, that serves."""
+ON_OTHERS: tuple[Way, ...] = ("fast",)
+"""The order on other devices."""
 
 _NOTHING = -1e30
 """The log-sum-exp of a row that sees no key: finite, so that joins of two such rows have numbers."""
@@ -52,7 +61,7 @@ class TrieAttention:
     """Attends over one trie, in each layer; masks are made once for all layers with the same window.
 
     Attributes:
-        name: the kernels in use.
+        name: the way in use, and why no faster one.
 
     """
 
@@ -60,6 +69,7 @@ class TrieAttention:
         self._trie = trie
         self._device = device
         self._calls: dict[tuple[int | None, torch.dtype], list[_Call]] = {}
+        self._masks: dict[int | None, Any] = {}
         self.name = "none yet"
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
@@ -69,19 +79,44 @@ class TrieAttention:
         """
         dtype = _dtype_of(query, key, value)
         query, key, value = (given.to(dtype) for given in (query, key, value))
+        scoring = replace(scoring, window=self._biting(scoring.window))
+        pair, reason = clear_pair(scoring.softcap), ""
         with _without_autocast(query.device):
-            pair = pair_for(query, key, value, scoring.softcap)
-        self.name = pair.name
+            for way in ORDER.get(query.device.type, ON_OTHERS):
+                if way == "flex":
+                    attended = self._in_one_call(query, key, value, scoring)
+                    if isinstance(attended, Tensor):
+                        self.name = "flex"
+                        return attended
+                    reason = f" ({attended})"
+                else:
+                    pair = pair_for(query, key, value, scoring.softcap)
+                    if pair.is_fast:
+                        break
+        self.name = pair.name + reason
         calls = self._calls_for(scoring.window, dtype)
-        attended: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
+        in_calls: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
             query, key, value, scoring.sinks, scoring.scaling, calls, pair
         )
-        return attended
+        return in_calls
+
+    def _in_one_call(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor | str:
+        """Return attention by FlexAttention, or why it does not serve."""
+        choice = choose(Kind.of(query, key, value, scoring))
+        if choice.call is None:
+            return choice.reason
+        if scoring.window not in self._masks:
+            self._masks[scoring.window] = block_mask(self._trie, scoring.window, self._device)
+        try:
+            return attend_at_once(choice.call, query, key, value, scoring, self._masks[scoring.window])
+        except NotCompiledError as error:
+            return f"flex failed: {error}"
+
+    def _biting(self, window: int | None) -> int | None:
+        """Return the window; None for one that hides nothing."""
+        return None if window is None or int(self._trie.positions.max()) < window else window
 
     def _calls_for(self, window: int | None, dtype: torch.dtype) -> list[_Call]:
-        trie = self._trie
-        if window is not None and int(trie.positions.max()) < window:
-            window = None  # which hides nothing
         if (window, dtype) not in self._calls:
             found = self._causal_calls() if window is None else self._windowed_calls(window, dtype)
             self._calls[window, dtype] = list(found)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from backprompt.evaluation.distributions import Asked, Distributions
 from backprompt.model import skeleton
 from backprompt.model.linear import speed_up_trained
+from backprompt.model.spread import head_device
 from backprompt.training.body import hidden_states
 from backprompt.training.head import Wanted, read_distributions
 from backprompt.training.rows import PaddedRows
@@ -99,8 +100,8 @@ def distributions(
 
 def _no_states(model: nn.Module) -> Tensor:
     """Return zero rows of hidden states: a batch without targets has a graph, too."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return torch.zeros((0, weight.shape[1]), dtype=weight.dtype, device=weight.device, requires_grad=True)
+    size, dtype, device = skeleton.hidden_size(model), skeleton.head_dtype(model), head_device(model)
+    return torch.zeros((0, size), dtype=dtype, device=device, requires_grad=True)
 
 
 def _joined(arrays: list[Ints]) -> Ints:

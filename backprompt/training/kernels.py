@@ -32,6 +32,7 @@ class Pair:
     name: str
     forward: Callable[..., KernelOutput]
     backward: Callable[..., Gradients]
+    is_fast: bool = False
 
 
 def clear_backward(
@@ -140,12 +141,17 @@ def _efficient_cuda_backward(
 FAST_BACKWARDS: dict[str, Callable[..., Gradients]] = {"cpu": _flash_cpu_backward, "cuda": _efficient_cuda_backward}
 
 
+def clear_pair(softcap: float | None = None) -> Pair:
+    """Return the pair that is right on any device, for the scores of a layer."""
+    if softcap is None:
+        return Pair("clear", clear_kernel, clear_backward)
+    return Pair("clear (soft cap)", partial(clear_kernel, softcap=softcap), partial(clear_backward, softcap=softcap))
+
+
 def pair_for(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Pair:
     """Return the pair for such tensors: the device's fast one where it serves and agrees with the clear one."""
     if softcap is not None:
-        return Pair(
-            "clear (soft cap)", partial(clear_kernel, softcap=softcap), partial(clear_backward, softcap=softcap)
-        )
+        return clear_pair(softcap)
     if key.shape[-1] != value.shape[-1]:
         return Pair("clear (keys and values differ in size)", clear_kernel, clear_backward)
     return choose_pair(query.device, query.dtype, query.shape[0], key.shape[0], key.shape[-1])
@@ -158,9 +164,9 @@ def choose_pair(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
     The fast kernels are private operations of torch, as those of `attention/kernels.py`.
     """
     if device.type not in FAST_BACKWARDS:
-        return Pair("clear", clear_kernel, clear_backward)
+        return clear_pair()
     name, forward = FAST_KERNELS[device.type]
-    fast = Pair(name, forward, FAST_BACKWARDS[device.type])
+    fast = Pair(name, forward, FAST_BACKWARDS[device.type], is_fast=True)
     try:
         gap = _largest_gap(fast, device, dtype, heads, kv_heads, head_dim)
     except torch.OutOfMemoryError:

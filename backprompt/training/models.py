@@ -18,7 +18,8 @@ from backprompt.errors import UnsupportedModelError
 from backprompt.lm import LM
 from backprompt.model.skeleton import unwrap
 from backprompt.model.spread import head_device, is_spread
-from backprompt.session.session import Session, default_bytes
+from backprompt.session.budgets import default_bytes
+from backprompt.session.session import Session
 
 _ATTRIBUTE = "_backprompt_lm"
 

@@ -229,6 +229,6 @@ def _check_ids(ids: Ints, mask: npt.NDArray[np.bool_], num_embeddings: int) -> N
         row, column = np.argwhere(unknown)[0].tolist()
         raise TokenIdError(
             f"input_ids has {ids[row, column]} in row {row}, column {column}, where attention_mask is 1, but the "
-            f"model's embedding has ids 0 to {num_embeddings - 1}. Mask padding with 0, or "
+            f"model's embedding and head have ids 0 to {num_embeddings - 1}. Mask padding with 0, or "
             "model.resize_token_embeddings(...)."
         )

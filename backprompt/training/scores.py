@@ -16,6 +16,7 @@ from backprompt.errors import TokenIdError
 from backprompt.evaluation.distributions import Asked, Distributions
 from backprompt.evaluation.reading import Wanted
 from backprompt.lm import LM
+from backprompt.model.levels import check_packed
 from backprompt.session.distributions import as_temperature, as_top_k, distributions_of_ids
 from backprompt.session.limits import TextLimits
 from backprompt.session.session import Session
@@ -92,6 +93,9 @@ def token_logprobs(
                 fit(session, max_tokens)
             if not goes_through_lm:
                 session.evaluator.computation.probe_once()
+                if requires_grad:
+                    check_packed(session.evaluator.executor.levels, "Gradients")
+                goes_through_lm = session.evaluator.executor.levels is not None
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
             if not goes_through_lm:  # an LM looks itself
                 session.limits.model.check_placeholders(rows.token_ids.tolist())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backprompt.model import skeleton
+from backprompt.model.levels import check_packed
 from backprompt.training.body import hidden_states as states_of_trie
 from backprompt.training.models import scorer_of
 from backprompt.training.results import Account
@@ -55,6 +56,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     session = scorer_of(model, None, requires_grad=True).lm.session
     with session.exclusive():
         session.current().computation.probe_once()
+        check_packed(session.evaluator.executor.levels, "Hidden states of a batch")
         rows = PaddedRows.of(input_ids, attention_mask, 0, session.limits.model.num_embeddings)
         session.limits.model.check_placeholders(rows.token_ids.tolist())
         check_lengths(session.limits, rows, num_unused=0)

@@ -33,7 +33,7 @@ def by_rows(logprobs_of: LogprobsOf, model: nn.Module, batch: Batch) -> Done:
 
 def _loss(logprobs: Tensor) -> Tensor:
     """A loss that weighs tokens by their columns, so that no two columns of a row have one gradient."""
-    return (logprobs * torch.linspace(0.5, 1.5, logprobs.shape[1])).sum() / 1000
+    return (logprobs * torch.linspace(0.5, 1.5, logprobs.shape[1], device=logprobs.device)).sum() / 1000
 
 
 def _numbers(model: nn.Module, logprobs: Tensor) -> Tensor:

@@ -1,0 +1,41 @@
+"""What the probe has found of a model, so that other numbers in the same parts need not be probed again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from backprompt.memory.layout import Layout
+from backprompt.model.cache_form import CacheForm
+from backprompt.model.executor import Executor
+from backprompt.model.levels import Levels, Way
+
+
+class Probed(NamedTuple):
+    """What the probe has found.
+
+    Attributes:
+        layout: the layout of rows.
+        token_bytes: the bytes of a token.
+        placeholders: the token ids that are refused as standing for images or sounds.
+        levels: the form of the model's cache and how it is called behind one, where passes go by levels.
+
+    """
+
+    layout: Layout
+    token_bytes: int
+    placeholders: frozenset[int]
+    levels: tuple[CacheForm, Way] | None
+
+    @classmethod
+    def of(cls, executor: Executor) -> Probed:
+        """Return what the probe has left in an executor."""
+        assert executor.layout is not None, "the probe runs a pass"
+        levels = None if executor.levels is None else (executor.levels.form, executor.levels.way)
+        return cls(executor.layout, executor.token_bytes, executor.limits.placeholders, levels)
+
+    def hand_to(self, executor: Executor) -> None:
+        """Let an executor of a model with the same parts know."""
+        if self.levels is not None:
+            executor.go_by_levels(Levels(executor.own_body(), *self.levels))
+        executor.know_rows(self.layout, self.token_bytes)
+        executor.refuse_placeholders(self.placeholders)

@@ -1,0 +1,48 @@
+"""Requests of lm-evaluation-harness as token ids, put in the order in which common beginnings come together."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from backprompt.evaluation.behind import Behind
+from backprompt.forest.fan import Shape
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Ids of a request; the ids from `start` on are scored.
+
+    The ids are at most `max_length`, and one more that is scored and not forwarded.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+
+
+def behind_contexts(continuations: Sequence[Continuation]) -> list[Behind]:
+    """Return continuations in their order, those of neighbours with the same context together."""
+    shapes: dict[tuple[tuple[int, ...], ...], Shape] = {}
+    behind: list[Behind] = []
+    for context, own in itertools.groupby(continuations, key=lambda of: of.token_ids[: of.start]):
+        completions = tuple(continuation.token_ids[continuation.start :] for continuation in own)
+        behind.append(Behind(context, shapes.setdefault(completions, Shape(completions))))
+    return behind
+
+
+def slices_of(continuations: Sequence[Continuation], num_tokens_each: int) -> Iterator[list[int]]:
+    """Yield the indices of continuations to be scored together, so that common beginnings come together."""
+    # Ids compare fast as bytes. The order means nothing, but it puts common beginnings side by side.
+    order = sorted(range(len(continuations)), key=lambda idx: array("i", continuations[idx].token_ids).tobytes())
+    chosen: list[int] = []
+    num_tokens = 0
+    for idx in order:
+        chosen.append(idx)
+        num_tokens += len(continuations[idx].token_ids)
+        if num_tokens >= num_tokens_each:
+            yield chosen
+            chosen, num_tokens = [], 0
+    if chosen:
+        yield chosen

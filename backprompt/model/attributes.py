@@ -1,0 +1,36 @@
+"""One attribute of all modules of a model at one moment, by identity."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+
+
+class AttributeMonitor:
+    """Notices an attribute that is another object now, or that a module has now.
+
+    Args:
+        tables: the modules' own attributes.
+        name: of the attribute; most often no module has it, and a look is quickest then.
+
+    """
+
+    def __init__(self, tables: Sequence[Mapping[str, object]], name: str) -> None:
+        self._tables = tables
+        self._name = name
+        self._get = operator.methodcaller("get", name)
+        self._is_nowhere = not self._is_somewhere()
+        self._values = self._read()
+
+    def has_changed(self) -> bool:
+        """Return whether a module has another object under this name than at construction."""
+        if self._is_nowhere:
+            return self._is_somewhere()
+        return not all(map(operator.is_, self._read(), self._values))
+
+    def _is_somewhere(self) -> bool:
+        return any(map(operator.contains, self._tables, itertools.repeat(self._name)))
+
+    def _read(self) -> list[object]:
+        return list(map(self._get, self._tables))

@@ -1,0 +1,56 @@
+"""Token ids under adapters: one int for a token of the model and for the adapter that computes it.
+
+    token id + (number of the adapter << 20)
+
+So a token under another adapter is another token for everything that looks at ids: the forest, keys, plans, stores. Ids
+are split again where a model, a tokenizer or a caller takes them. The number of an adapter is a hash of its content
+(model/adapters.py), the same in all processes. Number 0 is that of tokens without an adapter of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Ints: TypeAlias = "npt.NDArray[np.int64]"
+IntOrInts = TypeVar("IntOrInts", int, Ints)
+
+_BITS = 20
+
+MAX_EMBEDDINGS = 1 << _BITS
+"""The largest vocabulary of which tokens can be under adapters."""
+
+NUMBER_BITS = 63 - _BITS
+"""The bits of an adapter's number: whole ids fit the signed 64 bits of arrays and of stores."""
+
+
+def under(number: int, token_ids: Iterable[int]) -> tuple[int, ...]:
+    """Return plain ids under the adapter of this number."""
+    shifted = number << _BITS
+    return tuple(token_id | shifted for token_id in token_ids) if number else tuple(token_ids)
+
+
+def number_of(token_id: IntOrInts) -> IntOrInts:
+    """Return the number of an id's adapter, or of each id of an array."""
+    return token_id >> _BITS
+
+
+def plain(token_ids: Sequence[int]) -> tuple[int, ...]:
+    """Return ids without their adapters."""
+    ids = tuple(token_ids)
+    if not ids or max(ids) < MAX_EMBEDDINGS:
+        return ids
+    return tuple(token_id & (MAX_EMBEDDINGS - 1) if token_id >= MAX_EMBEDDINGS else token_id for token_id in ids)
+
+
+def plain_array(token_ids: Ints) -> Ints:
+    """Return an array of ids without their adapters."""
+    return token_ids & (MAX_EMBEDDINGS - 1)
+
+
+def numbers_in(token_ids: Iterable[int]) -> set[int]:
+    """Return the numbers of the adapters of ids, without 0."""
+    return {number_of(token_id) for token_id in token_ids if token_id >= MAX_EMBEDDINGS}
