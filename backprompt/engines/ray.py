@@ -25,8 +25,8 @@ class RayLM(CrewLM):
 
     Each worker is an actor with an `LM` of its own, so the model must fit a worker. The texts of a call are cut by
     common beginnings, one part a worker; later calls go to the workers that hold their beginnings (see
-    `engines/layout.py`). The driver keeps the tokenizer. A worker that dies is started again, up to 16 times, and its
-    part is done again.
+    `engines/layout.py`). The driver keeps the tokenizer, and results lie on its CPU. A worker that dies is started
+    again, up to 16 times, and its part is done again.
 
     Without a `name`, the workers end with `close`, with the driver, and with the last reference to the `RayLM` or its
     texts. With a name they stay, and a later driver's `RayLM` of this name finds them and their results; `close` ends
