@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from backprompt.errors import ModelLoadError
 from backprompt.lm import LM
 from backprompt.model.checkpoint import Checkpoint
+from backprompt.model.int8 import PACKAGE, WAYS, Way, quantize, version
 from backprompt.progress import check_show
 from backprompt.session.options import check_can_pin, check_options
 from backprompt.store.paths import check_folder
@@ -28,6 +30,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    weights: Way | None = None,
     show_progress_bar: bool | None = None,
     **lm_options: Any,
 ) -> LM:
@@ -37,28 +40,34 @@ def load(
         name: a name or path for `from_pretrained` of transformers.
         device: "cuda", "mps", "cpu" ...; by default the first of these that is available.
         dtype: the dtype of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
+        weights: quantizes the linear layers after loading, the output head aside, with torchao (`pip install torchao`):
+            "int8" their weights to 8 bits, "int8-dynamic" their inputs as well, which is faster on the CPU and less
+            exact: packed passes and plain calls differ by the rounding of inputs. The dtype is that of all else.
         show_progress_bar: False hides the bars of transformers; by default the setting of transformers decides.
         **lm_options: options of `LM`.
 
     Raises:
+        ImportError: `weights` needs torchao, which is missing.
         ValueError, TypeError: the device is not available, weights cannot have the dtype, `LM` does not have an option,
             or an option has an invalid value; raised before anything is loaded.
         ModelLoadError: the model or the tokenizer cannot be found or downloaded.
         OSError: the store's path cannot be the folder of a store; see `DiskStore`.
-        UnsupportedModelError: see `LM`.
+        UnsupportedModelError: see `LM`; or the model cannot be quantized.
 
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise TypeError(f"name must be a hub id or the path of a model's folder, not {name!r}.")
     chosen = _default_device() if device is None else available_device(device)
     dtype = _dtype_of_weights(dtype, chosen)
+    _check_weights(weights)
     check_show(show_progress_bar)
     check_options(**lm_options)
     if lm_options.get("pin_memory"):
         check_can_pin(chosen)
     if isinstance(store := lm_options.get("store"), (str, os.PathLike)):
         check_folder(store)
-    checkpoint = Checkpoint.find(name, dtype)
+    as_held = dtype if weights is None else f"{dtype}, {weights} of torchao {version()} on {chosen.type}"
+    checkpoint = Checkpoint.find(name, as_held)
     logger.info("Loading %s on %s, dtype %s.", name, chosen, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -70,11 +79,25 @@ def load(
             "and pass the path of its folder: backprompt.load('path/to/model')."
         ) from error
     model, loading_info = loaded
-    lm = LM(model.to(chosen), tokenizer, **lm_options)
-    is_unchanged = checkpoint == Checkpoint.find(name, dtype)
-    if checkpoint is not None and is_unchanged and checkpoint.decides(model, loading_info):
+    is_decided = checkpoint is not None and checkpoint.decides(model, loading_info)
+    model = model.to(chosen)
+    if weights is not None:
+        quantize(model, weights)
+    lm = LM(model, tokenizer, **lm_options)
+    if is_decided and checkpoint == Checkpoint.find(name, as_held):
         lm.session.fingerprint.checkpoint = checkpoint
     return lm
+
+
+def _check_weights(weights: object) -> None:
+    if weights is None:
+        return
+    if weights not in WAYS:
+        raise ValueError(
+            f'weights must be "int8", "int8-dynamic" or None, not {weights!r}. dtype= sets the dtype of other weights.'
+        )
+    if find_spec(PACKAGE) is None:
+        raise ImportError(f"weights={weights!r} needs torchao, which is not installed: pip install torchao.")
 
 
 @contextmanager

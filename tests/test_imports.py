@@ -1,6 +1,7 @@
 """Importing the package is quick, and whichever of its modules is imported first finds the others."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ assert vars(backprompt)["LM"] is backprompt.LM
 
 def test_what_is_public_is_imported_when_it_is_asked_for():
     done = subprocess.run([sys.executable, "-c", LAZY], cwd=FOLDER.parent, stderr=subprocess.PIPE, text=True)
-    assert done.stderr == ""
+    # transformers imports torchao where it is installed, which says what it cannot load; torch comments on it.
+    assert [line for line in done.stderr.splitlines() if not re.search("torchao/|torch/utils/_pytree", line)] == []
 
 
 def test_names_that_there_are_not():

@@ -7,6 +7,7 @@ counted.
 from functools import cache
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,15 +15,19 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from backprompt import LM, Text, UnsupportedModelError, evaluate
+from backprompt import LM, AdapterError, Text, UnsupportedModelError, evaluate
+from backprompt.classify import log_probs
 from backprompt.evaluation import computation as computation_module
+from backprompt.forest.fan import Fan
 from backprompt.model import levels as levels_module
+from backprompt.model import skeleton
 from backprompt.model.cache_form import Body
 from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain, num_distinct
 from quick import up_to
 from reference import ids_for, plain_greedy, plain_logits, plain_token_logprobs
 from tiny_cached_models import ALL, KEYS_AND_VALUES, ONE_AT_A_TIME, STATES, build
+from tiny_models import FAMILIES
 from tiny_tokenizers import byte_level_bpe
 
 ids = st.lists(st.integers(3, 9), max_size=7).map(tuple)
@@ -128,17 +133,43 @@ def test_generation_continues_caches_a_token_a_call(name):
     assert_p1(lm, list(samples))
 
 
-@pytest.mark.parametrize("name", ["mpt", "qwen3_next", "mamba"])
-def test_completions_are_classified_as_by_the_plain_call(name):
+@pytest.mark.parametrize("name", ["bloom", "lfm2", "mamba"])
+def test_beams_and_looked_up_tokens_continue_caches(name):
     lm = lm_of(name)
-    prompts = [Text("The cat sat on", lm), Text("The dog sat", lm)]
-    completions = [" the mat", " the dog", " a mat"]
-    scores = lm.token_logprobs([prompt + completion for prompt in prompts for completion in completions])
-    texts = [prompt + completion for prompt in prompts for completion in completions]
-    for text, found in zip(texts, scores, strict=True):
-        assert_close(found, plain_token_logprobs(lm.model, text.tokens))
-    following = prompts[0] + completions[0] + " and" + " more"
-    assert_p1(lm, [following])
+    prompt = Text.from_tokens((5, 6, 7, 5, 6), lm)
+    expected = plain_greedy(lm.model, prompt.tokens, 6)
+    assert prompt.generate(max_new_tokens=6, prompt_lookup_num_tokens=2).completion_tokens == expected
+    beams = prompt.generate(max_new_tokens=4, num_beams=3, n=2)
+    assert_p1(lm, list(beams))
+    assert lm.stats.tokens_recomputed <= 2 * len(prompt.tokens)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mistral_sliding", "phi"])
+def test_models_that_can_be_packed_may_go_by_levels(name, monkeypatch):
+    """Windows, sinks, soft caps and rotations are the model's own; a layer with a window keeps all keys."""
+    monkeypatch.setattr(skeleton, "why_not_packed", lambda model: "It could be.")
+    lm = LM(FAMILIES[name](), tokenizer(), max_tokens_per_forward=7)
+    texts = texts_of([tuple(range(3, 33)), (*range(3, 23), 1, 2), (*range(3, 23), 9, *range(40, 50))], lm)
+    assert_p1(lm, texts)
+    assert "by levels" in lm.stats.kernel
+    assert lm.stats.tokens_computed == num_distinct(texts)
+    made = texts[1].generate(max_new_tokens=4)
+    assert made.completion_tokens == plain_greedy(lm.model, texts[1].tokens, 4)
+
+
+@pytest.mark.parametrize("name", ["mpt", "lfm2", "mamba"])
+def test_completions_are_laid_out_as_fans_and_continued_as_texts(name):
+    lm = lm_of(name)
+    prompts = [Text("The cat sat on", lm), Text("A dog sat", lm)]
+    completions = [" the mat now", " the dog", " a mat now"]
+    found = log_probs(prompts, completions)
+    assert sum(isinstance(span, Fan) for span in lm.session.evaluator.forest.spans()) == len(prompts)
+    for prompt, of_prompt in zip(prompts, found, strict=True):
+        for completion, scores in zip(completions, of_prompt, strict=True):
+            expected = plain_token_logprobs(lm.model, (prompt + completion).tokens)[len(prompt.tokens) :]
+            assert_close(torch.tensor(scores, dtype=expected.dtype), expected)
+    assert lm.stats.tokens_recomputed == 0
+    assert_p1(lm, [prompt + completion + " and more" for prompt in prompts for completion in completions])
 
 
 @pytest.mark.parametrize("name", ["lfm2", "mamba", "qwen3_next"])
@@ -160,6 +191,7 @@ def test_a_text_that_ends_within_a_span_is_computed_from_the_last_snapshot(name)
 @pytest.mark.parametrize("name", ["bamba", "rwkv"])
 def test_snapshots_that_take_too_much_are_not_kept(name, monkeypatch):
     monkeypatch.setattr(levels_module, "MAX_SNAPSHOT_BYTES", 1)
+    monkeypatch.setattr(levels_module, "free_bytes", lambda device: 4)
     lm = lm_of(name)
     texts = texts_of([(5, 6, 7, *end) for end in ((1, 2), (3,))], lm)
     evaluate(texts)
@@ -286,6 +318,18 @@ def test_other_caches_are_refused_by_name(change, reason):
 
     with pytest.raises(UnsupportedModelError, match=reason):
         Body(Other(), torch.device("cpu")).form(3)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("bloom", "query_key_value"), ("mamba2", "in_proj")])
+def test_active_adapters_take_part_and_those_of_segments_are_refused(name, layer):
+    config = peft.LoraConfig(target_modules=[layer], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(build(name), config).eval()
+    lm = LM(model, tokenizer())
+    text = Text.from_tokens((5, 6, 7), lm)
+    assert_close(text.model_repr.all_logits(), plain_logits(model, text.tokens))
+    assert float((plain_logits(model_of(name), text.tokens)[-1] - text.logits).abs().max()) > 0.01
+    with pytest.raises(AdapterError, match="by levels"):
+        evaluate(text + Text(" cat", lm).with_adapter(None))
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -91,6 +91,7 @@ STATES: dict[str, Callable[[], PreTrainedConfig]] = {
         head_dim=16,
         n_groups=1,
         chunk_size=16,
+        time_step_limit=(0.1, 0.5),  # which transformers leaves out for a single token behind a cache
         **_NO_SPECIAL,
     ),
     "qwen3_next": lambda: Qwen3NextConfig(

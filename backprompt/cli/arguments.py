@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from backprompt.lm import LM
 
 _HELP_WIDTH = 100
+WEIGHTS = ("int8", "int8-dynamic")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 PROGRESS_HELP = "show no progress bar; there is none anyway where standard error is no terminal"
 
@@ -76,6 +77,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = 
     group.add_argument("--device", help="cuda, mps, cpu ... (default: the first of these that there is)")
     group.add_argument(
         "--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, the checkpoint's own elsewhere)"
+    )
+    group.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="quantize the linear layers after loading, with torchao; int8-dynamic their inputs, too "
+        "(default: not at all)",
     )
     group.add_argument(
         "--store",
@@ -144,7 +151,7 @@ def _status(path: str, pipe: Any) -> os.stat_result | None:
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of the model and the input that results depend on, by name."""
-    return {name: getattr(arguments, name) for name in ("model", "device", "dtype", "joins", "column")}
+    return {name: getattr(arguments, name) for name in ("model", "device", "dtype", "weights", "joins", "column")}
 
 
 def load_model(arguments: argparse.Namespace) -> LM:
@@ -156,6 +163,7 @@ def load_model(arguments: argparse.Namespace) -> LM:
         arguments.model,
         device=arguments.device,
         dtype=dtype if dtype in (None, "auto") else getattr(torch, dtype),
+        weights=arguments.weights,
         joins=arguments.joins,
         memory_bytes=arguments.memory,
         store=arguments.store,

@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from backprompt.arguments import as_bool, as_int, as_number
 from backprompt.bound import one_lm
 from backprompt.errors import DriftError, GroupError
+from backprompt.inspection.costs import Cost, check_against, cost_of
+from backprompt.inspection.gaps import Gaps, gaps_of
 from backprompt.inspection.missing import shown_segment
 from backprompt.model import skeleton
-from backprompt.model.probe import differences
+from backprompt.model.quantized import compared_as
 from backprompt.progress import Bar, check_show, is_wanted
-from backprompt.session.representation import ModelRepr, check_current
+from backprompt.session.representation import check_current
 from backprompt.text.checks import listed_texts
 from backprompt.text.extents import Extent
 from backprompt.text.node import Text
@@ -38,9 +39,6 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch
 
 In float64 many models still take their softmax in float32.
 """
-
-LIKELY = 1e-3
-"""Tokens of at least this probability matter, in the plain call or here."""
 
 MAX_SHOWN = 8
 """The printed account names at most this many segments, those with the largest gaps first."""
@@ -94,6 +92,9 @@ class Verification:
         tf32: whether torch multiplies float32 matrices in TF32 on the model's device, so that the plain call itself is
             inexact.
         stored_error: the largest relative error of results read back from a store in fewer bits; 0 without any.
+        is_coarse: whether layers round their inputs to 8 bits or compute in 16, so that the plain call itself depends
+            on the last bit; the default tolerance is then that of bfloat16.
+        cost: the distance from full weights, where they were given.
         nodes: each segment, in the order of the texts; shared segments once.
 
     """
@@ -110,6 +111,8 @@ class Verification:
     tolerance: float
     tf32: bool
     stored_error: float
+    is_coarse: bool
+    cost: Cost | None
     nodes: tuple[NodeDrift, ...]
 
     @property
@@ -127,6 +130,8 @@ class Verification:
         """What to do about a gap that is too large."""
         if self._is_due_to_tf32:
             return _TF32
+        if self.is_coarse:
+            return _COARSE
         return (
             "If weights were changed in place, call lm.refresh(); if they were not, this is a bug of backprompt, or "
             "the model mixes tokens outside attention."
@@ -175,6 +180,10 @@ class Verification:
                 f"Left out: {self.num_groups:,} texts with groups, frozen segments or adapters by segment, which no "
                 "plain call computes."
             )
+        if self.is_coarse and not self.passed:
+            yield _COARSE
+        if self.cost is not None:
+            yield str(self.cost)
         if self.stored_error:
             yield f"Something came from a store in fewer bits, with a relative error of {self.stored_error:.2g}."
 
@@ -203,6 +212,11 @@ _TF32 = (
     'from exact numbers. Verify with torch.set_float32_matmul_precision("highest").'
 )
 
+_COARSE = (
+    "Layers of the model round their inputs to fewer bits, and a difference in the last bit rounds to other numbers: "
+    "plain calls of other lengths differ, too. Where this matters, quantize weights alone."
+)
+
 _HEAD = ("segment", "tokens", "gap", "largest gap", "mean gap", "argmax flips")
 
 
@@ -212,6 +226,7 @@ def verify(
     sample: int | None = None,
     seed: int = 0,
     tolerance: float | None = None,
+    against: LM | None = None,
     raise_on_drift: bool = False,
     show_progress_bar: bool | None = None,
 ) -> Verification:
@@ -227,14 +242,17 @@ def verify(
         tolerance: the largest gap in log-probability that passes, nats: of the texts' own tokens, and of those with a
             probability of at least 0.001. By default by dtype: 1e-5 in float64, 0.001 in float32, 0.1 in float16, and
             0.5 in bfloat16.
+        against: an `LM` with the full weights of the same model, to tell what fewer bits cost: `Verification.cost`.
+            Fewer bits are no drift: the tolerance is for the distance from the model's own plain call.
         raise_on_drift: raise if a gap is larger.
         show_progress_bar: by default on a terminal when at least 5 texts are compared.
 
     Raises:
         DriftError: with `raise_on_drift`: a gap is larger than the tolerance; the message names the segment.
-        TypeError: `tolerance` is no number.
+        TypeError: `tolerance` is no number, or `against` no `LM`.
         ValueError: there are no texts; `sample` is no int of at least 1, or `seed` none of at least 0; `tolerance` is
-            negative or infinite, or missing for a dtype that has none; another argument is neither True nor False.
+            negative or infinite, or missing for a dtype that has none; another argument is neither True nor False;
+            `against` has another tokenizer or vocabulary.
         GroupError: all of the texts have groups, frozen segments or adapters by segment.
         TextTypeError, UnboundTextError: an element is not a text, or has no model.
         MixedModelsError: texts of two different `LM` objects.
@@ -263,9 +281,11 @@ def verify(
     if sample is not None and sample < len(indices):
         indices = sorted(random.Random(seed).sample(indices, sample))
     lm.check(given[idx] for idx in indices)
+    if against is not None:
+        check_against(lm, against)
     is_shown = is_wanted(show_progress_bar, is_long=len(indices) >= MIN_TEXTS_FOR_A_BAR)
     with Bar(total=len(indices), desc="plain calls", disable=not is_shown) as bar:
-        verification = _compare(lm, given, indices, tolerance, num_groups, bar)
+        verification = _compare(lm, given, indices, tolerance, num_groups, bar, against)
     if raise_on_drift and not verification.passed:
         node = verification.worst
         raise DriftError(
@@ -277,23 +297,31 @@ def verify(
 
 
 def _compare(
-    lm: LM, given: Sequence[Text], indices: Sequence[int], tolerance: float | None, num_groups: int, bar: Any
+    lm: LM,
+    given: Sequence[Text],
+    indices: Sequence[int],
+    tolerance: float | None,
+    num_groups: int,
+    bar: Any,
+    against: LM | None,
 ) -> Verification:
     texts = [given[idx] for idx in indices]
     drifts = _Drifts()
     with lm.session.exclusive():
         reprs = lm.evaluate(texts)
         plain = skeleton.plain_copy(skeleton.unwrap(lm.session.model))
-        dtype = next(plain.parameters()).dtype
+        dtype = skeleton.computed_dtype(plain)
         if tolerance is None:
             if dtype not in TOLERANCE:
                 raise ValueError(f"There is no tolerance for {dtype}. Give one: verify(texts, tolerance=...), in nats.")
-            tolerance = TOLERANCE[dtype]
+            tolerance = TOLERANCE[compared_as(plain, dtype)]
+        is_coarse = compared_as(plain, dtype) != dtype
         for idx, text, model_repr, extents in zip(indices, texts, reprs, lm.extents(texts), strict=True):
             drifts.add(idx, text, extents, gaps_of(model_repr, plain))
             bar.update()
         check_current(reprs[0])  # weights that changed meanwhile are no drift
         stored_error = max(model_repr.stored_error for model_repr in reprs)
+        cost = None if against is None else cost_of(lm, against, reprs)
     nodes = drifts.nodes()
     num_tokens = sum(gaps.num_rows for gaps in drifts.by_key.values())
     return Verification(
@@ -309,6 +337,8 @@ def _compare(
         tolerance=tolerance,
         tf32=multiplies_in_tf32(lm.session.evaluator.executor.device, dtype),
         stored_error=stored_error,
+        is_coarse=is_coarse,
+        cost=cost,
         nodes=nodes,
     )
 
@@ -320,57 +350,6 @@ def multiplies_in_tf32(device: torch.device, dtype: torch.dtype) -> bool:
     products: Any = torch.backends.cuda.matmul
     precision = getattr(products, "fp32_precision", None)  # older versions of torch have the other attribute alone
     return bool(products.allow_tf32) if precision is None else precision == "tf32"
-
-
-@dataclass(frozen=True)
-class _Gaps:
-    """The distance of each row of a text from the plain call's row.
-
-    Attributes:
-        likely: the largest absolute difference at tokens that matter, `(tokens,)`, float64, nats.
-        largest, mean: the largest and the mean over the vocabulary, `(tokens,)`. Infinite instead of NaN.
-        is_flipped: whether another token is the most probable, `(tokens,)`.
-
-    """
-
-    likely: Tensor
-    largest: Tensor
-    mean: Tensor
-    is_flipped: Tensor
-
-
-def gaps_of(model_repr: ModelRepr, plain: nn.Module) -> _Gaps:
-    """Compare all rows, a few at a time: the rows of a whole text are large."""
-    input_ids = model_repr.input_ids
-    plain_logits = plain(input_ids=input_ids[None]).logits[0]  # (tokens, vocab)
-    likely, largest, mean, is_flipped = [], [], [], []
-    expected = [torch.full((1,), torch.nan, dtype=torch.float64)]  # token_logprobs; nothing predicts the first
-    num_rows = max(1, _SLICE_BYTES // (8 * plain_logits.shape[1]))
-    for start in range(0, len(input_ids), num_rows):
-        plain_rows = plain_logits[start : start + num_rows].cpu()
-        # On the CPU: not every device has float64, which adds no rounding of its own.
-        theirs = plain_rows.double().log_softmax(dim=-1)
-        ours = model_repr.all_logits(start, start + num_rows).cpu().double().log_softmax(dim=-1)
-        gaps = differences(ours, theirs)
-        least = theirs.amax(dim=-1, keepdim=True).clamp(max=math.log(LIKELY))
-        matters = (theirs >= least) | (ours >= least) | gaps.isinf()  # comparing with NaN is never true
-        likely.append(gaps.where(matters, 0.0).amax(dim=-1))
-        largest.append(gaps.amax(dim=-1))
-        mean.append(gaps.mean(dim=-1))
-        is_flipped.append(ours.argmax(dim=-1) != theirs.argmax(dim=-1))
-        following = input_ids[start + 1 : start + num_rows + 1].cpu()
-        expected.append(theirs[: len(following)].gather(1, following[:, None])[:, 0])
-    scored = differences(model_repr.token_logprobs.cpu().double(), torch.cat(expected))
-    scored[0] = 0.0
-    return _Gaps(
-        torch.maximum(torch.cat(likely), scored),
-        torch.maximum(torch.cat(largest), scored),
-        torch.cat(mean),
-        torch.cat(is_flipped),
-    )
-
-
-_SLICE_BYTES = 64 << 20
 
 
 @dataclass
@@ -394,7 +373,7 @@ class _Drifts:
     def __init__(self) -> None:
         self.by_key: dict[tuple[Any, ...], _Sums] = {}
 
-    def add(self, text_idx: int, text: Text, extents: Sequence[Extent], gaps: _Gaps) -> None:
+    def add(self, text_idx: int, text: Text, extents: Sequence[Extent], gaps: Gaps) -> None:
         token_ids = text.tokens
         for segment_idx, extent in enumerate(extents or [Extent("", 0, len(token_ids))]):  # special tokens only
             if extent.start == extent.stop:

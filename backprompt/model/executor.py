@@ -38,12 +38,14 @@ from backprompt.model.cache_form import Body
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.fusion import fusion_for
 from backprompt.model.in_flight import Forwarded, InFlight, Way, Work, no_layers_error, run_body
+from backprompt.model.int8 import speed_up_int8
 from backprompt.model.levels import NO_ATTENTION, Levels
 from backprompt.model.limits import limits_of
 from backprompt.model.linear import speed_up
 from backprompt.model.nonfinite import logits_error, states_error
 from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
+from backprompt.model.quantized import copied_bytes, weight_bytes
 from backprompt.model.steps import CapturedSteps, captured_steps
 from backprompt.tokens.adapted import number_of, numbers_in, plain, plain_array
 from backprompt.transfers import on_device
@@ -186,7 +188,12 @@ class Executor:
             if not spread.is_spread(self._model):
                 fusion_for(self.device)(self._body)
             linears = speed_up((self._body, self._head), pack=self._packs_weights)
-            self.linears = pad_head(self._head, self._model, linears)
+            linears = speed_up_int8((self._body, self._head), linears)
+            linears = pad_head(self._head, self._model, linears)
+        copied = linears.packed_bytes + copied_bytes(self._body) + copied_bytes(self._head)
+        self.linears = replace(linears, packed_bytes=copied)
+        self.weight_bytes = weight_bytes(self._model)
+        """The bytes of the model's weights, as they are held: of quantized ones the integers and scales."""
 
     def own_body(self) -> Body:
         """Go on with a body that has its own attention, and return it."""

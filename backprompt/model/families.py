@@ -16,8 +16,8 @@ The parts are found by what their code has, so that the next family with the sam
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from types import MethodType
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backprompt.errors import UnsupportedModelError
+
+_UPDATE = "mamba2_selective_state_update"
+"""The name of the function by which layers of Mamba 2 update their state by a single token."""
 
 
 def adapt(body: nn.Module) -> None:
@@ -58,6 +61,36 @@ def keep_weights(private: nn.Module) -> None:
     for module in _modules(private):
         if getattr(module, "layers_are_rescaled", True) is False:
             module.config.rescale_every = 0
+
+
+def limit_single_steps(body: nn.Module) -> None:
+    """Let layers of a private body limit their time steps for a single token behind a cache as they do for several.
+
+    The layers of Mamba 2 leave the limit out there (Nemotron-H, Zamba 2, and where a configuration has one), so that a
+    plain call behind a cache gives other numbers than a plain call on the whole text.
+    """
+    for module in list(_modules(body)):
+        limit = getattr(module, "time_step_limit", None)
+        forward = inspect.unwrap(type(module).forward)
+        if limit is not None and isinstance(forward, FunctionType) and _UPDATE in forward.__code__.co_names:
+            module.forward = MethodType(_with_limited_update(forward, *limit), module)
+
+
+def _with_limited_update(forward: FunctionType, least: float, most: float) -> Callable[..., Any]:
+    """Return a layer's `forward` with an update of its state by a single token that limits the time step."""
+    plain = forward.__globals__[_UPDATE]
+
+    def update(state: Tensor, hidden: Tensor, dt: Tensor, *numbers: Tensor, **options: Any) -> Tensor:
+        bias, is_softplus = options.pop("dt_bias", None), options.pop("dt_softplus", False)
+        dt = dt if bias is None else dt + bias.to(dt.dtype)
+        dt = nn.functional.softplus(dt) if is_softplus else dt
+        found: Tensor = plain(state, hidden, dt.clamp(least, most), *numbers, **options)
+        return found
+
+    names = {**forward.__globals__, _UPDATE: update}
+    limited = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    limited.__kwdefaults__ = forward.__kwdefaults__
+    return limited
 
 
 def padding_id(decoder: nn.Module) -> int | None:

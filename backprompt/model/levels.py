@@ -31,6 +31,7 @@ from backprompt.forest.fan import Fan
 from backprompt.forest.plan import Pass
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import BlockRows, KeysValues, keys_values_of, layer_names
+from backprompt.memory.budget import free_bytes
 from backprompt.memory.snapshots import KeysValuesAndSnapshots, snapshot_of
 from backprompt.model.cache_form import Body, CacheForm
 from backprompt.model.in_flight import Forwarded, Work
@@ -39,7 +40,13 @@ MAX_CACHE_BYTES = 256 << 20
 """The caches of a call take at most so many bytes, or those of one text."""
 
 MAX_SNAPSHOT_BYTES = 1 << 30
-"""Snapshots that one pass leaves take at most so many bytes: those of spans that others continue come first."""
+"""Snapshots that one pass leaves take at most so many bytes, or a share of what is free if that is more.
+
+Those of spans that others continue come first.
+"""
+
+SHARE_FOR_SNAPSHOTS = 0.25
+"""This share."""
 
 Pieces = tuple["BlockRows[KeysValues]", ...]
 """The rows of keys and values of a text from its first token on."""
@@ -365,7 +372,10 @@ class _LevelsOfPass:
     def _keep_snapshots(self) -> None:
         """Let the last rows of spans have their snapshots, as long as these do not take too much."""
         ended = [run for run in self._runs if run.span is not None and run.snapshot is not None]
-        room = MAX_SNAPSHOT_BYTES // max(1, self._form.snapshot_bytes)
+        num_bytes = MAX_SNAPSHOT_BYTES
+        if len(ended) * self._form.snapshot_bytes > num_bytes:
+            num_bytes = max(num_bytes, int(SHARE_FOR_SNAPSHOTS * free_bytes(self._block.tensors["keys.0"].device)))
+        room = num_bytes // max(1, self._form.snapshot_bytes)
         for run in sorted(ended, key=lambda run: not (run.span is not None and run.span.children))[:room]:
             assert run.own is not None and run.snapshot is not None
             self._block.snapshots[run.own.stop - 1] = run.snapshot.clone()

@@ -21,7 +21,7 @@ from backprompt.model.executor import Executor
 from backprompt.model.levels import Levels, Way
 
 _TIMES_LARGER = 32
-_ALLOWED = 0.1
+_ALLOWED = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.1}
 """Largest difference of hidden states, as a share of the change that larger numbers in a cache make."""
 
 _SAME = 1e-3
@@ -83,7 +83,7 @@ def _takes_several(body: Body, form: CacheForm, token_ids: Sequence[int]) -> boo
         apart = _one_at_a_time(body, form.built(own_rows, own_snapshots, _NUM_BEFORE), after)
         together, _ = body.call([after], form.built(own_rows, own_snapshots, _NUM_BEFORE), _NUM_BEFORE)
         gap, change = (float((hidden - apart).float().abs().max()) for hidden in (together, usual))
-        if not (change > 0 and gap <= _ALLOWED * change):  # weights of 0 show nothing, and may not stay so
+        if not (change > 0 and gap <= _ALLOWED[usual.dtype] * change):  # weights of 0 show nothing, and may not stay so
             return False
     return True
 
@@ -105,7 +105,7 @@ def _takes_batches(body: Body, form: CacheForm, token_ids: Sequence[int]) -> boo
         return False
     gap = float((together - torch.cat(apart)).float().abs().max())
     change = float((apart[0] - apart[1]).float().abs().max())
-    return change > 0 and gap <= _ALLOWED * change
+    return change > 0 and gap <= _ALLOWED[together.dtype] * change
 
 
 def _counts_positions(body: Body, form: CacheForm, token_ids: Sequence[int]) -> bool:

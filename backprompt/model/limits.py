@@ -63,7 +63,7 @@ def limits_of(model: nn.Module) -> Limits:
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     num_embeddings = min(embeddings.shape[0], vocab_size(model))  # a head may score fewer
     max_tokens: int | None = next(
-        (getattr(config, name) for name in _NUM_POSITIONS if getattr(config, name, None) is not None), None
+        (getattr(config, name) for name in _NUM_POSITIONS if (getattr(config, name, None) or 0) > 0), None
     )
     padding = families.padding_id(decoder)
     placeholders = _placeholders(model)

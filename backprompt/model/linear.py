@@ -62,7 +62,7 @@ class OneDnnLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`(..., inputs)` -> `(..., outputs)`."""
-        return _product(rows, self._multiplied, self.bias)
+        return product(rows, self._multiplied, self.bias)
 
 
 def speed_up(models: Iterable[nn.Module], *, pack: bool) -> Linears:
@@ -121,15 +121,15 @@ class _TrainedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _product(rows, weight, bias)
+        return product(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
-        of_rows = _product(grad, weight.t(), None) if needs_rows else None
-        of_weight = _product(grad.t(), rows.t(), None) if needs_weight else None
+        of_rows = product(grad, weight.t(), None) if needs_rows else None
+        of_weight = product(grad.t(), rows.t(), None) if needs_weight else None
         return of_rows, of_weight, grad.sum(dim=0) if needs_bias else None
 
 
@@ -195,9 +195,9 @@ def failure_of(dtype: torch.dtype) -> str | None:
     expected = nn.functional.linear(rows.double(), weight.double(), bias.double())
     try:
         found = [
-            _product(rows, given, bias).double() for given in (weight, weight.t().contiguous().t(), _packed(weight))
+            product(rows, given, bias).double() for given in (weight, weight.t().contiguous().t(), _packed(weight))
         ]
-        found.append(_product(rows, weight, None).double() + bias.double())
+        found.append(product(rows, weight, None).double() + bias.double())
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     gap = max(float((one - expected).abs().max()) for one in found)
@@ -241,7 +241,7 @@ def is_faster() -> bool:
                 plain, ours = [], []
                 for _ in range(5):
                     plain.append(_seconds(lambda r=rows, w=given: nn.functional.linear(r, w, bias)))  # type: ignore[misc]
-                    ours.append(_seconds(lambda r=rows, w=given: _product(r, w, bias)))  # type: ignore[misc]
+                    ours.append(_seconds(lambda r=rows, w=given: product(r, w, bias)))  # type: ignore[misc]
                 ratios.append(min(plain) / min(ours))
     return min(ratios) >= FASTER
 
@@ -279,7 +279,7 @@ def _packed(weight: Tensor) -> Tensor:
     return packed
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `rows @ weight.T + bias`."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product

@@ -63,8 +63,8 @@ def pad_head(head: nn.Module, model: nn.Module, linears: Linears, device_types: 
         `linears`, with the copy's name and bytes added.
 
     """
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    if not _is_worth_padding(weight, model, device_types):
+    weight = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    if weight is None or not _is_worth_padding(weight, model, device_types):
         return linears
     for module in list(head.modules()):
         for name, child in module.named_children():

@@ -39,6 +39,7 @@ from backprompt.model.in_flight import is_about_marker
 from backprompt.model.levels import Levels
 from backprompt.model.levels_probe import ways_by_levels
 from backprompt.model.limits import Limits
+from backprompt.model.quantized import compared_as
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -137,16 +138,17 @@ def _fault(
             for idx in (~are_distributions(logits)).nonzero()[:, 0].tolist():
                 raise executor.logits_error(logits[idx], ids[: idx + 1])
         scale = max(1.0, float(plain[plain.isfinite()].abs().max()))
+        tolerance = TOLERANCE[compared_as(model, logits.dtype)]
         gap = float(differences(logits.float(), plain.float()).max())
-        if not gap <= TOLERANCE[dtype] * scale:
+        if not gap <= tolerance * scale:
             if executor.levels is not None:
                 return UnsupportedModelError(
                     f"Nor can spans continue its cache: the logits differ by {gap:.2e} from those of its plain call, "
-                    f"more than {TOLERANCE[dtype] * scale:.0e}."
+                    f"more than {tolerance * scale:.0e}."
                 )
             return UnsupportedModelError(
                 f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
-                f"than {TOLERANCE[dtype] * scale:.0e} for {dtype}. Something in it mixes tokens outside attention, so "
+                f"than {tolerance * scale:.0e} for {dtype}. Something in it mixes tokens outside attention, so "
                 "its texts cannot share a pass."
             )
     allowed = (_CHANGE_BY_EXPERTS if has_experts else _CHANGE)[dtype]

@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 from backprompt.errors import UnsupportedModelError
 from backprompt.model import families, spread
 from backprompt.model.peft_layers import is_active
+from backprompt.model.quantized import check_quantized, copied_weights
 
 SHARED_BUFFER_BYTES = 1 << 16
 """Buffers up to this size are copied: some models rewrite their frequency tables in place while they run."""
@@ -90,11 +91,7 @@ def check_supported(model: nn.Module) -> None:
             f"{name} has a LoRA on parameters (target_parameters), which peft puts into the weights anew in each call, "
             "so that no state of the weights stays. Merge it (model.merge_and_unload()), or adapt modules."
         )
-    if "Linear8bitLt" in kinds:
-        raise UnsupportedModelError(
-            f"{name} has int8 layers of bitsandbytes, which take numbers out of their weights in their first call, so "
-            "private copies cannot share the weights. Load the model without load_in_8bit=True."
-        )
+    check_quantized(model)
     spread.check_spread(model, _decoder(model))
     hooked = _first_hooked_module(model)
     if hooked is not None:
@@ -134,7 +131,9 @@ def make_body(model: nn.Module, attention_name: str) -> nn.Module:
 
 def make_own_body(model: nn.Module) -> nn.Module:
     """Return a copy of the decoder with its own attention."""
-    return _private_copy(_decoder(model))
+    body = _private_copy(_decoder(model))
+    families.limit_single_steps(body)
+    return body
 
 
 def make_trained_body(model: nn.Module, attention_name: str) -> nn.Module:
@@ -207,7 +206,12 @@ class _DecoderOutput(ModelOutput):
 
 def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = None) -> nn.Module:
     # What has no numbers is not shared: the hooks of a copy put numbers in its place.
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
+    copied = copied_weights(model)
+    memo: dict[int, Any] = {
+        id(parameter): parameter
+        for parameter in model.parameters()
+        if not parameter.is_meta and id(parameter) not in copied
+    }
     memo |= {
         id(buffer): buffer for buffer in model.buffers() if buffer.nbytes > SHARED_BUFFER_BYTES and not buffer.is_meta
     }
@@ -324,23 +328,35 @@ def is_rewritten_in_place(module: nn.Module) -> bool:
 
 def vocab_size(model: nn.Module) -> int:
     """Return the number of tokens that the output head scores."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return weight.shape[0]
+    return _head_size(model)[0]
 
 
 def logit_row_bytes(model: nn.Module) -> int:
     """Return the bytes of one row of logits."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return weight.shape[0] * weight.element_size()
+    return vocab_size(model) * head_dtype(model).itemsize
 
 
 def head_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the output head's weights."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return weight.dtype
+    """Return the dtype of the head's results: that of its weights, or of the model's, where these are integers."""
+    weight: object = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else computed_dtype(model)
+
+
+def computed_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that a model computes in: that of its first floating-point parameter."""
+    dtypes = [parameter.dtype for parameter in model.parameters()]
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
 
 
 def hidden_size(model: nn.Module) -> int:
     """Return the size of the hidden states that the output head reads."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return weight.shape[1]
+    return _head_size(model)[1]
+
+
+def _head_size(model: nn.Module) -> tuple[int, int]:
+    """Return the outputs and inputs of the output head; the integers of a quantized weight may have another shape."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.shape[0], weight.shape[1]
+    return head.out_features, head.in_features

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from backprompt.errors import UnsupportedModelError
+from backprompt.model.quantized import numbers_of
 
 HOOK = "_hf_hook"
 """Where a module has its hook of accelerate."""
@@ -133,10 +134,11 @@ def offloaded(model: nn.Module) -> list[Offloaded]:
 
 
 def named_numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the numbers of each parameter, wherever they lie."""
+    """Yield the name and the numbers of each parameter, wherever they lie; of quantized ones the scales."""
     elsewhere = {id(weight.like): weight for weight in offloaded(model)}
     for name, parameter in model.named_parameters():
-        yield name, elsewhere[id(parameter)].load() if id(parameter) in elsewhere else parameter.detach()
+        held = (elsewhere[id(parameter)].load(),) if id(parameter) in elsewhere else numbers_of(parameter)
+        yield from ((name, number.detach()) for number in held if number.is_floating_point())
 
 
 def has_hook(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from backprompt.memory.budget import free_bytes
 from backprompt.memory.places import Places
 from backprompt.model import skeleton
 from backprompt.model.in_flight import InFlight
+from backprompt.model.quantized import numbers_of
 from backprompt.model.recording import CudaRecorder, Output, Recorder, Recording
 from backprompt.transfers import copy_to
 
@@ -334,7 +335,7 @@ class Graph:
 
 def captured_steps(body: nn.Module, attention: ForestAttention) -> CapturedSteps | None:
     """Return the captured steps of a model's body; None where the device has no graphs, or no kernel for them."""
-    weights = [*body.parameters(), *body.buffers()]
+    weights = [number for held in (*body.parameters(), *body.buffers()) for number in numbers_of(held)]
     device = weights[0].device
     if device.type != "cuda":
         return None

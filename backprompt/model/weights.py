@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from backprompt.model.attributes import AttributeMonitor
 from backprompt.model.behaviour import UNIMPORTANT_CONFIG, BehaviourMonitor, describe_forwards
+from backprompt.model.quantized import describe, is_special, numbers_of, special_weights
 from backprompt.model.skeleton import is_foreign, is_rewritten_in_place, unwrap
 from backprompt.model.spread import HOOK, FileState, Offloaded, offloaded
 from backprompt.progress import progress_bar
@@ -36,7 +37,7 @@ PIECE_BYTES = 16 << 20
 """Part of the hash's format."""
 
 _ADAPTER_STATE = ("_active_adapter", "merged_adapters", "_disable_adapters", "scaling")
-_UNIMPORTANT_SETTINGS = frozenset({"gradient_checkpointing", "training"})
+_UNIMPORTANT_SETTINGS = frozenset({"compute_type_is_set", "gradient_checkpointing", "training"})
 
 
 class PartsMonitor:
@@ -65,7 +66,11 @@ class PartsMonitor:
             ]
         )
         self._rewritten = [(module._buffers, len(module._buffers)) for module, is_rewritten in named if is_rewritten]
-        self.tensors = [tensor for _, _, tensor in _places(model) if not tensor.is_meta]
+        self._special = special_weights(model)
+        self._numbers = self._special_numbers()
+        self.tensors = [
+            number for _, _, tensor in _places(model) if not tensor.is_meta for number in numbers_of(tensor)
+        ]
         self.tensors += [source for source in self._sources if isinstance(source, Tensor)]
         self._pointers = _pointers(self.tensors)
 
@@ -77,9 +82,13 @@ class PartsMonitor:
             or any(len(table) != num_before for table, num_before in self._rewritten)
             or self._spreading.has_changed()
             or not all(map(_is_same, [weight.source() for weight in self._offloaded], self._sources))
+            or not _are_same(self._special_numbers(), self._numbers)
             or _pointers(self.tensors) != self._pointers
             or self._behaviour.has_changed()
         )
+
+    def _special_numbers(self) -> list[Tensor]:
+        return [number for weight in self._special for number in numbers_of(weight)]
 
     def _own(self, module: nn.Module, table: Mapping[str, object]) -> Mapping[str, object]:
         """Return a module's table without offloaded weights: each plain call puts other tensors there."""
@@ -123,6 +132,10 @@ class WeightsMonitor:
             or _versions(self._versioned) != self._versions
             or tuple(map(_adapter_state, self._adapted)) != self.adapters
         )
+
+
+def _are_same(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    return len(tensors) == len(before) and all(map(operator.is_, tensors, before))
 
 
 def _is_same(source: object, before: object) -> bool:
@@ -226,7 +239,7 @@ def _sums(tensors: Iterable[Tensor]) -> list[float]:
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().contiguous().view(-1)
+    flat = _plain(tensor).contiguous().view(-1)
     return flat.view(torch.int64 if flat.nbytes % 8 == 0 and flat.storage_offset() == 0 else torch.uint8)
 
 
@@ -261,7 +274,7 @@ def sample_hash(model: nn.Module) -> str:
     compute other buffers on loading.
     """
     causal_model = unwrap(model)
-    buffers = {id(buffer) for buffer in causal_model.buffers()}
+    buffers = {id(number) for buffer in causal_model.buffers() for number in numbers_of(buffer)}
     tensors = _distinct_tensors(model)
     samples = [torch.cat(views) for views in _sample_views(tensors)]
     return _hash_described(model, map(_digest, [*samples, *(t for t in tensors if id(t) in buffers)]))
@@ -281,15 +294,18 @@ def _hash_described(model: nn.Module, digests: Iterable[bytes]) -> str:
     names = {id(tensor): name for name, tensor in (*causal_model.named_parameters(), *causal_model.named_buffers())}
     # A tied weight is named here at each of its places; its numbers are hashed once.
     tensors = [(names[id(t)], tuple(t.shape), str(t.dtype)) for _, _, t in _places(causal_model)]
+    quantized = [(names[id(t)], describe(t)) for _, _, t in _places(causal_model) if is_special(t)]
     description: tuple[object, ...] = (
         *(HASH_FORMAT, type(causal_model).__qualname__, described, adapters, settings, tensors),
         *describe_forwards(causal_model),
+        *quantized,
     )
     return hashlib.sha256(repr(description).encode() + b"".join(digests)).hexdigest()
 
 
 def _distinct_tensors(model: nn.Module) -> list[Tensor]:
-    return list({id(tensor): tensor for _, _, tensor in _places(unwrap(model))}.values())
+    numbers = (number for _, _, tensor in _places(unwrap(model)) for number in numbers_of(tensor))
+    return list({id(number): number for number in numbers}.values())
 
 
 def _portions(tensors: Iterable[Tensor], elsewhere: Mapping[int, Offloaded]) -> Iterator[list[Tensor]]:
@@ -301,9 +317,17 @@ def _portions(tensors: Iterable[Tensor], elsewhere: Mapping[int, Offloaded]) -> 
             yield list(group)
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a view without a state of its own that shows later writes."""
+    if not is_special(tensor):
+        return tensor.detach()
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
+
+
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     """Cut a tensor, rows at a time, into views of about `PIECE_BYTES`, to be hashed in parallel."""
-    rows = tensor.detach() if tensor.dim() else tensor.detach()[None]
+    rows = _plain(tensor) if tensor.dim() else _plain(tensor)[None]
     return torch.split(rows, max(1, PIECE_BYTES * len(rows) // max(1, rows.nbytes)))
 
 
@@ -340,7 +364,7 @@ def _sample_views(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Return a strided view of each tensor, grouped by dtype and device; views show later writes."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        view = tensor.detach()
+        view = _plain(tensor)
         if view.is_contiguous():
             view = view.view(-1)
         while view.dim() > 1:  # along the longest axis

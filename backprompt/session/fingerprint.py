@@ -12,7 +12,7 @@ from backprompt.errors import StaleRepresentationError
 from backprompt.evaluation.span_keys import Root
 from backprompt.forest.keys import EXACT, root_key
 from backprompt.model.checkpoint import Checkpoint
-from backprompt.model.skeleton import unwrap
+from backprompt.model.skeleton import computed_dtype, unwrap
 from backprompt.model.weights import WeightsMonitor, content_hash
 from backprompt.store import Store
 from backprompt.tokens.tokenizer import PrivateTokenizer
@@ -89,7 +89,7 @@ class Fingerprint:
             if self._monitor.has_changed():
                 raise StaleRepresentationError(_CHANGED_WHILE_HASHED)
             self._content = weights
-        dtype = str(next(unwrap(self._model).parameters()).dtype)
+        dtype = str(computed_dtype(unwrap(self._model)))
         tokenizer = self.tokenizer.fingerprint()
         stored_dtype = self._store.dtype if in_store and self._store is not None else None
         exactness = EXACT if stored_dtype is None else stored_dtype

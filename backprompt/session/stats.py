@@ -34,10 +34,14 @@ class Stats:
             in bounded pools of their own.
         graph_bytes: the memory of CUDA graphs, beside `memory_bytes`: at most a 16th of what was free when the `LM`
             was made. `lm.clear()` frees it, as does a pass for which memory is short.
-        packed_weight_bytes: the copies of weights that `pack_weights` makes, and that of the output head on CUDA.
+        weight_bytes: the weights of the model as they are held; of quantized ones the integers and scales.
+        packed_weight_bytes: copies of weights in the order of kernels: those that `pack_weights` makes, those of int8
+            layers on the CPU, that of the output head on CUDA, and 4-bit weights of bitsandbytes that the model's first
+            plain call would put into another order.
         kernel: the attention kernel in use.
         linears: the code that multiplies linear layers: "torch", "onednn" (see `model/linear.py`) or "onednn, packed";
-            ", padded head" is added where the head has a padded copy of its weight (see `model/padded.py`).
+            ", int8" is added where torch's kernels for int8 serve (see `model/int8.py`), and ", padded head" where the
+            head has a padded copy of its weight (see `model/padded.py`).
 
     """
 
@@ -58,6 +62,7 @@ class Stats:
     host_bytes_held: int
     result_bytes_held: int
     graph_bytes: int
+    weight_bytes: int
     packed_weight_bytes: int
     kernel: str
     linears: str
@@ -89,6 +94,7 @@ def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
         host_bytes_held=evaluator.host.num_bytes,
         result_bytes_held=evaluator.pools.num_bytes,
         graph_bytes=evaluator.executor.graph_bytes,
+        weight_bytes=evaluator.executor.weight_bytes,
         packed_weight_bytes=evaluator.executor.linears.packed_bytes,
         kernel=evaluator.executor.kernel_name,
         linears=evaluator.executor.linears.name,

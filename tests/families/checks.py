@@ -77,6 +77,8 @@ def _check(model_type: str, class_name: str, seed: int, is_quick: bool) -> Verdi
         family.evaluates(num_texts=5 if is_quick else 12)
     except UnsupportedModelError as error:
         verdict.status, verdict.why = "REFUSED", " ".join(str(error).split())
+    except Wrong as error:
+        verdict.status, verdict.why = "WRONG", str(error)
     except Exception as error:
         verdict.status, verdict.why = "RAW", _one_line(error)
     if verdict.status == "RIGHT":

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from families.checks import Verdict
+from families.configs import CHOSEN_KEYS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _HEADING = "## Families of transformers"
@@ -42,8 +43,8 @@ def _tables(title: str, verdicts: Sequence[Verdict]) -> str:
 
 
 def _remarks(verdict: Verdict) -> str:
-    longest = [] if verdict.longest is None or verdict.longest >= 200 else ["short texts only, see above"]
-    return "; ".join([*longest, *(one for one in verdict.remarks if " refused: " in one)])
+    longest = ["up to `index_topk` tokens"] if verdict.longest == CHOSEN_KEYS else []
+    return "; ".join([*longest, *(one.split(": ")[0] for one in verdict.remarks if " refused: " in one)])
 
 
 def _reason(verdict: Verdict) -> str:
