@@ -14,17 +14,17 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from backprompt.arguments import as_list
-from backprompt.errors import AdapterError, StaleRepresentationError, UnboundTextError
+from backprompt.errors import StaleRepresentationError, UnboundTextError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.computation import Means
 from backprompt.evaluation.counters import Counters
@@ -53,8 +53,6 @@ from backprompt.tokens.adapted import plain
 from backprompt.tokens.encoder import Encoder
 from backprompt.tokens.graph import TokenIds, before_last, num_positions
 from backprompt.tokens.tokenizer import PrivateTokenizer
-
-Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
 
@@ -160,15 +158,6 @@ class Session:
         self.evaluator.continuations.end_abandoned()
         self.evaluator.hold_pins()
         return self.evaluator
-
-    def ask_encoder(self, ask: Callable[[Encoder], Answer]) -> Answer:
-        """Return an answer of the encoder, without a look at the weights if the encoder knows all adapters."""
-        self.current(with_weights=False)
-        try:
-            return ask(self.encoder)
-        except AdapterError:
-            self.current()
-            return ask(self.encoder)
 
     @contextmanager
     def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
