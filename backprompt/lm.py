@@ -367,22 +367,26 @@ class LM(Engine[Text]):
         """
         texts = self._session.own_texts(texts)
         with self._session.exclusive():
-            return self._session.ask_encoder(lambda encoder: encoder.extents(texts))
+            self._session.current(with_weights=False)
+            return self._session.encoder.extents(texts)
 
     def tokens(self, text: Text) -> tuple[int, ...]:
         """Return the token ids of a text; see `Text.tokens`."""
         with self._session.exclusive():
-            return plain(flat(self._session.ask_encoder(lambda encoder: encoder.encode([text])[0])))
+            self._session.current(with_weights=False)
+            return plain(flat(self._session.encoder.encode([text])[0]))
 
     def joins(self, text: Text) -> list[Join]:
         """Return the joins of a text that change tokens; see `Text.joins`."""
         with self._session.exclusive():
-            return self._session.ask_encoder(lambda encoder: encoder.joins(text))
+            self._session.current(with_weights=False)
+            return self._session.encoder.joins(text)
 
     def string(self, text: Text) -> str:
         """Return the string of a text with segments of token ids; see `Text.string`."""
         with self._session.exclusive():
-            return self._session.ask_encoder(lambda encoder: encoder.string(text))
+            self._session.current(with_weights=False)
+            return self._session.encoder.string(text)
 
     def clear(self) -> None:
         """Drop all computed results, including those of pinned texts.

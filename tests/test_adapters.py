@@ -386,7 +386,7 @@ def test_other_kinds_of_adapters_are_refused_by_name_and_serve_the_whole_model(k
 
 
 def test_a_model_that_goes_by_levels_refuses_adapters_by_segment(tokenizer):
-    """Before and after the probe has found out that it does; its active adapters are on as ever."""
+    """Its active adapters are on as ever."""
     model = peft.get_peft_model(OTHERS["falcon"](), peft.LoraConfig(target_modules=["query_key_value"]), "it").eval()
     lm = LM(model, tokenizer)
     text = Text("The cat", lm)

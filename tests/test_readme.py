@@ -200,7 +200,7 @@ def test_examples_readme_shows_committed_output() -> None:
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     blocks = [block for language, block in re.findall(r"```(\w*)\n(.*?)```", page, flags=re.DOTALL) if not language]
     outputs = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples" / "output").glob("*.txt"))]
-    assert len(blocks) == len(outputs) == 6
+    assert len(blocks) == len(outputs) == 7
     for block in blocks:
         pieces = block.split("[...]\n")
         assert any(all(piece in output for piece in pieces) for output in outputs), block

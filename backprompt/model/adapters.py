@@ -61,7 +61,6 @@ class SegmentAdapters:
         if number is None:
             number = self._numbers[name] = self._found(name)
             self._names.setdefault(number, name)
-        self.check([number])
         return number
 
     def check(self, numbers: Collection[int]) -> None:

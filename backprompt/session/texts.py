@@ -8,12 +8,12 @@ than `scoring` and `distributions`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from backprompt.arguments import as_list
-from backprompt.errors import AdapterError, UnboundTextError
+from backprompt.errors import UnboundTextError
 from backprompt.evaluation.behind import Behind
 from backprompt.evaluation.counters import Counters
 from backprompt.evaluation.distributions import Asked, Distributions
@@ -28,8 +28,6 @@ from backprompt.text.questions import bound_engine
 from backprompt.tokens.encoder import Encoder
 from backprompt.tokens.graph import TokenIds, before_last, num_positions
 from backprompt.tokens.tokenizer import PrivateTokenizer
-
-Answer = TypeVar("Answer")
 
 
 class ScoresTexts(Protocol):
@@ -105,15 +103,6 @@ class TextSession(ABC):
     @abstractmethod
     def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
         """Return the ends of texts that were evaluated here and whose states are still held; the lock must be held."""
-
-    def ask_encoder(self, ask: Callable[[Encoder], Answer]) -> Answer:
-        """Return an answer of the encoder, without a look at the weights if the encoder knows all adapters."""
-        self.current(with_weights=False)
-        try:
-            return ask(self.encoder)
-        except AdapterError:
-            self.current()
-            return ask(self.encoder)
 
     # Texts and their ids
 

@@ -53,7 +53,7 @@ class Verdict:
     def line(self) -> str:
         said = [self.why, *self.remarks] if self.why else self.remarks
         gap = f"{self.gap:.0e}" if self.status in ("RIGHT", "WRONG") else "-"
-        return f"{self.status:8}{self.model_type:26}{self.class_name:42}{self.way:10} gap {gap:6} {'; '.join(said)}"
+        return f"{self.status:8}{self.model_type:26}{self.class_name:48}{self.way:10} gap {gap:6} {'; '.join(said)}"
 
 
 def check(model_type: str, class_name: str, *, is_quick: bool = False) -> Verdict:
