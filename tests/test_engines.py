@@ -193,6 +193,10 @@ def test_an_explanation_says_what_runs_where():
     assert [part.worker for part in explained.parts] == [0, 1]
     assert sum(part.explanation.tokens_to_compute for part in explained.parts) == explained.tokens_to_compute
     assert "Worker 1: " in str(explained)
+    lm.evaluate(long_texts(lm))
+    lm.clear()
+    again = bp.explain(long_texts(lm))
+    assert again.seconds == max(part.explanation.seconds for part in again.parts) > 0
     assert sorted(idx for part in explained.parts for idx in part.text_idxs) == list(range(explained.num_texts))
 
 
