@@ -29,6 +29,7 @@ from backprompt.errors import (
     TokenizerError,
     UnboundTextError,
     UnsupportedModelError,
+    WorkerError,
 )
 from backprompt.evaluation.lookup import Piece
 from backprompt.evaluation.scores import TokenScores
@@ -108,6 +109,7 @@ __all__ = [
     "UnboundTextError",
     "UnsupportedModelError",
     "Verification",
+    "WorkerError",
     "chat",
     "classify",
     "draw",

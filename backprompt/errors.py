@@ -110,6 +110,10 @@ class MissingDependencyError(BackpromptError, ImportError):
     """A package that an optional feature needs is not installed."""
 
 
+class WorkerError(BackpromptError, RuntimeError):
+    """A worker of an engine died over the same work twice, or could not be started again."""
+
+
 class NotPicklableError(BackpromptError, TypeError):
     """An `LM` was pickled; it holds a model, a lock and a cache of tensors."""
 

@@ -58,7 +58,7 @@ default_role = "py:obj"
 # network), and aliases of types.
 _OTHERS = (
     "torch|numpy|npt|transformers|sklearn|lm_eval|trl|networkx|graphviz|matplotlib"
-    "|collections|typing|os|pathlib"
+    "|collections|typing|ray|os|pathlib"
 )
 nitpick_ignore_regex = [
     ("py:obj", r".*"),

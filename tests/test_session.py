@@ -8,7 +8,7 @@ import pytest
 import backprompt as bp
 from backprompt import LM, Text
 from backprompt.errors import TextTypeError, UnboundTextError
-from backprompt.session.session import session_of
+from backprompt.session.texts import session_of
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 

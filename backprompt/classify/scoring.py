@@ -204,9 +204,10 @@ class PromptsWithCompletions:
     def _slices(self) -> Iterator[range]:
         """Yield the prompts that are scored together."""
         first, num_tokens = 0, 0
+        at_a_time = TOKENS_AT_A_TIME * self.lm.session.num_workers
         for idx, (prompt_ids, completions) in enumerate(zip(self.prompt_ids, self.completions, strict=True)):
             num_tokens += (len(prompt_ids) + len(completions.longest)) * len(completions)
-            if num_tokens >= TOKENS_AT_A_TIME or idx == len(self.prompts) - 1:
+            if num_tokens >= at_a_time or idx == len(self.prompts) - 1:
                 yield range(first, idx + 1)
                 first, num_tokens = idx + 1, 0
 

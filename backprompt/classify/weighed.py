@@ -104,14 +104,15 @@ class WeighedCompletions:
         best = [0] * len(self.pairs.prompts)
         searches = self._searches()
         live: dict[int, Search] = {}
+        num_workers = self.pairs.lm.session.num_workers
         with self.pairs.bar(self.show_progress_bar) as bar:
             while True:
-                live.update(itertools.islice(searches, MAX_LIVE_SEARCHES - len(live)))
+                live.update(itertools.islice(searches, MAX_LIVE_SEARCHES * num_workers - len(live)))
                 if not live:
                     return best
                 expanded: list[Expanded] = []
                 for idx, search in list(live.items()):
-                    nodes = search.expand(max(1, NODES_AT_A_TIME // len(live)))
+                    nodes = search.expand(max(1, NODES_AT_A_TIME * num_workers // len(live)))
                     expanded += [(idx, search, node) for node in nodes]
                     if not nodes:
                         self._check_possible(idx, search.best_score)

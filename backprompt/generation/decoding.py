@@ -86,6 +86,41 @@ class Rules:
         return torch.stack([criterion(ids, None) for criterion in self.criteria]).any(dim=0)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The options of a `Decoding`, without model and tokenizer: all that another process needs to make it again.
+
+    Attributes:
+        max_new_tokens: the largest number of tokens to add.
+        stop, include_stop, is_behind_prompt: see `StopStrings`.
+        seed: the seed of sampling.
+        given: fields of `GenerationConfig`.
+
+    """
+
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    include_stop: bool
+    is_behind_prompt: bool
+    seed: int
+    given: Mapping[str, Any]
+
+    def decoding(self, model: Any, tokenizer: Any, refused: Callable[[], frozenset[int]]) -> Decoding:
+        """Return the decoding for a model with its tokenizer; `refused`: see `Decoding`."""
+        stops = StopStrings(
+            self.stop, tokenizer, include_stop=self.include_stop, is_behind_prompt=self.is_behind_prompt
+        )
+        return Decoding(
+            model,
+            tokenizer,
+            max_new_tokens=self.max_new_tokens,
+            stops=stops,
+            seed=self.seed,
+            given=self.given,
+            refused=refused,
+        )
+
+
 class Decoding:
     """Options of `generate`, checked, for any number of texts.
 
@@ -123,6 +158,7 @@ class Decoding:
         self.stops = stops
         own_seed = secrets.randbits(63) if seed is None else seed
         self._seed = as_int(own_seed, "seed", at_least=0, error=GenerationError)
+        self._given = dict(given)
         self._config = _config(model, given)
         self.is_sampling = bool(self._config.do_sample)
         self.num_beams = int(self._config.num_beams or 1)
@@ -138,6 +174,14 @@ class Decoding:
             self._rehearse()
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise GenerationError(f"transformers refuses these options: {error}") from error
+
+    @property
+    def recipe(self) -> Recipe:
+        """The options, for another process."""
+        stops = self.stops
+        return Recipe(
+            self.max_new_tokens, stops.strings, stops.include_stop, stops.is_behind_prompt, self._seed, self._given
+        )
 
     def _rehearse(self) -> None:
         """Apply all rules to one token, so that errors show now, before a prompt is computed."""

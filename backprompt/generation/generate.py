@@ -14,7 +14,7 @@ from backprompt.bound import bound_lm
 from backprompt.errors import GenerationError
 from backprompt.generation.continued import GeneratedText
 from backprompt.generation.decoding import Decoding
-from backprompt.generation.run import Run, run_with_bar
+from backprompt.generation.run import run_with_bar, running
 from backprompt.generation.stops import StopStrings
 from backprompt.lm import LM
 from backprompt.progress import check_show
@@ -97,7 +97,8 @@ def generate(
         if decoding.num_beams == 1:
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
         raise GenerationError(f"{decoding.num_beams} beams give no {n} continuations. Ask for more: num_beams={n}.")
-    run = Run(lm, [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed, decoding)
+    asked = [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed
+    run = running(lm, asked, decoding)
     run_with_bar(run, show_progress_bar)
     found = run.results(num_each)
     if decoding.is_sampling:
@@ -123,8 +124,8 @@ def refused_ids(lm: LM) -> Callable[[], frozenset[int]]:
     """Return a function that returns the ids with which no text can be evaluated, as far as it is known by then."""
 
     def found() -> frozenset[int]:
-        executor = lm.session.evaluator.executor
-        return executor.limits.placeholders.union(range(executor.limits.num_embeddings, executor.vocab_size))
+        limits = lm.session.limits.model
+        return limits.placeholders.union(range(limits.num_embeddings, lm.session.vocab_size))
 
     return found
 
@@ -157,7 +158,7 @@ class Stream(Iterator[str]):
             raise GenerationError("Beams are decided on at the end, so there are no pieces to stream. Use generate.")
         self._lm = lm
         self._prompt = prompt
-        self.run = Run(lm, [prompt], decoding)
+        self.run = running(lm, [prompt], decoding, is_stream=True)
         self._stops = decoding.stops
         self._decoder = Decoder(lm.tokenizer, lm.tokenizer.all_special_ids)
         self._decoded = self._decoder.begin(plain(flat(self.run.prompts[0])))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -89,6 +90,44 @@ class _Live:
         return ends[completion[:num_held]], self.forwarded(completion[num_held:])
 
 
+class Running(Protocol):
+    """Texts that are being continued, wherever that is done; see `Run`."""
+
+    prompts: Sequence[TokenIds]
+    decoding: Decoding
+
+    @property
+    def num_tokens_done(self) -> int:
+        """The number of tokens decided on; a finished text counts with all tokens that were asked for."""
+
+    def found(self, num_each: int = 1) -> list[list[Found]]:
+        """Return the best continuations of each text so far; with beams, up to `num_each`."""
+
+    def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
+        """Return the continuations of `found` as texts."""
+
+    def step(self) -> bool:
+        """Go on; return whether any text goes on or waits."""
+
+    def close(self) -> None:
+        """End the live texts, and begin no more texts."""
+
+
+@runtime_checkable
+class ContinuesTexts(Protocol):
+    """An `LM` that continues texts in a way of its own."""
+
+    def running(self, texts: Sequence[Text], decoding: Decoding, *, is_stream: bool) -> Running:
+        """Return texts to be continued, checked, with nothing computed; `is_stream`: a step adds few tokens."""
+
+
+def running(lm: LM, texts: Sequence[Text], decoding: Decoding, *, is_stream: bool = False) -> Running:
+    """Return texts to be continued, checked, with nothing computed."""
+    if isinstance(lm, ContinuesTexts):
+        return lm.running(texts, decoding, is_stream=is_stream)
+    return Run(lm, texts, decoding)
+
+
 @dataclass(eq=False)
 class Run:
     """Texts that are being continued. Each `step` decides at least one token for every live text.
@@ -97,21 +136,22 @@ class Run:
         lm: the `LM` of all texts.
         texts: the texts to continue. A text that is listed several times is sampled several times.
         decoding: the options.
+        prompts: the ids of the texts, where they are checked already; then the texts may be left out.
 
     """
 
     lm: LM
     texts: Sequence[Text]
     decoding: Decoding
+    prompts: Sequence[TokenIds] = ()
     _decodings: list[TextDecoding | BeamDecoding] = field(init=False)
-    prompts: list[TokenIds] = field(init=False)
     _live: list[_Live] = field(init=False, default_factory=list)
     _num_begun: int = field(init=False, default=0)
     _may_begin: bool = field(init=False, default=True)  # whether there may be room for waiting texts
     _evaluator: Evaluator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.prompts = self.lm.session.ids_to_continue(self.texts, self.decoding.max_new_tokens)
+        self.prompts = self.prompts or self.lm.session.ids_to_continue(self.texts, self.decoding.max_new_tokens)
         num_samples: Counter[tuple[int, ...]] = Counter()
         self._decodings = []
         for ids in map(flat, self.prompts):
@@ -138,10 +178,7 @@ class Run:
 
     def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
         """Return the continuations of `found` as texts."""
-        return [
-            [generated_text(self.lm, text, found, self.decoding.logprob_dtype) for found in row]
-            for text, row in zip(self.texts, self.found(num_each), strict=True)
-        ]
+        return as_texts(self.lm, self.texts, self.found(num_each), self.decoding)
 
     def step(self) -> bool:
         """Decide the next tokens of every live text; return whether any text goes on or waits."""
@@ -160,11 +197,11 @@ class Run:
                 self._live.clear()
                 raise
             self._end(evaluator, [live for live in self._live if live.decoding.is_finished])
-        return bool(self._live) or self._num_begun < len(self.texts)
+        return bool(self._live) or self._num_begun < len(self.prompts)
 
     def close(self) -> None:
         """End the live texts, and begin no more texts."""
-        self._num_begun = len(self.texts)
+        self._num_begun = len(self.prompts)
         if self._live and self._evaluator is not None:
             with self.lm.session.exclusive():
                 self._end(self._evaluator, self._live)
@@ -189,7 +226,7 @@ class Run:
                 live.go_on(end)
         rows = [(live.decoding, row) for row, token in enumerate(stepped.tokens) for live in by_token[token]]
         ends, hidden = list(stepped.ends), stepped.hidden
-        if self._may_begin and self._num_begun < len(self.texts):
+        if self._may_begin and self._num_begun < len(self.prompts):
             num_before = len(self._live)
             self._admit(evaluator)
             begun = self._live[num_before:]
@@ -223,14 +260,14 @@ class Run:
     def _admit(self, evaluator: Evaluator) -> None:
         """Begin as many of the waiting texts as there is room for, at least one if none is live."""
         first, stop = self._num_begun, self._num_begun
-        if first == len(self.texts):
+        if first == len(self.prompts):
             return
         num_new = self.decoding.max_new_tokens * self.decoding.num_beams
         num_new += MAX_PROPOSALS * self.decoding.num_lookup_tokens
         num_bytes = evaluator.num_bytes_to_hold([end for live in self._live for end in live.ends.values()])
         num_bytes += len(self._live) * num_new * evaluator.executor.token_bytes
         max_live = max(1, MAX_LIVE_TEXTS // self.decoding.num_beams)
-        while stop < len(self.texts) and len(self._live) + stop - first < max_live:
+        while stop < len(self.prompts) and len(self._live) + stop - first < max_live:
             is_sample = stop > first and self.prompts[stop] == self.prompts[stop - 1]
             num_bytes += (num_new + (0 if is_sample else len(self.prompts[stop]))) * evaluator.executor.token_bytes
             num_bytes += evaluator.executor.snapshot_bytes
@@ -273,9 +310,19 @@ class Run:
         evaluator.continuations.end([end for live in ended for end in live.ends.values()])
 
 
-def run_with_bar(run: Run, show: bool | None) -> None:
+def as_texts(
+    lm: LM, prompts: Sequence[Text], found: Sequence[Sequence[Found]], decoding: Decoding
+) -> list[list[GeneratedText]]:
+    """Return the continuations of each prompt as texts."""
+    return [
+        [generated_text(lm, prompt, one, decoding.logprob_dtype) for one in row]
+        for prompt, row in zip(prompts, found, strict=True)
+    ]
+
+
+def run_with_bar(run: Running, show: bool | None) -> None:
     """Let texts grow, under a bar over their tokens, until all are finished or an error is raised."""
-    total = len(run.texts) * run.decoding.max_new_tokens
+    total = len(run.prompts) * run.decoding.max_new_tokens
     with showing(show):
         bar = progress_bar(total, "generating", "tokens", is_long=run.decoding.max_new_tokens > 1)
     try:

@@ -91,8 +91,8 @@ class StopStrings:
         is_behind_prompt: bool = True,
     ) -> None:
         self.strings = as_stop_strings(given, tokenizer, "stop")
-        self._include_stop = as_bool(include_stop, "include_stop", error=GenerationError)
-        self._is_behind_prompt = is_behind_prompt
+        self.include_stop = as_bool(include_stop, "include_stop", error=GenerationError)
+        self.is_behind_prompt = is_behind_prompt
         self._searches: list[_Search] = []
         if not self.strings:
             return
@@ -123,12 +123,12 @@ class StopStrings:
     def cut(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Cut | None:
         """Return the kept part of a continuation that a stop string ends; None if none does."""
         before = self._before(prompt_ids)
-        cuts = [search.cut(before, token_ids, include_stop=self._include_stop) for search in self._searches]
+        cuts = [search.cut(before, token_ids, include_stop=self.include_stop) for search in self._searches]
         return min(filter(None, cuts), key=lambda cut: (cut.num_tokens, len(cut.rest)), default=None)
 
     def decided(self, string: str) -> str:
         """Return the part of an unfinished completion that cannot belong to a stop string to cut off."""
-        if self._include_stop or not self.strings:
+        if self.include_stop or not self.strings:
             return string
         longest = max(map(len, self._held))
         for start in range(max(0, len(string) - longest), len(string)):
@@ -137,7 +137,7 @@ class StopStrings:
         return string
 
     def _before(self, prompt_ids: Sequence[int]) -> Sequence[int]:
-        return prompt_ids if self._is_behind_prompt else ()
+        return prompt_ids if self.is_behind_prompt else ()
 
 
 def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from itertools import takewhile
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from backprompt.arguments import as_bool
 from backprompt.bound import one_lm
@@ -23,6 +23,14 @@ from backprompt.text.checks import listed_texts
 from backprompt.text.extents import Extent
 from backprompt.text.node import Text
 from backprompt.tokens.graph import TokenGraph, TokenIds, common_length, flat
+
+
+@runtime_checkable
+class ExplainsTexts(Protocol):
+    """An `LM` that explains the cost of texts in a way of its own."""
+
+    def explained(self, texts: Sequence[Text], *, analyze: bool) -> Explanation:
+        """Return the cost of evaluating texts; see `explain`."""
 
 
 def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanation:
@@ -47,6 +55,8 @@ def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanati
     listed = listed_texts(texts, "explain")
     lm = one_lm(listed)
     lm.check(listed)
+    if isinstance(lm, ExplainsTexts):
+        return lm.explained(listed, analyze=analyze)
     with lm.session.exclusive():
         explained = _expected(lm, lm.session.current(), listed)
         if not analyze:

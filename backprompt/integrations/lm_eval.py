@@ -26,11 +26,13 @@ from transformers import AutoTokenizer
 
 from backprompt.arguments import as_bool, as_int, check_encodable
 from backprompt.bound import as_lm
+from backprompt.classify.scoring import TOKENS_AT_A_TIME
+from backprompt.engines.ray import RayLM
 from backprompt.errors import GenerationError
 from backprompt.generation.decoding import Decoding
 from backprompt.generation.generate import refused_ids
 from backprompt.generation.options import SAMPLING_FIELDS
-from backprompt.generation.run import Run, run_with_bar
+from backprompt.generation.run import Running, run_with_bar, running
 from backprompt.generation.stops import StopStrings, missing_characters
 from backprompt.integrations.lm_eval_requests import Continuation, behind_contexts, slices_of
 from backprompt.lm import LM
@@ -60,6 +62,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
+WORKER_OPTIONS = ("num_workers", "num_cpus", "num_gpus")
 _OTHER_OPTIONS = {"model", "tokenizer", "joins", "add_special_tokens"}
 LM_OPTIONS = tuple(name for name in inspect.signature(LM).parameters if name not in _OTHER_OPTIONS)
 """Options of `LM` that a `pretrained` name may come with; texts are ids here, so options on strings are left out."""
@@ -85,7 +88,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         chat_template_args: arguments for the tokenizer's chat template.
         batch_size, max_batch_size: taken from the command line and not used, as there are no batches: a pass is filled
             up to `max_tokens_per_forward` tokens.
-        **lm_options: options of `LM`, such as memory_bytes, store, max_tokens_per_forward.
+        **lm_options: options of `LM`, such as memory_bytes, store; and num_workers, num_cpus, num_gpus of `RayLM`.
 
     Raises:
         TypeError: an unknown option, or an option that comes too late for an `LM`; before anything is loaded.
@@ -111,11 +114,11 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         **lm_options: Any,
     ) -> None:
         super().__init__()
-        unknown = [name for name in lm_options if name not in LM_OPTIONS]
+        unknown = lm_options.keys() - {*LM_OPTIONS, *WORKER_OPTIONS}
         if unknown:
             raise TypeError(
-                f"The model type backprompt takes no argument {', '.join(map(repr, unknown))}. It takes those of "
-                f"BackpromptLM, and {', '.join(LM_OPTIONS)}. For a model that is loaded in another way pass an LM: "
+                f"The model type backprompt takes no argument {', '.join(sorted(map(repr, unknown)))}. It takes those "
+                f"of BackpromptLM, and {', '.join(LM_OPTIONS)}. For a model that is loaded in another way pass an LM: "
                 "BackpromptLM(LM(model, tokenizer))."
             )
         as_bool(rolling_as_hf, "rolling_as_hf")
@@ -133,7 +136,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 raise TypeError(f"An LM is loaded already: {', '.join(late)} must be given to it, not here.")
             self.lm = pretrained
         elif isinstance(pretrained, str):
-            self.lm = load(pretrained, dtype=dtype or "auto", device=_there(device), **lm_options)
+            loader = RayLM if "num_workers" in lm_options else load
+            self.lm = loader(pretrained, dtype=dtype or "auto", device=_there(device), **lm_options)
         else:
             raise TypeError(
                 f"pretrained must be a hub id, a path or a backprompt.LM, not {type(pretrained).__name__}. "
@@ -155,7 +159,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """The largest number of tokens given to the model."""
         if self._max_length is not None:
             return self._max_length
-        config = self.lm.session.model.config  # not lm.model: reading that lets LM expect written weights
+        config = self.lm.session.causal_lm.config  # not lm.model: reading that lets LM expect written weights
         return int(resolve_max_length(config, self.tokenizer))
 
     @property
@@ -286,7 +290,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 self.cache_hook.add_partial("generate_until", requests[idx].args, found[idx])
         return [found[idx] for idx in range(len(requests))]
 
-    def _begun(self, contexts: Sequence[str], given: dict[str, Any]) -> tuple[Run, list[str]]:
+    def _begun(self, contexts: Sequence[str], given: dict[str, Any]) -> tuple[Running, list[str]]:
         """Return a generation, checked and with nothing computed, and the strings at which to cut its results."""
         options = normalize_gen_kwargs(given, self.max_gen_toks)
         end = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
@@ -313,7 +317,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         )
         encoded = (self.tok_encode(context, left_truncate_len=room) for context in contexts)
         prompts = [Text.from_tokens(ids or [self.prefix_token_id], self.lm) for ids in encoded]
-        return Run(self.lm, prompts, decoding), stop
+        return running(self.lm, prompts, decoding), stop
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
@@ -340,7 +344,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(continuations)
         with Bar(total=len(continuations), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for chosen in slices_of(continuations):
+            for chosen in slices_of(continuations, TOKENS_AT_A_TIME * self.lm.session.num_workers):
                 for idx, result in zip(chosen, self._score([continuations[idx] for idx in chosen]), strict=True):
                     found[idx] = result
                     strings = requests[idx][0]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from backprompt.arguments import as_int, as_number
-from backprompt.evaluation.distributions import Asked, Distributions, distributions
+from backprompt.evaluation.distributions import Asked, Distributions
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import to_score
-from backprompt.session.session import Session
 from backprompt.session.text_scores import encoded_to_score
+from backprompt.session.texts import TextSession
 from backprompt.text.node import Text
 
 
@@ -63,7 +63,7 @@ class TopLogprobs:
 
 
 def entropies(
-    session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None, temperature: float
+    session: TextSession, texts: Iterable[Text], starts: Iterable[Text | int] | None, temperature: float
 ) -> Entropies:
     """Return the entropies of the distributions that predict texts' tokens; see `LM.entropies`."""
     asked = Asked(temperature=as_temperature(temperature), entropy=True)
@@ -73,7 +73,7 @@ def entropies(
 
 
 def top_logprobs(
-    session: Session, texts: Iterable[Text], k: int, starts: Iterable[Text | int] | None, temperature: float
+    session: TextSession, texts: Iterable[Text], k: int, starts: Iterable[Text | int] | None, temperature: float
 ) -> TopLogprobs:
     """Return the most probable tokens in the place of texts' tokens; see `LM.top_logprobs`."""
     asked = Asked(temperature=as_temperature(temperature), top_k=as_top_k(session, k, "k"))
@@ -82,14 +82,14 @@ def top_logprobs(
     return TopLogprobs(found.top_logprobs, found.top_ids, offsets)
 
 
-def distributions_of_ids(session: Session, wanted: Sequence[Wanted], asked: Asked) -> Distributions:
+def distributions_of_ids(session: TextSession, wanted: Sequence[Wanted], asked: Asked) -> Distributions:
     """Return what is asked of the distributions that predict tokens of texts of ids; the lock must be held.
 
     The caller has checked that the texts can be evaluated.
     """
-    evaluator = session.current()
+    session.current()
     session.counters.tokens_requested += sum(len(text.token_ids) + len(text.candidates) for text in wanted)
-    return distributions(evaluator.computation, wanted, asked)
+    return session.distributions(wanted, asked)
 
 
 def as_temperature(given: float) -> float:
@@ -107,27 +107,27 @@ def as_temperature(given: float) -> float:
     return temperature
 
 
-def as_top_k(session: Session, given: int, name: str) -> int:
+def as_top_k(session: TextSession, given: int, name: str) -> int:
     """Return how many of the most probable tokens are wanted; `name` names the argument in errors.
 
     Raises:
         ValueError: the value is no int from 1 to the size of the vocabulary.
 
     """
-    k, vocab_size = as_int(given, name, at_least=1), session.evaluator.executor.vocab_size
+    k, vocab_size = as_int(given, name, at_least=1), session.vocab_size
     if k > vocab_size:
         raise ValueError(f"{name} is {k}, but the model's head has {vocab_size} tokens. Ask for at most {vocab_size}.")
     return k
 
 
 def _of_texts(
-    session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None, asked: Asked
+    session: TextSession, texts: Iterable[Text], starts: Iterable[Text | int] | None, asked: Asked
 ) -> tuple[Distributions, Tensor]:
     """Return what is asked for of texts' tokens from a start on, and the offsets of the texts."""
     texts = session.own_texts(texts)
     with session.exclusive():
         encoded, first = encoded_to_score(session, texts, starts)
         wanted = list(map(to_score, encoded, first, [end is not None for end in session.computed_ends(texts)]))
-        found = distributions(session.current().computation, wanted, asked)
+        found = session.distributions(wanted, asked)
         lengths = [len(token_ids) - start for token_ids, start in zip(encoded, first, strict=True)]
         return found, torch.tensor([0, *lengths]).cumsum(0)

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,14 +23,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from backprompt.arguments import as_list
-from backprompt.errors import StaleRepresentationError, UnboundTextError
+from backprompt.errors import StaleRepresentationError
 from backprompt.evaluation.archive import Archive
 from backprompt.evaluation.computation import Means
 from backprompt.evaluation.counters import Counters
+from backprompt.evaluation.distributions import Asked, Distributions, distributions
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.pools import Pools
-from backprompt.evaluation.scoring import num_positions_to_score
+from backprompt.evaluation.reading import Wanted
+from backprompt.evaluation.scoring import Scoring
 from backprompt.forest.span import Span
 from backprompt.forking import watch_lm
 from backprompt.memory.eviction import GreedyDual, Memory
@@ -42,16 +43,14 @@ from backprompt.model.spread import head_device
 from backprompt.session.budgets import Budgets
 from backprompt.session.evaluated import Batch, Evaluated
 from backprompt.session.fingerprint import Fingerprint
-from backprompt.session.limits import TextLimits, check_has_last_token
+from backprompt.session.limits import TextLimits
 from backprompt.session.options import Options, check_can_pin
 from backprompt.session.probes import Probes
+from backprompt.session.texts import TextSession
 from backprompt.store import Store, open_store
-from backprompt.text.checks import engine_of
-from backprompt.text.node import Text, lazily
-from backprompt.text.questions import bound_engine
+from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
 from backprompt.tokens.encoder import Encoder
-from backprompt.tokens.graph import TokenIds, before_last, num_positions
 from backprompt.tokens.tokenizer import PrivateTokenizer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ MAX_RESULT_BYTES = 256 << 20
 """Bound of the pool of logit rows, which are large (200 kB in GPT-2) and cheap to compute again."""
 
 
-class Session:
+class Session(TextSession):
     """The shared state of an `LM`, for the modules that work with its texts.
 
     Args:
@@ -201,104 +200,27 @@ class Session:
         """Release the lock."""
         self.lock.release()
 
-    # Texts and their ids
-
-    def own_texts(self, texts: Iterable[Text]) -> list[Text]:
-        """Return texts of this session as a list.
-
-        Raises:
-            TextTypeError: an element is not a `Text`, or `texts` cannot be iterated.
-            UnboundTextError: a text has no model, or that of another session.
-
-        """
-        listed = as_list(texts, "an LM takes several Texts in a list")
-        own: object = None  # an engine of this session, which most texts share
-        for idx, text in enumerate(listed):
-            if own is not None and isinstance(text, Text) and text.lm is own:
-                continue
-            if session_of(text, idx) is not self:
-                raise UnboundTextError(
-                    f"texts[{idx}], {text!r}, belongs to another LM: use backprompt.evaluate(texts)."
-                )
-            own = text.lm
-        return listed
-
-    def ids_before_more(self, texts: Sequence[Text]) -> list[TokenIds]:
-        """Return the ids of texts as if more text followed; the lock must be held."""
-        if not texts:
-            return []
-        with lazily():
-            marker = Text.from_tokens([0], bound_engine(texts[0], "token ids"))
-            followed = [text + marker for text in texts]
-        return [before_last(token_ids) for token_ids in self.encoder.encode(followed)]
-
-    def prompt_ids(self, texts: Iterable[Text]) -> list[TokenIds]:
-        """Return the ids of texts as if more text followed: without the tokens that a tokenizer appends at an end.
-
-        Raises:
-            GroupError: a text ends in a group, so no single token stands before the next one.
-
-        """
-        texts = self.own_texts(texts)
-        with self.exclusive():
-            self.current()
-            found = self.ids_before_more(texts)
-            for text, token_ids in zip(texts, found, strict=True):
-                check_has_last_token(text, token_ids)
-            return found
-
-    def ids_to_continue(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:
-        """Return and count the ids of texts to be continued.
-
-        Raises:
-            TextTooLongError: there is no room for `max_new_tokens`.
-            GroupError, and the errors of `evaluate` for texts that cannot be evaluated.
-
-        """
-        texts = self.own_texts(texts)
-        with self.exclusive():
-            prompts = self.prompt_ids(texts)
-            for text, token_ids in zip(texts, prompts, strict=True):
-                self.limits.check(text, token_ids)
-                self.limits.check_room(text, token_ids, max_new_tokens)
-            self.counters.tokens_requested += sum(map(len, prompts))
-            return prompts
-
-    def checked_ids(
-        self, texts: Sequence[Text], starts: Sequence[int] = (), *, is_scoring: bool = False
-    ) -> list[TokenIds]:
-        """Return the token ids of texts that can be evaluated, and count them; the lock must be held.
-
-        `is_scoring`: the texts are only scored, from `starts` on.
-        """
-        self.current()
-        encoded = self.encoder.encode(texts)
-        for text, token_ids, start in zip(texts, encoded, starts, strict=False):
-            if not 0 <= start <= len(token_ids):
-                raise ValueError(
-                    f"{text!r} has {len(token_ids)} tokens, so its start must be between 0 and that, not {start}."
-                )
-        if is_scoring:
-            lengths = list(map(num_positions_to_score, encoded, starts))
-        else:
-            lengths = list(map(num_positions, encoded))
-        self.limits.check_all(texts, encoded, lengths)
-        self.counters.tokens_requested += sum(map(len, encoded))
-        return encoded
-
-    def check(self, texts: Iterable[Text]) -> None:
-        """Raise the errors of `evaluate` for texts that cannot be evaluated; computes nothing."""
-        texts = self.own_texts(texts)
-        with self.exclusive():
-            self.current()
-            for text, token_ids in zip(texts, self.encoder.encode(texts), strict=True):
-                self.limits.check(text, token_ids)
+    # Results
 
     @property
     def limits(self) -> TextLimits:
         """The limits for texts that can be evaluated."""
         executor = self.evaluator.executor
         return TextLimits(executor.limits, self.options.beyond_trained_length, executor.adapters.numbers)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens that the output head predicts."""
+        return self.evaluator.executor.vocab_size
+
+    @property
+    def scoring(self) -> Scoring:
+        """Scores texts; the lock must be held, and `current` called before."""
+        return self.evaluator.scoring
+
+    def distributions(self, wanted: Sequence[Wanted], asked: Asked) -> Distributions:
+        """Return what is asked of the distributions that predict tokens; the lock must be held."""
+        return distributions(self.current().computation, wanted, asked)
 
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
         """Evaluate the texts, computing only missing spans; the lock must be held."""
@@ -332,25 +254,6 @@ class Session:
         return [None if evaluated is None or not evaluated.is_computed else evaluated.end for evaluated in found]
 
     # The tokenizer and the model
-
-    def completion_ids(self, strings: Sequence[str], *, is_continuation: bool = False) -> list[tuple[int, ...]]:
-        """Return the ids of each string encoded by itself, without special tokens; see classify/completions.py."""
-        with self.exclusive():
-            self.current()
-            return self.private_tokenizer.encode(strings, is_continuation=is_continuation) if strings else []
-
-    @property
-    def added_tokens(self) -> tuple[str, ...]:
-        """The strings that are one token each and take no space behind them: special and added tokens like <think>."""
-        with self.exclusive():
-            self.current()
-            return self.private_tokenizer.added_tokens
-
-    @property
-    def needs_space_between(self) -> bool:
-        """Whether "a b" is encoded like "a" and " b", not like "a" and "b" (the way of SentencePiece)."""
-        both, first, second = self.completion_ids(["a b", "a", "b"])
-        return both != first + second
 
     @property
     def private_tokenizer(self) -> PrivateTokenizer:
@@ -416,18 +319,3 @@ def _decoded(tokenizer: PrivateTokenizer, token_ids: Sequence[int]) -> str:
 
 def _make_encoder(options: Options, tokenizer: PrivateTokenizer, evaluator: Evaluator) -> Encoder:
     return Encoder(tokenizer, options.joins, options.add_special_tokens, evaluator.executor.adapters.number_of)
-
-
-def session_of(text: object, idx: int) -> Session:
-    """Return the session of an element of `texts`.
-
-    Raises:
-        TextTypeError: the element is no `Text`.
-        UnboundTextError: the text has no model, or a model that is no `LM`.
-
-    """
-    engine = engine_of(text, idx)
-    session = getattr(engine, "session", None)
-    if not isinstance(session, Session):
-        raise UnboundTextError(f"texts[{idx}], {text!r}, is bound to {type(engine).__name__}, which is no LM.")
-    return session

@@ -21,12 +21,14 @@ from backprompt.evaluation.predictions import Ints, ranges
 from backprompt.evaluation.scores import TokenScores
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.fan import Shape
-from backprompt.session.session import Session
+from backprompt.session.texts import TextSession
 from backprompt.text.node import Text, sides
 from backprompt.tokens.graph import TokenGraph, TokenIds, ends_in_group, is_beginning, num_positions
 
 
-def scores_of_shared_ends(session: Session, texts: Sequence[Text], starts: Sequence[Text | int]) -> ScoredTexts | None:
+def scores_of_shared_ends(
+    session: TextSession, texts: Sequence[Text], starts: Sequence[Text | int]
+) -> ScoredTexts | None:
     """Return the scores of texts; None for texts to be scored one by one. The lock must be held.
 
     The texts must be prompts with several ends of token ids each, each start a beginning of the prompt, and none of the
@@ -53,14 +55,14 @@ def scores_of_shared_ends(session: Session, texts: Sequence[Text], starts: Seque
     return None if scores is None else _joined(scores, behind, nums_own)
 
 
-def scores_if_fine(session: Session, behind: Sequence[Behind]) -> TokenScores | None:
+def scores_if_fine(session: TextSession, behind: Sequence[Behind]) -> TokenScores | None:
     """Return the scores of completions behind prompts; None if one cannot be evaluated. The lock must be held."""
     completions = dict.fromkeys(ids for shape in dict.fromkeys(of.shape for of in behind) for ids in shape.completions)
     lengths = [num_positions(of.prompt) + max(map(len, of.shape.completions)) - 1 for of in behind]
     if not session.limits.are_fine([*(of.prompt for of in behind), *completions], lengths):
         return None
     session.counters.tokens_requested += sum(of.num_tokens for of in behind)
-    return session.evaluator.scoring.behind(behind).scores
+    return session.scoring.behind(behind).scores
 
 
 def _nums_own(prompt: TokenIds, starts: Sequence[TokenIds | Text | int]) -> list[int]:

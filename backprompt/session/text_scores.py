@@ -11,13 +11,13 @@ from backprompt.evaluation.behind import Behind
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.session.limits import check_has_last_token
-from backprompt.session.session import Session
 from backprompt.session.shared_ends import scores_if_fine, scores_of_shared_ends
+from backprompt.session.texts import TextSession
 from backprompt.text.node import Text, lazily
 from backprompt.tokens.graph import TokenIds, flat, is_beginning
 
 
-def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
+def token_scores(session: TextSession, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
     """Return the scores of each text's tokens from its start on; see `LM.token_scores`. There is a text."""
     texts = session.own_texts(texts)
     given = _given_starts(texts, starts)
@@ -27,11 +27,11 @@ def token_scores(session: Session, texts: Iterable[Text], starts: Iterable[Text 
         if shared is not None:
             return shared
         encoded, first = encoded_to_score(session, texts, given)
-        return session.evaluator.scoring.token_scores(encoded, first, session.computed_ends(texts))
+        return session.scoring.token_scores(encoded, first, session.computed_ends(texts))
 
 
 def encoded_to_score(
-    session: Session, texts: Sequence[Text], starts: Iterable[Text | int] | None
+    session: TextSession, texts: Sequence[Text], starts: Iterable[Text | int] | None
 ) -> tuple[list[TokenIds], list[int]]:
     """Return the ids of texts to be scored, and the first token to score of each; the lock must be held.
 
@@ -51,7 +51,7 @@ def _given_starts(texts: Sequence[Text], starts: Iterable[Text | int] | None) ->
     return given
 
 
-def scores_behind(session: Session, prompts: Sequence[Behind]) -> ScoredTexts:
+def scores_behind(session: TextSession, prompts: Sequence[Behind]) -> ScoredTexts:
     """Return the scores of completions behind prompts, of each prompt those of all its completions, one tensor for all.
 
     Args:
@@ -63,10 +63,10 @@ def scores_behind(session: Session, prompts: Sequence[Behind]) -> ScoredTexts:
     with session.exclusive():
         session.current()
         session.counters.tokens_requested += sum(behind.num_tokens for behind in prompts)
-        return session.evaluator.scoring.behind(prompts)
+        return session.scoring.behind(prompts)
 
 
-def scores_of_ids(session: Session, prompts: Sequence[Behind]) -> ScoredTexts | None:
+def scores_of_ids(session: TextSession, prompts: Sequence[Behind]) -> ScoredTexts | None:
     """Return the scores of completions behind prompts, of each completion its own; None if one cannot be evaluated."""
     with session.exclusive():
         session.current()
@@ -75,16 +75,21 @@ def scores_of_ids(session: Session, prompts: Sequence[Behind]) -> ScoredTexts | 
         return None if found is None else ScoredTexts(found, lengths)
 
 
-def scores_of_next(session: Session, texts: Sequence[tuple[TokenIds, Sequence[int]]]) -> ScoredTexts:
+def scores_of_next(session: TextSession, texts: Sequence[tuple[TokenIds, Sequence[int]]]) -> ScoredTexts:
     """Return the scores of tokens that may follow texts of ids; the caller has checked that they can be evaluated."""
+    return scores_of_wanted(session, [Wanted(ids, len(ids), own) for ids, own in texts])
+
+
+def scores_of_wanted(session: TextSession, wanted: Sequence[Wanted]) -> ScoredTexts:
+    """Return the scores of wanted tokens; the caller has checked that the texts can be evaluated."""
     with session.exclusive():
         session.current()
-        session.counters.tokens_requested += sum(len(token_ids) for token_ids, _ in texts)
-        return session.evaluator.scoring.scored([Wanted(ids, len(ids), own) for ids, own in texts])
+        session.counters.tokens_requested += sum(len(text.token_ids) for text in wanted)
+        return session.scoring.scored(wanted)
 
 
 def next_token_logprobs(
-    session: Session, texts: Iterable[Text], token_ids: Sequence[Sequence[int]]
+    session: TextSession, texts: Iterable[Text], token_ids: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
     """Return the log-probabilities of tokens behind each text; see `LM.next_token_logprobs`."""
     texts = session.own_texts(texts)
@@ -103,11 +108,11 @@ def next_token_logprobs(
         limits = session.limits
         candidates = [tuple(map(limits.as_id, ids)) for ids in token_ids]
         wanted = [Wanted(ids, len(ids), own) for ids, own in zip(session.checked_ids(texts), candidates, strict=True)]
-        found = session.evaluator.scoring.scored(wanted)
+        found = session.scoring.scored(wanted)
         return list(torch.split(found.scores.logprobs, list(found.lengths)))
 
 
-def _first_scored(session: Session, texts: Sequence[Text], starts: Sequence[Text | int]) -> list[int]:
+def _first_scored(session: TextSession, texts: Sequence[Text], starts: Sequence[Text | int]) -> list[int]:
     """Return the first token to score of each text; the lock must be held.
 
     Raises:
@@ -139,7 +144,7 @@ _ADVICE = (
 )
 
 
-def _why_no_beginning(session: Session, start: TokenIds, whole: TokenIds) -> str:
+def _why_no_beginning(session: TextSession, start: TokenIds, whole: TokenIds) -> str:
     ids, whole_ids = flat(start), flat(whole)
     idx = next((idx for idx, pair in enumerate(zip(ids, whole_ids, strict=False)) if pair[0] != pair[1]), None)
     if idx is not None:

@@ -1,0 +1,136 @@
+"""RayCrew: workers as actors of Ray. This module and no other calls Ray.
+
+Keeps the handles of the actors. Ray starts a dead actor again and asks it once more (`max_restarts`,
+`max_task_retries`); an error that the worker raises is raised here as it is. An error that says nothing of the texts,
+such as a lack of memory, is given a second try.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from backprompt.engines.remote import Question
+from backprompt.engines.worker import Description, Maker, Worker
+from backprompt.errors import BackpromptError, MissingDependencyError, WorkerError
+
+NAMESPACE = "backprompt"
+"""Of named workers, whatever the namespace of the driver."""
+MAX_RESTARTS = 16
+
+
+class RayCrew:
+    """Workers on Ray.
+
+    Args:
+        maker: makes the `LM` of each.
+        num_workers: their number.
+        resources: of each, as `ray.remote` takes them: num_cpus, num_gpus, resources.
+        name: workers of this name are found again, or started so that they outlive the driver.
+
+    """
+
+    def __init__(self, maker: Maker, num_workers: int, resources: Mapping[str, Any], name: str | None) -> None:
+        ray = imported_ray()
+        if not ray.is_initialized():
+            ray.init()
+        self.num_workers = num_workers
+        self.name = name
+        options: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": 1, **resources}
+        actor = ray.remote(Worker)
+        if name is None:
+            self._actors = [actor.options(**options).remote(maker) for _ in range(num_workers)]
+            # Ray ends an actor once nobody has its handle, but an error's traceback may hold one.
+            self._end = weakref.finalize(self, _kill, self._actors)
+        else:
+            options |= {"lifetime": "detached", "namespace": NAMESPACE, "get_if_exists": True}
+            self._actors = [
+                actor.options(name=f"{name}-{worker}", **options).remote(maker) for worker in range(num_workers)
+            ]
+            self._end = weakref.finalize(self, _let_go, self._actors)
+
+    def describe(self, maker: Maker) -> Description:
+        """Return the description of the workers, once all are there.
+
+        Raises:
+            ValueError: workers of this name were made otherwise.
+
+        """
+        questions = [Question(worker, "description") for worker in range(self.num_workers)]
+        descriptions: list[Description] = self.ask(questions)
+        for description in descriptions:
+            if description.maker != str(maker):
+                raise ValueError(
+                    f"The workers named {self.name!r} were made of {description.maker}, not of {maker}. Ask for the "
+                    "same, or take another name; RayLM.close() ends the ones that are there."
+                )
+        return descriptions[0]
+
+    def ask(self, questions: Sequence[Question]) -> list[Any]:
+        """Ask all at once, and return the answers in order.
+
+        Raises:
+            The error of the worker, of its own kind.
+            WorkerError: a worker died twice over a question, or could not be started again.
+
+        """
+        refs = [self._asked(question) for question in questions]
+        return [self._answer(question, ref) for question, ref in zip(questions, refs, strict=True)]
+
+    def close(self) -> None:
+        """End the workers, named ones as well."""
+        self._end.detach()
+        _kill(self._actors)
+
+    def _asked(self, question: Question) -> Any:
+        return getattr(self._actors[question.worker], question.method).remote(*question.arguments)
+
+    def _answer(self, question: Question, ref: Any) -> Any:
+        try:
+            return self._got(question, ref)
+        except (BackpromptError, TypeError, ValueError, LookupError, NotImplementedError):
+            raise  # of the texts, or of a worker that died twice: it would be the same again
+        except Exception:
+            return self._got(question, self._asked(question))
+
+    def _got(self, question: Question, ref: Any) -> Any:
+        ray = imported_ray()
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, Exception) and not isinstance(cause, ray.exceptions.RayError):
+                raise cause from error
+            raise
+        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
+            raise WorkerError(
+                f"Worker {question.worker} died while it was asked to {question.method}, and so did its successor, or "
+                f"there is none: {error}"
+            ) from error
+
+
+def imported_ray() -> Any:
+    """Return the module `ray`.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+
+    """
+    if find_spec("ray") is None:
+        raise MissingDependencyError("backprompt.engines.ray needs Ray: pip install 'backprompt[ray]'")
+    import ray
+
+    return ray
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    ray = imported_ray()
+    if ray.is_initialized():  # else the cluster's connection is gone, and Ray has ended the actors
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _let_go(actors: Sequence[Any]) -> None:
+    """Leave named workers to the next driver."""
