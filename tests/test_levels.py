@@ -327,7 +327,7 @@ def test_active_adapters_take_part_and_those_of_segments_are_refused(name, layer
     lm = LM(model, tokenizer())
     text = Text.from_tokens((5, 6, 7), lm)
     assert_close(text.model_repr.all_logits(), plain_logits(model, text.tokens))
-    assert float((plain_logits(model_of(name), text.tokens)[-1] - text.logits).abs().max()) > 0.01
+    assert float((plain_logits(model_of(name), text.tokens)[-1] - text.logits.cpu()).abs().max()) > 0.01
     with pytest.raises(AdapterError, match="by levels"):
         evaluate(text + Text(" cat", lm).with_adapter(None))
 
