@@ -10,8 +10,9 @@ from backprompt import LM, Text, classify
 from backprompt.engines import layout as layouts
 from backprompt.engines.explanation import PlacedExplanation
 from backprompt.engines.layout import Layout
+from backprompt.engines.ray import RayLM
 from backprompt.engines.travel import PackedIds, text_of
-from backprompt.errors import TextTypeError, UnsupportedModelError
+from backprompt.errors import MissingDependencyError, TextTypeError, UnsupportedModelError
 from crews import crew_lm, plain_lm, tiny_gpt2
 from engine_contract import LABELS, PROMPTS, EngineContract
 from tiny_models import build
@@ -48,6 +49,12 @@ def test_what_needs_a_model_here_is_refused_by_name():
     ):
         with pytest.raises(UnsupportedModelError, match="workers"):
             ask()
+
+
+def test_without_ray_its_engine_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("backprompt.engines.crew.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'backprompt\[ray\]'"):
+        RayLM(tiny_gpt2)
 
 
 def test_texts_of_workers_and_of_an_lm_do_not_mix():
@@ -186,6 +193,10 @@ def test_an_explanation_says_what_runs_where():
     assert [part.worker for part in explained.parts] == [0, 1]
     assert sum(part.explanation.tokens_to_compute for part in explained.parts) == explained.tokens_to_compute
     assert "Worker 1: " in str(explained)
+    lm.evaluate(long_texts(lm))
+    lm.clear()
+    again = bp.explain(long_texts(lm))
+    assert again.seconds == max(part.explanation.seconds for part in again.parts) > 0
     assert sorted(idx for part in explained.parts for idx in part.text_idxs) == list(range(explained.num_texts))
 
 

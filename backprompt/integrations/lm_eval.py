@@ -26,7 +26,6 @@ from transformers import AutoTokenizer
 
 from backprompt.arguments import as_bool, as_int, check_encodable
 from backprompt.bound import as_lm
-from backprompt.classify.scoring import TOKENS_AT_A_TIME
 from backprompt.engines.ray import RayLM
 from backprompt.errors import GenerationError
 from backprompt.generation.decoding import Decoding
@@ -344,7 +343,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(continuations)
         with Bar(total=len(continuations), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for chosen in slices_of(continuations, TOKENS_AT_A_TIME * self.lm.session.num_workers):
+            for chosen in slices_of(continuations, self.lm.session.num_workers):
                 for idx, result in zip(chosen, self._score([continuations[idx] for idx in chosen]), strict=True):
                     found[idx] = result
                     strings = requests[idx][0]

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from backprompt.classify.scoring import TOKENS_AT_A_TIME
 from backprompt.evaluation.behind import Behind
 from backprompt.forest.fan import Shape
 
@@ -32,7 +33,7 @@ def behind_contexts(continuations: Sequence[Continuation]) -> list[Behind]:
     return behind
 
 
-def slices_of(continuations: Sequence[Continuation], num_tokens_each: int) -> Iterator[list[int]]:
+def slices_of(continuations: Sequence[Continuation], num_workers: int) -> Iterator[list[int]]:
     """Yield the indices of continuations to be scored together, so that common beginnings come together."""
     # Ids compare fast as bytes. The order means nothing, but it puts common beginnings side by side.
     order = sorted(range(len(continuations)), key=lambda idx: array("i", continuations[idx].token_ids).tobytes())
@@ -41,7 +42,7 @@ def slices_of(continuations: Sequence[Continuation], num_tokens_each: int) -> It
     for idx in order:
         chosen.append(idx)
         num_tokens += len(continuations[idx].token_ids)
-        if num_tokens >= num_tokens_each:
+        if num_tokens >= TOKENS_AT_A_TIME * num_workers:
             yield chosen
             chosen, num_tokens = [], 0
     if chosen:
