@@ -95,6 +95,8 @@ def test_every_marker_is_of_one_suite_and_every_plot_is_drawn(committed: dict[st
 
 @pytest.mark.parametrize("suite", suites.find_suites(), ids=lambda suite: suite.name)
 def test_rows_are_written_as_they_were_read(suite: Suite, committed: dict[str, Any]) -> None:
+    if suite.name == "training_gpu" and not suite.is_measured(committed):
+        pytest.skip("this suite has not run on a GPU yet")
     rows, kept = suite.rows(committed), {"lines": [{"suite": "another"}]}
     suite.keep(kept, rows)
     expected = committed.get(suite.name, [line for line in committed["lines"] if line["suite"] == suite.name])
