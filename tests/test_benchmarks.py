@@ -88,7 +88,8 @@ def test_tables_show_the_suite_against_cappr(measured: dict[str, Any], committed
 def test_every_marker_is_of_one_suite_and_every_plot_is_drawn(committed: dict[str, Any]) -> None:
     """No marker without a table, no table without a marker; the same of plots and their committed files."""
     pages = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
-    assert set(re.findall(r"<!-- /(.*?) -->", pages)) == set(report.tables_of(committed))
+    not_measured = set() if "training_gpu" in committed else {"table training_gpu"}  # no GPU has run it yet
+    assert set(re.findall(r"<!-- /(.*?) -->", pages)) == set(report.tables_of(committed)) | not_measured
     files = [path for plot in report.plots_of(committed) for path in files_of(plot, RESULTS.parent / "plots").values()]
     assert sorted(files) == sorted((RESULTS.parent / "plots").iterdir())
 
