@@ -9,14 +9,23 @@ import torch
 from adapted_models import NAMES, UNMARKED, activate, content_of, deactivate, under, with_adapters
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import backprompt as bp
 from backprompt import LM, AdapterError, Text, evaluate
 from backprompt.model.adapters import outputs_under
 from backprompt.store import MemoryStore
+from backprompt.tokens.adapted import MAX_EMBEDDINGS
 from comparing import assert_close, num_distinct_ids
 from quick import up_to
-from reference import masked_logits, masked_token_logprobs, plain_greedy, plain_logits, token_logprobs_of
+from reference import (
+    masked_logits,
+    masked_token_logprobs,
+    plain_greedy,
+    plain_logits,
+    plain_token_logprobs,
+    token_logprobs_of,
+)
 from tiny_models import FAMILIES, OTHERS
 from tiny_tokenizers import byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram
 
@@ -407,9 +416,21 @@ def test_a_merged_adapter_is_refused(tokenizer):
 def test_an_id_that_no_model_has_is_no_token_under_an_adapter(lm):
     (run,) = runs_of(lm, [1])
     number = lm.session.evaluator.executor.adapters.number_of("a")
-    for token_id in (1 << 20, -1, (number + 1) << 20):
+    for token_id in (1 << 20, MAX_EMBEDDINGS, -1, (number + 1) * MAX_EMBEDDINGS):
         with pytest.raises(bp.TokenIdError, match=f"token id {token_id} "):
             (run.with_adapter("a") + Text.from_tokens([token_id], lm)).logits  # noqa: B018
+
+
+def test_ids_of_large_vocabularies_are_no_tokens_under_adapters(tokenizer):
+    """More than a million embeddings, as for vocabularies of many languages or of items."""
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=(1 << 20) + 8, tie_word_embeddings=True, **sizes)).eval()
+    lm = LM(model, tokenizer)
+    ids = (5, (1 << 20) + 7, 9)
+    text = Text.from_tokens(ids, lm)
+    assert text.tokens == ids
+    assert_close(text.logits, plain_logits(model, ids)[-1])
+    assert_close(text.token_logprobs, plain_token_logprobs(model, ids))
 
 
 def test_an_activated_lora_is_as_peft_computes_it(tokenizer):
