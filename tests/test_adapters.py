@@ -557,6 +557,20 @@ def test_other_tokens_and_distributions_of_texts_under_adapters(lm, model):
     assert_close(lm.token_logprobs([text], [Text("The cat", lm)])[0], token_logprobs_of(logprobs, text.tokens)[2:])
 
 
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        (Text(" sat"), "token 2 of the text is under another adapter than that of the start"),
+        (Text(" sat").with_adapter("a"), "token 2 of the text is under another adapter than that of the start"),
+        (Text(" cat").with_adapter("b"), r"token 2 of the text is \d{1,3} \('.*'\), and .* start is \d{1,3} \('.*'\)"),
+    ],
+)
+def test_a_start_under_other_adapters_is_no_beginning(start, reason, lm):
+    text = Text("The cat", lm) + Text(" sat on").with_adapter("b")
+    with pytest.raises(ValueError, match=f"is no beginning of .*: {reason}"):
+        lm.token_logprobs([text], [Text("The cat", lm) + start])
+
+
 # Stores and looking
 
 
