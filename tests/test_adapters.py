@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import backprompt as bp
 from backprompt import LM, AdapterError, Text, evaluate
+from backprompt.generation.continued import ContinuedText, continue_as
 from backprompt.model.adapters import outputs_under
 from backprompt.store import MemoryStore
+from backprompt.text.segments import Adapted
 from backprompt.tokens.adapted import MAX_EMBEDDINGS
 from comparing import assert_close, num_distinct_ids
 from quick import up_to
@@ -545,6 +547,30 @@ def test_completions_are_under_the_adapter_of_the_end_of_their_prompt(lm, model)
     chosen = prompts[1].select(completions)
     assert chosen.option == best[1]
     assert repr(chosen.completion_text).endswith(".with_adapter('a'))")
+
+
+def test_a_conversation_keeps_the_adapters_of_its_texts_or_says_so(model, tokenizer):
+    template = "{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content{} }}}}|{{% endfor %}}"
+    template += "{{% if add_generation_prompt %}}<assistant>{{% endif %}}"
+    question = {"role": "user", "content": "The cat"}
+
+    def adapters_of(content, change=""):
+        lm.tokenizer.chat_template = template.format(change)
+        text = bp.chat(lm, [question, {"role": "assistant", "content": content}])
+        return [segment.adapter for segment in text.segments if isinstance(segment, Adapted)]
+
+    lm = LM(model, tokenizer)
+    reply = continue_as(ContinuedText, Text("The cat", lm).with_adapter("a"), lm.tokens(Text(" Sat", lm)), lm)
+    judged = Text("Sat", lm).with_adapter("b")
+    assert adapters_of(reply) == ["a"]
+    assert adapters_of([reply, " and ", judged]) == ["a", "b"]
+    with pytest.warns(UserWarning, match=r"messages\[1\] differently .* without its adapter"):
+        assert adapters_of(reply, " | lower") == []
+    for content in (judged, [reply, " and on"]):
+        with pytest.raises(
+            bp.TokenizerError, match=r"does not write the content of messages\[1\], .* or adapters in it"
+        ):
+            adapters_of(content, " | lower")
 
 
 def test_other_tokens_and_distributions_of_texts_under_adapters(lm, model):
