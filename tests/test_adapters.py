@@ -9,14 +9,25 @@ import torch
 from adapted_models import NAMES, UNMARKED, activate, content_of, deactivate, under, with_adapters
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import backprompt as bp
 from backprompt import LM, AdapterError, Text, evaluate
+from backprompt.generation.continued import ContinuedText, continue_as
 from backprompt.model.adapters import outputs_under
 from backprompt.store import MemoryStore
+from backprompt.text.segments import Adapted
+from backprompt.tokens.adapted import MAX_EMBEDDINGS
 from comparing import assert_close, num_distinct_ids
 from quick import up_to
-from reference import masked_logits, masked_token_logprobs, plain_greedy, plain_logits, token_logprobs_of
+from reference import (
+    masked_logits,
+    masked_token_logprobs,
+    plain_greedy,
+    plain_logits,
+    plain_token_logprobs,
+    token_logprobs_of,
+)
 from tiny_models import FAMILIES, OTHERS
 from tiny_tokenizers import byte_level_bpe, llama3_bpe, sentencepiece_bpe, unigram
 
@@ -407,9 +418,21 @@ def test_a_merged_adapter_is_refused(tokenizer):
 def test_an_id_that_no_model_has_is_no_token_under_an_adapter(lm):
     (run,) = runs_of(lm, [1])
     number = lm.session.evaluator.executor.adapters.number_of("a")
-    for token_id in (1 << 20, -1, (number + 1) << 20):
+    for token_id in (1 << 20, MAX_EMBEDDINGS, -1, (number + 1) * MAX_EMBEDDINGS):
         with pytest.raises(bp.TokenIdError, match=f"token id {token_id} "):
             (run.with_adapter("a") + Text.from_tokens([token_id], lm)).logits  # noqa: B018
+
+
+def test_ids_of_large_vocabularies_are_no_tokens_under_adapters(tokenizer):
+    """More than a million embeddings, as for vocabularies of many languages or of items."""
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=(1 << 20) + 8, tie_word_embeddings=True, **sizes)).eval()
+    lm = LM(model, tokenizer)
+    ids = (5, (1 << 20) + 7, 9)
+    text = Text.from_tokens(ids, lm)
+    assert text.tokens == ids
+    assert_close(text.logits, plain_logits(model, ids)[-1])
+    assert_close(text.token_logprobs, plain_token_logprobs(model, ids))
 
 
 def test_an_activated_lora_is_as_peft_computes_it(tokenizer):
@@ -526,6 +549,30 @@ def test_completions_are_under_the_adapter_of_the_end_of_their_prompt(lm, model)
     assert repr(chosen.completion_text).endswith(".with_adapter('a'))")
 
 
+def test_a_conversation_keeps_the_adapters_of_its_texts_or_says_so(model, tokenizer):
+    template = "{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content{} }}}}|{{% endfor %}}"
+    template += "{{% if add_generation_prompt %}}<assistant>{{% endif %}}"
+    question = {"role": "user", "content": "The cat"}
+
+    def adapters_of(content, change=""):
+        lm.tokenizer.chat_template = template.format(change)
+        text = bp.chat(lm, [question, {"role": "assistant", "content": content}])
+        return [segment.adapter for segment in text.segments if isinstance(segment, Adapted)]
+
+    lm = LM(model, tokenizer)
+    reply = continue_as(ContinuedText, Text("The cat", lm).with_adapter("a"), lm.tokens(Text(" Sat", lm)), lm)
+    judged = Text("Sat", lm).with_adapter("b")
+    assert adapters_of(reply) == ["a"]
+    assert adapters_of([reply, " and ", judged]) == ["a", "b"]
+    with pytest.warns(UserWarning, match=r"messages\[1\] differently .* without its adapter"):
+        assert adapters_of(reply, " | lower") == []
+    for content in (judged, [reply, " and on"]):
+        with pytest.raises(
+            bp.TokenizerError, match=r"does not write the content of messages\[1\], .* or adapters in it"
+        ):
+            adapters_of(content, " | lower")
+
+
 def test_other_tokens_and_distributions_of_texts_under_adapters(lm, model):
     text = Text("The cat", lm) + Text(" sat on").with_adapter("b")
     with under(model, _marks(text, [UNMARKED, "b"])) as plain:
@@ -534,6 +581,20 @@ def test_other_tokens_and_distributions_of_texts_under_adapters(lm, model):
     top = lm.top_logprobs([text], 3)
     assert_close(top.logprobs[1:], logprobs[:-1].topk(3, dim=-1).values)
     assert_close(lm.token_logprobs([text], [Text("The cat", lm)])[0], token_logprobs_of(logprobs, text.tokens)[2:])
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        (Text(" sat"), "token 2 of the text is under another adapter than that of the start"),
+        (Text(" sat").with_adapter("a"), "token 2 of the text is under another adapter than that of the start"),
+        (Text(" cat").with_adapter("b"), r"token 2 of the text is \d{1,3} \('.*'\), and .* start is \d{1,3} \('.*'\)"),
+    ],
+)
+def test_a_start_under_other_adapters_is_no_beginning(start, reason, lm):
+    text = Text("The cat", lm) + Text(" sat on").with_adapter("b")
+    with pytest.raises(ValueError, match=f"is no beginning of .*: {reason}"):
+        lm.token_logprobs([text], [Text("The cat", lm) + start])
 
 
 # Stores and looking

@@ -4,6 +4,8 @@ Every number is compared with the plain call. A token is forwarded once, except 
 counted.
 """
 
+import gc
+import weakref
 from functools import cache
 from types import SimpleNamespace
 
@@ -201,6 +203,25 @@ def test_snapshots_that_take_too_much_are_not_kept(name, monkeypatch):
     assert lm.stats.tokens_computed - lm.stats.tokens_recomputed == num_distinct([*texts, *more])
     assert lm.stats.tokens_recomputed > 0
     assert_p1(lm, [*texts, *more])
+
+
+def test_copies_of_the_model_are_freed():
+    """The body that was tried in a packed pass, and all of it once the weights have changed."""
+    model = build("bloom")
+    lm = LM(model, tokenizer(), pack_weights=True)
+    packed = weakref.ref(lm.session.evaluator.executor._body)
+    text = Text.from_tokens((5, 6, 7), lm)
+    held = lm.representation(text)
+    gc.collect()
+    assert packed() is None
+    by_levels = weakref.ref(lm.session.evaluator.executor._body)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    evaluate(text)
+    gc.collect()
+    assert by_levels() is None
+    assert held.num_tokens == 3
+    assert_p1(lm, [text])
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -24,6 +24,7 @@ from backprompt.errors import TextTypeError, TokenizerError
 from backprompt.generation.continued import ContinuedText, under_the_adapter_of
 from backprompt.lm import LM
 from backprompt.text.node import Text
+from backprompt.text.segments import are_adapted
 from backprompt.tokens.tokenizer import Speller
 from backprompt.visible import shortened, visible
 from backprompt.warn import warn_caller
@@ -250,7 +251,13 @@ class _Conversation:
         for idx, message in enumerate(self._messages):
             content = message.get("content")
             if isinstance(content, ContinuedText):
-                yield from self._place_of_reply(idx, content)
+                places = list(self._place_of_reply(idx, content))
+                if not places and are_adapted(content.completion_text.segments):
+                    warn_caller(
+                        f"The chat template writes messages[{idx}] differently from what was generated, so it is "
+                        "encoded again, without its adapter. Name it for the whole: chat(...).with_adapter(name)."
+                    )
+                yield from places
             elif self._texts[idx]:
                 yield from self._places_in(idx)
 
@@ -292,7 +299,7 @@ class _Conversation:
             places = self._found(idx, numbers)
             if places is not None:
                 return places
-        content = f"the content of messages[{idx}], which has a text with groups or token ids in it"
+        content = f"the content of messages[{idx}], which has a text with groups, token ids or adapters in it"
         if self._template.renders_ids:
             raise TokenizerError(
                 f"{type(self._lm.tokenizer).__name__} makes token ids of a conversation, not a string, so {content}, "
@@ -439,4 +446,6 @@ def _string(lm: LM, text: Text) -> str:
 
 def _is_of_strings(text: Text) -> bool:
     """Return whether a text's string replaces it; the ids of a continued text may be encoded again."""
-    return isinstance(text, ContinuedText) or all(isinstance(segment, str) for segment in text.segments)
+    if isinstance(text, ContinuedText):
+        return not are_adapted(text.completion_text.segments)
+    return all(isinstance(segment, str) for segment in text.segments)

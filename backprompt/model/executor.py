@@ -199,6 +199,7 @@ class Executor:
         """Go on with a body that has its own attention, and return it."""
         self.steps = None
         self._take(skeleton.make_own_body(self._model))
+        self._adapted = AdaptedLayers(self._body, self.adapters)  # the body before, and its packed weights, can go
         return Body(self._body, self._input_device)
 
     def go_by_levels(self, levels: Levels) -> None:
@@ -208,7 +209,7 @@ class Executor:
 
     def close(self) -> None:
         """Release the copies of the model and packed weights; nothing can be computed afterwards."""
-        self.steps = None
+        self.steps = self.levels = None
         for name in ("_body", "_head", "_model", "_adapted", "adapters"):
             vars(self).pop(name, None)  # a second call finds none
 

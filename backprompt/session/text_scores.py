@@ -14,6 +14,7 @@ from backprompt.session.limits import check_has_last_token
 from backprompt.session.shared_ends import scores_if_fine, scores_of_shared_ends
 from backprompt.session.texts import TextSession
 from backprompt.text.node import Text, lazily
+from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenIds, flat, is_beginning
 
 
@@ -148,10 +149,11 @@ def _why_no_beginning(session: TextSession, start: TokenIds, whole: TokenIds) ->
     ids, whole_ids = flat(start), flat(whole)
     idx = next((idx for idx, pair in enumerate(zip(ids, whole_ids, strict=False)) if pair[0] != pair[1]), None)
     if idx is not None:
-        shown, expected = (
-            f"{i[idx]} ({session.private_tokenizer.decode(i[idx : idx + 1])!a})" for i in (whole_ids, ids)
-        )
-        return f"token {idx} of the text is {shown}, and that of the start is {expected}"
+        own, expected = plain(whole_ids[idx : idx + 1]), plain(ids[idx : idx + 1])
+        if own == expected:
+            return f"token {idx} of the text is under another adapter than that of the start"
+        shown = [f"{i[0]} ({session.private_tokenizer.decode(i)!a})" for i in (own, expected)]
+        return f"token {idx} of the text is {shown[0]}, and that of the start is {shown[1]}"
     if len(ids) > len(whole_ids):
         return f"it has {len(ids)} tokens, and the text has {len(whole_ids)}"
     return "its groups are others, or go on behind it"

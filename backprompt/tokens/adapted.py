@@ -1,6 +1,6 @@
 """Token ids under adapters: one int for a token of the model and for the adapter that computes it.
 
-    token id + (number of the adapter << 20)
+    token id + (number of the adapter << 28)
 
 So a token under another adapter is another token for everything that looks at ids: the forest, keys, plans, stores. Ids
 are split again where a model, a tokenizer or a caller takes them. The number of an adapter is a hash of its content
@@ -18,7 +18,7 @@ import numpy.typing as npt
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 IntOrInts = TypeVar("IntOrInts", int, Ints)
 
-_BITS = 20
+_BITS = 28
 
 MAX_EMBEDDINGS = 1 << _BITS
 """The largest vocabulary of which tokens can be under adapters."""
