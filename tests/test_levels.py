@@ -205,6 +205,17 @@ def test_snapshots_that_take_too_much_are_not_kept(name, monkeypatch):
     assert_p1(lm, [*texts, *more])
 
 
+def test_snapshots_within_a_pinned_text_stay_within_the_budget():
+    lm = lm_of("mamba", memory_bytes=7_000)  # a snapshot is 6,144 bytes
+    pin = lm.pin(Text.from_tokens((5, 6, 7, 8), lm))
+    for num_common in (1, 2, 3, 2):
+        text = Text.from_tokens((*(5, 6, 7, 8)[:num_common], 20), lm)
+        evaluate(text)
+        assert lm.stats.bytes_held <= 7_000
+        assert_p1(lm, [text])
+    pin.release()
+
+
 def test_copies_of_the_model_are_freed():
     """The body that was tried in a packed pass, and all of it once the weights have changed."""
     model = build("bloom")

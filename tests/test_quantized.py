@@ -18,6 +18,7 @@ from backprompt.model.weights import WeightsMonitor, content_hash
 from backprompt.store import MemoryStore
 from comparing import assert_close
 from reference import plain_logits
+from tiny_cached_models import build as build_cached
 from tiny_models import FAMILIES
 
 SHOTS = "The quick brown fox jumps over the lazy dog. "
@@ -250,6 +251,15 @@ def test_inputs_with_one_scale_a_call_are_refused_by_name(tokenizer):
     ao.quantize_(model, ao.Int8DynamicActivationInt8WeightConfig(**options))
     with pytest.raises(UnsupportedModelError, match=r"q_proj.*PerTensor.*granularity=PerRow"):
         LM(model, tokenizer)
+
+
+def test_a_model_that_cannot_compute_with_its_quantized_weights_is_refused_with_this_reason(tokenizer):
+    """The layers of Mamba multiply by a weight themselves, which torchao's tensors do not take."""
+    torchao()
+    model = build_cached("mamba")
+    int8.quantize(model, "int8")
+    with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM cannot be called with its quantized weights: "):
+        Text("The cat", LM(model, tokenizer)).logits  # noqa: B018
 
 
 def test_quantized_weights_without_numbers_are_refused(tokenizer):

@@ -327,9 +327,17 @@ class Computation:
         self.counters.seconds += time.perf_counter() - started
 
     def note_work(self, work: Work) -> None:
-        """Count a pass, and keep the snapshots that it has restored."""
+        """Count a pass, and keep the snapshots that it has restored.
+
+        Rows of pinned texts stay, so these get no snapshots over the budget.
+        """
         self.counters.note_pass(work)
-        self.memory.add([keep_snapshot(span, snapshot) for span, snapshot in work.restored.items()])
+        if not work.restored:
+            return
+        pinned = {span for end in self.holders.pinned_ends() for span in end.closure()}
+        for span, snapshot in work.restored.items():
+            if span not in pinned or not self.memory.is_exceeded(snapshot.nbytes):
+                self.memory.add([keep_snapshot(span, snapshot)])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to `(rows, hidden)`, and count the rows."""

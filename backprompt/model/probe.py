@@ -39,7 +39,7 @@ from backprompt.model.in_flight import is_about_marker
 from backprompt.model.levels import Levels
 from backprompt.model.levels_probe import ways_by_levels
 from backprompt.model.limits import Limits
-from backprompt.model.quantized import compared_as
+from backprompt.model.quantized import compared_as, special_weights
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -218,8 +218,9 @@ def _plain_call(plain_model: nn.Module, texts: _Texts, device: torch.device) -> 
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        how = "with its quantized weights" if special_weights(plain_model) else "with token ids alone"
         raise UnsupportedModelError(
-            f"{type(plain_model).__name__} cannot be called with token ids alone: {type(error).__name__}: {error}"
+            f"{type(plain_model).__name__} cannot be called {how}: {type(error).__name__}: {error}"
         ) from error
     if logits.shape[:-1] != (len(texts), len(texts[0])):
         raise UnsupportedModelError(
