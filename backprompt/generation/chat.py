@@ -249,8 +249,7 @@ class _Conversation:
 
     def _places(self) -> Iterator[_Place]:
         for idx, message in enumerate(self._messages):
-            content = message.get("content")
-            if isinstance(content, ContinuedText):
+            if isinstance(content := message.get("content"), ContinuedText):
                 places = list(self._place_of_reply(idx, content))
                 if not places and are_adapted(content.completion_text.segments):
                     warn_caller(
