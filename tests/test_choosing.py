@@ -11,8 +11,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, StopStri
 from backprompt import LM, GenerationError, Text
 from backprompt.generation.choosing import Logits, choose
 from backprompt.generation.decoding import Decoding, TextDecoding
-from backprompt.generation.generate import Run
 from backprompt.generation.options import SAMPLING_FIELDS
+from backprompt.generation.run import Run
 from backprompt.generation.stops import StopStrings
 from operations import Operations
 

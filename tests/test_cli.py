@@ -36,6 +36,7 @@ from backprompt.cli.output import Output
 from backprompt.cli.rows import Row
 from backprompt.cli.score import AGGREGATES
 from backprompt.cli.wording import in_options
+from said import own_lines
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
@@ -502,7 +503,7 @@ def test_a_killed_process_leaves_a_beginning(model, score):
         process.send_signal(signal.SIGKILL)
         said = process.stderr.read().decode()
     assert process.returncode == -signal.SIGKILL
-    assert said == ""  # no bar, no message of anybody's: standard error is no terminal
+    assert own_lines(said) == []  # no bar, no message of anybody's: standard error is no terminal
     assert [row["id"] for row in read_jsonl("out.jsonl")] == [0, 1]
     score("prompts.jsonl", "-o", "whole.jsonl")
     assert score("prompts.jsonl", "-o", "out.jsonl", "--resume")[0] == 0
@@ -567,7 +568,7 @@ def test_whenever_a_signal_comes_the_rows_are_those_of_an_uninterrupted_run(gene
             runs.append([draw.uniform(0, 0.8), number, *map(str, command), "-o", name, "--resume"])
     with in_a_process("-c", SIGNALLED, json.dumps(runs)) as process:
         printed, said = (given.decode() for given in process.communicate())
-    assert set(said.splitlines()) <= {"backprompt: interrupted; go on with --resume"} | {
+    assert set(own_lines(said)) <= {"backprompt: interrupted; go on with --resume"} | {
         f"backprompt: {2 * len(prompts)} rows are there, nothing to do"
     }
     codes = [int(code) for code in printed.split()]
