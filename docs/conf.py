@@ -64,7 +64,7 @@ nitpick_ignore_regex = [
     ("py:obj", r".*"),
     ("py:.*", rf"({_OTHERS})\..*"),
     ("py:.*", r"DynamicCache|Tensor|Axes|Floats|FinishReason|NotFittedError"),
-    ("py:.*", r"Prompts?|Aggregate|Strategy|Segment|Source|StoredDtype"),
+    ("py:.*", r"Prompts?|Aggregate|Strategy|Segment|Leaf|Adapted|Source|StoredDtype"),
     # The protocols of engine.py; docstrings name the classes behind them.
     (
         "py:.*",
