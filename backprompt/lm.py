@@ -183,14 +183,13 @@ class LM(Engine[Text]):
 
         """
         texts = self._session.own_texts(texts)
-        with self._session.exclusive(), showing(show_progress_bar):
-            self._session.current().forest.begin_evaluation()
-            return [ModelRepr(self._session, evaluated) for evaluated in self._session.evaluate(texts)]
+        with showing(show_progress_bar):
+            found = self._session.evaluated(texts, begins=True)
+        return [ModelRepr(self._session, evaluated) for evaluated in found]
 
     def representation(self, text: Text) -> ModelRepr:
         """Return the representation of a text, as `evaluate` does; for a held text no evaluation is counted."""
-        with self._session.exclusive():
-            return ModelRepr(self._session, *self._session.evaluate([text]))
+        return ModelRepr(self._session, *self._session.evaluated([text], begins=False))
 
     def token_logprobs(
         self,
