@@ -1,7 +1,7 @@
 """LM: the façade of a model with its tokenizer, as users see it.
 
 `LM` documents and delegates: all state lies in its `Session`. One lock guards the session, so one `LM` may be used from
-many threads. The model itself is never changed, so other code may call it at the same time. If other code changes its
+many threads; the calls of threads that wait for the lock are answered together. The model itself is never changed, so other code may call it at the same time. If other code changes its
 weights during a call that computes with them, the call raises an error.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from backprompt.arguments import as_bool
+from backprompt.asynchronous import Asynchronous
 from backprompt.errors import (
     NotPicklableError,
     UnsupportedModelError,
@@ -39,7 +40,7 @@ from backprompt.tokens.graph import flat
 from backprompt.tokens.joins import Joins
 
 
-class LM(Engine[Text]):
+class LM(Engine[Text], Asynchronous):
     """A causal language model of transformers with its tokenizer; starts with an empty cache.
 
     The model is left unchanged: evaluation runs on a private copy that shares its weights, in eval mode, without
@@ -173,7 +174,6 @@ class LM(Engine[Text]):
                 seconds.
 
         Raises:
-            TextTypeError, UnboundTextError: an element is not a text of this `LM`.
             TextTypeError, UnboundTextError: an element is not a text of this `LM`.
             EmptyTextError, TextTooLongError, TokenIdError, JoinError, TokenizerError: a text cannot be evaluated; the
                 message names the text, and nothing is computed.

@@ -152,7 +152,7 @@ class Session(TextSession):
                     line.give_way(call)
                     calls = line.joining(call)
                     if len(calls) > 1:
-                        self._answer_together(calls)
+                        self.answer_together(calls)
                 line.leave(call)
                 call.check_cancelled()
                 with self.exclusive():
@@ -160,7 +160,7 @@ class Session(TextSession):
         finally:
             line.places.pop(call, None)
 
-    def _answer_together(self, calls: Sequence[Call[Any]]) -> None:
+    def answer_together(self, calls: Sequence[Call[Any]]) -> None:
         """Answer calls, those of a kind together. Where that fails, each is left to its own thread."""
         for together in dict.fromkeys(call.together for call in calls):
             own = [call for call in calls if call.together is together]
