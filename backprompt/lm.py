@@ -1,8 +1,8 @@
 """LM: the façade of a model with its tokenizer, as users see it.
 
 `LM` documents and delegates: all state lies in its `Session`. One lock guards the session, so one `LM` may be used from
-many threads; the calls of threads that wait for the lock are answered together. The model itself is never changed, so other code may call it at the same time. If other code changes its
-weights during a call that computes with them, the call raises an error.
+many threads, and calls that wait are answered together. The model itself is never changed, so other code may call it at
+the same time. If other code changes its weights during a call that computes with them, the call raises an error.
 """
 
 from __future__ import annotations
