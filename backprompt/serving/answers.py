@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,9 @@ from backprompt.tokens.graph import num_positions
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "criteria": "length", "interrupted": "length"}
 """OpenAI's finish reasons."""
+
+LEAST_LOGPROB = -1e9
+"""JSON has no minus infinity."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,8 @@ def scores(lm: LM, body: ScoreBody, limits: Limits, name: str) -> dict[str, Any]
     limits.check_tokens(sum(map(len, prompt_ids)) + len(prompt_ids) * sum(map(len, longest)))
     found = log_probs(body.prompts, body.completions, lm, show_progress_bar=False)
     data = [
-        {"index": idx, "logprobs": [sum(tokens) for tokens in own], "token_logprobs": [list(tokens) for tokens in own]}
-        for idx, own in enumerate(found)
+        {"index": idx, "logprobs": list(map(sum, own)), "token_logprobs": own}
+        for idx, own in enumerate([[list(map(_finite, tokens)) for tokens in own] for own in found])
     ]
     return {**head("score", "score", name), "data": data}
 
@@ -160,15 +164,17 @@ def token_logprobs(lm: LM, text: Text, start: Text | int, num_top: int) -> dict[
     found: dict[str, Any] = {"tokens": strings, "text_offset": offsets, "token_logprobs": [], "top_logprobs": None}
     by_place: list[dict[str, float] | None] = []
     for idx, (token_id, logprob) in enumerate(zip(ids, _numbers(own), strict=True)):
-        likely = dict(zip(tops[idx][1], tops[idx][0], strict=True)) if tops else {}
+        if logprob is None:
+            found["token_logprobs"].append(None)
+            by_place.append(None)
+            continue
+        likely = dict(zip(tops[idx][1], map(_finite, tops[idx][0]), strict=True)) if tops else {}
         # The token's own number is that of the list, to the bit: clients ask whether it is the largest of them.
-        found["token_logprobs"].append(likely.get(token_id, logprob) if logprob is not None else None)
+        found["token_logprobs"].append(likely.get(token_id, logprob))
         named: dict[str, float] = {}
-        for other, value in likely.items():
+        for other, value in [*likely.items(), (token_id, logprob)]:
             named.setdefault(lm.tokenizer.decode([other]), value)
-        if logprob is not None:
-            named.setdefault(strings[idx], logprob)
-        by_place.append(named if logprob is not None else None)
+        by_place.append(named)
     if num_top:
         found["top_logprobs"] = by_place
     return found
@@ -176,7 +182,12 @@ def token_logprobs(lm: LM, text: Text, start: Text | int, num_top: int) -> dict[
 
 def _numbers(logprobs: Tensor) -> list[float | None]:
     """Return log-probabilities as numbers of JSON: None for a token without a prediction."""
-    return [None if value != value else max(value, -1e9) for value in logprobs.tolist()]
+    return [None if math.isnan(value) else _finite(value) for value in logprobs.tolist()]
+
+
+def _finite(logprob: float) -> float:
+    """Return a log-probability that JSON can write, where the probability is 0 as well."""
+    return max(logprob, LEAST_LOGPROB)
 
 
 def _by_token(found: Mapping[str, Any]) -> list[dict[str, Any]]:
