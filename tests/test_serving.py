@@ -1,5 +1,6 @@
 """A model behind HTTP: the real client of OpenAI and lm-evaluation-harness get what the library gives."""
 
+import contextlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import httpx
 import openai
 
 from backprompt import LM, Text, chat, classify
+from backprompt.cli import main
 from backprompt.serving.app import make_app
 from backprompt.serving.limits import Limits
 from reference import plain_greedy
@@ -391,3 +393,17 @@ def test_the_command_answers_what_is_in_work_before_it_ends(model, tmp_path):
         process.kill()
         process.stderr.close()
         process.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "--port must be between 0 and 65535"),
+        (["--api-key", ""], "The key is empty"),
+        (["--max-tokens", "0"], "--max-tokens"),
+    ],
+)
+def test_options_that_cannot_be(capsys, arguments, message):
+    with contextlib.suppress(SystemExit):
+        assert main(["serve", "--model", "nowhere/at-all", *arguments]) == 2
+    assert message in capsys.readouterr().err
