@@ -25,7 +25,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 # The tests whose models lie on the device that BACKPROMPT_TEST_DEVICE names.
 BY_DEVICE := $(patsubst %,tests/test_%.py,models laws logprobs groups memory generate classify store spread training gradients)
 
-.PHONY: help demo bench docs pictures venv check test families format clean
+.PHONY: help demo bench docs pictures venv check package test families format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -73,8 +73,16 @@ check: $(INSTALLED) ## formatting, lint, types, and the order in which folders i
 	$(BIN)/mypy backprompt
 	$(BIN)/lint-imports --no-cache
 
+package: $(INSTALLED) ## build the wheel and the sdist, check both, and try the wheel in an environment of its own
+	rm -rf dist build/installed
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/installed
+	build/installed/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt dist/*.whl
+	cd build && PATH="$$PWD/installed/bin:$$PATH" installed/bin/python -I ../tests/smoke.py
+
 # One thread a process: two processes that each start a thread a core get in each other's way.
-test: check ## check, then run the tests; where CUDA is, those by device a second time there
+test: check package ## check, package, then run the tests; where CUDA is, those by device a second time there
 	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  echo 'once more, on CUDA: $(BY_DEVICE)'; \
