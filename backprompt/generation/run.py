@@ -221,10 +221,11 @@ class Run:
         stepped = evaluator.continuations.extend(self, tokens, len(self._live))
         if stepped is None:
             return False
-        for token, end in zip(stepped.tokens, stepped.ends, strict=True):
+        rows: list[tuple[TextDecoding | BeamDecoding, int]] = []
+        for row, (token, end) in enumerate(zip(stepped.tokens, stepped.ends, strict=True)):
             for live in by_token[token]:
                 live.go_on(end)
-        rows = [(live.decoding, row) for row, token in enumerate(stepped.tokens) for live in by_token[token]]
+                rows.append((live.decoding, row))
         ends, hidden = list(stepped.ends), stepped.hidden
         if self._may_begin and self._num_begun < len(self.prompts):
             num_before = len(self._live)

@@ -74,7 +74,7 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
     has_gradients = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # `torch.no_grad` takes longer than all the rest here
     try:
-        if not _is_special(device):  # as for most callers
+        if not _is_special():  # as for most callers
             yield
             return
         with ExitStack() as stack:
@@ -93,11 +93,11 @@ _num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", l
 """How many modes of torch functions the caller is in: the default device is one, and slow to ask for."""
 
 
-def _is_special(device: torch.device) -> bool:
+def _is_special() -> bool:
     """Whether the caller is in inference mode or autocast, or has another default device."""
     return (
         torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(device.type)
+        or torch._C._is_any_autocast_enabled()
         or (_num_modes() > 0 and torch.get_default_device().type != "cpu")
     )
 

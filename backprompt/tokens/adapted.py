@@ -39,7 +39,7 @@ def number_of(token_id: IntOrInts) -> IntOrInts:
 
 
 def base_of(token_id: int) -> int:
-    """Return the id of token 0 under the adapter of an id: the ids of all tokens under this adapter count from there."""
+    """Return the id of token 0 under the adapter of an id; a plain id added to it is under the adapter."""
     return token_id & -MAX_EMBEDDINGS
 
 
