@@ -81,11 +81,9 @@ class RowsBlock(Protocol):
 
     def take(self, span: Span, num_rows: int) -> None:
         """Note that a span holds rows of the block, and that so many more rows are held than before."""
-        ...
 
     def release(self, span: Span, num_rows: int) -> None:
         """Note that a span does not hold its rows of the block any more."""
-        ...
 
 
 class Rows(Protocol):
@@ -94,26 +92,21 @@ class Rows(Protocol):
     @property
     def block(self) -> RowsBlock | None:
         """The block, by identity; None if there are no rows."""
-        ...
 
     @property
     def start(self) -> int:
         """The first row."""
-        ...
 
     @property
     def stop(self) -> int:
         """The row after the last."""
-        ...
 
     @property
     def num_bytes(self) -> int:
         """The rows' share of the block's bytes."""
-        ...
 
     def split(self, num_tokens: int) -> tuple[Rows, Rows]:
         """Return the first `num_tokens` rows and the others; both share the block."""
-        ...
 
 
 Kind: TypeAlias = Literal["states", "keys_values"]
@@ -341,11 +334,10 @@ class Span:
         num_before = 0
         if before is None:
             self._count_below(slot, 1)
+        elif before.block is rows.block:
+            num_before = before.stop - before.start
         elif before.block is not None:
-            if before.block is rows.block:
-                num_before = before.stop - before.start
-            else:
-                before.block.release(self, before.stop - before.start)
+            before.block.release(self, before.stop - before.start)
         if rows.block is not None:
             rows.block.take(self, rows.stop - rows.start - num_before)
 
