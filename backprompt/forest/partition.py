@@ -218,33 +218,58 @@ def cut(
             (forest.cut(max_tokens, slack, len(lengths)) for slack in SLACKS),
             key=lambda starts: (len(starts), forest.repeated(starts)),
         )
-    return _partition(_Forest(lengths, shared, rates), starts, np.arange(len(lengths)) if order is None else order)
+    order = np.arange(len(lengths)) if order is None else order
+    return _partition(_Forest(lengths, shared, rates), starts, order, num_parts)
 
 
 class _Forest:
-    """The costs of runs of texts: what a text adds, added up, and what it costs to begin with a text."""
+    """The costs of runs of texts: what a text adds, added up, and what it costs to begin with a text.
+
+    The run `start..stop` costs `added[stop] - saved[start]`. `most_saved` is the most up to a text.
+    """
 
     def __init__(self, lengths: Ints, shared: Ints, rates: Rates) -> None:
-        self.lengths, self.shared, self.fetches = lengths, shared, rates.fetch is not None
+        self.lengths, self.shared = lengths, shared
         self.fetched = rates.fetching(shared) < rates.computing(shared)
         self.beginning = np.minimum(rates.computing(shared), rates.fetching(shared))
-        self.whole = rates.computing(lengths)
-        self.added = np.concatenate([[0.0], np.cumsum(self.whole - rates.computing(shared))])
+        self.added = np.concatenate([[0.0], np.cumsum(rates.computing(lengths) - rates.computing(shared))])
+        self.saved = self.added[:-1] - self.beginning
+        self.most_saved = np.maximum.accumulate(self.saved)
 
     def cut(self, cost: float, slack: float, num_parts: int) -> Ints:
-        """Return the starts of parts that cost at most so much, each filled but for a share of at most `slack`.
+        """Return the starts of parts that cost at most so much; the first is 0 if `num_parts` parts hold all texts.
 
-        A text that costs more is a part of its own. Texts that do not fit into `num_parts` parts are left out.
+        From the last text to the first, each part begins as early as it may. No cut has fewer parts, because the parts
+        that a text needs with all texts before it are no fewer than the text before needs. With a `slack` a part begins
+        up to that share of the cost later, where texts share least. A text that costs more is a part of its own.
         """
-        starts, start = [0], 0
-        while start < len(self.lengths) and len(starts) <= num_parts:
-            filled = cost + self.added[start] - self.beginning[start]
-            most = max(start + 1, int(np.searchsorted(self.added, filled * (1 + 1e-12), side="right")) - 1)
-            if most < len(self.lengths):
-                least = max(start + 1, min(most, int(np.searchsorted(self.added, filled - slack * cost))))
-                most -= int(np.argmin(self.beginning[least : most + 1][::-1]))
-            starts.append(start := most)
-        return np.array(starts, dtype=np.int64)
+        starts = [len(self.lengths)]
+        while starts[-1] and len(starts) <= num_parts:
+            stop = starts[-1]
+            enough = self.added[stop] - cost * (1 + 1e-12)
+            first = min(stop - 1, int(np.searchsorted(self.most_saved, enough)))
+            if first and slack:
+                last = int(np.searchsorted(self.added, self.added[first] + slack * cost, side="right"))
+                window = slice(first, min(stop, last))
+                first += int(np.argmin(np.where(self.saved[window] >= enough, self.beginning[window], np.inf)))
+            starts.append(first)
+        return np.array(starts[::-1], dtype=np.int64)
+
+    def least_cost(self, num_parts: int) -> float:
+        """Return a cost that the slowest of at most so many parts reaches.
+
+        A text costs its own tokens and the cheapest beginning before it. All parts together cost the distinct tokens
+        and as many beginnings as there are parts but one; equal shares of them are least.
+        """
+        alone = float((self.added[1:] - self.most_saved).max(initial=0.0))
+        num_more = min(num_parts, len(self.lengths)) - 1
+        fewest = np.sort(np.partition(self.beginning[1:], num_more - 1)[:num_more]) if num_more > 0 else np.zeros(0)
+        together = self.added[-1] + np.concatenate([[0.0], np.cumsum(fewest)])
+        return max(alone, float((together / np.arange(1, len(together) + 1)).min()))
+
+    def enough(self, num_parts: int) -> float:
+        """Return a cost for which `cut` needs at most so many parts: each then adds an equal share or more."""
+        return float(self.added[-1] / num_parts + self.beginning.max() + np.diff(self.added).max())
 
     def costs(self, starts: Ints) -> Floats:
         """Return the cost of each part."""
@@ -275,13 +300,13 @@ def _into(forest: _Forest, num_parts: int) -> Ints:
 
 def _bisected(forest: _Forest, num_parts: int, slack: float) -> list[Ints]:
     """Return the cuts into at most so many parts that a bisection over the cost of the slowest part comes by."""
-    low, high = _least_cost(forest, num_parts), float(forest.added[-1])
-    if (starts := forest.cut(low, slack, num_parts))[-1] == len(forest.lengths):
+    low, high = forest.least_cost(num_parts), forest.enough(num_parts)
+    if not (starts := forest.cut(low, slack, num_parts))[0]:
         return [starts]
     found = [np.array([0, len(forest.lengths)])]
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if (starts := forest.cut(middle, slack, num_parts))[-1] == len(forest.lengths):
+        if not (starts := forest.cut(middle, slack, num_parts))[0]:
             found.append(starts)
             high = middle
         else:
@@ -289,13 +314,7 @@ def _bisected(forest: _Forest, num_parts: int, slack: float) -> list[Ints]:
     return found
 
 
-def _least_cost(forest: _Forest, num_parts: int) -> float:
-    """Return a cost that the slowest part reaches: each text is computed in one part, but for fetched tokens."""
-    alone = np.diff(forest.added) if forest.fetches else forest.whole
-    return max(float(forest.added[-1]) / num_parts, float(alone.max(initial=0.0)))
-
-
-def _partition(forest: _Forest, starts: Ints, order: Ints) -> Partition:
+def _partition(forest: _Forest, starts: Ints, order: Ints, at_most: int | None) -> Partition:
     num_parts = len(starts) - 1
     new = forest.lengths - forest.shared
     beginnings = forest.shared[starts[:-1]]
@@ -310,6 +329,6 @@ def _partition(forest: _Forest, starts: Ints, order: Ints) -> Partition:
         num_tokens=np.add.reduceat(new, starts[:-1]) + np.where(fetched, 0, beginnings) if num_parts else new,
         num_fetched=np.where(fetched, beginnings, 0),
         num_distinct=num_distinct,
-        least_cost=_least_cost(forest, num_parts) if num_parts else 0.0,
+        least_cost=forest.least_cost(at_most or num_parts),
         least_tokens=num_distinct + int(fewest.sum()),
     )
