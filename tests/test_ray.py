@@ -68,7 +68,7 @@ def is_alive(pid):
         return False
 
 
-def wait_until(is_so, seconds=30):
+def wait_until(is_so, seconds=60):
     end = time.monotonic() + seconds
     while not is_so() and time.monotonic() < end:
         time.sleep(0.05)
@@ -174,10 +174,11 @@ def test_workers_end_with_the_last_reference_and_give_back_their_share(tmp_path)
 
 
 DRIVER = """
-import ray
+import ray, signal
 from backprompt import Text
 from backprompt.engines.ray import RayLM
 from crews import tiny_gpt2
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 ray.init({address!r}, log_to_driver=False, logging_level="ERROR")
 lms = [RayLM(tiny_gpt2, num_cpus=0.25, name=name) for name in (None, "kept")]
 for lm in lms:
@@ -197,7 +198,7 @@ def interrupted_driver(cluster):
             pids = list(map(int, process.stdout.readline().split()))
             assert all(map(is_alive, pids))
             process.send_signal(signal.SIGINT)
-            return *pids, process.communicate(timeout=60)[1]
+            return *pids, process.communicate(timeout=120)[1]
         finally:
             process.kill()
 

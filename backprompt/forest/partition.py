@@ -225,7 +225,8 @@ def cut(
 class _Forest:
     """The costs of runs of texts: what a text adds, added up, and what it costs to begin with a text.
 
-    The run `start..stop` costs `added[stop] - saved[start]`. `most_saved` is the most up to a text.
+    The run `start..stop` costs `added[stop] - saved[start]`. `saved` never falls: a text shares at most the text before
+    it, so its beginning costs at most that text's beginning and what that text adds.
     """
 
     def __init__(self, lengths: Ints, shared: Ints, rates: Rates) -> None:
@@ -234,7 +235,6 @@ class _Forest:
         self.beginning = np.minimum(rates.computing(shared), rates.fetching(shared))
         self.added = np.concatenate([[0.0], np.cumsum(rates.computing(lengths) - rates.computing(shared))])
         self.saved = self.added[:-1] - self.beginning
-        self.most_saved = np.maximum.accumulate(self.saved)
 
     def cut(self, cost: float, slack: float, num_parts: int) -> Ints:
         """Return the starts of parts that cost at most so much; the first is 0 if `num_parts` parts hold all texts.
@@ -247,21 +247,20 @@ class _Forest:
         while starts[-1] and len(starts) <= num_parts:
             stop = starts[-1]
             enough = self.added[stop] - cost * (1 + 1e-12)
-            first = min(stop - 1, int(np.searchsorted(self.most_saved, enough)))
+            first = min(stop - 1, int(np.searchsorted(self.saved, enough)))
             if first and slack:
                 last = int(np.searchsorted(self.added, self.added[first] + slack * cost, side="right"))
-                window = slice(first, min(stop, last))
-                first += int(np.argmin(np.where(self.saved[window] >= enough, self.beginning[window], np.inf)))
+                first += int(np.argmin(self.beginning[first : min(stop, last)]))
             starts.append(first)
         return np.array(starts[::-1], dtype=np.int64)
 
     def least_cost(self, num_parts: int) -> float:
         """Return a cost that the slowest of at most so many parts reaches.
 
-        A text costs its own tokens and the cheapest beginning before it. All parts together cost the distinct tokens
-        and as many beginnings as there are parts but one; equal shares of them are least.
+        A text costs its own tokens and its beginning. All parts together cost the distinct tokens and as many beginnings
+        as there are parts but one; equal shares of them are least.
         """
-        alone = float((self.added[1:] - self.most_saved).max(initial=0.0))
+        alone = float((self.added[1:] - self.saved).max(initial=0.0))
         num_more = min(num_parts, len(self.lengths)) - 1
         fewest = np.sort(np.partition(self.beginning[1:], num_more - 1)[:num_more]) if num_more > 0 else np.zeros(0)
         together = self.added[-1] + np.concatenate([[0.0], np.cumsum(fewest)])
