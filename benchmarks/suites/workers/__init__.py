@@ -24,7 +24,7 @@ from benchmarks.suites.workers.duel import NUM_CORES, ONE_PROCESS, ONE_WORKER, T
 from benchmarks.suites.workers.simulation import Measures, simulated
 from benchmarks.tables import Table, markdown, milliseconds, with_range
 
-NO_RAY = "The workers are not measured: they need Ray. pip install 'backprompt[ray]'"
+NO_RAY = "The workers are not measured: they need Ray. pip install 'backprompt-lm[ray]'"
 NICENESS = 0
 NUM_PROMPTS = (20_000, 1_000_000)
 """Of the calls that are simulated."""
