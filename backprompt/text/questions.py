@@ -136,6 +136,7 @@ class Questions:
         stop: str | Sequence[str] | None = None,
         include_stop: bool = False,
         seed: int | None = None,
+        constraint: Any = None,
         **generation_config: Any,
     ) -> TextStream:
         """Return a `Stream`, an iterator over the strings that the model adds, each as soon as it is final.
@@ -148,7 +149,13 @@ class Questions:
         `backprompt.generate`.
         """
         found: TextStream = outside("stream")(
-            self, max_new_tokens=max_new_tokens, stop=stop, include_stop=include_stop, seed=seed, **generation_config
+            self,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            include_stop=include_stop,
+            seed=seed,
+            constraint=constraint,
+            **generation_config,
         )
         return found
 
