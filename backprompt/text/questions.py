@@ -114,8 +114,8 @@ class Questions:
         """
         return outside("generate")(self, **options)
 
-    def select(self, options: Sequence[str], **scoring: Any) -> Any:
-        """Continue this text with the most probable of several strings.
+    def select(self, options: Any, **scoring: Any) -> Any:
+        """Continue this text with the most probable of several strings, or of those of a finite constraint.
 
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
             answer.option, answer.probabilities
@@ -128,6 +128,16 @@ class Questions:
 
         """
         return outside("select")(self, options, **scoring)
+
+    def probability_of(self, language: Any, **options: Any) -> float:
+        """Return the probability that the model continues this text by any string of a finite language.
+
+            text.probability_of(Regex("(very )?(good|great)"))
+
+        Takes the other arguments of `classify.probability_of`, and has its errors.
+        """
+        found: float = outside("probability_of")(self, language, **options)
+        return found
 
     def stream(
         self,

@@ -1,20 +1,21 @@
 """Matching: the tokens with which a continuation may go on in the language of a constraint.
 
-llguidance (https://github.com/guidance-ai/llguidance) compiles languages and says which tokens may follow; all that is
-known of it is here. Where a language leaves one string only, it allows the tokens by which the tokenizer writes that
-string, and no others. The end of a continuation is decided here: an end token may follow where the language may end.
+llguidance (https://github.com/guidance-ai/llguidance) compiles languages and says which tokens may follow; besides this
+file, finite.py knows it. Where a language leaves one string only, it allows the tokens by which the tokenizer writes
+that string, and no others. The end of a continuation is decided here: an end token may follow where the language may
+end.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
 
 from backprompt.errors import GenerationError, MissingDependencyError, TokenizerError
 from backprompt.tokens.constraints import Constraint, Grammar, JsonSchema, Regex
@@ -30,7 +31,8 @@ Allowed: TypeAlias = npt.NDArray[np.bool_]
 NUM_KEPT = 256
 """The number of continuations of a text for which the allowed tokens are remembered."""
 
-_END = "<|end of the language|>"
+_SPECIAL = b"\xff"
+"""Begins the name of a special token in llguidance: no string in UTF-8 has this byte."""
 
 
 class Vocabulary:
@@ -46,25 +48,19 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: PrivateTokenizer) -> None:
-        guidance = _guidance()
+        library = guidance()
         if tokenizer.whole is None:
             raise TokenizerError(
                 "A constraint needs a tokenizer with a backend of the package tokenizers, as the fast tokenizers of "
                 "transformers have, to know the string of each token. This one is written in Python."
             )
-        description = json.loads(tokenizer.whole.to_str())
-        self.num_tokens = 1 + max(tokenizer.whole.get_vocab(with_added_tokens=True).values())
-        # llguidance needs an end token of its own; which ids end a text is for the options of each text to say.
-        end = {"id": self.num_tokens, "content": _END, "special": True}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        description["added_tokens"] = [*(description.get("added_tokens") or ()), {**end, **flags}]
-        try:
-            self.tokenizer: LLTokenizer = guidance.LLTokenizer(json.dumps(description), eos_token=[self.num_tokens])
-        except ValueError as error:
-            raise TokenizerError(
-                f"llguidance cannot use this tokenizer for a constraint ({error}). It takes byte-level BPE, and "
-                "SentencePiece tokenizers with byte fallback."
-            ) from error
+        spelled = _spelled_tokens(tokenizer.whole)
+        self.num_tokens = len(spelled)
+        added = tokenizer.whole.get_added_tokens_decoder().items()
+        self._special_ids = frozenset(token_id for token_id, token in added if token.special)
+        self.tokenizer: LLTokenizer = library.LLTokenizer(
+            library.TokenizerWrapper(_Tokens(spelled, self._special_ids, tokenizer.encoder_of_plain_strings()))
+        )
 
     @classmethod
     def of(cls, tokenizer: PrivateTokenizer) -> Vocabulary:
@@ -76,7 +72,7 @@ class Vocabulary:
 
     def is_special(self, token_id: int) -> bool:
         """Return whether an id stands for no string: that of a special token, or one that the tokenizer lacks."""
-        return token_id >= self.num_tokens or bool(self.tokenizer.is_special_token(token_id))
+        return token_id >= self.num_tokens or token_id in self._special_ids
 
     def language(self, constraint: Constraint) -> Language:
         """Return a constraint, compiled.
@@ -85,7 +81,7 @@ class Vocabulary:
             GenerationError: llguidance refuses it; the message has the reason.
 
         """
-        return Language(constraint, self, _compiled(constraint, self.tokenizer))
+        return Language(constraint, self, compiled(constraint, self.tokenizer))
 
 
 _vocabularies: WeakKeyDictionary[PrivateTokenizer, Vocabulary] = WeakKeyDictionary()
@@ -132,7 +128,7 @@ class Matching:
         """Raise GenerationError if no token may come first."""
         if not self.allowed(()).any():
             raise GenerationError(
-                f"With {_named(self.language.constraint)} no token can come first: it has no string, none that this "
+                f"With {named(self.language.constraint)} no token can come first: it has no string, none that this "
                 "tokenizer can write, or only the empty one and the model no end token."
             )
 
@@ -155,13 +151,18 @@ class Matching:
         return not self.allowed(completion).any() and self._go_to(completion) and bool(self._matcher.is_accepting())
 
     def forced(self, completion: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
-        """Return the tokens that follow a continuation with no other choice, without an end token."""
+        """Return the tokens that follow a continuation with no other choice, and are followed by another token.
+
+        End tokens are left out.
+        """
         tokens: tuple[int, ...] = ()
         while len(tokens) < max_tokens:
             token_ids = np.flatnonzero(self.allowed(completion + tokens))
-            if len(token_ids) != 1 or int(token_ids[0]) in self._end_ids:
+            if len(token_ids) != 1 or (token_id := int(token_ids[0])) in self._end_ids:
                 break
-            tokens += (int(token_ids[0]),)
+            if self.is_over((*completion, *tokens, token_id)):
+                break
+            tokens += (token_id,)
         return tokens
 
     def possible(self, completion: tuple[int, ...], tokens: tuple[int, ...]) -> tuple[int, ...]:
@@ -215,32 +216,86 @@ class Matching:
     def _give_up(self) -> None:
         """Begin again with another matcher: after an error this one takes nothing more."""
         failed, self._matcher, self._taken = self._matcher, self.language.beginning.deep_copy(), ()
-        _check_ends_here(failed, self.language.constraint)
+        check_ends_here(failed, self.language.constraint)
 
 
-def _compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
-    guidance = _guidance()
-    matcher: LLMatcher = guidance.LLMatcher(tokenizer, _grammar(constraint, guidance), log_level=0)
+class _Tokens:
+    """The tokens of a tokenizer and its way of encoding, for llguidance; with an end token of its own.
+
+    llguidance's own reader of tokenizers takes every added token that looks like `<think>` for a special one.
+
+    Args:
+        spelled: the string of each token, in UTF-8; a token may be a part of a character.
+        special_ids: the tokens that stand for no string, but for their name in a grammar.
+        encoder: encodes strings within a text, the names of special tokens as ordinary characters.
+
+    """
+
+    bos_token_id = None
+
+    def __init__(self, spelled: Sequence[bytes], special_ids: Collection[int], encoder: Backend) -> None:
+        self.eos_token_id = len(spelled)  # which tokens end a text is for its options to say
+        named = [_SPECIAL + token if idx in special_ids else token for idx, token in enumerate(spelled)]
+        self.tokens = [*named, _SPECIAL + b"<end>"]
+        self.special_token_ids = [*special_ids, self.eos_token_id]
+        self._encoder = encoder
+
+    def __call__(self, string: str) -> list[int]:
+        ids: list[int] = self._encoder.encode(string, add_special_tokens=False).ids
+        return ids
+
+
+def _spelled_tokens(backend: Backend) -> list[bytes]:
+    """Return the string of each token in UTF-8, by llguidance's knowledge of byte-level tokens and byte fallback.
+
+    Raises:
+        TokenizerError: llguidance does not know it.
+
+    """
+    try:
+        reader = guidance().LLTokenizer(backend.to_str(), slices=[])
+    except ValueError as error:
+        raise TokenizerError(
+            f"llguidance cannot use this tokenizer for a constraint ({error}). It takes byte-level BPE, and "
+            "SentencePiece tokenizers with byte fallback."
+        ) from error
+    known = set(backend.get_vocab(with_added_tokens=True).values())
+    spelled = [reader.decode_bytes([token_id]) if token_id in known else b"" for token_id in range(1 + max(known))]
+    for token_id, token in backend.get_added_tokens_decoder().items():
+        spelled[token_id] = token.content.encode()
+    return spelled
+
+
+def compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
+    """Return the matcher of a constraint before the first token.
+
+    Raises:
+        GenerationError: llguidance refuses the constraint.
+
+    """
+    library = guidance()
+    matcher: LLMatcher = library.LLMatcher(tokenizer, _grammar(constraint, library), log_level=0)
     if matcher.is_error():
-        raise GenerationError(f"llguidance refuses {_named(constraint)}: {matcher.get_error().strip()}")
+        raise GenerationError(f"llguidance refuses {named(constraint)}: {matcher.get_error().strip()}")
     return matcher
 
 
-def _grammar(constraint: Constraint, guidance: Any) -> str:
+def _grammar(constraint: Constraint, library: Any) -> str:
     """Return a constraint as llguidance writes it."""
     found: str
     if isinstance(constraint, Regex):
-        found = guidance.LLMatcher.grammar_from_regex(constraint.pattern)
+        found = library.LLMatcher.grammar_from_regex(constraint.pattern)
     elif isinstance(constraint, JsonSchema):
         options = {"whitespace_flexible": False} if constraint.compact else {}
-        found = guidance.LLMatcher.grammar_from_json_schema(constraint.json, overrides=options)
+        found = library.LLMatcher.grammar_from_json_schema(constraint.json, overrides=options)
     else:
         assert isinstance(constraint, Grammar), constraint
-        found = guidance.LLMatcher.grammar_from_lark(constraint.lark)
+        found = library.LLMatcher.grammar_from_lark(constraint.lark)
     return found
 
 
-def _guidance() -> Any:
+def guidance() -> Any:
+    """Return llguidance, or raise MissingDependencyError."""
     try:
         import llguidance
     except ImportError as error:
@@ -248,71 +303,13 @@ def _guidance() -> Any:
     return llguidance
 
 
-def _check_ends_here(failed: LLMatcher, constraint: Constraint) -> None:
+def check_ends_here(failed: LLMatcher, constraint: Constraint) -> None:
     """Raise GenerationError unless a matcher failed because nothing may follow, such as a language that is empty."""
     reason = failed.get_error().strip().partition("\n")[0]
     if not reason.startswith("NoExtension"):
-        raise GenerationError(f"llguidance gives up on {_named(constraint)}: {reason}. Make the language simpler.")
+        raise GenerationError(f"llguidance gives up on {named(constraint)}: {reason}. Make the language simpler.")
 
 
-def _named(constraint: Constraint) -> str:
+def named(constraint: Constraint) -> str:
+    """Return a constraint for a message."""
     return f"the constraint {shortened(repr(constraint), 120)}"
-
-
-# Finite languages
-
-
-def strings_of(constraint: Constraint, *, max_strings: int, max_bytes: int) -> list[str]:
-    """Return all strings of a finite language, in the order of their bytes.
-
-    The language is walked byte by byte, by the same rules by which it constrains a continuation.
-
-    Args:
-        constraint: the language.
-        max_strings: the largest number of strings.
-        max_bytes: the largest number of bytes of a string, in UTF-8.
-
-    Raises:
-        MissingDependencyError: llguidance is not installed.
-        GenerationError: llguidance refuses the constraint.
-        ValueError: the language is not finite, or larger.
-
-    """
-    strings: list[str] = []
-    waiting = [(b"", _compiled(constraint, _bytes()))]  # beginnings to look at, and the matcher one byte before
-    while waiting:
-        path, before = waiting.pop()
-        matcher = before.deep_copy()
-        if path:
-            matcher.consume_token(path[-1])
-        following = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[:256]
-        if matcher.is_error():
-            _check_ends_here(matcher, constraint)
-            continue
-        strings += [path.decode()] if matcher.is_accepting() else []
-        if len(strings) > max_strings or len(path) > max_bytes:
-            raise ValueError(
-                f"Of {_named(constraint)} there are more than {max_strings:,} strings, or one has more than "
-                f"{max_bytes:,} bytes, or there is no end of them. Give a finite and smaller language, such as "
-                "[0-9]{1,2} in place of [0-9]+."
-            )
-        waiting += [(path + bytes([byte]), matcher) for byte in reversed(np.flatnonzero(following).tolist())]
-    return strings
-
-
-class _Bytes:
-    """A tokenizer of llguidance whose tokens are the 256 bytes, and an end token."""
-
-    eos_token_id = 256
-    bos_token_id = None
-    tokens: Sequence[bytes] = [*(bytes([byte]) for byte in range(256)), b"\xff<end>"]
-    special_token_ids = (256,)
-
-    def __call__(self, string: bytes) -> list[int]:
-        return list(string)
-
-
-def _bytes() -> LLTokenizer:
-    guidance = _guidance()
-    tokenizer: LLTokenizer = guidance.LLTokenizer(guidance.TokenizerWrapper(_Bytes()))
-    return tokenizer
