@@ -179,7 +179,8 @@ def check_is_in_the_language(found, constraint):
     is_whole = found.finish_reason in ("eos", "constraint")
     assert is_whole or found.finish_reason in ("length", "stop")
     if isinstance(constraint, Regex):
-        assert regex.fullmatch(constraint.pattern, completion, partial=not is_whole), (constraint, completion)
+        shown = completion if is_whole else completion.rstrip("\N{REPLACEMENT CHARACTER}")  # may end within a character
+        assert regex.fullmatch(constraint.pattern, shown, partial=not is_whole), (constraint, completion)
     elif is_whole:
         value, schema = json.loads(completion), json.loads(constraint.json)
         if schema.get("type") == "integer":
