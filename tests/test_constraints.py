@@ -290,6 +290,17 @@ def test_beams_share_forced_tokens_too(lm, model, tokenizer):
     assert all(json.loads(one.completion)["answer"] in ("yes", "no") for one in both)
 
 
+def test_more_beams_than_strings(lm):
+    """All strings are found, and the search ends, with an end token and without."""
+    text, small = Text(PROMPTS[0], lm), Regex(" dog|a{2,3}")
+    for options, reason in (({"eos_token_id": END}, "eos"), ({}, "constraint")):
+        found = text.generate(max_new_tokens=10, constraint=small, num_beams=4, n=4, **options)
+        ended = [one for one in found if one.finish_reason == reason]
+        assert {one.completion for one in ended} <= {" dog", "aa", "aaa"}
+        assert len(ended) >= 2
+        assert ended[0] is found[0]
+
+
 def test_texts_with_constraints_of_their_own(lm):
     texts = [Text(prompt, lm) for prompt in (*PROMPTS, PROMPTS[0])]
     constraints = [SENTENCE, None, ANSWER, Regex("[0-9]{3}")]

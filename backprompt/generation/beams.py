@@ -203,6 +203,8 @@ class BeamDecoding:
         )
         self.is_finished = not bool(goes_on)
         self._note(logprobs, constrained, most_probable)
+        if self._hypotheses and self._matching is not None:  # of a small language all may be found before `num_beams`
+            self.is_finished |= not any(row.any() for row in map(self._matching.allowed, self.beams))
 
     def needed(self) -> set[Completion]:
         """Return the continuations to keep: beams to go on with and finished ones, each without its last token."""
