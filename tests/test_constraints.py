@@ -548,6 +548,10 @@ def test_workers_follow_constraints():
         assert "".join(stream) == stream.text.completion
         return [*itertools.chain(*sampled), *beams, stream.text]
 
+    language = Regex("(very )?(great|bold)")
+    assert Text(PROMPTS[0], engine).probability_of(language) == pytest.approx(
+        Text(PROMPTS[0], plain).probability_of(language), rel=1e-5
+    )
     for ours, theirs in zip(found(engine), found(plain), strict=True):
         assert ours.completion_tokens == theirs.completion_tokens
         assert ours.finish_reason == theirs.finish_reason

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 Allowed: TypeAlias = npt.NDArray[np.bool_]
 """Which tokens may follow, `(vocab,)`."""
 
-NUM_KEPT = 256
-"""The number of continuations of a text for which the allowed tokens are remembered."""
+NUM_KEPT = 16
+"""The number of continuations of a text for which the allowed tokens are remembered, a bit a token."""
 
 _SPECIAL = b"\xff"
 """Begins the name of a special token in llguidance: no string in UTF-8 has this byte."""
@@ -122,7 +122,7 @@ class Matching:
         self._special_ends = [token_id for token_id in self._end_ids if is_special(token_id)]
         self._matcher = language.beginning.deep_copy()
         self._taken: tuple[int, ...] = ()  # the ids that the matcher has taken
-        self._seen: dict[tuple[int, ...], Allowed] = {}
+        self._seen: dict[tuple[int, ...], npt.NDArray[np.uint8]] = {}
 
     def check_begins(self) -> None:
         """Raise GenerationError if no token may come first."""
@@ -137,12 +137,12 @@ class Matching:
 
         Only end tokens may follow an end token.
         """
-        found = self._seen.get(completion)
-        if found is None:
-            while len(self._seen) >= NUM_KEPT:
+        packed = self._seen.get(completion)
+        if packed is None:
+            if len(self._seen) == NUM_KEPT:
                 del self._seen[next(iter(self._seen))]
-            found = self._seen[completion] = self._found(completion)
-        return found
+            packed = self._seen[completion] = np.packbits(self._found(completion))
+        return np.unpackbits(packed, count=self._num_tokens).view(np.bool_)
 
     def is_over(self, completion: tuple[int, ...]) -> bool:
         """Return whether a continuation is in the language and nothing may follow, an end token included."""
