@@ -374,7 +374,7 @@ def test_formulas_are_escaped_on_request(score):
     assert {row["prediction"] for row in rows} <= {"'=good", "bad"}
     Path("out.csv").write_bytes(written[: written.index(b"The cat 5") + 16])
     code, _, said = score("in.csv", "-o", "out.csv", "--resume")
-    assert (code, "so it cannot be gone on with" in only_line(said)) == (2, True)
+    assert (code, "so it cannot be continued" in only_line(said)) == (2, True)
     assert score("in.csv", "-o", "out.csv", "--escape-formulas", "--resume")[0] == 0
     assert rounded(Path("out.csv").read_bytes().decode()) == rounded(written.decode())
 
@@ -863,7 +863,7 @@ def test_what_would_be_cut_off_must_be_a_beginning_of_our_row(score, name, conte
     before = Path(name).read_bytes()
     code, _, said = score("prompts.jsonl", "-o", name, "--resume")
     assert code == 2
-    assert "ends in what is no beginning of a row from line 1" in only_line(said)
+    assert "ends in a row that does not come from line 1" in only_line(said)
     assert Path(name).read_bytes() == before
 
 

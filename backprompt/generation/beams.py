@@ -2,7 +2,8 @@
 
 Scores, penalties and the end of the search are transformers' own functions, called in the order of its `_beam_search`.
 Only the source of the logits is ours: beams are continuations of one text, so beams with a common beginning share its
-spans, and a beam that falls behind is a branch to discard. No cache is reordered or copied.
+spans, and a beam that falls behind is a branch to discard. Ids and scores are reordered with the beams, as in
+transformers; keys and values are not.
 """
 
 from __future__ import annotations
