@@ -96,6 +96,8 @@ class TestVllmLM(EngineContract):
         assert ours.token_ids.tolist() == theirs.token_ids.tolist()
         with pytest.raises(UnsupportedModelError, match="no entropies"):
             engine.entropies(self.texts(engine))
+        with pytest.raises(ValueError, match="max_logprobs=21"):
+            engine.top_logprobs(self.texts(engine), 21)
         with pytest.raises(UnsupportedModelError, match="no other temperature"):
             engine.top_logprobs(self.texts(engine), 3, temperature=2.0)
 
@@ -159,7 +161,7 @@ def test_what_needs_a_model_here_is_refused_by_name(engine):
 def completions_of(lm, num_labels=9):
     """Completions of a prompt that end around the ends of blocks; some begin alike for longer than a block."""
     ids = Text(LONG, lm).tokens
-    labels = [ids[:length] + (idx,) for idx, length in enumerate([0, 1, 1, 2, 5, 5, 40, 40, 41][:num_labels])]
+    labels = [(*ids[:length], idx) for idx, length in enumerate([0, 1, 1, 2, 5, 5, 40, 40, 41][:num_labels])]
     return [ids[:length] for length in range(BLOCK - 2, BLOCK + 3)], labels
 
 
@@ -267,9 +269,8 @@ def test_end_tokens_and_suppressed_ones(engine, plain):
 )
 def test_options_that_vllm_lacks_are_refused_by_name(engine, options, said):
     before = engine.stats.tokens_computed
-    for ask in (bp.generate, lambda text, **given: text.stream(**given)):
-        with pytest.raises(GenerationError, match=said):
-            ask(Text(PROMPTS[0], engine), max_new_tokens=3, **options)
+    with pytest.raises(GenerationError, match=said):
+        bp.generate(Text(PROMPTS[0], engine), max_new_tokens=3, **options)
     assert engine.stats.tokens_computed == before
 
 
@@ -278,14 +279,14 @@ def test_options_that_vllm_lacks_are_refused_by_name(engine, options, said):
 
 @needs_vllm
 def test_an_engine_that_is_there_already(engine, folder):
-    llm = engine._worker._llm
+    llm = engine.llm
     lm = VllmLM(llm, byte_level_bpe(), joins="split")
     assert classify.predict(PROMPTS, LABELS, lm) == classify.predict(PROMPTS, LABELS, engine)
     lm.close()
     assert Text(PROMPTS[0], engine).model_repr.token_logprobs.shape  # not ended by who did not make it
     with pytest.raises(TypeError, match="dtype"):
         VllmLM(llm, dtype="float32")
-    with pytest.raises(TypeError, match="vllm.LLM"):
+    with pytest.raises(TypeError, match=r"vllm\.LLM"):
         VllmLM(7)
     with pytest.raises(ValueError, match="joins"):
         VllmLM(folder, joins="none")

@@ -56,6 +56,9 @@ class VllmLM(CrewLM):
             `block_size` is 32 on the CPU. vLLM computes models stored in float32 in half precision: `dtype="float32"`
             keeps theirs.
 
+    Attributes:
+        llm: the `vllm.LLM`.
+
     Raises:
         MissingDependencyError: vLLM is not installed.
         TypeError: options of an engine for one that is there already.
@@ -87,6 +90,7 @@ class VllmLM(CrewLM):
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(llm.model_config.tokenizer)
         description = _describe(llm, tokenizer, options)
+        self.llm = llm
         self._worker = VllmWorker(llm, description)
         super().__init__(
             VllmCrew(self._worker, llm.llm_engine.engine_core.shutdown if is_ours else _leave), description
@@ -98,7 +102,7 @@ class VllmLM(CrewLM):
     def running(self, texts: Sequence[Text], decoding: Decoding, *, is_stream: bool) -> RemoteRun:
         """Return texts that vLLM continues; for `generate` and `stream`."""
         own = self._worker.decoding(decoding.recipe)
-        sampling_params(own, own.rules(torch.zeros((1, 1), dtype=torch.long)).processors)  # errors show now
+        sampling_params(own, own.rules(torch.zeros((1, 1), dtype=torch.long)).processors, 1)  # errors show now
         return super().running(texts, decoding, is_stream=is_stream)
 
 

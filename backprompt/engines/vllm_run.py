@@ -25,10 +25,9 @@ _TAKEN: dict[type, tuple[str, str]] = {
     processors.TopPLogitsWarper: ("top_p", "top_p"),
     processors.MinPLogitsWarper: ("min_p", "min_p"),
     processors.RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
-    processors.MinNewTokensLengthLogitsProcessor: ("min_tokens", "min_new_tokens"),
 }
 """Processors that vLLM has, too: its name for the option, and the processor's attribute."""
-_NAMES = {"do_sample", "min_new_tokens", *(name for name, _ in _TAKEN.values())}
+_NAMES = {"do_sample", "eos_token_id", "min_new_tokens", *(name for name, _ in _TAKEN.values())}
 
 
 class VllmRun:
@@ -52,7 +51,7 @@ class VllmRun:
             seed = decoding.generator(ids, num_samples[ids], _CPU).initial_seed() if decoding.is_sampling else None
             num_samples[ids] += 1
             self._texts.append(text)
-            self._live[requests.add(ids, sampling_params(decoding, text.rules.processors, seed))] = text
+            self._live[requests.add(ids, sampling_params(decoding, text.rules.processors, len(ids), seed))] = text
 
     def found(self) -> list[list[Found]]:
         """Return the one continuation of each text so far."""
@@ -83,8 +82,14 @@ def _add(text: TextDecoding, output: Any) -> None:
             text.add(Choice(token_id, row[token_id].logprob, row[token_id].rank == 1))
 
 
-def sampling_params(decoding: Decoding, rules: Any, seed: int | None = None) -> Any:
-    """Return options as vLLM takes them; `rules`: the processors of logits.
+def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int | None = None) -> Any:
+    """Return options as vLLM takes them.
+
+    Args:
+        decoding: the options.
+        rules: the processors of logits that transformers makes of them.
+        num_before: the number of tokens of the prompt.
+        seed: of the random numbers.
 
     Raises:
         GenerationError: vLLM lacks an option, or refuses its value.
@@ -97,6 +102,10 @@ def sampling_params(decoding: Decoding, rules: Any, seed: int | None = None) -> 
         if isinstance(processor, processors.SuppressTokensLogitsProcessor):
             refused = set(processor.suppress_tokens.tolist())
             given["allowed_token_ids"] = [idx for idx in range(decoding.num_tokens) if idx not in refused]
+        elif isinstance(processor, processors.MinLengthLogitsProcessor):
+            given["min_tokens"] = max(given.get("min_tokens", 0), processor.min_length - num_before)
+        elif isinstance(processor, processors.MinNewTokensLengthLogitsProcessor):
+            given["min_tokens"] = max(given.get("min_tokens", 0), processor.min_new_tokens)
         elif type(processor) in _TAKEN:
             name, attribute = _TAKEN[type(processor)]
             given[name] = getattr(processor, attribute)
@@ -116,7 +125,7 @@ def sampling_params(decoding: Decoding, rules: Any, seed: int | None = None) -> 
             seed=seed,
             **given,
         )
-    except ValueError as error:
+    except vllm.exceptions.VLLMValidationError as error:
         raise GenerationError(f"vLLM refuses these options: {error}") from error
 
 

@@ -91,6 +91,8 @@ class VllmWorker:
         self._scoring = Scoring(self._requests, llm.llm_engine.vllm_config.cache_config.block_size)
         self._streams: dict[str, VllmRun] = {}
         self._num_requested = 0
+        max_logprobs = llm.model_config.max_logprobs
+        self._max_top_k = description.vocab_size if max_logprobs == -1 else max_logprobs
 
     # Scores
 
@@ -121,9 +123,14 @@ class VllmWorker:
             )
         wanted = wanted_of(texts, starts, candidates)
         lengths = [len(text.token_ids) - text.start + len(text.candidates) for text in wanted]
-        self._count(wanted)
         if asked.top_k is None:
-            return Answer.of(lengths, logprobs=self._scoring.scored(wanted).scores.logprobs)
+            return Answer.of(lengths, logprobs=self._scored(wanted).scores.logprobs)
+        if asked.top_k > self._max_top_k:
+            raise ValueError(
+                f"This vLLM gives the {self._max_top_k} most probable tokens at most, not {asked.top_k}: "
+                f"VllmLM(..., max_logprobs={asked.top_k})."
+            )
+        self._count(wanted)
         return Answer.of(lengths, **self._scoring.top(wanted, asked.top_k))
 
     # Representations
