@@ -3,8 +3,8 @@
 Loads the model and the tokenizer in FOLDER, says so in a line, and then answers each line of its input, a request, with
 a line; both are JSON. A request has `prompts`, each a string with its completions, and `is_whole`: whether vLLM is
 called as its documentation says, with `prompt_logprobs` of every text, instead of through `VllmLM`. The answer has the
-log-probability of each completion's tokens, prompt by prompt, the number of forwarded tokens, and the seconds, with an
-empty prefix cache.
+log-probability of each completion's tokens, prompt by prompt, the number of forwarded tokens, and the seconds of the
+processor on one thread, with an empty prefix cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "4",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # as many threads as torch takes here, on whichever cores are free
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
@@ -28,7 +29,7 @@ import vllm  # noqa: E402
 
 from backprompt import Text, classify  # noqa: E402
 from backprompt.engines.vllm import VllmLM  # noqa: E402
-from benchmarks.measure import seconds_of  # noqa: E402
+from benchmarks.measure import cpu_seconds_of  # noqa: E402
 
 Prompts = list[tuple[str, list[str]]]
 
@@ -69,7 +70,7 @@ def main() -> None:
         lm.clear()
         before, found = lm.stats.tokens_computed, []
         score = whole if request["is_whole"] else through_lm
-        seconds = seconds_of(lambda: found.extend(score(lm, request["prompts"])))  # noqa: B023
+        seconds = cpu_seconds_of(lambda: found.extend(score(lm, request["prompts"])))  # noqa: B023
         answer({"scores": found, "seconds": seconds, "computed": lm.stats.tokens_computed - before})
 
 

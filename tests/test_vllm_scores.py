@@ -36,6 +36,7 @@ class PretendedVllm:
         self.block_size, self.leaves_out = block_size, leaves_out
         self.blocks = set()
         self.num_computed = 0
+        self.num_rows = 0  # of logits, of the texts' own tokens
 
     def finish(self, asked):
         return [self.answer(tuple(ids), params) for ids, params in asked]
@@ -48,6 +49,7 @@ class PretendedVllm:
         self.num_computed += len(ids) - num_cached
         self.blocks |= {ids[:stop] for stop in range(self.block_size, len(ids) + 1, self.block_size)}
         rows = [{ids[idx]: self.of(ids[:idx], ids[idx])} for idx in range(num_cached + 1, len(ids))]
+        self.num_rows += 0 if params.prompt_logprobs is None else len(rows)
         unread = [] if self.leaves_out else [{7: SimpleNamespace(logprob=1e30, rank=-1)} for _ in range(num_cached)]
         assert len(params.logprob_token_ids or []) <= MAX_CANDIDATES
         chosen = SimpleNamespace(
@@ -107,8 +109,9 @@ def test_completions_cost_a_part_of_a_block_each(num_tokens):
     prompt = tuple(idx % VOCABULARY for idx in range(num_tokens))
     wanted = labels_behind(prompt, 27)
     for num_before in (num_tokens, 0):  # the first time the prompt is computed, too
-        vllm.num_computed = 0
+        vllm.num_computed = vllm.num_rows = 0
         Scoring(vllm, 16).scored(wanted)
+        assert vllm.num_rows <= 9 * (num_tokens % 16 + 2)  # none of the prompt's whole blocks
         assert vllm.num_computed <= num_before + 16 + 9 * (16 + 2) + 12 * 16  # prompt, labels, what the cache took
     assert sum(len(text.token_ids) for text in wanted) > 3 * vllm.num_computed
 

@@ -1,7 +1,7 @@
 """The same calls on the same forests with an `LM` and with a `VllmLM`, and with vLLM as its documentation says.
 
 All find the same log-probabilities, or the run fails. vLLM runs in a process and an environment of its own; while one
-runs the others wait.
+runs the others wait. All run on one thread, and seconds are those of the processor.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from backprompt import LM, classify
 from benchmarks import workloads
 from benchmarks.machine import describe_machine
-from benchmarks.measure import Spread, seconds_of
+from benchmarks.measure import Spread, cpu_seconds_of
 from benchmarks.peer import VLLM, Peer
 from benchmarks.rows import as_json
 from benchmarks.suite import Measured, Results, Say, Suite
@@ -29,7 +31,7 @@ VllmLM is not measured: vLLM needs an environment of its own. Make one and say w
     python -m benchmarks --only vllm --vllm-python .venv-vllm/bin/python"""
 
 ROUNDS = 3
-MAX_WHOLE_TOKENS = 20_000
+MAX_WHOLE_TOKENS = 5_000
 """Of larger workloads vLLM does not compute all texts as a whole: that takes minutes."""
 MAX_GAP = 1e-3  # nats
 
@@ -60,7 +62,10 @@ class Vllm(Suite):
             return None
         model, tokenizer = workloads.make_model(), workloads.make_tokenizer()
         lm = LM(model, tokenizer)
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, num_threads)
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -71,7 +76,6 @@ class Vllm(Suite):
                 workloads.classes(2),
                 workloads.few_shots(),
                 workloads.nested(),
-                workloads.nothing_shared(),
             ):
                 lines.append(_line(workload, lm, vllm))
                 say(json.dumps(as_json(lines[-1])))
@@ -114,7 +118,7 @@ def _line(workload: Workload, lm: LM, vllm: Peer) -> Line:
     for round_idx in range(ROUNDS + 1):  # the first one warms up
         lm.clear()
         before, found = lm.stats, []
-        spent = {BACKPROMPT: seconds_of(lambda: found.extend(classify.log_probs(examples, lm=lm)))}  # noqa: B023
+        spent = {BACKPROMPT: cpu_seconds_of(lambda: found.extend(classify.log_probs(examples, lm=lm)))}  # noqa: B023
         scores[BACKPROMPT] = found
         done = lm.stats - before
         computed[BACKPROMPT] = done.tokens_computed
