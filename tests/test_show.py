@@ -76,7 +76,7 @@ def test_without_alternatives_only_what_predicts_is_computed(gpt2: LM) -> None:
     text.show(top=0)
     assert gpt2.stats.logit_rows == before.logit_rows
     text.show(top=2)
-    assert gpt2.stats.logit_rows == before.logit_rows + len(text.tokens)
+    assert gpt2.stats.logit_rows == before.logit_rows + len(text.tokens) - 1
 
 
 def test_html_has_each_token_with_what_is_told_of_it(gpt2: LM) -> None:

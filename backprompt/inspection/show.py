@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 from backprompt.arguments import as_int
 from backprompt.bound import bound_lm
 from backprompt.lm import LM
-from backprompt.logprobs import log_softmax
 from backprompt.text.extents import Extent
 from backprompt.text.segments import Adapted
 from backprompt.tokens.adapted import plain
-from backprompt.tokens.graph import TokenIds, flat, fold
+from backprompt.tokens.graph import flat
 from backprompt.tokens.tokenizer import added
 from backprompt.visible import visible
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from backprompt.text.node import Text
     from backprompt.tokens.tokenizer import PrivateTokenizer
 
-_ROWS_AT_A_TIME = 64
 _TOKENS_BEFORE = 8
 """A token is decoded behind this many others: alone it may be a part of a character, or lose its space."""
 
@@ -139,7 +137,7 @@ def show(text: Text, *, top: int = 5) -> ShownText:
         (token_ids,) = lm.session.encoder.encode([text])
         (extents,) = lm.session.encoder.extents([text])
         tokenizer = lm.session.private_tokenizer
-    alternatives = _alternatives(lm, text, token_ids, top)
+    alternatives = _alternatives(lm, text, top)
     starts = {extent.start: extent for extent in extents if extent.start < extent.stop}
     adapters = {idx: _adapter_of(extent) for extent in extents for idx in range(extent.start, extent.stop)}
     logprobs = model_repr.token_logprobs.tolist()
@@ -162,33 +160,15 @@ def show(text: Text, *, top: int = 5) -> ShownText:
     )
 
 
-def _alternatives(lm: LM, text: Text, token_ids: TokenIds, top: int) -> list[list[tuple[int, float]]]:
+def _alternatives(lm: LM, text: Text, top: int) -> list[list[tuple[int, float]]]:
     """Return, for each token, the most probable tokens in its place, the most probable first."""
-    model_repr = text.model_repr
-    best: list[list[tuple[int, float]]] = []  # behind each token
-    for start in range(0, len(token_ids) if top else 0, _ROWS_AT_A_TIME):
-        logits = model_repr.all_logits(start, start + _ROWS_AT_A_TIME)  # (rows, vocab)
-        found = log_softmax(logits).topk(min(top, logits.shape[1]), dim=-1)
-        best += [
-            [(i, logprob) for i, logprob in zip(ids, logprobs, strict=True) if logprob > -math.inf]
-            for ids, logprobs in zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        ]
-    return [best[row] if best and row is not None else [] for row in predicting_rows(token_ids)]
-
-
-def predicting_rows(token_ids: TokenIds) -> list[int | None]:
-    """Return, for each token in written order, the token whose row predicts it; None if no single token precedes it."""
-    rows: list[int | None] = []
-
-    def extend(before: int | None, position: int, ids: tuple[int, ...]) -> int:
-        for _ in ids:
-            rows.append(before)
-            before = len(rows) - 1
-        assert before is not None
-        return before
-
-    fold(token_ids, None, extend, lambda before, ends, position: None)
-    return rows
+    if top == 0:
+        return [[] for _ in text.tokens]
+    found = lm.top_logprobs([text], min(top, lm.session.vocab_size))
+    return [
+        [(token_id, logprob) for token_id, logprob in zip(ids, logprobs, strict=True) if logprob > -math.inf]
+        for ids, logprobs in zip(found.token_ids.tolist(), found.logprobs.tolist(), strict=True)
+    ]
 
 
 def _strings(tokenizer: PrivateTokenizer, ids: tuple[int, ...]) -> Iterator[str]:
