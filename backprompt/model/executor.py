@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
 from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
+from backprompt.attention.maps import EnoughSeen, MapAttention
 from backprompt.errors import NonFiniteError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
@@ -37,7 +38,7 @@ from backprompt.model.adapters import AdaptedLayers, SegmentAdapters
 from backprompt.model.cache_form import Body
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import Forwarded, InFlight, Way, Work, no_layers_error, run_body
+from backprompt.model.in_flight import Computed, Forwarded, InFlight, Way, no_layers_error, run_body
 from backprompt.model.int8 import speed_up_int8
 from backprompt.model.levels import NO_ATTENTION, Levels
 from backprompt.model.limits import limits_of
@@ -100,30 +101,6 @@ def _is_special(device: torch.device) -> bool:
         or torch.is_autocast_enabled(device.type)
         or (_num_modes() > 0 and torch.get_default_device().type != "cpu")
     )
-
-
-@dataclass(frozen=True)
-class Computed:
-    """The results of a pass, which no span holds yet.
-
-    Attributes:
-        keys_values: the keys and values of all spans.
-        states: the states of the spans that held none; None if all spans did.
-        keys_values_of, states_of: the rows of each span.
-        work: the work besides.
-
-    """
-
-    keys_values: KeysValues
-    states: States | None
-    keys_values_of: Mapping[Span, BlockRows[KeysValues]]
-    states_of: Mapping[Span, BlockRows[States]]
-    work: Work
-
-    def place(self) -> None:
-        """Hand the results to the spans."""
-        for span, keys_values in self.keys_values_of.items():
-            span.place(keys_values=keys_values, states=self.states_of.get(span))
 
 
 class Executor:
@@ -298,13 +275,23 @@ class Executor:
         if self.levels is not None:
             self.adapters.check(numbers_in(pass_.token_ids))
             return self.levels.forward(pass_)
-        ids = np.array(pass_.token_ids, dtype=np.int64)
-        inputs = on_device(np.array([plain_array(ids), pass_.positions], dtype=np.int64), self._input_device)
         prepared = self._attention.prepare(pass_) if attention is None else attention
-        with self._adapted.under(number_of(ids)):
-            in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
+        in_flight, hidden = self._run_rows(pass_.token_ids, pass_.positions, prepared)
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
+
+    def observe(self, token_ids: Sequence[int], positions: Sequence[int], attention: MapAttention) -> None:
+        """Forward tokens of one text once more, behind their held keys, up to the last layer that is observed."""
+        with suppress(EnoughSeen):
+            self._run_rows(token_ids, positions, attention)
+
+    def _run_rows(
+        self, token_ids: Sequence[int], positions: Sequence[int], attention: PreparedAttention
+    ) -> tuple[InFlight, Tensor]:
+        ids = np.array(token_ids, dtype=np.int64)
+        inputs = on_device(np.array([plain_array(ids), positions], dtype=np.int64), self._input_device)
+        with self._adapted.under(number_of(ids)):
+            return self.run(inputs, attention, max(positions))
 
     def abandon(self) -> None:
         """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
