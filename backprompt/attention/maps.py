@@ -69,8 +69,8 @@ class Sight:
         return seen
 
 
-class EnoughSeen(Exception):  # noqa: N818  # no error: the way out of a model whose further layers need not run
-    """The last chosen layer has attended."""
+class EnoughSeen(Exception):
+    """The last chosen layer has attended: the way out of a model whose further layers need not run."""
 
 
 class MapAttention:
@@ -81,14 +81,18 @@ class MapAttention:
         sight: of the rows.
         chosen: the weights to keep. `chosen.rows` is not read: all rows of the call are kept.
         device: the device of the kept weights.
+        may_stop: whether the call may be left in the middle, behind the last chosen layer.
 
     """
 
-    def __init__(self, keys_values_of: KeysValuesOf, sight: Sight, chosen: Chosen, device: torch.device) -> None:
+    def __init__(
+        self, keys_values_of: KeysValuesOf, sight: Sight, chosen: Chosen, device: torch.device, *, may_stop: bool
+    ) -> None:
         self._keys_values_of = keys_values_of
         self._sight = sight
         self._chosen = chosen
         self._device = device
+        self._last_layer = max(chosen.layers) if may_stop else None
         self._kept: dict[int, Tensor] = {}  # by layer, (heads, rows, keys or spans)
 
     @property
@@ -111,7 +115,7 @@ class MapAttention:
         """Return attention over the text, `(rows, heads, value_dim)`; `key` and `value` of the rows are held already.
 
         Raises:
-            EnoughSeen: this was the last chosen layer.
+            EnoughSeen: this was the last chosen layer, and the call may stop here.
             ValueError: the layer does not have the chosen heads.
 
         """
@@ -119,10 +123,10 @@ class MapAttention:
         keys, values = self._keys_values_of(layer_idx)
         hidden = on_device(~self._sight.within(scoring.window), query.device)
         num_rows = max(1, WEIGHTS_BYTES // (query.shape[0] * keys.shape[1] * 4))
-        is_chosen, is_last = layer_idx in self._chosen.layers, layer_idx == max(self._chosen.layers)
+        is_chosen, is_last = layer_idx in self._chosen.layers, layer_idx == self._last_layer
         kept: list[Tensor] = []
         outputs: list[Tensor] = []
-        for few, hidden_of_few in zip(query.split(num_rows, dim=1), hidden.split(num_rows), strict=True):
+        for few, hidden_of_few in zip(torch.split(query, num_rows, dim=1), torch.split(hidden, num_rows), strict=True):
             weights = _softmax(scores_of(few, keys, scoring.scaling, scoring.softcap), hidden_of_few, scoring.sinks)
             if is_chosen:
                 own = weights if heads is None else weights[heads]

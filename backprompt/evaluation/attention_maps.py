@@ -73,8 +73,9 @@ class AttentionMaps:
         counters, executor = self._computation.counters, self._computation.executor
         ids, positions = flat(text.token_ids), positions_of(runs)
         own_positions = positions[list(rows)]
+        sight = Sight(visible_to(runs, rows), own_positions, positions)
         attention = MapAttention(
-            partial(_keys_values, spans), Sight(visible_to(runs, rows), own_positions, positions), chosen, executor.device
+            partial(_keys_values, spans), sight, chosen, executor.device, may_stop=executor.may_stop
         )
         with self._computation.blaming_weights():
             executor.observe([ids[row] for row in rows], own_positions.tolist(), attention)

@@ -154,6 +154,8 @@ class Executor:
         self._form_of_cache: tuple[Form | None] | None = None  # known after its first use
         self.steps: CapturedSteps | None = None
         """Captured steps of generations, where the device has graphs."""
+        self.may_stop = not spread.is_spread(model)
+        """Whether a call of the body may be left in the middle: hooks that move weights come to their end."""
         if not spread.is_spread(model):  # hooks move weights between steps
             self.steps = captured_steps(self._body, self._attention)
         _register(self._name, self)

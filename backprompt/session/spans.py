@@ -39,9 +39,9 @@ def _bounds_of(span: Any, name: str, num_tokens: int) -> tuple[int, int]:
     if isinstance(span, slice) and span.step in (None, 1):
         start, stop, _ = span.indices(num_tokens)
         return start, max(start, stop)
-    start, stop = getattr(span, "start", None), getattr(span, "stop", None)
-    if getattr(span, "step", None) in (None, 1) and is_int(start) and is_int(stop) and 0 <= start <= stop <= num_tokens:
-        return int(start), int(stop)
+    bounds: list[Any] = [getattr(span, name, None) for name in ("start", "stop")]
+    if all(map(is_int, bounds)) and getattr(span, "step", 1) == 1 and 0 <= bounds[0] <= bounds[1] <= num_tokens:
+        return int(bounds[0]), int(bounds[1])
     raise ValueError(
         f"{name} must be a slice or have a start and a stop from 0 to {num_tokens}, not {abbreviated(span)}."
     )

@@ -5,11 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from backprompt.tokens.graph import TokenIds, fold
+
+Seen: TypeAlias = "tuple[slice, ...]"
+"""Tokens of a text in written order; the slices do not overlap."""
 
 
 @dataclass(frozen=True)
@@ -19,32 +23,31 @@ class WrittenRun:
     Attributes:
         start, stop: the tokens, counted in written order.
         position: the position of the first.
-        before: the tokens before the run that all of its tokens see; they do not overlap.
+        before: the tokens before the run that all of its tokens see.
 
     """
 
     start: int
     stop: int
     position: int
-    before: tuple[slice, ...]
+    before: Seen
 
 
 def written_runs(token_ids: TokenIds) -> list[WrittenRun]:
     """Return the runs of a text; equal branches of a group are runs of their own."""
     runs: list[WrittenRun] = []
 
-    def extend(before: tuple[slice, ...], position: int, ids: tuple[int, ...]) -> tuple[slice, ...]:
+    def extend(before: Seen, position: int, ids: tuple[int, ...]) -> Seen:
         start = runs[-1].stop if runs else 0
         runs.append(WrittenRun(start, start + len(ids), position, before))
         return (*before, slice(start, start + len(ids)))
 
-    def join(
-        before: tuple[slice, ...], ends: Sequence[tuple[tuple[slice, ...], bool]], position: int
-    ) -> tuple[slice, ...]:
+    def join(before: Seen, ends: Sequence[tuple[Seen, bool]], position: int) -> Seen:
         own = (seen if is_frozen else seen[len(before) :] for seen, is_frozen in ends)
         return before + tuple(part for parts in own for part in parts)
 
-    fold(token_ids, (), extend, join)
+    nothing: Seen = ()
+    fold(token_ids, nothing, extend, join)
     return runs
 
 
