@@ -48,7 +48,7 @@ from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
 from backprompt.model.quantized import copied_bytes, weight_bytes
 from backprompt.model.steps import CapturedSteps, captured_steps
-from backprompt.tokens.adapted import number_of, numbers_in, plain, plain_array
+from backprompt.tokens.adapted import Ints, number_of, numbers_in, plain, plain_array
 from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
@@ -278,22 +278,19 @@ class Executor:
             self.adapters.check(numbers_in(pass_.token_ids))
             return self.levels.forward(pass_)
         prepared = self._attention.prepare(pass_) if attention is None else attention
-        in_flight, hidden = self._run_rows(pass_.token_ids, pass_.positions, prepared)
+        ids = np.array(pass_.token_ids, dtype=np.int64)
+        with self._adapted.under(number_of(ids)):
+            in_flight, hidden = self.run(
+                _inputs(ids, pass_.positions, self._input_device), prepared, max(pass_.positions)
+            )
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 
     def observe(self, token_ids: Sequence[int], positions: Sequence[int], attention: MapAttention) -> None:
         """Forward tokens of one text once more, behind their held keys, up to the last layer that is observed."""
-        with suppress(EnoughSeen):
-            self._run_rows(token_ids, positions, attention)
-
-    def _run_rows(
-        self, token_ids: Sequence[int], positions: Sequence[int], attention: PreparedAttention
-    ) -> tuple[InFlight, Tensor]:
         ids = np.array(token_ids, dtype=np.int64)
-        inputs = on_device(np.array([plain_array(ids), positions], dtype=np.int64), self._input_device)
-        with self._adapted.under(number_of(ids)):
-            return self.run(inputs, attention, max(positions))
+        with suppress(EnoughSeen), self._adapted.under(number_of(ids)):
+            self.run(_inputs(ids, positions, self._input_device), attention, max(positions))
 
     def abandon(self) -> None:
         """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
@@ -303,11 +300,6 @@ class Executor:
         """Release the memory of captured steps; more steps will be captured."""
         if self.steps is not None:
             self.steps.forget()
-
-    @property
-    def graph_bytes(self) -> int:
-        """The memory of captured steps."""
-        return 0 if self.steps is None else self.steps.num_bytes
 
     def run(
         self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
@@ -413,6 +405,11 @@ class Executor:
         in_flight = self._in_flight
         assert in_flight is not None, "a mask outside of Executor.forward"
         return in_flight.mark(mask_function, use_vmap, self._input_device)
+
+
+def _inputs(ids: Ints, positions: Sequence[int], device: torch.device) -> Tensor:
+    """Return token ids without their adapters, and positions, `(2, tokens)`."""
+    return on_device(np.array([plain_array(ids), positions], dtype=np.int64), device)
 
 
 def _register(name: str, executor: Executor) -> None:

@@ -77,6 +77,7 @@ class Stats:
 
 def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
     """Return the work that was counted, and the bytes that an evaluator holds."""
+    graphs = evaluator.executor.steps
     return Stats(
         tokens_requested=counters.tokens_requested,
         tokens_computed=counters.tokens_computed,
@@ -94,7 +95,7 @@ def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
         bytes_held=evaluator.memory.num_bytes,
         host_bytes_held=evaluator.host.num_bytes,
         result_bytes_held=evaluator.pools.num_bytes,
-        graph_bytes=evaluator.executor.graph_bytes,
+        graph_bytes=0 if graphs is None else graphs.num_bytes,
         weight_bytes=evaluator.executor.weight_bytes,
         packed_weight_bytes=evaluator.executor.linears.packed_bytes,
         kernel=evaluator.executor.kernel_name,
