@@ -35,7 +35,7 @@ from demo_model import add_model_argument, load_model
 DATA = Path(__file__).parent / "data" / "grounding.tsv"
 NUMS_HEADS = (1, 2, 4, 8, 16)
 NUM_FOLDS = 4
-NUM_RESAMPLES = 2000
+NUM_RESAMPLES = 1000
 NUM_PLAIN_CALLS = 8
 
 
@@ -69,6 +69,10 @@ class Cases:
 
     def part(self, chosen: np.ndarray) -> Cases:
         return Cases(self.features[chosen], self.is_supported[chosen], self.documents[chosen])
+
+    def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The training and test answers of each fold, those of one document together."""
+        return list(GroupKFold(NUM_FOLDS).split(self.features, self.is_supported, self.documents))
 
     def with_best(self, order: np.ndarray, num_features: int) -> Cases:
         """The same with the first features in an order."""
@@ -120,11 +124,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluate([one.text for one in asked])
     num_evaluated, seconds_evaluated = lm.stats.tokens_computed, time.perf_counter() - begin
     runs = Runs(lm, asked)
-    scores = {
-        (name, num_heads): cross_validated(cases(runs.document_shares(layers)).part(is_training), num_heads)
-        for name, layers in layers_of(lm).items()
-        for num_heads in NUMS_HEADS
-    }
+    scores = {}
+    for name, layers in layers_of(lm).items():
+        orders: list[np.ndarray] = []  # the same for any number of heads
+        for num_heads in NUMS_HEADS:
+            training = cases(runs.document_shares(layers)).part(is_training)
+            orders = orders or [most_informative(training.part(train)) for train, _ in training.folds()]
+            scores[name, num_heads] = cross_validated(training, orders, num_heads)
     print("Balanced accuracy in cross-validation on the training half, by the number of heads:")
     print(f"{'':<20}" + "".join(f"{num_heads:>7}" for num_heads in NUMS_HEADS))
     for name in layers_of(lm):
@@ -176,17 +182,16 @@ def most_informative(cases: Cases) -> np.ndarray:
 
 def fitted(cases: Cases) -> TunedThresholdClassifierCV:
     """A logistic regression whose threshold is chosen by cross-validation over documents."""
-    folds = GroupKFold(NUM_FOLDS).split(cases.features, cases.is_supported, cases.documents)
     classifier = make_pipeline(StandardScaler(), LogisticRegression())
-    tuned = TunedThresholdClassifierCV(classifier, scoring="balanced_accuracy", cv=list(folds))
+    tuned = TunedThresholdClassifierCV(classifier, scoring="balanced_accuracy", cv=cases.folds())
     return tuned.fit(cases.features, cases.is_supported)
 
 
-def cross_validated(cases: Cases, num_heads: int) -> float:
+def cross_validated(cases: Cases, orders: Sequence[np.ndarray], num_heads: int) -> float:
     """The balanced accuracy on documents that were left out, heads and threshold chosen without them."""
     predicted = np.zeros_like(cases.is_supported)
-    for train, test in GroupKFold(NUM_FOLDS).split(cases.features, cases.is_supported, cases.documents):
-        best = cases.with_best(most_informative(cases.part(train)), num_heads)
+    for (train, test), order in zip(cases.folds(), orders, strict=True):
+        best = cases.with_best(order, num_heads)
         predicted[test] = fitted(best.part(train)).predict(best.features[test])
     return balanced_accuracy_score(cases.is_supported, predicted)
 
