@@ -183,7 +183,7 @@ def most_informative(cases: Cases) -> np.ndarray:
 def fitted(cases: Cases) -> TunedThresholdClassifierCV:
     """A logistic regression whose threshold is chosen by cross-validation over documents."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression())
-    tuned = TunedThresholdClassifierCV(classifier, scoring="balanced_accuracy", cv=cases.folds())
+    tuned = TunedThresholdClassifierCV(classifier, scoring="balanced_accuracy", thresholds=20, cv=cases.folds())
     return tuned.fit(cases.features, cases.is_supported)
 
 
