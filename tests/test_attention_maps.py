@@ -14,7 +14,7 @@ from test_groups import parts_of, segments
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from backprompt import LM, StaleRepresentationError, Text, TextTypeError, UnsupportedModelError, evaluate
+from backprompt import LM, StaleRepresentationError, Text, TextTypeError, UnsupportedModelError, evaluate, parallel
 from backprompt.attention import maps
 from backprompt.model.in_flight import InFlight
 from comparing import assert_close
@@ -170,6 +170,16 @@ def test_equal_branches_have_a_share_each(model, tokenizer):
     found = text.model_repr.attention(rows=-1)
     assert_close(found, masked_attention(model, parts_of(text))[:, :, -1:])
     torch.testing.assert_close(found[..., 3:5], found[..., 5:7], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("positions", ["shared", "sequential"])
+def test_a_text_sees_frozen_and_other_branches_before_it(positions, model, tokenizer):
+    lm = LM(model, tokenizer)
+    context, a, b, q = (Text.from_tokens(run, lm) for run in [(1, 2), (3, 4, 5), (6,), (7, 8)])
+    text = context + parallel([a, b.frozen(), a + b], positions=positions) + q
+    found = text.model_repr.attention()
+    assert_close(found, masked_attention(model, parts_of(text)))
+    assert bool((found[:, :, -1] > 0).all())
 
 
 # The work
