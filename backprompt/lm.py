@@ -37,6 +37,7 @@ from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import flat
 from backprompt.tokens.joins import Joins
+from backprompt.visible import abbreviated
 
 
 class LM(Engine[Text]):
@@ -80,7 +81,7 @@ class LM(Engine[Text]):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any,
+        tokenizer: Any = None,  # needed, but `LM("gpt2")` gets an error that says more than its absence
         *,
         joins: Joins = "exact",
         add_special_tokens: bool = True,
@@ -106,8 +107,8 @@ class LM(Engine[Text]):
         check_options(**vars(options))
         if not isinstance(model, nn.Module):
             raise UnsupportedModelError(
-                f"An LM wraps a model of transformers, not {type(model).__name__}. "
-                "To load one by its name or path use backprompt.load(name)."
+                f"An LM wraps a model of transformers, not {type(model).__name__}. To load one by its name or path use "
+                f"backprompt.load({abbreviated(model) if isinstance(model, str) else 'name'})."
             )
         self._session = Session(model, tokenizer, options)
 
