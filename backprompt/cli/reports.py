@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,6 @@ from backprompt.cli.arguments import (
     add_command,
     add_input_arguments,
     add_model_arguments,
-    bound,
     check_model_arguments,
     check_output,
     load_model,
@@ -20,6 +21,7 @@ from backprompt.cli.arguments import (
     read_input,
     shows_progress,
 )
+from backprompt.cli.prompts import split_at_common_beginnings, texts_of
 from backprompt.cli.rows import PIPE, Row, as_json
 from backprompt.cli.stream import positive
 from backprompt.errors import CommandError
@@ -61,7 +63,8 @@ def _add_draw(commands: Any) -> None:
         commands,
         "draw",
         "a picture of what prompts share",
-        """Draw prompts as a tree of their parts: what follows what, and what is shared. With --model boxes have their
+        """Draw prompts as a tree of their parts: what follows what, and what is shared. Strings are cut where
+        others that begin alike go on otherwise. With --model boxes have their
         tokens, and joins where tokens change are marked; with --run they are evaluated, and the colours say what was
         computed and what was read from a store.""",
         run=run_draw,
@@ -120,13 +123,17 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for prompts, and for completions behind them."""
     add_input_arguments(parser)
     parser.add_argument(
-        "--completions", metavar="FILE", help="take each prompt with each of these behind it, after a space"
+        "--completions",
+        metavar="FILE",
+        help="take each prompt with each of these behind it, after a space: a file, or a list with commas",
     )
 
 
-def make_texts(rows: list[Row], completions: list[str] | None, lm: LM | None) -> list[Text]:
+def make_texts(
+    arguments: argparse.Namespace, rows: list[Row], completions: list[str] | None, lm: LM | None
+) -> list[Text]:
     """Return the texts of rows, with completions behind them if there are any."""
-    prompts = [bound(row, lm) for row in rows]
+    prompts = texts_of(rows, lm, arguments)
     if completions is None:
         return prompts
     return [prompt + f" {completion}" for prompt in prompts for completion in completions]
@@ -136,7 +143,7 @@ def read_all(arguments: argparse.Namespace) -> tuple[list[Row], list[str] | None
     """Return all rows of the input, and completions; raises for errors that show without a model."""
     if getattr(arguments, "model", None) is not None:
         check_model_arguments(arguments)
-    completions = None if arguments.completions is None else read_completions(arguments.completions)
+    completions = None if arguments.completions is None else read_completions(arguments.completions, arguments.encoding)
     if completions == []:
         raise CommandError(f"{arguments.completions} has no completions.")
     given = read_input(arguments)
@@ -150,7 +157,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     """Print the account."""
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
-    explained = backprompt.explain(make_texts(rows, completions, lm), analyze=arguments.is_run)
+    explained = backprompt.explain(make_texts(arguments, rows, completions, lm), analyze=arguments.is_run)
     if arguments.json:
         print(as_json(explained.to_dict()))
     else:
@@ -169,7 +176,10 @@ def run_draw(arguments: argparse.Namespace) -> int:
         raise CommandError("--run and --store need a model: --model NAME.")
     rows, completions = read_all(arguments)
     lm = None if arguments.model is None else load_model(arguments)
-    texts = make_texts(rows, completions, lm)
+    if arguments.joins == "exact" and all(len(row.parts) == 1 for row in rows):  # cuts change no token
+        split = split_at_common_beginnings([row.parts[0] for row in rows])
+        rows = [replace(row, parts=parts) for row, parts in zip(rows, split, strict=True)]
+    texts = make_texts(arguments, rows, completions, lm)
     if lm is not None and arguments.is_run:
         lm.evaluate(texts)
     drawing = backprompt.draw(texts, max_children=arguments.max_children)
@@ -183,16 +193,26 @@ def run_draw(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _by_line(report: str, rows: list[Row], completions: list[str] | None) -> str:
+    """Return a report with the lines of the input, counted from 1, in place of the indices of texts."""
+
+    def named(found: re.Match[str]) -> str:
+        row_idx, completion_idx = divmod(int(found[1]), len(completions or [""]))
+        return rows[row_idx].where.partition(" of ")[0] + (f" + {completions[completion_idx]!r}" if completions else "")
+
+    return re.sub(r"\btexts\[(\d+)\]", named, report)
+
+
 def run_verify(arguments: argparse.Namespace) -> int:
     """Print the distance of the numbers from plain calls."""
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
     found = backprompt.verify(
-        make_texts(rows, completions, lm),
+        make_texts(arguments, rows, completions, lm),
         sample=arguments.sample,
         seed=arguments.seed,
         tolerance=arguments.tolerance,
         show_progress_bar=shows_progress(arguments),
     )
-    print(as_json(found.to_dict(), allow_nan=True) if arguments.json else found)
+    print(as_json(found.to_dict(), allow_nan=True) if arguments.json else _by_line(str(found), rows, completions))
     return 1 if arguments.fail_on_drift and not found.passed else 0
