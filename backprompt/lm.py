@@ -39,6 +39,11 @@ from backprompt.tokens.graph import flat
 from backprompt.tokens.joins import Joins
 from backprompt.visible import abbreviated
 
+_ASKED_BY_TEXTS = frozenset(
+    {"extents", "joins", "look_up", "pin", "representation", "save", "session", "string", "tokens"}
+)
+"""Names of the protocol `Engine`, and the session: text.tokens, text.pin() and the like are the public ways."""
+
 
 class LM(Engine[Text]):
     """A causal language model of transformers with its tokenizer; starts with an empty cache.
@@ -116,6 +121,10 @@ class LM(Engine[Text]):
         joins = self._session.options.joins
         return f"LM({type(self._session.model).__name__}, {type(self.tokenizer).__name__}, joins={joins!r})"
 
+    def __dir__(self) -> list[str]:
+        """Return the names that users need; those by which a text asks its engine are left out."""
+        return sorted(set(super().__dir__()) - _ASKED_BY_TEXTS)
+
     def __copy__(self) -> LM:
         return self
 
@@ -191,7 +200,7 @@ class LM(Engine[Text]):
     def representation(self, text: Text) -> ModelRepr:
         """Return the representation of a text, as `evaluate` does; for a held text no evaluation is counted."""
         with self._session.exclusive():
-            return ModelRepr(self._session, *self._session.evaluate([text]))
+            return ModelRepr(self._session, self._session.read(text))
 
     def token_logprobs(
         self,
