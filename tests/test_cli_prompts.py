@@ -165,7 +165,7 @@ def test_reports_count_lines_from_1(run, model):
     options = ["--column", "review", "--completions", "bad,good", "--model", model, "--device", "cpu"]
     code, printed, _ = run("verify", "reviews.csv", *options)
     assert code == 0
-    assert "line 4 + 'good', segment" in printed
+    assert "line 4, segment" in printed
     assert "texts[" not in printed
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +86,13 @@ def _add_draw(commands: Any) -> None:
         default=6,
         metavar="N",
         help="of more texts behind a part fold the last ones (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-columns",
+        type=int,
+        default=9,
+        metavar="N",
+        help="fold what stands behind so many columns (%(default)s)",
     )
     parser.add_argument("--run", action="store_true", dest="is_run", help="evaluate first; needs --model")
     add_model_arguments(parser, is_required=False)
@@ -182,7 +188,7 @@ def run_draw(arguments: argparse.Namespace) -> int:
     texts = make_texts(arguments, rows, completions, lm)
     if lm is not None and arguments.is_run:
         lm.evaluate(texts)
-    drawing = backprompt.draw(texts, max_children=arguments.max_children)
+    drawing = backprompt.draw(texts, max_children=arguments.max_children, max_columns=arguments.max_columns)
     data = drawing.source.encode() if format in ("gv", "dot") else drawing.pipe(format)
     assert isinstance(data, bytes)
     if arguments.output == PIPE:
@@ -191,16 +197,6 @@ def run_draw(arguments: argparse.Namespace) -> int:
     else:
         path.write_bytes(data)
     return 0
-
-
-def _by_line(report: str, rows: list[Row], completions: list[str] | None) -> str:
-    """Return a report with the lines of the input, counted from 1, in place of the indices of texts."""
-
-    def named(found: re.Match[str]) -> str:
-        row_idx, completion_idx = divmod(int(found[1]), len(completions or [""]))
-        return rows[row_idx].where.partition(" of ")[0] + (f" + {completions[completion_idx]!r}" if completions else "")
-
-    return re.sub(r"\btexts\[(\d+)\]", named, report)
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
@@ -214,5 +210,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
         tolerance=arguments.tolerance,
         show_progress_bar=shows_progress(arguments),
     )
-    print(as_json(found.to_dict(), allow_nan=True) if arguments.json else _by_line(str(found), rows, completions))
+
+    def named(text_idx: int) -> str:
+        """Return the line of a text in the input, counted from 1."""
+        return rows[text_idx // len(completions or [""])].where.partition(" of ")[0]
+
+    print(as_json(found.to_dict(), allow_nan=True) if arguments.json else found.in_lines(named))
     return 1 if arguments.fail_on_drift and not found.passed else 0
