@@ -86,12 +86,13 @@ package: $(INSTALLED) ## build the wheel and the sdist, check both, and try the 
 	build/installed/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt dist/*.whl
 	cd build && PATH="$$PWD/installed/bin:$$PATH" installed/bin/python -I ../tests/smoke.py
 
-# One thread a process: two processes that each start a thread a core get in each other's way.
+# One thread a process: two processes that each start a thread a core get in each other's way. A file's tests stay in one
+# process, so that its models are made once, and Ray is started once.
 test: check package ## check, package, then run the tests; where CUDA is, those by device a second time there
-	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  echo 'once more, on CUDA: $(BY_DEVICE)'; \
-	  $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )BACKPROMPT_TEST_DEVICE=cuda $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(BY_DEVICE); \
+	  $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )BACKPROMPT_TEST_DEVICE=cuda $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(BY_DEVICE); \
 	fi
 
 families: $(INSTALLED) ## compare every family of transformers with its plain call, and write the table of docs/models.md

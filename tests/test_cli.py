@@ -252,6 +252,34 @@ def test_stop_strings_and_other_options(generate, lm):
     assert first.completion not in expected.completion
 
 
+def test_constraints(generate, lm):
+    write_jsonl("prompts.jsonl", [PROMPTS[0]])
+    _, printed, _ = generate("prompts.jsonl", "--regex", "[0-9]{2}")
+    expected = Text(PROMPTS[0], lm).generate(max_new_tokens=4, constraint=backprompt.Regex("[0-9]{2}"))
+    row = json.loads(printed)
+    assert (row["completion"], row["finish_reason"]) == (expected.completion, expected.finish_reason)
+    assert len(row["completion"]) == 2
+    Path("schema.json").write_text('{"enum": [1, 2]}')
+    _, printed, _ = generate("prompts.jsonl", "--json-schema", "schema.json")
+    assert json.loads(printed)["completion"] in ("1", "2")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json-schema", "none.json"], "none.json cannot be read as JSON"),
+        (["--json-schema", "labels.txt"], "labels.txt cannot be read as JSON"),
+        (["--regex", "a", "--json-schema", "none.json"], "none.json"),
+        (["--option", "constraint=1"], "--regex or --json-schema"),
+    ],
+)
+def test_constraints_that_are_refused(generate, options, message):
+    code, _, said = generate("prompts.jsonl", *options)
+    assert code == 2
+    assert message in said
+
+
 @pytest.mark.usefixtures("no_model")
 def test_more_than_one_greedy_continuation_is_refused(generate):
     code, _, said = generate("prompts.jsonl", "--n", "2")
