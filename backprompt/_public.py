@@ -43,7 +43,7 @@ from backprompt.inspection.explanation import Divergence, Explanation
 from backprompt.inspection.graph import to_networkx
 from backprompt.inspection.independence import IndependenceGap, independence_gap
 from backprompt.inspection.missing import Miss
-from backprompt.inspection.plot import plot_probabilities
+from backprompt.inspection.plot import plot_attention, plot_probabilities
 from backprompt.inspection.show import ShownText, ShownToken
 from backprompt.inspection.verify import NodeDrift, Verification, verify
 from backprompt.lm import LM
@@ -124,6 +124,7 @@ __all__ = [
     "independence_gap",
     "load",
     "parallel",
+    "plot_attention",
     "plot_probabilities",
     "to_networkx",
     "verify",

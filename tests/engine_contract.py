@@ -245,6 +245,8 @@ class EngineContract:
             with pytest.raises(error):
                 ask()
         assert engine.stats.tokens_computed == before
+
+    def test_no_token_follows_a_group(self, engine):
         with pytest.raises(GroupError):
             (Text("a", engine) | "b").model_repr.logits  # noqa: B018
 

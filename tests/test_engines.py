@@ -43,6 +43,7 @@ def test_what_needs_a_model_here_is_refused_by_name():
     for ask in (
         lambda: lm.model,
         lambda: text.draw(),
+        lambda: text().attention(),
         lambda: bp.to_networkx([text]),
         lambda: bp.verify([text]),
         lambda: lm.refresh(),

@@ -198,7 +198,9 @@ def test_what_is_held_is_not_shared(model, tokenizer):
     context = Text("The cat", lm)
     explained = explain([texts[0], context + " sat", context + " is"])
     saved = explained.tokens_requested - explained.tokens_to_compute
-    assert f"Of the tokens saved, {held} are held already; sharing saves the other {saved - held}." in explained.sentences
+    assert (
+        f"Of the tokens saved, {held} are held already; sharing saves the other {saved - held}." in explained.sentences
+    )
 
 
 def test_special_tokens_are_not_what_is_shared(model):

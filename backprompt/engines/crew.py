@@ -32,6 +32,8 @@ class RayCrew:
 
     """
 
+    where = "with the workers of a RayLM"
+
     def __init__(self, maker: Maker, num_workers: int, resources: Mapping[str, Any], name: str | None) -> None:
         ray = imported_ray()
         if not ray.is_initialized():

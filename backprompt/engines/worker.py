@@ -178,20 +178,16 @@ class Worker:
 
     def behind(self, prompts: PackedIds, shapes: Sequence[PackedIds], shape_of: Ints, nums_own: Ints) -> Answer:
         """Score completions behind prompts; `shape_of`: which of the shapes stands behind each."""
-        made = [Shape([tuple(ids) for ids in packed.unpacked()]) for packed in shapes]  # type: ignore[arg-type]
-        behind = [
-            Behind(prompt, made[shape], num_own)
-            for prompt, shape, num_own in zip(prompts.unpacked(), shape_of.tolist(), nums_own.tolist(), strict=True)
-        ]
+        behind = behind_of(prompts, shapes, shape_of, nums_own)
         return Answer.of_scores(scores_behind(self.lm.session, behind))
 
     def scored(self, texts: PackedIds, starts: Ints, candidates: PackedIds) -> Answer:
         """Score tokens of texts, and tokens that may follow the texts."""
-        return Answer.of_scores(scores_of_wanted(self.lm.session, _wanted(texts, starts, candidates)))
+        return Answer.of_scores(scores_of_wanted(self.lm.session, wanted_of(texts, starts, candidates)))
 
     def distributions(self, texts: PackedIds, starts: Ints, candidates: PackedIds, asked: Asked) -> Answer:
         """Read the distributions that predict tokens."""
-        wanted = _wanted(texts, starts, candidates)
+        wanted = wanted_of(texts, starts, candidates)
         session = self.lm.session
         with session.exclusive():
             found = distributions_of_ids(session, wanted, asked)
@@ -308,7 +304,17 @@ class Worker:
         return Run(self.lm, (), decoding, ids)
 
 
-def _wanted(texts: PackedIds, starts: Ints, candidates: PackedIds) -> list[Wanted]:
+def behind_of(prompts: PackedIds, shapes: Sequence[PackedIds], shape_of: Ints, nums_own: Ints) -> list[Behind]:
+    """Return completions behind prompts as they were before they travelled."""
+    made = [Shape([tuple(ids) for ids in packed.unpacked()]) for packed in shapes]  # type: ignore[arg-type]
+    return [
+        Behind(prompt, made[shape], num_own)
+        for prompt, shape, num_own in zip(prompts.unpacked(), shape_of.tolist(), nums_own.tolist(), strict=True)
+    ]
+
+
+def wanted_of(texts: PackedIds, starts: Ints, candidates: PackedIds) -> list[Wanted]:
+    """Return wanted scores as they were before they travelled."""
     return [
         Wanted(ids, start, own)  # type: ignore[arg-type]  # candidates have no groups
         for ids, start, own in zip(texts.unpacked(), starts.tolist(), candidates.unpacked(), strict=True)

@@ -123,6 +123,9 @@ class Decoding:
             text once it is evaluated, when the probe has found out which these are.
         constraints: those of the texts, in their order.
 
+    Attributes:
+        end_ids: the tokens that end a text.
+
     Raises:
         GenerationError: options contradict each other or are not supported; the message says what to do instead.
 
@@ -154,7 +157,7 @@ class Decoding:
         self.num_beams = int(self._config.num_beams or 1)
         self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
         self.max_ngram = int(self._config.max_matching_ngram_size or DEFAULT_NGRAM)
-        self._end_ids: frozenset[int] = frozenset()
+        self.end_ids: frozenset[int] = frozenset()
         self._stop_strings: list[StopStringCriteria] = []  # made once: each reads the whole vocabulary
         strings = as_stop_strings(self._config.stop_strings, tokenizer, "stop_strings")
         self._config.stop_strings = None
@@ -166,6 +169,11 @@ class Decoding:
             raise GenerationError(f"transformers refuses these options: {error}") from error
         constraints.check_begin(_num_tokens(model), self._end_ids)
         self.looks_ahead = self.num_lookup_tokens > 0 or bool(constraints)
+
+    @property
+    def num_tokens(self) -> int:
+        """The size of the model's vocabulary."""
+        return _num_tokens(self.model)
 
     @property
     def recipe(self) -> Recipe:
@@ -198,7 +206,7 @@ class Decoding:
         rules.processors(ids, torch.zeros((1, _num_tokens(self.model))))
         rules.are_met(ids)
         ends = [criterion for criterion in rules.criteria if isinstance(criterion, EosTokenCriteria)]
-        self._end_ids = frozenset(token_id for criterion in ends for token_id in criterion.eos_token_id.tolist())
+        self.end_ids = frozenset(token_id for criterion in ends for token_id in criterion.eos_token_id.tolist())
 
     def rules(self, prompt_ids: Tensor) -> Rules:
         """Return the rules for a prompt, `(1, tokens)`."""
@@ -246,7 +254,7 @@ class Decoding:
         """
         if is_stopped:
             return "stop"
-        if last_id in self._end_ids:
+        if last_id in self.end_ids:
             return "eos"
         if is_over():
             return "constraint"

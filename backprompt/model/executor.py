@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
 from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
+from backprompt.attention.maps import EnoughSeen, MapAttention
 from backprompt.errors import NonFiniteError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
@@ -37,7 +38,7 @@ from backprompt.model.adapters import AdaptedLayers, SegmentAdapters
 from backprompt.model.cache_form import Body
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import Forwarded, InFlight, Way, Work, no_layers_error, run_body
+from backprompt.model.in_flight import Computed, Forwarded, InFlight, Way, no_layers_error, run_body
 from backprompt.model.int8 import speed_up_int8
 from backprompt.model.levels import NO_ATTENTION, Levels
 from backprompt.model.limits import limits_of
@@ -102,30 +103,6 @@ def _is_special() -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Computed:
-    """The results of a pass, which no span holds yet.
-
-    Attributes:
-        keys_values: the keys and values of all spans.
-        states: the states of the spans that held none; None if all spans did.
-        keys_values_of, states_of: the rows of each span.
-        work: the work besides.
-
-    """
-
-    keys_values: KeysValues
-    states: States | None
-    keys_values_of: Mapping[Span, BlockRows[KeysValues]]
-    states_of: Mapping[Span, BlockRows[States]]
-    work: Work
-
-    def place(self) -> None:
-        """Hand the results to the spans."""
-        for span, keys_values in self.keys_values_of.items():
-            span.place(keys_values=keys_values, states=self.states_of.get(span))
-
-
 class Executor:
     """Private copies of one model, and how to run them; to be used in `plain_surroundings`.
 
@@ -177,6 +154,8 @@ class Executor:
         self._form_of_cache: tuple[Form | None] | None = None  # known after its first use
         self.steps: CapturedSteps | None = None
         """Captured steps of generations, where the device has graphs."""
+        self.may_stop = not spread.is_spread(model)
+        """Whether a call of the body may be left in the middle: hooks that move weights come to their end."""
         if not spread.is_spread(model):  # hooks move weights between steps
             self.steps = captured_steps(self._body, self._attention)
         _register(self._name, self)
@@ -300,12 +279,18 @@ class Executor:
         if self.levels is not None:
             self.adapters.check(numbers_in(pass_.token_ids))
             return self.levels.forward(pass_)
-        inputs = np.array([plain_array(ids), pass_.positions], dtype=np.int64)
+        positions = pass_.positions
         prepared = self._attention.prepare(pass_) if attention is None else attention
         with self._adapted.under(number_of(ids)):
-            in_flight, hidden = self.run(on_device(inputs, self._input_device), prepared, int(inputs[1].max()))
+            in_flight, hidden = self.run(_inputs(ids, positions, self._input_device), prepared, max(positions))
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
+
+    def observe(self, token_ids: Sequence[int], positions: Sequence[int], attention: MapAttention) -> None:
+        """Forward tokens of one text once more, behind their held keys, up to the last layer that is observed."""
+        ids = np.array(token_ids, dtype=np.int64)
+        with suppress(EnoughSeen), self._adapted.under(number_of(ids)):
+            self.run(_inputs(ids, positions, self._input_device), attention, max(positions))
 
     def abandon(self) -> None:
         """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
@@ -315,11 +300,6 @@ class Executor:
         """Release the memory of captured steps; more steps will be captured."""
         if self.steps is not None:
             self.steps.forget()
-
-    @property
-    def graph_bytes(self) -> int:
-        """The memory of captured steps."""
-        return 0 if self.steps is None else self.steps.num_bytes
 
     def run(
         self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
@@ -425,6 +405,11 @@ class Executor:
         in_flight = self._in_flight
         assert in_flight is not None, "a mask outside of Executor.forward"
         return in_flight.mark(mask_function, use_vmap, self._input_device)
+
+
+def _inputs(ids: Ints, positions: Sequence[int], device: torch.device) -> Tensor:
+    """Return token ids without their adapters, and positions, `(2, tokens)`."""
+    return on_device(np.array([plain_array(ids), positions], dtype=np.int64), device)
 
 
 def _register(name: str, executor: Executor) -> None:

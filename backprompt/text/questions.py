@@ -6,7 +6,7 @@ none of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from backprompt.errors import UnboundTextError
@@ -174,21 +174,31 @@ class Questions:
         drawing: Drawing = outside("draw")(self, **options)
         return drawing
 
-    def show(self, *, top: int = 5) -> Shown:
-        """Evaluate this text and return it with tokens coloured by log-probability, a `ShownText`.
+    def show(
+        self,
+        *,
+        top: int = 5,
+        attention_from: int | None = None,
+        layers: int | slice | Iterable[int] | None = None,
+        heads: int | Iterable[int] | None = None,
+    ) -> Shown:
+        """Evaluate this text and return it with tokens coloured by log-probability, or by attention: a `ShownText`.
 
         Notebooks display the result, with the most probable alternatives under the mouse pointer; `print` it in
         terminals (without colours if `NO_COLOR` is set or the output is no terminal).
 
         Args:
             top: the number of alternatives for each token; more than 0 takes a row of the output head for each token.
+            attention_from: the index of a token in `text.tokens`. Colours then show the share of attention that this
+                token pays to each, the mean over layers and heads.
+            layers, heads: the layers and heads of that mean; see `ModelRepr.attention`.
 
         Raises:
-            ValueError: `top` is negative.
-            All errors of `backprompt.evaluate`.
+            ValueError: `top` is negative, or there is no such token, layer or head.
+            All errors of `backprompt.evaluate`, and of `ModelRepr.attention` if attention is asked for.
 
         """
-        found: Shown = outside("show")(self, top=top)
+        found: Shown = outside("show")(self, top=top, attention_from=attention_from, layers=layers, heads=heads)
         return found
 
     def pin(self) -> Pinned:
