@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import backprompt as bp
-from backprompt import LM, Text, classify
+from backprompt import LM, Regex, Text, classify
 from backprompt.engines.vllm import VllmLM
 from backprompt.engines.vllm_requests import imported_vllm
 from backprompt.errors import GenerationError, MissingDependencyError, UnsupportedModelError
@@ -261,6 +261,7 @@ def test_end_tokens_and_suppressed_ones(engine, plain):
     ("options", "said"),
     [
         ({"num_beams": 2}, "num_beams"),
+        ({"constraint": Regex("a+")}, "constraint"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
         ({"typical_p": 0.5}, "typical_p"),

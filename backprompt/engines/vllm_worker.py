@@ -21,9 +21,11 @@ from backprompt.evaluation.distributions import Asked
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.partition import Ints
-from backprompt.generation.decoding import Decoding, Found, Recipe
+from backprompt.generation.decoding import Decoding, Recipe
+from backprompt.generation.found import Found
 from backprompt.session.stats import Stats
 from backprompt.tokens.graph import with_more
+from backprompt.tokens.tokenizer import PrivateTokenizer
 
 _WITH_AN_LM = "Evaluate the texts with an LM: backprompt.load(name)."
 _REFUSED = {
@@ -87,6 +89,7 @@ class VllmWorker:
         self._llm = llm
         self._description = description
         self._skeleton = description.skeleton()
+        self._tokenizer = PrivateTokenizer(description.tokenizer)
         self._requests = Requests(llm)
         self._scoring = Scoring(self._requests, llm.llm_engine.vllm_config.cache_config.block_size)
         self._streams: dict[str, VllmRun] = {}
@@ -189,7 +192,7 @@ class VllmWorker:
         def refused() -> frozenset[int]:
             return limits.placeholders.union(range(limits.num_embeddings, vocab_size))
 
-        return recipe.decoding(self._skeleton, self._description.tokenizer, refused)
+        return recipe.decoding(self._skeleton, self._description.tokenizer, refused, self._tokenizer)
 
     # The engine as a whole
 

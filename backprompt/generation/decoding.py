@@ -167,7 +167,7 @@ class Decoding:
             self._rehearse()
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise GenerationError(f"transformers refuses these options: {error}") from error
-        constraints.check_begin(_num_tokens(model), self._end_ids)
+        constraints.check_begin(_num_tokens(model), self.end_ids)
         self.looks_ahead = self.num_lookup_tokens > 0 or bool(constraints)
 
     @property
@@ -197,7 +197,7 @@ class Decoding:
 
     def matching(self, text_idx: int) -> Matching | None:
         """Return the matching of a text under its constraint; None for a text without."""
-        return self._constraints.matching(text_idx, _num_tokens(self.model), self._end_ids)
+        return self._constraints.matching(text_idx, _num_tokens(self.model), self.end_ids)
 
     def _rehearse(self) -> None:
         """Apply all rules to one token, so that errors show now, before a prompt is computed."""
