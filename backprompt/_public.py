@@ -54,6 +54,7 @@ from backprompt.session.stats import Stats
 from backprompt.store import CachedStore, DiskStore, MemoryStore, ObjectStore, Store
 from backprompt.text.extents import Extent, Join
 from backprompt.text.node import Text, eager, parallel
+from backprompt.tokens.constraints import Grammar, JsonSchema, Regex
 
 __all__ = [
     "LM",
@@ -73,10 +74,12 @@ __all__ = [
     "Extent",
     "GeneratedText",
     "GenerationError",
+    "Grammar",
     "GroupError",
     "IndependenceGap",
     "Join",
     "JoinError",
+    "JsonSchema",
     "MemoryBudgetError",
     "MemoryStore",
     "Miss",
@@ -91,6 +94,7 @@ __all__ = [
     "ObjectStore",
     "Piece",
     "Pin",
+    "Regex",
     "SelectedText",
     "ShownText",
     "ShownToken",

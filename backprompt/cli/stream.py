@@ -88,7 +88,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action="store_true",
         help="go on behind the rows that FILE has already, if it is there; a last one that was written half is "
-        "dropped. FILE.options.json, there until FILE is complete, says which options it must be gone on with",
+        "dropped. FILE.options.json, there until FILE is complete, says which options must stay the same",
     )
     mode.add_argument("--overwrite", action="store_true", help="replace FILE, if it is there")
     group.add_argument(

@@ -121,7 +121,7 @@ def imported_ray() -> Any:
 
     """
     if find_spec("ray") is None:
-        raise MissingDependencyError("backprompt.engines.ray needs Ray: pip install 'backprompt[ray]'")
+        raise MissingDependencyError("backprompt.engines.ray needs Ray: pip install ray")
     import ray
 
     return ray

@@ -28,7 +28,7 @@ from backprompt.evaluation.distributions import Asked, Distributions
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import ScoredTexts, to_score
 from backprompt.forest.fan import Shape
-from backprompt.forest.partition import Ints
+from backprompt.forest.partition import Ints, Rates
 from backprompt.forest.span import Span
 from backprompt.session.limits import TextLimits
 from backprompt.session.stats import Stats
@@ -89,7 +89,7 @@ class RemoteSession(TextSession):
         self.tokenizer = description.tokenizer
         self.options = description.options
         self.counters = Counters()
-        self.layout = Layout(self.num_workers)
+        self.layout = Layout(self.num_workers, _rates(description.config))
         self._skeleton = description.skeleton()
         self._description = description
         self._lock = threading.RLock()
@@ -269,6 +269,11 @@ class RemoteScoring:
 
         more = [behind.shape.num_rows for behind in prompts]
         return self._session.ask("behind", [behind.prompt for behind in prompts], arguments, more).scores()
+
+
+def _rates(config: Any) -> Rates:
+    """Return what tokens cost: a layer of hidden size h takes 12 h² products a token, and 2 h for each token before."""
+    return Rates(attention=1 / (6 * config.get_text_config().hidden_size))
 
 
 def total_of(stats: Sequence[Stats]) -> Stats:

@@ -16,7 +16,8 @@ from transformers.generation import logits_process as processors
 
 from backprompt.engines.vllm_requests import Request, Requests, imported_vllm
 from backprompt.errors import GenerationError
-from backprompt.generation.decoding import Choice, Decoding, Found, TextDecoding
+from backprompt.generation.decoding import Decoding, TextDecoding
+from backprompt.generation.found import Choice, Found
 
 _CPU = torch.device("cpu")
 _TAKEN: dict[type, tuple[str, str]] = {
@@ -79,7 +80,8 @@ def _add(text: TextDecoding, output: Any) -> None:
     new = slice(text.num_new, None)
     for token_id, row in zip(output.token_ids[new], output.logprobs[new], strict=True):
         if not text.is_finished:
-            text.add(Choice(token_id, row[token_id].logprob, row[token_id].rank == 1))
+            logprob = row[token_id].logprob
+            text.add(Choice(token_id, logprob, row[token_id].rank == 1, logprob))
 
 
 def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int | None = None) -> Any:
@@ -95,7 +97,7 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
         GenerationError: vLLM lacks an option, or refuses its value.
 
     """
-    _check_searches(decoding)
+    _check_kind(decoding)
     vllm = imported_vllm()
     given: dict[str, Any] = {} if decoding.is_sampling else {"temperature": 0}
     for processor in rules:
@@ -129,7 +131,9 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
         raise GenerationError(f"vLLM refuses these options: {error}") from error
 
 
-def _check_searches(decoding: Decoding) -> None:
+def _check_kind(decoding: Decoding) -> None:
+    if decoding.recipe.constraints:
+        raise GenerationError("A VllmLM takes no constraint. Use an LM: backprompt.load(name).")
     if decoding.num_beams > 1:
         raise GenerationError(
             "A VllmLM searches no beams (num_beams). Leave it out, or use an LM: backprompt.load(name)."

@@ -21,9 +21,11 @@ from backprompt.evaluation.distributions import Asked
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.partition import Ints
-from backprompt.generation.decoding import Decoding, Found, Recipe
+from backprompt.generation.decoding import Decoding, Recipe
+from backprompt.generation.found import Found
 from backprompt.session.stats import Stats
 from backprompt.tokens.graph import with_more
+from backprompt.tokens.tokenizer import PrivateTokenizer
 
 _WITH_AN_LM = "Evaluate the texts with an LM: backprompt.load(name)."
 _REFUSED = {
@@ -189,7 +191,8 @@ class VllmWorker:
         def refused() -> frozenset[int]:
             return limits.placeholders.union(range(limits.num_embeddings, vocab_size))
 
-        return recipe.decoding(self._skeleton, self._description.tokenizer, refused)
+        tokenizer = self._description.tokenizer
+        return recipe.decoding(self._skeleton, tokenizer, refused, PrivateTokenizer(tokenizer))
 
     # The engine as a whole
 

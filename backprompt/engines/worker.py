@@ -24,7 +24,8 @@ from backprompt.evaluation.lookup import Piece
 from backprompt.evaluation.reading import Wanted
 from backprompt.forest.fan import Shape
 from backprompt.forest.partition import Ints
-from backprompt.generation.decoding import Found, Recipe
+from backprompt.generation.decoding import Recipe
+from backprompt.generation.found import Found
 from backprompt.generation.generate import refused_ids
 from backprompt.generation.run import Run
 from backprompt.inspection.explain import explain
@@ -297,7 +298,10 @@ class Worker:
         session = self.lm.session
         ids = prompts.unpacked()
         session.counters.tokens_requested += sum(map(len, ids))
-        return Run(self.lm, (), recipe.decoding(session.causal_lm, self.lm.tokenizer, refused_ids(self.lm)), ids)
+        decoding = recipe.decoding(
+            session.causal_lm, self.lm.tokenizer, refused_ids(self.lm), session.private_tokenizer
+        )
+        return Run(self.lm, (), decoding, ids)
 
 
 def behind_of(prompts: PackedIds, shapes: Sequence[PackedIds], shape_of: Ints, nums_own: Ints) -> list[Behind]:

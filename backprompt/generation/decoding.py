@@ -11,9 +11,9 @@ import copy
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,38 +25,16 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from backprompt.arguments import as_int
 from backprompt.errors import GenerationError
 from backprompt.evaluation.scores import TokenScore
+from backprompt.generation.constrained import MAX_FORCED, UNCONSTRAINED, AllowedTokens, Constraints
+from backprompt.generation.found import Choice, Completion, FinishReason, Found
 from backprompt.generation.lookahead import DEFAULT_NGRAM, Ngrams
 from backprompt.generation.options import SAMPLING_FIELDS, checked
 from backprompt.generation.stops import Cut, StopStrings, as_stop_strings
 from backprompt.logprobs import logprob_dtype
 from backprompt.model.skeleton import head_dtype
-
-Completion: TypeAlias = tuple[int, ...]
-"""The token ids added to a text."""
-
-FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
-
-
-class Choice(NamedTuple):
-    """A chosen token, its log-probability in the model's own distribution (nats), and whether none is higher."""
-
-    token_id: int
-    logprob: float
-    is_argmax: bool
-
-    @property
-    def score(self) -> TokenScore:
-        """The log-probability and `is_argmax`, without the token."""
-        return TokenScore(self.logprob, self.is_argmax)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A continuation: its tokens as chosen, the reason for its end, and the kept part if a stop string ended it."""
-
-    choices: tuple[Choice, ...]
-    finish_reason: FinishReason
-    cut: Cut | None = None
+from backprompt.tokens.constraints import Constraint
+from backprompt.tokens.matching import Allowed, Matching
+from backprompt.tokens.tokenizer import PrivateTokenizer
 
 
 @dataclass(frozen=True)
@@ -95,6 +73,7 @@ class Recipe:
         stop, include_stop, is_behind_prompt: see `StopStrings`.
         seed: the seed of sampling.
         given: fields of `GenerationConfig`.
+        constraints: that of each text, or none at all.
 
     """
 
@@ -104,9 +83,16 @@ class Recipe:
     is_behind_prompt: bool
     seed: int
     given: Mapping[str, Any]
+    constraints: tuple[Constraint | None, ...] = ()
 
-    def decoding(self, model: Any, tokenizer: Any, refused: Callable[[], frozenset[int]]) -> Decoding:
-        """Return the decoding for a model with its tokenizer; `refused`: see `Decoding`."""
+    def part(self, indices: Sequence[int]) -> Recipe:
+        """Return the recipe for some of the texts."""
+        return replace(self, constraints=tuple(self.constraints[idx] for idx in indices)) if self.constraints else self
+
+    def decoding(
+        self, model: Any, tokenizer: Any, refused: Callable[[], frozenset[int]], private: PrivateTokenizer
+    ) -> Decoding:
+        """Return the decoding for a model with its tokenizer and the copy of that; `refused`: see `Decoding`."""
         stops = StopStrings(
             self.stop, tokenizer, include_stop=self.include_stop, is_behind_prompt=self.is_behind_prompt
         )
@@ -118,6 +104,7 @@ class Recipe:
             seed=self.seed,
             given=self.given,
             refused=refused,
+            constraints=Constraints.of(self.constraints, private),
         )
 
 
@@ -134,6 +121,7 @@ class Decoding:
         given: fields of `GenerationConfig`.
         refused: returns the ids that must not be chosen: a text with one of them cannot be evaluated. Asked for each
             text once it is evaluated, when the probe has found out which these are.
+        constraints: those of the texts, in their order.
 
     Attributes:
         end_ids: the tokens that end a text.
@@ -153,8 +141,10 @@ class Decoding:
         seed: int | None,
         given: Mapping[str, Any],
         refused: Callable[[], frozenset[int]] = frozenset,
+        constraints: Constraints = UNCONSTRAINED,
     ) -> None:
         self.model = model
+        self._constraints = constraints
         self._refused = refused
         self.logprob_dtype = logprob_dtype(head_dtype(model))
         self.max_new_tokens = as_int(max_new_tokens, "max_new_tokens", at_least=1, error=GenerationError)
@@ -177,6 +167,8 @@ class Decoding:
             self._rehearse()
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise GenerationError(f"transformers refuses these options: {error}") from error
+        constraints.check_begin(_num_tokens(model), self.end_ids)
+        self.looks_ahead = self.num_lookup_tokens > 0 or bool(constraints)
 
     @property
     def num_tokens(self) -> int:
@@ -188,8 +180,24 @@ class Decoding:
         """The options, for another process."""
         stops = self.stops
         return Recipe(
-            self.max_new_tokens, stops.strings, stops.include_stop, stops.is_behind_prompt, self._seed, self._given
+            self.max_new_tokens,
+            stops.strings,
+            stops.include_stop,
+            stops.is_behind_prompt,
+            self._seed,
+            self._given,
+            self._constraints.given,
         )
+
+    def repeated(self, num_each: int) -> Decoding:
+        """Return the decoding where each text is there so many times, one behind the other."""
+        decoding = copy.copy(self)
+        decoding._constraints = self._constraints.repeated(num_each)
+        return decoding
+
+    def matching(self, text_idx: int) -> Matching | None:
+        """Return the matching of a text under its constraint; None for a text without."""
+        return self._constraints.matching(text_idx, _num_tokens(self.model), self.end_ids)
 
     def _rehearse(self) -> None:
         """Apply all rules to one token, so that errors show now, before a prompt is computed."""
@@ -212,6 +220,7 @@ class Decoding:
             config,
             input_ids_seq_length=num_before,
             encoder_input_ids=prompt_ids,
+            logits_processor=LogitsProcessorList([AllowedTokens()] if self._constraints else []),
             device=str(prompt_ids.device),
             model_kwargs={},
         )
@@ -223,7 +232,14 @@ class Decoding:
         return Rules(config, processors, [*criteria, *self._stop_strings])
 
     def reason(
-        self, rules: Rules, ids: Callable[[], Tensor], last_id: int, num_new: int, *, is_stopped: bool
+        self,
+        rules: Rules,
+        ids: Callable[[], Tensor],
+        last_id: int,
+        num_new: int,
+        *,
+        is_stopped: bool,
+        is_over: Callable[[], bool],
     ) -> FinishReason | None:
         """Return why a text with `num_new` added tokens is finished, or None.
 
@@ -233,12 +249,15 @@ class Decoding:
             last_id: the last id.
             num_new: the number of added ids.
             is_stopped: whether a stop string ends the text.
+            is_over: returns whether the text's constraint lets nothing follow.
 
         """
         if is_stopped:
             return "stop"
         if last_id in self.end_ids:
             return "eos"
+        if is_over():
+            return "constraint"
         met = [criterion for criterion in rules.other_criteria if bool(criterion(ids(), None).any())]
         if not met:
             return "length" if num_new == self.max_new_tokens else None
@@ -259,14 +278,18 @@ class TextDecoding:
         decoding: the options.
         prompt_ids: the text's ids.
         sample_idx: the number of this sample of the text.
+        matching: the place of the text in the language of its constraint, if it has one.
 
     """
 
     rules: Rules
     generator: torch.Generator
 
-    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int], sample_idx: int) -> None:
+    def __init__(
+        self, decoding: Decoding, prompt_ids: Sequence[int], sample_idx: int, matching: Matching | None = None
+    ) -> None:
         self._decoding = decoding
+        self._matching = matching
         self._prompt_ids = prompt_ids
         self._sample_idx = sample_idx
         self._choices: list[Choice] = []
@@ -274,13 +297,14 @@ class TextDecoding:
         self._watched = decoding.stops.begin(prompt_ids)
         self._cut: Cut | None = None
         self.is_drawn = decoding.is_sampling
-        self.looks_ahead = decoding.num_lookup_tokens > 0
+        self.looks_ahead = decoding.looks_ahead
         self._device: torch.device | None = None
         self._ids = torch.empty(0)  # (1, tokens), with room for all tokens to come, where rules look at ids
         self._num_written = 0  # the number of ids written so far
         self._num_ahead = decoding.num_lookup_tokens
         self._ngrams = Ngrams(decoding.max_ngram)  # where tokens are looked up
         self._completion: Completion = ()  # the ids added so far, or a beginning of them
+        self._are_forced = False  # whether the constraint leaves no other way than `proposals`
         self.proposals: list[Completion] = []
         """Longer continuations than the tokens added so far, that may turn out right."""
 
@@ -339,17 +363,26 @@ class TextDecoding:
         self._choices.append(choice)
         self._watched = self._decoding.stops.with_token(self._watched, choice.token_id)
         self._finish_reason = self._decoding.reason(
-            self.rules, self.ids, choice.token_id, self.num_new, is_stopped=self._watched.is_stopped
+            self.rules,
+            self.ids,
+            choice.token_id,
+            self.num_new,
+            is_stopped=self._watched.is_stopped,
+            is_over=lambda: self._matching is not None and self._matching.is_over(self.completion),
         )
         if self._watched.is_stopped:
             self._cut = self._decoding.stops.cut(self._prompt_ids, self.completion)
 
     def look_ahead(self, num_rows: int, num_added: int) -> None:
         """Set `proposals` for the next pass; the last `num_rows` rows of logits gave `num_added` tokens."""
-        if num_rows > 1:  # wrong proposals cost time, so fewer tokens are proposed next
+        if num_rows > 1 and not self._are_forced:  # wrong proposals cost time, so fewer tokens are proposed next
             longest = self._decoding.num_lookup_tokens
             self._num_ahead = min(2 * self._num_ahead, longest) if num_added > 1 else max(1, self._num_ahead // 2)
         self.proposals = self._proposed()
+
+    def allowed(self) -> list[Allowed] | None:
+        """Return the tokens that the constraint allows next, one row; None for a text without a constraint."""
+        return None if self._matching is None else [self._matching.allowed(self.completion)]
 
     def needed(self) -> set[Completion]:
         """Return the continuations to keep: all but the last token, which was not forwarded yet."""
@@ -370,15 +403,24 @@ class TextDecoding:
         return [*self._prompt_ids[start:], *(choice.token_id for choice in choices)]
 
     def _proposed(self) -> list[Completion]:
-        """Return possible next continuations, token by token, by looking them up in the text itself."""
+        """Return possible next continuations, token by token: the one that is forced, or those that were looked up."""
         # The last allowed token is not continued.
-        num_tokens = min(self._num_ahead, self._decoding.max_new_tokens - len(self._choices) - 1)
+        num_left = self._decoding.max_new_tokens - len(self._choices) - 1
+        forced: Completion = ()
+        if self._matching is not None and not self.is_finished:
+            forced = self._matching.forced(self.completion, min(num_left, MAX_FORCED))
+        self._are_forced = bool(forced)
+        tried = [forced] if forced else self._looked_up(min(self._num_ahead, num_left))
+        beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
+        return list(dict.fromkeys((*self.completion, *tokens) for tokens in beginnings))
+
+    def _looked_up(self, num_tokens: int) -> list[Completion]:
+        """Return tokens that may come next, by looking them up in the text itself."""
         if num_tokens < 1:
             return []
         self._ngrams.extend(self._ids_from(len(self._ngrams)))
-        tried = self._ngrams.proposals(num_tokens)
-        beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
-        return list(dict.fromkeys((*self.completion, *tokens) for tokens in beginnings))
+        found = self._ngrams.proposals(num_tokens)
+        return found if self._matching is None else [self._matching.possible(self.completion, ids) for ids in found]
 
 
 def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:

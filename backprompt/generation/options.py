@@ -64,8 +64,8 @@ def checked(given: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise GenerationError(
-            f"generate has no option {unknown[0]!r}. It has max_new_tokens, stop, include_stop, seed and the fields "
-            "of transformers' GenerationConfig."
+            f"generate has no option {unknown[0]!r}. It has max_new_tokens, stop, include_stop, seed, constraint and "
+            "the fields of transformers' GenerationConfig."
         )
     as_token_ids: Callable[..., Any] = partial(_as_token_ids, num_tokens=num_tokens)
     checks = {**_CHECKS, **dict.fromkeys(_TOKEN_IDS, as_token_ids)}

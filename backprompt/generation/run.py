@@ -21,12 +21,13 @@ from backprompt.generation.beams import BeamDecoding, choose_beams
 from backprompt.generation.choosing import Logits, choose_next
 from backprompt.generation.choosing import choose as choose_tokens
 from backprompt.generation.continued import GeneratedText, generated_text
-from backprompt.generation.decoding import Choice, Completion, Decoding, Found, TextDecoding
+from backprompt.generation.decoding import Decoding, TextDecoding
+from backprompt.generation.found import Choice, Completion, Found
 from backprompt.generation.lookahead import MAX_PROPOSALS
 from backprompt.lm import LM
 from backprompt.progress import progress_bar, showing
 from backprompt.text.node import Text
-from backprompt.tokens.adapted import number_of, plain, under
+from backprompt.tokens.adapted import base_of, plain
 from backprompt.tokens.graph import TokenIds, flat, with_more
 
 MAX_LIVE_TEXTS = 256
@@ -38,6 +39,7 @@ class _Live:
 
     Attributes:
         prompt_ids: its prompt; what is added is under the adapter of the last of these tokens.
+        base_id: the id of token 0 under this adapter.
         decoding: its tokens so far.
         tip: the end of its one held continuation; None if it has several.
 
@@ -45,7 +47,7 @@ class _Live:
 
     def __init__(self, prompt_ids: TokenIds, decoding: TextDecoding | BeamDecoding, end: Span) -> None:
         self.prompt_ids = prompt_ids
-        self._number = number_of(flat(prompt_ids)[-1])
+        self.base_id = base_of(flat(prompt_ids)[-1])
         self.decoding = decoding
         self.tip: Span | None = end
         self._num_held = 0  # the number of tokens of the one held continuation
@@ -76,7 +78,7 @@ class _Live:
 
     def forwarded(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """Return ids of the continuation under its adapter."""
-        return under(self._number, token_ids)
+        return tuple(self.base_id + token_id for token_id in token_ids)
 
     def go_on(self, end: Span) -> None:
         """Note that the held continuation has grown by `next_token`, and ends here now."""
@@ -154,11 +156,12 @@ class Run:
         self.prompts = self.prompts or self.lm.session.ids_to_continue(self.texts, self.decoding.max_new_tokens)
         num_samples: Counter[tuple[int, ...]] = Counter()
         self._decodings = []
-        for ids in map(flat, self.prompts):
+        for idx, ids in enumerate(map(flat, self.prompts)):
+            matching = self.decoding.matching(idx)
             if self.decoding.num_beams > 1:
-                self._decodings.append(BeamDecoding(self.decoding, plain(ids)))
+                self._decodings.append(BeamDecoding(self.decoding, plain(ids), matching))
             else:
-                self._decodings.append(TextDecoding(self.decoding, plain(ids), num_samples[ids]))
+                self._decodings.append(TextDecoding(self.decoding, plain(ids), num_samples[ids], matching))
             num_samples[ids] += 1
 
     @property
@@ -214,17 +217,17 @@ class Run:
             choice = live.next_token
             if choice is None or live.tip is None:
                 return False
-            (token_id,) = live.forwarded([choice.token_id])
-            token = live.tip, token_id
+            token = live.tip, live.base_id + choice.token_id
             tokens[token] = choice.score
             by_token.setdefault(token, []).append(live)
         stepped = evaluator.continuations.extend(self, tokens, len(self._live))
         if stepped is None:
             return False
-        for token, end in zip(stepped.tokens, stepped.ends, strict=True):
+        rows: list[tuple[TextDecoding | BeamDecoding, int]] = []
+        for row, (token, end) in enumerate(zip(stepped.tokens, stepped.ends, strict=True)):
             for live in by_token[token]:
                 live.go_on(end)
-        rows = [(live.decoding, row) for row, token in enumerate(stepped.tokens) for live in by_token[token]]
+                rows.append((live.decoding, row))
         ends, hidden = list(stepped.ends), stepped.hidden
         if self._may_begin and self._num_begun < len(self.prompts):
             num_before = len(self._live)

@@ -1,4 +1,4 @@
-"""A bar chart of the probabilities of completions. Needs matplotlib: pip install 'backprompt[plot]'."""
+"""A bar chart of the probabilities of completions. Needs matplotlib: pip install matplotlib."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _new_axes(num_bars: int) -> Axes:
         from matplotlib import pyplot
     except ImportError as error:
         raise MissingDependencyError(
-            "plot_probabilities needs matplotlib, which is not installed: pip install 'backprompt[plot]'."
+            "plot_probabilities needs matplotlib, which is not installed: pip install matplotlib."
         ) from error
     figure, ax = pyplot.subplots(figsize=(6, 0.8 + 0.32 * num_bars), layout="constrained")
     figure.patch.set_alpha(0)

@@ -170,8 +170,8 @@ class Verification:
             f"{self.mean_gap:.2g}."
         )
         yield (
-            f"Compared: {self.num_texts:,} of {self.num_given:,} texts, {self.num_tokens:,} tokens; behind "
-            f"{self.argmax_flips:,} of them another token is the most probable."
+            f"Compared: {self.num_texts:,} of {self.num_given:,} texts, {self.num_tokens:,} tokens. The most "
+            f"probable next token differs at {self.argmax_flips:,} of them."
         )
         if self._is_due_to_tf32:
             yield _TF32

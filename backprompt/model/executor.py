@@ -47,7 +47,7 @@ from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
 from backprompt.model.quantized import copied_bytes, weight_bytes
 from backprompt.model.steps import CapturedSteps, captured_steps
-from backprompt.tokens.adapted import number_of, numbers_in, plain, plain_array
+from backprompt.tokens.adapted import Ints, are_plain, number_of, numbers_in, plain_array
 from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
     has_gradients = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # `torch.no_grad` takes longer than all the rest here
     try:
-        if not _is_special(device):  # as for most callers
+        if not _is_special():  # as for most callers
             yield
             return
         with ExitStack() as stack:
@@ -93,11 +93,11 @@ _num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", l
 """How many modes of torch functions the caller is in: the default device is one, and slow to ask for."""
 
 
-def _is_special(device: torch.device) -> bool:
+def _is_special() -> bool:
     """Whether the caller is in inference mode or autocast, or has another default device."""
     return (
         torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(device.type)
+        or torch._C._is_any_autocast_enabled()
         or (_num_modes() > 0 and torch.get_default_device().type != "cpu")
     )
 
@@ -263,14 +263,15 @@ class Executor:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
         return NO_ATTENTION if self.levels is not None else self._attention.prepare(pass_, num_steps)
 
-    def step(self, pass_: Pass, attention: PreparedAttention, places: Places) -> Forwarded:
+    def step(self, pass_: Pass, attention: PreparedAttention, places: Callable[[], Places]) -> Forwarded:
         """Forward one token for each of several texts, by a captured graph where there is one: see steps.py.
 
-        The results are overwritten by the next step. `places`: where they go.
+        The results are overwritten by the next step. `places`: returns where they go.
         """
-        self.limits.check_placeholders(plain(pass_.token_ids))
-        steps = None if numbers_in(pass_.token_ids) else self.steps  # a graph has all rows under the active adapters
-        replayed = None if steps is None else steps.step(self.run, pass_, attention, places)
+        if self.steps is None or not are_plain(pass_.token_ids):  # a graph has all rows under the active adapters
+            return self.forward(pass_, attention)
+        self.limits.check_placeholders(pass_.token_ids)
+        replayed = self.steps.step(self.run, pass_, attention, places())
         if replayed is None:
             return self.forward(pass_, attention)
         way: Way = "recorded" if replayed.is_first else "replayed"
@@ -286,23 +287,23 @@ class Executor:
             TokenIdError: a token stands for an image or a sound.
 
         """
-        self.limits.check_placeholders(plain(pass_.token_ids))
+        ids = np.array(pass_.token_ids, dtype=np.int64)
+        self.limits.check_placeholders(plain_array(ids).tolist())
         try:
-            return self._forward(pass_, attention)
+            return self._forward(pass_, ids, attention)
         except torch.OutOfMemoryError:
             if self.steps is None or not self.steps.forget():
                 raise
-        return self._forward(pass_, attention)
+        return self._forward(pass_, ids, attention)
 
-    def _forward(self, pass_: Pass, attention: PreparedAttention | None) -> Forwarded:
+    def _forward(self, pass_: Pass, ids: Ints, attention: PreparedAttention | None) -> Forwarded:
         if self.levels is not None:
             self.adapters.check(numbers_in(pass_.token_ids))
             return self.levels.forward(pass_)
-        ids = np.array(pass_.token_ids, dtype=np.int64)
-        inputs = on_device(np.array([plain_array(ids), pass_.positions], dtype=np.int64), self._input_device)
+        inputs = np.array([plain_array(ids), pass_.positions], dtype=np.int64)
         prepared = self._attention.prepare(pass_) if attention is None else attention
         with self._adapted.under(number_of(ids)):
-            in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
+            in_flight, hidden = self.run(on_device(inputs, self._input_device), prepared, int(inputs[1].max()))
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 

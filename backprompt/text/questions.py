@@ -114,8 +114,8 @@ class Questions:
         """
         return outside("generate")(self, **options)
 
-    def select(self, options: Sequence[str], **scoring: Any) -> Any:
-        """Continue this text with the most probable of several strings.
+    def select(self, options: Any, **scoring: Any) -> Any:
+        """Continue this text with the most probable of several strings, or of those of a finite constraint.
 
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
             answer.option, answer.probabilities
@@ -129,6 +129,16 @@ class Questions:
         """
         return outside("select")(self, options, **scoring)
 
+    def probability_of(self, language: Any, **options: Any) -> float:
+        """Return the probability that the model continues this text by any string of a finite language.
+
+            text.probability_of(Regex("(very )?(good|great)"))
+
+        Takes the other arguments of `classify.probability_of`, and has its errors.
+        """
+        found: float = outside("probability_of")(self, language, **options)
+        return found
+
     def stream(
         self,
         *,
@@ -136,6 +146,7 @@ class Questions:
         stop: str | Sequence[str] | None = None,
         include_stop: bool = False,
         seed: int | None = None,
+        constraint: Any = None,
         **generation_config: Any,
     ) -> TextStream:
         """Return a `Stream`, an iterator over the strings that the model adds, each as soon as it is final.
@@ -148,7 +159,13 @@ class Questions:
         `backprompt.generate`.
         """
         found: TextStream = outside("stream")(
-            self, max_new_tokens=max_new_tokens, stop=stop, include_stop=include_stop, seed=seed, **generation_config
+            self,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            include_stop=include_stop,
+            seed=seed,
+            constraint=constraint,
+            **generation_config,
         )
         return found
 
