@@ -103,7 +103,8 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
     for processor in rules:
         if isinstance(processor, processors.SuppressTokensLogitsProcessor):
             refused = set(processor.suppress_tokens.tolist())
-            given["allowed_token_ids"] = [idx for idx in range(decoding.num_tokens) if idx not in refused]
+            num_tokens = decoding.model.config.get_text_config().vocab_size
+            given["allowed_token_ids"] = [idx for idx in range(num_tokens) if idx not in refused]
         elif isinstance(processor, processors.MinLengthLogitsProcessor):
             given["min_tokens"] = max(given.get("min_tokens", 0), processor.min_length - num_before)
         elif isinstance(processor, processors.MinNewTokensLengthLogitsProcessor):

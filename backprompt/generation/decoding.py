@@ -171,11 +171,6 @@ class Decoding:
         self.looks_ahead = self.num_lookup_tokens > 0 or bool(constraints)
 
     @property
-    def num_tokens(self) -> int:
-        """The size of the model's vocabulary."""
-        return _num_tokens(self.model)
-
-    @property
     def recipe(self) -> Recipe:
         """The options, for another process."""
         stops = self.stops
