@@ -170,11 +170,6 @@ class Decoding:
         self.looks_ahead = self.num_lookup_tokens > 0 or bool(constraints)
 
     @property
-    def num_tokens(self) -> int:
-        """The size of the model's vocabulary."""
-        return num_tokens_of(self.model)
-
-    @property
     def recipe(self) -> Recipe:
         """The options, for another process."""
         stops = self.stops
