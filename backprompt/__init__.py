@@ -22,6 +22,7 @@ _OUTSIDE = {
     _engine.FACTORY: "lm.shared_lm",
     "generate": "generation.generate.generate",
     "select": "generation.selected.select",
+    "probability_of": "classify.language.probability_of",
     "stream": "generation.generate.stream",
     "draw": "inspection.draw.draw",
     "show": "inspection.show.show",

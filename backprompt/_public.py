@@ -44,7 +44,7 @@ from backprompt.inspection.explanation import Divergence, Explanation
 from backprompt.inspection.graph import to_networkx
 from backprompt.inspection.independence import IndependenceGap, independence_gap
 from backprompt.inspection.missing import Miss
-from backprompt.inspection.plot import plot_probabilities
+from backprompt.inspection.plot import plot_attention, plot_probabilities
 from backprompt.inspection.show import ShownText, ShownToken
 from backprompt.inspection.verify import NodeDrift, Verification, verify
 from backprompt.lm import LM
@@ -55,6 +55,7 @@ from backprompt.session.stats import Stats
 from backprompt.store import CachedStore, DiskStore, MemoryStore, ObjectStore, Store
 from backprompt.text.extents import Extent, Join
 from backprompt.text.node import Text, eager, parallel
+from backprompt.tokens.constraints import Grammar, JsonSchema, Regex
 
 __all__ = [
     "LM",
@@ -75,10 +76,12 @@ __all__ = [
     "Extent",
     "GeneratedText",
     "GenerationError",
+    "Grammar",
     "GroupError",
     "IndependenceGap",
     "Join",
     "JoinError",
+    "JsonSchema",
     "MemoryBudgetError",
     "MemoryStore",
     "Miss",
@@ -93,6 +96,7 @@ __all__ = [
     "ObjectStore",
     "Piece",
     "Pin",
+    "Regex",
     "SelectedText",
     "ShownText",
     "ShownToken",
@@ -122,6 +126,7 @@ __all__ = [
     "independence_gap",
     "load",
     "parallel",
+    "plot_attention",
     "plot_probabilities",
     "to_networkx",
     "verify",

@@ -7,8 +7,9 @@ needed.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Reversible, Sequence, Set
+from collections.abc import Iterable, Mapping, Reversible, Sequence, Set
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -117,6 +118,32 @@ def is_python_int(given: Any) -> bool:
     return isinstance(given, int) and not isinstance(given, bool)
 
 
+def as_indices(given: Any, name: str, num_items: int | None = None) -> tuple[int, ...]:
+    """Return indices of items, each from 0 on, in the given order.
+
+    Args:
+        given: an int, a slice, ints in order, or None for all items.
+        name: of the argument, for messages.
+        num_items: the number of items; None if it is unknown, then ints stay as they are.
+
+    Raises:
+        ValueError: an index is no int, or there is no such item; or there are no indices.
+
+    """
+    if num_items is not None and (given is None or isinstance(given, slice)):
+        listed: list[Any] = list(range(num_items)[slice(None) if given is None else given])
+    else:
+        listed = [given] if is_int(given) else as_list(given, f"{name} must be an int or ints in order")
+    for index in listed:
+        if not is_int(index):
+            raise ValueError(f"{name} must be ints, not {abbreviated(index)}.")
+        if num_items is not None and not -num_items <= index < num_items:
+            raise ValueError(f"{name} must be ints from {-num_items} to {num_items - 1}, not {index}.")
+    if not listed:
+        raise ValueError(f"{name} must name at least one.")
+    return tuple(int(index) if num_items is None else int(index) % num_items for index in listed)
+
+
 def as_number(
     given: Any,
     name: str,
@@ -164,6 +191,12 @@ def as_choice(given: Any, name: str, choices: Sequence[Choice], *, advice: str =
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {given!r}.{advice}")
     chosen: Choice = given
     return chosen
+
+
+def did_you_mean(given: str, choices: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the choice that is most like a name, or an empty string if none is like it."""
+    close = difflib.get_close_matches(given, choices, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def as_floats(given: Any, name: str) -> npt.NDArray[np.float64]:

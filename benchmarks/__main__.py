@@ -24,18 +24,19 @@ RESULTS = Path(__file__).parent / "results.json"
 
 def main() -> None:
     suites = find_suites()
-    peers = sorted(((suite.peer, suite) for suite in suites if suite.peer is not None), key=lambda pair: pair[0].option)
+    peers = sorted({suite.peer for suite in suites if suite.peer is not None}, key=lambda peer: peer.option)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=[suite.name for suite in suites], help="suites to measure")
-    for peer, suite in peers:
+    for peer in peers:
+        names = " and ".join(suite.name for suite in suites if suite.peer == peer)
         parser.add_argument(
             peer.option,
             type=Path,
             metavar="PATH",
             default=peer.default,
-            help=f"the interpreter of an environment with {peer.name}, for the suite {suite.name}; "
+            help=f"the interpreter of an environment with {peer.name}, for the suites {names}; "
             f"default: ${peer.variable}",
         )
     parser.add_argument("--gpu", action="store_true", help="measure on the GPU, and nothing else")
@@ -46,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.gpu and not arguments.try_out and not gpu.is_there():
         parser.error(gpu.WHY_NOT)
-    pythons: dict[PeerProgram, Path | None] = {peer: getattr(arguments, peer.destination) for peer, _ in peers}
+    pythons: dict[PeerProgram, Path | None] = {peer: getattr(arguments, peer.destination) for peer in peers}
     for peer, python in pythons.items():
         if python is not None and not python.is_file():
             parser.error("\n".join(filter(None, [f"there is no interpreter {python}.", peer.how_to_install])))

@@ -17,7 +17,7 @@ Machine = dict[str, Any]
 def describe_machine(lm: LM) -> Machine:
     """The machine and the versions behind the numbers."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -33,7 +33,7 @@ def as_sentence(machine: Machine) -> str:
     return ", ".join(_fact(name, value) for name, value in machine.items())
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -38,6 +38,9 @@ class PeerProgram:
         return os.environ.get(self.variable)
 
 
+VLLM = PeerProgram("vLLM")
+
+
 class Peer:
     """`python -m benchmarks.{module} arguments` with another interpreter. A context manager.
 

@@ -1,4 +1,4 @@
-"""The README files and the plots from `results.json`. Tables stand between markers and are rewritten in place."""
+"""The plots and the pages with tables, from `results.json`. Tables stand between markers and are rewritten in place."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.suites import find_suites
 from benchmarks.tables import Table
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "performance.md")
 
 
 def write_tables(results: Results) -> None:
-    """Rewrite what stands between `<!-- NAME -->` and `<!-- /NAME -->` in the README files."""
+    """Rewrite what stands between `<!-- NAME -->` and `<!-- /NAME -->` on the pages."""
     tables = tables_of(results)
     for path in PAGES:
         path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
@@ -56,7 +56,7 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
             return match[0]
         return f"<!-- {match[1]} -->\n{tables[match[1]]}\n<!-- /{match[1]} -->"
 
-    return re.sub(r"<!-- ((?:table )?\w+) -->\n.*?<!-- /\1 -->", replace, page, flags=re.DOTALL)
+    return re.sub(r"^<!-- ((?:table )?\w+) -->\n.*?^<!-- /\1 -->", replace, page, flags=re.DOTALL | re.M)
 
 
 def _measured(results: Results) -> list[Suite]:

@@ -21,6 +21,8 @@ def tiny_gpt2():
 class HereCrew:
     """Workers in this process. All that is said travels as bytes, and questions are noted."""
 
+    where = "with workers of this process"
+
     def __init__(self, maker, num_workers):
         self.num_workers = num_workers
         self.workers = [Worker(maker) for _ in range(num_workers)]

@@ -5,6 +5,7 @@ import torch
 
 import backprompt as bp
 from backprompt import Text, classify
+from backprompt.classify import Example
 from backprompt.errors import EmptyTextError, GenerationError, GroupError, TextTooLongError, TokenIdError
 from backprompt.text.engine import Engine
 from crews import plain_lm
@@ -69,6 +70,13 @@ class EngineContract:
         torch.testing.assert_close(cache.layers[1].keys, its_cache.layers[1].keys, rtol=1e-4, atol=1e-5)
         assert len(bp.evaluate(self.texts(engine))) == len(ours)
 
+    def test_texts_ask_for_their_own(self, engine, plain):
+        for ours, theirs in zip(self.texts(engine), self.texts(plain), strict=True):
+            for name in ("logits", "token_logprobs"):
+                torch.testing.assert_close(
+                    getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, equal_nan=True
+                )
+
     def test_results_read_are_copies(self, engine):
         text = Text(PROMPTS[0], engine)
         first = text.model_repr
@@ -109,10 +117,14 @@ class EngineContract:
         ours, theirs = self.both(engine, plain, found)
         for own, its in zip(ours, theirs, strict=True):
             torch.testing.assert_close(torch.tensor(own), torch.tensor(its), rtol=1e-4, atol=1e-6)
-        for search in ("exhaustive", "best-first"):
-            ours, theirs = self.both(
-                engine, plain, lambda lm, s=search: classify.predict(PROMPTS, LABELS, lm, search=s)
-            )
+        own_labels = [Example(prompt, LABELS[: 2 + idx % 3]) for idx, prompt in enumerate(PROMPTS)]
+        for ask in (
+            lambda lm: classify.predict(PROMPTS, LABELS, lm),
+            lambda lm: classify.predict(PROMPTS, LABELS, lm, search="best-first"),
+            lambda lm: classify.predict([self.texts(lm)[idx] for idx in (0, 7, 9)], LABELS, lm),
+            lambda lm: classify.predict(own_labels, lm=lm),
+        ):
+            ours, theirs = self.both(engine, plain, ask)
             assert ours == theirs
 
     @pytest.mark.parametrize(
@@ -177,7 +189,7 @@ class EngineContract:
         from backprompt.integrations.lm_eval import BackpromptLM
 
         def answers(lm):
-            model = BackpromptLM(lm)
+            model = BackpromptLM(lm, max_length=100)  # within the positions of all engines
             scored = [
                 Instance("loglikelihood", {}, (prompt, label), idx)
                 for idx, prompt in enumerate(PROMPTS)
@@ -186,12 +198,23 @@ class EngineContract:
             grown = [
                 Instance("generate_until", {}, (prompt, {"max_gen_toks": 4, "until": ["\n"]}), 0) for prompt in PROMPTS
             ]
-            return model.loglikelihood(scored, disable_tqdm=True), model.generate_until(grown, disable_tqdm=True)
+            rolled = [Instance("loglikelihood_rolling", {}, (prompt * 8,), 0) for prompt in PROMPTS]
+            return (
+                model.loglikelihood(scored, disable_tqdm=True),
+                model.generate_until(grown, disable_tqdm=True),
+                model.loglikelihood_rolling(rolled, disable_tqdm=True),
+            )
 
-        (ours, our_strings), (theirs, their_strings) = self.both(engine, plain, answers)
+        (ours, our_strings, our_sums), (theirs, their_strings, their_sums) = self.both(engine, plain, answers)
         assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
         torch.testing.assert_close(torch.tensor([p for p, _ in ours]), torch.tensor([p for p, _ in theirs]))
         assert our_strings == their_strings
+        torch.testing.assert_close(torch.tensor(our_sums), torch.tensor(their_sums))
+
+    def test_the_gap_to_full_attention(self, engine, plain):
+        ours, theirs = self.both(engine, plain, lambda lm: bp.independence_gap([self.texts(lm)[idx] for idx in (7, 8)]))
+        torch.testing.assert_close(ours.divergences, theirs.divergences, rtol=1e-3, atol=1e-6)
+        assert ours.argmax_changed == theirs.argmax_changed
 
     def test_pins_and_places(self, engine):
         text = Text("Hello there. General Kenobi!", engine)
@@ -222,6 +245,8 @@ class EngineContract:
             with pytest.raises(error):
                 ask()
         assert engine.stats.tokens_computed == before
+
+    def test_no_token_follows_a_group(self, engine):
         with pytest.raises(GroupError):
             (Text("a", engine) | "b").model_repr.logits  # noqa: B018
 

@@ -140,6 +140,10 @@ def _write(
 
 def masked_logits(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
     """The logits after each token in written order, (tokens, vocab), under the declared mask, on the CPU."""
+    return _masked_call(model, parts).logits[0].cpu()
+
+
+def _masked_call(model: PreTrainedModel, parts: Sequence[Any]) -> Any:
     text = written(parts)
     visible = torch.zeros((len(text.ids), len(text.ids)), dtype=torch.bool)
     for row, seen in enumerate(text.seen):
@@ -150,14 +154,10 @@ def masked_logits(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
         visible &= positions[:, None] - positions < window
     mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
     with _evaluating(model), torch.no_grad():
-        return (
-            model(
-                input_ids=ids_for(model, text.ids),
-                position_ids=ids_for(model, text.positions),
-                attention_mask=mask[None, None].to(model.device),
-            )
-            .logits[0]
-            .cpu()
+        return model(
+            input_ids=ids_for(model, text.ids),
+            position_ids=ids_for(model, text.positions),
+            attention_mask=mask[None, None].to(model.device),
         )
 
 
@@ -169,6 +169,33 @@ def masked_token_logprobs(model: PreTrainedModel, parts: Sequence[Any]) -> torch
         for token_id, row in zip(text.ids, text.predictors, strict=True)
     ]
     return torch.tensor(values, dtype=logprobs.dtype, device=logprobs.device)
+
+
+# Attention: the weights that transformers' eager attention returns.
+
+
+def plain_attention(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """The weights of the plain call, (layers, heads, tokens, tokens), in the model's dtype, on the CPU."""
+    with _eager(model), _evaluating(model), torch.no_grad():
+        return torch.cat(model(input_ids=ids_for(model, ids), output_attentions=True).attentions).cpu()
+
+
+def masked_attention(model: PreTrainedModel, parts: Sequence[Any]) -> torch.Tensor:
+    """The same for tokens in written order, under the declared mask."""
+    with _eager(model):
+        return torch.cat(_masked_call(model, parts).attentions).cpu()
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    try:
+        yield
+    finally:
+        model.config.output_attentions = False
+        model.set_attn_implementation(before)
 
 
 # Adapters by segment: each row of a call under adapters of its own.

@@ -15,9 +15,13 @@ from benchmarks.measure import Spread
 from benchmarks.plots import files_of
 from benchmarks.rows import from_json
 from benchmarks.suite import Suite
+from benchmarks.suites import partition, workers
 from benchmarks.suites.cappr import cases, duel
+from crews import crew_lm
 from tiny_models import build
 
+WAITING = {"training_gpu": ["training_gpu"], "workers": ["workers", "simulation"]}
+"""Suites that may not have run yet, on a GPU or on a quiet machine, and the markers of their tables."""
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results.json"
 
 
@@ -88,7 +92,9 @@ def test_tables_show_the_suite_against_cappr(measured: dict[str, Any], committed
 def test_every_marker_is_of_one_suite_and_every_plot_is_drawn(committed: dict[str, Any]) -> None:
     """No marker without a table, no table without a marker; the same of plots and their committed files."""
     pages = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
-    not_measured = set() if "training_gpu" in committed else {"table training_gpu"}  # no GPU has run it yet
+    not_measured = {
+        f"table {marker}" for name, markers in WAITING.items() if name not in committed for marker in markers
+    }
     assert set(re.findall(r"<!-- /(.*?) -->", pages)) == set(report.tables_of(committed)) | not_measured
     files = [path for plot in report.plots_of(committed) for path in files_of(plot, RESULTS.parent / "plots").values()]
     assert sorted(files) == sorted((RESULTS.parent / "plots").iterdir())
@@ -96,8 +102,8 @@ def test_every_marker_is_of_one_suite_and_every_plot_is_drawn(committed: dict[st
 
 @pytest.mark.parametrize("suite", suites.find_suites(), ids=lambda suite: suite.name)
 def test_rows_are_written_as_they_were_read(suite: Suite, committed: dict[str, Any]) -> None:
-    if suite.name == "training_gpu" and not suite.is_measured(committed):
-        pytest.skip("this suite has not run on a GPU yet")
+    if suite.name in WAITING and not suite.is_measured(committed):
+        pytest.skip("this suite has not run yet")
     rows, kept = suite.rows(committed), {"lines": [{"suite": "another"}]}
     suite.keep(kept, rows)
     expected = committed.get(suite.name, [line for line in committed["lines"] if line["suite"] == suite.name])
@@ -218,3 +224,49 @@ def test_without_cappr_its_suite_says_how_to_get_it(
     monkeypatch.setattr("sys.argv", ["benchmarks", "--only", "cappr", "--cappr-python", str(tmp_path / "python")])
     with pytest.raises(SystemExit, match="2"):
         command.main()
+
+
+def test_each_shape_of_a_forest_is_cut() -> None:
+    lines = dict(zip(partition.SHAPES, partition.measured(4000, 8), strict=True))
+    for shape, line in lines.items():
+        made = shape.make(4000)
+        lengths = made[0] if isinstance(made, tuple) else list(map(len, made))
+        assert len(lengths) == 4000
+        assert line.num_tokens == sum(lengths)
+        assert line.of_least >= 1
+        assert 1 <= line.least_of_distinct <= line.of_distinct
+        assert line.num_parts == (1 if "chain" in shape.name[:10] else 8)
+    tree = lines[partition.SHAPES[0]]
+    assert tree.of_distinct < 1.05
+    assert tree.of_slowest > 0.9
+    assert f"| {tree.num_tokens:,} | {tree.num_distinct:,} |" in partition.table_of([tree])
+
+
+def test_workers_and_one_process_do_the_same_work(tokenizer: Any) -> None:
+    def loader() -> tuple[Any, Any]:
+        return build("gpt2", vocab_size=workloads.VOCABULARY), tokenizer
+
+    works = (workers.duel.scored(4, 3, 5), workers.duel.generated(3, 2, 5))
+    two, one = crew_lm(2, loader), crew_lm(1, loader)
+    lines = list(workers.duel.measured(works, LM(*loader()), two, one, num_rounds=1))
+    for line in lines:
+        (in_one,) = line.tokens[workers.duel.ONE_PROCESS]
+        assert line.tokens[workers.duel.ONE_WORKER] == [in_one]
+        assert len(line.tokens[workers.duel.TWO_WORKERS]) == 2
+        assert in_one <= sum(line.tokens[workers.duel.TWO_WORKERS]) < 2 * in_one
+        assert line.gap < 1e-4
+    other = crew_lm(2, lambda: (build("gpt2", vocab_size=workloads.VOCABULARY, seed=5), tokenizer))
+    with pytest.raises(AssertionError, match="workers are off by"):
+        list(workers.duel.measured(works[:1], LM(*loader()), other, one, num_rounds=1))
+
+
+def test_a_simulation_follows_its_rates() -> None:
+    quick, slow = (workers.Measures(100.0, driver, 0.0, 0.0) for driver in (0.0, 1e-3))
+    lines = workers.simulated(quick, 4000)
+    assert [line.num_workers for line in lines] == [1, 8, 64, 256]
+    assert lines[0].faster == 1
+    assert 7 < lines[1].faster <= 8
+    # The driver's four seconds do not get fewer.
+    one, *_, many = workers.simulated(slow, 4000)
+    assert many.faster == pytest.approx((one.slowest + 4) / (many.slowest + 4))
+    assert many.faster < lines[-1].faster

@@ -13,6 +13,7 @@ from backprompt.engines.layout import Layout
 from backprompt.engines.ray import RayLM
 from backprompt.engines.travel import PackedIds, text_of
 from backprompt.errors import MissingDependencyError, TextTypeError, UnsupportedModelError
+from backprompt.forest.partition import Rates
 from crews import crew_lm, plain_lm, tiny_gpt2
 from engine_contract import LABELS, PROMPTS, EngineContract
 from tiny_models import build
@@ -42,6 +43,7 @@ def test_what_needs_a_model_here_is_refused_by_name():
     for ask in (
         lambda: lm.model,
         lambda: text.draw(),
+        lambda: text().attention(),
         lambda: bp.to_networkx([text]),
         lambda: bp.verify([text]),
         lambda: lm.refresh(),
@@ -53,7 +55,7 @@ def test_what_needs_a_model_here_is_refused_by_name():
 
 def test_without_ray_its_engine_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("backprompt.engines.crew.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'backprompt\[ray\]'"):
+    with pytest.raises(MissingDependencyError, match="pip install ray"):
         RayLM(tiny_gpt2)
 
 
@@ -116,8 +118,8 @@ def test_later_calls_go_where_the_beginnings_are():
     assert lm.stats.tokens_computed == before + len(texts)
 
 
-def test_a_worker_that_would_be_much_busier_gives_texts_away():
-    lm = crew_lm()
+def moved(lm):
+    """Let a worker compute some texts, and then so many that begin with them that both workers share these."""
     texts = long_texts(lm)
     lm.evaluate(texts)
     first_part, _ = lm.session.layout.place([text.tokens for text in texts], remember=False)
@@ -127,6 +129,19 @@ def test_a_worker_that_would_be_much_busier_gives_texts_away():
     assert len(asked_of(lm, lambda: lm.evaluate(few))) == 1
     many = [text + f" film {idx}" for text in own for idx in range(20)]
     assert len(asked_of(lm, lambda: lm.evaluate(many))) == 2
+
+
+def test_a_worker_that_would_be_much_busier_gives_texts_away():
+    moved(crew_lm())
+
+
+def test_a_worker_fetches_what_another_computed_where_there_is_a_store(tmp_path):
+    alone, storing = crew_lm(), crew_lm(store=str(tmp_path / "prompts.bp"))
+    for lm in (alone, storing):
+        moved(lm)
+    assert [stats.tokens_loaded for stats in alone.worker_stats] == [0, 0]
+    assert storing.stats.tokens_loaded > 0
+    assert storing.stats.tokens_computed + storing.stats.tokens_loaded == alone.stats.tokens_computed
 
 
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple)
@@ -150,6 +165,21 @@ def test_every_text_is_placed_once_and_found_again(calls, num_workers):
             if all(other == text or other[: len(text)] != text for other in placed):
                 (part,) = layout.place([text + (9,) * 8], remember=False)
                 assert part.worker == worker_of[text]
+
+
+def test_long_texts_cost_more_a_token_where_attention_costs():
+    # A text of 100 tokens, or of 10 with 90 behind it, and 40 of 10 tokens: see tests/test_partition.py.
+    texts, long = [(1,) * 100, *((10 + leaf,) * 10 for leaf in range(40))], [[0], list(range(1, 41))]
+
+    def parts_of(texts, more=None, **rates):
+        parts = Layout(2, Rates(**rates)).place(texts, more)
+        return [part.indices.tolist() for part in parts]
+
+    assert parts_of(texts, attention=0.1) == long
+    assert len(parts_of(texts)[0]) > 10
+    short = [(1,) * 10, *texts[1:]]
+    assert parts_of(short, [390] + [0] * 40, attention=0.1) == long
+    assert len(parts_of(short, [90] + [0] * 40, attention=0.1)[0]) > 10  # these do not see each other
 
 
 def test_texts_that_share_nothing_go_to_whoever_was_given_least():

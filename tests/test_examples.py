@@ -437,3 +437,49 @@ def test_three_adapters_answer_behind_one_manual(
     assert gap is not None
     assert float(gap[1]) <= ATOL[torch.float32]
     assert max(map(len, printed.splitlines())) <= 100
+
+
+# grounding.py
+
+
+def test_grounding_forwards_answers_again_and_nothing_else(
+    example: Callable[[str], ModuleType], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four of the twenty runs ask for something new: a range of layers each."""
+    grounding = example("grounding")
+    grounding.main(["--model", str(model_folder)])
+    printed = capsys.readouterr().out
+    lm = load(model_folder)
+    asked = grounding.build(lm, grounding.read_answers())
+    num_again = sum(one.answer.stop - one.answer.start for one in asked)
+    num_ranges = len(set(grounding.layers_of(lm).values()))
+    texts = [one.text for one in asked]
+    lines = (
+        "plain calls, output_attentions=True",
+        "backprompt: the texts, once",
+        "backprompt: tokens of answers again",
+    )
+    found = [re.search(rf"{line} +([\d,]+)", printed) for line in lines]
+    assert [int(match[1].replace(",", "")) for match in found if match is not None] == [
+        20 * sum(len(text.tokens) for text in texts),
+        num_distinct(texts),
+        num_ranges * num_again,
+    ]
+    gap = re.search(r"plain call: (\S+)\.$", printed)
+    assert gap is not None
+    assert float(gap[1]) <= ATOL[torch.float32]
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_grounding_data(example: Callable[[str], ModuleType]) -> None:
+    """As many answers with support as without, and nothing in their form that tells them apart."""
+    answers = example("grounding").read_answers()
+    assert len(answers) == 80
+    assert len({answer.document for answer in answers}) == len({answer.question for answer in answers}) == 40
+    assert len({answer.string for answer in answers}) == 80
+    for supported, unsupported in zip(answers[::2], answers[1::2], strict=True):
+        assert (supported.is_supported, unsupported.is_supported) == (True, False)
+        assert supported.document_idx == unsupported.document_idx
+        assert 30 <= len(supported.document.split()) <= 80
+        assert abs(len(supported.string.split()) - len(unsupported.string.split())) <= 4
+    assert all(answer.string.endswith(".") and answer.question.endswith("?") for answer in answers)

@@ -194,11 +194,13 @@ def test_what_is_held_is_not_shared(model, tokenizer):
     assert explained.tokens_shared == 0
     assert explained.sentences[0].startswith("Sharing saves nothing here")
     assert f"forwards {plain - held} tokens instead of {plain}: " in explained.sentences[1]
-    assert explained.sentences[2:] == [f"All the {held} saved are held already."]
+    assert explained.sentences[2:] == [f"Of the tokens saved, {held} are held already."]
     context = Text("The cat", lm)
     explained = explain([texts[0], context + " sat", context + " is"])
     saved = explained.tokens_requested - explained.tokens_to_compute
-    assert f"{held} of the {saved} saved are held already." in explained.sentences
+    assert (
+        f"Of the tokens saved, {held} are held already; sharing saves the other {saved - held}." in explained.sentences
+    )
 
 
 def test_special_tokens_are_not_what_is_shared(model):

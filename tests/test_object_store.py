@@ -133,6 +133,89 @@ def test_only_the_bytes_asked_for_are_read_of_a_large_object(s3, monkeypatch):
     assert s3.num_bytes == len(to_pieces(entry)[0])
 
 
+def first_rows(entry, num_rows):
+    axes = {"keys.0": 1, "keys.0.scale": 1, "values.0": 1}
+    return {name: tensor.narrow(axes.get(name, 0), 0, num_rows) for name, tensor in entry.tensors.items()}
+
+
+def assert_same_rows(found, entry, num_rows):
+    assert found.header == entry.header
+    assert_same(Entry(entry.header, found.tensors), Entry(entry.header, first_rows(entry, num_rows)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 1 << 20])
+def test_the_first_rows_are_those_of_the_whole(bucket, chunk_bytes, dtype, monkeypatch):
+    monkeypatch.setattr("backprompt.store.object.SMALL_BYTES", 0)
+    monkeypatch.setattr("backprompt.store.file.CHUNK_BYTES", chunk_bytes)
+    entry = make_entry(1, num_tokens=50, dtype=dtype)
+    bucket.put(entry)
+    for num_rows in (1, 2, 13, 25):
+        assert_same_rows(bucket.get_beginning(entry.header.name, num_rows), entry, num_rows)
+    assert_same(bucket.get_beginning(entry.header.name, 26), entry)  # more than half
+    assert set(bucket.get_beginning(entry.header.name, 3, {"hidden"}).tensors) == {"hidden"}
+
+
+def test_few_rows_of_a_long_entry_take_few_bytes(s3):
+    store, entry = s3.store(prefix="rows"), make_entry(1, num_tokens=200_000)
+    store.put(entry)
+    header, *pieces = map(len, to_pieces(entry))
+
+    def num_bytes_of(read):
+        s3.num_bytes = 0
+        found = read()
+        return found, s3.num_bytes - max(header, 1 << 16)
+
+    whole, num_bytes = num_bytes_of(lambda: store.get(entry.header.name))
+    assert_same(whole, entry)
+    assert num_bytes == sum(pieces) == 14_000_000
+    rows, num_bytes = num_bytes_of(lambda: store.get_beginning(entry.header.name, 1000))
+    assert_same_rows(rows, entry, 1000)
+    # A chunk for each of the two heads' keys; what lies less than 1 MiB apart is one request.
+    assert num_bytes < 0.55 * sum(pieces)
+
+
+class CountingBucket:
+    """A bucket that counts the bytes of the ranges that are read."""
+
+    def __init__(self, bucket):
+        self._bucket = bucket
+        self.num_bytes = 0
+
+    def __getattr__(self, name):
+        return getattr(self._bucket, name)
+
+    def get_ranges(self, path, *, starts, ends):
+        self.num_bytes += sum(ends) - sum(starts)
+        return self._bucket.get_ranges(path, starts=starts, ends=ends)
+
+
+def test_texts_that_share_a_beginning_with_an_entry_read_the_rows_of_that(bucket, model, tokenizer, monkeypatch):
+    """Stored is a b c d; read are a x, and then a b y, of which the entry has more rows than were read."""
+    monkeypatch.setattr("backprompt.store.object.SMALL_BYTES", 0)
+    monkeypatch.setattr("backprompt.store.file.CHUNK_BYTES", 64)
+    writer = LM(model, tokenizer, store=bucket)
+    writer.evaluate([Text(PROMPT, writer)])
+    store = ObjectStore(bucket.url)
+    counting = store._bucket = CountingBucket(store._bucket)
+    plain, reader = LM(model, tokenizer), LM(model, tokenizer, store=store)
+    num_bytes = []
+    for beginning in (PROMPT[:8], PROMPT[:20], PROMPT):
+        counting.num_bytes, before = 0, reader.stats
+        logits = Text(f"{beginning}+", reader).logits
+        torch.testing.assert_close(logits, Text(f"{beginning}+", plain).logits, rtol=1e-4, atol=1e-5)
+        assert (reader.stats - before).tokens_computed <= 2
+        num_bytes.append(counting.num_bytes)
+    assert 0 < num_bytes[0] < num_bytes[1] < num_bytes[2] / 2
+    together = LM(model, tokenizer, store=store)
+    counting.num_bytes = 0
+    found = together.evaluate([Text(f"{PROMPT[:stop]}+", together) for stop in (4, 8, 12, 20)])
+    for stop, of in zip((4, 8, 12, 20), found, strict=True):
+        torch.testing.assert_close(of.logits, Text(f"{PROMPT[:stop]}+", plain).logits, rtol=1e-4, atol=1e-5)
+    assert together.stats.tokens_computed <= 8
+    assert num_bytes[1] <= counting.num_bytes < 3 * num_bytes[1]
+
+
 @pytest.mark.parametrize("small_bytes", [0, 1 << 20])
 def test_flipped_bytes_never_give_a_wrong_tensor(bucket, small_bytes, monkeypatch, caplog):
     monkeypatch.setattr("backprompt.store.object.SMALL_BYTES", small_bytes)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt.forest.partition import Partition, Rates, cut, forest_order, partition
+from backprompt.forest.partition import ALIKE, Partition, Rates, cut, forest_order, partition
 
 # Few tokens and short texts: they share beginnings, begin each other, and are equal.
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), max_size=14)
@@ -87,6 +87,50 @@ def test_no_cut_is_better_than_the_bounds(texts: list[list[int]], num_parts: int
         for starts in combinations(range(1, len(texts)), len(parts.costs) - 1)
     )
     assert some == parts.least_tokens
+
+
+def cost_of(run: list[list[int]], num_shared: int, rates: Rates) -> float:
+    """Return the cost of a run of texts whose first text shares so many tokens with the text before."""
+    costs = {beginning: rates.linear + rates.attention * (len(beginning) - 1) for beginning in beginnings(run)}
+    computed = sum(costs.pop(tuple(run[0][:stop])) for stop in range(1, num_shared + 1))
+    fetched = np.inf if rates.fetch is None and num_shared else num_shared * (rates.fetch or 0.0)
+    return sum(costs.values()) + min(computed, fetched)
+
+
+@given(TEXTS.filter(bool), st.integers(1, 4), RATES)
+def test_no_cut_into_runs_has_a_faster_slowest_part(texts: list[list[int]], num_parts: int, rates: Rates) -> None:
+    parts = partition(texts, num_parts, rates=rates)
+    in_order = sorted(texts)
+    _, shared = forest_order(
+        np.array([token for text in in_order for token in text]), np.cumsum([0, *map(len, in_order)])
+    )
+    best = min(
+        max(
+            cost_of(in_order[start:stop], int(shared[start]), rates)
+            for start, stop in zip((0, *starts), (*starts, len(texts)), strict=True)
+        )
+        for num_cuts in range(num_parts)
+        for starts in combinations(range(1, len(texts)), num_cuts)
+    )
+    assert best * (1 - 1e-9) <= parts.costs.max() <= best * (1 + ALIKE) + 1e-3
+    assert parts.least_cost <= best * (1 + 1e-9)
+
+
+@given(TEXTS.filter(bool), st.integers(7, 20))
+def test_no_cut_has_fewer_parts_of_at_most_so_many_tokens(texts: list[list[int]], max_tokens: int) -> None:
+    in_order = sorted(texts)
+    fewest = next(
+        num_cuts + 1
+        for num_cuts in range(len(texts))
+        if any(
+            all(
+                len(beginnings(in_order[start:stop])) <= max_tokens
+                for start, stop in zip((0, *starts), (*starts, len(texts)), strict=True)
+            )
+            for starts in combinations(range(1, len(texts)), num_cuts)
+        )
+    )
+    assert len(partition(texts, max_tokens=max_tokens).costs) == fewest
 
 
 @given(TEXTS.filter(bool), st.integers(1, 6), RATES)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,11 @@ def cluster():
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # else they wait for all other tests of the machine
         ray.init(
             num_cpus=2,
+            num_gpus=2,  # which no machine needs to have: Ray counts, and says which ones a worker may see
+            resources={"shelf": 1},
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
@@ -64,7 +68,7 @@ def is_alive(pid):
         return False
 
 
-def wait_until(is_so, seconds=30):
+def wait_until(is_so, seconds=60):
     end = time.monotonic() + seconds
     while not is_so() and time.monotonic() < end:
         time.sleep(0.05)
@@ -138,9 +142,27 @@ def test_parts_that_fail_are_done_again_once(tmp_path):
 # The ends of workers
 
 
-def test_workers_end_with_the_last_reference():
-    lm = small(tiny_gpt2)
+def left_of(name):
+    return ray.available_resources().get(name, 0)
+
+
+@dataclass(frozen=True)
+class Noting:
+    """A loader that writes down which GPUs its worker may see."""
+
+    file: Path
+
+    def __call__(self):
+        self.file.write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        return tiny_gpt2()
+
+
+def test_workers_end_with_the_last_reference_and_give_back_their_share(tmp_path):
+    assert (left_of("GPU"), left_of("shelf")) == (2, 1)
+    lm = small(Noting(tmp_path / "gpus"), num_gpus=1, resources={"shelf": 0.5})
     text, (pid,) = Text("The cat", lm), lm.worker_pids
+    assert wait_until(lambda: (left_of("GPU"), left_of("shelf")) == (1, 0.5))
+    assert (tmp_path / "gpus").read_text() in ("0", "1")
     del lm
     gc.collect()
     assert text.logits.isfinite().all()
@@ -148,53 +170,54 @@ def test_workers_end_with_the_last_reference():
     del text
     gc.collect()
     assert wait_until(lambda: not is_alive(pid))
+    assert wait_until(lambda: (left_of("GPU"), left_of("shelf")) == (2, 1))
 
 
 DRIVER = """
-import time, ray
+import ray, signal
 from backprompt import Text
 from backprompt.engines.ray import RayLM
 from crews import tiny_gpt2
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 ray.init({address!r}, log_to_driver=False, logging_level="ERROR")
-lm = RayLM(tiny_gpt2, num_cpus=0.25, name={name!r})
-lm.evaluate([Text("The cat sat on the mat", lm)])
-print(lm.worker_pids[0], flush=True)
-while {is_long}:
-    lm.clear()
+lms = [RayLM(tiny_gpt2, num_cpus=0.25, name=name) for name in (None, "kept")]
+for lm in lms:
     lm.evaluate([Text("The cat sat on the mat", lm)])
+print(*(lm.worker_pids[0] for lm in lms), flush=True)
+while True:
+    lms[0].clear()
+    lms[0].evaluate([Text("The cat sat on the mat", lms[0])])
 """
 
 
-def driver(cluster, *, name, is_long):
-    code = DRIVER.format(address=cluster, name=name, is_long=is_long)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def interrupted_driver(cluster):
+    """Return the numbers of the processes of an unnamed worker and of a named one, and what their driver said."""
+    command = [sys.executable, "-c", DRIVER.format(address=cluster)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            pids = list(map(int, process.stdout.readline().split()))
+            assert all(map(is_alive, pids))
+            process.send_signal(signal.SIGINT)
+            return *pids, process.communicate(timeout=120)[1]
+        finally:
+            process.kill()
 
 
-def test_an_interrupt_leaves_no_workers(cluster):
-    process = driver(cluster, name=None, is_long=True)
-    pid = int(process.stdout.readline())
-    assert is_alive(pid)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+def test_an_interrupt_leaves_named_workers_and_no_others(cluster):
+    unnamed, named, said = interrupted_driver(cluster)
     assert "KeyboardInterrupt" in said
-    assert wait_until(lambda: not is_alive(pid))
-
-
-def test_named_workers_are_found_again(cluster):
-    process = driver(cluster, name="kept", is_long=False)
-    said, errors = process.communicate(timeout=60)
-    pid = int(said or errors)
-    assert is_alive(pid)
+    assert wait_until(lambda: not is_alive(unnamed))
+    assert is_alive(named)
     with pytest.raises(ValueError, match="'kept' were made of"):
         small(tiny_gpt2, name="kept", max_tokens_per_forward=7)
     lm = small(tiny_gpt2, name="kept")
-    assert lm.worker_pids == [pid]
+    assert lm.worker_pids == [named]
     before = lm.stats.tokens_computed
     lm.evaluate([Text("The cat sat on the mat", lm)])
     assert lm.stats.tokens_computed == before > 0
     lm.close()
     lm.close()
-    assert wait_until(lambda: not is_alive(pid))
+    assert wait_until(lambda: not is_alive(named))
 
 
 # Options

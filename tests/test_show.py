@@ -1,4 +1,4 @@
-"""Tokens coloured by log-probability, against the plain model; bars of probabilities."""
+"""Tokens coloured by log-probability and by attention, against the plain model; bars and heat maps."""
 
 import builtins
 import html
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from backprompt import LM, MissingDependencyError, Text, UnboundTextError, plot_probabilities
-from backprompt.inspection.show import SHADES
+from backprompt import LM, MissingDependencyError, Text, UnboundTextError, plot_attention, plot_probabilities
+from backprompt.inspection.show import ATTENTION, SHADES
+from reference import plain_attention
 from tiny_models import build
 from tiny_tokenizers import TOKENIZERS
 
@@ -76,7 +77,7 @@ def test_without_alternatives_only_what_predicts_is_computed(gpt2: LM) -> None:
     text.show(top=0)
     assert gpt2.stats.logit_rows == before.logit_rows
     text.show(top=2)
-    assert gpt2.stats.logit_rows == before.logit_rows + len(text.tokens)
+    assert gpt2.stats.logit_rows == before.logit_rows + len(text.tokens) - 1
 
 
 def test_html_has_each_token_with_what_is_told_of_it(gpt2: LM) -> None:
@@ -119,6 +120,34 @@ def test_shades_follow_the_probability(gpt2: LM) -> None:
     assert len({token.logprob for token in shown.tokens}) > 2
 
 
+def luminance(colour: int) -> float:
+    """Of one of the 256 colours of terminals, of the 6 x 6 x 6 colours among them."""
+    levels = [(0, 95, 135, 175, 215, 255)[(colour - 16) // step % 6] / 255 for step in (36, 6, 1)]
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in levels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: float, other: float) -> float:
+    return (max(one, other) + 0.05) / (min(one, other) + 0.05)
+
+
+@pytest.mark.parametrize("is_dark", [True, False])
+def test_the_less_probable_the_more_it_stands_out_from_the_ground(gpt2: LM, is_dark: bool) -> None:
+    legend = Text("a", gpt2).show(top=0).ansi(is_dark=is_dark).rsplit("\n", 1)[1]
+    painted = [tuple(map(int, pair)) for pair in re.findall(r"38;5;(\d+);48;5;(\d+)m", legend)]
+    distances = [contrast(luminance(ground), 0.0 if is_dark else 1.0) for _, ground in painted]
+    assert len(painted) == len(SHADES) - 1
+    assert distances == sorted(distances)
+    assert all(contrast(luminance(letters), luminance(ground)) > 4.4 for letters, ground in painted)
+
+
+@pytest.mark.parametrize(("said", "is_dark"), [("15;0", True), ("0;15", False), ("0;default;7", False), ("", True)])
+def test_the_terminal_says_which_ground_it_has(gpt2: LM, monkeypatch, said: str, is_dark: bool) -> None:
+    monkeypatch.setenv("COLORFGBG", said)
+    shown = Text("a cat", gpt2).show(top=0)
+    assert shown.ansi() == shown.ansi(is_dark=is_dark) != shown.ansi(is_dark=not is_dark)
+
+
 def test_joins_are_marked(gpt2: LM) -> None:
     text = Text("it is not tr", gpt2) + "ue th" + "at it is"
     shown = text.show(top=0)
@@ -134,6 +163,75 @@ def test_show_refuses(gpt2: LM) -> None:
         Text("a", gpt2).show(top=-1)
     with pytest.raises(UnboundTextError):
         Text("a").show()
+
+
+# Attention
+
+
+def test_colours_of_attention_are_those_of_the_plain_model(gpt2: LM) -> None:
+    text = Text("the refund", gpt2) + " is due on"
+    shown = text.show(top=1, attention_from=-2, layers=1, heads=[0, 3])
+    expected = plain_attention(MODEL, text.tokens)[1, [0, 3], -2].mean(dim=0)
+    assert [token.attention for token in shown.tokens] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [idx for idx, token in enumerate(shown.tokens) if token.attends] == [len(text.tokens) - 2]
+    body, legend = shown.plain().rsplit("\n\n", 1)
+    assert legend.startswith("attention: █ ≥ 0.3  ▓ ≥ 0.1")
+    assert "▸ the token that attends" in legend
+    marks = [next(shade.mark for shade in ATTENTION.shades if token.attention >= shade.least) for token in shown.tokens]
+    assert len(set(marks)) > 1
+    drawn = zip(shown.tokens, marks, strict=True)
+    starts = ["¦" if token.begins_segment else "▸" if token.attends else "" for token in shown.tokens]
+    assert body == "".join(start + mark + token.string for start, (token, mark) in zip(starts, drawn, strict=True))
+    assert [token.logprob for token in shown.tokens][1:] == text.token_logprobs.tolist()[1:]  # told as ever
+
+
+def test_attention_in_html_and_in_terminals(gpt2: LM) -> None:
+    shown = Text("the refund is due", gpt2).show(top=0, attention_from=-1)
+    page = shown._repr_html_()
+    assert html.unescape(page).count("attention: ") == len(shown.tokens) + 1  # each one's, and the legend
+    assert page.count("border-bottom") == 1
+    assert not re.search(r"(?<!-)color:", page)  # letters keep the page's colour
+    assert f"rgba({ATTENTION.rgb}" in page
+    for escape in re.findall(r"\x1b\[(.*?)m", shown.ansi()):
+        assert escape == "0" or escape.startswith("38;5;16;48;5;")  # black on a light colour, on any ground
+
+
+def test_attention_refuses(gpt2: LM) -> None:
+    text = Text("the refund", gpt2)
+    with pytest.raises(ValueError, match="give attention_from, the token that attends"):
+        text.show(layers=0)
+    assert gpt2.stats.tokens_computed == 0
+    with pytest.raises(ValueError, match="attention_from must be ints from -"):
+        text.show(attention_from=99)
+    with pytest.raises(ValueError, match="attention_from must be ints, not 'last'"):
+        text.show(attention_from="last")
+    with pytest.raises(ValueError, match="layers must be ints from -2 to 1, not 2"):
+        text.show(attention_from=-1, layers=2)
+
+
+def test_a_heat_map_is_that_of_the_plain_model(gpt2: LM) -> None:
+    text = Text("the $refund$", gpt2) + "\nis due"
+    expected = plain_attention(MODEL, text.tokens)
+    ax = plot_attention(text, 1, 2)
+    assert ax.images[0].get_array().data == pytest.approx(expected[1, 2].numpy(), abs=1e-5)
+    strings = [token.string.replace("\n", "↵") for token in text.show(top=0).tokens]
+    assert [label.get_text() for label in ax.get_xticklabels()] == strings
+    assert [label.get_text() for label in ax.get_yticklabels()] == strings
+    ax.figure.canvas.draw()  # a $ is a $
+    mpl.pyplot.close(ax.figure)
+    _, own = mpl.pyplot.subplots()
+    assert plot_attention(text, 0, rows=[-1], ax=own) is own
+    assert own.images[0].get_array().data == pytest.approx(expected[0, :, -1:].mean(dim=0).numpy(), abs=1e-5)
+    assert [label.get_text() for label in own.get_yticklabels()] == strings[-1:]
+    mpl.pyplot.close(own.figure)
+
+
+def test_a_heat_map_of_many_tokens_has_numbers(gpt2: LM) -> None:
+    text = Text.from_tokens([idx % 50 for idx in range(100)], gpt2)
+    ax = plot_attention(text, 0, 0, rows=slice(-3, None))
+    assert ax.images[0].get_array().shape == (3, 100)
+    assert len(ax.get_xticklabels()) < 20
+    mpl.pyplot.close(ax.figure)
 
 
 def test_bars_are_sorted_and_labelled() -> None:
@@ -163,7 +261,7 @@ def test_bars_refuse(probabilities, completions, message: str) -> None:
         plot_probabilities(probabilities, completions)
 
 
-def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_says_what_to_install(gpt2: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     imported = builtins.__import__
 
     def without_matplotlib(name, *arguments, **options):
@@ -174,3 +272,5 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(MissingDependencyError, match=r"backprompt\[plot\]"):
         plot_probabilities([1.0], ["a"])
+    with pytest.raises(MissingDependencyError, match=r"plot_attention needs matplotlib"):
+        plot_attention(Text("the refund", gpt2), 0)

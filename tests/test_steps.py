@@ -20,10 +20,16 @@ from backprompt.forest.passes import missing_spans
 from backprompt.forest.plan import plan_pass
 from backprompt.forest.span import Span
 from backprompt.forest.steps import StepPlan, later
+from backprompt.generation.decoding import Decoding
+from backprompt.generation.run import Run
+from backprompt.generation.stops import StopStrings
 from backprompt.memory.growth import ROWS_AT_A_TIME, Growth, NewRows, takes_tokens_in
 from comparing import assert_close
 from reference import plain_greedy, plain_token_logprobs
 from tiny_blocks import assert_right, compute, inserted, keys_values_for, numbers_of, states_for
+
+CALLS_A_TEXT = 30
+"""The calls of functions of the package that one more text adds to a step."""
 
 PROMPTS = ((1, 2, 3), (1, 2, 4, 5), (7,), (1, 2, 3, 9, 9))
 
@@ -226,6 +232,26 @@ def test_a_step_walks_as_many_spans_however_long_the_texts_are(model, tokenizer,
         return calls
 
     assert of_a_step(10) == of_a_step(50)
+
+
+def test_a_text_without_adapters_takes_no_call_for_them_in_a_step(model, tokenizer):
+    """Nor are the places of new rows made, which only captured graphs need."""
+
+    def of_a_step(num_texts):
+        lm = LM(model, tokenizer)
+        texts = [Text.from_tokens([token_id], lm) for token_id in range(5, 5 + num_texts)]
+        stops = StopStrings(None, tokenizer, include_stop=False)
+        run = Run(lm, texts, Decoding(lm.model, tokenizer, max_new_tokens=20, stops=stops, seed=None, given={}))
+        for _ in range(4):
+            run.step()
+        return calls_of(run.step)
+
+    few, many = of_a_step(8), of_a_step(16)
+    of_a_text = {name: (count - few[name]) / 8 for name, count in many.items()}
+    assert not [name for name, count in of_a_text.items() if name[0] == "adapted.py" and count]
+    assert not many["growth.py", "places"]
+    assert many["plan.py", "token_ids"] == many["plan.py", "positions"] == 1
+    assert sum(of_a_text.values()) <= CALLS_A_TEXT
 
 
 def test_what_a_step_in_place_leaves_is_what_evaluating_leaves(model, tokenizer):

@@ -76,6 +76,16 @@ class TestContract:
         assert_same(store.get(entry.header.name, {"hidden", "not there"}), entry, {"hidden"})
         assert store.get(entry.header.name, ()).tensors == {}
 
+    def test_the_beginning_of_an_entry(self, store):
+        entry = make_entry(1, num_tokens=40)
+        store.put(entry)
+        found = store.get_beginning(entry.header.name, 5, {"hidden", "logprobs"})
+        assert found.header == entry.header
+        assert found.tensors.keys() == {"hidden", "logprobs"}
+        assert len(found.tensors["hidden"]) in (5, 40)
+        assert torch.equal(found.tensors["hidden"][:5], entry.tensors["hidden"][:5])
+        assert store.get_beginning("no-entry", 5) is None
+
     def test_what_was_got_belongs_to_the_caller(self, store):
         entry = make_entry(1)
         store.put(entry)

@@ -51,9 +51,10 @@ _MATRIX_STD = 0.2
 _VECTOR_STD = 0.3  # norm weights, biases, sinks
 
 
-def build(name: str, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> PreTrainedModel:
-    """A new model of the family `name`; the same name, vocabulary size and seed give the same weights."""
+def build(name: str, vocab_size: int = VOCAB_SIZE, seed: int = 0, **sizes: int) -> PreTrainedModel:
+    """A new model of the family `name`; the same name, sizes and seed give the same weights."""
     config = _CONFIGS[name](vocab_size)
+    config.update(sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _model_class(config)(config)

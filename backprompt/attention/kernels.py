@@ -52,14 +52,10 @@ def clear_kernel(
     softcap: float | None = None,
 ) -> KernelOutput:
     """Compute attention plainly, with matmul and softmax in float32 at least: reference and fallback."""
-    heads, rows, head_dim = query.shape
+    heads, rows, _ = query.shape
     kv_heads, keys, value_dim = value.shape
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.reshape(kv_heads, heads // kv_heads * rows, head_dim)  # the group is folded into the rows
-    scores = (grouped.to(accumulate) @ key.to(accumulate).transpose(1, 2)).mul_(scaling)
-    scores = scores.view(heads, rows, keys)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores_of(query, key, scaling, softcap)
+    accumulate = scores.dtype
     if is_causal:
         mask = additive_mask(torch.ones((rows, keys), dtype=torch.bool, device=query.device).tril(), accumulate)
     if mask is not None:
@@ -68,6 +64,16 @@ def clear_kernel(
     weights = torch.exp(scores - lse.clamp_min(torch.finfo(accumulate).min))  # all zeros for a row that sees no key
     output = weights.view(kv_heads, -1, keys) @ value.to(accumulate)
     return output.view(heads, rows, value_dim).transpose(0, 1).to(query.dtype), lse[..., 0].transpose(0, 1)
+
+
+def scores_of(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """Return all scores before any mask, `(heads, rows, keys)`, in float32 at least; shapes as above."""
+    heads, rows, head_dim = query.shape
+    kv_heads, keys, _ = key.shape
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(kv_heads, heads // kv_heads * rows, head_dim)  # the group is folded into the rows
+    scores = (grouped.to(accumulate) @ key.to(accumulate).transpose(1, 2)).mul_(scaling).view(heads, rows, keys)
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _flash_cpu_kernel(

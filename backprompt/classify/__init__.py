@@ -11,6 +11,7 @@ A new correction of probabilities goes into `weighing.py`, a new search into a m
 
 from backprompt.classify.calibration import best_threshold, calibrate
 from backprompt.classify.completions import EndOfPrompt
+from backprompt.classify.language import probability_of
 from backprompt.classify.prediction import STRATEGIES, Strategy, predict, predict_proba
 from backprompt.classify.prompts import Example, Prompt, Prompts
 from backprompt.classify.scoring import log_probs, token_logprobs
@@ -30,5 +31,6 @@ __all__ = [
     "log_probs",
     "predict",
     "predict_proba",
+    "probability_of",
     "token_logprobs",
 ]

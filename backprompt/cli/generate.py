@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import backprompt
 from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments, finite
+from backprompt.cli.prompts import unescaped
 from backprompt.cli.stream import Compute, Job, add_output_arguments, not_negative, positive, stream
 from backprompt.errors import CommandError
 from backprompt.text.node import Text
@@ -19,6 +19,7 @@ from backprompt.text.node import Text
 if TYPE_CHECKING:
     from backprompt.generation.continued import GeneratedText
     from backprompt.lm import LM
+    from backprompt.tokens.constraints import JsonSchema, Regex
 
 _OWN_OPTIONS = ("max_new_tokens", "n", "stop", "include_stop", "seed")
 NEW_FIELDS = ("completion", "finish_reason", "num_new_tokens", "logprob")
@@ -34,9 +35,9 @@ def add(commands: Any) -> None:
         and all prompts of a slice run together.
 
         Each row of the input becomes one of the output, or N rows with --n, with the fields "completion",
-        "finish_reason" ("eos", "stop", "length"), "num_new_tokens" and "logprob" (of these tokens, nats); with --n
-        also "sample", from 0 on. A sample depends on the seed, the prompt and its number, not on other rows; so equal
-        prompts have equal samples.""",
+        "finish_reason" ("eos", "stop", "constraint", "length"), "num_new_tokens" and "logprob" (of these tokens, nats);
+        with --n also "sample", from 0 on. A sample depends on the seed, the prompt and its number, not on other rows;
+        so equal prompts have equal samples.""",
         run=run,
         examples=(
             "backprompt generate prompts.jsonl --max-new-tokens 32 --model gpt2 -o out.jsonl",
@@ -57,6 +58,21 @@ def add(commands: Any) -> None:
         "\\n, \\t and \\\\ mean what they mean in C",
     )
     group.add_argument("--include-stop", action="store_true", help="keep what --stop names")
+    constraint = group.add_mutually_exclusive_group()
+    constraint.add_argument(
+        "--regex",
+        dest="constraint",
+        type=_regex,
+        metavar="PATTERN",
+        help="what is generated must match this regular expression (needs llguidance)",
+    )
+    constraint.add_argument(
+        "--json-schema",
+        dest="constraint",
+        type=_json_schema,
+        metavar="FILE",
+        help="what is generated must be JSON that is valid under this schema (needs llguidance)",
+    )
     group.add_argument("--seed", type=not_negative, help="of sampling (default: another one each time)")
     group.add_argument("--do-sample", action="store_true", default=None, help="sample; so do the next three")
     group.add_argument("--temperature", type=finite)
@@ -76,6 +92,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue all of the input."""
+    from backprompt.generation.constrained import constraints_of
     from backprompt.generation.decoding import Decoding
     from backprompt.generation.options import SAMPLING_FIELDS
     from backprompt.generation.stops import StopStrings
@@ -83,8 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     named = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
     config = {name: value for name, value in named.items() if value is not None}
     for name, value in arguments.option:
-        if name in config or name in _OWN_OPTIONS:
-            own = f"--{name.replace('_', '-')}"
+        if name in config or name in (*_OWN_OPTIONS, "constraint"):
+            own = "--regex or --json-schema" if name == "constraint" else f"--{name.replace('_', '-')}"
             raise CommandError(f"--option {name}: generate has {own} for that. Give it once, as {own}.")
         config[name] = value
     if (arguments.n or 1) > 1 and not any(config.get(name) for name in ("do_sample", "num_beams", *SAMPLING_FIELDS)):
@@ -102,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             stops=stops,
             seed=seed,
             given=config,
+            constraints=constraints_of(lm, arguments.constraint, 1),
         )
 
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
@@ -113,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
                 stop=arguments.stop,
                 include_stop=arguments.include_stop,
                 seed=seed,
+                constraint=arguments.constraint,
                 show_progress_bar=False,
                 **config,
             )
@@ -127,6 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     new_fields = NEW_FIELDS if arguments.n is None else (*NEW_FIELDS, "sample")
     compared = {name: getattr(arguments, name) for name in (*_OWN_OPTIONS, *named)}
     compared["option"] = dict(arguments.option)
+    if arguments.constraint is not None:
+        compared["constraint"] = repr(arguments.constraint)
     return stream(arguments, Job(new_fields, computed_with, compared, rows_per_prompt=arguments.n or 1))
 
 
@@ -146,7 +167,26 @@ def _unescaped(given: str) -> str:
     """Return a string with escapes replaced, since line breaks are hard to write in most shells."""
     if not given:
         raise argparse.ArgumentTypeError("it must not be empty")
-    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], given)
+    return unescaped(given)
+
+
+def _regex(given: str) -> Regex:
+    from backprompt.tokens.constraints import Regex
+
+    return Regex(given)
+
+
+def _json_schema(given: str) -> JsonSchema:
+    from backprompt.tokens.constraints import JsonSchema
+
+    try:
+        with open(given, encoding="utf-8-sig") as file:
+            schema = json.load(file)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{given} cannot be read as JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise argparse.ArgumentTypeError(f"{given} must hold a JSON schema, an object, not {json.dumps(schema)[:60]}")
+    return JsonSchema(schema)
 
 
 def _option(given: str) -> tuple[str, Any]:

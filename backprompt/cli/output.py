@@ -111,8 +111,8 @@ class Output:
 
         """
         refused = CommandError(
-            f"{self.path} ends in what is no beginning of a row from "
-            f"{to_come[0].where if to_come else 'the input, which has no more'}, so it cannot be gone on with. "
+            f"{self.path} ends in a row that does not come from "
+            f"{to_come[0].where if to_come else 'the input, which has no more rows'}, so it cannot be continued. "
             "Give another name, or replace it: --overwrite."
         )
         if not to_come:
@@ -152,7 +152,7 @@ class Output:
         else:
             return
         raise CommandError(
-            f"row {written.idx + 1} of {self.path} {wrong}, so it cannot be gone on with. Give the same input and "
+            f"row {written.idx + 1} of {self.path} {wrong}, so it cannot be continued. Give the same input and "
             "options as before, another name, or --overwrite."
         )
 
@@ -178,7 +178,7 @@ class Output:
                         raise ValueError("no object")
                 except (ValueError, csv.Error) as error:
                     raise CommandError(
-                        f"row {idx + 1} of {self.path} cannot be read, so it cannot be gone on with: give the output "
+                        f"row {idx + 1} of {self.path} cannot be read, so it cannot be continued: give the output "
                         "another name, or --overwrite."
                     ) from error
                 yield _Written(idx, fields, stop_byte)

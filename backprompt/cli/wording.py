@@ -12,7 +12,7 @@ _OPTIONS = {
             *("discount_completions", "neutral_prompt", "end_of_prompt", "prior", "aggregate"),
             *("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "n", "stop", "include_stop", "seed"),
             *("model", "device", "dtype", "store", "joins", "pack_weights"),
-            *("max_children", "sample", "tolerance"),
+            *("max_children", "max_columns", "sample", "tolerance"),
         )
     },
 }
@@ -26,8 +26,8 @@ _PHRASES = {
     "LM(..., memory_bytes=...)": "--memory SIZE",
     "with LM(..., beyond_trained_length=True)": "in Python, with LM(..., beyond_trained_length=True)",
     "pass the path of its folder: backprompt.load('path/to/model')": "give the path of its folder: --model FOLDER",
-    "max_new_tokens, stop, include_stop, seed and the fields": "--max-new-tokens, --stop, --include-stop, --seed, "
-    "and with --option the fields",
+    "max_new_tokens, stop, include_stop, seed, constraint and the fields": "--max-new-tokens, --stop, --include-stop, "
+    "--seed, --regex, --json-schema, and with --option the fields",
     "(num_beams=...)": "(--option num_beams=N)",
     "(prompt_lookup_num_tokens=...)": "(--option prompt_lookup_num_tokens=N)",
     "Add a string to it, or start it with a token such as the tokenizer's BOS: "

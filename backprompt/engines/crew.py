@@ -32,6 +32,8 @@ class RayCrew:
 
     """
 
+    where = "with the workers of a RayLM"
+
     def __init__(self, maker: Maker, num_workers: int, resources: Mapping[str, Any], name: str | None) -> None:
         ray = imported_ray()
         if not ray.is_initialized():
@@ -119,7 +121,7 @@ def imported_ray() -> Any:
 
     """
     if find_spec("ray") is None:
-        raise MissingDependencyError("backprompt.engines.ray needs Ray: pip install 'backprompt[ray]'")
+        raise MissingDependencyError("backprompt.engines.ray needs Ray: pip install ray")
     import ray
 
     return ray

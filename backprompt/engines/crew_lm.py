@@ -137,14 +137,15 @@ class CrewLM(LM):
             self._remote.ask_all("clear")
 
     def refresh(self, *, compare: bool = True) -> None:
-        """Raise: nobody changes the weights of workers.
+        """Raise: nobody changes the weights there.
 
         Raises:
             UnsupportedModelError: always.
 
         """
         raise UnsupportedModelError(
-            "The weights of a RayLM's workers do not change. For other weights make another one."
+            f"The model lies {self._remote.crew.where}, and its weights do not change there. For other weights make "
+            "another LM."
         )
 
     def running(self, texts: Sequence[Text], decoding: Decoding, *, is_stream: bool) -> RemoteRun:

@@ -25,11 +25,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from backprompt.forest.partition import Ints, cut, flattened, forest_order
+from backprompt.forest.partition import Floats, Ints, Rates, cut, flattened, forest_order
 from backprompt.tokens.graph import TokenIds, flat
 
 MAX_BUSIER = 1.5
-"""A worker may compute so many times the tokens of the slowest part of a new cut before texts leave their workers."""
+"""A worker may cost so many times what the slowest part of a new cut costs before texts leave their workers."""
 FEW_TOKENS = 512
 """So few tokens stay with their worker in any case: to compute them elsewhere would take their beginnings, too."""
 MAX_RUNS = 100_000
@@ -58,11 +58,13 @@ class Layout:
 
     Args:
         num_workers: the number of workers.
+        rates: what tokens cost; by default the same everywhere.
 
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, rates: Rates | None = None) -> None:
         self.num_workers = num_workers
+        self._rates = rates or Rates()
         self._lock = threading.Lock()
         self._begins: list[bytes] = []  # of runs, ascending; a run ends where the next one begins
         self._owners: list[int] = []
@@ -92,17 +94,18 @@ class Layout:
         """Return the worker of each of these texts, which are distinct."""
         ids, offsets = flattened(texts)
         order, shared = forest_order(ids, offsets)
-        lengths: Ints = (np.diff(offsets) + behind)[order].astype(np.int64)
+        lengths: Ints = np.diff(offsets)[order].astype(np.int64)
+        behind = behind[order] if isinstance(behind, np.ndarray) else behind
         keys = [ids[offsets[idx] : offsets[idx + 1]].astype(">u4").tobytes() for idx in order.tolist()]
         inside = np.array([self._owner_inside(key) for key in keys], dtype=np.int64)
         owners = np.array([self._owner(key, own) for key, own in zip(keys, inside.tolist(), strict=True)])
-        added = lengths - shared
-        fresh = cut(lengths, shared, self.num_workers)
+        added = lengths - shared + behind
+        fresh = cut(lengths, shared, self.num_workers, rates=self._rates, behind=behind)
         parts = np.repeat(np.arange(len(fresh.starts) - 1), np.diff(fresh.starts))
         moved = self._workers_of(parts, owners, added)[parts]
         chosen = np.where(owners == _NOBODY, moved, owners)
-        busiest = _num_tokens(chosen, lengths, shared, self.num_workers).max()
-        if busiest > FEW_TOKENS and busiest > MAX_BUSIER * fresh.costs.max():
+        busiest = self._costs(chosen, lengths, shared, behind).max()
+        if busiest > FEW_TOKENS * self._rates.linear and busiest > MAX_BUSIER * fresh.costs.max():
             chosen = moved
         if remember:
             self._num_given += np.bincount(chosen, weights=added, minlength=self.num_workers).astype(np.int64)
@@ -110,6 +113,12 @@ class Layout:
         placed = np.empty_like(chosen)
         placed[order] = chosen
         return placed
+
+    def _costs(self, workers: Ints, lengths: Ints, shared: Ints, behind: Ints | int) -> Floats:
+        """Return what each worker's texts cost; texts in forest order."""
+        goes_on = np.concatenate([[False], workers[1:] == workers[:-1]])
+        costs = self._rates.added(lengths, np.where(goes_on, shared, 0), behind)
+        return np.bincount(workers, weights=costs, minlength=self.num_workers).astype(np.float64)
 
     def _workers_of(self, parts: Ints, owners: Ints, added: Ints) -> Ints:
         """Return a worker for each part: the one that holds most of the part, of equals the one given least so far."""
@@ -160,12 +169,6 @@ class Layout:
         first, stop = bisect_left(self._begins, begin), bisect_right(self._begins, end)
         self._begins[first:stop] = [begin, end]
         self._owners[first:stop] = [worker, owner_behind]
-
-
-def _num_tokens(workers: Ints, lengths: Ints, shared: Ints, num_workers: int) -> Ints:
-    """Return how many tokens each worker computes; texts in forest order."""
-    goes_on = np.concatenate([[False], workers[1:] == workers[:-1]])
-    return np.bincount(workers, weights=lengths - np.where(goes_on, shared, 0), minlength=num_workers).astype(np.int64)
 
 
 def _num_common(key: bytes, other: bytes) -> int:

@@ -28,7 +28,7 @@ from backprompt.evaluation.distributions import Asked, Distributions
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import ScoredTexts, to_score
 from backprompt.forest.fan import Shape
-from backprompt.forest.partition import Ints
+from backprompt.forest.partition import Ints, Rates
 from backprompt.forest.span import Span
 from backprompt.session.limits import TextLimits
 from backprompt.session.stats import Stats
@@ -52,6 +52,8 @@ class Crew(Protocol):
     """Workers that are asked by number."""
 
     num_workers: int
+    where: str
+    """Where the models lie, in words."""
 
     def ask(self, questions: Sequence[Question]) -> list[Any]:
         """Ask all at once, and return the answers in order."""
@@ -60,19 +62,16 @@ class Crew(Protocol):
         """End the workers."""
 
 
-_ELSEWHERE = (
-    "This needs a model, or its results, in this process, and those of a RayLM lie with its workers. Load the model "
-    "here: backprompt.load(name), or LM(model, tokenizer)."
-)
-
-
 class _Elsewhere:
-    """Stands for an evaluator. Whatever it is asked for raises UnsupportedModelError."""
+    """Stands for an evaluator. Whatever it is asked for raises the error."""
+
+    def __init__(self, error: UnsupportedModelError) -> None:
+        self._error = error
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # asked by Python and not by code that needs results
             raise AttributeError(name)
-        raise UnsupportedModelError(_ELSEWHERE)
+        raise self._error
 
 
 class RemoteSession(TextSession):
@@ -90,7 +89,7 @@ class RemoteSession(TextSession):
         self.tokenizer = description.tokenizer
         self.options = description.options
         self.counters = Counters()
-        self.layout = Layout(self.num_workers)
+        self.layout = Layout(self.num_workers, _rates(description.config))
         self._skeleton = description.skeleton()
         self._description = description
         self._lock = threading.RLock()
@@ -98,7 +97,7 @@ class RemoteSession(TextSession):
 
     def _begin_with(self, tokenizer: PrivateTokenizer) -> None:
         self._private = tokenizer
-        self.encoder = Encoder(tokenizer, self.options.joins, self.options.add_special_tokens, _no_adapter)
+        self.encoder = Encoder(tokenizer, self.options.joins, self.options.add_special_tokens, self._no_adapter)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -124,13 +123,13 @@ class RemoteSession(TextSession):
 
     @property
     def model(self) -> Any:
-        """Raise UnsupportedModelError: the model lies with the workers."""
-        raise UnsupportedModelError(_ELSEWHERE)
+        """Raise UnsupportedModelError: the model lies elsewhere."""
+        raise self._elsewhere()
 
     @property
     def evaluator(self) -> Any:
-        """An object that refuses to be asked: results lie with the workers."""
-        return _Elsewhere()
+        """An object that refuses to be asked: results lie elsewhere."""
+        return _Elsewhere(self._elsewhere())
 
     @property
     def limits(self) -> TextLimits:
@@ -155,9 +154,7 @@ class RemoteSession(TextSession):
 
         """
         if asked.given is not None:
-            raise UnsupportedModelError(
-                "Training needs a model in this process, not a RayLM. Give it an LM or a model."
-            )
+            raise self._elsewhere()
         found = self.ask("distributions", [text.token_ids for text in wanted], _wanted(wanted, asked))
         tensors: dict[str, Tensor | None] = {
             field.name: found.tensors.get(field.name) for field in fields(Distributions)
@@ -231,6 +228,18 @@ class RemoteSession(TextSession):
         """Return the work of all workers together, and the bytes that they hold."""
         return total_of(self.ask_all("stats"))
 
+    def _elsewhere(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"This needs a model, or its results, in this process, and those of this LM lie {self.crew.where}. Load "
+            "the model here: backprompt.load(name), or LM(model, tokenizer)."
+        )
+
+    def _no_adapter(self, name: str | None) -> int:
+        raise UnsupportedModelError(
+            f"Segments under adapters of their own, here {name!r}, are not there for a model that lies "
+            f"{self.crew.where}. Use an LM in this process, or load the model with one adapter for all texts."
+        )
+
 
 class RemoteScoring:
     """Scores texts with the workers of a session; see `Scoring`."""
@@ -262,11 +271,9 @@ class RemoteScoring:
         return self._session.ask("behind", [behind.prompt for behind in prompts], arguments, more).scores()
 
 
-def _no_adapter(name: str | None) -> int:
-    raise UnsupportedModelError(
-        f"Segments under adapters of their own, here {name!r}, are not there for a RayLM's workers. Activate one for "
-        "all texts in the function that loads the model, or use an LM in this process."
-    )
+def _rates(config: Any) -> Rates:
+    """Return what tokens cost: a layer of hidden size h takes 12 h² products a token, and 2 h for each token before."""
+    return Rates(attention=1 / (6 * config.get_text_config().hidden_size))
 
 
 def total_of(stats: Sequence[Stats]) -> Stats:

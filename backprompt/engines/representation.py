@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backprompt.engines.remote import RemoteSession
 from backprompt.engines.travel import PackedIds
-from backprompt.errors import GroupError
+from backprompt.errors import GroupError, UnsupportedModelError
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.representation import ModelRepr, Pin
 from backprompt.tokens.graph import TokenGraph, TokenIds, flat
@@ -121,6 +121,13 @@ class RemoteRepr(ModelRepr):
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
         found: Tensor = self._ask("all_logits", start, stop).unpacked()
         return found
+
+    def attention(self, *chosen: Any, **options: Any) -> Tensor:
+        """Raise UnsupportedModelError: rows of a text are forwarded once more only where the model lies."""
+        raise UnsupportedModelError(
+            "attention() is not there for texts whose model lies with workers. Load the model here for it: "
+            "backprompt.load(name) makes an LM."
+        )
 
     def past_key_values(self) -> DynamicCache:
         """Return a copy of all keys and values, on the CPU."""

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from backprompt.engines.remote import RemoteSession
 from backprompt.engines.travel import PackedIds
 from backprompt.generation.continued import GeneratedText
-from backprompt.generation.decoding import Choice, Decoding, Found
+from backprompt.generation.decoding import Decoding
+from backprompt.generation.found import Choice, Found
 from backprompt.generation.run import as_texts
 from backprompt.lm import LM
 from backprompt.text.node import Text
@@ -74,7 +75,7 @@ class RemoteRun:
     def _generated(self) -> bool:
         recipe, num_new = self.decoding.recipe, self.decoding.max_new_tokens
         more = [num_new] * len(self.prompts)
-        parts, answers = self._session.ask_parts("generate", self.prompts, lambda _: (recipe,), more)
+        parts, answers = self._session.ask_parts("generate", self.prompts, lambda part: (recipe.part(part),), more)
         for indices, answer in zip(parts, answers, strict=True):
             for idx, found in zip(indices.tolist(), answer.unpacked(), strict=True):
                 self._found[idx] = found

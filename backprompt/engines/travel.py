@@ -20,7 +20,7 @@ from backprompt.evaluation.predictions import ranges
 from backprompt.evaluation.scores import TokenScores
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.partition import Ints
-from backprompt.generation.decoding import Choice, FinishReason, Found
+from backprompt.generation.found import Choice, FinishReason, Found
 from backprompt.generation.stops import Cut
 from backprompt.text.engine import Engine
 from backprompt.text.node import Text, lazily, parallel
@@ -135,7 +135,7 @@ class PackedFound:
     """Continuations of many texts.
 
     Attributes:
-        token_ids, logprobs, are_argmax: of all chosen tokens, side by side, `(tokens,)`.
+        token_ids, logprobs, are_argmax, constrained_logprobs: of all chosen tokens, side by side, `(tokens,)`.
         lengths: the number of tokens of each continuation.
         counts: the number of continuations of each text.
         ends: the reason for the end of each continuation, and the part that is kept where a stop string ended it.
@@ -145,6 +145,7 @@ class PackedFound:
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float64]
     are_argmax: npt.NDArray[np.bool_]
+    constrained_logprobs: npt.NDArray[np.float64]
     lengths: Ints
     counts: Ints
     ends: Sequence[tuple[FinishReason, Cut | None]]
@@ -158,6 +159,7 @@ class PackedFound:
             np.array([choice.token_id for choice in choices], dtype=np.int32),
             np.array([choice.logprob for choice in choices], dtype=np.float64),
             np.array([choice.is_argmax for choice in choices], dtype=np.bool_),
+            np.array([choice.constrained_logprob for choice in choices], dtype=np.float64),
             np.array([len(one.choices) for one in all_found], dtype=np.int64),
             np.array(list(map(len, found)), dtype=np.int64),
             [(one.finish_reason, one.cut) for one in all_found],
@@ -165,7 +167,8 @@ class PackedFound:
 
     def unpacked(self) -> list[list[Found]]:
         """Return the continuations of each text."""
-        choices = map(Choice, self.token_ids.tolist(), self.logprobs.tolist(), self.are_argmax.tolist())
+        fields = (self.token_ids, self.logprobs, self.are_argmax, self.constrained_logprobs)
+        choices = map(Choice, *(field.tolist() for field in fields))
         all_found = iter(
             [
                 Found(tuple(islice(choices, length)), *end)

@@ -24,7 +24,8 @@ from backprompt.evaluation.lookup import Piece
 from backprompt.evaluation.reading import Wanted
 from backprompt.forest.fan import Shape
 from backprompt.forest.partition import Ints
-from backprompt.generation.decoding import Found, Recipe
+from backprompt.generation.decoding import Recipe
+from backprompt.generation.found import Found
 from backprompt.generation.generate import refused_ids
 from backprompt.generation.run import Run
 from backprompt.inspection.explain import explain
@@ -177,20 +178,16 @@ class Worker:
 
     def behind(self, prompts: PackedIds, shapes: Sequence[PackedIds], shape_of: Ints, nums_own: Ints) -> Answer:
         """Score completions behind prompts; `shape_of`: which of the shapes stands behind each."""
-        made = [Shape([tuple(ids) for ids in packed.unpacked()]) for packed in shapes]  # type: ignore[arg-type]
-        behind = [
-            Behind(prompt, made[shape], num_own)
-            for prompt, shape, num_own in zip(prompts.unpacked(), shape_of.tolist(), nums_own.tolist(), strict=True)
-        ]
+        behind = behind_of(prompts, shapes, shape_of, nums_own)
         return Answer.of_scores(scores_behind(self.lm.session, behind))
 
     def scored(self, texts: PackedIds, starts: Ints, candidates: PackedIds) -> Answer:
         """Score tokens of texts, and tokens that may follow the texts."""
-        return Answer.of_scores(scores_of_wanted(self.lm.session, _wanted(texts, starts, candidates)))
+        return Answer.of_scores(scores_of_wanted(self.lm.session, wanted_of(texts, starts, candidates)))
 
     def distributions(self, texts: PackedIds, starts: Ints, candidates: PackedIds, asked: Asked) -> Answer:
         """Read the distributions that predict tokens."""
-        wanted = _wanted(texts, starts, candidates)
+        wanted = wanted_of(texts, starts, candidates)
         session = self.lm.session
         with session.exclusive():
             found = distributions_of_ids(session, wanted, asked)
@@ -301,10 +298,23 @@ class Worker:
         session = self.lm.session
         ids = prompts.unpacked()
         session.counters.tokens_requested += sum(map(len, ids))
-        return Run(self.lm, (), recipe.decoding(session.causal_lm, self.lm.tokenizer, refused_ids(self.lm)), ids)
+        decoding = recipe.decoding(
+            session.causal_lm, self.lm.tokenizer, refused_ids(self.lm), session.private_tokenizer
+        )
+        return Run(self.lm, (), decoding, ids)
 
 
-def _wanted(texts: PackedIds, starts: Ints, candidates: PackedIds) -> list[Wanted]:
+def behind_of(prompts: PackedIds, shapes: Sequence[PackedIds], shape_of: Ints, nums_own: Ints) -> list[Behind]:
+    """Return completions behind prompts as they were before they travelled."""
+    made = [Shape([tuple(ids) for ids in packed.unpacked()]) for packed in shapes]  # type: ignore[arg-type]
+    return [
+        Behind(prompt, made[shape], num_own)
+        for prompt, shape, num_own in zip(prompts.unpacked(), shape_of.tolist(), nums_own.tolist(), strict=True)
+    ]
+
+
+def wanted_of(texts: PackedIds, starts: Ints, candidates: PackedIds) -> list[Wanted]:
+    """Return wanted scores as they were before they travelled."""
     return [
         Wanted(ids, start, own)  # type: ignore[arg-type]  # candidates have no groups
         for ids, start, own in zip(texts.unpacked(), starts.tolist(), candidates.unpacked(), strict=True)

@@ -7,7 +7,7 @@ impossible header or tensors is reported, set aside, and computed again.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -77,7 +77,7 @@ class Finder:
 
 
 class Reader:
-    """Reads from the store, and keeps the last entry read of each kind."""
+    """Reads from the store, and keeps the last entry read of each kind, or its beginning."""
 
     def __init__(self, store: Store, layout: Layout) -> None:
         self._store = store
@@ -135,15 +135,21 @@ class Reader:
         return rows if is_own else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device).copy_(rows)
 
     def _entry(self, found: Found, kind: Kind, root: Root) -> Entry | None:
-        place = (found.name, found.start)
-        if kind not in self._last or self._last[kind][0] != place:
-            self._last[kind] = (place, self._checked_entry(found, kind, root))
-        return self._last[kind][1]
+        """Return the entry with the rows that were found, or more: twice as many as last time."""
+        place, num_rows = (found.name, found.start), found.first + found.num_tokens
+        last_place, entry = self._last.get(kind, (None, None))
+        if last_place != place:
+            entry = self._checked_entry(found, num_rows, kind, root)
+        elif entry is not None and _num_rows(entry) < min(num_rows, len(entry.header.token_ids)):
+            twice = min(2 * _num_rows(entry), len(entry.header.token_ids) // 2)
+            entry = self._checked_entry(found, max(num_rows, twice), kind, root)
+        self._last[kind] = (place, entry)
+        return entry
 
-    def _checked_entry(self, found: Found, kind: Kind, root: Root) -> Entry | None:
-        """Return the store's entry of this name, if it fits the model."""
+    def _checked_entry(self, found: Found, num_rows: int, kind: Kind, root: Root) -> Entry | None:
+        """Return the store's entry of this name, or its beginning, if it fits the model."""
         try:
-            entry = self._store.get(found.name, STATE_TENSORS if kind == "states" else None)
+            entry = self._store.get_beginning(found.name, num_rows, STATE_TENSORS if kind == "states" else None)
             if entry is not None:
                 self._check(entry, found, kind, root)
         except StoreVersionError as error:  # only this entry: others may be of the right version
@@ -166,6 +172,8 @@ class Reader:
             raise DamagedEntryError(f"it says that it begins at {header.position}, not at {found.position}")
         if root_of(header) != root:
             raise DamagedEntryError("it is another model's")
+        if found.first + found.num_tokens <= _num_rows(entry) < len(header.token_ids):
+            header = replace(header, token_ids=header.token_ids[: _num_rows(entry)])
         expected = _expected(self._layout, len(header.token_ids))
         specs = {name: TensorSpec.of(tensor) for name, tensor in entry.tensors.items()}
         if kind == "states":
@@ -185,6 +193,12 @@ class Reader:
 def _is_what_was_found(header: Header, found: Found) -> bool:
     num_tokens = len(found.token_ids)
     return header.start == found.start.hex() and header.token_ids[:num_tokens] == found.token_ids
+
+
+def _num_rows(entry: Entry) -> int:
+    """Return how many rows were read of an entry: all of them, or those at its beginning."""
+    logprobs = entry.tensors.get("logprobs")
+    return len(entry.header.token_ids) if logprobs is None or not logprobs.ndim else len(logprobs)
 
 
 def _expected(layout: Layout, num_tokens: int) -> dict[str, TensorSpec]:

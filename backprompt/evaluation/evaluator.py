@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from backprompt.errors import MemoryBudgetError
+from backprompt.evaluation.attention_maps import AttentionMaps
 from backprompt.evaluation.computation import Computation, Means, Request
 from backprompt.evaluation.continuations import Continuations
 from backprompt.evaluation.holders import PinnedText
@@ -28,13 +29,14 @@ class Evaluator:
         executor: runs passes and the output head.
         memory: the device's tier.
         host: the second pool.
-        pools: of rows of logits, and of the log-probabilities of candidates.
+        pools: of results that no block holds.
         archive: the connection of the forest with a store, if there is one.
         holders: the pins, growing texts and uses that hold texts.
         max_tokens_per_forward: the largest number of tokens in a packed pass.
         computation: inserts texts, computes their missing spans, evicts.
         scoring: log-probabilities of tokens.
         readout: logits, hidden states, keys and values.
+        attention_maps: weights of attention.
         continuations: texts that grow.
         is_closed: whether everything was forgotten for good.
 
@@ -52,6 +54,7 @@ class Evaluator:
         self.max_tokens_per_forward = self.computation.max_tokens
         self.scoring = Scoring(self.computation)
         self.readout = Readout(self.computation, self.scoring)
+        self.attention_maps = AttentionMaps(self.computation)
         self.continuations = Continuations(self.computation, self.scoring)
         self.is_closed = False
 

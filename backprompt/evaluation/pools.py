@@ -1,21 +1,24 @@
-"""Pools of results that no block holds: rows of logits, and scores of tokens that were not forwarded.
+"""Pools of results that no block holds: rows of logits, attention maps, and scores of tokens that were not forwarded.
 
-Each pool keeps the most recently used results, by the end of their text or by their fan, under a byte bound of its own.
+Each pool keeps the most recently used results, by the end of their text, by their fan or by token ids, under a byte
+bound of its own.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from backprompt.attention.maps import Chosen
 from backprompt.evaluation.scores import TokenScore
 from backprompt.forest.fan import Fan
 from backprompt.forest.span import Span
+from backprompt.tokens.graph import TokenIds
 
 MAX_CANDIDATE_BYTES = 64 << 20
 """Bound of the pool of log-probabilities of tokens that were scored and not forwarded."""
@@ -30,6 +33,14 @@ CANDIDATE_BYTES = 120
 MAX_LEAF_BYTES = 64 << 20
 """Bound of the pool of scores of the leaves of fans."""
 
+MAX_ATTENTION_BYTES = 64 << 20
+"""Bound of the pool of attention maps, token ids of their texts included."""
+
+ID_BYTES = 40
+"""Bytes of a token id in a tuple."""
+
+Key = TypeVar("Key", bound=Hashable)
+
 
 class Pools:
     """All pools.
@@ -40,14 +51,15 @@ class Pools:
     """
 
     def __init__(self, max_logit_bytes: int) -> None:
-        self.logits = LogitPool(max_logit_bytes)
+        self.logits: TensorPool[Span] = TensorPool(max_logit_bytes)
+        self.attention: TensorPool[tuple[TokenIds, Chosen]] = TensorPool(MAX_ATTENTION_BYTES, _num_map_key_bytes)
         self.candidates = CandidatePool(MAX_CANDIDATE_BYTES)
         self.leaves = LeafPool(MAX_LEAF_BYTES)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that all pools hold."""
-        return self.logits.num_bytes + self.candidates.num_bytes + self.leaves.num_bytes
+        return self.logits.num_bytes + self.attention.num_bytes + self.candidates.num_bytes + self.leaves.num_bytes
 
     def unfold(self, fan: Fan, spans: Sequence[Span]) -> None:
         """Let the scores of a fan's leaves be found as candidates behind the spans that take its place."""
@@ -69,49 +81,64 @@ class Pools:
     def retain(self, spans: Container[Span]) -> None:
         """Drop the results behind all other spans, which the results would keep alive."""
         self.logits.retain(spans)
+        self.attention.recount()
         self.candidates.retain(spans)
         self.leaves.retain(spans)
 
     def clear(self) -> None:
         """Drop everything."""
         self.logits.clear()
+        self.attention.clear()
         self.candidates.clear()
         self.leaves.clear()
 
 
-class LogitPool:
-    """Last rows of logits, the most recently used ones, under a bound of bytes of their own."""
+class TensorPool(Generic[Key]):
+    """Tensors by key, the most recently used ones, under a bound of bytes of their own.
 
-    def __init__(self, max_bytes: int) -> None:
+    Args:
+        max_bytes: the bound.
+        num_key_bytes: the bytes of a key, which count as well.
+
+    """
+
+    def __init__(self, max_bytes: int, num_key_bytes: Callable[[Key], int] = lambda key: 0) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._rows: OrderedDict[Span, Tensor] = OrderedDict()
+        self._num_key_bytes = num_key_bytes
+        self._tensors: OrderedDict[Key, Tensor] = OrderedDict()
 
-    def get(self, end: Span) -> Tensor | None:
-        """Return the row that a text ending at this span left here, `(vocab,)`, or None. Do not write to it."""
-        row = self._rows.get(end)
-        if row is not None:
-            self._rows.move_to_end(end)
-        return row
+    def get(self, key: Key) -> Tensor | None:
+        """Return the tensor that was left here under a key, or None. Do not write to it."""
+        tensor = self._tensors.get(key)
+        if tensor is not None:
+            self._tensors.move_to_end(key)
+        return tensor
 
-    def put(self, end: Span, row: Tensor) -> None:
-        """Keep a copy of `row`, dropping the least recently used rows over the bound."""
-        if row.nbytes > self.max_bytes or end in self._rows:
+    def put(self, key: Key, tensor: Tensor) -> None:
+        """Keep a copy of a tensor, dropping the least recently used tensors over the bound."""
+        if key in self._tensors or self._num_bytes_of(key, tensor) > self.max_bytes:
             return
-        self._rows[end] = row.clone()  # a row of a slice would keep the whole slice alive
-        self.num_bytes += row.nbytes
+        self._tensors[key] = tensor.clone()  # a row of a slice would keep the whole slice alive
+        self.num_bytes += self._num_bytes_of(key, tensor)
         while self.num_bytes > self.max_bytes:
-            _, dropped = self._rows.popitem(last=False)
-            self.num_bytes -= dropped.nbytes
+            self.num_bytes -= self._num_bytes_of(*self._tensors.popitem(last=False))
 
-    def retain(self, spans: Container[Span]) -> None:
-        """Drop the rows of other spans than these, and count anew."""
-        self._rows = OrderedDict((end, row) for end, row in self._rows.items() if end in spans)
-        self.num_bytes = sum(row.nbytes for row in self._rows.values())
+    def _num_bytes_of(self, key: Key, tensor: Tensor) -> int:
+        return tensor.nbytes + self._num_key_bytes(key)
+
+    def retain(self, keys: Container[Key]) -> None:
+        """Drop the tensors under other keys than these, and count anew."""
+        self._tensors = OrderedDict((key, tensor) for key, tensor in self._tensors.items() if key in keys)
+        self.recount()
+
+    def recount(self) -> None:
+        """Count the bytes anew."""
+        self.num_bytes = sum(self._num_bytes_of(key, tensor) for key, tensor in self._tensors.items())
 
     def clear(self) -> None:
-        """Drop every row."""
-        self._rows.clear()
+        """Drop every tensor."""
+        self._tensors.clear()
         self.num_bytes = 0
 
 
@@ -223,3 +250,8 @@ class LeafPool:
 
 def _num_candidate_bytes(scores: Mapping[int, float]) -> int:
     return CANDIDATE_END_BYTES + CANDIDATE_BYTES * len(scores)
+
+
+def _num_map_key_bytes(key: tuple[TokenIds, Chosen]) -> int:
+    token_ids, chosen = key
+    return ID_BYTES * (len(token_ids) + len(chosen.rows) + 2 * len(chosen.spans or ()))

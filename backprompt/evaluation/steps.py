@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 from torch import Tensor
@@ -95,7 +96,9 @@ class Steps:
             if is_mixed:
                 forwarded = computation.executor.forward(plan.pass_, step.attention)
             else:
-                forwarded = computation.executor.step(plan.pass_, step.attention, self._growth.places(plan.ends))
+                forwarded = computation.executor.step(
+                    plan.pass_, step.attention, partial(self._growth.places, plan.ends)
+                )
         executor, in_order = computation.executor, plan.tokens  # made while the device computes
         scores = TokenScores.of([tokens[token] for token in in_order], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)

@@ -63,6 +63,10 @@ class Rates:
         """Return the cost of computing the first so many tokens of a text."""
         return num_tokens * (self.linear + self.attention * (num_tokens - 1) / 2)
 
+    def added(self, lengths: Ints, shared: Ints, behind: Ints | int) -> Floats:
+        """Return what texts add to the beginnings that they share, with the tokens behind them; see `cut`."""
+        return self.computing(lengths) - self.computing(shared) + behind * (self.linear + self.attention * lengths)
+
     def fetching(self, num_tokens: Ints) -> Floats:
         """Return the cost of fetching the first so many tokens of a text; infinite where nothing can be fetched."""
         rate = np.inf if self.fetch is None else self.fetch
@@ -188,6 +192,7 @@ def cut(
     max_tokens: int | None = None,
     rates: Rates = Rates(),
     order: Ints | None = None,
+    behind: Ints | int = 0,
 ) -> Partition:
     """Cut texts in forest order; see `partition`.
 
@@ -198,6 +203,7 @@ def cut(
         max_tokens: at most so many tokens are computed in each part.
         rates: what tokens cost.
         order: the index of each text; None: the texts are numbered in forest order.
+        behind: tokens that are computed behind each text, each of which attends to the text, `(texts,)`.
 
     """
     if (num_parts is None) == (max_tokens is None):
@@ -207,44 +213,69 @@ def cut(
         if number is not None and number < 1:
             msg = f"{name} must be at least 1, not {number}"
             raise ValueError(msg)
-    forest = _Forest(lengths, shared, rates if max_tokens is None else Rates())
+    forest = _Forest(lengths, shared, behind, rates if max_tokens is None else Rates())
     if max_tokens is None:
         starts = _into(forest, num_parts or 1)
-    elif len(lengths) and lengths.max() > max_tokens:
-        msg = f"a text of {lengths.max()} tokens does not fit into a part of max_tokens={max_tokens}"
+    elif len(lengths) and (most := (lengths + behind).max()) > max_tokens:
+        msg = f"a text of {most} tokens does not fit into a part of max_tokens={max_tokens}"
         raise ValueError(msg)
     else:
         starts = min(
             (forest.cut(max_tokens, slack, len(lengths)) for slack in SLACKS),
             key=lambda starts: (len(starts), forest.repeated(starts)),
         )
-    return _partition(_Forest(lengths, shared, rates), starts, np.arange(len(lengths)) if order is None else order)
+    order = np.arange(len(lengths)) if order is None else order
+    return _partition(_Forest(lengths, shared, behind, rates), starts, order, num_parts)
 
 
 class _Forest:
-    """The costs of runs of texts: what a text adds, added up, and what it costs to begin with a text."""
+    """The costs of runs of texts: what a text adds, added up, and what it costs to begin with a text.
 
-    def __init__(self, lengths: Ints, shared: Ints, rates: Rates) -> None:
-        self.lengths, self.shared, self.fetches = lengths, shared, rates.fetch is not None
+    The run `start..stop` costs `added[stop] - saved[start]`. `saved` never falls: a text shares at most the text before
+    it, so its beginning costs at most that text's beginning and what that text adds.
+    """
+
+    def __init__(self, lengths: Ints, shared: Ints, behind: Ints | int, rates: Rates) -> None:
+        self.shared, self.new = shared, lengths - shared + behind
         self.fetched = rates.fetching(shared) < rates.computing(shared)
         self.beginning = np.minimum(rates.computing(shared), rates.fetching(shared))
-        self.whole = rates.computing(lengths)
-        self.added = np.concatenate([[0.0], np.cumsum(self.whole - rates.computing(shared))])
+        added = rates.added(lengths, shared, behind)
+        self.added = np.concatenate([[0.0], np.cumsum(added)])
+        self.saved = self.added[:-1] - self.beginning
 
     def cut(self, cost: float, slack: float, num_parts: int) -> Ints:
-        """Return the starts of parts that cost at most so much, each filled but for a share of at most `slack`.
+        """Return the starts of parts that cost at most so much; the first is 0 if `num_parts` parts hold all texts.
 
-        A text that costs more is a part of its own. Texts that do not fit into `num_parts` parts are left out.
+        From the last text to the first, each part begins as early as it may. No cut has fewer parts, because the parts
+        that a text needs with all texts before it are no fewer than the text before needs. With a `slack` a part begins
+        up to that share of the cost later, where texts share least. A text that costs more is a part of its own.
         """
-        starts, start = [0], 0
-        while start < len(self.lengths) and len(starts) <= num_parts:
-            filled = cost + self.added[start] - self.beginning[start]
-            most = max(start + 1, int(np.searchsorted(self.added, filled * (1 + 1e-12), side="right")) - 1)
-            if most < len(self.lengths):
-                least = max(start + 1, min(most, int(np.searchsorted(self.added, filled - slack * cost))))
-                most -= int(np.argmin(self.beginning[least : most + 1][::-1]))
-            starts.append(start := most)
-        return np.array(starts, dtype=np.int64)
+        starts = [len(self.shared)]
+        while starts[-1] and len(starts) <= num_parts:
+            stop = starts[-1]
+            enough = self.added[stop] - cost * (1 + 1e-12)
+            first = min(stop - 1, int(np.searchsorted(self.saved, enough)))
+            if first and slack:
+                last = int(np.searchsorted(self.added, self.added[first] + slack * cost, side="right"))
+                first += int(np.argmin(self.beginning[first : min(stop, last)]))
+            starts.append(first)
+        return np.array(starts[::-1], dtype=np.int64)
+
+    def least_cost(self, num_parts: int) -> float:
+        """Return a cost that the slowest of at most so many parts reaches.
+
+        A text costs its own tokens and its beginning. All parts together cost the distinct tokens and as many
+        beginnings as there are parts but one; equal shares of them are least.
+        """
+        alone = float((self.added[1:] - self.saved).max(initial=0.0))
+        num_more = min(num_parts, len(self.shared)) - 1
+        fewest = np.sort(np.partition(self.beginning[1:], num_more - 1)[:num_more]) if num_more > 0 else np.zeros(0)
+        together = self.added[-1] + np.concatenate([[0.0], np.cumsum(fewest)])
+        return max(alone, float((together / np.arange(1, len(together) + 1)).min()))
+
+    def enough(self, num_parts: int) -> float:
+        """Return a cost for which `cut` needs at most so many parts: each then adds an equal share or more."""
+        return float(self.added[-1] / num_parts + self.beginning.max() + np.diff(self.added).max())
 
     def costs(self, starts: Ints) -> Floats:
         """Return the cost of each part."""
@@ -262,7 +293,7 @@ class _Forest:
 
 def _into(forest: _Forest, num_parts: int) -> Ints:
     """Return the starts of at most so many parts: the slowest as fast as can be, and with few tokens."""
-    if not len(forest.lengths):
+    if not len(forest.shared):
         return np.zeros(1, dtype=np.int64)
     candidates = [starts for slack in SLACKS for starts in _bisected(forest, num_parts, slack)]
     slowest = [forest.costs(starts).max() for starts in candidates]
@@ -275,13 +306,13 @@ def _into(forest: _Forest, num_parts: int) -> Ints:
 
 def _bisected(forest: _Forest, num_parts: int, slack: float) -> list[Ints]:
     """Return the cuts into at most so many parts that a bisection over the cost of the slowest part comes by."""
-    low, high = _least_cost(forest, num_parts), float(forest.added[-1])
-    if (starts := forest.cut(low, slack, num_parts))[-1] == len(forest.lengths):
+    low, high = forest.least_cost(num_parts), forest.enough(num_parts)
+    if not (starts := forest.cut(low, slack, num_parts))[0]:
         return [starts]
-    found = [np.array([0, len(forest.lengths)])]
+    found = [np.array([0, len(forest.shared)])]
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if (starts := forest.cut(middle, slack, num_parts))[-1] == len(forest.lengths):
+        if not (starts := forest.cut(middle, slack, num_parts))[0]:
             found.append(starts)
             high = middle
         else:
@@ -289,15 +320,9 @@ def _bisected(forest: _Forest, num_parts: int, slack: float) -> list[Ints]:
     return found
 
 
-def _least_cost(forest: _Forest, num_parts: int) -> float:
-    """Return a cost that the slowest part reaches: each text is computed in one part, but for fetched tokens."""
-    alone = np.diff(forest.added) if forest.fetches else forest.whole
-    return max(float(forest.added[-1]) / num_parts, float(alone.max(initial=0.0)))
-
-
-def _partition(forest: _Forest, starts: Ints, order: Ints) -> Partition:
+def _partition(forest: _Forest, starts: Ints, order: Ints, at_most: int | None) -> Partition:
     num_parts = len(starts) - 1
-    new = forest.lengths - forest.shared
+    new = forest.new
     beginnings = forest.shared[starts[:-1]]
     fetched = forest.fetched[starts[:-1]]
     num_distinct = int(new.sum())
@@ -310,6 +335,6 @@ def _partition(forest: _Forest, starts: Ints, order: Ints) -> Partition:
         num_tokens=np.add.reduceat(new, starts[:-1]) + np.where(fetched, 0, beginnings) if num_parts else new,
         num_fetched=np.where(fetched, beginnings, 0),
         num_distinct=num_distinct,
-        least_cost=_least_cost(forest, num_parts) if num_parts else 0.0,
+        least_cost=forest.least_cost(at_most or num_parts),
         least_tokens=num_distinct + int(fewest.sum()),
     )

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from backprompt.forest.fan import Fan
 from backprompt.forest.span import Span
@@ -155,12 +155,12 @@ class Pass:
     @property
     def token_ids(self) -> list[int]:
         """The row: the ids of all spans, one after the other."""
-        return [token_id for span in self.spans for token_id in span.token_ids]
+        return list(chain.from_iterable(span.token_ids for span in self.spans))
 
     @property
     def positions(self) -> list[int]:
         """The position of each token of the row in its own text."""
-        return [position for span in self.spans for position in span.positions]
+        return list(chain.from_iterable(span.positions for span in self.spans))
 
     def calls(self, window: int | None, multiplications_a_pair: int) -> list[Call]:
         """Return the kernel calls of a layer, own calls first.

@@ -81,11 +81,9 @@ class RowsBlock(Protocol):
 
     def take(self, span: Span, num_rows: int) -> None:
         """Note that a span holds rows of the block, and that so many more rows are held than before."""
-        ...
 
     def release(self, span: Span, num_rows: int) -> None:
         """Note that a span does not hold its rows of the block any more."""
-        ...
 
 
 class Rows(Protocol):
@@ -94,26 +92,21 @@ class Rows(Protocol):
     @property
     def block(self) -> RowsBlock | None:
         """The block, by identity; None if there are no rows."""
-        ...
 
     @property
     def start(self) -> int:
         """The first row."""
-        ...
 
     @property
     def stop(self) -> int:
         """The row after the last."""
-        ...
 
     @property
     def num_bytes(self) -> int:
         """The rows' share of the block's bytes."""
-        ...
 
     def split(self, num_tokens: int) -> tuple[Rows, Rows]:
         """Return the first `num_tokens` rows and the others; both share the block."""
-        ...
 
 
 Kind: TypeAlias = Literal["states", "keys_values"]
@@ -275,9 +268,9 @@ class Span:
 
     def is_held(self, *, with_keys_values: bool = False, in_host: bool = False) -> bool:
         """Whether the states lie on the device, and optionally the keys and values; `in_host`: in either pool."""
-        has_states = self.states is not None or (in_host and self.host_states is not None)
-        has_keys_values = self.keys_values is not None or (in_host and self.host_keys_values is not None)
-        return has_states and (has_keys_values or not with_keys_values)
+        if self.states is None and not (in_host and self.host_states is not None):
+            return False
+        return not with_keys_values or self.keys_values is not None or (in_host and self.host_keys_values is not None)
 
     def holds(self, kind: Kind) -> bool:
         """Whether the states lie on the device and, for "keys_values", the keys and values, too."""
@@ -305,10 +298,12 @@ class Span:
         """Record new places on the device for the given data, and remove those in the second pool."""
         if states is not None:
             self._put("states", states)
-            self.let_go("states", "host")
+            if self.host_states is not None:
+                self.let_go("states", "host")
         if keys_values is not None:
             self._put("keys_values", keys_values)
-            self.let_go("keys_values", "host")
+            if self.host_keys_values is not None:
+                self.let_go("keys_values", "host")
 
     def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
         """Record a new place in a pool for one kind of data, and remove that in the other pool."""
@@ -328,8 +323,9 @@ class Span:
 
     def drop(self) -> None:
         """Remove all data: references to the span must not keep blocks alive."""
-        for kind, pool in _SLOTS:
-            self.let_go(kind, pool)
+        for (kind, pool), slot in _SLOTS.items():
+            if getattr(self, slot) is not None:
+                self.let_go(kind, pool)
 
     def _put(self, slot: str, rows: Rows) -> None:
         """Set one of the places; the block and the parents learn of it."""
@@ -338,11 +334,10 @@ class Span:
         num_before = 0
         if before is None:
             self._count_below(slot, 1)
+        elif before.block is rows.block:
+            num_before = before.stop - before.start
         elif before.block is not None:
-            if before.block is rows.block:
-                num_before = before.stop - before.start
-            else:
-                before.block.release(self, before.stop - before.start)
+            before.block.release(self, before.stop - before.start)
         if rows.block is not None:
             rows.block.take(self, rows.stop - rows.start - num_before)
 

@@ -18,7 +18,7 @@ from backprompt.evaluation.scores import TokenScore
 from backprompt.evaluation.steps import Token
 from backprompt.forest.span import Span
 from backprompt.generation.choosing import Logits
-from backprompt.generation.decoding import Choice
+from backprompt.generation.found import Choice
 from backprompt.generation.live import Live
 from backprompt.tokens.graph import TokenIds, with_more
 
@@ -106,18 +106,18 @@ def _grown(evaluator: Evaluator, runs: Sequence[Advancing]) -> _Grown:
     texts = [(live, choice) for run in runs for live in run.live if (choice := live.next_token) is not None]
     if not texts:
         return _Grown([], [], [], are_inserted=False)
-    forwarded = [live.forwarded([choice.token_id]) for live, choice in texts]
     tokens: dict[Token, TokenScore] = {}
     token_of: list[Token] = []
-    for (live, choice), (token_id,) in zip(texts, forwarded, strict=True):
+    for live, choice in texts:
         assert live.tip is not None
-        token_of.append((live.tip, token_id))
-        tokens[live.tip, token_id] = choice.score
+        token = live.tip, live.base_id + choice.token_id
+        token_of.append(token)
+        tokens[token] = choice.score
     stepped = evaluator.continuations.extend(runs, tokens, len(texts))
     if stepped is not None:
         end_of = dict(zip(stepped.tokens, stepped.ends, strict=True))
         return _Grown([end_of[token] for token in token_of], stepped.ends, [stepped.hidden], are_inserted=False)
-    parts = [(end, ids) for (end, _), ids in zip(token_of, forwarded, strict=True)]
+    parts = [(end, (token_id,)) for end, token_id in token_of]
     ends = evaluator.continuations.grow(parts, lambda: [_whole(*text) for text in texts])
     distinct = list(dict.fromkeys(ends))
     return _Grown(ends, distinct, [evaluator.readout.last_hidden(distinct)], are_inserted=True)

@@ -2,7 +2,8 @@
 
 Scores, penalties and the end of the search are transformers' own functions, called in the order of its `_beam_search`.
 Only the source of the logits is ours: beams are continuations of one text, so beams with a common beginning share its
-spans, and a beam that falls behind is a branch to discard. No cache is reordered or copied.
+spans, and a beam that falls behind is a branch to discard. Ids and scores are reordered with the beams, as in
+transformers; keys and values are not.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from torch import Tensor
 
 from backprompt.evaluation.predictions import slices
 from backprompt.evaluation.scores import TokenScore
-from backprompt.generation.choosing import Logits, check_best, processed
-from backprompt.generation.decoding import Choice, Completion, Decoding, Found, Rules
+from backprompt.generation.choosing import Logits, check_best, constrained_logprobs, processed
+from backprompt.generation.constrained import MAX_FORCED, allowed_rows
+from backprompt.generation.decoding import Decoding, Rules
+from backprompt.generation.found import Choice, Completion, Found
 from backprompt.generation.quick import first_of_largest
 from backprompt.logprobs import log_softmax
+from backprompt.tokens.matching import Allowed, Matching
 
 UNREACHABLE = -1e9
 """transformers' score of a place without a beam."""
 
 
 def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completion, int]], logits: Logits) -> None:
-    """Continue the beams of each text by the logits after them: find the next beams.
+    """Continue the beams of each text, for as long as there are logits after all of them.
 
     Args:
         texts: beam searches with the same options.
@@ -37,9 +41,16 @@ def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completio
 
     """
     num_beams = texts[0].num_beams
-    for group in slices(list(zip(texts, rows, strict=True)), max(1, logits.slice_rows // num_beams)):
-        own = logits.of([row[beam] for text, row in group for beam in text.beams])
-        _go_on([text for text, _ in group], own)
+    going_on = list(zip(texts, rows, strict=True))
+    while going_on:
+        for group in slices(going_on, max(1, logits.slice_rows // num_beams)):
+            own = logits.of([row[beam] for text, row in group for beam in text.beams])
+            _go_on([text for text, _ in group], own)
+        going_on = [
+            (text, row) for text, row in going_on if not text.is_finished and all(beam in row for beam in text.beams)
+        ]
+    for text in texts:
+        text.look_ahead()
 
 
 def _go_on(texts: Sequence[BeamDecoding], logits: Tensor) -> None:
@@ -47,13 +58,17 @@ def _go_on(texts: Sequence[BeamDecoding], logits: Tensor) -> None:
     for text in texts:
         text.begin(logits.device)
     logprobs = log_softmax(logits)
-    scores = processed(texts, logprobs.float())
+    allowed = allowed_rows([text.allowed() for text in texts], texts[0].num_beams, logits)
+    scores = processed(texts, logprobs.float(), allowed)
+    constrained = constrained_logprobs(logits, allowed)
+    among_allowed = logprobs if constrained is None else constrained
     so_far = torch.cat([text.scores for text in texts])
     accumulated = (scores + so_far[:, None]).reshape(len(texts), -1)  # (texts, beams * vocab)
     check_best(accumulated.amax(dim=-1).tolist(), is_drawn=False)
     most_probable = first_of_largest(logits.float()).reshape(len(texts), -1).tolist()
-    for idx, (text, own) in enumerate(zip(texts, logprobs.tensor_split(len(texts)), strict=True)):
-        text.go_on(accumulated[idx : idx + 1], own, most_probable[idx])
+    own_rows = [rows.tensor_split(len(texts)) for rows in (logprobs, among_allowed)]
+    for idx, (text, own, own_allowed) in enumerate(zip(texts, *own_rows, strict=True)):
+        text.go_on(accumulated[idx : idx + 1], own, own_allowed, most_probable[idx])
 
 
 class BeamDecoding:
@@ -62,13 +77,15 @@ class BeamDecoding:
     Args:
         decoding: the options.
         prompt_ids: the text's ids.
+        matching: the place of the text in the language of its constraint, if it has one.
 
     """
 
     rules: Rules
 
-    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int], matching: Matching | None = None) -> None:
         self._decoding = decoding
+        self._matching = matching
         self._prompt_ids = prompt_ids
         self.num_beams = decoding.num_beams
         self._is_begun = False
@@ -108,12 +125,27 @@ class BeamDecoding:
         """The accumulated scores of the beams, `(beams,)`."""
         return self._scores[0]
 
-    def go_on(self, accumulated: Tensor, logprobs: Tensor, most_probable: Sequence[int]) -> None:
+    def allowed(self) -> list[Allowed] | None:
+        """Return the tokens that the constraint allows behind each beam; None for a text without a constraint."""
+        return None if self._matching is None else list(map(self._matching.allowed, self.beams))
+
+    def look_ahead(self) -> None:
+        """Add to `ahead` the tokens that the constraint forces behind the beams, if it forces some behind each."""
+        if self._matching is None or self.is_finished:
+            return
+        num_left = min(self._decoding.max_new_tokens - self.num_new - 1, MAX_FORCED)
+        forced = {beam: self._matching.forced(beam, num_left) for beam in self.ahead}
+        num_forced = min(map(len, forced.values()))
+        more = [beam + tokens[:num] for beam, tokens in forced.items() for num in range(1, num_forced + 1)]
+        self.ahead = list(dict.fromkeys((*self.ahead, *more)))
+
+    def go_on(self, accumulated: Tensor, logprobs: Tensor, constrained: Tensor, most_probable: Sequence[int]) -> None:
         """Find the next beams.
 
         Args:
             accumulated: the scores of the beams with each token behind them, `(1, beams * vocab)`.
             logprobs: the log-probability of each token behind each beam, `(beams, vocab)`.
+            constrained: the same among the tokens that the constraint allows.
             most_probable: the token with the largest logit behind each beam.
 
         """
@@ -171,7 +203,9 @@ class BeamDecoding:
             self._can_improve, self._is_ended, ends_now, config.early_stopping
         )
         self.is_finished = not bool(goes_on)
-        self._note(logprobs, most_probable)
+        self._note(logprobs, constrained, most_probable)
+        if self._hypotheses and self._matching is not None:  # of a small language all may be found before `num_beams`
+            self.is_finished |= not any(row.any() for row in map(self._matching.allowed, self.beams))
 
     def needed(self) -> set[Completion]:
         """Return the continuations to keep: beams to go on with and finished ones, each without its last token."""
@@ -199,6 +233,7 @@ class BeamDecoding:
             completion[-1],
             len(completion),
             is_stopped=cut is not None,
+            is_over=lambda: self._is_over(completion),
         )
         return Found(choices, reason or "interrupted", cut)
 
@@ -208,8 +243,12 @@ class BeamDecoding:
         self._watched = {
             ids: self._decoding.stops.with_token(self._watched[ids[:-1]], ids[-1]) for ids in dict.fromkeys(added)
         }
-        is_stopped = torch.tensor([self._watched[ids].is_stopped for ids in added], device=sequences.device)
-        return self.rules.are_met(sequences) | is_stopped
+        are_over = [self._watched[ids].is_stopped or self._is_over(ids) for ids in added]
+        return self.rules.are_met(sequences) | torch.tensor(are_over, device=sequences.device)
+
+    def _is_over(self, completion: Completion) -> bool:
+        """Return whether the constraint lets nothing follow a continuation."""
+        return self._matching is not None and self._matching.is_over(completion)
 
     def begin(self, device: torch.device) -> None:
         """Make the rules and the first beams on the device of the scores; later calls do nothing."""
@@ -233,7 +272,7 @@ class BeamDecoding:
         self._is_top = torch.arange(num_kept, device=device) < num_beams
         self._is_begun = True
 
-    def _note(self, logprobs: Tensor, most_probable: Sequence[int]) -> None:
+    def _note(self, logprobs: Tensor, constrained: Tensor, most_probable: Sequence[int]) -> None:
         """Note the beams, the finished ones, and the scores of their last tokens."""
         row_of = {beam: row for row, beam in reversed(list(enumerate(self.beams)))}  # of the beams that were continued
         added = self._sequences[0, :, len(self._prompt_ids) : self._num_ids].tolist()
@@ -253,10 +292,10 @@ class BeamDecoding:
         new = [ids for ids in seen if ids not in self._choices]
         last_ids = [ids[-1] for ids in new]
         rows = [row_of[ids[:-1]] for ids in new]
-        picked = logprobs[rows, last_ids].tolist() if new else []
+        picked = [values[rows, last_ids].tolist() if new else [] for values in (logprobs, constrained)]
         lasts = {
-            ids: Choice(ids[-1], logprob, most_probable[row] == ids[-1])
-            for ids, row, logprob in zip(new, rows, picked, strict=True)
+            ids: Choice(ids[-1], logprob, most_probable[row] == ids[-1], among_allowed)
+            for ids, row, logprob, among_allowed in zip(new, rows, *picked, strict=True)
         }
         choices = {ids: (*self._choices[ids[:-1]], lasts[ids]) if ids in lasts else self._choices[ids] for ids in seen}
         self._continued, self._choices = self._choices, choices

@@ -2,9 +2,9 @@
 
 The processors of transformers are called in their order, each for as many rows at once as it treats alike: `_LOOKS_AT`
 gives the other inputs of a kind of processor, besides a row of scores. A kind that is not named there may look at
-anything, so it is called for the rows of one text at a time. Each text has its own random numbers, those that
-`torch.multinomial` draws for its row alone. One transfer reads the results of all texts, and all are checked before a
-token is added to any text.
+anything, so it is called for the rows of one text at a time. The masks of all constraints are applied together. Each
+text has its own random numbers, those that `torch.multinomial` draws for its row alone. One transfer reads the results
+of all texts, and all are checked before a token is added to any text.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from transformers.generation import logits_process as kinds
 
 from backprompt.errors import GenerationError
 from backprompt.evaluation.predictions import slices
-from backprompt.generation.decoding import Choice, Completion, Rules, TextDecoding
+from backprompt.generation.constrained import AllowedTokens, allowed_rows
+from backprompt.generation.decoding import Rules, TextDecoding
+from backprompt.generation.found import Choice, Completion
 from backprompt.generation.quick import first_of_largest, quickly_processed
 from backprompt.logprobs import log_softmax
+from backprompt.tokens.matching import Allowed
 
 NOISE_BYTES = 4 << 20
 """Random numbers are made so many at a time: they stay in the cache."""
@@ -76,6 +79,10 @@ class Ruled(Protocol):
 
     def ids(self) -> Tensor:
         """Return the ids so far, `(rows, ids)`."""
+        ...
+
+    def allowed(self) -> Sequence[Allowed] | None:
+        """Return the tokens that the text's constraint allows next, `(vocab,)` a row; None without a constraint."""
         ...
 
 
@@ -142,37 +149,49 @@ def _choices(texts: list[tuple[TextDecoding, int]], logits: Logits) -> list[Choi
         for text, _ in group:
             text.begin(own.device)
         found.append(_found([text for text, _ in group], own))
-    token_ids, logprobs, are_argmax, best = torch.cat(found, dim=1).tolist()
+    token_ids, logprobs, are_argmax, constrained, best = torch.cat(found, dim=1).tolist()
     check_best(best, is_drawn=is_drawn)
     return [
-        Choice(int(token_id), logprob, bool(is_argmax))
-        for token_id, logprob, is_argmax in zip(token_ids, logprobs, are_argmax, strict=True)
+        Choice(int(token_id), logprob, bool(is_argmax), among_allowed)
+        for token_id, logprob, is_argmax, among_allowed in zip(
+            token_ids, logprobs, are_argmax, constrained, strict=True
+        )
     ]
 
 
 def _found(texts: Sequence[TextDecoding], logits: Tensor) -> Tensor:
-    """Return, for each row, a token, its log-probability, whether it is the argmax, and the best score, `(4, texts)`.
+    """Return the choice in each row, and the best score of the row, `(5, texts)`.
 
-    The dtype is that of log-probabilities, which can hold all ids of a vocabulary: float32 holds those below 2**24.
+    The first four are the fields of `Choice`. The dtype is that of log-probabilities, which can hold all ids of a
+    vocabulary: float32 holds those below 2**24.
     """
     unprocessed = logits.float()  # transformers chooses by float32, whatever the dtype of the model
-    scores = processed(texts, unprocessed)
+    allowed = allowed_rows([text.allowed() for text in texts], 1, logits)
+    scores = processed(texts, unprocessed, allowed)
     most_probable = first_of_largest(unprocessed)
     if texts[0].is_drawn:
         chosen = _drawn(scores, [text.generator for text in texts])
     else:
         chosen = most_probable if scores is unprocessed else first_of_largest(scores)
     logprobs = log_softmax(logits).gather(1, chosen[:, None])[:, 0]
-    found = (chosen, logprobs, chosen == most_probable, scores.amax(dim=-1))
+    constrained = constrained_logprobs(logits, allowed)
+    among_allowed = logprobs if constrained is None else constrained.gather(1, chosen[:, None])[:, 0]
+    found = (chosen, logprobs, chosen == most_probable, among_allowed, scores.amax(dim=-1))
     return torch.stack([values.to(logprobs.dtype) for values in found])
 
 
-def processed(texts: Sequence[Ruled], scores: Tensor) -> Tensor:
+def constrained_logprobs(logits: Tensor, allowed: Tensor | None) -> Tensor | None:
+    """Return log-probabilities among the allowed tokens, `(rows, vocab)`, nats; NaN in a row that allows none."""
+    return None if allowed is None else log_softmax(logits.masked_fill(~allowed, -math.inf))
+
+
+def processed(texts: Sequence[Ruled], scores: Tensor, allowed: Tensor | None) -> Tensor:
     """Return scores as changed by the processors of the options, in their order; the given tensor stays as it is.
 
     Args:
         texts: texts with the same options.
         scores: `(rows, vocab)`, the same number of rows for each text, one text after the other.
+        allowed: which tokens constraints allow, `(rows, vocab)`; None without constraints.
 
     """
     if not texts[0].rules.processors:
@@ -181,6 +200,9 @@ def processed(texts: Sequence[Ruled], scores: Tensor) -> Tensor:
     rows_each = scores.shape[0] // len(texts)
     num_ids = [text.num_ids for text in texts]
     for same_place in zip(*(text.rules.processors for text in texts), strict=True):
+        if isinstance(same_place[0], AllowedTokens):
+            scores = scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
+            continue
         for group in _alike(same_place, num_ids):
             ids, processor = texts[group[0]].ids(), same_place[group[0]]
             if len(group) == len(texts):
@@ -295,5 +317,5 @@ def check_best(best: Sequence[float], *, is_drawn: bool) -> None:
         what = "-inf for every token, so that none may follow" if value == -math.inf else str(value)
         raise GenerationError(
             f"The options of generate turn scores into {what}. Leave out those that exclude tokens or change their "
-            "scores, one after the other."
+            "scores, one after the other. A constraint excludes every token that it does not allow."
         )

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from backprompt.bound import bound_lm
-from backprompt.generation.decoding import FinishReason, Found
+from backprompt.generation.found import FinishReason, Found
 from backprompt.text.engine import Engine
 from backprompt.text.node import Text, lazily
 from backprompt.text.segments import Adapted, last_leaf, leaves
 from backprompt.tokens.tokenizer import added
+from backprompt.visible import shortened
+
+_REPR_CHARACTERS = 120
 
 Continued = TypeVar("Continued", bound="ContinuedText")
 
@@ -110,27 +113,43 @@ class GeneratedText(ContinuedText):
     like any string: `text.tokens` has ids for it, `completion_tokens` and `completion_logprobs` have none.
     """
 
-    __slots__ = ("_finish_reason", "_logprob_dtype", "_logprobs")
+    __slots__ = ("_constrained_logprobs", "_finish_reason", "_logprob_dtype", "_logprobs")
 
     _logprobs: tuple[float, ...]
+    _constrained_logprobs: tuple[float, ...]
     _logprob_dtype: torch.dtype
     _finish_reason: FinishReason
+
+    def __repr__(self) -> str:
+        completion = shortened(repr(self.completion), _REPR_CHARACTERS, gap="...")
+        return f"<GeneratedText: {completion} behind {self.prompt!r}, finish_reason={self.finish_reason!r}>"
 
     @property
     def completion_logprobs(self) -> Tensor:
         """Log-probability of each of `completion_tokens` in the model's own distribution, `(tokens,)`, nats.
 
-        The dtype is float64 for a model in float64, else float32. Temperature, penalties and other options that change
-        the choice have no effect here.
+        The dtype is float64 for a model in float64, else float32. Temperature, penalties, constraints and other options
+        that change the choice have no effect here.
         """
         return torch.tensor(self._logprobs, dtype=self._logprob_dtype)
+
+    @property
+    def constrained_logprobs(self) -> Tensor:
+        """Log-probability of each of `completion_tokens` among the tokens that the constraint allowed, `(tokens,)`.
+
+        In nats: the model's own distribution, divided by the probability of all allowed tokens. 0 for a token without
+        another choice. Without a constraint they are `completion_logprobs`.
+        """
+        return torch.tensor(self._constrained_logprobs, dtype=self._logprob_dtype)
 
     @property
     def finish_reason(self) -> FinishReason:
         """The reason for the end.
 
-        "eos": an end token; "stop": a stop string; "length": `max_new_tokens`; "criteria": another criterion of the
-        options, such as `max_time`; "interrupted": the caller asked for no more.
+        "eos": an end token; "stop": a stop string; "constraint": nothing may follow under the constraint, and the model
+        has no end token; "length": `max_new_tokens`, so that a constrained text may be only the beginning of one that
+        the constraint allows; "criteria": another criterion of the options, such as `max_time`; "interrupted": the
+        caller asked for no more.
         """
         return self._finish_reason
 
@@ -141,5 +160,6 @@ def generated_text(lm: Engine[Text], prompt: Text, found: Found, dtype: torch.dt
     rest = "" if found.cut is None else found.cut.rest
     text = continue_as(GeneratedText, prompt, [choice.token_id for choice in kept], lm, rest)
     text._logprobs, text._logprob_dtype = tuple(choice.logprob for choice in kept), dtype
+    text._constrained_logprobs = tuple(choice.constrained_logprob for choice in kept)
     text._finish_reason = found.finish_reason
     return text

@@ -11,52 +11,29 @@ import copy
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from backprompt.arguments import as_int
 from backprompt.errors import GenerationError
 from backprompt.evaluation.scores import TokenScore
+from backprompt.generation.constrained import MAX_FORCED, UNCONSTRAINED, AllowedTokens, Constraints
+from backprompt.generation.found import Choice, Completion, FinishReason, Found
 from backprompt.generation.lookahead import DEFAULT_NGRAM, Ngrams
-from backprompt.generation.options import SAMPLING_FIELDS, checked
+from backprompt.generation.options import config_of, num_tokens_of
 from backprompt.generation.stops import Cut, StopStrings, as_stop_strings
 from backprompt.logprobs import logprob_dtype
 from backprompt.model.skeleton import head_dtype
-
-Completion: TypeAlias = tuple[int, ...]
-"""The token ids added to a text."""
-
-FinishReason: TypeAlias = Literal["eos", "stop", "length", "criteria", "interrupted"]
-
-
-class Choice(NamedTuple):
-    """A chosen token, its log-probability in the model's own distribution (nats), and whether none is higher."""
-
-    token_id: int
-    logprob: float
-    is_argmax: bool
-
-    @property
-    def score(self) -> TokenScore:
-        """The log-probability and `is_argmax`, without the token."""
-        return TokenScore(self.logprob, self.is_argmax)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A continuation: its tokens as chosen, the reason for its end, and the kept part if a stop string ended it."""
-
-    choices: tuple[Choice, ...]
-    finish_reason: FinishReason
-    cut: Cut | None = None
+from backprompt.tokens.constraints import Constraint
+from backprompt.tokens.matching import Allowed, Matching
+from backprompt.tokens.tokenizer import PrivateTokenizer
 
 
 @dataclass(frozen=True)
@@ -95,6 +72,7 @@ class Recipe:
         stop, include_stop, is_behind_prompt: see `StopStrings`.
         seed: the seed of sampling.
         given: fields of `GenerationConfig`.
+        constraints: that of each text, or none at all.
 
     """
 
@@ -104,9 +82,16 @@ class Recipe:
     is_behind_prompt: bool
     seed: int
     given: Mapping[str, Any]
+    constraints: tuple[Constraint | None, ...] = ()
 
-    def decoding(self, model: Any, tokenizer: Any, refused: Callable[[], frozenset[int]]) -> Decoding:
-        """Return the decoding for a model with its tokenizer; `refused`: see `Decoding`."""
+    def part(self, indices: Sequence[int]) -> Recipe:
+        """Return the recipe for some of the texts."""
+        return replace(self, constraints=tuple(self.constraints[idx] for idx in indices)) if self.constraints else self
+
+    def decoding(
+        self, model: Any, tokenizer: Any, refused: Callable[[], frozenset[int]], private: PrivateTokenizer
+    ) -> Decoding:
+        """Return the decoding for a model with its tokenizer and the copy of that; `refused`: see `Decoding`."""
         stops = StopStrings(
             self.stop, tokenizer, include_stop=self.include_stop, is_behind_prompt=self.is_behind_prompt
         )
@@ -118,6 +103,7 @@ class Recipe:
             seed=self.seed,
             given=self.given,
             refused=refused,
+            constraints=Constraints.of(self.constraints, private),
         )
 
 
@@ -134,6 +120,10 @@ class Decoding:
         given: fields of `GenerationConfig`.
         refused: returns the ids that must not be chosen: a text with one of them cannot be evaluated. Asked for each
             text once it is evaluated, when the probe has found out which these are.
+        constraints: those of the texts, in their order.
+
+    Attributes:
+        end_ids: the tokens that end a text.
 
     Raises:
         GenerationError: options contradict each other or are not supported; the message says what to do instead.
@@ -150,8 +140,10 @@ class Decoding:
         seed: int | None,
         given: Mapping[str, Any],
         refused: Callable[[], frozenset[int]] = frozenset,
+        constraints: Constraints = UNCONSTRAINED,
     ) -> None:
         self.model = model
+        self._constraints = constraints
         self._refused = refused
         self.logprob_dtype = logprob_dtype(head_dtype(model))
         self.max_new_tokens = as_int(max_new_tokens, "max_new_tokens", at_least=1, error=GenerationError)
@@ -159,12 +151,12 @@ class Decoding:
         own_seed = secrets.randbits(63) if seed is None else seed
         self._seed = as_int(own_seed, "seed", at_least=0, error=GenerationError)
         self._given = dict(given)
-        self._config = _config(model, given)
+        self._config = config_of(model, given)
         self.is_sampling = bool(self._config.do_sample)
         self.num_beams = int(self._config.num_beams or 1)
         self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
         self.max_ngram = int(self._config.max_matching_ngram_size or DEFAULT_NGRAM)
-        self._end_ids: frozenset[int] = frozenset()
+        self.end_ids: frozenset[int] = frozenset()
         self._stop_strings: list[StopStringCriteria] = []  # made once: each reads the whole vocabulary
         strings = as_stop_strings(self._config.stop_strings, tokenizer, "stop_strings")
         self._config.stop_strings = None
@@ -174,23 +166,41 @@ class Decoding:
             self._rehearse()
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise GenerationError(f"transformers refuses these options: {error}") from error
+        constraints.check_begin(num_tokens_of(model), self.end_ids)
+        self.looks_ahead = self.num_lookup_tokens > 0 or bool(constraints)
 
     @property
     def recipe(self) -> Recipe:
         """The options, for another process."""
         stops = self.stops
         return Recipe(
-            self.max_new_tokens, stops.strings, stops.include_stop, stops.is_behind_prompt, self._seed, self._given
+            self.max_new_tokens,
+            stops.strings,
+            stops.include_stop,
+            stops.is_behind_prompt,
+            self._seed,
+            self._given,
+            self._constraints.given,
         )
+
+    def repeated(self, num_each: int) -> Decoding:
+        """Return the decoding where each text is there so many times, one behind the other."""
+        decoding = copy.copy(self)
+        decoding._constraints = self._constraints.repeated(num_each)
+        return decoding
+
+    def matching(self, text_idx: int) -> Matching | None:
+        """Return the matching of a text under its constraint; None for a text without."""
+        return self._constraints.matching(text_idx, num_tokens_of(self.model), self.end_ids)
 
     def _rehearse(self) -> None:
         """Apply all rules to one token, so that errors show now, before a prompt is computed."""
         ids = torch.zeros((1, 1), dtype=torch.long)
         rules = self.rules(ids)
-        rules.processors(ids, torch.zeros((1, _num_tokens(self.model))))
+        rules.processors(ids, torch.zeros((1, num_tokens_of(self.model))))
         rules.are_met(ids)
         ends = [criterion for criterion in rules.criteria if isinstance(criterion, EosTokenCriteria)]
-        self._end_ids = frozenset(token_id for criterion in ends for token_id in criterion.eos_token_id.tolist())
+        self.end_ids = frozenset(token_id for criterion in ends for token_id in criterion.eos_token_id.tolist())
 
     def rules(self, prompt_ids: Tensor) -> Rules:
         """Return the rules for a prompt, `(1, tokens)`."""
@@ -204,6 +214,7 @@ class Decoding:
             config,
             input_ids_seq_length=num_before,
             encoder_input_ids=prompt_ids,
+            logits_processor=LogitsProcessorList([AllowedTokens()] if self._constraints else []),
             device=str(prompt_ids.device),
             model_kwargs={},
         )
@@ -215,7 +226,14 @@ class Decoding:
         return Rules(config, processors, [*criteria, *self._stop_strings])
 
     def reason(
-        self, rules: Rules, ids: Callable[[], Tensor], last_id: int, num_new: int, *, is_stopped: bool
+        self,
+        rules: Rules,
+        ids: Callable[[], Tensor],
+        last_id: int,
+        num_new: int,
+        *,
+        is_stopped: bool,
+        is_over: Callable[[], bool],
     ) -> FinishReason | None:
         """Return why a text with `num_new` added tokens is finished, or None.
 
@@ -225,12 +243,15 @@ class Decoding:
             last_id: the last id.
             num_new: the number of added ids.
             is_stopped: whether a stop string ends the text.
+            is_over: returns whether the text's constraint lets nothing follow.
 
         """
         if is_stopped:
             return "stop"
-        if last_id in self._end_ids:
+        if last_id in self.end_ids:
             return "eos"
+        if is_over():
+            return "constraint"
         met = [criterion for criterion in rules.other_criteria if bool(criterion(ids(), None).any())]
         if not met:
             return "length" if num_new == self.max_new_tokens else None
@@ -251,14 +272,18 @@ class TextDecoding:
         decoding: the options.
         prompt_ids: the text's ids.
         sample_idx: the number of this sample of the text.
+        matching: the place of the text in the language of its constraint, if it has one.
 
     """
 
     rules: Rules
     generator: torch.Generator
 
-    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int], sample_idx: int) -> None:
+    def __init__(
+        self, decoding: Decoding, prompt_ids: Sequence[int], sample_idx: int, matching: Matching | None = None
+    ) -> None:
         self._decoding = decoding
+        self._matching = matching
         self._prompt_ids = prompt_ids
         self._sample_idx = sample_idx
         self._choices: list[Choice] = []
@@ -266,13 +291,14 @@ class TextDecoding:
         self._watched = decoding.stops.begin(prompt_ids)
         self._cut: Cut | None = None
         self.is_drawn = decoding.is_sampling
-        self.looks_ahead = decoding.num_lookup_tokens > 0
+        self.looks_ahead = decoding.looks_ahead
         self._device: torch.device | None = None
         self._ids = torch.empty(0)  # (1, tokens), with room for all tokens to come, where rules look at ids
         self._num_written = 0  # the number of ids written so far
         self._num_ahead = decoding.num_lookup_tokens
         self._ngrams = Ngrams(decoding.max_ngram)  # where tokens are looked up
         self._completion: Completion = ()  # the ids added so far, or a beginning of them
+        self._are_forced = False  # whether the constraint leaves no other way than `proposals`
         self.proposals: list[Completion] = []
         """Longer continuations than the tokens added so far, that may turn out right."""
 
@@ -331,17 +357,26 @@ class TextDecoding:
         self._choices.append(choice)
         self._watched = self._decoding.stops.with_token(self._watched, choice.token_id)
         self._finish_reason = self._decoding.reason(
-            self.rules, self.ids, choice.token_id, self.num_new, is_stopped=self._watched.is_stopped
+            self.rules,
+            self.ids,
+            choice.token_id,
+            self.num_new,
+            is_stopped=self._watched.is_stopped,
+            is_over=lambda: self._matching is not None and self._matching.is_over(self.completion),
         )
         if self._watched.is_stopped:
             self._cut = self._decoding.stops.cut(self._prompt_ids, self.completion)
 
     def look_ahead(self, num_rows: int, num_added: int) -> None:
         """Set `proposals` for the next pass; the last `num_rows` rows of logits gave `num_added` tokens."""
-        if num_rows > 1:  # wrong proposals cost time, so fewer tokens are proposed next
+        if num_rows > 1 and not self._are_forced:  # wrong proposals cost time, so fewer tokens are proposed next
             longest = self._decoding.num_lookup_tokens
             self._num_ahead = min(2 * self._num_ahead, longest) if num_added > 1 else max(1, self._num_ahead // 2)
         self.proposals = self._proposed()
+
+    def allowed(self) -> list[Allowed] | None:
+        """Return the tokens that the constraint allows next, one row; None for a text without a constraint."""
+        return None if self._matching is None else [self._matching.allowed(self.completion)]
 
     def needed(self) -> set[Completion]:
         """Return the continuations to keep: all but the last token, which was not forwarded yet."""
@@ -362,43 +397,21 @@ class TextDecoding:
         return [*self._prompt_ids[start:], *(choice.token_id for choice in choices)]
 
     def _proposed(self) -> list[Completion]:
-        """Return possible next continuations, token by token, by looking them up in the text itself."""
+        """Return possible next continuations, token by token: the one that is forced, or those that were looked up."""
         # The last allowed token is not continued.
-        num_tokens = min(self._num_ahead, self._decoding.max_new_tokens - len(self._choices) - 1)
-        if num_tokens < 1:
-            return []
-        self._ngrams.extend(self._ids_from(len(self._ngrams)))
-        tried = self._ngrams.proposals(num_tokens)
+        num_left = self._decoding.max_new_tokens - len(self._choices) - 1
+        forced: Completion = ()
+        if self._matching is not None and not self.is_finished:
+            forced = self._matching.forced(self.completion, min(num_left, MAX_FORCED))
+        self._are_forced = bool(forced)
+        tried = [forced] if forced else self._looked_up(min(self._num_ahead, num_left))
         beginnings = (tokens[:stop] for tokens in tried for stop in range(1, len(tokens) + 1))
         return list(dict.fromkeys((*self.completion, *tokens) for tokens in beginnings))
 
-
-def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
-    """Return the options in full: the given ones, else those of the model's own configuration, but greedy."""
-    options = checked(given, _num_tokens(model))
-    asked = [name for name in SAMPLING_FIELDS if options.get(name) is not None]
-    if asked and options.get("do_sample") is False:
-        raise GenerationError(f"{asked[0]} is for sampling, but do_sample is False. Leave out one of the two.")
-    options["do_sample"] = bool(asked) if options.get("do_sample") is None else options["do_sample"]
-    try:
-        config: GenerationConfig = model._prepare_generation_config(None, **options)[0]
-        mode = config.get_generation_mode()
-    except (TypeError, ValueError) as error:
-        raise GenerationError(f"transformers refuses these options: {error}") from error
-    is_lookup = mode == GenerationMode.ASSISTED_GENERATION and config.prompt_lookup_num_tokens is not None
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH) and not is_lookup:
-        raise GenerationError(
-            "generate does greedy decoding, sampling, beam search (num_beams=...) and look-ahead by n-grams "
-            f"(prompt_lookup_num_tokens=...), not {mode.value.replace('_', ' ')}."
-        )
-    if config.prompt_lookup_num_tokens is not None and mode == GenerationMode.BEAM_SEARCH:
-        raise GenerationError("prompt_lookup_num_tokens looks ahead for one continuation, not for num_beams of them.")
-    if config.token_healing:
-        raise GenerationError("generate does not do token healing, which changes the end of the prompt.")
-    if config.guidance_scale is not None and config.guidance_scale != 1:
-        raise GenerationError("generate does not do classifier-free guidance, which runs the model a second time.")
-    return config
-
-
-def _num_tokens(model: Any) -> int:
-    return int(model.config.get_text_config().vocab_size)
+    def _looked_up(self, num_tokens: int) -> list[Completion]:
+        """Return tokens that may come next, by looking them up in the text itself."""
+        if num_tokens < 1:
+            return []
+        self._ngrams.extend(self._ids_from(len(self._ngrams)))
+        found = self._ngrams.proposals(num_tokens)
+        return found if self._matching is None else [self._matching.possible(self.completion, ids) for ids in found]

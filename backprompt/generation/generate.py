@@ -12,6 +12,7 @@ from typing import Any, overload
 from backprompt.arguments import as_int
 from backprompt.bound import bound_lm
 from backprompt.errors import GenerationError
+from backprompt.generation.constrained import Constraints, constraints_of
 from backprompt.generation.continued import GeneratedText
 from backprompt.generation.decoding import Decoding
 from backprompt.generation.run import run_with_bar, running
@@ -21,6 +22,7 @@ from backprompt.progress import check_show
 from backprompt.text.checks import as_texts
 from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
+from backprompt.tokens.constraints import Constraint
 from backprompt.tokens.decoded import Decoder
 from backprompt.tokens.graph import flat
 
@@ -49,9 +51,10 @@ def generate(
     stop: str | Sequence[str] | None = None,
     include_stop: bool = False,
     seed: int | None = None,
+    constraint: Constraint | Sequence[Constraint | None] | None = None,
     show_progress_bar: bool | None = None,
     **generation_config: Any,
-) -> Any:
+) -> GeneratedText | list[GeneratedText] | list[list[GeneratedText]]:
     r"""Let the model continue texts, all together.
 
     Decoding is greedy unless sampling is asked for, by `do_sample=True` or a field for sampling (`temperature`,
@@ -68,6 +71,9 @@ def generate(
         include_stop: keep the stop string, which is otherwise left out of the text and its completion.
         seed: the seed of sampling. A text's samples depend on the seed, its ids, the options and the number of the
             sample (among equal ids in the call), not on other texts. By default each call has a seed of its own.
+        constraint: a `Regex`, a `JsonSchema` or a `Grammar` that each completion must match; or a list with one, or
+            None, for each text. An end token may follow only where the completion may end. A text that has not ended
+            within `max_new_tokens` ends with the reason "length". Needs llguidance.
         show_progress_bar: whether to show a bar; by default on a terminal where it takes longer than two seconds.
         **generation_config: fields of transformers' `GenerationConfig`.
 
@@ -76,7 +82,10 @@ def generate(
         from the best, and fewer where there are no more).
 
     Raises:
-        GenerationError: options contradict each other or do not exist; there is no room for `max_new_tokens`.
+        GenerationError: options contradict each other or do not exist; there is no room for `max_new_tokens`;
+            llguidance refuses a constraint, or no token can come first under it.
+        MissingDependencyError: there is a constraint, and llguidance is not installed.
+        TokenizerError: there is a constraint, and llguidance does not know what the tokenizer's tokens stand for.
         GroupError: a text ends in a group, so there is no last token to continue.
         The errors of `evaluate`. All errors up to here are raised before anything is computed.
         GenerationError, on the way: the options exclude every token that may follow, or make scores NaN.
@@ -92,23 +101,32 @@ def generate(
         return []
     lm = bound_lm(listed[0], "a continuation")
     stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
-    decoding = _decoding(lm, stops, max_new_tokens, seed, generation_config)
+    constraints = constraints_of(lm, constraint, len(listed))
+    decoding = _decoding(lm, stops, max_new_tokens, seed, constraints, generation_config)
     if not decoding.is_sampling and num_each > decoding.num_beams:
         if decoding.num_beams == 1:
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
         raise GenerationError(f"{decoding.num_beams} beams give no {n} continuations. Ask for more: num_beams={n}.")
     asked = [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed
-    run = running(lm, asked, decoding)
+    run = running(lm, asked, decoding.repeated(num_each) if decoding.is_sampling else decoding)
     run_with_bar(run, show_progress_bar)
     found = run.results(num_each)
     if decoding.is_sampling:
         samples = [text for (text,) in found]
         found = [samples[start : start + num_each] for start in range(0, len(samples), num_each)]
-    results: list[Any] = [row[0] for row in found] if n is None else found
-    return results[0] if is_single else results
+    if n is None:
+        return found[0][0] if is_single else [row[0] for row in found]
+    return found[0] if is_single else found
 
 
-def _decoding(lm: LM, stops: StopStrings, max_new_tokens: int, seed: int | None, given: Mapping[str, Any]) -> Decoding:
+def _decoding(
+    lm: LM,
+    stops: StopStrings,
+    max_new_tokens: int,
+    seed: int | None,
+    constraints: Constraints,
+    given: Mapping[str, Any],
+) -> Decoding:
     return Decoding(
         lm.session.causal_lm,
         lm.tokenizer,
@@ -117,6 +135,7 @@ def _decoding(lm: LM, stops: StopStrings, max_new_tokens: int, seed: int | None,
         seed=seed,
         given=given,
         refused=refused_ids(lm),
+        constraints=constraints,
     )
 
 
@@ -137,12 +156,14 @@ def stream(
     stop: str | Sequence[str] | None = None,
     include_stop: bool = False,
     seed: int | None = None,
+    constraint: Constraint | None = None,
     **generation_config: Any,
 ) -> Stream:
     """Return an iterator over the strings that the model adds to a text; see `Text.stream`."""
     lm = bound_lm(prompt, "a continuation")
     stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
-    decoding = _decoding(lm, stops, max_new_tokens, seed, generation_config)
+    constraints = constraints_of(lm, constraint, 1)
+    decoding = _decoding(lm, stops, max_new_tokens, seed, constraints, generation_config)
     return Stream(lm, prompt, decoding)
 
 

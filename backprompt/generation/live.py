@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from backprompt.forest.span import Span
 from backprompt.generation.beams import BeamDecoding
-from backprompt.generation.decoding import Choice, Completion, TextDecoding
-from backprompt.tokens.adapted import number_of, under
+from backprompt.generation.decoding import TextDecoding
+from backprompt.generation.found import Choice, Completion
+from backprompt.tokens.adapted import base_of
 from backprompt.tokens.graph import TokenIds, flat
 
 NOWHERE = Span((), 0, None)
@@ -22,6 +23,7 @@ class Live:
 
     Attributes:
         prompt_ids: its prompt; what is added is under the adapter of the last of these tokens.
+        base_id: the id of token 0 under this adapter.
         decoding: its tokens so far.
         tip: the end of its one held continuation; None if it has several.
 
@@ -29,7 +31,7 @@ class Live:
 
     def __init__(self, prompt_ids: TokenIds, decoding: TextDecoding | BeamDecoding, end: Span) -> None:
         self.prompt_ids = prompt_ids
-        self._number = number_of(flat(prompt_ids)[-1])
+        self.base_id = base_of(flat(prompt_ids)[-1])
         self.decoding = decoding
         self.tip: Span | None = end
         self._stop = end.stop  # of the tip, when it was noted
@@ -61,7 +63,7 @@ class Live:
 
     def forwarded(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """Return ids of the continuation under its adapter."""
-        return under(self._number, token_ids)
+        return tuple(self.base_id + token_id for token_id in token_ids)
 
     def go_on(self, end: Span) -> None:
         """Note that the held continuation has grown by `next_token`, and ends here now."""

@@ -19,7 +19,8 @@ from backprompt.generation.beams import BeamDecoding, choose_beams
 from backprompt.generation.choosing import Logits, choose_next
 from backprompt.generation.choosing import choose as choose_tokens
 from backprompt.generation.continued import GeneratedText, generated_text
-from backprompt.generation.decoding import Completion, Decoding, Found, TextDecoding
+from backprompt.generation.decoding import Decoding, TextDecoding
+from backprompt.generation.found import Completion, Found
 from backprompt.generation.live import NOWHERE, Live
 from backprompt.generation.lookahead import MAX_PROPOSALS
 from backprompt.lm import LM
@@ -99,11 +100,12 @@ class Run:
         self.prompts = self.prompts or self.lm.session.ids_to_continue(self.texts, self.decoding.max_new_tokens)
         num_samples: Counter[tuple[int, ...]] = Counter()
         self._decodings = []
-        for ids in map(flat, self.prompts):
+        for idx, ids in enumerate(map(flat, self.prompts)):
+            matching = self.decoding.matching(idx)
             if self.decoding.num_beams > 1:
-                self._decodings.append(BeamDecoding(self.decoding, plain(ids)))
+                self._decodings.append(BeamDecoding(self.decoding, plain(ids), matching))
             else:
-                self._decodings.append(TextDecoding(self.decoding, plain(ids), num_samples[ids]))
+                self._decodings.append(TextDecoding(self.decoding, plain(ids), num_samples[ids], matching))
             num_samples[ids] += 1
 
     @property

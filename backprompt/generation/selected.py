@@ -11,6 +11,8 @@ from backprompt.bound import bound_lm
 from backprompt.classify.completions import EndOfPrompt, completion_ids, ends_behind
 from backprompt.generation.continued import ContinuedText, continue_as
 from backprompt.text.node import Text
+from backprompt.tokens.constraints import Constraint, Grammar, JsonSchema, Regex
+from backprompt.tokens.finite import strings_of
 
 
 class SelectedText(ContinuedText):
@@ -43,7 +45,7 @@ class SelectedText(ContinuedText):
 
 def select(
     prompt: Text,
-    options: Iterable[str],
+    options: Iterable[str] | Constraint,
     *,
     end_of_prompt: EndOfPrompt = "auto",
     aggregate: classify.Aggregate = "mean",
@@ -55,17 +57,20 @@ def select(
 
     Args:
         prompt: the text to continue.
-        options: the strings that may follow.
+        options: the strings that may follow, or a constraint with finitely many, such as `Regex("(very )?(good|bad)")`.
         end_of_prompt: "auto", " " or "": stands between the prompt and an option; see `classify.log_probs`.
         aggregate: the "mean" or the "sum" of an option's token log-probabilities; see `classify.predict_proba`.
         **scoring: other options of `classify.predict_proba`, such as `prior`.
 
     Raises:
+        ValueError: there are more strings than `classify.probability_of` takes.
         The errors of `classify.predict_proba`.
 
     """
     lm = bound_lm(prompt, "a continuation")
-    listed = as_list(options, "options must be a sequence of strings")
+    if isinstance(options, (Regex, JsonSchema, Grammar)):
+        options = strings_of(options)
+    listed = as_list(options, "options must be a sequence of strings or a constraint")
     probabilities = classify.predict_proba(prompt, listed, end_of_prompt=end_of_prompt, aggregate=aggregate, **scoring)
     option = listed[int(probabilities.argmax())]
     (end,) = ends_behind(lm, [(prompt, end_of_prompt)])

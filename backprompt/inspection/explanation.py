@@ -235,8 +235,9 @@ class Explanation:
             )
             num_held = self.tokens_distinct - computed
             if num_held:
-                of = "All" if num_held == plain - computed else f"{num_held:,} of"
-                yield f"{of} the {plain - computed:,} saved are held already."
+                num_shared = plain - computed - num_held
+                others = f"; sharing saves the other {num_shared:,}" if num_shared else ""
+                yield f"Of the tokens saved, {num_held:,} are held already{others}."
         elif self.num_texts == 1 and not self.num_groups:
             yield f"One text of which nothing is held forwards {plain:,} tokens, as its plain call does."
         elif self.num_texts == 1:

@@ -1,7 +1,7 @@
-"""A text with its tokens coloured by their probability: for notebooks, terminals and plain text.
+"""A text with its tokens coloured by their probability, or by attention: for notebooks, terminals and plain text.
 
-The strength of one colour shows surprise, and in plain text shades do, so it reads without colour vision. The
-background is that of the page: colours lie over it half transparent, and letters keep the page's own colour.
+The strength of one colour shows surprise or attention, and in plain text shades do, so it reads without colour vision.
+The background is that of the page: colours lie over it half transparent, and letters keep the page's own colour.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import html
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backprompt.arguments import as_int
+from backprompt.arguments import as_indices, as_int
 from backprompt.bound import bound_lm
 from backprompt.lm import LM
-from backprompt.logprobs import log_softmax
 from backprompt.text.extents import Extent
 from backprompt.text.segments import Adapted
 from backprompt.tokens.adapted import plain
-from backprompt.tokens.graph import TokenIds, flat, fold
+from backprompt.tokens.graph import flat
 from backprompt.tokens.tokenizer import added
 from backprompt.visible import visible
 
@@ -29,33 +28,72 @@ if TYPE_CHECKING:
     from backprompt.text.node import Text
     from backprompt.tokens.tokenizer import PrivateTokenizer
 
-_ROWS_AT_A_TIME = 64
 _TOKENS_BEFORE = 8
 """A token is decoded behind this many others: alone it may be a part of a character, or lose its space."""
 
 
 @dataclass(frozen=True)
 class _Shade:
-    """The look of tokens of at least some probability."""
+    """The look of tokens of at least some value."""
 
     least: float
     opacity: float  # in HTML
-    colour: int  # in terminals, of the 256
+    on_light: int  # in terminals, of the 256 colours: under black letters where the ground is light
+    on_dark: int  # the same where the ground is dark
+    letters_on_dark: int
     mark: str  # in plain text
 
-    def __str__(self) -> str:
-        return f"≥ {self.least:.3g}" if self.least else f"< {SHADES[-2].least:.3g}"
 
+@dataclass(frozen=True)
+class Scale:
+    """The looks of tokens by a value of theirs.
+
+    Attributes:
+        name: of the value.
+        rgb: the colour in HTML.
+        shades: from the largest values to the smallest.
+
+    """
+
+    name: str
+    rgb: str
+    shades: tuple[_Shade, ...]
+
+    def shade_of(self, value: float) -> _Shade:
+        """Return the look of a value."""
+        return next(shade for shade in self.shades if value >= shade.least)
+
+    def label(self, shade: _Shade) -> str:
+        """Return the values of a shade, for the legend."""
+        return f"≥ {shade.least:.3g}" if shade.least else f"< {self.shades[-2].least:.3g}"
+
+    def style(self, shade: _Shade) -> str:
+        """Return the style of a shade in HTML."""
+        return f"background-color: rgba({self.rgb}, {shade.opacity})"
+
+
+_BLACK, _WHITE = 16, 231
 
 SHADES = (
-    _Shade(0.5, 0.0, 0, ""),
-    _Shade(0.1, 0.14, 230, "░"),
-    _Shade(0.01, 0.30, 222, "▒"),
-    _Shade(0.001, 0.48, 215, "▓"),
-    _Shade(0.0, 0.68, 208, "█"),
+    _Shade(0.5, 0.0, 0, 0, 0, ""),
+    _Shade(0.1, 0.14, 230, 58, _WHITE, "░"),
+    _Shade(0.01, 0.30, 222, 94, _WHITE, "▒"),
+    _Shade(0.001, 0.48, 215, 130, _WHITE, "▓"),
+    _Shade(0.0, 0.68, 208, 208, _BLACK, "█"),
 )
-_RGB = "234, 108, 18"
-_JOIN, _CHANGED_JOIN = "¦", "≠"
+PROBABILITY = Scale("probability", "234, 108, 18", SHADES)
+ATTENTION = Scale(
+    "attention",
+    "52, 120, 220",
+    (
+        _Shade(0.3, 0.68, 75, 75, _BLACK, "█"),
+        _Shade(0.1, 0.48, 111, 32, _WHITE, "▓"),
+        _Shade(0.03, 0.30, 153, 25, _WHITE, "▒"),
+        _Shade(0.01, 0.14, 195, 17, _WHITE, "░"),
+        _Shade(0.0, 0.0, 0, 0, 0, ""),
+    ),
+)
+_JOIN, _CHANGED_JOIN, _ATTENDS = "¦", "≠", "▸"
 
 
 @dataclass(frozen=True)
@@ -71,6 +109,8 @@ class ShownToken:
         begins_segment: whether a segment begins with it.
         is_join_changed: whether joining that segment to the text before it changed tokens.
         adapter: the name of its segment's own adapter, "" for `with_adapter(None)`, None if it has none of its own.
+        attention: the share of attention that it gets from the token of `show(attention_from=...)`; None without one.
+        attends: whether it is that token.
 
     """
 
@@ -81,6 +121,8 @@ class ShownToken:
     begins_segment: bool
     is_join_changed: bool
     adapter: str | None = None
+    attention: float | None = None
+    attends: bool = False
 
 
 class ShownText:
@@ -93,53 +135,81 @@ class ShownText:
 
     def __init__(self, tokens: Sequence[ShownToken]) -> None:
         self.tokens = tuple(tokens)
+        self._scale = ATTENTION if any(token.attends for token in self.tokens) else PROBABILITY
 
     def __str__(self) -> str:
         return self.ansi() if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else self.plain()
 
     __repr__ = __str__
 
-    def ansi(self) -> str:
-        """Return the text with the escape sequences that terminals take for colours."""
-        legend = " ".join(_painted(f" {shade} ", shade) for shade in SHADES)
-        body = "".join(_mark(token) + _painted(_broken(token.string), _shade_of(token)) for token in self.tokens)
-        return f"{body}\n\n{legend}  {self._joins_explained()}".rstrip()
+    def ansi(self, *, is_dark: bool | None = None) -> str:
+        """Return the text with the escape sequences that terminals take for colours.
+
+        Args:
+            is_dark: whether the terminal's ground is dark; by default as the variable COLORFGBG says, or else True.
+
+        """
+        is_dark = _has_dark_ground() if is_dark is None else is_dark
+        scale = self._scale
+        legend = " ".join(_painted(f" {scale.label(shade)} ", shade, is_dark) for shade in scale.shades)
+        body = "".join(
+            _mark(token) + _painted(_broken(token.string), _shade_of(token), is_dark) for token in self.tokens
+        )
+        return f"{body}\n\n{legend}  {self._marks_explained()}".rstrip()
 
     def plain(self) -> str:
-        """Return the text with marks before improbable tokens."""
-        legend = "  ".join(f"{shade.mark} {shade}" for shade in SHADES[1:])
-        body = "".join(_mark(token) + _mark_of_shade(token) + _broken(token.string) for token in self.tokens)
-        return f"{body}\n\nprobability: {legend}  {self._joins_explained()}".rstrip()
+        """Return the text with marks before tokens that are improbable, or attended to."""
+        scale = self._scale
+        legend = "  ".join(f"{shade.mark} {scale.label(shade)}" for shade in scale.shades if shade.mark)
+        body = "".join(_mark(token) + _shade_of(token).mark + _broken(token.string) for token in self.tokens)
+        return f"{body}\n\n{scale.name}: {legend}  {self._marks_explained()}".rstrip()
 
     def _repr_html_(self) -> str:
+        scale = self._scale
         legend = " ".join(
-            f'<span style="{_style(shade)}; padding: 0 0.5em; border-radius: 3px">{html.escape(str(shade))}</span>'
-            for shade in SHADES
+            f'<span style="{scale.style(shade)}; padding: 0 0.5em; border-radius: 3px">'
+            f"{html.escape(scale.label(shade))}</span>"
+            for shade in scale.shades
         )
-        joins = self._joins_explained("│", "║")
+        marks = self._marks_explained("│", "║", "▁")
         return (
             '<div style="font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7">'
             f"{''.join(map(_token_html, self.tokens))}</div>"
-            f'<div style="margin-top: 0.6em; font-size: 85%">probability: {legend} &emsp;{joins}</div>'
+            f'<div style="margin-top: 0.6em; font-size: 85%">{scale.name}: {legend} &emsp;{marks}</div>'
         )
 
-    def _joins_explained(self, join: str = _JOIN, changed_join: str = _CHANGED_JOIN) -> str:
+    def _marks_explained(self, join: str = _JOIN, changed_join: str = _CHANGED_JOIN, attends: str = _ATTENDS) -> str:
         explained = [f"{join} a segment begins"] if any(map(_is_marked, self.tokens)) else []
         if any(token.is_join_changed for token in self.tokens):
             explained.append(f"{changed_join} one begins, and joining it changed tokens")
+        if any(token.attends for token in self.tokens):
+            explained.append(f"{attends} the token that attends")
         return ", ".join(explained)
 
 
-def show(text: Text, *, top: int = 5) -> ShownText:
-    """Return a text with its tokens coloured by log-probability; see `Text.show`."""
+def show(
+    text: Text,
+    *,
+    top: int = 5,
+    attention_from: int | None = None,
+    layers: int | slice | Iterable[int] | None = None,
+    heads: int | Iterable[int] | None = None,
+) -> ShownText:
+    """Return a text with its tokens coloured by log-probability, or by attention; see `Text.show`."""
     top = as_int(top, "top", at_least=0)
     lm = bound_lm(text, "log-probabilities")
+    if attention_from is None and (layers is not None or heads is not None):
+        raise ValueError("layers and heads are those of attention: give attention_from, the token that attends.")
     model_repr = text.model_repr
+    row, attention = None, [None] * model_repr.num_tokens
+    if attention_from is not None:
+        (row,) = as_indices([attention_from], "attention_from", model_repr.num_tokens)
+        attention = model_repr.attention(layers, heads, row).mean(dim=(0, 1))[0].tolist()
     with lm.session.exclusive():
         (token_ids,) = lm.session.encoder.encode([text])
         (extents,) = lm.session.encoder.extents([text])
         tokenizer = lm.session.private_tokenizer
-    alternatives = _alternatives(lm, text, token_ids, top)
+    alternatives = _alternatives(lm, text, top)
     starts = {extent.start: extent for extent in extents if extent.start < extent.stop}
     adapters = {idx: _adapter_of(extent) for extent in extents for idx in range(extent.start, extent.stop)}
     logprobs = model_repr.token_logprobs.tolist()
@@ -154,44 +224,29 @@ def show(text: Text, *, top: int = 5) -> ShownText:
                 begins_segment=idx in starts,
                 is_join_changed=idx in starts and starts[idx].is_join_changed,
                 adapter=adapters.get(idx),
+                attention=attention[idx],
+                attends=idx == row,
             )
             for idx, (token_id, string, logprob, others) in enumerate(
-                zip(ids, _strings(tokenizer, ids), logprobs, alternatives, strict=True)
+                zip(ids, strings_of(tokenizer, ids), logprobs, alternatives, strict=True)
             )
         ]
     )
 
 
-def _alternatives(lm: LM, text: Text, token_ids: TokenIds, top: int) -> list[list[tuple[int, float]]]:
+def _alternatives(lm: LM, text: Text, top: int) -> list[list[tuple[int, float]]]:
     """Return, for each token, the most probable tokens in its place, the most probable first."""
-    model_repr = text.model_repr
-    best: list[list[tuple[int, float]]] = []  # behind each token
-    for start in range(0, len(token_ids) if top else 0, _ROWS_AT_A_TIME):
-        logits = model_repr.all_logits(start, start + _ROWS_AT_A_TIME)  # (rows, vocab)
-        found = log_softmax(logits).topk(min(top, logits.shape[1]), dim=-1)
-        best += [
-            [(i, logprob) for i, logprob in zip(ids, logprobs, strict=True) if logprob > -math.inf]
-            for ids, logprobs in zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        ]
-    return [best[row] if best and row is not None else [] for row in predicting_rows(token_ids)]
+    if top == 0:
+        return [[] for _ in text.tokens]
+    found = lm.top_logprobs([text], min(top, lm.session.vocab_size))
+    return [
+        [(token_id, logprob) for token_id, logprob in zip(ids, logprobs, strict=True) if logprob > -math.inf]
+        for ids, logprobs in zip(found.token_ids.tolist(), found.logprobs.tolist(), strict=True)
+    ]
 
 
-def predicting_rows(token_ids: TokenIds) -> list[int | None]:
-    """Return, for each token in written order, the token whose row predicts it; None if no single token precedes it."""
-    rows: list[int | None] = []
-
-    def extend(before: int | None, position: int, ids: tuple[int, ...]) -> int:
-        for _ in ids:
-            rows.append(before)
-            before = len(rows) - 1
-        assert before is not None
-        return before
-
-    fold(token_ids, None, extend, lambda before, ends, position: None)
-    return rows
-
-
-def _strings(tokenizer: PrivateTokenizer, ids: tuple[int, ...]) -> Iterator[str]:
+def strings_of(tokenizer: PrivateTokenizer, ids: tuple[int, ...]) -> Iterator[str]:
+    """Yield the characters that each token adds to the string of the tokens before it."""
     return (_string_of(tokenizer, ids[:idx], token_id) for idx, token_id in enumerate(ids))
 
 
@@ -202,10 +257,9 @@ def _string_of(tokenizer: PrivateTokenizer, before: tuple[int, ...], token_id: i
 
 
 def _shade_of(token: ShownToken) -> _Shade:
-    if math.isnan(token.logprob):
-        return SHADES[0]
-    probability = math.exp(token.logprob)
-    return next(shade for shade in SHADES if probability >= shade.least)
+    if token.attention is not None:
+        return ATTENTION.shade_of(token.attention)
+    return SHADES[0] if math.isnan(token.logprob) else PROBABILITY.shade_of(math.exp(token.logprob))
 
 
 def _is_marked(token: ShownToken) -> bool:
@@ -218,15 +272,12 @@ def _adapter_of(extent: Extent) -> str | None:
 
 def _mark(token: ShownToken) -> str:
     join = _CHANGED_JOIN if token.is_join_changed else _JOIN if token.begins_segment else ""
+    join += _ATTENDS if token.attends else ""
     return f"{join}[{_named(token.adapter)}] " if token.begins_segment and token.adapter is not None else join
 
 
 def _named(adapter: str) -> str:
     return visible(adapter) if adapter else "no adapter"
-
-
-def _mark_of_shade(token: ShownToken) -> str:
-    return _shade_of(token).mark
 
 
 def _broken(string: str) -> str:
@@ -236,22 +287,28 @@ def _broken(string: str) -> str:
     return "↵\n".join(map(visible, string.split("\n")))
 
 
-def _painted(string: str, shade: _Shade) -> str:
-    """Return a string for terminals, in black on the shade's colour; the ends of lines stay as they are."""
+def _has_dark_ground() -> bool:
+    """Return whether the terminal says in COLORFGBG ("15;0") that its ground is dark, or says nothing."""
+    ground = os.environ.get("COLORFGBG", "").rpartition(";")[2]
+    return not ground.isdecimal() or int(ground) in (*range(7), 8)
+
+
+def _painted(string: str, shade: _Shade, is_dark: bool) -> str:
+    """Return a string for terminals, on the shade's colour; the ends of lines stay as they are."""
     if not shade.opacity or not string:
         return string
-    return "\n".join(f"\x1b[38;5;16;48;5;{shade.colour}m{line}\x1b[0m" if line else "" for line in string.split("\n"))
-
-
-def _style(shade: _Shade) -> str:
-    return f"background-color: rgba({_RGB}, {shade.opacity})"
+    letters, ground = (shade.letters_on_dark, shade.on_dark) if is_dark else (_BLACK, shade.on_light)
+    return "\n".join(f"\x1b[38;5;{letters};48;5;{ground}m{line}\x1b[0m" if line else "" for line in string.split("\n"))
 
 
 def _token_html(token: ShownToken) -> str:
-    style = f"{_style(_shade_of(token))}; border-radius: 3px; margin-right: 1px"
+    scale = PROBABILITY if token.attention is None else ATTENTION
+    style = f"{scale.style(_shade_of(token))}; border-radius: 3px; margin-right: 1px"
+    if token.attends:
+        style += "; border-bottom: 3px solid #7d8590"
     if token.begins_segment:
         style += f"; border-left: {'4px double' if token.is_join_changed else '2px solid'} #7d8590; padding-left: 1px"
-    label = _mark(token)[1:] if token.adapter is not None else ""
+    label = f"[{_named(token.adapter)}] " if token.begins_segment and token.adapter is not None else ""
     adapter = f'<sub style="opacity: 0.7">{html.escape(label)}</sub>' if label else ""
     body = html.escape(_broken(token.string))
     return f'{adapter}<span style="{style}" title="{html.escape(_hover(token))}">{body}</span>'
@@ -263,6 +320,8 @@ def _hover(token: ShownToken) -> str:
     lines = [f"{visible(token.string)!r}: {told}, id {token.token_id}"]
     for rank, (string, logprob) in enumerate(token.alternatives, 1):
         lines.append(f"{rank}. {visible(string)!r} {_probability(logprob)}")
+    if token.attention is not None:
+        lines.append(f"attention: {token.attention:.3g}")
     if token.adapter is not None:
         lines.append(f"adapter: {_named(token.adapter)}")
     if token.is_join_changed:

@@ -56,7 +56,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"backprompt.integrations.lm_eval needs lm-evaluation-harness ({error}): pip install 'backprompt[lm-eval]'"
+        f"backprompt.integrations.lm_eval needs lm-evaluation-harness ({error}): pip install lm-eval"
     ) from error
 
 logger = logging.getLogger(__name__)

@@ -34,8 +34,7 @@ except ModuleNotFoundError as error:
     if error.name != "sklearn":
         raise
     raise ModuleNotFoundError(
-        "PromptClassifier needs scikit-learn 1.6 or newer: pip install 'scikit-learn>=1.6', which is what the extra "
-        "backprompt[sklearn] asks for.",
+        "PromptClassifier needs scikit-learn 1.6 or newer: pip install 'scikit-learn>=1.6'.",
         name="sklearn",
     ) from error
 

@@ -254,7 +254,7 @@ class States(Block):
         num_rows = hidden.shape[0]
         logprobs = torch.zeros(num_rows, dtype=logprob_dtype(hidden.dtype), device=hidden.device)
         is_argmax = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
-        has_logprobs = torch.zeros(num_rows, dtype=torch.bool)
+        has_logprobs = torch.zeros(num_rows, dtype=torch.bool, device="cpu")
         return cls({"hidden": hidden, "logprobs": logprobs, "is_argmax": is_argmax, "has_logprobs": has_logprobs})
 
     @classmethod
@@ -265,7 +265,7 @@ class States(Block):
     @classmethod
     def of_scored(cls, hidden: Tensor, logprobs: Tensor, is_argmax: Tensor) -> States:
         """Return states with log-probabilities; see `of`, `logprobs` and `is_argmax`."""
-        has_logprobs = torch.ones(hidden.shape[0], dtype=torch.bool)
+        has_logprobs = torch.ones(hidden.shape[0], dtype=torch.bool, device="cpu")
         return cls({"hidden": hidden, "logprobs": logprobs, "is_argmax": is_argmax, "has_logprobs": has_logprobs})
 
     @property

@@ -176,17 +176,18 @@ class Growth:
             new: the rows of the tokens, in the order of `ends`.
 
         """
+        held = list(map(_Held.of, ends))
         by_block: dict[tuple[KeysValues, States], list[int]] = {}
-        for idx, end in enumerate(ends):
-            by_block.setdefault((keys_values_of(end).block, states_of(end).block), []).append(idx)
+        for idx, (keys_values, states) in enumerate(held):
+            by_block.setdefault((keys_values.block, states.block), []).append(idx)
         for blocks, indices in by_block.items():
-            targets = np.array([keys_values_of(ends[idx]).stop for idx in indices])
+            targets = np.array([held[idx].keys_values.stop for idx in indices])
             new.copy_to(*blocks, np.array([new.rows[idx] for idx in indices]), targets)
         with self._forest.changing():
             for (own_keys_values, _), indices in by_block.items():
                 room = self._buffers[own_keys_values].room
                 for idx in indices:
-                    _take_in(ends[idx], token_ids[idx], room)
+                    _take_in(ends[idx], token_ids[idx], held[idx], room)
 
     def release(self, span: Span) -> list[Block]:
         """Free the room behind a span that several texts continue from now on; return new blocks."""
@@ -279,9 +280,9 @@ class Growth:
         return block in self._mixed and block.num_rows > len(span.token_ids)
 
 
-def _take_in(end: Span, token_id: int, room: dict[int, int]) -> None:
-    """Let a span take in a token whose rows lie behind its own; `room` is that of its buffer."""
-    keys_values, states = keys_values_of(end), states_of(end)
+def _take_in(end: Span, token_id: int, held: _Held, room: dict[int, int]) -> None:
+    """Let a span take in a token whose rows lie behind its own, `held`; `room` is that of its buffer."""
+    keys_values, states = held
     room[keys_values.stop + 1] = room.pop(keys_values.stop)
     end.token_ids = (*end.token_ids, token_id)
     end.key = None

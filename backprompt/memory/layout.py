@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backprompt.memory.blocks import STATE_TENSORS, Block, token_axis
+from backprompt.memory.blocks import STATE_TENSORS, Block, kind_of, token_axis
 from backprompt.memory.snapshots import snapshot_bytes_of
 
 
@@ -45,6 +45,11 @@ class Layout:
         """Return the shape of a tensor of `num_tokens` tokens."""
         axis, sizes = token_axis(name), self.rows[name].sizes
         return (*sizes[:axis], num_tokens, *sizes[axis:])
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers with attention."""
+        return sum(kind_of(name) == "keys" for name in self.rows)
 
     @property
     def times_smaller(self) -> float:

@@ -24,14 +24,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-)
+from transformers import PreTrainedConfig, cache_utils
+from transformers.cache_utils import DynamicCache
 
 from backprompt.errors import UnsupportedModelError
 
@@ -39,8 +33,12 @@ _NAMES = ("past_key_values", "cache_params", "state")
 """The names under which a `forward` takes and returns its cache."""
 
 _FULL_LAYERS: Mapping[type, type] = {
-    DynamicSlidingWindowLayer: DynamicLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer: LinearAttentionAndFullAttentionLayer,
+    getattr(cache_utils, forgetful): getattr(cache_utils, full)
+    for forgetful, full in (
+        ("DynamicSlidingWindowLayer", "DynamicLayer"),
+        ("LinearAttentionAndSlidingWindowAttentionLayer", "LinearAttentionAndFullAttentionLayer"),  # since 5.15
+    )
+    if hasattr(cache_utils, forgetful)
 }
 """For each class of layers that forget keys, the class that does not."""
 

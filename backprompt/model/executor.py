@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
 from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
+from backprompt.attention.maps import EnoughSeen, MapAttention
 from backprompt.errors import NonFiniteError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
@@ -37,7 +38,7 @@ from backprompt.model.adapters import AdaptedLayers, SegmentAdapters
 from backprompt.model.cache_form import Body
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import Forwarded, InFlight, Way, Work, no_layers_error, run_body
+from backprompt.model.in_flight import Computed, Forwarded, InFlight, Way, no_layers_error, run_body
 from backprompt.model.int8 import speed_up_int8
 from backprompt.model.levels import NO_ATTENTION, Levels
 from backprompt.model.limits import limits_of
@@ -47,7 +48,7 @@ from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
 from backprompt.model.quantized import copied_bytes, weight_bytes
 from backprompt.model.steps import CapturedSteps, captured_steps
-from backprompt.tokens.adapted import number_of, numbers_in, plain, plain_array
+from backprompt.tokens.adapted import Ints, are_plain, number_of, numbers_in, plain_array
 from backprompt.transfers import on_device
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
     has_gradients = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # `torch.no_grad` takes longer than all the rest here
     try:
-        if not _is_special(device):  # as for most callers
+        if not _is_special():  # as for most callers
             yield
             return
         with ExitStack() as stack:
@@ -93,37 +94,13 @@ _num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", l
 """How many modes of torch functions the caller is in: the default device is one, and slow to ask for."""
 
 
-def _is_special(device: torch.device) -> bool:
+def _is_special() -> bool:
     """Whether the caller is in inference mode or autocast, or has another default device."""
     return (
         torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(device.type)
+        or torch._C._is_any_autocast_enabled()
         or (_num_modes() > 0 and torch.get_default_device().type != "cpu")
     )
-
-
-@dataclass(frozen=True)
-class Computed:
-    """The results of a pass, which no span holds yet.
-
-    Attributes:
-        keys_values: the keys and values of all spans.
-        states: the states of the spans that held none; None if all spans did.
-        keys_values_of, states_of: the rows of each span.
-        work: the work besides.
-
-    """
-
-    keys_values: KeysValues
-    states: States | None
-    keys_values_of: Mapping[Span, BlockRows[KeysValues]]
-    states_of: Mapping[Span, BlockRows[States]]
-    work: Work
-
-    def place(self) -> None:
-        """Hand the results to the spans."""
-        for span, keys_values in self.keys_values_of.items():
-            span.place(keys_values=keys_values, states=self.states_of.get(span))
 
 
 class Executor:
@@ -177,6 +154,8 @@ class Executor:
         self._form_of_cache: tuple[Form | None] | None = None  # known after its first use
         self.steps: CapturedSteps | None = None
         """Captured steps of generations, where the device has graphs."""
+        self.may_stop = not spread.is_spread(model)
+        """Whether a call of the body may be left in the middle: hooks that move weights come to their end."""
         if not spread.is_spread(model):  # hooks move weights between steps
             self.steps = captured_steps(self._body, self._attention)
         _register(self._name, self)
@@ -263,14 +242,15 @@ class Executor:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
         return NO_ATTENTION if self.levels is not None else self._attention.prepare(pass_, num_steps)
 
-    def step(self, pass_: Pass, attention: PreparedAttention, places: Places) -> Forwarded:
+    def step(self, pass_: Pass, attention: PreparedAttention, places: Callable[[], Places]) -> Forwarded:
         """Forward one token for each of several texts, by a captured graph where there is one: see steps.py.
 
-        The results are overwritten by the next step. `places`: where they go.
+        The results are overwritten by the next step. `places`: returns where they go.
         """
-        self.limits.check_placeholders(plain(pass_.token_ids))
-        steps = None if numbers_in(pass_.token_ids) else self.steps  # a graph has all rows under the active adapters
-        replayed = None if steps is None else steps.step(self.run, pass_, attention, places)
+        if self.steps is None or not are_plain(pass_.token_ids):  # a graph has all rows under the active adapters
+            return self.forward(pass_, attention)
+        self.limits.check_placeholders(pass_.token_ids)
+        replayed = self.steps.step(self.run, pass_, attention, places())
         if replayed is None:
             return self.forward(pass_, attention)
         way: Way = "recorded" if replayed.is_first else "replayed"
@@ -286,25 +266,31 @@ class Executor:
             TokenIdError: a token stands for an image or a sound.
 
         """
-        self.limits.check_placeholders(plain(pass_.token_ids))
+        ids = np.array(pass_.token_ids, dtype=np.int64)
+        self.limits.check_placeholders(plain_array(ids).tolist())
         try:
-            return self._forward(pass_, attention)
+            return self._forward(pass_, ids, attention)
         except torch.OutOfMemoryError:
             if self.steps is None or not self.steps.forget():
                 raise
-        return self._forward(pass_, attention)
+        return self._forward(pass_, ids, attention)
 
-    def _forward(self, pass_: Pass, attention: PreparedAttention | None) -> Forwarded:
+    def _forward(self, pass_: Pass, ids: Ints, attention: PreparedAttention | None) -> Forwarded:
         if self.levels is not None:
             self.adapters.check(numbers_in(pass_.token_ids))
             return self.levels.forward(pass_)
-        ids = np.array(pass_.token_ids, dtype=np.int64)
-        inputs = on_device(np.array([plain_array(ids), pass_.positions], dtype=np.int64), self._input_device)
+        positions = pass_.positions
         prepared = self._attention.prepare(pass_) if attention is None else attention
         with self._adapted.under(number_of(ids)):
-            in_flight, hidden = self.run(inputs, prepared, max(pass_.positions))
+            in_flight, hidden = self.run(_inputs(ids, positions, self._input_device), prepared, max(positions))
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
+
+    def observe(self, token_ids: Sequence[int], positions: Sequence[int], attention: MapAttention) -> None:
+        """Forward tokens of one text once more, behind their held keys, up to the last layer that is observed."""
+        ids = np.array(token_ids, dtype=np.int64)
+        with suppress(EnoughSeen), self._adapted.under(number_of(ids)):
+            self.run(_inputs(ids, positions, self._input_device), attention, max(positions))
 
     def abandon(self) -> None:
         """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
@@ -314,11 +300,6 @@ class Executor:
         """Release the memory of captured steps; more steps will be captured."""
         if self.steps is not None:
             self.steps.forget()
-
-    @property
-    def graph_bytes(self) -> int:
-        """The memory of captured steps."""
-        return 0 if self.steps is None else self.steps.num_bytes
 
     def run(
         self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
@@ -424,6 +405,11 @@ class Executor:
         in_flight = self._in_flight
         assert in_flight is not None, "a mask outside of Executor.forward"
         return in_flight.mark(mask_function, use_vmap, self._input_device)
+
+
+def _inputs(ids: Ints, positions: Sequence[int], device: torch.device) -> Tensor:
+    """Return token ids without their adapters, and positions, `(2, tokens)`."""
+    return on_device(np.array([plain_array(ids), positions], dtype=np.int64), device)
 
 
 def _register(name: str, executor: Executor) -> None:

@@ -14,7 +14,7 @@ from backprompt.attention.base import PreparedAttention, Scoring, StandingAttent
 from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
 from backprompt.forest.span import Span
-from backprompt.memory.blocks import KeysValues
+from backprompt.memory.blocks import BlockRows, KeysValues, States
 from backprompt.model.families import are_all_keys
 from backprompt.model.masks import Mask, Unknown
 
@@ -239,3 +239,27 @@ class Forwarded:
     def is_finite(self) -> bool:
         """Whether all numbers are finite; the first look waits for the device."""
         return bool(self.are_finite)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The results of a pass, which no span holds yet.
+
+    Attributes:
+        keys_values: the keys and values of all spans.
+        states: the states of the spans that held none; None if all spans did.
+        keys_values_of, states_of: the rows of each span.
+        work: the work besides.
+
+    """
+
+    keys_values: KeysValues
+    states: States | None
+    keys_values_of: Mapping[Span, BlockRows[KeysValues]]
+    states_of: Mapping[Span, BlockRows[States]]
+    work: Work
+
+    def place(self) -> None:
+        """Hand the results to the spans."""
+        for span, keys_values in self.keys_values_of.items():
+            span.place(keys_values=keys_values, states=self.states_of.get(span))

@@ -7,7 +7,7 @@ use, for this text and, reading ahead, for the texts that were evaluated togethe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from backprompt.arguments import as_indices
+from backprompt.attention.maps import Chosen
 from backprompt.errors import GroupError, NoStoreError, StaleRepresentationError
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.holders import PinnedText
@@ -24,6 +26,7 @@ from backprompt.memory.snapshots import snapshot_of
 from backprompt.session.evaluated import Evaluated
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
+from backprompt.session.spans import Bounds, bounds_of
 from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenGraph, flat
@@ -135,6 +138,59 @@ class ModelRepr:
             self._check_current()
             with self._held() as (evaluator, text):
                 return evaluator.readout.all_logits(text, start, stop)
+
+    def attention(
+        self,
+        layers: int | slice | Iterable[int] | None = None,
+        heads: int | Iterable[int] | None = None,
+        rows: int | slice | Iterable[int] | None = None,
+        *,
+        over: Iterable[Bounds] | None = None,
+    ) -> Tensor:
+        """Return attention weights: the share of each key in what a token reads, for chosen tokens, layers and heads.
+
+            text.model_repr.attention(rows=-1)[:, :, 0]                        # the last token's, in all layers
+            text.model_repr.attention(-1, rows=-1, over=lm.extents([text])[0])  # by segment, in the last layer
+
+        The weights are those of the plain call with `output_attentions=True` and eager attention, in float32 at least;
+        for texts with groups, under the declared mask. They add up to 1 over the keys, or to less where a model has
+        attention sinks. A whole map is large (layers x heads x tokens x tokens): ask for the part that you need.
+
+        Only the chosen rows are forwarded once more, up to the last chosen layer; all keys are those that are held. The
+        same question again is read from a pool of 64 MB, and so is that of another text with the same token ids.
+
+        Args:
+            layers: indices of layers with attention, as in Python's sequences; None for all.
+            heads: indices of heads of queries; None for all.
+            rows: indices of the tokens that attend, in written order; None for all.
+            over: spans of tokens, each with `start` and `stop`, such as the `Extent` objects of `lm.extents` or slices.
+                The weights of a span's tokens are added up, and the whole map is never made.
+
+        Returns:
+            `(layers, heads, rows, keys)`, or `(layers, heads, rows, spans)`, float64 for a model in float64, else
+            float32. Keys are the text's own tokens in written order.
+
+        Raises:
+            UnsupportedModelError: the model is evaluated by levels, with its own attention, which cannot be read; or
+                the chosen layers have different numbers of heads.
+            ValueError: there is no layer, head, row or span with such an index, or none is chosen.
+
+        """
+        with self._session.exclusive():
+            self._check_evaluator(self._session.evaluator)
+            maps = self._evaluated.evaluator.attention_maps
+            chosen = Chosen(
+                as_indices(layers, "layers", maps.num_layers()),
+                None if heads is None else as_indices(heads, "heads"),
+                as_indices(rows, "rows", self.num_tokens),
+                None if over is None else bounds_of(over, self.num_tokens),
+            )
+            pooled = maps.pooled(self._evaluated.token_ids, chosen)
+            if pooled is not None:
+                return pooled
+            self._check_current()
+            with self._held(with_keys_values=True) as (_, text):
+                return maps.read(text, chosen)
 
     def past_key_values(self) -> DynamicCache:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.

@@ -15,9 +15,10 @@ class Stats:
     """The work of an `LM` so far and the bytes that it holds; `after - before` is the change in between.
 
     Attributes:
-        tokens_requested: sum of the texts' tokens over all evaluations.
+        tokens_requested: sum of the texts' tokens over all evaluations; reading a result of a held text asks for none.
         tokens_computed: tokens forwarded through the model.
-        tokens_recomputed: of those, the number that were forwarded before and dropped over the budget.
+        tokens_recomputed: of those, the number that were forwarded before: they were dropped over the budget, or are
+            rows of attention maps.
         tokens_fetched: tokens whose states, or keys and values, moved back from the second pool to the device.
         tokens_loaded: tokens whose states came from the store.
         tokens_reused: requested less forwarded tokens: cached, shared, or scored without being forwarded.
@@ -30,8 +31,8 @@ class Stats:
         seconds: time in forward passes and in the output head.
         bytes_held: keys, values, hidden states and log-probabilities held now on the device.
         host_bytes_held: the same held now in the second pool, in host memory.
-        result_bytes_held: rows of logits, and log-probabilities of tokens that were scored and not forwarded, held now
-            in bounded pools of their own.
+        result_bytes_held: rows of logits, attention maps, and log-probabilities of tokens that were scored and not
+            forwarded, held now in bounded pools of their own.
         graph_bytes: the memory of CUDA graphs, beside `memory_bytes`: at most a 16th of what was free when the `LM`
             was made. `lm.clear()` frees it, as does a pass for which memory is short.
         weight_bytes: the weights of the model as they are held; of quantized ones the integers and scales.
@@ -76,6 +77,7 @@ class Stats:
 
 def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
     """Return the work that was counted, and the bytes that an evaluator holds."""
+    graphs = evaluator.executor.steps
     return Stats(
         tokens_requested=counters.tokens_requested,
         tokens_computed=counters.tokens_computed,
@@ -93,7 +95,7 @@ def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
         bytes_held=evaluator.memory.num_bytes,
         host_bytes_held=evaluator.host.num_bytes,
         result_bytes_held=evaluator.pools.num_bytes,
-        graph_bytes=evaluator.executor.graph_bytes,
+        graph_bytes=0 if graphs is None else graphs.num_bytes,
         weight_bytes=evaluator.executor.weight_bytes,
         packed_weight_bytes=evaluator.executor.linears.packed_bytes,
         kernel=evaluator.executor.kernel_name,

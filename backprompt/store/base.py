@@ -131,6 +131,17 @@ class Store(ABC):
         Its tensors belong to the caller. Names in `tensors` that the entry does not have are ignored.
         """
 
+    def get_beginning(self, name: str, num_rows: int, tensors: Collection[str] | None = None) -> Entry | None:
+        """Return the entry with all rows of its tensors, or with the first `num_rows` alone; see `get`.
+
+        Args:
+            name: the name of the entry.
+            num_rows: so many rows are asked for, a row a token. A store to which more rows cost nothing returns all.
+            tensors: the names of the tensors, by default all.
+
+        """
+        return self.get(name, tensors)
+
     @abstractmethod
     def put(self, entry: Entry) -> None:
         """Store the entry.

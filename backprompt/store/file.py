@@ -18,7 +18,9 @@ write matching checksums, too.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import re
 import stat
@@ -33,6 +35,7 @@ import torch
 from torch import Tensor
 
 from backprompt.errors import DamagedEntryError, EntryTooLargeError, StoreVersionError
+from backprompt.memory.blocks import AXES, kind_of, token_axis
 from backprompt.store.base import Entry, Header
 from backprompt.store.schema import TensorSpec, check_header, check_tensors
 
@@ -186,15 +189,64 @@ def read_tensor(file: BinaryIO, name: str, place: Place) -> Tensor:
         DamagedEntryError: the bytes are not those that were written.
 
     """
-    try:
-        tensor = torch.empty(place.spec.shape, dtype=place.spec.dtype)
-    except RuntimeError as error:  # torch's form of a MemoryError
-        raise MemoryError(f"no room for {place.spec.num_bytes:,} bytes of tensor {name!r}") from error
+    tensor = _room_for(name, place)
     data = _bytes_of(tensor)
     _read_into(file, data, f"tensor {name!r} is cut off")
-    if _checksums(data) != place.checksums:
-        raise DamagedEntryError(f"tensor {name!r} has other bytes than were written")
+    _compare(name, data, place.checksums)
     return tensor
+
+
+def ranges_of(name: str, place: Place, num_rows: int | None) -> list[tuple[int, int]]:
+    """Return the ranges of a tensor's bytes, in whole chunks, in which its first rows lie; None: all rows.
+
+    The rows of a tensor `(kv_heads, tokens, head_dim)` lie head by head, so they are as many runs of bytes.
+    """
+    shape = place.spec.shape
+    if num_rows is None or kind_of(name) not in AXES:
+        return [(0, place.spec.num_bytes)]
+    axis = token_axis(name)
+    row_bytes = math.prod(shape[axis + 1 :]) * place.spec.dtype.itemsize
+    ranges: list[tuple[int, int]] = []
+    for run_idx in range(math.prod(shape[:axis])):
+        run = run_idx * shape[axis] * row_bytes
+        start = run // CHUNK_BYTES * CHUNK_BYTES
+        stop = min(-(-(run + num_rows * row_bytes) // CHUNK_BYTES) * CHUNK_BYTES, place.spec.num_bytes)
+        if ranges and start <= ranges[-1][1]:
+            ranges[-1] = ranges[-1][0], max(stop, ranges[-1][1])
+        else:
+            ranges.append((start, stop))
+    return ranges
+
+
+def tensor_of(
+    name: str, place: Place, ranges: Sequence[tuple[int, int]], pieces: Sequence[bytes], num_rows: int | None
+) -> Tensor:
+    """Return the first rows of a tensor from the bytes of `ranges_of`, after comparing these with their checksums.
+
+    Raises:
+        MemoryError, DamagedEntryError: see `read_tensor`.
+
+    """
+    tensor = _room_for(name, place)
+    data = _bytes_of(tensor)
+    for (start, stop), piece in zip(ranges, pieces, strict=True):
+        _read_into(io.BytesIO(piece), data[start:stop], f"tensor {name!r} is cut off")
+        _compare(name, data[start:stop], place.checksums[start // CHUNK_BYTES : -(-stop // CHUNK_BYTES)])
+    if num_rows is None or kind_of(name) not in AXES:
+        return tensor
+    return tensor.narrow(token_axis(name), 0, num_rows).clone(memory_format=torch.contiguous_format)
+
+
+def _room_for(name: str, place: Place) -> Tensor:
+    try:
+        return torch.empty(place.spec.shape, dtype=place.spec.dtype)
+    except RuntimeError as error:  # torch's form of a MemoryError
+        raise MemoryError(f"no room for {place.spec.num_bytes:,} bytes of tensor {name!r}") from error
+
+
+def _compare(name: str, data: memoryview, checksums: Sequence[int]) -> None:
+    if _checksums(data) != checksums:
+        raise DamagedEntryError(f"tensor {name!r} has other bytes than were written")
 
 
 def _read_into(file: BinaryIO, data: memoryview, complaint: str) -> None:

@@ -10,7 +10,7 @@ goes first, then the name that lookups list: an entry whose writer died in betwe
 
 Objects are reached through obstore, which is written in Rust and knows S3 and what speaks its protocol, Google Cloud
 Storage, Azure, folders and memory. An object up to `SMALL_BYTES` is read at once; of a larger one the header is read,
-and then the tensors that are asked for, in parallel.
+and then the tensors that are asked for, in parallel, and of these the chunks in which the rows lie that are asked for.
 
 The times of last use are not kept. The rules of a bucket ("lifecycle") can delete old objects.
 """
@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from backprompt.arguments import as_string
@@ -35,7 +35,7 @@ from backprompt.errors import DamagedEntryError, MissingDependencyError, StoreVe
 from backprompt.forking import ForkableLock, watch_store
 from backprompt.store.base import Entry, Header, Match, Persist, Store, as_token_ids, check_name, check_persist
 from backprompt.store.beginnings import FOLDER, Beginning, Beginnings
-from backprompt.store.file import MAX_HEADER_BYTES, Contents, read_contents, read_tensor, to_pieces
+from backprompt.store.file import MAX_HEADER_BYTES, Contents, ranges_of, read_contents, tensor_of, to_pieces
 from backprompt.store.precision import StoredDtype, check_stored_dtype
 from backprompt.store.schema import check_header, is_name
 
@@ -92,9 +92,16 @@ class ObjectStore(Store):
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
         """Return the entry after checking its bytes; a damaged entry is set aside."""
+        return self._checked(name, tensors, None)
+
+    def get_beginning(self, name: str, num_rows: int, tensors: Collection[str] | None = None) -> Entry | None:
+        """Return the entry, of a large object with the first rows alone if these are at most half of all."""
+        return self._checked(name, tensors, num_rows)
+
+    def _checked(self, name: str, tensors: Collection[str] | None, num_rows: int | None) -> Entry | None:
         check_name(name)
         try:
-            return self._read(name, tensors) if is_name(name) else None
+            return self._read(name, tensors, num_rows) if is_name(name) else None
         except FileNotFoundError:
             self._forget(name)
             return None
@@ -185,7 +192,7 @@ class ObjectStore(Store):
         entry = self.get(name, ())
         return None if entry is None else entry.header.token_ids
 
-    def _read(self, name: str, tensors: Collection[str] | None) -> Entry:
+    def _read(self, name: str, tensors: Collection[str] | None, num_rows: int | None) -> Entry:
         path = _object(name)
         with self._reaching(f"{name} cannot be read"):
             num_bytes = self._bucket.head(path)["size"]
@@ -193,16 +200,24 @@ class ObjectStore(Store):
             contents = self._contents(path, num_bytes) if whole is None else read_contents(io.BytesIO(whole), num_bytes)
             if contents.header.name != name:
                 raise DamagedEntryError(f"it is the entry {contents.header.name}")
-            chosen = [(n, place) for n, place in contents.places.items() if tensors is None or n in tensors]
+            if whole is not None or (num_rows is not None and 2 * num_rows > len(contents.header.token_ids)):
+                num_rows = None
+            chosen = {n: place for n, place in contents.places.items() if tensors is None or n in tensors}
+            ranges = {n: ranges_of(n, place, num_rows) for n, place in chosen.items()}
+            starts = [place.start + start for n, place in chosen.items() for start, _ in ranges[n]]
+            ends = [place.start + stop for n, place in chosen.items() for _, stop in ranges[n]]
             if whole is not None:
-                pieces = [whole[place.start : place.stop] for _, place in chosen]
-            elif chosen:
-                starts, ends = [place.start for _, place in chosen], [place.stop for _, place in chosen]
-                pieces = list(map(bytes, self._bucket.get_ranges(path, starts=starts, ends=ends)))
+                pieces = [whole[start:end] for start, end in zip(starts, ends, strict=True)]
             else:
-                pieces = []
-        read = [read_tensor(io.BytesIO(piece), n, place) for (n, place), piece in zip(chosen, pieces, strict=True)]
-        return Entry(contents.header, {n: tensor for (n, _), tensor in zip(chosen, read, strict=True)})
+                pieces = list(map(bytes, self._bucket.get_ranges(path, starts=starts, ends=ends))) if starts else []
+        left = iter(pieces)
+        return Entry(
+            contents.header,
+            {
+                n: tensor_of(n, place, ranges[n], list(islice(left, len(ranges[n]))), num_rows)
+                for n, place in chosen.items()
+            },
+        )
 
     def _contents(self, path: str, num_bytes: int) -> Contents:
         """Return the contents of a large object's header."""

@@ -63,6 +63,16 @@ class Representation(Protocol):
     def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the logits after each of the tokens `start..stop`, `(tokens, vocab)`."""
 
+    def attention(
+        self,
+        layers: int | slice | Iterable[int] | None = None,
+        heads: int | Iterable[int] | None = None,
+        rows: int | slice | Iterable[int] | None = None,
+        *,
+        over: Iterable[Any] | None = None,
+    ) -> Tensor:
+        """Return attention weights, `(layers, heads, rows, keys)`, or summed over spans of keys."""
+
     def past_key_values(self) -> DynamicCache:
         """Return a fresh copy of all keys and values."""
 
@@ -100,7 +110,7 @@ class Shown(Protocol):
 
     tokens: tuple[Any, ...]
 
-    def ansi(self) -> str:
+    def ansi(self, *, is_dark: bool | None = None) -> str:
         """Return the text with terminal escape sequences for colours."""
 
     def plain(self) -> str:

@@ -6,8 +6,8 @@ none of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 from backprompt.errors import UnboundTextError
 from backprompt.text.engine import Engine, Pinned, Representation, Shown, TextStream, outside
@@ -16,6 +16,7 @@ from backprompt.text.extents import Join
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from backprompt import GeneratedText, SelectedText  # the root's names: a text knows no module that generates
     from backprompt.drawing import Drawing
 
 
@@ -103,7 +104,13 @@ class Questions:
         found: tuple[Tensor, Tensor] = outside("top_logprobs")(self, k, temperature)
         return found
 
-    def generate(self, **options: Any) -> Any:
+    @overload
+    def generate(self, *, max_new_tokens: int, n: None = None, **options: Any) -> GeneratedText: ...
+
+    @overload
+    def generate(self, *, max_new_tokens: int, n: int, **options: Any) -> list[GeneratedText]: ...
+
+    def generate(self, **options: Any) -> GeneratedText | list[GeneratedText]:
         r"""Let the model continue this text; takes the arguments of `backprompt.generate`.
 
             text.generate(max_new_tokens=32, stop="\n", temperature=0.7, seed=1)
@@ -112,10 +119,11 @@ class Questions:
             A `GeneratedText`, or a list of them if `n` is given.
 
         """
-        return outside("generate")(self, **options)
+        found: GeneratedText | list[GeneratedText] = outside("generate")(self, **options)
+        return found
 
-    def select(self, options: Sequence[str], **scoring: Any) -> Any:
-        """Continue this text with the most probable of several strings.
+    def select(self, options: Any, **scoring: Any) -> SelectedText:
+        """Continue this text with the most probable of several strings, or of those of a finite constraint.
 
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
             answer.option, answer.probabilities
@@ -127,7 +135,18 @@ class Questions:
             A `SelectedText`.
 
         """
-        return outside("select")(self, options, **scoring)
+        selected: SelectedText = outside("select")(self, options, **scoring)
+        return selected
+
+    def probability_of(self, language: Any, **options: Any) -> float:
+        """Return the probability that the model continues this text by any string of a finite language.
+
+            text.probability_of(Regex("(very )?(good|great)"))
+
+        Takes the other arguments of `classify.probability_of`, and has its errors.
+        """
+        found: float = outside("probability_of")(self, language, **options)
+        return found
 
     def stream(
         self,
@@ -136,6 +155,7 @@ class Questions:
         stop: str | Sequence[str] | None = None,
         include_stop: bool = False,
         seed: int | None = None,
+        constraint: Any = None,
         **generation_config: Any,
     ) -> TextStream:
         """Return a `Stream`, an iterator over the strings that the model adds, each as soon as it is final.
@@ -148,7 +168,13 @@ class Questions:
         `backprompt.generate`.
         """
         found: TextStream = outside("stream")(
-            self, max_new_tokens=max_new_tokens, stop=stop, include_stop=include_stop, seed=seed, **generation_config
+            self,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            include_stop=include_stop,
+            seed=seed,
+            constraint=constraint,
+            **generation_config,
         )
         return found
 
@@ -157,21 +183,31 @@ class Questions:
         drawing: Drawing = outside("draw")(self, **options)
         return drawing
 
-    def show(self, *, top: int = 5) -> Shown:
-        """Evaluate this text and return it with tokens coloured by log-probability, a `ShownText`.
+    def show(
+        self,
+        *,
+        top: int = 5,
+        attention_from: int | None = None,
+        layers: int | slice | Iterable[int] | None = None,
+        heads: int | Iterable[int] | None = None,
+    ) -> Shown:
+        """Evaluate this text and return it with tokens coloured by log-probability, or by attention: a `ShownText`.
 
         Notebooks display the result, with the most probable alternatives under the mouse pointer; `print` it in
         terminals (without colours if `NO_COLOR` is set or the output is no terminal).
 
         Args:
             top: the number of alternatives for each token; more than 0 takes a row of the output head for each token.
+            attention_from: the index of a token in `text.tokens`. Colours then show the share of attention that this
+                token pays to each, the mean over layers and heads.
+            layers, heads: the layers and heads of that mean; see `ModelRepr.attention`.
 
         Raises:
-            ValueError: `top` is negative.
-            All errors of `backprompt.evaluate`.
+            ValueError: `top` is negative, or there is no such token, layer or head.
+            All errors of `backprompt.evaluate`, and of `ModelRepr.attention` if attention is asked for.
 
         """
-        found: Shown = outside("show")(self, top=top)
+        found: Shown = outside("show")(self, top=top, attention_from=attention_from, layers=layers, heads=heads)
         return found
 
     def pin(self) -> Pinned:

@@ -38,10 +38,20 @@ def number_of(token_id: IntOrInts) -> IntOrInts:
     return token_id >> _BITS
 
 
+def base_of(token_id: int) -> int:
+    """Return the id of token 0 under the adapter of an id; a plain id added to it is under the adapter."""
+    return token_id & -MAX_EMBEDDINGS
+
+
+def are_plain(token_ids: Sequence[int]) -> bool:
+    """Return whether no id is under an adapter."""
+    return max(token_ids, default=0) < MAX_EMBEDDINGS
+
+
 def plain(token_ids: Sequence[int]) -> tuple[int, ...]:
     """Return ids without their adapters."""
     ids = tuple(token_ids)
-    if not ids or max(ids) < MAX_EMBEDDINGS:
+    if are_plain(ids):
         return ids
     return tuple(token_id & (MAX_EMBEDDINGS - 1) if token_id >= MAX_EMBEDDINGS else token_id for token_id in ids)
 

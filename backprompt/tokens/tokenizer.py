@@ -222,6 +222,13 @@ class PrivateTokenizer:
             token for token in added if token and (not is_split if token in special else not token[-1].isalnum())
         )
 
+    def encoder_of_plain_strings(self) -> Backend:
+        """Return a new backend that encodes continuations, and the names of special tokens as ordinary characters."""
+        assert self.whole is not None, "a tokenizer in Python has no backend"
+        backend = _make_backend(self.whole, self._private, is_continuation=True)
+        backend.encode_special_tokens = True
+        return backend
+
     def has_changed(self) -> bool:
         """Return whether the user's tokenizer differs from this copy, as far as a quick check can tell."""
         return _quick_state(self._original, self._looked_at) != self._seen

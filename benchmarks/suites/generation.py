@@ -20,13 +20,12 @@ from backprompt import LM, Text, generate
 from benchmarks import workloads
 from benchmarks.machine import describe_machine
 from benchmarks.measure import Spread, matmul_seconds, seconds_of
-from benchmarks.peer import Peer, PeerProgram
+from benchmarks.peer import VLLM, Peer
 from benchmarks.rows import Key, as_json
 from benchmarks.suite import Measured, Results, Say, Suite
 from benchmarks.tables import Table, markdown, with_range
 from benchmarks.workloads import Writer
 
-VLLM = PeerProgram("vLLM")
 NO_VLLM = """\
 vLLM is not measured: it needs an environment of its own. Where there is one, say so:
 

@@ -27,6 +27,7 @@ from backprompt.attention.calls import CallsAttention
 from backprompt.model.executor import Executor
 from benchmarks import workloads
 from benchmarks.machine import describe_machine
+from benchmarks.measure import cpu_seconds_of
 from benchmarks.suite import Measured, Results, Say, Suite
 from benchmarks.tables import Table, markdown, milliseconds
 from benchmarks.workloads import Writer, token_ids
@@ -88,7 +89,7 @@ class Rig:
     def timed(self, work: Callable[[], object]) -> Timed:
         """Do some work and return its seconds."""
         before = self.clock.seconds
-        seconds = _cpu_seconds(work)
+        seconds = cpu_seconds_of(work)
         return Timed(seconds, seconds - (self.clock.seconds - before))
 
     def make_lm(self, **options: Any) -> LM:
@@ -171,12 +172,6 @@ def trie_of(texts: Iterable[Sequence[int]]) -> dict[int, Any]:
         for token_id in ids:
             node = node.setdefault(token_id, {})
     return root
-
-
-def _cpu_seconds(work: Callable[[], object]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
 
 
 def _drawn(num_tokens: int, seed: object) -> list[int]:
@@ -374,7 +369,7 @@ def _measured(rig: Rig) -> Iterator[Line]:
             timed = rig.timed(lambda work=work, found=found: found.append(work()))
             ours.append(found[0] if isinstance(found[0], Timed) else timed)
             num_computed = rig.lm.stats.tokens_computed - before
-            tries.append(_cpu_seconds(lambda ids=ids: trie_of(ids)))
+            tries.append(cpu_seconds_of(lambda ids=ids: trie_of(ids)))
         best = min(ours[1:])  # by all seconds
         yield Line(
             workload=case.name,

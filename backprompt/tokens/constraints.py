@@ -1,0 +1,139 @@
+"""Constraints: languages of strings, each said by its type, so that no string has to be guessed at.
+
+A constraint is plain data: it knows no tokenizer and no library (matching.py does), compares by content, and travels to
+other processes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from backprompt.arguments import as_bool, as_string
+from backprompt.errors import MissingDependencyError, TextTypeError
+from backprompt.visible import abbreviated
+
+
+@dataclass(frozen=True)
+class Regex:
+    r"""All strings that a regular expression matches from their first to their last character.
+
+        Regex(r"(yes|no), [1-9][0-9]{0,2} (cats|dogs)")
+
+    The syntax is that of Rust's `regex`, as llguidance takes it: no look-around and no backreferences; `.` is any
+    character but a line break; `\d`, `\w` and `\s` are those of Unicode, `(?i)` likewise.
+
+    Args:
+        pattern: the regular expression.
+
+    Raises:
+        TextTypeError: the pattern is no string.
+
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        as_string(self.pattern, "The pattern of a Regex")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    r"""All strings of a context-free grammar, which is written as llguidance's dialect of Lark.
+
+        Grammar('start: sum\nsum: /[0-9]+/ | sum "+" sum')
+
+    Args:
+        lark: the rules; `start` is the first of them (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
+
+    Raises:
+        TextTypeError: the grammar is no string.
+
+    """
+
+    lark: str
+
+    def __post_init__(self) -> None:
+        as_string(self.lark, "A Grammar")
+
+
+@dataclass(frozen=True, init=False)
+class JsonSchema:
+    """All JSON texts that are valid under a schema.
+
+        JsonSchema({"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]})
+        JsonSchema(Person)  # a model of pydantic
+
+    Properties come in the order of the schema. Keywords that llguidance does not know are refused, and not ignored.
+
+    Args:
+        schema: a JSON schema as a dict; a model or `TypeAdapter` of pydantic; or a type of Python that pydantic can
+            describe, such as a dataclass, a `TypedDict` or `list[int]`.
+        compact: whether no white space stands between the parts of the JSON text. By default the model chooses it.
+
+    Raises:
+        TextTypeError: `schema` is none of these, or a dict with something in it that JSON has not.
+        MissingDependencyError: pydantic is not installed, and is needed for this type.
+        ValueError: `compact` is neither True nor False.
+
+    """
+
+    json: str
+    """The schema as JSON."""
+    compact: bool
+
+    def __init__(self, schema: Any, *, compact: bool = False) -> None:
+        object.__setattr__(self, "json", _as_json(schema))
+        object.__setattr__(self, "compact", as_bool(compact, "compact"))
+
+
+Constraint: TypeAlias = "Regex | JsonSchema | Grammar"
+
+
+def as_constraint(given: Any, name: str) -> Constraint:
+    """Return a constraint; `name` names the argument in errors.
+
+    Raises:
+        TextTypeError: the value is none.
+
+    """
+    if isinstance(given, (Regex, JsonSchema, Grammar)):
+        return given
+    advice = "JsonSchema(...)" if isinstance(given, (Mapping, type)) else "Regex(...), JsonSchema(...) or Grammar(...)"
+    raise TextTypeError(
+        f"{name} must be a Regex, a JsonSchema or a Grammar, not {type(given).__name__}: {abbreviated(given)}. "
+        f"Say which it is: {advice} of it."
+    )
+
+
+def _as_json(schema: Any) -> str:
+    described = schema if isinstance(schema, Mapping) else _described(schema)
+    try:
+        return json.dumps(dict(described), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TextTypeError(f"The schema of a JsonSchema cannot be written as JSON: {error}.") from error
+
+
+def _described(schema: Any) -> Any:
+    """Return the JSON schema of a model of pydantic, or of a type."""
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        return schema.model_json_schema()
+    if isinstance(schema, (str, bytes, int, float, list, tuple, type(None))):
+        raise TextTypeError(
+            "A JsonSchema takes a dict, a model of pydantic or a type, not "
+            f"{type(schema).__name__}: {abbreviated(schema)}. json.loads(string) makes a dict of a string."
+        )
+    try:
+        from pydantic import PydanticUserError, TypeAdapter
+        from pydantic.errors import PydanticSchemaGenerationError
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"A JsonSchema of {abbreviated(schema)} needs pydantic: pip install pydantic. Or give the schema as a dict."
+        ) from error
+    try:
+        adapter = schema if isinstance(schema, TypeAdapter) else TypeAdapter(schema)
+        return adapter.json_schema()
+    except (PydanticUserError, PydanticSchemaGenerationError) as error:
+        raise TextTypeError(f"pydantic has no JSON schema of {abbreviated(schema)}: {error}") from error

@@ -1,0 +1,315 @@
+"""Matching: the tokens with which a continuation may go on in the language of a constraint.
+
+llguidance (https://github.com/guidance-ai/llguidance) compiles languages and says which tokens may follow; besides this
+file, finite.py knows it. Where a language leaves one string only, it allows the tokens by which the tokenizer writes
+that string, and no others. The end of a continuation is decided here: an end token may follow where the language may
+end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
+
+from backprompt.errors import GenerationError, MissingDependencyError, TokenizerError
+from backprompt.tokens.constraints import Constraint, Grammar, JsonSchema, Regex
+from backprompt.tokens.tokenizer import PrivateTokenizer
+from backprompt.visible import shortened
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+Allowed: TypeAlias = npt.NDArray[np.bool_]
+"""Which tokens may follow, `(vocab,)`."""
+
+NUM_KEPT = 16
+"""The number of continuations of a text for which the allowed tokens are remembered, a bit a token."""
+
+_SPECIAL = b"\xff"
+"""Begins the name of a special token in llguidance: no string in UTF-8 has this byte."""
+
+
+class Vocabulary:
+    """The tokens of a tokenizer, as llguidance takes them.
+
+    Args:
+        tokenizer: of the vocabulary.
+
+    Raises:
+        MissingDependencyError: llguidance is not installed.
+        TokenizerError: llguidance does not know which strings the tokens stand for.
+
+    """
+
+    def __init__(self, tokenizer: PrivateTokenizer) -> None:
+        library = guidance()
+        if tokenizer.whole is None:
+            raise TokenizerError(
+                "A constraint needs a tokenizer with a backend of the package tokenizers, as the fast tokenizers of "
+                "transformers have, to know the string of each token. This one is written in Python."
+            )
+        spelled = _spelled_tokens(tokenizer.whole)
+        self.num_tokens = len(spelled)
+        added = tokenizer.whole.get_added_tokens_decoder().items()
+        self._special_ids = frozenset(token_id for token_id, token in added if token.special)
+        self.tokenizer: LLTokenizer = library.LLTokenizer(
+            library.TokenizerWrapper(_Tokens(spelled, self._special_ids, tokenizer.encoder_of_plain_strings()))
+        )
+
+    @classmethod
+    def of(cls, tokenizer: PrivateTokenizer) -> Vocabulary:
+        """Return the vocabulary of a tokenizer, made once: that takes a second for 50,000 tokens."""
+        found = _vocabularies.get(tokenizer)
+        if found is None:
+            found = _vocabularies[tokenizer] = cls(tokenizer)
+        return found
+
+    def is_special(self, token_id: int) -> bool:
+        """Return whether an id stands for no string: that of a special token, or one that the tokenizer lacks."""
+        return token_id >= self.num_tokens or token_id in self._special_ids
+
+    def language(self, constraint: Constraint) -> Language:
+        """Return a constraint, compiled.
+
+        Raises:
+            GenerationError: llguidance refuses it; the message has the reason.
+
+        """
+        return Language(constraint, self, compiled(constraint, self.tokenizer))
+
+
+_vocabularies: WeakKeyDictionary[PrivateTokenizer, Vocabulary] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Language:
+    """A constraint compiled for a vocabulary.
+
+    Attributes:
+        constraint: as it was given.
+        vocabulary: the tokens.
+        beginning: the matcher before the first token; only copies of it take tokens.
+
+    """
+
+    constraint: Constraint
+    vocabulary: Vocabulary
+    beginning: LLMatcher
+
+
+class Matching:
+    """The place of one text's continuation, or of several in turn, in a language.
+
+    Args:
+        language: the language.
+        num_tokens: the number of tokens that the model predicts.
+        end_ids: the tokens that end a text. One that stands for a string may end the text where the language ends with
+            that string.
+
+    """
+
+    def __init__(self, language: Language, num_tokens: int, end_ids: Iterable[int]) -> None:
+        self.language = language
+        self._num_tokens = num_tokens
+        is_special = language.vocabulary.is_special
+        self._end_ids = [token_id for token_id in end_ids if token_id < num_tokens]
+        self._special_ends = [token_id for token_id in self._end_ids if is_special(token_id)]
+        self._matcher = language.beginning.deep_copy()
+        self._taken: tuple[int, ...] = ()  # the ids that the matcher has taken
+        self._seen: dict[tuple[int, ...], npt.NDArray[np.uint8]] = {}
+
+    def check_begins(self) -> None:
+        """Raise GenerationError if no token may come first."""
+        if not self.allowed(()).any():
+            raise GenerationError(
+                f"With {named(self.language.constraint)} no token can come first: it has no string, none that this "
+                "tokenizer can write, or only the empty one and the model no end token."
+            )
+
+    def allowed(self, completion: tuple[int, ...]) -> Allowed:
+        """Return which tokens may follow a continuation, `(vocab,)`; none may where it has left the language.
+
+        Only end tokens may follow an end token.
+        """
+        packed = self._seen.get(completion)
+        if packed is None:
+            if len(self._seen) == NUM_KEPT:
+                del self._seen[next(iter(self._seen))]
+            packed = self._seen[completion] = np.packbits(self._found(completion))
+        return np.unpackbits(packed, count=self._num_tokens).view(np.bool_)
+
+    def is_over(self, completion: tuple[int, ...]) -> bool:
+        """Return whether a continuation is in the language and nothing may follow, an end token included."""
+        if self._special_ends:  # one of them may follow
+            return False
+        return not self.allowed(completion).any() and self._go_to(completion) and bool(self._matcher.is_accepting())
+
+    def forced(self, completion: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+        """Return the tokens that follow a continuation with no other choice, and are followed by another token.
+
+        End tokens are left out.
+        """
+        tokens: tuple[int, ...] = ()
+        while len(tokens) < max_tokens:
+            token_ids = np.flatnonzero(self.allowed(completion + tokens))
+            if len(token_ids) != 1 or (token_id := int(token_ids[0])) in self._end_ids:
+                break
+            if self.is_over((*completion, *tokens, token_id)):
+                break
+            tokens += (token_id,)
+        return tokens
+
+    def possible(self, completion: tuple[int, ...], tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the longest beginning of `tokens` that may follow a continuation."""
+        for num, token_id in enumerate(tokens):
+            if not self.allowed(completion + tokens[:num])[token_id]:
+                return tokens[:num]
+        return tokens
+
+    def _found(self, completion: tuple[int, ...]) -> Allowed:
+        allowed = np.zeros(self._num_tokens, dtype=bool)
+        if completion and completion[-1] in self._end_ids:
+            allowed[self._end_ids] = True
+            return allowed
+        if not self._go_to(completion):
+            return allowed
+        mask = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if self._matcher.is_error():
+            self._give_up()
+            return allowed
+        num_tokens = min(self._num_tokens, self.language.vocabulary.num_tokens)
+        allowed[:num_tokens] = mask[:num_tokens]
+        for token_id in filter(allowed.__getitem__, self._end_ids):
+            allowed[token_id] = self._may_end_with(token_id)
+        if self._matcher.is_accepting():
+            allowed[self._special_ends] = True
+        return allowed
+
+    def _go_to(self, completion: tuple[int, ...]) -> bool:
+        """Let the matcher take a continuation in; return False if that is none of the language."""
+        num_common = len(self._taken)
+        if completion[:num_common] != self._taken:
+            pairs = enumerate(zip(completion, self._taken, strict=False))
+            shorter = min(len(completion), num_common)
+            num_common = next((num for num, (new, old) in pairs if new != old), shorter)
+            self._matcher.rollback(len(self._taken) - num_common)
+            self._taken = completion[:num_common]
+        more = list(completion[num_common:])
+        if any(token_id >= self.language.vocabulary.num_tokens for token_id in more):
+            return False
+        self._taken = completion[: num_common + (self._matcher.try_consume_tokens(more) if more else 0)]
+        return len(self._taken) == len(completion)
+
+    def _may_end_with(self, token_id: int) -> bool:
+        """Return whether the language may end with a token, which may follow."""
+        self._matcher.consume_token(token_id)
+        may_end = bool(self._matcher.is_accepting())
+        self._matcher.rollback(1)
+        return may_end
+
+    def _give_up(self) -> None:
+        """Begin again with another matcher: after an error this one takes nothing more."""
+        failed, self._matcher, self._taken = self._matcher, self.language.beginning.deep_copy(), ()
+        check_ends_here(failed, self.language.constraint)
+
+
+class _Tokens:
+    """The tokens of a tokenizer and its way of encoding, for llguidance; with an end token of its own.
+
+    llguidance's own reader of tokenizers takes every added token that looks like `<think>` for a special one.
+
+    Args:
+        spelled: the string of each token, in UTF-8; a token may be a part of a character.
+        special_ids: the tokens that stand for no string, but for their name in a grammar.
+        encoder: encodes strings within a text, the names of special tokens as ordinary characters.
+
+    """
+
+    bos_token_id = None
+
+    def __init__(self, spelled: Sequence[bytes], special_ids: Collection[int], encoder: Backend) -> None:
+        self.eos_token_id = len(spelled)  # which tokens end a text is for its options to say
+        named = [_SPECIAL + token if idx in special_ids else token for idx, token in enumerate(spelled)]
+        self.tokens = [*named, _SPECIAL + b"<end>"]
+        self.special_token_ids = [*special_ids, self.eos_token_id]
+        self._encoder = encoder
+
+    def __call__(self, string: str) -> list[int]:
+        ids: list[int] = self._encoder.encode(string, add_special_tokens=False).ids
+        return ids
+
+
+def _spelled_tokens(backend: Backend) -> list[bytes]:
+    """Return the string of each token in UTF-8, by llguidance's knowledge of byte-level tokens and byte fallback.
+
+    Raises:
+        TokenizerError: llguidance does not know it.
+
+    """
+    try:
+        reader = guidance().LLTokenizer(backend.to_str(), slices=[])
+    except ValueError as error:
+        raise TokenizerError(
+            f"llguidance cannot use this tokenizer for a constraint ({error}). It takes byte-level BPE, and "
+            "SentencePiece tokenizers with byte fallback."
+        ) from error
+    known = set(backend.get_vocab(with_added_tokens=True).values())
+    spelled = [reader.decode_bytes([token_id]) if token_id in known else b"" for token_id in range(1 + max(known))]
+    for token_id, token in backend.get_added_tokens_decoder().items():
+        spelled[token_id] = token.content.encode()
+    return spelled
+
+
+def compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
+    """Return the matcher of a constraint before the first token.
+
+    Raises:
+        GenerationError: llguidance refuses the constraint.
+
+    """
+    library = guidance()
+    matcher: LLMatcher = library.LLMatcher(tokenizer, _grammar(constraint, library), log_level=0)
+    if matcher.is_error():
+        raise GenerationError(f"llguidance refuses {named(constraint)}: {matcher.get_error().strip()}")
+    return matcher
+
+
+def _grammar(constraint: Constraint, library: Any) -> str:
+    """Return a constraint as llguidance writes it."""
+    found: str
+    if isinstance(constraint, Regex):
+        found = library.LLMatcher.grammar_from_regex(constraint.pattern)
+    elif isinstance(constraint, JsonSchema):
+        options = {"whitespace_flexible": False} if constraint.compact else {}
+        found = library.LLMatcher.grammar_from_json_schema(constraint.json, overrides=options)
+    else:
+        assert isinstance(constraint, Grammar), constraint
+        found = library.LLMatcher.grammar_from_lark(constraint.lark)
+    return found
+
+
+def guidance() -> Any:
+    """Return llguidance, or raise MissingDependencyError."""
+    try:
+        import llguidance
+    except ImportError as error:
+        raise MissingDependencyError("Constraints need llguidance: pip install llguidance") from error
+    return llguidance
+
+
+def check_ends_here(failed: LLMatcher, constraint: Constraint) -> None:
+    """Raise GenerationError unless a matcher failed because nothing may follow, such as a language that is empty."""
+    reason = failed.get_error().strip().partition("\n")[0]
+    if not reason.startswith("NoExtension"):
+        raise GenerationError(f"llguidance gives up on {named(constraint)}: {reason}. Make the language simpler.")
+
+
+def named(constraint: Constraint) -> str:
+    """Return a constraint for a message."""
+    return f"the constraint {shortened(repr(constraint), 120)}"
