@@ -44,6 +44,7 @@ class Advance:
 
     Attributes:
         num_steps: the number of steps that the run had done before.
+        tokens: the next token of each live text.
         grown: for each live text the end of its continuation with the next token, and the position behind the end.
         are_inserted: whether these ends are new spans, which have not absorbed those before them.
         begun: the ends of the texts that begin.
@@ -53,6 +54,7 @@ class Advance:
     """
 
     num_steps: int
+    tokens: Sequence[Choice]
     grown: Sequence[tuple[Span, int]]
     are_inserted: bool
     begun: Sequence[Span]
@@ -70,8 +72,12 @@ class _Grown:
     are_inserted: bool
 
 
-def advance(evaluator: Evaluator, runs: Sequence[Advancing]) -> list[Advance]:
+def advance(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice]]]) -> list[Advance]:
     """Forward the next token of every live text, begin waiting texts, and read the logits behind all of them.
+
+    Args:
+        evaluator: computes.
+        runs: each run with the next tokens of its live texts.
 
     Raises:
         StaleRepresentationError: the model's weights have changed meanwhile.
@@ -79,7 +85,7 @@ def advance(evaluator: Evaluator, runs: Sequence[Advancing]) -> list[Advance]:
 
     """
     grown = _grown(evaluator, runs)
-    waiting = [run.to_begin(evaluator) for run in runs]
+    waiting = [run.to_begin(evaluator) for run, _ in runs]
     prompts = [prompt for own in waiting for prompt in own]
     with evaluator.holders.using(grown.distinct):
         begun = evaluator.continuations.begin(prompts) if prompts else []
@@ -92,18 +98,18 @@ def advance(evaluator: Evaluator, runs: Sequence[Advancing]) -> list[Advance]:
     row_of = {end: row for row, end in enumerate(ends)}
     found: list[Advance] = []
     grown_ends, begun_ends = iter(grown.ends), iter(begun)
-    for run, own in zip(runs, waiting, strict=True):
+    for (run, tokens), own in zip(runs, waiting, strict=True):
         lives = [next(grown_ends) for _ in run.live]
         starts = [next(begun_ends) for _ in own]
         rows = [row_of[end] for end in (*lives, *starts)]
         stops = [(end, end.stop) for end in lives]
-        found.append(Advance(run.num_steps, stops, grown.are_inserted, starts, rows, logits))
+        found.append(Advance(run.num_steps, tokens, stops, grown.are_inserted, starts, rows, logits))
     return found
 
 
-def _grown(evaluator: Evaluator, runs: Sequence[Advancing]) -> _Grown:
+def _grown(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice]]]) -> _Grown:
     """Forward the next token of every live text: in place where all of them can, else behind new spans."""
-    texts = [(live, choice) for run in runs for live in run.live if (choice := live.next_token) is not None]
+    texts = [text for run, own in runs for text in zip(run.live, own, strict=True)]
     if not texts:
         return _Grown([], [], [], are_inserted=False)
     tokens: dict[Token, TokenScore] = {}
@@ -113,7 +119,7 @@ def _grown(evaluator: Evaluator, runs: Sequence[Advancing]) -> _Grown:
         token = live.tip, live.base_id + choice.token_id
         token_of.append(token)
         tokens[token] = choice.score
-    stepped = evaluator.continuations.extend(runs, tokens, len(texts))
+    stepped = evaluator.continuations.extend([run for run, _ in runs], tokens, len(texts))
     if stepped is not None:
         end_of = dict(zip(stepped.tokens, stepped.ends, strict=True))
         return _Grown([end_of[token] for token in token_of], stepped.ends, [stepped.hidden], are_inserted=False)

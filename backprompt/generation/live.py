@@ -65,9 +65,15 @@ class Live:
         """Return ids of the continuation under its adapter."""
         return tuple(self.base_id + token_id for token_id in token_ids)
 
-    def go_on(self, end: Span) -> None:
-        """Note that the held continuation has grown by `next_token`, and ends here now."""
-        self.tip, self._stop = end, end.stop
+    def go_on(self, end: Span, stop: int) -> None:
+        """Note that the held continuation has grown by `next_token`, and ends here now.
+
+        Args:
+            end: the end of the continuation.
+            stop: the position behind the end when the token went in; others may have gone on behind it since.
+
+        """
+        self.tip, self._stop = (end, stop) if end.stop == stop else (NOWHERE, NOWHERE.stop)
         self._num_held += 1
 
     def forget_grown(self) -> None:

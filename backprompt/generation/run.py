@@ -20,8 +20,8 @@ from backprompt.generation.choosing import Logits, choose_next
 from backprompt.generation.choosing import choose as choose_tokens
 from backprompt.generation.continued import GeneratedText, generated_text
 from backprompt.generation.decoding import Decoding, TextDecoding
-from backprompt.generation.found import Completion, Found
-from backprompt.generation.live import NOWHERE, Live
+from backprompt.generation.found import Choice, Completion, Found
+from backprompt.generation.live import Live
 from backprompt.generation.lookahead import MAX_PROPOSALS
 from backprompt.lm import LM
 from backprompt.progress import progress_bar, showing
@@ -138,7 +138,8 @@ class Run:
             try:
                 if found is None or found.num_steps != self.num_steps:  # another thread has taken the step
                     self._forget_grown()
-                    found = advance(evaluator, [self])[0] if self.may_advance else None
+                    tokens = self.next_tokens()
+                    found = None if tokens is None else advance(evaluator, [(self, tokens)])[0]
                 self.num_steps += 1
                 if found is not None:
                     self._go_on(evaluator, found)
@@ -169,12 +170,12 @@ class Run:
                 self.num_steps += 1
                 self._end(self._evaluator, self.live)
 
-    @property
-    def may_advance(self) -> bool:
-        """Whether texts go on or begin, and each that goes on does so with one token behind one continuation."""
+    def next_tokens(self) -> list[Choice] | None:
+        """Return the next token of every live text; None where one has several continuations, or nothing is left."""
         if self.decoding.num_beams > 1 or not (self.live or self._num_begun < len(self.prompts)):
-            return False
-        return all(live.next_token is not None for live in self.live)
+            return None
+        tokens = [token for live in self.live if (token := live.next_token) is not None]
+        return tokens if len(tokens) == len(self.live) else None
 
     def to_begin(self, evaluator: Evaluator) -> Sequence[TokenIds]:
         """Return the waiting texts that begin now."""
@@ -191,12 +192,12 @@ class Run:
     def _go_on(self, evaluator: Evaluator, found: Advance) -> None:
         """Go on behind the ends that were found, and choose the next token of every live text."""
         inserted: list[tuple[Span, Span, TokenScore]] = []  # what each was, what it is, and its last token's score
-        for live, (end, stop) in zip(self.live, found.grown, strict=True):
-            before, choice = live.tip, live.next_token
-            live.go_on(end if end.stop == stop else NOWHERE)  # others may have gone on behind it since
+        for live, token, (end, stop) in zip(self.live, found.tokens, found.grown, strict=True):
+            before = live.tip
+            live.go_on(end, stop)
             if found.are_inserted and live.tip is end and end.is_held(with_keys_values=True):
-                assert before is not None and choice is not None
-                inserted.append((before, end, choice.score))
+                assert before is not None
+                inserted.append((before, end, token.score))
         self._note_begun(found.begun)
         self.is_advancing = False
         if inserted:
@@ -329,14 +330,18 @@ class _Step(Call[bool]):
     @staticmethod
     def together(evaluator: Evaluator, calls: Sequence[_Step]) -> None:
         """Do steps of several runs together; beams and proposals are left to their own threads."""
-        steps: dict[Run, _Step] = {}
+        steps: list[_Step] = []
+        tokens_of: dict[Run, list[Choice]] = {}
         for call in calls:
             run = call.run
-            if run in steps or run.is_advancing or not run.begin_with(evaluator) or not run.may_advance:
+            may_advance = run not in tokens_of and not run.is_advancing and run.begin_with(evaluator)
+            tokens = run.next_tokens() if may_advance else None
+            if tokens is None:
                 call.is_alone = True
             else:
-                steps[run] = call
+                steps.append(call)
+                tokens_of[run] = tokens
                 run.is_advancing = True
         if steps:
-            for call, found in zip(steps.values(), advance(evaluator, [*steps]), strict=True):
+            for call, found in zip(steps, advance(evaluator, [*tokens_of.items()]), strict=True):
                 call.found = found
