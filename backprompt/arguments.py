@@ -7,8 +7,9 @@ needed.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Reversible, Sequence, Set
+from collections.abc import Iterable, Mapping, Reversible, Sequence, Set
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -190,6 +191,12 @@ def as_choice(given: Any, name: str, choices: Sequence[Choice], *, advice: str =
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {given!r}.{advice}")
     chosen: Choice = given
     return chosen
+
+
+def did_you_mean(given: str, choices: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the choice that is most like a name, or an empty string if none is like it."""
+    close = difflib.get_close_matches(given, choices, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def as_floats(given: Any, name: str) -> npt.NDArray[np.float64]:

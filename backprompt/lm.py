@@ -37,6 +37,12 @@ from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import flat
 from backprompt.tokens.joins import Joins
+from backprompt.visible import abbreviated
+
+_ASKED_BY_TEXTS = frozenset(
+    {"extents", "joins", "look_up", "pin", "representation", "save", "session", "string", "tokens"}
+)
+"""Names of the protocol `Engine`, and the session: text.tokens, text.pin() and the like are the public ways."""
 
 
 class LM(Engine[Text]):
@@ -80,7 +86,7 @@ class LM(Engine[Text]):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any,
+        tokenizer: Any = None,  # needed, but `LM("gpt2")` gets an error that says more than its absence
         *,
         joins: Joins = "exact",
         add_special_tokens: bool = True,
@@ -106,14 +112,18 @@ class LM(Engine[Text]):
         check_options(**vars(options))
         if not isinstance(model, nn.Module):
             raise UnsupportedModelError(
-                f"An LM wraps a model of transformers, not {type(model).__name__}. "
-                "To load one by its name or path use backprompt.load(name)."
+                f"An LM wraps a model of transformers, not {type(model).__name__}. To load one by its name or path use "
+                f"backprompt.load({abbreviated(model) if isinstance(model, str) else 'name'})."
             )
         self._session = Session(model, tokenizer, options)
 
     def __repr__(self) -> str:
         joins = self._session.options.joins
         return f"LM({type(self._session.model).__name__}, {type(self.tokenizer).__name__}, joins={joins!r})"
+
+    def __dir__(self) -> list[str]:
+        """Return the names that users need; those by which a text asks its engine are left out."""
+        return sorted(set(super().__dir__()) - _ASKED_BY_TEXTS)
 
     def __copy__(self) -> LM:
         return self
@@ -190,7 +200,7 @@ class LM(Engine[Text]):
     def representation(self, text: Text) -> ModelRepr:
         """Return the representation of a text, as `evaluate` does; for a held text no evaluation is counted."""
         with self._session.exclusive():
-            return ModelRepr(self._session, *self._session.evaluate([text]))
+            return ModelRepr(self._session, self._session.read(text))
 
     def token_logprobs(
         self,

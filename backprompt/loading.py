@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +15,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from backprompt.errors import ModelLoadError
+from backprompt.arguments import did_you_mean
 from backprompt.lm import LM
 from backprompt.model.checkpoint import Checkpoint
 from backprompt.model.int8 import PACKAGE, WAYS, Way, quantize, version
+from backprompt.model.pretrained import MODEL_OPTIONS, Pretrained, pretrained_options
 from backprompt.progress import check_show
-from backprompt.session.options import check_can_pin, check_options
+from backprompt.session.options import Options, check_can_pin, check_options
 from backprompt.store.paths import check_folder
 
 logger = logging.getLogger(__name__)
+
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""The values of `device_map` that let accelerate choose the devices."""
+
+_OWN_OPTIONS = ("device", "dtype", "torch_dtype", "weights", "show_progress_bar", "model_kwargs")
+_LM_OPTIONS = tuple(field.name for field in fields(Options))
+_SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
 def load(
@@ -32,24 +41,33 @@ def load(
     dtype: torch.dtype | str | None = None,
     weights: Way | None = None,
     show_progress_bar: bool | None = None,
-    **lm_options: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> LM:
     """Load a causal LM and its tokenizer by hub id or local path.
+
+    A hub that does not answer is asked once, and then only earlier downloads are looked through.
 
     Args:
         name: a name or path for `from_pretrained` of transformers.
         device: "cuda", "mps", "cpu" ...; by default the first of these that is available.
-        dtype: the dtype of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
+        dtype: the dtype of the weights; by default float32 on the CPU and the checkpoint's own elsewhere. The old name
+            of transformers, `torch_dtype`, is the same.
         weights: quantizes the linear layers after loading, the output head aside, with torchao (`pip install torchao`):
             "int8" their weights to 8 bits, "int8-dynamic" their inputs as well, which is faster on the CPU and less
             exact: packed passes and plain calls differ by the rounding of inputs. The dtype is that of all else.
         show_progress_bar: False hides the bars of transformers; by default the setting of transformers decides.
-        **lm_options: options of `LM`.
+        model_kwargs: any arguments for `from_pretrained` of the model.
+        **options: options of `LM`; and these arguments of `from_pretrained` by name: `device_map` in place of `device`,
+            `quantization_config` in place of `weights`, `attn_implementation`, `config`, `key_mapping`, `max_memory`,
+            `offload_buffers`, `offload_folder`, `use_safetensors`, `variant`, and for the tokenizer as well
+            `trust_remote_code`, `revision`, `code_revision`, `token`, `cache_dir`, `local_files_only`,
+            `force_download`, `subfolder`, `gguf_file`.
 
     Raises:
-        ImportError: `weights` needs torchao, which is missing.
-        ValueError, TypeError: the device is not available, weights cannot have the dtype, `LM` does not have an option,
-            or an option has an invalid value; raised before anything is loaded.
+        ImportError: a missing package: torchao for `weights`, accelerate for `device_map` and `quantization_config`.
+        ValueError, TypeError: the device is not available, weights cannot have the dtype, an option is unknown or has
+            an invalid value; raised before anything is loaded.
         ModelLoadError: the model or the tokenizer cannot be found or downloaded.
         OSError: the store's path cannot be the folder of a store; see `DiskStore`.
         UnsupportedModelError: see `LM`; or the model cannot be quantized.
@@ -57,9 +75,13 @@ def load(
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise TypeError(f"name must be a hub id or the path of a model's folder, not {name!r}.")
-    chosen = _default_device() if device is None else available_device(device)
+    dtype = _one_dtype(dtype, options)
+    lm_options = {key: value for key, value in options.items() if key not in MODEL_OPTIONS}
+    _check_names(lm_options)
+    given = pretrained_options(options, model_kwargs, taken=(*_OWN_OPTIONS, *_LM_OPTIONS, "output_loading_info"))
+    _check_weights(weights, given)
+    chosen = _chosen_device(device, given)
     dtype = _dtype_of_weights(dtype, chosen)
-    _check_weights(weights)
     check_show(show_progress_bar)
     check_options(**lm_options)
     if lm_options.get("pin_memory"):
@@ -67,20 +89,19 @@ def load(
     if isinstance(store := lm_options.get("store"), (str, os.PathLike)):
         check_folder(store)
     as_held = dtype if weights is None else f"{dtype}, {weights} of torchao {version()} on {chosen.type}"
-    checkpoint = Checkpoint.find(name, as_held)
-    logger.info("Loading %s on %s, dtype %s.", name, chosen, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    pretrained = Pretrained.found(name, given)
+    checkpoint = Checkpoint.find(name, as_held) if pretrained.is_plain else None
+    logger.info("Loading %s on %s, dtype %s.", name, given.get("device_map", chosen), dtype)
+    with pretrained.errors_explained():
+        tokenizer = AutoTokenizer.from_pretrained(name, **pretrained.for_tokenizer)
         with _bars_of_transformers(show_progress_bar):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(
-            f"Could not load {str(name)!r}: {error}\nIf the model hub cannot be reached, download the model elsewhere "
-            "and pass the path of its folder: backprompt.load('path/to/model')."
-        ) from error
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **pretrained.for_model(chosen)
+            )
     model, loading_info = loaded
     is_decided = checkpoint is not None and checkpoint.decides(model, loading_info)
-    model = model.to(chosen)
+    if "device_map" not in pretrained.for_model(chosen):
+        model = model.to(chosen)
     if weights is not None:
         quantize(model, weights)
     lm = LM(model, tokenizer, **lm_options)
@@ -89,7 +110,25 @@ def load(
     return lm
 
 
-def _check_weights(weights: object) -> None:
+def _check_names(lm_options: Mapping[str, Any]) -> None:
+    known = (*_OWN_OPTIONS, *_LM_OPTIONS, *MODEL_OPTIONS)
+    for name in lm_options:
+        if name not in known:
+            raise TypeError(
+                f"load has no option {name!r}.{did_you_mean(name, known)} It has {', '.join(known)}. Other arguments "
+                "of transformers' from_pretrained go into model_kwargs={...}."
+            )
+
+
+def _one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> torch.dtype | str | None:
+    """Return the dtype under either of its names, and take the old one out of the options."""
+    old: torch.dtype | str | None = options.pop("torch_dtype", None)
+    if dtype is not None and old is not None:
+        raise TypeError("torch_dtype is the old name of dtype: give one of them, dtype.")
+    return old if dtype is None else dtype
+
+
+def _check_weights(weights: object, given: Mapping[str, Any]) -> None:
     if weights is None:
         return
     if weights not in WAYS:
@@ -98,6 +137,28 @@ def _check_weights(weights: object) -> None:
         )
     if find_spec(PACKAGE) is None:
         raise ImportError(f"weights={weights!r} needs torchao, which is not installed: pip install torchao.")
+    for name in ("device_map", "quantization_config"):
+        if name in given:
+            raise ValueError(f"weights={weights!r} quantizes a model on one device, after loading: leave out {name}=.")
+
+
+def _chosen_device(device: str | torch.device | None, given: Mapping[str, Any]) -> torch.device:
+    """Return the device of the weights; of a model that is spread the first that is none of the CPU, if there is one.
+
+    Raises:
+        TypeError, ValueError: a device is not available, or both `device` and `device_map` are given.
+
+    """
+    device_map = given.get("device_map")
+    if device_map is None:
+        return _default_device() if device is None else available_device(device)
+    if device is not None:
+        raise ValueError("device= puts the model on one device, and device_map= spreads it: give one of them.")
+    if device_map in _SPREADS:
+        return _default_device()
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    found = [available_device(place, f"device_map={place!r}") for place in places if place != "disk"]
+    return next((place for place in found if place.type != "cpu"), torch.device("cpu"))
 
 
 @contextmanager
@@ -153,8 +214,10 @@ def _dtype_of_weights(dtype: torch.dtype | str | None, device: torch.device) -> 
         return "auto"
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        long = _SHORT_DTYPES.get(str(dtype))
         raise ValueError(
             f'dtype must be "auto" or a floating-point dtype of torch, as "float32" or torch.bfloat16, not {dtype!r}.'
+            + (f' Did you mean "{long}"?' if long else "")
         )
     return found
 

@@ -290,10 +290,10 @@ def generating(num_tokens: int) -> Callable[[GPT2LMHeadModel, list[EncodedPrompt
 
 PLAIN_PADDED = Rival("plain padded", Look("#8c8c8c", "s"), "plain padded", plain_padded)
 CACHE_RECIPE = Rival(
-    "cache recipe (deepcopy)", Look("#56b4e9", "^", "////"), "cache recipe", cache_recipe, copies_for_each_text=True
+    "cache recipe (deepcopy)", Look("#56b4e9", "^"), "cache recipe", cache_recipe, copies_for_each_text=True
 )
-CAPPR_WAY = Rival("CAPPr's way", Look("#009e73", "D", "...."), "CAPPr's way", cappr_way)
-ORIGINAL_TOY = Rival("original toy", Look("#cc79a7", "v", "xxxx"), "original toy", toy_way, copies_for_each_text=True)
+CAPPR_WAY = Rival("CAPPr's way", Look("#009e73", "D"), "CAPPr's way", cappr_way)
+ORIGINAL_TOY = Rival("original toy", Look("#cc79a7", "v"), "original toy", toy_way, copies_for_each_text=True)
 GENERATING_1 = Rival("generating 1 token", Look("#56b4e9", "^"), "generating 1 token", generating(1))
 GENERATING_4 = Rival("generating 4 tokens", Look("#cc79a7", "v"), "generating 4 tokens", generating(4))
 

@@ -15,11 +15,10 @@ INKS = {"light": "#24292f", "dark": "#e6edf3"}
 
 @dataclass(frozen=True)
 class Look:
-    """How a contender is drawn: told by its marker or hatching without colour vision, too."""
+    """How a contender is drawn: told by its marker without colour vision, too."""
 
     colour: str  # of Okabe and Ito, "Color Universal Design", whose colours are told apart without colour vision
     marker: str
-    hatch: str = ""
     style: str = "-"
 
 

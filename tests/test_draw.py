@@ -275,12 +275,37 @@ def test_lines_are_cut_behind_spaces_and_line_ends() -> None:
     assert max(len(line) for box in boxes(draw(Text("word " * 20), max_characters=30)) for line in box) <= 15
 
 
-def test_joins_that_changed_tokens_are_marked(lm: LM) -> None:
-    text = Text("it is not tr", lm) + "ue th" + "at it is"
+def test_joins_that_split_tokens_from_those_of_other_texts_are_marked(lm: LM) -> None:
+    beginning = Text("it is not tr", lm) + "ue th"
+    text = beginning + "at it is"
     assert len(text.joins()) == 1
-    assert said(text.draw()).count("≠") == 2  # in the box behind the join, and in the legend
-    assert any("≠ at its join" in box for box in boxes(text.draw()))
-    assert "≠" not in said((Text("a", lm) + " b").draw())
+    for drawn in (draw([text, beginning]), draw([text, beginning + " but"])):
+        assert said(drawn).count("≠") == 2  # in the box behind the join, and in the legend
+        assert any("≠ at its join" in box for box in boxes(drawn))
+    for unmarked in ([text], [text, beginning + "at"], [Text("a", lm) + " b"]):  # nobody has the tokens that changed
+        assert "≠" not in said(draw(unmarked))
+
+
+def test_a_deep_tree_with_a_branch_a_turn_stays_under_two_screens() -> None:
+    """Each turn has a reply that was dropped, and one that the conversation goes on behind."""
+    text, texts = Text("You are a helpful assistant."), []
+    for turn in range(40):
+        text += f"User: another question, number {turn}?\n"
+        texts.append(text + f"Assistant: a reply {turn} that was dropped\n")
+        text += f"Assistant: a reply {turn} that was kept\n"
+    drawing = draw([*texts, text])
+    (points,) = re.findall(r'<svg width="(\d+)pt"', drawing.pipe("svg", encoding="utf-8"))
+    assert int(points) * 4 / 3 < 2 * 1920  # pixels
+    num_shown = len(boxes(drawing)) - 1
+    assert any(f"{121 - num_shown} more segments" in line for box in boxes(drawing) for line in box)
+    assert len(boxes(draw([*texts, text], max_columns=1000))) == 121
+
+
+def test_a_generated_text_says_so_and_why_it_ends(lm: LM) -> None:
+    texts = Text("it is", lm).generate(max_new_tokens=3, n=2, do_sample=True, seed=1)
+    drawn = [box for box in boxes(draw(texts)) if "generated: length" in box]
+    assert len(drawn) == 2
+    assert not any("generated" in line for box in boxes(draw([text.prompt for text in texts])) for line in box)
 
 
 @pytest.mark.parametrize("num_branches", [2, 7])

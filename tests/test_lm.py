@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import gc
 import pickle
-import re
 import time
 import weakref
 from types import SimpleNamespace
@@ -26,7 +25,6 @@ from transformers import (
 from backprompt import (
     LM,
     EmptyTextError,
-    ModelLoadError,
     NonFiniteError,
     NotPicklableError,
     Text,
@@ -41,9 +39,9 @@ from backprompt import (
 from backprompt.evaluation.pools import CANDIDATE_BYTES, CANDIDATE_END_BYTES
 from backprompt.memory.blocks import KeysValues, States
 from comparing import assert_close, assert_equals_plain, num_distinct, num_distinct_ids
-from reference import plain_greedy, plain_ids, plain_is_argmax, plain_logits, plain_token_logprobs
+from reference import plain_greedy, plain_is_argmax, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE
-from tiny_tokenizers import TOKENIZERS, byte_level_bpe
+from tiny_tokenizers import TOKENIZERS
 
 ROW_BYTES = VOCAB_SIZE * 4  # of logits
 FOUR_LMS = {name: LM(FAMILIES["gpt2"](), make()) for name, make in TOKENIZERS.items()}
@@ -763,81 +761,6 @@ def test_bad_options_are_refused(options, message, model, tokenizer):
 def test_what_is_no_tokenizer_is_refused(tokenizer, model):
     with pytest.raises(TokenizerError, match=r"needs a tokenizer of transformers, not .*AutoTokenizer.from_pretrained"):
         LM(model, tokenizer)
-
-
-# Loading
-
-
-@pytest.fixture
-def checkpoint(tmp_path, model, tokenizer):
-    """A folder with a bfloat16 model and its tokenizer."""
-    copy.deepcopy(model).bfloat16().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_load_reads_a_folder(checkpoint, model):
-    expected = copy.deepcopy(model).bfloat16().float()
-    for name in (checkpoint, str(checkpoint)):
-        lm = load(name, device="cpu")
-        assert (lm.model.dtype, lm.model.device.type) == (torch.float32, "cpu")
-        text = Text("The cat sat", lm)
-        assert text.tokens == tuple(plain_ids(byte_level_bpe(), "The cat sat"))
-        assert_equals_plain(expected, [text])
-
-
-def test_load_passes_its_options_on(checkpoint):
-    lm = load(checkpoint, device="cpu", dtype=torch.bfloat16, joins="split", max_tokens_per_forward=3)
-    text = Text("T", lm) + "he cat"
-    representation = evaluate(text)
-    assert representation.logits.dtype == torch.bfloat16
-    assert len(text.tokens) > len(plain_ids(lm.tokenizer, text.string))  # "T" and "he" did not merge
-    assert lm.stats.forward_passes >= len(text.tokens) / 3
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"device": "banana"}, ValueError, r"device='banana' cannot be used: Expected one of .*\. Leave it out for '"),
-        ({"device": torch.device("cuda", 99)}, ValueError, "device='cuda:99' cannot be used"),
-        ({"device": "meta"}, ValueError, "device='meta' holds no weights"),
-        ({"device": "hpu"}, ValueError, r"device='hpu' cannot be used: No module named"),
-        ({"device": "privateuseone"}, ValueError, r"device='privateuseone' cannot be used: No module named"),
-        ({"device": 10**30}, ValueError, r"cannot be used: .*Leave it out"),
-        ({"device": True}, TypeError, "device must be the name of one"),
-        ({"dtype": "banana"}, ValueError, "floating-point dtype of torch, .* not 'banana'"),
-        ({"dtype": torch.int8}, ValueError, "not torch.int8"),
-        ({"dtype": float}, ValueError, "not <class 'float'>"),
-        ({"show_progress_bar": "no"}, ValueError, "show_progress_bar must be True or False, not 'no'"),
-        ({"memory": "2 GB"}, TypeError, "An LM has no option 'memory'. It has joins, .*, memory_bytes"),
-        ({"name": None}, TypeError, "name must be a hub id or the path of a model's folder, not None"),
-        ({"name": ""}, TypeError, "name must be"),
-    ],
-)
-def test_what_load_cannot_take_is_refused_before_anything_is_looked_for(options, error, message, monkeypatch):
-    monkeypatch.setattr("backprompt.loading.AutoTokenizer", None)
-    with pytest.raises(error, match=message):
-        load(**{"name": "anything", **options})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-def test_cuda_where_there_is_none_says_what_there_is(checkpoint):
-    with pytest.raises(ValueError, match=r"device='cuda' cannot be used: .*Leave it out"):
-        load(checkpoint, device="cuda")
-
-
-def test_a_dtype_by_name_is_the_dtype(checkpoint):
-    for dtype in ("float16", "torch.float16", torch.float16):
-        assert load(checkpoint, device="cpu", dtype=dtype).model.dtype is torch.float16
-    assert load(checkpoint, device="cpu", dtype="auto").model.dtype is torch.bfloat16
-
-
-@pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/folder/anywhere"])
-def test_what_cannot_be_loaded_says_to_pass_a_local_path(name):
-    with pytest.raises(ModelLoadError, match=re.escape(f"Could not load '{name}'")) as error:
-        load(name)
-    assert re.search("download the model elsewhere and pass the path of its folder", str(error.value))
-    assert isinstance(error.value, OSError)
 
 
 # Copies, and the end

@@ -120,6 +120,34 @@ def test_shades_follow_the_probability(gpt2: LM) -> None:
     assert len({token.logprob for token in shown.tokens}) > 2
 
 
+def luminance(colour: int) -> float:
+    """Of one of the 256 colours of terminals, of the 6 x 6 x 6 colours among them."""
+    levels = [(0, 95, 135, 175, 215, 255)[(colour - 16) // step % 6] / 255 for step in (36, 6, 1)]
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in levels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: float, other: float) -> float:
+    return (max(one, other) + 0.05) / (min(one, other) + 0.05)
+
+
+@pytest.mark.parametrize("is_dark", [True, False])
+def test_the_less_probable_the_more_it_stands_out_from_the_ground(gpt2: LM, is_dark: bool) -> None:
+    legend = Text("a", gpt2).show(top=0).ansi(is_dark=is_dark).rsplit("\n", 1)[1]
+    painted = [tuple(map(int, pair)) for pair in re.findall(r"38;5;(\d+);48;5;(\d+)m", legend)]
+    distances = [contrast(luminance(ground), 0.0 if is_dark else 1.0) for _, ground in painted]
+    assert len(painted) == len(SHADES) - 1
+    assert distances == sorted(distances)
+    assert all(contrast(luminance(letters), luminance(ground)) > 4.4 for letters, ground in painted)
+
+
+@pytest.mark.parametrize(("said", "is_dark"), [("15;0", True), ("0;15", False), ("0;default;7", False), ("", True)])
+def test_the_terminal_says_which_ground_it_has(gpt2: LM, monkeypatch, said: str, is_dark: bool) -> None:
+    monkeypatch.setenv("COLORFGBG", said)
+    shown = Text("a cat", gpt2).show(top=0)
+    assert shown.ansi() == shown.ansi(is_dark=is_dark) != shown.ansi(is_dark=not is_dark)
+
+
 def test_joins_are_marked(gpt2: LM) -> None:
     text = Text("it is not tr", gpt2) + "ue th" + "at it is"
     shown = text.show(top=0)

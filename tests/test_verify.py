@@ -347,3 +347,11 @@ def test_a_gap_under_tf32_names_it(is_on, tokenizer, monkeypatch):
     far = verify_against(monkeypatch, [text], scale_logits(0.9))
     assert ("TF32" in str(far)) is is_on
     assert ("TF32" in far.advice) is is_on
+
+
+def test_the_account_fits_80_columns(lm):
+    texts = [Text("A segment of many words, whose middle is left out: " * n, lm) + " b" * 9 for n in (1, 2)]
+    lines = str(verify(texts)).splitlines()
+    assert max(map(len, lines)) <= 80
+    start = next(idx for idx, line in enumerate(lines) if line.startswith("segment "))
+    assert {len(line) for line in lines[start:]} == {80}

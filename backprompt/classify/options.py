@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from backprompt.arguments import as_bool, as_choice, as_number
 from backprompt.classify.completions import EndOfPrompt
 from backprompt.classify.prompts import Prompt
 from backprompt.classify.weighing import AGGREGATES, Aggregate
 from backprompt.progress import check_show
+
+
+class OptionTypes(TypedDict, total=False):
+    """The types of the options of `predict_proba`, for its overloads; see `Options`."""
+
+    prior: Sequence[float] | None
+    normalize: bool
+    end_of_prompt: EndOfPrompt
+    aggregate: Aggregate
+    discount_completions: float
+    log_marg_probs_completions: Sequence[Sequence[float]] | None
+    neutral_prompt: Prompt | None
+    show_progress_bar: bool | None
 
 
 @dataclass(frozen=True)

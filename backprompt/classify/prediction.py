@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
 from backprompt.arguments import as_choice
 from backprompt.classify.completions import EndOfPrompt, checked_completions
-from backprompt.classify.options import Options
+from backprompt.classify.options import Options, OptionTypes
 from backprompt.classify.prompts import Example, Prompt, Prompts, as_prompts
 from backprompt.classify.scoring import PromptsWithCompletions
 from backprompt.classify.weighed import WeighedCompletions
-from backprompt.classify.weighing import Aggregate
+from backprompt.classify.weighing import Aggregate, Floats
 from backprompt.lm import LM
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Strategy: TypeAlias = Literal["exhaustive", "best-first"]
 STRATEGIES: tuple[Strategy, ...] = ("exhaustive", "best-first")
+
+
+@overload
+def predict_proba(
+    prompts: Prompt | Sequence[Prompt],
+    completions: Sequence[str],
+    lm: LM | tuple[Any, Any] | None = None,
+    **options: Unpack[OptionTypes],
+) -> Floats: ...
+
+
+@overload
+def predict_proba(
+    prompts: Example,
+    completions: None = None,
+    lm: LM | tuple[Any, Any] | None = None,
+    **options: Unpack[OptionTypes],
+) -> Floats: ...
+
+
+@overload
+def predict_proba(
+    prompts: Sequence[Example],
+    completions: None = None,
+    lm: LM | tuple[Any, Any] | None = None,
+    **options: Unpack[OptionTypes],
+) -> list[Floats]: ...
 
 
 def predict_proba(
@@ -33,7 +63,7 @@ def predict_proba(
     log_marg_probs_completions: Sequence[Sequence[float]] | None = None,
     neutral_prompt: Prompt | None = None,
     show_progress_bar: bool | None = None,
-) -> Any:
+) -> Floats | list[Floats]:
     """Return the probability of each completion behind each prompt.
 
     Args:
@@ -77,6 +107,28 @@ def predict_proba(
     return found if pairs.are_examples else np.stack(found)
 
 
+@overload
+def predict(  # type: ignore[overload-overlap]  # a str is a sequence of str: the first one counts
+    prompts: Prompt | Example,
+    completions: Sequence[str] | None = None,
+    lm: LM | tuple[Any, Any] | None = None,
+    *,
+    search: Strategy = "exhaustive",
+    **options: Unpack[OptionTypes],
+) -> str: ...
+
+
+@overload
+def predict(
+    prompts: Sequence[Prompt] | Sequence[Example],
+    completions: Sequence[str] | None = None,
+    lm: LM | tuple[Any, Any] | None = None,
+    *,
+    search: Strategy = "exhaustive",
+    **options: Unpack[OptionTypes],
+) -> list[str]: ...
+
+
 def predict(
     prompts: Prompts,
     completions: Sequence[str] | None = None,
@@ -84,7 +136,7 @@ def predict(
     *,
     search: Strategy = "exhaustive",
     **options: Any,
-) -> Any:
+) -> str | list[str]:
     """Return the most probable completion behind each prompt: a `str` for a single prompt, else a list of them.
 
     Args:

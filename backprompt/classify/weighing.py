@@ -19,7 +19,7 @@ import numpy.typing as npt
 from backprompt.arguments import as_floats
 from backprompt.errors import NonFiniteError
 
-Floats: TypeAlias = "npt.NDArray[np.floating[Any]]"
+Floats: TypeAlias = npt.NDArray[np.float64]
 Aggregate: TypeAlias = Literal["mean", "sum"]
 AGGREGATES: tuple[Aggregate, ...] = ("mean", "sum")
 

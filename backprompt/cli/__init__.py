@@ -11,12 +11,14 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from backprompt.arguments import did_you_mean
 from backprompt.cli import demo, generate, reports, score, stores
 from backprompt.cli.arguments import say
 from backprompt.cli.wording import in_options
@@ -27,6 +29,7 @@ from backprompt.visible import visible
 
 OK, CHECK_FAILED, BAD_INPUT, FAILED, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
 
+_COMMAND = "COMMAND"
 _EXIT_CODES = f"""\
 exit codes:
   {OK:<5}done
@@ -84,8 +87,21 @@ class _Parser(argparse.ArgumentParser):
     """A parser that prints errors in one line; commands have parsers of this class, too."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the error, and exit."""
+        """Print the error, and exit; a call without any command gets the help."""
+        if message.endswith(f"required: {_COMMAND}"):
+            self.print_help(sys.stderr)
+            self.exit(BAD_INPUT)
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
         self.exit(BAD_INPUT, f"{self.prog}: error: {visible(message)} ({self.prog} --help says more)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse, and refuse unknown options at once: the parser of the command knows which ones they are like."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}.{did_you_mean(unknown[0].split('=')[0], known)}")
+        return namespace, unknown
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"backprompt {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar=_COMMAND, required=True)
     for command in (demo, score, generate, reports, stores):
         command.add(commands)
     return parser

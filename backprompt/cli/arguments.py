@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import backprompt
 from backprompt.cli.input import Input, decoded
-from backprompt.cli.rows import FORMATS, PIPE, Row, check_is_there, format_of
+from backprompt.cli.prompts import Template, check_chat
+from backprompt.cli.rows import FORMATS, PIPE, check_is_there, format_of
 from backprompt.errors import CommandError
 from backprompt.progress import Bar, is_terminal
-from backprompt.text.node import Text
 from backprompt.tokens.joins import JOINS
 from backprompt.visible import visible
 
@@ -66,8 +66,23 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts, one a row, as JSONL or CSV; - for standard input. A line of JSONL is a string, or an object "
         'with "prompt": a string or a list of strings, which + joins ("prompts" and "parts" are such names, too)',
     )
-    group.add_argument("--column", metavar="NAME", help='field or column of the prompt (default: "prompt")')
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--column", metavar="NAME", help='field or column of the prompt (default: "prompt")')
+    source.add_argument(
+        "--template",
+        type=Template.of,
+        metavar="TEXT",
+        help="make the prompt of several fields: 'Review: {review}\\nSentiment:'; \\n is a line break, {{ a brace",
+    )
+    group.add_argument("--chat", action="store_true", help="each prompt is a user's message; the model's turn is next")
+    group.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it")
     group.add_argument("--input-format", choices=FORMATS, help="by default by the extension; JSONL for -")
+    group.add_argument(
+        "--encoding",
+        type=_encoding,
+        metavar="NAME",
+        help="of the input and of completions: cp1252 ... (default: UTF-8)",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
@@ -151,7 +166,9 @@ def _status(path: str, pipe: Any) -> os.stat_result | None:
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of the model and the input that results depend on, by name."""
-    return {name: getattr(arguments, name) for name in ("model", "device", "dtype", "weights", "joins", "column")}
+    names = ("model", "device", "dtype", "weights", "joins", "column", "chat", "system", "encoding")
+    template = None if arguments.template is None else [list(piece) for piece in arguments.template.pieces]
+    return {name: getattr(arguments, name) or None for name in names} | {"template": template}
 
 
 def load_model(arguments: argparse.Namespace) -> LM:
@@ -173,25 +190,32 @@ def load_model(arguments: argparse.Namespace) -> LM:
 
 def read_input(arguments: argparse.Namespace) -> Input:
     """Return the input, after a check that it is there."""
+    check_chat(arguments)
     check_is_there(arguments.input)
-    return Input(arguments.input, format_of(arguments.input, arguments.input_format), arguments.column)
+    format = format_of(arguments.input, arguments.input_format)
+    return Input(arguments.input, format, arguments.column, arguments.template, arguments.encoding)
 
 
-def bound(row: Row, lm: LM | None) -> Text:
-    """Return the prompt of a row as a text."""
-    return Text("", lm).join(row.parts)
+def read_completions(given: str, encoding: str | None = None) -> list[str]:
+    """Return completions: a list with commas, or those in a file, one a line, or a JSON list in a file called .json.
 
-
-def read_completions(path: str) -> list[str]:
-    """Return completions from a file: one per line, or a JSON list of strings if the file is called .json.
+    Blanks around commas and at the ends of lines are left out; the latter is said.
 
     Raises:
-        CommandError: the file cannot be read.
+        CommandError: the file is not there, or cannot be read.
 
     """
-    text = read_text(path)
+    if not os.path.exists(given):
+        if "," not in given:
+            raise CommandError(f"--completions {given}: no such file. Name a file, or give a list: negative,positive.")
+        return [completion for part in given.split(",") if (completion := part.strip())]
+    path, text = given, read_text(given, encoding)
     if Path(path).suffix.lower() != ".json":
-        return [line for line in re.split(r"\r?\n", text) if line.strip()]
+        lines = [line for line in re.split(r"\r?\n", text) if line.strip()]
+        if num_blank := sum(line != line.rstrip() for line in lines):
+            ends = "the end of 1 line" if num_blank == 1 else f"the ends of {num_blank:,} lines"
+            say(f"{path}: blanks at {ends} are left out; a JSON list (.json) keeps them")
+        return [line.rstrip() for line in lines]
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -201,17 +225,29 @@ def read_completions(path: str) -> list[str]:
     return found
 
 
-def read_text(path: str) -> str:
-    """Return the text of a file.
+def read_text(path: str, encoding: str | None = None) -> str:
+    """Return the text of a file, by default in UTF-8.
 
     Raises:
         CommandError: the file cannot be read.
 
     """
     try:
-        return decoded(Path(path).read_bytes(), path)
+        data = Path(path).read_bytes()
+        return decoded(data if encoding is None else data.decode(encoding).encode(), path)
     except OSError as error:
         raise CommandError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeError as error:
+        raise CommandError(f"{path} is not {encoding}: {error}.") from error
+
+
+def _encoding(given: str) -> str:
+    """Return the name of an encoding of text: a type of argparse."""
+    try:
+        "".encode(given)
+    except LookupError as error:
+        raise argparse.ArgumentTypeError(f"{given} is no encoding of text") from error
+    return given
 
 
 def finite(given: str) -> float:
@@ -227,6 +263,20 @@ def say(message: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(BrokenPipeError):
             print(f"backprompt: {visible(message)}", file=sys.stderr)
+
+
+def say_if_empty(path: str) -> None:
+    """Say why nothing is stored, if a store in a folder has no entries."""
+    from backprompt.evaluation.archive import MIN_TOKENS
+    from backprompt.store.opening import is_url
+
+    if is_url(path):
+        return
+    with backprompt.DiskStore(path, persist="never") as store:
+        if store.is_writable and not store.stats().num_entries:
+            say(
+                f"{path} has no entries: runs of fewer than {MIN_TOKENS} new tokens are not stored, and none was longer"
+            )
 
 
 def shows_progress(arguments: argparse.Namespace) -> bool | None:

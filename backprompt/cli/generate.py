@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import backprompt
 from backprompt.cli.arguments import add_command, add_input_arguments, add_model_arguments, finite
+from backprompt.cli.prompts import unescaped
 from backprompt.cli.stream import Compute, Job, add_output_arguments, not_negative, positive, stream
 from backprompt.errors import CommandError
 from backprompt.text.node import Text
@@ -167,7 +167,7 @@ def _unescaped(given: str) -> str:
     """Return a string with escapes replaced, since line breaks are hard to write in most shells."""
     if not given:
         raise argparse.ArgumentTypeError("it must not be empty")
-    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], given)
+    return unescaped(given)
 
 
 def _regex(given: str) -> Regex:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from backprompt.cli.prompts import Template
 from backprompt.cli.rows import PIPE, Format, Row, shown
 from backprompt.errors import CommandError
 from backprompt.visible import counted
@@ -32,12 +34,16 @@ class Input:
         path: a file, or "-" for standard input.
         format: the format of its rows.
         field: the field or column that holds the prompt; by default the one of `PROMPT_FIELDS` that is there.
+        template: makes the prompt of several fields instead.
+        encoding: of the text; by default UTF-8.
 
     """
 
     path: str
     format: Format
     field: str | None = None
+    template: Template | None = None
+    encoding: str | None = None
 
     @property
     def is_file(self) -> bool:
@@ -57,7 +63,19 @@ class Input:
 
         """
         with self._opened() as file:
-            yield from self._json_rows(file) if self.format == "jsonl" else self._csv_rows(file)
+            lines = file if self.encoding is None else self._recoded(file, self.encoding)
+            yield from self._json_rows(lines) if self.format == "jsonl" else self._csv_rows(lines)
+
+    def _recoded(self, file: BinaryIO, encoding: str) -> Iterator[bytes]:
+        r"""Yield the lines of a file in UTF-8; a line ends with \n."""
+        text = io.TextIOWrapper(file, encoding, newline="\n")
+        try:
+            for line in text:
+                yield line.encode()
+        except UnicodeError as error:
+            raise CommandError(f"{self.name} is not {encoding}: {error}.") from error
+        finally:
+            text.detach()  # who opened the file closes it
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
@@ -73,7 +91,7 @@ class Input:
         with file:
             yield file
 
-    def _json_rows(self, file: BinaryIO) -> Iterator[Row]:
+    def _json_rows(self, file: Iterable[bytes]) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
             where = f"line {number} of {self.name}"
             string = decoded(line, where, may_have_mark=number == 1)
@@ -97,7 +115,7 @@ class Input:
                 raise CommandError(f"{where} is neither a JSON object nor a JSON string, but {shown(value)}.")
             yield Row(where, self._parts(fields, where), fields, source)
 
-    def _csv_rows(self, file: BinaryIO) -> Iterator[Row]:
+    def _csv_rows(self, file: Iterable[bytes]) -> Iterator[Row]:
         csv.field_size_limit(_MAX_CSV_FIELD)
         reader = csv.reader(self._csv_lines(file), strict=True)
         try:
@@ -118,13 +136,15 @@ class Input:
         except csv.Error as error:
             raise CommandError(f"line {reader.line_num} of {self.name} is not CSV: {error}.") from error
 
-    def _csv_lines(self, file: BinaryIO) -> Iterator[str]:
+    def _csv_lines(self, file: Iterable[bytes]) -> Iterator[str]:
         r"""Yield lines with their ends, which are \n, \r\n or \r."""
         for number, line in enumerate(file, 1):
             text = decoded(line, f"line {number} of {self.name}", may_have_mark=number == 1)
             yield from re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text)
 
     def _parts(self, fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
+        if self.template is not None:
+            return self.template.parts(fields, where)
         candidates = PROMPT_FIELDS if self.field is None else (self.field,)
         found = [name for name in candidates if name in fields]
         what = "column" if self.format == "csv" else "field"
@@ -155,12 +175,12 @@ def decoded(data: bytes, where: str, *, may_have_mark: bool = True) -> str:
         text = data.decode("utf-8-sig" if may_have_mark else "utf-8")
     except UnicodeDecodeError as error:
         is_utf_16 = data[:2] in _UTF_16 or b"\0" in data
-        hint = " It looks like UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8." if is_utf_16 else ""
-        raise CommandError(f"{where} is not UTF-8.{hint}") from error
+        hint = "It looks like UTF-16: --encoding utf-16." if is_utf_16 else "Name its encoding: --encoding cp1252."
+        raise CommandError(f"{where} is not UTF-8. {hint}") from error
     if "\0" in text:
         raise CommandError(
-            f"{where} holds NUL bytes. If it is UTF-16, convert it, as with iconv -f UTF-16LE -t UTF-8; JSON writes "
-            "the character NUL as \\u0000."
+            f"{where} holds NUL bytes. If it is UTF-16, say --encoding utf-16-le; JSON writes the character NUL as "
+            "\\u0000."
         )
     return text
 

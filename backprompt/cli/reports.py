@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from backprompt.cli.arguments import (
     add_command,
     add_input_arguments,
     add_model_arguments,
-    bound,
     check_model_arguments,
     check_output,
     load_model,
@@ -20,6 +20,7 @@ from backprompt.cli.arguments import (
     read_input,
     shows_progress,
 )
+from backprompt.cli.prompts import split_at_common_beginnings, texts_of
 from backprompt.cli.rows import PIPE, Row, as_json
 from backprompt.cli.stream import positive
 from backprompt.errors import CommandError
@@ -61,7 +62,8 @@ def _add_draw(commands: Any) -> None:
         commands,
         "draw",
         "a picture of what prompts share",
-        """Draw prompts as a tree of their parts: what follows what, and what is shared. With --model boxes have their
+        """Draw prompts as a tree of their parts: what follows what, and what is shared. Strings are cut where
+        others that begin alike go on otherwise. With --model boxes have their
         tokens, and joins where tokens change are marked; with --run they are evaluated, and the colours say what was
         computed and what was read from a store.""",
         run=run_draw,
@@ -84,6 +86,13 @@ def _add_draw(commands: Any) -> None:
         default=6,
         metavar="N",
         help="of more texts behind a part fold the last ones (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-columns",
+        type=int,
+        default=9,
+        metavar="N",
+        help="fold what stands behind so many columns (%(default)s)",
     )
     parser.add_argument("--run", action="store_true", dest="is_run", help="evaluate first; needs --model")
     add_model_arguments(parser, is_required=False)
@@ -120,13 +129,17 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for prompts, and for completions behind them."""
     add_input_arguments(parser)
     parser.add_argument(
-        "--completions", metavar="FILE", help="take each prompt with each of these behind it, after a space"
+        "--completions",
+        metavar="FILE",
+        help="take each prompt with each of these behind it, after a space: a file, or a list with commas",
     )
 
 
-def make_texts(rows: list[Row], completions: list[str] | None, lm: LM | None) -> list[Text]:
+def make_texts(
+    arguments: argparse.Namespace, rows: list[Row], completions: list[str] | None, lm: LM | None
+) -> list[Text]:
     """Return the texts of rows, with completions behind them if there are any."""
-    prompts = [bound(row, lm) for row in rows]
+    prompts = texts_of(rows, lm, arguments)
     if completions is None:
         return prompts
     return [prompt + f" {completion}" for prompt in prompts for completion in completions]
@@ -136,7 +149,7 @@ def read_all(arguments: argparse.Namespace) -> tuple[list[Row], list[str] | None
     """Return all rows of the input, and completions; raises for errors that show without a model."""
     if getattr(arguments, "model", None) is not None:
         check_model_arguments(arguments)
-    completions = None if arguments.completions is None else read_completions(arguments.completions)
+    completions = None if arguments.completions is None else read_completions(arguments.completions, arguments.encoding)
     if completions == []:
         raise CommandError(f"{arguments.completions} has no completions.")
     given = read_input(arguments)
@@ -150,7 +163,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     """Print the account."""
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
-    explained = backprompt.explain(make_texts(rows, completions, lm), analyze=arguments.is_run)
+    explained = backprompt.explain(make_texts(arguments, rows, completions, lm), analyze=arguments.is_run)
     if arguments.json:
         print(as_json(explained.to_dict()))
     else:
@@ -169,10 +182,13 @@ def run_draw(arguments: argparse.Namespace) -> int:
         raise CommandError("--run and --store need a model: --model NAME.")
     rows, completions = read_all(arguments)
     lm = None if arguments.model is None else load_model(arguments)
-    texts = make_texts(rows, completions, lm)
+    if arguments.joins == "exact" and all(len(row.parts) == 1 for row in rows):  # cuts change no token
+        split = split_at_common_beginnings([row.parts[0] for row in rows])
+        rows = [replace(row, parts=parts) for row, parts in zip(rows, split, strict=True)]
+    texts = make_texts(arguments, rows, completions, lm)
     if lm is not None and arguments.is_run:
         lm.evaluate(texts)
-    drawing = backprompt.draw(texts, max_children=arguments.max_children)
+    drawing = backprompt.draw(texts, max_children=arguments.max_children, max_columns=arguments.max_columns)
     data = drawing.source.encode() if format in ("gv", "dot") else drawing.pipe(format)
     assert isinstance(data, bytes)
     if arguments.output == PIPE:
@@ -188,11 +204,16 @@ def run_verify(arguments: argparse.Namespace) -> int:
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
     found = backprompt.verify(
-        make_texts(rows, completions, lm),
+        make_texts(arguments, rows, completions, lm),
         sample=arguments.sample,
         seed=arguments.seed,
         tolerance=arguments.tolerance,
         show_progress_bar=shows_progress(arguments),
     )
-    print(as_json(found.to_dict(), allow_nan=True) if arguments.json else found)
+
+    def named(text_idx: int) -> str:
+        """Return the line of a text in the input, counted from 1."""
+        return rows[text_idx // len(completions or [""])].where.partition(" of ")[0]
+
+    print(as_json(found.to_dict(), allow_nan=True) if arguments.json else found.in_lines(named))
     return 1 if arguments.fail_on_drift and not found.passed else 0

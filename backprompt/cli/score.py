@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 AGGREGATES = ("mean", "sum")
 """The aggregates of `backprompt.classify`, repeated because that package imports torch."""
+SEARCHES = ("exhaustive", "best-first")
 
 ENDS_OF_PROMPT: dict[str, EndOfPrompt] = {"auto": "auto", "space": " ", "nothing": ""}
 NEW_FIELDS = ("prediction", "probability", "probabilities")
@@ -53,7 +54,10 @@ def add(commands: Any) -> None:
     add_input_arguments(parser)
     group = parser.add_argument_group("scoring")
     group.add_argument(
-        "--completions", required=True, metavar="FILE", help="one a line; or a JSON list of strings in a file .json"
+        "--completions",
+        required=True,
+        metavar="FILE",
+        help="a file, one a line, or a JSON list of strings in a file .json; or a list here: negative,positive",
     )
     group.add_argument(
         "--prior", metavar="P", help="a probability for each completion: numbers with commas, or a file, one a line"
@@ -83,13 +87,20 @@ def add(commands: Any) -> None:
         help="what stands between prompt and completion; auto: a space where neither has one, nothing behind white "
         "space and special tokens (default: %(default)s)",
     )
+    group.add_argument(
+        "--search",
+        choices=SEARCHES,
+        default="exhaustive",
+        help="best-first: find the most probable completion without scoring those that cannot win, and write "
+        '"prediction" alone; for hundreds of completions (default: %(default)s)',
+    )
     add_output_arguments(parser)
     add_model_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Score all of the input."""
-    completions = read_completions(arguments.completions)
+    completions = read_completions(arguments.completions, arguments.encoding)
     options: dict[str, Any] = {
         "prior": None if arguments.prior is None else _prior(arguments.prior),
         "normalize": not arguments.no_normalize,
@@ -101,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         "discount_completions": arguments.discount_completions,
         "neutral_prompt": arguments.neutral_prompt or None,
     }
+    if arguments.search == "best-first":
+        return _search(arguments, completions, options)
     num_kept = len(completions) if arguments.top is None else min(arguments.top, len(completions))
 
     def computed_with(lm: LM) -> Compute:
@@ -115,10 +128,37 @@ def run(arguments: argparse.Namespace) -> int:
         names = set(json.loads(written) if isinstance(written, str) else written)
         return None if names <= set(completions) and len(names) == num_kept else "has other completions"
 
-    names = ("aggregate", "top", "no_normalize", "discount_completions", "neutral_prompt", "end_of_prompt")
-    compared = {"completions": completions, "prior": options["prior"]}
-    compared |= {name: getattr(arguments, name) for name in names}
+    compared = _compared(arguments, completions, options)
     return stream(arguments, Job(NEW_FIELDS, computed_with, compared, check_written=check_written))
+
+
+def _search(arguments: argparse.Namespace, completions: list[str], options: dict[str, Any]) -> int:
+    """Find the most probable completions of all of the input, without the probabilities of all."""
+    if arguments.top is not None or arguments.no_normalize:
+        raise CommandError("--search best-first finds the most probable completion alone: leave --top and such out.")
+
+    def computed_with(lm: LM) -> Compute:
+        def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
+            found = backprompt.classify.predict(
+                prompts, completions, lm, search="best-first", show_progress_bar=False, **options
+            )
+            return [[{"prediction": best}] for best in found]
+
+        return compute
+
+    def check_written(fields: Mapping[str, Any]) -> str | None:
+        return None if fields["prediction"] in completions else "has another completion"
+
+    compared = _compared(arguments, completions, options)
+    return stream(arguments, Job(NEW_FIELDS[:1], computed_with, compared, check_written=check_written))
+
+
+def _compared(arguments: argparse.Namespace, completions: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that the results depend on."""
+    names = ("aggregate", "top", "no_normalize", "discount_completions", "neutral_prompt", "end_of_prompt", "search")
+    return {"completions": list(completions), "prior": options["prior"]} | {
+        name: getattr(arguments, name) for name in names
+    }
 
 
 def _result(completions: Sequence[str], probabilities: Sequence[float], num_kept: int) -> dict[str, Any]:

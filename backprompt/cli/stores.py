@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import backprompt
-from backprompt.cli.arguments import add_command, shows_progress
+from backprompt.cli.arguments import add_command, say_if_empty, shows_progress
 from backprompt.cli.rows import as_json
 from backprompt.errors import CommandError
 from backprompt.visible import beginning, counted, visible
@@ -93,6 +93,7 @@ def run_stat(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(as_json({**vars(stats), "path": str(store.path), "is_writable": store.is_writable}))
         return 0
+    say_if_empty(arguments.path)
     print(f"entries          {stats.num_entries:,}")
     print(f"tokens           {stats.num_tokens:,}")
     print(f"bytes            {stats.num_bytes:,}")

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from backprompt.cli.arguments import (
-    bound,
     check_model_arguments,
     check_output,
     load_model,
@@ -29,9 +28,11 @@ from backprompt.cli.arguments import (
     progress,
     read_input,
     say,
+    say_if_empty,
 )
 from backprompt.cli.input import Input
 from backprompt.cli.output import Output
+from backprompt.cli.prompts import texts_of
 from backprompt.cli.rows import FORMATS, PIPE, Row, checked, format_of, shown
 from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
@@ -153,7 +154,7 @@ def _stream(arguments: argparse.Namespace, job: Job, given: Input, output: Outpu
     output.open()
     with progress(arguments, total, initial=num_done) as bar:
         for idx, group in enumerate(_slices(itertools.chain([first], rows), arguments.slice)):
-            computed = _computed(lm, compute, group)
+            computed = _computed(arguments, lm, compute, group)
             if idx == 0:  # up to here no earlier output is lost
                 output.cut_off()
                 begun.write()
@@ -162,6 +163,8 @@ def _stream(arguments: argparse.Namespace, job: Job, given: Input, output: Outpu
             output.flush()
             bar.update(len(group))
     begun.remove()
+    if arguments.store is not None:
+        say_if_empty(arguments.store)
     return 0
 
 
@@ -260,9 +263,11 @@ def _slices(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
         yield group
 
 
-def _computed(lm: LM, compute: Compute, rows: Sequence[Row]) -> Sequence[Sequence[Mapping[str, Any]]]:
+def _computed(
+    arguments: argparse.Namespace, lm: LM, compute: Compute, rows: Sequence[Row]
+) -> Sequence[Sequence[Mapping[str, Any]]]:
     """Compute the results of rows; an error names the row that it comes from."""
-    texts = [bound(row, lm) for row in rows]
+    texts = texts_of(rows, lm, arguments)
     try:
         return compute(texts)
     except BackpromptError:

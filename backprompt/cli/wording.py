@@ -12,7 +12,7 @@ _OPTIONS = {
             *("discount_completions", "neutral_prompt", "end_of_prompt", "prior", "aggregate"),
             *("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "n", "stop", "include_stop", "seed"),
             *("model", "device", "dtype", "store", "joins", "pack_weights"),
-            *("max_children", "sample", "tolerance"),
+            *("max_children", "max_columns", "sample", "tolerance"),
         )
     },
 }

@@ -14,6 +14,9 @@ from backprompt.text.engine import Engine
 from backprompt.text.node import Text, lazily
 from backprompt.text.segments import Adapted, last_leaf, leaves
 from backprompt.tokens.tokenizer import added
+from backprompt.visible import shortened
+
+_REPR_CHARACTERS = 120
 
 Continued = TypeVar("Continued", bound="ContinuedText")
 
@@ -116,6 +119,10 @@ class GeneratedText(ContinuedText):
     _constrained_logprobs: tuple[float, ...]
     _logprob_dtype: torch.dtype
     _finish_reason: FinishReason
+
+    def __repr__(self) -> str:
+        completion = shortened(repr(self.completion), _REPR_CHARACTERS, gap="...")
+        return f"<GeneratedText: {completion} behind {self.prompt!r}, finish_reason={self.finish_reason!r}>"
 
     @property
     def completion_logprobs(self) -> Tensor:

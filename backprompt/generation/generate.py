@@ -54,7 +54,7 @@ def generate(
     constraint: Constraint | Sequence[Constraint | None] | None = None,
     show_progress_bar: bool | None = None,
     **generation_config: Any,
-) -> Any:
+) -> GeneratedText | list[GeneratedText] | list[list[GeneratedText]]:
     r"""Let the model continue texts, all together.
 
     Decoding is greedy unless sampling is asked for, by `do_sample=True` or a field for sampling (`temperature`,
@@ -114,8 +114,9 @@ def generate(
     if decoding.is_sampling:
         samples = [text for (text,) in found]
         found = [samples[start : start + num_each] for start in range(0, len(samples), num_each)]
-    results: list[Any] = [row[0] for row in found] if n is None else found
-    return results[0] if is_single else results
+    if n is None:
+        return found[0][0] if is_single else [row[0] for row in found]
+    return found[0] if is_single else found
 
 
 def _decoding(

@@ -19,7 +19,7 @@ import networkx as nx
 
 from backprompt.arguments import as_int
 from backprompt.drawing import Drawing
-from backprompt.inspection.folding import Box, Folding
+from backprompt.inspection.folding import MAX_COLUMNS, Box, Folding
 from backprompt.inspection.frames import Frame, frames_of
 from backprompt.inspection.graph import STATUSES, Status, graph_of
 from backprompt.inspection.looks import GREY, INK, LOOKS, MEANINGS, as_html, legend_text, swatch
@@ -37,6 +37,7 @@ def draw(
     *,
     max_children: int = 6,
     max_characters: int = 56,
+    max_columns: int = MAX_COLUMNS,
 ) -> Drawing:
     """Return a picture of texts: their segments as boxes, and edges to the next segments. Nothing is computed.
 
@@ -45,12 +46,14 @@ def draw(
 
     A box has its string, shortened in the middle, its distinct tokens, their bytes, and their status: computed by the
     latest evaluation, reused from memory, read from disk, evicted, or not evaluated. The branches of a group stand
-    side by side in a frame. A join at which tokens changed is marked.
+    side by side in a frame. A join is marked if it changed tokens of a part that another text has as they were: this
+    text does not share them. The usual reason is a blank at the end of that part: it belongs to the part behind.
 
     Args:
         texts: a text or several; texts without a model are drawn by their strings.
         max_children: if more texts, or groups, follow one segment, the last ones become one box ("... 69 more").
         max_characters: longer strings are shown without their middle.
+        max_columns: segments behind so many columns of boxes become one box for each branch.
 
     Returns:
         A `graphviz.Digraph`, to be rendered or changed further.
@@ -62,8 +65,9 @@ def draw(
     """
     max_children = as_int(max_children, "max_children", at_least=2)
     max_characters = as_int(max_characters, "max_characters", at_least=2)
+    max_columns = as_int(max_columns, "max_columns", at_least=1)
     graph = graph_of(as_texts(texts, "draw"))
-    return _Picture(graph, Folding(graph, max_children), max_characters).drawn()
+    return _Picture(graph, Folding(graph, max_children, max_columns), max_characters).drawn()
 
 
 class _Picture:
@@ -164,10 +168,20 @@ class _Picture:
 
     def _edge(self, edges: Sequence[tuple[int, int]]) -> dict[str, str]:
         data = [self._graph.edges[edge] for edge in edges]
-        if any(edge["is_join_changed"] for edge in data):
+        if any(edge["is_join_changed"] and self._splits(node) for (_, node), edge in zip(edges, data, strict=True)):
             return {"style": "bold", "arrowhead": "diamond", "arrowsize": "0.9"}
         times = sum(edge["times"] for edge in data)
         return {"label": f"{times} times"} if len(edges) == 1 and times > 1 else {}
+
+    def _splits(self, node: int) -> bool:
+        """Return whether joining a segment changed tokens before it that another text has unchanged."""
+        if not self._graph.nodes[node]["is_join_changed"]:
+            return False
+        return any(
+            self._graph.nodes[parent]["ends"]
+            or not all(self._graph.nodes[other]["is_join_changed"] for other in self._graph.succ[parent])
+            for parent in self._graph.pred[node]
+        )
 
     def _statuses(self, box: Box) -> Counter[Status]:
         """Count a box's tokens by status; a box without tokens has one status, with the count 0."""
@@ -215,13 +229,15 @@ class _Picture:
             lines.append(
                 f"in {data[0]['num_texts']:,} texts" + (f"; {_ending(texts)}" if texts and has_following else "")
             )
-        if num_changed := sum(node["is_join_changed"] for node in data):
+        if num_changed := sum(map(self._splits, box.nodes)):
             lines.append("≠ at its join" if box.title is None else f"≠ at {counted(num_changed, 'join')}")
         if adapters := {node["adapter"] for node in data} - {None}:
             lines.append(
                 "under "
                 + ", ".join(f"the adapter {visible(name)}" if name else "no adapter" for name in sorted(adapters))
             )
+        if reasons := {reason for node in data for reason in node["generated"]}:
+            lines.append(f"generated: {', '.join(sorted(reasons))}")
         if any(node["is_frozen"] for node in data):
             lines.append("frozen: sees nothing before it")
         return lines
@@ -240,10 +256,8 @@ class _Picture:
         statuses = [status for status in STATUSES if status in found]
         rows = [f'<TD COLSPAN="2" ALIGN="LEFT">{as_html(self._summary(nodes))}</TD>']
         rows += [swatch(status) + legend_text(MEANINGS[status]) for status in statuses if status in MEANINGS]
-        if any(data["is_join_changed"] for data in nodes):
-            rows.append(
-                "<TD>◆</TD>" + legend_text("≠ tokens merged where the two meet; they are those of the whole string")
-            )
+        if any(map(self._splits, self._graph)):
+            rows.append("<TD>◆</TD>" + legend_text("≠ tokens merged where the two meet: not shared with other texts"))
         if any(data["kind"] == "junction" for data in nodes):
             rows.append("<TD>●</TD>" + legend_text("a group ends: what follows sees all of its branches"))
         table = "".join(f"<TR>{row}</TR>" for row in rows)

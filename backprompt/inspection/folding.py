@@ -9,6 +9,9 @@ import networkx as nx
 
 from backprompt.visible import counted
 
+MAX_COLUMNS = 9
+"""Columns of boxes that a picture has by default: with the one of folded boxes behind it, two screens."""
+
 MAX_IN_A_ROW = 4
 """In a row of more segments that only follow each other, all but the first become one box."""
 
@@ -32,8 +35,10 @@ class Folding:
 
     """
 
-    def __init__(self, graph: nx.DiGraph, max_children: int) -> None:
+    def __init__(self, graph: nx.DiGraph, max_children: int, max_columns: int = MAX_COLUMNS) -> None:
         self._graph = graph
+        self._columns = self._columns_of_nodes()
+        self._max_columns = max_columns
         self._max_children = max_children
         self.boxes: dict[str, Box] = {}
         self.of: dict[int, str] = {}
@@ -50,8 +55,9 @@ class Folding:
     def _visible_and_folds(self) -> list[list[int]]:
         """Give boxes to the nodes that are drawn by themselves; return the others that follow one of these directly.
 
-        The number of boxes behind a box is limited, however many texts there are: only the first segments and the
-        first groups behind a node are drawn. A group is drawn only if the node before it and one of its branches are.
+        The number of boxes behind a box is limited, however many texts there are, and so is the number of columns: only
+        the first segments and the first groups behind a node are drawn. A group is drawn only if the node before it and
+        one of its branches are.
         """
         ordered = sorted(self._graph, key=lambda node: self._graph.nodes[node]["written_order"])
         siblings: dict[tuple[int | None, bool], list[int]] = {}
@@ -59,7 +65,8 @@ class Folding:
             siblings.setdefault((self._behind(node), self._is_junction(node)), []).append(node)
         kept: set[int] = set()
         for nodes in siblings.values():
-            kept.update(nodes if len(nodes) <= self._max_children else nodes[: self._max_children - 1])
+            first = nodes if len(nodes) <= self._max_children else nodes[: self._max_children - 1]
+            kept.update(node for node in first if self._columns[node] <= self._max_columns)
         for node in ordered:  # a topological order
             before = self._graph.pred[node]
             is_reached = not before or any(parent in self.of for parent in before)
@@ -71,6 +78,20 @@ class Folding:
             for (behind, _), nodes in siblings.items()
             if self._is_drawn(behind)
         ]
+
+    def _columns_of_nodes(self) -> dict[int, int]:
+        """Return the column of each node's box, counted from 1; all but the first of a long row share one."""
+        columns: dict[int, int] = {}
+        place_in_row: dict[int, int] = {}
+        for node in nx.topological_sort(self._graph):
+            before = self._graph.pred[node]
+            columns[node] = 1 + max((columns[parent] for parent in before), default=0)
+            place_in_row[node] = 1
+            for parent in before:
+                if self._continues(parent, node):
+                    place_in_row[node] = place_in_row[parent] + 1
+                    columns[node] -= place_in_row[node] > MAX_IN_A_ROW
+        return columns
 
     def _is_junction(self, node: int) -> bool:
         return bool(self._graph.nodes[node]["kind"] == "junction")
@@ -119,10 +140,13 @@ class Folding:
         nodes = [node for node in first if node not in self.of]
         if not nodes:
             return
+        is_too_deep = self._columns[nodes[0]] > self._max_columns
         title = counted(len(nodes), "more group") if self._is_junction(nodes[0]) else f"{len(nodes)} more"
         self.of.update(dict.fromkeys(nodes, name))
         for node in nodes:
             following = [other for other in self._graph.succ[node] if other not in self.of]
             self.of.update(dict.fromkeys(following, name))
             nodes += following
+        if is_too_deep:
+            title = counted(len(nodes), "more segment")
         self.boxes[name] = Box(nodes, title)

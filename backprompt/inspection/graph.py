@@ -25,6 +25,7 @@ from backprompt.evaluation.lookup import Sketch, where
 from backprompt.forest.forest import Forest
 from backprompt.forest.passes import missing_spans
 from backprompt.forest.span import Inserted, Span
+from backprompt.generation.continued import GeneratedText
 from backprompt.lm import LM
 from backprompt.text.checks import as_texts
 from backprompt.text.extents import Extent
@@ -64,6 +65,7 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
     - `is_join_changed`: whether joining the segment to the text before it changed tokens;
     - `is_frozen`: whether the node begins a branch that sees nothing before it;
     - `behind`: for a junction the node before its group, or None;
+    - `generated`: the reasons for the end of generated texts that end here ("eos", "length" ...);
     - `ends`: the indices of the texts that end here; `num_texts`: the number of texts that pass through;
     - `written_order`: the place of the node in the texts as given.
 
@@ -96,7 +98,7 @@ def graph_of(listed: Sequence[Text]) -> nx.DiGraph:
         else:
             num_tokens += _add_encoded(merged, lm, {idx: listed[idx] for idx in indices})
         nodes += merged.in_order(len(nodes))
-    return _as_networkx(nodes, num_texts=len(listed), num_tokens=num_tokens)
+    return _as_networkx(nodes, listed, num_tokens)
 
 
 @dataclass(eq=False)
@@ -379,8 +381,8 @@ def _of_most_tokens(statuses: Counter[Status]) -> Status:
     return max(STATUSES, key=lambda status: statuses[status]) if statuses else "not evaluated"
 
 
-def _as_networkx(nodes: Sequence[_Node], *, num_texts: int, num_tokens: int) -> nx.DiGraph:
-    graph = nx.DiGraph(num_texts=num_texts, num_tokens=num_tokens)
+def _as_networkx(nodes: Sequence[_Node], listed: Sequence[Text], num_tokens: int) -> nx.DiGraph:
+    graph = nx.DiGraph(num_texts=len(listed), num_tokens=num_tokens)
     numbers = {node: number for number, node in enumerate(nodes)}
     for node, number in numbers.items():
         is_junction = node.kind == "junction"
@@ -402,6 +404,7 @@ def _as_networkx(nodes: Sequence[_Node], *, num_texts: int, num_tokens: int) -> 
             is_frozen=node.is_frozen,
             behind=None if node.behind is None else numbers[node.behind],
             ends=tuple(node.ends),
+            generated=tuple(text.finish_reason for idx in node.ends if isinstance(text := listed[idx], GeneratedText)),
             num_texts=node.num_texts,
             written_order=node.written_order,
         )

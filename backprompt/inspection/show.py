@@ -38,7 +38,9 @@ class _Shade:
 
     least: float
     opacity: float  # in HTML
-    colour: int  # in terminals, of the 256
+    on_light: int  # in terminals, of the 256 colours: under black letters where the ground is light
+    on_dark: int  # the same where the ground is dark
+    letters_on_dark: int
     mark: str  # in plain text
 
 
@@ -70,23 +72,25 @@ class Scale:
         return f"background-color: rgba({self.rgb}, {shade.opacity})"
 
 
+_BLACK, _WHITE = 16, 231
+
 SHADES = (
-    _Shade(0.5, 0.0, 0, ""),
-    _Shade(0.1, 0.14, 230, "░"),
-    _Shade(0.01, 0.30, 222, "▒"),
-    _Shade(0.001, 0.48, 215, "▓"),
-    _Shade(0.0, 0.68, 208, "█"),
+    _Shade(0.5, 0.0, 0, 0, 0, ""),
+    _Shade(0.1, 0.14, 230, 58, _WHITE, "░"),
+    _Shade(0.01, 0.30, 222, 94, _WHITE, "▒"),
+    _Shade(0.001, 0.48, 215, 130, _WHITE, "▓"),
+    _Shade(0.0, 0.68, 208, 208, _BLACK, "█"),
 )
 PROBABILITY = Scale("probability", "234, 108, 18", SHADES)
 ATTENTION = Scale(
     "attention",
     "52, 120, 220",
     (
-        _Shade(0.3, 0.68, 75, "█"),
-        _Shade(0.1, 0.48, 111, "▓"),
-        _Shade(0.03, 0.30, 153, "▒"),
-        _Shade(0.01, 0.14, 195, "░"),
-        _Shade(0.0, 0.0, 0, ""),
+        _Shade(0.3, 0.68, 75, 75, _BLACK, "█"),
+        _Shade(0.1, 0.48, 111, 32, _WHITE, "▓"),
+        _Shade(0.03, 0.30, 153, 25, _WHITE, "▒"),
+        _Shade(0.01, 0.14, 195, 17, _WHITE, "░"),
+        _Shade(0.0, 0.0, 0, 0, 0, ""),
     ),
 )
 _JOIN, _CHANGED_JOIN, _ATTENDS = "¦", "≠", "▸"
@@ -138,11 +142,19 @@ class ShownText:
 
     __repr__ = __str__
 
-    def ansi(self) -> str:
-        """Return the text with the escape sequences that terminals take for colours."""
+    def ansi(self, *, is_dark: bool | None = None) -> str:
+        """Return the text with the escape sequences that terminals take for colours.
+
+        Args:
+            is_dark: whether the terminal's ground is dark; by default as the variable COLORFGBG says, or else True.
+
+        """
+        is_dark = _has_dark_ground() if is_dark is None else is_dark
         scale = self._scale
-        legend = " ".join(_painted(f" {scale.label(shade)} ", shade) for shade in scale.shades)
-        body = "".join(_mark(token) + _painted(_broken(token.string), _shade_of(token)) for token in self.tokens)
+        legend = " ".join(_painted(f" {scale.label(shade)} ", shade, is_dark) for shade in scale.shades)
+        body = "".join(
+            _mark(token) + _painted(_broken(token.string), _shade_of(token), is_dark) for token in self.tokens
+        )
         return f"{body}\n\n{legend}  {self._marks_explained()}".rstrip()
 
     def plain(self) -> str:
@@ -275,11 +287,18 @@ def _broken(string: str) -> str:
     return "↵\n".join(map(visible, string.split("\n")))
 
 
-def _painted(string: str, shade: _Shade) -> str:
-    """Return a string for terminals, in black on the shade's colour; the ends of lines stay as they are."""
+def _has_dark_ground() -> bool:
+    """Return whether the terminal says in COLORFGBG ("15;0") that its ground is dark, or says nothing."""
+    ground = os.environ.get("COLORFGBG", "").rpartition(";")[2]
+    return not ground.isdecimal() or int(ground) in (*range(7), 8)
+
+
+def _painted(string: str, shade: _Shade, is_dark: bool) -> str:
+    """Return a string for terminals, on the shade's colour; the ends of lines stay as they are."""
     if not shade.opacity or not string:
         return string
-    return "\n".join(f"\x1b[38;5;16;48;5;{shade.colour}m{line}\x1b[0m" if line else "" for line in string.split("\n"))
+    letters, ground = (shade.letters_on_dark, shade.on_dark) if is_dark else (_BLACK, shade.on_light)
+    return "\n".join(f"\x1b[38;5;{letters};48;5;{ground}m{line}\x1b[0m" if line else "" for line in string.split("\n"))
 
 
 def _token_html(token: ShownToken) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import html
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from backprompt.text.checks import listed_texts
 from backprompt.text.extents import Extent
 from backprompt.text.node import Text
 from backprompt.text.segments import Adapted, Group
+from backprompt.visible import beginning
 
 if TYPE_CHECKING:
     from backprompt.lm import LM
@@ -147,10 +149,18 @@ class Verification:
         return _finite(figures)
 
     def __str__(self) -> str:
-        rows = [_HEAD, *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join([*self._sentences(), "", *table])
+        return self.in_lines()
+
+    def in_lines(self, named: Callable[[int], str] = "texts[{}]".format, width: int = 80) -> str:
+        """Return the sentences and the table in lines of at most `width` characters; `named` names texts by index."""
+        rows = [_SHORT_HEAD, *self._rows(named)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+        widths[0] = min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:]))
+        table = (
+            "  ".join([beginning(row[0], widths[0]).ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
+        )
+        return "\n".join([*(textwrap.fill(sentence, width) for sentence in self._sentences()), "", *table])
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in _HEAD)
@@ -187,12 +197,12 @@ class Verification:
         if self.stored_error:
             yield f"Something came from a store in fewer bits, with a relative error of {self.stored_error:.2g}."
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def _rows(self, named: Callable[[int], str] = "texts[{}]".format) -> list[tuple[str, ...]]:
         """Return a row for each of the segments with the largest gaps."""
         worst = sorted(self.nodes, key=lambda node: node.gap, reverse=True)[:MAX_SHOWN]
         return [
             (
-                f"texts[{node.text_idx}], segment {node.segment_idx} {node.segment}",
+                f"{named(node.text_idx)}, segment {node.segment_idx} {node.segment}",
                 f"{node.stop - node.start:,}",
                 f"{node.gap:.2g}",
                 f"{node.largest_gap:.2g}",
@@ -218,6 +228,7 @@ _COARSE = (
 )
 
 _HEAD = ("segment", "tokens", "gap", "largest gap", "mean gap", "argmax flips")
+_SHORT_HEAD = ("segment", "tokens", "gap", "largest", "mean", "flips")
 
 
 def verify(

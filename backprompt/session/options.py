@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from backprompt.arguments import as_bool, as_choice, as_int
+from backprompt.arguments import as_bool, as_choice, as_int, did_you_mean
 from backprompt.memory.budget import parse_bytes
 from backprompt.store import Store
 from backprompt.tokens.joins import JOINS, Joins
@@ -53,8 +53,10 @@ def check_options(**given: Any) -> None:
                 if not (value is None or isinstance(value, (Store, os.PathLike)) or (isinstance(value, str) and value)):
                     raise TypeError(f"store must be a path or a backprompt.Store, not {value!r}.")
             case _:
-                options = ", ".join(field.name for field in fields(Options))
-                raise TypeError(f"An LM has no option {name!r}. It has {options}.")
+                options = [field.name for field in fields(Options)]
+                raise TypeError(
+                    f"An LM has no option {name!r}.{did_you_mean(name, options)} It has {', '.join(options)}."
+                )
 
 
 def check_can_pin(device: torch.device) -> None:

@@ -225,11 +225,6 @@ class Session(TextSession):
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
         """Evaluate the texts, computing only missing spans; the lock must be held."""
         evaluator = self.current()
-        one = self._evaluated.get(texts[0]) if len(texts) == 1 else None
-        if one is not None and one.is_computed:  # a property of one text, say: below it would take twice as long
-            evaluator.memory.touch([one.end])
-            self.counters.tokens_requested += len(one.token_ids)
-            return [one]
         found = zip(texts, map(self._evaluated.get, texts), strict=True) if self._evaluated else ()
         known = {text: evaluated for text, evaluated in found if evaluated is not None and evaluated.is_computed}
         evaluator.memory.touch([found.end for found in known.values()])
@@ -245,6 +240,18 @@ class Session(TextSession):
             self._evaluated.update(new)
             known |= new
         return [known[text] for text in texts]
+
+    def read(self, text: Text) -> Evaluated:
+        """Return a text for a look at its results, evaluated if it is not held; the lock must be held.
+
+        A look at what is held asks for no tokens, and takes half as long as `evaluate`.
+        """
+        evaluator = self.current()
+        found = self._evaluated.get(text)
+        if found is None or not found.is_computed:
+            return self.evaluate([text])[0]
+        evaluator.memory.touch([found.end])
+        return found
 
     def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
         """Return the ends of texts that were evaluated and whose states are still held; the lock must be held."""

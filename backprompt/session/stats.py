@@ -15,7 +15,7 @@ class Stats:
     """The work of an `LM` so far and the bytes that it holds; `after - before` is the change in between.
 
     Attributes:
-        tokens_requested: sum of the texts' tokens over all evaluations.
+        tokens_requested: sum of the texts' tokens over all evaluations; reading a result of a held text asks for none.
         tokens_computed: tokens forwarded through the model.
         tokens_recomputed: of those, the number that were forwarded before: they were dropped over the budget, or are
             rows of attention maps.

@@ -110,7 +110,7 @@ class Shown(Protocol):
 
     tokens: tuple[Any, ...]
 
-    def ansi(self) -> str:
+    def ansi(self, *, is_dark: bool | None = None) -> str:
         """Return the text with terminal escape sequences for colours."""
 
     def plain(self) -> str:

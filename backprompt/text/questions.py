@@ -7,7 +7,7 @@ none of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from backprompt.errors import UnboundTextError
 from backprompt.text.engine import Engine, Pinned, Representation, Shown, TextStream, outside
@@ -16,6 +16,7 @@ from backprompt.text.extents import Join
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from backprompt import GeneratedText, SelectedText  # the root's names: a text knows no module that generates
     from backprompt.drawing import Drawing
 
 
@@ -103,7 +104,13 @@ class Questions:
         found: tuple[Tensor, Tensor] = outside("top_logprobs")(self, k, temperature)
         return found
 
-    def generate(self, **options: Any) -> Any:
+    @overload
+    def generate(self, *, max_new_tokens: int, n: None = None, **options: Any) -> GeneratedText: ...
+
+    @overload
+    def generate(self, *, max_new_tokens: int, n: int, **options: Any) -> list[GeneratedText]: ...
+
+    def generate(self, **options: Any) -> GeneratedText | list[GeneratedText]:
         r"""Let the model continue this text; takes the arguments of `backprompt.generate`.
 
             text.generate(max_new_tokens=32, stop="\n", temperature=0.7, seed=1)
@@ -112,9 +119,10 @@ class Questions:
             A `GeneratedText`, or a list of them if `n` is given.
 
         """
-        return outside("generate")(self, **options)
+        found: GeneratedText | list[GeneratedText] = outside("generate")(self, **options)
+        return found
 
-    def select(self, options: Any, **scoring: Any) -> Any:
+    def select(self, options: Any, **scoring: Any) -> SelectedText:
         """Continue this text with the most probable of several strings, or of those of a finite constraint.
 
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
@@ -127,7 +135,8 @@ class Questions:
             A `SelectedText`.
 
         """
-        return outside("select")(self, options, **scoring)
+        selected: SelectedText = outside("select")(self, options, **scoring)
+        return selected
 
     def probability_of(self, language: Any, **options: Any) -> float:
         """Return the probability that the model continues this text by any string of a finite language.

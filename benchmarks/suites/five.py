@@ -20,7 +20,7 @@ class Five(Contest):
         return [*super().tables(results), Table("summary", summary(self._with_others(results)))]
 
     def plots(self, results: Results) -> list[Plot]:
-        return [Plot("workloads", partial(draw_bars, lines=self._with_others(results)))]
+        return [Plot("workloads", partial(draw_dots, lines=self._with_others(results)))]
 
     def _with_others(self, results: Results) -> list[Line]:
         return self.rows(results) + others.SUITE.rows(results)
@@ -52,8 +52,8 @@ def _seconds_and_times(line: Line, rival: Rival) -> str:
     return f"{rival_seconds(line, rival)} ({times_as_long(line, rival)})" if rival.name in line.seconds else ""
 
 
-def draw_bars(axes: Any, lines: list[Line]) -> None:
-    """A bar a contender and workload, the first workload on top."""
+def draw_dots(axes: Any, lines: list[Line]) -> None:
+    """A dot a contender and workload, the first workload on top: a logarithmic axis has no 0 for bars to begin at."""
     upwards = lines[::-1]
     contenders = (BACKPROMPT, *SCORING_RIVALS)
     height = 0.84 / len(contenders)
@@ -62,20 +62,20 @@ def draw_bars(axes: Any, lines: list[Line]) -> None:
             idx: line.seconds[contender.name] for idx, line in enumerate(upwards) if contender.name in line.seconds
         }
         look = contender.look
-        axes.barh(
-            [idx + 0.42 - (contender_idx + 0.5) * height for idx in seconds],
+        axes.plot(
             [spread.median for spread in seconds.values()],
-            height,
+            [idx + 0.42 - (contender_idx + 0.5) * height for idx in seconds],
+            look.marker,
+            markersize=6,
             label=contender.name,
             color=look.colour,
-            hatch=look.hatch,
-            edgecolor="white",
-            linewidth=0,
         )
+    for idx in range(len(upwards) - 1):
+        axes.axhline(idx + 0.5, color="#7d8590", linewidth=0.5)
     axes.set_yticks(range(len(upwards)), [line.workload for line in upwards], fontsize=8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("seconds, log scale; shorter is better")
+    axes.set_xlabel("seconds, log scale; further left is better")
     draw_legend(axes)
     axes.figure.set_size_inches(8.2, 4.6)
 
