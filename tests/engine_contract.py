@@ -189,7 +189,7 @@ class EngineContract:
         from backprompt.integrations.lm_eval import BackpromptLM
 
         def answers(lm):
-            model = BackpromptLM(lm)
+            model = BackpromptLM(lm, max_length=100)  # within the positions of all engines
             scored = [
                 Instance("loglikelihood", {}, (prompt, label), idx)
                 for idx, prompt in enumerate(PROMPTS)

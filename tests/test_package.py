@@ -18,7 +18,7 @@ PAGES = [
 ]
 
 # `backprompt` on PyPI is another project.
-INSTALLS_THE_OTHER = re.compile(r"pip install[^\n`]*?(?<![\w./-])backprompt(?![\w-])")
+INSTALLS_THE_OTHER = re.compile(r"pip install[^\n`#]*?(?<![\w./-])backprompt(?![\w-])")
 
 
 def test_nobody_is_told_to_install_the_other_project_of_this_name():

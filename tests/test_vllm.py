@@ -84,6 +84,14 @@ class TestVllmLM(EngineContract):
             with pytest.raises(UnsupportedModelError, match="vLLM gives no"):
                 ask()
 
+    def test_texts_ask_for_their_own(self, engine, plain):
+        for ours, theirs in zip(self.texts(engine), self.texts(plain), strict=True):
+            torch.testing.assert_close(ours.token_logprobs, theirs.token_logprobs, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+    def test_the_gap_to_full_attention(self, engine):
+        with pytest.raises(UnsupportedModelError):
+            bp.independence_gap([Text("They say", engine) + (Text("a", engine) | "b") + " and so on"])
+
     def test_results_read_are_copies(self, engine):
         text = Text(PROMPTS[0], engine)
         first = text.model_repr

@@ -18,6 +18,7 @@ from backprompt.engines.vllm_requests import Request, Requests, imported_vllm
 from backprompt.errors import GenerationError
 from backprompt.generation.decoding import Decoding, TextDecoding
 from backprompt.generation.found import Choice, Found
+from backprompt.generation.options import num_tokens_of
 
 _CPU = torch.device("cpu")
 _TAKEN: dict[type, tuple[str, str]] = {
@@ -97,13 +98,14 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
         GenerationError: vLLM lacks an option, or refuses its value.
 
     """
-    _check_searches(decoding)
+    _check_kind(decoding)
     vllm = imported_vllm()
     given: dict[str, Any] = {} if decoding.is_sampling else {"temperature": 0}
     for processor in rules:
         if isinstance(processor, processors.SuppressTokensLogitsProcessor):
             refused = set(processor.suppress_tokens.tolist())
-            given["allowed_token_ids"] = [idx for idx in range(decoding.num_tokens) if idx not in refused]
+            every = range(num_tokens_of(decoding.model))
+            given["allowed_token_ids"] = [idx for idx in every if idx not in refused]
         elif isinstance(processor, processors.MinLengthLogitsProcessor):
             given["min_tokens"] = max(given.get("min_tokens", 0), processor.min_length - num_before)
         elif isinstance(processor, processors.MinNewTokensLengthLogitsProcessor):
@@ -131,13 +133,13 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
         raise GenerationError(f"vLLM refuses these options: {error}") from error
 
 
-def _check_searches(decoding: Decoding) -> None:
+def _check_kind(decoding: Decoding) -> None:
+    if decoding.recipe.constraints:
+        raise GenerationError("A VllmLM takes no constraint. Use an LM: backprompt.load(name).")
     if decoding.num_beams > 1:
         raise GenerationError(
             "A VllmLM searches no beams (num_beams). Leave it out, or use an LM: backprompt.load(name)."
         )
-    if any(decoding.recipe.constraints):
-        raise GenerationError("A VllmLM takes no constraint. Leave it out, or use an LM: backprompt.load(name).")
     if decoding.num_lookup_tokens:
         raise GenerationError(
             "prompt_lookup_num_tokens is an option of vLLM's engine and not of a call: VllmLM(..., "

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
@@ -28,7 +27,7 @@ from backprompt.evaluation.scores import TokenScore
 from backprompt.generation.constrained import MAX_FORCED, UNCONSTRAINED, AllowedTokens, Constraints
 from backprompt.generation.found import Choice, Completion, FinishReason, Found
 from backprompt.generation.lookahead import DEFAULT_NGRAM, Ngrams
-from backprompt.generation.options import SAMPLING_FIELDS, checked
+from backprompt.generation.options import config_of, num_tokens_of
 from backprompt.generation.stops import Cut, StopStrings, as_stop_strings
 from backprompt.logprobs import logprob_dtype
 from backprompt.model.skeleton import head_dtype
@@ -152,7 +151,7 @@ class Decoding:
         own_seed = secrets.randbits(63) if seed is None else seed
         self._seed = as_int(own_seed, "seed", at_least=0, error=GenerationError)
         self._given = dict(given)
-        self._config = _config(model, given)
+        self._config = config_of(model, given)
         self.is_sampling = bool(self._config.do_sample)
         self.num_beams = int(self._config.num_beams or 1)
         self.num_lookup_tokens = int(self._config.prompt_lookup_num_tokens or 0)
@@ -167,13 +166,8 @@ class Decoding:
             self._rehearse()
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise GenerationError(f"transformers refuses these options: {error}") from error
-        constraints.check_begin(_num_tokens(model), self.end_ids)
+        constraints.check_begin(num_tokens_of(model), self.end_ids)
         self.looks_ahead = self.num_lookup_tokens > 0 or bool(constraints)
-
-    @property
-    def num_tokens(self) -> int:
-        """The size of the model's vocabulary."""
-        return _num_tokens(self.model)
 
     @property
     def recipe(self) -> Recipe:
@@ -197,13 +191,13 @@ class Decoding:
 
     def matching(self, text_idx: int) -> Matching | None:
         """Return the matching of a text under its constraint; None for a text without."""
-        return self._constraints.matching(text_idx, _num_tokens(self.model), self.end_ids)
+        return self._constraints.matching(text_idx, num_tokens_of(self.model), self.end_ids)
 
     def _rehearse(self) -> None:
         """Apply all rules to one token, so that errors show now, before a prompt is computed."""
         ids = torch.zeros((1, 1), dtype=torch.long)
         rules = self.rules(ids)
-        rules.processors(ids, torch.zeros((1, _num_tokens(self.model))))
+        rules.processors(ids, torch.zeros((1, num_tokens_of(self.model))))
         rules.are_met(ids)
         ends = [criterion for criterion in rules.criteria if isinstance(criterion, EosTokenCriteria)]
         self.end_ids = frozenset(token_id for criterion in ends for token_id in criterion.eos_token_id.tolist())
@@ -421,34 +415,3 @@ class TextDecoding:
         self._ngrams.extend(self._ids_from(len(self._ngrams)))
         found = self._ngrams.proposals(num_tokens)
         return found if self._matching is None else [self._matching.possible(self.completion, ids) for ids in found]
-
-
-def _config(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
-    """Return the options in full: the given ones, else those of the model's own configuration, but greedy."""
-    options = checked(given, _num_tokens(model))
-    asked = [name for name in SAMPLING_FIELDS if options.get(name) is not None]
-    if asked and options.get("do_sample") is False:
-        raise GenerationError(f"{asked[0]} is for sampling, but do_sample is False. Leave out one of the two.")
-    options["do_sample"] = bool(asked) if options.get("do_sample") is None else options["do_sample"]
-    try:
-        config: GenerationConfig = model._prepare_generation_config(None, **options)[0]
-        mode = config.get_generation_mode()
-    except (TypeError, ValueError) as error:
-        raise GenerationError(f"transformers refuses these options: {error}") from error
-    is_lookup = mode == GenerationMode.ASSISTED_GENERATION and config.prompt_lookup_num_tokens is not None
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH) and not is_lookup:
-        raise GenerationError(
-            "generate does greedy decoding, sampling, beam search (num_beams=...) and look-ahead by n-grams "
-            f"(prompt_lookup_num_tokens=...), not {mode.value.replace('_', ' ')}."
-        )
-    if config.prompt_lookup_num_tokens is not None and mode == GenerationMode.BEAM_SEARCH:
-        raise GenerationError("prompt_lookup_num_tokens looks ahead for one continuation, not for num_beams of them.")
-    if config.token_healing:
-        raise GenerationError("generate does not do token healing, which changes the end of the prompt.")
-    if config.guidance_scale is not None and config.guidance_scale != 1:
-        raise GenerationError("generate does not do classifier-free guidance, which runs the model a second time.")
-    return config
-
-
-def _num_tokens(model: Any) -> int:
-    return int(model.config.get_text_config().vocab_size)

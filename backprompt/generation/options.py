@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
 
 from backprompt.arguments import as_bool, as_int, as_number
 from backprompt.errors import GenerationError
@@ -25,7 +26,7 @@ _OURS = {  # fields that only `generate` of transformers takes, and what to do i
     "return_dict_in_generate": "a Text is returned, with completion_tokens and completion_logprobs",
     "output_scores": "completion_logprobs are always there",
     "output_logits": "text.logits and text.model_repr.all_logits() are always there",
-    "output_attentions": "they are never computed as a whole",
+    "output_attentions": "text.model_repr.attention() reads them",
     "output_hidden_states": "text.model_repr.hidden_states are always there",
     "use_cache": "keys and values are always kept",
     "cache_implementation": _CACHE,
@@ -73,6 +74,43 @@ def checked(given: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
         name: value if value is None or name not in checks else checks[name](value, name=name)
         for name, value in given.items()
     }
+
+
+def config_of(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
+    """Return the options in full: the given ones, else those of the model's own configuration, but greedy.
+
+    Raises:
+        GenerationError: options contradict each other or are not supported.
+
+    """
+    options = checked(given, num_tokens_of(model))
+    asked = [name for name in SAMPLING_FIELDS if options.get(name) is not None]
+    if asked and options.get("do_sample") is False:
+        raise GenerationError(f"{asked[0]} is for sampling, but do_sample is False. Leave out one of the two.")
+    options["do_sample"] = bool(asked) if options.get("do_sample") is None else options["do_sample"]
+    try:
+        config: GenerationConfig = model._prepare_generation_config(None, **options)[0]
+        mode = config.get_generation_mode()
+    except (TypeError, ValueError) as error:
+        raise GenerationError(f"transformers refuses these options: {error}") from error
+    is_lookup = mode == GenerationMode.ASSISTED_GENERATION and config.prompt_lookup_num_tokens is not None
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH) and not is_lookup:
+        raise GenerationError(
+            "generate does greedy decoding, sampling, beam search (num_beams=...) and look-ahead by n-grams "
+            f"(prompt_lookup_num_tokens=...), not {mode.value.replace('_', ' ')}."
+        )
+    if config.prompt_lookup_num_tokens is not None and mode == GenerationMode.BEAM_SEARCH:
+        raise GenerationError("prompt_lookup_num_tokens looks ahead for one continuation, not for num_beams of them.")
+    if config.token_healing:
+        raise GenerationError("generate does not do token healing, which changes the end of the prompt.")
+    if config.guidance_scale is not None and config.guidance_scale != 1:
+        raise GenerationError("generate does not do classifier-free guidance, which runs the model a second time.")
+    return config
+
+
+def num_tokens_of(model: Any) -> int:
+    """Return the size of a model's vocabulary."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _as_early_stopping(given: Any, name: str) -> bool | str:
