@@ -969,7 +969,7 @@ IN_OPTIONS = [
     (
         "generate",
         ["--option", "return_dict=1"],
-        "It has --max-new-tokens, --stop, --include-stop, --seed, and with --option",
+        "It has --max-new-tokens, --stop, --include-stop, --seed, --regex, --json-schema, and with --option",
     ),
     ("generate", ["--temperature", "0.5", "--option", "do_sample=false"], "error: --temperature is for sampling"),
     ("generate", ["--temperature", "0"], "these options: --temperature (=0.0)"),
@@ -1376,6 +1376,7 @@ def test_documented_commands_run(run, model):
         "prompts.jsonl", [{"id": idx, "prompt": f"Review: A {word}\nSentiment:"} for idx, word in enumerate("xyz")]
     )
     Path("prompts.csv").write_text("prompt\nReview: A\n")
+    Path("person.json").write_text('{"type": "integer"}')
     backprompt.DiskStore("prompts.bp").close()
     page_text = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", page_text, flags=re.DOTALL)
