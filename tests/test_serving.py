@@ -22,6 +22,7 @@ from backprompt import LM, Text, chat, classify
 from backprompt.cli import main
 from backprompt.serving.app import make_app
 from backprompt.serving.limits import Limits
+from backprompt.session.sharing import Call
 from reference import plain_greedy
 from served import served
 from tiny_models import build
@@ -308,6 +309,35 @@ def test_a_client_that_goes_away_stops_its_generation(lm, address, stream):
     wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
     wait_until(lambda: not lm.session.evaluator.holders.ends() and not lm.session.line.places)
     assert (lm.stats - before).tokens_computed < 100
+
+
+def test_a_client_that_goes_away_before_the_first_piece_is_forgotten(lm, address, monkeypatch):
+    body = {"prompt": "Nobody asked this", "max_tokens": 50, "stream": True, "n": 4}
+    executor = lm.session.evaluator.executor
+    plain, cancelled = executor.compute, []
+
+    def compute(*args, **kwargs):
+        wait_until(lambda: len(lm.session.line.places) >= 3)
+        calls = [place for place in lm.session.line.places if isinstance(place, Call)]
+        wait_until(lambda: all(call.is_cancelled for call in calls))
+        cancelled.extend(calls)
+        return plain(*args, **kwargs)
+
+    before = lm.stats
+    with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
+        with lm.session.line.lock:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{address}/v1/completions", json=body, timeout=0.5)
+            wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+        wait_until(lambda: not lm.session.line.places)
+        assert lm.stats == before
+        monkeypatch.setattr(executor, "compute", compute)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"{address}/v1/completions", json=body, timeout=0.5)
+        wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+    assert len(cancelled) >= 3
+    assert (lm.stats - before).model_calls == 1
+    assert not lm.session.evaluator.holders.ends()
 
 
 # Other programs
