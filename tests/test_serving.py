@@ -20,13 +20,16 @@ import openai
 
 from backprompt import LM, Text, chat, classify
 from backprompt.cli import main
+from backprompt.serving.answers import completion
 from backprompt.serving.app import make_app
+from backprompt.serving.bodies import CompletionBody
 from backprompt.serving.limits import Limits
+from backprompt.serving.spelling import bytes_named
 from backprompt.session.sharing import Call
 from reference import plain_greedy
 from served import served
 from tiny_models import build
-from tiny_tokenizers import byte_level_bpe
+from tiny_tokenizers import byte_level_bpe, llama3_bpe, sentencepiece_bpe
 from waiting import wait_until
 
 TEMPLATE = (
@@ -123,6 +126,22 @@ def test_echo_and_logprobs(client, lm, reference):
     only = complete(client, echo=True, logprobs=1, max_tokens=0).choices[0]
     assert only.text == PROMPT
     assert only.logprobs.token_logprobs[1:] == pytest.approx(logprobs[1:-3], abs=1e-4)
+
+
+@pytest.mark.parametrize("made", [byte_level_bpe, llama3_bpe, sentencepiece_bpe])
+def test_the_names_of_tokens_are_those_of_a_text(model, made):
+    """Decoded alone, words lose the space before them, and parts of characters are all the same."""
+    lm, body = LM(model, made()), {"prompt": "The cat, 日本 é sat", "max_tokens": 0, "echo": True, "logprobs": 3}
+    (choice,) = completion(lm, CompletionBody(**body), Limits(), "tiny")["choices"]
+    found = choice["logprobs"]
+    special = lm.tokenizer.all_special_tokens
+    spelled = b"".join(bytes_named(name) for name in found["tokens"] if name not in special)
+    assert spelled.decode().strip() == choice["text"]
+    for name, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        if name not in special and not name.startswith("bytes:"):
+            assert choice["text"][offset:].lstrip().startswith(name.lstrip())
+    assert any(name.startswith("bytes:") for name in found["tokens"])
+    assert all(len(top) >= 3 for top in found["top_logprobs"] if top is not None)
 
 
 def test_streams_are_the_same_text(client, reference):
