@@ -156,6 +156,17 @@ def test_streams_are_the_same_text(client, reference):
     assert texts[1] == greedy(reference, do_sample=True, temperature=0.9, seed=2, top_k=0).completion
 
 
+def test_an_event_is_one_line_for_every_client(address):
+    prompt = "a\u2028b\x85c\x0bd 日本"
+    body = {"prompt": prompt, "max_tokens": 0, "echo": True, "stream": True}
+    with httpx.stream(
+        "POST", f"{address}/v1/completions", json=body, headers={"Authorization": "Bearer secret"}
+    ) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert json.loads(lines[0][6:])["choices"][0]["text"] == prompt
+    assert len(lines) == 3
+
+
 def test_conversations(client, reference):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The cat?"}]
     expected = chat(reference, messages).generate(max_new_tokens=5)
