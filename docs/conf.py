@@ -65,6 +65,7 @@ nitpick_ignore_regex = [
     ("py:.*", rf"({_OTHERS})\..*"),
     ("py:.*", r"DynamicCache|Tensor|Axes|Floats|FinishReason|NotFittedError"),
     ("py:.*", r"Prompts?|Aggregate|Strategy|Segment|Leaf|Adapted|Source|StoredDtype"),
+    ("py:.*", r"(.*\.)?(OptionTypes|Constraint|EndOfPrompt|Bounds)"),
     # The protocols of engine.py; docstrings name the classes behind them.
     (
         "py:.*",
