@@ -1,6 +1,7 @@
 """All public names of `backprompt`, imported when the first of them is used: see `__getattr__` of the package."""
 
 from backprompt import classify
+from backprompt.asynchronous import AsyncStream
 from backprompt.bound import evaluate
 from backprompt.drawing import Drawing
 from backprompt.errors import (
@@ -59,6 +60,7 @@ from backprompt.tokens.constraints import Grammar, JsonSchema, Regex
 __all__ = [
     "LM",
     "AdapterError",
+    "AsyncStream",
     "BackpromptError",
     "CachedStore",
     "DamagedEntryError",

@@ -1,8 +1,8 @@
 """LM: the façade of a model with its tokenizer, as users see it.
 
 `LM` documents and delegates: all state lies in its `Session`. One lock guards the session, so one `LM` may be used from
-many threads. The model itself is never changed, so other code may call it at the same time. If other code changes its
-weights during a call that computes with them, the call raises an error.
+many threads, and calls that wait are answered together. The model itself is never changed, so other code may call it at
+the same time. If other code changes its weights during a call that computes with them, the call raises an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from backprompt.arguments import as_bool
+from backprompt.asynchronous import Asynchronous
 from backprompt.errors import (
     NotPicklableError,
     UnsupportedModelError,
@@ -45,7 +46,7 @@ _ASKED_BY_TEXTS = frozenset(
 """Names of the protocol `Engine`, and the session: text.tokens, text.pin() and the like are the public ways."""
 
 
-class LM(Engine[Text]):
+class LM(Engine[Text], Asynchronous):
     """A causal language model of transformers with its tokenizer; starts with an empty cache.
 
     The model is left unchanged: evaluation runs on a private copy that shares its weights, in eval mode, without
@@ -184,7 +185,6 @@ class LM(Engine[Text]):
 
         Raises:
             TextTypeError, UnboundTextError: an element is not a text of this `LM`.
-            TextTypeError, UnboundTextError: an element is not a text of this `LM`.
             EmptyTextError, TextTooLongError, TokenIdError, JoinError, TokenizerError: a text cannot be evaluated; the
                 message names the text, and nothing is computed.
             NonFiniteError: the model returned NaN or infinity; the message names the text.
@@ -193,14 +193,13 @@ class LM(Engine[Text]):
 
         """
         texts = self._session.own_texts(texts)
-        with self._session.exclusive(), showing(show_progress_bar):
-            self._session.current().forest.begin_evaluation()
-            return [ModelRepr(self._session, evaluated) for evaluated in self._session.evaluate(texts)]
+        with showing(show_progress_bar):
+            found = self._session.evaluated(texts, begins=True)
+        return [ModelRepr(self._session, evaluated) for evaluated in found]
 
     def representation(self, text: Text) -> ModelRepr:
         """Return the representation of a text, as `evaluate` does; for a held text no evaluation is counted."""
-        with self._session.exclusive():
-            return ModelRepr(self._session, self._session.read(text))
+        return ModelRepr(self._session, self._session.read(text))
 
     def token_logprobs(
         self,

@@ -1066,7 +1066,19 @@ def test_choices_are_those_of_the_library():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["score"], ["generate"], ["explain"], ["draw"], ["verify"], ["demo"], ["store"], ["store", "prune"]]
+    "command",
+    [
+        [],
+        ["score"],
+        ["generate"],
+        ["serve"],
+        ["explain"],
+        ["draw"],
+        ["verify"],
+        ["demo"],
+        ["store"],
+        ["store", "prune"],
+    ],
 )
 def test_help_teaches(run, command):
     code, printed, _ = run(*command, "--help")

@@ -204,7 +204,7 @@ class World:
     def check_holders(self, operation):
         """Check that only spans with a holder are held, also while the traceback keeps all frames alive."""
         lm = self.lm
-        assert not lm.session.lock._is_owned()
+        assert not lm.session.line.lock._is_owned()
         assert torch.is_grad_enabled()
         lm.check([])  # renews, recomputes or ends everything that needs it
         evaluator = lm.session.evaluator

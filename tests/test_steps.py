@@ -28,7 +28,7 @@ from comparing import assert_close
 from reference import plain_greedy, plain_token_logprobs
 from tiny_blocks import assert_right, compute, inserted, keys_values_for, numbers_of, states_for
 
-CALLS_A_TEXT = 30
+CALLS_A_TEXT = 34
 """The calls of functions of the package that one more text adds to a step."""
 
 PROMPTS = ((1, 2, 3), (1, 2, 4, 5), (7,), (1, 2, 3, 9, 9))

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from backprompt.arguments import did_you_mean
-from backprompt.cli import demo, generate, reports, score, stores
+from backprompt.cli import demo, generate, reports, score, serve, stores
 from backprompt.cli.arguments import say
 from backprompt.cli.wording import in_options
 from backprompt.errors import BackpromptError, CommandError
@@ -43,6 +43,7 @@ examples:
   backprompt demo
   backprompt score prompts.jsonl --completions labels.txt --model gpt2 -o out.jsonl
   backprompt generate prompts.csv --max-new-tokens 32 --model gpt2 -o out.csv
+  backprompt serve --model gpt2 --store prompts.bp
   backprompt draw prompts.jsonl -o tree.svg
   backprompt store stat prompts.bp
 
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"backprompt {__version__}")
     commands = parser.add_subparsers(title="commands", metavar=_COMMAND, required=True)
-    for command in (demo, score, generate, reports, stores):
+    for command in (demo, score, generate, serve, reports, stores):
         command.add(commands)
     return parser
 

@@ -28,6 +28,11 @@ class Behind(NamedTuple):
     num_own: int = 0
 
     @property
+    def token_ids(self) -> TokenIds:
+        """The ids of the prompt."""
+        return self.prompt
+
+    @property
     def num_scores(self) -> int:
         """The number of tokens that are scored: the prompt's own ones, then those of all completions."""
         return self.num_own + self.shape.num_scores
@@ -49,6 +54,13 @@ class Placed(NamedTuple):
 
     items: Sequence[Fan | Wanted]
     ends: Sequence[Span]
+
+    def behind(self, behind: Behind, end: Span) -> Placed:
+        """Return these with the tokens of the prompt that are scored before them; the prompt ends at `end`."""
+        if not behind.num_own:
+            return self
+        own = Wanted(behind.prompt, len(behind.prompt) - behind.num_own)
+        return Placed([own, *self.items], [end, *self.ends])
 
 
 def placed_behind(computation: Computation, prompts: Sequence[Behind], ends: Sequence[Span]) -> list[Placed]:

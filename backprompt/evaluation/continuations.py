@@ -7,7 +7,7 @@ of a live text are kept by its generation alone, and read from there when they a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from weakref import finalize
 
 from backprompt.evaluation.computation import Computation, Request
@@ -52,12 +52,12 @@ class Continuations:
         with self._computation.held(texts, Request(with_keys_values=True)) as ends:
             return ends
 
-    def extend(self, owner: object, tokens: Mapping[Token, TokenScore], num_texts: int) -> Stepped | None:
+    def extend(self, owners: Collection[object], tokens: Mapping[Token, TokenScore], num_texts: int) -> Stepped | None:
         """Let texts take in a token each; None if that is not possible, see `Steps.extend`.
 
         `num_texts`: how many texts these are; several may be equal so far.
         """
-        stepped = self.steps.extend(owner, tokens)
+        stepped = self.steps.extend(owners, tokens)
         if stepped is not None:
             self._computation.counters.tokens_requested += num_texts
         return stepped

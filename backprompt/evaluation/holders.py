@@ -48,9 +48,9 @@ class Holders:
             held.update(end for text in texts for end in text.ends.values())
         return held.union(*self._in_use.values())
 
-    def others(self, owner: object) -> set[Span]:
+    def others(self, owners: Collection[object]) -> set[Span]:
         """Return the ends of the texts of other owners that grow; nearly always there are none."""
-        theirs = (texts for other, texts in self._growing.items() if other is not owner)
+        theirs = (texts for other, texts in self._growing.items() if other not in owners)
         return {end for texts in theirs for text in texts for end in text.ends.values()}
 
     def pinned_ends(self) -> list[Span]:

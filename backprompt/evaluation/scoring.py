@@ -7,13 +7,14 @@ scores of all texts of a call are read with one gather, into one tensor.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from backprompt.evaluation.behind import Behind, placed_behind
+from backprompt.evaluation.behind import Behind, Placed, placed_behind
 from backprompt.evaluation.computation import Computation, Request
 from backprompt.evaluation.predictions import NumberedRows, Targets, ranges
 from backprompt.evaluation.rating import Rated, rated_tokens
@@ -119,19 +120,42 @@ class Scoring:
             NonFiniteError: a row that predicts a token is no distribution.
 
         """
-        with self._computation.inserted([behind.prompt for behind in prompts]) as ends:
-            items: list[Wanted | Fan] = []
-            item_ends: list[Span] = []
-            placed = placed_behind(self._computation, prompts, ends)
-            for end, (prompt, _, num_own), found in zip(ends, prompts, placed, strict=True):
-                if num_own:
-                    items.append(Wanted(prompt, len(prompt) - num_own))
-                    item_ends.append(end)
-                items += found.items
-                item_ends += found.ends
+        return self.mixed(prompts, itertools.repeat(None))[1]
+
+    def mixed(self, asked: Sequence[Wanted | Behind], known: Iterable[Span | None]) -> tuple[list[Span], ScoredTexts]:
+        """Evaluate texts, and completions behind prompts, in one go.
+
+        Args:
+            asked: texts with their wanted tokens, and prompts with completions.
+            known: the ends of texts that are in the forest, else None.
+
+        Returns:
+            The end of each text and of each prompt, and the scores of each.
+
+        Raises:
+            NonFiniteError: a row that predicts a wanted token is no distribution.
+
+        """
+        with self._computation.inserted([item.token_ids for item in asked], known) as ends:
+            behind: list[Behind] = []
+            prompt_ends: list[Span] = []
+            for end, item in zip(ends, asked, strict=True):
+                if isinstance(item, Behind):
+                    behind.append(item)
+                    prompt_ends.append(end)
+                elif item.candidates:
+                    self._computation.forest.unfold(end)
+            placed = iter(placed_behind(self._computation, behind, prompt_ends))
+            parts = [
+                next(placed).behind(item, end) if isinstance(item, Behind) else Placed([item], [end])
+                for item, end in zip(asked, ends, strict=True)
+            ]
+            items = [item for part in parts for item in part.items]
+            item_ends = [end for part in parts for end in part.ends]
             self._computation.memory.touch(item_ends)
-            scores = self._computed(items, item_ends).scores
-        return ScoredTexts(scores, [behind.num_scores for behind in prompts])
+            found = self._computed(items, item_ends)
+        lengths = iter(found.lengths)
+        return ends, ScoredTexts(found.scores, [sum(itertools.islice(lengths, len(part.ends))) for part in parts])
 
     def _computed(self, items: Sequence[Wanted | Fan], ends: Sequence[Span]) -> ScoredTexts:
         """Compute what is inserted and ends here, and score it."""

@@ -68,13 +68,13 @@ class Steps:
         self._computation = computation
         self._growth = growth
 
-    def extend(self, owner: object, tokens: Mapping[Token, TokenScore]) -> Stepped | None:
+    def extend(self, owners: Collection[object], tokens: Mapping[Token, TokenScore]) -> Stepped | None:
         """Forward a token behind each of several texts, and let the texts take it in.
 
         A text whose last span cannot take a token in goes on with a new span.
 
         Args:
-            owner: that of the texts, as given to `Holders.let_grow`.
+            owners: those of the texts, as given to `Holders.let_grow`.
             tokens: the score of each token. A text may go on in several ways.
 
         Returns:
@@ -82,7 +82,7 @@ class Steps:
 
         """
         computation, forest = self._computation, self._computation.forest
-        growing = self._growing(owner, tokens)
+        growing = self._growing(owners, tokens)
         if growing is None:
             return None
         is_mixed = len(growing) < len(tokens)
@@ -126,7 +126,7 @@ class Steps:
         ):
             self._computation.forest.next_step = None
 
-    def _growing(self, owner: object, tokens: Collection[Token]) -> dict[Span, int] | None:
+    def _growing(self, owners: Collection[object], tokens: Collection[Token]) -> dict[Span, int] | None:
         """Return the spans that take a token in, each with its token; None if some text cannot go on this way."""
         computation = self._computation
         if not tokens or len(tokens) > computation.max_tokens:
@@ -134,7 +134,7 @@ class Steps:
         if computation.memory.is_exceeded() or computation.memory.is_scattered:
             return None
         parting = {end for end, count in Counter(end for end, _ in tokens).items() if count > 1}
-        of_others = computation.holders.others(owner)
+        of_others = computation.holders.others(owners)
         growing: dict[Span, int] = {}
         for end, token_id in tokens:
             if takes_tokens_in(end) and end not in parting and end not in of_others:

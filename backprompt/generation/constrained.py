@@ -113,7 +113,7 @@ def allowed_rows(rows: Sequence[Sequence[Allowed] | None], rows_each: int, like:
         like: the scores of all rows, `(rows, vocab)`.
 
     """
-    if all(own is None for own in rows):
+    if rows.count(None) == len(rows):
         return None
     any_token = np.ones(like.shape[1], dtype=bool)
     stacked = np.stack([row for own in rows for row in (own if own is not None else [any_token] * rows_each)])

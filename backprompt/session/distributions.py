@@ -15,8 +15,9 @@ from backprompt.arguments import as_int, as_number
 from backprompt.evaluation.distributions import Asked, Distributions
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import to_score
-from backprompt.session.text_scores import encoded_to_score
+from backprompt.session.text_scores import encoded_to_score, given_starts
 from backprompt.session.texts import TextSession
+from backprompt.session.together import Needed, TextsCall
 from backprompt.text.node import Text
 
 
@@ -125,9 +126,21 @@ def _of_texts(
 ) -> tuple[Distributions, Tensor]:
     """Return what is asked for of texts' tokens from a start on, and the offsets of the texts."""
     texts = session.own_texts(texts)
-    with session.exclusive():
-        encoded, first = encoded_to_score(session, texts, starts)
-        wanted = list(map(to_score, encoded, first, [end is not None for end in session.computed_ends(texts)]))
-        found = session.distributions(wanted, asked)
+    given = given_starts(texts, starts)
+
+    def wanted() -> tuple[list[Wanted], list[int]]:
+        encoded, first = encoded_to_score(session, texts, given)
         lengths = [len(token_ids) - start for token_ids, start in zip(encoded, first, strict=True)]
-        return found, torch.tensor([0, *lengths]).cumsum(0)
+        return list(map(to_score, encoded, first, [end is not None for end in session.computed_ends(texts)])), lengths
+
+    def alone() -> tuple[Distributions, Tensor]:
+        own, lengths = wanted()
+        return session.distributions(own, asked), torch.tensor([0, *lengths]).cumsum(0)
+
+    def needed() -> Needed:
+        num_requested = session.counters.tokens_requested  # `alone` counts them
+        own, _ = wanted()
+        session.counters.tokens_requested = num_requested
+        return Needed.new([Wanted(text.token_ids, len(text.token_ids)) for text in own])
+
+    return session.answer(TextsCall(alone, needed))

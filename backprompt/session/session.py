@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +45,9 @@ from backprompt.session.fingerprint import Fingerprint
 from backprompt.session.limits import TextLimits
 from backprompt.session.options import Options, check_can_pin
 from backprompt.session.probes import Probes
+from backprompt.session.sharing import Answer, Call, Line
 from backprompt.session.texts import TextSession
+from backprompt.session.together import Found, Needed, TextsCall
 from backprompt.store import Store, open_store
 from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
@@ -68,7 +69,7 @@ class Session(TextSession):
         options: checked options.
 
     Attributes:
-        lock: guards everything here; see `exclusive`.
+        line: the lock that guards everything here, and who waits for it; see `exclusive`.
         store: the store of representations, or None.
         counters: the work that was done since the session began.
         fingerprint: names the weights and the tokenizer of the evaluator and the encoder.
@@ -86,7 +87,9 @@ class Session(TextSession):
         if options.pin_memory:
             check_can_pin(head_device(causal_lm))
         self._budgets = Budgets.of(options, causal_lm)
-        self.lock = threading.RLock()
+        self.line = Line()
+        self._depth = 0  # of `exclusive`
+        self._forking_process = os.getpid()
         self._has_failed = False  # since the evaluator last recovered
         self._has_looked = False  # at weights and tokenizer, since the lock was taken
         self.counters = Counters()
@@ -116,21 +119,63 @@ class Session(TextSession):
             StaleRepresentationError: weights changed meanwhile.
 
         """
-        with self.lock, plain_surroundings(self.evaluator.executor.device):
-            if self._has_failed:
-                self.evaluator.computation.recover()
-                self._has_failed = False
-            had_looked = self._has_looked
+        place, line = object(), self.line
+        line.places[place] = None
+        try:
+            with line.lock, plain_surroundings(self.evaluator.executor.device):
+                line.leave(place)
+                if self._has_failed:
+                    self.evaluator.computation.recover()
+                    self._has_failed = False
+                depth, had_looked = self._depth, self._has_looked
+                try:
+                    self._depth = depth + 1
+                    work_before = self.counters.work
+                    yield
+                    if self.counters.work != work_before:
+                        self.evaluator.computation.check_unchanged()
+                except BaseException:
+                    self._has_failed = True
+                    raise
+                finally:
+                    self._depth, self._has_looked = depth, had_looked
+        finally:
+            line.places.pop(place, None)
+
+    def answer(self, call: Call[Answer]) -> Answer:
+        """Return the answer to a call, computed along with other calls that wait by then; see sharing.py."""
+        line = self.line
+        line.places[call] = None
+        try:
+            with line.lock:
+                if self._depth == 0:  # a call within another one is part of it
+                    line.give_way(call)
+                    calls = line.joining(call)
+                    if len(calls) > 1:
+                        self.answer_together(calls)
+                line.leave(call)
+                call.check_cancelled()
+                with self.exclusive():
+                    return call.finish()
+        finally:
+            line.places.pop(call, None)
+
+    def answer_together(self, calls: Sequence[Call[Any]]) -> None:
+        """Answer calls, those of a kind together. Where that fails, each is left to its own thread."""
+        for together in dict.fromkeys(call.together for call in calls):
+            own = [call for call in calls if call.together is together]
+            num_requested = self.counters.tokens_requested
             try:
-                work_before = self.counters.work
-                yield
-                if self.counters.work != work_before:
-                    self.evaluator.computation.check_unchanged()
-            except BaseException:
-                self._has_failed = True
-                raise
-            finally:
-                self._has_looked = had_looked
+                with self.exclusive():
+                    together(self.current(), own)
+            except Exception as error:  # its owner meets it again
+                logger.debug("%d calls are answered one by one: %s", len(own), error)
+                self.counters.tokens_requested = num_requested
+                for call in own:
+                    call.is_alone = True
+            else:
+                for call in own:
+                    call.is_answered = call.found is not None
 
     def current(self, *, with_weights: bool = True, with_numbers: bool = True) -> Evaluator:
         """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held.
@@ -194,11 +239,14 @@ class Session(TextSession):
 
     def before_fork(self) -> None:
         """Take the lock, so that no other thread is in the middle of a change while the process is forked."""
-        self.lock.acquire()
+        self.line.lock.acquire()
+        self._forking_process = os.getpid()
 
     def after_fork(self) -> None:
         """Release the lock."""
-        self.lock.release()
+        if os.getpid() != self._forking_process:
+            self.line.forget_others()
+        self.line.lock.release()
 
     # Results
 
@@ -241,17 +289,41 @@ class Session(TextSession):
             known |= new
         return [known[text] for text in texts]
 
-    def read(self, text: Text) -> Evaluated:
-        """Return a text for a look at its results, evaluated if it is not held; the lock must be held.
+    def evaluated(self, texts: Sequence[Text], *, begins: bool) -> list[Evaluated]:
+        """Evaluate the texts, along with those of other calls; `begins`: another evaluation, whatever is missing."""
 
-        A look at what is held asks for no tokens, and takes half as long as `evaluate`.
+        def alone() -> list[Evaluated]:
+            if begins:
+                self.current().forest.begin_evaluation()
+            return self.evaluate(texts)
+
+        def needed() -> Needed | None:
+            known = self.computed_ends(texts)
+            return None if all(known) else Needed([Wanted(i, len(i)) for i in self.checked_ids(texts)], known)
+
+        def answer(found: Found) -> list[Evaluated]:
+            if found.batch.evaluator is not self.evaluator:
+                return alone()
+            for text, end, item in zip(texts, found.ends, found.items, strict=True):
+                known = self._evaluated.get(text)
+                if known is None or not known.is_computed:
+                    self._evaluated[text] = found.batch.add(end, item.token_ids)
+            return list(map(self._evaluated.__getitem__, texts))
+
+        return self.answer(TextsCall(alone, needed, answer))
+
+    def read(self, text: Text) -> Evaluated:
+        """Return a text for a look at its results, evaluated if it is not held.
+
+        A look at what is held asks for no tokens, and takes half as long as an evaluation.
         """
-        evaluator = self.current()
-        found = self._evaluated.get(text)
-        if found is None or not found.is_computed:
-            return self.evaluate([text])[0]
-        evaluator.memory.touch([found.end])
-        return found
+        with self.exclusive():
+            evaluator = self.current()
+            found = self._evaluated.get(text)
+            if found is not None and found.is_computed:
+                evaluator.memory.touch([found.end])
+                return found
+        return self.evaluated([text], begins=False)[0]
 
     def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
         """Return the ends of texts that were evaluated and whose states are still held; the lock must be held."""

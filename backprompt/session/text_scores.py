@@ -9,10 +9,11 @@ import torch
 from backprompt.arguments import as_list, is_int
 from backprompt.evaluation.behind import Behind
 from backprompt.evaluation.reading import Wanted
-from backprompt.evaluation.scoring import ScoredTexts
+from backprompt.evaluation.scoring import ScoredTexts, to_score
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.shared_ends import scores_if_fine, scores_of_shared_ends
 from backprompt.session.texts import TextSession
+from backprompt.session.together import Needed, TextsCall, scores_found
 from backprompt.text.node import Text, lazily
 from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenIds, flat, is_beginning
@@ -21,14 +22,22 @@ from backprompt.tokens.graph import TokenIds, flat, is_beginning
 def token_scores(session: TextSession, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
     """Return the scores of each text's tokens from its start on; see `LM.token_scores`. There is a text."""
     texts = session.own_texts(texts)
-    given = _given_starts(texts, starts)
-    with session.exclusive():
+    given = given_starts(texts, starts)
+
+    def alone() -> ScoredTexts:
         session.current()
         shared = scores_of_shared_ends(session, texts, given)
         if shared is not None:
             return shared
         encoded, first = encoded_to_score(session, texts, given)
         return session.scoring.token_scores(encoded, first, session.computed_ends(texts))
+
+    def needed() -> Needed:
+        encoded, first = encoded_to_score(session, texts, given)
+        known = session.computed_ends(texts)
+        return Needed(list(map(to_score, encoded, first, [end is not None for end in known])), known)
+
+    return session.answer(TextsCall(alone, needed, scores_found))
 
 
 def encoded_to_score(
@@ -41,11 +50,17 @@ def encoded_to_score(
         The errors of `evaluate` for texts that cannot be evaluated.
 
     """
-    first = _first_scored(session, texts, _given_starts(texts, starts))
+    first = _first_scored(session, texts, given_starts(texts, starts))
     return session.checked_ids(texts, first, is_scoring=True), first
 
 
-def _given_starts(texts: Sequence[Text], starts: Iterable[Text | int] | None) -> Sequence[Text | int]:
+def given_starts(texts: Sequence[Text], starts: Iterable[Text | int] | None) -> Sequence[Text | int]:
+    """Return the start of each text, as it was given.
+
+    Raises:
+        ValueError: there is another number of starts than of texts.
+
+    """
     given = [0] * len(texts) if starts is None else as_list(starts, "starts must be a Text or an int for each text")
     if len(given) != len(texts):
         raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start a text.")
@@ -61,10 +76,17 @@ def scores_behind(session: TextSession, prompts: Sequence[Behind]) -> ScoredText
             they can be evaluated.
 
     """
-    with session.exclusive():
+
+    def alone() -> ScoredTexts:
         session.current()
         session.counters.tokens_requested += sum(behind.num_tokens for behind in prompts)
         return session.scoring.behind(prompts)
+
+    def needed() -> Needed:
+        session.counters.tokens_requested += sum(behind.num_tokens for behind in prompts)
+        return Needed.new(prompts)
+
+    return session.answer(TextsCall(alone, needed, scores_found))
 
 
 def scores_of_ids(session: TextSession, prompts: Sequence[Behind]) -> ScoredTexts | None:
@@ -83,10 +105,17 @@ def scores_of_next(session: TextSession, texts: Sequence[tuple[TokenIds, Sequenc
 
 def scores_of_wanted(session: TextSession, wanted: Sequence[Wanted]) -> ScoredTexts:
     """Return the scores of wanted tokens; the caller has checked that the texts can be evaluated."""
-    with session.exclusive():
+
+    def alone() -> ScoredTexts:
         session.current()
         session.counters.tokens_requested += sum(len(text.token_ids) for text in wanted)
         return session.scoring.scored(wanted)
+
+    def needed() -> Needed:
+        session.counters.tokens_requested += sum(len(text.token_ids) for text in wanted)
+        return Needed.new(wanted)
+
+    return session.answer(TextsCall(alone, needed, scores_found))
 
 
 def next_token_logprobs(
@@ -102,15 +131,18 @@ def next_token_logprobs(
         raise ValueError(
             f"token_ids has {len(token_ids)} elements for {len(texts)} texts; give a sequence of ids a text."
         )
-    with session.exclusive():
+
+    def wanted() -> list[Wanted]:
         session.current()
         for text, encoded in zip(texts, session.encoder.encode(texts), strict=True):
             check_has_last_token(text, encoded)
         limits = session.limits
         candidates = [tuple(map(limits.as_id, ids)) for ids in token_ids]
-        wanted = [Wanted(ids, len(ids), own) for ids, own in zip(session.checked_ids(texts), candidates, strict=True)]
-        found = session.scoring.scored(wanted)
-        return list(torch.split(found.scores.logprobs, list(found.lengths)))
+        return [Wanted(ids, len(ids), own) for ids, own in zip(session.checked_ids(texts), candidates, strict=True)]
+
+    call = TextsCall(lambda: session.scoring.scored(wanted()), lambda: Needed.new(wanted()), scores_found)
+    found = session.answer(call)
+    return list(torch.split(found.scores.logprobs, list(found.lengths)))
 
 
 def _first_scored(session: TextSession, texts: Sequence[Text], starts: Sequence[Text | int]) -> list[int]:

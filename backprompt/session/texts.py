@@ -22,6 +22,7 @@ from backprompt.evaluation.scoring import ScoredTexts, num_positions_to_score
 from backprompt.forest.span import Span
 from backprompt.session.limits import TextLimits, check_has_last_token
 from backprompt.session.options import Options
+from backprompt.session.sharing import Answer, Call
 from backprompt.text.checks import engine_of
 from backprompt.text.node import Text, lazily
 from backprompt.text.questions import bound_engine
@@ -66,6 +67,11 @@ class TextSession(ABC):
     @abstractmethod
     def exclusive(self) -> AbstractContextManager[None]:
         """Shut out other threads; all results are of one state of the weights."""
+
+    def answer(self, call: Call[Answer]) -> Answer:
+        """Return the answer to a call; where passes are computed here, along with the calls of other threads."""
+        with self.exclusive():
+            return call.finish()
 
     @abstractmethod
     def current(self, *, with_weights: bool = True, with_numbers: bool = True) -> Any:

@@ -1,0 +1,134 @@
+"""Advancing: the next token of every live text of several runs, forwarded in one pass, and the logits behind it.
+
+A run is continued by its own thread, but its step may be done along with those of runs of other threads. So advancing
+computes and changes nothing of a run. The run takes what was found for it, and chooses its tokens itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from backprompt.evaluation.evaluator import Evaluator
+from backprompt.evaluation.scores import TokenScore
+from backprompt.evaluation.steps import Token
+from backprompt.forest.span import Span
+from backprompt.generation.choosing import Logits
+from backprompt.generation.found import Choice
+from backprompt.generation.live import Live
+from backprompt.tokens.graph import TokenIds, with_more
+
+
+class Advancing(Protocol):
+    """A run whose live texts go on with one token each."""
+
+    @property
+    def live(self) -> Sequence[Live]:
+        """The live texts."""
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps that were done."""
+
+    def to_begin(self, evaluator: Evaluator) -> Sequence[TokenIds]:
+        """Return the waiting texts that begin now."""
+
+
+@dataclass(frozen=True)
+class Advance:
+    """What was found for a step of a run.
+
+    Attributes:
+        num_steps: the number of steps that the run had done before.
+        tokens: the next token of each live text.
+        grown: for each live text the end of its continuation with the next token, and the position behind the end.
+        are_inserted: whether these ends are new spans, which have not absorbed those before them.
+        begun: the ends of the texts that begin.
+        rows: for each text, live ones and then those that begin, the row of its logits.
+        logits: behind the texts of all runs.
+
+    """
+
+    num_steps: int
+    tokens: Sequence[Choice]
+    grown: Sequence[tuple[Span, int]]
+    are_inserted: bool
+    begun: Sequence[Span]
+    rows: Sequence[int]
+    logits: Logits
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """The ends of live texts with their next tokens, distinct ones with their hidden states, `(ends, hidden)`."""
+
+    ends: Sequence[Span]
+    distinct: Sequence[Span]
+    hidden: Sequence[Tensor]
+    are_inserted: bool
+
+
+def advance(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice]]]) -> list[Advance]:
+    """Forward the next token of every live text, begin waiting texts, and read the logits behind all of them.
+
+    Args:
+        evaluator: computes.
+        runs: each run with the next tokens of its live texts.
+
+    Raises:
+        StaleRepresentationError: the model's weights have changed meanwhile.
+        NonFiniteError: the model returned NaN or infinity for a text of any run.
+
+    """
+    grown = _grown(evaluator, runs)
+    waiting = [run.to_begin(evaluator) for run, _ in runs]
+    prompts = [prompt for own in waiting for prompt in own]
+    with evaluator.holders.using(grown.distinct):
+        begun = evaluator.continuations.begin(prompts) if prompts else []
+    new = list(dict.fromkeys(begun))
+    hidden = [*grown.hidden, evaluator.readout.last_hidden(new)] if new else grown.hidden
+    ends = [*grown.distinct, *new]
+    together = hidden[0] if len(hidden) == 1 else torch.cat(list(hidden))
+    logits = Logits(evaluator.readout.logits_after(ends, together), evaluator.executor.rows_in_a_slice)
+    evaluator.computation.check_unchanged()  # before any token is chosen by these logits
+    row_of = {end: row for row, end in enumerate(ends)}
+    found: list[Advance] = []
+    grown_ends, begun_ends = iter(grown.ends), iter(begun)
+    for (run, tokens), own in zip(runs, waiting, strict=True):
+        lives = [next(grown_ends) for _ in run.live]
+        starts = [next(begun_ends) for _ in own]
+        rows = [row_of[end] for end in (*lives, *starts)]
+        stops = [(end, end.stop) for end in lives]
+        found.append(Advance(run.num_steps, tokens, stops, grown.are_inserted, starts, rows, logits))
+    return found
+
+
+def _grown(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice]]]) -> _Grown:
+    """Forward the next token of every live text: in place where all of them can, else behind new spans."""
+    texts = [text for run, own in runs for text in zip(run.live, own, strict=True)]
+    if not texts:
+        return _Grown([], [], [], are_inserted=False)
+    tokens: dict[Token, TokenScore] = {}
+    token_of: list[Token] = []
+    for live, choice in texts:
+        assert live.tip is not None
+        token = live.tip, live.base_id + choice.token_id
+        token_of.append(token)
+        tokens[token] = choice.score
+    stepped = evaluator.continuations.extend([run for run, _ in runs], tokens, len(texts))
+    if stepped is not None:
+        end_of = dict(zip(stepped.tokens, stepped.ends, strict=True))
+        return _Grown([end_of[token] for token in token_of], stepped.ends, [stepped.hidden], are_inserted=False)
+    parts = [(end, (token_id,)) for end, token_id in token_of]
+    ends = evaluator.continuations.grow(parts, lambda: [_whole(*text) for text in texts])
+    distinct = list(dict.fromkeys(ends))
+    return _Grown(ends, distinct, [evaluator.readout.last_hidden(distinct)], are_inserted=True)
+
+
+def _whole(live: Live, choice: Choice) -> TokenIds:
+    """Return all ids of a text with its next token, which is the last one chosen."""
+    return with_more(live.prompt_ids, live.forwarded(live.decoding.ahead[0]))

@@ -1,0 +1,88 @@
+"""A live text: one that is being continued, with the spans of its continuations.
+
+Keeps what was added to the text (its decoding), and the ends of the continuations that the evaluator holds for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from backprompt.forest.span import Span
+from backprompt.generation.beams import BeamDecoding
+from backprompt.generation.decoding import TextDecoding
+from backprompt.generation.found import Choice, Completion
+from backprompt.tokens.adapted import base_of
+from backprompt.tokens.graph import TokenIds, flat
+
+NOWHERE = Span((), 0, None)
+"""The end of a continuation that is to be looked up, or computed again, by its ids: a span that holds nothing."""
+
+
+class Live:
+    """A growing text.
+
+    Attributes:
+        prompt_ids: its prompt; what is added is under the adapter of the last of these tokens.
+        base_id: the id of token 0 under this adapter.
+        decoding: its tokens so far.
+        tip: the end of its one held continuation; None if it has several.
+
+    """
+
+    def __init__(self, prompt_ids: TokenIds, decoding: TextDecoding | BeamDecoding, end: Span) -> None:
+        self.prompt_ids = prompt_ids
+        self.base_id = base_of(flat(prompt_ids)[-1])
+        self.decoding = decoding
+        self.tip: Span | None = end
+        self._stop = end.stop  # of the tip, when it was noted
+        self._num_held = 0  # the number of tokens of the one held continuation
+        self._ends: dict[Completion, Span] = {(): end}  # of several
+
+    @property
+    def ends(self) -> Mapping[Completion, Span]:
+        """The ends of the held continuations."""
+        if self.tip is None or isinstance(self.decoding, BeamDecoding):
+            return self._ends
+        return {self.decoding.completion[: self._num_held]: self.tip}
+
+    def hold(self, ends: dict[Completion, Span]) -> None:
+        """Hold these continuations and no others."""
+        self._ends = ends
+        self.tip = None
+        if len(ends) == 1 and isinstance(self.decoding, TextDecoding):
+            ((completion, end),) = ends.items()
+            self.tip, self._num_held, self._stop = end, len(completion), end.stop
+
+    @property
+    def next_token(self) -> Choice | None:
+        """The one token with which the text goes on behind its one held continuation; None where there are more."""
+        decoding = self.decoding
+        if self.tip is None or isinstance(decoding, BeamDecoding) or decoding.proposals:
+            return None
+        return decoding.last if decoding.num_new == self._num_held + 1 else None
+
+    def forwarded(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """Return ids of the continuation under its adapter."""
+        return tuple(self.base_id + token_id for token_id in token_ids)
+
+    def go_on(self, end: Span, stop: int) -> None:
+        """Note that the held continuation has grown by `next_token`, and ends here now.
+
+        Args:
+            end: the end of the continuation.
+            stop: the position behind the end when the token went in; others may have gone on behind it since.
+
+        """
+        self.tip, self._stop = (end, stop) if end.stop == stop else (NOWHERE, NOWHERE.stop)
+        self._num_held += 1
+
+    def forget_grown(self) -> None:
+        """Forget where the held continuation ends if tokens went in behind it: a step was cut short, or overtaken."""
+        if self.tip is not None and self.tip.stop != self._stop:
+            self.tip, self._stop = NOWHERE, NOWHERE.stop
+
+    def beginning_of(self, completion: Completion) -> tuple[Span, Completion]:
+        """Return the end of the longest held beginning of a continuation, and the ids to forward behind it."""
+        ends = self.ends
+        num_held = next(num for num in range(len(completion) - 1, -1, -1) if completion[:num] in ends)
+        return ends[completion[:num_held]], self.forwarded(completion[num_held:])

@@ -1,0 +1,176 @@
+"""The application: its routes, and what becomes of requests whose clients are gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from backprompt.asynchronous import in_thread
+from backprompt.lm import LM
+from backprompt.serving import answers
+from backprompt.serving.bodies import Body, ChatBody, CompletionBody, ScoreBody
+from backprompt.serving.keys import KeyCheck
+from backprompt.serving.limits import BodyLimit, Limits, Queue
+from backprompt.serving.refusals import Refusal, refusal_of
+from backprompt.serving.streams import CHAT, COMPLETION, Kind, Piece, events, pieces
+from backprompt.version import __version__
+
+Result = TypeVar("Result")
+
+
+def make_app(lm: LM, name: str, *, api_key: str | None = None, limits: Limits | None = None) -> FastAPI:
+    """Return an application that answers with one `LM`; requests in work share its passes.
+
+    Args:
+        lm: the model.
+        name: the name of the model for clients.
+        api_key: the key that clients must send; None for no key.
+        limits: what the server takes on; see `Limits` for the defaults.
+
+    """
+    server = _Server(lm, name, Limits() if limits is None else limits)
+    app = FastAPI(title="backprompt", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimit, max_bytes=server.limits.max_body_bytes)
+    if api_key is not None:
+        app.add_middleware(KeyCheck, api_key=api_key)  # the last one added is asked first
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _unknown)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "requests": server.queue.num_requests}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "backprompt"}]}
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionBody) -> Response:
+        if body.stream:
+            return await server.stream(body, COMPLETION)
+        return await server.answer(request, body, answers.completion)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatBody) -> Response:
+        if body.stream:
+            return await server.stream(body, CHAT)
+        return await server.answer(request, body, answers.chat_completion)
+
+    @app.post("/v1/score")
+    async def score(request: Request, body: ScoreBody) -> Response:
+        return await server.answer(request, body, answers.scores)
+
+    return app
+
+
+class _Server:
+    """One `LM` with its name and its limits, and the requests in work."""
+
+    def __init__(self, lm: LM, name: str, limits: Limits) -> None:
+        self.lm, self.name, self.limits = lm, name, limits
+        self.queue = Queue(limits.max_requests)
+
+    async def answer(self, request: Request, body: Body, answer: Callable[..., dict[str, Any]]) -> Response:
+        """Return a whole answer, computed in a thread."""
+        try:
+            self._check_name(body)
+            with self.queue.place():
+                found = await _unless_gone(request, partial(answer, self.lm, body, self.limits, self.name))
+        except Exception as error:
+            return _refused(refusal_of(error))
+        return JSONResponse(found)
+
+    async def stream(self, body: CompletionBody | ChatBody, kind: Kind) -> Response:
+        """Return an answer in pieces. What goes wrong before the first piece is told by the status."""
+        place = self.queue.place()
+        found: AsyncGenerator[Piece, None] | None = None
+        try:
+            self._check_name(body)
+            if body.logprobs not in (None, False):
+                raise Refusal("logprobs are not told in streams. Ask for them without stream.", param="logprobs")
+            place.__enter__()
+        except Exception as error:
+            return _refused(refusal_of(error))
+        try:
+            asked = await in_thread(partial(kind.ask, self.lm, body, self.limits))
+            found = pieces(self.lm, asked, body.n)
+            first = await anext(found, None)
+        except BaseException as error:
+            place.__exit__(None, None, None)
+            if found is not None:
+                await found.aclose()
+            if not isinstance(error, Exception):
+                raise
+            return _refused(refusal_of(error))
+        return _Events(events(found, first, asked, kind, body, self.name), found, place)
+
+    def _check_name(self, body: Body) -> None:
+        if body.model is not None and body.model != self.name:
+            message = f"There is no model {body.model!r}; this server has {self.name!r}."
+            raise Refusal(message, 404, "model", "model_not_found")
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; when they end, however they end, the streams behind them are closed."""
+
+    def __init__(self, sent: AsyncGenerator[bytes, None], found: AsyncGenerator[Piece, None], place: Any) -> None:
+        super().__init__(sent, media_type="text/event-stream")
+        self._found, self._place = found, place
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._place.__exit__(None, None, None)
+            await self._found.aclose()
+
+
+async def _unless_gone(request: Request, work: Callable[[], Result]) -> Result:
+    """Return what `work` returns in a thread; if the client goes away meanwhile, the work is cancelled."""
+    working, gone = asyncio.create_task(in_thread(work)), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Refusal("The client has gone.", 499)
+        return await working
+    finally:
+        gone.cancel()
+        working.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client of a request has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refused(refusal: Refusal) -> Response:
+    headers = {"Retry-After": "1"} if refusal.status == 429 else None
+    return JSONResponse(refusal.body, refusal.status, headers)
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    """Answer a request whose body is not as it should be: the first thing that is wrong with it."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, (str, int)))
+    if first["type"] == "extra_forbidden":
+        message = f"{param} is no field that this server knows. Leave it out."
+    else:
+        message = f"{param}: {first['msg']}." if param else f"The body cannot be read: {first['msg']}."
+    return _refused(Refusal(message, param=param or None))
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    """Answer a request for another path or with another method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}. See /v1/models, /v1/completions, "
+    return _refused(Refusal(f"{message}/v1/chat/completions and /v1/score.", error.status_code))

@@ -1,0 +1,110 @@
+"""The bodies of requests: the fields that are understood, with OpenAI's names and defaults.
+
+A field that is not there is refused by name. A field that is there for compatibility must have its neutral value.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from backprompt.serving.constraints import constraint_options
+from backprompt.serving.refusals import Refusal
+
+
+class Body(BaseModel):
+    """A request's body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    model: str | None = None
+    user: str | None = None  # OpenAI's name for a client's own users; not used
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides its text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
+class Sampled(Body):
+    """How an answer is generated."""
+
+    neutral: ClassVar[dict[str, Any]] = {
+        "best_of": (None, 1),
+        "suffix": (None, ""),
+        "frequency_penalty": (None, 0),
+        "presence_penalty": (None, 0),
+        "logit_bias": (None, {}),
+        "tools": (None, []),
+        "tool_choice": (None, "none"),
+    }
+
+    n: int = Field(1, ge=1, le=128)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # of vLLM and others; 0 for all tokens
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of `generate`.
+
+        Raises:
+            Refusal: a field that only exists for compatibility is used.
+
+        """
+        for name, values in self.neutral.items():
+            given = getattr(self, name, None)
+            if given not in values:
+                raise Refusal(f"{name} is not supported, and was {given!r}. Leave it out.", param=name)
+        options: dict[str, Any] = {**constraint_options(self.response_format), "stop": self.stop or None}
+        if self.temperature == 0:
+            return options
+        return {
+            **options,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "seed": self.seed,
+        }
+
+
+class CompletionBody(Sampled):
+    """`/v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int = Field(16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class ChatBody(Sampled):
+    """`/v1/chat/completions`."""
+
+    messages: list[dict[str, Any]]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+
+class ScoreBody(Body):
+    """`/v1/score`: completions, all behind each of the prompts."""
+
+    prompts: list[str] = Field(min_length=1)
+    completions: list[str] = Field(min_length=1)

@@ -1,0 +1,48 @@
+"""Refusals: the errors that clients get, in the form of OpenAI's."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from backprompt.errors import BackpromptError, NonFiniteError, StaleRepresentationError, WorkerError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Refusal(Exception):
+    """A request that is not answered.
+
+    Attributes:
+        message: says what was given, and what to do instead.
+        status: the status of HTTP.
+        param: the field of the request.
+        code: names the reason for programs.
+
+    """
+
+    message: str
+    status: int = 400
+    param: str | None = None
+    code: str | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body of the answer."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Return what a client is told of an error; errors that are not the client's go to the log in full."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, (NonFiniteError, StaleRepresentationError, WorkerError)):
+        return Refusal(str(error), 500)
+    if isinstance(error, (BackpromptError, ValueError, TypeError)):
+        return Refusal(str(error))
+    logger.error("A request failed.", exc_info=error)
+    return Refusal(f"The server failed ({type(error).__name__}); its log says more.", 500)

@@ -1,0 +1,39 @@
+"""The server: an application behind a socket, by uvicorn, until a signal comes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from backprompt.errors import CommandError
+
+
+def serve(app: Any, host: str, port: int, on_start: Callable[[str], object]) -> None:
+    """Answer requests until SIGINT or SIGTERM comes; those in work are answered first. A second signal ends all.
+
+    Args:
+        app: the application.
+        host: the address to listen at.
+        port: the port to listen at; 0 for any free one.
+        on_start: called with the server's address as soon as the socket listens.
+
+    Raises:
+        CommandError: the address cannot be listened at.
+
+    """
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        listening = socket.socket(infos[0][0], socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(infos[0][4])
+        listening.listen(config.backlog)
+    except OSError as error:
+        raise CommandError(f"--host {host} --port {port} cannot be listened at: {error}.") from error
+    with listening:
+        shown = f"[{host}]" if ":" in host else host
+        on_start(f"http://{shown}:{listening.getsockname()[1]}")
+        uvicorn.Server(config).run([listening])

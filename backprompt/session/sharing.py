@@ -1,0 +1,139 @@
+"""Calls that share passes: the threads that wait for a session, and calls that are answered together.
+
+Keeps the line of a session: the threads that wait for its lock, in the order in which they came. A thread that gets the
+lock with a `Call` answers all calls in the line together; their threads find the answers when they get the lock. So a
+thread alone does what it would do without a line, and nobody waits for others to come.
+
+    running    thread 1: evaluates
+    line       thread 2: token_logprobs, thread 3: text.tokens, thread 4: evaluate, thread 5: token_logprobs
+    next       thread 3, which came first of those that thread 4 cannot answer; then one pass for threads 2, 4 and 5
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from backprompt.evaluation.evaluator import Evaluator
+
+Answer = TypeVar("Answer")
+
+MAX_SECONDS_TO_GIVE_WAY = 1.0
+"""The longest wait for threads that came before and do not take the lock: an error may have stopped them."""
+
+
+class Cancellation:
+    """Says to the calls of a task that nobody waits for them any more.
+
+    Attributes:
+        is_set: whether the task was cancelled. Any thread may set it at any time.
+
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+
+cancellation: ContextVar[Cancellation | None] = ContextVar("cancellation", default=None)
+"""That of the task for which a thread works."""
+
+
+class Call(ABC, Generic[Answer]):
+    """A thread's question to a session, which may be answered along with those of other threads.
+
+    Attributes:
+        found: what was found for this call along with others; None if nothing was.
+        is_answered: whether `found` may be used.
+        is_alone: whether the call must be answered by its own thread, in which its errors are raised.
+
+    """
+
+    def __init__(self) -> None:
+        self.found: Any = None
+        self.is_answered = self.is_alone = False
+        self._cancellation = cancellation.get()
+
+    @staticmethod
+    @abstractmethod
+    def together(evaluator: Evaluator, calls: Sequence[Any]) -> None:
+        """Give calls of this kind what is `found` for them, or set `is_alone`; the lock is held."""
+
+    @abstractmethod
+    def finish(self) -> Answer:
+        """Return the answer, made of `found` if the call `is_answered`; in its own thread, which holds the lock."""
+
+    @property
+    def may_join(self) -> bool:
+        """Whether any thread may answer the call along with others."""
+        return not (self.is_answered or self.is_alone or self.is_cancelled)
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for the answer."""
+        return self._cancellation is not None and self._cancellation.is_set
+
+    def check_cancelled(self) -> None:
+        """Raise CancelledError if nobody waits for the answer."""
+        if self.is_cancelled:
+            raise CancelledError("The task that asked was cancelled, so nothing is computed for it.")
+
+
+class Line:
+    """The threads that wait for a lock, in the order in which they came.
+
+    A place in the line is any object, a `Call` where others may answer. Places are added without the lock.
+
+    Attributes:
+        lock: the lock.
+        places: of the threads that wait.
+
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.places: dict[object, None] = {}
+        self._changed = threading.Condition(self.lock)
+        self._giving_way: dict[object, set[object]] = {}  # by place, those that go first
+
+    def leave(self, place: object) -> None:
+        """Take a place out of the line, as its thread holds the lock now."""
+        self.places.pop(place, None)
+        if self._giving_way:
+            for first in self._giving_way.values():
+                first.discard(place)
+            if not all(self._giving_way.values()):
+                self._changed.notify_all()
+
+    def give_way(self, call: Call[Any]) -> None:
+        """Let those go first who came before and cannot be answered along with a call; the lock must be held once.
+
+        Locks of Python do not keep an order. A thread whose call was answered would else be overtaken by the next call
+        of the thread that answered, and calls of threads in loops would never meet.
+        """
+        before = itertools.takewhile(lambda place: place is not call, list(self.places))
+        first = {place for place in before if not (isinstance(place, Call) and place.may_join)}
+        if not first:
+            return
+        self._giving_way[call] = first
+        try:
+            while first and call.may_join and self._changed.wait(MAX_SECONDS_TO_GIVE_WAY):
+                pass
+        finally:
+            self._giving_way.pop(call, None)
+
+    def forget_others(self) -> None:
+        """Empty the line: in a forked process the threads that wait are not there."""
+        self.places.clear()
+        self._giving_way.clear()
+
+    def joining(self, call: Call[Any]) -> list[Call[Any]]:
+        """Return the calls that may be answered along with a call, itself among them, in order."""
+        if not call.may_join or len(self.places) == 1:
+            return []
+        return [place for place in list(self.places) if isinstance(place, Call) and place.may_join]

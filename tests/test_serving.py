@@ -1,0 +1,409 @@
+"""A model behind HTTP: the real client of OpenAI and lm-evaluation-harness get what the library gives."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs FastAPI and uvicorn: pip install 'backprompt[serve]'")
+
+import httpx
+import openai
+
+from backprompt import LM, Text, chat, classify
+from backprompt.cli import main
+from backprompt.serving.app import make_app
+from backprompt.serving.limits import Limits
+from reference import plain_greedy
+from served import served
+from tiny_models import build
+from tiny_tokenizers import byte_level_bpe
+from waiting import wait_until
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+PROMPT = "The cat sat on the"
+MEMORY_TOKENS = 3_000
+TOKEN_BYTES = 646
+LIMITS = Limits(max_body_bytes=20_000, max_tokens=600, max_requests=64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("gpt2")
+
+
+def tokenizer():
+    made = byte_level_bpe()
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    return LM(model, tokenizer())
+
+
+@pytest.fixture(scope="module")
+def lm(model):
+    return LM(model, tokenizer(), memory_bytes=MEMORY_TOKENS * TOKEN_BYTES)
+
+
+@pytest.fixture(scope="module")
+def address(lm):
+    with served(make_app(lm, "tiny", api_key="secret", limits=LIMITS)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0) as client:
+        yield client
+
+
+def complete(client, prompt=PROMPT, **options):
+    return client.completions.create(model="tiny", prompt=prompt, **{"max_tokens": 6, "temperature": 0, **options})
+
+
+def greedy(reference, prompt=PROMPT, num=6, **options):
+    return Text(prompt, reference).generate(max_new_tokens=num, **options)
+
+
+# Answers
+
+
+def test_completions_are_those_of_generate(client, reference):
+    found = complete(client, [PROMPT, "Question: What is"])
+    expected = [greedy(reference), greedy(reference, "Question: What is")]
+    assert [choice.text for choice in found.choices] == [text.completion for text in expected]
+    assert [choice.index for choice in found.choices] == [0, 1]
+    assert {choice.finish_reason for choice in found.choices} == {"length"}
+    num_prompt = sum(len(text.prompt.tokens) for text in expected)
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (num_prompt, 12)
+    ids = [list(Text(PROMPT, reference).tokens)]
+    assert complete(client, ids).choices[0].text == complete(client, ids[0]).choices[0].text == expected[0].completion
+
+
+def test_samples_stop_and_seed(client, reference):
+    options = {"n": 3, "temperature": 0.7, "top_p": 0.9, "seed": 5}
+    found = [choice.text for choice in complete(client, **options).choices]
+    expected = Text(PROMPT, reference).generate(max_new_tokens=6, do_sample=True, top_k=0, **options)
+    assert found == [text.completion for text in expected]
+    assert len(set(found)) > 1
+    whole = greedy(reference).completion
+    stopped = complete(client, stop=[whole[2:4]]).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (whole[: whole.index(whole[2:4])], "stop")
+    assert [choice.text for choice in complete(client, n=2).choices] == [whole] * 2
+
+
+def test_echo_and_logprobs(client, lm, reference):
+    found = complete(client, echo=True, logprobs=2, max_tokens=3).choices[0]
+    text = greedy(reference, num=3)
+    assert found.text == PROMPT + text.completion
+    logprobs = reference.token_logprobs([text])[0].tolist()
+    assert found.logprobs.token_logprobs[0] is None
+    assert found.logprobs.token_logprobs[1:] == pytest.approx(logprobs[1:], abs=1e-4)
+    assert len(found.logprobs.tokens) == len(text.tokens)
+    for own, top in zip(found.logprobs.token_logprobs[-3:], found.logprobs.top_logprobs[-3:], strict=True):
+        assert own == max(top.values())  # greedy, to the bit
+    without = complete(client, logprobs=0, max_tokens=3).choices[0].logprobs
+    assert without.token_logprobs == pytest.approx(logprobs[-3:], abs=1e-4)
+    assert without.top_logprobs is None
+    only = complete(client, echo=True, logprobs=1, max_tokens=0).choices[0]
+    assert only.text == PROMPT
+    assert only.logprobs.token_logprobs[1:] == pytest.approx(logprobs[1:-3], abs=1e-4)
+
+
+def test_streams_are_the_same_text(client, reference):
+    chunks = list(complete(client, stream=True, echo=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == PROMPT + greedy(reference).completion
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 6
+    texts = ["", "", "", ""]
+    for chunk in complete(client, [PROMPT, "Question: What is"], stream=True, n=2, temperature=0.9, seed=1):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts[0] == greedy(reference, do_sample=True, temperature=0.9, seed=1, top_k=0).completion
+    assert texts[1] == greedy(reference, do_sample=True, temperature=0.9, seed=2, top_k=0).completion
+
+
+def test_conversations(client, reference):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The cat?"}]
+    expected = chat(reference, messages).generate(max_new_tokens=5)
+    options = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 5}
+    found = client.chat.completions.create(**options, logprobs=True, top_logprobs=2).choices[0]
+    assert found.message.content == expected.completion
+    assert [one.logprob for one in found.logprobs.content] == pytest.approx(
+        expected.completion_logprobs.tolist(), abs=1e-4
+    )
+    assert all(one.logprob == one.top_logprobs[0].logprob for one in found.logprobs.content)
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.completion
+    assert chunks[-1].choices[0].finish_reason == "length"
+    del options["max_tokens"]
+    room = 128 - len(expected.prompt.tokens)
+    assert client.chat.completions.create(**options).usage.completion_tokens == room
+
+
+def test_scores(client, reference):
+    prompts, completions = [PROMPT, "Question:"], ["a mat", "12 + 34"]
+    found = client.post("/score", body={"prompts": prompts, "completions": completions}, cast_to=httpx.Response).json()
+    expected = classify.log_probs(prompts, completions, reference)
+    for own, rows in zip(found["data"], expected, strict=True):
+        assert own["logprobs"] == pytest.approx([sum(row) for row in rows], abs=1e-4)
+        assert [len(row) for row in own["token_logprobs"]] == [len(row) for row in rows]
+
+
+def test_models_and_health(client, address):
+    assert [one.id for one in client.models.list()] == ["tiny"]
+    assert httpx.get(f"{address}/health").json() == {"status": "ok", "requests": 0}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format.*json_object"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias is not supported"),
+        ({"best_of": 3}, "best_of is not supported"),
+        ({"nonsense": 1}, "nonsense is no field"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"prompt": []}, "at least one prompt"),
+        ({"prompt": [10**6]}, "10000"),
+        ({"prompt": ""}, "token"),
+        ({"prompt": "word " * 60}, "128"),
+        ({"max_tokens": 0}, "nothing to answer"),
+        ({"stream": True, "logprobs": 1}, "logprobs are not told in streams"),
+        ({"stream": True, "prompt": "word " * 60}, "128"),
+    ],
+)
+def test_requests_that_cannot_be_answered(client, address, options, message):
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "temperature": 0, **options}
+    found = httpx.post(f"{address}/v1/completions", json=body, headers={"Authorization": "Bearer secret"})
+    assert found.status_code == 400, found.text
+    assert re.search(message, found.json()["error"]["message"]), found.text
+    assert found.json()["error"]["type"] == "invalid_request_error"
+    wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+
+
+def test_what_is_not_there(client, address):
+    with pytest.raises(openai.NotFoundError, match="There is no model 'other'"):
+        client.completions.create(model="other", prompt="a")
+    with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
+        client.embeddings.create(model="tiny", input="a")
+
+
+def test_keys(address):
+    for key in ("wrong", "secre", "secrets", "süß"):
+        found = httpx.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
+        assert found.status_code == 401
+        assert found.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.post(f"{address}/v1/completions", content=b"x" * 30_000).status_code == 401
+
+
+def test_limits_of_a_request(client, address):
+    with pytest.raises(openai.APIStatusError, match="600") as raised:
+        complete(client, [PROMPT] * 8, max_tokens=100)
+    assert (raised.value.status_code, raised.value.code) == (413, "too_many_tokens")
+    with pytest.raises(openai.APIStatusError, match="20,000 bytes") as raised:
+        complete(client, "x" * 20_000)
+    assert (raised.value.status_code, raised.value.code) == (413, "body_too_large")
+    in_chunks = iter([b"x" * 10_000] * 3)  # without a content-length
+    found = httpx.post(f"{address}/v1/completions", content=in_chunks, headers={"Authorization": "Bearer secret"})
+    assert found.status_code == 413
+
+
+def test_requests_beyond_the_queue_are_refused(model):
+    lm = LM(model, tokenizer())
+    app = make_app(lm, "tiny", limits=Limits(max_requests=2))
+    with served(app) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client:
+        with ThreadPoolExecutor(3) as threads, lm.session.line.lock:
+            waiting = [threads.submit(complete, client, f"{PROMPT} {idx}") for idx in range(2)]
+            wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 2)
+            for stream in (False, True):
+                with pytest.raises(openai.RateLimitError, match="2 requests are in work") as raised:
+                    complete(client, stream=stream)
+            assert raised.value.response.headers["retry-after"] == "1"
+            lm.session.line.lock.release()
+            try:
+                assert all(one.result(60).choices[0].text for one in waiting)
+            finally:
+                lm.session.line.lock.acquire()
+        assert complete(client).choices[0].text
+
+
+# Many clients
+
+
+def test_sixty_four_clients_at_once(client, lm, reference, address):
+    """Nothing is lost and nothing is mixed up; the passes are shared, and the memory stays within its budget."""
+    draw = random.Random(0)
+
+    def prompt_of(idx):
+        return f"{draw.choice(['The cat', 'Question: What', 'Review: the'])} {idx}"
+
+    def completed(prompt):
+        return complete(client, prompt).choices[0].text
+
+    def streamed(prompt):
+        return "".join(chunk.choices[0].text for chunk in complete(client, prompt, stream=True))
+
+    def echoed(prompt):
+        return complete(client, prompt, echo=True, logprobs=1, max_tokens=0).choices[0].logprobs.token_logprobs[1:]
+
+    def failed(prompt):
+        with pytest.raises(openai.BadRequestError, match="128 positions"):
+            complete(client, prompt + " word" * 60)
+
+    ways = [completed, streamed, echoed, failed]
+    work = [(ways[idx % 4], prompt_of(idx)) for idx in range(64)]
+    expected = {
+        completed: lambda prompt: greedy(reference, prompt).completion,
+        streamed: lambda prompt: greedy(reference, prompt).completion,
+        echoed: lambda prompt: pytest.approx(
+            reference.token_logprobs([Text(prompt, reference)])[0][1:].tolist(), abs=1e-4
+        ),
+        failed: lambda prompt: None,
+    }
+    before = lm.stats
+    with ThreadPoolExecutor(64) as threads, lm.session.line.lock:
+        asked = [threads.submit(way, prompt) for way, prompt in work]
+        wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 64)
+        lm.session.line.lock.release()
+        try:
+            found = [one.result(120) for one in asked]
+        finally:
+            lm.session.line.lock.acquire()
+    assert found == [expected[way](prompt) for way, prompt in work]
+    num_alone = 32 * 6 + 16  # passes of the requests one by one
+    assert (lm.stats - before).model_calls < num_alone / 4
+    assert lm.stats.bytes_held <= MEMORY_TOKENS * TOKEN_BYTES
+    wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+    assert not lm.session.evaluator.holders.ends()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_stops_its_generation(lm, address, stream):
+    body = {"prompt": PROMPT, "max_tokens": 100, "temperature": 0, "stream": stream}
+    before = lm.stats
+    with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
+        if stream:
+            with client.stream("POST", f"{address}/v1/completions", json=body) as found:
+                next(found.iter_lines())
+        else:
+            with lm.session.line.lock, pytest.raises(httpx.ReadTimeout):
+                client.post(f"{address}/v1/completions", json=body, timeout=0.5)
+    wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+    wait_until(lambda: not lm.session.evaluator.holders.ends() and not lm.session.line.places)
+    assert (lm.stats - before).tokens_computed < 100
+
+
+# Other programs
+
+
+def test_lm_eval_has_the_results_of_hf(model, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'backprompt[lm-eval]'")
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    folder, tasks = tmp_path / "model", Path(__file__).parent / "lm_eval_tasks"
+    model.save_pretrained(folder)
+    byte_level_bpe().save_pretrained(folder)
+    monkeypatch.chdir(tasks)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    options = {
+        "tasks": ["bp_letters"],
+        "task_manager": TaskManager(include_path=str(tasks), include_defaults=False),
+        "bootstrap_iters": 0,
+        "log_samples": True,
+        "limit": 6,
+    }
+    with served(make_app(LM(model, tokenizer()), "tiny")) as address:
+        found = lm_eval.simple_evaluate(
+            model="local-completions",
+            model_args={
+                "model": "tiny",
+                "base_url": f"{address}/v1/completions",
+                "tokenizer": str(folder),
+                "tokenizer_backend": "huggingface",
+                "max_length": 127,
+                "num_concurrent": 4,
+            },
+            **options,
+        )
+    expected = lm_eval.simple_evaluate(
+        model="hf", model_args={"pretrained": str(folder), "max_length": 127}, device="cpu", **options
+    )
+    for own, other in zip(found["samples"]["bp_letters"], expected["samples"]["bp_letters"], strict=True):
+        for (logprob, is_greedy), (plain, is_plain_greedy) in zip(
+            own["filtered_resps"], other["filtered_resps"], strict=True
+        ):
+            assert logprob == pytest.approx(plain, abs=1e-3)
+            assert is_greedy is is_plain_greedy
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_the_command_answers_what_is_in_work_before_it_ends(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    byte_level_bpe().save_pretrained(tmp_path / "model")
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-m", "backprompt", "serve", "--model", tmp_path / "model", "--port", "0", "--name", "tiny"],
+        env={**os.environ, "PYTHONPATH": str(root), "BACKPROMPT_API_KEY": "secret"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = None
+        for line in process.stderr:
+            if found := re.search(r"tiny is served at (http://127.0.0.1:\d+)/v1", line):
+                address = found[1]
+                break
+        assert address is not None
+        body = {"prompt": PROMPT, "max_tokens": 100, "temperature": 0, "stream": True}
+        pieces = []
+        with httpx.stream(
+            "POST", f"{address}/v1/completions", json=body, headers={"Authorization": "Bearer secret"}, timeout=60
+        ) as answer:
+            for line in answer.iter_lines():
+                if not pieces:
+                    process.send_signal(signal.SIGTERM)
+                if line.startswith("data: {"):
+                    pieces.append(json.loads(line[6:])["choices"][0]["text"])
+            assert line == "" or line == "data: [DONE]"
+        text = Text(PROMPT, LM(model, byte_level_bpe()))
+        expected = plain_greedy(model, text.tokens, 100)
+        assert "".join(pieces) == text.generate(max_new_tokens=100).completion
+        assert len(expected) == 100
+        process.wait(60)
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "--port must be between 0 and 65535"),
+        (["--api-key", ""], "The key is empty"),
+        (["--max-tokens", "0"], "--max-tokens"),
+    ],
+)
+def test_options_that_cannot_be(capsys, arguments, message):
+    with contextlib.suppress(SystemExit):
+        assert main(["serve", "--model", "nowhere/at-all", *arguments]) == 2
+    assert message in capsys.readouterr().err
