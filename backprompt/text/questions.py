@@ -164,7 +164,7 @@ class Questions:
                 print(piece, end="", flush=True)
 
         No piece contains a part of a stop string that is left out: a possible beginning of one is held back until the
-        next tokens decide. `.text` is the continuation so far, a `GeneratedText`. Arguments and errors are those of
+        next tokens decide. `Stream.text` is the continuation so far, a `GeneratedText`. Arguments and errors are those of
         `backprompt.generate`.
         """
         found: TextStream = outside("stream")(
