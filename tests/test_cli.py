@@ -1063,7 +1063,13 @@ def test_help_and_wrong_options_need_not_wait_for_torch(model):
     slow = {"torch", "transformers", "fastapi", "uvicorn", "llguidance"}
     program = "import sys; from backprompt.cli import main\n"
     program += f"try: main(sys.argv[1:])\nexcept SystemExit: pass\nprint(sorted({slow} & sys.modules.keys()))"
-    for arguments in (["--help"], ["score", "--help"], ["serve", "--help"], ["--version"], ["score", "--no-such-option"]):
+    for arguments in (
+        ["--help"],
+        ["score", "--help"],
+        ["serve", "--help"],
+        ["--version"],
+        ["score", "--no-such-option"],
+    ):
         with in_a_process("-c", program, *arguments) as process:
             assert process.stdout.read().splitlines()[-1] == b"[]"
 
