@@ -225,12 +225,30 @@ def test_a_server_without_llguidance_says_so(client, monkeypatch):
         {"echo": True},
         {"temperature": 0.9, "seed": 3, "max_tokens": 30},
         {"extra_body": {"guided_regex": "(日本|é)+x[a-z]{4}"}, "max_tokens": 40},
-        {"extra_body": {"guided_regex": "ab, cd, ef"}, "max_tokens": 40, "stop": ["d, x", ", e"]},
-        {"extra_body": {"guided_regex": "the (cat|dog) sat on"}, "max_tokens": 40, "stop": ["t on"]},
         {"echo": True, "max_tokens": 0},
     ],
 )
 def test_log_probabilities_of_streams_are_those_of_whole_answers(client, lm, options, num_top):
+    check_streamed_logprobs(client, lm, options, num_top)
+
+
+def test_tokens_that_a_stop_string_cuts_off_are_not_told(client, lm):
+    """Though they are decided on before the stop string is complete; nor is its beginning given where it goes on."""
+    options = {
+        "temperature": 0.9,
+        "seed": 3,
+        "max_tokens": 30,
+        "extra_body": {"guided_regex": "(the|question|answer| cat| sat){12}"},
+    }
+    string = complete(client, **options).choices[0].text
+    for start in range(20):
+        stop = string[start : start + 5]
+        found = check_streamed_logprobs(client, lm, {**options, "stop": [stop, string[start + 1 : start + 3] + "!"]}, 0)
+        assert found == string[: string.index(stop)]
+
+
+def check_streamed_logprobs(client, lm, options, num_top):
+    """Check a stream's log-probabilities, and return its string."""
     whole = complete(client, logprobs=num_top, **options).choices[0]
     found = {"tokens": [], "text_offset": [], "token_logprobs": [], "top_logprobs": []}
     string, before = "", lm.stats
@@ -249,6 +267,7 @@ def test_log_probabilities_of_streams_are_those_of_whole_answers(client, lm, opt
     assert len(found["top_logprobs"]) == (len(whole.logprobs.tokens) if num_top else 0)
     for own, other in zip(found["top_logprobs"], expected["top_logprobs"] or [], strict=True):
         assert own == (None if other is None else pytest.approx(other, abs=1e-4))
+    return string
 
 
 def test_log_probabilities_of_streamed_conversations(client):
