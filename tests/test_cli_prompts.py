@@ -107,6 +107,35 @@ def test_what_is_refused_says_what_to_do(score, monkeypatch, arguments, problem)
     assert problem in said
 
 
+def test_a_file_of_completions_that_is_missing_is_no_list(score, monkeypatch):
+    monkeypatch.setattr("backprompt.load", None)
+    code, rows, said = score("--column", "review", "--completions", "labels,v2.txt")
+    assert (code, rows) == (2, [])
+    assert "--completions labels,v2.txt: no such file" in said
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "problem"),
+    [
+        (["--regex", "[a-z]+"], [], 'another --regex: "[a-z]+", not null'),
+        (["--regex", "[a-z]+"], ["--regex", "[0-9]+"], 'another --regex: "[a-z]+", not "[0-9]+"'),
+        ([], ["--json-schema", "schema.json"], "another --json-schema: null, not"),
+    ],
+)
+def test_an_output_is_gone_on_with_by_the_same_constraint(run, model, before, now, problem):
+    pytest.importorskip("llguidance")
+    Path("schema.json").write_text('{"type": "integer"}')
+    Path("prompts.jsonl").write_text(f'"A film"\n{json.dumps("long " * 500)}\n')
+    command = ["generate", "prompts.jsonl", "--model", model, "--max-new-tokens", 2, "-o", "out.jsonl", "--slice", 1]
+    assert run(*command, *before)[0] == 2  # the last one is too long
+    written = Path("out.jsonl").read_text()
+    assert written.count("\n") == 1
+    code, _, said = run(*command, *now, "--resume")
+    assert code == 2
+    assert problem in said
+    assert Path("out.jsonl").read_text() == written
+
+
 def test_blanks_at_line_ends_of_completions_are_left_out_and_said(score):
     Path("labels.txt").write_text("bad  \n good\nso so\t\n")
     code, rows, said = score("--column", "review", "--completions", "labels.txt")
