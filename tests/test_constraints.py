@@ -628,6 +628,8 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
     ended = prompt.probability_of(language, end_of_prompt="", with_end_token=True)
     assert ended == pytest.approx(probability(model, lm, prompt, strings, [END]), rel=1e-4)
     assert ended < found
+    model.generation_config.eos_token_id = [END, END]
+    assert prompt.probability_of(language, end_of_prompt="", with_end_token=True) == ended
     optional = prompt.probability_of(Regex("(xy)?"), end_of_prompt="", with_end_token=True)
     assert optional == pytest.approx(probability(model, lm, prompt, ["", "xy"], [END]), rel=1e-4)
 
@@ -639,6 +641,7 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
         (Regex("(a|b)?"), {}, ValueError, r"has the empty string"),
         (Regex("[a&&b]"), {}, ValueError, r"no string but the empty one"),
         (Regex("a"), {"with_end_token": True}, ValueError, r"has no end token"),
+        (Regex("a"), {"with_end_token": "no"}, ValueError, r"with_end_token must be True or False"),
         ("a", {}, TextTypeError, r"language must be a Regex"),
         (Regex("("), {}, GenerationError, r"unclosed group"),
     ],
