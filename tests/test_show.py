@@ -270,7 +270,9 @@ def test_without_matplotlib_the_error_says_what_to_install(gpt2: LM, monkeypatch
         return imported(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(MissingDependencyError, match=r"backprompt\[plot\]"):
+    with pytest.raises(MissingDependencyError, match=r"plot_probabilities needs matplotlib.*pip install matplotlib"):
         plot_probabilities([1.0], ["a"])
+    before = gpt2.stats.tokens_requested
     with pytest.raises(MissingDependencyError, match=r"plot_attention needs matplotlib"):
-        plot_attention(Text("the refund", gpt2), 0)
+        plot_attention(Text("a refund that nobody has computed", gpt2), 0)
+    assert gpt2.stats.tokens_requested == before

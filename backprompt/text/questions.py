@@ -164,8 +164,8 @@ class Questions:
                 print(piece, end="", flush=True)
 
         No piece contains a part of a stop string that is left out: a possible beginning of one is held back until the
-        next tokens decide. `Stream.text` is the continuation so far, a `GeneratedText`. Arguments and errors are those of
-        `backprompt.generate`.
+        next tokens decide. `Stream.text` is the continuation so far, a `GeneratedText`. Arguments and errors are those
+        of `backprompt.generate`.
         """
         found: TextStream = outside("stream")(
             self,
