@@ -192,8 +192,10 @@ def test_attention_in_html_and_in_terminals(gpt2: LM) -> None:
     assert page.count("border-bottom") == 1
     assert not re.search(r"(?<!-)color:", page)  # letters keep the page's colour
     assert f"rgba({ATTENTION.rgb}" in page
-    for escape in re.findall(r"\x1b\[(.*?)m", shown.ansi()):
-        assert escape == "0" or escape.startswith("38;5;16;48;5;")  # black on a light colour, on any ground
+    for is_dark in (False, True):
+        looks = {(s.letters_on_dark, s.on_dark) if is_dark else (16, s.on_light) for s in ATTENTION.shades}
+        escapes = set(re.findall(r"\x1b\[(.*?)m", shown.ansi(is_dark=is_dark)))
+        assert escapes <= {"0", *(f"38;5;{letters};48;5;{ground}" for letters, ground in looks)}
 
 
 def test_attention_refuses(gpt2: LM) -> None:
