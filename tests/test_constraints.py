@@ -520,6 +520,11 @@ def test_schemas_of_types(lm, monkeypatch):
     assert JsonSchema(Person) == JsonSchema(Person.model_json_schema())  # a model brings its schema along
 
 
+def test_names_that_are_no_keywords_are_ignored(lm):
+    schema = {"type": "string", "enum": ["a"], "minItem": 2, "x-note": "mine"}
+    assert Text("One", lm).generate(max_new_tokens=5, constraint=JsonSchema(schema)).completion == '"a"'
+
+
 def test_a_model_of_pydantic_reads_what_was_generated(lm):
     found = Text("The cat", lm).generate(
         max_new_tokens=60, constraint=JsonSchema(Person, compact=True), sequence_bias={(3,): 2.0}, eos_token_id=END
