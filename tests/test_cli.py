@@ -726,7 +726,7 @@ def test_who_closes_the_output_is_not_told(model, monkeypatch):
 
 
 BAD_LINES = {
-    "not json": ("{prompt: 1}", "is not JSON"),
+    "not json": ("{prompt: 1}", "JSONL has a JSON value a line"),
     "a number": ("17", "is neither a JSON object nor a JSON string, but 17"),
     "no prompt": ('{"text": "a"}', "has no field 'prompt'"),
     "two prompts": ('{"prompt": "a", "parts": ["b"]}', "has both 'prompt' and 'parts'"),
@@ -785,7 +785,7 @@ def test_bad_csv(score, content, problem):
     [
         (["missing.jsonl"], "missing.jsonl is not there"),
         (["."], "is a folder"),
-        (["labels.txt"], "say whether this is JSONL or CSV"),
+        (["labels.txt"], "say whether this is JSONL or CSV, by the extension (.jsonl, .csv) or with --input-format"),
         (["prompts.jsonl", "-o", "there.csv"], "is there already. Go on with it: --resume"),
         (["prompts.jsonl", "-o", "labels.txt", "--format", "csv", "--overwrite"], "labels.txt is --completions"),
         (["prompts.jsonl", "-o", "prior.txt", "--prior", "prior.txt", "--format", "csv", "--resume"], "is --prior"),

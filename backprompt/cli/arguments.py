@@ -192,7 +192,7 @@ def read_input(arguments: argparse.Namespace) -> Input:
     """Return the input, after a check that it is there."""
     check_chat(arguments)
     check_is_there(arguments.input)
-    format = format_of(arguments.input, arguments.input_format)
+    format = format_of(arguments.input, arguments.input_format, "--input-format")
     return Input(arguments.input, format, arguments.column, arguments.template, arguments.encoding)
 
 
