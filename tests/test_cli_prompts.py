@@ -95,7 +95,7 @@ def test_a_template_over_columns_and_completions_in_a_list(score, lm):
         (["--column", "review", "--system", "Be kind."], "give --chat, too"),
         (["--column", "review", "--encoding", "base64"], "base64 is no encoding of text"),
         (["--column", "review", "--encoding", "utf-16"], "reviews.csv is not utf-16"),
-        (["--column", "review", "--search", "best-first", "--top", "1"], "leave --top"),
+        (["--column", "review", "--search", "best-first", "--top", "1"], "leave --top and --no-normalize out"),
         (["--colum", "review"], "unrecognized arguments: --colum review. Did you mean '--column'?"),
         (["--column", "review", "--joins", "exakt"], "Did you mean 'exact'?"),
     ],

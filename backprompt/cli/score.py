@@ -136,7 +136,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _search(arguments: argparse.Namespace, completions: list[str], options: dict[str, Any]) -> int:
     """Find the most probable completions of all of the input, without the probabilities of all."""
     if arguments.top is not None or arguments.no_normalize:
-        raise CommandError("--search best-first finds the most probable completion alone: leave --top and such out.")
+        raise CommandError(
+            "--search best-first finds the most probable completion alone: leave --top and --no-normalize out."
+        )
 
     def computed_with(lm: LM) -> Compute:
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
