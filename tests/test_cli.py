@@ -732,7 +732,7 @@ def test_who_closes_the_output_is_not_told(model, monkeypatch):
 
 
 BAD_LINES = {
-    "not json": ("{prompt: 1}", "is not JSON"),
+    "not json": ("{prompt: 1}", "JSONL has a JSON value a line"),
     "a number": ("17", "is neither a JSON object nor a JSON string, but 17"),
     "no prompt": ('{"text": "a"}', "has no field 'prompt'"),
     "two prompts": ('{"prompt": "a", "parts": ["b"]}', "has both 'prompt' and 'parts'"),
@@ -791,7 +791,7 @@ def test_bad_csv(score, content, problem):
     [
         (["missing.jsonl"], "missing.jsonl is not there"),
         (["."], "is a folder"),
-        (["labels.txt"], "say whether this is JSONL or CSV"),
+        (["labels.txt"], "say whether this is JSONL or CSV, by the extension (.jsonl, .csv) or with --input-format"),
         (["prompts.jsonl", "-o", "there.csv"], "is there already. Go on with it: --resume"),
         (["prompts.jsonl", "-o", "labels.txt", "--format", "csv", "--overwrite"], "labels.txt is --completions"),
         (["prompts.jsonl", "-o", "prior.txt", "--prior", "prior.txt", "--format", "csv", "--resume"], "is --prior"),
@@ -810,7 +810,8 @@ def test_bad_csv(score, content, problem):
         (["prompts.jsonl", "--device", "hpu"], "--device hpu cannot be used: No module named"),
         (["prompts.jsonl", "--device", "meta"], "--device meta holds no weights"),
         (["prompts.jsonl", "--prior", "0.5,0.5"], "prior has the shape (2,) for 3 completions"),
-        (["prompts.jsonl", "--prior", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["prompts.jsonl", "--prior", "nowhere.txt"], "--prior nowhere.txt: no such file. Name a file, or give"),
+        (["prompts.jsonl", "--prior", "0.5,x"], "--prior 0.5,x: no such file. Name a file, or give a number for each"),
         (["prompts.jsonl", "--no-such-option"], "unrecognized arguments: --no-such-option"),
         (["prompts.jsonl", "--slice", "0"], "0 is not at least 1"),
     ],

@@ -14,7 +14,7 @@ from typing import Literal
 
 import pytest
 
-pytest.importorskip("fastapi", reason="needs FastAPI and uvicorn: pip install 'backprompt[serve]'")
+pytest.importorskip("fastapi", reason="needs FastAPI and uvicorn: pip install 'backprompt-lm[serve]'")
 
 import httpx
 import openai
@@ -447,7 +447,7 @@ def test_a_client_that_goes_away_stops_its_generation(lm, address, stream):
 
 
 def test_lm_eval_has_the_results_of_hf(model, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'backprompt[lm-eval]'")
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'backprompt-lm[lm-eval]'")
     import datasets
     import lm_eval
     from lm_eval.tasks import TaskManager

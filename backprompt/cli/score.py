@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _search(arguments: argparse.Namespace, completions: list[str], options: dict[str, Any]) -> int:
     """Find the most probable completions of all of the input, without the probabilities of all."""
     if arguments.top is not None or arguments.no_normalize:
-        raise CommandError("--search best-first finds the most probable completion alone: leave --top and such out.")
+        raise CommandError(
+            "--search best-first finds the most probable completion alone: leave --top and --no-normalize out."
+        )
 
     def computed_with(lm: LM) -> Compute:
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
@@ -173,8 +176,12 @@ def _result(completions: Sequence[str], probabilities: Sequence[float], num_kept
 def _prior(given: str) -> list[float]:
     try:
         return [float(number) for number in given.split(",")]
-    except ValueError:
-        lines = read_text(given).split()
+    except ValueError as error:
+        if not os.path.exists(given):
+            raise CommandError(
+                f"--prior {given}: no such file. Name a file, or give a number for each completion: 0.3,0.7."
+            ) from error
+    lines = read_text(given).split()
     try:
         return [float(number) for number in lines]
     except ValueError as error:

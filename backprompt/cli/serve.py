@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"The key is empty. Give --api-key or {KEY_VARIABLE} a value, or leave both out.")
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(f"Serving needs {' and '.join(missing)}: pip install 'backprompt[serve]'.")
+        raise MissingDependencyError(f"Serving needs {' and '.join(missing)}: pip install 'backprompt-lm[serve]'.")
     from backprompt.serving import app, limits, server
 
     limit = limits.Limits(arguments.max_body_bytes, arguments.max_tokens, arguments.max_requests)
