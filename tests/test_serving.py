@@ -22,12 +22,16 @@ import pydantic
 
 from backprompt import LM, JsonSchema, Regex, Text, chat, classify
 from backprompt.cli import main
+from backprompt.serving.answers import completion
 from backprompt.serving.app import make_app
+from backprompt.serving.bodies import CompletionBody
 from backprompt.serving.limits import Limits
+from backprompt.serving.spelling import bytes_named
+from backprompt.session.sharing import Call
 from reference import plain_greedy
 from served import served
 from tiny_models import build
-from tiny_tokenizers import byte_level_bpe
+from tiny_tokenizers import byte_level_bpe, llama3_bpe, sentencepiece_bpe
 from waiting import wait_until
 
 TEMPLATE = (
@@ -130,6 +134,22 @@ def test_echo_and_logprobs(client, lm, reference):
     assert only.logprobs.token_logprobs[1:] == pytest.approx(logprobs[1:-3], abs=1e-4)
 
 
+@pytest.mark.parametrize("made", [byte_level_bpe, llama3_bpe, sentencepiece_bpe])
+def test_the_names_of_tokens_are_those_of_a_text(model, made):
+    """Decoded alone, words lose the space before them, and parts of characters are all the same."""
+    lm, body = LM(model, made()), {"prompt": "The cat, 日本 é sat", "max_tokens": 0, "echo": True, "logprobs": 3}
+    (choice,) = completion(lm, CompletionBody(**body), Limits(), "tiny")["choices"]
+    found = choice["logprobs"]
+    special = lm.tokenizer.all_special_tokens
+    spelled = b"".join(bytes_named(name) for name in found["tokens"] if name not in special)
+    assert spelled.decode().strip() == choice["text"]
+    for name, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        if name not in special and not name.startswith("bytes:"):
+            assert choice["text"][offset:].lstrip().startswith(name.lstrip())
+    assert any(name.startswith("bytes:") for name in found["tokens"])
+    assert all(len(top) >= 3 for top in found["top_logprobs"] if top is not None)
+
+
 def test_streams_are_the_same_text(client, reference):
     chunks = list(complete(client, stream=True, echo=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == PROMPT + greedy(reference).completion
@@ -140,6 +160,17 @@ def test_streams_are_the_same_text(client, reference):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts[0] == greedy(reference, do_sample=True, temperature=0.9, seed=1, top_k=0).completion
     assert texts[1] == greedy(reference, do_sample=True, temperature=0.9, seed=2, top_k=0).completion
+
+
+def test_an_event_is_one_line_for_every_client(address):
+    prompt = "a\u2028b\x85c\x0bd 日本"
+    body = {"prompt": prompt, "max_tokens": 0, "echo": True, "stream": True}
+    with httpx.stream(
+        "POST", f"{address}/v1/completions", json=body, headers={"Authorization": "Bearer secret"}
+    ) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert json.loads(lines[0][6:])["choices"][0]["text"] == prompt
+    assert len(lines) == 3
 
 
 def test_conversations(client, reference):
@@ -441,6 +472,35 @@ def test_a_client_that_goes_away_stops_its_generation(lm, address, stream):
     wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
     wait_until(lambda: not lm.session.evaluator.holders.ends() and not lm.session.line.places)
     assert (lm.stats - before).tokens_computed < 100
+
+
+def test_a_client_that_goes_away_before_the_first_piece_is_forgotten(lm, address, monkeypatch):
+    body = {"prompt": "Nobody asked this", "max_tokens": 50, "stream": True, "n": 4}
+    executor = lm.session.evaluator.executor
+    plain, cancelled = executor.compute, []
+
+    def compute(*args, **kwargs):
+        wait_until(lambda: len(lm.session.line.places) >= 3)
+        calls = [place for place in lm.session.line.places if isinstance(place, Call)]
+        wait_until(lambda: all(call.is_cancelled for call in calls))
+        cancelled.extend(calls)
+        return plain(*args, **kwargs)
+
+    before = lm.stats
+    with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
+        with lm.session.line.lock:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{address}/v1/completions", json=body, timeout=0.5)
+            wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+        wait_until(lambda: not lm.session.line.places)
+        assert lm.stats == before
+        monkeypatch.setattr(executor, "compute", compute)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"{address}/v1/completions", json=body, timeout=0.5)
+        wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+    assert len(cancelled) >= 3
+    assert (lm.stats - before).model_calls == 1
+    assert not lm.session.evaluator.holders.ends()
 
 
 # Other programs

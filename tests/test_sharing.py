@@ -2,12 +2,14 @@
 
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from backprompt import LM, Grammar, JsonSchema, Regex, Text, classify, evaluate
+from backprompt import LM, Grammar, JsonSchema, Regex, Text, classify, evaluate, generate
 from backprompt.errors import EmptyTextError, GenerationError, NonFiniteError, TextTooLongError, TokenIdError
+from backprompt.generation import run
 from comparing import assert_close, num_distinct_ids
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import build
@@ -408,3 +410,55 @@ def test_a_caller_without_company_waits_for_nobody(lm, monkeypatch):
     assert lm.token_logprobs([text])[0].shape == (len(text.tokens),)
     with lm.session.exclusive():
         assert text.generate(max_new_tokens=2).completion_tokens
+
+
+def test_a_result_keeps_those_of_other_threads_out_of_memory(lm):
+    small, large = Text("The cat", lm), [Text(f"{PROMPT} {idx}", lm) for idx in range(8)]
+    found = all_at_once(lm, [lambda: lm.token_logprobs([small])[0], lambda: lm.token_logprobs(large)[0]])
+    assert found[0].untyped_storage().nbytes() == found[0].nbytes
+
+
+def test_a_stream_may_be_closed_while_its_first_step_is_done(lm, monkeypatch):
+    """Once between the pass and the thread's turn, once in the middle of the pass."""
+    streams = [Text(f"The cat {idx}", lm).stream(max_new_tokens=5) for idx in range(2)]
+    with ThreadPoolExecutor() as threads:
+        with lm.session.line.lock:
+            pieces = [threads.submit(list, stream) for stream in streams]
+            wait_until(lambda: len(lm.session.line.places) == 2)
+            lm.session.answer_together(list(lm.session.line.places))
+            streams[0].close()
+        assert pieces[0].result(60) == []
+        assert "".join(pieces[1].result(60)) == streams[1].text.completion
+
+        stream, executor = Text(PROMPT, lm).stream(max_new_tokens=5), lm.session.evaluator.executor
+        plain, closing = executor.compute, []
+
+        def compute(*args, **kwargs):
+            closing.append(threads.submit(stream.close))
+            wait_until(lambda: lm.session.line.places)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(executor, "compute", compute)
+        list(stream)
+        closing[0].result(60)
+    assert len(stream.text.completion_tokens) == 1
+    assert not lm.session.evaluator.holders.ends()
+
+
+def test_steps_are_done_together_for_no_more_texts_than_one_call_has(lm, model, monkeypatch):
+    """All logits of a step are there at once, so their number is bounded."""
+    nums = []
+
+    def counted(evaluator, runs, plain=run.advance):
+        found = plain(evaluator, runs)
+        nums.append(sum(len(own.rows) for own in found))
+        return found
+
+    monkeypatch.setattr(run, "advance", counted)
+    monkeypatch.setattr(run, "MAX_LIVE_TEXTS", 4)
+    prompts = [[Text(f"The cat {idx}", lm), Text(f"The dog {idx}", lm)] for idx in range(6)]
+    found = all_at_once(lm, [lambda own=own: generate(own, max_new_tokens=4) for own in prompts])
+    assert max(nums) == 4
+    for texts in found:
+        for text in texts:
+            assert text.completion_tokens == plain_greedy(model, text.prompt.tokens, 4)

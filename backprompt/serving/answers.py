@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 import uuid
@@ -20,6 +19,7 @@ from backprompt.lm import LM
 from backprompt.serving.bodies import ChatBody, CompletionBody, Sampled, ScoreBody
 from backprompt.serving.limits import Limits
 from backprompt.serving.refusals import Refusal
+from backprompt.serving.spelling import Spelling, bytes_named
 from backprompt.text.node import Text
 from backprompt.tokens.graph import num_positions
 
@@ -166,9 +166,9 @@ def token_logprobs(lm: LM, text: Text, start: Text | int, num_top: int) -> dict[
     ids = text.tokens[len(text.tokens) - len(own) :]
     top = lm.top_logprobs([text], num_top, [start]).split()[0] if num_top else None
     tops = [] if top is None else list(zip(*(part.tolist() for part in top), strict=True))
-    strings = [lm.tokenizer.decode([token_id]) for token_id in ids]
-    offsets = [*itertools.accumulate(map(len, strings), initial=0)][:-1]
-    found: dict[str, Any] = {"tokens": strings, "text_offset": offsets, "token_logprobs": [], "top_logprobs": None}
+    spelling = Spelling(lm.tokenizer)
+    names, offsets = list(map(spelling.name, ids)), spelling.offsets(text.tokens[: -len(own) or None], ids)
+    found: dict[str, Any] = {"tokens": names, "text_offset": offsets, "token_logprobs": [], "top_logprobs": None}
     by_place: list[dict[str, float] | None] = []
     for idx, (token_id, logprob) in enumerate(zip(ids, _numbers(own), strict=True)):
         if logprob is None:
@@ -180,7 +180,7 @@ def token_logprobs(lm: LM, text: Text, start: Text | int, num_top: int) -> dict[
         found["token_logprobs"].append(likely.get(token_id, logprob))
         named: dict[str, float] = {}
         for other, value in [*likely.items(), (token_id, logprob)]:
-            named.setdefault(lm.tokenizer.decode([other]), value)
+            named.setdefault(spelling.name(other), value)
         by_place.append(named)
     if num_top:
         found["top_logprobs"] = by_place
@@ -204,7 +204,7 @@ def by_token(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     tops: Iterable[Mapping[str, float]] = found["top_logprobs"] or [{}] * len(found["tokens"])
 
     def one(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        return {"token": token, "logprob": logprob, "bytes": list(bytes_named(token))}
 
     content = [
         {**one(token, logprob), "top_logprobs": [one(*pair) for pair in top.items()]}

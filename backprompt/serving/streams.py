@@ -184,4 +184,5 @@ async def events(
 
 
 def _event(data: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+    """Return an event of one line in ASCII: many clients also split lines where Unicode does, as at U+2028."""
+    return b"data: " + json.dumps(data).encode() + b"\n\n"
