@@ -464,7 +464,7 @@ def test_constraints_that_cannot_be_met(lm, constraint, message):
     ("constraint", "message"),
     [
         ("[a-z]+", r"must be a Regex, a JsonSchema or a Grammar, not str: '\[a-z\]\+'"),
-        ({"type": "string"}, r"Say which it is: JsonSchema\(\.\.\.\)"),
+        ({"type": "string"}, r"Wrap it: JsonSchema\(\.\.\.\)"),
         ([SENTENCE, "x"], r"constraint\[1\] must be a Regex"),
     ],
 )
@@ -635,7 +635,7 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
 @pytest.mark.parametrize(
     ("language", "options", "error", "message"),
     [
-        (Regex("a*"), {}, ValueError, r"there is no end of them"),
+        (Regex("a*"), {}, ValueError, r"infinitely many strings"),
         (Regex("(a|b)?"), {}, ValueError, r"has the empty string"),
         (Regex("[a&&b]"), {}, ValueError, r"no string but the empty one"),
         (Regex("a"), {"with_end_token": True}, ValueError, r"has no end token"),
@@ -654,7 +654,7 @@ def test_select_takes_a_finite_constraint(lm):
     listed = prompt.select(["great", "bold", "very great", "very bold"])
     assert found.option == listed.option
     assert found.probabilities == pytest.approx(listed.probabilities)
-    with pytest.raises(ValueError, match=r"there is no end of them"):
+    with pytest.raises(ValueError, match=r"infinitely many strings"):
         prompt.select(Regex("a+"))
 
 
