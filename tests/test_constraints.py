@@ -244,7 +244,7 @@ def test_what_is_chosen_does_not_depend_on_forced_tokens(lm, monkeypatch, constr
     try:
         found, ahead = count(lm, text, constraint=constraint, **options)
     except GenerationError:
-        with pytest.raises(GenerationError, match=r"no token can come first.*only the empty one"):
+        with pytest.raises(GenerationError, match=r"no token can come first.*only the empty string"):
             text.generate(constraint=constraint, **options)
         assert eos_token_id is None
         return
@@ -449,7 +449,7 @@ def test_a_changed_tokenizer_is_noticed():
         (JsonSchema({"type": "foo"}), r"Invalid type: foo"),
         (JsonSchema({"not": {"type": "string"}}), r'Unimplemented keys: \["not"\]'),
         (Grammar("begin: 'a'"), r"llguidance refuses the constraint Grammar"),
-        (Regex("[a&&b]"), r"no token can come first: it has no string"),
+        (Regex("[a&&b]"), r"no token can come first: the language has no string"),
         (Regex(""), r"no token can come first"),
     ],
 )

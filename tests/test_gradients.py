@@ -465,7 +465,7 @@ def test_models_that_cannot_be_packed_are_refused():
     peft = pytest.importorskip("peft")
     prompted = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     ids, mask = group(2, 4, 3).tensors()
-    for model, match in ((build("mamba"), "Gradients take packed attention"), (prompted, "virtual tokens")):
+    for model, match in ((build("mamba"), "Gradients need packed attention"), (prompted, "virtual tokens")):
         with pytest.raises(UnsupportedModelError, match=match):
             token_logprobs(model, ids, mask, requires_grad=True)
     hooked = build("llama")

@@ -109,7 +109,7 @@ def test_a_folder_without_a_model_is_named_before_anything_is_read(tmp_path):
         (tmp_path / f"{idx}.txt").touch()
     with pytest.raises(ModelLoadError, match=r"has no config.json, but '0.txt', .*, '4.txt' \.\.\."):
         load(tmp_path, device="cpu")
-    with pytest.raises(ModelLoadError, match=r"The folder '.*inner' is not there"):
+    with pytest.raises(ModelLoadError, match=r"The folder '.*inner' does not exist"):
         load(tmp_path, device="cpu", subfolder="inner")
 
 

@@ -250,7 +250,7 @@ def at_once(model):
     [
         (lambda model: cpu_offload_with_hook(model, DEVICE)[0], "hook CpuOffload .* on its module 'itself', which cha"),
         (casting, "hook LayerwiseCastingHook of accelerate on its module 'lm_head'"),
-        (unknown_map, "lie in a Elsewhere, where no change would be noticed"),
+        (unknown_map, "lie in a Elsewhere, where a change would not be noticed"),
         (at_once, "brings the weights of all modules below at once"),
     ],
 )

@@ -243,9 +243,9 @@ class Encoder:
 
     def _warn_of_repeated(self, prefix: tuple[int, ...]) -> None:
         warn_caller(
-            f"A text begins with {self.tokenizer.decode(prefix)!r}, which the tokenizer puts before every string: it "
-            "stands there twice, as in the plain call. For a string that has its special tokens already, such as a "
-            "rendered chat template, write Text(string, lm, add_special_tokens=False)."
+            f"A text begins with {self.tokenizer.decode(prefix)!r}, which the tokenizer also puts before every string. "
+            "So it stands there twice, as in the plain call. If a string has its special tokens already, as a rendered "
+            "chat template does, write Text(string, lm, add_special_tokens=False)."
         )
 
     def _parts(

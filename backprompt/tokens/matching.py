@@ -51,8 +51,8 @@ class Vocabulary:
         library = guidance()
         if tokenizer.whole is None:
             raise TokenizerError(
-                "A constraint needs the string of each token, which only a fast tokenizer of transformers gives (one with "
-                "a backend of the package tokenizers). This tokenizer is written in Python. Load its fast version."
+                "A constraint needs the string of each token, which only a fast tokenizer of transformers gives "
+                "(one with a backend of the package tokenizers). This one is written in Python: load its fast version."
             )
         spelled = _spelled_tokens(tokenizer.whole)
         self.num_tokens = len(spelled)
@@ -128,8 +128,9 @@ class Matching:
         """Raise GenerationError if no token may come first."""
         if not self.allowed(()).any():
             raise GenerationError(
-                f"With {named(self.language.constraint)} no token can come first: it has no string, or none that "
-                "this tokenizer can write, or only the empty one while the model has no end token. Change it."
+                f"With {named(self.language.constraint)} no token can come first: the language has no string, no "
+                "string that this tokenizer can write, or only the empty string while the model has no end token. Use "
+                "another constraint."
             )
 
     def allowed(self, completion: tuple[int, ...]) -> Allowed:
