@@ -19,7 +19,7 @@ from backprompt.model.families import are_all_keys
 from backprompt.model.masks import Mask, Unknown
 
 Way: TypeAlias = Literal["replayed", "recorded", "plain"]
-"""The way in which a step of a generation was computed: by a graph, by a graph's first run, or without a graph."""
+"""The way in which a step of a generation was computed: by a graph, by the first run of a graph, or by neither."""
 
 # Keywords that models pass along and packed attention can ignore. Any other keyword that is not None is refused by name.
 _MEANINGLESS_KEYWORDS = frozenset(
@@ -131,7 +131,8 @@ class Masks:
             return mask.meaning.window
         raise UnsupportedModelError(
             f"{self.model_name} makes its attention mask without transformers' mask interface, so the keys that the "
-            "mask hides are unknown. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+            "mask hides are unknown. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, "
+            "OLMo ...)."
         )
 
     def _refuse_unknown(self, keywords: Mapping[str, object], dropout: float, is_causal: bool | None) -> None:
