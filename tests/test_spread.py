@@ -431,7 +431,7 @@ def test_stored_rows_come_to_the_device_of_their_layer(other, tokenizer):
 def test_several_devices_without_hooks_are_refused(other, tokenizer):
     model = build("llama")
     other.moved(layers_of(model)[-1])
-    with pytest.raises(UnsupportedModelError, match=r"lies on several devices \(cpu, mps\), and nothing moves"):
+    with pytest.raises(UnsupportedModelError, match=r"lies on several devices \(cpu, mps\), but no hook moves"):
         LM(model, tokenizer, memory_bytes="1 GB")
 
 

@@ -150,9 +150,10 @@ class Shape:
 
     @cached_property
     def _layout(self) -> tuple[Rows, Scores]:
-        """Lay out all tokens but the last ones: sorted by their ids, in which order a trie is walked depth first.
+        """Lay out all tokens except the last ones, sorted by their ids: in this order a trie is walked depth first.
 
-        Those with the first token behind which most tokens stand come first: they join the causal run of the prompt.
+        The first token with the most tokens behind it comes first, with these tokens: they join the prompt's causal
+        run.
         """
         token_ids: list[int] = []
         depths: list[int] = []

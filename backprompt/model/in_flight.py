@@ -19,9 +19,9 @@ from backprompt.model.families import are_all_keys
 from backprompt.model.masks import Mask, Unknown
 
 Way: TypeAlias = Literal["replayed", "recorded", "plain"]
-"""The way in which a step of a generation was computed: by a graph, by the first run of a graph, or by neither."""
+"""The way in which a step of a generation was computed: by a graph, by the first run of a graph, or without a graph."""
 
-# Keywords that models pass along and packed attention can ignore. Any other keyword that is not None is refused by name.
+# Keywords that models pass along and packed attention can ignore. Other keywords that are not None are refused by name.
 _MEANINGLESS_KEYWORDS = frozenset(
     {
         "cache_position",
