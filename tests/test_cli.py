@@ -796,7 +796,7 @@ def test_bad_csv(score, content, problem):
         (["prompts.jsonl", "-o", "labels.txt", "--format", "csv", "--overwrite"], "labels.txt is --completions"),
         (["prompts.jsonl", "-o", "prior.txt", "--prior", "prior.txt", "--format", "csv", "--resume"], "is --prior"),
         (["prompts.jsonl", "-o", ".", "--format", "csv"], ". is a folder"),
-        (["prompts.jsonl", "--store", "labels.txt"], "--store: [Errno 20] This cannot be the folder of a store"),
+        (["prompts.jsonl", "--store", "labels.txt"], "--store: [Errno 20] This folder cannot be used for a store"),
         (["prompts.jsonl", "--store", "labels.txt/prompts.bp"], "Not a directory. Name a folder"),
         (["prompts.jsonl", "--store", "x" * 5000], "File name too long. Choose a shorter path"),
         (["prompts.jsonl", "--store", ""], "the path is empty. Name a folder"),

@@ -244,7 +244,7 @@ def test_what_is_chosen_does_not_depend_on_forced_tokens(lm, monkeypatch, constr
     try:
         found, ahead = count(lm, text, constraint=constraint, **options)
     except GenerationError:
-        with pytest.raises(GenerationError, match=r"no token can come first.*only the empty one"):
+        with pytest.raises(GenerationError, match=r"no token can come first.*only the empty string"):
             text.generate(constraint=constraint, **options)
         assert eos_token_id is None
         return
@@ -449,7 +449,7 @@ def test_a_changed_tokenizer_is_noticed():
         (JsonSchema({"type": "foo"}), r"Invalid type: foo"),
         (JsonSchema({"not": {"type": "string"}}), r'Unimplemented keys: \["not"\]'),
         (Grammar("begin: 'a'"), r"llguidance refuses the constraint Grammar"),
-        (Regex("[a&&b]"), r"no token can come first: it has no string"),
+        (Regex("[a&&b]"), r"no token can come first: the language has no string"),
         (Regex(""), r"no token can come first"),
     ],
 )
@@ -464,7 +464,7 @@ def test_constraints_that_cannot_be_met(lm, constraint, message):
     ("constraint", "message"),
     [
         ("[a-z]+", r"must be a Regex, a JsonSchema or a Grammar, not str: '\[a-z\]\+'"),
-        ({"type": "string"}, r"Say which it is: JsonSchema\(\.\.\.\)"),
+        ({"type": "string"}, r"Wrap it: JsonSchema\(\.\.\.\)"),
         ([SENTENCE, "x"], r"constraint\[1\] must be a Regex"),
     ],
 )
@@ -642,7 +642,7 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
 @pytest.mark.parametrize(
     ("language", "options", "error", "message"),
     [
-        (Regex("a*"), {}, ValueError, r"there is no end of them"),
+        (Regex("a*"), {}, ValueError, r"infinitely many strings"),
         (Regex("(a|b)?"), {}, ValueError, r"has the empty string"),
         (Regex("[a&&b]"), {}, ValueError, r"no string but the empty one"),
         (Regex("a"), {"with_end_token": True}, ValueError, r"has no end token"),
@@ -662,7 +662,7 @@ def test_select_takes_a_finite_constraint(lm):
     listed = prompt.select(["great", "bold", "very great", "very bold"])
     assert found.option == listed.option
     assert found.probabilities == pytest.approx(listed.probabilities)
-    with pytest.raises(ValueError, match=r"there is no end of them"):
+    with pytest.raises(ValueError, match=r"infinitely many strings"):
         prompt.select(Regex("a+"))
 
 
