@@ -11,7 +11,7 @@ class BackpromptError(Exception):
     """Base of every error that backprompt raises on purpose."""
 
     def __str__(self) -> str:
-        """Return the message with invisible characters escaped: texts, file names and other messages may be quoted."""
+        """Return the message with invisible characters escaped: it may quote texts, file names and other messages."""
         return visible_lines(super().__str__())
 
 

@@ -429,7 +429,7 @@ def test_options_that_make_no_sense(lm, options, error, match):
 @pytest.mark.parametrize(
     ("inputs", "y", "error", "match"),
     [
-        ("abc", ["a", "b", "c"], ValueError, "not str. Put a single one in a list"),
+        ("abc", ["a", "b", "c"], ValueError, "not str. Put a single string in a list"),
         ([], [], ValueError, "X is empty"),
         (iter(X), BINARY, ValueError, "sequence of strings"),
         (np.array(X)[:, None], BINARY, ValueError, "one dimension, not 2"),

@@ -52,7 +52,7 @@ class Options:
         check_show(self.show_progress_bar)
         if self.log_marg_probs_completions is not None and not discount:
             raise TypeError(
-                "log_marg_probs_completions would not be used. Set discount_completions, too, or leave both out."
+                "log_marg_probs_completions has no effect without discount_completions. Set both, or leave both out."
             )
 
     @classmethod
@@ -75,6 +75,6 @@ class Options:
         is_own = self.prior is not None or not self.normalize
         if is_own or self.discount_completions or self.neutral_prompt is not None:
             raise TypeError(
-                "Examples have priors and normalize of their own: set them there. discount_completions and "
+                "Each Example has its own prior and normalize: set them in the Example. discount_completions and "
                 "neutral_prompt are for prompts with common completions, not for examples."
             )

@@ -1,7 +1,7 @@
 """Constraints of the texts of a call: checked, each distinct one compiled once.
 
-The mask stands where transformers puts processors that a caller gives it: behind penalties and all that excludes
-tokens, and before temperature, top-k and the like, which so divide the probability among the allowed tokens.
+The mask stands where transformers puts processors that a caller gives it: behind penalties and processors that exclude
+tokens, and before temperature, top-k and the like. So those divide the probability among the allowed tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Constraints:
     """The constraints of the texts of a call.
 
     Attributes:
-        given: that of each text, None for a text without; empty where no text has one.
+        given: the constraint of each text, None for a text without one; empty if no text has one.
         languages: each distinct constraint, compiled.
 
     """
@@ -92,7 +92,8 @@ def constraints_of(lm: LM, given: Any, num_texts: int) -> Constraints:
         listed = as_list(given, "constraint")
         if len(listed) != num_texts:
             raise GenerationError(
-                f"There are {len(listed)} constraints for {num_texts} texts. Give one, or one a text."
+                f"There are {len(listed)} constraints for {num_texts} texts. Give one for all texts, or one for "
+                "each text."
             )
         checked = [None if own is None else as_constraint(own, f"constraint[{idx}]") for idx, own in enumerate(listed)]
     else:

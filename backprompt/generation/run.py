@@ -236,7 +236,7 @@ class Run:
             self._note_begun(evaluator.continuations.begin(prompts))
 
     def _note_begun(self, ends: Sequence[Span]) -> None:
-        """Let the next of the waiting texts live, which end here."""
+        """Make the next waiting texts live; `ends` are the ends of their prompts."""
         self.live += [
             Live(self.prompts[idx], self._decodings[idx], end) for idx, end in enumerate(ends, self._num_begun)
         ]
@@ -244,7 +244,7 @@ class Run:
         self._may_begin = False  # until a text is finished
 
     def _stop_of_begun(self, evaluator: Evaluator) -> int:
-        """Return up to which of the waiting texts there is room, at least one more if none is live."""
+        """Return the end of the waiting texts that there is room for: at least one more if no text is live."""
         first, stop = self._num_begun, self._num_begun
         num_new = self.decoding.max_new_tokens * self.decoding.num_beams
         num_new += MAX_PROPOSALS * self.decoding.num_lookup_tokens

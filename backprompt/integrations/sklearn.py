@@ -319,7 +319,7 @@ def _checked_inputs(given: Any, name: str = "X") -> list[str]:
     is_ordered = hasattr(given, "__len__") and hasattr(given, "__getitem__") and not isinstance(given, Mapping)
     if isinstance(given, (str, Text)) or not is_ordered:
         raise ValueError(
-            f"{name} must be a sequence of strings, not {type(given).__name__}. Put a single one in a list."
+            f"{name} must be a sequence of strings, not {type(given).__name__}. Put a single string in a list."
         )
     num_dimensions = getattr(given, "ndim", 1)
     if num_dimensions != 1:
