@@ -326,7 +326,7 @@ def test_no_other_threshold_is_right_more_often(labelled):
         ((PROMPTS, ["a", "b"]), {"log_marg_probs_completions": [[0], [0]]}, TypeError, "discount_completions"),
         ((PROMPTS,), {}, TypeError, "needs completions"),
         (([Example("x", ["a", "b"]), "x"],), {}, TypeError, "not both"),
-        (([Example("x", ["a", "b"])], ["a", "b"]), {}, TypeError, "of their own"),
+        (([Example("x", ["a", "b"])], ["a", "b"]), {}, TypeError, "its own completions"),
         ((["x", "very " * 200], ["a", "b"]), {}, TextTooLongError, "positions"),
     ],
 )
@@ -338,7 +338,7 @@ def test_arguments_that_make_no_sense(lm, arguments, options, error, match):
 
 
 def test_one_completion_is_not_predicted(lm):
-    with pytest.raises(ValueError, match="nothing to predict"):
+    with pytest.raises(ValueError, match="to predict the next one"):
         predict(PROMPTS, ["a"], lm)
 
 

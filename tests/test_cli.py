@@ -917,7 +917,7 @@ def test_a_file_with_the_name_of_the_options_stays(score):
     Path("out.jsonl.options.json").write_text('{"mine": 1}')
     code, _, said = score("prompts.jsonl", "-o", "out.jsonl")
     assert code == 2
-    assert "out.jsonl.options.json is not from backprompt" in only_line(said)
+    assert "out.jsonl.options.json was not written by backprompt" in only_line(said)
     assert Path("out.jsonl.options.json").read_text() == '{"mine": 1}'
 
 
@@ -975,7 +975,11 @@ IN_OPTIONS = [
     ("generate", ["--temperature", "0"], "these options: --temperature (=0.0)"),
     ("generate", ["--temperature", "1", "--option", "num_beams=2"], "beam search (--option num_beams=N)"),
     ("generate", ["--max-new-tokens", "1000"], "there is no room for --max-new-tokens 1000."),
-    ("generate", ["--option", "guidance_scale=2", "--stop", "'temperature=1'"], "generate does not support classifier-free"),
+    (
+        "generate",
+        ["--option", "guidance_scale=2", "--stop", "'temperature=1'"],
+        "generate does not support classifier-free",
+    ),
 ]
 
 

@@ -52,7 +52,11 @@ def test_load_passes_its_options_on(checkpoint):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"device": "banana"}, ValueError, r"device='banana' cannot be used: Expected one of .*\. Leave it out to use '"),
+        (
+            {"device": "banana"},
+            ValueError,
+            r"device='banana' cannot be used: Expected one of .*\. Leave it out to use '",
+        ),
         ({"device": torch.device("cuda", 99)}, ValueError, "device='cuda:99' cannot be used"),
         ({"device": "meta"}, ValueError, "device='meta' holds no weights"),
         ({"device": "hpu"}, ValueError, r"device='hpu' cannot be used: No module named"),

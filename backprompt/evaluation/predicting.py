@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 class PredictingRows:
     """The rows that predict wanted tokens.
 
-    Of each span that has any these are neighbours: those of tokens up to the span's end, or up to the last but one.
+    The wanted rows of a span are neighbours: the rows of tokens up to the span's end, or up to the last but one.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class PredictingRows:
         return ranges(np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64))
 
     def pieces_of(self, span: Span) -> Iterator[Piece]:
-        """Yield the wanted rows of a span, from its end upwards; `numbers` was called before."""
+        """Yield the wanted rows of a span, from its end upwards; call `numbers` first."""
         first, last = self._bounds[span]
         piece, piece_stop = span, self._lengths[span]
         while piece_stop > first:

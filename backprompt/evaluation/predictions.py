@@ -114,11 +114,11 @@ class Targets:
 class Predictions:
     """The tokens of one scoring that have no score yet. Each row that predicts some of them is computed once.
 
-    The row before a branching predicts the first tokens of all its branches: those without a score are scored along
-    with the one that is asked for.
+    The row before a branching predicts the first tokens of all its branches: first tokens without a score are scored
+    along with the requested one.
 
     Args:
-        rows: of the blocks of all spans.
+        rows: the rows of the blocks of all spans.
 
     """
 

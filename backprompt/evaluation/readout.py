@@ -21,7 +21,7 @@ from backprompt.memory.blocks import KeysValues, States, gather, gather_each, ga
 from backprompt.tokens.graph import flat
 
 ReadAhead: TypeAlias = "Callable[[], list[Inserted]]"
-"""Returns other texts that will probably be asked for next; called only if something must be computed."""
+"""Returns other texts that will probably be read next; called only if something must be computed."""
 
 
 class Readout:
@@ -75,7 +75,8 @@ class Readout:
         `end` must not be a junction, which has no last row; junctions among `ahead()` are left out.
 
         Raises:
-            NonFiniteError: the row is no distribution. Rows of other texts may be none: such rows are not kept.
+            NonFiniteError: the row is not a distribution. Rows of other texts may not be distributions, either; such
+                rows are not kept.
 
         """
         if (pooled := self.pooled_logits(end)) is not None:

@@ -161,7 +161,7 @@ class Session(TextSession):
             line.places.pop(call, None)
 
     def answer_together(self, calls: Sequence[Call[Any]]) -> None:
-        """Answer calls, those of a kind together. Where that fails, each is left to its own thread."""
+        """Answer calls, all calls of a kind together. If that fails, each call is left to its own thread."""
         for together in dict.fromkeys(call.together for call in calls):
             own = [call for call in calls if call.together is together]
             num_requested = self.counters.tokens_requested
@@ -229,7 +229,7 @@ class Session(TextSession):
             self.evaluator.computation.clear()
 
     def refresh(self, *, compare: bool) -> None:
-        """Hash every weight and the tokenizer again, or take the weights for changed; see `LM.refresh`."""
+        """Hash every weight and the tokenizer again, or assume changed weights; see `LM.refresh`."""
         with self.exclusive():
             tokenizer = PrivateTokenizer(self.tokenizer)
             if not compare:
@@ -267,7 +267,7 @@ class Session(TextSession):
         return self.evaluator.scoring
 
     def distributions(self, wanted: Sequence[Wanted], asked: Asked) -> Distributions:
-        """Return what is asked of the distributions that predict tokens; the lock must be held."""
+        """Return the requested results of the distributions that predict tokens; the lock must be held."""
         return distributions(self.current().computation, wanted, asked)
 
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
@@ -315,7 +315,7 @@ class Session(TextSession):
     def read(self, text: Text) -> Evaluated:
         """Return a text for a look at its results, evaluated if it is not held.
 
-        A look at what is held asks for no tokens, and takes half as long as an evaluation.
+        A look at held results requests no tokens, and takes half as long as an evaluation.
         """
         with self.exclusive():
             evaluator = self.current()
