@@ -338,7 +338,7 @@ def test_arguments_that_make_no_sense(lm, arguments, options, error, match):
 
 
 def test_one_completion_is_not_predicted(lm):
-    with pytest.raises(ValueError, match="to predict the next one"):
+    with pytest.raises(ValueError, match="nothing to predict"):
         predict(PROMPTS, ["a"], lm)
 
 

@@ -382,7 +382,7 @@ def test_what_the_pickling_check_was_for(lm):
         ({"template": "Review: {text"}, ValueError, "is invalid: expected '}'"),
         ({"template": "Review: {text:d}"}, ValueError, "is invalid"),
         ({"template": "Review: {text:{width}}"}, ValueError, "is invalid"),
-        ({"labels": {"yes": "mat"}}, ValueError, "no completion for the class 'no'; it has those of 'yes'"),
+        ({"labels": {"yes": "mat"}}, ValueError, "no completion for the class 'no'; it has completions of 'yes'"),
         ({"labels": ["mat"]}, ValueError, "1 completions for 2 classes, 'no', 'yes'"),
         ({"labels": "mat"}, TypeError, "mapping or a sequence"),
         ({"labels": {"mat", "cat"}}, TypeError, "mapping or a sequence"),

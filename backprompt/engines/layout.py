@@ -31,8 +31,7 @@ from backprompt.tokens.graph import TokenIds, flat
 MAX_BUSIER = 1.5
 """The cost of a worker, relative to the slowest part of a new cut, above which texts leave their workers."""
 FEW_TOKENS = 512
-"""Fewer tokens than this always stay with their worker, because other workers would have to compute their beginnings,
-too."""
+"""Fewer tokens than this stay with their worker: other workers would have to compute their beginnings, too."""
 MAX_RUNS = 100_000
 """The largest number of remembered runs; then all are forgotten."""
 

@@ -272,8 +272,7 @@ class RemoteScoring:
 
 
 def _rates(config: Any) -> Rates:
-    """Return the cost of tokens: a layer of hidden size h takes 12 h² products a token, and 2 h for each token
-    before."""
+    """Return the cost of tokens: a layer of size h takes 12 h² products a token, and 2 h for each token before."""
     return Rates(attention=1 / (6 * config.get_text_config().hidden_size))
 
 

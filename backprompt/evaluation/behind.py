@@ -21,8 +21,7 @@ FANS_IN_A_PASS = 4
 
 
 class Behind(NamedTuple):
-    """A prompt, and completions to be scored behind it; and the number of the prompt's last tokens that are scored
-    before."""
+    """A prompt, completions to score behind it, and the number of the prompt's last tokens to score before."""
 
     prompt: TokenIds
     shape: Shape

@@ -143,8 +143,7 @@ class Evaluator:
         return self.computation.num_bytes_of([*self.holders.pinned_ends(), *ends])
 
     def close(self) -> None:
-        """Forget everything for good, so that a remaining reference to the evaluator keeps no copies of weights
-        alive."""
+        """Forget everything for good, so that no remaining reference to the evaluator keeps copies of weights alive."""
         self.is_closed = True
         self.computation.clear()
         self.executor.close()

@@ -21,8 +21,7 @@ COLUMNS = 4096
 TOKENS = 256
 
 TOLERANCE = 4
-"""The allowed distance of the kernel from float64's log-probabilities (1 and more), in units in the last place of
-float32."""
+"""The kernel's allowed distance from float64's log-probabilities (1 and more), in float32's units in the last place."""
 
 
 def rate(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -169,8 +169,7 @@ class Reading:
         return self.rows.scores(numbers, candidates)
 
     def numbers_of(self, item: Wanted | Fan, end: Span) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
-        """Yield the number of each added score, and a function that returns the ids of all tokens before the scored
-        one."""
+        """Yield the number of each added score, and a function that returns the ids before the scored token."""
         if isinstance(item, Fan):
             for number, parent in zip(self._fans[item].tolist(), item.shape.scores.parents, strict=True):
                 yield number, partial(_ids_in_fan, item, int(parent))

@@ -57,7 +57,7 @@ class ScoredTexts:
 
 
 def split_to_score(token_ids: TokenIds, start: int) -> tuple[TokenIds, int] | None:
-    """Return the forwarded part of a text that is scored from `start` on, and its last token, which is not forwarded.
+    """Return the part of a text to forward when it is scored from `start` on, and its last token, not forwarded.
 
     The last token is None if all tokens are forwarded: nothing is scored, or no single token stands before the last
     one.

@@ -52,8 +52,7 @@ class _Forest:
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise TypeError for a class that names a trainer before the mixin, because the mixin would then have no
-        effect."""
+        """Raise TypeError for a class that names a trainer before the mixin, which would then have no effect."""
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[: cls.__mro__.index(_Forest)]:
             if hasattr(base, "compute_loss") and not issubclass(base, _Forest):
