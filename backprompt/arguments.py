@@ -1,8 +1,8 @@
 """Checks and conversions of arguments that public functions share.
 
-Each check raises an error that says what was given, what was needed and what to do, before any computation. Iterating
-over a table, a mapping or a set gives column names, keys or no order, so all three are refused where a sequence is
-needed.
+Each check raises an error that names the given value, the needed value and the next step, before any computation.
+Iterating over a table, a mapping or a set gives column names, keys or no order, so all three are refused where a
+sequence is needed.
 """
 
 from __future__ import annotations

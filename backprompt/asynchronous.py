@@ -150,7 +150,7 @@ class Asynchronous:
     async def agenerate(self, texts: Text | Iterable[Text], *, max_new_tokens: int, **options: Any) -> Any:
         """Let the model continue texts of this `LM`, in a thread; see `backprompt.generate`.
 
-        If the task is cancelled, the generation ends before its next step, and nothing of it is held.
+        If the task is cancelled, the generation ends before its next step, and none of its results is held.
         """
         return await in_thread(partial(outside("generate"), texts, max_new_tokens=max_new_tokens, **options))
 

@@ -23,8 +23,8 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
 
     Raises:
         TypeError: an argument holds something other than numbers.
-        ValueError: the numbers of completions differ; an element is no probability; a neutral probability is 0 and the
-            probability to divide is not, or all of a row are 0.
+        ValueError: the numbers of completions differ; an element is not a probability; a neutral probability is 0 and
+            the probability to divide is not, or all of a row are 0.
 
     """
     given, neutral = (

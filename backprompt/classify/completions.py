@@ -77,7 +77,7 @@ class EncodedCompletions:
 
 
 def check_end_of_prompt(given: object) -> None:
-    """Raise ValueError for a value that is no `EndOfPrompt`."""
+    """Raise ValueError for a value that is not an `EndOfPrompt`."""
     as_choice(given, "end_of_prompt", ENDS_OF_PROMPT, advice=" Write other separators at the end of the prompt.")
 
 
@@ -154,7 +154,7 @@ def checked_completions(given: Iterable[str]) -> tuple[str, ...]:
     """Return completions as a tuple.
 
     Raises:
-        TextTypeError, TokenizerError: a completion is no string, or cannot be encoded.
+        TextTypeError, TokenizerError: a completion is not a string, or cannot be encoded.
         ValueError: there are no completions, a completion is empty, or two are equal.
 
     """

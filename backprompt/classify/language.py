@@ -30,7 +30,7 @@ def probability_of(
     """Return the probability that the model continues a prompt by a string of a finite language.
 
     A string counts by its own token ids, encoded alone, as `log_probs` scores it. Other token ids that spell the same
-    string are not counted. All strings are scored as one trie: what they have in common is computed once.
+    string are not counted. All strings are scored as one trie, so common parts are computed once.
 
     Args:
         prompt: a string or a `Text`.
@@ -43,7 +43,7 @@ def probability_of(
             adds nothing.
 
     Raises:
-        TextTypeError: `language` is no constraint.
+        TextTypeError: `language` is not a constraint.
         MissingDependencyError: llguidance is not installed.
         GenerationError: llguidance refuses the language.
         ValueError: the language is not finite, has more strings or none, or has the empty string, with which every

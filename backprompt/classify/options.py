@@ -60,7 +60,7 @@ class Options:
         """Return the options of these names, for `predict`.
 
         Raises:
-            TypeError: a name is no option.
+            TypeError: a name is not an option.
 
         """
         unknown = given.keys() - {field.name for field in fields(cls)}

@@ -209,7 +209,7 @@ def read_completions(given: str, encoding: str | None = None) -> list[str]:
     Blanks around commas and at the ends of lines are left out; a message says so for the latter.
 
     Raises:
-        CommandError: the file is not there, or cannot be read.
+        CommandError: the file does not exist, or cannot be read.
 
     """
     if not os.path.exists(given):

@@ -41,7 +41,9 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="questions, one a line: the customer's words, a tab, the intent (default: the 40)",
     )
-    parser.add_argument("--plain-batches", type=int, metavar="N", help="how many plain batches to time (default: 4)")
+    parser.add_argument(
+        "--plain-batches", type=int, metavar="N", help="the number of plain batches to time (default: 4)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

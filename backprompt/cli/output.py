@@ -74,7 +74,7 @@ class Output:
             The number of rows taken from the input, and the other rows.
 
         Raises:
-            CommandError: the rows that are there, or the rest to be dropped, were not made from this input.
+            CommandError: the rows of the file, or the rest to be dropped, were not made from this input.
 
         """
         num_prompts, num_bytes = 0, 0
@@ -160,7 +160,7 @@ class Output:
         )
 
     def _written(self) -> Iterator[_Written]:
-        """Yield the whole rows that are there, and note the columns of CSV and the bytes behind the last row."""
+        """Yield the whole rows of the file, and note the columns of CSV and the bytes behind the last row."""
         idx = 0
         with open(self.path, "rb") as file:
             for record, stop_byte in records(file, self.format):

@@ -36,7 +36,7 @@ class Template:
 
     @classmethod
     def of(cls, given: str) -> Template:
-        r"""Return a template: a type of argparse; \n and \t are what they are in C, {{ and }} are braces.
+        r"""Return a template: a type of argparse; \n and \t are escapes as in C, {{ and }} are braces.
 
         Raises:
             ArgumentTypeError: braces are not closed, or have no name between them.

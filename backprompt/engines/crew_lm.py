@@ -64,13 +64,13 @@ class CrewLM(LM):
 
     @property
     def stats(self) -> Stats:
-        """Counts of the work of all workers, and of what they hold; see `worker_stats`."""
+        """Counts of the work of all workers and of the results that they hold; see `worker_stats`."""
         with self._remote.exclusive():
             return self._remote.stats()
 
     @property
     def worker_stats(self) -> list[Stats]:
-        """Counts of the work of each worker since it was started, and of what it holds."""
+        """Counts of the work of each worker since its start and of the results that it holds."""
         with self._remote.exclusive():
             return self._remote.ask_all("stats")
 

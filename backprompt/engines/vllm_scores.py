@@ -10,7 +10,7 @@ of logits, so vLLM skips the cache unless told otherwise. A text that is scored 
     prompt|e          the first request, with token e
 
 The second kind reads the cache, too. The cache consists of blocks of tokens, and may hold a block with scored tokens,
-which then miss their rows. Missing tokens are asked for once more: one by one behind their beginnings, or the whole
+which then miss their rows. Missing tokens are requested once more: one by one behind their beginnings, or the whole
 text without the cache, whichever forwards fewer tokens.
 
 A text without an unscored beginning longer than a block is computed whole, without the cache.

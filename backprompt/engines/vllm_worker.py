@@ -1,4 +1,4 @@
-"""VllmWorker: answers for texts with a vLLM engine in this process, in the place of a worker with an `LM`.
+"""VllmWorker: answers for texts with a vLLM engine in this process, instead of a worker with an `LM`.
 
 Keeps the requests to the engine, and streams. The questions are those of `Worker`, as far as vLLM has an answer;
 `VllmCrew` refuses the others by name.

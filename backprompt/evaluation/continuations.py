@@ -71,7 +71,7 @@ class Continuations:
 
         Args:
             parts: for each text the span behind which it goes on, and the ids from there.
-            whole: returns all ids of each text, for texts of which another thread has dropped what was computed.
+            whole: returns all ids of each text, for texts whose results another thread has dropped.
 
         """
         computation, counters = self._computation, self._computation.counters

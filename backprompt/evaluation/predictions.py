@@ -145,7 +145,7 @@ class Predictions:
         self._candidates.append((self._rows.last_of(end), token_id, number))
 
     def slices(self, rows_in_a_slice: int) -> list[Targets]:
-        """Return all tokens without a score, by so many rows at a time."""
+        """Return all tokens without a score, a number of rows at a time."""
         predicting, token_ids, numbers = self._all()
         rows, row_idx = np.unique(predicting, return_inverse=True)
         order = np.argsort(row_idx, kind="stable")
@@ -202,6 +202,6 @@ def held_child(end: Span, token_id: int) -> Span | None:
 
 
 def slices(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """Yield so many of the items at a time."""
+    """Yield a number of the items at a time."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -1,4 +1,4 @@
-"""Rating with a kernel in Triton: each logit is read once, and a token's score is worked out from what was seen.
+"""Rating with a kernel in Triton: each logit is read once, and a token's score follows from the results for its row.
 
 Torch's functions read a logit in half precision about nine times: the conversion to float32, the maximum, and the
 log-softmax, which is written too. Here the sums are float32 as well, so the results differ by rounding alone: measured

@@ -44,7 +44,7 @@ class Readout:
         Each slice but the last has `Executor.rows_in_a_slice` rows.
 
         Raises:
-            NonFiniteError: a row is no distribution.
+            NonFiniteError: a row is not a distribution.
 
         """
         return self.logits_after(ends, self.last_hidden(ends)) if ends else []
@@ -103,7 +103,7 @@ class Readout:
         """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`.
 
         Raises:
-            NonFiniteError: a row is no distribution.
+            NonFiniteError: a row is not a distribution.
 
         """
         executor = self._computation.executor

@@ -105,7 +105,7 @@ class Scoring:
         """Evaluate texts and score the wanted tokens of each; `known`: the ends of those that are in the forest.
 
         Raises:
-            NonFiniteError: a row that predicts a wanted token is no distribution.
+            NonFiniteError: a row that predicts a wanted token is not a distribution.
 
         """
         with self._computation.inserted([text.token_ids for text in wanted], known) as ends:
@@ -118,7 +118,7 @@ class Scoring:
         """Evaluate completions behind prompts, and score their tokens: of each prompt those of all its completions.
 
         Raises:
-            NonFiniteError: a row that predicts a token is no distribution.
+            NonFiniteError: a row that predicts a token is not a distribution.
 
         """
         return self.mixed(prompts, itertools.repeat(None))[1]
@@ -134,7 +134,7 @@ class Scoring:
             The end of each text and of each prompt, and the scores of each.
 
         Raises:
-            NonFiniteError: a row that predicts a wanted token is no distribution.
+            NonFiniteError: a row that predicts a wanted token is not a distribution.
 
         """
         with self._computation.inserted([item.token_ids for item in asked], known) as ends:
@@ -165,7 +165,7 @@ class Scoring:
         arrived = [end for end in waiting.ends if end.is_held()]
 
         def collect() -> None:
-            """Read off what is there, before any of it is dropped."""
+            """Read results off the spans that are there, before any span is dropped."""
             ready = waiting.take(arrived)
             arrived.clear()
             if parts and not ready:
@@ -187,7 +187,7 @@ class Scoring:
             ahead: other texts to be scored along with them.
 
         Raises:
-            NonFiniteError: a row that predicts a wanted token is no distribution. The tokens that such rows predict
+            NonFiniteError: a row that predicts a wanted token is not a distribution. The tokens that such rows predict
                 stay unscored.
 
         """

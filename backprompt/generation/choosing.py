@@ -282,7 +282,7 @@ def _divide_quickly(rows: Tensor, generators: Sequence[torch.Generator]) -> None
 
 
 def _exponential(uniform: Tensor) -> Tensor:
-    """Return exponentially distributed numbers in the place of uniform ones, in float64."""
+    """Turn uniform numbers into exponentially distributed ones, in float64."""
     return uniform.neg_().log1p_().neg_()
 
 

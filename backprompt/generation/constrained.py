@@ -60,7 +60,7 @@ class Constraints:
         return bool(self.languages)
 
     def repeated(self, num_each: int) -> Constraints:
-        """Return the constraints where each text is there so many times, one behind the other."""
+        """Return the constraints for a call in which each text stands `num_each` times in a row."""
         return Constraints(tuple(own for own in self.given for _ in range(num_each)), self.languages)
 
     def matching(self, text_idx: int, num_tokens: int, end_ids: Iterable[int]) -> Matching | None:
@@ -78,11 +78,11 @@ UNCONSTRAINED = Constraints((), {})
 
 
 def constraints_of(lm: LM, given: Any, num_texts: int) -> Constraints:
-    """Return what a caller gave as `constraint`: one for all texts, or a sequence with one, or None, a text.
+    """Return the constraint of each text, from one for all texts or a sequence with one, or None, for each text.
 
     Raises:
-        TextTypeError: an element is no constraint.
-        GenerationError: there are not as many as texts, or llguidance refuses one.
+        TextTypeError: an element is not a constraint.
+        GenerationError: the numbers of constraints and texts differ, or llguidance refuses a constraint.
         MissingDependencyError, TokenizerError: see `Vocabulary`.
 
     """

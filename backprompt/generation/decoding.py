@@ -184,7 +184,7 @@ class Decoding:
         )
 
     def repeated(self, num_each: int) -> Decoding:
-        """Return the decoding where each text is there so many times, one behind the other."""
+        """Return the decoding for a call in which each text stands `num_each` times in a row."""
         decoding = copy.copy(self)
         decoding._constraints = self._constraints.repeated(num_each)
         return decoding

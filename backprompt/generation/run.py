@@ -191,7 +191,7 @@ class Run:
 
     def _go_on(self, evaluator: Evaluator, found: Advance) -> None:
         """Go on behind the ends that were found, and choose the next token of every live text."""
-        inserted: list[tuple[Span, Span, TokenScore]] = []  # what each was, what it is, and its last token's score
+        inserted: list[tuple[Span, Span, TokenScore]] = []  # the old and the new end, the score of the last token
         for live, token, (end, stop) in zip(self.live, found.tokens, found.grown, strict=True):
             before = live.tip
             live.go_on(end, stop)

@@ -145,7 +145,7 @@ def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str
 
     Raises:
         TextTypeError: `given` is something else.
-        GenerationError: an element is no string, is empty, or is a string that no tokens can spell.
+        GenerationError: an element is not a string, is empty, or is a string that no tokens can spell.
         TokenizerError: a string has half of a surrogate pair.
 
     """

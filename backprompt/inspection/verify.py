@@ -325,7 +325,9 @@ def _compare(
         dtype = skeleton.computed_dtype(plain)
         if tolerance is None:
             if dtype not in TOLERANCE:
-                raise ValueError(f"There is no tolerance for {dtype}. Give one: verify(texts, tolerance=...), in nats.")
+                raise ValueError(
+                    f"There is no default tolerance for {dtype}. Give one: verify(texts, tolerance=...), in nats."
+                )
             tolerance = TOLERANCE[compared_as(plain, dtype)]
         is_coarse = compared_as(plain, dtype) != dtype
         for idx, text, model_repr, extents in zip(indices, texts, reprs, lm.extents(texts), strict=True):

@@ -231,7 +231,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         all strings are one forest.
 
         Raises:
-            ValueError: there is no prefix token.
+            ValueError: the tokenizer has no prefix token, and none was given.
 
         """
         windows: list[tuple[None, list[int], list[int]]] = []

@@ -250,7 +250,7 @@ def _share(causal: nn.Module, body: nn.Module, states_of: Callable[[nn.Module, d
 
 
 def _replace_forward(module: nn.Module, replacement: Callable[..., Any]) -> None:
-    """Put a function in the place of a module's forward method, which is its first argument.
+    """Replace a module's forward method by a function, which gets the method as its first argument.
 
     A copy of the module gets the same function, which must then run the copy and not the original module.
     """

@@ -174,7 +174,7 @@ class ModelRepr:
         Raises:
             UnsupportedModelError: the model is evaluated by levels, with its own attention, which cannot be read; or
                 the chosen layers have different numbers of heads.
-            ValueError: there is no layer, head, row or span with such an index, or none is chosen.
+            ValueError: a layer, head, row or span with such an index does not exist, or none is chosen.
 
         """
         with self._session.exclusive():

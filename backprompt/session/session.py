@@ -376,7 +376,7 @@ class Session(TextSession):
         Nothing changes if the model can no longer be evaluated.
         An error on the way leaves the old evaluator closed; `current` sees that and starts over once more.
         """
-        logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
+        logger.info("Weights or tokenizer have changed: dropping all results of the old ones.")
         evaluator = self._make_evaluator(fingerprint)
         if probe_again:
             self._probes.forget()

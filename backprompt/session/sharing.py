@@ -62,7 +62,7 @@ class Call(ABC, Generic[Answer]):
     @staticmethod
     @abstractmethod
     def together(evaluator: Evaluator, calls: Sequence[Any]) -> None:
-        """Give calls of this kind what is `found` for them, or set `is_alone`; the lock is held."""
+        """Set `found` of calls of this kind to their results, or set `is_alone`; the lock is held."""
 
     @abstractmethod
     def finish(self) -> Answer:
