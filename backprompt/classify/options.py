@@ -65,9 +65,7 @@ class Options:
         """
         unknown = given.keys() - {field.name for field in fields(cls)}
         if unknown:
-            raise TypeError(
-                f"predict has no option {min(unknown)!r}; its options are those of predict_proba, and search."
-            )
+            raise TypeError(f"predict has no option {min(unknown)!r}; it has the options of predict_proba, and search.")
         return cls(**given)
 
     def check_for_examples(self) -> None:

@@ -113,7 +113,7 @@ def token_logprobs(
 
 @dataclass(frozen=True)
 class PromptsWithCompletions:
-    """Prompts bound to an `LM`, and the completions of each: checked and encoded, nothing of them computed.
+    """Prompts bound to an `LM`, and the completions of each: checked and encoded, not yet computed.
 
     Attributes:
         lm: the `LM` of all of them.
@@ -184,7 +184,7 @@ class PromptsWithCompletions:
         return Bar(total=len(self.prompts), desc="prompts", disable=not is_shown)
 
     def _check_lengths(self) -> None:
-        """Raise for ids that the model lacks, a prompt without tokens, or too many of them with a completion."""
+        """Raise for ids that the model lacks, a prompt without tokens, or a prompt and completion with too many."""
         distinct = dict.fromkeys(self.completions)
         all_ids = dict.fromkeys(ids for own in distinct for ids in own.token_ids)
         lengths = [

@@ -196,7 +196,7 @@ def load_model(arguments: argparse.Namespace) -> LM:
 
 
 def read_input(arguments: argparse.Namespace) -> Input:
-    """Return the input, after a check that it is there."""
+    """Return the input, after a check that it exists."""
     check_chat(arguments)
     check_is_there(arguments.input)
     format = format_of(arguments.input, arguments.input_format)

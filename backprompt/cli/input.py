@@ -33,7 +33,7 @@ class Input:
     Args:
         path: a file, or "-" for standard input.
         format: the format of its rows.
-        field: the field or column that holds the prompt; by default the one of `PROMPT_FIELDS` that is there.
+        field: the field or column that holds the prompt; by default the one of `PROMPT_FIELDS` that the row has.
         template: makes the prompt of several fields instead.
         encoding: the encoding of the text; by default UTF-8.
 

@@ -188,7 +188,7 @@ class Output:
                 idx += 1
 
     def claim(self) -> None:
-        """Keep other processes from writing to a file that is there, until `close`.
+        """Keep other processes from writing to an existing file, until `close`.
 
         Raises:
             CommandError: another process writes to the file, or it cannot be read.
@@ -204,7 +204,7 @@ class Output:
         """Open the file; its content stays until `cut_off`. A new file is claimed.
 
         Raises:
-            CommandError: the file cannot be written to, or a new file is there by now.
+            CommandError: the file cannot be written to, or another process has created it by now.
 
         """
         if self.path == PIPE:

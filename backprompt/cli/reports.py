@@ -77,7 +77,7 @@ def _add_draw(commands: Any) -> None:
         "--output",
         required=True,
         metavar="FILE",
-        help="the picture, replaced if it is there: .svg, .png, .pdf, or .gv for its source; - prints SVG",
+        help="the picture, replaced if it exists: .svg, .png, .pdf, or .gv for its source; - prints SVG",
     )
     parser.add_argument(
         "--max-children",

@@ -51,7 +51,7 @@ def format_of(path: str, given: Format | None) -> Format:
     """Return the format of a file: as given, else by its extension; JSONL for pipes.
 
     Raises:
-        CommandError: neither of them tells the format.
+        CommandError: the format is neither given nor told by the extension.
 
     """
     if given is not None:

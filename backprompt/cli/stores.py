@@ -136,7 +136,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 
 def _opened(arguments: argparse.Namespace) -> DiskStore:
-    """Open a store that is there: looking into another folder must not turn it into a store."""
+    """Open an existing store: a look into another folder must not turn that folder into a store."""
     from backprompt.store.opening import is_url
     from backprompt.store.paths import FOLDERS, check_folder
 

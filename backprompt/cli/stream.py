@@ -62,7 +62,7 @@ class Job:
         compute: returns the computation with a model; raises for options that the model cannot use.
         options: all options beside the model that results depend on, by name, as JSON has them.
         rows_per_prompt: the number of rows that a prompt becomes.
-        check_written: returns the fault in the new fields of a row that is there already, or None.
+        check_written: returns the fault in the new fields of a row of the output, or None.
 
     """
 
@@ -202,7 +202,7 @@ class Begun:
         part = Path(f"{self._path}.part")
         try:
             part.write_text(json.dumps({_MARK: self._options}), encoding="utf-8")
-            part.replace(self._path)  # so that the file is there as a whole, or not at all
+            part.replace(self._path)  # the file exists as a whole, or not
         except OSError as error:
             logger.warning("%s cannot be written (%s): --resume cannot compare options.", self._path, error.strerror)
 

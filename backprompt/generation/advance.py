@@ -1,7 +1,7 @@
 """Advancing: the next token of every live text of several runs, forwarded in one pass, and the logits behind it.
 
-A run is continued by its own thread, but its step may be done along with those of runs of other threads. So advancing
-computes and changes nothing of a run. The run takes its results, and chooses its tokens itself.
+A run is continued by its own thread, but its step may be done along with steps of other threads' runs. So advancing
+computes, and leaves runs unchanged. The run takes its results, and chooses its tokens itself.
 """
 
 from __future__ import annotations

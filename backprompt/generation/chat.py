@@ -1,6 +1,6 @@
 """Conversations: the model's chat template as a text whose segments are the messages.
 
-A template that only ever appends (prefix-stable) lets a conversation go on where it stopped: the spans of its first
+A prefix-stable template, which only ever appends, lets a conversation continue where it stopped: the spans of its first
 turns serve all conversations that begin with them. A generated reply goes in as the token ids that the model generated,
 and a text or group in a message keeps its segments.
 
@@ -106,7 +106,7 @@ def chat(
         raise TextTypeError("There are no messages. Give at least one: [{'role': 'user', 'content': 'Hello.'}].")
     if add_generation_prompt and continue_final_message:
         raise TokenizerError(
-            "add_generation_prompt begins a turn of the model's and continue_final_message goes on with the last one. "
+            "add_generation_prompt begins a new turn of the model and continue_final_message continues the last one. "
             "Ask for only one of the two."
         )
     if add_generation_prompt is None:

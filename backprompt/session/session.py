@@ -143,7 +143,7 @@ class Session(TextSession):
             line.places.pop(place, None)
 
     def answer(self, call: Call[Answer]) -> Answer:
-        """Return the answer to a call, computed along with other calls that wait by then; see sharing.py."""
+        """Return the answer to a call, computed along with other waiting calls; see sharing.py."""
         line = self.line
         line.places[call] = None
         try:
@@ -290,7 +290,7 @@ class Session(TextSession):
         return [known[text] for text in texts]
 
     def evaluated(self, texts: Sequence[Text], *, begins: bool) -> list[Evaluated]:
-        """Evaluate the texts, along with those of other calls; `begins`: another evaluation, whatever is missing."""
+        """Evaluate the texts, along with those of other calls; `begins`: count an evaluation even if none is needed."""
 
         def alone() -> list[Evaluated]:
             if begins:
