@@ -642,7 +642,7 @@ def test_two_processes_that_begin_together(score, monkeypatch):
     monkeypatch.setattr("backprompt.load", load_slowly)
     code, _, said = score("prompts.jsonl", "-o", "out.jsonl")
     assert code == 2
-    assert "out.jsonl was not there, and is by now: another process writes to it" in only_line(said)
+    assert "out.jsonl did not exist at the start and exists now: another process writes to it" in only_line(said)
     assert Path("out.jsonl").read_text() == "of the first one"
 
 
@@ -675,7 +675,7 @@ def test_outputs_that_are_no_files(score):
     assert [row["id"] for row in rows] == list(range(len(PROMPTS)))
     for path in ("pipe.jsonl", os.devnull):
         code, _, said = score("prompts.jsonl", "-o", path, "--format", "jsonl", "--resume")
-        assert (code, "--resume goes on with a file" in only_line(said)) == (2, True)
+        assert (code, "--resume continues a file" in only_line(said)) == (2, True)
     assert list(Path().glob("*.options.json*")) == []
 
 
@@ -742,9 +742,9 @@ BAD_LINES = {
     "an empty prompt": ('{"prompt": ""}', "is empty"),
     "half a character": ('{"prompt": "\\ud83d"}', "half of a surrogate pair"),
     "the name of a result": ('{"prompt": "a", "prediction": 1}', "has a field 'prediction'"),
-    "not a number": ('{"prompt": "a", "x": NaN}', "NaN is no finite number"),
-    "a number that is too large": ('{"prompt": "a", "x": 1e999}', "1e999 is no finite number"),
-    "brackets without end": ("[" * 100_000, "is no JSON that can be read"),
+    "not a number": ('{"prompt": "a", "x": NaN}', "NaN is not a finite number"),
+    "a number that is too large": ('{"prompt": "a", "x": 1e999}', "1e999 is not a finite number"),
+    "brackets without end": ("[" * 100_000, "is JSON that cannot be read"),
     "two fields of one name": ('{"prompt": "a", "prompt": "b"}', "an object has two fields called 'prompt'"),
     "two fields within": ('{"prompt": "a", "x": [{"y": 1, "y": 1}]}', "an object has two fields called 'y'"),
     "NUL": ('{"prompt": "a\0"}', "holds NUL bytes"),
@@ -789,10 +789,10 @@ def test_bad_csv(score, content, problem):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["missing.jsonl"], "missing.jsonl is not there"),
+        (["missing.jsonl"], "missing.jsonl does not exist"),
         (["."], "is a folder"),
-        (["labels.txt"], "say whether this is JSONL or CSV, by the extension (.jsonl, .csv) or with --input-format"),
-        (["prompts.jsonl", "-o", "there.csv"], "is there already. Go on with it: --resume"),
+        (["labels.txt"], "may be JSONL or CSV. Say which, by the extension (.jsonl, .csv) or with --input-format"),
+        (["prompts.jsonl", "-o", "there.csv"], "exists already. Continue it with --resume"),
         (["prompts.jsonl", "-o", "labels.txt", "--format", "csv", "--overwrite"], "labels.txt is --completions"),
         (["prompts.jsonl", "-o", "prior.txt", "--prior", "prior.txt", "--format", "csv", "--resume"], "is --prior"),
         (["prompts.jsonl", "-o", ".", "--format", "csv"], ". is a folder"),
@@ -801,10 +801,10 @@ def test_bad_csv(score, content, problem):
         (["prompts.jsonl", "--store", "x" * 5000], "File name too long. Choose a shorter path"),
         (["prompts.jsonl", "--store", ""], "the path is empty. Name a folder"),
         (["prompts.jsonl", "--store", "."], "it has other content, such as"),
-        (["prompts.jsonl", "--discount-completions", "nan"], "nan is no finite number"),
+        (["prompts.jsonl", "--discount-completions", "nan"], "nan is not a finite number"),
         (["prompts.jsonl", "-o", "prompts.jsonl", "--overwrite"], "is the input"),
         (["prompts.jsonl", "-o", "nowhere/out.jsonl"], "there is no folder nowhere"),
-        (["prompts.jsonl", "--resume"], "name it with -o FILE"),
+        (["prompts.jsonl", "--resume"], "name the file with -o FILE"),
         (["prompts.jsonl", "--memory", "lots"], "--memory must be a number of bytes"),
         (["prompts.jsonl", "--device", "abacus"], "--device abacus cannot be used"),
         (["prompts.jsonl", "--device", "hpu"], "--device hpu cannot be used: No module named"),
@@ -924,7 +924,7 @@ def test_a_file_with_the_name_of_the_options_stays(score):
     Path("out.jsonl.options.json").write_text('{"mine": 1}')
     code, _, said = score("prompts.jsonl", "-o", "out.jsonl")
     assert code == 2
-    assert "out.jsonl.options.json is not from backprompt" in only_line(said)
+    assert "out.jsonl.options.json was not written by backprompt" in only_line(said)
     assert Path("out.jsonl.options.json").read_text() == '{"mine": 1}'
 
 
@@ -949,7 +949,7 @@ def test_completions_are_read_once_and_lines_end_where_they_do(run, model):
         (["--temperature", "0"], "transformers refuses these options"),
         (["--top-k", "-3"], "--top-k must be an int of at least 0, not -3"),
         (["--seed", "-1"], "argument --seed: -1 is not at least 0"),
-        (["--stop", ""], "argument --stop: it must not be empty"),
+        (["--stop", ""], "argument --stop: the string must not be empty"),
         (["--option", "foo=1"], "generate has no option 'foo'"),
         (["--option", "max_new_tokens=4"], "Give it once, as --max-new-tokens"),
         (["--option", "include_stop=true"], "Give it once, as --include-stop"),
@@ -982,7 +982,11 @@ IN_OPTIONS = [
     ("generate", ["--temperature", "0"], "these options: --temperature (=0.0)"),
     ("generate", ["--temperature", "1", "--option", "num_beams=2"], "beam search (--option num_beams=N)"),
     ("generate", ["--max-new-tokens", "1000"], "there is no room for --max-new-tokens 1000."),
-    ("generate", ["--option", "guidance_scale=2", "--stop", "'temperature=1'"], "generate does not do classifier-free"),
+    (
+        "generate",
+        ["--option", "guidance_scale=2", "--stop", "'temperature=1'"],
+        "generate does not support classifier-free",
+    ),
 ]
 
 
@@ -1049,7 +1053,7 @@ def test_an_error_that_nobody_foresaw_has_its_own_code_and_a_traceback_on_reques
     monkeypatch.setattr("backprompt.classify.predict_proba", fail)
     code, _, said = score("prompts.jsonl")
     assert code == 3
-    assert only_line(said) == "backprompt: error: RuntimeError: two lines (with --traceback it is shown where)"
+    assert only_line(said) == "backprompt: error: RuntimeError: two lines (--traceback shows where)"
     with pytest.raises(RuntimeError, match="two"):
         score("prompts.jsonl", "--traceback")
 
@@ -1338,7 +1342,7 @@ def test_one_entry_is_one(run, model):
 def test_looking_into_a_store_makes_none(run):
     code, _, said = run("store", "ls", "nowhere.bp")
     assert code == 2
-    assert "nowhere.bp is no store" in only_line(said)
+    assert "nowhere.bp is not a store" in only_line(said)
     assert not Path("nowhere.bp").exists()
 
 

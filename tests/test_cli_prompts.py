@@ -93,7 +93,7 @@ def test_a_template_over_columns_and_completions_in_a_list(score, lm):
         (["--template", "review"], "names of fields in braces"),
         (["--template", "{review}", "--column", "review"], "not allowed with"),
         (["--column", "review", "--system", "Be kind."], "give --chat, too"),
-        (["--column", "review", "--encoding", "base64"], "base64 is no encoding of text"),
+        (["--column", "review", "--encoding", "base64"], "base64 is not an encoding of text"),
         (["--column", "review", "--encoding", "utf-16"], "reviews.csv is not utf-16"),
         (["--column", "review", "--search", "best-first", "--top", "1"], "leave --top and --no-normalize out"),
         (["--colum", "review"], "unrecognized arguments: --colum review. Did you mean '--column'?"),
@@ -156,7 +156,7 @@ def test_conversations(score, run, model, lm):
         assert found == pytest.approx(expected, abs=1e-6)
     code, _, said = run("draw", "reviews.csv", "--column", "review", "--chat", "-o", "tree.svg")
     assert code == 2
-    assert "--chat takes the chat template of a model: --model NAME" in said
+    assert "--chat uses the chat template of a model: add --model NAME" in said
 
 
 def test_best_first_search_writes_the_prediction_alone(score, lm):

@@ -403,7 +403,7 @@ def test_texts_that_cannot_be_explained(model, tokenizer):
         explain([Text("a", lm), 1])
     with pytest.raises(bp.UnboundTextError, match="has no model"):
         explain([Text("a")])
-    with pytest.raises(bp.MixedModelsError, match="one LM at a time"):
+    with pytest.raises(bp.MixedModelsError, match="one LM in each call"):
         explain([Text("a", lm), Text("a", LM(model, tokenizer))])
     with pytest.raises(bp.TextTooLongError):
         explain([Text("a " * 300, lm)], analyze=True)

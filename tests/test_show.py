@@ -200,7 +200,7 @@ def test_attention_in_html_and_in_terminals(gpt2: LM) -> None:
 
 def test_attention_refuses(gpt2: LM) -> None:
     text = Text("the refund", gpt2)
-    with pytest.raises(ValueError, match="give attention_from, the token that attends"):
+    with pytest.raises(ValueError, match="need attention_from, the token that attends"):
         text.show(layers=0)
     assert gpt2.stats.tokens_computed == 0
     with pytest.raises(ValueError, match="attention_from must be ints from -"):

@@ -38,8 +38,8 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "score",
-        "how probable given completions are behind each prompt: classification",
-        """Compute the probability of each completion behind each prompt. What prompts have in common is computed once.
+        "the probability of given completions behind each prompt: classification",
+        """Compute the probability of each completion behind each prompt. Parts that prompts share are computed once.
 
         Each row of the input becomes one of the output, with the fields "prediction" (the most probable completion),
         "probability" (its own) and "probabilities" (of all completions, or of the --top ones, the most probable
@@ -61,7 +61,9 @@ def add(commands: Any) -> None:
         help="a file, one a line, or a JSON list of strings in a file .json; or a list here: negative,positive",
     )
     group.add_argument(
-        "--prior", metavar="P", help="a probability for each completion: numbers with commas, or a file, one a line"
+        "--prior",
+        metavar="P",
+        help="a prior probability for each completion: numbers with commas, or a file, one a line",
     )
     group.add_argument(
         "--aggregate",
@@ -70,29 +72,32 @@ def add(commands: Any) -> None:
         help="a completion's log-probability: the mean of its tokens', or their sum (default: %(default)s)",
     )
     group.add_argument("--top", type=positive, metavar="K", help="write the K most probable completions only")
-    group.add_argument("--no-normalize", action="store_true", help="do not let probabilities sum to one")
+    group.add_argument("--no-normalize", action="store_true", help="do not normalize probabilities to sum to one")
     group.add_argument(
         "--discount-completions",
         type=finite,
         default=0.0,
         metavar="X",
-        help="add X times the log-probability of a completion alone; negative against such as are probable anywhere",
+        help="add X times the log-probability of a completion alone; a negative X works against completions that "
+        "are probable anywhere",
     )
     group.add_argument(
-        "--neutral-prompt", metavar="TEXT", help='divide by the probability of a completion behind this, such as "N/A"'
+        "--neutral-prompt",
+        metavar="TEXT",
+        help='divide by the probability of a completion behind this prompt, such as "N/A"',
     )
     group.add_argument(
         "--end-of-prompt",
         choices=tuple(ENDS_OF_PROMPT),
         default="auto",
-        help="what stands between prompt and completion; auto: a space where neither has one, nothing behind white "
+        help="the string between prompt and completion; auto: a space where neither has one, nothing behind white "
         "space and special tokens (default: %(default)s)",
     )
     group.add_argument(
         "--search",
         choices=SEARCHES,
         default="exhaustive",
-        help="best-first: find the most probable completion without scoring those that cannot win, and write "
+        help="best-first: find the most probable completion without scoring completions that cannot win, and write "
         '"prediction" alone; for hundreds of completions (default: %(default)s)',
     )
     add_output_arguments(parser)
@@ -137,7 +142,8 @@ def _search(arguments: argparse.Namespace, completions: list[str], options: dict
     """Find the most probable completions of all of the input, without the probabilities of all."""
     if arguments.top is not None or arguments.no_normalize:
         raise CommandError(
-            "--search best-first finds the most probable completion alone: leave --top and --no-normalize out."
+            "--search best-first finds the most probable completion and no probabilities: leave --top and "
+            "--no-normalize out."
         )
 
     def computed_with(lm: LM) -> Compute:

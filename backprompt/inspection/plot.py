@@ -48,8 +48,9 @@ def plot_probabilities(
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
-        TypeError: `probabilities` are not numbers, or `completions` no sequence.
-        ValueError: `probabilities` are not of one prompt, are not as many as `completions`, or not between 0 and 1.
+        TypeError: `probabilities` are not numbers, or `completions` is not a sequence.
+        ValueError: `probabilities` belong to several prompts, differ in number from `completions`, or are not between 0
+            and 1.
 
     """
     values, names = _checked(probabilities, completions)
@@ -127,7 +128,7 @@ def _checked(probabilities: Any, completions: Sequence[str] | None) -> tuple[Any
     """Return an array `(completions,)` and the completions."""
     if isinstance(probabilities, Mapping):
         if completions is not None:
-            raise ValueError("A mapping names its completions itself: leave `completions` out.")
+            raise ValueError("The keys of a mapping are its completions: leave `completions` out.")
         completions, probabilities = list(probabilities), list(probabilities.values())
     values = as_floats(probabilities, "probabilities")
     if values.ndim != 1 or not values.size:
