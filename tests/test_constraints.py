@@ -472,7 +472,7 @@ def test_what_is_no_constraint(lm, constraint, message):
     texts = [Text("The cat", lm), Text("The dog", lm)]
     with pytest.raises(TextTypeError, match=message):
         generate(texts, max_new_tokens=3, constraint=constraint)
-    with pytest.raises(GenerationError, match=r"1 constraint in a list for 2 texts"):
+    with pytest.raises(GenerationError, match=r"The list has 1 constraint for 2 texts"):
         generate(texts, max_new_tokens=3, constraint=[SENTENCE])
 
 

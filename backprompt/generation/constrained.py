@@ -93,7 +93,7 @@ def constraints_of(lm: LM, given: Any, num_texts: int) -> Constraints:
         listed = as_list(given, "constraint")
         if len(listed) != num_texts:
             raise GenerationError(
-                f"There are {counted(len(listed), 'constraint')} for {counted(num_texts, 'text')}. Give one for all "
+                f"The list has {counted(len(listed), 'constraint')} for {counted(num_texts, 'text')}. Give one for all "
                 "texts, or one for each text."
             )
         checked = [None if own is None else as_constraint(own, f"constraint[{idx}]") for idx, own in enumerate(listed)]
