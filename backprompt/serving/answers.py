@@ -23,7 +23,14 @@ from backprompt.serving.spelling import Spelling, bytes_named
 from backprompt.text.node import Text
 from backprompt.tokens.graph import num_positions
 
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "criteria": "length", "interrupted": "length"}
+FINISH = {
+    "eos": "stop",
+    "stop": "stop",
+    "constraint": "stop",
+    "length": "length",
+    "criteria": "length",
+    "interrupted": "length",
+}
 """OpenAI's finish reasons."""
 
 LEAST_LOGPROB = -1e9
@@ -99,7 +106,7 @@ def completion(lm: LM, body: CompletionBody, limits: Limits, name: str) -> dict[
                 num_new += len(text.completion_tokens)
                 string, reason = string + text.completion, FINISH[text.finish_reason]
             start = 0 if body.echo else prompt
-            logprobs = None if body.logprobs is None else token_logprobs(lm, text, start, body.logprobs)
+            logprobs = None if body.num_top is None else token_logprobs(lm, text, start, body.num_top)
             choices.append({"index": len(choices), "text": string, "logprobs": logprobs, "finish_reason": reason})
     return {**head("cmpl", "text_completion", name), "choices": choices, "usage": usage(asked, num_new)}
 
@@ -113,12 +120,12 @@ def chat_completion(lm: LM, body: ChatBody, limits: Limits, name: str) -> dict[s
     for idx, text in enumerate(texts):
         assert isinstance(text, GeneratedText)
         num_new += len(text.completion_tokens)
-        found = token_logprobs(lm, text, prompt, body.top_logprobs or 0) if body.logprobs else None
+        found = None if body.num_top is None else token_logprobs(lm, text, prompt, body.num_top)
         choices.append(
             {
                 "index": idx,
                 "message": {"role": "assistant", "content": text.completion, "refusal": None},
-                "logprobs": None if found is None else {"content": _by_token(found), "refusal": None},
+                "logprobs": by_token(found),
                 "finish_reason": FINISH[text.finish_reason],
             }
         )
@@ -190,17 +197,20 @@ def _finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-def _by_token(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return log-probabilities in the form of conversations."""
+def by_token(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return log-probabilities in the form of conversations; None for None."""
+    if found is None:
+        return None
     tops: Iterable[Mapping[str, float]] = found["top_logprobs"] or [{}] * len(found["tokens"])
 
     def one(token: str, logprob: float) -> dict[str, Any]:
         return {"token": token, "logprob": logprob, "bytes": list(bytes_named(token))}
 
-    return [
+    content = [
         {**one(token, logprob), "top_logprobs": [one(*pair) for pair in top.items()]}
         for token, logprob, top in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
     ]
+    return {"content": content, "refusal": None}
 
 
 def head(prefix: str, kind: str, name: str) -> dict[str, Any]:

@@ -94,14 +94,12 @@ class _Server:
         found: AsyncGenerator[Piece, None] | None = None
         try:
             self._check_name(body)
-            if body.logprobs not in (None, False):
-                raise Refusal("logprobs are not told in streams. Ask for them without stream.", param="logprobs")
             place.__enter__()
         except Exception as error:
             return _refused(refusal_of(error))
         try:
             asked = await _unless_gone(request, in_thread(partial(kind.ask, self.lm, body, self.limits)))
-            found = pieces(self.lm, asked, body.n)
+            found = pieces(self.lm, asked, body)
             first = await _unless_gone(request, _next(found))
         except BaseException as error:
             place.__exit__(None, None, None)
@@ -110,7 +108,7 @@ class _Server:
             if not isinstance(error, Exception):
                 raise
             return _refused(refusal_of(error))
-        return _Events(events(found, first, asked, kind, body, self.name), found, place)
+        return _Events(events(self.lm, found, first, asked, kind, body, self.name), found, place)
 
     def _check_name(self, body: Body) -> None:
         if body.model is not None and body.model != self.name:
