@@ -10,6 +10,7 @@ import torch
 from backprompt import LM, Grammar, JsonSchema, Regex, Text, classify, evaluate, generate
 from backprompt.errors import EmptyTextError, GenerationError, NonFiniteError, TextTooLongError, TokenIdError
 from backprompt.generation import run
+from backprompt.session import sharing
 from comparing import assert_close, num_distinct_ids
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import build
@@ -342,6 +343,14 @@ def test_a_call_goes_behind_those_that_came_before(lm):
     all_at_once(lm, [loop, quick, quick])
     assert order.index("quick") < 2
     assert order[-1] == "loop"
+
+
+def test_a_place_of_a_thread_that_is_gone_is_waited_for_once(lm, monkeypatch):
+    """A debugger may stop a thread in any line, so behind its place in the line as well."""
+    monkeypatch.setattr(sharing, "MAX_SECONDS_TO_GIVE_WAY", 0.01)
+    lm.session.line.places[object()] = None
+    assert lm.token_logprobs([Text(PROMPT, lm)])[0].isfinite()[1:].all()
+    assert not lm.session.line.places
 
 
 def test_an_interrupt_of_the_thread_that_answers_loses_nobodys_call(lm, model, monkeypatch):

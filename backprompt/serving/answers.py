@@ -19,7 +19,7 @@ from backprompt.lm import LM
 from backprompt.serving.bodies import ChatBody, CompletionBody, Sampled, ScoreBody
 from backprompt.serving.limits import Limits
 from backprompt.serving.refusals import Refusal
-from backprompt.serving.spelling import Spelling, bytes_named
+from backprompt.serving.spelling import Offsets, Spelling, bytes_named
 from backprompt.text.node import Text
 from backprompt.tokens.graph import num_positions
 
@@ -167,7 +167,7 @@ def token_logprobs(lm: LM, text: Text, start: Text | int, num_top: int) -> dict[
     top = lm.top_logprobs([text], num_top, [start]).split()[0] if num_top else None
     tops = [] if top is None else list(zip(*(part.tolist() for part in top), strict=True))
     spelling = Spelling(lm.tokenizer)
-    names, offsets = list(map(spelling.name, ids)), spelling.offsets(text.tokens[: -len(own) or None], ids)
+    names, offsets = list(map(spelling.name, ids)), Offsets(lm.tokenizer, text.tokens[: -len(own) or None]).of(ids)
     found: dict[str, Any] = {"tokens": names, "text_offset": offsets, "token_logprobs": [], "top_logprobs": None}
     by_place: list[dict[str, float] | None] = []
     for idx, (token_id, logprob) in enumerate(zip(ids, _numbers(own), strict=True)):

@@ -44,19 +44,6 @@ class Spelling:
         found = self._bytes_of(token_id)
         return string if found is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
-    def offsets(self, before: Sequence[int], token_ids: Sequence[int]) -> list[int]:
-        """Return where each token stands in the string of the tokens; part of a character, where that begins.
-
-        Special tokens are not in the string.
-        """
-        decoder = Decoder(self._tokenizer, self._tokenizer.all_special_ids)
-        decoded, offset, found = decoder.begin(before), 0, []
-        for token_id in token_ids:
-            offset = max(offset, len(decoded.string.rstrip("\N{REPLACEMENT CHARACTER}")))
-            found.append(offset)
-            decoded = decoder.with_token(decoded, token_id)
-        return found
-
     def _bytes_of(self, token_id: int) -> bytes | None:
         token = None if self._speller.lacks(token_id) else self._tokenizer.convert_ids_to_tokens(token_id)
         if not token:
@@ -64,6 +51,31 @@ class Spelling:
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(match[1])
         return bytes(_BYTE_OF[one] for one in token) if set(token) <= _BYTE_OF.keys() else None
+
+
+class Offsets:
+    """Where tokens stand in the string of those that are given one after the other; special tokens are not in it.
+
+    Args:
+        tokenizer: of the tokens.
+        before: the tokens before the string.
+
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
+        self._decoder = Decoder(tokenizer, tokenizer.all_special_ids)
+        self._decoded = self._decoder.begin(before)
+        self._offset = 0
+
+    def of(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the offsets of the next tokens; of a part of a character, where that begins."""
+        found = []
+        for token_id in token_ids:
+            string = self._decoded.string.rstrip("\N{REPLACEMENT CHARACTER}")
+            self._offset = max(self._offset, len(string))
+            found.append(self._offset)
+            self._decoded = self._decoder.with_token(self._decoded, token_id)
+        return found
 
 
 def bytes_named(name: str) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 from backprompt.generation.continued import GeneratedText
 from backprompt.lm import LM
 from backprompt.serving.answers import token_logprobs
+from backprompt.serving.spelling import Offsets
 from backprompt.text.node import Text
 from backprompt.tokens.decoded import Decoder
 
@@ -32,7 +33,9 @@ class ToldTokens:
         self._decoded = self._decoder.begin(prompt.tokens)  # the string of the told tokens
         self._string = ""
         self._num_told = 0
-        self._offset = sum(len(lm.tokenizer.decode([token_id])) for token_id in prompt.tokens) if is_echoed else 0
+        self._offsets = Offsets(lm.tokenizer, () if is_echoed else prompt.tokens)
+        if is_echoed:
+            self._offsets.of(prompt.tokens)
 
     def given(self, text: GeneratedText, piece: str) -> dict[str, Any] | None:
         """Return what is told along with a piece of the string; None for no tokens.
@@ -59,6 +62,5 @@ class ToldTokens:
             return None
         found = token_logprobs(self._lm, text, self._num_prompt + start, self._num_top)
         told = {name: values and values[:num] for name, values in found.items()}
-        told["text_offset"] = [self._offset + offset for offset in told["text_offset"]]
-        self._offset += sum(map(len, told["tokens"]))
+        told["text_offset"] = self._offsets.of(text.tokens[self._num_prompt + start :][:num])
         return told

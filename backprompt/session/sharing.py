@@ -122,8 +122,11 @@ class Line:
             return
         self._giving_way[call] = first
         try:
-            while first and call.may_join and self._changed.wait(MAX_SECONDS_TO_GIVE_WAY):
-                pass
+            while first and call.may_join:
+                if not self._changed.wait(MAX_SECONDS_TO_GIVE_WAY):
+                    for place in first:  # nobody else waits for them; a thread that is there after all finds its way
+                        self.places.pop(place, None)
+                    break
         finally:
             self._giving_way.pop(call, None)
 
