@@ -1,8 +1,8 @@
 """Checks and conversions of arguments that public functions share.
 
-Each check raises an error that says what was given, what was needed and what to do, before any computation. Iterating
-over a table, a mapping or a set gives column names, keys or no order, so all three are refused where a sequence is
-needed.
+Each check raises an error that names the given value, the needed value and the next step, before any computation.
+Iterating over a table, a mapping or a set gives column names, keys or no order, so all three are refused where a
+sequence is needed.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ def as_list(given: Any, needed: str, *, any_order: bool = False) -> list[Any]:
         return list(given)
     kind = type(given).__name__
     if isinstance(given, (str, bytes, bytearray, memoryview)):
-        raise TextTypeError(f"{needed}, not the {kind} {abbreviated(given)}. Put a single one in a list.")
+        raise TextTypeError(f"{needed}, not the {kind} {abbreviated(given)}. Put a single string in a list.")
     if isinstance(given, Mapping):
         raise TextTypeError(
-            f"{needed}, not a mapping ({kind}), of which the keys would be taken. Give what is meant: "
-            "list(d.values()), or one of them, d[key]."
+            f"{needed}, not a mapping ({kind}): iterating over it gives only its keys. Give list(d.values()), or "
+            "one of the values, d[key]."
         )
     if hasattr(type(given), "columns") or hasattr(type(given), "column_names"):
         raise TextTypeError(
-            f"{needed}, not a table ({kind}), of which the names of its columns would be taken. Give one column, such "
+            f"{needed}, not a table ({kind}): iterating over it gives only the names of its columns. Give one "
+            "column, such "
             'as df["text"].'
         )
     if isinstance(given, Set) and not isinstance(given, Reversible) and not any_order:
@@ -80,7 +81,7 @@ def check_encodable(string: str, name: str) -> None:
 
 
 def lone_surrogate(string: str) -> int | None:
-    """Return the position of the first lone surrogate: half of a UTF-16 pair, no character, impossible to encode."""
+    """Return the position of the first lone surrogate: half of a UTF-16 pair, not a character, impossible to encode."""
     try:
         _ = string.isascii() or string.encode()
     except UnicodeEncodeError as error:
@@ -91,7 +92,8 @@ def lone_surrogate(string: str) -> int | None:
 def surrogate_message(shown: str, position: int) -> str:
     """Return the error message about a lone surrogate."""
     return (
-        f"{shown} holds a lone surrogate at character {position}: half of a UTF-16 pair, which is no character. Decode "
+        f"{shown} holds a lone surrogate at character {position}: half of a UTF-16 pair, which is not a "
+        "character. Decode "
         "the source as UTF-8, or replace it with string.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
     )
 
@@ -119,15 +121,15 @@ def is_python_int(given: Any) -> bool:
 
 
 def as_indices(given: Any, name: str, num_items: int | None = None) -> tuple[int, ...]:
-    """Return indices of items, each from 0 on, in the given order.
+    """Return indices of items, counted from 0, in the given order.
 
     Args:
         given: an int, a slice, ints in order, or None for all items.
-        name: of the argument, for messages.
+        name: the argument's name, for messages.
         num_items: the number of items; None if it is unknown, then ints stay as they are.
 
     Raises:
-        ValueError: an index is no int, or there is no such item; or there are no indices.
+        ValueError: an index is not an int, or no item has it; or no indices are given.
 
     """
     if num_items is not None and (given is None or isinstance(given, slice)):
@@ -184,7 +186,7 @@ def as_choice(given: Any, name: str, choices: Sequence[Choice], *, advice: str =
     """Return one of the choices.
 
     Raises:
-        ValueError: the value is none of the choices; the message ends with the advice.
+        ValueError: the value is not one of the choices; the message ends with the advice.
 
     """
     if given not in choices:

@@ -1,7 +1,7 @@
 """Calls for asyncio: an `LM`'s calls in threads, which are answered together with those of other tasks.
 
-Keeps one pool of threads a process, made on first use. A task that is cancelled tells its thread so: a call that waits
-is never computed, and a generation ends before its next step. A pass that runs already goes on to its end.
+Keeps one pool of threads a process, made on first use. A cancelled task tells its thread: a waiting call is never
+computed, and a generation ends before its next step. A pass that already runs is finished.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from backprompt.text.node import Text
 Result = TypeVar("Result")
 
 MAX_THREADS = 128
-"""So many calls wait for models at once, in a process; more of them wait for a thread."""
+"""The number of calls of a process that may wait for models at once; further calls wait for a thread."""
 
 _pool: ThreadPoolExecutor | None = None
 
@@ -46,7 +46,7 @@ if hasattr(os, "register_at_fork"):  # missing on Windows, which has no fork
 
 
 async def in_thread(work: Callable[[], Result], *, on_cancel: Callable[[], object] | None = None) -> Result:
-    """Return what `work` returns in a thread; `on_cancel`: done in a thread if the task is cancelled meanwhile."""
+    """Do `work` in a thread and return its result; `on_cancel`: done in a thread if the task is cancelled."""
     asked = Cancellation()
     context = copy_context()
     context.run(cancellation.set, asked)
@@ -150,7 +150,7 @@ class Asynchronous:
     async def agenerate(self, texts: Text | Iterable[Text], *, max_new_tokens: int, **options: Any) -> Any:
         """Let the model continue texts of this `LM`, in a thread; see `backprompt.generate`.
 
-        If the task is cancelled, the generation ends before its next step, and nothing of it is held.
+        If the task is cancelled, the generation ends before its next step, and none of its results is held.
         """
         return await in_thread(partial(outside("generate"), texts, max_new_tokens=max_new_tokens, **options))
 

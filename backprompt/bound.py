@@ -69,7 +69,7 @@ def one_lm(texts: Sequence[Text]) -> LM:
     for idx, text in enumerate(texts):
         if lm_of(text, idx) is not texts[0].lm:
             raise MixedModelsError(
-                f"texts[{idx}], {text!r}, belongs to another LM than texts[0]. Ask about the texts of one LM at a time."
+                f"texts[{idx}], {text!r}, belongs to another LM than texts[0]. Pass the texts of one LM in each call."
             )
     return lm_of(texts[0], 0)
 
@@ -94,7 +94,9 @@ def as_lm(given: Any) -> LM:
     """
     engine = given if isinstance(given, LM) else as_engine(given)
     if not isinstance(engine, LM):
-        raise TextTypeError(f"An LM is needed here, not {type(engine).__name__}.")
+        raise TextTypeError(
+            f"An LM is needed here, not {type(engine).__name__}. Pass backprompt.load(name) or LM(model, tokenizer)."
+        )
     return engine
 
 
@@ -104,6 +106,6 @@ def entropies(text: Text, temperature: float) -> Tensor:
 
 
 def top_logprobs(text: Text, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the most probable tokens in the place of one text's; see `Text.top_logprobs`."""
+    """Return the most probable tokens at the positions of one text's tokens; see `Text.top_logprobs`."""
     found = bound_lm(text, "log-probabilities").top_logprobs([text], k, temperature=temperature)
     return found.logprobs, found.token_ids

@@ -35,7 +35,7 @@ class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
             return data if encoding is None else data.decode(encoding)
         if shutil.which("dot") is None:
             raise DrawingError(
-                "Nothing is there to lay the picture out with: neither pygraphviz nor Graphviz's `dot`. "
+                "No program to lay out the picture is installed: neither pygraphviz nor Graphviz's `dot`. "
                 "Install one: pip install pygraphviz."
             )
         piped: bytes | str = super().pipe(format, engine=engine, encoding=encoding, **options)

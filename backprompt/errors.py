@@ -1,6 +1,6 @@
 """The errors of backprompt: one small family, each also a built-in kind.
 
-Every message says what was given, what was needed and what to do instead. `except BackpromptError` catches all of
+Every message names the given value, the needed value and the next step. `except BackpromptError` catches all of
 them; `except ValueError` and the like keep working for callers who do not know this library.
 """
 
@@ -11,7 +11,7 @@ class BackpromptError(Exception):
     """Base of every error that backprompt raises on purpose."""
 
     def __str__(self) -> str:
-        """Return the message with invisible characters escaped: texts, file names and other messages may be quoted."""
+        """Return the message with invisible characters escaped: it may quote texts, file names and other messages."""
         return visible_lines(super().__str__())
 
 

@@ -1,6 +1,6 @@
 """Forking: a child process finds every `LM` and store in the state between two calls, and computes on one thread.
 
-`os.fork` copies memory as it is, but of all threads only the one that forks. Therefore:
+`os.fork` copies memory as it is, but only one thread: the one that forks. Therefore:
 
 - Forking waits for locks. A lock held by another thread would never be released in the child, and the guarded data
   would stay half changed there. The locks of `LM`s come first, then those of stores, because `LM`s use stores.
@@ -101,7 +101,10 @@ def _after_in_child() -> None:
 
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
-        logger.info("This process was forked: torch computes on one thread, as the others of its parent are not there.")
+        logger.info(
+            "Let torch compute on one thread in a forked process, in which the other threads of the "
+            "parent do not exist."
+        )
 
 
 if hasattr(os, "register_at_fork"):  # missing on Windows, which has no fork

@@ -60,8 +60,8 @@ class LM(Engine[Text], Asynchronous):
             segment on its own; "error" raises where the two differ.
         add_special_tokens: whether each text gets the special tokens that the tokenizer adds to a whole string.
         memory_bytes: the budget for results held between calls: keys, values, hidden states and log-probabilities. A
-            number of bytes or text such as "2 GB"; by default half of the free memory of the device, and of several
-            devices, of the one with the least. Results beyond the budget are dropped, and computed again on demand.
+            number of bytes or text such as "2 GB"; by default half of the free memory of the device (of several
+            devices, the one with the least). Results beyond the budget are dropped, and computed again on demand.
         host_memory_bytes: a second budget, in host memory: results beyond the first budget move there instead, and back
             on demand. By default a quarter of the free host memory, and 0 for a model that lies in host memory itself.
         pin_memory: take page-locked host memory for the second budget, for faster transfers; for models on CUDA.
@@ -73,13 +73,14 @@ class LM(Engine[Text], Asynchronous):
         beyond_trained_length: allow texts that are longer than a rotary model was trained for.
         pack_weights: on the CPU, hold a second copy of the weights of all linear layers, in the order in which they are
             multiplied. The copy takes as many bytes as those weights (`lm.stats.packed_weight_bytes`; 494 MB for GPT-2)
-            and makes passes faster, most of all those of few tokens: generation. For weights in float32 or bfloat16.
-            On CUDA a copy of the output head's weight is made without being asked for: in half precision, where the
-            size of the vocabulary is no multiple of 8 and the copy takes at most a third of the model's bytes.
+            and makes passes faster, above all passes of few tokens, as in generation. For weights in float32 or
+            bfloat16. On CUDA the weight of the output head is copied without this option, if the model is in half
+            precision, the size of the vocabulary is not a multiple of 8, and the copy takes at most a third of the
+            model's bytes.
     Raises:
         ValueError, TypeError: an option has an invalid value.
         UnsupportedModelError: the model cannot be evaluated exactly, or its weights cannot be packed; the message names
-            the reason. Some reasons show only on the first evaluation.
+            the reason. Some reasons are found only in the first evaluation.
         TokenizerError: `tokenizer` is not a tokenizer.
 
     """
@@ -87,7 +88,7 @@ class LM(Engine[Text], Asynchronous):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any = None,  # needed, but `LM("gpt2")` gets an error that says more than its absence
+        tokenizer: Any = None,  # required; None lets `LM("gpt2")` get a helpful error
         *,
         joins: Joins = "exact",
         add_special_tokens: bool = True,
@@ -113,8 +114,8 @@ class LM(Engine[Text], Asynchronous):
         check_options(**vars(options))
         if not isinstance(model, nn.Module):
             raise UnsupportedModelError(
-                f"An LM wraps a model of transformers, not {type(model).__name__}. To load one by its name or path use "
-                f"backprompt.load({abbreviated(model) if isinstance(model, str) else 'name'})."
+                f"An LM wraps a model of transformers, not {type(model).__name__}. To load a model by its name or "
+                f"path, use backprompt.load({abbreviated(model) if isinstance(model, str) else 'name'})."
             )
         self._session = Session(model, tokenizer, options)
 
@@ -123,7 +124,7 @@ class LM(Engine[Text], Asynchronous):
         return f"LM({type(self._session.model).__name__}, {type(self.tokenizer).__name__}, joins={joins!r})"
 
     def __dir__(self) -> list[str]:
-        """Return the names that users need; those by which a text asks its engine are left out."""
+        """Return the names that users need, without the names that texts call on their engine."""
         return sorted(set(super().__dir__()) - _ASKED_BY_TEXTS)
 
     def __copy__(self) -> LM:
@@ -134,8 +135,8 @@ class LM(Engine[Text], Asynchronous):
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise NotPicklableError(
-            "An LM cannot be pickled: it holds a model, a lock and a cache. Pickle texts without a model or their "
-            "strings, and build the LM again where they are loaded (backprompt.load(name))."
+            "An LM cannot be pickled: it holds a model, a lock and a cache. Pickle texts without a model, or "
+            "strings, and build the LM again in the process that loads them (backprompt.load(name))."
         )
 
     @property
@@ -176,7 +177,7 @@ class LM(Engine[Text], Asynchronous):
             return self._session.fingerprint.root().key.hex()
 
     def evaluate(self, texts: Iterable[Text], *, show_progress_bar: bool | None = None) -> list[ModelRepr]:
-        """Compute the missing parts of the texts, in as few packed passes as possible; one `ModelRepr` for each text.
+        """Compute the missing parts of texts in as few packed passes as possible; return a `ModelRepr` for each text.
 
         Args:
             texts: texts of this `LM`.
@@ -219,8 +220,8 @@ class LM(Engine[Text], Asynchronous):
         Args:
             texts: texts of this `LM`.
             starts: for each text its unscored beginning: a `Text`, or a number of tokens. Prefer the `Text`. If a token
-                spans the end of a prompt, the prompt's tokens are no prefix of the whole text's tokens: a `Text` is
-                refused then, and a number scores different tokens.
+                spans the end of a prompt, the prompt's tokens are not a prefix of the whole text's tokens: a `Text` is
+                then refused, and a number scores different tokens.
             show_progress_bar: see `evaluate`.
 
         Returns:
@@ -230,7 +231,7 @@ class LM(Engine[Text], Asynchronous):
 
         Raises:
             ValueError: `starts` has another length than `texts`, a start is negative or beyond its text's end, or the
-                tokens of a start are no prefix of its text's tokens.
+                tokens of a start are not a prefix of its text's tokens.
             All errors of `evaluate`.
 
         """
@@ -247,11 +248,11 @@ class LM(Engine[Text], Asynchronous):
     ) -> list[TokenScores]:
         """Return the results of `token_logprobs`, and whether each token is the most probable one.
 
-        Both come from the same rows of the output head.
+        Both results come from the same rows of the output head.
 
         Returns:
-            Scores for each text, `.logprobs` and `.is_argmax`, each `(tokens - start,)`; see `TokenScores`. Views, as
-            those of `token_logprobs` are.
+            Scores for each text, `.logprobs` and `.is_argmax`, each `(tokens - start,)`; see `TokenScores`. The tensors
+            are views, like those of `token_logprobs`.
 
         Raises:
             All errors of `token_logprobs`.
@@ -281,7 +282,7 @@ class LM(Engine[Text], Asynchronous):
             temperature: divides the logits.
 
         Raises:
-            All errors of `token_logprobs`, and TypeError and ValueError for a temperature that is no number above 0.
+            All errors of `token_logprobs`, and TypeError and ValueError for a temperature that is not a number above 0.
 
         """
         with showing(show_progress_bar):
@@ -296,15 +297,15 @@ class LM(Engine[Text], Asynchronous):
         temperature: float = 1.0,
         show_progress_bar: bool | None = None,
     ) -> TopLogprobs:
-        """Evaluate texts and return the `k` most probable tokens in the place of each of their tokens.
+        """Evaluate texts and return the `k` most probable tokens at the position of each of their tokens.
 
         Args:
             texts, starts, show_progress_bar: see `token_logprobs`.
-            k: how many tokens.
+            k: the number of tokens at each position.
             temperature: divides the logits.
 
         Raises:
-            All errors of `entropies`, and ValueError for a `k` that is no int from 1 to the size of the vocabulary.
+            All errors of `entropies`, and ValueError for a `k` that is not an int from 1 to the size of the vocabulary.
 
         """
         with showing(show_progress_bar):
@@ -322,7 +323,7 @@ class LM(Engine[Text], Asynchronous):
 
         Returns:
             A tensor for each text, `(ids,)`, nats, float64 for a model in float64 and else float32, on the model's
-            device. Views, as those of `token_logprobs` are.
+            device. The tensors are views, like those of `token_logprobs`.
 
         Raises:
             ValueError: `token_ids` has another length than `texts`.
@@ -349,7 +350,7 @@ class LM(Engine[Text], Asynchronous):
     def look_up(self, texts: Iterable[Text]) -> list[list[Piece]]:
         """Return where the tokens of texts are held, as pieces of each text in written order.
 
-        Nothing is computed, loaded or inserted, and the order of eviction stays the same. Of a store only the index is
+        Nothing is computed, loaded or inserted, and the order of eviction stays the same. Only the index of a store is
         read; the first such call hashes the model's weights, as `fingerprint` does.
 
         Returns:
@@ -409,13 +410,14 @@ class LM(Engine[Text], Asynchronous):
 
         `refresh` is needed only after changes that the quick check before each evaluation cannot see: writes through
         `.data` to a few elements, settings of modules that are neither parameters nor buffers, single merges replaced
-        within the tokenizer, or files rewritten in place from which weights are mapped into memory. Refresh after such
+        within the tokenizer, or files that are rewritten in place while weights are mapped from them. Refresh after
+        such
         a change and before evaluating: with a store, results computed in between are stored as those of the old
         weights. Without an earlier use of `fingerprint` no hash exists to compare with, and all results are dropped.
 
         Args:
-            compare: False takes the weights for changed without reading them, as after a step of training, and drops
-                all results at once. Settings of modules must be as they were.
+            compare: False drops all results at once, without reading the weights, because they surely changed, as after
+                a step of training. Settings of modules must be unchanged.
 
         """
         self._session.refresh(compare=as_bool(compare, "compare"))

@@ -46,16 +46,17 @@ def load(
 ) -> LM:
     """Load a causal LM and its tokenizer by hub id or local path.
 
-    A hub that does not answer is asked once, and then only earlier downloads are looked through.
+    A hub that does not answer is not asked a second time; only earlier downloads are then searched.
 
     Args:
         name: a name or path for `from_pretrained` of transformers.
         device: "cuda", "mps", "cpu" ...; by default the first of these that is available.
         dtype: the dtype of the weights; by default float32 on the CPU and the checkpoint's own elsewhere. The old name
             of transformers, `torch_dtype`, is the same.
-        weights: quantizes the linear layers after loading, the output head aside, with torchao (`pip install torchao`):
-            "int8" their weights to 8 bits, "int8-dynamic" their inputs as well, which is faster on the CPU and less
-            exact: packed passes and plain calls differ by the rounding of inputs. The dtype is that of all else.
+        weights: quantizes the linear layers, except the output head, after loading, with torchao (`pip install
+            torchao`). "int8" quantizes their weights to 8 bits. "int8-dynamic" quantizes their inputs as well: faster
+            on the CPU and less exact, as packed passes and plain calls differ by the rounding of inputs. All else has
+            `dtype`.
         show_progress_bar: False hides the bars of transformers; by default the setting of transformers decides.
         model_kwargs: any arguments for `from_pretrained` of the model.
         **options: options of `LM`; and these arguments of `from_pretrained` by name: `device_map` in place of `device`,
@@ -124,7 +125,7 @@ def _one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> torc
     """Return the dtype under either of its names, and take the old one out of the options."""
     old: torch.dtype | str | None = options.pop("torch_dtype", None)
     if dtype is not None and old is not None:
-        raise TypeError("torch_dtype is the old name of dtype: give one of them, dtype.")
+        raise TypeError("torch_dtype is the old name of dtype, and both were given: leave out torch_dtype.")
     return old if dtype is None else dtype
 
 
@@ -133,7 +134,7 @@ def _check_weights(weights: object, given: Mapping[str, Any]) -> None:
         return
     if weights not in WAYS:
         raise ValueError(
-            f'weights must be "int8", "int8-dynamic" or None, not {weights!r}. dtype= sets the dtype of other weights.'
+            f'weights must be "int8", "int8-dynamic" or None, not {weights!r}. For float16 and the like use dtype=.'
         )
     if find_spec(PACKAGE) is None:
         raise ImportError(f"weights={weights!r} needs torchao, which is not installed: pip install torchao.")
@@ -143,7 +144,7 @@ def _check_weights(weights: object, given: Mapping[str, Any]) -> None:
 
 
 def _chosen_device(device: str | torch.device | None, given: Mapping[str, Any]) -> torch.device:
-    """Return the device of the weights; of a model that is spread the first that is none of the CPU, if there is one.
+    """Return the device of the weights; of a model that is spread, the first device other than the CPU, if any.
 
     Raises:
         TypeError, ValueError: a device is not available, or both `device` and `device_map` are given.
@@ -153,7 +154,9 @@ def _chosen_device(device: str | torch.device | None, given: Mapping[str, Any]) 
     if device_map is None:
         return _default_device() if device is None else available_device(device)
     if device is not None:
-        raise ValueError("device= puts the model on one device, and device_map= spreads it: give one of them.")
+        raise ValueError(
+            "device= puts the model on one device, and device_map= spreads it over several: give only one of the two."
+        )
     if device_map in _SPREADS:
         return _default_device()
     places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
@@ -193,16 +196,18 @@ def available_device(device: str | int | torch.device, named: str | None = None)
     """
     named = f"device={str(device)!r}" if named is None else named
     if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
-        raise TypeError(f'device must be the name of one, such as "cpu", or a torch.device, not {device!r}.')
+        raise TypeError(f'device must be the name of a device, such as "cpu", or a torch.device, not {device!r}.')
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
     # An AssertionError: torch is built without CUDA. An ImportError: the device comes from another package.
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        raise ValueError(f"{named} cannot be used: {reason}. Leave it out for {str(_default_device())!r}.") from error
+        raise ValueError(
+            f"{named} cannot be used: {reason}. Leave it out to use {str(_default_device())!r}."
+        ) from error
     if found.type == "meta":
-        raise ValueError(f"{named} holds no weights. Leave it out, or name one that does.")
+        raise ValueError(f"{named} holds no weights. Leave it out, or name another device.")
     return found
 
 
@@ -216,7 +221,7 @@ def _dtype_of_weights(dtype: torch.dtype | str | None, device: torch.device) -> 
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         long = _SHORT_DTYPES.get(str(dtype))
         raise ValueError(
-            f'dtype must be "auto" or a floating-point dtype of torch, as "float32" or torch.bfloat16, not {dtype!r}.'
+            f'dtype must be "auto" or a floating dtype of torch, such as "float32" or torch.bfloat16, not {dtype!r}.'
             + (f' Did you mean "{long}"?' if long else "")
         )
     return found

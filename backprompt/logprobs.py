@@ -1,7 +1,7 @@
 """From logits to log-probabilities: their precision, and the logits for which they exist.
 
 A logit of -inf is allowed: its token has probability 0 and log-probability -inf. A row with NaN or +inf, or with -inf
-throughout, is no distribution; the log-softmax of such a row would be NaN throughout.
+throughout, is not a distribution; the log-softmax of such a row would be NaN throughout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def rated(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, of tokens, the log-probability, whether its row has any, and whether the token is its row's argmax.
+    """Return each token's log-probability, whether its row has any, and whether the token is its row's argmax.
 
     Args:
         logits: `(rows, vocab)`.
@@ -29,7 +29,7 @@ def rated(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> tuple[Tensor, T
         token_ids: `(tokens,)`.
 
     Returns:
-        `(tokens,)` each. The argmax is that in float32, the first of equal values.
+        `(tokens,)` each. The argmax is found in float32, the first of equal values.
 
     """
     values = logits.to(logprob_dtype(logits.dtype))

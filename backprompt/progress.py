@@ -1,6 +1,6 @@
 """Progress bars over work that may take longer than two seconds, with one rule for when they show.
 
-By default a bar shows only if standard error is a terminal: in the log of a job it would be noise.
+By default a bar shows only if standard error is a terminal: in the log of a job a bar would be noise.
 
 Public functions take the caller's wish as `show_progress_bar`; code several modules below reads that wish from here.
 `TQDM_DISABLE=1` in the environment hides every bar (tqdm 4.66 or newer), including those of properties such as
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from backprompt.arguments import as_bool
 
 DELAY_SECONDS = 2.0
-"""A bar that was not requested shows after this much time."""
+"""The time after which a bar that was not requested shows."""
 
 _SHOW: ContextVar[bool | None] = ContextVar("backprompt_show_progress_bar", default=None)
 
@@ -62,7 +62,7 @@ def showing(show: bool | None) -> Iterator[None]:
     """Show bars at once (True) or never (False) while the context lasts; None leaves the setting unchanged.
 
     Raises:
-        ValueError: `show` is none of the three.
+        ValueError: `show` is not one of the three.
 
     """
     check_show(show)

@@ -1,12 +1,12 @@
-"""A chat in the terminal that can go back: every turn is a node, and what was computed for it is kept.
+"""A chat in the terminal that can go back: every turn is a node, and its results are kept.
 
     /turns        list the turns
-    /back 2       go on from turn 2, as if the later ones had not been; they are kept, too
+    /back 2       go on from turn 2, without the later turns, which are kept, too
     /again        another answer to the last question
     /quit
 
-The line after each answer says how many tokens were computed for it. What stands before, on this branch or another, is
-not computed again.
+The line after each answer gives the number of tokens that were computed for it. Earlier text, on this branch or
+another, is not computed again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Conversation:
 
     @property
     def num_turns(self) -> int:
-        """How many questions were answered."""
+        """The number of answered questions."""
         return len(self.messages) // 2
 
     def ask(self, question: str) -> Iterator[str]:
-        """Yield the answer in pieces; it becomes part of the conversation, also when nobody reads to its end."""
+        """Yield the answer in pieces; the answer becomes part of the conversation, even if the reader stops early."""
         asked = [*self.messages, {"role": "user", "content": question}]
         system = {"role": "system", "content": self.system}
         stream = chat(self.lm, [system, *asked]).stream(max_new_tokens=self.max_new_tokens, **self.options)
@@ -66,7 +66,7 @@ def _string(content: GeneratedText | Text | str) -> str:
 
 
 def obey(conversation: Conversation, line: str) -> str | None:
-    """Do what a command says; return the question to ask, if there is one."""
+    """Carry out a command; return the question to ask, if there is one."""
     command, _, argument = line.partition(" ")
     if command == "/turns":
         print("\n".join(conversation.turns()) or "No turns yet.")
@@ -87,7 +87,7 @@ def obey(conversation: Conversation, line: str) -> str | None:
 
 
 def answer(conversation: Conversation, question: str) -> None:
-    """Print the answer as it comes, and what it took."""
+    """Print the answer as it comes, and its cost."""
     before = conversation.lm.stats
     try:
         for piece in conversation.ask(question):
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="A chat that can go back to earlier turns.", epilog=HELP, allow_abbrev=False
     )
     add_model_argument(parser)
-    parser.add_argument("--system", default="You are a helpful assistant.", help="what stands before all turns")
+    parser.add_argument("--system", default="You are a helpful assistant.", help="the system message, before all turns")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, metavar="T", help="sample; by default decoding is greedy")
     arguments = parser.parse_args(argv)

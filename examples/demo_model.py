@@ -38,7 +38,7 @@ def load_model(name: str | None) -> LM:
 
 
 def demo_model_folder() -> Path:
-    """The folder of the demo model, converted now if it never was."""
+    """The folder of the demo model, which the first call converts."""
     folder = cache_folder() / "SmolLM2-135M-Instruct-Q4_1"
     if not folder.exists():
         _convert(_gguf_folder(), folder)
@@ -46,7 +46,7 @@ def demo_model_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again."""
+    """The folder in which this user's programs keep files that they can make again."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":

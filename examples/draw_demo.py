@@ -1,4 +1,4 @@
-"""Draw the tree of intents.py: what its 480 texts share, and what each of them adds.
+"""Draw the tree of intents.py: the parts that its 480 texts share, and the parts that each text adds.
 
 The picture at the top of the README; a line of Python in a notebook: `backprompt.draw(tree.leaves)`.
 """
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=Path,
         default=Path(__file__).parent.parent / "docs" / "pictures" / "demo.svg",
         metavar="FILE",
-        help="where the picture goes; .svg, .png or .pdf (default: docs/pictures/demo.svg)",
+        help="the file of the picture; .svg, .png or .pdf (default: docs/pictures/demo.svg)",
     )
     arguments = parser.parse_args(argv)
     lm = load_model(arguments.model)

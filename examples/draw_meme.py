@@ -1,4 +1,4 @@
-"""Draws meme.jpg: what a prompt that is forwarded 480 times has to say for itself.
+"""Draws meme.jpg: a blackboard on which a model writes its promise, and a model that has finished early.
 
 Needs Pillow and nothing else: its own font, and a seeded random generator, so every run draws the same picture.
 """

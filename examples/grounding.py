@@ -1,12 +1,12 @@
-"""Is an answer supported by the document? Told by the attention that the answer's tokens pay to the document.
+"""Is an answer supported by the document? The attention that the answer's tokens pay to the document tells.
 
     document + question ├── answer with support       attention of the answer's tokens, by layer and head:
                         └── answer without            the share that goes to the document
 
 40 documents, each with a question and two answers. On half of the documents heads are chosen by mutual information, and
-a logistic regression with its threshold is fitted; how many heads, and of which layers, is chosen there as well, by
+a logistic regression with its threshold is fitted; the number of heads and their layers are chosen there as well, by
 cross-validation in 20 runs. The best choice is then tried once on the other half. All keys are held, so a run forwards
-the tokens of the answers alone, and nothing at all if another run has asked the same.
+the tokens of the answers alone, and nothing if another run has asked for the same weights.
 
     python -m pip install scikit-learn
 """
@@ -80,7 +80,7 @@ class Cases:
 
 
 class Runs:
-    """Asks for attention, and counts what that takes."""
+    """Asks for attention, and counts the tokens and seconds."""
 
     def __init__(self, lm: LM, asked: Sequence[Asked]) -> None:
         self.lm = lm

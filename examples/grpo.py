@@ -5,9 +5,9 @@
     ├── ...
     └── completion 8
 
-The reward can be checked: half a point for a line of three keywords, half for those of the question's intent. Losses
-and gradients of both runs are the same but for rounding. TRL forwards the prompt once for each completion, and the
-forest once for the group. The model is SmolLM2-135M with LoRA on its attention.
+The reward can be checked: half a point for a line of three keywords, half for keywords of the question's intent. Losses
+and gradients of both runs are the same up to rounding. TRL forwards the prompt once for each completion, and the forest
+once for the group. The model is SmolLM2-135M with LoRA on its attention.
 
     python -m pip install 'trl>=1.16' peft        # or: pip install '.[trl,demo]'
     python examples/grpo.py

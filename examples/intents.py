@@ -7,9 +7,9 @@
     │   └── keywords of intent 12
     └── question 2 ...
 
-Each text is plain concatenation; `evaluate` finds what they share. A question's intent is the one whose completion
-gained most by the question: its log-probability, less its mean over all the questions. Without that correction a
-small model prefers the same few completions whatever is asked (https://arxiv.org/abs/2309.17249).
+Each text is a plain concatenation; `evaluate` finds the shared parts. The predicted intent is the one whose completion
+gained most by the question: its log-probability minus its mean over all the questions. Without this correction a small
+model prefers the same few completions for every question (https://arxiv.org/abs/2309.17249).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ INTENTS = {  # and the keywords that stand for each in the prompt
 
 @dataclass(frozen=True)
 class Question:
-    """What a customer wrote, and the intent that a person would give it."""
+    """A customer's message, and the intent that a person would give it."""
 
     string: str
     intent: str
@@ -72,7 +72,7 @@ CHANGED_SHOT = Question("tried to pay with my visa and got an error", "report a 
 
 @dataclass(frozen=True)
 class Tree:
-    """The texts of the job: what all share, a prompt for each question, and the leaves, intent by intent in each."""
+    """The texts of the job: the shared part, a prompt for each question, and the leaves, intent by intent in each."""
 
     context: Text
     prompts: list[Text]
@@ -90,7 +90,7 @@ def build_tree(lm: LM, shots: Sequence[Question], questions: Sequence[Question])
 
 @dataclass(frozen=True)
 class Scored:
-    """What a tree came to, and what that took."""
+    """The results of a tree, and their cost."""
 
     continuations: list[Continuation]  # a leaf each
     logprobs: Tensor  # of each completion given its prompt, (questions, intents), nats
@@ -118,14 +118,14 @@ def score_tree(lm: LM, tree: Tree) -> Scored:
 
 
 def continue_prompts(tree: Tree, reprs: Sequence[ModelRepr]) -> list[Continuation]:
-    """The leaves' tokens, and where they leave those of their prompts: tokens may merge where the two meet."""
+    """The leaves' tokens, and where they differ from their prompts' tokens: tokens may merge at the join."""
     prompt_ids = [ids for ids in (prompt.tokens for prompt in tree.prompts) for _ in INTENTS]
     leaf_ids = [tuple(r.input_ids.tolist()) for r in reprs]
     return [Continuation(ids, num_common(ids, before)) for ids, before in zip(leaf_ids, prompt_ids, strict=True)]
 
 
 def num_common(some: Sequence[int], others: Sequence[int]) -> int:
-    """How many items two sequences have in common from the beginning."""
+    """The number of items that two sequences have in common at their beginning."""
     pairs = zip(some, others)  # noqa: B905  # the shorter one ends it
     return next((idx for idx, (one, other) in enumerate(pairs) if one != other), min(len(some), len(others)))
 
@@ -225,7 +225,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         default=DATA / "questions.tsv",
         metavar="FILE",
-        help="one question a line: what the customer wrote, a tab, the intent (default: the 40 of data/questions.tsv)",
+        help="one question a line: the customer's words, a tab, the intent (default: the 40 of data/questions.tsv)",
     )
     parser.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="texts in a plain padded batch (default: %(default)s)"
@@ -235,7 +235,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=4,
         metavar="N",
-        help="how many of those batches to time (default: %(default)s)",
+        help="the number of those batches to time (default: %(default)s)",
     )
     return parser.parse_args(argv)
 

@@ -1,13 +1,13 @@
-"""A product manual, and three adapters that answer behind it: each judges requests in another way.
+"""A product manual, and three adapters that answer behind it: each judges requests by another question.
 
     manual + request.with_adapter("answered")       does the manual answer it?
     manual + request.with_adapter("urgent")         must it be answered today?
     manual + request.with_adapter("cleaning")       is it about cleaning?
 
-The manual is the base model's, so the three share it: an adapter is on for the tokens of its request alone. Each is
-trained that way first, in a few steps: behind the keys and values of the manual, on requests with known answers.
-Then, on other requests: how many answers are right, and how many tokens are computed, against three whole runs in which
-each adapter reads the manual, too.
+The base model reads the manual, so all three adapters share it: an adapter is on only for the tokens of its requests.
+Each adapter is first trained in this way, in a few steps: behind the keys and values of the manual, on requests with
+known answers. On other requests, the example then counts right answers and computed tokens, and compares three whole
+runs in which each adapter reads the manual, too.
 
     python -m pip install peft
 """
@@ -143,7 +143,7 @@ def num_right(probabilities: dict[str, list[float]], name: str) -> int:
 
 
 def counted(lm: LM, work: Any) -> tuple[Any, int, float]:
-    """What some work returns, the tokens that it computed, and its seconds."""
+    """The result of some work, the tokens that it computed, and its seconds."""
     before, begin = lm.stats, time.perf_counter()
     found = work()
     return found, (lm.stats - before).tokens_computed, time.perf_counter() - begin
@@ -176,7 +176,7 @@ def answers_loss(lm: LM, cache: Any, name: str) -> torch.Tensor:
     labels = pad_sequence(
         [torch.tensor([-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)], True, -100
     )
-    logits = lm.model(input_ids=ids, past_key_values=cache).logits  # padding stands behind all that counts
+    logits = lm.model(input_ids=ids, past_key_values=cache).logits  # padding stands behind all tokens that count
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
@@ -199,7 +199,7 @@ def whole_runs(lm: LM) -> tuple[int, float]:
 
 @torch.no_grad()
 def largest_gap(lm: LM) -> float:
-    """How far next-token logits lie from those of the plain model with the adapter on behind the manual."""
+    """The distance of next-token logits from those of the plain model with the adapter on behind the manual."""
     manual = Text(MANUAL, lm)
     found = {name: (manual + Text(asked(NEW[0], name)).with_adapter(name)).logits for name in QUESTIONS}
     cache = manual().past_key_values()

@@ -1,7 +1,7 @@
-"""What the examples compare with: plain calls of transformers, one text at a time or in padded batches.
+"""The baseline of the examples: plain calls of transformers, one text at a time or in padded batches.
 
-Nothing here uses backprompt. Logits are computed for the rows that are needed only, where the model's forward call has
-`logits_to_keep`, and everything runs in inference mode: what a user who knows transformers would write.
+Nothing here uses backprompt. Logits are computed only for the rows that are needed, if the model's forward call has
+`logits_to_keep`. Everything runs in inference mode, as a user who knows transformers would write it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def score_batch(model: Any, batch: Sequence[Continuation]) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long all batches would take, from the few that were run."""
+    """The estimated seconds of all batches, from the few that were run."""
 
     seconds: float
     seconds_run: float
@@ -77,7 +77,7 @@ class Estimate:
 def estimate_seconds(model: Any, batches: Sequence[Sequence[Continuation]], batches_run: int) -> Estimate:
     """Time `batches_run` of the batches, evenly spaced from the shortest to the longest, after one to warm up.
 
-    The others are taken to cost as much a token, padding included.
+    The other batches are assumed to take the same time per token, padding included.
     """
     batches_run = min(batches_run, len(batches))
     chosen = [batches[(2 * idx + 1) * len(batches) // (2 * batches_run)] for idx in range(batches_run)]

@@ -1,4 +1,4 @@
-"""A long context and 20 requests about it: what sharing the context saves in seconds, and what it costs in bytes.
+"""A long context and 20 requests about it: the seconds that sharing the context saves, and the bytes that it costs.
 
 Three ways to the next-token logits of `manual + request` for each request, each starting from nothing:
 
@@ -49,7 +49,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one way came to."""
+    """The results of one way."""
 
     logits: Tensor  # (requests, vocab)
     seconds: float
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_all(lm: LM, requests: Sequence[str]) -> dict[str, Run]:
-    """The three ways by name; both sides have run a text before, so that nobody's first call is timed."""
+    """The three ways by name; both sides have run a text before, so that no first call is timed."""
     lm.evaluate([Text("Warm up.", lm)])
     next_token_logits(lm.model, Text("Warm up.", lm).tokens)
     return {

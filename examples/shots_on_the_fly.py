@@ -3,8 +3,9 @@
     instruction + (shot 7 | shot 2 | shot 4) + question 1       the shots do not see each other, so
     instruction + (shot 2 | shot 8 | shot 1) + question 2       each of the eight is computed once
 
-As ordinary prompts, shots that stand behind others are other texts each time. What is computed and how long it takes,
-how many intents are right, and how far the next-token distribution moves by not letting the shots see each other.
+In ordinary prompts, shots that stand behind others are different texts each time. The example prints the computed
+tokens and seconds, the number of right intents, and the change of the next-token distribution if shots do not see each
+other.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ARRANGEMENTS: dict[str, Arrange] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What one arrangement of the shots came to."""
+    """The results of one arrangement of the shots."""
 
     prompts: list[Text]
     num_right: int
@@ -70,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def classify(lm: LM, arrange: Arrange, chosen: Sequence[Sequence[Question]], questions: Sequence[Question]) -> Run:
     """Score every intent for every question, and count those that are right.
 
-    An intent's log-probability is compared with what it has behind the same shots and a message that says nothing
-    (contextual calibration, https://arxiv.org/abs/2102.09690), as other shots prefer other intents; and then with
-    the mean over the questions, as in intents.py.
+    An intent's log-probability is compared with its value behind the same shots and a neutral message (contextual
+    calibration, https://arxiv.org/abs/2102.09690), because different shots prefer different intents. It is then
+    compared with the mean over the questions, as in intents.py.
     """
     before, begin = lm.stats, time.perf_counter()
     contexts = [Text(INSTRUCTION, lm) + arrange([Text(shown(shot)) for shot in shots]) for shots in chosen]

@@ -5,9 +5,9 @@
     ├── delivery, tracking, address ...
 
 Messages to a shop go to one of five desks. `GridSearchCV` tries 18 candidates in 3-fold cross-validation on the tuning
-questions; all of them share one cache. The best one is then asked about the other questions, which nothing was chosen
-on; and `TunedThresholdClassifierCV` chooses, again on the tuning questions, from which probability on a message goes to
-one of the desks.
+questions; all of them share one cache. The best candidate then classifies the other questions, on which nothing was
+chosen. `TunedThresholdClassifierCV` chooses, again on the tuning questions, the probability from which on a message
+goes to one of the desks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from demo_model import add_model_argument, load_model
 
 @dataclass(frozen=True)
 class Desk:
-    """Who answers messages of some intents, and the keywords that stand for them in the prompt."""
+    """A desk that answers messages of some intents, and the keywords that stand for them in the prompt."""
 
     keywords: str
     intents: tuple[str, ...]
@@ -53,13 +53,13 @@ GRID = {
     "template": ["Message: {text}\nKeywords:", "Message: {text}\nDesk:", "{text} ->"],
     "shots": [0, 4, 8],
 }
-NAMES = {None: "as it is", "training": "calibrated"}  # of what `calibrate_on` may be
+NAMES = {None: "as it is", "training": "calibrated"}  # of the values of `calibrate_on`
 FOLDS = StratifiedKFold(3)
 
 
 @dataclass(frozen=True)
 class Messages:
-    """What customers wrote, and the desk of each message."""
+    """The customers' messages, and the desk of each."""
 
     strings: np.ndarray
     desks: np.ndarray
@@ -103,7 +103,7 @@ def tune(lm: LM, messages: Messages) -> GridSearchCV:
 
 
 def print_scores(search: GridSearchCV) -> None:
-    """A row a template: the accuracy with each number of shots, as it is and calibrated."""
+    """A row for each template: the accuracy with each number of shots, uncalibrated and calibrated."""
     width = 7 * len(GRID["shots"])
     print("Share that is right in 3-fold cross-validation, by the number of shots:")
     print(f"{'':<34}" + "".join(f"{NAMES[value]:>{width}}" for value in GRID["calibrate_on"]))
@@ -115,7 +115,8 @@ def print_scores(search: GridSearchCV) -> None:
 
 
 def print_best(search: GridSearchCV, tuning: Messages, others: Messages) -> None:
-    """What the search chose, and how it does on messages that nothing was chosen on, next to the first candidate."""
+    """The choice of the search, and its accuracy on messages on which nothing was chosen, next to the first
+    candidate."""
     best = search.best_estimator_
     first = clone(best).set_params(**search.cv_results_["params"][0]).fit(tuning.strings, tuning.desks)
     print(f"\nThe best of them: {best.template!r}, {best.shots} shots, {NAMES[best.calibrate_on]}.")

@@ -593,7 +593,7 @@ def test_other_tokens_and_distributions_of_texts_under_adapters(lm, model):
 )
 def test_a_start_under_other_adapters_is_no_beginning(start, reason, lm):
     text = Text("The cat", lm) + Text(" sat on").with_adapter("b")
-    with pytest.raises(ValueError, match=f"is no beginning of .*: {reason}"):
+    with pytest.raises(ValueError, match=f"is not the beginning of .*: {reason}"):
         lm.token_logprobs([text], [Text("The cat", lm) + start])
 
 

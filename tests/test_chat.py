@@ -444,7 +444,7 @@ def test_a_template_that_alters_a_content_is_refused_what_it_cannot_show(lm, wri
     string = " no. doc " if has_white_space else "doc"
     ids = lm.tokenizer(string)["input_ids"]
     for text in (Text(string, lm) | "b", Text.from_tokens(ids, lm), Text(string, lm).frozen()):
-        with pytest.raises(TokenizerError, match=r"does not write the content of messages\[1\], .*once and as it is"):
+        with pytest.raises(TokenizerError, match=r"does not write the content of messages\[1\], .*once and unchanged"):
             chat(lm, [MESSAGES[0], {"role": "user", "content": text}])
     plain = [MESSAGES[0], {"role": "user", "content": string + " x "}]
     as_text = [MESSAGES[0], {"role": "user", "content": Text(string) + " x "}]
@@ -506,7 +506,7 @@ def test_a_tokenizer_that_makes_ids_of_a_conversation(mistral_lm):
     assert chat(mistral_lm, [{"role": "user", "content": Text(QUESTION["content"])}]).tokens == first
     with pytest.raises(TokenizerError, match="refuses these messages: Expected last role User"):
         chat(mistral_lm, messages[:2])
-    with pytest.raises(TokenizerError, match=r"MistralLike makes token ids of a conversation.* messages\[0\]"):
+    with pytest.raises(TokenizerError, match=r"MistralLike renders a conversation as token ids.* messages\[0\]"):
         chat(mistral_lm, [{"role": "user", "content": Text("a", mistral_lm) | "b"}])
 
 

@@ -286,7 +286,7 @@ def test_no_other_threshold_is_right_more_often(labelled):
     [
         ((PROMPTS, []), {}, ValueError, "no completions"),
         ((PROMPTS, ["a", ""]), {}, ValueError, r"completions\[1\] is empty"),
-        ((PROMPTS, ["a", "b", "a"]), {}, ValueError, "'a' is there more than once"),
+        ((PROMPTS, ["a", "b", "a"]), {}, ValueError, "'a' is given more than once"),
         ((PROMPTS, "ab"), {}, TypeError, "sequence of strings"),
         ((PROMPTS, {"a", "b"}), {}, TypeError, "a set has no order"),
         ((PROMPTS, ["a", 1]), {}, TypeError, r"completions\[1\] is a int"),
@@ -316,7 +316,7 @@ def test_no_other_threshold_is_right_more_often(labelled):
         ((PROMPTS, ["a", "b"]), {"prior": ["0.5", "0.5"]}, TypeError, "prior must be numbers"),
         ((PROMPTS, ["a", "b"]), {"prior": [[0.5], [0.2, 0.3]]}, ValueError, "rows of one length"),
         ((PROMPTS, ["a", "b"]), {"prior": [0.5, None]}, TypeError, "not NoneType"),
-        (([Example("x", ["a", "b"])],), {"end_of_prompt": ""}, TypeError, "end_of_prompt of their own"),
+        (([Example("x", ["a", "b"])],), {"end_of_prompt": ""}, TypeError, "its own end_of_prompt"),
         ((PROMPTS, ["a", "b"]), {"prior": [1.0]}, ValueError, r"shape \(1,\) for 2"),
         ((PROMPTS, ["a", "b"]), {"prior": [0.5, 0.6]}, ValueError, "sum to 1"),
         ((PROMPTS, ["a", "b"]), {"prior": [-0.5, 1.5]}, ValueError, "sum to 1"),
@@ -326,7 +326,7 @@ def test_no_other_threshold_is_right_more_often(labelled):
         ((PROMPTS, ["a", "b"]), {"log_marg_probs_completions": [[0], [0]]}, TypeError, "discount_completions"),
         ((PROMPTS,), {}, TypeError, "needs completions"),
         (([Example("x", ["a", "b"]), "x"],), {}, TypeError, "not both"),
-        (([Example("x", ["a", "b"])], ["a", "b"]), {}, TypeError, "of their own"),
+        (([Example("x", ["a", "b"])], ["a", "b"]), {}, TypeError, "its own completions"),
         ((["x", "very " * 200], ["a", "b"]), {}, TextTooLongError, "positions"),
     ],
 )

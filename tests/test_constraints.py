@@ -472,7 +472,7 @@ def test_what_is_no_constraint(lm, constraint, message):
     texts = [Text("The cat", lm), Text("The dog", lm)]
     with pytest.raises(TextTypeError, match=message):
         generate(texts, max_new_tokens=3, constraint=constraint)
-    with pytest.raises(GenerationError, match=r"There are 1 constraints for 2 texts"):
+    with pytest.raises(GenerationError, match=r"The list has 1 constraint for 2 texts"):
         generate(texts, max_new_tokens=3, constraint=[SENTENCE])
 
 
@@ -518,6 +518,11 @@ def test_schemas_of_types(lm, monkeypatch):
     with pytest.raises(MissingDependencyError, match=r"pip install pydantic"):
         JsonSchema(Place)
     assert JsonSchema(Person) == JsonSchema(Person.model_json_schema())  # a model brings its schema along
+
+
+def test_names_that_are_no_keywords_are_ignored(lm):
+    schema = {"type": "string", "enum": ["a"], "minItem": 2, "x-note": "mine"}
+    assert Text("One", lm).generate(max_new_tokens=5, constraint=JsonSchema(schema)).completion == '"a"'
 
 
 def test_a_model_of_pydantic_reads_what_was_generated(lm):
@@ -628,6 +633,8 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
     ended = prompt.probability_of(language, end_of_prompt="", with_end_token=True)
     assert ended == pytest.approx(probability(model, lm, prompt, strings, [END]), rel=1e-4)
     assert ended < found
+    model.generation_config.eos_token_id = [END, END]
+    assert prompt.probability_of(language, end_of_prompt="", with_end_token=True) == ended
     optional = prompt.probability_of(Regex("(xy)?"), end_of_prompt="", with_end_token=True)
     assert optional == pytest.approx(probability(model, lm, prompt, ["", "xy"], [END]), rel=1e-4)
 
@@ -637,8 +644,9 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
     [
         (Regex("a*"), {}, ValueError, r"infinitely many strings"),
         (Regex("(a|b)?"), {}, ValueError, r"has the empty string"),
-        (Regex("[a&&b]"), {}, ValueError, r"no string but the empty one"),
+        (Regex("[a&&b]"), {}, ValueError, r"no string, or only the empty one"),
         (Regex("a"), {"with_end_token": True}, ValueError, r"has no end token"),
+        (Regex("a"), {"with_end_token": "no"}, ValueError, r"with_end_token must be True or False"),
         ("a", {}, TextTypeError, r"language must be a Regex"),
         (Regex("("), {}, GenerationError, r"unclosed group"),
     ],

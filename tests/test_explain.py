@@ -238,6 +238,8 @@ def test_where_tokens_differ(model, tokenizer):
     explained = explain(texts)
     assert explained.divergence == Divergence(1, 2, "', and'", num_common, "token")
     assert f"texts[1] parts from texts[0] at token {num_common}, in segment 2 (', and')." in str(explained)
+    apart = explain([Text.from_tokens((3, 4), lm), Text.from_tokens((3, 5), lm)])
+    assert any("their first 1 token in common" in sentence for sentence in apart.sentences)
 
 
 def test_where_a_text_ends(model, tokenizer):
@@ -401,7 +403,7 @@ def test_texts_that_cannot_be_explained(model, tokenizer):
         explain([Text("a", lm), 1])
     with pytest.raises(bp.UnboundTextError, match="has no model"):
         explain([Text("a")])
-    with pytest.raises(bp.MixedModelsError, match="one LM at a time"):
+    with pytest.raises(bp.MixedModelsError, match="one LM in each call"):
         explain([Text("a", lm), Text("a", LM(model, tokenizer))])
     with pytest.raises(bp.TextTooLongError):
         explain([Text("a " * 300, lm)], analyze=True)

@@ -526,7 +526,7 @@ def test_special_tokens_are_left_out_of_the_string(tokenizer):
         ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens must be an int of at least 1"),
         ({"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": "x"}, "max_matching_ngram_size must be an int"),
         ({"eos_token_id": []}, "eos_token_id must be token ids"),
-        ({"eos_token_id": 10**9}, "eos_token_id has the id 1000000000, but those of the model are 0 to 319"),
+        ({"eos_token_id": 10**9}, "eos_token_id has the id 1000000000, but the model's ids are 0 to 319"),
         ({"eos_token_id": [1, True]}, "an id of eos_token_id must be an int"),
         ({"suppress_tokens": [400]}, "suppress_tokens has the id 400"),
         ({"max_time": "x"}, "max_time must be a finite number of at least 0"),

@@ -52,14 +52,18 @@ def test_load_passes_its_options_on(checkpoint):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"device": "banana"}, ValueError, r"device='banana' cannot be used: Expected one of .*\. Leave it out for '"),
+        (
+            {"device": "banana"},
+            ValueError,
+            r"device='banana' cannot be used: Expected one of .*\. Leave it out to use '",
+        ),
         ({"device": torch.device("cuda", 99)}, ValueError, "device='cuda:99' cannot be used"),
         ({"device": "meta"}, ValueError, "device='meta' holds no weights"),
         ({"device": "hpu"}, ValueError, r"device='hpu' cannot be used: No module named"),
         ({"device": "privateuseone"}, ValueError, r"device='privateuseone' cannot be used: No module named"),
         ({"device": 10**30}, ValueError, r"cannot be used: .*Leave it out"),
-        ({"device": True}, TypeError, "device must be the name of one"),
-        ({"dtype": "banana"}, ValueError, "floating-point dtype of torch, .* not 'banana'"),
+        ({"device": True}, TypeError, "device must be the name of a device"),
+        ({"dtype": "banana"}, ValueError, "floating dtype of torch, .* not 'banana'"),
         ({"dtype": torch.int8}, ValueError, "not torch.int8"),
         ({"dtype": float}, ValueError, "not <class 'float'>"),
         ({"show_progress_bar": "no"}, ValueError, "show_progress_bar must be True or False, not 'no'"),

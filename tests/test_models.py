@@ -439,7 +439,7 @@ def hooked(register, where):
             "LlamaForSequenceClassification has no language-model head",
         ),
         (lambda: nn.Linear(2, 2), "Linear is not a transformers model"),
-        (lambda: "gpt2", r"not str\. To load one by its name or path use backprompt\.load"),
+        (lambda: "gpt2", r"not str\. To load a model by its name or path, use backprompt\.load"),
         (byte_level_bpe, "An LM wraps a model of transformers, not TokenizersBackend"),
         (on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),
         (partly_on_the_meta_device, "LlamaForCausalLM has parameters on the meta device"),

@@ -208,7 +208,7 @@ def test_an_interrupt_leaves_named_workers_and_no_others(cluster):
     assert "KeyboardInterrupt" in said
     assert wait_until(lambda: not is_alive(unnamed))
     assert is_alive(named)
-    with pytest.raises(ValueError, match="'kept' were made of"):
+    with pytest.raises(ValueError, match="'kept' were made from"):
         small(tiny_gpt2, name="kept", max_tokens_per_forward=7)
     lm = small(tiny_gpt2, name="kept")
     assert lm.worker_pids == [named]

@@ -238,7 +238,7 @@ def test_next_token_logprobs_refuses_what_makes_no_sense():
     text = Text("The cat", lm)
     with pytest.raises(ValueError, match="2 elements for 1 texts"):
         lm.next_token_logprobs([text], [[1], [2]])
-    with pytest.raises(TokenIdError, match="Token id 320 is not one of the model's, which are 0 to 319"):
+    with pytest.raises(TokenIdError, match="Token id 320 is not one of the model's ids, which are 0 to 319"):
         lm.next_token_logprobs([text], [[320]])
     with pytest.raises(GroupError, match="ends in a group"):
         lm.next_token_logprobs([text + (Text(" a") | " b")], [[1]])

@@ -379,10 +379,10 @@ def test_what_the_pickling_check_was_for(lm):
         ({"template": "Review: {text} {}"}, ValueError, "unknown field {}"),
         ({"template": "Review: {text.upper}"}, ValueError, "unknown field {text.upper}"),
         ({"template": "Review:"}, ValueError, "no field {text}"),
-        ({"template": "Review: {text"}, ValueError, "is not one: expected '}'"),
-        ({"template": "Review: {text:d}"}, ValueError, "is not one"),
-        ({"template": "Review: {text:{width}}"}, ValueError, "is not one"),
-        ({"labels": {"yes": "mat"}}, ValueError, "no completion for the class 'no'; it has those of 'yes'"),
+        ({"template": "Review: {text"}, ValueError, "is invalid: expected '}'"),
+        ({"template": "Review: {text:d}"}, ValueError, "is invalid"),
+        ({"template": "Review: {text:{width}}"}, ValueError, "is invalid"),
+        ({"labels": {"yes": "mat"}}, ValueError, "no completion for the class 'no'; it has completions of 'yes'"),
         ({"labels": ["mat"]}, ValueError, "1 completions for 2 classes, 'no', 'yes'"),
         ({"labels": "mat"}, TypeError, "mapping or a sequence"),
         ({"labels": {"mat", "cat"}}, TypeError, "mapping or a sequence"),
@@ -429,7 +429,7 @@ def test_options_that_make_no_sense(lm, options, error, match):
 @pytest.mark.parametrize(
     ("inputs", "y", "error", "match"),
     [
-        ("abc", ["a", "b", "c"], ValueError, "not str. Put a single one in a list"),
+        ("abc", ["a", "b", "c"], ValueError, "not str. Put a single string in a list"),
         ([], [], ValueError, "X is empty"),
         (iter(X), BINARY, ValueError, "sequence of strings"),
         (np.array(X)[:, None], BINARY, ValueError, "one dimension, not 2"),

@@ -335,7 +335,7 @@ def test_stop_strings_that_no_token_can_spell_are_refused(lms):
     text = Text("The cat", lm)
     for option in ("stop", "stop_strings"):
         with pytest.raises(
-            GenerationError, match=r"^The stop string '☃' has characters that the tokenizer has no tokens"
+            GenerationError, match=r"^The stop string '☃' has characters without tokens in the tokenizer's vocabulary"
         ):
             text.generate(max_new_tokens=3, **{option: ["cat", "\u2603"]})
     text.generate(max_new_tokens=3, stop=["cat", lm.tokenizer.unk_token, "a\u0301"[:1]])

@@ -3,7 +3,7 @@
 The start of a completion is a hard boundary: its string is encoded by itself, and its ids follow those of the prompt.
 
 Names and options are those of CAPPr (Dubey, https://github.com/kddubey/cappr), which scores completions one after the
-other; with `end_of_prompt=" "`, CAPPr's default, the numbers are the same, too.
+other; with `end_of_prompt=" "`, CAPPr's default, the numbers are also the same.
 
 The folder may import texts and `LM`s; `weighing.py`, `search.py` and `calibration.py` know neither.
 A new correction of probabilities goes into `weighing.py`, a new search into a module beside `search.py`.

@@ -23,8 +23,8 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
 
     Raises:
         TypeError: an argument holds something other than numbers.
-        ValueError: the numbers of completions differ; an element is no probability; a neutral probability is 0 where
-            the other one is not, or all of a row are 0.
+        ValueError: the numbers of completions differ; an element is not a probability; a neutral probability is 0 and
+            the probability to divide is not, or all of a row are 0.
 
     """
     given, neutral = (
@@ -34,8 +34,8 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
     neutral = neutral.mean(axis=0) if neutral.ndim == 2 else neutral
     if neutral.ndim != 1 or given.ndim not in (1, 2) or given.shape[-1] != len(neutral):
         raise ValueError(
-            f"probabilities have the shape {given.shape} and neutral_probabilities {neutral.shape}, whose last sizes "
-            "must be one. Score the same completions in both."
+            f"probabilities have the shape {given.shape} and neutral_probabilities {neutral.shape}, whose last "
+            "sizes must be equal. Score the same completions in both calls."
         )
     for name, values in (("probabilities", given), ("neutral_probabilities", neutral)):
         if (values < 0).any():
@@ -46,7 +46,10 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
     corrected: Floats = np.divide(given, neutral, out=np.zeros_like(given), where=is_possible)  # 0 / 0 is 0 here
     totals = corrected.sum(axis=-1, keepdims=True)
     if not ((totals > 0) & (totals < np.inf)).all():
-        raise ValueError("All completions of a row have probability 0, or one a neutral probability of almost 0.")
+        raise ValueError(
+            "All completions of a row have probability 0, or a neutral probability is almost 0. Use "
+            "other completions or other neutral prompts."
+        )
     corrected /= totals
     return corrected
 

@@ -77,8 +77,8 @@ class EncodedCompletions:
 
 
 def check_end_of_prompt(given: object) -> None:
-    """Raise ValueError for a value that is no `EndOfPrompt`."""
-    as_choice(given, "end_of_prompt", ENDS_OF_PROMPT, advice=" Put more at the end of the prompt.")
+    """Raise ValueError for a value that is not an `EndOfPrompt`."""
+    as_choice(given, "end_of_prompt", ENDS_OF_PROMPT, advice=" Write other separators at the end of the prompt.")
 
 
 def ends_behind(lm: LM, prompts: Sequence[tuple[Text, EndOfPrompt]]) -> list[EndOfPrompt]:
@@ -129,7 +129,7 @@ def completion_ids(
 
 
 def encoded(lm: LM, behind: Sequence[tuple[EndOfPrompt, tuple[str, ...], int]]) -> list[EncodedCompletions]:
-    """Return the encoded completions behind each prompt, one object for all with one tuple, one end and one adapter.
+    """Return the encoded completions behind each prompt; prompts with the same tuple, end and adapter share an object.
 
     Raises:
         TokenizerError: see `completion_ids`.
@@ -154,13 +154,13 @@ def checked_completions(given: Iterable[str]) -> tuple[str, ...]:
     """Return completions as a tuple.
 
     Raises:
-        TextTypeError, TokenizerError: a completion is no string, or cannot be encoded.
+        TextTypeError, TokenizerError: a completion is not a string, or cannot be encoded.
         ValueError: there are no completions, a completion is empty, or two are equal.
 
     """
     listed = tuple(as_list(given, "completions must be a sequence of strings"))
     if not listed:
-        raise ValueError("There are no completions.")
+        raise ValueError("There are no completions. Give at least one string.")
     for idx, completion in enumerate(listed):
         if not isinstance(completion, str):
             raise TextTypeError(f"completions[{idx}] is a {type(completion).__name__}, not a str.")
@@ -169,7 +169,7 @@ def checked_completions(given: Iterable[str]) -> tuple[str, ...]:
         check_encodable(completion, f"completions[{idx}]")
     repeated = [completion for completion, num_times in Counter(listed).items() if num_times > 1]
     if repeated:
-        raise ValueError(f"The completion {repeated[0]!r} is there more than once. Give each one once.")
+        raise ValueError(f"The completion {repeated[0]!r} is given more than once. Give each completion once.")
     return listed
 
 

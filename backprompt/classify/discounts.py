@@ -47,9 +47,9 @@ def _check_have_bare_ids(pairs: PromptsWithCompletions, end_of_prompt: EndOfProm
             if token_ids != bare[end_of_prompt, completion]:
                 idx = pairs.completions.index(own)
                 raise ValueError(
-                    "log_marg_probs_completions are those of completions with a space before them, but none stands "
-                    f"before {completion!r} behind prompts[{idx}], {pairs.prompts[idx]!r}. Leave them out, or say "
-                    'end_of_prompt="" or " " in both calls.'
+                    "log_marg_probs_completions belong to completions with a space before them, but no space "
+                    f"stands before {completion!r} behind prompts[{idx}], {pairs.prompts[idx]!r}. Leave them out, "
+                    'or give end_of_prompt="" or " " in both calls.'
                 )
 
 
@@ -57,8 +57,8 @@ def _as_rows(given: Sequence[Sequence[float]], num_completions: int) -> list[Any
     rows = as_list(given, "log_marg_probs_completions must be a sequence of numbers for each completion")
     if len(rows) != num_completions:
         raise ValueError(
-            f"log_marg_probs_completions has {len(rows)} elements for {num_completions} completions; give one a "
-            "completion."
+            f"log_marg_probs_completions has {len(rows)} elements for {num_completions} completions; give one for "
+            "each completion."
         )
     return rows
 

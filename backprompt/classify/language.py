@@ -30,12 +30,12 @@ def probability_of(
     """Return the probability that the model continues a prompt by a string of a finite language.
 
     A string counts by its own token ids, encoded alone, as `log_probs` scores it. Other token ids that spell the same
-    string are not counted. All strings are scored as one trie: what they have in common is computed once.
+    string are not counted. All strings are scored as one trie, so common parts are computed once.
 
     Args:
         prompt: a string or a `Text`.
         language: a `Regex`, a `JsonSchema` or a `Grammar` with at most 10,000 strings of at most 1,000 bytes.
-        lm: may be left out where the prompt is a `Text` that has one.
+        lm: the model; may be left out if the prompt is a `Text` with a model.
         end_of_prompt: stands between the prompt and the string; see `log_probs`.
         with_end_token: whether an end token of the model's `generation_config` must follow the string. Then the
             probability is that the continuation *is* a string of the language, a sum over all of its strings. Without,
@@ -43,24 +43,27 @@ def probability_of(
             adds nothing.
 
     Raises:
-        TextTypeError: `language` is no constraint.
+        TextTypeError: `language` is not a constraint.
         MissingDependencyError: llguidance is not installed.
         GenerationError: llguidance refuses the language.
-        ValueError: the language is not finite or has more strings; it has none; it has the empty string, with which
-            every continuation begins; `with_end_token`, and the model has no end token.
+        ValueError: the language is not finite, has more strings or none, or has the empty string, with which every
+            continuation begins; or `with_end_token` is set and the model has no end token.
         See `log_probs`.
 
     """
+    as_bool(with_end_token, "with_end_token")
     strings = strings_of(as_constraint(language, "language"))
     has_empty = "" in strings
-    if has_empty and not as_bool(with_end_token, "with_end_token"):
+    if has_empty and not with_end_token:
         raise ValueError(
-            "The language has the empty string, with which every continuation begins. Take it out, or ask for "
-            "with_end_token=True."
+            "The language has the empty string, with which every continuation begins. Exclude the empty string, "
+            "or set with_end_token=True."
         )
     others = [string for string in strings if string]
     if not others:
-        raise ValueError("The language has no string but the empty one, if that. Give one with a string.")
+        raise ValueError(
+            "The language has no string, or only the empty one. Give a language with at least one other string."
+        )
     pairs = PromptsWithCompletions.of(prompt, others, lm, end_of_prompt)
     (encoded,), session = pairs.completions, pairs.lm.session
     if with_end_token:
@@ -84,15 +87,15 @@ def _probability(
 
 
 def _without_continuations(token_ids: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return the ids that do not begin with others of them."""
+    """Return the ids of the strings whose ids do not begin with those of another string."""
     known = frozenset(token_ids)
     return [ids for ids in token_ids if not any(ids[:stop] in known for stop in range(1, len(ids)))]
 
 
 def _end_ids(model: Any) -> list[int]:
-    """Return the end tokens of a model."""
+    """Return the end tokens of a model, each once."""
     given = model.generation_config.eos_token_id
-    found = [] if given is None else [given] if isinstance(given, int) else list(given)
+    found = [] if given is None else [given] if isinstance(given, int) else list(dict.fromkeys(given))
     if not found:
         raise ValueError(
             "The model has no end token, so a continuation never ends: leave with_end_token out, or set "

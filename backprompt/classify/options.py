@@ -52,7 +52,7 @@ class Options:
         check_show(self.show_progress_bar)
         if self.log_marg_probs_completions is not None and not discount:
             raise TypeError(
-                "log_marg_probs_completions would not be used. Set discount_completions, too, or leave both out."
+                "log_marg_probs_completions has no effect without discount_completions. Set both, or leave both out."
             )
 
     @classmethod
@@ -60,14 +60,12 @@ class Options:
         """Return the options of these names, for `predict`.
 
         Raises:
-            TypeError: a name is no option.
+            TypeError: a name is not an option.
 
         """
         unknown = given.keys() - {field.name for field in fields(cls)}
         if unknown:
-            raise TypeError(
-                f"predict has no option {min(unknown)!r}; its options are those of predict_proba, and search."
-            )
+            raise TypeError(f"predict has no option {min(unknown)!r}; it has the options of predict_proba, and search.")
         return cls(**given)
 
     def check_for_examples(self) -> None:
@@ -75,6 +73,6 @@ class Options:
         is_own = self.prior is not None or not self.normalize
         if is_own or self.discount_completions or self.neutral_prompt is not None:
             raise TypeError(
-                "Examples have priors and normalize of their own: set them there. discount_completions and "
+                "Each Example has its own prior and normalize: set them in the Example. discount_completions and "
                 "neutral_prompt are for prompts with common completions, not for examples."
             )

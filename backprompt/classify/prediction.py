@@ -68,8 +68,8 @@ def predict_proba(
 
     Args:
         prompts, completions, lm, end_of_prompt, show_progress_bar: see `log_probs`.
-        prior: a probability for each completion; by default all are the same.
-        normalize: whether probabilities shall sum to one over the completions.
+        prior: a probability for each completion; by default all are equal.
+        normalize: whether the probabilities of the completions are scaled to sum to one.
         aggregate: the "mean" of a completion's token log-probabilities (as in CAPPr: long completions are not at a
             disadvantage) or their "sum" (the probability of the whole completion).
         discount_completions: add this times each token's log-probability given only the completion's tokens before it;
@@ -141,8 +141,8 @@ def predict(
 
     Args:
         prompts, completions, lm: see `log_probs`.
-        search: "exhaustive" scores every completion. "best-first" finds the same one and scores only completions
-            that may still win: for hundreds of completions and more, many of which begin alike.
+        search: "exhaustive" scores every completion. "best-first" finds the same completion, and scores only
+            completions that may still win. It is for hundreds of completions or more, many with common beginnings.
         **options: the keywords of `predict_proba`.
 
     Raises:

@@ -24,8 +24,8 @@ class Example:
     Args:
         prompt: the text before the completions.
         completions: the candidates.
-        prior: a probability for each completion; by default all are the same.
-        normalize: whether probabilities shall sum to one over the completions.
+        prior: a probability for each completion; by default all are equal.
+        normalize: whether the probabilities of the completions are scaled to sum to one.
         end_of_prompt: "auto", " " or "": stands between prompt and completion; see `log_probs`.
 
     Raises:
@@ -58,7 +58,7 @@ def as_prompts(given: Any, name: str) -> tuple[list[Any], bool]:
 
 
 def check_prompts(prompts: Iterable[object], name: str, *, is_single: bool) -> None:
-    """Raise for the first element that is no prompt, naming the element; see `check_prompt`."""
+    """Raise for the first element that is not a prompt, naming the element; see `check_prompt`."""
     for idx, prompt in enumerate(prompts):
         check_prompt(prompt, name if is_single else f"{name}[{idx}]")
 
@@ -77,14 +77,16 @@ def common_lm(prompts: Iterable[Prompt], given: LM | tuple[Any, Any] | None) -> 
     """Return the given `LM`, or that of the texts among the prompts.
 
     Raises:
-        MixedModelsError, UnboundTextError: there are several, or none.
+        MixedModelsError, UnboundTextError: the texts have several, or no text has one.
 
     """
     lm = None if given is None else as_lm(given)
     for prompt in prompts:
         own = as_lm(prompt.lm) if isinstance(prompt, Text) and prompt.lm is not None else None
         if own is not None and lm is not None and own is not lm:
-            raise MixedModelsError(f"{prompt!r} belongs to another LM than the one to score with. Use one of them.")
+            raise MixedModelsError(
+                f"{prompt!r} belongs to another LM than the one to score with. Use the same LM for all prompts."
+            )
         lm = own if lm is None else lm
     if lm is None:
         raise UnboundTextError("No LM to score with: pass lm=..., or build prompts with Text(string, lm).")

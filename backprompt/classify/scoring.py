@@ -51,22 +51,23 @@ def log_probs(
     Args:
         prompts: a string, a `Text` or an `Example`, or a sequence of them.
         completions: the candidates, for prompts that are no examples.
-        lm: an `LM` or a `(model, tokenizer)` tuple; may be left out where a prompt is a `Text` that has one.
-        end_of_prompt: what stands between a prompt and a completion. "auto": a space, but nothing where the prompt ends
-            in white space, in a special token (as a chat template's header does), in another added token that does
-            not end in a letter or digit (`<think>`), or in token ids, or the completion begins with white space. " ": a
-            space, always, as in CAPPr. "": nothing. A completion is encoded by itself with the space before it, if
-            there is one.
+        lm: an `LM` or a `(model, tokenizer)` tuple; may be left out if a prompt is a `Text` with a model.
+        end_of_prompt: the string between a prompt and a completion. "auto": a space, or nothing if the completion
+            begins with white space, or the prompt ends in white space, in a special token (as a chat template's header
+            does), in another added token that does not end in a letter or digit (`<think>`), or in token ids. " ":
+            always a space, as in CAPPr. "": nothing. A completion is encoded by itself, together with the space before
+            it, if there is one.
         show_progress_bar: by default on a terminal where there are at least 5 prompts.
 
     Returns:
-        For a single prompt a list of floats a completion, a float a token; for a sequence a list of such lists. -inf
-        for a token of probability 0.
+        For a single prompt a list with a list for each completion, which has a float for each token; for a sequence a
+        list of such lists. A token of probability 0 has -inf.
 
     Raises:
-        TypeError, ValueError: arguments that make no sense, each with what to do instead; before anything is computed.
+        TypeError, ValueError: invalid arguments; the message says what to do instead. Raised before anything is
+            computed.
         GroupError: a prompt ends in a group, so no one token stands before the completion.
-        What `LM.token_logprobs` raises, such as TextTooLongError, which names the prompt.
+        All errors of `LM.token_logprobs`, such as TextTooLongError, which names the prompt.
 
     """
     check_show(show_progress_bar)
@@ -84,8 +85,8 @@ def token_logprobs(
 ) -> list[Any]:
     """Return the log-probability of each token of each text given those before it; None for a first token.
 
-    Strings are encoded as completions are, without special tokens, by "auto" as behind a prompt that a space may
-    follow. A `Text` is taken as it is. A bar shows by default where it takes several passes and longer than two
+    Strings are encoded like completions, without special tokens; "auto" encodes them as behind a prompt that a space
+    may follow. A `Text` is taken unchanged. By default a bar shows if scoring takes several passes and over two
     seconds.
 
     Returns:
@@ -112,15 +113,15 @@ def token_logprobs(
 
 @dataclass(frozen=True)
 class PromptsWithCompletions:
-    """Prompts bound to an `LM`, and the completions of each: checked and encoded, nothing of them computed.
+    """Prompts bound to an `LM`, and the completions of each: checked and encoded, not yet computed.
 
     Attributes:
         lm: the `LM` of all of them.
         prompts: as texts.
         prompt_ids: of each prompt, as they are where something follows.
         completions: of each prompt; one object for prompts with common completions.
-        examples: those that were given where each prompt has completions of its own; else empty.
-        is_single: whether a prompt was given, and no sequence.
+        examples: the given examples, if each prompt has completions of its own; else empty.
+        is_single: whether a single prompt was given, not a sequence.
 
     """
 
@@ -183,7 +184,7 @@ class PromptsWithCompletions:
         return Bar(total=len(self.prompts), desc="prompts", disable=not is_shown)
 
     def _check_lengths(self) -> None:
-        """Raise for ids that the model lacks, a prompt without tokens, or too many of them with a completion."""
+        """Raise for ids that the model lacks, a prompt without tokens, or a prompt and completion with too many."""
         distinct = dict.fromkeys(self.completions)
         all_ids = dict.fromkeys(ids for own in distinct for ids in own.token_ids)
         lengths = [
@@ -243,22 +244,22 @@ class ScoredBlock:
 
 
 def _examples_among(listed: Sequence[Any], completions: object, end_of_prompt: EndOfPrompt) -> list[Example]:
-    """Return the examples where all prompts are some, and no examples where none is.
+    """Return the examples if all prompts are examples, and an empty result if no prompt is one.
 
     Raises:
-        TypeError: some are, or completions stand in two places or nowhere.
+        TypeError: only some are examples, or completions are given in two places or in none.
         ValueError: there are no prompts.
 
     """
     if not listed:
-        raise ValueError("There are no prompts.")
+        raise ValueError("There are no prompts. Give at least one.")
     examples = [prompt for prompt in listed if isinstance(prompt, Example)]
     if examples and len(examples) < len(listed):
         raise TypeError("Give either examples or prompts, not both.")
     if examples and completions is not None:
-        raise TypeError("Examples have completions of their own; leave `completions` out.")
+        raise TypeError("Each Example has its own completions; leave `completions` out.")
     if examples and end_of_prompt != "auto":
-        raise TypeError("Examples have an end_of_prompt of their own; set it there.")
+        raise TypeError("Each Example has its own end_of_prompt; set it in the Example.")
     if not examples and completions is None:
         raise TypeError("predict_proba(prompts, completions, lm) needs completions, a sequence of strings.")
     return examples

@@ -106,7 +106,7 @@ class Search:
         self._logprobs: dict[Node, list[float]] = {root: []}
 
     def expand(self, max_nodes: int) -> list[Node]:
-        """Return the nodes with the highest bounds, of those that may still lead to the best completion."""
+        """Return the nodes with the highest bounds among the nodes that may still lead to the best completion."""
         nodes: list[Node] = []
         while self._frontier and len(nodes) < max_nodes and self._may_win(-self._frontier[0][0]):
             nodes.append(heapq.heappop(self._frontier)[2])

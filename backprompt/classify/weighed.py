@@ -29,7 +29,7 @@ from backprompt.session.text_scores import scores_of_next
 from backprompt.tokens.graph import with_more
 
 NODES_AT_A_TIME = 32
-"""Best-first search expands about this many nodes in one pass, if so many may still lead to the best completion: on
+"""The number of nodes that best-first search expands in one pass, if so many may still lead to the best completion. On
 two cores of a CPU a pass of 32 tokens takes hardly longer than a pass of a single token."""
 MAX_LIVE_SEARCHES = 32
 
@@ -157,9 +157,9 @@ class WeighedCompletions:
         if best_weight == -np.inf:
             raise NonFiniteError(
                 f"Each of the {len(self.pairs.completions[prompt_idx])} completions has probability 0 behind "
-                f"prompts[{prompt_idx}], {self.pairs.prompts[prompt_idx]!r}, so none of them is the most probable one, "
-                "and their sum is 0. Give completions that the model can produce and the prior does not exclude; "
-                "log_probs tells which of their tokens the model cannot."
+                f"prompts[{prompt_idx}], {self.pairs.prompts[prompt_idx]!r}, so none of them is the most probable "
+                "one, and their sum is 0. Give completions that the model can produce and the prior does not "
+                "exclude; log_probs shows their impossible tokens as -inf."
             )
 
 

@@ -33,7 +33,7 @@ class Weighing:
         discounts: for each completion an array `(tokens,)`, added to its token log-probabilities.
         neutral_weights: each completion's weight behind the neutral prompt, which is subtracted.
         log_prior: each completion's log-prior, which is added.
-        normalize: whether probabilities shall sum to one over the completions.
+        normalize: whether the probabilities of the completions are scaled to sum to one.
 
     """
 
@@ -105,8 +105,8 @@ def finite_weight(weight: float, completion: str) -> float:
     if weight == np.inf:
         raise NonFiniteError(
             f"The completion {completion!r} is possible behind a prompt, but has probability 0 by itself or behind the "
-            "neutral prompt, so nothing can be divided by that. Leave it out, use another neutral prompt, or a "
-            "discount_completions of at least 0."
+            "neutral prompt, and nothing can be divided by 0. Leave the completion out, use another neutral "
+            "prompt, or a discount_completions of at least 0."
         )
     return weight
 
@@ -121,14 +121,16 @@ def checked_prior(prior: Sequence[float] | None, num_completions: int) -> Any:
     """Return a prior as an array `(completions,)`, or None where there is none.
 
     Raises:
-        TypeError, ValueError: other things than a probability for each completion, or a sum that is not 1.
+        TypeError, ValueError: the prior is not a probability for each completion, or its sum is not 1.
 
     """
     if prior is None:
         return None
     given = as_floats(prior, "prior")
     if given.shape != (num_completions,):
-        raise ValueError(f"prior has the shape {given.shape} for {num_completions} completions; give a number each.")
+        raise ValueError(
+            f"prior has the shape {given.shape} for {num_completions} completions; give a number for each completion."
+        )
     if not ((given >= 0) & (given <= 1)).all() or not np.isclose(given.sum(), 1):
         raise ValueError(f"prior must be probabilities that sum to 1, not {given.tolist()} (sum {given.sum():.6g}).")
     return given
@@ -138,6 +140,5 @@ def check_normalize(normalize: bool, num_completions: int) -> None:
     """Raise ValueError for a single completion whose probability would be normalized to 1."""
     if normalize and num_completions == 1:
         raise ValueError(
-            "With one completion a normalized probability is 1, whatever it is. Set normalize=False, or give more "
-            "completions."
+            "With one completion the normalized probability is always 1. Set normalize=False, or give more completions."
         )

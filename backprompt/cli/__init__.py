@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _parser().parse_args(argv, arguments)
         if sys.stdout is None and getattr(arguments, "output", "-") == "-":
-            say("error: standard output is closed. Send it somewhere, /dev/null if it is not needed.")
+            say("error: standard output is closed. Redirect it to a file, or to /dev/null if it is not needed.")
             return BAD_INPUT
         with _messages(arguments.verbose, has_bars=not arguments.no_progress and is_terminal()):
             code: int = arguments.run(arguments)
@@ -128,7 +128,7 @@ def _end_by_interrupt() -> None:
     if os.name != "posix":
         return
     if sys.stdout is not None:
-        with contextlib.suppress(OSError):  # its reader has gone, too
+        with contextlib.suppress(OSError):  # the reader of standard error is gone, too
             sys.stdout.flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)
@@ -179,7 +179,7 @@ def _in_a_line(error: BaseException, *, with_kind: bool) -> str:
     if not with_kind:
         return message
     named = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return f"{named} (with --traceback it is shown where)"
+    return f"{named} (--traceback shows where)"
 
 
 def _is_closed_pipe(error: BaseException) -> bool:

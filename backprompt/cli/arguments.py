@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _HELP_WIDTH = 100
 WEIGHTS = ("int8", "int8-dynamic")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
-PROGRESS_HELP = "show no progress bar; there is none anyway where standard error is no terminal"
+PROGRESS_HELP = "show no progress bar; no bar shows anyway unless standard error is a terminal"
 
 
 def add_command(
@@ -50,10 +50,10 @@ def add_command(
     parser.set_defaults(run=run)
     group = parser.add_argument_group("messages")
     group.add_argument(
-        "-v", "--verbose", action="count", default=0, help="say more on standard error; -vv says all that there is"
+        "-v", "--verbose", action="count", default=0, help="print more on standard error; -vv prints all messages"
     )
     group.add_argument("--no-progress", action="store_true", help=PROGRESS_HELP)
-    group.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
+    group.add_argument("--traceback", action="store_true", help="show where in the program an error was raised")
     return parser
 
 
@@ -64,7 +64,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "input",
         metavar="INPUT",
         help="prompts, one a row, as JSONL or CSV; - for standard input. A line of JSONL is a string, or an object "
-        'with "prompt": a string or a list of strings, which + joins ("prompts" and "parts" are such names, too)',
+        'with "prompt": a string or a list of strings, which + joins (or such a field "prompts" or "parts")',
     )
     source = group.add_mutually_exclusive_group()
     source.add_argument("--column", metavar="NAME", help='field or column of the prompt (default: "prompt")')
@@ -72,16 +72,18 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--template",
         type=Template.of,
         metavar="TEXT",
-        help="make the prompt of several fields: 'Review: {review}\\nSentiment:'; \\n is a line break, {{ a brace",
+        help="make the prompt from several fields: 'Review: {review}\\nSentiment:'; \\n is a line break, {{ a brace",
     )
-    group.add_argument("--chat", action="store_true", help="each prompt is a user's message; the model's turn is next")
+    group.add_argument(
+        "--chat", action="store_true", help="each prompt is a user's message, and the model's reply is next"
+    )
     group.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it")
     group.add_argument("--input-format", choices=FORMATS, help="by default by the extension; JSONL for -")
     group.add_argument(
         "--encoding",
         type=_encoding,
         metavar="NAME",
-        help="of the input and of completions: cp1252 ... (default: UTF-8)",
+        help="encoding of the input and of completions, such as cp1252 (default: UTF-8)",
     )
 
 
@@ -89,33 +91,38 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = 
     """Add the arguments of `load`."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=is_required, metavar="NAME", help="a hub id such as gpt2, or a folder")
-    group.add_argument("--device", help="cuda, mps, cpu ... (default: the first of these that there is)")
+    group.add_argument("--device", help="cuda, mps, cpu ... (default: the first of these that is available)")
     group.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, the checkpoint's own elsewhere)"
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the weights (default: float32 on the CPU, the checkpoint's own elsewhere)",
     )
     group.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="quantize the linear layers after loading, with torchao; int8-dynamic their inputs, too "
-        "(default: not at all)",
+        help="quantize the linear layers after loading, with torchao; int8-dynamic quantizes their inputs, too "
+        "(default: none)",
     )
     group.add_argument(
         "--store",
         metavar="FOLDER",
-        help="keep there what is computed, in runs of 16 tokens and more, and look there first (prompts.bp)",
+        help="a folder of results, such as prompts.bp: results in runs of 16 or more tokens are kept there, and "
+        "looked up there first",
     )
     group.add_argument(
-        "--memory", metavar="SIZE", help='hold at most so much between passes, "2 GB" (default: half of what is free)'
+        "--memory",
+        metavar="SIZE",
+        help="hold at most this much between passes, such as 2 GB (default: half of free memory)",
     )
     group.add_argument(
         "--joins",
         choices=JOINS,
         default="exact",
-        help="where two parts of a prompt meet: tokens of the whole string, of each part on its own, or an error where "
-        "the two differ (default: %(default)s)",
+        help="how parts of a prompt are encoded: as one string, each on its own, or with an error where the two "
+        "differ (default: %(default)s)",
     )
     group.add_argument(
-        "--pack-weights", action="store_true", help="CPU: a second copy of the weights in memory, for faster passes"
+        "--pack-weights", action="store_true", help="on the CPU: hold a second copy of the weights, for faster passes"
     )
 
 
@@ -150,7 +157,7 @@ def check_output(arguments: argparse.Namespace) -> None:
     if path == PIPE:
         return
     if not os.path.isdir(os.path.dirname(path) or "."):
-        raise CommandError(f"{path} cannot be written to: there is no folder {os.path.dirname(path)}.")
+        raise CommandError(f"{path} cannot be written to: there is no folder {os.path.dirname(path)}. Create it first.")
     if os.path.isdir(path):
         raise CommandError(f"{path} is a folder. Give the output the name of a file.")
 
@@ -189,24 +196,24 @@ def load_model(arguments: argparse.Namespace) -> LM:
 
 
 def read_input(arguments: argparse.Namespace) -> Input:
-    """Return the input, after a check that it is there."""
+    """Return the input, after a check that it exists."""
     check_chat(arguments)
     check_is_there(arguments.input)
-    format = format_of(arguments.input, arguments.input_format)
+    format = format_of(arguments.input, arguments.input_format, "--input-format")
     return Input(arguments.input, format, arguments.column, arguments.template, arguments.encoding)
 
 
 def read_completions(given: str, encoding: str | None = None) -> list[str]:
     """Return completions: a list with commas, or those in a file, one a line, or a JSON list in a file called .json.
 
-    Blanks around commas and at the ends of lines are left out; the latter is said.
+    Blanks around commas and at the ends of lines are left out; a message says so for the latter.
 
     Raises:
-        CommandError: the file is not there, or cannot be read.
+        CommandError: the file does not exist, or cannot be read.
 
     """
     if not os.path.exists(given):
-        if "," not in given:
+        if "," not in given or Path(given).suffix.lower() in (".txt", ".json"):
             raise CommandError(f"--completions {given}: no such file. Name a file, or give a list: negative,positive.")
         return [completion for part in given.split(",") if (completion := part.strip())]
     path, text = given, read_text(given, encoding)
@@ -246,7 +253,7 @@ def _encoding(given: str) -> str:
     try:
         "".encode(given)
     except LookupError as error:
-        raise argparse.ArgumentTypeError(f"{given} is no encoding of text") from error
+        raise argparse.ArgumentTypeError(f"{given} is not an encoding of text") from error
     return given
 
 
@@ -254,7 +261,7 @@ def finite(given: str) -> float:
     """Return a finite float: a type of argparse."""
     number = float(given)
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{given} is no finite number")
+        raise argparse.ArgumentTypeError(f"{given} is not a finite number")
     return number
 
 
@@ -275,7 +282,8 @@ def say_if_empty(path: str) -> None:
     with backprompt.DiskStore(path, persist="never") as store:
         if store.is_writable and not store.stats().num_entries:
             say(
-                f"{path} has no entries: runs of fewer than {MIN_TOKENS} new tokens are not stored, and none was longer"
+                f"{path} has no entries: runs of fewer than {MIN_TOKENS} new tokens are not stored, and no run "
+                "was longer"
             )
 
 

@@ -28,17 +28,22 @@ def add(commands: Any) -> None:
         "demo",
         "sort 40 customer questions into 12 intents with a small model",
         """Sort 40 customer questions into 12 intents: 480 texts as one tree of prompts, each distinct token computed
-        once, beside plain padded batches. Takes about a minute on two cores, most of it for the plain batches.
+        once, beside plain padded batches. The demo takes about a minute on two cores, most of it for the plain batches.
 
-        The demo model, SmolLM2-135M-Instruct, comes from PyPI (98 MB); where it is missing this says how to get it.""",
+        The demo model, SmolLM2-135M-Instruct, comes from PyPI (98 MB); if it is missing, an error says how to get
+        it.""",
         run=run,
         examples=("backprompt demo", "backprompt demo --model gpt2"),
     )
     parser.add_argument("--model", metavar="NAME", help="a hub id or a folder, in place of the demo model")
     parser.add_argument(
-        "--questions", metavar="FILE", help="one a line: what the customer wrote, a tab, the intent (default: the 40)"
+        "--questions",
+        metavar="FILE",
+        help="questions, one a line: the customer's words, a tab, the intent (default: the 40)",
     )
-    parser.add_argument("--plain-batches", type=int, metavar="N", help="how many plain batches to time (default: 4)")
+    parser.add_argument(
+        "--plain-batches", type=int, metavar="N", help="the number of plain batches to time (default: 4)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -31,13 +31,13 @@ def add(commands: Any) -> None:
         commands,
         "generate",
         "let the model continue each prompt",
-        """Continue each prompt, greedily unless sampling is asked for. What prompts have in common is computed once,
+        """Continue each prompt, greedily unless sampling is asked for. Parts that prompts share are computed once,
         and all prompts of a slice run together.
 
         Each row of the input becomes one of the output, or N rows with --n, with the fields "completion",
         "finish_reason" ("eos", "stop", "constraint", "length"), "num_new_tokens" and "logprob" (of these tokens, nats);
-        with --n also "sample", from 0 on. A sample depends on the seed, the prompt and its number, not on other rows;
-        so equal prompts have equal samples.""",
+        with --n also "sample", from 0 on. A sample depends on the seed, the prompt and the number of the sample, not on
+        other rows; so equal prompts have equal samples.""",
         run=run,
         examples=(
             "backprompt generate prompts.jsonl --max-new-tokens 32 --model gpt2 -o out.jsonl",
@@ -47,34 +47,42 @@ def add(commands: Any) -> None:
     )
     add_input_arguments(parser)
     group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=positive, required=True, metavar="N", help="add at most so many tokens")
-    group.add_argument("--n", type=positive, metavar="N", help="samples of each prompt")
+    group.add_argument(
+        "--max-new-tokens", type=positive, required=True, metavar="N", help="the largest number of tokens to add"
+    )
+    group.add_argument("--n", type=positive, metavar="N", help="the number of samples of each prompt")
     group.add_argument(
         "--stop",
         action="append",
         type=_unescaped,
         metavar="TEXT",
-        help="end before this when it is generated, and leave it out; may be given more than once; "
-        "\\n, \\t and \\\\ mean what they mean in C",
+        help="end a completion before this string; may be given more than once; \\n, \\t and \\\\ are escapes as in C",
     )
-    group.add_argument("--include-stop", action="store_true", help="keep what --stop names")
+    group.add_argument(
+        "--include-stop", action="store_true", help="keep the string of --stop at the end of the completion"
+    )
     constraint = group.add_mutually_exclusive_group()
     constraint.add_argument(
         "--regex",
         dest="constraint",
         type=_regex,
         metavar="PATTERN",
-        help="what is generated must match this regular expression (needs llguidance)",
+        help="a regular expression that each completion must match (needs llguidance)",
     )
     constraint.add_argument(
         "--json-schema",
         dest="constraint",
         type=_json_schema,
         metavar="FILE",
-        help="what is generated must be JSON that is valid under this schema (needs llguidance)",
+        help="a schema: each completion must be JSON that is valid under it (needs llguidance)",
     )
-    group.add_argument("--seed", type=not_negative, help="of sampling (default: another one each time)")
-    group.add_argument("--do-sample", action="store_true", default=None, help="sample; so do the next three")
+    group.add_argument("--seed", type=not_negative, help="the seed of sampling (default: a new one each time)")
+    group.add_argument(
+        "--do-sample",
+        action="store_true",
+        default=None,
+        help="sample; each of the next three options turns sampling on, too",
+    )
     group.add_argument("--temperature", type=finite)
     group.add_argument("--top-p", type=finite)
     group.add_argument("--top-k", type=int)
@@ -145,9 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     new_fields = NEW_FIELDS if arguments.n is None else (*NEW_FIELDS, "sample")
     compared = {name: getattr(arguments, name) for name in (*_OWN_OPTIONS, *named)}
-    compared["option"] = dict(arguments.option)
-    if arguments.constraint is not None:
-        compared["constraint"] = repr(arguments.constraint)
+    compared |= {"option": dict(arguments.option), **_named(arguments.constraint)}
     return stream(arguments, Job(new_fields, computed_with, compared, rows_per_prompt=arguments.n or 1))
 
 
@@ -166,7 +172,7 @@ def result_of(text: GeneratedText, sample_idx: int, num_samples: int | None) -> 
 def _unescaped(given: str) -> str:
     """Return a string with escapes replaced, since line breaks are hard to write in most shells."""
     if not given:
-        raise argparse.ArgumentTypeError("it must not be empty")
+        raise argparse.ArgumentTypeError("the string must not be empty")
     return unescaped(given)
 
 
@@ -187,6 +193,11 @@ def _json_schema(given: str) -> JsonSchema:
     if not isinstance(schema, dict):
         raise argparse.ArgumentTypeError(f"{given} must hold a JSON schema, an object, not {json.dumps(schema)[:60]}")
     return JsonSchema(schema)
+
+
+def _named(constraint: Regex | JsonSchema | None) -> dict[str, str | None]:
+    """Return a constraint by the names of its options, None for one that is not given."""
+    return {"regex": getattr(constraint, "pattern", None), "json_schema": getattr(constraint, "json", None)}
 
 
 def _option(given: str) -> tuple[str, Any]:

@@ -33,9 +33,9 @@ class Input:
     Args:
         path: a file, or "-" for standard input.
         format: the format of its rows.
-        field: the field or column that holds the prompt; by default the one of `PROMPT_FIELDS` that is there.
+        field: the field or column that holds the prompt; by default the one of `PROMPT_FIELDS` that the row has.
         template: makes the prompt of several fields instead.
-        encoding: of the text; by default UTF-8.
+        encoding: the encoding of the text; by default UTF-8.
 
     """
 
@@ -75,7 +75,7 @@ class Input:
         except UnicodeError as error:
             raise CommandError(f"{self.name} is not {encoding}: {error}.") from error
         finally:
-            text.detach()  # who opened the file closes it
+            text.detach()  # the code that opened the file closes it
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
@@ -104,11 +104,13 @@ class Input:
                 if "\\u" in string:
                     json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
-                raise CommandError(f"{where} holds half of a surrogate pair, which is no character.") from error
+                raise CommandError(f"{where} holds half of a surrogate pair, which is not a character.") from error
             except json.JSONDecodeError as error:
-                raise CommandError(f"{where} is not JSON: {error.msg} (column {error.colno}).") from error
+                raise CommandError(
+                    f"{where} is not JSON: {error.msg} (column {error.colno}). JSONL has a JSON value a line."
+                ) from error
             except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-                raise CommandError(f"{where} is no JSON that can be read: {error}.") from error
+                raise CommandError(f"{where} is JSON that cannot be read: {error}.") from error
             source = string.strip() if isinstance(value, dict) else None
             fields = {self.field or PROMPT_FIELDS[0]: value} if isinstance(value, str) else value
             if not isinstance(fields, dict):
@@ -179,7 +181,8 @@ def decoded(data: bytes, where: str, *, may_have_mark: bool = True) -> str:
         raise CommandError(f"{where} is not UTF-8. {hint}") from error
     if "\0" in text:
         raise CommandError(
-            f"{where} holds NUL bytes. If it is UTF-16, say --encoding utf-16-le; JSON writes the character NUL as "
+            f"{where} holds NUL bytes. If the encoding is UTF-16, add --encoding utf-16-le; JSON writes the "
+            "character NUL as "
             "\\u0000."
         )
     return text
@@ -199,5 +202,5 @@ def _finite(number: str) -> float:
     """Return a float, called by `json.loads`, which alone takes NaN and numbers that are too large for a float."""
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{number} is no finite number")
+        raise ValueError(f"{number} is not a finite number")
     return value

@@ -1,8 +1,8 @@
 """Output: a file or a pipe of results, in the order of the input, and only ever appended to.
 
-The output of a process that was killed is a beginning of the whole, except perhaps for its last row, and another
-process goes on behind it. An `Output` keeps the file, which no other process of this program may write to meanwhile,
-the columns of CSV, and the size of the earlier content that stays.
+The output of a killed process is a beginning of the whole output, except perhaps for its last row, and another process
+can continue there. An `Output` keeps the file, which no other process of this program may write to meanwhile, the
+columns of CSV, and the size of the earlier content that stays.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Output:
     def resume(
         self, rows: Iterator[Row], check: Callable[[Mapping[str, Any]], str | None]
     ) -> tuple[int, Iterator[Row]]:
-        """Go on behind the rows that are there: take their rows from the input; `cut_off` drops a half-written rest.
+        """Continue behind the rows in the file: take their rows from the input; `cut_off` drops a half-written rest.
 
         Args:
             rows: the rows of the input.
@@ -74,7 +74,7 @@ class Output:
             The number of rows taken from the input, and the other rows.
 
         Raises:
-            CommandError: the rows that are there, or the rest to be dropped, were not made from this input.
+            CommandError: the rows of the file, or the rest to be dropped, were not made from this input.
 
         """
         num_prompts, num_bytes = 0, 0
@@ -86,7 +86,10 @@ class Output:
                 break
             row = next(rows, None)
             if row is None:
-                raise CommandError(f"{self.path} has more rows than the input. Give it another name, or --overwrite.")
+                raise CommandError(
+                    f"{self.path} has more rows than the input. Give the output another name, or "
+                    "replace it: --overwrite."
+                )
             for one in written:
                 self._check_alike(one, row, check)
             num_prompts, num_bytes = stop + 1, written[-1].stop_byte
@@ -157,7 +160,7 @@ class Output:
         )
 
     def _written(self) -> Iterator[_Written]:
-        """Yield the whole rows that are there, and note the columns of CSV and the bytes behind the last row."""
+        """Yield the whole rows of the file, and note the columns of CSV and the bytes behind the last row."""
         idx = 0
         with open(self.path, "rb") as file:
             for record, stop_byte in records(file, self.format):
@@ -185,7 +188,7 @@ class Output:
                 idx += 1
 
     def claim(self) -> None:
-        """Keep other processes from writing to a file that is there, until `close`.
+        """Keep other processes from writing to an existing file, until `close`.
 
         Raises:
             CommandError: another process writes to the file, or it cannot be read.
@@ -201,7 +204,7 @@ class Output:
         """Open the file; its content stays until `cut_off`. A new file is claimed.
 
         Raises:
-            CommandError: the file cannot be written to, or a new file is there by now.
+            CommandError: the file cannot be written to, or another process has created it by now.
 
         """
         if self.path == PIPE:
@@ -212,7 +215,8 @@ class Output:
             self._file = open(os.path.realpath(self.path), "xb" if is_new else "ab")  # noqa: SIM115  # see `close`
         except FileExistsError as error:
             raise CommandError(
-                f"{self.path} was not there, and is by now: another process writes to it. Give the output another name."
+                f"{self.path} did not exist at the start and exists now: another process writes to it. Give the "
+                "output another name."
             ) from error
         except OSError as error:
             raise CommandError(f"{self.path} cannot be written to: {error.strerror}.") from error
@@ -226,7 +230,7 @@ class Output:
         try:
             text = header + "".join(self._lines(row, results))
         except ValueError as error:
-            raise CommandError(f"{row.where}: a result is no finite number, which JSON has no word for.") from error
+            raise CommandError(f"{row.where}: a result is not a finite number, so JSON cannot express it.") from error
         self._file.write(text.encode())
 
     def cut_off(self) -> None:
@@ -265,13 +269,15 @@ class Output:
         self._columns = [*row.fields, *self._new_fields]
         formula = next((name for name in self._columns if self._cell(name) != name), None)
         if formula is not None:
-            raise CommandError(f"{row.where} has a column {formula!r}, which is taken for a formula. Rename it.")
+            raise CommandError(
+                f"{row.where} has a column {formula!r}, which spreadsheets take for a formula. Rename it."
+            )
         return csv_line(self._columns)
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A row that is in the output: its number, its fields, and its end in the file."""
+    """A row of the output: its number, its fields, and its end in the file."""
 
     idx: int
     fields: dict[str, Any]

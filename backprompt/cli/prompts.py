@@ -1,4 +1,4 @@
-"""Rows as prompts: a template over the fields of a row, a conversation, strings split where others go another way."""
+"""Rows as prompts: a template over the fields of a row, a conversation, strings split where they diverge."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Template:
 
     @classmethod
     def of(cls, given: str) -> Template:
-        r"""Return a template: a type of argparse; \n and \t are what they are in C, {{ and }} are braces.
+        r"""Return a template: a type of argparse; \n and \t are escapes as in C, {{ and }} are braces.
 
         Raises:
             ArgumentTypeError: braces are not closed, or have no name between them.
@@ -83,7 +83,7 @@ def unescaped(given: str) -> str:
 
 
 def texts_of(rows: Sequence[Row], lm: LM | None, arguments: argparse.Namespace) -> list[Text]:
-    """Return the prompts of rows as texts, as conversations if they are asked for."""
+    """Return the prompts of rows as texts, as conversations if --chat is given."""
     prompts = [Text("", lm).join(row.parts) for row in rows]
     if not arguments.chat:
         return prompts
@@ -99,11 +99,11 @@ def check_chat(arguments: argparse.Namespace) -> None:
     if arguments.system is not None and not arguments.chat:
         raise CommandError("--system is the first message of a conversation: give --chat, too.")
     if arguments.chat and arguments.model is None:
-        raise CommandError("--chat takes the chat template of a model: --model NAME.")
+        raise CommandError("--chat uses the chat template of a model: add --model NAME.")
 
 
 def split_at_common_beginnings(strings: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return each string in parts, cut between words where another string that begins alike ends or goes on otherwise.
+    """Return each string in parts, cut between words where another string with the same beginning ends or diverges.
 
         ["a b c", "a b d"]  ->  [("a b", " c"), ("a b", " d")]
 

@@ -59,7 +59,7 @@ def cell(value: Any) -> str:
 
 
 def escaped_cell(value: Any) -> str:
-    """Return the same as `cell`, with ' before a formula of spreadsheets; a number is no formula."""
+    """Return the same as `cell`, with ' before a formula of spreadsheets; a number is not a formula."""
     plain = cell(value)
     return f"'{plain}" if _FORMULA.match(plain) and not _NUMBER.fullmatch(plain) else plain
 

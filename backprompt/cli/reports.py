@@ -37,11 +37,11 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "explain",
-        "what evaluating prompts takes: tokens, passes, bytes, and whether sharing pays",
-        """Say what evaluating prompts takes, as a database explains a query: tokens in all strings, distinct ones, what
-        a store has of them, passes, bytes; where prompts stop having a common beginning, and whether sharing pays.
+        "the cost of evaluating prompts: tokens, passes, bytes, and whether sharing pays",
+        """Show the cost of evaluating prompts, as a database explains a query: tokens in all strings, distinct tokens,
+        tokens in the store, passes, bytes; where prompts stop having a common beginning, and whether sharing pays.
 
-        Nothing is computed, unless --run asks for it; then what was done stands beside what was expected.""",
+        Nothing is computed without --run; with it, the actual figures stand beside the expected ones.""",
         run=run_explain,
         examples=(
             "backprompt explain prompts.jsonl --model gpt2",
@@ -62,10 +62,9 @@ def _add_draw(commands: Any) -> None:
         commands,
         "draw",
         "a picture of what prompts share",
-        """Draw prompts as a tree of their parts: what follows what, and what is shared. Strings are cut where
-        others that begin alike go on otherwise. With --model boxes have their
-        tokens, and joins where tokens change are marked; with --run they are evaluated, and the colours say what was
-        computed and what was read from a store.""",
+        """Draw prompts as a tree of their parts, with shared parts drawn once. Strings are cut where strings with the
+        same beginning diverge. With --model the boxes show tokens, and joins that change tokens are marked. With --run
+        the prompts are evaluated, and colours distinguish computed parts from parts that were read from a store.""",
         run=run_draw,
         examples=(
             "backprompt draw prompts.jsonl -o tree.svg",
@@ -78,21 +77,21 @@ def _add_draw(commands: Any) -> None:
         "--output",
         required=True,
         metavar="FILE",
-        help="the picture, replaced if it is there: .svg, .png, .pdf, or .gv for its source; - prints SVG",
+        help="the picture, replaced if it exists: .svg, .png, .pdf, or .gv for its source; - prints SVG",
     )
     parser.add_argument(
         "--max-children",
         type=int,
         default=6,
         metavar="N",
-        help="of more texts behind a part fold the last ones (%(default)s)",
+        help="show at most N texts behind a part, and fold the last ones (%(default)s)",
     )
     parser.add_argument(
         "--max-columns",
         type=int,
         default=9,
         metavar="N",
-        help="fold what stands behind so many columns (%(default)s)",
+        help="show at most N columns, and fold the parts behind them (%(default)s)",
     )
     parser.add_argument("--run", action="store_true", dest="is_run", help="evaluate first; needs --model")
     add_model_arguments(parser, is_required=False)
@@ -102,9 +101,9 @@ def _add_verify(commands: Any) -> None:
     parser = add_command(
         commands,
         "verify",
-        "how far log-probabilities lie from those of plain calls",
+        "the difference between log-probabilities and those of plain calls",
         """Evaluate prompts, and compare all their log-probabilities with those of the model's plain call, one prompt a
-        call: the largest and the mean gap in nats, and where another token would be the most probable one.""",
+        call. The report has the largest and the mean gap in nats, and says where the most probable tokens differ.""",
         run=run_verify,
         examples=(
             "backprompt verify prompts.jsonl --model gpt2 --sample 20",
@@ -113,14 +112,14 @@ def _add_verify(commands: Any) -> None:
     )
     add_text_arguments(parser)
     parser.add_argument("--sample", type=positive, metavar="K", help="compare K texts, drawn at random (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (default: %(default)s)")
     parser.add_argument(
         "--tolerance",
         type=float,
         metavar="NATS",
         help="largest gap that passes, at tokens of p >= 0.001 (default: by dtype; 0.001 in float32, 0.5 in bfloat16)",
     )
-    parser.add_argument("--fail-on-drift", action="store_true", help="exit with 1 where a gap is larger")
+    parser.add_argument("--fail-on-drift", action="store_true", help="exit with 1 if a gap is larger")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
 
@@ -131,7 +130,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--completions",
         metavar="FILE",
-        help="take each prompt with each of these behind it, after a space: a file, or a list with commas",
+        help="completions to put behind each prompt, after a space: a file, or a list with commas",
     )
 
 

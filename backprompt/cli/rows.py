@@ -42,16 +42,16 @@ class Row:
 def check_is_there(path: str) -> None:
     """Raise CommandError for a path that is missing or a folder; reads nothing, since a pipe can be read only once."""
     if path != PIPE and not os.path.exists(path):
-        raise CommandError(f"{path} is not there.")
+        raise CommandError(f"{path} does not exist.")
     if os.path.isdir(path):
         raise CommandError(f"{path} is a folder, not a file of prompts.")
 
 
-def format_of(path: str, given: Format | None) -> Format:
-    """Return the format of a file: as given, else by its extension; JSONL for pipes.
+def format_of(path: str, given: Format | None, option: str) -> Format:
+    """Return the format of a file: as given by an option, else by its extension; JSONL for pipes.
 
     Raises:
-        CommandError: neither of them tells the format.
+        CommandError: the format is neither given nor told by the extension.
 
     """
     if given is not None:
@@ -63,7 +63,7 @@ def format_of(path: str, given: Format | None) -> Format:
         return "csv"
     if extension in (".jsonl", ".ndjson", ".json"):
         return "jsonl"
-    raise CommandError(f"{path}: say whether this is JSONL or CSV, by the extension (.jsonl, .csv) or as an option.")
+    raise CommandError(f"{path} may be JSONL or CSV. Say which, by the extension (.jsonl, .csv) or with {option}.")
 
 
 def checked(rows: Iterable[Row], new_fields: Sequence[str], output_format: Format) -> Iterator[Row]:
@@ -80,7 +80,9 @@ def checked(rows: Iterable[Row], new_fields: Sequence[str], output_format: Forma
             raise CommandError(f"{row.where} has a field {taken[0]!r}, which is the name of a result. Rename it.")
         columns = row.fields if columns is None else columns
         if output_format == "csv" and (added := [name for name in row.fields if name not in columns]):
-            raise CommandError(f"{row.where} has a field {added[0]!r} that the first row has not. Write JSONL instead.")
+            raise CommandError(
+                f"{row.where} has a field {added[0]!r} that the first row does not have. Write JSONL instead."
+            )
         yield row
 
 
@@ -88,7 +90,7 @@ def as_json(value: Any, *, allow_nan: bool = False) -> str:
     """Return a value as JSON that terminals can show: other alphabets as they are, control characters escaped.
 
     Raises:
-        ValueError: the value holds a number that is not finite, which JSON has no word for.
+        ValueError: the value holds a number that is not finite, which JSON cannot express.
 
     """
     return visible_json(json.dumps(value, ensure_ascii=False, allow_nan=allow_nan))

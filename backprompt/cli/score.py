@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "score",
-        "how probable given completions are behind each prompt: classification",
-        """Compute the probability of each completion behind each prompt. What prompts have in common is computed once.
+        "the probability of given completions behind each prompt: classification",
+        """Compute the probability of each completion behind each prompt. Parts that prompts share are computed once.
 
         Each row of the input becomes one of the output, with the fields "prediction" (the most probable completion),
         "probability" (its own) and "probabilities" (of all completions, or of the --top ones, the most probable
@@ -60,7 +61,9 @@ def add(commands: Any) -> None:
         help="a file, one a line, or a JSON list of strings in a file .json; or a list here: negative,positive",
     )
     group.add_argument(
-        "--prior", metavar="P", help="a probability for each completion: numbers with commas, or a file, one a line"
+        "--prior",
+        metavar="P",
+        help="a prior probability for each completion: numbers with commas, or a file, one a line",
     )
     group.add_argument(
         "--aggregate",
@@ -69,29 +72,32 @@ def add(commands: Any) -> None:
         help="a completion's log-probability: the mean of its tokens', or their sum (default: %(default)s)",
     )
     group.add_argument("--top", type=positive, metavar="K", help="write the K most probable completions only")
-    group.add_argument("--no-normalize", action="store_true", help="do not let probabilities sum to one")
+    group.add_argument("--no-normalize", action="store_true", help="do not normalize probabilities to sum to one")
     group.add_argument(
         "--discount-completions",
         type=finite,
         default=0.0,
         metavar="X",
-        help="add X times the log-probability of a completion alone; negative against such as are probable anywhere",
+        help="add X times the log-probability of a completion alone; a negative X works against completions that "
+        "are probable anywhere",
     )
     group.add_argument(
-        "--neutral-prompt", metavar="TEXT", help='divide by the probability of a completion behind this, such as "N/A"'
+        "--neutral-prompt",
+        metavar="TEXT",
+        help='divide by the probability of a completion behind this prompt, such as "N/A"',
     )
     group.add_argument(
         "--end-of-prompt",
         choices=tuple(ENDS_OF_PROMPT),
         default="auto",
-        help="what stands between prompt and completion; auto: a space where neither has one, nothing behind white "
+        help="the string between prompt and completion; auto: a space where neither has one, nothing behind white "
         "space and special tokens (default: %(default)s)",
     )
     group.add_argument(
         "--search",
         choices=SEARCHES,
         default="exhaustive",
-        help="best-first: find the most probable completion without scoring those that cannot win, and write "
+        help="best-first: find the most probable completion without scoring completions that cannot win, and write "
         '"prediction" alone; for hundreds of completions (default: %(default)s)',
     )
     add_output_arguments(parser)
@@ -135,7 +141,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _search(arguments: argparse.Namespace, completions: list[str], options: dict[str, Any]) -> int:
     """Find the most probable completions of all of the input, without the probabilities of all."""
     if arguments.top is not None or arguments.no_normalize:
-        raise CommandError("--search best-first finds the most probable completion alone: leave --top and such out.")
+        raise CommandError(
+            "--search best-first finds the most probable completion and no probabilities: leave --top and "
+            "--no-normalize out."
+        )
 
     def computed_with(lm: LM) -> Compute:
         def compute(prompts: Sequence[Text]) -> list[list[dict[str, Any]]]:
@@ -173,8 +182,12 @@ def _result(completions: Sequence[str], probabilities: Sequence[float], num_kept
 def _prior(given: str) -> list[float]:
     try:
         return [float(number) for number in given.split(",")]
-    except ValueError:
-        lines = read_text(given).split()
+    except ValueError as error:
+        if not os.path.exists(given):
+            raise CommandError(
+                f"--prior {given}: no such file. Name a file, or give a number for each completion: 0.3,0.7."
+            ) from error
+    lines = read_text(given).split()
     try:
         return [float(number) for number in lines]
     except ValueError as error:

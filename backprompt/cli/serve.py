@@ -20,11 +20,12 @@ def add(commands: Any) -> None:
         commands,
         "serve",
         "answer requests over HTTP, as OpenAI's API does",
-        f"""Answer /v1/completions, /v1/chat/completions, /v1/models and /v1/score over HTTP. Requests that come while
-        a pass runs share the next one. The server can be reached from this machine only, unless --host says otherwise.
+        f"""Answer /v1/completions, /v1/chat/completions, /v1/models and /v1/score over HTTP. Requests that arrive
+        during a pass share the next pass. The server can be reached from this machine only, unless --host says
+        otherwise.
 
-        An interrupt or SIGTERM ends the server when all requests in work are answered; a second one ends it at once.
-        The key may also stand in the environment, as {KEY_VARIABLE}.""",
+        An interrupt or SIGTERM ends the server when all requests in progress are answered; a second one ends it at
+        once. The key may also stand in the environment, as {KEY_VARIABLE}.""",
         run=run,
         examples=(
             "backprompt serve --model gpt2 --store prompts.bp",
@@ -38,17 +39,25 @@ def add(commands: Any) -> None:
     group.add_argument("--name", help="the name of the model for clients (default: that of --model)")
     group.add_argument("--api-key", metavar="KEY", help="the key that clients must send (default: none)")
     group.add_argument(
-        "--max-requests", type=positive, default=128, metavar="N", help="refuse requests beyond so many in work (128)"
+        "--max-requests",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="the most requests in progress at once; more are refused (128)",
     )
     group.add_argument(
         "--max-tokens",
         type=positive,
         default=65_536,
         metavar="N",
-        help="refuse requests of more tokens, with those to be generated (65536)",
+        help="the most tokens of a request, including those to generate (65536)",
     )
     group.add_argument(
-        "--max-body-bytes", type=positive, default=4 << 20, metavar="N", help="refuse larger bodies (4194304)"
+        "--max-body-bytes",
+        type=positive,
+        default=4 << 20,
+        metavar="N",
+        help="the largest body of a request, in bytes (4194304)",
     )
 
 
@@ -62,13 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"The key is empty. Give --api-key or {KEY_VARIABLE} a value, or leave both out.")
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(f"Serving needs {' and '.join(missing)}: pip install 'backprompt[serve]'.")
+        raise MissingDependencyError(f"Serving needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
     from backprompt.serving import app, limits, server
 
     limit = limits.Limits(arguments.max_body_bytes, arguments.max_tokens, arguments.max_requests)
     name = arguments.name or arguments.model
     served = app.make_app(load_model(arguments), name, api_key=api_key, limits=limit)
     if api_key is None and arguments.host not in ("127.0.0.1", "::1", "localhost"):
-        say(f"warning: whoever reaches {arguments.host} may ask: there is no --api-key.")
+        say(f"warning: anybody who can reach {arguments.host} may send requests, because no --api-key is given.")
     server.serve(served, arguments.host, arguments.port, lambda address: say(f"{name} is served at {address}/v1"))
     return 0

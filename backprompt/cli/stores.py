@@ -36,18 +36,18 @@ def add(commands: Any) -> None:
     _add(
         parts,
         "stat",
-        "how many entries, tokens and bytes there are",
+        "the number of entries, tokens and bytes",
         run_stat,
         "backprompt store stat prompts.bp --json",
     )
     finding = _add(
         parts,
         "find",
-        "list the entries whose text begins so; exits with 1 if there is none",
+        "list the entries whose text begins with a prefix; exits with 1 if there is none",
         run_find,
         "backprompt store find prompts.bp 'Q: What'",
     )
-    finding.add_argument("prefix", metavar="TEXT", help="what the text of an entry begins with")
+    finding.add_argument("prefix", metavar="TEXT", help="the beginning of an entry's text")
     _add(
         parts,
         "verify",
@@ -58,11 +58,11 @@ def add(commands: Any) -> None:
     pruning = _add(
         parts,
         "prune",
-        "delete what was not used for longest until the rest fits",
+        "delete the least recently used entries until the rest fits",
         run_prune,
         "backprompt store prune prompts.bp '10 GB'",
     )
-    pruning.add_argument("size", metavar="SIZE", help='how much may stay: a number of bytes, or "10 GB"')
+    pruning.add_argument("size", metavar="SIZE", help='the size that may stay: a number of bytes, or "10 GB"')
 
 
 def _add(parts: Any, name: str, summary: str, run: Any, example: str) -> argparse.ArgumentParser:
@@ -136,7 +136,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 
 def _opened(arguments: argparse.Namespace) -> DiskStore:
-    """Open a store that is there: looking into another folder must not turn it into a store."""
+    """Open an existing store: a look into another folder must not turn that folder into a store."""
     from backprompt.store.opening import is_url
     from backprompt.store.paths import FOLDERS, check_folder
 
@@ -148,7 +148,7 @@ def _opened(arguments: argparse.Namespace) -> DiskStore:
     try:
         folder = check_folder(arguments.path)
         if not (folder / FOLDERS[0]).is_dir():
-            raise CommandError(f"{arguments.path} is no store: it has no folder {FOLDERS[0]!r}.")
+            raise CommandError(f"{arguments.path} is not a store: it has no folder {FOLDERS[0]!r}.")
         return backprompt.DiskStore(folder, persist="never")
     except OSError as error:
         raise CommandError(str(error)) from error

@@ -62,7 +62,7 @@ class Job:
         compute: returns the computation with a model; raises for options that the model cannot use.
         options: all options beside the model that results depend on, by name, as JSON has them.
         rows_per_prompt: the number of rows that a prompt becomes.
-        check_written: returns the fault in the new fields of a row that is there already, or None.
+        check_written: returns the fault in the new fields of a row of the output, or None.
 
     """
 
@@ -88,22 +88,22 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument(
         "--resume",
         action="store_true",
-        help="go on behind the rows that FILE has already, if it is there; a last one that was written half is "
-        "dropped. FILE.options.json, there until FILE is complete, says which options must stay the same",
+        help="continue behind the rows that FILE already has, if it exists; a half-written last row is dropped. "
+        "FILE.options.json, which exists until FILE is complete, lists the options that must stay the same",
     )
-    mode.add_argument("--overwrite", action="store_true", help="replace FILE, if it is there")
+    mode.add_argument("--overwrite", action="store_true", help="replace FILE, if it exists")
     group.add_argument(
         "--escape-formulas",
         action="store_true",
-        help="CSV: put ' before cells that begin with =, +, - or @ and are no numbers, which spreadsheets would run; "
-        "this changes what such cells hold",
+        help="CSV: put ' before cells that begin with =, +, - or @ and are not numbers, because spreadsheets "
+        "would run them; this changes the content of such cells",
     )
     group.add_argument(
         "--slice",
         type=positive,
         default=PROMPTS_A_SLICE,
         metavar="N",
-        help="compute so many prompts together; their results are written together (default: %(default)s)",
+        help="compute N prompts together, and write their results together (default: %(default)s)",
     )
 
 
@@ -202,7 +202,7 @@ class Begun:
         part = Path(f"{self._path}.part")
         try:
             part.write_text(json.dumps({_MARK: self._options}), encoding="utf-8")
-            part.replace(self._path)  # so that the file is there as a whole, or not at all
+            part.replace(self._path)  # the file exists as a whole, or not
         except OSError as error:
             logger.warning("%s cannot be written (%s): --resume cannot compare options.", self._path, error.strerror)
 
@@ -224,7 +224,8 @@ class Begun:
             return None
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise CommandError(
-                f"{self._path} is not from backprompt, which keeps there how {self._output} was begun. Rename one."
+                f"{self._path} was not written by backprompt, which keeps the options of {self._output} under "
+                "this name. Rename one of the two files."
             ) from error
 
 
@@ -233,7 +234,7 @@ def _output(arguments: argparse.Namespace, job: Job) -> Output:
     escapes_formulas = arguments.escape_formulas
     output = Output(
         path,
-        format_of(path, arguments.format),
+        format_of(path, arguments.format, "--format"),
         job.new_fields,
         job.rows_per_prompt,
         escapes_formulas=escapes_formulas,
@@ -242,11 +243,11 @@ def _output(arguments: argparse.Namespace, job: Job) -> Output:
         raise CommandError("--escape-formulas is for CSV: only spreadsheets run formulas. Leave it out for JSONL.")
     check_output(arguments)
     if arguments.resume and (path == PIPE or (os.path.exists(path) and not os.path.isfile(path))):
-        raise CommandError("--resume goes on with a file: name it with -o FILE.")
+        raise CommandError("--resume continues a file: name the file with -o FILE.")
     if path == PIPE:
         return output
     if os.path.isfile(path) and not (arguments.resume or arguments.overwrite):
-        raise CommandError(f"{path} is there already. Go on with it: --resume; or replace it: --overwrite.")
+        raise CommandError(f"{path} exists already. Continue it with --resume, or replace it with --overwrite.")
     return output
 
 

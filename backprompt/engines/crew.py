@@ -1,8 +1,8 @@
 """RayCrew: workers as actors of Ray. This module and no other calls Ray.
 
 Keeps the handles of the actors. Ray starts a dead actor again and asks it once more (`max_restarts`,
-`max_task_retries`); an error that the worker raises is raised here as it is. An error that says nothing of the texts,
-such as a lack of memory, is given a second try.
+`max_task_retries`); an error that the worker raises is raised here as it is. After an error that does not depend on the
+texts, such as a lack of memory, the worker gets a second try.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from backprompt.engines.worker import Description, Maker, Worker
 from backprompt.errors import BackpromptError, MissingDependencyError, WorkerError
 
 NAMESPACE = "backprompt"
-"""Of named workers, whatever the namespace of the driver."""
+"""The namespace of named workers, for any driver."""
 MAX_RESTARTS = 16
 
 
@@ -57,7 +57,7 @@ class RayCrew:
         """Return the description of the workers, once all are there.
 
         Raises:
-            ValueError: workers of this name were made otherwise.
+            ValueError: workers of this name were made with other options.
 
         """
         questions = [Question(worker, "description") for worker in range(self.num_workers)]
@@ -65,8 +65,8 @@ class RayCrew:
         for description in descriptions:
             if description.maker != str(maker):
                 raise ValueError(
-                    f"The workers named {self.name!r} were made of {description.maker}, not of {maker}. Ask for the "
-                    "same, or take another name; RayLM.close() ends the ones that are there."
+                    f"The workers named {self.name!r} were made from {description.maker}, not from {maker}. Ask "
+                    "for the same, or use another name; RayLM.close() ends the running ones."
                 )
         return descriptions[0]
 
@@ -108,8 +108,8 @@ class RayCrew:
             raise
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
             raise WorkerError(
-                f"Worker {question.worker} died while it was asked to {question.method}, and so did its successor, or "
-                f"there is none: {error}"
+                f"Worker {question.worker} died while it was asked to {question.method}, and its successor died, "
+                f"too, or could not be started: {error}"
             ) from error
 
 

@@ -25,13 +25,13 @@ class CrewLM(LM):
 
     Args:
         crew: the workers.
-        description: of the model that each of them holds.
+        description: a description of the model that each worker holds.
 
     """
 
     def __init__(self, crew: Crew, description: Description) -> None:
         self._remote = RemoteSession(crew, description)
-        # All that an LM asks of its session is in `TextSession`, or asked otherwise here.
+        # An LM needs only the methods of `TextSession` from its session; this class replaces all others.
         self._session = cast(Any, self._remote)
 
     def __repr__(self) -> str:
@@ -54,7 +54,7 @@ class CrewLM(LM):
 
     @property
     def model(self) -> Any:
-        """Raise: the model lies with the workers.
+        """Raise an error, because the model lies with the workers.
 
         Raises:
             UnsupportedModelError: always.
@@ -64,13 +64,13 @@ class CrewLM(LM):
 
     @property
     def stats(self) -> Stats:
-        """Counts of the work of all workers, and of what they hold; see `worker_stats`."""
+        """Counts of the work of all workers and of the results that they hold; see `worker_stats`."""
         with self._remote.exclusive():
             return self._remote.stats()
 
     @property
     def worker_stats(self) -> list[Stats]:
-        """Counts of the work of each worker since it was started, and of what it holds."""
+        """Counts of the work of each worker since its start and of the results that it holds."""
         with self._remote.exclusive():
             return self._remote.ask_all("stats")
 
@@ -92,8 +92,8 @@ class CrewLM(LM):
             found = set(self._remote.ask_all("fingerprint"))
         if len(found) > 1:
             raise UnsupportedModelError(
-                "The workers have different weights, so texts have no one result. A loader must return the same each "
-                "time: load trained weights, or set torch's seed before making random ones."
+                "The workers have different weights, so a text would have several results. A loader must return "
+                "the same weights each time: load trained weights, or set torch's seed before making random weights."
             )
         return str(found.pop())
 
@@ -137,14 +137,14 @@ class CrewLM(LM):
             self._remote.ask_all("clear")
 
     def refresh(self, *, compare: bool = True) -> None:
-        """Raise: nobody changes the weights there.
+        """Raise an error, because the workers' weights never change.
 
         Raises:
             UnsupportedModelError: always.
 
         """
         raise UnsupportedModelError(
-            f"The model lies {self._remote.crew.where}, and its weights do not change there. For other weights make "
+            f"The model lies {self._remote.crew.where}, where its weights do not change. For other weights make "
             "another LM."
         )
 
@@ -153,7 +153,7 @@ class CrewLM(LM):
         return RemoteRun(self, self._remote, texts, decoding, is_stream=is_stream)
 
     def explained(self, texts: Sequence[Text], *, analyze: bool) -> PlacedExplanation:
-        """Return which worker computes which texts, and what that costs; for `explain`."""
+        """Return the worker of each text, and the costs; for `explain`."""
         with self._remote.exclusive():
             encoded = self._remote.checked_ids(texts)
             parts = self._remote.layout.place(encoded, remember=analyze)

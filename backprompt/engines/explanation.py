@@ -1,4 +1,4 @@
-"""Where texts are computed, and what each worker computes: the explanations of all parts of a call as one."""
+"""The place where each text is computed, and the cost on each worker: the explanations of a call's parts as one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backprompt.inspection.explanation import Actual, Explanation
 
 @dataclass(frozen=True)
 class PlacedPart:
-    """The texts of one worker, and their cost there.
+    """The texts of one worker, and their cost on it.
 
     Attributes:
         worker: the number of the worker.
@@ -33,7 +33,7 @@ class PlacedExplanation(Explanation):
     Seconds are those of the slowest worker. Segments that are missing are not named.
 
     Attributes:
-        parts: which worker computes which texts.
+        parts: the texts of each worker.
 
     """
 
@@ -65,7 +65,7 @@ class PlacedExplanation(Explanation):
 
     @property
     def sentences(self) -> list[str]:
-        """The meaning of the numbers, and what each worker does."""
+        """The meaning of the numbers, and the work of each worker."""
         return [*super().sentences, *map(_sentence, self.parts)]
 
 

@@ -1,4 +1,4 @@
-"""Layout: which worker computes which texts, by content; no worker is known here.
+"""Layout: the choice of a worker for each text, by content; the module knows workers only by number.
 
 Keeps a map from token ids, in forest order, to workers: runs of texts, each with the worker that was given them. A text
 belongs to the worker of the run that it falls into, or of the neighbouring run with which it shares at least half of
@@ -29,9 +29,9 @@ from backprompt.forest.partition import Floats, Ints, Rates, cut, flattened, for
 from backprompt.tokens.graph import TokenIds, flat
 
 MAX_BUSIER = 1.5
-"""A worker may cost so many times what the slowest part of a new cut costs before texts leave their workers."""
+"""The cost of a worker, relative to the slowest part of a new cut, above which texts leave their workers."""
 FEW_TOKENS = 512
-"""So few tokens stay with their worker in any case: to compute them elsewhere would take their beginnings, too."""
+"""Fewer tokens than this stay with their worker: other workers would have to compute their beginnings, too."""
 MAX_RUNS = 100_000
 """The largest number of remembered runs; then all are forgotten."""
 
@@ -45,7 +45,7 @@ class Part:
 
     Attributes:
         worker: the number of the worker.
-        indices: of the texts, ascending.
+        indices: the indices of the texts, ascending.
 
     """
 
@@ -58,7 +58,7 @@ class Layout:
 
     Args:
         num_workers: the number of workers.
-        rates: what tokens cost; by default the same everywhere.
+        rates: the cost of tokens; by default the same everywhere.
 
     """
 
@@ -77,8 +77,8 @@ class Layout:
 
         Args:
             texts: token ids.
-            more: how many tokens are computed behind each text.
-            remember: whether later calls shall follow this one.
+            more: the number of tokens that are computed behind each text.
+            remember: whether later calls follow this placement.
 
         """
         if not texts:
@@ -115,7 +115,7 @@ class Layout:
         return placed
 
     def _costs(self, workers: Ints, lengths: Ints, shared: Ints, behind: Ints | int) -> Floats:
-        """Return what each worker's texts cost; texts in forest order."""
+        """Return the cost of each worker's texts; texts in forest order."""
         goes_on = np.concatenate([[False], workers[1:] == workers[:-1]])
         costs = self._rates.added(lengths, np.where(goes_on, shared, 0), behind)
         return np.bincount(workers, weights=costs, minlength=self.num_workers).astype(np.float64)
@@ -172,7 +172,7 @@ class Layout:
 
 
 def _num_common(key: bytes, other: bytes) -> int:
-    """Return how many tokens two texts have in common at their beginning."""
+    """Return the number of tokens that two texts have in common at their beginning."""
     num_bytes = min(len(key), len(other))
     own, its = np.frombuffer(key[:num_bytes], dtype=">u4"), np.frombuffer(other[:num_bytes], dtype=">u4")
     differ = np.flatnonzero(own != its)

@@ -33,23 +33,24 @@ class RayLM(CrewLM):
     them. If Ray has not been started, `ray.init()` is called: it finds the cluster of `RAY_ADDRESS`, or starts Ray on
     this machine.
 
-    What reads results where they are computed is refused with `UnsupportedModelError`: pictures (`draw`,
+    Functions that read results where they are computed raise `UnsupportedModelError`: pictures (`draw`,
     `to_networkx`), `verify`, training, and `lm.model`.
 
     Args:
         name_or_loader: a name or path for `backprompt.load`, or a function that returns an `LM`, or a model and its
             tokenizer. The workers call the function.
         num_workers: the number of workers.
-        num_cpus, num_gpus, resources: what Ray sets aside for each worker. torch computes on `num_cpus` threads.
+        num_cpus, num_gpus, resources: the resources that Ray reserves for each worker. torch computes on `num_cpus`
+            threads.
         store: a path or URL that all workers can reach, such as "s3://bucket/prompts"; see `LM`.
         name: the name of workers that outlive this driver.
         **lm_options: options of `LM`, and `device` and `dtype` of `load`. On the CPU, `memory_bytes` is by default the
-            worker's share, by `num_cpus`, of what an `LM` takes.
+            worker's share, by `num_cpus`, of an `LM`'s default.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        TypeError, ValueError: an option has an invalid value, or named workers were made otherwise.
-        What the loader raises, of its own kind.
+        TypeError, ValueError: an option has an invalid value, or named workers were made with other options.
+        All errors of the loader, unchanged.
 
     """
 
@@ -84,12 +85,13 @@ class MapTexts:
             MapTexts, fn_constructor_args=("gpt2", label), concurrency=4, num_gpus=1, batch_size=1024
         )
 
-    Ray makes one for each of its `concurrency` actors, so each has an `LM` of its own. Rows sorted by their prompts are
-    a subtree a batch: prompts that begin alike stand together.
+    Ray makes one for each of its `concurrency` actors, so each has an `LM` of its own. If rows are sorted by their
+    prompts, each batch is a subtree: prompts with a common beginning are in one batch.
 
     Args:
         name_or_loader: see `RayLM`.
-        function: takes the `LM` and a batch, and returns a batch: a dict of arrays, or what `batch_format` says.
+        function: takes the `LM` and a batch, and returns a batch: a dict of arrays, or the type that `batch_format`
+            names.
         **lm_options: see `RayLM`.
 
     """
@@ -99,7 +101,7 @@ class MapTexts:
         self._function = function
 
     def __call__(self, batch: Any) -> Any:
-        """Return what the function makes of a batch."""
+        """Return the function's result for a batch."""
         return self._function(self.lm, batch)
 
 
@@ -111,8 +113,8 @@ def _maker(source: Source, num_cpus: float, options: Mapping[str, Any]) -> Maker
             f"name_or_loader must be a name or path of a model, or a function that returns an LM, not {source!r}."
         )
     if callable(source) and len(own) < len(options):
-        raise TypeError("device and dtype are for names of models; a loader chooses them itself.")
+        raise TypeError("device and dtype are options for a model's name; a loader sets them itself. Leave them out.")
     store = options.get("store")
     if store is not None and not isinstance(store, (str, os.PathLike)):
-        raise TypeError(f"The store of workers is a path or a URL that each can open, not {store!r}.")
+        raise TypeError(f"The store of workers must be a path or a URL that each worker can open, not {store!r}.")
     return Maker(source, dict(options), min(1.0, max(num_cpus, 0.25) / (os.cpu_count() or 1)))

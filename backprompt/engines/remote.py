@@ -3,7 +3,7 @@
     texts --Encoder--> token ids --Layout--> parts --workers--> flat arrays, in the order of the texts
 
 Keeps the tokenizer, the limits of the model, a model without weights that knows the options of generation, and the
-layout. The workers are a `Crew`, whatever starts them.
+layout. The workers are a `Crew`, started in any way.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class Crew(Protocol):
 
 
 class _Elsewhere:
-    """Stands for an evaluator. Whatever it is asked for raises the error."""
+    """Stands for an evaluator. Each use of it raises the error."""
 
     def __init__(self, error: UnsupportedModelError) -> None:
         self._error = error
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by Python and not by code that needs results
+        if name.startswith("__"):  # read by Python, not by code that needs results
             raise AttributeError(name)
         raise self._error
 
@@ -128,7 +128,7 @@ class RemoteSession(TextSession):
 
     @property
     def evaluator(self) -> Any:
-        """An object that refuses to be asked: results lie elsewhere."""
+        """An object that refuses each use, because results lie elsewhere."""
         return _Elsewhere(self._elsewhere())
 
     @property
@@ -147,10 +147,10 @@ class RemoteSession(TextSession):
         return RemoteScoring(self)
 
     def distributions(self, wanted: Sequence[Wanted], asked: Asked) -> Distributions:
-        """Return what is asked of the distributions that predict tokens.
+        """Return the requested results of the distributions that predict tokens.
 
         Raises:
-            UnsupportedModelError: other tokens are to be scored in the place of each, as trainers ask.
+            UnsupportedModelError: other tokens are to be scored at the position of each, as trainers request.
 
         """
         if asked.given is not None:
@@ -172,13 +172,13 @@ class RemoteSession(TextSession):
         arguments: Callable[[list[int]], tuple[Any, ...]] | None = None,
         more: Sequence[int] | None = None,
     ) -> Joined:
-        """Ask the workers about texts, each about its part, and return the results in the order of the texts.
+        """Ask each worker about its part of the texts, and return the results in the order of the texts.
 
         Args:
-            method: of `Worker`; its first argument are packed texts.
+            method: a method of `Worker` whose first argument are packed texts.
             texts: token ids.
             arguments: returns the other arguments for the texts with these indices.
-            more: how many tokens are computed behind each text.
+            more: the number of tokens that are computed behind each text.
 
         """
         parts, answers = self.ask_parts(method, texts, arguments, more)
@@ -230,13 +230,13 @@ class RemoteSession(TextSession):
 
     def _elsewhere(self) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"This needs a model, or its results, in this process, and those of this LM lie {self.crew.where}. Load "
-            "the model here: backprompt.load(name), or LM(model, tokenizer)."
+            "This call needs the model and its results in this process, but those of this LM lie "
+            f"{self.crew.where}. Load the model here: backprompt.load(name), or LM(model, tokenizer)."
         )
 
     def _no_adapter(self, name: str | None) -> int:
         raise UnsupportedModelError(
-            f"Segments under adapters of their own, here {name!r}, are not there for a model that lies "
+            f"Segments under adapters of their own, here {name!r}, are not supported for a model that lies "
             f"{self.crew.where}. Use an LM in this process, or load the model with one adapter for all texts."
         )
 
@@ -272,7 +272,7 @@ class RemoteScoring:
 
 
 def _rates(config: Any) -> Rates:
-    """Return what tokens cost: a layer of hidden size h takes 12 h² products a token, and 2 h for each token before."""
+    """Return the cost of tokens: a layer of size h takes 12 h² products a token, and 2 h for each token before."""
     return Rates(attention=1 / (6 * config.get_text_config().hidden_size))
 
 

@@ -125,14 +125,17 @@ class RemoteRepr(ModelRepr):
     def attention(self, *chosen: Any, **options: Any) -> Tensor:
         """Raise UnsupportedModelError: rows of a text are forwarded once more only where the model lies."""
         raise UnsupportedModelError(
-            "attention() is not there for texts whose model lies with workers. Load the model here for it: "
-            "backprompt.load(name) makes an LM."
+            "attention() is not supported for texts whose model lies with workers. Load the model in this "
+            "process: backprompt.load(name)."
         )
 
     def past_key_values(self) -> DynamicCache:
         """Return a copy of all keys and values, on the CPU."""
         if isinstance(self.token_ids, TokenGraph):
-            raise GroupError("past_key_values() is not there for texts with groups or frozen segments.")
+            raise GroupError(
+                "past_key_values() does not work for texts with groups or frozen segments. Read "
+                "logits and log-probabilities instead."
+            )
         found: DynamicCache = self._ask("past_key_values")
         return found
 

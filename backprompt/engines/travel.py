@@ -92,7 +92,7 @@ class Answer:
 
     @classmethod
     def of(cls, lengths: Sequence[int], **results: Tensor | None) -> Answer:
-        """Return results that were asked for as arrays."""
+        """Return the requested results as arrays."""
         arrays = {name: PackedTensor.of(result) for name, result in results.items() if result is not None}
         return cls(arrays, np.array(lengths, dtype=np.int64))
 

@@ -33,36 +33,36 @@ class VllmLM(CrewLM):
         lm = VllmLM("Qwen/Qwen3-0.6B", dtype="bfloat16")
         classify.predict(prompts, labels, lm)
 
-    Token ids are made here and not by vLLM, so texts, joins and special tokens are those of an `LM`. The requests of a
-    call go to the engine in forest order, so that the beginnings that texts share come from its prefix cache. What
-    follows a beginning is scored behind the cache; see `engines/vllm_scores.py`.
+    Texts are encoded by backprompt, not by vLLM, so texts, joins and special tokens are those of an `LM`. The requests
+    of a call go to the engine in forest order, so that the beginnings that texts share come from its prefix cache. The
+    tokens behind a beginning are scored behind the cache; see `engines/vllm_scores.py`.
 
     There are log-probabilities (`token_logprobs`, `token_scores`, `next_token_logprobs`, `top_logprobs`, and all of
     `classify`, the harness and the estimator), and continuations (`generate`, `stream`, `select`). Greedy continuations
-    are those of an `LM` up to rounding. Samples are reproducible by `seed`, and others than those of an `LM`.
+    are those of an `LM` up to rounding. Samples are reproducible by `seed`, but differ from those of an `LM`.
     `completion_logprobs` are the model's own, without temperature. `evaluate` fills the prefix cache.
 
-    What vLLM does not give is refused with `UnsupportedModelError`: logits, hidden states, keys and values, entropies,
+    Results that vLLM does not give raise `UnsupportedModelError`: logits, hidden states, keys and values, entropies,
     groups and frozen segments, adapters of segments, pins, stores, `explain`, pictures, training. Options of `generate`
-    that vLLM lacks, beams among them, are refused with `GenerationError`.
+    that vLLM lacks, such as beams, raise `GenerationError`.
 
-    Of `stats` there are `tokens_requested`, `tokens_computed`, `tokens_reused` and `seconds`; all else is 0.
+    `stats` counts only `tokens_requested`, `tokens_computed`, `tokens_reused` and `seconds`; all other counts are 0.
 
     Args:
-        model_or_llm: a name or path of a model, or a `vllm.LLM`, which nobody else may use during a call or a stream.
+        model_or_llm: a name or path of a model, or a `vllm.LLM`, which no other code may use during a call or a stream.
         tokenizer: its tokenizer, of transformers; by default loaded by the name of the model.
         joins, add_special_tokens: see `LM`.
         **engine_options: of `vllm.LLM`. By default `enable_prefix_caching` and `skip_tokenizer_init` are True, and
             `block_size` is 32 on the CPU. vLLM computes models stored in float32 in half precision: `dtype="float32"`
-            keeps theirs.
+            keeps that dtype.
 
     Attributes:
         llm: the `vllm.LLM`.
 
     Raises:
         MissingDependencyError: vLLM is not installed.
-        TypeError: options of an engine for one that is there already.
-        What `vllm.LLM` raises.
+        TypeError: options of an engine for an existing `vllm.LLM`.
+        All errors of `vllm.LLM`.
 
     """
 
@@ -84,7 +84,7 @@ class VllmLM(CrewLM):
         elif not isinstance(model_or_llm, vllm.LLM):
             raise TypeError(f"model_or_llm must be a name or path of a model, or a vllm.LLM, not {model_or_llm!r}.")
         elif engine_options:
-            raise TypeError(f"A vllm.LLM is made already: {', '.join(engine_options)} must be given to it, not here.")
+            raise TypeError(f"This vllm.LLM is made already: give {', '.join(engine_options)} to vllm.LLM, not here.")
         else:
             llm = model_or_llm
         if tokenizer is None:
@@ -114,7 +114,7 @@ def _default_options() -> dict[str, Any]:
 
 
 def _describe(llm: Any, tokenizer: Any, options: Options) -> Description:
-    """Return what must be known of vLLM's model."""
+    """Return a description of vLLM's model."""
     found = llm.model_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(found.hf_config, dtype=torch.float32)  # that of log-probabilities
@@ -138,4 +138,4 @@ def _describe(llm: Any, tokenizer: Any, options: Options) -> Description:
 
 
 def _leave() -> None:
-    """Leave an engine to its owner."""
+    """Do nothing: the engine belongs to the caller."""

@@ -1,8 +1,8 @@
-"""Continuations by vLLM: it chooses tokens, and the rules for the ends of texts are ours.
+"""Continuations by vLLM: vLLM chooses tokens, and the rules for the ends of texts are ours.
 
 Each sample is a request of its own. A stop string, found in the string that our tokenizer makes of the tokens, ends the
-request. Options are read off the processors of logits that transformers makes of them, so defaults of the model's
-`generation_config` count, and an option that vLLM lacks is found whatever its name.
+request. Options are read off the logits processors that transformers makes of them. So defaults of the model's
+`generation_config` count, and an option that vLLM lacks is found under any name.
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
     _check_kind(decoding)
     vllm = imported_vllm()
     given: dict[str, Any] = {} if decoding.is_sampling else {"temperature": 0}
+    refused: set[int] = set()
     for processor in rules:
         if isinstance(processor, processors.SuppressTokensLogitsProcessor):
-            refused = set(processor.suppress_tokens.tolist())
+            refused.update(processor.suppress_tokens.tolist())
             every = range(num_tokens_of(decoding.model))
             given["allowed_token_ids"] = [idx for idx in every if idx not in refused]
         elif isinstance(processor, processors.MinLengthLogitsProcessor):
@@ -116,8 +117,8 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
         else:
             own = [name for name, value in decoding.recipe.given.items() if value is not None and name not in _NAMES]
             raise GenerationError(
-                f"vLLM has no {type(processor).__name__}, which {', '.join(own) or 'the model'} asks for. Leave it "
-                "out, or use an LM: backprompt.load(name)."
+                f"vLLM has no {type(processor).__name__}, which {', '.join(own) or 'the model'} needs. Leave the "
+                "option out, or use an LM: backprompt.load(name)."
             )
     try:
         return vllm.SamplingParams(
@@ -135,13 +136,13 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
 
 def _check_kind(decoding: Decoding) -> None:
     if decoding.recipe.constraints:
-        raise GenerationError("A VllmLM takes no constraint. Use an LM: backprompt.load(name).")
+        raise GenerationError("A VllmLM supports no constraints. Use an LM: backprompt.load(name).")
     if decoding.num_beams > 1:
         raise GenerationError(
-            "A VllmLM searches no beams (num_beams). Leave it out, or use an LM: backprompt.load(name)."
+            "A VllmLM supports no beam search. Leave num_beams out, or use an LM: backprompt.load(name)."
         )
     if decoding.num_lookup_tokens:
         raise GenerationError(
-            "prompt_lookup_num_tokens is an option of vLLM's engine and not of a call: VllmLM(..., "
+            "With vLLM, prompt_lookup_num_tokens is an option of the engine and not of a call: VllmLM(..., "
             "speculative_config={'method': 'ngram', ...})."
         )

@@ -10,7 +10,7 @@ of logits, so vLLM skips the cache unless told otherwise. A text that is scored 
     prompt|e          the first request, with token e
 
 The second kind reads the cache, too. The cache consists of blocks of tokens, and may hold a block with scored tokens,
-which then miss their rows. Missing tokens are asked for once more: one by one behind their beginnings, or the whole
+which then miss their rows. Missing tokens are requested once more: one by one behind their beginnings, or the whole
 text without the cache, whichever forwards fewer tokens.
 
 A text without an unscored beginning longer than a block is computed whole, without the cache.
@@ -34,7 +34,7 @@ from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.tokens.graph import flat
 
 MAX_CANDIDATES = 128
-"""vLLM takes so many `logprob_token_ids` in a request."""
+"""The number of `logprob_token_ids` that vLLM takes in a request."""
 
 Ids = tuple[int, ...]
 
@@ -47,7 +47,7 @@ class Read:
         token_ids: of the text.
         start: the first of its own tokens that is scored.
         is_whole: whether all of it is computed, without the prefix cache.
-        own: the scores of its tokens from `start` on; None for one that is missing.
+        own: the scores of its tokens from `start` on; None for a missing score.
         candidates: the scores of tokens that may follow the text, by id.
 
     """
@@ -125,7 +125,7 @@ class Scoring:
         }
 
     def _parts(self, text: Wanted) -> list[Wanted]:
-        """Return what is read of which texts, in the order of the scores."""
+        """Return the scores to read from each text, in the order of the scores."""
         ids = _ids(text)
         if self._block_size < text.start < len(ids):
             return [
@@ -135,7 +135,7 @@ class Scoring:
         return [Wanted(ids, text.start, text.candidates)]
 
     def _reads(self, wanted: Iterable[Wanted]) -> dict[Ids, Read]:
-        """Return what is read of each distinct text."""
+        """Return the scores to read from each distinct text."""
         reads: dict[Ids, Read] = {}
         for text in wanted:
             ids = _ids(text)
@@ -146,7 +146,7 @@ class Scoring:
         return reads
 
     def _ask(self, reads: Iterable[Read]) -> None:
-        """Ask for scores in forest order, so that what texts share is in the prefix cache."""
+        """Ask for scores in forest order, so that shared beginnings are in the prefix cache."""
         asked: list[tuple[Read, Sequence[int]]] = []
         for read in sorted(reads, key=lambda read: read.token_ids):
             read.own = [None] * (len(read.token_ids) - read.start)

@@ -1,4 +1,4 @@
-"""VllmWorker: answers for texts with a vLLM engine in this process, in the place of a worker with an `LM`.
+"""VllmWorker: answers for texts with a vLLM engine in this process, instead of a worker with an `LM`.
 
 Keeps the requests to the engine, and streams. The questions are those of `Worker`, as far as vLLM has an answer;
 `VllmCrew` refuses the others by name.
@@ -71,7 +71,8 @@ class VllmCrew:
             raise UnsupportedModelError(f"vLLM gives no {_REFUSED[question.method]}. {_WITH_AN_LM}")
         if any(isinstance(given, PackedIds) and given.graphs for given in question.arguments):
             raise UnsupportedModelError(
-                f"In vLLM each token sees all before it, so texts have no groups or frozen segments. {_WITH_AN_LM}"
+                "In vLLM each token sees all tokens before it, so texts cannot have groups or frozen segments. "
+                f"{_WITH_AN_LM}"
             )
         return getattr(self._worker, question.method)(*question.arguments)
 
@@ -122,7 +123,7 @@ class VllmWorker:
         """Read the most probable tokens."""
         if asked.entropy or asked.temperature != 1:
             raise UnsupportedModelError(
-                f"vLLM gives log-probabilities of single tokens: no entropies, and no other temperature. {_WITH_AN_LM}"
+                f"vLLM gives only log-probabilities of single tokens at temperature 1, and no entropies. {_WITH_AN_LM}"
             )
         wanted = wanted_of(texts, starts, candidates)
         lengths = [len(text.token_ids) - text.start + len(text.candidates) for text in wanted]
@@ -130,8 +131,8 @@ class VllmWorker:
             return Answer.of(lengths, logprobs=self._scored(wanted).scores.logprobs)
         if asked.top_k > self._max_top_k:
             raise ValueError(
-                f"This vLLM gives the {self._max_top_k} most probable tokens at most, not {asked.top_k}: "
-                f"VllmLM(..., max_logprobs={asked.top_k})."
+                f"This vLLM gives the {self._max_top_k} most probable tokens at most, not {asked.top_k}. Allow "
+                f"more: VllmLM(..., max_logprobs={asked.top_k})."
             )
         self._count(wanted)
         return Answer.of(lengths, **self._scoring.top(wanted, asked.top_k))
@@ -197,7 +198,7 @@ class VllmWorker:
     # The engine as a whole
 
     def stats(self) -> Stats:
-        """Return the counts that there are; all others are 0."""
+        """Return the counts that vLLM has; all others are 0."""
         counts = dict.fromkeys((field.name for field in fields(Stats)), 0)
         counts |= {
             "tokens_requested": self._num_requested,

@@ -1,8 +1,8 @@
 """Worker: an `LM` in a process of its own, which answers for texts that are given as packed token ids.
 
-Keeps the `LM`, made on the first question, so that an error in the making reaches whoever asks; and the streams and
-pins of drivers. The questions of a `RayLM` are the methods here. Each may be asked twice: a worker that died is asked
-again, and its successor knows nothing.
+Keeps the `LM`, made on the first question, so that an error in making it reaches the driver that asks; and the streams
+and pins of drivers. The questions of a `RayLM` are the methods here. Each may be asked twice: if a worker dies, its
+successor is asked again and knows nothing of the first time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Source: TypeAlias = "str | Path | Callable[[], LM | tuple[Any, Any]]"
 """A name for `backprompt.load`, or a function that returns an `LM`, or a model and its tokenizer."""
 
 MAX_STREAMS = 64
-"""The largest number of streams that a worker goes on with; an older one that is asked for again begins anew."""
+"""The largest number of streams that a worker keeps; an older stream that is continued later begins anew."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,11 @@ class Maker:
                 options["memory_bytes"] = self._memory_bytes()
             return LM(*made, **options)
         if not isinstance(made, LM):
-            raise TypeError(f"A loader returns an LM or a (model, tokenizer) tuple, not {type(made).__name__}.")
+            raise TypeError(f"A loader must return an LM or a (model, tokenizer) tuple, not {type(made).__name__}.")
         if options:
             raise TypeError(
-                f"The loader returns an LM, so options come too late: {', '.join(options)}. Give them there."
+                f"The loader returns an LM, so options come too late: {', '.join(options)}. Give them to the LM "
+                "in the loader."
             )
         return made
 
@@ -94,7 +95,7 @@ class Maker:
 
 @dataclass(frozen=True)
 class Description:
-    """What a driver must know of the `LM` of a worker, to make token ids of texts and to check options.
+    """The facts about a worker's `LM` that a driver needs to encode texts and to check options.
 
     Attributes:
         maker: how the `LM` was made, in words.
@@ -153,7 +154,7 @@ class Worker:
         return os.getpid()
 
     def description(self) -> Description:
-        """Return what a driver must know."""
+        """Return the facts that a driver needs."""
         session = self.lm.session
         model = session.causal_lm
         with session.exclusive():
@@ -177,7 +178,7 @@ class Worker:
     # Scores
 
     def behind(self, prompts: PackedIds, shapes: Sequence[PackedIds], shape_of: Ints, nums_own: Ints) -> Answer:
-        """Score completions behind prompts; `shape_of`: which of the shapes stands behind each."""
+        """Score completions behind prompts; `shape_of`: the index of the shape behind each."""
         behind = behind_of(prompts, shapes, shape_of, nums_own)
         return Answer.of_scores(scores_behind(self.lm.session, behind))
 
@@ -197,7 +198,7 @@ class Worker:
     # Representations
 
     def evaluate(self, texts: PackedIds) -> Answer:
-        """Compute what is missing of texts."""
+        """Compute the missing parts of texts."""
         reprs = self.lm.evaluate(self._texts(texts), show_progress_bar=False)
         return Answer.of([0] * len(reprs))
 

@@ -28,7 +28,7 @@ from backprompt.store.schema import SNAPSHOT
 logger = logging.getLogger(__name__)
 
 MIN_TOKENS = 16
-"""Runs of fewer tokens are stored only on request, or as parents of stored spans.
+"""Shorter runs of tokens are stored only on request, or as parents of stored spans.
 
 Measured (benchmarks/README.md): from about 4 tokens on, writing and reading take no longer than computing once more;
 but many stored entries are never read again.
@@ -37,7 +37,7 @@ but many stored entries are never read again.
 
 @dataclass(frozen=True)
 class Loaded:
-    """The ends of the texts that there was room for, and the number of tokens whose states were loaded."""
+    """The ends of the texts that fitted into memory, and the number of tokens whose states were loaded."""
 
     served: list[Span]
     num_tokens: int
@@ -100,7 +100,7 @@ class Archive:
         return Loaded(served, num_tokens)
 
     def num_stored(self, span: Span) -> int:
-        """Return how many of a span's first tokens are in the store's index; loads nothing."""
+        """Return the number of a span's first tokens that are in the store's index; loads nothing."""
         if not self._can_read:
             return 0
         try:
@@ -158,7 +158,8 @@ class Archive:
         """
         if self._has_changed():
             raise StaleRepresentationError(
-                "The model's weights have changed while a text was to be stored, so it is not. Save it again."
+                "The model's weights have changed while a text was being stored, so the text was not stored. Save "
+                "it again."
             )
         finder = Finder(self._store, self._keys)
         spans = [span for span in end.closure() if span.token_ids]
@@ -189,14 +190,14 @@ class Archive:
 
     def _note_unreadable(self, error: OSError) -> None:
         self._can_read = False
-        logger.warning("%r cannot be read (%s). Evaluation goes on without it.", self._store, error)
+        logger.warning("%r cannot be read (%s). Evaluation goes on without this entry.", self._store, error)
 
     def _save(self, span: Span) -> None:
         try:
             self._put_text(span)
         except EntryTooLargeError as error:
             if not self._has_warned:
-                logger.warning("%s Evaluation goes on; what does not fit is not stored.", error)
+                logger.warning("%s Evaluation goes on; entries that do not fit are not stored.", error)
                 self._has_warned = True
         except OSError as error:
             self._can_write = False

@@ -1,4 +1,4 @@
-"""Attention maps of held texts: the asked-for rows are forwarded once more, behind the keys that are held.
+"""Attention maps of held texts: the requested rows are forwarded once more, behind the keys that are held.
 
 Maps are kept in a pool by the token ids of their text, so equal texts share them and an eviction of rows does not
 matter. Nothing is written to the rows that are held.
@@ -27,7 +27,7 @@ class AttentionMaps:
     """Reads attention maps off held texts.
 
     Args:
-        computation: of their spans.
+        computation: the computation of their spans.
 
     """
 

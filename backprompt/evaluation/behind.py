@@ -1,7 +1,7 @@
 """Completions behind prompts, as they stand in the forest: as a fan where possible, else as texts.
 
-A fan needs a prompt behind which nothing stands yet, several completions or one that several prompts of the call share,
-and no store, which knows spans. All else is computed as texts, so that no token is computed twice.
+A fan needs a prompt without anything behind it, and several completions or one that several prompts of the call share.
+A store rules fans out, because it knows only spans. All else is computed as texts, so that no token is computed twice.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from backprompt.forest.span import FAN, Span
 from backprompt.tokens.graph import TokenIds, with_more
 
 FANS_IN_A_PASS = 4
-"""A pass has room for so many fans at least: a fan is not cut, and the room that is left for no whole fan is lost."""
+"""The least number of fans that a pass has room for. A fan is never cut, so room for less than a whole fan is lost."""
 
 
 class Behind(NamedTuple):
-    """A prompt, and completions to be scored behind it; and how many of the prompt's last tokens are scored before."""
+    """A prompt, completions to score behind it, and the number of the prompt's last tokens to score before."""
 
     prompt: TokenIds
     shape: Shape
@@ -75,7 +75,7 @@ def placed_behind(computation: Computation, prompts: Sequence[Behind], ends: Seq
         for end, (_, shape, _) in zip(ends, prompts, strict=True)
     ]
     placed = [None if fan is None else Placed([fan], [fan]) for fan in fans]
-    # Texts may run through prompts that have a fan already, which then unfolds: their completions are texts, too.
+    # Texts may run through prompts that have a fan. Such a fan unfolds, so its completions are texts, too.
     while lost := [idx for idx, fan in enumerate(fans) if (placed[idx] is None if fan is None else _is_unfolded(fan))]:
         for idx in lost:
             fans[idx], placed[idx] = None, _as_texts(computation, prompts[idx], ends[idx])

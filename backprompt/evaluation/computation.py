@@ -64,7 +64,7 @@ class Request:
         is_step: whether this is a step of a generation: part of the evaluation that began the generation, without
             reading from the store or writing to it.
         before_eviction: called before an eviction over the budget, to read off results while their states are held.
-        arrived: a list that takes the texts' ends when their states have come; those that hold them at the beginning
+        arrived: a list that takes the texts' ends when their states have come; ends that hold states at the beginning
             are left out.
 
     """
@@ -82,14 +82,14 @@ class Request:
 
 @dataclass(slots=True)
 class _Empty:
-    """The spans that hold nothing: at most so many, with at most so many tokens."""
+    """The spans that hold nothing, with bounds for their number and their tokens."""
 
     num_spans: int = 0
     num_tokens: int = 0
 
     @property
     def is_too_much(self) -> bool:
-        """Whether they may be more than the forest is to remember."""
+        """Whether the spans may exceed the bounds."""
         return self.num_spans > MAX_EMPTY_SPANS or self.num_tokens > MAX_EMPTY_TOKENS
 
     def add(self, spans: Iterable[Span]) -> None:
@@ -110,7 +110,7 @@ class Means:
         memory: the device's tier, with the second pool below it.
         pools: the pools of results.
         archive: the connection of the forest with a store, if there is one.
-        counters: those of the `LM`.
+        counters: the counters of the `LM`.
         max_tokens_per_forward: the largest number of tokens in a pass; None for the device's default.
 
     """
@@ -143,7 +143,7 @@ class Computation:
     """Computes spans, each once for as long as it is held.
 
     Attributes:
-        probed: what the probe has found; None before it ran.
+        probed: the findings of the probe; None before it ran.
 
     """
 
@@ -179,7 +179,7 @@ class Computation:
     def inserted(
         self, texts: Iterable[TokenIds], known: Iterable[Span | None] | None = None, *, are_ends: bool = True
     ) -> AbstractContextManager[list[Span]]:
-        """Yield the ends of texts in the forest; `known`: those that are there; `are_ends`: see `Forest.insert`."""
+        """Yield the ends of texts in the forest; `known`: the ends that are there; `are_ends`: see `Forest.insert`."""
         return self._in_forest(
             self.forest.insert(_checked(token_ids, self.executor), is_end=are_ends) if end is None else end
             for token_ids, end in zip(texts, itertools.repeat(None) if known is None else known, strict=False)
@@ -353,7 +353,7 @@ class Computation:
         self._make_room_for(NOTHING_SPARED, Request())
 
     def _make_room_for(self, spared: Spared, request: Request, num_coming_bytes: int = 0) -> None:
-        """Evict rows over the budget, also those that will be; see `Memory.evict`."""
+        """Evict rows over the budget, including rows to come; see `Memory.evict`."""
         is_exceeded = self.memory.is_exceeded(num_coming_bytes)
         layout = self.executor.layout
         if layout is None or not (is_exceeded or self.memory.is_scattered):
@@ -364,7 +364,7 @@ class Computation:
         self._empty.add(self.memory.evict(self.forest, self.holders.ends(), spared, num_coming_bytes))
 
     def recover(self) -> None:
-        """Restore a consistent state after an error, wherever it came: "Failures" in docs/design/evaluation.md.
+        """Restore a consistent state after any error: "Failures" in docs/design/evaluation.md.
 
         If the forest is whole, all computed spans are kept, and spans still to be computed leave it. Else everything is
         forgotten.
@@ -401,7 +401,7 @@ class Computation:
     def probe_once(self, known: Probed | None = None) -> None:
         """Compare a small tree with plain calls, once; from then on a token's bytes are known.
 
-        `known`: what the probe has found of a model with the same parts, so that it need not run.
+        `known`: the findings of the probe about a model with the same parts, so that it need not run.
         """
         if self.probed is not None:
             return
@@ -427,8 +427,8 @@ class Computation:
         if self._has_changed():
             self.clear()
             raise StaleRepresentationError(
-                "The model's weights have changed while they were used, so what was computed is of no one state of "
-                "them. Nothing of it is kept. Call again, and let other threads change weights between calls."
+                "The model's weights have changed while they were used, so the results mix two states of the "
+                "weights, and none is kept. Call again, and let other threads change weights only between calls."
             )
 
     @contextmanager

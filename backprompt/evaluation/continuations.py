@@ -55,7 +55,7 @@ class Continuations:
     def extend(self, owners: Collection[object], tokens: Mapping[Token, TokenScore], num_texts: int) -> Stepped | None:
         """Let texts take in a token each; None if that is not possible, see `Steps.extend`.
 
-        `num_texts`: how many texts these are; several may be equal so far.
+        `num_texts`: the number of texts, of which several may be equal so far.
         """
         stepped = self.steps.extend(owners, tokens)
         if stepped is not None:
@@ -71,7 +71,7 @@ class Continuations:
 
         Args:
             parts: for each text the span behind which it goes on, and the ids from there.
-            whole: returns all ids of each text, for texts of which another thread has dropped what was computed.
+            whole: returns all ids of each text, for texts whose results another thread has dropped.
 
         """
         computation, counters = self._computation, self._computation.counters

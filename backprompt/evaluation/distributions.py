@@ -1,7 +1,7 @@
-"""Distributions: what the rows of the output head say of wanted tokens, beyond the scores that the forest keeps.
+"""Distributions: results of the output head's rows for wanted tokens, beyond the scores that the forest keeps.
 
 A wanted token is predicted by one row: that of the token before it, which many texts may share. Each distinct row goes
-through the head once, in slices, and all that is asked of it is read from its slice: log-probabilities at a
+through the head once, in slices, and all requested results are read from its slice: log-probabilities at a
 temperature, the entropy, the most probable tokens, the log-probabilities of given tokens. None of these is kept.
 """
 
@@ -36,13 +36,13 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Asked:
-    """What is read of each distribution.
+    """The results to read from each distribution.
 
     Attributes:
         temperature: divides the logits.
         entropy: whether the entropy is read.
-        top_k: how many of the most probable tokens are read; None for none.
-        given: for each wanted token the ids of other tokens to be scored in its place, `(tokens, k)`, on the model's
+        top_k: the number of most probable tokens to read; None for none.
+        given: for each wanted token the ids of other tokens to score at its position, `(tokens, k)`, on the model's
             device; None for none.
 
     """
@@ -60,7 +60,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Distributions:
-    """What was read, of all wanted tokens, text behind text; None where it was not asked for.
+    """The results for all wanted tokens, text behind text; None for a result that was not requested.
 
     Log-probabilities and entropies are in nats, float64 for a model in float64 and else float32, and nan where nothing
     predicts the token.
@@ -85,7 +85,7 @@ def distributions(computation: Computation, wanted: Sequence[Wanted], asked: Ask
     """Evaluate texts and read the distributions that predict the wanted tokens of each, candidates included.
 
     Raises:
-        NonFiniteError: a row that predicts a wanted token is no distribution.
+        NonFiniteError: a row that predicts a wanted token is not a distribution.
 
     """
     with computation.inserted([text.token_ids for text in wanted]) as ends:
@@ -98,7 +98,7 @@ def distributions(computation: Computation, wanted: Sequence[Wanted], asked: Ask
         arrived = [end for end in waiting if end.is_held()]
 
         def collect() -> None:
-            """Read off what is there, before any of it is dropped."""
+            """Read results off the spans that are there, before any span is dropped."""
             found.read([span for end in arrived for idx in waiting.pop(end) for span in rows.spans_of(idx)])
             arrived.clear()
 
@@ -114,13 +114,13 @@ def _token_ids(wanted: Sequence[Wanted]) -> Ints:
 
 
 class _Found:
-    """What was read so far.
+    """The results that were read so far.
 
     Args:
         computation: holds the rows and applies the head.
         rows: the distinct rows that predict wanted tokens.
         token_ids: of the wanted tokens, `(tokens,)`.
-        asked: what is read.
+        asked: the results to read.
 
     """
 
@@ -144,7 +144,7 @@ class _Found:
         self._given = None if asked.given is None else like.new_full(tuple(asked.given.shape), torch.nan)
 
     def of_tokens(self) -> Distributions:
-        """Return what was read, by token."""
+        """Return the results, by token."""
         row_of = on_device(self._row_of, self._logprobs.device)
 
         def by_token(found: Tensor | None) -> Tensor | None:
@@ -158,7 +158,7 @@ class _Found:
         """Read the wanted rows of spans that hold their states; spans that were read before are left out.
 
         Raises:
-            NonFiniteError: a row is no distribution.
+            NonFiniteError: a row is not a distribution.
 
         """
         new = [span for span in dict.fromkeys(spans) if span not in self._read]
@@ -183,7 +183,7 @@ class _Found:
             self._raise_for(held, [piece.span for piece in pieces], held_rows[order][np.flatnonzero(~is_usable)[0]])
 
     def _take(self, numbers: Ints, logits: Tensor) -> list[Tensor]:
-        """Take what is asked for from a slice of logits; return which rows are distributions.
+        """Take the requested results from a slice of logits; return which rows are distributions.
 
         The CPU takes few rows at a time, which stay in its cache.
         """
@@ -212,7 +212,7 @@ class _Found:
         return are_distributions(values)
 
     def _tokens_of(self, numbers: Ints) -> tuple[Ints, Ints]:
-        """Return the tokens that rows predict, and by which of the rows each is predicted."""
+        """Return the tokens that rows predict, and the row that predicts each."""
         starts, stops = (np.searchsorted(self._sorted, numbers, side) for side in ("left", "right"))
         return self._by_row[ranges(starts, stops)], np.repeat(np.arange(len(numbers)), stops - starts)
 

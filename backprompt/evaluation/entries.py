@@ -92,7 +92,7 @@ class Reader:
         if entry is None:
             return None
         if not _is_what_was_found(entry.header, found):
-            logger.warning("The index of %r names another entry than it should; the entry is not used.", self._store)
+            logger.warning("The index of %r names a wrong entry; the entry is not used.", self._store)
             return None
         if kind == "states":
             return Read(self._states(entry, found), entry.header.error)
@@ -169,9 +169,9 @@ class Reader:
         if header.start != found.start.hex():
             return  # the entry may be sound: the index is wrong
         if header.position != found.position:
-            raise DamagedEntryError(f"it says that it begins at {header.position}, not at {found.position}")
+            raise DamagedEntryError(f"its header says that it begins at {header.position}, not at {found.position}")
         if root_of(header) != root:
-            raise DamagedEntryError("it is another model's")
+            raise DamagedEntryError("it belongs to another model")
         if found.first + found.num_tokens <= _num_rows(entry) < len(header.token_ids):
             header = replace(header, token_ids=header.token_ids[: _num_rows(entry)])
         expected = _expected(self._layout, len(header.token_ids))
@@ -196,7 +196,7 @@ def _is_what_was_found(header: Header, found: Found) -> bool:
 
 
 def _num_rows(entry: Entry) -> int:
-    """Return how many rows were read of an entry: all of them, or those at its beginning."""
+    """Return the number of rows that were read of an entry: all rows, or those at its beginning."""
     logprobs = entry.tensors.get("logprobs")
     return len(entry.header.token_ids) if logprobs is None or not logprobs.ndim else len(logprobs)
 

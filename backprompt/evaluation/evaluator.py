@@ -113,7 +113,8 @@ class Evaluator:
             num_bytes = self.num_bytes_to_hold(ends)
             if num_bytes > self.memory.max_bytes:
                 raise MemoryBudgetError(
-                    f"With this text of {len(pin.token_ids)} tokens pins would hold {num_bytes:,} bytes, more than the "
+                    f"With this text of {len(pin.token_ids)} tokens, pins would hold {num_bytes:,} bytes, more "
+                    "than the "
                     f"LM's budget of {self.memory.max_bytes:,}. Release other pins, or give the LM more: "
                     "LM(..., memory_bytes=...)."
                 )
@@ -142,7 +143,7 @@ class Evaluator:
         return self.computation.num_bytes_of([*self.holders.pinned_ends(), *ends])
 
     def close(self) -> None:
-        """Forget everything for good: a remaining reference to the evaluator must not keep copies of weights alive."""
+        """Forget everything for good, so that no remaining reference to the evaluator keeps copies of weights alive."""
         self.is_closed = True
         self.computation.clear()
         self.executor.close()

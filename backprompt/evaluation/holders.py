@@ -1,7 +1,7 @@
 """The holders of texts: pins, owners of growing texts, and computing or reading in progress.
 
 Keeps the pins, weak references to the owners of growing texts, and the ends of the texts in use. Each holder is asked
-for its ends whenever they are wanted, and no holds are counted, so no error can leave a count too high.
+for its ends whenever they are needed. Holds are not counted, so an error cannot leave a count too high.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from backprompt.forest.span import Inserted, Junction, Kind, Span, child_key
 from backprompt.tokens.graph import TokenIds, common_length
 
 Where: TypeAlias = Literal["memory", "host", "disk", "evicted", "absent"]
-"""In the device's memory, in the second pool, in the store; computed once and dropped, or unknown."""
+"""Places: the device's memory, the second pool, the store; computed once and dropped, or unknown."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Reached:
 
 @dataclass(frozen=True)
 class Aside:
-    """Tokens that a text would have, from one of its own tokens on, without a join."""
+    """The tokens that a text would have without a join, from one of its own tokens on."""
 
     text_idx: int
     token_idx: int
@@ -85,7 +85,7 @@ class Sketch:
     """The held parts of texts.
 
     Args:
-        held: the inspected forest; nothing in it changes, except that fans on the way unfold.
+        held: the inspected forest; it stays unchanged, except that fans on the way unfold.
         texts: the texts' token ids.
         archive: the store to ask for tokens that the forest does not hold; only its index is read.
         asides: other tokens to look up; texts are planned without them.

@@ -143,10 +143,11 @@ class TensorPool(Generic[Key]):
 
 
 class CandidatePool:
-    """Scores of tokens that were scored as what may follow a text, but not forwarded: the latest used ones.
+    """Scores of tokens that may follow a text and were scored but not forwarded; the latest used ones.
 
-    Under a bound of bytes of their own. They lie in dicts of numbers, which Python's collector does not walk through:
-    the log-probabilities of a text by token id, and the one token that is the text's argmax, where it is known.
+    The scores have a bound of bytes of their own. They lie in dicts of numbers, which Python's collector does not walk
+    through: the log-probabilities of a text by token id, and the one token that is the text's argmax, where it is
+    known.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -184,7 +185,7 @@ class CandidatePool:
             self.num_bytes -= _num_candidate_bytes(dropped)
 
     def retain(self, spans: Container[Span]) -> None:
-        """Drop those behind other spans than these, and count anew."""
+        """Drop the scores behind all other spans, and count anew."""
         self._logprobs = OrderedDict((end, scores) for end, scores in self._logprobs.items() if end in spans)
         self._argmax = {end: token_id for end, token_id in self._argmax.items() if end in spans}
         self.num_bytes = sum(map(_num_candidate_bytes, self._logprobs.values()))
@@ -238,7 +239,7 @@ class LeafPool:
         return found
 
     def retain(self, spans: Container[Span]) -> None:
-        """Drop those of other fans than these, and count anew."""
+        """Drop the scores of all other fans, and count anew."""
         self._scores = OrderedDict((fan, scores) for fan, scores in self._scores.items() if fan in spans)
         self.num_bytes = sum(scores.num_bytes for scores in self._scores.values())
 

@@ -1,8 +1,8 @@
 """Predicting rows: which rows of spans predict the wanted tokens of texts, each distinct row with a number.
 
 A row is known by its span and its place there, so the numbers hold before anything is computed, and after rows were
-dropped and computed again. A span may be split meanwhile: it becomes the lower part of what it was, so its rows are
-found from its end upwards.
+dropped and computed again. A span may be split meanwhile. The span then becomes its lower part, so its rows are found
+from its end upwards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 class PredictingRows:
     """The rows that predict wanted tokens.
 
-    Of each span that has any these are neighbours: those of tokens up to the span's end, or up to the last but one.
+    The wanted rows of a span are neighbours: the rows of tokens up to the span's end, or up to the last but one.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class PredictingRows:
         self._numbers: dict[Span, int] = {}  # of the first wanted row of each span, once all texts are added
 
     def add(self, forest: Forest, end: Span, token_ids: TokenIds, start: int, num_candidates: int) -> None:
-        """Want the tokens of the text that ends here from `start` on, and so many tokens that may follow the text."""
+        """Want the tokens from `start` on of the text that ends here, and `num_candidates` tokens behind it."""
         for span, first_row in spans_from(forest, end, token_ids, start):
             num_tokens = len(span.token_ids)
             if first_row == 0:
@@ -92,7 +92,7 @@ class PredictingRows:
         return ranges(np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64))
 
     def pieces_of(self, span: Span) -> Iterator[Piece]:
-        """Yield the wanted rows of a span, from its end upwards; `numbers` was called before."""
+        """Yield the wanted rows of a span, from its end upwards; call `numbers` first."""
         first, last = self._bounds[span]
         piece, piece_stop = span, self._lengths[span]
         while piece_stop > first:

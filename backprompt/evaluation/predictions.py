@@ -114,11 +114,11 @@ class Targets:
 class Predictions:
     """The tokens of one scoring that have no score yet. Each row that predicts some of them is computed once.
 
-    The row before a branching predicts the first tokens of all its branches: those without a score are scored along
-    with the one that is asked for.
+    The row before a branching predicts the first tokens of all its branches: first tokens without a score are scored
+    along with the requested one.
 
     Args:
-        rows: of the blocks of all spans.
+        rows: the rows of the blocks of all spans.
 
     """
 
@@ -145,7 +145,7 @@ class Predictions:
         self._candidates.append((self._rows.last_of(end), token_id, number))
 
     def slices(self, rows_in_a_slice: int) -> list[Targets]:
-        """Return all tokens without a score, by so many rows at a time."""
+        """Return all tokens without a score, a number of rows at a time."""
         predicting, token_ids, numbers = self._all()
         rows, row_idx = np.unique(predicting, return_inverse=True)
         order = np.argsort(row_idx, kind="stable")
@@ -202,6 +202,6 @@ def held_child(end: Span, token_id: int) -> Span | None:
 
 
 def slices(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """Yield so many of the items at a time."""
+    """Yield a number of the items at a time."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

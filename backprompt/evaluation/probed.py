@@ -1,4 +1,4 @@
-"""What the probe has found of a model, so that other numbers in the same parts need not be probed again."""
+"""The findings of the probe about a model, so that other numbers in the same parts need not be probed again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from backprompt.model.levels import Levels, Way
 
 
 class Probed(NamedTuple):
-    """What the probe has found.
+    """The findings of the probe.
 
     Attributes:
         layout: the layout of rows.
         token_bytes: the bytes of a token.
-        placeholders: the token ids that are refused as standing for images or sounds.
-        levels: the form of the model's cache and how it is called behind one, where passes go by levels.
+        placeholders: the token ids that are refused because they stand for images or sounds.
+        levels: the form of the model's cache and the way of calling the model behind one, if passes go by levels.
 
     """
 
@@ -28,7 +28,7 @@ class Probed(NamedTuple):
 
     @classmethod
     def of(cls, executor: Executor) -> Probed:
-        """Return what the probe has left in an executor."""
+        """Return the findings that the probe has left in an executor."""
         assert executor.layout is not None, "the probe runs a pass"
         levels = None if executor.levels is None else (executor.levels.form, executor.levels.way)
         return cls(executor.layout, executor.token_bytes, executor.limits.placeholders, levels)

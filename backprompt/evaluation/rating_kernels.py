@@ -1,8 +1,8 @@
 """The kernels that rate tokens, in Triton; rating_triton.py launches them.
 
-The first one reads each logit once. A lane of a block keeps what it has seen of its columns; the lanes of a row are
-joined at the row's end. The numbers of columns and their alignment are a model's own, and nothing else is specialised
-on, so a model needs one compilation of each kernel.
+The first kernel reads each logit once. A lane of a block keeps results for its columns; the lanes of a row are joined
+at the row's end. The numbers of columns and their alignment are a model's own, and nothing else is specialised on, so a
+model needs one compilation of each kernel.
 """
 
 import triton
@@ -69,7 +69,7 @@ def tokens_kernel(
     row_stride,
     TOKENS: tl.constexpr,
 ):
-    """Rate tokens by what was seen of their rows."""
+    """Rate tokens by the results for their rows."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_there = token < num_tokens
     row = tl.load(rows + token, mask=is_there, other=0)

@@ -1,6 +1,6 @@
-"""Rating with a kernel in Triton: each logit is read once, and a token's score is worked out from what was seen.
+"""Rating with a kernel in Triton: each logit is read once, and a token's score follows from the results for its row.
 
-Torch's way reads a logit of half a precision about nine times: the conversion to float32, the maximum, and the
+Torch's functions read a logit in half precision about nine times: the conversion to float32, the maximum, and the
 log-softmax, which is written too. Here the sums are float32 as well, so the results differ by rounding alone: measured
 with the interpreter up to 0.8 units in the last place from float64's, where torch's are up to 4.6.
 """
@@ -21,7 +21,7 @@ COLUMNS = 4096
 TOKENS = 256
 
 TOLERANCE = 4
-"""How many units in the last place of float32 the kernel may lie from float64's log-probabilities (1 and more)."""
+"""The kernel's allowed distance from float64's log-probabilities (1 and more), in float32's units in the last place."""
 
 
 def rate(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def rate(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tensor, Tenso
 
 
 def reason_against(device: torch.device, dtype: torch.dtype, is_aligned: bool) -> str | None:
-    """Return why the kernel does not serve; None if the kernel agrees with torch on a tiny case."""
+    """Return the reason why the kernel is not used; None if the kernel agrees with torch on a tiny case."""
     try:
         gap = _largest_gap(device, dtype, 2 * COLUMNS + (80 if is_aligned else 77))
     except torch.OutOfMemoryError:

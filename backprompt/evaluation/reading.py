@@ -1,4 +1,4 @@
-"""A reading: the scores of held texts' tokens, where each lies, and which of them are not there yet.
+"""A reading: the scores of held texts' tokens, the place of each score, and the missing scores.
 
 Keeps flat lists for all texts of a call. A score is known by a number: that of the row in which a forwarded token's
 score lies (predictions.py), or a negative one for a candidate, whose score lies in the reading itself.
@@ -62,7 +62,7 @@ class Reading:
         self._are_argmax = np.zeros(0, dtype=bool)
 
     def add(self, item: Wanted | Fan, end: Span) -> int:
-        """Add a text that ends here, or the completions of a fan; return how many scores are read of it."""
+        """Add a text that ends here, or the completions of a fan; return the number of scores that are read of it."""
         return self._add_fan(item) if isinstance(item, Fan) else self._add_text(item, end)
 
     def _add_text(self, text: Wanted, end: Span) -> int:
@@ -105,7 +105,7 @@ class Reading:
             self._want(span, 0)
 
     def predictions(self) -> Predictions:
-        """Return what must be computed; scores that are known elsewhere are written to their rows."""
+        """Return the scores to compute; scores that are known elsewhere are written to their rows."""
         self._logprobs = np.full(self._num_candidates, np.nan)
         self._are_argmax = np.zeros(self._num_candidates, dtype=bool)
         for number, score in self._known.items():
@@ -169,7 +169,7 @@ class Reading:
         return self.rows.scores(numbers, candidates)
 
     def numbers_of(self, item: Wanted | Fan, end: Span) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
-        """Yield the number of each score of what was added, and what returns the ids of all before the token."""
+        """Yield the number of each added score, and a function that returns the ids before the scored token."""
         if isinstance(item, Fan):
             for number, parent in zip(self._fans[item].tolist(), item.shape.scores.parents, strict=True):
                 yield number, partial(_ids_in_fan, item, int(parent))
@@ -206,8 +206,8 @@ class Reading:
     def _add_spans(self, predictions: Predictions) -> None:
         """Add the wanted tokens of spans that have no score yet.
 
-        A first token is predicted by what its span continues, and by nothing behind the root or a junction. It may have
-        been scored before it was forwarded.
+        The first token of a span is predicted by the end of the parent, and by nothing behind the root or a junction.
+        Such a token may have been scored before it was forwarded.
         """
         wanted = list(self._first_rows.items())
         first_rows = np.fromiter(self._first_rows.values(), dtype=np.int64, count=len(wanted))
@@ -255,7 +255,7 @@ def spans_from(forest: Forest, end: Span, token_ids: TokenIds, start: int) -> li
 
 
 def ids_up_to(end: Span) -> tuple[int, ...]:
-    """Return the ids of the text that ends here, those of groups before it left out."""
+    """Return the ids of the text that ends here, without the ids of groups before it."""
     return tuple(token_id for span in end.path() for token_id in span.token_ids)
 
 

@@ -21,7 +21,7 @@ from backprompt.memory.blocks import KeysValues, States, gather, gather_each, ga
 from backprompt.tokens.graph import flat
 
 ReadAhead: TypeAlias = "Callable[[], list[Inserted]]"
-"""Returns other texts that will probably be asked for next; called only if something must be computed."""
+"""Returns other texts that will probably be read next; called only if something must be computed."""
 
 
 class Readout:
@@ -44,7 +44,7 @@ class Readout:
         Each slice but the last has `Executor.rows_in_a_slice` rows.
 
         Raises:
-            NonFiniteError: a row is no distribution.
+            NonFiniteError: a row is not a distribution.
 
         """
         return self.logits_after(ends, self.last_hidden(ends)) if ends else []
@@ -75,7 +75,8 @@ class Readout:
         `end` must not be a junction, which has no last row; junctions among `ahead()` are left out.
 
         Raises:
-            NonFiniteError: the row is no distribution. Rows of other texts may be none: such rows are not kept.
+            NonFiniteError: the row is not a distribution. Rows of other texts may not be distributions, either; such
+                rows are not kept.
 
         """
         if (pooled := self.pooled_logits(end)) is not None:
@@ -102,7 +103,7 @@ class Readout:
         """Return the logits after the tokens `start..stop` of the text, `(tokens, vocab)`.
 
         Raises:
-            NonFiniteError: a row is no distribution.
+            NonFiniteError: a row is not a distribution.
 
         """
         executor = self._computation.executor

@@ -57,9 +57,10 @@ class ScoredTexts:
 
 
 def split_to_score(token_ids: TokenIds, start: int) -> tuple[TokenIds, int] | None:
-    """Return what is forwarded of a text that is scored from `start` on, and its last token, which is not.
+    """Return the part of a text to forward when it is scored from `start` on, and its last token, not forwarded.
 
-    None where all of it is forwarded: nothing is scored, or no one token stands before the last one.
+    The last token is None if all tokens are forwarded: nothing is scored, or no single token stands before the last
+    one.
     """
     return without_last(token_ids) if start < len(token_ids) else None
 
@@ -71,7 +72,7 @@ def to_score(token_ids: TokenIds, start: int, is_computed: bool) -> Wanted:
 
 
 def num_positions_to_score(token_ids: TokenIds, start: int) -> int:
-    """Return how many positions a text takes that is scored from `start` on; see `split_to_score`."""
+    """Return the number of positions that a text scored from `start` on takes; see `split_to_score`."""
     if isinstance(token_ids, TokenGraph):
         split = split_to_score(token_ids, start)
         return num_positions(token_ids if split is None else split[0])
@@ -104,7 +105,7 @@ class Scoring:
         """Evaluate texts and score the wanted tokens of each; `known`: the ends of those that are in the forest.
 
         Raises:
-            NonFiniteError: a row that predicts a wanted token is no distribution.
+            NonFiniteError: a row that predicts a wanted token is not a distribution.
 
         """
         with self._computation.inserted([text.token_ids for text in wanted], known) as ends:
@@ -117,7 +118,7 @@ class Scoring:
         """Evaluate completions behind prompts, and score their tokens: of each prompt those of all its completions.
 
         Raises:
-            NonFiniteError: a row that predicts a token is no distribution.
+            NonFiniteError: a row that predicts a token is not a distribution.
 
         """
         return self.mixed(prompts, itertools.repeat(None))[1]
@@ -133,7 +134,7 @@ class Scoring:
             The end of each text and of each prompt, and the scores of each.
 
         Raises:
-            NonFiniteError: a row that predicts a wanted token is no distribution.
+            NonFiniteError: a row that predicts a wanted token is not a distribution.
 
         """
         with self._computation.inserted([item.token_ids for item in asked], known) as ends:
@@ -158,13 +159,13 @@ class Scoring:
         return ends, ScoredTexts(found.scores, [sum(itertools.islice(lengths, len(part.ends))) for part in parts])
 
     def _computed(self, items: Sequence[Wanted | Fan], ends: Sequence[Span]) -> ScoredTexts:
-        """Compute what is inserted and ends here, and score it."""
+        """Compute the inserted texts and fans that end here, and score them."""
         parts: list[tuple[Sequence[int], ScoredTexts]] = []
         waiting = _Waiting(ends)
         arrived = [end for end in waiting.ends if end.is_held()]
 
         def collect() -> None:
-            """Read off what is there, before any of it is dropped."""
+            """Read results off the spans that are there, before any span is dropped."""
             ready = waiting.take(arrived)
             arrived.clear()
             if parts and not ready:
@@ -176,7 +177,7 @@ class Scoring:
         return ScoredTexts.in_order(parts)
 
     def read(self, items: Sequence[Wanted | Fan], ends: Sequence[Span], ahead: Iterable[Inserted] = ()) -> ScoredTexts:
-        """Return the wanted scores of held texts and fans; those that are not there yet are computed.
+        """Return the wanted scores of held texts and fans; missing scores are computed.
 
         Each row that predicts several tokens is computed once, and none that predicts only tokens before the starts.
 
@@ -186,7 +187,7 @@ class Scoring:
             ahead: other texts to be scored along with them.
 
         Raises:
-            NonFiniteError: a row that predicts a wanted token is no distribution. The tokens that such rows predict
+            NonFiniteError: a row that predicts a wanted token is not a distribution. The tokens that such rows predict
                 stay unscored.
 
         """
@@ -202,19 +203,20 @@ class Scoring:
         return ScoredTexts(reading.scores(executor.logprob_dtype, executor.device), lengths)
 
     def note_last(self, scores: Mapping[Span, TokenScore]) -> None:
-        """Keep the scores of computed spans' last tokens that somebody else has computed, where they are new."""
+        """Keep new scores of computed spans' last tokens that were computed elsewhere."""
         rows = NumberedRows()
         by_row = {rows.last_of(end): score for end, score in scores.items()}
         are_scored = rows.are_scored()
         rows.write_values({row: score for row, score in by_row.items() if not are_scored[row]})
 
     def _compute(self, reading: Reading) -> dict[int, int]:
-        """Compute the scores that are not there yet; the host waits for the device once.
+        """Compute the missing scores; the host waits for the device once.
 
         An interrupt or an error keeps the scores of the slices before it.
 
         Returns:
-            The numbers of the rows that are no distribution, by the numbers of the scores that they should have given.
+            The numbers of the rows that are not distributions, by the numbers of the scores that they should have
+            given.
 
         """
         parts = reading.predictions().slices(self._computation.executor.rows_in_a_slice)
@@ -232,7 +234,7 @@ class Scoring:
         return self._write(reading, parts, found)
 
     def _write(self, reading: Reading, parts: Sequence[Targets], found: Sequence[Rated]) -> dict[int, int]:
-        """Write what was found of each part; see `_compute`."""
+        """Write the results of each part; see `_compute`."""
         if not found:
             return {}
         scores, numbers = Rated.concatenated(found), np.concatenate([part.numbers for part in parts])

@@ -1,6 +1,6 @@
 """Steps of a generation in place: one token more for each of several texts, whose last spans take the tokens in.
 
-Most steps of a generation are like the step before: the same texts, of which nobody else knows yet, each one token
+Most steps of a generation are like the step before: the same texts, known only to this generation, each one token
 longer. Such a step inserts nothing into the forest and plans nothing: the plan of the last step (forest/steps.py) and
 its attention go on by one, and the new rows go into the room behind those of their texts (memory/growth.py). A step
 that cannot go this way goes the way of all evaluations (continuations.py).
@@ -48,7 +48,7 @@ class Stepped:
 
 @dataclass
 class _NextStep:
-    """The plan of the next step and its attention, and for how many steps these serve."""
+    """The plan of the next step and its attention, and the number of steps that they serve."""
 
     plan: StepPlan
     attention: PreparedAttention
@@ -60,7 +60,7 @@ class Steps:
 
     Args:
         computation: forwards the tokens.
-        growth: has the room for their rows.
+        growth: holds the room for their rows.
 
     """
 
@@ -74,7 +74,7 @@ class Steps:
         A text whose last span cannot take a token in goes on with a new span.
 
         Args:
-            owners: those of the texts, as given to `Holders.let_grow`.
+            owners: the owners of the texts, as given to `Holders.let_grow`.
             tokens: the score of each token. A text may go on in several ways.
 
         Returns:

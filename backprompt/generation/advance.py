@@ -1,7 +1,7 @@
 """Advancing: the next token of every live text of several runs, forwarded in one pass, and the logits behind it.
 
-A run is continued by its own thread, but its step may be done along with those of runs of other threads. So advancing
-computes and changes nothing of a run. The run takes what was found for it, and chooses its tokens itself.
+A run is continued by its own thread, but its step may be done along with steps of other threads' runs. So advancing
+computes, and leaves runs unchanged. The run takes its results, and chooses its tokens itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Advancing(Protocol):
 
 @dataclass(frozen=True)
 class Advance:
-    """What was found for a step of a run.
+    """The results for a step of a run.
 
     Attributes:
         num_steps: the number of steps that the run had done before.

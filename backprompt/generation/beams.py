@@ -247,7 +247,7 @@ class BeamDecoding:
         return self.rules.are_met(sequences) | torch.tensor(are_over, device=sequences.device)
 
     def _is_over(self, completion: Completion) -> bool:
-        """Return whether the constraint lets nothing follow a continuation."""
+        """Return whether the constraint allows no token behind a continuation."""
         return self._matching is not None and self._matching.is_over(completion)
 
     def begin(self, device: torch.device) -> None:

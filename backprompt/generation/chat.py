@@ -1,11 +1,11 @@
 """Conversations: the model's chat template as a text whose segments are the messages.
 
-A template that only ever appends (prefix-stable) lets a conversation go on where it stopped: the spans of its first
+A prefix-stable template, which only ever appends, lets a conversation continue where it stopped: the spans of its first
 turns serve all conversations that begin with them. A generated reply goes in as the token ids that the model generated,
-and a text or group within a message keeps its segments.
+and a text or group in a message keeps its segments.
 
-Turns and texts are found in the rendered messages: a turn ends where the messages up to it end when rendered alone, and
-a text stands where the template writes a placeholder in its stead.
+Turns and texts are located in the rendered messages. A turn ends where its messages, rendered without later ones, end.
+A text stands where the template writes a placeholder that is put in the text's place.
 """
 
 from __future__ import annotations
@@ -82,17 +82,16 @@ def chat(
         **template_options: other options of the template, such as `tools`.
 
     Raises:
-        TokenizerError: the tokenizer has no chat template; the template refuses the messages, or does not write as it
-            is a content that has a text with groups or ids in it; an option decides the kind of result of
-            `apply_chat_template`.
-        TextTypeError: a message is not such a dict, or its content has something other than text in it.
+        TokenizerError: the tokenizer has no chat template; the template refuses the messages, or changes a content with
+            groups or ids in it; an option decides the kind of result of `apply_chat_template`.
+        TextTypeError: a message is not such a dict, or its content holds something other than text.
         MixedModelsError: a content is a text of another `LM`.
-        ValueError: `add_generation_prompt` is neither True nor False, or `continue_final_message` neither these nor a
-            string.
+        ValueError: `add_generation_prompt` is neither True nor False, or `continue_final_message` is neither a bool nor
+            a string.
 
     Warns:
-        UserWarning: the template writes an earlier turn differently when others follow, so that turn and all after it
-            are computed again as the conversation goes on; the message names the turn.
+        UserWarning: the template writes an earlier turn differently when others follow, so that turn and all later ones
+            are computed again with each new turn; the message names the turn.
 
     """
     lm = as_lm(lm)
@@ -107,8 +106,8 @@ def chat(
         raise TextTypeError("There are no messages. Give at least one: [{'role': 'user', 'content': 'Hello.'}].")
     if add_generation_prompt and continue_final_message:
         raise TokenizerError(
-            "add_generation_prompt begins a turn of the model's and continue_final_message goes on with the last one. "
-            "Ask for one of them."
+            "add_generation_prompt begins a new turn of the model and continue_final_message continues the last one. "
+            "Ask for only one of the two."
         )
     if add_generation_prompt is None:
         add_generation_prompt = messages[-1]["role"] != "assistant" and not continue_final_message
@@ -128,13 +127,13 @@ class _Template:
         decided = sorted(_DECIDED_HERE & options.keys())
         if decided:
             raise TokenizerError(
-                f"chat() returns a text and takes no {decided[0]}, which decides what apply_chat_template returns. "
-                "Leave it out: chat(lm, messages).tokens are the ids."
+                f"chat() always returns a text, so it takes no {decided[0]}, which is for results of "
+                "apply_chat_template. Leave it out: chat(lm, messages).tokens are the ids."
             )
         tokenizer = lm.tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None) or options.get("chat_template"))
         own = getattr(type(tokenizer), "apply_chat_template", PreTrainedTokenizerBase.apply_chat_template)
-        # Such as MistralCommonBackend, which has no template and renders ids that no string has.
+        # Such as MistralCommonBackend, which has no template and renders ids that no string is encoded as.
         self.renders_ids = not has_template and own is not PreTrainedTokenizerBase.apply_chat_template
         if not has_template and not self.renders_ids:
             raise TokenizerError("The tokenizer has no chat template. Write the conversation with + instead.")
@@ -154,7 +153,7 @@ class _Template:
             rendered: str = self.lm.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
         except _refusals() as error:
             in_parts = any(isinstance(message.get("content"), list) for message in messages)
-            hint = ". Content in parts is for templates that take it; give a str" if in_parts else ""
+            hint = ". Only some templates take content in parts; give a str" if in_parts else ""
             raise TokenizerError(f"The chat template refuses these messages: {error}{hint}") from error
         return rendered
 
@@ -244,7 +243,7 @@ class _Conversation:
                 role = visible(str(message["role"]))
                 warn_caller(
                     f"The chat template is not prefix-stable: messages up to messages[{idx}] ({role}) are written "
-                    "differently when others follow, so from there on they are computed again in each turn."
+                    "differently when others follow, so all from there on are computed again in each turn."
                 )
 
     def _places(self) -> Iterator[_Place]:
@@ -253,8 +252,8 @@ class _Conversation:
                 places = list(self._place_of_reply(idx, content))
                 if not places and are_adapted(content.completion_text.segments):
                     warn_caller(
-                        f"The chat template writes messages[{idx}] differently from what was generated, so it is "
-                        "encoded again, without its adapter. Name it for the whole: chat(...).with_adapter(name)."
+                        f"The chat template writes messages[{idx}] differently from the generated text, so the "
+                        "message is encoded again, without its adapter. Name one for all: chat(...).with_adapter(name)."
                     )
                 yield from places
             elif self._texts[idx]:
@@ -278,7 +277,7 @@ class _Conversation:
             return
         stop, text = len(before) + len(written), reply.completion_text
         num_said = _num_before_end_tokens(self._lm, reply)
-        if num_said < len(token_ids):  # end tokens, which the string leaves out; the template may write its own
+        if num_said < len(token_ids):  # end tokens, which are not in the string; the template may write its own
             end = self._template.written_token(token_ids[num_said])
             is_written = _begins(self._whole[stop:], end)
             stop += len(end) if is_written else 0
@@ -301,18 +300,18 @@ class _Conversation:
         content = f"the content of messages[{idx}], which has a text with groups, token ids or adapters in it"
         if self._template.renders_ids:
             raise TokenizerError(
-                f"{type(self._lm.tokenizer).__name__} makes token ids of a conversation, not a string, so {content}, "
-                "has no place in it. Give strings, or write the conversation with + instead."
+                f"{type(self._lm.tokenizer).__name__} renders a conversation as token ids, not as a string, so "
+                f"{content}, cannot be placed in it. Give strings, or write the conversation with + instead."
             )
         raise TokenizerError(
-            f"The chat template does not write {content}, once and as it is: it may strip white space, repeat, leave "
-            "out or rewrite what it is given. Leave out white space at both ends, or write the conversation with +."
+            f"The chat template does not write {content}, once and unchanged: templates may strip white space or "
+            "rewrite contents. Leave out white space at both ends, or write the conversation with +."
         )
 
     def _found(self, idx: int, numbers: Sequence[int]) -> list[_Place] | None:
         """Return the places of some texts of a content, or None if the template does not write them as they are.
 
-        A placeholder stands for each text. The template must write everything else as it does with their strings.
+        A placeholder stands for each text. The template must write all else as with their strings.
         """
         if not numbers:
             return []
@@ -383,7 +382,7 @@ def _check_part(part: object, name: str) -> None:
             f"{name} must be a str, a Text or a dict such as {{'type': 'text', 'text': ...}}: {part!r}."
         )
     if any(kind in str(part["type"]) for kind in _MEDIA):
-        raise TextTypeError(f"{name} is of type {part['type']!r}, and a text has no such thing in it. Give text only.")
+        raise TextTypeError(f"{name} is of type {part['type']!r}, and a text cannot hold that. Give text only.")
 
 
 def _texts_in(content: object) -> Iterator[Text]:
@@ -429,7 +428,7 @@ def _own(lm: LM, text: Text) -> Text:
 
 
 def _num_before_end_tokens(lm: LM, reply: ContinuedText) -> int:
-    """Return the number of a reply's ids before its final end tokens; all ids if a string ends the reply."""
+    """Return the number of a reply's ids before its final end tokens; of all ids if a string ends the reply."""
     token_ids, special = reply.completion_tokens, lm.tokenizer.all_special_ids
     num_said = len(token_ids)
     while num_said and not reply.completion_rest and token_ids[num_said - 1] in special:
@@ -444,7 +443,7 @@ def _string(lm: LM, text: Text) -> str:
 
 
 def _is_of_strings(text: Text) -> bool:
-    """Return whether a text's string replaces it; the ids of a continued text may be encoded again."""
+    """Return whether a text's string can replace the text; the ids of a continued text may be encoded again."""
     if isinstance(text, ContinuedText):
         return not are_adapted(text.completion_text.segments)
     return all(isinstance(segment, str) for segment in text.segments)

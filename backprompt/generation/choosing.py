@@ -1,4 +1,4 @@
-"""The choice of the next tokens of many texts together, by rows of one tensor of scores.
+"""The choice of the next tokens of many texts at once, from the rows of one tensor of scores.
 
 The processors of transformers are called in their order, each for as many rows at once as it treats alike: `_LOOKS_AT`
 gives the other inputs of a kind of processor, besides a row of scores. A kind that is not named there may look at
@@ -30,10 +30,10 @@ from backprompt.logprobs import log_softmax
 from backprompt.tokens.matching import Allowed
 
 NOISE_BYTES = 4 << 20
-"""Random numbers are made so many at a time: they stay in the cache."""
+"""The number of random numbers made at a time: so many stay in the processor's cache."""
 
 MAX_SHARE_PICKED = 1 / 8
-"""The largest share of numbers that are picked out of rows to be worked on alone."""
+"""The largest share of the numbers of rows that are picked out to be computed alone."""
 
 _LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
     **dict.fromkeys(
@@ -282,7 +282,7 @@ def _divide_quickly(rows: Tensor, generators: Sequence[torch.Generator]) -> None
 
 
 def _exponential(uniform: Tensor) -> Tensor:
-    """Return exponentially distributed numbers in the place of uniform ones, in float64."""
+    """Turn uniform numbers into exponentially distributed ones, in float64."""
     return uniform.neg_().log1p_().neg_()
 
 
@@ -316,6 +316,7 @@ def check_best(best: Sequence[float], *, is_drawn: bool) -> None:
             continue
         what = "-inf for every token, so that none may follow" if value == -math.inf else str(value)
         raise GenerationError(
-            f"The options of generate turn scores into {what}. Leave out those that exclude tokens or change their "
-            "scores, one after the other. A constraint excludes every token that it does not allow."
+            f"The options of generate turn scores into {what}. Leave out the options that exclude tokens or "
+            "change their scores, one by one, to find the cause. A constraint excludes every token that it does "
+            "not allow."
         )

@@ -1,7 +1,7 @@
 """Constraints of the texts of a call: checked, each distinct one compiled once.
 
-The mask stands where transformers puts processors that a caller gives it: behind penalties and all that excludes
-tokens, and before temperature, top-k and the like, which so divide the probability among the allowed tokens.
+The mask stands where transformers puts processors that a caller gives it: behind penalties and processors that exclude
+tokens, and before temperature, top-k and the like. So those divide the probability among the allowed tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from backprompt.lm import LM
 from backprompt.tokens.constraints import Constraint, as_constraint
 from backprompt.tokens.matching import Allowed, Language, Matching, Vocabulary
 from backprompt.tokens.tokenizer import PrivateTokenizer
+from backprompt.visible import counted
 
 MAX_FORCED = 128
 """The largest number of tokens without another choice that are forwarded in one pass."""
@@ -39,7 +40,7 @@ class Constraints:
     """The constraints of the texts of a call.
 
     Attributes:
-        given: that of each text, None for a text without; empty where no text has one.
+        given: the constraint of each text, None for a text without one; empty if no text has one.
         languages: each distinct constraint, compiled.
 
     """
@@ -60,7 +61,7 @@ class Constraints:
         return bool(self.languages)
 
     def repeated(self, num_each: int) -> Constraints:
-        """Return the constraints where each text is there so many times, one behind the other."""
+        """Return the constraints for a call in which each text stands `num_each` times in a row."""
         return Constraints(tuple(own for own in self.given for _ in range(num_each)), self.languages)
 
     def matching(self, text_idx: int, num_tokens: int, end_ids: Iterable[int]) -> Matching | None:
@@ -78,11 +79,11 @@ UNCONSTRAINED = Constraints((), {})
 
 
 def constraints_of(lm: LM, given: Any, num_texts: int) -> Constraints:
-    """Return what a caller gave as `constraint`: one for all texts, or a sequence with one, or None, a text.
+    """Return the constraint of each text, from one for all texts or a sequence with one, or None, for each text.
 
     Raises:
-        TextTypeError: an element is no constraint.
-        GenerationError: there are not as many as texts, or llguidance refuses one.
+        TextTypeError: an element is not a constraint.
+        GenerationError: the numbers of constraints and texts differ, or llguidance refuses a constraint.
         MissingDependencyError, TokenizerError: see `Vocabulary`.
 
     """
@@ -92,7 +93,8 @@ def constraints_of(lm: LM, given: Any, num_texts: int) -> Constraints:
         listed = as_list(given, "constraint")
         if len(listed) != num_texts:
             raise GenerationError(
-                f"There are {len(listed)} constraints for {num_texts} texts. Give one, or one a text."
+                f"The list has {counted(len(listed), 'constraint')} for {counted(num_texts, 'text')}. Give one for all "
+                "texts, or one for each text."
             )
         checked = [None if own is None else as_constraint(own, f"constraint[{idx}]") for idx, own in enumerate(listed)]
     else:

@@ -45,7 +45,7 @@ class ContinuedText(Text):
     def completion_tokens(self) -> tuple[int, ...]:
         """The ids that were added, an end token included.
 
-        If a stop string ended the text, only the whole tokens before the cut.
+        If a stop string ended the text, these are only the whole tokens before the cut.
         """
         ids = [leaf for leaf in leaves(self._completion.segments) if isinstance(leaf, tuple)]
         return ids[0] if ids else ()
@@ -100,7 +100,7 @@ def continue_as(
 
 
 def under_the_adapter_of(before: Text, text: Text) -> Text:
-    """Return a text under the adapter of the last segment of another text, or as it is if that has none of its own."""
+    """Return a text under the adapter of another text's last segment, or unchanged if that segment has none."""
     last = last_leaf(before.segments)
     return text.with_adapter(last.adapter) if isinstance(last, Adapted) else text
 
@@ -144,12 +144,12 @@ class GeneratedText(ContinuedText):
 
     @property
     def finish_reason(self) -> FinishReason:
-        """The reason for the end.
+        """The reason why the continuation ended.
 
-        "eos": an end token; "stop": a stop string; "constraint": nothing may follow under the constraint, and the model
-        has no end token; "length": `max_new_tokens`, so that a constrained text may be only the beginning of one that
-        the constraint allows; "criteria": another criterion of the options, such as `max_time`; "interrupted": the
-        caller asked for no more.
+        "eos": an end token; "stop": a stop string; "constraint": no token may follow under the constraint, and the
+        model has no end token; "length": `max_new_tokens`, a constrained text may then be only the beginning of an
+        allowed one; "criteria": another criterion of the options, such as `max_time`; "interrupted": the caller stopped
+        the generation.
         """
         return self._finish_reason
 

@@ -72,7 +72,7 @@ class Recipe:
         stop, include_stop, is_behind_prompt: see `StopStrings`.
         seed: the seed of sampling.
         given: fields of `GenerationConfig`.
-        constraints: that of each text, or none at all.
+        constraints: the constraint of each text; empty without constraints.
 
     """
 
@@ -118,8 +118,8 @@ class Decoding:
         seed: the seed of sampling. The same text with the same options, seed and sample has the same continuation,
             whatever else is generated with it; by default each run has a seed of its own.
         given: fields of `GenerationConfig`.
-        refused: returns the ids that must not be chosen: a text with one of them cannot be evaluated. Asked for each
-            text once it is evaluated, when the probe has found out which these are.
+        refused: returns the ids that must not be chosen, because a text with one of them cannot be evaluated. Called
+            for each text after its evaluation, when the probe has found these ids.
         constraints: those of the texts, in their order.
 
     Attributes:
@@ -184,7 +184,7 @@ class Decoding:
         )
 
     def repeated(self, num_each: int) -> Decoding:
-        """Return the decoding where each text is there so many times, one behind the other."""
+        """Return the decoding for a call in which each text stands `num_each` times in a row."""
         decoding = copy.copy(self)
         decoding._constraints = self._constraints.repeated(num_each)
         return decoding
@@ -243,7 +243,7 @@ class Decoding:
             last_id: the last id.
             num_new: the number of added ids.
             is_stopped: whether a stop string ends the text.
-            is_over: returns whether the text's constraint lets nothing follow.
+            is_over: returns whether the text's constraint allows no further token.
 
         """
         if is_stopped:
@@ -388,7 +388,7 @@ class TextDecoding:
         return self._choices[len(completion) - 1].score if is_beginning else None
 
     def found(self, num: int) -> list[Found]:
-        """Return the continuation so far; there is only one, whatever `num` asks for."""
+        """Return the continuation so far: always one, for any `num`."""
         return [Found(tuple(self._choices), self._finish_reason or "interrupted", self._cut)]
 
     def _ids_from(self, start: int) -> list[int]:

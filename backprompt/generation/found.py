@@ -1,4 +1,4 @@
-"""What was found: the tokens added to a text, and the reason for its end."""
+"""The result for a text: the tokens added to it, and the reason for its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
         logprob: its log-probability in the model's own distribution.
         is_argmax: whether no token had a higher one.
         constrained_logprob: its log-probability among the tokens that the text's constraint allowed; without a
-            constraint that is `logprob`.
+            constraint equal to `logprob`.
 
     """
 

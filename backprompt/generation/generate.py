@@ -64,8 +64,8 @@ def generate(
         texts: a text or many of one `LM`, whatever they share; a text may have groups, but not end in one.
         max_new_tokens: the largest number of tokens to add to each text.
         n: the number of samples of each text; by default one.
-        stop: a string or strings; a text ends with the first one that is generated. Strings in the prompt do not
-            count: for "\n\n" behind a prompt that ends in "\n", both line breaks must be generated. If one character
+        stop: a string or strings; a text ends with the first one that is generated. Strings in the prompt do not count:
+            to end with "\n\n" behind a prompt that ends in "\n", both line breaks must be generated. If one character
             completes several stop strings, the longest counts. (transformers' `stop_strings` searches the prompt, too,
             and the text keeps the token that completes a stop string.)
         include_stop: keep the stop string, which is otherwise left out of the text and its completion.
@@ -74,7 +74,7 @@ def generate(
         constraint: a `Regex`, a `JsonSchema` or a `Grammar` that each completion must match; or a list with one, or
             None, for each text. An end token may follow only where the completion may end. A text that has not ended
             within `max_new_tokens` ends with the reason "length". Needs llguidance.
-        show_progress_bar: whether to show a bar; by default on a terminal where it takes longer than two seconds.
+        show_progress_bar: whether to show a bar; by default on a terminal if generation takes longer than two seconds.
         **generation_config: fields of transformers' `GenerationConfig`.
 
     Returns:
@@ -87,9 +87,9 @@ def generate(
         MissingDependencyError: there is a constraint, and llguidance is not installed.
         TokenizerError: there is a constraint, and llguidance does not know what the tokenizer's tokens stand for.
         GroupError: a text ends in a group, so there is no last token to continue.
-        The errors of `evaluate`. All errors up to here are raised before anything is computed.
-        GenerationError, on the way: the options exclude every token that may follow, or make scores NaN.
-        NonFiniteError, on the way: the model returned NaN or infinity; the message names the text.
+        The errors of `evaluate`. All errors above are raised before anything is computed.
+        GenerationError, during generation: the options exclude every token that may follow, or make scores NaN.
+        NonFiniteError, during generation: the model returned NaN or infinity; the message names the text.
         StaleRepresentationError: the model's weights change meanwhile.
 
     """
@@ -106,7 +106,9 @@ def generate(
     if not decoding.is_sampling and num_each > decoding.num_beams:
         if decoding.num_beams == 1:
             raise GenerationError(f"Greedy decoding gives one continuation, not {n}. Ask for sampling: do_sample=True.")
-        raise GenerationError(f"{decoding.num_beams} beams give no {n} continuations. Ask for more: num_beams={n}.")
+        raise GenerationError(
+            f"{decoding.num_beams} beams cannot give {n} continuations. Ask for more beams: num_beams={n}."
+        )
     asked = [text for text in listed for _ in range(num_each)] if decoding.is_sampling else listed
     run = running(lm, asked, decoding.repeated(num_each) if decoding.is_sampling else decoding)
     run_with_bar(run, show_progress_bar)
@@ -140,7 +142,7 @@ def _decoding(
 
 
 def refused_ids(lm: LM) -> Callable[[], frozenset[int]]:
-    """Return a function that returns the ids with which no text can be evaluated, as far as it is known by then."""
+    """Return a function that returns the ids with which no text can be evaluated, as far as they are known by then."""
 
     def found() -> frozenset[int]:
         limits = lm.session.limits.model
@@ -176,7 +178,7 @@ class Stream(Iterator[str]):
 
     def __init__(self, lm: LM, prompt: Text, decoding: Decoding) -> None:
         if decoding.num_beams > 1:
-            raise GenerationError("Beams are decided on at the end, so there are no pieces to stream. Use generate.")
+            raise GenerationError("Beam search decides at the end, so it has no pieces to stream. Use generate.")
         self._lm = lm
         self._prompt = prompt
         self.run = running(lm, [prompt], decoding, is_stream=True)

@@ -1,6 +1,6 @@
 """A live text: one that is being continued, with the spans of its continuations.
 
-Keeps what was added to the text (its decoding), and the ends of the continuations that the evaluator holds for it.
+Keeps the tokens added to the text (its decoding), and the ends of the continuations that the evaluator holds for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Live:
     """A growing text.
 
     Attributes:
-        prompt_ids: its prompt; what is added is under the adapter of the last of these tokens.
+        prompt_ids: its prompt; added tokens are under the adapter of the prompt's last token.
         base_id: the id of token 0 under this adapter.
         decoding: its tokens so far.
         tip: the end of its one held continuation; None if it has several.
@@ -70,7 +70,7 @@ class Live:
 
         Args:
             end: the end of the continuation.
-            stop: the position behind the end when the token went in; others may have gone on behind it since.
+            stop: the position behind the end when the token went in; other tokens may have followed since.
 
         """
         self.tip, self._stop = (end, stop) if end.stop == stop else (NOWHERE, NOWHERE.stop)

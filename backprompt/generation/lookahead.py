@@ -3,8 +3,8 @@
 "Prompt lookup decoding" (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding), after "Fast Inference
 from Transformers via Speculative Decoding" (Leviathan et al. 2023, arXiv 2211.17192). Several proposals are tried at
 once: they are branches of a tree, forwarded in the pass that forwards the last token. The chosen tokens do not change:
-each is chosen by the same rules from the same logits, which only may be there earlier. The number of proposed tokens is
-halved when none was right, and doubled, up to the number asked for, when one was, as transformers does for an assistant
+each is chosen by the same rules from the same logits, which may only be available earlier. The number of proposed
+tokens is halved if none was right, and else doubled, up to the requested number, as transformers does for an assistant
 model.
 """
 

@@ -34,12 +34,12 @@ _OURS = {  # fields that only `generate` of transformers takes, and what to do i
     "low_memory": _CACHE,
     "num_beam_groups": "beams are searched as one group",
     "diversity_penalty": "beams are searched as one group",
-    "penalty_alpha": "it is for contrastive search, which is not done",
-    "dola_layers": "it is for DoLa decoding, which is not done",
-    "is_assistant": "it is for a model that proposes tokens to another, which is not done",
+    "penalty_alpha": "it is for contrastive search, which is not supported",
+    "dola_layers": "it is for DoLa decoding, which is not supported",
+    "is_assistant": "it is for assisted decoding by a second model, which is not supported",
     "compile_config": "nothing is compiled",
     "disable_compile": "nothing is compiled",
-    "transformers_version": "it says nothing about decoding",
+    "transformers_version": "it has no effect on decoding",
 }
 
 _PROBABILITY = (0.0, 1.0)
@@ -100,11 +100,19 @@ def config_of(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
             f"(prompt_lookup_num_tokens=...), not {mode.value.replace('_', ' ')}."
         )
     if config.prompt_lookup_num_tokens is not None and mode == GenerationMode.BEAM_SEARCH:
-        raise GenerationError("prompt_lookup_num_tokens looks ahead for one continuation, not for num_beams of them.")
+        raise GenerationError(
+            "prompt_lookup_num_tokens looks ahead for one continuation, so it cannot be "
+            "combined with num_beams. Leave out one of the two."
+        )
     if config.token_healing:
-        raise GenerationError("generate does not do token healing, which changes the end of the prompt.")
+        raise GenerationError(
+            "generate does not support token healing, which changes the end of the prompt. Leave out token_healing."
+        )
     if config.guidance_scale is not None and config.guidance_scale != 1:
-        raise GenerationError("generate does not do classifier-free guidance, which runs the model a second time.")
+        raise GenerationError(
+            "generate does not support classifier-free guidance, which runs the model a second "
+            "time. Leave out guidance_scale."
+        )
     return config
 
 
@@ -127,7 +135,7 @@ def _as_token_ids(given: Any, name: str, num_tokens: int) -> int | list[int]:
         raise GenerationError(f"{name} must be token ids, not {given!r}. Leave it out.")
     numbers = [as_int(token_id, f"an id of {name}", at_least=0, error=GenerationError) for token_id in ids]
     if max(numbers) >= num_tokens:
-        raise GenerationError(f"{name} has the id {max(numbers)}, but those of the model are 0 to {num_tokens - 1}.")
+        raise GenerationError(f"{name} has the id {max(numbers)}, but the model's ids are 0 to {num_tokens - 1}.")
     return numbers if isinstance(given, Iterable) else numbers[0]
 
 

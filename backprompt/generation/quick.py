@@ -18,7 +18,7 @@ from transformers.generation import logits_process as kinds
 
 
 def quickly_processed(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    """Return what a processor makes of scores, `(rows, vocab)`; the given tensor may change."""
+    """Return scores as a processor changes them, `(rows, vocab)`; the given tensor may change."""
     quick = _QUICK.get(type(processor))
     if quick is None or scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
         found: Tensor = processor(ids, scores)
@@ -78,7 +78,7 @@ def _min_new_tokens(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def _not_below(scores: Tensor, borders: Tensor, filter_value: float) -> Tensor:
-    """Return scores with `filter_value` in the place of those below the border of their row, `(rows, 1)`."""
+    """Return scores with `filter_value` for all scores below the border of their row, `(rows, 1)`."""
     found = torch.full_like(scores, filter_value)
     kept = np.flatnonzero(scores.numpy() >= borders.numpy())  # a mask of all tokens takes twice as long
     np.put(found.numpy(), kept, scores.numpy().take(kept))

@@ -1,12 +1,12 @@
 r"""Strings that end a continuation: when they end it, which part stays, and which part a stream must hold back.
 
-Only the generated string is searched for stop strings: the string that the tokens add to the prompt's. The stop string
-that is complete first counts, of several that are complete at once the longest; so the borders of tokens do not matter.
-Special tokens are left out of a completion, and so of the searched string; a stop string that names a special token is
-looked for where special tokens are written out.
+Only the generated string, which the tokens add to the prompt's string, is searched for stop strings. The first stop
+string that is complete counts; of several that are complete at once, the longest counts. So the borders of tokens do
+not matter. Special tokens are left out of a completion, and so of the searched string; a stop string that names a
+special token is looked for where special tokens are written out.
 
-A stop string may begin within a token ("abc\n" as one token, for the stop string "\n"). Then the tokens before that
-token stay as they were generated, and the kept part of the token ("abc") stands behind them as a string.
+A stop string may begin within a token ("abc\n" as one token, for the stop string "\n"). The tokens before such a token
+stay as they were generated, and the kept part of the token ("abc") stands behind them as a string.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str
 
     Raises:
         TextTypeError: `given` is something else.
-        GenerationError: an element is no string, is empty, or is a string that no tokens can spell.
+        GenerationError: an element is not a string, is empty, or is a string that no tokens can spell.
         TokenizerError: a string has half of a surrogate pair.
 
     """
@@ -159,7 +159,7 @@ def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str
         check_encodable(string, "A stop string")
         if missing := missing_characters(string, tokenizer):
             raise GenerationError(
-                f"The stop string {string!r} has characters that the tokenizer has no tokens for "
+                f"The stop string {string!r} has characters without tokens in the tokenizer's vocabulary "
                 f"({', '.join(map(repr, sorted(set(missing))))}), so no text would ever end with it. Leave it out."
             )
     return strings

@@ -13,7 +13,7 @@ from backprompt.session.representation import ModelRepr
 from backprompt.text.node import Text
 
 ROUNDS = 2
-"""Both models compute the texts so many times, in turns; the shortest time of each counts."""
+"""The number of times that both models compute the texts, in turns; the shortest time of each counts."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cost:
         num_tokens: tokens of the texts that were compared; shared tokens count in each text.
         gap: the largest difference of log-probabilities at tokens that matter, nats; see `NodeDrift`.
         largest_gap, mean_gap: the largest and the mean difference over all tokens of the vocabulary.
-        argmax_flips: the number of tokens behind which another token is the most probable.
+        argmax_flips: the number of tokens behind which the most probable tokens differ.
         weight_bytes, full_weight_bytes: the bytes of the weights, copies in the order of kernels included.
         seconds, full_seconds: for all of the texts in new `LM` objects, each distinct token once: on the CPU the time
             of the processor over all threads, elsewhere time that passes.
@@ -52,13 +52,15 @@ class Cost:
 
 
 def check_against(lm: LM, full: object) -> None:
-    """Raise TypeError or ValueError if `full` is no model to compare with."""
+    """Raise TypeError or ValueError if `full` cannot be compared with."""
     if not isinstance(full, LM):
         raise TypeError(f"against must be an LM with the full weights, not {type(full).__name__}.")
     sizes = [one.session.evaluator.executor.vocab_size for one in (lm, full)]
     tokenizers = [one.session.private_tokenizer.fingerprint() for one in (lm, full)]
     if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
-        raise ValueError("against must be an LM with the same tokenizer and vocabulary.")
+        raise ValueError(
+            "against must be an LM with the same tokenizer and vocabulary. Load the same model with full weights."
+        )
 
 
 def cost_of(lm: LM, full: LM, reprs: Sequence[ModelRepr]) -> Cost:

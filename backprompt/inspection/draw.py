@@ -1,4 +1,4 @@
-"""Pictures of the graph of texts: the order of segments, and which are computed, reused, evicted or missing.
+"""Pictures of the graph of texts: the order of segments, and which segments are computed, reused, evicted or missing.
 
     texts --to_networkx--> graph --Folding--> boxes --_Picture--> DOT --Drawing--> SVG, PNG, PDF
 
@@ -46,14 +46,15 @@ def draw(
 
     A box has its string, shortened in the middle, its distinct tokens, their bytes, and their status: computed by the
     latest evaluation, reused from memory, read from disk, evicted, or not evaluated. The branches of a group stand
-    side by side in a frame. A join is marked if it changed tokens of a part that another text has as they were: this
-    text does not share them. The usual reason is a blank at the end of that part: it belongs to the part behind.
+    side by side in a frame. A join is marked if it changed tokens of a part that another text has unchanged, so the two
+    texts do not share them. The usual reason is a blank at the end of that part, which belongs at the beginning of the
+    next part.
 
     Args:
         texts: a text or several; texts without a model are drawn by their strings.
-        max_children: if more texts, or groups, follow one segment, the last ones become one box ("... 69 more").
-        max_characters: longer strings are shown without their middle.
-        max_columns: segments behind so many columns of boxes become one box for each branch.
+        max_children: if more texts or groups than this follow a segment, the last ones become one box ("... 69 more").
+        max_characters: strings longer than this are shown without their middle.
+        max_columns: the segments behind this number of columns become one box for each branch.
 
     Returns:
         A `graphviz.Digraph`, to be rendered or changed further.

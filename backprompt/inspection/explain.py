@@ -36,13 +36,13 @@ class ExplainsTexts(Protocol):
 def explain(texts: Text | Iterable[Text], *, analyze: bool = False) -> Explanation:
     """Return the cost of evaluating texts: the tokens held and forwarded, the number of passes, and the reasons.
 
-    No part of the texts is forwarded, loaded or dropped. An `LM` without an evaluation so far checks itself on 12
-    tokens, as its first evaluation would do, which also tells the bytes of a token. A store's index is asked, and the
-    store is searched for missing tokens that other models left there.
+    No part of the texts is forwarded, loaded or dropped. An `LM` that has evaluated nothing yet checks itself on 12
+    tokens, as its first evaluation would do; this check also tells the bytes of a token. The index of a store is read,
+    and the store is searched for missing tokens that other models left there.
 
     Args:
         texts: a text or several of one `LM`.
-        analyze: evaluate the texts afterwards, and add the actual figures.
+        analyze: whether to evaluate the texts afterwards and add the actual figures.
 
     Raises:
         ValueError: there are no texts, or `analyze` is neither True nor False.

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from backprompt.inspection.missing import Miss, Reason
-from backprompt.visible import visible
+from backprompt.visible import counted, visible
 
 MAX_SHOWN = 12
 """The printed account names at most this many missing segments."""
@@ -34,9 +34,9 @@ class Divergence:
     Attributes:
         text_idx: the text that differs from the first text there.
         segment_idx, segment: the segment of that text with the token; its last segment if the text ends.
-        token_idx: the first token that is not common, which is also the number of common tokens.
-        cause: "token": the tokens differ. "join": the tokens differ though both texts have the same segments up to
-            there, because the next segment in one of them changed its tokens. "end": one of the two texts ends.
+        token_idx: the index of the first token that is not common, and so the number of common tokens.
+        cause: "token": the tokens differ. "join": both texts have the same segments up to there, but the next segment
+            in one of them changed its tokens. "end": one of the two texts ends.
 
     """
 
@@ -68,24 +68,24 @@ class Explanation:
     Attributes:
         num_texts: the number of texts.
         num_groups: the number of texts with groups or frozen segments, which no plain call computes.
-        tokens_requested: tokens in all texts, which plain calls, one per text, would forward.
-        tokens_distinct: tokens told apart by all tokens before them, each counted once.
-        tokens_shared: requested less distinct tokens, special tokens at the beginning left out.
+        tokens_requested: the tokens in all texts. Plain calls, one per text, would forward all of them.
+        tokens_distinct: distinct tokens; two tokens are the same if they and all tokens before them are equal.
+        tokens_shared: requested minus distinct tokens, without special tokens at the beginning.
         tokens_in_memory: distinct tokens whose hidden states are held on the device.
         tokens_in_host: distinct tokens whose hidden states are held in the second pool.
         tokens_on_disk: distinct tokens whose hidden states are in the store, as its index says.
-        tokens_to_compute: tokens to be forwarded. Tokens whose states are held are among them where keys and values
+        tokens_to_compute: tokens to be forwarded. A token whose states are held is among them if its keys and values
             were dropped.
-        tokens_to_recompute: of these, the number that were forwarded before.
+        tokens_to_recompute: the tokens to be forwarded that were forwarded before.
         pass_tokens: the number of tokens in each packed pass.
-        bytes_needed: the bytes that all of the texts take in memory.
-        bytes_held: the bytes held there now, for any texts.
+        bytes_needed: the bytes that all the texts take in memory.
+        bytes_held: the bytes held in memory now, for any texts.
         budget_bytes: the `LM`'s `memory_bytes`.
-        seconds: the expected time, at the rate of this `LM` so far, its output head included; None before its first
+        seconds: the expected time at the rate of this `LM` so far, with the output head; None before its first
             computation.
         seconds_saved: the time that the other `tokens_requested` would take at that rate.
-        divergence: the place where the common beginning of the texts ends; None for a single text, for texts with
-            groups, and for equal texts.
+        divergence: the place where the common beginning of the texts ends; None for one text, texts with groups, and
+            equal texts.
         misses: segments with tokens that are held nowhere, in the order of the texts.
         actual: the actual figures, with `analyze=True`.
 
@@ -118,7 +118,7 @@ class Explanation:
 
     @property
     def times_fewer(self) -> float:
-        """The tokens that plain calls would forward per token to compute; infinite if there are none to compute."""
+        """The tokens that plain calls would forward, divided by the tokens to compute; infinite if these are none."""
         return self.tokens_requested / self.tokens_to_compute if self.tokens_to_compute else math.inf
 
     @property
@@ -246,7 +246,7 @@ class Explanation:
             yield self._where_sharing_stops(self.divergence)
 
     def _where_sharing_stops(self, at: Divergence) -> str:
-        common = f"All texts have their first {at.token_idx:,} tokens in common"
+        common = f"All texts have their first {counted(at.token_idx, 'token')} in common"
         common = common if at.token_idx else "No token is common to all texts"
         if at.cause == "end":
             return f"{common}: texts[0] or texts[{at.text_idx}] is no longer than that."

@@ -10,10 +10,10 @@ import networkx as nx
 from backprompt.visible import counted
 
 MAX_COLUMNS = 9
-"""Columns of boxes that a picture has by default: with the one of folded boxes behind it, two screens."""
+"""The default number of columns of boxes in a picture; with the column of folded boxes they fill two screens."""
 
 MAX_IN_A_ROW = 4
-"""In a row of more segments that only follow each other, all but the first become one box."""
+"""In a longer row of segments that only follow each other, all but the first become one box."""
 
 
 @dataclass

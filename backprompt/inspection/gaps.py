@@ -12,7 +12,7 @@ from backprompt.model.probe import differences
 from backprompt.session.representation import ModelRepr
 
 LIKELY = 1e-3
-"""Tokens of at least this probability matter, in the plain call or here."""
+"""A token matters if its probability is at least this, in the plain call or here."""
 
 _SLICE_BYTES = 64 << 20
 
@@ -24,7 +24,7 @@ class Gaps:
     Attributes:
         likely: the largest absolute difference at tokens that matter, `(tokens,)`, float64, nats.
         largest, mean: the largest and the mean over the vocabulary, `(tokens,)`. Infinite instead of NaN.
-        is_flipped: whether another token is the most probable, `(tokens,)`.
+        is_flipped: whether the most probable tokens differ, `(tokens,)`.
 
     """
 

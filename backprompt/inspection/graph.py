@@ -6,8 +6,8 @@ between the node before the group and a *junction*, a node without tokens at the
     context + (a | b) + question        context --+-- a --+-- (junction) -- question
                                                   +-- b --+
 
-Tokens are told apart by all tokens before them, as in an evaluation: each distinct token is counted at one node, the
-first that has it.
+Two tokens are the same if they and all tokens before them are equal, as in an evaluation. Each distinct token is
+counted at one node: the first node that has it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
     - `num_bytes`: the bytes of these when held; None before the `LM` has computed anything;
     - `position`: the position of its first token; None without a model;
     - `status`: "computed now" (by the latest evaluation), "reused from memory", "from disk", "evicted", "not evaluated"
-      or "no model"; of several the one of most tokens; None for a junction. `statuses` counts own tokens by status;
+      or "no model"; if there are several, the one of most tokens; None for a junction. `statuses` counts own tokens by
+      status;
     - `is_join_changed`: whether joining the segment to the text before it changed tokens;
     - `is_frozen`: whether the node begins a branch that sees nothing before it;
     - `behind`: for a junction the node before its group, or None;
@@ -174,7 +175,7 @@ class _Merged:
 
 
 class _Walk:
-    """One text's way through the nodes, which adds new nodes."""
+    """The way of one text through the nodes; adds nodes that are missing."""
 
     def __init__(self, found: dict[tuple[Any, ...], _Node], encoding: _Encoding | None) -> None:
         self.uses: list[_Use] = []

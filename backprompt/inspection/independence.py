@@ -22,7 +22,7 @@ class IndependenceGap:
         divergences: Kullback-Leibler divergence of the distribution under the declared mask from that under full
             attention, `sum p_full log(p_full / p_declared)`, nats; inf if a token is possible under full
             attention alone.
-        argmax_changed: whether the most probable next token is another one.
+        argmax_changed: whether the most probable next tokens differ.
 
     """
 
@@ -49,7 +49,8 @@ class IndependenceGap:
 def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> IndependenceGap:
     """Compare texts with groups or frozen segments with full attention over the same tokens in written order.
 
-    Both are evaluated, which costs an extra plain forward of each text. `show_progress_bar` is that of `evaluate`.
+    Both versions are evaluated, which costs an extra plain forward of each text. `show_progress_bar` is that of
+    `evaluate`.
 
     Raises:
         ValueError: there are no texts.
@@ -72,7 +73,7 @@ def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | 
 
 
 def _in_written_order(text: Text) -> Text:
-    """Return the text of the same tokens in which each sees all before it, under the same adapters."""
+    """Return a text of the same tokens and adapters in which each token sees all tokens before it."""
     lm = as_lm(bound_lm(text, "a representation"))
     with lm.session.exclusive(), lazily():
         lm.session.current()

@@ -20,7 +20,7 @@ from backprompt.tokens.graph import TokenIds, flat
 Reason: TypeAlias = Literal["evicted", "join", "other model", "elsewhere", "too short", "never computed"]
 
 MIN_ELSEWHERE_TOKENS = 3
-"""Segments of fewer tokens stand behind other tokens by chance, which explains nothing."""
+"""A shorter segment may stand behind other tokens by chance, so finding it there explains nothing."""
 
 MAX_BEGINNINGS = 64
 """The store is searched for entries of other models by at most this many different beginnings of texts."""
@@ -46,7 +46,7 @@ class Miss:
             or exactness. "elsewhere": the same tokens are held behind others, or at another position. "too short":
             nothing is known of it, and the store would not have kept it by itself. "never computed": nothing is known
             of it.
-        why: the same as a sentence, with the numbers.
+        why: the reason as a sentence, with numbers.
 
     """
 
@@ -113,7 +113,7 @@ class _Segment:
 
     @property
     def aside(self) -> Aside | None:
-        """The tokens in its place without the segment, if its join changed them."""
+        """The tokens that stand there without the segment, if its join changed them."""
         extent = self.extent
         return Aside(self.text_idx, extent.start, extent.replaced) if extent.replaced else None
 
@@ -180,7 +180,7 @@ def _reason(
         return "evicted", f"{segment.num_evicted} of them were computed, and dropped over the budget"
     if segment.aside is not None and alone.has(segment.aside):
         return "join", (
-            f"the join changed token {extent.start}: what stands before it is held alone, but ends in "
+            f"the join changed token {extent.start}: the text before it is held by itself, but ends in "
             f"{list(extent.replaced)} then"
         )
     for difference, pieces in others:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from backprompt.tokens.tokenizer import PrivateTokenizer
 
 _TOKENS_BEFORE = 8
-"""A token is decoded behind this many others: alone it may be a part of a character, or lose its space."""
+"""A token is decoded behind this many others, because alone it may be part of a character or lose its space."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class _Shade:
 
 @dataclass(frozen=True)
 class Scale:
-    """The looks of tokens by a value of theirs.
+    """The looks of tokens, by one of their values.
 
     Attributes:
-        name: of the value.
+        name: the name of the value.
         rgb: the colour in HTML.
         shades: from the largest values to the smallest.
 
@@ -110,7 +110,7 @@ class ShownToken:
         is_join_changed: whether joining that segment to the text before it changed tokens.
         adapter: the name of its segment's own adapter, "" for `with_adapter(None)`, None if it has none of its own.
         attention: the share of attention that it gets from the token of `show(attention_from=...)`; None without one.
-        attends: whether it is that token.
+        attends: whether this token is the attending one.
 
     """
 
@@ -146,7 +146,8 @@ class ShownText:
         """Return the text with the escape sequences that terminals take for colours.
 
         Args:
-            is_dark: whether the terminal's ground is dark; by default as the variable COLORFGBG says, or else True.
+            is_dark: whether the terminal's ground is dark; by default the variable COLORFGBG decides, and without it
+                True.
 
         """
         is_dark = _has_dark_ground() if is_dark is None else is_dark
@@ -158,7 +159,7 @@ class ShownText:
         return f"{body}\n\n{legend}  {self._marks_explained()}".rstrip()
 
     def plain(self) -> str:
-        """Return the text with marks before tokens that are improbable, or attended to."""
+        """Return the text with marks before tokens that are improbable or get attention."""
         scale = self._scale
         legend = "  ".join(f"{shade.mark} {scale.label(shade)}" for shade in scale.shades if shade.mark)
         body = "".join(_mark(token) + _shade_of(token).mark + _broken(token.string) for token in self.tokens)
@@ -199,7 +200,10 @@ def show(
     top = as_int(top, "top", at_least=0)
     lm = bound_lm(text, "log-probabilities")
     if attention_from is None and (layers is not None or heads is not None):
-        raise ValueError("layers and heads are those of attention: give attention_from, the token that attends.")
+        raise ValueError(
+            "layers and heads choose attention, so they need attention_from, the token that attends. "
+            "Add it, or leave them out."
+        )
     model_repr = text.model_repr
     row, attention = None, [None] * model_repr.num_tokens
     if attention_from is not None:
@@ -235,7 +239,7 @@ def show(
 
 
 def _alternatives(lm: LM, text: Text, top: int) -> list[list[tuple[int, float]]]:
-    """Return, for each token, the most probable tokens in its place, the most probable first."""
+    """Return, for each token, the most probable tokens at its position, the most probable first."""
     if top == 0:
         return [[] for _ in text.tokens]
     found = lm.top_logprobs([text], min(top, lm.session.vocab_size))

@@ -59,7 +59,7 @@ class NodeDrift:
         gap: the largest absolute difference of log-probabilities, nats, of the segment's own tokens and, behind each of
             them, of the most probable token and of those with a probability of at least 0.001.
         largest_gap, mean_gap: the largest and the mean difference over all tokens of the vocabulary.
-        argmax_flips: the number of its tokens behind which another token is the most probable.
+        argmax_flips: the number of its tokens behind which the most probable tokens differ.
 
     """
 
@@ -88,7 +88,7 @@ class Verification:
         gap: the largest absolute difference of log-probabilities at tokens that matter, nats; see `NodeDrift`. Infinite
             if one is not a number.
         largest_gap, mean_gap: the largest and the mean difference over all tokens.
-        argmax_flips: the number of tokens behind which another token is the most probable.
+        argmax_flips: the number of tokens behind which the most probable tokens differ.
         dtype: the dtype that the model computes in, such as "torch.float32".
         tolerance: the largest `gap` that passes, nats.
         tf32: whether torch multiplies float32 matrices in TF32 on the model's device, so that the plain call itself is
@@ -129,14 +129,14 @@ class Verification:
 
     @property
     def advice(self) -> str:
-        """What to do about a gap that is too large."""
+        """Advice about a gap that is too large."""
         if self._is_due_to_tf32:
             return _TF32
         if self.is_coarse:
             return _COARSE
         return (
-            "If weights were changed in place, call lm.refresh(); if they were not, this is a bug of backprompt, or "
-            "the model mixes tokens outside attention."
+            "If weights were changed in place, call lm.refresh(). Otherwise backprompt has a bug, or the model "
+            "mixes tokens outside attention."
         )
 
     @property
@@ -195,7 +195,7 @@ class Verification:
         if self.cost is not None:
             yield str(self.cost)
         if self.stored_error:
-            yield f"Something came from a store in fewer bits, with a relative error of {self.stored_error:.2g}."
+            yield f"Some results came from a store in fewer bits, with a relative error of {self.stored_error:.2g}."
 
     def _rows(self, named: Callable[[int], str] = "texts[{}]".format) -> list[tuple[str, ...]]:
         """Return a row for each of the segments with the largest gaps."""
@@ -223,8 +223,8 @@ _TF32 = (
 )
 
 _COARSE = (
-    "Layers of the model round their inputs to fewer bits, and a difference in the last bit rounds to other numbers: "
-    "plain calls of other lengths differ, too. Where this matters, quantize weights alone."
+    "Layers of the model round their inputs to fewer bits, so a difference in the last bit may round to other "
+    "numbers. Plain calls of other lengths differ, too. If this matters, quantize only the weights."
 )
 
 _HEAD = ("segment", "tokens", "gap", "largest gap", "mean gap", "argmax flips")
@@ -248,22 +248,23 @@ def verify(
 
     Args:
         texts: a text or several of one `LM`.
-        sample: compare this many of the texts, drawn at random; by default all.
-        seed: the seed of the drawing; the same seed draws the same texts.
-        tolerance: the largest gap in log-probability that passes, nats: of the texts' own tokens, and of those with a
-            probability of at least 0.001. By default by dtype: 1e-5 in float64, 0.001 in float32, 0.1 in float16, and
-            0.5 in bfloat16.
-        against: an `LM` with the full weights of the same model, to tell what fewer bits cost: `Verification.cost`.
-            Fewer bits are no drift: the tolerance is for the distance from the model's own plain call.
+        sample: the number of texts to compare, drawn at random; by default all.
+        seed: the seed of the random choice; the same seed chooses the same texts.
+        tolerance: the largest gap in log-probability that passes, nats, among the texts' own tokens and tokens with a
+            probability of at least 0.001. The default depends on the dtype: 1e-5 in float64, 0.001 in float32, 0.1 in
+            float16, and 0.5 in bfloat16.
+        against: an `LM` with the full weights of the same model, to measure the cost of fewer bits:
+            `Verification.cost`. The tolerance applies only to the distance from the model's own plain call, so fewer
+            bits are not drift.
         raise_on_drift: raise if a gap is larger.
         show_progress_bar: by default on a terminal when at least 5 texts are compared.
 
     Raises:
         DriftError: with `raise_on_drift`: a gap is larger than the tolerance; the message names the segment.
-        TypeError: `tolerance` is no number, or `against` no `LM`.
-        ValueError: there are no texts; `sample` is no int of at least 1, or `seed` none of at least 0; `tolerance` is
-            negative or infinite, or missing for a dtype that has none; another argument is neither True nor False;
-            `against` has another tokenizer or vocabulary.
+        TypeError: `tolerance` is not a number, or `against` is not an `LM`.
+        ValueError: there are no texts; `sample` is not an int of at least 1, or `seed` not one of at least 0;
+            `tolerance` is negative, infinite, or missing for a dtype without a default; another argument is neither
+            True nor False; `against` has another tokenizer or vocabulary.
         GroupError: all of the texts have groups, frozen segments or adapters by segment.
         TextTypeError, UnboundTextError: an element is not a text, or has no model.
         MixedModelsError: texts of two different `LM` objects.
@@ -284,9 +285,9 @@ def verify(
     ]
     if not indices:
         raise GroupError(
-            f"verify compares with plain calls, and none computes groups, frozen segments or adapters by segment, "
-            f"which all of the {len(given)} texts have. Verify texts without them, whose segments are computed by the "
-            "same passes."
+            "verify compares with plain calls, which cannot compute groups, frozen segments or adapters by "
+            f"segment, and all of the {len(given)} texts have some. Verify texts without them: their segments are "
+            "computed by the same passes."
         )
     num_groups = len(given) - len(indices)
     if sample is not None and sample < len(indices):
@@ -324,13 +325,15 @@ def _compare(
         dtype = skeleton.computed_dtype(plain)
         if tolerance is None:
             if dtype not in TOLERANCE:
-                raise ValueError(f"There is no tolerance for {dtype}. Give one: verify(texts, tolerance=...), in nats.")
+                raise ValueError(
+                    f"There is no default tolerance for {dtype}. Give one: verify(texts, tolerance=...), in nats."
+                )
             tolerance = TOLERANCE[compared_as(plain, dtype)]
         is_coarse = compared_as(plain, dtype) != dtype
         for idx, text, model_repr, extents in zip(indices, texts, reprs, lm.extents(texts), strict=True):
             drifts.add(idx, text, extents, gaps_of(model_repr, plain))
             bar.update()
-        check_current(reprs[0])  # weights that changed meanwhile are no drift
+        check_current(reprs[0])  # weights that changed meanwhile are not drift
         stored_error = max(model_repr.stored_error for model_repr in reprs)
         cost = None if against is None else cost_of(lm, against, reprs)
     nodes = drifts.nodes()

@@ -76,8 +76,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         pretrained: a hub id or the path of a model, an `LM`, or a `(model, tokenizer)` tuple.
         tokenizer: the id, path or object of a tokenizer; by default the model's own.
         dtype: the dtype of the weights; by default the checkpoint's, as for `hf`.
-        device: by default, and for CUDA without such a device (the command line's default), as for `backprompt.load`.
-            An `LM` stays where it is.
+        device: the device; by default, and for "cuda" on a machine without CUDA (the command line's default), as for
+            `backprompt.load`. An `LM` stays on its device.
         max_length: the largest number of tokens given to the model; by default from its configuration.
         add_bos_token: whether the tokenizer adds special tokens to a context; by default as the tokenizer does.
         prefix_token_id: the token before texts without context; by default BOS, or else EOS.
@@ -85,13 +85,14 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
             score them as part of the string, as `hf` does: with a tokenizer that adds BOS a second BOS is scored behind
             the first. By default a string's own tokens are scored behind the prefix token.
         chat_template_args: arguments for the tokenizer's chat template.
-        batch_size, max_batch_size: taken from the command line and not used, as there are no batches: a pass is filled
+        batch_size, max_batch_size: accepted from the command line and not used. There are no batches: a pass is filled
             up to `max_tokens_per_forward` tokens.
         **lm_options: options of `LM`, such as memory_bytes, store; and num_workers, num_cpus, num_gpus of `RayLM`.
 
     Raises:
-        TypeError: an unknown option, or an option that comes too late for an `LM`; before anything is loaded.
-        ValueError: an option has an invalid value; before anything is loaded.
+        TypeError: an unknown option, or an option that a given `LM` cannot take any more; raised before anything is
+            loaded.
+        ValueError: an option has an invalid value; raised before anything is loaded.
         The errors of `backprompt.load`.
 
     """
@@ -116,8 +117,9 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         unknown = lm_options.keys() - {*LM_OPTIONS, *WORKER_OPTIONS}
         if unknown:
             raise TypeError(
-                f"The model type backprompt takes no argument {', '.join(sorted(map(repr, unknown)))}. It takes those "
-                f"of BackpromptLM, and {', '.join(LM_OPTIONS)}. For a model that is loaded in another way pass an LM: "
+                f"The model type backprompt takes no argument {', '.join(sorted(map(repr, unknown)))}. It takes "
+                f"the arguments of BackpromptLM, and {', '.join(LM_OPTIONS)}. For a model that is loaded in "
+                "another way, pass an LM: "
                 "BackpromptLM(LM(model, tokenizer))."
             )
         as_bool(rolling_as_hf, "rolling_as_hf")
@@ -132,7 +134,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         if isinstance(pretrained, LM):
             late = [*lm_options, *(["dtype"] if dtype is not None else [])]
             if late:
-                raise TypeError(f"An LM is loaded already: {', '.join(late)} must be given to it, not here.")
+                raise TypeError(f"An LM is loaded already: give {', '.join(late)} to the LM, not here.")
             self.lm = pretrained
         elif isinstance(pretrained, str):
             loader = RayLM if "num_workers" in lm_options else load
@@ -177,8 +179,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """
         if self._prefix_token_id is None:
             raise ValueError(
-                "A text without context needs a token before it, and this tokenizer has neither BOS nor EOS. Choose "
-                "one: prefix_token_id=..."
+                "A text without context needs a token before it, and this tokenizer has neither BOS nor EOS. "
+                "Choose a token: prefix_token_id=..."
             )
         return self._prefix_token_id
 
@@ -196,7 +198,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
     ) -> list[int]:
         """Return the ids of a string, the last `left_truncate_len` of them.
 
-        Special tokens are added as asked for, or else as `add_bos_token` or the tokenizer says.
+        Special tokens are added if requested; by default `add_bos_token` or the tokenizer decides.
         """
         add = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self._prefix):
@@ -206,7 +208,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as one string; without its system message if the template refuses that."""
+        """Return a conversation as one string; without its system message if the template refuses such messages."""
         from jinja2.exceptions import TemplateError
 
         options = {
@@ -229,7 +231,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         all strings are one forest.
 
         Raises:
-            ValueError: there is no prefix token.
+            ValueError: the tokenizer has no prefix token, and none was given.
 
         """
         windows: list[tuple[None, list[int], list[int]]] = []
@@ -256,7 +258,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_gen_toks(self) -> int:
-        """The largest number of tokens to generate for a request that names none."""
+        """The largest number of tokens to generate for a request without such a number."""
         return 256
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -301,9 +303,9 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         if room < 1:
             raise GenerationError(
                 f"The task asks for {max_new_tokens} tokens, which leaves no room for a context in the model's "
-                f"{self.max_length}. Give it fewer: --gen_kwargs max_gen_toks=..."
+                f"{self.max_length}. Ask for fewer: --gen_kwargs max_gen_toks=..."
             )
-        # A task's stop strings are made for no tokenizer; a string that it cannot spell never comes.
+        # A task's stop strings suit no particular tokenizer; a string that the tokenizer cannot spell never comes.
         spelled = [string for string in stop if not missing_characters(string, self.tokenizer)]
         decoding = Decoding(
             self.lm.session.causal_lm,

@@ -16,7 +16,7 @@ from backprompt.forest.fan import Shape
 class Continuation:
     """Ids of a request; the ids from `start` on are scored.
 
-    The ids are at most `max_length`, and one more that is scored and not forwarded.
+    There are at most `max_length` ids, and one more that is scored and not forwarded.
     """
 
     token_ids: tuple[int, ...]

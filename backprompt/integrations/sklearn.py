@@ -51,8 +51,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
 
         instruction + shot 1 + separator + shot 2 + separator + ... + template with the input in it
 
-    where a shot is the template with an example in it, followed by its label, with the space between that
-    `end_of_prompt` asks for. `backprompt.classify.predict_proba` gives the probability of each label behind the prompt.
+    where a shot is the template with an example in it, followed by its label, with a space between them if
+    `end_of_prompt` says so. `backprompt.classify.predict_proba` gives the probability of each label behind the prompt.
     `fit` trains nothing: it chooses classes, shots, prior and calibration.
 
     `X` is a sequence, array or series of strings, as scikit-learn's text vectorizers take it: one dimension. Of a data
@@ -69,20 +69,19 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             default `str(class)`. A mapping may have more classes than the data. Some ensembles, VotingClassifier among
             them, give their members the numbers 0, 1, ... for the sorted classes, which require a sequence.
         shots: the number of labelled examples to draw from the training data, or the `(x, class)` pairs themselves.
-            Classes take turns, and the first 4 of 8 shots drawn are the 4 that `shots=4` draws: such prompts share
-            them.
+            Classes take turns. The first 4 of 8 shots drawn are the 4 that `shots=4` draws, so such prompts share them.
         instruction: the beginning of all prompts.
         separator: the string behind each shot.
         end_of_prompt: "auto", " " or "": stands between prompt and label, in shots, too; see `classify.log_probs`.
         prior: a probability for each of `classes_`; "training": the classes' frequencies in the training data; None:
             all are equal. Applied after calibration.
-        calibrate_on: inputs by whose mean probabilities to divide, which corrects for the prompt's own preferences:
+        calibrate_on: inputs whose mean probabilities are divided by, to correct the prompt's own preferences:
             neutral inputs such as `["N/A", ""]` (contextual calibration, Zhao et al. 2021, arXiv 2102.09690), or
             "training": the training inputs without the shots and without labels (batch calibration, Zhou et al. 2023,
             arXiv 2309.17249). None: no correction.
         aggregate: the "mean" or the "sum" of a label's token log-probabilities; see `classify.predict_proba`.
         discount_completions: see `classify.predict_proba`.
-        random_state: the seed for drawing shots. With None each fit draws other shots, so fits share little.
+        random_state: the seed for drawing shots. With None each fit draws different shots, so fits share little.
 
     Attributes:
         classes_: the classes, sorted, `(classes,)`.
@@ -134,7 +133,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         self._lm = as_lm(given) if isinstance(given, tuple) else given
 
     def fit(self, X: Any, y: Any) -> PromptClassifier:
-        """Choose classes, shots and prior; with `calibrate_on`, score those inputs. Nothing else is computed.
+        """Choose classes, shots and prior; with `calibrate_on`, score its inputs. Nothing else is computed.
 
         Args:
             X: `(inputs,)` strings.
@@ -151,7 +150,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         check_consistent_length(inputs, classes_of_inputs)
         self.classes_, class_idx = np.unique(classes_of_inputs, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y has only one class, {self.classes_[0]!r}. A classifier needs at least two.")
+            raise ValueError(f"y has only one class, {self.classes_[0]!r}. A classifier needs at least two classes.")
         completions, prior = _completions(self.labels, self.classes_), _prior(self.prior, class_idx)
         checked = Example(self.template, completions, prior=prior, end_of_prompt=self.end_of_prompt)
         self.completions_, self.prior_ = checked.completions, checked.prior
@@ -233,8 +232,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         for idx, prompt in enumerate(prompts):
             if not prompt.segments:
                 raise ValueError(
-                    f"{name}[{idx}] is an empty string, and so is its prompt. Leave it out, or put words into the "
-                    "template."
+                    f"{name}[{idx}] is an empty string, and so is its prompt. Leave this input out, or put words "
+                    "into the template."
                 )
         return prompts
 
@@ -271,14 +270,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
 def _check_template(template: object) -> None:
     if not isinstance(template, str):
         raise TextTypeError(f"template must be a str, not {type(template).__name__}.")
-    advice = f"Write it as in 'Message: {{{FIELD}}}\\nKeywords:'; braces that stand for themselves are doubled."
+    advice = f"Write a template as in 'Message: {{{FIELD}}}\\nKeywords:'; braces that stand for themselves are doubled."
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
         unknown = [name for name in names if name != FIELD]
         if not unknown:
             template.format(**{FIELD: "x"})
     except (ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"The template {template!r} is not one: {error}. {advice}") from error
+        raise ValueError(f"The template {template!r} is invalid: {error}. {advice}") from error
     if unknown:
         raise ValueError(f"The template {template!r} has the unknown field {{{unknown[0]}}}. {advice}")
     if not names:
@@ -319,12 +318,12 @@ def _checked_inputs(given: Any, name: str = "X") -> list[str]:
     is_ordered = hasattr(given, "__len__") and hasattr(given, "__getitem__") and not isinstance(given, Mapping)
     if isinstance(given, (str, Text)) or not is_ordered:
         raise ValueError(
-            f"{name} must be a sequence of strings, not {type(given).__name__}. Put a single one in a list."
+            f"{name} must be a sequence of strings, not {type(given).__name__}. Put a single string in a list."
         )
     num_dimensions = getattr(given, "ndim", 1)
     if num_dimensions != 1:
         raise ValueError(
-            f"{name} must have one dimension, not {num_dimensions}: a string an input. Give one column, such as "
+            f"{name} must have one dimension, not {num_dimensions}: a string for each input. Give one column, such as "
             f'{name}["message"] of a data frame or {name}[:, 0] of an array.'
         )
     inputs = list(given)
@@ -355,16 +354,17 @@ def _completions(labels: Mapping[Any, str] | Sequence[str] | None, classes: Any)
     if labels is None:
         if listed == list(range(len(listed))) and not isinstance(listed[0], bool):
             warn_caller(
-                f"The classes are the numbers 0 to {listed[-1]}, and so are the completions that are scored. If they "
-                f"stand for something, give `labels`, a sequence of strings. {ENCODED}"
+                f"The classes are the numbers 0 to {listed[-1]}, and so are the completions that are scored. If "
+                f"the numbers stand for names, give `labels`, a sequence of strings. {ENCODED}"
             )
         return list(map(str, listed))
     if isinstance(labels, Mapping):
         missing = [label for label in listed if label not in labels]
         if missing:
             raise ValueError(
-                f"labels has no completion for the class {missing[0]!r}; it has those of "
-                f"{', '.join(map(repr, labels))}. Add it, or give a sequence in the order of the sorted classes. "
+                f"labels has no completion for the class {missing[0]!r}; it has completions of "
+                f"{', '.join(map(repr, labels))}. Add this class, or give a sequence in the order of the sorted "
+                "classes. "
                 f"{ENCODED}"
             )
         return [labels[label] for label in listed]
@@ -372,7 +372,7 @@ def _completions(labels: Mapping[Any, str] | Sequence[str] | None, classes: Any)
     if len(given) != len(listed):
         raise ValueError(
             f"labels has {len(given)} completions for {len(listed)} classes, {', '.join(map(repr, listed))}. Give "
-            "one a class, in this order, or a mapping from classes."
+            "one for each class, in this order, or a mapping from classes."
         )
     return given
 
@@ -395,7 +395,7 @@ def _checked_shots(shots: Sequence[Any], classes: Any) -> list[tuple[str, Any]]:
             raise TypeError(f"shots[{idx}] must be a pair (x, class), not {shot!r}.")
         x, label = shot
         if not isinstance(x, str):
-            raise TextTypeError(f"shots[{idx}] has a {type(x).__name__} for its input, not a str: {abbreviated(x)}.")
+            raise TextTypeError(f"shots[{idx}] has a {type(x).__name__} as its input, not a str: {abbreviated(x)}.")
         if label not in listed:
             raise ValueError(
                 f"shots[{idx}] has the class {label!r}, but y has only {', '.join(map(repr, listed))}. {ENCODED}"

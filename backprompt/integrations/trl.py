@@ -32,7 +32,7 @@ from backprompt.training import Account, RowScores, hidden_states, token_logprob
 logger = logging.getLogger(__name__)
 
 KEYWORD = "backprompt_forest"
-"""The keyword by which a call reaches the forest through everything that wraps a model."""
+"""The keyword by which a call reaches the forest through all wrappers of a model."""
 
 Work: TypeAlias = "Callable[[nn.Module], RowScores]"
 
@@ -44,15 +44,15 @@ METHOD = "_get_per_token_logps_and_entropies"
 
 
 class _Forest:
-    """What the mixins share: the reasons for which the forest does not serve, and the account of the tokens.
+    """The common part of the mixins: the reasons why the forest is not used, and the account of the tokens.
 
     Attributes:
-        forest_refusals: the reasons for which calls went the trainer's own way, each once.
+        forest_refusals: the reasons why calls used the trainer's own method, each once.
 
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise TypeError for a class that names a trainer before the mixin, which would then have no part in it."""
+        """Raise TypeError for a class that names a trainer before the mixin, which would then have no effect."""
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[: cls.__mro__.index(_Forest)]:
             if hasattr(base, "compute_loss") and not issubclass(base, _Forest):
@@ -74,7 +74,7 @@ class _Forest:
     def _why_cut(self) -> str | None:
         """Return the reason if no process holds the whole model."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
-            return "the model is cut over several devices"
+            return "the model is split over several devices"
         if self.accelerator.parallelism_config is not None:  # type: ignore[attr-defined]
             return "a parallelism_config is set"
         if getattr(self.args, "use_liger_kernel", False):  # type: ignore[attr-defined]
@@ -84,7 +84,9 @@ class _Forest:
     def _say_once(self, reason: str) -> None:
         if reason not in self.forest_refusals:
             self.forest_refusals.append(reason)
-            logger.warning("Batches go the trainer's own way, and not through the forest: %s.", reason.rstrip("."))
+            logger.warning(
+                "Batches are computed by the trainer's own method, not by the forest: %s.", reason.rstrip(".")
+            )
 
     def _count(self, account: Account) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]  # type: ignore[attr-defined]
@@ -95,17 +97,18 @@ class _Forest:
 class ForestLogprobs(_Forest):
     """A mixin for `GRPOTrainer` and `RLOOTrainer` of TRL 1.16 and newer: log-probabilities by the forest of a batch.
 
-    Name it before the trainer: `class Trainer(ForestLogprobs, GRPOTrainer)`. Numbers and gradients are those of the
-    trainer's own method but for rounding. What the forest cannot do goes to that method, and the log says so once for
-    each reason: images and other inputs beside tokens, the balancing loss of mixtures of experts, models that are cut
-    over several devices (FSDP, DeepSpeed, tensor, context or sequence parallelism), `cast_lm_head_to_fp32`, active
-    dropout, rows beyond the model's length, models that backprompt does not support. Models that every process holds
-    whole (DDP) are fine.
+    Name it before the trainer: `class Trainer(ForestLogprobs, GRPOTrainer)`. Numbers and gradients equal those of the
+    trainer's own method up to rounding. Calls that the forest cannot compute use that method, and the log says so once
+    for each reason: images and other inputs beside tokens, the balancing loss of mixtures of experts, models that are
+    split over several devices (FSDP, DeepSpeed, tensor, context or sequence parallelism), `cast_lm_head_to_fp32`,
+    active dropout, rows beyond the model's length, models that backprompt does not support. Models that every process
+    holds whole (DDP) are supported.
 
-    The metrics `forest/tokens_given` and `forest/tokens_forwarded` are the tokens of a call, and those that it took.
+    The metrics `forest/tokens_given` and `forest/tokens_forwarded` are the tokens in a call's batch, and the tokens
+    that were forwarded for them.
 
     Raises:
-        TypeError: the trainer behind it has no such method.
+        TypeError: the trainer behind the mixin has no such method.
 
     """
 
@@ -113,8 +116,8 @@ class ForestLogprobs(_Forest):
         method = getattr(super(), METHOD, None)
         if method is None or "compute_aux_loss" not in inspect.signature(method).parameters:
             raise TypeError(
-                "ForestLogprobs stands before GRPOTrainer or RLOOTrainer of TRL 1.16 or newer, as in class "
-                "Trainer(ForestLogprobs, GRPOTrainer). For DPOTrainer there is ForestStates."
+                "ForestLogprobs must stand before GRPOTrainer or RLOOTrainer of TRL 1.16 or newer, as in class "
+                "Trainer(ForestLogprobs, GRPOTrainer). For DPOTrainer use ForestStates."
             )
         super().__init__(*args, **kwargs)
         for causal in self._causal_models():
@@ -133,7 +136,7 @@ class ForestLogprobs(_Forest):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return log-probabilities and entropies, each `(rows, logits_to_keep)`; see the trainer's own method.
 
-        `batch_size` bounds what is forwarded at once, as there: so many rows' tokens.
+        `batch_size` bounds the number of rows that are forwarded at once, as in the trainer's method.
         """
         reason = self._why_not(compute_aux_loss, others)
         if reason is None:
@@ -178,7 +181,7 @@ class ForestLogprobs(_Forest):
         if given:
             return f"the batch has inputs beside tokens ({', '.join(given)})"
         if compute_aux_loss:
-            return "the balancing loss of a mixture of experts is asked for"
+            return "the balancing loss of a mixture of experts is requested"
         if getattr(self.args, "cast_lm_head_to_fp32", False):  # type: ignore[attr-defined]
             return "cast_lm_head_to_fp32 is set"
         return self._why_cut()
@@ -189,7 +192,7 @@ class ForestStates(_Forest):
 
     Name it before the trainer: `class Trainer(ForestStates, DPOTrainer)`. Chosen and rejected answers share their
     prompt, which goes through the body of the model once for both, and once through that of the reference. Calls that
-    the forest cannot do, and the metrics, are as for `ForestLogprobs`.
+    the forest cannot compute, and the metrics, are treated as by `ForestLogprobs`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -227,7 +230,7 @@ def _said(error: Exception) -> str:
 
 
 def _let_through(causal: nn.Module) -> None:
-    """Let calls with `KEYWORD` do their work on the model, inside of all that wraps it, such as DDP's bookkeeping."""
+    """Let calls with `KEYWORD` do their work on the model, within its wrappers, such as DDP's bookkeeping."""
 
     def forward(plain: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         work: Work | None = kwargs.pop(KEYWORD, None)
@@ -247,9 +250,9 @@ def _share(causal: nn.Module, body: nn.Module, states_of: Callable[[nn.Module, d
 
 
 def _replace_forward(module: nn.Module, replacement: Callable[..., Any]) -> None:
-    """Put a function in the place of a module's forward method, which is its first argument.
+    """Replace a module's forward method by a function, which gets the method as its first argument.
 
-    A copy of the module has the same function in its place, and must not run the module that it is a copy of.
+    A copy of the module gets the same function, which must then run the copy and not the original module.
     """
     before: Any = module.forward
     is_method = getattr(before, "__self__", None) is module

@@ -29,7 +29,10 @@ from transformers.cache_utils import DynamicCache
 
 from backprompt.errors import UnsupportedModelError
 
-_NAMES = ("past_key_values", "cache_params", "state")
+KEYS_VALUES_NAMES = ("past_key_values", "cache")
+"""The names under which a `forward` takes and returns keys and values: `cache` since transformers 5.24."""
+
+_NAMES = (*KEYS_VALUES_NAMES, "cache_params", "state")
 """The names under which a `forward` takes and returns its cache."""
 
 _FULL_LAYERS: Mapping[type, type] = {

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from backprompt.errors import UnsupportedModelError
 from backprompt.memory.blocks import KeysValues
 from backprompt.model import skeleton
+from backprompt.model.cache_form import KEYS_VALUES_NAMES
 from backprompt.model.limits import limits_of
 
 Form = list[tuple[int, int, int]]
@@ -22,7 +23,8 @@ def form_of_cache(model: nn.Module, device: torch.device) -> Form | None:
     placeholders = limits_of(model).placeholders
     usual = next(token_id for token_id in range(len(placeholders) + 1) if token_id not in placeholders)
     ids = torch.tensor([[usual]], device=device)
-    cache: Any = skeleton.plain_copy(model)(input_ids=ids, use_cache=True).past_key_values
+    output = skeleton.plain_copy(model)(input_ids=ids, use_cache=True)
+    cache: Any = next((output[name] for name in KEYS_VALUES_NAMES if name in output), None)
     try:
         return [(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
     except (AttributeError, TypeError, IndexError):  # no layers, or layers that keep something else

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backprompt.errors import UnsupportedModelError
+from backprompt.model.cache_form import KEYS_VALUES_NAMES
 
 _UPDATE = "mamba2_selective_state_update"
 """The name of the function by which layers of Mamba 2 update their state by a single token."""
@@ -34,7 +35,7 @@ def adapt(body: nn.Module) -> None:
     """Change the modules of a private body that would not compute the same in a packed pass as in the plain call.
 
     Raises:
-        UnsupportedModelError: somebody gave such a module a forward of its own.
+        UnsupportedModelError: the forward of such a module was replaced.
 
     """
     for module in list(_modules(body)):
@@ -158,7 +159,7 @@ def _counts_rows(module: Any) -> bool:
     if table is None or not {"past_key_values_length", "position_ids"} <= _parameters_of(table):
         return False
     own = _parameters_of(module)
-    return "past_key_values" in own and "position_ids" not in own
+    return not own.isdisjoint(KEYS_VALUES_NAMES) and "position_ids" not in own
 
 
 def _parameters_of(module: nn.Module) -> set[str]:
@@ -235,8 +236,9 @@ class _AtTruePositions:
     position_ids: Tensor
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
-        keywords["past_key_values"] = _TruePositions(self.position_ids)
-        return super().forward(*args, **keywords)  # type: ignore[misc]
+        forward = super().forward  # type: ignore[misc]
+        (name,) = inspect.signature(forward).parameters.keys() & {*KEYS_VALUES_NAMES}
+        return forward(*args, **{**keywords, name: _TruePositions(self.position_ids)})
 
 
 class _TruePositions:

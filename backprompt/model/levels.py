@@ -34,7 +34,7 @@ from backprompt.forest.span import Span
 from backprompt.memory.blocks import BlockRows, KeysValues, keys_values_of, layer_names
 from backprompt.memory.budget import free_bytes
 from backprompt.memory.snapshots import KeysValuesAndSnapshots, snapshot_of
-from backprompt.model.cache_form import Body, CacheForm
+from backprompt.model.cache_form import KEYS_VALUES_NAMES, Body, CacheForm
 from backprompt.model.in_flight import Forwarded, Work
 
 MAX_CACHE_BYTES = 256 << 20
@@ -182,7 +182,7 @@ class Levels:
             UnsupportedModelError: the model's cache is not a `DynamicCache`, or lacks the snapshot.
 
         """
-        if self.form.empty is None or self.form.name != "past_key_values":
+        if self.form.empty is None or self.form.name not in KEYS_VALUES_NAMES:
             raise UnsupportedModelError(
                 f"{model_name} has a cache of its own form, which past_key_values() cannot make. Read logits and "
                 "log-probabilities from the text, or continue the text with text.generate(...)."

@@ -1,4 +1,4 @@
-"""The byte budgets of an `LM`: those asked for, or those that suit the devices of its model."""
+"""The byte budgets of an `LM`: the given ones, or defaults that suit the devices of its model."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ class Budgets:
 
 
 def default_bytes(model: nn.Module) -> int:
-    """Return the default budget: where layers lie on several devices, that of the device with the least free memory."""
+    """Return the default budget; for layers on several devices, the budget of the device with the least free memory."""
     return min(map(default_max_bytes, devices_of(model)))

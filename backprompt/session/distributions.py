@@ -42,7 +42,7 @@ class Entropies:
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """The most probable tokens in the place of each token, of many texts in two tensors.
+    """The most probable tokens at the position of each token, of many texts in two tensors.
 
     Attributes:
         logprobs: text behind text, `(tokens, k)`, in falling order, nats, float64 for a model in float64 and else
@@ -76,7 +76,7 @@ def entropies(
 def top_logprobs(
     session: TextSession, texts: Iterable[Text], k: int, starts: Iterable[Text | int] | None, temperature: float
 ) -> TopLogprobs:
-    """Return the most probable tokens in the place of texts' tokens; see `LM.top_logprobs`."""
+    """Return the most probable tokens at the positions of texts' tokens; see `LM.top_logprobs`."""
     asked = Asked(temperature=as_temperature(temperature), top_k=as_top_k(session, k, "k"))
     found, offsets = _of_texts(session, texts, starts, asked)
     assert found.top_logprobs is not None and found.top_ids is not None
@@ -84,7 +84,7 @@ def top_logprobs(
 
 
 def distributions_of_ids(session: TextSession, wanted: Sequence[Wanted], asked: Asked) -> Distributions:
-    """Return what is asked of the distributions that predict tokens of texts of ids; the lock must be held.
+    """Return the requested results of the distributions that predict tokens of texts of ids; the lock must be held.
 
     The caller has checked that the texts can be evaluated.
     """
@@ -97,7 +97,7 @@ def as_temperature(given: float) -> float:
     """Return a temperature as a float.
 
     Raises:
-        TypeError, ValueError: the value is no finite number above 0.
+        TypeError, ValueError: the value is not a finite number above 0.
 
     """
     temperature = as_number(given, "temperature")
@@ -109,10 +109,10 @@ def as_temperature(given: float) -> float:
 
 
 def as_top_k(session: TextSession, given: int, name: str) -> int:
-    """Return how many of the most probable tokens are wanted; `name` names the argument in errors.
+    """Return the wanted number of most probable tokens; `name` names the argument in errors.
 
     Raises:
-        ValueError: the value is no int from 1 to the size of the vocabulary.
+        ValueError: the value is not an int from 1 to the size of the vocabulary.
 
     """
     k, vocab_size = as_int(given, name, at_least=1), session.vocab_size
@@ -124,7 +124,7 @@ def as_top_k(session: TextSession, given: int, name: str) -> int:
 def _of_texts(
     session: TextSession, texts: Iterable[Text], starts: Iterable[Text | int] | None, asked: Asked
 ) -> tuple[Distributions, Tensor]:
-    """Return what is asked for of texts' tokens from a start on, and the offsets of the texts."""
+    """Return the requested results for texts' tokens from a start on, and the offsets of the texts."""
     texts = session.own_texts(texts)
     given = given_starts(texts, starts)
 

@@ -1,4 +1,4 @@
-"""Evaluated texts: their ends in the forest, and which texts were evaluated together with them."""
+"""Evaluated texts: their ends in the forest, and the texts that were evaluated together with them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backprompt.tokens.graph import TokenIds
 
 @dataclass(eq=False)
 class Batch:
-    """The texts that one `evaluate` computed together, and how far to read ahead in them.
+    """The texts that one `evaluate` computed together, and the number to read ahead.
 
     The batch holds none of the texts, so that keeping one of a thousand does not keep the others.
 

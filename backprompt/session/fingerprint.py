@@ -18,8 +18,8 @@ from backprompt.store import Store
 from backprompt.tokens.tokenizer import PrivateTokenizer
 
 _CHANGED_WHILE_HASHED = (
-    "The model's weights have changed while they were hashed, so the hash is of no one state of them. Call again, and "
-    "let other threads change weights between calls."
+    "The model's weights have changed while they were hashed, so the hash would mix two states of them. Call "
+    "again, and let other threads change weights only between calls."
 )
 
 
@@ -68,11 +68,11 @@ class Fingerprint:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Which adapters of each layer are active or merged, and how they are scaled."""
+        """The adapters of each layer that are active or merged, and their scales."""
         return self._monitor.adapters
 
     def has_moved(self) -> bool:
-        """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
+        """Return whether weights have changed, as seen without their numbers, which would wait for a device."""
         return self._monitor.has_moved()
 
     def root(self, *, in_store: bool = False) -> Root:

@@ -29,7 +29,7 @@ class TextLimits:
     adapters: frozenset[int] = frozenset()
 
     def check(self, text: Text, token_ids: TokenIds, length: int | None = None) -> None:
-        """Raise if a text cannot be evaluated; `length`: the positions that evaluation takes, by default all.
+        """Raise if a text cannot be evaluated; `length`: the number of positions that evaluation takes, by default all.
 
         Raises:
             EmptyTextError, TokenIdError, TextTooLongError: the text is empty, has an unknown id, or is too long.
@@ -47,7 +47,7 @@ class TextLimits:
         self.check_length(repr(text), num_given + num_beside, length + num_beside, what)
 
     def check_all(self, texts: Sequence[Text], encoded: Sequence[TokenIds], lengths: Sequence[int]) -> None:
-        """Raise for the first text that cannot be evaluated; see `check`. `lengths`: how many positions each takes."""
+        """Raise for the first text that cannot be evaluated; see `check`. `lengths`: the positions that each takes."""
         if not self.are_fine(encoded, lengths):
             for text, token_ids, length in zip(texts, encoded, lengths, strict=True):
                 self.check(text, token_ids, length)
@@ -72,7 +72,8 @@ class TextLimits:
         room = limits.max_tokens - num_positions(token_ids) - self._num_beside(token_ids)
         if max_new_tokens > room:
             raise TextTooLongError(
-                f"{text!r} has {num_positions(token_ids)} tokens and the model {limits.max_tokens} positions, so there "
+                f"{text!r} has {num_positions(token_ids)} tokens and the model has {limits.max_tokens} positions, "
+                "so there "
                 f"is no room for max_new_tokens={max_new_tokens}. Ask for at most {room}, or shorten the text."
             )
 
@@ -80,7 +81,7 @@ class TextLimits:
         """Return a token id of the model as an int.
 
         Raises:
-            TypeError: `token_id` is no int.
+            TypeError: `token_id` is not an int.
             TokenIdError: the model has no such id.
 
         """
@@ -88,17 +89,19 @@ class TextLimits:
             raise TypeError(f"token_ids must be ints, not {type(token_id).__name__}: {token_id!r}.")
         num_embeddings = self.model.num_embeddings
         if not 0 <= token_id < num_embeddings:
-            raise TokenIdError(f"Token id {token_id} is not one of the model's, which are 0 to {num_embeddings - 1}.")
+            raise TokenIdError(
+                f"Token id {token_id} is not one of the model's ids, which are 0 to {num_embeddings - 1}."
+            )
         return int(token_id)
 
     def _plain(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return ids without their adapters; ids with other numbers are no ids of a model at all."""
+        """Return ids without their adapters; other numbers are left as they are."""
         if self.adapters.issuperset(numbers_in(ids)):
             return plain(ids)
         return tuple(plain([token_id])[0] if number_of(token_id) in self.adapters else token_id for token_id in ids)
 
     def _num_beside(self, token_ids: TokenIds) -> int:
-        """Return how many tokens stand beside others at the same positions, where the model's limit counts them."""
+        """Return the number of tokens beside others at the same positions, if the model's limit counts them."""
         return len(flat(token_ids)) - num_positions(token_ids) if self.model.counts_tokens else 0
 
     def _check_ids(self, text: Text, ids: tuple[int, ...]) -> None:
@@ -116,9 +119,9 @@ class TextLimits:
 
         Args:
             shown: the text, for the message.
-            num_given: how many tokens or positions the text has, whichever `what` says.
-            length: how many positions its evaluation takes.
-            what: what is counted.
+            num_given: the number of tokens or positions of the text, as `what` says.
+            length: the number of positions that its evaluation takes.
+            what: the name of the counted things.
 
         """
         limits = self.model
@@ -129,16 +132,16 @@ class TextLimits:
             raise TextTooLongError(f"{too_long}: {limits.why_hard}. Shorten the text by {length - limits.max_tokens}.")
         if not self.beyond_trained_length:
             raise TextTooLongError(
-                f"{too_long} that it was trained for. Shorten the text by {length - limits.max_tokens}, or let "
-                "it through at your own risk with LM(..., beyond_trained_length=True)."
+                f"{too_long} that it was trained for. Shorten the text by {length - limits.max_tokens}, or allow "
+                "such texts at your own risk with LM(..., beyond_trained_length=True)."
             )
 
 
 def check_has_last_token(text: Text | str, token_ids: TokenIds) -> None:
-    """Raise GroupError for a text that ends in a group; the message shows the text, or what a string says of it."""
+    """Raise GroupError for a text that ends in a group; the message shows the text, or the given string."""
     if ends_in_group(token_ids):
         shown = text if isinstance(text, str) else repr(text)
         raise GroupError(
-            f"{shown} ends in a group, so it has no last token, and nothing to predict the next one from. Add a "
-            "segment behind the group: text + '...'."
+            f"{shown} ends in a group, so it has no single last token to predict the next one from. Add a segment "
+            "behind the group: text + '...'."
         )

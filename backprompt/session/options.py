@@ -60,9 +60,10 @@ def check_options(**given: Any) -> None:
 
 
 def check_can_pin(device: torch.device) -> None:
-    """Raise ValueError for a device whose transfers page-locked memory does not make faster."""
+    """Raise ValueError unless page-locked memory makes transfers to this device faster."""
     if device.type != "cuda":
         raise ValueError(
-            f"pin_memory=True is for models on CUDA, whose transfers page-locked memory makes faster; this one lies on "
+            "pin_memory=True is for models on CUDA, where page-locked memory makes transfers faster; this model "
+            "lies on "
             f"{str(device)!r}. Leave it out."
         )

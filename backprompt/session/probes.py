@@ -1,4 +1,4 @@
-"""Probes: what the probe has found of a model, so that new numbers in the same parts are not probed again.
+"""Probes: the findings of the probe about a model, so that new numbers in the same parts are not probed again.
 
 The probe compares a small tree with plain calls, which takes longer than a step of training may wait. Its verdict is
 about the model's code. Numbers of weights change from step to step, and adapters are switched on and off; each state
@@ -13,7 +13,7 @@ from backprompt.session.fingerprint import Fingerprint
 
 
 class Probes:
-    """What was found, by the state of the adapters."""
+    """The findings, by the state of the adapters."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, ...], Probed] = {}

@@ -92,7 +92,7 @@ class ModelRepr:
         """Next-token logits, `(vocab,)`, in the model's dtype.
 
         Raises:
-            GroupError: the text ends in a group, so there is no last token before the next one.
+            GroupError: the text ends in a group, so no single last token predicts the next one.
 
         """
         check_has_last_token(f"This text of {self.num_tokens} tokens", self._evaluated.token_ids)
@@ -108,9 +108,9 @@ class ModelRepr:
     def token_logprobs(self) -> Tensor:
         """Log-probability of each token given the tokens that it sees, `(tokens,)`, nats.
 
-        The dtype is float64 for a model in float64, else float32. A token of probability 0 has -inf. A token without a
-        single token before it has nan: a text's first, and the first behind a group. A branch's first token follows
-        the token before the group.
+        The dtype is float64 for a model in float64, else float32. A token of probability 0 has -inf. A token that no
+        single token predicts has nan: the first token of a text, and the first token behind a group. The first token of
+        a branch follows the token before the group.
         """
         with self._session.exclusive():
             self._check_evaluator(self._session.evaluator)
@@ -147,7 +147,7 @@ class ModelRepr:
         *,
         over: Iterable[Bounds] | None = None,
     ) -> Tensor:
-        """Return attention weights: the share of each key in what a token reads, for chosen tokens, layers and heads.
+        """Return attention weights: the share of each key in a token's attention, for chosen tokens, layers and heads.
 
             text.model_repr.attention(rows=-1)[:, :, 0]                        # the last token's, in all layers
             text.model_repr.attention(-1, rows=-1, over=lm.extents([text])[0])  # by segment, in the last layer
@@ -156,15 +156,16 @@ class ModelRepr:
         for texts with groups, under the declared mask. They add up to 1 over the keys, or to less where a model has
         attention sinks. A whole map is large (layers x heads x tokens x tokens): ask for the part that you need.
 
-        Only the chosen rows are forwarded once more, up to the last chosen layer; all keys are those that are held. The
-        same question again is read from a pool of 64 MB, and so is that of another text with the same token ids.
+        Only the chosen rows are forwarded once more, up to the last chosen layer, against the keys that are held.
+        Weights are kept in a pool of 64 MB, where the same call finds them again, also for another text with the same
+        token ids.
 
         Args:
             layers: indices of layers with attention, as in Python's sequences; None for all.
             heads: indices of heads of queries; None for all.
             rows: indices of the tokens that attend, in written order; None for all.
             over: spans of tokens, each with `start` and `stop`, such as the `Extent` objects of `lm.extents` or slices.
-                The weights of a span's tokens are added up, and the whole map is never made.
+                The weights of a span's tokens are added up without making the whole map.
 
         Returns:
             `(layers, heads, rows, keys)`, or `(layers, heads, rows, spans)`, float64 for a model in float64, else
@@ -173,7 +174,7 @@ class ModelRepr:
         Raises:
             UnsupportedModelError: the model is evaluated by levels, with its own attention, which cannot be read; or
                 the chosen layers have different numbers of heads.
-            ValueError: there is no layer, head, row or span with such an index, or none is chosen.
+            ValueError: a layer, head, row or span with such an index does not exist, or none is chosen.
 
         """
         with self._session.exclusive():
@@ -196,9 +197,9 @@ class ModelRepr:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
 
         The cache covers every token of the text: `model(new_ids, past_key_values=...)` takes the ids after it,
-        `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. New ids are required: given the text's own
-        ids only, `generate` forwards them a second time. To generate right behind the text, take the cache of all but
-        its last token: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which computes nothing new.
+        `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. New ids are required: given only the text's
+        own ids, `generate` forwards them a second time. To generate directly behind the text, take the cache of all
+        tokens but the last: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which computes nothing new.
 
         Raises:
             GroupError: the text has groups or frozen segments, whose positions a cache of transformers cannot express.
@@ -207,8 +208,9 @@ class ModelRepr:
         """
         if isinstance(self._evaluated.token_ids, TokenGraph):
             raise GroupError(
-                "past_key_values() is not there for texts with groups or frozen segments: the model would take the "
-                "number of cached tokens for the next position. Read logits and log-probabilities from the text itself."
+                "past_key_values() does not work for texts with groups or frozen segments: the model would take "
+                "the number of cached tokens for the next position. Read logits and log-probabilities from the "
+                "text itself."
             )
         with self._held(with_keys_values=True) as (evaluator, text):
             return evaluator.executor.dynamic_cache(evaluator.readout.keys_values(text.end), snapshot_of(text.end))
@@ -299,7 +301,8 @@ def save(session: Session, text: Text) -> None:
     """Write a text's representation to the store; see `Text.save`."""
     if session.store is None:
         raise NoStoreError(
-            "This LM has no store to save to. Give it one: load(name, store='prompts.bp') or LM(..., store=...)."
+            "This LM has no store to save to. Give the LM a store: load(name, store='prompts.bp') or LM(..., "
+            "store=...)."
         )
     if session.store.persist == "never":
         raise NoStoreError(f'{session.store!r} was opened with persist="never". Open it with "explicit" or "always".')

@@ -143,7 +143,7 @@ class Session(TextSession):
             line.places.pop(place, None)
 
     def answer(self, call: Call[Answer]) -> Answer:
-        """Return the answer to a call, computed along with other calls that wait by then; see sharing.py."""
+        """Return the answer to a call, computed along with other waiting calls; see sharing.py."""
         line = self.line
         line.places[call] = None
         try:
@@ -161,7 +161,7 @@ class Session(TextSession):
             line.places.pop(call, None)
 
     def answer_together(self, calls: Sequence[Call[Any]]) -> None:
-        """Answer calls, those of a kind together. Where that fails, each is left to its own thread."""
+        """Answer calls, all calls of a kind together. If that fails, each call is left to its own thread."""
         for together in dict.fromkeys(call.together for call in calls):
             own = [call for call in calls if call.together is together]
             num_requested = self.counters.tokens_requested
@@ -229,7 +229,7 @@ class Session(TextSession):
             self.evaluator.computation.clear()
 
     def refresh(self, *, compare: bool) -> None:
-        """Hash every weight and the tokenizer again, or take the weights for changed; see `LM.refresh`."""
+        """Hash every weight and the tokenizer again, or assume changed weights; see `LM.refresh`."""
         with self.exclusive():
             tokenizer = PrivateTokenizer(self.tokenizer)
             if not compare:
@@ -267,7 +267,7 @@ class Session(TextSession):
         return self.evaluator.scoring
 
     def distributions(self, wanted: Sequence[Wanted], asked: Asked) -> Distributions:
-        """Return what is asked of the distributions that predict tokens; the lock must be held."""
+        """Return the requested results of the distributions that predict tokens; the lock must be held."""
         return distributions(self.current().computation, wanted, asked)
 
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
@@ -290,7 +290,7 @@ class Session(TextSession):
         return [known[text] for text in texts]
 
     def evaluated(self, texts: Sequence[Text], *, begins: bool) -> list[Evaluated]:
-        """Evaluate the texts, along with those of other calls; `begins`: another evaluation, whatever is missing."""
+        """Evaluate the texts, along with those of other calls; `begins`: count an evaluation even if none is needed."""
 
         def alone() -> list[Evaluated]:
             if begins:
@@ -315,7 +315,7 @@ class Session(TextSession):
     def read(self, text: Text) -> Evaluated:
         """Return a text for a look at its results, evaluated if it is not held.
 
-        A look at what is held asks for no tokens, and takes half as long as an evaluation.
+        A look at held results requests no tokens, and takes half as long as an evaluation.
         """
         with self.exclusive():
             evaluator = self.current()
@@ -376,7 +376,7 @@ class Session(TextSession):
         Nothing changes if the model can no longer be evaluated.
         An error on the way leaves the old evaluator closed; `current` sees that and starts over once more.
         """
-        logger.info("Weights or tokenizer have changed: dropping what was computed with the old ones.")
+        logger.info("Weights or tokenizer have changed: dropping all results of the old ones.")
         evaluator = self._make_evaluator(fingerprint)
         if probe_again:
             self._probes.forget()

@@ -4,9 +4,9 @@
     ends = [Text.from_tokens(ids, lm) for ids in completions]
     lm.token_logprobs([prompt + end for prompt in prompts for end in ends])
 
-Such texts are told by how they were built: prompts by identity, ends by their ids, shared or not. The ids of whole
-texts are never joined, checked or inserted one by one. The scores of a prompt's own tokens are read once, and copied to
-each text that is scored from a start within the prompt.
+Such texts are recognised by the way they were built: prompts by identity, ends by their ids, shared or not. The ids of
+whole texts are never joined, checked or inserted one by one. The scores of a prompt's own tokens are read once, and
+copied to each text that is scored from a start within the prompt.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def scores_if_fine(session: TextSession, behind: Sequence[Behind]) -> TokenScore
 
 
 def _nums_own(prompt: TokenIds, starts: Sequence[TokenIds | Text | int]) -> list[int]:
-    """Return how many tokens of a prompt are scored from each start; nothing where a start is no beginning of it."""
+    """Return the number of a prompt's tokens scored from each start; nothing if a start is not its beginning."""
     num_of: dict[int, int] = {}  # by identity: one start is that of many texts
     for start in starts:
         if id(start) not in num_of:
@@ -102,7 +102,7 @@ def _ints(numbers: Iterable[int]) -> Ints:
 
 
 def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
-    """Return the prompts of texts in order, and what stands behind each; None for other texts."""
+    """Return the prompts of texts in order, and the ends behind each; None for other texts."""
     both = list(map(sides, texts))
     prompts: list[Text] = []
     ends: list[tuple[Text, ...]] = []

@@ -2,7 +2,7 @@
 
 Keeps the line of a session: the threads that wait for its lock, in the order in which they came. A thread that gets the
 lock with a `Call` answers all calls in the line together; their threads find the answers when they get the lock. So a
-thread alone does what it would do without a line, and nobody waits for others to come.
+single thread works as without a line, and no thread waits for others to come.
 
     running    thread 1: evaluates
     line       thread 2: token_logprobs, thread 3: text.tokens, thread 4: evaluate, thread 5: token_logprobs
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 MAX_SECONDS_TO_GIVE_WAY = 1.0
-"""The longest wait for threads that came before and do not take the lock: an error may have stopped them."""
+"""The longest wait for earlier threads that do not take the lock, because an error may have stopped them."""
 
 
 class Cancellation:
-    """Says to the calls of a task that nobody waits for them any more.
+    """Tells the calls of a task that nobody waits for them any more.
 
     Attributes:
         is_set: whether the task was cancelled. Any thread may set it at any time.
@@ -41,14 +41,14 @@ class Cancellation:
 
 
 cancellation: ContextVar[Cancellation | None] = ContextVar("cancellation", default=None)
-"""That of the task for which a thread works."""
+"""The cancellation of the task for which a thread works."""
 
 
 class Call(ABC, Generic[Answer]):
     """A thread's question to a session, which may be answered along with those of other threads.
 
     Attributes:
-        found: what was found for this call along with others; None if nothing was.
+        found: the result that was found for this call along with others; None without one.
         is_answered: whether `found` may be used.
         is_alone: whether the call must be answered by its own thread, in which its errors are raised.
 
@@ -62,7 +62,7 @@ class Call(ABC, Generic[Answer]):
     @staticmethod
     @abstractmethod
     def together(evaluator: Evaluator, calls: Sequence[Any]) -> None:
-        """Give calls of this kind what is `found` for them, or set `is_alone`; the lock is held."""
+        """Set `found` of calls of this kind to their results, or set `is_alone`; the lock is held."""
 
     @abstractmethod
     def finish(self) -> Answer:
@@ -81,7 +81,7 @@ class Call(ABC, Generic[Answer]):
     def check_cancelled(self) -> None:
         """Raise CancelledError if nobody waits for the answer."""
         if self.is_cancelled:
-            raise CancelledError("The task that asked was cancelled, so nothing is computed for it.")
+            raise CancelledError("The task that made this call was cancelled, so nothing is computed for it.")
 
 
 class Line:
@@ -111,10 +111,10 @@ class Line:
                 self._changed.notify_all()
 
     def give_way(self, call: Call[Any]) -> None:
-        """Let those go first who came before and cannot be answered along with a call; the lock must be held once.
+        """Let earlier threads go first whose calls cannot be answered along with this one; the lock must be held once.
 
-        Locks of Python do not keep an order. A thread whose call was answered would else be overtaken by the next call
-        of the thread that answered, and calls of threads in loops would never meet.
+        Python's locks keep no order. Without this wait, the next call of the thread that answered would overtake a
+        thread whose call was answered, and calls of threads in loops would never meet.
         """
         before = itertools.takewhile(lambda place: place is not call, list(self.places))
         first = {place for place in before if not (isinstance(place, Call) and place.may_join)}

@@ -1,4 +1,4 @@
-"""Spans of a text's tokens that callers name: by extents, slices, or whatever has a start and a stop."""
+"""Spans of a text's tokens that callers name: by extents, slices, or other objects with a start and a stop."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Bounds(Protocol):
 
 
 def bounds_of(over: Iterable[Bounds], num_tokens: int) -> tuple[tuple[int, int], ...]:
-    """Return the bounds of spans, each within `0..num_tokens`; a slice means what it means in Python.
+    """Return the bounds of spans, each within `0..num_tokens`; slices work as in Python.
 
     Raises:
-        TextTypeError: `over` is no sequence.
-        ValueError: a span has no bounds, or none within the text; or there is no span.
+        TextTypeError: `over` is not a sequence.
+        ValueError: a span has no bounds or lies outside the text, or there is no span.
 
     """
     listed = as_list(over, "over must be spans of tokens in order, such as lm.extents([text])[0]")
     if not listed:
-        raise ValueError("over must name at least one span.")
+        raise ValueError("over must name at least one span, such as slice(0, 4).")
     return tuple(_bounds_of(span, f"over[{idx}]", num_tokens) for idx, span in enumerate(listed))
 
 

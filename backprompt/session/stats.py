@@ -15,13 +15,13 @@ class Stats:
     """The work of an `LM` so far and the bytes that it holds; `after - before` is the change in between.
 
     Attributes:
-        tokens_requested: sum of the texts' tokens over all evaluations; reading a result of a held text asks for none.
+        tokens_requested: sum of the texts' tokens over all evaluations; reading a result of a held text adds none.
         tokens_computed: tokens forwarded through the model.
-        tokens_recomputed: of those, the number that were forwarded before: they were dropped over the budget, or are
-            rows of attention maps.
+        tokens_recomputed: the computed tokens that had been forwarded before: dropped over the budget, or rows of
+            attention maps.
         tokens_fetched: tokens whose states, or keys and values, moved back from the second pool to the device.
         tokens_loaded: tokens whose states came from the store.
-        tokens_reused: requested less forwarded tokens: cached, shared, or scored without being forwarded.
+        tokens_reused: requested minus forwarded tokens: cached, shared, or scored without being forwarded.
         forward_passes: forward passes.
         model_calls: calls of the model's body: one a packed pass, several a pass by levels.
         logit_rows: rows of logits computed by the output head.
@@ -30,15 +30,15 @@ class Stats:
         steps_plain: steps of generations without a CUDA graph, of texts that grow in place: all of them on the CPU.
         seconds: time in forward passes and in the output head.
         bytes_held: keys, values, hidden states and log-probabilities held now on the device.
-        host_bytes_held: the same held now in the second pool, in host memory.
+        host_bytes_held: the same results, held now in the second pool, in host memory.
         result_bytes_held: rows of logits, attention maps, and log-probabilities of tokens that were scored and not
             forwarded, held now in bounded pools of their own.
-        graph_bytes: the memory of CUDA graphs, beside `memory_bytes`: at most a 16th of what was free when the `LM`
-            was made. `lm.clear()` frees it, as does a pass for which memory is short.
+        graph_bytes: the memory of CUDA graphs, in addition to `memory_bytes`: at most a 16th of the memory that was
+            free when the `LM` was made. `lm.clear()` frees it, and so does a pass that is short of memory.
         weight_bytes: the weights of the model as they are held; of quantized ones the integers and scales.
-        packed_weight_bytes: copies of weights in the order of kernels: those that `pack_weights` makes, those of int8
-            layers on the CPU, that of the output head on CUDA, and 4-bit weights of bitsandbytes that the model's first
-            plain call would put into another order.
+        packed_weight_bytes: copies of weights in the order that kernels need: the copies that `pack_weights` makes,
+            copies of int8 layers on the CPU, of the output head on CUDA, and of 4-bit weights of bitsandbytes that the
+            model's first plain call would reorder.
         kernel: the attention kernel in use.
         linears: the code that multiplies linear layers: "torch", "onednn" (see `model/linear.py`) or "onednn, packed";
             ", int8" is added where torch's kernels for int8 serve (see `model/int8.py`), and ", padded head" where the

@@ -1,4 +1,4 @@
-"""Scores of the tokens of texts, and of tokens behind texts, without the tokens' being forwarded for them."""
+"""Scores of the tokens of texts, and of tokens behind texts, without forwarding the tokens for them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def encoded_to_score(
     """Return the ids of texts to be scored, and the first token to score of each; the lock must be held.
 
     Raises:
-        ValueError: there is another number of starts than of texts, or a start is no beginning of its text.
+        ValueError: the numbers of starts and texts differ, or a start is not the beginning of its text.
         The errors of `evaluate` for texts that cannot be evaluated.
 
     """
@@ -58,12 +58,12 @@ def given_starts(texts: Sequence[Text], starts: Iterable[Text | int] | None) -> 
     """Return the start of each text, as it was given.
 
     Raises:
-        ValueError: there is another number of starts than of texts.
+        ValueError: the numbers of starts and texts differ.
 
     """
     given = [0] * len(texts) if starts is None else as_list(starts, "starts must be a Text or an int for each text")
     if len(given) != len(texts):
-        raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start a text.")
+        raise ValueError(f"starts has {len(given)} elements for {len(texts)} texts; give one start for each text.")
     return given
 
 
@@ -71,7 +71,7 @@ def scores_behind(session: TextSession, prompts: Sequence[Behind]) -> ScoredText
     """Return the scores of completions behind prompts, of each prompt those of all its completions, one tensor for all.
 
     Args:
-        session: of the prompts.
+        session: the session of the prompts.
         prompts: the ids of each prompt (see `Session.prompt_ids`), and its completions. The caller has checked that
             they can be evaluated.
 
@@ -129,7 +129,7 @@ def next_token_logprobs(
     ]
     if len(token_ids) != len(texts):
         raise ValueError(
-            f"token_ids has {len(token_ids)} elements for {len(texts)} texts; give a sequence of ids a text."
+            f"token_ids has {len(token_ids)} elements for {len(texts)} texts; give a sequence of ids for each text."
         )
 
     def wanted() -> list[Wanted]:
@@ -149,7 +149,7 @@ def _first_scored(session: TextSession, texts: Sequence[Text], starts: Sequence[
     """Return the first token to score of each text; the lock must be held.
 
     Raises:
-        ValueError: a start is no beginning of its text.
+        ValueError: a start is not the beginning of its text.
 
     """
     session.current()
@@ -161,7 +161,7 @@ def _first_scored(session: TextSession, texts: Sequence[Text], starts: Sequence[
     for idx, (text, start, whole) in enumerate(zip(texts, starts, session.encoder.encode(texts), strict=True)):
         if isinstance(start, Text):
             if not is_beginning(ids_of[start], whole):
-                message = f"starts[{idx}], {start!r}, is no beginning of {text!r}"
+                message = f"starts[{idx}], {start!r}, is not the beginning of {text!r}"
                 raise ValueError(f"{message}: {_why_no_beginning(session, ids_of[start], whole)}. {_ADVICE}")
             first.append(len(ids_of[start]))
         elif not is_int(start):
@@ -172,8 +172,8 @@ def _first_scored(session: TextSession, texts: Sequence[Text], starts: Sequence[
 
 
 _ADVICE = (
-    "Where a token spans their join, let the start end before it (often before a space), or add what follows as token "
-    "ids, which are never joined: prompt + Text.from_tokens(ids, lm)."
+    "If a token spans the join, let the start end before that token (often before a space), or add the rest as "
+    "token ids, which are never joined: prompt + Text.from_tokens(ids, lm)."
 )
 
 
@@ -188,4 +188,4 @@ def _why_no_beginning(session: TextSession, start: TokenIds, whole: TokenIds) ->
         return f"token {idx} of the text is {shown[0]}, and that of the start is {shown[1]}"
     if len(ids) > len(whole_ids):
         return f"it has {len(ids)} tokens, and the text has {len(whole_ids)}"
-    return "its groups are others, or go on behind it"
+    return "its groups differ, or continue behind it"

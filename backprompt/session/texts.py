@@ -1,8 +1,8 @@
-"""TextSession: texts and their token ids, for whoever computes.
+"""TextSession: texts and their token ids, wherever results are computed.
 
-A session knows a tokenizer, the limits of a model, and the ids of texts. Where results are computed is left to those
-who inherit: a `Session` computes them itself; others send the ids elsewhere. The questions about scores need no more
-than `scoring` and `distributions`.
+A session knows a tokenizer, the limits of a model, and the ids of texts. Subclasses decide where results are computed:
+a `Session` computes them itself; others send the ids elsewhere. Functions for scores need only `scoring` and
+`distributions`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class TextSession(ABC):
         options: checked options.
         counters: the work that was done since the session began.
         encoder: turns texts into token ids.
-        num_workers: how many workers share a call: callers that cut long work into slices ask for so many times more.
+        num_workers: the number of workers that share a call; callers that cut long work make slices this many times
+            larger.
 
     """
 
@@ -104,7 +105,7 @@ class TextSession(ABC):
 
     @abstractmethod
     def distributions(self, wanted: Sequence[Wanted], asked: Asked) -> Distributions:
-        """Return what is asked of the distributions that predict tokens; the lock must be held."""
+        """Return the requested results of the distributions that predict tokens; the lock must be held."""
 
     @abstractmethod
     def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
@@ -117,7 +118,7 @@ class TextSession(ABC):
 
         Raises:
             TextTypeError: an element is not a `Text`, or `texts` cannot be iterated.
-            UnboundTextError: a text has no model, or that of another session.
+            UnboundTextError: a text has no model, or the model of another session.
 
         """
         listed = as_list(texts, "an LM takes several Texts in a list")
@@ -185,7 +186,8 @@ class TextSession(ABC):
         for text, token_ids, start in zip(texts, encoded, starts, strict=False):
             if not 0 <= start <= len(token_ids):
                 raise ValueError(
-                    f"{text!r} has {len(token_ids)} tokens, so its start must be between 0 and that, not {start}."
+                    f"{text!r} has {len(token_ids)} tokens, so its start must be between 0 and {len(token_ids)}, "
+                    f"not {start}."
                 )
         if is_scoring:
             lengths = list(map(num_positions_to_score, encoded, starts))
@@ -229,12 +231,15 @@ def session_of(text: object, idx: int) -> TextSession:
     """Return the session of an element of `texts`.
 
     Raises:
-        TextTypeError: the element is no `Text`.
-        UnboundTextError: the text has no model, or a model that is no `LM`.
+        TextTypeError: the element is not a `Text`.
+        UnboundTextError: the text has no model, or a model that is not an `LM`.
 
     """
     engine = engine_of(text, idx)
     session = getattr(engine, "session", None)
     if not isinstance(session, TextSession):
-        raise UnboundTextError(f"texts[{idx}], {text!r}, is bound to {type(engine).__name__}, which is no LM.")
+        raise UnboundTextError(
+            f"texts[{idx}], {text!r}, is bound to {type(engine).__name__}, which is not an LM. "
+            "Bind the text to an LM: Text(string, lm)."
+        )
     return session

@@ -1,7 +1,7 @@
-"""Calls about texts: what several threads ask of their texts, computed as one forest and scored with one reading.
+"""Calls about texts: the requests of several threads, computed as one forest and scored with one reading.
 
 Each call says which of its texts must be computed and scored. All of them go into the forest together, as the texts of
-one call would, so any part that they have in common is computed once, in as few passes as possible.
+one call would, so any part that calls have in common is computed once, in as few passes as possible.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from backprompt.evaluation.behind import Behind
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.reading import Wanted
+from backprompt.evaluation.scores import TokenScores
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.span import Span
 from backprompt.session.evaluated import Batch
@@ -41,8 +42,9 @@ class Found(NamedTuple):
 
 
 def scores_found(found: Found) -> ScoredTexts:
-    """Return the scores of a call's texts."""
-    return found.scores
+    """Return the scores of a call's texts, as tensors of their own: views would keep those of all calls in memory."""
+    scores, lengths = found.scores.scores, found.scores.lengths
+    return ScoredTexts(TokenScores(scores.logprobs.clone(), scores.is_argmax.clone()), lengths)
 
 
 class TextsCall(Call[Answer]):
@@ -50,9 +52,9 @@ class TextsCall(Call[Answer]):
 
     Args:
         alone: answers it; the lock is held.
-        needed: returns what must be computed for it; raises the errors of texts that cannot be evaluated. None where
-            the question cannot be answered along with others, or nothing is missing.
-        answer: makes the answer of what was found; None where `alone` answers from what is held by then.
+        needed: returns the texts to compute for it; raises the errors of texts that cannot be evaluated. None if the
+            question cannot be answered along with others, or nothing is missing.
+        answer: makes the answer from the results; None if `alone` answers from results that are held by then.
 
     """
 
@@ -73,7 +75,7 @@ class TextsCall(Call[Answer]):
 
     @staticmethod
     def together(evaluator: Evaluator, calls: Sequence[TextsCall[Answer]]) -> None:
-        """Compute what calls need in one go. A call whose texts cannot be evaluated is left to its own thread."""
+        """Compute the needs of calls in one go. A call whose texts cannot be evaluated is left to its own thread."""
         parts: list[tuple[TextsCall[Answer], Needed]] = []
         for call in calls:
             try:

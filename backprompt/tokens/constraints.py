@@ -66,7 +66,8 @@ class JsonSchema:
         JsonSchema({"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]})
         JsonSchema(Person)  # a model of pydantic
 
-    Properties come in the order of the schema. A keyword that llguidance does not know raises an error.
+    Properties come in the order of the schema. Keywords of JSON Schema that llguidance lacks, such as `not`, are
+    refused. Names that are no keywords, misspelt ones among them, are ignored, as JSON Schema has it.
 
     Args:
         schema: a JSON schema as a dict; a model or `TypeAdapter` of pydantic; or a type of Python that pydantic can

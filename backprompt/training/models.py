@@ -79,9 +79,9 @@ def check_no_dropout(model: nn.Module) -> None:
         if module.training and (found := _randomness(module)) is not None:
             raise UnsupportedModelError(
                 f"Dropout is active: the model is in training mode, and its module {name or type(module).__name__!r} "
-                f"{found}. The trainer's own numbers then come from random parts of the model; a shared pass cannot "
-                "reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in peft, attn_pdrop=0 and "
-                "the like in a configuration), or call model.eval() for this call."
+                f"{found}. The trainer's own numbers then come from random parts of the model, which a shared pass "
+                "cannot reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in peft, attn_pdrop=0 "
+                "and the like in a configuration), or call model.eval() for this call."
             )
 
 
