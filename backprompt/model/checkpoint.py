@@ -202,7 +202,7 @@ def _only_snapshot(name: str | Path) -> Path | None:
 
 
 def _private_folder() -> Path:
-    """Return the folder of the remembered hashes, made if need be.
+    """Return the folder of the remembered hashes, created if missing.
 
     Raises:
         OSError: the folder cannot be made, or others may write to it.

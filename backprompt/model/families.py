@@ -35,7 +35,7 @@ def adapt(body: nn.Module) -> None:
     """Change the modules of a private body that would not compute the same in a packed pass as in the plain call.
 
     Raises:
-        UnsupportedModelError: somebody gave such a module a forward of its own.
+        UnsupportedModelError: the forward of such a module was replaced.
 
     """
     for module in list(_modules(body)):

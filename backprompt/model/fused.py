@@ -80,7 +80,7 @@ def fuse(body: nn.Module, device_types: Collection[str] = ("cuda",)) -> int:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Return whether somebody gave a module a forward or hooks of its own."""
+    """Return whether a module has a replaced forward or hooks."""
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -97,7 +97,7 @@ def _fused_class(module: nn.Module, parameter: Tensor) -> type[nn.Module] | None
 
 @lru_cache(maxsize=256)
 def _subclass(kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """Return a class that differs in `forward`, as long as nobody changes the forward of `kind`."""
+    """Return a class that differs in `forward`, as long as the forward of `kind` is not changed."""
     plain = kind.forward
 
     def checked(self: Any, *args: Any, **keywords: Any) -> Any:

@@ -109,7 +109,7 @@ class TrainedLinear(nn.Module):
 def _trained_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `rows @ weight.T + bias`, with gradients.
 
-    The operation returns a view for more than two axes, and nobody may write into a view that a Function returns.
+    The operation returns a view for more than two axes, and a view that a Function returns must not be written to.
     """
     product: Tensor = _TrainedProduct.apply(rows.reshape(-1, rows.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return product.view(*rows.shape[:-1], -1)

@@ -215,7 +215,7 @@ class Matching:
         return may_end
 
     def _give_up(self) -> None:
-        """Begin again with another matcher: after an error this one takes nothing more."""
+        """Begin again with another matcher: after an error a matcher takes no more tokens."""
         failed, self._matcher, self._taken = self._matcher, self.language.beginning.deep_copy(), ()
         check_ends_here(failed, self.language.constraint)
 
