@@ -95,7 +95,7 @@ def test_a_template_over_columns_and_completions_in_a_list(score, lm):
         (["--column", "review", "--system", "Be kind."], "give --chat, too"),
         (["--column", "review", "--encoding", "base64"], "base64 is not an encoding of text"),
         (["--column", "review", "--encoding", "utf-16"], "reviews.csv is not utf-16"),
-        (["--column", "review", "--search", "best-first", "--top", "1"], "leave --top"),
+        (["--column", "review", "--search", "best-first", "--top", "1"], "leave --top and --no-normalize out"),
         (["--colum", "review"], "unrecognized arguments: --colum review. Did you mean '--column'?"),
         (["--column", "review", "--joins", "exakt"], "Did you mean 'exact'?"),
     ],
@@ -105,6 +105,35 @@ def test_what_is_refused_says_what_to_do(score, monkeypatch, arguments, problem)
     code, rows, said = score("--completions", "bad,good", *arguments)
     assert (code, rows) == (2, [])
     assert problem in said
+
+
+def test_a_file_of_completions_that_is_missing_is_no_list(score, monkeypatch):
+    monkeypatch.setattr("backprompt.load", None)
+    code, rows, said = score("--column", "review", "--completions", "labels,v2.txt")
+    assert (code, rows) == (2, [])
+    assert "--completions labels,v2.txt: no such file" in said
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "problem"),
+    [
+        (["--regex", "[a-z]+"], [], 'another --regex: "[a-z]+", not null'),
+        (["--regex", "[a-z]+"], ["--regex", "[0-9]+"], 'another --regex: "[a-z]+", not "[0-9]+"'),
+        ([], ["--json-schema", "schema.json"], "another --json-schema: null, not"),
+    ],
+)
+def test_an_output_is_gone_on_with_by_the_same_constraint(run, model, before, now, problem):
+    pytest.importorskip("llguidance")
+    Path("schema.json").write_text('{"type": "integer"}')
+    Path("prompts.jsonl").write_text(f'"A film"\n{json.dumps("long " * 500)}\n')
+    command = ["generate", "prompts.jsonl", "--model", model, "--max-new-tokens", 2, "-o", "out.jsonl", "--slice", 1]
+    assert run(*command, *before)[0] == 2  # the last one is too long
+    written = Path("out.jsonl").read_text()
+    assert written.count("\n") == 1
+    code, _, said = run(*command, *now, "--resume")
+    assert code == 2
+    assert problem in said
+    assert Path("out.jsonl").read_text() == written
 
 
 def test_blanks_at_line_ends_of_completions_are_left_out_and_said(score):

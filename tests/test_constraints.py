@@ -244,7 +244,7 @@ def test_what_is_chosen_does_not_depend_on_forced_tokens(lm, monkeypatch, constr
     try:
         found, ahead = count(lm, text, constraint=constraint, **options)
     except GenerationError:
-        with pytest.raises(GenerationError, match=r"no token can come first.*only the empty one"):
+        with pytest.raises(GenerationError, match=r"no token can come first.*only the empty string"):
             text.generate(constraint=constraint, **options)
         assert eos_token_id is None
         return
@@ -449,7 +449,7 @@ def test_a_changed_tokenizer_is_noticed():
         (JsonSchema({"type": "foo"}), r"Invalid type: foo"),
         (JsonSchema({"not": {"type": "string"}}), r'Unimplemented keys: \["not"\]'),
         (Grammar("begin: 'a'"), r"llguidance refuses the constraint Grammar"),
-        (Regex("[a&&b]"), r"no token can come first: it has no string"),
+        (Regex("[a&&b]"), r"no token can come first: the language has no string"),
         (Regex(""), r"no token can come first"),
     ],
 )
@@ -464,7 +464,7 @@ def test_constraints_that_cannot_be_met(lm, constraint, message):
     ("constraint", "message"),
     [
         ("[a-z]+", r"must be a Regex, a JsonSchema or a Grammar, not str: '\[a-z\]\+'"),
-        ({"type": "string"}, r"Say which it is: JsonSchema\(\.\.\.\)"),
+        ({"type": "string"}, r"Wrap it: JsonSchema\(\.\.\.\)"),
         ([SENTENCE, "x"], r"constraint\[1\] must be a Regex"),
     ],
 )
@@ -472,7 +472,7 @@ def test_what_is_no_constraint(lm, constraint, message):
     texts = [Text("The cat", lm), Text("The dog", lm)]
     with pytest.raises(TextTypeError, match=message):
         generate(texts, max_new_tokens=3, constraint=constraint)
-    with pytest.raises(GenerationError, match=r"There are 1 constraints for 2 texts"):
+    with pytest.raises(GenerationError, match=r"The list has 1 constraint for 2 texts"):
         generate(texts, max_new_tokens=3, constraint=[SENTENCE])
 
 
@@ -518,6 +518,11 @@ def test_schemas_of_types(lm, monkeypatch):
     with pytest.raises(MissingDependencyError, match=r"pip install pydantic"):
         JsonSchema(Place)
     assert JsonSchema(Person) == JsonSchema(Person.model_json_schema())  # a model brings its schema along
+
+
+def test_names_that_are_no_keywords_are_ignored(lm):
+    schema = {"type": "string", "enum": ["a"], "minItem": 2, "x-note": "mine"}
+    assert Text("One", lm).generate(max_new_tokens=5, constraint=JsonSchema(schema)).completion == '"a"'
 
 
 def test_a_model_of_pydantic_reads_what_was_generated(lm):
@@ -628,6 +633,8 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
     ended = prompt.probability_of(language, end_of_prompt="", with_end_token=True)
     assert ended == pytest.approx(probability(model, lm, prompt, strings, [END]), rel=1e-4)
     assert ended < found
+    model.generation_config.eos_token_id = [END, END]
+    assert prompt.probability_of(language, end_of_prompt="", with_end_token=True) == ended
     optional = prompt.probability_of(Regex("(xy)?"), end_of_prompt="", with_end_token=True)
     assert optional == pytest.approx(probability(model, lm, prompt, ["", "xy"], [END]), rel=1e-4)
 
@@ -635,10 +642,11 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
 @pytest.mark.parametrize(
     ("language", "options", "error", "message"),
     [
-        (Regex("a*"), {}, ValueError, r"there is no end of them"),
+        (Regex("a*"), {}, ValueError, r"infinitely many strings"),
         (Regex("(a|b)?"), {}, ValueError, r"has the empty string"),
         (Regex("[a&&b]"), {}, ValueError, r"no string, or only the empty one"),
         (Regex("a"), {"with_end_token": True}, ValueError, r"has no end token"),
+        (Regex("a"), {"with_end_token": "no"}, ValueError, r"with_end_token must be True or False"),
         ("a", {}, TextTypeError, r"language must be a Regex"),
         (Regex("("), {}, GenerationError, r"unclosed group"),
     ],
@@ -654,7 +662,7 @@ def test_select_takes_a_finite_constraint(lm):
     listed = prompt.select(["great", "bold", "very great", "very bold"])
     assert found.option == listed.option
     assert found.probabilities == pytest.approx(listed.probabilities)
-    with pytest.raises(ValueError, match=r"there is no end of them"):
+    with pytest.raises(ValueError, match=r"infinitely many strings"):
         prompt.select(Regex("a+"))
 
 

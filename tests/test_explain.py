@@ -238,6 +238,8 @@ def test_where_tokens_differ(model, tokenizer):
     explained = explain(texts)
     assert explained.divergence == Divergence(1, 2, "', and'", num_common, "token")
     assert f"texts[1] parts from texts[0] at token {num_common}, in segment 2 (', and')." in str(explained)
+    apart = explain([Text.from_tokens((3, 4), lm), Text.from_tokens((3, 5), lm)])
+    assert any("their first 1 token in common" in sentence for sentence in apart.sentences)
 
 
 def test_where_a_text_ends(model, tokenizer):

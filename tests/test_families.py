@@ -94,7 +94,7 @@ def test_a_forward_of_ones_own_where_positions_are_changed_is_refused(tokenizer)
     model = llama4()
     attention = model.model.layers[1].self_attn
     attention.forward = lambda *args, forward=attention.forward, **keywords: forward(*args, **keywords)
-    with pytest.raises(UnsupportedModelError, match="Llama4TextAttention of the model has a forward of its own"):
+    with pytest.raises(UnsupportedModelError, match="Llama4TextAttention of the model has a forward that was replaced"):
         LM(model, tokenizer)
 
 
@@ -238,12 +238,12 @@ def test_compressed_keys_are_refused_though_the_texts_of_the_probe_are_shorter_t
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("musicgen", "MusicgenForCausalLM has no one table of token embeddings"),
+        ("musicgen", "MusicgenForCausalLM does not have a single table of token embeddings"),
         (
             "gemma4_unified_assistant",
             "cannot be called with token ids alone: ValueError: .* shared_kv_states cannot be",
         ),
-        ("diffusion_gemma", "returns logits of the shape .* so they are not those of the next tokens"),
+        ("diffusion_gemma", "returns logits of the shape .* so they are not the logits of next tokens"),
         ("paligemma", "PaliGemmaForConditionalGeneration lets tokens attend to later tokens"),
     ],
 )

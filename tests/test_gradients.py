@@ -431,7 +431,10 @@ def test_losses_may_read_a_part_of_the_results():
 def test_what_has_no_gradients_is_refused(tokenizer):
     model, (ids, mask) = build("llama"), group(2, 4, 3).tensors()
     for context in (torch.no_grad(), torch.inference_mode()):
-        with context, pytest.raises(ValueError, match=r"requires_grad=True makes a graph.*torch\.is_grad_enabled\(\)"):
+        with (
+            context,
+            pytest.raises(ValueError, match=r"requires_grad=True makes an autograd graph.*torch\.is_grad_enabled\(\)"),
+        ):
             token_logprobs(model, ids, mask, requires_grad=True)
     with pytest.raises(ValueError, match="requires_grad must be True or False"):
         token_logprobs(model, ids, mask, requires_grad=1)
@@ -465,7 +468,7 @@ def test_models_that_cannot_be_packed_are_refused():
     peft = pytest.importorskip("peft")
     prompted = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     ids, mask = group(2, 4, 3).tensors()
-    for model, match in ((build("mamba"), "Gradients take packed attention"), (prompted, "virtual tokens")):
+    for model, match in ((build("mamba"), "Gradients need packed attention"), (prompted, "virtual tokens")):
         with pytest.raises(UnsupportedModelError, match=match):
             token_logprobs(model, ids, mask, requires_grad=True)
     hooked = build("llama")
@@ -479,6 +482,6 @@ def test_a_model_behind_distributed_data_parallel_is_refused():
     nn.Module.__init__(wrapped)
     wrapped.module = build("llama")
     ids, mask = group(2, 4, 3).tensors()
-    with pytest.raises(UnsupportedModelError, match=r"averages gradients only behind a call of its own forward"):
+    with pytest.raises(UnsupportedModelError, match=r"averages gradients only after a call of its own forward"):
         token_logprobs(wrapped, ids, mask, requires_grad=True)
     token_logprobs(wrapped, ids, mask)

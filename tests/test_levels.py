@@ -257,7 +257,7 @@ def test_groups_are_refused_before_anything_runs(name):
     lm = lm_of(name)
     probe(lm)
     text = Text("The", lm) + (Text(" cat", lm) | Text(" dog", lm)) + " sat"
-    with pytest.raises(UnsupportedModelError, match="Groups and frozen segments take packed attention"):
+    with pytest.raises(UnsupportedModelError, match="Groups and frozen segments need packed attention"):
         evaluate(text)
     assert lm.stats.model_calls == 0
 
@@ -266,7 +266,7 @@ def test_groups_are_refused_before_anything_runs(name):
 def test_training_is_refused(name):
     model = build(name)
     given = torch.tensor([[5, 6, 7]])
-    with pytest.raises(UnsupportedModelError, match="Gradients take packed attention"):
+    with pytest.raises(UnsupportedModelError, match="Gradients need packed attention"):
         token_logprobs(model, given, torch.ones_like(given), requires_grad=True)
 
 

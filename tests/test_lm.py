@@ -697,7 +697,7 @@ def test_a_bad_text_is_refused_before_anything_is_computed(kind, lm, calls):
 
 
 def test_other_kinds_of_texts_are_refused(lm, model, tokenizer):
-    with pytest.raises(TextTypeError, match=r"evaluate takes a Text or .*, not the str 'a cat'. Wrap it: Text\("):
+    with pytest.raises(TextTypeError, match=r"evaluate takes a Text or .*, not the str 'a cat'. Wrap the string: Text"):
         evaluate("a cat")
     with pytest.raises(UnboundTextError, match=r"Text\('a cat'\) has no model.*Text\(string, lm\)"):
         Text("a cat").logits  # noqa: B018

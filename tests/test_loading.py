@@ -107,13 +107,13 @@ def test_a_dtype_by_name_is_the_dtype(checkpoint):
 
 
 def test_a_folder_without_a_model_is_named_before_anything_is_read(tmp_path):
-    with pytest.raises(ModelLoadError, match=r"The folder '.*' is empty. Give the one that model.save_pretrained"):
+    with pytest.raises(ModelLoadError, match=r"The folder '.*' is empty. Give the folder that model.save_pretrained"):
         load(tmp_path, device="cpu")
     for idx in range(7):
         (tmp_path / f"{idx}.txt").touch()
     with pytest.raises(ModelLoadError, match=r"has no config.json, but '0.txt', .*, '4.txt' \.\.\."):
         load(tmp_path, device="cpu")
-    with pytest.raises(ModelLoadError, match=r"The folder '.*inner' is not there"):
+    with pytest.raises(ModelLoadError, match=r"The folder '.*inner' does not exist"):
         load(tmp_path, device="cpu", subfolder="inner")
 
 

@@ -706,7 +706,7 @@ def test_a_cache_of_another_form_is_refused(tokenizer):
     model = random_model(DeepseekV3Config(**{**TINY, "num_key_value_heads": 4}, **ranks, first_k_dense_replace=2))
     text = Text("The cat sat on the mat.", LM(model, tokenizer))
     assert_is_as_plain(model, tokenizer, [text])
-    with pytest.raises(UnsupportedModelError, match="DeepseekV3ForCausalLM keeps other things in its cache"):
+    with pytest.raises(UnsupportedModelError, match="cache of DeepseekV3ForCausalLM does not hold the keys and values"):
         text.model_repr.past_key_values()
 
 

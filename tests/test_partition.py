@@ -197,11 +197,11 @@ def test_a_million_texts_are_cut_from_two_numbers_each() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "either num_parts or max_tokens"),
-        ({"num_parts": 2, "max_tokens": 3}, "either num_parts or max_tokens"),
+        ({}, "Give either num_parts or max_tokens"),
+        ({"num_parts": 2, "max_tokens": 3}, "Give either num_parts or max_tokens"),
         ({"num_parts": 0}, "num_parts must be at least 1, not 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
-        ({"max_tokens": 2}, "a text of 3 tokens does not fit into a part of max_tokens=2"),
+        ({"max_tokens": 2}, "A text of 3 tokens does not fit into a part of max_tokens=2"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -278,7 +278,7 @@ class HQQLinear(nn.Linear):
 def test_scales_that_nobody_can_watch_are_refused(tokenizer):
     model = llama()
     model.model.layers[0].mlp.up_proj.__class__ = HQQLinear
-    with pytest.raises(UnsupportedModelError, match=r"HQQLinear at 'model.layers.0.mlp.up_proj'.*no parameters"):
+    with pytest.raises(UnsupportedModelError, match=r"HQQLinear at 'model.layers.0.mlp.up_proj'.*not parameters"):
         LM(model, tokenizer)
 
 
@@ -472,7 +472,7 @@ def test_what_is_quantized_is_not_quantized_again():
         int8.quantize(model, "int8")
     model = llama()
     model.model.layers = nn.ModuleList()
-    with pytest.raises(UnsupportedModelError, match="no linear layers beside its head"):
+    with pytest.raises(UnsupportedModelError, match="no linear layers besides its head"):
         int8.quantize(model, "int8")
 
 

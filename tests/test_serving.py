@@ -10,22 +10,28 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-pytest.importorskip("fastapi", reason="needs FastAPI and uvicorn: pip install 'backprompt[serve]'")
+pytest.importorskip("fastapi", reason="needs FastAPI and uvicorn: pip install 'backprompt-lm[serve]'")
 
 import httpx
 import openai
+import pydantic
 
-from backprompt import LM, Text, chat, classify
+from backprompt import LM, JsonSchema, Regex, Text, chat, classify
 from backprompt.cli import main
+from backprompt.serving.answers import completion
 from backprompt.serving.app import make_app
+from backprompt.serving.bodies import CompletionBody
 from backprompt.serving.limits import Limits
+from backprompt.serving.spelling import bytes_named
+from backprompt.session.sharing import Call
 from reference import plain_greedy
 from served import served
 from tiny_models import build
-from tiny_tokenizers import byte_level_bpe
+from tiny_tokenizers import byte_level_bpe, llama3_bpe, sentencepiece_bpe
 from waiting import wait_until
 
 TEMPLATE = (
@@ -79,6 +85,10 @@ def greedy(reference, prompt=PROMPT, num=6, **options):
     return Text(prompt, reference).generate(max_new_tokens=num, **options)
 
 
+def schema_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
 # Answers
 
 
@@ -124,6 +134,22 @@ def test_echo_and_logprobs(client, lm, reference):
     assert only.logprobs.token_logprobs[1:] == pytest.approx(logprobs[1:-3], abs=1e-4)
 
 
+@pytest.mark.parametrize("made", [byte_level_bpe, llama3_bpe, sentencepiece_bpe])
+def test_the_names_of_tokens_are_those_of_a_text(model, made):
+    """Decoded alone, words lose the space before them, and parts of characters are all the same."""
+    lm, body = LM(model, made()), {"prompt": "The cat, 日本 é sat", "max_tokens": 0, "echo": True, "logprobs": 3}
+    (choice,) = completion(lm, CompletionBody(**body), Limits(), "tiny")["choices"]
+    found = choice["logprobs"]
+    special = lm.tokenizer.all_special_tokens
+    spelled = b"".join(bytes_named(name) for name in found["tokens"] if name not in special)
+    assert spelled.decode().strip() == choice["text"]
+    for name, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        if name not in special and not name.startswith("bytes:"):
+            assert choice["text"][offset:].lstrip().startswith(name.lstrip())
+    assert any(name.startswith("bytes:") for name in found["tokens"])
+    assert all(len(top) >= 3 for top in found["top_logprobs"] if top is not None)
+
+
 def test_streams_are_the_same_text(client, reference):
     chunks = list(complete(client, stream=True, echo=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == PROMPT + greedy(reference).completion
@@ -134,6 +160,17 @@ def test_streams_are_the_same_text(client, reference):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts[0] == greedy(reference, do_sample=True, temperature=0.9, seed=1, top_k=0).completion
     assert texts[1] == greedy(reference, do_sample=True, temperature=0.9, seed=2, top_k=0).completion
+
+
+def test_an_event_is_one_line_for_every_client(address):
+    prompt = "a\u2028b\x85c\x0bd 日本"
+    body = {"prompt": prompt, "max_tokens": 0, "echo": True, "stream": True}
+    with httpx.stream(
+        "POST", f"{address}/v1/completions", json=body, headers={"Authorization": "Bearer secret"}
+    ) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert json.loads(lines[0][6:])["choices"][0]["text"] == prompt
+    assert len(lines) == 3
 
 
 def test_conversations(client, reference):
@@ -153,6 +190,126 @@ def test_conversations(client, reference):
     del options["max_tokens"]
     room = 128 - len(expected.prompt.tokens)
     assert client.chat.completions.create(**options).usage.completion_tokens == room
+
+
+FILM = {
+    "type": "object",
+    "properties": {"verdict": {"enum": ["good", "bad", "日本"]}},
+    "required": ["verdict"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("options", "constraint"),
+    [
+        ({"response_format": {"type": "json_object"}}, JsonSchema({"type": "object"})),
+        ({"response_format": schema_format(FILM)}, JsonSchema(FILM)),
+        ({"response_format": {"type": "text"}}, None),
+        ({"extra_body": {"guided_regex": "(yes|no), [0-9]{3}"}}, Regex("(yes|no), [0-9]{3}")),
+        ({"extra_body": {"guided_json": FILM}}, JsonSchema(FILM)),
+    ],
+)
+def test_constrained_answers(client, reference, options, constraint, stream):
+    messages = [{"role": "user", "content": "The cat?"}]
+    expected = chat(reference, messages).generate(max_new_tokens=30, constraint=constraint)
+    found = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=30, temperature=0, stream=stream, **options
+    )
+    if stream:
+        choices = [chunk.choices[0] for chunk in found]
+        string = "".join(choice.delta.content or "" for choice in choices)
+        reason = choices[-1].finish_reason
+    else:
+        string, reason = found.choices[0].message.content, found.choices[0].finish_reason
+    assert string == expected.completion
+    assert reason == ("stop" if expected.finish_reason == "constraint" else "length")
+    if isinstance(constraint, Regex):
+        assert re.fullmatch(constraint.pattern, string)
+
+
+class Film(pydantic.BaseModel):
+    verdict: Literal["good", "bad"]
+
+
+def test_the_client_reads_the_model_that_it_asked_for(client):
+    """The client makes the schema itself; sampling keeps the model from writing white space for ever."""
+    found = client.chat.completions.parse(
+        model="tiny", messages=[{"role": "user", "content": "The cat?"}], max_tokens=80, seed=1, response_format=Film
+    ).choices[0]
+    assert found.finish_reason == "stop"
+    assert found.message.parsed.verdict in ("good", "bad")
+
+
+def test_a_server_without_llguidance_says_so(client, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(openai.InternalServerError, match="pip install llguidance"):
+        complete(client, extra_body={"guided_regex": "a server without it"})
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"echo": True},
+        {"temperature": 0.9, "seed": 3, "max_tokens": 30},
+        {"extra_body": {"guided_regex": "(日本|é)+x[a-z]{4}"}, "max_tokens": 40},
+        {"echo": True, "max_tokens": 0},
+    ],
+)
+def test_log_probabilities_of_streams_are_those_of_whole_answers(client, lm, options, num_top):
+    check_streamed_logprobs(client, lm, options, num_top)
+
+
+def test_tokens_that_a_stop_string_cuts_off_are_not_told(client, lm):
+    """Though they are decided on before the stop string is complete; nor is its beginning given where it goes on."""
+    options = {
+        "temperature": 0.9,
+        "seed": 3,
+        "max_tokens": 30,
+        "extra_body": {"guided_regex": "(the|question|answer| cat| sat){12}"},
+    }
+    string = complete(client, **options).choices[0].text
+    for start in range(20):
+        stop = string[start : start + 5]
+        found = check_streamed_logprobs(client, lm, {**options, "stop": [stop, string[start + 1 : start + 3] + "!"]}, 0)
+        assert found == string[: string.index(stop)]
+
+
+def check_streamed_logprobs(client, lm, options, num_top):
+    """Check a stream's log-probabilities, and return its string."""
+    whole = complete(client, logprobs=num_top, **options).choices[0]
+    found = {"tokens": [], "text_offset": [], "token_logprobs": [], "top_logprobs": []}
+    string, before = "", lm.stats
+    for chunk in complete(client, logprobs=num_top, stream=True, **options):
+        (choice,) = chunk.choices
+        string += choice.text
+        if choice.logprobs is not None:
+            for name, values in choice.logprobs.model_dump().items():
+                found[name] += values or []
+    assert (lm.stats - before).model_calls <= len(whole.logprobs.tokens)  # none for the log-probabilities
+    assert string == whole.text
+    expected = whole.logprobs.model_dump()
+    for name in ("tokens", "text_offset"):
+        assert found[name] == expected[name]
+    assert found["token_logprobs"] == pytest.approx(expected["token_logprobs"], abs=1e-4)
+    assert len(found["top_logprobs"]) == (len(whole.logprobs.tokens) if num_top else 0)
+    for own, other in zip(found["top_logprobs"], expected["top_logprobs"] or [], strict=True):
+        assert own == (None if other is None else pytest.approx(other, abs=1e-4))
+    return string
+
+
+def test_log_probabilities_of_streamed_conversations(client):
+    options = {"model": "tiny", "messages": [{"role": "user", "content": "The cat?"}], "temperature": 0}
+    options |= {"max_tokens": 5, "logprobs": True, "top_logprobs": 2}
+    expected = client.chat.completions.create(**options).choices[0].logprobs.content
+    chunks = [chunk.choices[0].logprobs for chunk in client.chat.completions.create(**options, stream=True)]
+    found = [one for logprobs in chunks if logprobs is not None for one in logprobs.content]
+    assert [one.token for one in found] == [one.token for one in expected]
+    assert [one.logprob for one in found] == pytest.approx([one.logprob for one in expected], abs=1e-4)
+    assert [len(one.top_logprobs) for one in found] == [len(one.top_logprobs) for one in expected]
 
 
 def test_scores(client, reference):
@@ -175,7 +332,15 @@ def test_models_and_health(client, address):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format.*json_object"),
+        ({"response_format": {"type": "xml"}}, "response_format.*json_object"),
+        ({"response_format": {"type": "json_schema"}}, r"response_format.*json_schema: Field required"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, r"schema: Field required"),
+        ({"response_format": {"type": "text", "strict": True}}, "strict is no field"),
+        ({"response_format": schema_format({"type": "foo"})}, "(?s)llguidance refuses.*Invalid type: foo"),
+        ({"response_format": schema_format({"not": {}}), "stream": True}, r'Unimplemented keys: \["not"\]'),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format and guided_regex"),
+        ({"guided_regex": "("}, "unclosed group"),
+        ({"guided_json": "{}"}, "guided_json"),
         ({"logit_bias": {"5": 1.0}}, "logit_bias is not supported"),
         ({"best_of": 3}, "best_of is not supported"),
         ({"nonsense": 1}, "nonsense is no field"),
@@ -185,7 +350,6 @@ def test_models_and_health(client, address):
         ({"prompt": ""}, "token"),
         ({"prompt": "word " * 60}, "128"),
         ({"max_tokens": 0}, "nothing to answer"),
-        ({"stream": True, "logprobs": 1}, "logprobs are not told in streams"),
         ({"stream": True, "prompt": "word " * 60}, "128"),
     ],
 )
@@ -310,11 +474,40 @@ def test_a_client_that_goes_away_stops_its_generation(lm, address, stream):
     assert (lm.stats - before).tokens_computed < 100
 
 
+def test_a_client_that_goes_away_before_the_first_piece_is_forgotten(lm, address, monkeypatch):
+    body = {"prompt": "Nobody asked this", "max_tokens": 50, "stream": True, "n": 4}
+    executor = lm.session.evaluator.executor
+    plain, cancelled = executor.compute, []
+
+    def compute(*args, **kwargs):
+        wait_until(lambda: len(lm.session.line.places) >= 3)
+        calls = [place for place in lm.session.line.places if isinstance(place, Call)]
+        wait_until(lambda: all(call.is_cancelled for call in calls))
+        cancelled.extend(calls)
+        return plain(*args, **kwargs)
+
+    before = lm.stats
+    with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
+        with lm.session.line.lock:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{address}/v1/completions", json=body, timeout=0.5)
+            wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+        wait_until(lambda: not lm.session.line.places)
+        assert lm.stats == before
+        monkeypatch.setattr(executor, "compute", compute)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"{address}/v1/completions", json=body, timeout=0.5)
+        wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+    assert len(cancelled) >= 3
+    assert (lm.stats - before).model_calls == 1
+    assert not lm.session.evaluator.holders.ends()
+
+
 # Other programs
 
 
 def test_lm_eval_has_the_results_of_hf(model, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'backprompt[lm-eval]'")
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'backprompt-lm[lm-eval]'")
     import datasets
     import lm_eval
     from lm_eval.tasks import TaskManager

@@ -2,12 +2,14 @@
 
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from backprompt import LM, Text, classify, evaluate
+from backprompt import LM, Grammar, JsonSchema, Regex, Text, classify, evaluate, generate
 from backprompt.errors import EmptyTextError, GenerationError, NonFiniteError, TextTooLongError, TokenIdError
+from backprompt.generation import run
 from comparing import assert_close, num_distinct_ids
 from reference import plain_greedy, plain_logits, plain_token_logprobs
 from tiny_models import build
@@ -78,6 +80,45 @@ def test_equal_streams_share_their_rows(lm, model):
     assert [stream.text.completion_tokens for stream in streams] == [expected] * 4
 
 
+def test_threads_with_different_constraints_share_passes(lm, model):
+    """Each gets the tokens and numbers that it gets alone; streams and whole answers, with a constraint or without."""
+    alone = LM(model, byte_level_bpe())
+    constraints = [
+        Regex("[a-z]{4}( [a-z]{4}){2}"),
+        Regex("(yes|no), [0-9]{5}"),
+        Regex("[^a-z]{12}"),
+        JsonSchema({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+        Grammar('start: sum\nsum: /[0-9]+/ | sum "+" sum'),
+        None,
+    ]
+    asked = [(f"{PROMPT} {idx // 6}", constraint) for idx, constraint in enumerate(constraints * 2)]
+
+    def generated(lm, prompt, constraint):
+        return Text(prompt, lm).generate(max_new_tokens=12, constraint=constraint)
+
+    def streamed(lm, prompt, constraint):
+        stream = Text(prompt, lm).stream(max_new_tokens=12, constraint=constraint)
+        assert "".join(stream) == stream.text.completion
+        return stream.text
+
+    ways = [generated if idx % 3 else streamed for idx in range(len(asked))]
+    before = alone.stats
+    expected = [way(alone, *given) for way, given in zip(ways, asked, strict=True)]
+    num_alone = work_of(alone, before).model_calls
+    before = lm.stats
+    found = all_at_once(
+        lm, [lambda way=way, given=given: way(lm, *given) for way, given in zip(ways, asked, strict=True)]
+    )
+    assert work_of(lm, before).model_calls <= min(24, num_alone / 2)  # 12 where no thread comes late
+    assert len({one.completion for one in expected}) >= len(constraints)
+    for own, other in zip(found, expected, strict=True):
+        assert not isinstance(own, BaseException), own
+        assert (own.completion_tokens, own.finish_reason) == (other.completion_tokens, other.finish_reason)
+        assert_close(own.completion_logprobs, other.completion_logprobs)
+        assert_close(own.constrained_logprobs, other.constrained_logprobs)
+    assert not lm.session.evaluator.holders.ends()
+
+
 def test_an_error_hits_its_own_thread_alone(lm, model):
     long = Text("word " * 300, lm)
     good = [Text(f"{PROMPT} {idx}", lm) for idx in range(6)]
@@ -137,7 +178,20 @@ class Mixed:
     def draw(self):
         """Return a function, and one that checks its result or its error."""
         kind = self._random.choice(
-            ["logprobs", "logits", "evaluate", "proba", "generate", "sample", "stream", "beams", "top", "next", "long"]
+            [
+                "logprobs",
+                "logits",
+                "evaluate",
+                "proba",
+                "generate",
+                "sample",
+                "constrained",
+                "stream",
+                "beams",
+                "top",
+                "next",
+                "long",
+            ]
         )
         return getattr(self, kind)()
 
@@ -190,6 +244,18 @@ class Mixed:
             other = LM(self.model, byte_level_bpe())
             expected = Text(text.string, other).generate(**options)
             assert [one.completion_tokens for one in found] == [one.completion_tokens for one in expected]
+
+        return lambda: text.generate(**options), check
+
+    def constrained(self):
+        text, num = self.text(), self._random.randint(2, 6)
+        options = {"max_new_tokens": 6, "constraint": Regex(f"[a-z]{{{num}}}, [0-9]{{{num}}}")}
+
+        def check(found):
+            other = LM(self.model, byte_level_bpe())
+            expected = Text(text.string, other).generate(**options)
+            assert found.completion_tokens == expected.completion_tokens
+            assert_close(found.constrained_logprobs, expected.constrained_logprobs)
 
         return lambda: text.generate(**options), check
 
@@ -344,3 +410,55 @@ def test_a_caller_without_company_waits_for_nobody(lm, monkeypatch):
     assert lm.token_logprobs([text])[0].shape == (len(text.tokens),)
     with lm.session.exclusive():
         assert text.generate(max_new_tokens=2).completion_tokens
+
+
+def test_a_result_keeps_those_of_other_threads_out_of_memory(lm):
+    small, large = Text("The cat", lm), [Text(f"{PROMPT} {idx}", lm) for idx in range(8)]
+    found = all_at_once(lm, [lambda: lm.token_logprobs([small])[0], lambda: lm.token_logprobs(large)[0]])
+    assert found[0].untyped_storage().nbytes() == found[0].nbytes
+
+
+def test_a_stream_may_be_closed_while_its_first_step_is_done(lm, monkeypatch):
+    """Once between the pass and the thread's turn, once in the middle of the pass."""
+    streams = [Text(f"The cat {idx}", lm).stream(max_new_tokens=5) for idx in range(2)]
+    with ThreadPoolExecutor() as threads:
+        with lm.session.line.lock:
+            pieces = [threads.submit(list, stream) for stream in streams]
+            wait_until(lambda: len(lm.session.line.places) == 2)
+            lm.session.answer_together(list(lm.session.line.places))
+            streams[0].close()
+        assert pieces[0].result(60) == []
+        assert "".join(pieces[1].result(60)) == streams[1].text.completion
+
+        stream, executor = Text(PROMPT, lm).stream(max_new_tokens=5), lm.session.evaluator.executor
+        plain, closing = executor.compute, []
+
+        def compute(*args, **kwargs):
+            closing.append(threads.submit(stream.close))
+            wait_until(lambda: lm.session.line.places)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(executor, "compute", compute)
+        list(stream)
+        closing[0].result(60)
+    assert len(stream.text.completion_tokens) == 1
+    assert not lm.session.evaluator.holders.ends()
+
+
+def test_steps_are_done_together_for_no_more_texts_than_one_call_has(lm, model, monkeypatch):
+    """All logits of a step are there at once, so their number is bounded."""
+    nums = []
+
+    def counted(evaluator, runs, plain=run.advance):
+        found = plain(evaluator, runs)
+        nums.append(sum(len(own.rows) for own in found))
+        return found
+
+    monkeypatch.setattr(run, "advance", counted)
+    monkeypatch.setattr(run, "MAX_LIVE_TEXTS", 4)
+    prompts = [[Text(f"The cat {idx}", lm), Text(f"The dog {idx}", lm)] for idx in range(6)]
+    found = all_at_once(lm, [lambda own=own: generate(own, max_new_tokens=4) for own in prompts])
+    assert max(nums) == 4
+    for texts in found:
+        for text in texts:
+            assert text.completion_tokens == plain_greedy(model, text.prompt.tokens, 4)

@@ -192,8 +192,10 @@ def test_attention_in_html_and_in_terminals(gpt2: LM) -> None:
     assert page.count("border-bottom") == 1
     assert not re.search(r"(?<!-)color:", page)  # letters keep the page's colour
     assert f"rgba({ATTENTION.rgb}" in page
-    for escape in re.findall(r"\x1b\[(.*?)m", shown.ansi()):
-        assert escape == "0" or escape.startswith("38;5;16;48;5;")  # black on a light colour, on any ground
+    for is_dark in (False, True):
+        looks = {(s.letters_on_dark, s.on_dark) if is_dark else (16, s.on_light) for s in ATTENTION.shades}
+        escapes = set(re.findall(r"\x1b\[(.*?)m", shown.ansi(is_dark=is_dark)))
+        assert escapes <= {"0", *(f"38;5;{letters};48;5;{ground}" for letters, ground in looks)}
 
 
 def test_attention_refuses(gpt2: LM) -> None:
@@ -270,7 +272,9 @@ def test_without_matplotlib_the_error_says_what_to_install(gpt2: LM, monkeypatch
         return imported(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(MissingDependencyError, match=r"backprompt\[plot\]"):
+    with pytest.raises(MissingDependencyError, match=r"plot_probabilities needs matplotlib.*pip install matplotlib"):
         plot_probabilities([1.0], ["a"])
+    before = gpt2.stats.tokens_requested
     with pytest.raises(MissingDependencyError, match=r"plot_attention needs matplotlib"):
-        plot_attention(Text("the refund", gpt2), 0)
+        plot_attention(Text("a refund that nobody has computed", gpt2), 0)
+    assert gpt2.stats.tokens_requested == before

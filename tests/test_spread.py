@@ -250,7 +250,7 @@ def at_once(model):
     [
         (lambda model: cpu_offload_with_hook(model, DEVICE)[0], "hook CpuOffload .* on its module 'itself', which cha"),
         (casting, "hook LayerwiseCastingHook of accelerate on its module 'lm_head'"),
-        (unknown_map, "lie in a Elsewhere, where no change would be noticed"),
+        (unknown_map, "lie in a Elsewhere, where a change would not be noticed"),
         (at_once, "brings the weights of all modules below at once"),
     ],
 )
@@ -431,7 +431,7 @@ def test_stored_rows_come_to_the_device_of_their_layer(other, tokenizer):
 def test_several_devices_without_hooks_are_refused(other, tokenizer):
     model = build("llama")
     other.moved(layers_of(model)[-1])
-    with pytest.raises(UnsupportedModelError, match=r"lies on several devices \(cpu, mps\), and nothing moves"):
+    with pytest.raises(UnsupportedModelError, match=r"lies on several devices \(cpu, mps\), but no hook moves"):
         LM(model, tokenizer, memory_bytes="1 GB")
 
 

@@ -445,7 +445,7 @@ def test_a_second_bos_is_warned_of(name):
     string = bos + "a cat"
     for cut in range(len(string)):
         an_lm = LM(_model(), tokenizer)
-        with pytest.warns(UserWarning, match=f"begins with {re.escape(repr(bos))}, which the tokenizer puts before"):
+        with pytest.warns(UserWarning, match=f"begins with {re.escape(repr(bos))}, which the tokenizer also puts"):
             assert (Text(string[:cut], an_lm) + string[cut:]).tokens == tuple(tokenizer(string)["input_ids"])
         bare = Text(string[:cut], an_lm, add_special_tokens=False) + string[cut:]
         with warnings.catch_warnings():

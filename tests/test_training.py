@@ -447,7 +447,7 @@ def test_input_that_cannot_be_scored_is_refused(tokenizer):
             token_logprobs(given, *batch, **options)
 
     refused(TypeError, "must be an LM or a model of transformers, not str", given="gpt2")
-    refused(ValueError, "An LM has its own", given=lm, max_tokens_per_forward=4)
+    refused(ValueError, "An LM gets this limit", given=lm, max_tokens_per_forward=4)
     refused(ValueError, "max_tokens_per_forward must be an int of at least 1", max_tokens_per_forward=0)
     refused(TokenIdError, "input_ids has 320 in row 0, column 0", batch=(torch.full_like(ids, 320), mask))
     refused(TextTooLongError, r"Row 1 of input_ids has 130 tokens.*Shorten the text by 1", batch=long_rows())

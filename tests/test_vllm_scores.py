@@ -5,13 +5,17 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt.engines import vllm_scores
+from backprompt.engines import vllm_run, vllm_scores
 from backprompt.engines.vllm_scores import MAX_CANDIDATES, Scoring
 from backprompt.errors import NonFiniteError
 from backprompt.evaluation.reading import Wanted
+from backprompt.generation.decoding import Decoding
+from backprompt.generation.stops import StopStrings
+from tiny_models import build
 
 VOCABULARY = 3
 
@@ -136,3 +140,23 @@ def test_nan_is_an_error(monkeypatch):
     monkeypatch.setattr(f"{__name__}.logprob", lambda before, token_id: math.nan)
     with pytest.raises(NonFiniteError, match="NaN for a text of 2 tokens"):
         Scoring(PretendedVllm(4, True), 4).scored([Wanted((0, 1), 2, (1,))])
+
+
+def test_suppressed_tokens_do_not_free_those_that_are_refused(monkeypatch):
+    pretended = SimpleNamespace(
+        SamplingParams=SimpleNamespace, exceptions=SimpleNamespace(VLLMValidationError=TypeError)
+    )
+    monkeypatch.setattr(vllm_run, "imported_vllm", lambda: pretended)
+    model = build("gpt2")
+    decoding = Decoding(
+        model,
+        None,
+        max_new_tokens=3,
+        stops=StopStrings(None, None),
+        seed=0,
+        given={"suppress_tokens": [5, 6]},
+        refused=lambda: frozenset([90]),
+    )
+    processors = decoding.rules(torch.zeros((1, 1), dtype=torch.long)).processors
+    allowed = vllm_run.sampling_params(decoding, processors, 1).allowed_token_ids
+    assert set(range(model.config.vocab_size)) - set(allowed) == {5, 6, 90}

@@ -46,9 +46,9 @@ class PreparedAttention(Protocol):
         ...
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
-        """Go on to the next step of a generation: each row of a segment that `grows` sees one key more, the next.
+        """Go on to the next step of a generation: each row of a segment that `grows` also sees the next key.
 
-        `rows`: the rows that stay, in order; None if all do.
+        `rows`: the rows that stay, in order; None if all rows stay.
         """
         ...
 
@@ -60,7 +60,7 @@ class CannotStandError(Exception):
 class StandingAttention(Protocol):
     """Attention of steps with the same number of rows, from tables at addresses that stay: a graph can replay it.
 
-    A step's rows may be fewer; the others see nothing.
+    A step may have fewer rows; the other rows see nothing.
     """
 
     @property
@@ -69,7 +69,7 @@ class StandingAttention(Protocol):
         ...
 
     def load(self, prepared: PreparedAttention) -> bool:
-        """Set the step that comes next; False if the tables have no room for it, then a new object is needed."""
+        """Set the next step; return False if the tables have no room for it: then a new object is needed."""
         ...
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:

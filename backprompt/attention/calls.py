@@ -42,7 +42,7 @@ class CallsAttention:
     Args:
         kernel: the kernel of each call; by default the device's fast kernel for the model's heads, if it agrees with
             the clear kernel.
-        reason: why the calls serve instead of a faster attention; the name includes the reason.
+        reason: why the calls are used instead of a faster attention; the name includes the reason.
 
     """
 
@@ -56,7 +56,7 @@ class CallsAttention:
         return PreparedCalls(self, pass_, num_steps)
 
     def standing(self, num_rows: int) -> None:
-        """Return None: the calls of each step are others."""
+        """Return None: the calls differ from step to step."""
 
     def kernel_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernel:
         """Return the kernel for such tensors; shapes are those of `PreparedAttention.attend`."""
@@ -76,12 +76,12 @@ class _Masked:
 
     Attributes:
         call: the call.
-        keys: those of the step that is next.
+        keys: the keys of the next step.
         mask: additive, `(rows, keys)`, with room for the keys of later steps; None if every row sees every key.
         blind: which rows see none of the keys, `(rows, 1)`; None if every row sees some.
-        next_keys: of the rows that see one key more in each step, the row and the next key, `(2, rows)`, both counted
+        next_keys: for the rows that see one more key in each step, the row and the next key, `(2, rows)`, both counted
             from the first of the call.
-        last_stop: the key behind the last one that such a row sees.
+        last_stop: the key behind the last key that such a row sees.
 
     """
 
@@ -128,8 +128,8 @@ class _Masked:
 class PreparedCalls:
     """The calls of a pass; masks are made once for all layers with the same window and heads.
 
-    For several steps of a generation they are made once, too: a mask has room for the keys to come, and each step shows
-    them to the rows that they belong to. Only what a window hides is planned anew in each step.
+    For several steps of a generation, masks are also made once: a mask has room for the coming keys, and each step
+    shows the next keys to their rows. Only the calls under a window are planned again in each step.
     """
 
     def __init__(self, attention: CallsAttention, pass_: Pass, num_steps: int = 1) -> None:
@@ -235,7 +235,7 @@ def _visible(call: Call, positions: Ints) -> npt.NDArray[np.bool_]:
 
 
 def _visible_tree(until: Ints) -> npt.NDArray[np.bool_]:
-    """Return which rows see which, `(rows, rows)`; `until`: of each row, the row behind the last that sees it."""
+    """Return which rows see which rows, `(rows, rows)`; `until`: for each row, the row behind the last that sees it."""
     row_idx = np.arange(len(until))
     return (row_idx <= row_idx[:, None]) & (row_idx[:, None] < until)
 

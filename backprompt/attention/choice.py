@@ -27,7 +27,7 @@ def attention_for(device: torch.device) -> ForestAttention:
 
 
 def copies_for(device: torch.device) -> Callable[[], Copies]:
-    """Return what makes the copies of a pass: one launch a layer on CUDA where Triton is installed, else torch."""
+    """Return the maker of a pass's copies: one launch for each layer on CUDA with Triton installed, else torch."""
     if device.type != "cuda":
         return PlainCopies
     try:

@@ -1,6 +1,6 @@
 """The keys and values of a pass as its block holds them, and whether queries and keys are finite.
 
-A model's key may be a view of queries, keys and values together; a copy keeps the key alone. torch's attention returns
+A model's key may be a view of a tensor of queries, keys and values; a copy keeps only the key. torch's attention gives
 numbers for some rows whose scores are NaN, so queries and keys are checked.
 """
 

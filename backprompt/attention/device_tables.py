@@ -1,8 +1,8 @@
 """The tables of a pass (tables.py) on the device, where the kernels read them: one tensor, and one copy to fill it.
 
-The tables of an ordinary pass have exactly the size of their content. Those of captured steps have room for more, so
-that the next step's content goes to the same addresses: see model/steps.py. Programs and joins that are not used have
-no rows, so they write nothing.
+The tables of an ordinary pass have exactly the size of their content. The tables of captured steps have room for more,
+so that the next step's content goes to the same addresses: see model/steps.py. Unused programs and joins have no rows,
+so they write nothing.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ADDRESS_COLUMNS = 4
 numbers; one is spare."""
 
 ROOM_FOR_BLOCKS = 8
-"""The least number of blocks for which tables with room have room."""
+"""The smallest number of blocks that fit tables with room."""
 
 ROOM_FOR_PIECES = 1024
-"""The least number of pieces for which tables with room have room."""
+"""The smallest number of pieces that fit tables with room."""
 
 
 class Addressed(Protocol):
-    """Keys and values of computed rows that tell where they lie."""
+    """Keys and values of computed rows, with their addresses."""
 
     def addresses(self) -> Sequence[tuple[int, int, int]]:
         """Return, for each layer, the addresses of keys and values and the stride between their heads in numbers."""
@@ -41,7 +41,7 @@ class Addressed(Protocol):
 
 @dataclass(frozen=True)
 class Room:
-    """The number of entries for which tables have room.
+    """The number of entries that fit the tables.
 
     Attributes:
         rows: the rows of the pass.
@@ -93,7 +93,7 @@ class DeviceTables:
     """The tables on the device; the columns of each are named in tables.py and above.
 
     Attributes:
-        room: for how much there is room.
+        room: the number of entries that fit.
         numbers: all tables, one behind the other, in 4 bytes each.
         sizes: the size of each table, in the order of the properties.
 
@@ -105,7 +105,7 @@ class DeviceTables:
 
     @classmethod
     def of(cls, segments: Segments, work: Work, device: torch.device, room: Room | None = None) -> DeviceTables:
-        """Return the tables of a pass on the device: one copy from pinned memory, and nobody waits for it."""
+        """Return the tables of a pass on the device: one copy from pinned memory, without waiting for it."""
         room = Room.of(segments, work) if room is None else room
         numbers, sizes = _laid_out(segments, work, room)
         made = cls(room, torch.empty(sum(sizes), dtype=torch.int32, device=device), sizes)
@@ -138,7 +138,7 @@ class DeviceTables:
 
     @property
     def until(self) -> Tensor:
-        """The row at which the rows end that see each row."""
+        """For each row, the row behind the last one that sees it."""
         return self._table(2)
 
     @property

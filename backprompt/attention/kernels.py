@@ -139,7 +139,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
     try:
         gap = _largest_gap(kernel, device, dtype, heads, kv_heads, head_dim)
     except torch.OutOfMemoryError:
-        raise  # says nothing about the kernel, and the choice is cached
+        raise  # this error says nothing about the kernel, and the choice is cached
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return ChosenKernel(f"clear ({name} failed: {reason})", clear_kernel)

@@ -1,8 +1,8 @@
 """Launches of kernels of Triton with little work of the host.
 
-Triton looks at each argument of a launch in Python, to find the compiled kernel. A layer of a small model takes less
-time on the device than that look takes. So compiled kernels are kept here, by all that they depend on, and called
-with addresses instead of tensors.
+Triton examines each argument of a launch in Python, to find the compiled kernel. That takes longer than a layer of a
+small model takes on the device. So compiled kernels are kept here, by everything on which they depend, and called with
+addresses instead of tensors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import triton
 from torch import Tensor
 
 TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-"""Whether a compiled kernel is called with its constants, too. Before, each launch goes through Triton's own look."""
+"""Whether a compiled kernel is also called with its constants. In older versions each launch goes through Triton."""
 
 
 class Launcher:
     """A kernel with its constants.
 
-    Tensors must come on one device and in the same dtypes in each launch; where these change, so must the launcher.
+    In each launch tensors must have the same device and dtypes; for another device or dtype, make another launcher.
 
     Args:
         kernel: its arguments are tensors, then whole numbers, then numbers that Triton does not specialise on, then
@@ -55,7 +55,7 @@ class Launcher:
 
 
 def _kind_of(size: int) -> int:
-    """Return a number for all that Triton specialises on: being 1, being a multiple of 16, having over 31 bits."""
+    """Return a number for the properties on which Triton specialises: 1, a multiple of 16, more than 31 bits."""
     return -1 if size >= 1 << 31 else min(size, 17) if size % 16 else 0
 
 

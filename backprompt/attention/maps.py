@@ -1,8 +1,8 @@
 """Attention maps: some rows of a text attend once more, and the weights of chosen layers and heads are kept.
 
 The keys and values of all tokens of the text are held, those of the rows included, so a row needs no other row. Weights
-are the softmax over all keys that a row sees, by the scores of the clear kernel. Few rows are taken at a time, so
-the weights of a layer that nobody asked for, or that are summed over spans, take little memory.
+are the softmax over all keys that a row sees, by the scores of the clear kernel. Few rows are taken at a time. So
+weights take little memory if their layer was not requested, or if they are summed over spans.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KeysValuesOf: TypeAlias = Callable[[int], "tuple[Tensor, Tensor]"]
 
 @dataclass(frozen=True)
 class Chosen:
-    """The part of all weights of a text that is asked for.
+    """The requested part of all weights of a text.
 
     Attributes:
         layers: the layers, each from 0 on, in the order of the result.
@@ -70,7 +70,7 @@ class Sight:
 
 
 class EnoughSeen(Exception):
-    """The last chosen layer has attended: the way out of a model whose further layers need not run."""
+    """The last chosen layer has attended, so the further layers of the model need not run."""
 
 
 class MapAttention:
@@ -78,10 +78,10 @@ class MapAttention:
 
     Args:
         keys_values_of: the keys and values of all tokens of the text.
-        sight: of the rows.
+        sight: the sight of the rows.
         chosen: the weights to keep. `chosen.rows` is not read: all rows of the call are kept.
         device: the device of the kept weights.
-        may_stop: whether the call may be left in the middle, behind the last chosen layer.
+        may_stop: whether the call may end behind the last chosen layer.
 
     """
 
@@ -107,7 +107,7 @@ class MapAttention:
         if len(numbers) > 1:
             raise UnsupportedModelError(
                 f"The chosen layers have different numbers of heads ({', '.join(map(str, numbers))}), so their "
-                "attention is no one tensor. Ask for layers of one kind at a time, or for heads that all of them have."
+                "attention does not fit one tensor. Ask for layers of one kind, or for heads that all of them have."
             )
         return torch.stack([self._kept[layer] for layer in self._chosen.layers])
 
@@ -140,7 +140,7 @@ class MapAttention:
         return torch.cat(outputs).to(query.dtype)
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
-        """Raise: a map is of one step."""
+        """Raise: a map has only one step."""
         raise AssertionError(rows)
 
     def _heads(self, num_heads: int) -> list[int] | None:
@@ -153,7 +153,7 @@ class MapAttention:
 
 
 def _softmax(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
-    """Return weights, `(heads, rows, keys)`; scores are overwritten. A sink takes a share that no key has."""
+    """Return weights, `(heads, rows, keys)`; scores are overwritten. A sink takes a share that belongs to no key."""
     scores.masked_fill_(hidden, -torch.inf)
     if sinks is None:
         return torch.softmax(scores, dim=-1)

@@ -14,7 +14,7 @@ from backprompt.attention.tiles import COST_OF_FEW, FEW_ROWS, LEAST_PIECES, PROG
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a layer's heads, and where and how the layer computes."""
+    """The shape of a layer's heads, and the device and dtype of the layer."""
 
     device: torch.device
     dtype: torch.dtype
@@ -56,14 +56,14 @@ class Launch:
         return Cut(self.tile.rows // self.heads_of_program(shape), self.tile.keys, shares, self.least_pieces)
 
     def num_pieces(self, shape: Shape, segments: Segments) -> int:
-        """Return about the number of pieces of keys of a pass; fast."""
+        """Return a quick estimate of the number of pieces of keys of a pass."""
         return num_pieces(segments, self.tile.rows // self.heads_of_program(shape), self.tile.keys)
 
 
 def launch_for(shape: Shape, segments: Segments) -> Launch:
-    """Return the way of launching that takes the least time, as far as numbers of pieces tell.
+    """Return the way of launching that takes the least time, estimated by numbers of pieces.
 
-    A tile of many rows is wasted where each segment has few of them, as in a step of generation.
+    A tile of many rows is wasted if each segment has few rows, as in a step of generation.
     """
     many, few = (Launch(tile) for tile in tiles_for(shape.head_dim, shape.dtype.itemsize))
     if len(segments.positions) * shape.group <= FEW_ROWS:

@@ -27,8 +27,8 @@ Ints = NDArray[np.int32]
 
 PIECE_COLUMNS = 8
 """Columns of a piece: block (-1: the pass itself), first key, number of keys, first row and row after the last that see
-them, position of the first key, kind (1: keys of the segment's own rows, 2: all rows of the tile see all keys, and the
-keys are as many as a piece can have, 0: others), log2 of their count as float32."""
+them, position of the first key, kind (1: keys of the segment's own rows, 2: a full piece whose keys are all seen by all
+rows of the tile, 0: others), log2 of their count as float32."""
 
 PROGRAM_COLUMNS = 8
 """Columns of a program: first row, row after the last, first piece, piece after the last, slot (-1: none); three are
@@ -40,7 +40,7 @@ JOIN_COLUMNS = 4
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of a pass as columns, and what its rows are.
+    """The segments of a pass as columns, and data of its rows.
 
     Attributes:
         columns: for each segment: first row, row after the last, block (-1: the pass itself), first key, number of
@@ -48,8 +48,8 @@ class Segments:
             of several spans, `(9, segments)`.
         blocks: the blocks that hold keys of earlier passes.
         positions: the position of each row.
-        until: the row at which the rows end that see each row, `(tokens,)`.
-        grows: which segments have one key more in the next step of a generation, `(segments,)`.
+        until: for each row, the row behind the last one that sees it, `(tokens,)`.
+        grows: which segments have one more key in the next step of a generation, `(segments,)`.
 
     """
 
@@ -93,7 +93,7 @@ class Segments:
         return cls(columns.T, tuple(blocks), np.array(positions, dtype=np.int32), until, grows)
 
     def next_step(self, rows: Sequence[int] | None = None) -> Segments:
-        """Return the segments in the next step of a generation, as forest/steps.py says; `rows`: those that stay."""
+        """Return the segments in the next step of a generation (see forest/steps.py); `rows`: the rows that stay."""
         columns, positions, until = self.columns.copy(), self.positions + 1, self.until
         columns[4] += self.grows
         columns[5] += columns[7]
@@ -110,7 +110,7 @@ class Segments:
         return Segments(columns[:, stay], self.blocks, positions, until, self.grows[stay])
 
     def padded(self, num_rows: int) -> Segments:
-        """Return the segments of so many rows: the rows behind those of the pass see nothing."""
+        """Return the segments with additional rows behind those of the pass; these see nothing."""
         found = np.zeros((2, num_rows), dtype=np.int32)
         found[:, : len(self.positions)] = self.positions, self.until
         return replace(self, positions=found[0], until=found[1])
@@ -118,14 +118,14 @@ class Segments:
 
 @dataclass(frozen=True)
 class Cut:
-    """The sizes of tiles and pieces, and when programs share a tile.
+    """The sizes of tiles and pieces, and the rule by which programs share a tile.
 
     Attributes:
         tile_rows: the rows of a tile.
         piece_keys: the most keys of a piece.
-        shares: programs that the device runs at once, a head: a tile with twice the pieces of an equal share of them
-            is shared by several programs.
-        least_pieces: the fewest pieces for which a program is worth its cost.
+        shares: the number of programs per head that the device runs at once. Several programs share a tile with at
+            least twice the pieces of an equal share.
+        least_pieces: the smallest number of pieces for which a program is worth its cost.
 
     """
 
@@ -179,7 +179,7 @@ class Work:
 
 
 def num_pieces(segments: Segments, tile_rows: int, piece_keys: int) -> int:
-    """Return about the number of pieces, those that causality or a window hides included; fast."""
+    """Return a quick estimate of the number of pieces; it includes those that causality or a window hides."""
     start, stop, num_keys = segments.columns[0], segments.columns[1], segments.columns[4]
     num_tiles = (stop - 1) // tile_rows - start // tile_rows + 1
     return int(num_tiles @ -(-num_keys // piece_keys))
@@ -231,6 +231,6 @@ def _least_position(positions: Ints, low: NDArray[np.int64], high: NDArray[np.in
 
 
 def _repeated(counts: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return each index as often as its count says, and the how-manieth time it is: [2, 1] -> [0, 0, 1], [0, 1, 0]."""
+    """Return each index as often as its count says, and the number of each repeat: [2, 1] -> [0, 0, 1], [0, 1, 0]."""
     indices = np.repeat(np.arange(len(counts)), counts)
     return indices, np.arange(len(indices)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -41,19 +41,19 @@ _TILES: dict[int, dict[int, tuple[Tile, Tile]]] = {
 }
 
 LARGEST_HEAD = 256
-"""Larger heads have no tile: the kernel keeps a row of sums for each row of a tile."""
+"""The largest heads with a tile: the kernel keeps a row of sums for each row of a tile."""
 
 FEW_ROWS = 256
-"""Up to this many rows of queries the tile for few rows serves: its programs are shorter, and more of them run."""
+"""The largest number of rows of queries for the tile for few rows: its programs are shorter, and more of them run."""
 
 COST_OF_FEW = 1.1
-"""The time of a piece of keys with the tile for few rows, where the time with the other tile is 1."""
+"""The time of a piece of keys with the tile for few rows, relative to the time with the other tile."""
 
 PROGRAMS_A_PROCESSOR = 4
 """Programs that a multiprocessor runs at once, for the number of programs that share few rows."""
 
 LEAST_PIECES = 4
-"""The fewest pieces of keys for which a program of its own is worth the join."""
+"""The smallest number of pieces of keys for which a separate program is worth the join."""
 
 
 def tiles_for(head_dim: int, num_bytes: int) -> tuple[Tile, Tile]:

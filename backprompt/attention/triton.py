@@ -5,9 +5,9 @@ of all layers are made once a pass and go to the device in one copy. A second sm
 several programs share the rows of a tile. The heads of a group are rows of one tile, so keys are read once a head of
 keys.
 
-The kernel is compared with the clear kernel once a device, dtype, shape of heads, tile and kind of scoring. Where the
-comparison fails, and where the kernel does not serve (keys and values of different sizes, float64), the calls of
-calls.py do.
+The kernel is compared with the clear kernel once for each device, dtype, shape of heads, tile and kind of scoring. If
+the comparison fails, or the kernel does not support a layer (keys and values of different sizes, float64), the calls of
+calls.py are used.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TritonAttention:
     def launch_or_refusal(
         self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, segments: Segments
     ) -> Launch | str:
-        """Return the way of launching for such tensors and segments, or why the kernel does not serve."""
+        """Return the way of launching for such tensors and segments, or the reason why the kernel is not used."""
         refusal = self.refusal(query, key, value, scoring, None)
         if refusal is not None:
             return refusal
@@ -70,7 +70,7 @@ class TritonAttention:
         return self.refusal(query, key, value, scoring, launch.tile) or launch
 
     def refusal(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, tile: Tile | None) -> str | None:
-        """Return why the kernel does not serve for such tensors with a tile; None if the kernel serves."""
+        """Return why the kernel is not used for such tensors with a tile; None if it is used."""
         if query.device.type not in self.device_types:
             return f"triton is not used on {query.device.type}"
         if query.dtype not in DTYPES:
@@ -97,12 +97,12 @@ class PreparedTriton:
         self._pass = pass_
         self._segments: Segments | None = None
         self._forest: OneLaunch | None = None
-        self._calls = attention.calls.prepare(pass_, num_steps)  # for layers that the kernel does not serve
+        self._calls = attention.calls.prepare(pass_, num_steps)  # for layers that the kernel does not support
         self._launches: dict[Hashable, Launch | str] = {}
 
     @property
     def segments(self) -> Segments:
-        """The segments of the step that is next."""
+        """The segments of the next step."""
         if self._segments is None:
             self._segments = Segments.of(self._pass.segments, self._pass.positions)
         return self._segments
@@ -167,7 +167,7 @@ class StandingTriton:
 
 
 def _kind_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Hashable:
-    """Return all that a layer's launches depend on, but for the launch; the same in most layers of a model."""
+    """Return everything on which a layer's launches depend, except the way of launching; equal in most layers."""
     return (
         query.device,
         query.dtype,
@@ -219,9 +219,9 @@ class OneLaunch:
         return sum(tables.numbers.nbytes for tables in self.tables.values()) + sum(partial)
 
     def load(self, segments: Segments) -> bool:
-        """Go on to another pass; False if there is no room for it, then this object is of no more use.
+        """Go on to another pass; return False if there is no room for it: then this object cannot be used any more.
 
-        The blocks of the pass are not kept: others keep them for as long as the step takes.
+        The blocks of the pass are not kept alive here: other objects keep them during the step.
         """
         self.segments = replace(segments, blocks=())
         return all(
@@ -241,7 +241,7 @@ class OneLaunch:
 
 @dataclass(frozen=True)
 class _Layers:
-    """The launches of layers that are alike: all that need not be found again in each layer.
+    """The launches of layers that are alike: the data that need not be found again in each layer.
 
     Attributes:
         launch: the way of launching.
@@ -249,7 +249,7 @@ class _Layers:
         attending, joining: the kernels.
         num_axes: the number of programs for the same rows and keys.
         numbers: the window, the factor of scores and the cap, as the kernel takes them.
-        partial, partial_lse: the partial results of a layer. The next layer writes over them.
+        partial, partial_lse: the partial results of a layer. The next layer overwrites them.
 
     """
 
@@ -347,11 +347,11 @@ class _OneLayer:
 
 @lru_cache(maxsize=256)
 def reason_against(shape: Shape, tile: Tile, has_window: bool, has_softcap: bool, has_sinks: bool) -> str | None:
-    """Return why the kernel does not serve; None if the kernel agrees with the clear kernel on a tiny case."""
+    """Return why the kernel is not used; None if the kernel agrees with the clear kernel on a tiny case."""
     try:
         gap = _largest_gap(shape, tile, has_window, has_softcap, has_sinks)
     except torch.OutOfMemoryError:
-        raise  # says nothing about the kernel, and the answer is cached
+        raise  # this error says nothing about the kernel, and the answer is cached
     except Exception as error:  # a compiler runs, and fails in ways of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"triton failed: {reason}"
@@ -377,7 +377,7 @@ def _largest_gap(shape: Shape, tile: Tile, has_window: bool, has_softcap: bool, 
     segments = [KeySegment.own(0, 5, 19, until), KeySegment(1, 4, block, 0, 19, 0, times=2)]
     launch = Launch(tile, programs_a_processor=math.inf, least_pieces=1)
     forest = OneLaunch(Segments.of(segments, positions))
-    for _ in range(2):  # the second launch is one that was kept
+    for _ in range(2):  # the second launch is a cached one
         output = forest.attend(0, query, key, value, scoring, launch)
 
     visible = torch.zeros((5, 43), dtype=torch.bool)  # the keys of the block twice, and those of the rows

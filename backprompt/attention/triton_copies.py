@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 PROGRAM_NUMBERS = 4096
-"""About the numbers that a program copies."""
+"""About the number of elements that a program copies."""
 
 
 class TritonCopies:
-    """Copies made by the kernel; by torch for tensors that the kernel does not serve.
+    """Copies made by the kernel, or by torch for tensors that the kernel does not support.
 
     Args:
-        device_types: the types of devices on which the kernel serves.
+        device_types: the types of devices on which the kernel is used.
 
     """
 
@@ -108,7 +108,7 @@ def serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, 
         key[0, 2, 0] = torch.inf
         second = _copied(query, key, value, flags[1:])
     except torch.OutOfMemoryError:
-        raise  # says nothing about the kernel, and the answer is cached
+        raise  # this error says nothing about the kernel, and the answer is cached
     except Exception as error:  # a compiler runs, and fails in ways of its own
         logger.info("Keys and values are copied by torch: triton failed: %s", error)
         return False

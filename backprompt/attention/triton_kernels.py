@@ -4,8 +4,8 @@ Arguments that change from pass to pass are not specialised, so a model needs a 
 shapes its passes have. The columns of the tables are those of tables.py and triton.py.
 """
 
-# The language of kernels has no types for Python's checkers, and `from __future__ import annotations` would hide
-# `tl.constexpr` from nobody but them.
+# The language of kernels has no types for Python's checkers. `from __future__ import annotations` would hide
+# `tl.constexpr` only from the checkers.
 
 import triton
 import triton.language as tl

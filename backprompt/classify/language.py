@@ -51,9 +51,10 @@ def probability_of(
         See `log_probs`.
 
     """
+    as_bool(with_end_token, "with_end_token")
     strings = strings_of(as_constraint(language, "language"))
     has_empty = "" in strings
-    if has_empty and not as_bool(with_end_token, "with_end_token"):
+    if has_empty and not with_end_token:
         raise ValueError(
             "The language has the empty string, with which every continuation begins. Exclude the empty string, "
             "or set with_end_token=True."
@@ -92,9 +93,9 @@ def _without_continuations(token_ids: Sequence[tuple[int, ...]]) -> list[tuple[i
 
 
 def _end_ids(model: Any) -> list[int]:
-    """Return the end tokens of a model."""
+    """Return the end tokens of a model, each once."""
     given = model.generation_config.eos_token_id
-    found = [] if given is None else [given] if isinstance(given, int) else list(given)
+    found = [] if given is None else [given] if isinstance(given, int) else list(dict.fromkeys(given))
     if not found:
         raise ValueError(
             "The model has no end token, so a continuation never ends: leave with_end_token out, or set "

@@ -205,7 +205,7 @@ def read_input(arguments: argparse.Namespace) -> Input:
     """Return the input, after a check that it exists."""
     check_chat(arguments)
     check_is_there(arguments.input)
-    format = format_of(arguments.input, arguments.input_format)
+    format = format_of(arguments.input, arguments.input_format, "--input-format")
     return Input(arguments.input, format, arguments.column, arguments.template, arguments.encoding)
 
 
@@ -219,7 +219,7 @@ def read_completions(given: str, encoding: str | None = None) -> list[str]:
 
     """
     if not os.path.exists(given):
-        if "," not in given:
+        if "," not in given or Path(given).suffix.lower() in (".txt", ".json"):
             raise CommandError(f"--completions {given}: no such file. Name a file, or give a list: negative,positive.")
         return [completion for part in given.split(",") if (completion := part.strip())]
     path, text = given, read_text(given, encoding)

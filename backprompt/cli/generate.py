@@ -153,9 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     new_fields = NEW_FIELDS if arguments.n is None else (*NEW_FIELDS, "sample")
     compared = {name: getattr(arguments, name) for name in (*_OWN_OPTIONS, *named)}
-    compared["option"] = dict(arguments.option)
-    if arguments.constraint is not None:
-        compared["constraint"] = repr(arguments.constraint)
+    compared |= {"option": dict(arguments.option), **_named(arguments.constraint)}
     return stream(arguments, Job(new_fields, computed_with, compared, rows_per_prompt=arguments.n or 1))
 
 
@@ -195,6 +193,11 @@ def _json_schema(given: str) -> JsonSchema:
     if not isinstance(schema, dict):
         raise argparse.ArgumentTypeError(f"{given} must hold a JSON schema, an object, not {json.dumps(schema)[:60]}")
     return JsonSchema(schema)
+
+
+def _named(constraint: Regex | JsonSchema | None) -> dict[str, str | None]:
+    """Return a constraint by the names of its options, None for one that is not given."""
+    return {"regex": getattr(constraint, "pattern", None), "json_schema": getattr(constraint, "json", None)}
 
 
 def _option(given: str) -> tuple[str, Any]:

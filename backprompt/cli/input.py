@@ -106,7 +106,9 @@ class Input:
             except UnicodeEncodeError as error:
                 raise CommandError(f"{where} holds half of a surrogate pair, which is not a character.") from error
             except json.JSONDecodeError as error:
-                raise CommandError(f"{where} is not JSON: {error.msg} (column {error.colno}).") from error
+                raise CommandError(
+                    f"{where} is not JSON: {error.msg} (column {error.colno}). JSONL has a JSON value a line."
+                ) from error
             except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
                 raise CommandError(f"{where} is JSON that cannot be read: {error}.") from error
             source = string.strip() if isinstance(value, dict) else None

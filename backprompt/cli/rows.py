@@ -47,8 +47,8 @@ def check_is_there(path: str) -> None:
         raise CommandError(f"{path} is a folder, not a file of prompts.")
 
 
-def format_of(path: str, given: Format | None) -> Format:
-    """Return the format of a file: as given, else by its extension; JSONL for pipes.
+def format_of(path: str, given: Format | None, option: str) -> Format:
+    """Return the format of a file: as given by an option, else by its extension; JSONL for pipes.
 
     Raises:
         CommandError: the format is neither given nor told by the extension.
@@ -63,7 +63,7 @@ def format_of(path: str, given: Format | None) -> Format:
         return "csv"
     if extension in (".jsonl", ".ndjson", ".json"):
         return "jsonl"
-    raise CommandError(f"{path} may be JSONL or CSV. Say which, by the extension (.jsonl, .csv) or as an option.")
+    raise CommandError(f"{path} may be JSONL or CSV. Say which, by the extension (.jsonl, .csv) or with {option}.")
 
 
 def checked(rows: Iterable[Row], new_fields: Sequence[str], output_format: Format) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,8 @@ def _search(arguments: argparse.Namespace, completions: list[str], options: dict
     """Find the most probable completions of all of the input, without the probabilities of all."""
     if arguments.top is not None or arguments.no_normalize:
         raise CommandError(
-            "--search best-first finds the most probable completion and no probabilities: leave --top and such out."
+            "--search best-first finds the most probable completion and no probabilities: leave --top and "
+            "--no-normalize out."
         )
 
     def computed_with(lm: LM) -> Compute:
@@ -181,8 +183,12 @@ def _result(completions: Sequence[str], probabilities: Sequence[float], num_kept
 def _prior(given: str) -> list[float]:
     try:
         return [float(number) for number in given.split(",")]
-    except ValueError:
-        lines = read_text(given).split()
+    except ValueError as error:
+        if not os.path.exists(given):
+            raise CommandError(
+                f"--prior {given}: no such file. Name a file, or give a number for each completion: 0.3,0.7."
+            ) from error
+    lines = read_text(given).split()
     try:
         return [float(number) for number in lines]
     except ValueError as error:

@@ -236,7 +236,7 @@ def _output(arguments: argparse.Namespace, job: Job) -> Output:
     escapes_formulas = arguments.escape_formulas
     output = Output(
         path,
-        format_of(path, arguments.format),
+        format_of(path, arguments.format, "--format"),
         job.new_fields,
         job.rows_per_prompt,
         escapes_formulas=escapes_formulas,

@@ -101,9 +101,10 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
     _check_kind(decoding)
     vllm = imported_vllm()
     given: dict[str, Any] = {} if decoding.is_sampling else {"temperature": 0}
+    refused: set[int] = set()
     for processor in rules:
         if isinstance(processor, processors.SuppressTokensLogitsProcessor):
-            refused = set(processor.suppress_tokens.tolist())
+            refused.update(processor.suppress_tokens.tolist())
             every = range(num_tokens_of(decoding.model))
             given["allowed_token_ids"] = [idx for idx in every if idx not in refused]
         elif isinstance(processor, processors.MinLengthLogitsProcessor):

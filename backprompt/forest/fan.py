@@ -2,7 +2,7 @@
 
 A *shape* is the trie of the token ids of some completions. Its layout is computed once: which tokens are forwarded, in
 depth-first order, and where the score of each token of each completion lies. A completion's last token is scored by the
-row before it, so the token is forwarded only where another completion goes on behind it; else the token is a *leaf*.
+row before it. So the token is forwarded only if another completion continues behind it; otherwise it is a *leaf*.
 
     completions   "cancel order", "cancel card", "refund"
     rows          0: cancel                     (its parent is the prompt's last token)
@@ -10,8 +10,8 @@ row before it, so the token is forwarded only where another completion goes on b
                   2: refund                     (behind the prompt)
 
 A *fan* is one span that stands for all rows of a shape behind one prompt: planned, placed and evicted as one. A fan is
-the only child of its parent. Whatever looks for single tokens behind the prompt *unfolds* the fan first
-(`Forest.unfold`): ordinary spans take over its rows. No module here looks into a row.
+the only child of its parent. Code that looks for single tokens behind the prompt *unfolds* the fan first
+(`Forest.unfold`): ordinary spans take over its rows. No module here reads a row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
         start, stop: the rows.
         depth: the number of rows on the way to its first row.
         parent_idx: the piece that it continues; None for the prompt.
-        is_end: whether the last token of a completion stands behind it.
+        is_end: whether the last token of a completion stands behind this piece.
 
     """
 
@@ -72,12 +72,13 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Where the scores of a shape's completions come from; the first tokens are those of the rows, then the leaves.
+    """The sources of the scores of a shape's completions. Tokens are those of the rows first, then the leaves.
 
     Attributes:
         token_ids: the rows' tokens and the leaves' tokens, `(rows + leaves,)`.
         parents: the row that predicts each of them; -1 is the prompt's last token, `(rows + leaves,)`.
-        index: which of them is each token of each completion, one completion behind the other, `(scores,)`.
+        index: for each token of each completion, its place among these tokens, one completion behind the other,
+            `(scores,)`.
 
     """
 
@@ -104,7 +105,7 @@ class Shape:
 
     @property
     def num_leaves(self) -> int:
-        """The number of tokens that are scored and not forwarded."""
+        """The number of tokens that are scored but not forwarded."""
         return len(self.scores.token_ids) - self.num_rows
 
     @cached_property
@@ -124,7 +125,7 @@ class Shape:
 
     @property
     def scores(self) -> Scores:
-        """Where the scores come from."""
+        """The sources of the scores."""
         return self._layout[1]
 
     def ids_before(self, parent: int) -> tuple[int, ...]:
@@ -136,7 +137,7 @@ class Shape:
         return tuple(reversed(ids))
 
     def pieces(self) -> list[Piece]:
-        """Return the spans that the rows unfold into, each after the one that it continues."""
+        """Return the pieces that the rows unfold into, each after the piece that it continues."""
         rows = self.rows
         depths, parents, ends = rows.depths.tolist(), rows.parents.tolist(), set(rows.ends.tolist())
         firsts = {row for row, parent in enumerate(parents) if parent != row - 1 or parent in ends}
@@ -149,9 +150,10 @@ class Shape:
 
     @cached_property
     def _layout(self) -> tuple[Rows, Scores]:
-        """Lay out all tokens but the last ones: sorted by their ids, in which order a trie is walked depth first.
+        """Lay out all tokens except the last ones, sorted by their ids: in this order a trie is walked depth first.
 
-        Those with the first token behind which most tokens stand come first: they join the causal run of the prompt.
+        The first token with the most tokens behind it comes first, with these tokens: they join the prompt's causal
+        run.
         """
         token_ids: list[int] = []
         depths: list[int] = []
@@ -220,7 +222,7 @@ class Fan(Span):
         return positions
 
     def unfolded(self) -> list[Span]:
-        """Return new spans for the rows, depth first. They hold nothing, and are no children yet."""
+        """Return new spans for the rows, depth first. The spans hold nothing, and no span has them as children yet."""
         spans: list[Span] = []
         for piece in self.shape.pieces():
             parent = self.parent if piece.parent_idx is None else spans[piece.parent_idx]
@@ -232,5 +234,5 @@ class Fan(Span):
 
 
 def without_fans(spans: Sequence[Span]) -> list[Span]:
-    """Return the spans of a row in its order, each fan replaced by what it unfolds into; the fans stay as they are."""
+    """Return the spans of a row in its order, with spans in place of each fan; the fans themselves stay unchanged."""
     return [part for span in spans for part in (span.unfolded() if isinstance(span, Fan) else (span,))]

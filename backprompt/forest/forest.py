@@ -1,7 +1,7 @@
 """The forest of token spans (span.py): inserting texts, splitting spans, forgetting spans. Pure Python, no tensors.
 
-The forest keeps all spans, found from one root; the number of the latest evaluation; and whether a change of several
-steps was interrupted.
+The forest keeps all spans, which are found from one root, the number of the latest evaluation, and whether a change of
+several steps was interrupted.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Forest:
     Attributes:
         root: the empty span that texts begin behind.
         evaluation: the number of the latest evaluation, counted from 1.
-        is_whole: False while a change of several steps is under way, and permanently after an error interrupted one:
+        is_whole: False during a change of several steps, and permanently after an error has interrupted such a change:
             then the forest cannot be trusted, and must be cleared with `clear`.
-        next_step: what the next step of a generation may use of the last one (evaluation/steps.py). It refers to blocks
-            of rows, so `clear` drops it.
+        next_step: data of the last step of a generation for the next one (evaluation/steps.py). The data refers to
+            blocks of rows, so `clear` drops it.
 
     """
 
@@ -56,7 +56,7 @@ class Forest:
         self._is_stamped = True  # whether `evaluation` was used
 
     def begin_evaluation(self) -> None:
-        """Begin a new evaluation, unless the latest one has computed or loaded nothing: then that one goes on.
+        """Begin a new evaluation, unless the latest one has computed or loaded nothing: then the latest one continues.
 
         So an evaluation is counted once, even if several parts of it call this method.
         """
@@ -84,7 +84,7 @@ class Forest:
     def insert(self, token_ids: TokenIds | Sequence[int], *, is_end: bool = True) -> Span:
         """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed.
 
-        For token ids that end in a group the span is a junction. `is_end` False: the caller forgets the span before
+        If the token ids end in a group, the span is a junction. `is_end` False: the caller forgets the span before
         `absorb` is called for its child.
         """
         if isinstance(token_ids, TokenGraph):
@@ -161,7 +161,7 @@ class Forest:
         return num_matched
 
     def fan(self, end: Span, shape: Shape) -> Fan | None:
-        """Return the fan of a shape behind a text; None if something else stands there."""
+        """Return the fan of a shape behind a text; None if there is no such fan."""
         fan = end.children.get(FAN)
         if isinstance(fan, Fan):
             return fan if fan.shape.completions == shape.completions else None
@@ -201,7 +201,7 @@ class Forest:
             self.unfold(span)
 
     def split(self, span: Span, num_tokens: int) -> Span:
-        """Cut `span` after `num_tokens` and return the new upper part; `span` itself becomes the lower part."""
+        """Cut `span` after `num_tokens` tokens and return the new upper part; `span` itself becomes the lower part."""
         assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
         upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
         pass_on_history(span, upper)
@@ -233,7 +233,7 @@ class Forest:
             span.place(keys_values=keys_values, states=states)
 
     def discard(self, span: Span, held: Container[Span]) -> Span:
-        """Remove a span without children that no text ends at, and then its ancestors while the same holds for them.
+        """Remove a span without children at which no text ends, and such ancestors up to the first span that stays.
 
         A span stays if it has children, is among `held`, or ends a text. A span may be discarded more than once.
         Returns the first span that stays.
@@ -252,8 +252,8 @@ class Forest:
     def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
         """Remove spans that hold nothing, until at most `max_spans` of them with `max_tokens` tokens are left.
 
-        Spans that were never computed are all removed. Of the others, the least recently used are removed first, and a
-        span is removed after its children.
+        All spans that were never computed are removed. Of the others, the least recently used are removed first. A span
+        is removed after its children.
         """
         spans = list(self.spans())
         last_used = {span: span.last_used if span.was_computed else -1 for span in spans if span.is_empty}
@@ -270,13 +270,13 @@ class Forest:
         for left in {span.parent for span in gone if span.parent is not None} - gone:
             left.children = {key: child for key, child in left.children.items() if child not in gone}
         for span in gone:
-            span.children = NO_CHILDREN  # a cycle of parents and children would be collected late
+            span.children = NO_CHILDREN  # else the cycle of parents and children would be freed late
 
     def clear(self) -> None:
         """Drop the data of every span and remove all spans from the root; the forest is whole again."""
         self.next_step = None
         with self.changing():
-            stack = [self.root]  # `spans` reads more than children, which may not be whole
+            stack = [self.root]  # `spans` reads more than children, and this data may be incomplete
             while stack:
                 span = stack.pop()
                 stack += span.children.values()
@@ -292,7 +292,7 @@ class Forest:
     def held_spans(self) -> Iterator[Span]:
         """Yield the spans that hold something in either pool, in the order of `spans`.
 
-        All ancestors of such a span hold something, so nothing is looked for behind a span that holds nothing.
+        All ancestors of such a span hold something, so the search stops at a span that holds nothing.
         """
         spans = depth_first(self.root, lambda span: (child for child in span.children.values() if not child.is_empty))
         next(spans)
@@ -313,7 +313,7 @@ class Forest:
 
 
 def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> Iterator[Span]:
-    """Yield spans from the root on, each after its parents; missing parents of a junction are moved forward.
+    """Yield spans from the root on, each after its parents; parents of a junction that are still missing come early.
 
     Args:
         root: the first span.

@@ -1,16 +1,16 @@
-"""Cuts a forest of token ids into parts for several workers, so that the slowest part is as fast as can be.
+"""Cuts a forest of token ids into parts for several workers, so that the slowest part is as fast as possible.
 
 Texts are put into *forest order*: texts with a common beginning stand together. In this order a text adds the tokens
-behind the beginning that it shares with the text before it. A part is a run of texts in forest order. So a part costs
-what its texts add, and the beginning that its first text shares with the text before, which is computed once more, or
-fetched where that is cheaper:
+behind the beginning that it shares with the text before it. A part is a run of texts in forest order. Its cost is the
+tokens that its texts add, and the beginning that its first text shares with the text before. This beginning is computed
+once more, or fetched if that is cheaper:
 
     texts in forest order    a b c     a b d e     a b d f     x y
     shared with the one before   0           2           3       0
     two parts               |a b c     a b d e |   a b d f     x y|   tokens: 5 + 6, three of them computed twice
 
-The cost of a token is that of the linear layers and that of attention to the tokens before it (`Rates`). All is done
-with flat arrays: two numbers a text are the whole input of the cut (`cut`), and nothing here knows of workers.
+The cost of a token is that of the linear layers and that of attention to the tokens before it (`Rates`). All arrays are
+flat: the input of the cut (`cut`) is two numbers for each text. Nothing here knows of workers.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import numpy.typing as npt
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 Floats: TypeAlias = "npt.NDArray[np.float64]"
 
-# Tokens that are compared at once when neighbours are compared; a few arrays of that many numbers are alive.
+# The number of tokens that are compared at once for neighbours; a few arrays of this size are alive at a time.
 COMPARED_AT_ONCE = 1 << 22
-# How much of a part a cut may move forward to fall where texts share less. The best of these is taken.
+# The shares of a part by which a cut may move forward to a place where texts share less. The best of them is taken.
 SLACKS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.25)
 # Steps of the bisection for the cost of the slowest part: a cost is found to a millionth of its first bounds.
 BISECTIONS = 20
-# Of cuts whose slowest parts differ by less than this share, the cut with fewer tokens is taken, ...
+# If the slowest parts of two cuts differ by less than this share, the cut with fewer tokens is taken, ...
 ALIKE = 0.01
 # ... if its parts differ by less than this share.
 EVEN = 0.05
@@ -40,12 +40,12 @@ EVEN = 0.05
 
 @dataclass(frozen=True)
 class Rates:
-    """What tokens cost, in any one unit, such as seconds.
+    """The cost of tokens, in any one unit, such as seconds.
 
     Attributes:
         linear: a token's linear layers.
         attention: a token's attention to one token before it.
-        fetch: fetching the keys and values of a token that is computed elsewhere; None: nothing can be fetched.
+        fetch: fetching the keys and values of a token that is computed elsewhere; None: fetching is impossible.
 
     """
 
@@ -56,15 +56,15 @@ class Rates:
     def __post_init__(self) -> None:
         for name, rate in (("linear", self.linear), ("attention", self.attention), ("fetch", self.fetch or 0.0)):
             if not 0 <= rate < float("inf"):
-                msg = f"a rate is a finite number that is not negative, not {name}={rate!r}"
+                msg = f"A rate must be a finite number of at least 0, not {name}={rate!r}."
                 raise ValueError(msg)
 
     def computing(self, num_tokens: Ints) -> Floats:
-        """Return the cost of computing the first so many tokens of a text."""
+        """Return the cost of computing the first `num_tokens` tokens of a text."""
         return num_tokens * (self.linear + self.attention * (num_tokens - 1) / 2)
 
     def added(self, lengths: Ints, shared: Ints, behind: Ints | int) -> Floats:
-        """Return what texts add to the beginnings that they share, with the tokens behind them; see `cut`."""
+        """Return the cost that texts add to the beginnings that they share, tokens behind them included; see `cut`."""
         return self.computing(lengths) - self.computing(shared) + behind * (self.linear + self.attention * lengths)
 
     def fetching(self, num_tokens: Ints) -> Floats:
@@ -82,12 +82,12 @@ class Partition:
         starts: the place in `order` at which each part begins, and the number of texts, `(parts + 1,)`.
         costs: of each part, in the unit of the rates, `(parts,)`.
         imbalance: how much less the fastest part costs than the slowest, as a share of the slowest.
-        num_tokens: that each part computes, `(parts,)`.
-        num_fetched: tokens that each part fetches, all of them at the beginning of its first text, `(parts,)`.
+        num_tokens: the tokens that each part computes, `(parts,)`.
+        num_fetched: the tokens that each part fetches, all of them at the beginning of its first text, `(parts,)`.
         num_distinct: the distinct tokens of all texts.
-        least_cost: no cut makes the slowest part cost less: an equal share of all distinct tokens, or the text that
-            costs most.
-        least_tokens: no cut into so many parts, however uneven, computes and fetches fewer tokens in all.
+        least_cost: a lower bound for the cost of the slowest part: an equal share of all distinct tokens, or the text
+            with the largest cost.
+        least_tokens: a lower bound for the tokens that any cut into so many parts computes and fetches in all.
 
     """
 
@@ -119,8 +119,8 @@ def partition(
     There are fewer parts than `num_parts` where more would not make the slowest part faster.
 
     Raises:
-        ValueError: none or both of `num_parts` and `max_tokens` are given, one is less than 1, or a text alone has more
-            than `max_tokens` tokens.
+        ValueError: none or both of `num_parts` and `max_tokens` are given, one of them is less than 1, or a single text
+            has more than `max_tokens` tokens.
 
     """
     ids, offsets = flattened(texts)
@@ -174,7 +174,7 @@ def _shared_with_the_one_before(ids: npt.NDArray[np.integer], offsets: Ints, ord
 
 
 def _equal_tokens(ids: npt.NDArray[np.integer], firsts: Ints, others: Ints, at_most: Ints) -> Ints:
-    """Return how many tokens from `firsts` equal those from `others` before the first that differs, at most so many."""
+    """Return how many tokens from `firsts` on equal those from `others` on, up to the first difference or the limit."""
     ends = np.cumsum(at_most)
     begins = ends - at_most
     places = np.arange(ends[-1]) + np.repeat(firsts - begins, at_most)
@@ -203,21 +203,21 @@ def cut(
         max_tokens: at most so many tokens are computed in each part.
         rates: what tokens cost.
         order: the index of each text; None: the texts are numbered in forest order.
-        behind: tokens that are computed behind each text, each of which attends to the text, `(texts,)`.
+        behind: the number of tokens that are computed behind each text, and attend to it, `(texts,)`.
 
     """
     if (num_parts is None) == (max_tokens is None):
-        msg = "give either num_parts or max_tokens"
+        msg = "Give either num_parts or max_tokens, and not both."
         raise ValueError(msg)
     for name, number in (("num_parts", num_parts), ("max_tokens", max_tokens)):
         if number is not None and number < 1:
-            msg = f"{name} must be at least 1, not {number}"
+            msg = f"{name} must be at least 1, not {number}."
             raise ValueError(msg)
     forest = _Forest(lengths, shared, behind, rates if max_tokens is None else Rates())
     if max_tokens is None:
         starts = _into(forest, num_parts or 1)
     elif len(lengths) and (most := (lengths + behind).max()) > max_tokens:
-        msg = f"a text of {most} tokens does not fit into a part of max_tokens={max_tokens}"
+        msg = f"A text of {most} tokens does not fit into a part of max_tokens={max_tokens}. Raise max_tokens."
         raise ValueError(msg)
     else:
         starts = min(
@@ -229,10 +229,10 @@ def cut(
 
 
 class _Forest:
-    """The costs of runs of texts: what a text adds, added up, and what it costs to begin with a text.
+    """The costs of runs of texts: sums of the costs that texts add, and the cost of a run that begins with a text.
 
     The run `start..stop` costs `added[stop] - saved[start]`. `saved` never falls: a text shares at most the text before
-    it, so its beginning costs at most that text's beginning and what that text adds.
+    it, so its beginning costs at most that text's beginning and the tokens that that text adds.
     """
 
     def __init__(self, lengths: Ints, shared: Ints, behind: Ints | int, rates: Rates) -> None:
@@ -244,11 +244,12 @@ class _Forest:
         self.saved = self.added[:-1] - self.beginning
 
     def cut(self, cost: float, slack: float, num_parts: int) -> Ints:
-        """Return the starts of parts that cost at most so much; the first is 0 if `num_parts` parts hold all texts.
+        """Return the starts of parts within a cost limit; the first is 0 if `num_parts` parts hold all texts.
 
-        From the last text to the first, each part begins as early as it may. No cut has fewer parts, because the parts
-        that a text needs with all texts before it are no fewer than the text before needs. With a `slack` a part begins
-        up to that share of the cost later, where texts share least. A text that costs more is a part of its own.
+        From the last text to the first, each part begins as early as the limit allows. No cut has fewer parts, because
+        a text with all texts before it needs at least as many parts as the text before needs. With a `slack` a part
+        begins up to that share of the cost later, at the place where texts share least. A text above the limit is a
+        part of its own.
         """
         starts = [len(self.shared)]
         while starts[-1] and len(starts) <= num_parts:
@@ -262,10 +263,10 @@ class _Forest:
         return np.array(starts[::-1], dtype=np.int64)
 
     def least_cost(self, num_parts: int) -> float:
-        """Return a cost that the slowest of at most so many parts reaches.
+        """Return a lower bound for the cost of the slowest of at most so many parts.
 
-        A text costs its own tokens and its beginning. All parts together cost the distinct tokens and as many
-        beginnings as there are parts but one; equal shares of them are least.
+        A text costs its own tokens and its beginning. All parts together cost the distinct tokens, and one beginning
+        for each part except the first; an equal share of this sum is the bound.
         """
         alone = float((self.added[1:] - self.saved).max(initial=0.0))
         num_more = min(num_parts, len(self.shared)) - 1
@@ -287,12 +288,12 @@ class _Forest:
         return float(1 - costs.min() / costs.max()) if costs.max() else 0.0
 
     def repeated(self, starts: Ints) -> int:
-        """Return how many tokens are computed or fetched once more."""
+        """Return the number of tokens that are computed or fetched once more."""
         return int(self.shared[starts[:-1]].sum())
 
 
 def _into(forest: _Forest, num_parts: int) -> Ints:
-    """Return the starts of at most so many parts: the slowest as fast as can be, and with few tokens."""
+    """Return the starts of at most so many parts: the slowest is as fast as possible, and tokens are few."""
     if not len(forest.shared):
         return np.zeros(1, dtype=np.int64)
     candidates = [starts for slack in SLACKS for starts in _bisected(forest, num_parts, slack)]
@@ -305,7 +306,7 @@ def _into(forest: _Forest, num_parts: int) -> Ints:
 
 
 def _bisected(forest: _Forest, num_parts: int, slack: float) -> list[Ints]:
-    """Return the cuts into at most so many parts that a bisection over the cost of the slowest part comes by."""
+    """Return the cuts into at most so many parts that a bisection over the cost of the slowest part finds."""
     low, high = forest.least_cost(num_parts), forest.enough(num_parts)
     if not (starts := forest.cut(low, slack, num_parts))[0]:
         return [starts]

@@ -85,7 +85,7 @@ def num_tokens_of(spans: Iterable[Span]) -> int:
 
 
 def last_uses(passes: Sequence[Sequence[Span]]) -> dict[Span, int]:
-    """Return, for each span that passes attend to, the index of the last such pass."""
+    """Return the index of the last pass that attends to a span, for each such span."""
     last_uses: dict[Span, int] = {}
     for pass_idx, spans in enumerate(passes):
         stack = [parent for span in spans for parent in span.parents]

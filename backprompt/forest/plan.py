@@ -20,8 +20,8 @@ Partial results of one row are joined by their log-sum-exp, which is exact.
 Rows behind a junction descend from several spans. So the rows that see a branch's keys may lie in several slices, each
 with its own count of those keys: each slice has a segment.
 
-Segments do not depend on the model. The kernel calls (`Pass.calls`) do: a sliding window hides keys, and the fixed cost
-of a call, counted in products, depends on the heads, so small neighbours share a call under a mask.
+Segments do not depend on the model, but the kernel calls (`Pass.calls`) do. A sliding window hides keys. Small
+neighbours share a call under a mask if that is cheaper, and the fixed cost of a call in products depends on the heads.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class KeySegment:
         visible_until: for a tile, the row at which the last descendant of each key's span ends: row q sees key k if
             `k <= q < visible_until[k - key_start]`. None for a causal run, and for keys outside the rows, which every
             row sees.
-        grows: whether in the next step of a generation the row sees the next key, too; see steps.py.
+        grows: whether the row also sees the next key in the next step of a generation; see steps.py.
 
     """
 
@@ -112,7 +112,7 @@ class Call:
 
     @property
     def needs_mask(self) -> bool:
-        """Whether some row sees only a part of the keys, in a way other than causal."""
+        """Whether some row sees only a part of the keys, in another way than causally."""
         return len(self.segments) > 1 or self.window is not None or self.segments[0].visible_until is not None
 
     @property
@@ -221,7 +221,7 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
 def _parts(span: Span, tile_tokens: int) -> Sequence[Span]:
     """Return the spans that a fan unfolds into if it is too large for a tile, in the order of its rows; else the span.
 
-    The fan itself stays as it is.
+    The fan itself stays unchanged.
     """
     return span.unfolded() if isinstance(span, Fan) and len(span.token_ids) > tile_tokens else (span,)
 

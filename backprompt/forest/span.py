@@ -3,9 +3,9 @@
 Each `Span` is a run of token ids shared by every text through it; its children differ in their first token. Because
 attention is causal, the representation of a token depends only on the tokens before it, so two texts with a common
 beginning share spans. A span may hold its *states* (the source of logits and log-probabilities), and with them its
-*keys and values* (needed by its children). The ancestors of a span that holds either hold the same. Each of the two
-lies either on the model's device or in a second pool of memory; the rule about ancestors applies to the device alone,
-too.
+*keys and values* (needed by its children). If a span holds states, all its ancestors hold states; the same is true of
+keys and values. Both kinds of data lie either on the model's device or in a second pool of memory. The rule about
+ancestors also applies to the device alone.
 
     (root) -- "the cat" --+-- " sat"
                           +-- " ran" --+-- " off"
@@ -25,7 +25,7 @@ span before the group, a frozen branch is a child of the root, and a sequential 
                                                   +-- b ----+
                                                   +-- (junction) -- question
 
-Behind a junction, attention counts a span once for each branch that leads through it.
+Behind a junction, attention counts a span once for each branch that leads through the span.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class RowsBlock(Protocol):
         """Note that a span holds rows of the block, and that so many more rows are held than before."""
 
     def release(self, span: Span, num_rows: int) -> None:
-        """Note that a span does not hold its rows of the block any more."""
+        """Note that a span no longer holds its rows of the block."""
 
 
 class Rows(Protocol):
@@ -136,7 +136,7 @@ _NEEDS = {
 """For each kind of data in each pool: its place, the number of spans that need it, the place of keys and values."""
 
 NO_CHILDREN: Mapping[ChildKey, Span] = MappingProxyType({})
-"""The children of a span that has none, as most spans: a dict of its own would be another object to collect."""
+"""The children of spans without children, which most spans are: a dict for each would be one more object to collect."""
 
 
 class Span:
@@ -146,11 +146,11 @@ class Span:
         keys_values: the place of its keys and values on the model's device, or None.
         states: the place of its final hidden states and log-probabilities on the device, or None.
         host_keys_values, host_states: their places in the second pool (memory/host.py); never in both pools.
-        keys_values_below, ...: for each of these four, the number of spans that hold the same and need this span for
-            it: children, and junctions behind groups.
+        keys_values_below, ...: for each of these four places, the number of spans (children, and junctions behind
+            groups) that hold the same kind of data in the same pool and need this span for it.
         was_computed: whether the span was ever computed, even if it holds nothing now.
         computed_in, loaded_in: the number of the evaluation that last forwarded it, or read it from a store; or 0.
-        is_end: whether a text in use ends here, so that this object must keep its end.
+        is_end: whether a text in use ends here; then this object must keep its end.
         credit, last_used: the order of eviction: see memory/eviction.py.
         is_stored: whether a store has everything up to its end.
         error: the error from storage at reduced precision, if read back from such a store; see store/.
@@ -209,13 +209,13 @@ class Span:
         return f"Span({len(self.token_ids)} tokens at {self.position}, {len(self.children)} children, {state})"
 
     def add_child(self, key: ChildKey, child: Span) -> None:
-        """Let a span be found among the children, in place of another one with this key."""
+        """Add a span to the children, in place of another one with this key."""
         if not isinstance(self.children, dict):
             self.children = {}
         self.children[key] = child
 
     def remove_child(self, key: ChildKey) -> None:
-        """Let the span with this key be found no more."""
+        """Remove the child with this key."""
         assert isinstance(self.children, dict), self
         del self.children[key]
 
@@ -240,9 +240,9 @@ class Span:
         return self.parent is not None and (not self.parent.token_ids or self.position != self.parent.stop)
 
     def closure(self, known: Container[Span] = ()) -> list[Span]:
-        """Return the span and all its ancestors but the root, with junctions, each once and after its parents.
+        """Return the span and all its ancestors except the root, with junctions, each once and after its parents.
 
-        Spans in `known` are left out, and so are spans that only those need.
+        Spans in `known` are left out, and so are spans that only the known ones need.
         """
         spans: dict[Span, None] = {}
         stack: list[tuple[Span, bool]] = [(self, False)]
@@ -287,7 +287,7 @@ class Span:
         return rows
 
     def is_free(self, kind: Kind, pool: Pool) -> bool:
-        """Whether one kind of data lies in a pool and no other data there needs it: it can be evicted.
+        """Whether one kind of data lies in a pool and no other data there needs it, so that it can be evicted.
 
         The spans right behind this one need it, and keys and values need their states.
         """
@@ -322,7 +322,7 @@ class Span:
         self._count_below(slot, -1)
 
     def drop(self) -> None:
-        """Remove all data: references to the span must not keep blocks alive."""
+        """Remove all data, so that references to the span do not keep blocks alive."""
         for (kind, pool), slot in _SLOTS.items():
             if getattr(self, slot) is not None:
                 self.let_go(kind, pool)
@@ -353,14 +353,14 @@ class Span:
             rows: Rows | None = getattr(self, slot)
             if rows is not None:
                 first, second = rows.split(num_tokens)
-                setattr(upper, slot, first)  # among those that `upper` continues, it is counted in place of this span
+                setattr(upper, slot, first)  # the spans that `upper` continues count `upper` in place of this span
                 setattr(self, slot, second)
                 setattr(upper, below, 1)
                 if first.block is not None:
                     first.block.take(upper, 0)
 
     def follow(self, parent: Span) -> None:
-        """Continue another span from now on; the one before does not matter any more."""
+        """Continue another span from now on, in place of the present parent."""
         self.parent = parent
         for slot, below in _BELOW.items():
             if getattr(self, slot) is not None:
@@ -386,14 +386,14 @@ class Inserted:
 
 
 def pass_on_history(span: Span, new: Span) -> None:
-    """Let a new span know whether and when the span that it is a part of was computed, stored and used."""
+    """Copy to a part of a span whether and when the whole span was computed, stored and used."""
     new.was_computed, new.is_stored, new.error = span.was_computed, span.is_stored, span.error
     new.computed_in, new.loaded_in = span.computed_in, span.loaded_in
     new.credit, new.last_used = span.credit, span.last_used
 
 
 class Nothing:
-    """The place of a junction's data while its parents hold theirs: no rows of no block."""
+    """The place of a junction's data while its parents hold theirs: no rows, and no block."""
 
     block = None
     start = stop = num_bytes = 0

@@ -1,8 +1,8 @@
 """The plan of a step that continues texts by one token each, made from the plan of the step before.
 
 From step to step the rows stand for the same texts in the same order, each row at the next position. A row sees the
-same keys as before, and one more: the key of the token that its text got in the step before, which lies directly behind
-the other keys of the text's last span. So a plan is made once (plan.py), and from then on its lengths grow by one.
+same keys as before, and one more: the key of the token that its text got in the step before. This key lies directly
+behind the other keys of the text's last span. So a plan is made once (plan.py), and then its lengths grow by one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class StepPlan:
     """The plan of the next step of texts that grow together, and of the steps after it.
 
     Args:
-        to_come: a span for the next token of each text, behind the last span of the text. These are no spans of the
-            forest: where the last span takes its token in, they only stand for the tokens.
+        to_come: a span for the next token of each text, behind the last span of the text. These spans are not in the
+            forest: if the last span takes its token in, they only stand for the tokens.
         tile_tokens: see `plan_pass`.
 
     Attributes:

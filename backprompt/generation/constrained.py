@@ -21,6 +21,7 @@ from backprompt.lm import LM
 from backprompt.tokens.constraints import Constraint, as_constraint
 from backprompt.tokens.matching import Allowed, Language, Matching, Vocabulary
 from backprompt.tokens.tokenizer import PrivateTokenizer
+from backprompt.visible import counted
 
 MAX_FORCED = 128
 """The largest number of tokens without another choice that are forwarded in one pass."""
@@ -92,8 +93,8 @@ def constraints_of(lm: LM, given: Any, num_texts: int) -> Constraints:
         listed = as_list(given, "constraint")
         if len(listed) != num_texts:
             raise GenerationError(
-                f"There are {len(listed)} constraints for {num_texts} texts. Give one for all texts, or one for "
-                "each text."
+                f"The list has {counted(len(listed), 'constraint')} for {counted(num_texts, 'text')}. Give one for all "
+                "texts, or one for each text."
             )
         checked = [None if own is None else as_constraint(own, f"constraint[{idx}]") for idx, own in enumerate(listed)]
     else:

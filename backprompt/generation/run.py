@@ -119,6 +119,11 @@ class Run:
         """The ends of the held parts of growing texts."""
         return {end for live in self.live for end in live.ends.values()}
 
+    @property
+    def max_texts(self) -> int:
+        """The largest number of texts of the next step: the live ones, and those that may begin."""
+        return min(MAX_LIVE_TEXTS, len(self.live) + len(self.prompts) - self._num_begun)
+
     def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the best continuations of each text so far; with beams, up to `num_each`."""
         return [decoding.found(num_each) for decoding in self._decodings]
@@ -164,10 +169,12 @@ class Run:
 
     def close(self) -> None:
         """End the live texts, and begin no more texts."""
-        self._num_begun = len(self.prompts)
-        if self.live and self._evaluator is not None:
-            with self.lm.session.exclusive():
-                self.num_steps += 1
+        if not self.live and self._num_begun == len(self.prompts):
+            return
+        with self.lm.session.exclusive():  # another thread may be in the middle of a step, or have found one
+            self._num_begun = len(self.prompts)
+            self.num_steps += 1
+            if self._evaluator is not None:
                 self._end(self._evaluator, self.live)
 
     def next_tokens(self) -> list[Choice] | None:
@@ -332,10 +339,14 @@ class _Step(Call[bool]):
         """Do steps of several runs together; beams and proposals are left to their own threads."""
         steps: list[_Step] = []
         tokens_of: dict[Run, list[Choice]] = {}
+        num_texts = 0
         for call in calls:
             run = call.run
             may_advance = run not in tokens_of and not run.is_advancing and run.begin_with(evaluator)
             tokens = run.next_tokens() if may_advance else None
+            num_texts += 0 if tokens is None else run.max_texts
+            if steps and num_texts > MAX_LIVE_TEXTS:  # all logits are there at once; the rest go on waiting
+                break
             if tokens is None:
                 call.is_alone = True
             else:

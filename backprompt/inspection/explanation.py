@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from backprompt.inspection.missing import Miss, Reason
-from backprompt.visible import visible
+from backprompt.visible import counted, visible
 
 MAX_SHOWN = 12
 """The printed account names at most this many missing segments."""
@@ -246,7 +246,7 @@ class Explanation:
             yield self._where_sharing_stops(self.divergence)
 
     def _where_sharing_stops(self, at: Divergence) -> str:
-        common = f"All texts have their first {at.token_idx:,} tokens in common"
+        common = f"All texts have their first {counted(at.token_idx, 'token')} in common"
         common = common if at.token_idx else "No token is common to all texts"
         if at.cause == "end":
             return f"{common}: texts[0] or texts[{at.text_idx}] is no longer than that."

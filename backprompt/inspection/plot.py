@@ -101,6 +101,8 @@ def plot_attention(
 
     """
     lm = bound_lm(text, "attention")
+    if ax is None:
+        _pyplot("plot_attention")  # an error shows before anything is computed
     model_repr = text.model_repr
     indices = as_indices(rows, "rows", model_repr.num_tokens)
     weights = model_repr.attention(layer, head, indices).mean(dim=(0, 1)).cpu().numpy()  # (rows, keys)
@@ -146,16 +148,21 @@ def _checked(probabilities: Any, completions: Sequence[str] | None) -> tuple[Any
 
 def _new_axes(function: str, size: tuple[float, ...]) -> Axes:
     """Return axes of this width and height in inches, on no ground of their own."""
+    ax: Axes
+    figure, ax = _pyplot(function).subplots(figsize=size, layout="constrained")
+    figure.patch.set_alpha(0)
+    ax.set_facecolor("none")
+    return ax
+
+
+def _pyplot(function: str) -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise MissingDependencyError(
             f"{function} needs matplotlib, which is not installed: pip install matplotlib."
         ) from error
-    figure, ax = pyplot.subplots(figsize=size, layout="constrained")
-    figure.patch.set_alpha(0)
-    ax.set_facecolor("none")
-    return ax
+    return pyplot
 
 
 def _make_grey(ax: Axes) -> None:

@@ -1,5 +1,5 @@
-"""Blocks of computed rows, which hold representations. No other file knows which tensors they consist of, nor which
-axis of a tensor is that of tokens.
+"""Blocks of computed rows, which hold representations. Only this file knows the tensors of blocks and their axis of
+tokens.
 
 A pass leaves two blocks: `KeysValues`, for each layer the keys and values of all its rows, and `States`, their final
 hidden states and log-probabilities. A computed span holds `BlockRows` of each, a range of rows. So splitting a span
@@ -44,7 +44,7 @@ IN_MODEL_DTYPE = frozenset({"keys", "values", "hidden"})
 """The kinds of tensors that are in the dtype of the model."""
 
 SMALL_TENSOR_BYTES = 16 << 10
-"""A block of smaller tensors is small: there the overhead of 550 bytes for each tensor matters."""
+"""A block with smaller tensors counts as small: the overhead of 550 bytes for each tensor matters there."""
 
 
 def kind_of(name: str) -> str:
@@ -65,7 +65,7 @@ def layer_names(layer_idx: int) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Watch:
-    """Changes of a tier's blocks that the tier looks at from time to time.
+    """Changes of a tier's blocks, which the tier processes from time to time.
 
     Attributes:
         takers: spans that have begun to hold rows.
@@ -85,7 +85,7 @@ class Block(ABC):
         row_bytes: bytes of a row.
         spans: the spans that hold rows of the block.
         num_held: the number of rows that they hold.
-        watch: of the tier that counts the block.
+        watch: the watch of the tier that counts the block.
 
     """
 
@@ -114,7 +114,7 @@ class Block(ABC):
                 self.watch.takers[span] = None
 
     def release(self, span: Span, num_rows: int) -> None:
-        """Note that a span does not hold its rows of the block any more."""
+        """Note that a span no longer holds its rows of the block."""
         self.spans.pop(span, None)
         self.num_held -= num_rows
         if self.watch is None:
@@ -164,7 +164,7 @@ class Block(ABC):
             self.tensors[name] = _side_by_side([tensor, *(other.tensors[name] for other in others)], self.token_axis)
 
     def copied(self, pieces: Sequence[slice], location: Location | None = None) -> Self:
-        """Return a new block of these rows, in this order, by default where this block lies: one copy a tensor."""
+        """Return a new block of these rows, in this order, by default at this block's location: one copy per tensor."""
         return type(self)({name: self._copied(name, pieces, location) for name in self.tensors})
 
     def _copied(self, name: str, pieces: Sequence[slice], location: Location | None) -> Tensor:
@@ -187,7 +187,7 @@ class Block(ABC):
 
         `sources` None: all rows, in order.
         """
-        places: dict[torch.device, tuple[Tensor | None, Tensor]] = {}  # moved once a device
+        places: dict[torch.device, tuple[Tensor | None, Tensor]] = {}  # moved once to each device
         for name, tensor in self.tensors.items():
             if tensor.device not in places:
                 own = None if sources is None else on_device(sources.numpy(), tensor.device)
@@ -300,7 +300,7 @@ class States(Block):
         self.has_logprobs.numpy()[rows] = True
 
     def note_unpredicted(self, rows: npt.NDArray[np.int64]) -> None:
-        """Note that nothing predicts these rows' tokens: their log-probabilities are NaN; see `write_scores`."""
+        """Note that these rows' tokens have no prediction, so their log-probabilities are NaN; see `write_scores`."""
         self.logprobs[on_device(rows, self.logprobs.device)] = torch.nan
         self.has_logprobs.numpy()[rows] = True
 
@@ -337,7 +337,7 @@ class BlockRows(Generic[BlockType]):
 
 
 def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
-    """Copy rows into blocks, each to its start row there; rows between the same two blocks take one copy a tensor."""
+    """Copy rows into blocks, each to its start row there. Rows between the same two blocks take one copy per tensor."""
     by_blocks: dict[tuple[Block, Block], list[tuple[int, int, int]]] = {}
     for rows, target, start in copies:
         by_blocks.setdefault((rows.block, target), []).append((rows.start, rows.stop - rows.start, start))

@@ -27,7 +27,7 @@ def parse_bytes(given: int | str, name: str = "memory_bytes") -> int:
     """Return a number of bytes given as an int or as text: "2 GB" is 2 * 10**9, "2 GiB" is 2 * 2**30.
 
     Raises:
-        ValueError: the value is neither, or negative.
+        ValueError: the value is neither of these, or negative.
 
     """
     if isinstance(given, str):
@@ -45,7 +45,7 @@ def default_max_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are free on a device now; those that torch keeps there and does not use are free."""
+    """Return the bytes that are free on a device now; bytes that torch keeps there unused count as free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -63,7 +63,7 @@ def default_host_bytes(device: torch.device) -> int:
 
 
 def _free_host_bytes() -> int:
-    """Return the bytes that programs may still take, also within a container's limit if there is one."""
+    """Return the bytes of memory that programs may still take; a container's limit is respected."""
     free = _available_bytes()
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())

@@ -1,7 +1,7 @@
-"""Blocks that are counted while they live: their bytes, and how many of them are small, as running totals.
+"""Blocks that are counted while they live: running totals of their bytes and of the number of small ones.
 
-Keeps a weak reference to each block with what it was counted as. A block that is freed leaves its reference in a queue,
-which is subtracted before a total is read.
+A weak reference to each block is kept with its counted numbers. The reference of a freed block goes to a queue, and the
+numbers of the queue are subtracted before a total is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class _Counted(NamedTuple):
 
 
 class CountedBlocks:
-    """A set of blocks that keeps none of them alive."""
+    """A set of blocks that does not keep its blocks alive."""
 
     def __init__(self, blocks: Iterable[Block] = ()) -> None:
         self._counted: dict[ref[Block], _Counted] = {}
@@ -59,7 +59,7 @@ class CountedBlocks:
             now = _Counted(block.num_bytes, block.is_small)
             self._num_bytes += now.num_bytes
             self._num_small += now.is_small
-            self._counted[found] = now  # under the first reference, whose callback is the one that comes
+            self._counted[found] = now  # under the first reference, since its callback will be called
 
     def _subtract_freed(self) -> None:
         while self._freed:

@@ -1,15 +1,15 @@
-"""Eviction: the spans that leave the device when its byte budget is exceeded, and in which order.
+"""Eviction: the spans that leave the device when its byte budget is exceeded, and their order.
 
 Leaves are evicted before their parents (tier.py). Among leaves the order is GreedyDual-Size (Cao and Irani 1997,
 "Cost-Aware WWW Proxy Caching Algorithms"): on use, a span gets the credit `level + cost a byte`; the lowest credit is
 evicted first, and the level rises to it. The cost of a token is that of its linear layers and of attention to earlier
 tokens, so of two spans last used at the same time the span at the later position stays. States save the same cost in
-far fewer bytes (in GPT-2 a 25th), so they outlive their keys and values by that ratio. They are evicted in the end, or
-old states would push out keys and values in use. Among equals the most recently used span stays.
+far fewer bytes (in GPT-2 a 25th), so they outlive their keys and values by that ratio. In the end states are evicted,
+too: otherwise old states would push out keys and values in use. Among equals the most recently used span stays.
 
 Evicted rows move to the second pool (host.py), which evicts its own rows in the same order. Pinned texts, and the spans
 that the next pass attends to, are never evicted. The spans that a later pass of the same evaluation attends to are
-evicted last, those of the latest pass first, and are fetched or computed again.
+evicted last, starting with those of the latest pass. Such spans are fetched or computed again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GreedyDual:
     """The order of eviction in all tiers.
 
     Args:
-        hidden_size: that of the model.
+        hidden_size: the hidden size of the model.
 
     """
 
@@ -52,7 +52,7 @@ class GreedyDual:
         """Return the rank of a span's rows."""
         if kind == "keys_values":
             return span.credit, span.last_used
-        # `_cost`, but a call less for each row of an eviction
+        # `_cost` inlined, to save a call for each row of an eviction
         cost = 1 + span.position / self._tokens_of_a_layer
         return span.credit + (self.times_smaller - 1) * cost, span.last_used
 
@@ -77,7 +77,7 @@ class Memory(Tier):
         self.host = host
 
     def is_exceeded(self, num_coming_bytes: int = 0) -> bool:
-        """Whether the bytes held, with those to come, exceed the budget."""
+        """Whether the held bytes together with the coming bytes exceed the budget."""
         return self.num_bytes + num_coming_bytes > self.max_bytes
 
     def touch(self, spans: Sequence[Span]) -> None:
@@ -92,7 +92,7 @@ class Memory(Tier):
         self.host.forget()
 
     def end_plan(self) -> None:
-        """From now on no pass attends to spans that were to be evicted last, in both pools."""
+        """Note that no pass will attend to the spans that were to be evicted last, in both pools."""
         super().end_plan()
         self.host.end_plan()
 
@@ -101,12 +101,12 @@ class Memory(Tier):
     ) -> Collection[Span]:
         """Evict rows until the budget holds or no evictable row is left; join small blocks if there are many.
 
-        After an error, blocks may be partly cut: the forest is not whole any more.
+        After an error, blocks may be partly cut, so the forest is no longer whole.
 
         Args:
             forest: all spans.
             held: the ends of texts in use.
-            spared: the spans that must stay in one of the pools, with their ancestors, and those that are to go last.
+            spared: the spans that must stay in one of the pools, with their ancestors, and the spans to evict last.
             num_coming_bytes: bytes to keep free for coming rows.
 
         Returns:

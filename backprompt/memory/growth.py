@@ -1,4 +1,4 @@
-"""Texts that grow one token at a time: their spans stay few, and their rows side by side.
+"""Texts that grow one token at a time: their spans stay few, and their rows stay side by side.
 
 Each step of a generation leaves one span of one token for each text, its row among those of all texts. Attention to a
 thousand such spans would take a thousand calls for each layer. So after each step the new spans absorb their parents,
@@ -68,7 +68,7 @@ class NewRows:
     Attributes:
         rows: the row of each token in the blocks.
         keys_values, states: the rows of a pass.
-        are_placed: whether keys, values and hidden states are where they go already.
+        are_placed: whether keys, values and hidden states lie at their target already.
 
     """
 
@@ -281,7 +281,7 @@ class Growth:
 
 
 def _take_in(end: Span, token_id: int, held: _Held, room: dict[int, int]) -> None:
-    """Let a span take in a token whose rows lie behind its own, `held`; `room` is that of its buffer."""
+    """Let a span take in a token whose rows lie behind its own, `held`; `room`: the room of its buffer."""
     keys_values, states = held
     room[keys_values.stop + 1] = room.pop(keys_values.stop)
     end.token_ids = (*end.token_ids, token_id)
@@ -293,7 +293,7 @@ def _take_in(end: Span, token_id: int, held: _Held, room: dict[int, int]) -> Non
 
 
 def takes_tokens_in(span: Span) -> bool:
-    """Whether a span may grow in place: it has its rows, and nobody else knows of its end."""
+    """Whether a span may grow in place: it holds its rows, and nothing else refers to its end."""
     return not (span.children or span.is_end or span.is_stored or span.error) and span.is_held(with_keys_values=True)
 
 

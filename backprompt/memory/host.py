@@ -1,11 +1,11 @@
-"""The second pool: keys, values and states that the device has no room for.
+"""The second pool: keys, values and states for which the device has no room.
 
 No data lies in both pools: rows move here when the device's budget is exceeded, and back on demand. Over both pools
-together, the ancestors of held rows are held, and keys and values are held only with states. Eviction follows the
-device's order; rows evicted from here are lost.
+together, the ancestors of held rows are held, and keys and values are held only with states. Rows are evicted from this
+pool in the device's order, and are then lost.
 
-In both directions, the rows of one block move to one block, with one copy for each tensor. A block in use only in part
-stays unchanged until the room is needed, or there are many small blocks.
+In both directions, the rows of one block move to one block, with one copy for each tensor. A block that is only partly
+in use stays unchanged until its room is needed, or until there are many small blocks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Fetch:
     """A plan to move rows back to the device.
 
     Attributes:
-        served: the ends of the texts that then need no more rows from here.
+        served: the ends of the texts that need no more rows from this pool after the move.
         spans: the spans of each kind of data, each after its parents.
         num_bytes: the bytes of the rows.
 
@@ -62,7 +62,7 @@ class HostMemory(Tier):
         self._longest = 0  # the number of tokens of the longest text that has come here
 
     def take(self, forest: Forest, dropped: Mapping[Kind, SpanRows], spared: Spared) -> None:
-        """Hold the rows evicted from the device, as far as they fit.
+        """Hold the rows evicted from the device, if they fit.
 
         Rows are evicted from here before any copy, so the budget is never exceeded, except by one tensor of a block
         that is being made smaller. After an error, blocks may be partly cut: see `Memory.evict`.
@@ -94,8 +94,8 @@ class HostMemory(Tier):
     def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys_values: bool) -> Fetch:
         """Choose the rows to move back for the texts that end here, for as many texts as fit the device together.
 
-        Changes nothing. The rows of these texts take at most `max_bytes` and a span, including rows already on the
-        device but not `pinned` spans; or the rows belong to a single text.
+        Changes nothing. The rows of these texts, with those that are on the device already but without `pinned` spans,
+        take at most `max_bytes` and a span, unless they belong to a single text.
         """
         coming: dict[Kind, list[Span]] = {kind: [] for kind in KINDS}
         num_bytes = 0
@@ -127,10 +127,10 @@ class HostMemory(Tier):
         return [part.block for rows in copies.values() for part in rows.values()]
 
     def _refuse(self, forest: Forest, dropped: Mapping[Kind, SpanRows]) -> None:
-        """Let go of rows that cannot fit, and of their descendants' rows.
+        """Drop rows that cannot fit, and their descendants' rows.
 
-        A row cannot fit if it exceeds the budget together with its ancestors' rows here, whatever else is evicted. If
-        the longest text that has come here would fit alone, all rows can.
+        A row cannot fit if it exceeds the budget together with its ancestors' rows here, even if all other rows are
+        evicted. All rows can fit if the longest text that has come here would fit alone.
         """
         self._longest = max(self._longest, *(span.stop for rows in dropped.values() for span in rows))
         kinds = [kind for kind, rows in dropped.items() if self._longest * _token_bytes(rows) > self.max_bytes]

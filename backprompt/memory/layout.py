@@ -1,4 +1,4 @@
-"""The layout of rows: the format of the tensors that every pass of one model leaves."""
+"""The layout of rows: the format of the tensors that every pass of a model leaves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Layout:
 
     Attributes:
         rows: the format of each tensor of both blocks, by name.
-        snapshot_bytes: the bytes of a snapshot of states, 0 for a model without; see snapshots.py.
+        snapshot_bytes: the bytes of a snapshot of states, 0 for a model without states; see snapshots.py.
 
     """
 

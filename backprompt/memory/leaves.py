@@ -1,11 +1,11 @@
 """The leaves of a tier: the rows that can be evicted next, in the order of eviction.
 
-Rows can be evicted if no other rows of the tier need them (`Span.is_free`). Keeps a heap of such rows by rank. The heap
-may lag behind the forest: spans that were used or computed are noted, and looked at before the next row is taken; and
-an entry that is taken is compared with its span. So no eviction walks over the forest: a row is looked at when it
-becomes a leaf, when its span is used, and when it goes.
+Rows can be evicted if no other rows of the tier need them (`Span.is_free`). A heap keeps such rows by rank. The heap
+may lag behind the forest: spans that were used or computed are noted, and examined before the next row is taken; and an
+entry that is taken is compared with its span. So no eviction walks over the forest: a row is examined only when it
+becomes a leaf, when its span is used, and when it is evicted.
 
-Until the first eviction, after an error, and where many spans were used since an eviction, nothing is known. Then all
+The leaves are unknown until the first eviction, after an error, and if many spans were used since an eviction. Then all
 spans that hold something must be given once.
 """
 
@@ -29,16 +29,16 @@ Ranking: TypeAlias = "Callable[[Kind, Span], Rank]"
 _NO_USES: Mapping[Span, int] = MappingProxyType({})
 
 MIN_NOTED = 1000
-"""At least this many spans are noted, and stale entries kept, before all is forgotten or sorted out."""
+"""The least number of noted spans, or of stale entries, at which everything is forgotten or stale entries removed."""
 
 
 Leaf: TypeAlias = "tuple[float, int, int, Kind, Span]"
-"""The rank of the rows of one kind of a span, the number that tells equals apart, and whose rows they are."""
+"""The rank of a span's rows of one kind, two numbers that order equal ranks, the kind, and the span."""
 
 
 @dataclass(frozen=True)
 class Spared:
-    """The spans that stay, with all that they continue, and those that are to go last.
+    """The spans that stay, with all their ancestors, and the spans that are evicted last.
 
     Attributes:
         stay: spans whose rows stay.
@@ -71,12 +71,12 @@ class Leaves:
 
     Args:
         pool: the tier's pool.
-        rank: the order; a rank may become lower only for spans that are noted then.
+        rank: the order; if the rank of a span becomes lower, the span must be noted.
 
     Attributes:
         pool, rank: as given.
         spared: the spans that stay or go last in the present eviction, or the latest.
-        highest: the highest rank of a leaf that was taken in turn, its last use left out.
+        highest: the highest rank, without the last use, of a leaf that was taken in turn.
 
     """
 
@@ -98,7 +98,7 @@ class Leaves:
         return self._noted is not None
 
     def forget(self) -> None:
-        """Forget all leaves: from now on nothing is known."""
+        """Forget all leaves: from now on they are unknown."""
         self._noted = None
         self._heap, self._aside = [], []
         self._later, self.spared = {}, NOTHING_SPARED
@@ -117,11 +117,11 @@ class Leaves:
                 self.forget()
 
     def end_plan(self) -> None:
-        """Let the leaves that the passes of a plan attended to be taken as all others."""
+        """Treat the leaves that the passes of a plan attended to like all others."""
         self._spare(NOTHING_SPARED)
 
     def begin_eviction(self, spared: Spared) -> None:
-        """Look at the noted spans; from now on leaves may be taken, but for those that are spared."""
+        """Examine the noted spans; from now on leaves may be taken, except those that are spared."""
         assert self._noted is not None, "`begin` was not called"
         for span in self._noted:
             # States are a leaf only without keys and values.
@@ -134,7 +134,7 @@ class Leaves:
     def take(self) -> Leaf | None:
         """Return the leaf of lowest rank, which must be evicted then; None if there is none.
 
-        Those that later passes attend to come last, those of the latest pass first.
+        Leaves to which later passes attend come last, starting with those of the latest pass.
         """
         heap, pool, rank_of, spared = self._heap, self.pool, self.rank, self.spared
         while heap:
@@ -166,7 +166,7 @@ class Leaves:
         self._aside = []
 
     def _spare(self, spared: Spared) -> None:
-        """Let the leaves that no later pass attends to any more be taken as all others."""
+        """Treat the leaves to which no later pass attends any more like all others."""
         is_same_plan = spared.last_uses is self.spared.last_uses
         self.spared = spared
         for last_use in [use for use in self._later if use < spared.next_pass or not is_same_plan]:

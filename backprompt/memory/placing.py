@@ -31,9 +31,9 @@ def place_kernel(
     SOURCE_COLUMNS: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):
-    """Copy a row of a tensor to its place, and note in `is_finite` if it is not finite; zeros go for such numbers.
+    """Copy a row of a tensor to its place, and note in `is_finite` if it is not finite; such numbers become zeros.
 
-    Others may see NaN and infinity although they do not attend to them.
+    Rows that do not attend to NaN or infinity may still be spoiled by them.
     """
     tensor = tl.program_id(0) % num_tensors
     row = tl.program_id(0) // num_tensors

@@ -1,9 +1,10 @@
 """Blocks of rows with snapshots: the recurrent and convolution states of a model behind some of the rows.
 
 A snapshot is a tensor of bytes, the states of all layers side by side (model/cache_form.py knows their form). It stands
-for all tokens up to its row. A block keeps the snapshots of the last rows of spans, by row. So a snapshot goes with its
-row: where a span is split, evicted, moved to the second pool or back, or copied to a buffer in which it grows. A span
-whose last row has none (another text ends within what was one span) is computed again from the last snapshot before.
+for all tokens up to its row. A block keeps the snapshots of the last rows of spans, by row. So a snapshot moves with
+its row when a span is split, evicted, moved to the second pool or back, or copied to a buffer in which it grows. If a
+span was split because a text ends within it, the last row of the upper part has no snapshot. Its snapshot is computed
+again from the last one before.
 
 Snapshots never change, so blocks share them.
 """
@@ -73,7 +74,7 @@ class KeysValuesAndSnapshots(KeysValues):
     def copy_rows_to(self, other: Self, sources: Tensor | None, targets: Tensor) -> None:
         """Copy the rows `sources` to the rows `targets` of another block of the same kind, or of this block.
 
-        A text that grows by a row leaves its last snapshot behind.
+        The last snapshot of a text that grows by a row is not copied.
         """
         super().copy_rows_to(other, sources, targets)
         rows = range(self.num_rows) if sources is None else sources.tolist()

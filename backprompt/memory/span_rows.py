@@ -88,7 +88,7 @@ def _one_after_the_other(group: SpanRows, block: Block) -> SpanRows:
 
 
 def _portions(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Yield groups of two or more blocks that are not small together; only the last group may be."""
+    """Yield groups of two or more blocks that are not small together; only the last group may be small."""
     portion: list[Block] = []
     num_bytes = 0
     for block in blocks:

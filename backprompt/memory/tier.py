@@ -60,13 +60,13 @@ class Tier:
                 self._leaves.note(block.spans)
 
     def note(self, spans: Iterable[Span]) -> None:
-        """Note spans with other rows, without rows behind them, or with another rank, and those that blocks noted."""
+        """Note spans with other rows, without rows behind them, or with another rank, and the spans noted by blocks."""
         self._leaves.note(spans)
         self._leaves.note(self._watch.takers)
         self._watch.takers.clear()
 
     def recount(self, spans: Sequence[Span]) -> None:
-        """Count the blocks that these spans refer to, and no others."""
+        """Count only the blocks that these spans refer to."""
         held = (rows for kind in KINDS for rows in self.held(kind, spans).values())
         self._blocks, self._watch = CountedBlocks(), Watch()
         for block in dict.fromkeys(rows.block for rows in held if rows.block is not None):
@@ -74,7 +74,7 @@ class Tier:
         self._leaves.forget()
 
     def end_plan(self) -> None:
-        """From now on no pass attends to spans that were to be evicted last."""
+        """Note that no pass will attend to the spans that were to be evicted last."""
         self._leaves.end_plan()
 
     def forget(self) -> None:
@@ -115,7 +115,7 @@ class Tier:
         return dropped
 
     def _unblock(self, kind: Kind, span: Span) -> None:
-        """Offer the rows that waited for an eviction: the same of the parents, and the span's own states."""
+        """Offer the rows that an eviction may have made leaves: those of the parents, and the span's own states."""
         for parent in span.parents:
             if parent.rows_in(kind, self._pool) is not None:
                 parent.credit = max(parent.credit, span.credit)

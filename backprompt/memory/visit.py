@@ -1,8 +1,8 @@
 """Visits: the search below the device's memory (host.py, evaluation/archive.py) for data that texts need.
 
-Texts are served one after the other. First come the states on the way to a text's end, enough to read results. If the
-end's states are missing (or not enough), the keys and values on the way follow, which forwarding the rest attends to. A
-text without room waits for the next visit.
+Texts are served one after the other. First come the states on the way to a text's end, which suffice to read results.
+If the end's states are missing (or do not suffice), the keys and values on the way follow: tokens that are still
+forwarded attend to them. A text without room waits for the next visit.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Visit:
     """One search for the data of several texts.
 
     Args:
-        room: the bytes that may be brought; `bring` subtracts its bytes from it, and may go below zero once.
-        bring: called once for each kind of data of each span, parents first; returns whether the span holds that data
-            or will.
+        room: the bytes that may be brought. `bring` subtracts its bytes, and the result may be negative once.
+        bring: called once for each kind of data of each span, parents first; returns whether the span holds that data,
+            or will hold it.
 
     """
 

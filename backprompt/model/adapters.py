@@ -1,12 +1,13 @@
 """Adapters by segment: LoRAs that are on for some tokens of a pass and off for the others.
 
-A pass has tokens under several adapters. Each linear layer multiplies all rows by its own weights once, and adds to the
-rows of each adapter what the adapter adds. The adapters are those that peft, or transformers' `load_adapter`, has put
-into the model. Tokens without an adapter of their own are under the model's active adapters, as in its plain call.
+A pass has tokens under several adapters. Each linear layer multiplies all rows by its own weights once, and then adds
+the product of each adapter to the rows of this adapter. The adapters are those that peft, or transformers'
+`load_adapter`, has put into the model. Tokens without an adapter of their own are under the model's active adapters, as
+in the plain call.
 
 An adapter has a number, a hash of its content, which token ids carry (tokens/adapted.py). Adapters of equal content
-have one number, whatever their names. An adapter that computes what the active adapters compute has the number 0, and
-so has no adapter where none is active.
+have the same number, whatever their names. An adapter has the number 0 if it computes the same as the active adapters;
+so does "no adapter" if none is active.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from backprompt.model.skeleton import decoder_of
 from backprompt.tokens.adapted import MAX_EMBEDDINGS, NUMBER_BITS, Ints
 
 _LIKE_LORA = "ALoraLinearVariant"
-"""The variant that differs from a LoRA only in the tokens that it is on for."""
+"""The variant of LoRA that differs from an ordinary one only in the tokens to which it applies."""
 
 _VARIANTS = (None, _LIKE_LORA, "DoraLinearVariant")
-"""The kinds of LoRA that work on each row by itself."""
+"""The kinds of LoRA that compute each row by itself."""
 
 _ADVICE = "Activate it for all tokens instead (model.set_adapter), or use a LoRA of linear layers."
 
@@ -54,7 +55,7 @@ class SegmentAdapters:
         """Return the number of an adapter; None: of no adapter.
 
         Raises:
-            AdapterError: the model has no adapter of this name, or tokens cannot be under it apart from others.
+            AdapterError: the model has no adapter of this name, or the adapter cannot apply to some tokens only.
 
         """
         number = self._numbers.get(name)
@@ -69,7 +70,7 @@ class SegmentAdapters:
             raise AdapterError(f"Segments of texts cannot have adapters: {self._reason}")
 
     def refuse(self, reason: str) -> None:
-        """Let no segment have an adapter from now on."""
+        """Refuse adapters of segments from now on."""
         self._reason = reason
 
     @property
@@ -78,7 +79,7 @@ class SegmentAdapters:
         return frozenset(self._names)
 
     def name_of(self, number: int) -> str | None:
-        """Return the name of an adapter, one of several of equal content."""
+        """Return the name of an adapter; if several have equal content, the name of one of them."""
         return self._names[number]
 
     def _found(self, name: str | None) -> int:
@@ -90,7 +91,7 @@ class SegmentAdapters:
         number = int.from_bytes(content, "little") >> (8 * len(content) - NUMBER_BITS) or 1
         if self._contents.setdefault(number, content) != content:
             raise AdapterError(
-                f"The adapters {name!r} and {self._names[number]!r} have one hash. Load only one of them."
+                f"The adapters {name!r} and {self._names[number]!r} have the same hash. Load only one of them."
             )
         return number
 
@@ -105,7 +106,10 @@ class SegmentAdapters:
         if not layers:
             return
         if self._model.get_input_embeddings().weight.shape[0] > MAX_EMBEDDINGS:  # type: ignore[operator]
-            raise AdapterError(f"Segments can have adapters where a model has at most {MAX_EMBEDDINGS:,} embeddings.")
+            raise AdapterError(
+                f"Segments can have adapters only if a model has at most {MAX_EMBEDDINGS:,} embeddings. "
+                "Activate the adapter for all tokens instead (model.set_adapter)."
+            )
         decoder = decoder_of(self._model)
         assert decoder is not None, "check_supported refuses a model without one"
         inner = {id(module) for module in decoder.modules()}
@@ -127,7 +131,7 @@ class SegmentAdapters:
 
 
 def _why_not(path: str, layer: Layer, name: str, *, is_inner: bool) -> str | None:
-    """Return why an adapter's part of a layer cannot be on for some rows only."""
+    """Return why an adapter's part of a layer cannot apply to some rows only; None if it can."""
     kind = type(layer)
     if (kind.__module__, kind.__qualname__) != ("peft.tuners.lora.layer", "Linear"):
         return f"changes {path} as {kind.__qualname__} of {kind.__module__}"
@@ -148,7 +152,7 @@ def _variant(layer: Layer, name: str) -> str | None:
 
 
 def _content(layers: Sequence[tuple[str, Layer]], names_in: Callable[[Layer], Sequence[str]]) -> bytes:
-    """Return a hash of what adapters add to the layers, by the names of the adapters in each."""
+    """Return a hash of the parts that adapters add to layers, by the names of the adapters in each layer."""
     found = hashlib.sha256()
     for path, layer in layers:
         for name in names_in(layer):
@@ -200,11 +204,11 @@ class AdaptedRows:
 
 
 class AdaptedLayers:
-    """Lets the linear layers of a private copy add to each row what the adapter of the row adds.
+    """Lets the linear layers of a private copy apply to each row the adapter of the row.
 
     Args:
         body: the private copy.
-        adapters: of the model.
+        adapters: the adapters of the model.
 
     """
 
@@ -282,7 +286,7 @@ class AdaptedLinear(nn.Module):
             return product
         if math.prod(rows.shape[:-1]) != self._rows.num_rows:
             raise UnsupportedModelError(
-                "A linear layer of the model sees other rows than the tokens of the pass, so no token can be under an "
+                "The rows of a linear layer of the model are not the tokens of the pass, so no token can be under an "
                 "adapter of its own. Activate the adapter for all tokens instead (model.set_adapter)."
             )
         product = layer.base_layer(rows)
@@ -295,7 +299,7 @@ class AdaptedLinear(nn.Module):
 
 
 def outputs_under(layer: Layer, names: Sequence[str], inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Return the outputs of rows with what adapters add, as peft's `forward` of the layer computes it."""
+    """Return the outputs of rows, adapters included, as peft's `forward` of the layer computes them."""
     dtype = outputs.dtype
     for name in names:
         inputs = layer._cast_input_dtype(inputs, layer.lora_A[name].weight.dtype)

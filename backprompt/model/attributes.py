@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 
 
 class AttributeMonitor:
-    """Notices an attribute that is another object now, or that a module has now.
+    """Notices if an attribute of a module has become another object, or if a module has gained the attribute.
 
     Args:
         tables: the modules' own attributes.
-        name: of the attribute; most often no module has it, and a look is quickest then.
+        name: the name of the attribute. A look is quickest if no module has it, which is the usual case.
 
     """
 

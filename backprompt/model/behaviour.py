@@ -1,7 +1,7 @@
-"""What a model computes besides its tensors: its configurations, and `forward` methods that were replaced.
+"""The behaviour of a model besides its tensors: its configurations, and `forward` methods that were replaced.
 
-Trainers wrap `forward` for precision and for calls of their own, and accelerate for its hooks. Such wrappers change no
-number, and are no change.
+Trainers wrap `forward` for precision and for calls of their own, and accelerate wraps it for its hooks. Such wrappers
+change no number, so they do not count as changes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BehaviourMonitor:
         self._modules = list(model.modules())
         self._tables = [vars(module) for module in self._modules]
         self._configs = [vars(config) for config in configs_of(model)]
-        self._seen = list(map(_copied, self._configs))  # what a look compares at once, unimportant values included
+        self._seen = list(map(_copied, self._configs))  # compared as a whole in each look, unimportant values included
         self._values = [_values_of(config) for config in self._seen]
         self._forwards = AttributeMonitor(self._tables, "forward")
         self._replaced = list(map(replaced_forward, self._modules))
@@ -65,12 +65,12 @@ class BehaviourMonitor:
 
 
 def _copied(config: Mapping[str, object]) -> dict[str, object]:
-    """Return a copy that a change within a value of the original does not reach."""
+    """Return a deep copy: a change within a value of the original does not reach it."""
     return {name: copy.deepcopy(value) if isinstance(value, _PLAIN) else value for name, value in config.items()}
 
 
 def _values_of(config: Mapping[str, object]) -> dict[str, object]:
-    """Return the values that the model's code may read; parts with configurations of their own count there."""
+    """Return the values that the model's code may read, without parts that have configurations of their own."""
     return {
         name: value
         for name, value in config.items()
@@ -108,6 +108,6 @@ def _described(value: Any, depth: int = 0) -> str:
 
 
 def _cells_of(function: Callable[..., object]) -> list[object]:
-    """Return what a function refers to from the function around it; a cell may be empty yet."""
+    """Return the objects that a function refers to from the function around it; a cell may still be empty."""
     cells = getattr(function, "__closure__", None) or ()
     return [cell.cell_contents for cell in cells if cell != types.CellType()]

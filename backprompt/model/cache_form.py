@@ -1,16 +1,16 @@
 """The form of the cache that a model's own `forward` takes and returns: which tensors grow, and which are states.
 
-A cache is any object of tensors: a `DynamicCache`, a class of the model's own file, a list. Three small calls, with
-another number of texts and another number of tokens, tell what each tensor in it is:
+A cache is any object of tensors: a `DynamicCache`, a class of the model's own file, a list. Three small calls, which
+differ in the number of texts and the number of tokens, show the kind of each tensor in it:
 
-- *rows*: one axis grows with the tokens. Keys and values, compressed ones, the keys of an indexer. They are kept a row
-  a token, as the keys and values of packed models are (memory/blocks.py).
+- *rows*: one axis grows with the tokens. Examples are keys and values, compressed ones, and the keys of an indexer. A
+  token has a row each, as in the keys and values of packed models (memory/blocks.py).
 - *states*: no axis grows. Recurrent and convolution states: one of them stands for all tokens so far. The states of a
   text side by side, as bytes, are its *snapshot* (memory/snapshots.py).
-- *counters*: whole numbers that go up by one a token. All else in a cache is constant.
+- *counters*: whole numbers that go up by one for each token. Everything else in a cache is constant.
 
-A cache for a batch is built of these. Layers that keep a sliding window of keys are replaced by layers that keep all:
-the model's mask hides what the window hides.
+A cache for a batch is built of these parts. Layers that keep a sliding window of keys are replaced by layers that keep
+all keys; the model's mask hides the keys outside the window.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from transformers.cache_utils import DynamicCache
 
 from backprompt.errors import UnsupportedModelError
 
-_NAMES = ("past_key_values", "cache_params", "state")
+KEYS_VALUES_NAMES = ("past_key_values", "cache")
+"""The names under which a `forward` takes and returns keys and values: `cache` since transformers 5.24."""
+
+_NAMES = (*KEYS_VALUES_NAMES, "cache_params", "state")
 """The names under which a `forward` takes and returns its cache."""
 
 _FULL_LAYERS: Mapping[type, type] = {
@@ -40,7 +43,7 @@ _FULL_LAYERS: Mapping[type, type] = {
     )
     if hasattr(cache_utils, forgetful)
 }
-"""For each class of layers that forget keys, the class that does not."""
+"""For each class of layers that forget keys, the class that keeps them."""
 
 _NUM_TOKENS, _MORE_TOKENS = 5, 7
 _MAX_DEPTH = 8
@@ -62,7 +65,7 @@ class RowTensor:
     Attributes:
         path: its place.
         batch_axis, token_axis, num_axes: its axes.
-        num_each: how much each text takes of the batch axis: more than one where heads are part of it.
+        num_each: the size that each text takes of the batch axis; more than one if heads are part of this axis.
 
     """
 
@@ -81,7 +84,7 @@ class RowTensor:
         return rows.reshape(*rows.shape[:3], -1)
 
     def from_rows(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the cache's tensor; `sizes`: those of its axes but the batch's and the tokens', in their order."""
+        """Return the cache's tensor; `sizes`: of its axes without the batch's and the tokens', in their order."""
         if (self.batch_axis, self.token_axis, self.num_axes, self.num_each) == (0, 2, 4, 1):
             return rows
         rows = rows.reshape(-1, rows.shape[2], *sizes)
@@ -130,9 +133,9 @@ class CacheForm:
     Attributes:
         name: the name under which `forward` takes the cache, and under which its output has it.
         rows, states: the tensors, see the top of this file.
-        sizes: for each of `rows`, the sizes of its axes but the batch's and the tokens'.
-        counters: whole numbers, by place, as they are for no tokens.
-        tensor_counters: the same of numbers that lie in a tensor.
+        sizes: for each of `rows`, the sizes of its axes without the batch's and the tokens'.
+        counters: whole numbers, by place, with their values for no tokens.
+        tensor_counters: the same for numbers that lie in a tensor.
         template: a cache without rows and states.
         empty: the cache with which a text begins, which is copied; None if the model makes its own.
         snapshot_bytes: the bytes of a snapshot.
@@ -202,8 +205,8 @@ class Body:
         device: the device of token ids.
 
     Attributes:
-        takes_positions: whether calls say at which positions the tokens are. Some models count from 0 behind a cache
-            if nothing is said; others count positions in a way of their own.
+        takes_positions: whether calls give the positions of the tokens. Without positions, some models count from 0
+            behind a cache; others count positions in a way of their own.
 
     """
 
@@ -217,7 +220,7 @@ class Body:
     def call(self, token_ids: Sequence[Sequence[int]], cache: object, num_before: int = 0) -> tuple[Tensor, object]:
         """Forward tokens behind a cache; return final hidden states, `(texts, tokens, hidden)`, and the cache.
 
-        The cache that is given, which has `num_before` tokens, is used up. None stands for the beginning of texts.
+        The given cache, which has `num_before` tokens, cannot be used afterwards. None: the texts begin here.
         """
         assert self.name is not None
         ids = torch.tensor(token_ids, device=self._device)
@@ -230,7 +233,7 @@ class Body:
         return output.last_hidden_state, getattr(output, self.name, None)
 
     def form(self, token_id: int) -> CacheForm:
-        """Find out the form of the cache by small calls on a token.
+        """Find out the form of the cache by small calls.
 
         Raises:
             CacheError: there is no cache, or its form is unknown.
@@ -246,7 +249,7 @@ class Body:
         ]
         form = _form_of(self.name, empty, *caches)
         if form.states:
-            form.snapshots_of(cache)  # a window has as many keys as there are tokens, as long as they are few
+            form.snapshots_of(cache)  # a window has as many keys as there are tokens while the tokens are few
         return form
 
 
@@ -317,12 +320,12 @@ def _is_counter(path: Path, value: float, of_longer: Any) -> bool:
     """
     change = of_longer - value
     if change not in (0, _MORE_TOKENS - _NUM_TOKENS):
-        raise CacheError(f"its cache has a number that does not count tokens ({'.'.join(map(str, path))})")
+        raise CacheError(f"its cache has a changing number that does not count tokens ({'.'.join(map(str, path))})")
     return bool(change)
 
 
 def _grown_axis(value: Tensor, other: object) -> int | None:
-    """Return the axis in which another tensor of a cache is larger, None if there is none."""
+    """Return the axis along which another tensor of a cache is larger; None if there is none."""
     if not isinstance(other, Tensor) or other.ndim != value.ndim or other.dtype != value.dtype:
         raise CacheError("its cache has tensors of other kinds for other texts")
     axes = [axis for axis, (own, more) in enumerate(zip(value.shape, other.shape, strict=True)) if own != more]

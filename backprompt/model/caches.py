@@ -1,4 +1,4 @@
-"""Caches of transformers made of a text's keys and values, where the model's own have the same form."""
+"""Caches of transformers made of a text's keys and values, for models whose own caches have the same form."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from transformers import DynamicCache
 from backprompt.errors import UnsupportedModelError
 from backprompt.memory.blocks import KeysValues
 from backprompt.model import skeleton
+from backprompt.model.cache_form import KEYS_VALUES_NAMES
 from backprompt.model.limits import limits_of
 
 Form = list[tuple[int, int, int]]
-"""Of each layer, the number of heads and the sizes of a key and a value."""
+"""For each layer, the number of heads and the sizes of a key and a value."""
 
 
 def form_of_cache(model: nn.Module, device: torch.device) -> Form | None:
-    """Return the form of the cache that a plain call on one token makes, None if it is not one of keys and values."""
+    """Return the form of the cache that a plain call on one token makes; None if it holds other things than keys."""
     placeholders = limits_of(model).placeholders
     usual = next(token_id for token_id in range(len(placeholders) + 1) if token_id not in placeholders)
     ids = torch.tensor([[usual]], device=device)
-    cache: Any = skeleton.plain_copy(model)(input_ids=ids, use_cache=True).past_key_values
+    output = skeleton.plain_copy(model)(input_ids=ids, use_cache=True)
+    cache: Any = next((output[name] for name in KEYS_VALUES_NAMES if name in output), None)
     try:
         return [(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
     except (AttributeError, TypeError, IndexError):  # no layers, or layers that keep something else
@@ -39,9 +41,9 @@ def dynamic_cache(model_name: str, config: Any, form: Form | None, keys_values: 
     layers = [keys_values.layer(layer_idx, slice(None)) for layer_idx in range(keys_values.num_layers)]
     if form != [(key.shape[0], key.shape[-1], value.shape[-1]) for key, value in layers]:
         raise UnsupportedModelError(
-            f"{model_name} keeps other things in its cache than the keys and values that attention reads (compressed "
-            "ones, or those of fewer layers or heads), so past_key_values() cannot make a cache for it. Read logits "
-            "and log-probabilities from the text, or continue it with text.generate(...)."
+            f"The cache of {model_name} does not hold the keys and values that attention reads, but compressed ones "
+            "or those of fewer layers or heads. So past_key_values() cannot make a cache for this model. Read logits "
+            "and log-probabilities from the text, or continue the text with text.generate(...)."
         )
     cache = DynamicCache(config=config)
     for layer_idx, (key, value) in enumerate(layers):

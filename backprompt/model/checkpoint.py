@@ -1,17 +1,17 @@
 """A checkpoint: the files that a model was loaded from, and the content hash remembered for them.
 
-Hashing every weight takes up to seconds a model and is due once a process, while a checkpoint's files seldom change.
-So the user's cache directory keeps the hash, in one file of two lines per checkpoint: the hash, and a check of it. A
-wrong hash would find wrong numbers in a store, so any doubt means hashing again:
+Hashing every weight takes up to some seconds, and each process needs the hash once, but a checkpoint's files seldom
+change. So the user's cache directory keeps the hash, in one file of two lines per checkpoint: the hash, and a check of
+it. A wrong hash would find wrong numbers in a store, so the weights are hashed again in any case of doubt:
 
-- The checkpoint names the file: path, size, times, inode and device of each of its files, the dtype asked for, and
-  the versions of the libraries that load and hash. Files that changed since, or whose times may not show a later
-  write, name nothing.
+- The name of the file is made of the checkpoint: path, size, times, inode and device of each of its files, the
+  requested dtype, and the versions of the libraries that load and hash. If files have changed since, or their times may
+  not show a later write, there is no name.
 - The files must decide every weight: no adapter, no quantizer, no code beyond transformers, nothing missing.
 - The check covers a sample of each parameter, all buffers, the configuration and the settings of modules. The check
-  tells apart models under one name in two disk images, and finds a damaged entry.
-- Callers must know that nobody wrote to the weights since they were loaded: `LM` asks only while it has not handed
-  the model out, not even to its user.
+  distinguishes models under one name in two disk images, and finds a damaged entry.
+- The weights must be unchanged since they were loaded, and callers must know that. So an `LM` asks for the hash only
+  while nobody else, not even its user, has got the model from it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 CACHE_HOME_VARIABLE = "BACKPROMPT_CACHE_HOME"
 MAX_REMEMBERED = 256
 MAX_FILES = 1000
-"""A folder with more files is more than a checkpoint, and is not searched."""
+"""A folder with more files is not only a checkpoint, and is not searched."""
 RACY_SECONDS = 2.0
 """Two writes within so short a time may leave a file with the same times (FAT counts in steps of 2 s)."""
 
@@ -70,7 +70,7 @@ class Checkpoint:
         return cls(folder, str(dtype), files) if files and _are_settled(files) else None
 
     def decides(self, model: nn.Module, loading_info: Mapping[str, Any]) -> bool:
-        """Return whether each weight of the model, as just loaded, was read from these files."""
+        """Return whether each weight of the model, which was just loaded, was read from these files."""
         return (
             not any(loading_info[kind] for kind in ("missing_keys", "mismatched_keys", "error_msgs"))
             and type(model).__module__.startswith("transformers.")
@@ -94,7 +94,9 @@ class Checkpoint:
 
     def remember(self, model: nn.Module, content_hash: str) -> None:
         """Keep the content hash of the model, which must be as loaded from these files."""
-        if files_in(self.folder) != self.files:  # weights may be mapped into memory from files: they changed as well
+        if (
+            files_in(self.folder) != self.files
+        ):  # weights may be mapped into memory from the files, so they may have changed as well
             return
         try:
             _write(self._entry_path(), self._entry(model, content_hash))
@@ -179,7 +181,7 @@ def _are_settled(files: Iterable[_File]) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield every entry that is no folder; a link to a folder counts as a file, but an irregular one."""
+    """Yield every entry that is not a folder; a link to a folder counts as an irregular file."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             yield from _walk(entry)
@@ -188,14 +190,14 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _only_snapshot(name: str | Path) -> Path | None:
-    """Return the folder of a hub id in the hub's cache, if it is the only one: among several the choice is unknown."""
+    """Return the folder of a hub id in the hub's cache; None if there are several, since the choice is unknown."""
     try:
         config = cached_file(str(name), "config.json", local_files_only=True)
         if config is None:
             return None
         folder = Path(config).parent
         return folder if len(list(folder.parent.iterdir())) == 1 else None
-    except (OSError, ValueError):  # not there; no such id
+    except (OSError, ValueError):  # a missing folder; an invalid id
         return None
 
 

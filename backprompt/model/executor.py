@@ -1,9 +1,9 @@
 """Runs passes on a model: the only file that knows transformers' forward call.
 
 Each executor registers one attention function and one mask function under a name of its own, and switches its private
-copy of the model to that name. While a pass runs, the mask function finds out what the model's mask means (causal, or
-causal within a window) and hands the layers a marker for it; the attention function takes the layer's keys and
-values, copies them into the pass's block, and attends over the forest.
+copy of the model to that name. While a pass runs, the mask function finds the meaning of the model's mask (causal, or
+causal within a window) and hands the layers a marker for it. The attention function takes the layer's keys and values,
+copies them into the pass's block, and attends over the forest.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ logger = logging.getLogger(__name__)
 HEAD_SLICE_BYTES = 24 << 20
 """Logit rows are computed in slices of at most this size, never for a whole forest at once.
 
-The C library gives memory of up to 32 MB back to the process for the next slice. Larger slices are new pages each time,
-and the system takes longer to make them than a small model to fill them.
+The C library reuses memory of up to 32 MB for the next slice. Larger slices are new pages each time, and the system
+takes longer to make them than a small model takes to fill them.
 """
 
 DEVICE_HEAD_SLICE_BYTES = 128 << 20
-"""The same on other devices than the CPU, where each slice costs launches. Scores take four times as much on top."""
+"""The same on devices other than the CPU, where each slice costs launches. Scores take four times as much on top."""
 
 _names = itertools.count()
 
@@ -73,7 +73,7 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
     All code that makes or changes tensors runs in this context.
     """
     has_gradients = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)  # `torch.no_grad` takes longer than all the rest here
+    torch._C._set_grad_enabled(False)  # `torch.no_grad` takes longer than everything else here
     try:
         if not _is_special():  # as for most callers
             yield
@@ -91,7 +91,7 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
 
 
 _num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
-"""How many modes of torch functions the caller is in: the default device is one, and slow to ask for."""
+"""The number of modes of torch functions that the caller is in. A default device is one; a query of it is slow."""
 
 
 def _is_special() -> bool:
@@ -104,7 +104,7 @@ def _is_special() -> bool:
 
 
 class Executor:
-    """Private copies of one model, and how to run them; to be used in `plain_surroundings`.
+    """Private copies of one model, and the ways to run them; to be used in `plain_surroundings`.
 
     Args:
         model: any causal LM.
@@ -121,7 +121,7 @@ class Executor:
         self._model = model
         self._decode = decode
         self.device = spread.head_device(model)
-        """Where hidden states and logits lie. Keys and values lie on the device of their layer."""
+        """The device of hidden states and logits. Keys and values lie on the device of their layer."""
         self._input_device = spread.input_device(model)
         self.limits = limits_of(model)
         self.logit_row_bytes = skeleton.logit_row_bytes(model)
@@ -155,13 +155,13 @@ class Executor:
         self.steps: CapturedSteps | None = None
         """Captured steps of generations, where the device has graphs."""
         self.may_stop = not spread.is_spread(model)
-        """Whether a call of the body may be left in the middle: hooks that move weights come to their end."""
+        """Whether a call of the body may be left in the middle: hooks that move weights must run to their end."""
         if not spread.is_spread(model):  # hooks move weights between steps
             self.steps = captured_steps(self._body, self._attention)
         _register(self._name, self)
 
     def _take(self, body: nn.Module) -> None:
-        """Go on with a private copy of the decoder, and make that of the head."""
+        """Use a private copy of the decoder from now on, and make the copy of the head."""
         self._body, self._head = body, skeleton.make_head(self._model)
         with plain_surroundings(self.device):
             if not spread.is_spread(self._model):
@@ -172,19 +172,19 @@ class Executor:
         copied = linears.packed_bytes + copied_bytes(self._body) + copied_bytes(self._head)
         self.linears = replace(linears, packed_bytes=copied)
         self.weight_bytes = weight_bytes(self._model)
-        """The bytes of the model's weights, as they are held: of quantized ones the integers and scales."""
+        """The bytes of the model's weights in memory; for quantized weights, those of the integers and scales."""
 
     def own_body(self) -> Body:
-        """Go on with a body that has its own attention, and return it."""
+        """Use a body with its own attention from now on, and return it."""
         self.steps = None
         self._take(skeleton.make_own_body(self._model))
-        self._adapted = AdaptedLayers(self._body, self.adapters)  # the body before, and its packed weights, can go
+        self._adapted = AdaptedLayers(self._body, self.adapters)  # frees the earlier body and its packed weights
         return Body(self._body, self._input_device)
 
     def go_by_levels(self, levels: Levels) -> None:
         """Forward all passes by levels from now on."""
         self.levels, self.layout = levels, None
-        self.adapters.refuse(f"{self._model_name} is forwarded by levels, under its active adapters.")
+        self.adapters.refuse(f"{self._model_name} is forwarded by levels, always under its active adapters.")
 
     def close(self) -> None:
         """Release the copies of the model and packed weights; nothing can be computed afterwards."""
@@ -235,7 +235,7 @@ class Executor:
         self.device_of |= {name: row.device for name, row in layout.rows.items()}
 
     def refuse_placeholders(self, placeholders: frozenset[int]) -> None:
-        """Let only these token ids be refused as standing for images or sounds; the probe finds out which."""
+        """Refuse only these token ids as standing for images or sounds; the probe finds them."""
         self.limits = replace(self.limits, placeholders=placeholders)
 
     def prepare(self, pass_: Pass, num_steps: int) -> PreparedAttention:
@@ -245,7 +245,7 @@ class Executor:
     def step(self, pass_: Pass, attention: PreparedAttention, places: Callable[[], Places]) -> Forwarded:
         """Forward one token for each of several texts, by a captured graph where there is one: see steps.py.
 
-        The results are overwritten by the next step. `places`: returns where they go.
+        The next step overwrites the results. `places`: returns the places to which they go.
         """
         if self.steps is None or not are_plain(pass_.token_ids):  # a graph has all rows under the active adapters
             return self.forward(pass_, attention)
@@ -257,7 +257,7 @@ class Executor:
         return Forwarded(replayed.keys_values, replayed.hidden, replayed.is_finite, replayed.are_placed, way)
 
     def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
-        """Forward all tokens of a pass; `attention`: as it was prepared, if it was.
+        """Forward all tokens of a pass; `attention`: the prepared attention, if there is one.
 
         Where memory is short, the graphs of captured steps make room.
 
@@ -293,7 +293,7 @@ class Executor:
             self.run(_inputs(ids, positions, self._input_device), attention, max(positions))
 
     def abandon(self) -> None:
-        """Forget the pass in flight, which an error cut short at the very end: it refers to rows."""
+        """Forget the pass in flight after an error at its very end: the pass refers to rows."""
         self._in_flight = None
 
     def forget_graphs(self) -> None:
@@ -304,7 +304,7 @@ class Executor:
     def run(
         self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
     ) -> tuple[InFlight, Tensor]:
-        """Run the model's body; return what it has left, and the final hidden states, `(tokens, hidden)`.
+        """Run the model's body; return its keys and values, and the final hidden states, `(tokens, hidden)`.
 
         Args:
             inputs: token ids and positions, `(2, tokens)`.
@@ -332,13 +332,13 @@ class Executor:
         return logits
 
     def logits_error(self, logits: Tensor, token_ids: Sequence[int]) -> NonFiniteError:
-        """Return the error for logits behind `token_ids`, `(vocab,)`, that are no distribution."""
+        """Return the error for logits behind `token_ids`, `(vocab,)`, that are not a distribution."""
         return logits_error(self._model, logits, token_ids, self._decode)
 
     def _error_of(self, pass_: Pass, hidden: Tensor) -> NonFiniteError:
         """Return the error for a pass that is not finite; the message names the text.
 
-        A masked key that is NaN may spoil texts that do not see it, so spoiled texts run alone until one fails again.
+        A masked key that is NaN may spoil texts that do not see it. So each spoiled text runs alone, until one fails.
         """
         pass_ = Pass(tuple(without_fans(pass_.spans)), pass_.segments)
         spans = list(zip(pass_.spans, pass_.slices, strict=True))
@@ -362,13 +362,13 @@ class Executor:
         return max(1, num_bytes // self.logit_row_bytes)
 
     def tokens_per_forward(self) -> int:
-        """Return the largest number of tokens in a pass, where the caller gives none."""
+        """Return the default of the largest number of tokens in a pass."""
         return min(tokens_per_forward(self._body, device) for device in self._devices)
 
     def dynamic_cache(self, keys_values: KeysValues, snapshot: Tensor | None) -> DynamicCache:
         """Return a cache for `model(..., past_key_values=...)` with all rows of a block; see caches.py.
 
-        `snapshot`: of the states behind them, if there is one.
+        `snapshot`: the snapshot of the states behind the rows, if there is one.
         """
         if self.levels is not None:
             return self.levels.cache_of(self._model_name, keys_values, snapshot)

@@ -1,16 +1,16 @@
-"""What some families need in the private copies, so that a packed pass computes what their plain call does.
+"""Changes that some families need in the private copies, so that a packed pass gives the numbers of the plain call.
 
 - *Positions behind the padding id* (RoBERTa and kin): the plain call counts positions from `padding_idx + 1` on. The
   table of positions in a private copy adds this number to the positions that it is given.
-- *Positions by row* (BART and kin): the decoder takes no positions, and hands its table those of the rows of the call.
+- *Positions by row* (BART and kin): the decoder takes no positions, and gives the row numbers of the call to its table.
   In a private copy the table uses the positions that the decoder is given.
 - *Temperature by position* (Llama 4): layers without rotation scale their queries by the row of the call. In a private
-  copy they are handed a stand-in for a cache, with which the model's own code counts true positions.
+  copy these layers get a stand-in for a cache, with which the model's own code counts true positions.
 - *Chosen keys* (DeepSeek V3.2, GLM-MoE-DSA, MiniMax M3 and kin): an indexer chooses a number of keys, or of blocks of
-  keys, for each query. For a text of at most so many tokens it chooses all. In a private copy the indexer says so, and
-  longer texts are refused.
+  keys, for each query. In a text with no more keys than that it chooses all of them. In a private copy the indexer
+  chooses all keys without computing, and longer texts are refused.
 
-The parts are found by what their code has, so that the next family with the same code needs nothing here.
+The parts are found by features of their code, so a new family with the same code needs no change here.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from backprompt.errors import UnsupportedModelError
+from backprompt.model.cache_form import KEYS_VALUES_NAMES
 
 _UPDATE = "mamba2_selective_state_update"
 """The name of the function by which layers of Mamba 2 update their state by a single token."""
 
 
 def adapt(body: nn.Module) -> None:
-    """Change the modules of a private body whose plain call would not compute the same in a packed pass.
+    """Change the modules of a private body that would not compute the same in a packed pass as in the plain call.
 
     Raises:
         UnsupportedModelError: somebody gave such a module a forward of its own.
@@ -55,8 +56,8 @@ def adapt(body: nn.Module) -> None:
 def keep_weights(private: nn.Module) -> None:
     """Keep a private copy from changing the weights that it shares with the user's model.
 
-    RWKV divides weights in its first call in eval mode, and as it goes on the hidden states, so that these stay within
-    float16's range. The user's model may do so; a copy that comes first leaves both as they are.
+    RWKV divides weights in its first call in eval mode, and then divides hidden states between layers, so that these
+    stay within float16's range. The user's model may do so. A private copy that runs first divides neither.
     """
     for module in _modules(private):
         if getattr(module, "layers_are_rescaled", True) is False:
@@ -64,10 +65,10 @@ def keep_weights(private: nn.Module) -> None:
 
 
 def limit_single_steps(body: nn.Module) -> None:
-    """Let layers of a private body limit their time steps for a single token behind a cache as they do for several.
+    """Let layers of a private body limit their time steps for a single token behind a cache, as they do for several.
 
-    The layers of Mamba 2 leave the limit out there (Nemotron-H, Zamba 2, and where a configuration has one), so that a
-    plain call behind a cache gives other numbers than a plain call on the whole text.
+    The layers of Mamba 2 do not apply the limit to a single token (Nemotron-H, Zamba 2, and models whose configuration
+    has a limit). So a plain call behind a cache gives other numbers than a plain call on the whole text.
     """
     for module in list(_modules(body)):
         limit = getattr(module, "time_step_limit", None)
@@ -94,15 +95,15 @@ def _with_limited_update(forward: FunctionType, least: float, most: float) -> Ca
 
 
 def padding_id(decoder: nn.Module) -> int | None:
-    """Return the token id that takes no position in the plain call, and behind which positions begin; None if none."""
+    """Return the token id that takes no position in the plain call, and behind which positions begin, or None."""
     return next((module.padding_idx for module in _modules(decoder) if _counts_behind_padding(module)), None)
 
 
 def mixing_layers(decoder: PreTrainedModel) -> list[str]:
-    """Return the classes of layers that keep a state of all tokens before, as those of transformers' cache tell.
+    """Return the classes of layers that keep a state of all tokens before, found by the layers of their cache.
 
-    Small weights mix tokens by less than a comparison of numbers shows, and keys may be compressed in blocks longer
-    than the texts of a comparison.
+    A comparison of numbers may miss such layers: small weights mix tokens by less than the comparison shows, and keys
+    may be compressed in blocks longer than its texts.
     """
     compressors = {type(module).__name__ for module in decoder.modules() if _is_compressor(module)}
     if compressors or not _caches_states(decoder.config):
@@ -122,13 +123,18 @@ def _is_compressor(module: nn.Module) -> bool:
 def _caches_states(config: Any) -> bool:
     try:
         layers = DynamicCache(config=config).layers
-    except (AttributeError, KeyError, TypeError, ValueError):  # a configuration without layers that caches know
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # a configuration whose layers transformers' caches do not know
         return False
     return any(hasattr(layer, "conv_states") for layer in layers)
 
 
 def num_chosen_keys(decoder: nn.Module) -> int | None:
-    """Return the number of keys that the indexers of a decoder choose for a query, None if there are no indexers."""
+    """Return the number of keys that the indexers of a decoder choose for a query; None if there are no indexers."""
     return min((num for num in map(_num_chosen, decoder.modules()) if num is not None), default=None)
 
 
@@ -137,7 +143,7 @@ def _modules(decoder: nn.Module) -> Iterator[Any]:
 
 
 def _num_chosen(module: Any) -> int | None:
-    """Return the number of keys that an indexer chooses for a query; None of other modules."""
+    """Return the number of keys that an indexer chooses for a query; None for other modules."""
     if not type(module).__name__.endswith("Indexer"):
         return None
     if isinstance(getattr(module, "index_topk", None), int):
@@ -148,12 +154,12 @@ def _num_chosen(module: Any) -> int | None:
 
 
 def _counts_rows(module: Any) -> bool:
-    """Return whether a decoder hands its table of positions those of the rows of the call."""
+    """Return whether a decoder gives the row numbers of the call to its table of positions."""
     table = module._modules.get("embed_positions")
     if table is None or not {"past_key_values_length", "position_ids"} <= _parameters_of(table):
         return False
     own = _parameters_of(module)
-    return "past_key_values" in own and "position_ids" not in own
+    return not own.isdisjoint(KEYS_VALUES_NAMES) and "position_ids" not in own
 
 
 def _parameters_of(module: nn.Module) -> set[str]:
@@ -161,7 +167,7 @@ def _parameters_of(module: nn.Module) -> set[str]:
 
 
 def _scales_by_row(module: Any) -> bool:
-    own = vars(module)  # looking up what a module lacks takes long
+    own = vars(module)  # a lookup of a missing attribute of a module takes long
     return "floor_scale" in own and bool(own.get("attn_temperature_tuning"))
 
 
@@ -178,16 +184,16 @@ def _become(module: Any, kind: type) -> None:
     cls: type = type(module)
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         raise UnsupportedModelError(
-            f"A {cls.__name__} of the model has a forward of its own, which would take texts in one pass for one text. "
-            "Remove it, or change its class."
+            f"A module {cls.__name__} of the model has a forward that was replaced, and it would treat the texts of a "
+            "pass as one text. Remove the replacement, or change the class of the module."
         )
     module.__class__ = type(cls.__name__, (kind, cls), {"__module__": cls.__module__})
-    if "_old_forward" in vars(module):  # accelerate's hooks call the method that they found
+    if "_old_forward" in vars(module):  # accelerate's hooks call the method that they have wrapped
         module._old_forward = MethodType(module.__class__.forward, module)
 
 
 class _ShiftedPositions:
-    """A table of positions whose first one lies behind others."""
+    """A table of positions with unused rows before the first position."""
 
     first_position: int
 
@@ -197,7 +203,7 @@ class _ShiftedPositions:
 
 
 class _TakesPositions:
-    """A decoder that hands its table of positions those that it is given."""
+    """A decoder that hands the given positions to its table."""
 
     def forward(self, *args: Any, position_ids: Tensor, **keywords: Any) -> Any:
         self.embed_positions.position_ids = position_ids  # type: ignore[attr-defined]
@@ -205,7 +211,7 @@ class _TakesPositions:
 
 
 class _TableAtTruePositions:
-    """A table of positions that returns the rows of those that it was handed before."""
+    """A table of positions that returns the rows of the positions that it was handed before."""
 
     position_ids: Tensor
 
@@ -225,23 +231,24 @@ class _TellsPositions:
 
 
 class _AtTruePositions:
-    """An attention layer that scales queries by their rows in the call, made to use positions."""
+    """An attention layer that would scale queries by their rows in the call, and here uses positions."""
 
     position_ids: Tensor
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
-        keywords["past_key_values"] = _TruePositions(self.position_ids)
-        return super().forward(*args, **keywords)  # type: ignore[misc]
+        forward = super().forward  # type: ignore[misc]
+        (name,) = inspect.signature(forward).parameters.keys() & {*KEYS_VALUES_NAMES}
+        return forward(*args, **{**keywords, name: _TruePositions(self.position_ids)})
 
 
 class _TruePositions:
-    """Takes a cache's place: the number of tokens before a row, and nothing to add to its keys and values."""
+    """Takes a cache's place: gives the number of tokens before a row, and adds no keys and values."""
 
     def __init__(self, position_ids: Tensor) -> None:
         self._position_ids = position_ids
 
     def get_seq_length(self, layer_idx: int = 0) -> Tensor:
-        """Return the numbers that make the rows of the call their positions, `(tokens,)`."""
+        """Return the numbers that turn the rows of the call into their positions, `(tokens,)`."""
         rows = torch.arange(self._position_ids.shape[-1], device=self._position_ids.device)
         return self._position_ids[0] - rows
 
@@ -251,12 +258,12 @@ class _TruePositions:
 
 
 class _ChoosesAllKeys:
-    """An indexer that chooses all keys, and names none: see `are_all_keys`."""
+    """An indexer that chooses all keys without naming them: see `are_all_keys`."""
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         return torch.empty((*hidden_states.shape[:-1], 0), dtype=torch.int32, device=hidden_states.device)
 
 
 def are_all_keys(value: object) -> bool:
-    """Return whether a value that a layer passes to its attention says that an indexer has chosen all keys."""
+    """Return whether a value that a layer passes to its attention means that an indexer has chosen all keys."""
     return isinstance(value, Tensor) and value.dtype == torch.int32 and value.shape[-1:] == (0,)

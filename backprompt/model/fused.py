@@ -1,8 +1,8 @@
 """A norm, a gated layer and a rotation of positions in one launch each, in a private body on CUDA.
 
-transformers computes them in seven, two and ten elementwise launches. What these compute is found by a comparison: a
-module is replaced where a kernel gives the numbers of the module's own forward for random rows. Rounding steps are
-those of transformers. Models of which nothing compares equal stay as they are.
+transformers computes them in seven, two and ten elementwise launches. A comparison finds the modules that a kernel can
+replace: the kernel must give the numbers of the module's own forward for random rows. Numbers are rounded at the same
+steps as in transformers. A model without equal numbers stays unchanged.
 
 A module is replaced by giving the private module a class of its own, a subclass of the module's class that changes
 `forward` alone. The user's model, transformers' classes and its functions stay as they are, and a `forward` that
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 LARGEST_NORM = 16384
-"""Rows of more numbers than this do not fit into a program of the norm."""
+"""The longest row that fits into a program of the norm."""
 
 ROTATION = "apply_rotary_pos_emb"
 """The name under which modules of attention find their rotation among the names of their file."""
@@ -39,12 +39,12 @@ LARGEST_GAP = 8
 """A kernel is used if its numbers differ by at most this many roundings of the largest number of a row."""
 
 LEAST_EQUAL = 0.9
-"""In half precision at least this share of the numbers must be equal: a step that rounds elsewhere changes more."""
+"""In half precision at least this share of the numbers must be equal: rounding at another step changes more."""
 
 _PROGRAM_NUMBERS = 2048
 _EPS_NAMES = ("variance_epsilon", "eps")
 _WAYS = ((False, True), (False, False), (True, False))
-"""Of norms: whether one is added to the weight, and whether rows are cast before they are multiplied by the weight."""
+"""Kinds of norms: whether 1 is added to the weight, and whether rows are cast before the weight multiplies them."""
 
 
 def fuse(body: nn.Module, device_types: Collection[str] = ("cuda",)) -> int:
@@ -67,7 +67,7 @@ def fuse(body: nn.Module, device_types: Collection[str] = ("cuda",)) -> int:
         ):
             continue
         shapes = tuple(tuple(one.shape) for one in module.parameters())
-        parts = tuple(map(type, module.children()))  # an activation may be another in each layer
+        parts = tuple(map(type, module.children()))  # each layer may have another activation
         kind = type(module), parts, shapes, parameter.dtype, parameter.device, _eps_of(module)
         if kind not in classes:
             with on_device(parameter.device):
@@ -90,7 +90,7 @@ def _fused_class(module: nn.Module, parameter: Tensor) -> type[nn.Module] | None
         return _norm_class(module, parameter) or _gated_class(module, parameter) or _rotating_class(module, parameter)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a compiler runs, and other people's code on rows of ours
+    except Exception as error:  # a compiler, or foreign code on our rows, may raise anything
         logger.info("%s keeps its own code: %s", type(module).__name__, error)
         return None
 
@@ -247,7 +247,7 @@ def _rotates_alike(plain: Callable[..., Any], weight: Tensor) -> bool:
 
 @lru_cache(maxsize=256)
 def _forward_with_rotation(forward: FunctionType, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the same code as `forward`, which finds our rotation where it looks for its own."""
+    """Return a function with the code of `forward`, which calls our rotation instead of its own."""
     names = forward.__globals__
 
     def rotate(*args: Any, **keywords: Any) -> Any:
@@ -280,7 +280,7 @@ def _can_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return queries and keys `(1, heads, tokens, size)`, rotated in one launch; each may lie anyhow but in `size`."""
+    """Return queries and keys `(1, heads, tokens, size)`, rotated in one launch; any strides, except along `size`."""
     _, heads, num_tokens, size = query.shape
     kv_heads = key.shape[1]
     outputs = tuple(torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (query, key))
@@ -315,7 +315,7 @@ def _drawn(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
 
 
 def _is_alike(found: Tensor, expected: Tensor) -> bool:
-    """Return whether numbers differ by the order of sums alone; in half precision most numbers are equal then."""
+    """Return whether numbers differ only as sums in another order do; in half precision most are equal then."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     eps = torch.finfo(found.dtype).eps

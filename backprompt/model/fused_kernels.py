@@ -21,7 +21,7 @@ def rms_norm_kernel(
     ADDS_ONE: tl.constexpr,
     CASTS_FIRST: tl.constexpr,
 ):
-    """Divide rows by their root mean square, and multiply by the weight, to which one may be added."""
+    """Divide rows by their root mean square, and multiply them by the weight or by 1 + the weight."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     idx = tl.arange(0, PADDED_SIZE)[None, :]
     is_number = (row < num_rows) & (idx < SIZE)
@@ -68,7 +68,7 @@ def rotate_kernel(
     PADDED_HALF: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Rotate some tokens of a head of queries or of keys: numbers are paired with those of the other half."""
+    """Rotate some tokens of a head of queries or of keys: each number is paired with one of the other half."""
     axis = tl.program_id(0) % (HEADS + KV_HEADS)
     token = (tl.program_id(0) // (HEADS + KV_HEADS) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
     dim = tl.arange(0, PADDED_HALF)[None, :]

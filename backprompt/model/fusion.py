@@ -1,4 +1,4 @@
-"""The choice of what replaces elementwise parts of a private body, for a device."""
+"""The choice of kernels for elementwise parts of a private body, by device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def fusion_for(device: torch.device) -> Callable[[nn.Module], int]:
-    """Return what gives modules of a body kernels of their own, and counts them: on CUDA where Triton is installed."""
+    """Return the function that gives modules of a body fused kernels, and counts them: on CUDA with Triton."""
     if device.type != "cuda":
         return _nothing
     try:

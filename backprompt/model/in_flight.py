@@ -1,4 +1,4 @@
-"""The state of one forward call of a model's body: what its masks and layers have left so far; and what is left."""
+"""The state of one forward call of a model's body: its masks, its keys and values so far, and the results of a pass."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from backprompt.model.families import are_all_keys
 from backprompt.model.masks import Mask, Unknown
 
 Way: TypeAlias = Literal["replayed", "recorded", "plain"]
-"""How a step of a generation was computed: by a graph, by the first run of one, or without."""
+"""The way in which a step of a generation was computed: by a graph, by the first run of a graph, or without a graph."""
 
-# Keywords that models pass along and packed attention can ignore. Any other that is not None is refused by name.
+# Keywords that models pass along and packed attention can ignore. Other keywords that are not None are refused by name.
 _MEANINGLESS_KEYWORDS = frozenset(
     {
         "cache_position",
@@ -37,24 +37,24 @@ _MEANINGLESS_KEYWORDS = frozenset(
 
 
 _FIRST_MARKER = 1 << 40
-"""Markers have one axis of this size and more, which no tensor of numbers has."""
+"""One axis of a marker has at least this size, which no tensor of numbers has."""
 
 
 def is_about_marker(error: Exception) -> bool:
-    """Return whether an error names a size of a marker: somebody has taken the marker for a mask of numbers."""
+    """Return whether an error names a size of a marker: some code has used the marker as a mask of numbers."""
     return any(size in str(error) for size in (str(_FIRST_MARKER)[:-3], "tensor a (0)", "tensor b (0)"))
 
 
 @dataclass(kw_only=True)
 class Masks:
-    """The masks of one forward call, and how its layers score.
+    """The masks of one forward call, and the scoring of its layers.
 
     Attributes:
         model_name: for messages.
         max_position: the last position of the call.
-        masks: the masks that the model has made; or the reason why packed attention does not implement one.
-        least_unseen: the least last position at which a layer would be refused for a window that no mask shows; None if
-            there is none.
+        masks: the masks that the model has made; for a mask that packed attention does not implement, the reason.
+        least_unseen: the smallest last position at which a layer would be refused for a window that its mask does not
+            show; None if there is none.
 
     """
 
@@ -66,9 +66,9 @@ class Masks:
     def mark(self, mask_function: Callable[..., Tensor], use_vmap: bool, device: torch.device) -> Tensor:
         """Return a marker for a mask.
 
-        The shape of the marker is its number: a layer that is recomputed may be given a copy. Models slice masks, so
-        a marker has the four axes of a mask. Some models make a mask that no layer uses, so a mask that is neither
-        causal nor causal within a window is refused where a layer attends.
+        The shape of the marker is its number, because a layer that is recomputed may get a copy. Models slice masks,
+        so a marker has the four axes of a mask. Some models make a mask that no layer uses. So a mask that is neither
+        causal nor causal within a window is refused only when a layer attends by it.
         """
         self.masks.append(self._mask_of(mask_function, use_vmap, device))
         return torch.empty((1, 1, 0, _FIRST_MARKER + len(self.masks) - 1), device=device)
@@ -80,7 +80,7 @@ class Masks:
                 return mask
         except IndexError:
             return Unknown(
-                f"{self.model_name} masks attention by a table of the rows of its call, so its texts cannot share one."
+                f"{self.model_name} masks attention by the row numbers of the call, so its texts cannot share a pass."
             )
         return Unknown(
             f"{self.model_name} masks attention in a way that is neither causal nor a sliding window (for texts of "
@@ -100,7 +100,7 @@ class Masks:
         s_aux: Tensor | None = None,
         **keywords: object,
     ) -> Scoring:
-        """Return the scoring of a layer, from what the layer passes to transformers' attention interface.
+        """Return the scoring of a layer, from the arguments that it passes to transformers' attention interface.
 
         Raises:
             UnsupportedModelError: packed attention does not implement a keyword, or the mask is unknown.
@@ -113,12 +113,12 @@ class Masks:
         if self.least_unseen is not None and self.max_position >= self.least_unseen:
             raise UnsupportedModelError(
                 f"{self.model_name} asks its attention for a sliding window of {sliding_window} positions, but its "
-                "mask does not say so. Keep texts within the window."
+                "mask shows no such window. Keep texts within the window."
             )
         return Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
 
     def means_the_same_at(self, position: int) -> bool:
-        """Return whether a call with another last position would go the same way."""
+        """Return whether a call with another last position would have the same masks and windows."""
         is_seen = self.least_unseen is None or position < self.least_unseen
         return is_seen and all(isinstance(mask, Unknown) or mask.means_the_same_at(position) for mask in self.masks)
 
@@ -130,8 +130,9 @@ class Masks:
                 raise UnsupportedModelError(mask.why)
             return mask.meaning.window
         raise UnsupportedModelError(
-            f"{self.model_name} makes its attention mask without transformers' mask interface, so what it hides is "
-            "unknown. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
+            f"{self.model_name} makes its attention mask without transformers' mask interface, so the keys that the "
+            "mask hides are unknown. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, "
+            "OLMo ...)."
         )
 
     def _refuse_unknown(self, keywords: Mapping[str, object], dropout: float, is_causal: bool | None) -> None:
@@ -197,12 +198,12 @@ def no_layers_error(model_name: str) -> UnsupportedModelError:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a pass besides its own tokens.
+    """The work of a pass in addition to its own tokens.
 
     Attributes:
         num_calls: the calls of the model's body.
         num_again: tokens that were forwarded again, for states that were not kept; see levels.py.
-        restored: these states, as snapshots of the spans that hold their other rows.
+        restored: the states that were computed again, as snapshots of the spans that hold their other rows.
 
     """
 
@@ -223,8 +224,8 @@ class Forwarded:
         hidden: the final hidden states, `(tokens, hidden)`.
         are_finite: whether all numbers are finite, `()`.
         are_placed: whether keys, values and hidden states were copied to their places, see `Executor.step`.
-        way: of a step.
-        work: the work besides.
+        way: the way of a step.
+        work: the additional work.
 
     """
 
@@ -249,7 +250,7 @@ class Computed:
         keys_values: the keys and values of all spans.
         states: the states of the spans that held none; None if all spans did.
         keys_values_of, states_of: the rows of each span.
-        work: the work besides.
+        work: the additional work.
 
     """
 

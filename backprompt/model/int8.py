@@ -2,13 +2,13 @@
 
 `quantize` gives a model torchao's tensors, with a scale for each output of a layer. There are two ways:
 
-- "int8": weights alone. Products are of float32: oneDNN multiplies with the integers as float32, which are made anew
-  for each product and dropped. Results differ from torchao's by the rounding of float32.
-- "int8-dynamic": inputs as well, with a scale for each row. oneDNN's kernels for int8 read a packed copy of the
-  integers. They are given the integers that torchao computes, so sums are the same.
+- "int8": only weights are quantized. Products are of float32: for each product the integers are converted to float32,
+  multiplied by oneDNN, and dropped. Results differ from torchao's by the rounding of float32.
+- "int8-dynamic": inputs are quantized as well, with a scale for each row. oneDNN's kernels for int8 read a packed copy
+  of the integers. They get the integers that torchao computes, so the sums are the same.
 
-torchao's own products on the CPU are slower than those of float32. The operations are not public: a tiny case with the
-largest integers is compared first, and torchao's own products serve where it differs.
+torchao's own products on the CPU are slower than those of float32. oneDNN's operations are not public. So a tiny case
+with the largest integers is compared first, and torchao's own products are used if the results differ.
 
 The measurements are in `docs/design/model.md`, "Matrix products".
 """
@@ -34,15 +34,15 @@ Way: TypeAlias = Literal["int8", "int8-dynamic"]
 WAYS: tuple[Way, ...] = get_args(Way)
 
 _STEPS = 127.5
-"""torchao maps the largest number of a row to this, and clips to the largest integer."""
+"""torchao maps the largest number of a row to this number, and clips to the largest integer."""
 _LEAST_SCALE = torch.finfo(torch.float32).eps
 _ZERO = 128
-"""Inputs are unsigned for the kernels: their zero is this integer."""
+"""Inputs are unsigned for the kernels; this integer stands for 0."""
 _ROWS_TO_PACK_FOR = 64
 
 
 class _Packed(NamedTuple):
-    """The integers of a weight in the order of the kernels, the scale of each output, and its zero."""
+    """The integers of a weight in the order of the kernels, and the scale and the zero of each output."""
 
     weight: Tensor
     scales: Tensor
@@ -50,7 +50,7 @@ class _Packed(NamedTuple):
 
 
 def quantize(model: nn.Module, way: Way) -> int:
-    """Give the linear layers of a model, the output head aside, int8 weights of torchao, in place; return how many.
+    """Give the linear layers of a model, except the output head, int8 weights of torchao, in place; return how many.
 
     Raises:
         ImportError: torchao is missing.
@@ -65,7 +65,9 @@ def quantize(model: nn.Module, way: Way) -> int:
     _replace_conv1d(model, head)
     layers = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
     if not layers:
-        raise UnsupportedModelError(f"{name} has no linear layers beside its head that weights={way!r} could quantize.")
+        raise UnsupportedModelError(
+            f"{name} has no linear layers besides its head, so weights={way!r} has nothing to quantize. Leave it out."
+        )
     is_dynamic = way == "int8-dynamic"
     chosen = torchao.Int8DynamicActivationInt8WeightConfig if is_dynamic else torchao.Int8WeightOnlyConfig
     wanted = set(layers)
@@ -115,7 +117,7 @@ class DynamicInt8Linear(Int8Linear):
 
 
 def speed_up_int8(models: Iterable[nn.Module], linears: Linears) -> Linears:
-    """Give the int8 layers of private copies faster kernels, where there are any.
+    """Give the int8 layers of private copies faster kernels, if there are any.
 
     Returns:
         `linears`, with the method's name and the bytes of packed copies added.
@@ -134,7 +136,7 @@ def speed_up_int8(models: Iterable[nn.Module], linears: Linears) -> Linears:
 
 
 def _kind_for(weight: Any) -> type[Int8Linear] | None:
-    """Return the class for a layer with an int8 weight, or None where torchao's own product serves."""
+    """Return the class for a layer with an int8 weight, or None if torchao's own product is used."""
     if weight.act_quant_kwargs is not None:
         return DynamicInt8Linear if failure_of_int8() is None else None
     is_served = weight.dtype == torch.float32 and failure_of(torch.float32) is None and is_faster()
@@ -143,9 +145,9 @@ def _kind_for(weight: Any) -> type[Int8Linear] | None:
 
 @lru_cache
 def failure_of_int8() -> str | None:
-    """Return why the kernels for int8 inputs are not used, or None, after trying a tiny case.
+    """Try a tiny case of the kernels for int8 inputs; return why they are not used, or None.
 
-    Some processors add pairs of products in 16 bits: the largest integers show it.
+    Some processors add pairs of products in 16 bits; the largest integers show that.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.device("cpu"):
@@ -181,7 +183,7 @@ def _packed(integers: Tensor, scales: Tensor) -> _Packed:
 
 
 def _int8_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Return the linear layers with int8 weights that are known here, each with its parent and its name there."""
+    """Return the linear layers with int8 weights of the kinds in this file, each with its parent and its name there."""
     return [
         (parent, name, child)
         for parent in model.modules()
@@ -210,7 +212,7 @@ def _is_int8(weight: Any) -> bool:
 
 
 def _replace_conv1d(model: nn.Module, head: nn.Module) -> None:
-    """Put linear layers in the place of GPT-2's `Conv1D`, the same with the weight transposed."""
+    """Replace GPT-2's `Conv1D` by linear layers: the same with the weight transposed."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is Conv1D and child is not head:

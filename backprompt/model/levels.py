@@ -1,19 +1,20 @@
 """Passes by levels: for a model whose attention cannot be packed, but whose `forward` takes a cache.
 
 The tokens of a pass are forwarded in several calls of the model's own body. In each call, all texts have the same
-number of tokens before it and take the same number of tokens, so there is neither padding nor a mask: spans that begin
-at one depth go on together by the length of the shortest. Each continues a copy of the cache of the span before it.
+number of tokens before it and take the same number of tokens, so there is neither padding nor a mask. Spans that begin
+at the same depth advance together by the length of the shortest. Each span continues a copy of the cache of the span
+before it.
 
     pass    a a a a --+-- b b b --+-- c c          calls    a a a a
                       |           +-- d d                   b b b | e e e    behind a copy of the cache of aaaa
                       +-- e e e e e                         c c | d d | e e  behind copies of three caches
 
 A cache is built of rows of keys and values, and of snapshots of states (cache_form.py). Both are kept in the blocks of
-spans. A span whose snapshot is lost, because another text ends within what was one span, is computed again from the
-last snapshot before it.
+spans. If a span is split because another text ends within it, the upper part has no snapshot. Such a snapshot is
+computed again from the last one before it.
 
-Some models look at their states only where a single token goes behind them. Their spans go on a token a call
-(`Way.takes_several`); the beginning of a text is one call, with others of the same length.
+Some models use their states only if a call has a single token. Their spans advance by one token in each call
+(`Way.takes_several`). The beginning of a text is one call, together with other beginnings of the same length.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from backprompt.forest.span import Span
 from backprompt.memory.blocks import BlockRows, KeysValues, keys_values_of, layer_names
 from backprompt.memory.budget import free_bytes
 from backprompt.memory.snapshots import KeysValuesAndSnapshots, snapshot_of
-from backprompt.model.cache_form import Body, CacheForm
+from backprompt.model.cache_form import KEYS_VALUES_NAMES, Body, CacheForm
 from backprompt.model.in_flight import Forwarded, Work
 
 MAX_CACHE_BYTES = 256 << 20
-"""The caches of a call take at most so many bytes, or those of one text."""
+"""The largest number of bytes for the caches of a call, unless the cache of a single text is larger."""
 
 MAX_SNAPSHOT_BYTES = 1 << 30
-"""Snapshots that one pass leaves take at most so many bytes, or a share of what is free if that is more.
+"""The largest number of bytes for the snapshots that one pass leaves, or a share of the free bytes if that is more.
 
-Those of spans that others continue come first.
+Snapshots of spans that others continue come first.
 """
 
 SHARE_FOR_SNAPSHOTS = 0.25
@@ -53,10 +54,10 @@ Pieces = tuple["BlockRows[KeysValues]", ...]
 
 
 def check_packed(levels: Levels | None, what: str) -> None:
-    """Raise UnsupportedModelError, for `what` takes packed attention, if passes go by levels."""
+    """Raise UnsupportedModelError if passes go by levels: `what` needs packed attention."""
     if levels is not None:
         raise UnsupportedModelError(
-            f"{what} take packed attention, and this model is evaluated by levels, with its own attention. "
+            f"{what} need packed attention, but this model is evaluated by levels, with its own attention. "
             f"{levels.way.why_not_packed}"
         )
 
@@ -69,8 +70,8 @@ class _Run:
         token_ids: the tokens.
         position: the number of tokens before them.
         before: the run that they continue, if that is part of the same pass.
-        pieces: the rows of keys and values of all tokens before, and for a span that is held, of the tokens, too.
-        own: the rows for the results; None if nothing but a snapshot is asked for.
+        pieces: the rows of keys and values of all tokens before; for a held span also the rows of its own tokens.
+        own: the rows for the results; None if only a snapshot is needed.
         span: the span whose end is the end of the run; None for a part of a fan.
         snapshot: the states behind the tokens that are done.
         num_done: the number of tokens that are done.
@@ -109,7 +110,7 @@ class _Run:
 
 
 class _NoAttention:
-    """The attention of steps of a generation that go by levels: nothing is prepared."""
+    """The attention of a generation's steps by levels: nothing is prepared."""
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Raise: the model has its own attention."""
@@ -124,14 +125,14 @@ NO_ATTENTION = _NoAttention()
 
 @dataclass(frozen=True)
 class Way:
-    """What the probe has found of calls behind a cache.
+    """The findings of the probe about calls behind a cache.
 
     Attributes:
-        takes_several: whether a call sees all of the cache with several tokens, and not only with a single one.
+        takes_several: whether a call with several tokens sees all of the cache, as a call with one token does.
         takes_batches: whether a call takes several texts with a token each.
-        takes_positions: whether a call says at which positions the tokens are.
-        counts_positions: whether a call counts positions by itself as it is told to.
-        why_not_packed: the reason for going by levels, for messages.
+        takes_positions: whether a call is given the positions of the tokens.
+        counts_positions: whether a call without positions counts them as given positions would.
+        why_not_packed: the reason why passes go by levels, for messages.
 
     """
 
@@ -148,7 +149,7 @@ class Levels:
     Args:
         body: the model's body, with its own attention.
         form: the form of its cache.
-        way: how it is called.
+        way: the way to call the body.
 
     """
 
@@ -178,23 +179,23 @@ class Levels:
         """Return a new cache of one text, all rows of a block, and of the snapshot behind them.
 
         Raises:
-            UnsupportedModelError: the model's cache is no `DynamicCache`, or lacks the snapshot.
+            UnsupportedModelError: the model's cache is not a `DynamicCache`, or lacks the snapshot.
 
         """
-        if self.form.empty is None or self.form.name != "past_key_values":
+        if self.form.empty is None or self.form.name not in KEYS_VALUES_NAMES:
             raise UnsupportedModelError(
-                f"{model_name} has a cache of its own, so past_key_values() cannot make one for it. Read logits and "
-                "log-probabilities from the text, or continue it with text.generate(...)."
+                f"{model_name} has a cache of its own form, which past_key_values() cannot make. Read logits and "
+                "log-probabilities from the text, or continue the text with text.generate(...)."
             )
         if not (self.way.takes_several and self.way.counts_positions):
             raise UnsupportedModelError(
-                f"{model_name} gives other numbers where several tokens go behind a cache in a plain call, so "
-                "past_key_values() makes none. Continue the text with text.generate(...)."
+                f"A plain call of {model_name} with several tokens behind a cache gives wrong numbers, so "
+                "past_key_values() makes no cache. Continue the text with text.generate(...)."
             )
         if self.form.states and snapshot is None:
             raise UnsupportedModelError(
-                f"The states of {model_name} behind this text are not held, as it ends within what was evaluated as "
-                "one text. Continue it with text.generate(...)."
+                f"The states of {model_name} behind this text are not held, because the text was evaluated as the "
+                "beginning of a longer text. Continue the text with text.generate(...)."
             )
         rows = BlockRows(keys_values, 0, keys_values.num_rows)
         made = self.built([(rows,)], None if snapshot is None else snapshot[None])
@@ -209,10 +210,10 @@ class Levels:
 
 
 class _LevelsOfPass:
-    """One pass on its way.
+    """One pass that is being forwarded.
 
-    Keeps the runs of its spans, those that lead to missing snapshots, the rows that are done, and the cache that the
-    last call has left, with the runs of its texts.
+    Keeps the runs of its spans, the runs that lead to missing snapshots, the rows that are done, and the cache of the
+    last call with the runs of its texts.
     """
 
     def __init__(self, levels: Levels, pass_: Pass) -> None:
@@ -245,7 +246,7 @@ class _LevelsOfPass:
     # Planning
 
     def _plan(self) -> None:
-        """Make the runs of all spans, and those that lead to snapshots that are missing."""
+        """Make the runs of all spans, and the runs that lead to missing snapshots."""
         start = 0
         run_of: dict[Span, _Run] = {}
         for span in self._pass.spans:
@@ -339,7 +340,7 @@ class _LevelsOfPass:
         return self._levels.built([run.pieces_before() for run in runs], snapshots)
 
     def _take_snapshots(self) -> None:
-        """Note the states that the last call has left, before its cache goes."""
+        """Note the states of the last call before its cache is dropped."""
         if self._form.states and self._of_cache:
             for run, snapshot in zip(self._of_cache, self._form.snapshots_of(self._cache), strict=True):
                 run.snapshot = snapshot
@@ -370,7 +371,7 @@ class _LevelsOfPass:
             self._block.tensors[name][:, targets] = new
 
     def _keep_snapshots(self) -> None:
-        """Let the last rows of spans have their snapshots, as long as these do not take too much."""
+        """Give the last rows of spans their snapshots, as long as these do not take too many bytes."""
         ended = [run for run in self._runs if run.span is not None and run.snapshot is not None]
         num_bytes = MAX_SNAPSHOT_BYTES
         if len(ended) * self._form.snapshot_bytes > num_bytes:

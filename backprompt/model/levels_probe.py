@@ -1,9 +1,9 @@
-"""The way by levels, made ready for a model that cannot be packed: the form of its cache, and what may go behind one.
+"""The way by levels for a model that cannot be packed: the form of its cache, and the calls that may continue it.
 
 The probe (probe.py) compares the results with plain calls afterwards. In low precision this comparison is too coarse to
-tell whether several tokens behind a cache see all of it, as some models look at their states for single tokens only. So
-keys, values and states are made larger here, one kind at a time. If several tokens see them, their hidden states change
-as those of the same tokens do that go behind the cache one at a time.
+tell whether a call with several tokens sees all of a cache: some models use their states for single tokens only. So
+keys, values and states are made larger here, one kind at a time. If several tokens see the larger numbers, their hidden
+states change as they do when the same tokens are forwarded one at a time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from backprompt.model.levels import Levels, Way
 
 _TIMES_LARGER = 32
 _ALLOWED = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.1}
-"""Largest difference of hidden states, as a share of the change that larger numbers in a cache make."""
+"""Largest difference of hidden states, as a share of the change from larger numbers in a cache."""
 
 _SAME = 1e-3
-"""Largest difference of hidden states that should be the same, over the largest."""
+"""Largest difference of hidden states that should be the same, as a share of the largest hidden state."""
 
 _NUM_BEFORE = 4
 
@@ -33,20 +33,22 @@ _NUM_BEFORE = 4
 def ways_by_levels(
     model: nn.Module, executor: Executor, token_ids: Sequence[int], why_not_packed: str
 ) -> Iterator[Levels]:
-    """Yield the ways by levels that a model may be right in, the better first.
+    """Yield the ways by levels that may give the numbers of the plain call, the better first.
 
     Args:
         model: the model.
-        executor: its executor, which goes on with another body.
+        executor: its executor, which gets another body.
         token_ids: seven tokens to try.
-        why_not_packed: the reason for it, for messages.
+        why_not_packed: the reason why the model cannot be packed, for messages.
 
     Raises:
         UnsupportedModelError: the model has no cache that can be taken apart.
 
     """
     if spread.is_spread(model):
-        raise UnsupportedModelError("Models on several devices, or offloaded, do not go by levels.")
+        raise UnsupportedModelError(
+            "Evaluation by levels, the other way, needs the whole model on one device: load it without offloading."
+        )
     body = executor.own_body()
     for takes_positions in dict.fromkeys((body.takes_positions, False)):
         body.takes_positions = takes_positions
@@ -62,16 +64,18 @@ def ways_by_levels(
         except torch.OutOfMemoryError:
             raise
         except CacheError as error:
-            raise UnsupportedModelError(f"Nor can spans continue its cache: {error}.") from error
+            raise UnsupportedModelError(f"Spans cannot continue its cache either: {error}.") from error
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ArithmeticError) as error:
-            raise UnsupportedModelError(f"Nor can spans continue its cache: {type(error).__name__}: {error}") from error
+            raise UnsupportedModelError(
+                f"Spans cannot continue its cache either: {type(error).__name__}: {error}"
+            ) from error
         yield Levels(body, form, found)
         if found.takes_several:
             yield Levels(body, form, replace(found, takes_several=False))
 
 
 def _takes_several(body: Body, form: CacheForm, token_ids: Sequence[int]) -> bool:
-    """Return whether several tokens behind a cache give the same as one at a time, whatever the cache has."""
+    """Return whether several tokens behind a cache give the same as one at a time, for any numbers in the cache."""
     before, after = list(token_ids[:_NUM_BEFORE]), list(token_ids[_NUM_BEFORE:])
     _, cache = body.call([before], form.begun())
     rows = [tensor.clone() for tensor in form.rows_of(cache, _NUM_BEFORE)]
@@ -83,7 +87,9 @@ def _takes_several(body: Body, form: CacheForm, token_ids: Sequence[int]) -> boo
         apart = _one_at_a_time(body, form.built(own_rows, own_snapshots, _NUM_BEFORE), after)
         together, _ = body.call([after], form.built(own_rows, own_snapshots, _NUM_BEFORE), _NUM_BEFORE)
         gap, change = (float((hidden - apart).float().abs().max()) for hidden in (together, usual))
-        if not (change > 0 and gap <= _ALLOWED[usual.dtype] * change):  # weights of 0 show nothing, and may not stay so
+        if not (
+            change > 0 and gap <= _ALLOWED[usual.dtype] * change
+        ):  # weights of 0 show nothing, and may change later
             return False
     return True
 
@@ -109,7 +115,7 @@ def _takes_batches(body: Body, form: CacheForm, token_ids: Sequence[int]) -> boo
 
 
 def _counts_positions(body: Body, form: CacheForm, token_ids: Sequence[int]) -> bool:
-    """Return whether a call behind a cache counts positions by itself as it is told to."""
+    """Return whether a call behind a cache without positions counts them as given positions would."""
     before, after = list(token_ids[:_NUM_BEFORE]), list(token_ids[_NUM_BEFORE:])
     takes_positions = body.takes_positions
     try:

@@ -13,7 +13,7 @@ from backprompt.model import families
 from backprompt.model.skeleton import decoder_of, vocab_size
 
 _NUM_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-"""The fields of configurations that say for how many positions a model was made."""
+"""The fields of configurations with the number of positions that a model was made for."""
 
 _MEDIA = ("image", "video", "audio", "speech", "vision")
 
@@ -23,13 +23,13 @@ class Limits:
     """The limits that a model sets for texts.
 
     Attributes:
-        num_embeddings: token ids must be below this number, of those that the model embeds and scores.
+        num_embeddings: the number of token ids that the model embeds and scores; ids must be below it.
         max_tokens: the number of positions that the model was made for, or None if it does not say.
         why_hard: the reason why texts cannot exceed `max_tokens`; None if they can, at the caller's risk.
         placeholders: token ids that stand for images or sounds, or take no position.
-        padding: the one of these that takes no position.
-        counts_tokens: whether texts have at most `max_tokens` tokens, which are more than positions where there is a
-            group: keys are chosen among all tokens that a token sees.
+        padding: the placeholder that takes no position.
+        counts_tokens: whether `max_tokens` limits tokens instead of positions, because keys are chosen among all tokens
+            that a token sees. A text with groups has more tokens than positions.
 
     """
 
@@ -46,12 +46,12 @@ class Limits:
             found = min(self.placeholders.intersection(token_ids))
             if found == self.padding:
                 raise TokenIdError(
-                    f"Token id {found} is the model's padding, which takes no position in the plain call. Only texts "
-                    "without it are evaluated."
+                    f"Token id {found} is the model's padding, which takes no position in the plain call. Remove "
+                    "the token from the text."
                 )
             raise TokenIdError(
                 f"Token id {found} stands for an image, a video or a sound, which the model puts in its place. Only "
-                "texts without such tokens are evaluated."
+                "texts without such tokens can be evaluated: remove the token."
             )
 
 
@@ -71,7 +71,7 @@ def limits_of(model: nn.Module) -> Limits:
         placeholders |= {padding}
         max_tokens = None if max_tokens is None else max_tokens - padding - 1
     hard = [
-        (int(length), f"its {kind} rotary scaling changes all positions of a call that has a longer one")
+        (int(length), f"its {kind} rotary scaling changes all positions of a call with a longer text")
         for kind, length in (_scaled_from(rope, max_tokens) for rope in _rope_parameters(config))
         if length is not None
     ]
@@ -79,14 +79,14 @@ def limits_of(model: nn.Module) -> Limits:
     if num_chosen is not None:
         hard.append((num_chosen, f"in longer texts its indexer chooses {num_chosen} keys for each token"))
     is_rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
-    why_hard = None if is_rotary else "its position embeddings are learned, one a position"
+    why_hard = None if is_rotary else "its position embeddings are learned, one for each position"
     if hard:
         max_tokens, why_hard = min(hard)  # kinds of layers may differ
     return Limits(num_embeddings, max_tokens, why_hard, placeholders, padding, num_chosen is not None)
 
 
 def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int | None]:
-    """Return the kind of rotary scaling, and the length beyond which it looks at the longest position of a call."""
+    """Return the kind of rotary scaling, and the length beyond which it depends on the largest position of a call."""
     kind = str(rope.get("rope_type", "default"))
     if "dynamic" in kind:  # transformers' code does not read the original length
         return kind, max_tokens
@@ -94,9 +94,9 @@ def _scaled_from(rope: dict[str, Any], max_tokens: int | None) -> tuple[str, int
 
 
 def _placeholders(model: nn.Module) -> frozenset[int]:
-    """Return the token ids that a model of texts and other media replaces by embeddings of these.
+    """Return the token ids that a model of texts and other media replaces by embeddings of images or sounds.
 
-    In texts alone, some classes embed such ids as others, and some do not.
+    In a call without images or sounds, some classes embed such ids like other ids, and some do not.
     """
     config: Any = model.config
     if config.get_text_config() is config:

@@ -1,9 +1,9 @@
 """Linear layers on the CPU through oneDNN, where that is faster: the only file that knows how they are multiplied.
 
-torch multiplies float32 matrices with MKL. oneDNN, which is part of torch, was two to four times faster where it was
-measured, with unpacked weights or with *packed* ones: copied once into the order in which its kernels read them. The
-operations are those that torch's own compiler calls (`torch/_inductor/fx_passes/mkldnn_fusion.py`). They are private,
-so an operation that is missing, refuses its arguments or gives other numbers is not used. The products differ only by
+torch multiplies float32 matrices with MKL. In measurements oneDNN, a part of torch, was two to four times faster, with
+unpacked weights or with *packed* weights: copied once into the order in which oneDNN's kernels read them. The
+operations are those that torch's own compiler calls (`torch/_inductor/fx_passes/mkldnn_fusion.py`). They are private:
+an operation is not used if it is missing, refuses its arguments or gives other numbers. The products differ only by
 rounding.
 
 The measurements are in `docs/design/model.md`, "Matrix products".
@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from backprompt.errors import UnsupportedModelError
 
 FASTER = 1.2
-"""oneDNN serves unpacked weights if it is this many times faster in a quick comparison at the first use."""
+"""oneDNN multiplies unpacked weights if it is this many times faster in a quick comparison at the first use."""
 
 _COMPARED_SIZE = 1024
 _COMPARED_ROWS = (16, 128)
@@ -66,7 +66,7 @@ class OneDnnLinear(nn.Module):
 
 
 def speed_up(models: Iterable[nn.Module], *, pack: bool) -> Linears:
-    """Let oneDNN multiply the linear layers of private copies of a model, packed or where oneDNN is faster.
+    """Let oneDNN multiply the linear layers of private copies of a model, if packed or if oneDNN is faster.
 
     Raises:
         UnsupportedModelError: `pack` is set, but nothing can be packed.
@@ -116,7 +116,7 @@ def _trained_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 
 class _TrainedProduct(torch.autograd.Function):
-    """The same for `(rows, inputs)`, and the two products of its backward."""
+    """`_product` for `(rows, inputs)`, and the two products of its backward."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,7 +143,7 @@ def speed_up_trained(model: nn.Module) -> None:
 
 
 def _serves_training() -> bool:
-    """Return whether oneDNN is right and faster; the answer is kept, so the caller's torch settings are shut out."""
+    """Return whether oneDNN is right and faster. The answer is kept, so the caller's torch settings must not matter."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         return failure_of(torch.float32) is None and training_failure() is None and is_faster()
 
@@ -155,8 +155,9 @@ def _replaceable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) in (nn.Linear, Conv1D)
-        and "forward" not in vars(child)  # no forward of the user's
-        and type(parent).__name__ != "TrainableTokensLayer"  # peft's looks at the type, and multiplies on its own
+        and "forward" not in vars(child)  # the user has not replaced it
+        and type(parent).__name__
+        != "TrainableTokensLayer"  # this layer of peft checks the type, and multiplies by itself
         and is_plain(_weight(child), ("cpu",))
     ]
 
@@ -179,10 +180,10 @@ def _weight(layer: nn.Module) -> Tensor:
 def _why_not(dtypes: set[torch.dtype]) -> str | None:
     """Return why oneDNN cannot multiply with packed weights of these types, or None."""
     if not dtypes:
-        return "this model has no linear layers on the CPU, and only those can be packed."
+        return "only linear layers on the CPU can be packed, and this model has none."
     for dtype in dtypes:
         if dtype not in (torch.float32, torch.bfloat16):
-            return f"weights of {dtype} cannot be packed, only those of torch.float32 and torch.bfloat16."
+            return f"weights of {dtype} cannot be packed, only weights of torch.float32 and torch.bfloat16."
         if (failure := failure_of(dtype)) is not None:
             return f"oneDNN of this torch cannot serve {dtype} here ({failure})."
     return None
@@ -190,7 +191,7 @@ def _why_not(dtypes: set[torch.dtype]) -> str | None:
 
 @lru_cache
 def failure_of(dtype: torch.dtype) -> str | None:
-    """Return why oneDNN's products of this type are not used, or None, after trying a tiny case."""
+    """Try a tiny case of oneDNN's products of this type; return why they are not used, or None."""
     rows, weight, bias = (_drawn(shape).to(dtype) for shape in ((1, 5, 48), (33, 48), (33,)))
     expected = nn.functional.linear(rows.double(), weight.double(), bias.double())
     try:
@@ -207,7 +208,7 @@ def failure_of(dtype: torch.dtype) -> str | None:
 
 @lru_cache
 def training_failure() -> str | None:
-    """Return why oneDNN's products are not used in the backward, or None, after trying a tiny case."""
+    """Try a tiny case of oneDNN's products in the backward; return why they are not used, or None."""
     given = [_drawn(shape) for shape in ((1, 5, 48), (33, 48), (33,))]
     gaps = []
     with torch.enable_grad():
@@ -230,7 +231,7 @@ def training_failure() -> str | None:
 def is_faster() -> bool:
     """Return whether oneDNN is faster with unpacked weights, in both orders, for few rows and for more.
 
-    One thread is measured by its own time on the processor, so that other work on the machine decides nothing.
+    One thread is measured by its own time on the processor, so that other work on the machine does not matter.
     """
     weight, bias = _drawn((_COMPARED_SIZE, _COMPARED_SIZE)), _drawn((_COMPARED_SIZE,))
     ratios = []

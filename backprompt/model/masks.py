@@ -1,7 +1,7 @@
 """The meaning of a model's mask: causal, or causal within a window, at the last position of a call; nothing else.
 
-Masks are functions of positions in transformers. They are called with positions on the CPU where possible, so that
-nobody waits for a GPU.
+Masks are functions of positions in transformers. If possible, they are called with positions on the CPU, to avoid
+waiting for a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 POSITIONS_AHEAD = 64
-"""A mask is looked at for this many positions at once, for the steps to come."""
+"""The number of positions for which a mask is examined at once, for the steps to come."""
 
 
 class Meaning(NamedTuple):
@@ -21,7 +21,7 @@ class Meaning(NamedTuple):
 
     Attributes:
         is_known: whether the mask is causal, or causal within a window.
-        window: a row sees keys fewer than this many positions back; None for all before it.
+        window: a row sees keys fewer than this many positions back; None: the row sees all keys before it.
 
     """
 
@@ -30,7 +30,7 @@ class Meaning(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """A mask that packed attention does not implement; `why`: the message for it, where a layer attends by it."""
+    """A mask that packed attention does not implement; `why`: the message if a layer attends by it."""
 
     why: str
 
@@ -41,7 +41,7 @@ class Mask:
     Args:
         mask_function: transformers' function of batch, head, positions of queries and of keys.
         position: the last position of the pass.
-        device: the device of tensors in which the function may look.
+        device: the device of the tensors that the function may read.
 
     """
 
@@ -77,10 +77,10 @@ def meanings(mask_function: Callable[..., Tensor], first: int, stop: int, device
 
 
 def _nums_visible(mask_function: Callable[..., Tensor], positions: range, device: torch.device) -> list[int | None]:
-    """Return how many keys a query at each position sees, or None if they are not the last ones up to the position."""
+    """Return how many keys a query at each position sees, or None if these are not the last keys up to the position."""
     try:
         visible = visible_keys(mask_function, positions, torch.device("cpu"))
-    except RuntimeError:  # the mask looks into tensors of its own
+    except RuntimeError:  # the mask reads tensors of its own
         visible = visible_keys(mask_function, positions, device).cpu()
     queries, keys = _indices(positions, torch.device("cpu"))
     nums = visible.sum(dim=1, keepdim=True)

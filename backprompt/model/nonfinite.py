@@ -1,4 +1,4 @@
-"""Errors for outputs that are not finite: the text that shows them, and the cause as far as weights and dtype tell."""
+"""Errors for outputs that are not finite: a text with such outputs, and the cause if weights or dtype show it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backprompt.model.skeleton import head_dtype
 from backprompt.model.spread import named_numbers
 
 TOKENS_SHOWN = 24
-"""A message shows at most this many of a text's last tokens."""
+"""The largest number of a text's last tokens in a message."""
 
 
 def states_error(
@@ -30,10 +30,10 @@ def states_error(
 def logits_error(
     model: nn.Module, logits: Tensor, token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]
 ) -> NonFiniteError:
-    """Return the error for logits behind `token_ids`, `(vocab,)`, that are no distribution."""
+    """Return the error for logits behind `token_ids`, `(vocab,)`, that are not a distribution."""
     if bool((logits == -torch.inf).all()):
         what = "-inf for every logit, so that every token has probability 0,"
-        why = _why(model, "Check its output head, and what masks its logits.", is_minus_inf_fine=False)
+        why = _why(model, "Check its output head, and the code that masks its logits.", is_minus_inf_fine=False)
     else:
         what, why = "NaN logits" if bool(logits.isnan().any()) else "logits of +inf", _why(model)
     return NonFiniteError(f"{_returned(model, what, token_ids, decode)} {why}")
@@ -58,7 +58,7 @@ def _why(model: nn.Module, otherwise: str = "", *, is_minus_inf_fine: bool = Tru
             is_fine |= values == -torch.inf
         if not bool(is_fine.all()):
             what = "NaN" if bool(values.isnan().any()) else "infinity"
-            return f"Its weight {name!r} has {what}. Check where it was loaded from, and how it was trained."
+            return f"Its weight {name!r} has {what}. Check the checkpoint and the training of the model."
     dtype = head_dtype(model)
     if dtype == torch.float16:
         return (

@@ -1,4 +1,4 @@
-"""The output head on CUDA with a padded copy of its weight, where the size of the vocabulary is odd.
+"""The output head on CUDA with a padded copy of its weight, if the vocabulary has an unfavourable size.
 
 In half precision, cuBLAS has fast kernels only for rows of outputs whose addresses are aligned: for a vocabulary of
 50,257 tokens (GPT-2) the product took 7 times as long as for 50,304. The measurements are in `docs/design/model.md`,
@@ -18,13 +18,13 @@ from backprompt.model.linear import Linears, is_plain
 DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 ALIGNED = 8
-"""Sizes that are a multiple of this have fast kernels."""
+"""Vocabularies with a multiple of this size have fast kernels."""
 
 PADDED = 64
-"""The copy has a multiple of so many rows."""
+"""The number of rows of the copy is a multiple of this number."""
 
 LARGEST_SHARE = 1 / 3
-"""The copy is made where it takes at most this share of the bytes of the model's weights."""
+"""The copy is made if it takes at most this share of the bytes of the model's weights."""
 
 
 class PaddedLinear(nn.Module):
@@ -51,7 +51,7 @@ class PaddedLinear(nn.Module):
 
 
 def pad_head(head: nn.Module, model: nn.Module, linears: Linears, device_types: Collection[str] = ("cuda",)) -> Linears:
-    """Give a private head a padded copy of its weight where that is faster and small beside the model.
+    """Give a private head a padded copy of its weight, if the copy is faster and small compared with the model.
 
     Args:
         head: a private copy of the model around no decoder.

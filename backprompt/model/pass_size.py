@@ -1,4 +1,4 @@
-"""The largest number of tokens in a pass, where the caller gives none."""
+"""The default of the largest number of tokens in a pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokens_per_forward(body: nn.Module, device: torch.device) -> int:
 
 
 def activation_bytes(body: nn.Module) -> int:
-    """Return about the bytes that activations of one token take at a time."""
+    """Return an estimate of the bytes that activations of one token take at a time."""
     embeddings = {id(module.weight) for module in body.modules() if isinstance(module, nn.Embedding)}
     matrices = [weight for weight in body.parameters() if weight.ndim > 1 and id(weight) not in embeddings]
     widths = [sum(weight.shape[-2:]) * weight.element_size() for weight in matrices]

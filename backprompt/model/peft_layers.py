@@ -1,4 +1,4 @@
-"""Layers of peft in a model: which adapters they have, and which of these they add in the model's plain call."""
+"""Layers of peft in a model: the adapters that they have, and the adapters that they add in the plain call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Layer: TypeAlias = Any
 
 
 def is_of_peft(module: nn.Module) -> bool:
-    """Return whether a module adds something to another module, or takes its place, by the name of an adapter."""
+    """Return whether a module adds something to another module, or replaces it, under the name of an adapter."""
     return hasattr(module, "_get_available_adapters") and hasattr(module, "merged_adapters")
 
 

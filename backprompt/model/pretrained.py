@@ -1,8 +1,8 @@
 """The arguments that `load` hands to `from_pretrained` of transformers, and the place that its files come from.
 
-Transformers asks a hub that cannot be reached five more times for each file, with pauses, those that a model need not
-have among them: a minute for a model that is not there, three for one that was downloaded before. So the hub is asked
-once here, and if it does not answer, transformers looks through earlier downloads only.
+If a hub cannot be reached, transformers asks it five more times for each file, with pauses, even for optional files.
+That takes a minute for a missing model, and three minutes for a model that was downloaded before. So the hub is asked
+once here. If it does not answer, transformers searches only earlier downloads.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MODEL_OPTIONS = (
 """The arguments of `from_pretrained` that `load` has by name."""
 
 _SAME_FILES = frozenset({"token", "local_files_only", "trust_remote_code"})
-"""Arguments with which the same files are read in the same way."""
+"""Arguments that do not change which files are read, or how."""
 
 _SECONDS = 10
 _CONFIG = "config.json"
 _NO_ANSWER: type[Exception] = HfHubHTTPError.__bases__[0]
-"""The base of errors in httpx, which is called httpx2 in newer versions of the hub's client."""
+"""The base class of errors in httpx. In newer versions of the hub's client the package is called httpx2."""
 
 
 def pretrained_options(
@@ -52,8 +52,8 @@ def pretrained_options(
         taken: names that `model_kwargs` must not have.
 
     Raises:
-        TypeError: `model_kwargs` is no mapping of names, or names what is given otherwise.
-        ValueError: a value is of another kind than transformers needs.
+        TypeError: `model_kwargs` is not a mapping of names, or has an argument that is given otherwise.
+        ValueError: a value is not of the kind that transformers needs.
 
     """
     if model_kwargs is not None and not (
@@ -86,7 +86,7 @@ class Pretrained:
     Attributes:
         name: a hub id or a folder.
         options: arguments of `from_pretrained`.
-        why_local: the reason why only earlier downloads are looked through; None for a folder, or a hub that answers.
+        why_local: the reason why only earlier downloads are searched; None for a folder, or if the hub answers.
 
     """
 
@@ -99,7 +99,7 @@ class Pretrained:
         """Look for a model.
 
         Raises:
-            ModelLoadError: the name is that of a file or of a folder without a model, or a path that is not there.
+            ModelLoadError: the name is that of a file, of a folder without a model, or of a missing path.
 
         """
         name, path = str(name), Path(name)
@@ -116,7 +116,7 @@ class Pretrained:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weights are those that the name alone gives."""
+        """Whether the weights are the same as those loaded by the name alone."""
         return self.options.keys() <= _SAME_FILES
 
     @property
@@ -125,7 +125,7 @@ class Pretrained:
         return {name: value for name, value in self._here.items() if name in _TOKENIZER_OPTIONS}
 
     def for_model(self, device: torch.device) -> dict[str, Any]:
-        """Return the arguments for the model; one that transformers quantizes is put on its device by transformers."""
+        """Return the arguments for the model; transformers puts a model that it quantizes on its device."""
         options = self._here
         if "quantization_config" in options:
             options.setdefault("device_map", str(device))
@@ -161,18 +161,18 @@ def _check_folder(path: Path, options: Mapping[str, Any]) -> None:
     found = sorted(os.listdir(folder)) if folder.is_dir() else []
     has = f"has no {_CONFIG}, but {', '.join(map(repr, found[:5]))}{' ...' * (len(found) > 5)}" if found else "is empty"
     raise ModelLoadError(
-        f"The folder {str(folder)!r} {has if folder.is_dir() else 'is not there'}. Give the one that "
+        f"The folder {str(folder)!r} {has if folder.is_dir() else 'does not exist'}. Give the folder that "
         "model.save_pretrained(folder) and tokenizer.save_pretrained(folder) wrote."
     )
 
 
 def _why_no_hub(name: str, options: Mapping[str, Any]) -> str | None:
-    """Return why the hub does not answer; None if it does, whatever it says of the model."""
+    """Return why the hub does not answer; None if it answers, even if it does not have the model."""
     try:
         url = hf_hub_url(name, _CONFIG, revision=options.get("revision"))
         get_hf_file_metadata(url, token=options.get("token"), timeout=_SECONDS)
     except HFValidationError:
-        return "the name has not the form of a hub id"
+        return "the name does not have the form of a hub id"
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set"
     except _NO_ANSWER as error:

@@ -1,4 +1,4 @@
-"""The probe: before a model is used, a small packed tree is compared with its plain calls.
+"""The probe: before a model is used, the results of a small packed tree are compared with those of its plain calls.
 
 The probe catches what the configuration does not show: layers that mix tokens outside attention (state-space layers,
 convolutions), norms outside the body, unusual heads. The tree has 16 tokens,
@@ -7,16 +7,16 @@ convolutions), norms outside the body, unusual heads. The tree has 16 tokens,
               |           +-- d d
               +-- e e e e e
 
-and runs as two passes, so that attention to cached keys, to keys of the same pass and within a tile all take part.
+and runs as two passes, so that attention to cached keys, to keys of the same pass and within a tile are all tested.
 
-In low precision a comparison of logits is coarse: small weights mix tokens by less than its tolerance. So the second
+In low precision a comparison of logits is coarse: small weights mix tokens by less than the tolerance. So the second
 pass runs once more with other tokens in the places of `bbb`, `cc` and `dd`. The rows of `eeeee` do not see these
 tokens, and must stay the same.
 
-Layers that keep a state of all tokens before are refused by what they are: see families.py.
+Layers that keep a state of all tokens before are refused by their kind: see families.py.
 
-The choice of experts flips with the last bit. A flip changes rows of one set of tokens, and a wrong layer those of
-each. So a model with experts is refused if several sets show a fault.
+The choice of experts can flip with the last bit. A flip changes rows of one set of tokens, but a wrong layer changes
+rows of every set. So a model with experts is refused only if several sets show a fault.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ In float64 many models still take their softmax in float32.
 """
 
 _CHANGE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
-"""Largest change of hidden states, relative to the largest, where tokens change that a text does not see."""
+"""Largest change of hidden states, relative to the largest, when tokens change that a text does not see."""
 _CHANGE_BY_EXPERTS = _CHANGE | {torch.float16: 3e-3, torch.bfloat16: 2e-2}
-"""The same of models with experts: one multiplies as many rows at once as chose it, and rounds accordingly."""
+"""The same for models with experts: the rounding of an expert depends on the number of rows that chose it."""
 
 _PATHS = ("aaaabbbcc", "aaaabbbdd", "aaaaeeeee")
-"""Of one length, so that one plain call takes all."""
+"""Texts of one length, so that one plain call takes all of them."""
 _TILE_TOKENS = 3
 _MAX_TRIES = 4
-"""Number of token sets to try: a few rows of an embedding that are not finite are no reason to refuse a model."""
+"""Number of token sets to try: a model may be used even if a few rows of its embedding are not finite."""
 
 _MAX_PLACEHOLDERS = 16
 
@@ -78,8 +78,8 @@ def probe(model: nn.Module, executor: Executor) -> None:
         return
     if not _is_causal(plain_model, executor):
         raise UnsupportedModelError(
-            f"{type(model).__name__} lets tokens attend to later tokens, as an encoder does, so what it computes for "
-            "a text changes with the text behind it. Use a causal LM (a configuration of some families needs "
+            f"{type(model).__name__} lets tokens attend to later tokens, as an encoder does, so its results for a "
+            "text change with the text behind it. Use a causal LM (a configuration of some families needs "
             "is_decoder=True)."
         ) from fault
     _probe_by_levels(model, plain_model, executor, fault)
@@ -88,7 +88,7 @@ def probe(model: nn.Module, executor: Executor) -> None:
 def _probe_by_levels(
     model: nn.Module, plain_model: nn.Module, executor: Executor, not_packed: UnsupportedModelError
 ) -> None:
-    """Let the executor go by levels, in the first way that gives the numbers of the plain call."""
+    """Let the executor forward passes by levels, in the first way that gives the numbers of the plain call."""
     ids = _without_placeholders(token_ids_of("abcdefg", executor.limits.num_embeddings, 0), executor.limits)
     fault: UnsupportedModelError | None = None
     try:
@@ -104,7 +104,7 @@ def _probe_by_levels(
 
 
 def _compared(model: nn.Module, plain_model: nn.Module, executor: Executor) -> UnsupportedModelError | None:
-    """Compare evaluation as the executor does it with the plain call; return the fault, or None."""
+    """Compare the executor's evaluation with the plain call; return the fault, or None."""
     has_experts = skeleton.has_experts(model)
     fault: UnsupportedModelError | None = None
     for first in range(_MAX_TRIES if has_experts else 1):
@@ -119,12 +119,12 @@ def _compared(model: nn.Module, plain_model: nn.Module, executor: Executor) -> U
 def _fault(
     model: nn.Module, executor: Executor, texts: _Texts, plain_logits: Tensor, *, has_experts: bool
 ) -> UnsupportedModelError | None:
-    """Return why the model cannot be packed, as one set of tokens shows it, or None."""
+    """Return why one set of tokens shows that the model cannot be packed, or None."""
     name = type(model).__name__
     try:
         packed, change = _packed_logits(executor, texts)
     except NonFiniteError as error:
-        # In float16 the plain call may be just within range, and torch's attention hides some scores that are NaN.
+        # In float16 the plain call may be just within range, and torch's attention hides some NaN scores.
         raise NonFiniteError(
             f"{error} (The plain call returned numbers for the same tokens, a few of the probe's.)"
         ) from error
@@ -143,8 +143,8 @@ def _fault(
         if not gap <= tolerance * scale:
             if executor.levels is not None:
                 return UnsupportedModelError(
-                    f"Nor can spans continue its cache: the logits differ by {gap:.2e} from those of its plain call, "
-                    f"more than {tolerance * scale:.0e}."
+                    f"Spans cannot continue its cache either: the logits differ by {gap:.2e} from those of its plain "
+                    f"call, more than {tolerance * scale:.0e}."
                 )
             return UnsupportedModelError(
                 f"{name} gives other logits in a packed pass than in its plain call: they differ by {gap:.2e}, more "
@@ -164,9 +164,9 @@ def _fault(
 def _cannot_run(name: str, error: Exception, levels: Levels | None) -> UnsupportedModelError:
     """Return the error for a model that raises one on a packed row, or behind a cache."""
     if levels is not None:
-        return UnsupportedModelError(f"Nor can spans continue its cache: {type(error).__name__}: {error}")
+        return UnsupportedModelError(f"Spans cannot continue its cache either: {type(error).__name__}: {error}")
     if is_about_marker(error):
-        what = "computes with its attention mask by code of its own, so its attention cannot be packed"
+        what = "uses its attention mask in code of its own, so its attention cannot be packed"
     else:
         what = f"cannot be run on a packed row of texts: {type(error).__name__}: {error}"
     found = UnsupportedModelError(
@@ -180,7 +180,8 @@ def _cannot_run(name: str, error: Exception, levels: Levels | None) -> Unsupport
 def _is_causal(plain_model: nn.Module, executor: Executor) -> bool:
     """Return whether the plain call computes the same for the beginning of a text as for the text.
 
-    One row that is the same is enough: later tokens change all rows, and a flip in the choice of experts a few.
+    One equal row is enough: in an encoder later tokens change all rows, and a flip in the choice of experts changes a
+    few.
     """
     texts, plain_logits = _plain_logits(plain_model, executor, 0)
     start = len(texts[0]) // 2
@@ -207,9 +208,7 @@ def _plain_logits(plain_model: nn.Module, executor: Executor, first: int) -> tup
             return texts, plain
         text_idx, idx = unusable[0]
         error = error or executor.logits_error(plain[text_idx, idx], texts[text_idx][: idx + 1])
-    raise NonFiniteError(
-        f"{error} So it does for each of {_MAX_TRIES} sets of tokens, with which it is tried before its first text."
-    )
+    raise NonFiniteError(f"{error} All {_MAX_TRIES} sets of tokens with which the model was tested gave such an error.")
 
 
 def _plain_call(plain_model: nn.Module, texts: _Texts, device: torch.device) -> Tensor:
@@ -225,7 +224,7 @@ def _plain_call(plain_model: nn.Module, texts: _Texts, device: torch.device) -> 
     if logits.shape[:-1] != (len(texts), len(texts[0])):
         raise UnsupportedModelError(
             f"{type(plain_model).__name__} returns logits of the shape {tuple(logits.shape)} for {len(texts)} texts of "
-            f"{len(texts[0])} tokens, so they are not those of the next tokens."
+            f"{len(texts[0])} tokens, so they are not the logits of next tokens. Use a causal LM."
         )
     return logits
 
@@ -236,7 +235,7 @@ def token_ids_of(path: str, num_embeddings: int, attempt: int) -> tuple[int, ...
 
 
 def _refused_placeholders(plain_model: nn.Module, executor: Executor) -> frozenset[int]:
-    """Return the ids that stand for images or sounds if the plain call embeds one of them as another, else none."""
+    """Return the ids that stand for images or sounds; none if the plain call embeds all of them like other ids."""
     placeholders = executor.limits.placeholders
     if not placeholders or len(placeholders) > _MAX_PLACEHOLDERS:
         return placeholders
@@ -252,7 +251,7 @@ def _refused_placeholders(plain_model: nn.Module, executor: Executor) -> frozens
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ArithmeticError):
-        return placeholders  # the plain call wants an image or a sound for each of them
+        return placeholders  # the plain call needs an image or a sound for each of these ids
     finally:
         forest.clear()
         executor.refuse_placeholders(placeholders)
@@ -267,9 +266,9 @@ def _without_placeholders(ids: tuple[int, ...], limits: Limits) -> tuple[int, ..
 
 
 def _with_other_siblings(texts: _Texts) -> _Texts:
-    """Return the texts with the last as it is, and other tokens in the branches of the others.
+    """Return the texts with the last one unchanged, and other tokens in the branches of the others.
 
-    The tokens are those of other branches: their embeddings are known to be finite.
+    The tokens come from other branches, so their embeddings are known to be finite.
     """
     (*_, c1, c2), (*_, d1, d2), (*trunk, e3, e4, e5) = texts
     other = (*trunk[:4], e5, e4, e3)
@@ -277,7 +276,7 @@ def _with_other_siblings(texts: _Texts) -> _Texts:
 
 
 def _packed_logits(executor: Executor, texts: _Texts) -> tuple[list[Tensor], float]:
-    """Compute the texts as one forest in two passes, and the second pass once more with other siblings of the last.
+    """Compute the texts as one forest in two passes, and then the second pass with other siblings of the last text.
 
     Returns:
         The logits of each text, `(tokens, vocab)`, and the change of the last text's hidden states.
@@ -299,7 +298,7 @@ def _packed_logits(executor: Executor, texts: _Texts) -> tuple[list[Tensor], flo
         places = [[states_of(span) for span in end.path()] for end in ends]
         return [executor.logits(gather(path, "hidden")) for path in places], change
     finally:
-        forest.clear()  # spans refer to each other: uncleared, their tensors would wait for the cycle collector
+        forest.clear()  # spans refer to each other: without this, their tensors would wait for the cycle collector
 
 
 def _hidden(computed: Computed, path: Sequence[Span]) -> Tensor:

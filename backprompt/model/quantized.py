@@ -4,9 +4,9 @@ A quantized weight is one parameter made of several tensors: integers, scales, z
 these in a tensor that can be flattened, and bitsandbytes hangs a state with scales on the parameter. Everything that
 names, watches or hashes weights goes through `numbers_of`, so that a changed scale is a changed weight.
 
-Layers that quantize their *inputs* row by row compute each row by itself, but round numbers that differ in the last bit
-to different integers: such a model is compared with its plain call as one in bfloat16 is. Layers that quantize by the
-range of the whole call mix the texts of a pass, and are refused.
+Some layers quantize their *inputs* row by row. They compute each row by itself, but may round numbers that differ in
+the last bit to different integers. So their model is compared with its plain call by the tolerances of bfloat16. Layers
+that quantize by the range of the whole call mix the texts of a pass, and are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from backprompt.errors import UnsupportedModelError
 
 COARSE = torch.bfloat16
-"""The dtype whose tolerances fit models with layers that round their inputs to 8 bits, or compute in bfloat16."""
+"""The dtype whose tolerances fit models with layers that round inputs to 8 bits, or compute in bfloat16."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _ONE_RANGE = "PerTensor"
@@ -51,13 +51,13 @@ def special_weights(model: nn.Module) -> list[Tensor]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of all distinct parameters and buffers, those of quantized weights as they are held."""
+    """Return the bytes of all distinct parameters and buffers; quantized weights count with their bytes in memory."""
     distinct = {id(number): number for held in (*model.parameters(), *model.buffers()) for number in numbers_of(held)}
     return sum(number.nbytes for number in distinct.values())
 
 
 def describe(tensor: Tensor) -> str:
-    """Return what decides a special tensor's values besides its numbers, equal in all processes."""
+    """Return a special tensor's settings, which decide its values besides its numbers; equal in all processes."""
     if _names_in(tensor) is not None:
         settings: Any = tensor.__tensor_flatten__()[1]  # type: ignore[attr-defined]
         described = repr((settings, [describe(part) for part in _parts_of(tensor) if is_special(part)]))
@@ -94,7 +94,7 @@ def check_quantized(model: nn.Module) -> None:
         named = f"{model_name} has the quantized layer {kind.__qualname__} at {where!r}"
         if kind.__name__ == "Linear8bitLt":
             raise UnsupportedModelError(
-                f"{model_name} has int8 layers of bitsandbytes, which take numbers out of their weights in their first "
+                f"{model_name} has int8 layers of bitsandbytes, which move numbers out of their weights in their first "
                 "call, so private copies cannot share the weights. Load the model without load_in_8bit=True."
             )
         if kind.__module__.startswith("torch.ao.nn.") and hasattr(module, "_packed_params"):
@@ -109,7 +109,7 @@ def check_quantized(model: nn.Module) -> None:
             )
         if kind.__name__ == "HQQLinear":
             raise UnsupportedModelError(
-                f"{named}, whose scales are no parameters, so that no change of them would be noticed. Quantize with "
+                f"{named}, whose scales are not parameters, so a change of them would not be noticed. Quantize with "
                 "torchao or bitsandbytes."
             )
     for name, weight in (*model.named_parameters(), *model.named_buffers()):

@@ -1,4 +1,4 @@
-"""The recording of work on a device: what is launched once by Python is launched again by a graph, as a whole."""
+"""The recording of work on a device: Python launches the work once, and from then on a graph launches it as a whole."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Output:
     Attributes:
         hidden: final hidden states, `(rows, hidden)`.
         keys_values: the keys and values of all rows.
-        is_finite: 1 if all rows but those behind the step's own are finite, and the rows that were placed, `()`, int32.
-        in_flight: what the run has found out about the model.
+        is_finite: 1 if the step's own rows, and the rows that were placed, are finite, `()`, int32.
+        in_flight: the state of the forward call that was recorded.
 
     """
 
@@ -37,7 +37,7 @@ class Output:
     in_flight: InFlight
 
     def sources(self) -> npt.NDArray[np.int64]:
-        """Return where the tensors lie that go to places, in the order of `Places.addresses`; see placing.py."""
+        """Return the addresses of the tensors that are copied to places, in the order of `Places.addresses`."""
         found = [(tensor.data_ptr(), tensor.stride(0), *tensor.shape[::2]) for tensor in self.keys_values.in_order()]
         return np.array([*found, (self.hidden.data_ptr(), 0, 1, self.hidden.shape[1])], dtype=np.int64)
 
@@ -47,10 +47,10 @@ class Recording:
     """Recorded work.
 
     Attributes:
-        plain: what the work gave when it was not recorded; None once it was compared.
+        plain: the results of the work when it was not recorded; None after the comparison.
         output: the tensors that `replay` fills.
         replay: does the work.
-        num_bytes: the memory that was taken for it, beside the memory of earlier recordings.
+        num_bytes: the memory that the recording took, in addition to the memory of earlier recordings.
 
     """
 
@@ -75,14 +75,14 @@ _WAITING = frozenset(
     }
 )
 _PICKING = frozenset({_ATEN.index, _ATEN.index_put, _ATEN.index_put_})
-"""Operations that wait where an index is a mask."""
+"""Operations that wait for the device if an index is a mask."""
 _COPYING = frozenset({_ATEN._to_copy, _ATEN.copy_})
 
 
 class NoWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which operations that wait for the device, or copy from one to another, raise an error.
 
-    A recording cannot hold such an operation, and one that fails leaves random numbers on CUDA unusable.
+    A recording cannot hold such an operation, and a failed recording leaves random numbers on CUDA unusable.
 
     Args:
         device_type: the type of the device.
@@ -134,13 +134,13 @@ class CudaRecorder:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, compute: Callable[[], Output], finish: Callable[[Output], None]) -> Recording:
-        """See `Recorder`; what the work allocates first is allocated by a run on the same stream."""
+        """See `Recorder`. A first run on the same stream makes the allocations that the work needs only once."""
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             graph = torch.cuda.CUDAGraph()
             alive = list(self._graphs)  # until the recording has begun
-            if not alive:  # torch has no use for a pool whose graphs are all gone
+            if not alive:  # torch cannot use a pool whose graphs are all freed
                 self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.stream(self._stream):
                 plain = compute()  # makes tables and compiles kernels, once

@@ -1,8 +1,8 @@
 """Private copies of the user's model: all of its weights, none of its modes.
 
 `copy.deepcopy` with a memo that maps every parameter to itself takes milliseconds and shares all weights. The copy
-is in eval mode, except where it is trained, and has a configuration of its own. So the user's model never sees the
-switched attention implementation, not even from another thread in the middle of a plain call.
+is in eval mode, unless it is trained, and has a configuration of its own. So the user's model never sees the switched
+attention implementation, not even during a plain call in another thread.
 
 Three copies are made: `body` (the decoder, attention switched to ours), `head` (the causal model around a decoder
 that returns its input, so that the model's own code scales or caps logits), and, for the probe, `plain_copy` (the
@@ -83,13 +83,14 @@ def check_supported(model: nn.Module) -> None:
         )
     if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):  # type: ignore[operator]
         raise UnsupportedModelError(
-            f"{name} has no one table of token embeddings (models of sounds have one a codebook), so it takes no texts."
+            f"{name} does not have a single table of token embeddings (models of sounds have one for each codebook), "
+            "so it takes no texts. Use a causal LM."
         )
     kinds = {type(module).__name__ for module in model.modules()}
     if "ParamWrapper" in kinds:
         raise UnsupportedModelError(
-            f"{name} has a LoRA on parameters (target_parameters), which peft puts into the weights anew in each call, "
-            "so that no state of the weights stays. Merge it (model.merge_and_unload()), or adapt modules."
+            f"{name} has a LoRA on parameters (target_parameters), which peft merges into the weights again in each "
+            "call, so the weights have no fixed state. Merge it (model.merge_and_unload()), or adapt modules."
         )
     check_quantized(model)
     spread.check_spread(model, _decoder(model))
@@ -102,11 +103,11 @@ def check_supported(model: nn.Module) -> None:
 
 
 def why_not_packed(model: nn.Module) -> str | None:
-    """Return why a model that `check_supported` lets pass cannot be packed, if its parts show that; else None."""
+    """Return why a model that passes `check_supported` cannot be packed, if its parts show a reason; else None."""
     name = type(model).__name__
     kinds = families.mixing_layers(_decoder(model))
     if kinds:
-        state = f"keep a state of all tokens before ({', '.join(kinds)}), and so mixes tokens outside attention"
+        state = f"keep a state of all tokens before ({', '.join(kinds)}), and so mix tokens outside attention"
         return f"{name} has layers that {state}. Its texts cannot share a pass."
     if not _uses_attention_interface(model):
         return f"{name} does not go through transformers' attention interface, so its attention cannot be packed."
@@ -116,8 +117,8 @@ def why_not_packed(model: nn.Module) -> str | None:
 def decoder_of(model: nn.Module) -> PreTrainedModel | None:
     """Return the model without its head, or None if there is no such part.
 
-    `get_decoder` looks for attributes by name, and finds the head of ModernBERT's decoder and nothing in Llama 4. In
-    Llama 4 with images it finds the causal LM of texts.
+    `get_decoder` looks for attributes by name. In ModernBERT's decoder it finds the head, in Llama 4 nothing, and in
+    Llama 4 with images the causal LM of texts.
     """
     candidates = (model.get_decoder(), model.base_model, getattr(model, "model", None))  # type: ignore[operator]
     found = next((c for c in candidates if isinstance(c, PreTrainedModel) and c is not model), None)
@@ -137,7 +138,7 @@ def make_own_body(model: nn.Module) -> nn.Module:
 
 
 def make_trained_body(model: nn.Module, attention_name: str) -> nn.Module:
-    """Return the same in the model's own modes: a model in training mode may recompute its layers in the backward."""
+    """Return a copy in the model's own modes: a model in training mode may recompute its layers in the backward."""
     body = _private_copy(_decoder(model))
     for private, own in zip(body.modules(), _decoder(model).modules(), strict=True):
         private.training = own.training
@@ -168,13 +169,13 @@ def plain_copy(model: nn.Module) -> nn.Module:
 class _GivenHiddenStates(nn.Module):
     """Takes the place of a part of the model, and returns its input as the last hidden state.
 
-    Other attributes that a head reads are those of the part. Where the head calls the decoder within the part, the
-    decoder's place is taken, too.
+    Other attributes that a head reads are those of the part. If the head calls the decoder within the part, the decoder
+    is replaced, too.
     """
 
     def __init__(self, part: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        self._taken = (part, decoder)  # in a tuple, modules are no parts of this one
+        self._taken = (part, decoder)  # modules in a tuple are not submodules of this one
         if hasattr(part, "config"):
             self.config = copy.deepcopy(part.config)
 
@@ -205,7 +206,7 @@ class _DecoderOutput(ModelOutput):
 
 
 def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = None) -> nn.Module:
-    # What has no numbers is not shared: the hooks of a copy put numbers in its place.
+    # Tensors without numbers are not shared: the hooks of a copy put numbers in their place.
     copied = copied_weights(model)
     memo: dict[int, Any] = {
         id(parameter): parameter
@@ -230,9 +231,9 @@ def _private_copy(model: nn.Module, replacements: dict[int, nn.Module] | None = 
 
 
 def _has_trainers_forward(module: nn.Module) -> bool:
-    """Return whether a trainer has wrapped the forward method of this one module, for calls of its own.
+    """Return whether a trainer has wrapped the forward method of this module, for calls of its own.
 
-    Such a wrapper holds the method of the user's model. So a copy of the model would run the model itself.
+    Such a wrapper holds the method of the user's model, so a copy with the wrapper would run the model itself.
     """
     return _leads_to_own(module, vars(module).get("forward"))
 
@@ -251,7 +252,7 @@ def _leads_to_own(module: nn.Module, forward: object) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> object | None:
-    """Return what was put in the place of a module's forward method, None if it computes the same as the method."""
+    """Return the replacement of a module's forward method; None if there is none, or if it computes the same."""
     own = vars(module)
     forward: object = own.get("_old_forward" if spread.has_hook(module) else "forward")
     return None if forward is None or _leads_to_own(module, forward) else forward
@@ -266,7 +267,7 @@ def _switched(body: nn.Module, attention_name: str) -> nn.Module:
 
 
 def configs_of(model: nn.Module) -> list[Any]:
-    """Return the configurations of a model and of its parts; some parts call something else so."""
+    """Return the configurations of a model and of its parts; in some parts `config` is another kind of object."""
     found = [getattr(module, "config", None) for module in model.modules()]
     return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())
 
@@ -320,7 +321,7 @@ def _first_hooked_module(model: nn.Module) -> str | None:
 
 
 def is_rewritten_in_place(module: nn.Module) -> bool:
-    """Return whether a module rewrites its own buffers while it runs, as rotary tables that depend on lengths do."""
+    """Return whether a module rewrites its own buffers while it runs, like a rotary table that depends on lengths."""
     kinds = getattr(module, "rope_type", None)
     names = kinds.values() if isinstance(kinds, dict) else [kinds]
     return any(name is not None and ("dynamic" in name or name == "longrope") for name in names)
@@ -337,7 +338,7 @@ def logit_row_bytes(model: nn.Module) -> int:
 
 
 def head_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the head's results: that of its weights, or of the model's, where these are integers."""
+    """Return the dtype of the head's results: the dtype of its weights or, if these are integers, of the model."""
     weight: object = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else computed_dtype(model)
 

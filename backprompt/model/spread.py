@@ -26,11 +26,11 @@ HOOK = "_hf_hook"
 _ALIGN, _SEQUENCE = "AlignDevicesHook", "SequentialHook"
 _PREFIXED, _LOADER = "PrefixedDataset", "OffloadedWeightsLoader"
 _MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
-"""Methods that accelerate replaces by functions, which would move the user's model when a copy is asked to move."""
+"""Methods that accelerate replaces by functions of the user's model: called on a copy, they would move that model."""
 
 
 class FileState(NamedTuple):
-    """The properties of a file that show a write."""
+    """The properties of a file that change with a write."""
 
     path: str
     num_bytes: int
@@ -61,7 +61,7 @@ class Offloaded:
         return self._weights[self._key].to(self.like.dtype)
 
     def source(self) -> Tensor | FileState | None:
-        """Return what a look compares: the tensor in host memory, or the state of the file; None if it is missing."""
+        """Return the object to compare: the tensor in host memory, or the file's state; None for a missing file."""
         weights, key = _unwrapped(self._weights, self._key)
         held: Mapping[str, Tensor] = weights if isinstance(weights, dict) else weights.state_dict
         if key in held:
@@ -85,7 +85,7 @@ def check_spread(model: nn.Module, decoder: nn.Module) -> None:
             named = f"{model_name} has the hook {type(hook).__name__} of accelerate on its module {where or 'itself'!r}"
             if type(hook).__name__ != _ALIGN:
                 raise UnsupportedModelError(
-                    f"{named}, which changes weights in place. Load the model without this hook; device_map= spreads "
+                    f"{named}, which changes weights in place. Load the model without this hook: device_map= spreads "
                     "and offloads it in a way that works."
                 )
             if not hook.offload:
@@ -98,7 +98,7 @@ def check_spread(model: nn.Module, decoder: nn.Module) -> None:
             weights, _ = _unwrapped(hook.weights_map, "")
             if not isinstance(weights, dict) and type(weights).__name__ != _LOADER:
                 raise UnsupportedModelError(
-                    f"{named}, whose weights lie in a {type(weights).__name__}, where no change would be noticed. "
+                    f"{named}, whose weights lie in a {type(weights).__name__}, where a change would not be noticed. "
                     "Offload the model with device_map=, cpu_offload or disk_offload."
                 )
     served = {id(weight.like) for weight in offloaded(model)}
@@ -110,8 +110,8 @@ def check_spread(model: nn.Module, decoder: nn.Module) -> None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 and not is_spread(model):
         raise UnsupportedModelError(
-            f"{model_name} lies on several devices ({', '.join(sorted(map(str, devices)))}), and nothing moves its "
-            "hidden states between them. Load it with device_map=, or onto one device."
+            f"{model_name} lies on several devices ({', '.join(sorted(map(str, devices)))}), but no hook moves its "
+            "hidden states between them. Load the model with device_map=, or onto one device."
         )
 
 
@@ -134,7 +134,7 @@ def offloaded(model: nn.Module) -> list[Offloaded]:
 
 
 def named_numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the numbers of each parameter, wherever they lie; of quantized ones the scales."""
+    """Yield the name and the numbers of each parameter, wherever they lie; for quantized ones the scales."""
     elsewhere = {id(weight.like): weight for weight in offloaded(model)}
     for name, parameter in model.named_parameters():
         held = (elsewhere[id(parameter)].load(),) if id(parameter) in elsewhere else numbers_of(parameter)
@@ -154,7 +154,7 @@ def head_device(model: nn.Module) -> torch.device:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Return the device on which the model computes embeddings: where it expects token ids and positions."""
+    """Return the device on which the model computes embeddings, and expects token ids and positions."""
     if not is_spread(model):
         return head_device(model)
     return _device_of(model.get_input_embeddings(), model)  # type: ignore[operator]
@@ -170,7 +170,7 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 
 
 def shared_with_copies(model: nn.Module) -> dict[int, Any]:
-    """Return a memo for `copy.deepcopy`: what hooks refer to and copies share."""
+    """Return a memo for `copy.deepcopy`: the objects of hooks that copies share."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for hook in _hooks_of(module):
@@ -182,13 +182,13 @@ def shared_with_copies(model: nn.Module) -> dict[int, Any]:
 
 
 def forget_movers(private: nn.Module) -> None:
-    """Let the methods of a copy that move it move the copy."""
+    """Let the methods that move a model move this copy."""
     for name in _MOVERS:
         vars(private).pop(name, None)
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
-    """Return the hooks of a module, those of a sequence one by one."""
+    """Return the hooks of a module; a sequence of hooks counts as its single hooks."""
     flat, waiting = [], [vars(module).get(HOOK)]
     while waiting:
         hook = waiting.pop(0)
@@ -208,7 +208,7 @@ def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
     if not weight.is_meta:
         return weight.device
     raise UnsupportedModelError(
-        f"{type(model).__name__} is offloaded, and its hooks do not say on which device it computes. Name it: "
+        f"{type(model).__name__} is offloaded, and its hooks do not name the device on which it computes. Name it: "
         "execution_device=..."
     )
 

@@ -1,13 +1,14 @@
 """Captured steps: a step of a generation is recorded once as a CUDA graph, and replayed for the steps after it.
 
 A model's body makes hundreds of launches for a step, and each takes the host longer than the GPU. A graph launches all
-of them at once. There is a graph for each *bucket* of rows: a step has so many rows or fewer, and the others see
-nothing. Whatever changes from step to step goes into tensors at addresses that stay: ids and positions, the tables of
+of them at once. There is a graph for each *bucket*, a number of rows. If a step has fewer rows, the other rows see
+nothing. All data that changes from step to step lies in tensors at fixed addresses: ids and positions, the tables of
 attention (`StandingAttention`), and the places to which the graph copies the new rows.
 
-A graph holds for as long as Python would take the same way through the model: the weights lie where they lay, and the
-masks mean the same. A graph that holds no more, or whose tables have no room for a step, is left, and recorded anew
-after some more steps. A model that cannot be recorded takes all steps without graphs, and the log says why.
+A graph is valid as long as Python would take the same way through the model: the addresses of the weights and the
+meaning of the masks are unchanged. A graph is dropped when it is no longer valid, or when its tables have no room for a
+step; it is recorded again after some more steps. A model that cannot be recorded takes all steps without graphs, and
+the log gives the reason.
 """
 
 from __future__ import annotations
@@ -41,16 +42,17 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """The numbers of rows for which there are graphs."""
 
 STEPS_BEFORE_RECORDING = 3
-"""Steps of a bucket that are taken without a graph first: about what the recording costs."""
+"""The number of first steps of a bucket without a graph: they take about as long as the recording."""
 
 MAX_BLOCKS = 8
 """The largest number of blocks to which a graph copies rows."""
 
 LARGEST_SHARE = 1 / 16
-"""The share of the memory that is free when a model is wrapped that graphs may take."""
+"""The share that graphs may take of the memory that is free when a model is wrapped."""
 
 CLOSE = 8
-"""How close the first replay must come to the plain run, in units of the dtype's precision, over the largest number."""
+"""The largest difference of the first replay from the plain run, in units of the dtype's precision, relative to the
+largest number."""
 
 
 Run: TypeAlias = "Callable[[Tensor, StandingAttention, int], tuple[InFlight, Tensor]]"
@@ -66,7 +68,7 @@ class Replayed:
 
     Attributes:
         hidden, keys_values: of the step's rows; the next step overwrites them.
-        is_finite: whether all is finite, `()`.
+        is_finite: whether all numbers are finite, `()`.
         are_placed: whether the rows lie at their places already.
         is_first: whether the graph was recorded for this step.
 
@@ -87,14 +89,14 @@ class CapturedSteps:
         weights: all tensors that the model's body reads.
         record: records graphs.
         place: see `Place`.
-        refusal: why there are no graphs; None if there may be.
-        max_bytes: the memory that graphs may take. A graph that takes too much is left with all others, and no step of
-            so many rows is recorded any more.
+        refusal: the reason why there are no graphs; None if there may be graphs.
+        max_bytes: the memory that graphs may take. A graph that takes too much is dropped with all others, and steps of
+            so many rows are not recorded any more.
 
     Attributes:
         graphs: see above.
         counts: how many steps were "replayed" or "eager", how many graphs were "recorded" or "left".
-        refusal: see above; a model that cannot be recorded has one from then on.
+        refusal: see above; a model that turns out not to be recordable has one from then on.
 
     """
 
@@ -121,11 +123,11 @@ class CapturedSteps:
 
     @property
     def num_bytes(self) -> int:
-        """The memory of all graphs. What one leaves others use; it is free when there is none."""
+        """The memory of all graphs, which share it; it is freed with the last graph."""
         return self._pool_bytes + sum(graph.num_bytes for graph in self.graphs.values())
 
     def forget(self) -> bool:
-        """Leave all graphs, where memory is short; return whether there were any."""
+        """Drop all graphs, because memory is short; return whether there were any."""
         had_some = bool(self.graphs)
         self.graphs.clear()
         self._asked.clear()
@@ -157,7 +159,7 @@ class CapturedSteps:
         reason = graph.reason_to_leave(pass_, addresses) or graph.load(pass_, prepared, places)
         if reason is None:
             return graph
-        logger.debug("The graph of steps of %d rows is left: %s.", bucket, reason)
+        logger.debug("The graph of steps of %d rows is dropped: %s.", bucket, reason)
         del self.graphs[bucket], self._asked[bucket]
         if not self.graphs:
             self._pool_bytes = 0
@@ -178,18 +180,20 @@ class CapturedSteps:
         try:
             standing = self._attention.standing(bucket)
             if standing is None:
-                raise CannotStandError("the calls of attention are others in each step")
+                raise CannotStandError("the calls of attention differ from step to step")
             graph = Graph(bucket, standing, addresses, self._weights[0].device, self._place)
             graph.load(pass_, prepared, places)
             graph.record(run, self._record, max(pass_.positions))
             graph.load(pass_, prepared, places)
             if not graph.is_plain_run_finite():
-                graph = None  # says nothing about graphs; nor does too little memory
+                graph = None  # such a run says nothing about graphs; nor does a lack of memory
             else:
                 self.refusal = graph.gap_to_plain_run(len(pass_.spans))
         except torch.OutOfMemoryError:
             graph = None
-        except Exception as error:  # whatever a model does that a graph cannot hold; a step without a graph shows it
+        except (
+            Exception
+        ) as error:  # the model does something that a graph cannot hold; a step without a graph works or raises
             self.refusal = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if self.refusal is not None:
             logger.info("Steps are not captured: %s.", self.refusal)
@@ -202,7 +206,7 @@ class CapturedSteps:
         self.counts["recorded"] += 1
         if self.num_bytes > self._max_bytes:
             logger.info(
-                "Steps of %d rows are not captured: with them graphs take %d bytes, more than %d.",
+                "Steps of %d rows are not captured: with them graphs would take %d bytes, more than the limit of %d.",
                 bucket,
                 self.num_bytes,
                 self._max_bytes,
@@ -218,8 +222,8 @@ class Graph:
     Args:
         num_rows: the bucket.
         standing: attends.
-        addresses: where the weights lie.
-        device: where they lie.
+        addresses: the addresses of the weights.
+        device: their device.
         place: see `Place`.
 
     """
@@ -232,25 +236,25 @@ class Graph:
         self._place = place
         self._addresses = addresses
         self._numbers = torch.empty(0, dtype=torch.int64, device=device)
-        """Ids, positions, whether a row is none of the step's, the block and the row where it goes, `(5, rows)`; then
-        where the blocks lie, see `Places.addresses`."""
+        """For each row its id, its position, whether it is beyond the step's own rows, and its target block and row,
+        `(5, rows)`; then the addresses of the blocks, see `Places.addresses`."""
         self._sources: Tensor | None = None
-        """Where the new rows lie, see placing.py. The graph reads this tensor, so it must live as long."""
+        """The addresses of the new rows, see placing.py. The graph reads this tensor and must not outlive it."""
         self._are_placed = False
         self._recorded: Recording | None = None
 
     def reason_to_leave(self, pass_: Pass, addresses: Sequence[int]) -> str | None:
-        """Return why the graph does not hold for a step; None if it does."""
+        """Return why the graph is not valid for a step; None if it is."""
         if addresses != self._addresses:
             return "weights lie elsewhere"
         if not self.recording.output.in_flight.means_the_same_at(max(pass_.positions)):
-            return "a mask means something else at other positions"
+            return "a mask has another meaning at other positions"
         return None
 
     def load(self, pass_: Pass, prepared: PreparedAttention, places: Places) -> str | None:
-        """Get ready for a step; return why that is not possible, or None.
+        """Load a step; return why that is not possible, or None.
 
-        The rows behind those of the step are like its first.
+        The rows beyond those of the step are like its first row.
         """
         num_live, num_rows = len(pass_.spans), self._num_rows
         rows = np.zeros((5, num_rows), dtype=np.int64)
@@ -270,7 +274,7 @@ class Graph:
     def record(self, run: Run, record: Recorder, max_position: int) -> None:
         """Record the run of the model's body, and the copy of new rows to their places; `load` comes before and after.
 
-        Nothing is copied to its place yet.
+        No row is copied to its place yet.
         """
         rows = self._numbers[: 5 * self._num_rows].view(5, self._num_rows)
         num_tensors = (len(self._numbers) - rows.numel()) // (2 * MAX_BLOCKS)
@@ -289,7 +293,7 @@ class Graph:
         output = self.recording.output
         dtypes = {tensor.dtype for tensor in (output.hidden, *output.keys_values.in_order())}
         if len(dtypes) > 1:
-            raise CannotStandError(f"rows are of several dtypes: {sorted(map(str, dtypes))}")
+            raise CannotStandError(f"rows have several dtypes: {sorted(map(str, dtypes))}")
         copy_to(sources.view(-1), output.sources().ravel())
 
     @property
@@ -300,7 +304,7 @@ class Graph:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of the tensors that the graph reads, beside the memory of its recording."""
+        """The bytes of the tensors that the graph reads, in addition to the memory of its recording."""
         return self._numbers.nbytes + self._standing.num_bytes
 
     def is_plain_run_finite(self) -> bool:
@@ -316,13 +320,13 @@ class Graph:
         """Return in words how far a replay is from the run before the recording, once; None if it is close."""
         self.recording.replay()
         found, expected = (output.hidden[:num_live].float() for output in (self.recording.output, self._plain))
-        self._recorded = replace(self.recording, plain=None)  # whose rows take memory
+        self._recorded = replace(self.recording, plain=None)  # frees the rows of the plain run
         allowed = CLOSE * torch.finfo(self.recording.output.hidden.dtype).eps * float(expected.abs().max())
         gap = float((found - expected).abs().max())
         return None if gap <= allowed else f"a replay was off by {gap:.1e}"
 
     def replayed(self, num_live: int, *, is_first: bool) -> Replayed:
-        """Do the step that was loaded."""
+        """Compute the step that was loaded."""
         self.recording.replay()
         output = self.recording.output
         if self._are_placed:

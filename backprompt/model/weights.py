@@ -3,8 +3,8 @@
 Before each evaluation a quick look compares, for every parameter and buffer, identity, `data_ptr`, `_version` and a
 strided sample of the content, and the module tree with the state of its adapters, its configurations and replaced
 methods. `.data` writes bump no version; the sample sees those that touch many elements, as merging an adapter does. The
-quick look misses `.data` writes to a few elements, which `LM.refresh()` finds by hashing everything. Tensors made in
-inference mode have no versions, and are summed up in full.
+quick look misses `.data` writes to a few elements; `LM.refresh()` finds them by hashing everything. Tensors made in
+inference mode have no versions, so the quick look sums all of their bytes.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _UNIMPORTANT_SETTINGS = frozenset({"compute_type_is_set", "gradient_checkpointin
 
 
 class PartsMonitor:
-    """The parts of a model at one moment, whatever numbers are in them.
+    """The parts of a model at one moment, without the numbers in them.
 
-    The parts are modules, their methods, hooks and configurations, and tensors and where these lie.
+    The parts are modules, their methods, hooks and configurations, and tensors with their addresses.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,7 +75,7 @@ class PartsMonitor:
         self._pointers = _pointers(self.tensors)
 
     def have_changed(self) -> bool:
-        """Return whether a part is another one, or has another place, than at construction."""
+        """Return whether a part is another object, or lies at another address, than at construction."""
         return (
             self._contents.have_changed()
             or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
@@ -99,11 +99,11 @@ class PartsMonitor:
 class WeightsMonitor:
     """The state of a model's weights at one moment, and a check whether it has changed.
 
-    The check runs before every evaluation, so all that is compared lies in flat lists.
+    The check runs before every evaluation, so all compared values lie in flat lists.
 
     Attributes:
         parts: the parts of the model.
-        adapters: which adapters of each layer are active or merged, and how they are scaled.
+        adapters: the active adapters of each layer, the merged ones, and their scales.
 
     """
 
@@ -118,7 +118,7 @@ class WeightsMonitor:
         self._sample = _Sample(self.parts.tensors)
 
     def has_changed(self) -> bool:
-        """Return whether a quick look sees a difference to the state at construction."""
+        """Return whether a quick look finds a difference from the state at construction."""
         return (
             self.has_moved()
             or self._sample.has_changed()
@@ -126,7 +126,7 @@ class WeightsMonitor:
         )
 
     def has_moved(self) -> bool:
-        """Return whether `has_changed` would be true without a look at the numbers, which waits for a device."""
+        """Return whether `has_changed` is true for other reasons than numbers; comparing these waits for a device."""
         return (
             self.parts.have_changed()
             or _versions(self._versioned) != self._versions
@@ -161,7 +161,7 @@ class _Without(Mapping[str, object]):
 
 
 class _Tables:
-    """What a number of tables had in them, by identity: the children, parameters or buffers of modules."""
+    """The elements of some tables at one moment, by identity: the children, parameters or buffers of modules."""
 
     def __init__(self, tables: Sequence[Mapping[str, object]]) -> None:
         self._empty = [table for table in tables if not table]
@@ -171,7 +171,7 @@ class _Tables:
         self._contents = list(itertools.chain.from_iterable(self._values))
 
     def have_changed(self) -> bool:
-        """Return whether an element is another one, or has another place."""
+        """Return whether an element is another object, or has another place."""
         if any(self._empty) or list(map(len, self._tables)) != self._lengths:
             return True
         return not all(map(operator.is_, itertools.chain.from_iterable(self._values), self._contents))
@@ -229,7 +229,7 @@ def _versions(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _sums(tensors: Iterable[Tensor]) -> list[float]:
-    """Return the sum of the bytes of each tensor, read as integers: the versions of inference tensors, which have none.
+    """Return the sum of the bytes of each tensor, read as integers: it serves as the version of an inference tensor.
 
     Each of these tensors is read in full.
     """
@@ -248,9 +248,9 @@ def _pointers(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def content_hash(model: nn.Module) -> str:
-    """Return the SHA-256, as hex, of everything that decides what a model computes.
+    """Return the SHA-256, as hex, of everything that decides a model's results.
 
-    Reads every weight once, on as many threads as torch has: hashing releases the interpreter lock.
+    Every weight is read once, on as many threads as torch has: hashing releases the interpreter lock.
     """
     elsewhere = {id(weight.like): weight for weight in offloaded(model)}
     tensors = _distinct_tensors(model)
@@ -270,8 +270,8 @@ def content_hash(model: nn.Module) -> str:
 def sample_hash(model: nn.Module) -> str:
     """Return a hash like `content_hash`, but of only a sample of each parameter; takes milliseconds.
 
-    The hash tells apart models of one shape that were trained apart. Buffers count in full: another machine may
-    compute other buffers on loading.
+    The hash distinguishes models of one shape from different trainings. Buffers are hashed in full: another machine
+    may compute other buffers on loading.
     """
     causal_model = unwrap(model)
     buffers = {id(number) for buffer in causal_model.buffers() for number in numbers_of(buffer)}
@@ -309,7 +309,7 @@ def _distinct_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _portions(tensors: Iterable[Tensor], elsewhere: Mapping[int, Offloaded]) -> Iterator[list[Tensor]]:
-    """Yield the tensors with their numbers, in order: those that are offloaded alone, so that each is soon freed."""
+    """Yield the tensors with their numbers, in order. Each offloaded tensor comes alone, so that it is soon freed."""
     for is_elsewhere, group in itertools.groupby(tensors, key=lambda tensor: id(tensor) in elsewhere):
         if is_elsewhere:
             yield from ([elsewhere[id(tensor)].load()] for tensor in group)
@@ -347,7 +347,7 @@ def _places(model: nn.Module) -> Iterator[tuple[Mapping[str, Tensor | None], str
 
 
 def _adapter_state(module: nn.Module) -> str:
-    """Return which adapters of a layer are active or merged, and how they are scaled."""
+    """Return the active adapters of a layer, the merged ones, and their scales."""
     return repr([(name, module.__dict__.get(name)) for name in _ADAPTER_STATE])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 import uuid
@@ -20,10 +19,18 @@ from backprompt.lm import LM
 from backprompt.serving.bodies import ChatBody, CompletionBody, Sampled, ScoreBody
 from backprompt.serving.limits import Limits
 from backprompt.serving.refusals import Refusal
+from backprompt.serving.spelling import Spelling, bytes_named
 from backprompt.text.node import Text
 from backprompt.tokens.graph import num_positions
 
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "criteria": "length", "interrupted": "length"}
+FINISH = {
+    "eos": "stop",
+    "stop": "stop",
+    "constraint": "stop",
+    "length": "length",
+    "criteria": "length",
+    "interrupted": "length",
+}
 """OpenAI's finish reasons."""
 
 LEAST_LOGPROB = -1e9
@@ -99,7 +106,7 @@ def completion(lm: LM, body: CompletionBody, limits: Limits, name: str) -> dict[
                 num_new += len(text.completion_tokens)
                 string, reason = string + text.completion, FINISH[text.finish_reason]
             start = 0 if body.echo else prompt
-            logprobs = None if body.logprobs is None else token_logprobs(lm, text, start, body.logprobs)
+            logprobs = None if body.num_top is None else token_logprobs(lm, text, start, body.num_top)
             choices.append({"index": len(choices), "text": string, "logprobs": logprobs, "finish_reason": reason})
     return {**head("cmpl", "text_completion", name), "choices": choices, "usage": usage(asked, num_new)}
 
@@ -113,12 +120,12 @@ def chat_completion(lm: LM, body: ChatBody, limits: Limits, name: str) -> dict[s
     for idx, text in enumerate(texts):
         assert isinstance(text, GeneratedText)
         num_new += len(text.completion_tokens)
-        found = token_logprobs(lm, text, prompt, body.top_logprobs or 0) if body.logprobs else None
+        found = None if body.num_top is None else token_logprobs(lm, text, prompt, body.num_top)
         choices.append(
             {
                 "index": idx,
                 "message": {"role": "assistant", "content": text.completion, "refusal": None},
-                "logprobs": None if found is None else {"content": _by_token(found), "refusal": None},
+                "logprobs": by_token(found),
                 "finish_reason": FINISH[text.finish_reason],
             }
         )
@@ -159,9 +166,9 @@ def token_logprobs(lm: LM, text: Text, start: Text | int, num_top: int) -> dict[
     ids = text.tokens[len(text.tokens) - len(own) :]
     top = lm.top_logprobs([text], num_top, [start]).split()[0] if num_top else None
     tops = [] if top is None else list(zip(*(part.tolist() for part in top), strict=True))
-    strings = [lm.tokenizer.decode([token_id]) for token_id in ids]
-    offsets = [*itertools.accumulate(map(len, strings), initial=0)][:-1]
-    found: dict[str, Any] = {"tokens": strings, "text_offset": offsets, "token_logprobs": [], "top_logprobs": None}
+    spelling = Spelling(lm.tokenizer)
+    names, offsets = list(map(spelling.name, ids)), spelling.offsets(text.tokens[: -len(own) or None], ids)
+    found: dict[str, Any] = {"tokens": names, "text_offset": offsets, "token_logprobs": [], "top_logprobs": None}
     by_place: list[dict[str, float] | None] = []
     for idx, (token_id, logprob) in enumerate(zip(ids, _numbers(own), strict=True)):
         if logprob is None:
@@ -173,7 +180,7 @@ def token_logprobs(lm: LM, text: Text, start: Text | int, num_top: int) -> dict[
         found["token_logprobs"].append(likely.get(token_id, logprob))
         named: dict[str, float] = {}
         for other, value in [*likely.items(), (token_id, logprob)]:
-            named.setdefault(lm.tokenizer.decode([other]), value)
+            named.setdefault(spelling.name(other), value)
         by_place.append(named)
     if num_top:
         found["top_logprobs"] = by_place
@@ -190,17 +197,20 @@ def _finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-def _by_token(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return log-probabilities in the form of conversations."""
+def by_token(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return log-probabilities in the form of conversations; None for None."""
+    if found is None:
+        return None
     tops: Iterable[Mapping[str, float]] = found["top_logprobs"] or [{}] * len(found["tokens"])
 
     def one(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        return {"token": token, "logprob": logprob, "bytes": list(bytes_named(token))}
 
-    return [
+    content = [
         {**one(token, logprob), "top_logprobs": [one(*pair) for pair in top.items()]}
         for token, logprob, top in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
     ]
+    return {"content": content, "refusal": None}
 
 
 def head(prefix: str, kind: str, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
@@ -54,13 +54,13 @@ def make_app(lm: LM, name: str, *, api_key: str | None = None, limits: Limits | 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
         if body.stream:
-            return await server.stream(body, COMPLETION)
+            return await server.stream(request, body, COMPLETION)
         return await server.answer(request, body, answers.completion)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         if body.stream:
-            return await server.stream(body, CHAT)
+            return await server.stream(request, body, CHAT)
         return await server.answer(request, body, answers.chat_completion)
 
     @app.post("/v1/score")
@@ -82,26 +82,25 @@ class _Server:
         try:
             self._check_name(body)
             with self.queue.place():
-                found = await _unless_gone(request, partial(answer, self.lm, body, self.limits, self.name))
+                work = partial(answer, self.lm, body, self.limits, self.name)
+                found = await _unless_gone(request, in_thread(work))
         except Exception as error:
             return _refused(refusal_of(error))
         return JSONResponse(found)
 
-    async def stream(self, body: CompletionBody | ChatBody, kind: Kind) -> Response:
+    async def stream(self, request: Request, body: CompletionBody | ChatBody, kind: Kind) -> Response:
         """Return an answer in pieces. What goes wrong before the first piece is told by the status."""
         place = self.queue.place()
         found: AsyncGenerator[Piece, None] | None = None
         try:
             self._check_name(body)
-            if body.logprobs not in (None, False):
-                raise Refusal("logprobs are not told in streams. Ask for them without stream.", param="logprobs")
             place.__enter__()
         except Exception as error:
             return _refused(refusal_of(error))
         try:
-            asked = await in_thread(partial(kind.ask, self.lm, body, self.limits))
-            found = pieces(self.lm, asked, body.n)
-            first = await anext(found, None)
+            asked = await _unless_gone(request, in_thread(partial(kind.ask, self.lm, body, self.limits)))
+            found = pieces(self.lm, asked, body)
+            first = await _unless_gone(request, _next(found))
         except BaseException as error:
             place.__exit__(None, None, None)
             if found is not None:
@@ -109,7 +108,7 @@ class _Server:
             if not isinstance(error, Exception):
                 raise
             return _refused(refusal_of(error))
-        return _Events(events(found, first, asked, kind, body, self.name), found, place)
+        return _Events(events(self.lm, found, first, asked, kind, body, self.name), found, place)
 
     def _check_name(self, body: Body) -> None:
         if body.model is not None and body.model != self.name:
@@ -133,9 +132,9 @@ class _Events(StreamingResponse):
             await self._found.aclose()
 
 
-async def _unless_gone(request: Request, work: Callable[[], Result]) -> Result:
-    """Return what `work` returns in a thread; if the client goes away meanwhile, the work is cancelled."""
-    working, gone = asyncio.create_task(in_thread(work)), asyncio.create_task(_gone(request))
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what some work returns; if the client goes away meanwhile, the work is cancelled."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -144,6 +143,11 @@ async def _unless_gone(request: Request, work: Callable[[], Result]) -> Result:
     finally:
         gone.cancel()
         working.cancel()
+        await asyncio.wait({working})  # streams that it has begun are closed
+
+
+async def _next(found: AsyncGenerator[Piece, None]) -> Piece | None:
+    return await anext(found, None)
 
 
 async def _gone(request: Request) -> None:

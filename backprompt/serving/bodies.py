@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from backprompt.serving.constraints import constraint_options
+from backprompt.serving.constraints import Constrained
 from backprompt.serving.refusals import Refusal
 
 
@@ -30,7 +30,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Sampled(Body):
+class Sampled(Body, Constrained):
     """How an answer is generated."""
 
     neutral: ClassVar[dict[str, Any]] = {
@@ -51,7 +51,6 @@ class Sampled(Body):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
     best_of: int | None = None
     suffix: str | None = None
     frequency_penalty: float | None = None
@@ -69,7 +68,7 @@ class Sampled(Body):
             given = getattr(self, name, None)
             if given not in values:
                 raise Refusal(f"{name} is not supported, and was {given!r}. Leave it out.", param=name)
-        options: dict[str, Any] = {**constraint_options(self.response_format), "stop": self.stop or None}
+        options: dict[str, Any] = {"stop": self.stop or None, "constraint": self.constraint}
         if self.temperature == 0:
             return options
         return {
@@ -90,6 +89,11 @@ class CompletionBody(Sampled):
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
 
+    @property
+    def num_top(self) -> int | None:
+        """The number of most probable tokens to tell in each place; None for no log-probabilities at all."""
+        return self.logprobs
+
 
 class ChatBody(Sampled):
     """`/v1/chat/completions`."""
@@ -101,6 +105,11 @@ class ChatBody(Sampled):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+
+    @property
+    def num_top(self) -> int | None:
+        """The number of most probable tokens to tell in each place; None for no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class ScoreBody(Body):

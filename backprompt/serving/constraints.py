@@ -1,24 +1,75 @@
-"""`response_format`: the constraint under which an answer is generated. This server knows plain text only."""
+"""Constraints of answers: `response_format` as OpenAI's, and vLLM's `guided_regex` and `guided_json`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from backprompt.serving.refusals import Refusal
+from backprompt.tokens.constraints import Constraint, JsonSchema, Regex
 
 
-def constraint_options(response_format: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the options of `generate` for a `response_format`.
+class TextFormat(BaseModel):
+    """Any text."""
 
-    Raises:
-        Refusal: the format is another one than plain text.
+    model_config = ConfigDict(extra="forbid")
 
-    """
-    kind = "text" if response_format is None else response_format.get("type")
-    if kind != "text":
-        raise Refusal(
-            f"response_format of type {kind!r} is not supported by this server: answers are plain text. Leave it out.",
-            param="response_format",
-        )
-    return {}
+    type: Literal["text"]
+
+
+class JsonObjectFormat(BaseModel):
+    """Any JSON object."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(BaseModel):
+    """A JSON schema. It always holds, whatever `strict` says; the name and the description are not used."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(BaseModel):
+    """JSON that is valid under a schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class Constrained(BaseModel):
+    """The fields of a request that say which strings an answer may be."""
+
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = Field(None, discriminator="type")
+    guided_regex: str | None = None
+    guided_json: dict[str, Any] | None = None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The constraint of the answer; None for any text.
+
+        Raises:
+            Refusal: there are several.
+
+        """
+        found: dict[str, Constraint] = {}
+        if isinstance(self.response_format, JsonObjectFormat):
+            found["response_format"] = JsonSchema({"type": "object"})
+        if isinstance(self.response_format, JsonSchemaFormat):
+            found["response_format"] = JsonSchema(self.response_format.json_schema.schema_)
+        if self.guided_regex is not None:
+            found["guided_regex"] = Regex(self.guided_regex)
+        if self.guided_json is not None:
+            found["guided_json"] = JsonSchema(self.guided_json)
+        if len(found) > 1:
+            raise Refusal(f"An answer has one constraint, not {' and '.join(found)}. Leave one out.", param=[*found][1])
+        return next(iter(found.values()), None)

@@ -6,7 +6,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from backprompt.errors import BackpromptError, NonFiniteError, StaleRepresentationError, WorkerError
+from backprompt.errors import (
+    BackpromptError,
+    MissingDependencyError,
+    NonFiniteError,
+    StaleRepresentationError,
+    WorkerError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +46,7 @@ def refusal_of(error: Exception) -> Refusal:
     """Return what a client is told of an error; errors that are not the client's go to the log in full."""
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, (NonFiniteError, StaleRepresentationError, WorkerError)):
+    if isinstance(error, (MissingDependencyError, NonFiniteError, StaleRepresentationError, WorkerError)):
         return Refusal(str(error), 500)
     if isinstance(error, (BackpromptError, ValueError, TypeError)):
         return Refusal(str(error))

@@ -6,13 +6,24 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from backprompt.asynchronous import AsyncStream
+from backprompt.asynchronous import AsyncStream, in_thread
 from backprompt.lm import LM
-from backprompt.serving.answers import FINISH, Asked, asked_of_chat, asked_of_completion, head, usage
-from backprompt.serving.bodies import Sampled
+from backprompt.serving.answers import (
+    FINISH,
+    Asked,
+    asked_of_chat,
+    asked_of_completion,
+    by_token,
+    head,
+    token_logprobs,
+    usage,
+)
+from backprompt.serving.bodies import ChatBody, CompletionBody, Sampled
 from backprompt.serving.refusals import refusal_of
+from backprompt.serving.told import ToldTokens
 from backprompt.text.node import Text
 
 MAX_PIECES_AHEAD = 64
@@ -21,16 +32,20 @@ MAX_PIECES_AHEAD = 64
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of the continuation with this index; the last one has a finish reason."""
+    """A piece of the continuation with this index; the last one has a finish reason.
+
+    Its log-probabilities are those of the tokens whose strings are given in full by now, and were not before.
+    """
 
     idx: int
     text: str
     finish_reason: str | None = None
     num_tokens: int = 0
+    logprobs: dict[str, Any] | None = None
 
 
-async def pieces(lm: LM, asked: Asked, n: int) -> AsyncGenerator[Piece, None]:
-    """Yield the pieces of `n` continuations of each prompt, as they are decided.
+async def pieces(lm: LM, asked: Asked, body: CompletionBody | ChatBody) -> AsyncGenerator[Piece, None]:
+    """Yield the pieces of the continuations that a request asks for, as they are decided.
 
     The streams are closed when the iteration ends, however it ends.
 
@@ -39,16 +54,20 @@ async def pieces(lm: LM, asked: Asked, n: int) -> AsyncGenerator[Piece, None]:
 
     """
     if asked.max_new_tokens == 0:
-        for idx in range(len(asked.prompts) * n):
+        for idx in range(len(asked.prompts) * body.n):
             yield Piece(idx, "", "length")
         return
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(MAX_PIECES_AHEAD)
+    is_echoed = isinstance(body, CompletionBody) and body.echo
     streams = [
-        lm.astream(prompt, max_new_tokens=asked.max_new_tokens, **_options_of(asked, sample_idx))
+        (
+            lm.astream(prompt, max_new_tokens=asked.max_new_tokens, **_options_of(asked, sample_idx)),
+            None if body.num_top is None else ToldTokens(lm, prompt, body.num_top, is_echoed=is_echoed),
+        )
         for prompt in asked.prompts
-        for sample_idx in range(n)
+        for sample_idx in range(body.n)
     ]
-    tasks = [asyncio.create_task(_read(stream, idx, queue)) for idx, stream in enumerate(streams)]
+    tasks = [asyncio.create_task(_read(*stream, idx, queue)) for idx, stream in enumerate(streams)]
     try:
         num_left = len(tasks)
         while num_left:
@@ -63,13 +82,17 @@ async def pieces(lm: LM, asked: Asked, n: int) -> AsyncGenerator[Piece, None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _read(stream: AsyncStream, idx: int, queue: asyncio.Queue[Piece | Exception]) -> None:
+async def _read(
+    stream: AsyncStream, told: ToldTokens | None, idx: int, queue: asyncio.Queue[Piece | Exception]
+) -> None:
     try:
         async with stream:
             async for piece in stream:
-                await queue.put(Piece(idx, piece))
+                logprobs = None if told is None else await in_thread(partial(told.given, stream.text, piece))
+                await queue.put(Piece(idx, piece, logprobs=logprobs))
             text = stream.text
-            await queue.put(Piece(idx, "", FINISH[text.finish_reason], len(text.completion_tokens)))
+            logprobs = None if told is None else await in_thread(partial(told.rest, text))
+            await queue.put(Piece(idx, "", FINISH[text.finish_reason], len(text.completion_tokens), logprobs))
     except Exception as error:
         await queue.put(error)
 
@@ -90,31 +113,35 @@ class Kind:
         ask: returns what a body asks for, as `Asked`.
         head: the prefix of ids, and the name of a piece's object.
         choice: returns a piece as a choice.
-        first: returns the choice that stands before the pieces of each continuation, given its prompt and the body;
-            None for no such choice.
+        first: returns the choice that stands before the pieces of each continuation, given the `LM`, its index, its
+            prompt and the body; None for no such choice. Called in a thread.
 
     """
 
     ask: Callable[..., Asked]
     head: tuple[str, str]
     choice: Callable[[Piece], dict[str, Any]]
-    first: Callable[[int, Text, Any], dict[str, Any] | None]
+    first: Callable[[LM, int, Text, Any], dict[str, Any] | None]
 
 
 def _text_choice(piece: Piece) -> dict[str, Any]:
-    return {"index": piece.idx, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
+    return {"index": piece.idx, "text": piece.text, "logprobs": piece.logprobs, "finish_reason": piece.finish_reason}
 
 
-def _echo(idx: int, prompt: Text, body: Any) -> dict[str, Any] | None:
-    return _text_choice(Piece(idx, prompt.string)) if body.echo else None
+def _echo(lm: LM, idx: int, prompt: Text, body: Any) -> dict[str, Any] | None:
+    if not body.echo:
+        return None
+    logprobs = None if body.num_top is None else token_logprobs(lm, prompt, 0, body.num_top)
+    return _text_choice(Piece(idx, prompt.string, logprobs=logprobs))
 
 
 def _chat_choice(piece: Piece) -> dict[str, Any]:
     delta = {} if piece.finish_reason is not None else {"content": piece.text}
-    return {"index": piece.idx, "delta": delta, "logprobs": None, "finish_reason": piece.finish_reason}
+    logprobs = by_token(piece.logprobs)
+    return {"index": piece.idx, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
-def _role(idx: int, prompt: Text, body: Any) -> dict[str, Any] | None:
+def _role(lm: LM, idx: int, prompt: Text, body: Any) -> dict[str, Any] | None:
     return {**_chat_choice(Piece(idx, "")), "delta": {"role": "assistant", "content": ""}}
 
 
@@ -123,11 +150,12 @@ CHAT = Kind(asked_of_chat, ("chatcmpl", "chat.completion.chunk"), _chat_choice, 
 
 
 async def events(
-    found: AsyncGenerator[Piece, None], first: Piece | None, asked: Asked, kind: Kind, body: Sampled, name: str
+    lm: LM, found: AsyncGenerator[Piece, None], first: Piece | None, asked: Asked, kind: Kind, body: Sampled, name: str
 ) -> AsyncGenerator[bytes, None]:
     """Yield an answer as server-sent events.
 
     Args:
+        lm: the model.
         found: the pieces behind the `first` one.
         first: the first piece.
         asked: what the request asks for.
@@ -139,8 +167,8 @@ async def events(
     chunk, num_new = head(*kind.head, name), 0
     try:
         prompts = [prompt for prompt in asked.prompts for _ in range(body.n)]
-        befores = (kind.first(idx, prompt, body) for idx, prompt in enumerate(prompts))
-        for choice in befores:
+        for idx, prompt in enumerate(prompts):
+            choice = await in_thread(partial(kind.first, lm, idx, prompt, body))
             if choice is not None:
                 yield _event({**chunk, "choices": [choice]})
         piece = first
@@ -156,4 +184,5 @@ async def events(
 
 
 def _event(data: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+    """Return an event of one line in ASCII: many clients also split lines where Unicode does, as at U+2028."""
+    return b"data: " + json.dumps(data).encode() + b"\n\n"

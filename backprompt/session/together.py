@@ -13,6 +13,7 @@ from typing import NamedTuple
 from backprompt.evaluation.behind import Behind
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.reading import Wanted
+from backprompt.evaluation.scores import TokenScores
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.span import Span
 from backprompt.session.evaluated import Batch
@@ -41,8 +42,9 @@ class Found(NamedTuple):
 
 
 def scores_found(found: Found) -> ScoredTexts:
-    """Return the scores of a call's texts."""
-    return found.scores
+    """Return the scores of a call's texts, as tensors of their own: views would keep those of all calls in memory."""
+    scores, lengths = found.scores.scores, found.scores.lengths
+    return ScoredTexts(TokenScores(scores.logprobs.clone(), scores.is_argmax.clone()), lengths)
 
 
 class TextsCall(Call[Answer]):

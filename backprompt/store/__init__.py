@@ -1,9 +1,9 @@
 """The prompt representation database: results of one process, found later by another.
 
-The folder may import keys and the names of tensors, and no forest and no model: the archive
+The folder may import keys and the names of tensors. It imports no forest and no model: the archive
 (`evaluation/archive.py`) connects them.
-A new store implements `Store` of `base.py` in a module here, as `memory.py` does most simply, and users hand it to an
-`LM`. A new tensor of an entry goes into `schema.py`.
+A new store implements `Store` of `base.py` in a module here; `memory.py` is the simplest example. Users hand the store
+to an `LM`. A new tensor of an entry goes into `schema.py`.
 """
 
 from backprompt.store.base import Entry, Header, Match, Store

@@ -2,21 +2,23 @@
 
 An entry is the representation of one run of tokens behind a given text. Keys belong to positions: `start` names
 everything before the first token, `end` everything up to the last token, so the two name the entry. Another process
-that cuts the same text elsewhere still finds the entry. It looks for entries that start at the key that it has reached,
-takes the longest common prefix of the token ids (an entry's first rows are valid alone, since attention is causal), and
-goes on from there.
+that cuts the same text elsewhere still finds the entry: the process looks up entries that start at the key that it has
+reached, takes the longest common prefix of the token ids, and continues behind this prefix. The first rows of an entry
+are valid alone, since attention is causal.
 
 Every implementation promises:
 
-- *Atomic*: after `put` returns, every reader sees the whole entry; before, or if `put` fails or the process dies, none.
-- *Immutable*: a name stands for one content. Putting an entry again changes nothing for readers, and a reader may keep
-  an entry whatever is deleted later.
+- *Atomic*: after `put` returns, every reader sees the whole entry. Before that, or if `put` fails or the process dies,
+  no reader sees any part of it.
+- *Immutable*: a name stands for one content. Putting an entry again changes nothing for readers. A reader may keep an
+  entry that is deleted later.
 - *Honest*: `get` returns the stored entry, bit by bit, or None. A damaged entry is reported, set aside, then absent.
   A writer to a store can put wrong numbers of the right shapes into it; an `LM` refuses everything else (schema.py).
 - *Shared*: any number of threads may use one store at once, and processes one folder or bucket.
 
 The contract needs no file system: names are short strings, entries are bytes with a small header, and the only query
-besides get and put is "the entries at this key that begin like this". So a remote object store can implement it.
+besides get and put is "the entries at this key that begin with these token ids". So a remote object store can implement
+the contract.
 """
 
 from __future__ import annotations
@@ -44,15 +46,16 @@ class Header:
         end: key of everything up to the last token, hex.
         position: the position of the first token in its text.
         token_ids: the token ids that were computed.
-        behind: the names of the entries that hold the token before the first or, behind a group, each branch's last
-            token; none for the first tokens of a text.
-        text: the decoded token ids; for people who search.
+        behind: the name of the entry that holds the token before the first one; behind a group, the names of the
+            entries that hold each branch's last token. Empty for the first tokens of a text.
+        text: the decoded token ids, for searching.
         model: fingerprint of the weights, the configuration and the adapters.
         tokenizer: fingerprint of the tokenizer.
         dtype: the dtype of the computation, such as "torch.float32".
-        exactness: "exact", or the reduced dtype of its store: the results that the entry was computed from may have
-            been read at that precision, too.
-        error: the error from reduced precision: see `Encoded.error`; the largest of this entry and those it builds on.
+        exactness: "exact", or the reduced dtype of its store. With a reduced dtype, the entry may have been computed
+            from results that were read at that precision.
+        error: the error from reduced precision (`Encoded.error`): the largest of this entry and of the entries before
+            it.
         dtypes: the dtypes of "keys", "values" and "hidden" before storage at reduced precision; else empty.
 
     """
@@ -114,10 +117,11 @@ class Store(ABC):
     and a TokenIdError for a token id that is not from 0 to 2**63 - 1.
 
     Attributes:
-        persist: the results that an `LM` stores: "always" all that are worth it, "explicit" those of `text.save()`,
-            "never" none, so that the store is only read. Reading is automatic.
+        persist: the results that an `LM` stores. "always": all results that are worth their space; "explicit": the
+            results of `text.save()`; "never": none. The store is read in all three cases.
         dtype: the precision at which an `LM` stores keys, values and hidden states: None as computed, or reduced
-            (precision.py). The dtype is part of the keys, so only an `LM` that asked for it reads such entries.
+            (precision.py). The dtype is part of the keys, so entries of reduced precision are read only by an `LM`
+            whose store has the same dtype.
 
     """
 
@@ -136,7 +140,8 @@ class Store(ABC):
 
         Args:
             name: the name of the entry.
-            num_rows: so many rows are asked for, a row a token. A store to which more rows cost nothing returns all.
+            num_rows: the number of first rows to return, one row for each token. A store may return all rows, where
+                more rows cost nothing.
             tensors: the names of the tensors, by default all.
 
         """
@@ -179,7 +184,10 @@ class Store(ABC):
 
     @abstractmethod
     def list(self, text_prefix: str = "") -> Iterator[Header]:
-        """Yield the headers of all entries whose text begins so; entries put or deleted meanwhile may be included."""
+        """Yield the headers of all entries whose text begins with `text_prefix`.
+
+        Entries that are put or deleted meanwhile may be included.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -198,14 +206,14 @@ def check_persist(persist: Persist) -> Persist:
     """Return `persist`.
 
     Raises:
-        ValueError: `persist` is none of `PERSIST`.
+        ValueError: `persist` is not one of `PERSIST`.
 
     """
     return as_choice(persist, "persist", PERSIST)
 
 
 def check_name(name: object) -> None:
-    """Raise TextTypeError if the name is not a string. Strings that no entry has as its name are allowed."""
+    """Raise TextTypeError if the name is not a string. A string that is no entry's name is allowed."""
     if not isinstance(name, str):
         raise TextTypeError(f"An entry's name must be a string, not {type(name).__name__}: {str(name)[:60]!r}.")
 

@@ -1,9 +1,9 @@
-"""Names of empty objects that say which entries begin at a key, so that a listing answers what an index would.
+"""Names of empty objects that say which entries begin at a key, so that a listing takes the place of an index.
 
     begins/<start>/<number of tokens>.<first token ids, hexadecimal>.<end>
 
-A listing of `begins/<start>/` names all entries at this key with their first token ids. A name has room for some twenty
-to forty ids. Entries that agree in all of these are told apart by their headers.
+A listing of `begins/<start>/` names all entries at this key with their first token ids. A name has room for about 20 to
+40 ids. Entries with equal ids in their names are told apart by their headers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from backprompt.store.base import Header, Match, num_common
 
 FOLDER = "begins"
 MAX_CHARS = 120
-"""Of the token ids in a name: file systems allow 255 characters, and a key has 64."""
+"""The characters for token ids in a name: file systems allow 255 characters, and a key has 64."""
 
 _NAME = re.compile(r"([1-9][0-9]{0,18})\.((?:[0-9a-f]{1,16}\.)+)([A-Za-z0-9_]{1,200})")
 
 
 @dataclass(frozen=True, order=True)
 class Beginning:
-    """An entry at a key: its first token ids, or all of them, the number of all, and its end."""
+    """An entry at a key: its first token ids (or all of them), the number of its tokens, and its end."""
 
     token_ids: tuple[int, ...]
     num_tokens: int
@@ -43,7 +43,7 @@ class Beginning:
 
     @classmethod
     def parsed(cls, name: str) -> Beginning | None:
-        """Return what a name says; None if it is no such name."""
+        """Return the beginning that a name stands for; None if the string is not such a name."""
         found = _NAME.fullmatch(name)
         if found is None:
             return None
@@ -52,7 +52,7 @@ class Beginning:
 
     @property
     def name(self) -> str:
-        """The name that says this."""
+        """The name of the empty object."""
         return ".".join([str(self.num_tokens), *(f"{token_id:x}" for token_id in self.token_ids), self.end])
 
     @property
@@ -84,8 +84,8 @@ class Beginnings:
 
         Args:
             token_ids: the token ids that are looked for.
-            ids_of: returns all token ids of the entry of a name, or None if it does not exist; asked only about entries
-                that agree with `token_ids` as far as their names tell, and go on.
+            ids_of: returns all token ids of the entry with this name, or None if there is no such entry. It is called
+                only for entries with more ids than their names show, if the ids in the name agree with `token_ids`.
 
         """
         ordered = self._sorted

@@ -1,4 +1,4 @@
-"""A store in front of another: what was read from far away once is read from here the next time."""
+"""A store in front of another: an entry that was read from far away once is read from nearby the next time."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ logger = logging.getLogger(__name__)
 
 
 class CachedStore(Store):
-    """The entries of a far store, with a near store that keeps copies of those that were read or put.
+    """The entries of a far store, and a near store that keeps copies of the entries that were read or put.
 
-    The far store decides what is stored: `persist` and `dtype` are its own. Where the far store cannot be read, one
-    warning says so, and only the near store is read from then on.
+    `persist` and `dtype` are those of the far store. If the far store cannot be read, one warning is logged, and only
+    the near store is read after that.
 
     Args:
         far: the store that many machines reach, such as an `ObjectStore`.
-        near: the store of this machine, which keeps to its own budget: `DiskStore("cache.bp", max_bytes="20 GB")`.
+        near: the store of this machine, with a budget of its own: `DiskStore("cache.bp", max_bytes="20 GB")`.
 
     Raises:
-        ValueError: the two stores are of different precision.
+        ValueError: the two stores have different dtypes.
 
     """
 
@@ -40,7 +40,7 @@ class CachedStore(Store):
         return f"CachedStore({self.far!r}, {self.near!r})"
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
-        """Return the entry from the near store, or from the far one after the near one has got a whole copy."""
+        """Return the entry from the near store, or from the far store after a whole copy was put into the near one."""
         entry = self.near.get(name, tensors)
         if entry is None and self._reads_far:
             entry = self.far.get(name)
@@ -70,7 +70,7 @@ class CachedStore(Store):
         self.near.set_aside(name, reason)
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Return the longer match of the two stores; the near one is asked first, and is enough if all ids match."""
+        """Return the longer match of the two stores. The far one is asked unless the near one matches all ids."""
         near = self.near.longest(start, token_ids)
         if not self._reads_far or (near is not None and near.num_tokens == len(token_ids)):
             return near
@@ -78,14 +78,14 @@ class CachedStore(Store):
             far = self.far.longest(start, token_ids)
         except OSError as error:
             self._reads_far = False
-            logger.warning("%r cannot be read (%s). Only %r is read from here on.", self.far, error, self.near)
+            logger.warning("%r cannot be read (%s). From now on only %r is read.", self.far, error, self.near)
             return near
         if near is None or far is None:
             return near or far
         return far if far.num_tokens > near.num_tokens else near
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
-        """Yield the headers of the far store, or of the near one where the far one cannot be read."""
+        """Yield the headers of the far store, or of the near store if the far one cannot be read."""
         return (self.far if self._reads_far else self.near).list(text_prefix)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """The index of a folder, kept open and in agreement with the folder's files.
 
-The catalog keeps the open index, the lock that guards it, and the uses of entries that are not written to it yet. An
-index that is missing, unfinished or damaged is rebuilt from the files. An index of a newer version is left unchanged,
-and another index is built in memory.
+The catalog keeps the open index, the lock that guards the index, and the times of use that are not written to the index
+yet. An index that is missing, unfinished or damaged is rebuilt from the files. An index of a newer version is left
+unchanged, and another index is built in memory.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class Catalog:
             self._move_index_aside(error)
         except NewerIndexError as error:
             logger.warning(
-                "%s; it is left alone, and %s is indexed in memory each time it is opened. Upgrade backprompt, or "
-                "delete the index where no newer version uses the store.",
+                "%s. The index is left unchanged, and %s is indexed in memory each time it is opened. Upgrade "
+                "backprompt, or delete the index if no newer version uses the store.",
                 error,
                 self._folder.path,
             )
@@ -151,12 +151,12 @@ class Catalog:
         numbered = (self._folder.path / "damaged" / f"{INDEX}.{number}" for number in itertools.count(1))
         aside = next(name for name in numbered if not any(os.path.lexists(f"{name}{suffix}") for suffix in SUFFIXES))
         logger.warning(
-            "The index of %s is damaged, or not one (%s); it is set aside as %s, and made anew from the entries.",
+            "The index of %s is damaged, or another file (%s). The file is moved to %s, and the index is rebuilt.",
             self._folder.path,
             error,
             aside,
         )
-        with explaining("The index of a store cannot be set aside", self._folder.path / INDEX):
+        with explaining("The index of a store cannot be moved aside", self._folder.path / INDEX):
             aside.parent.mkdir(mode=0o700, exist_ok=True)
             for suffix in SUFFIXES:
                 with suppress(FileNotFoundError):
@@ -186,4 +186,4 @@ class Catalog:
         try:
             self.ask(note)
         except OSError as error:
-            logger.info("The index of %s was not brought up to date: %s", self._folder.path, error)
+            logger.info("The index of %s was not updated: %s", self._folder.path, error)

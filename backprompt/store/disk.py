@@ -1,19 +1,19 @@
 """The prompt representation database: a folder that can be copied.
 
     prompts.bp/
-        entries/3f/3f...-a0....safetensors    one file for each entry, named by its keys (format: file.py): the truth
-        index.sqlite                          the data of the files' headers, for lookups (index.py); made from them
-        damaged/                              damaged files, and foreign files in the place of ours: set aside
+        entries/3f/3f...-a0....safetensors    one file for each entry, named by its keys (format: file.py)
+        index.sqlite                          the data of the files' headers, for lookups (index.py)
+        damaged/                              damaged files, and foreign files that had the name of a store's file
         writing/                              files that are being written
 
 folder.py keeps the files, catalog.py the open index.
 
-An entry is written to a temporary file, synced, and renamed to its name, so it exists as a whole or not at all. The
-index is updated afterwards. An entry that the index does not know (the process died in between, or a file was copied
-in) is found when the index is rebuilt. Prompts are private: only their owner can read folders and files.
+An entry is written to a temporary file, synced, and renamed to its name, so it exists either as a whole or not at all.
+The index is updated afterwards. If the process dies in between, or a file is copied in, the index does not know the
+entry; the entry is found when the index is rebuilt. Prompts are private: only their owner can read folders and files.
 
-A store deletes only files that a store made. Another file in the place of an entry or the index is moved to `damaged`;
-all other files are left unchanged.
+A store deletes only files that a store made. A foreign file with the name of an entry or of the index is moved to
+`damaged`; all other files are left unchanged.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class DiskStore(Store):
     """Entries in a folder, created if missing. A folder without write permission is only read.
 
     Args:
-        path: the folder: a missing folder, an empty one, or a store's.
+        path: the folder; it must be missing, empty, or the folder of a store.
         persist: the results that an `LM` stores: see `Store`.
         max_bytes: the limit for the bytes of the files, a number or text such as "10 GB". The least recently used
-            entries are deleted first, and no entry before the entries behind it.
-        dtype: the precision of stored keys, values and hidden states: None as computed; "float16" or "int8" take less
+            entries are deleted first. An entry is deleted only after the entries behind it.
+        dtype: the precision of stored keys, values and hidden states. None: as computed. "float16" and "int8" take less
             space and cost accuracy; the error is measured and kept with each entry.
 
     Raises:
@@ -103,8 +103,8 @@ class DiskStore(Store):
             num_bytes = sum(map(len, pieces))
             if self.max_bytes is not None and num_bytes > self.max_bytes:
                 raise EntryTooLargeError(
-                    f"An entry of {num_bytes:,} bytes does not fit {self}, which may take {self.max_bytes:,}. "
-                    "Give it more: DiskStore(path, max_bytes=...)."
+                    f"An entry of {num_bytes:,} bytes does not fit {self}, whose limit is {self.max_bytes:,} bytes. "
+                    "Raise the limit: DiskStore(path, max_bytes=...)."
                 ) from None
             with explaining("An entry cannot be stored", self.path):
                 self._folder.write(final, pieces)
@@ -143,7 +143,7 @@ class DiskStore(Store):
         return self._catalog.ask(lambda index: index.longest(key, ids))
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
-        """Return the headers of all entries whose text begins so, in the order of their texts."""
+        """Return the headers of all entries whose text begins with `text_prefix`, in the order of their texts."""
         prefix = as_string(text_prefix, "text_prefix")
         return self._headers(self._catalog.ask(lambda index: index.names(prefix)))
 
@@ -192,7 +192,7 @@ class DiskStore(Store):
 
         """
         if max_bytes is None and self.max_bytes is None:
-            raise ValueError('Say how much may stay: store.prune("1 GB"), or open the store with max_bytes.')
+            raise ValueError('prune() needs a limit: store.prune("1 GB"), or a store that was opened with max_bytes.')
         self._folder.check_writable()
         limit = self.max_bytes if max_bytes is None else parse_bytes(max_bytes, "max_bytes")
         assert limit is not None
@@ -235,7 +235,7 @@ class DiskStore(Store):
         try:
             entry = read_entry(self._folder.file(name), tensors)
             if entry.header.name != name:
-                raise DamagedEntryError(f"it is the entry {entry.header.name}")
+                raise DamagedEntryError(f"the file holds another entry, {entry.header.name}")
         except FileNotFoundError:
             self._catalog.forget(name)  # deleted by another process, or from outside
             return None
@@ -244,7 +244,11 @@ class DiskStore(Store):
             self.set_aside(name, str(error))
             return None
         except (OSError, MemoryError) as error:  # other entries may be intact
-            logger.warning("%s cannot be read (%s). It is computed again when needed.", self._folder.file(name), error)
+            logger.warning(
+                "%s cannot be read (%s). Its tokens are computed again when they are needed.",
+                self._folder.file(name),
+                error,
+            )
             return None
         return entry
 

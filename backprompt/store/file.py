@@ -1,4 +1,4 @@
-"""One entry as one safetensors file, which detects a flipped byte.
+"""One entry as one safetensors file, with checksums that detect a flipped byte.
 
     8 bytes      length of the header, little endian
     header       JSON: the tensors' dtypes, shapes and offsets, and under "__metadata__", all as strings:
@@ -11,9 +11,9 @@
 Any reader of safetensors can read the file. Each tensor is read and checked by itself, so reading hidden states does
 not read keys and values.
 
-A file is checked before memory is allocated for it: its header against the schema (schema.py), and the size of the data
-in the header against the size of the file. Checksums detect accidents only: a person who can write to the folder can
-write matching checksums, too.
+A file is checked before memory is allocated for it: the header is compared with the schema (schema.py), and the size of
+the data in the header with the size of the file. Checksums detect accidents only: a person who can write to the folder
+can also write matching checksums.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def to_pieces(entry: Entry) -> list[memoryview]:
     described = json.dumps(table).encode()
     described += b" " * (-len(described) % 8)  # safetensors aligns the data in this way
     if len(described) > MAX_HEADER_BYTES:
-        raise EntryTooLargeError(f"The header of {len(entry.header.token_ids):,} tokens does not fit a file.")
+        raise EntryTooLargeError(f"The header of {len(entry.header.token_ids):,} tokens is too large for a file.")
     return [memoryview(len(described).to_bytes(8, "little") + described), *pieces]
 
 
@@ -128,7 +128,7 @@ def read_header(path: Path) -> Header:
 
     Raises:
         OSError: the file cannot be read, or is missing.
-        DamagedEntryError: the file is not a whole entry, as far as its header tells.
+        DamagedEntryError: the header shows that the file is not a whole entry.
         StoreVersionError: another version of backprompt wrote the file.
 
     """
@@ -142,7 +142,7 @@ def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
     Large tensors are read and checked in parallel: most of the time goes into allocating their memory.
 
     Raises:
-        MemoryError: memory is too small for the entry's tensors; the file has all of their bytes.
+        MemoryError: memory is too small for the entry's tensors, though the file is whole.
         OSError, DamagedEntryError, StoreVersionError: see `read_header`.
 
     """
@@ -164,10 +164,10 @@ def _opened(path: Path) -> BinaryIO:
     try:
         file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
     except IsADirectoryError as error:
-        raise DamagedEntryError("it is no regular file") from error
+        raise DamagedEntryError("it is not a regular file") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise DamagedEntryError("it is no regular file")
+        raise DamagedEntryError("it is not a regular file")
     return file
 
 
@@ -197,9 +197,9 @@ def read_tensor(file: BinaryIO, name: str, place: Place) -> Tensor:
 
 
 def ranges_of(name: str, place: Place, num_rows: int | None) -> list[tuple[int, int]]:
-    """Return the ranges of a tensor's bytes, in whole chunks, in which its first rows lie; None: all rows.
+    """Return the ranges of a tensor's bytes, in whole chunks, that contain its first rows; None: all rows.
 
-    The rows of a tensor `(kv_heads, tokens, head_dim)` lie head by head, so they are as many runs of bytes.
+    A tensor `(kv_heads, tokens, head_dim)` lies head by head, so its first rows are one run of bytes for each head.
     """
     shape = place.spec.shape
     if num_rows is None or kind_of(name) not in AXES:
@@ -246,7 +246,7 @@ def _room_for(name: str, place: Place) -> Tensor:
 
 def _compare(name: str, data: memoryview, checksums: Sequence[int]) -> None:
     if _checksums(data) != checksums:
-        raise DamagedEntryError(f"tensor {name!r} has other bytes than were written")
+        raise DamagedEntryError(f"the bytes of tensor {name!r} do not match their checksum")
 
 
 def _read_into(file: BinaryIO, data: memoryview, complaint: str) -> None:
@@ -259,7 +259,7 @@ def _read_into(file: BinaryIO, data: memoryview, complaint: str) -> None:
 
 
 def read_contents(file: BinaryIO, num_bytes: int) -> Contents:
-    """Return the contents of the header at the beginning of a file of so many bytes, without reading the data.
+    """Return the contents of the header at the beginning of a file of `num_bytes` bytes, without reading the data.
 
     Raises:
         DamagedEntryError, StoreVersionError: see `read_header`.
@@ -292,24 +292,24 @@ def _checked_metadata(table: dict[str, Any]) -> dict[str, str]:
         raise DamagedEntryError("its header has no metadata")
     check = metadata.pop("check", None)
     if check != str(_check_of(table)):
-        raise DamagedEntryError("its header has other bytes than were written")
+        raise DamagedEntryError("its header does not match its checksum")
     version = metadata.get("format", "")
     if not re.fullmatch(r"[0-9]{1,9}", version):
         raise DamagedEntryError("its header names no format")
     if version != str(FORMAT):
         raise StoreVersionError(
             f"it has format {version}, and this version of backprompt reads format {FORMAT}. Use the version that "
-            "wrote it, or a new folder."
+            "wrote the file, or a new folder."
         )
     if metadata.keys() != {"format", "entry", "checksums"}:
-        raise DamagedEntryError("its header has other metadata than an entry's")
+        raise DamagedEntryError("the metadata of its header are not those of an entry")
     del table["__metadata__"]
     return metadata
 
 
 def _header_of(described: dict[str, Any]) -> Header:
     if not _NEEDED_FIELDS <= described.keys() <= _FIELDS:
-        raise DamagedEntryError("its header has other fields than an entry's")
+        raise DamagedEntryError("the fields of its header are not those of an entry")
     for name in ("token_ids", "behind"):
         if isinstance(described.get(name), list):
             described[name] = tuple(described[name])
@@ -330,7 +330,7 @@ def _places_of(table: dict[str, Any], checksums: dict[str, Any], data_start: int
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise DamagedEntryError("a tensor has a dtype that no entry has")
         if not _are_lengths(shape, 1, 3) or not _are_lengths(offsets, 2, 2):
-            raise DamagedEntryError("a tensor's shape or offsets are no small numbers")
+            raise DamagedEntryError("a tensor's shape or offsets are not whole numbers within the limit")
         spec = TensorSpec(_DTYPES[dtype], tuple(shape))
         if offsets[1] - offsets[0] != spec.num_bytes:
             raise DamagedEntryError("a tensor's shape and offsets contradict each other")
@@ -343,14 +343,14 @@ def _places_of(table: dict[str, Any], checksums: dict[str, Any], data_start: int
             raise DamagedEntryError("its tensors overlap, or leave gaps")
         stop = next_stop
     if stop != num_bytes:
-        raise DamagedEntryError(f"its tensors end after {stop:,} bytes, and the file after {num_bytes:,}")
+        raise DamagedEntryError(f"its tensors end after {stop:,} bytes, but the file ends after {num_bytes:,}")
     return places
 
 
 def _check_checksums(checksums: object, num_bytes: int) -> None:
     num_chunks = -(-num_bytes // CHUNK_BYTES)
     if not isinstance(checksums, list) or len(checksums) != num_chunks:
-        raise DamagedEntryError("a tensor has not a checksum for each of its chunks")
+        raise DamagedEntryError("the number of a tensor's checksums is not the number of its chunks")
     if not all(type(checksum) is int and 0 <= checksum < 1 << 32 for checksum in checksums):
         raise DamagedEntryError("a checksum is not a number of 32 bits")
 
@@ -370,19 +370,19 @@ def _object(encoded: str | bytearray) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedEntryError(f"its header cannot be read: {error}") from error
     if not isinstance(decoded, dict):
-        raise DamagedEntryError("its header cannot be read: it is no object")
+        raise DamagedEntryError("its header is not a JSON object")
     return decoded
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     decoded = dict(pairs)
     if len(decoded) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name occurs twice")
     return decoded
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not allowed as a number")
 
 
 def _check_of(table: dict[str, Any]) -> int:

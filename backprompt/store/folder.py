@@ -31,7 +31,7 @@ class Folder:
         path: the result of `check_folder`.
 
     Attributes:
-        is_writable: whether files can be written to the folder; else it is only read.
+        is_writable: whether files can be written to the folder; if not, the folder is only read.
 
     """
 
@@ -44,7 +44,7 @@ class Folder:
         return self.path / "entries" / name[:2] / f"{name}.safetensors"
 
     def files(self) -> Iterator[Path]:
-        """Yield the files in the places of entries; other files in the folders, and targets of links, are not ours."""
+        """Yield the files with names of entries; other files in the folders, and targets of links, are skipped."""
         with os.scandir(self.path / "entries") as found:
             folders = sorted(folder.path for folder in found if folder.is_dir(follow_symlinks=False))
         for folder in map(Path, folders):
@@ -72,7 +72,7 @@ class Folder:
         try:
             header = read_header(file)
             if header.name != file.stem:
-                raise DamagedEntryError(f"it is the entry {header.name}")
+                raise DamagedEntryError(f"the file holds another entry, {header.name}")
         except FileNotFoundError:
             return None  # deleted by another process meanwhile
         except DamagedEntryError as error:
@@ -114,7 +114,9 @@ class Folder:
 
     def report(self, file: Path, error: DamagedEntryError) -> None:
         """Warn about a damaged file."""
-        logger.warning("%s is damaged: %s. It is set aside and computed again when needed.", file, error)
+        logger.warning(
+            "%s is damaged: %s. The file is set aside, and its tokens are computed again when needed.", file, error
+        )
 
     def move_aside(self, file: Path) -> None:
         """Move a damaged file aside, if possible."""

@@ -1,12 +1,12 @@
 """The index of a folder of entries: the data of their headers, in SQLite, for lookups.
 
 The index contains only data of the files, so a damaged index is rebuilt from them (disk.py). An index counts as damaged
-if it differs from an index of this version: another schema, down to a trigger, a view or a column; an answer of another
-type; a query that takes longer than on any index. An index of a newer version is not damaged: that version may be using
-it, so it is left unchanged and not queried.
+if it differs from an index of this version: if its schema differs, even by a trigger, a view or a column; if an answer
+has another type; or if a query takes longer than it can take on a sound index. An index of a newer version is not
+damaged: that version may be using the index, so it is left unchanged and not queried.
 
-A folder may come from anywhere, so its index is opened as possibly hostile: no code of its schema is trusted, the work
-of SQLite on it is bounded, and its schema is compared before any other query. Only a regular file is opened.
+A folder may come from anywhere, so its index may be hostile: no code of its schema is trusted, the work of SQLite on it
+is bounded, and its schema is compared before any other query. Only a regular file is opened.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CREATE INDEX IF NOT EXISTS by_behind ON needs (behind);
 CREATE INDEX IF NOT EXISTS by_start ON entries (start, token_ids);
 CREATE INDEX IF NOT EXISTS by_use ON entries (last_used, position);
 """
-"""Schemas are compared exactly, so each change of this text needs a new version."""
+"""Schemas are compared exactly, so each change of `_SCHEMA` needs a new version."""
 
 _NAME = f"CASE WHEN length(name) <= {MAX_NAME_LENGTH} THEN name END"
 _TOKEN_IDS = "CASE WHEN length(token_ids) <= :max_bytes THEN substr(token_ids, 1, length(:asked)) END"
@@ -67,7 +67,7 @@ WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end)
 AND NOT EXISTS (SELECT 1 FROM needs WHERE needs.behind = entry.name)
 ORDER BY last_used, position DESC LIMIT 100
 """
-"""Entries that no other entry starts behind, or within: an entry is useless without the entries before it."""
+"""Entries behind and within which no other entry starts: an entry is useless without the entries before it."""
 
 MAX_VALUE_BYTES = 128 << 20
 """The size limit of a row: twice the largest header of an entry (file.py)."""
@@ -174,7 +174,7 @@ class Index:
         return best if best is not None and best.num_tokens else None
 
     def names(self, text_prefix: str) -> list[str]:
-        """Return the names of all entries whose text begins so, in the order of their texts."""
+        """Return the names of all entries whose text begins with `text_prefix`, in the order of their texts."""
         with self._transaction():
             rows = self._ask(_NAMES_BY_TEXT, (len(text_prefix), text_prefix), SCAN_SECONDS)
         return [_checked_name(name) for (name,) in rows]
@@ -255,13 +255,13 @@ class Index:
             version = self._version()
             self._check(version, self._schema())
         if version != _SCHEMA_VERSION:
-            raise DamagedIndexError("it was not finished")
+            raise DamagedIndexError("the index was not finished")
 
     def _check(self, version: int, schema: list[tuple[Any, ...]]) -> None:
         if version > _SCHEMA_VERSION and any(row[:2] == ("table", "entries") for row in schema):
             raise NewerIndexError(f"{self._file} was made by a newer version of backprompt")
         if schema != _own_schema():
-            raise DamagedIndexError("it has not the tables of an index")
+            raise DamagedIndexError("the file does not have the tables of an index")
 
     def _version(self) -> int:
         ((version,),) = self._ask("PRAGMA user_version")
@@ -326,7 +326,7 @@ def _check_kind_of(file: Path) -> None:
     for suffix in SUFFIXES:
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(os.lstat(f"{file}{suffix}").st_mode):
-                raise DamagedIndexError(f"{file.name}{suffix} is no regular file")
+                raise DamagedIndexError(f"{file.name}{suffix} is not a regular file")
 
 
 @contextmanager
@@ -354,12 +354,16 @@ def _why_unavailable(error: Exception) -> tuple[int | None, str]:
 
 
 _UNAVAILABLE = (
-    ("locked", errno.EBUSY, "Another process has been writing to it for long; try again."),
-    ("busy", errno.EBUSY, "Another process has been writing to it for long; try again."),
+    ("locked", errno.EBUSY, "Another process has been writing to the index for long. Try again."),
+    ("busy", errno.EBUSY, "Another process has been writing to the index for long. Try again."),
     ("full", errno.ENOSPC, "Free some space."),
-    ("disk I/O", errno.EIO, "The disk does not read or write it."),
-    ("readonly", errno.EACCES, "You have no permission to write to it."),
-    ("unable to open", errno.EACCES, "You may have no permission, or no space."),
+    ("disk I/O", errno.EIO, "The disk failed to read or write the index. Check the disk."),
+    (
+        "readonly",
+        errno.EACCES,
+        "You have no permission to write to the index. Change its permissions, or copy the store.",
+    ),
+    ("unable to open", errno.EACCES, "Check the permissions of the folder and the free space."),
 )
 
 
@@ -379,19 +383,19 @@ def _patiently(attempt: Callable[[], object]) -> None:
 def _checked_name(name: object) -> str:
     """Return a name from the index."""
     if not isinstance(name, str) or not is_name(name):
-        raise DamagedIndexError(f"{abbreviated(str(name))} is no entry's name")
+        raise DamagedIndexError(f"{abbreviated(str(name))} is not the name of an entry")
     return name
 
 
 def _checked_number(number: object, least: int = 0) -> int:
     if not isinstance(number, int) or number < least:
-        raise DamagedIndexError(f"{abbreviated(str(number))} is no number of anything")
+        raise DamagedIndexError(f"{abbreviated(str(number))} is not a valid count")
     return number
 
 
 def _checked_error(error: object) -> float:
     if not isinstance(error, float) or not 0 <= error < math.inf:
-        raise DamagedIndexError(f"{abbreviated(str(error))} is no error")
+        raise DamagedIndexError(f"{abbreviated(str(error))} is not a valid error")
     return error
 
 
@@ -402,5 +406,5 @@ def _packed(token_ids: Sequence[int]) -> bytes:
 
 def _unpacked(packed: object) -> tuple[int, ...]:
     if not isinstance(packed, bytes) or len(packed) % 8:
-        raise DamagedIndexError("its token ids are none")
+        raise DamagedIndexError("its token ids are not valid")
     return struct.unpack(f">{len(packed) // 8}Q", packed)

@@ -1,18 +1,19 @@
-"""A prompt representation database that many machines can reach: objects in a bucket, or in a folder they share.
+"""A prompt representation database that many machines can reach: objects in a bucket, or in a shared folder.
 
     s3://bucket/prompts/
-        entries/3f/3f...-a0....safetensors    one object for each entry, in the format of a file (file.py): the truth
+        entries/3f/3f...-a0....safetensors    one object for each entry, in the format of a file (file.py)
         begins/3f.../17.1f4.20.....a0...      an empty object for each entry: lookups list the names (beginnings.py)
         damaged/                              damaged objects
 
-There is no index, because nobody could write to it atomically. An object is stored as a whole or not at all. The entry
-goes first, then the name that lookups list: an entry whose writer died in between is found once somebody puts it again.
+There is no index, because a bucket cannot update an index atomically. An object is stored as a whole or not at all. The
+entry is written first, and then the name that lookups list. If a writer dies in between, the entry is found after it is
+put again.
 
-Objects are reached through obstore, which is written in Rust and knows S3 and what speaks its protocol, Google Cloud
-Storage, Azure, folders and memory. An object up to `SMALL_BYTES` is read at once; of a larger one the header is read,
-and then the tensors that are asked for, in parallel, and of these the chunks in which the rows lie that are asked for.
+Objects are reached through obstore, a library in Rust for S3 and compatible services, Google Cloud Storage, Azure,
+folders and memory. An object of up to `SMALL_BYTES` is read in one request. A larger object is read in parts: first its
+header, then, in parallel, the chunks of the requested tensors that contain the requested rows.
 
-The times of last use are not kept. The rules of a bucket ("lifecycle") can delete old objects.
+The times of last use are not kept. The lifecycle rules of a bucket can delete old objects.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ logger = logging.getLogger(__name__)
 SMALL_BYTES = 1 << 20
 HEADER_BYTES = 1 << 16  # read before the length of the header is known
 LISTING_SECONDS = 30.0
-"""For so long a listing is used again; entries that others put meanwhile are not found, and computed again."""
-MAX_LISTINGS = 10_000  # of keys whose listings are remembered
-READERS = 16  # headers that are read at once where all entries are listed
+"""The age up to which a listing is reused. Entries that others put meanwhile are not found, but computed again."""
+MAX_LISTINGS = 10_000  # the number of keys whose listings are remembered
+READERS = 16  # the number of headers that are read at once when all entries are listed
 
 # A bucket that cannot be reached must not hold up an evaluation: obstore's own limit is three minutes a request.
 _CLIENT_OPTIONS = {"timeout": timedelta(seconds=30), "connect_timeout": timedelta(seconds=5)}
@@ -64,13 +65,13 @@ class ObjectStore(Store):
             "memory:///".
         persist: the results that an `LM` stores: see `Store`.
         dtype: the precision of stored keys, values and hidden states: see `DiskStore`.
-        options: for obstore's `from_url`, such as `config={"endpoint": ..., "region": ...}`, `client_options`,
-            `retry_config` and `credential_provider`. Where no key is given, obstore looks for keys in the environment
-            and at the provider's own addresses.
+        options: arguments of obstore's `from_url`, such as `config={"endpoint": ..., "region": ...}`, `client_options`,
+            `retry_config` and `credential_provider`. If no access key is given, obstore looks for one in the
+            environment and at the provider's own addresses.
 
     Raises:
         MissingDependencyError: obstore is not installed.
-        ValueError: the URL is none that obstore knows, or an option is unknown.
+        ValueError: obstore does not know the kind of URL, or an option is unknown.
 
     """
 
@@ -95,7 +96,7 @@ class ObjectStore(Store):
         return self._checked(name, tensors, None)
 
     def get_beginning(self, name: str, num_rows: int, tensors: Collection[str] | None = None) -> Entry | None:
-        """Return the entry, of a large object with the first rows alone if these are at most half of all."""
+        """Return the entry; of a large object only the first rows are read if they are at most half of all."""
         return self._checked(name, tensors, num_rows)
 
     def _checked(self, name: str, tensors: Collection[str] | None, num_rows: int | None) -> Entry | None:
@@ -106,11 +107,15 @@ class ObjectStore(Store):
             self._forget(name)
             return None
         except DamagedEntryError as error:
-            logger.warning("%s of %r is damaged: %s. It is computed again when needed.", name, self, error)
+            logger.warning(
+                "%s of %r is damaged: %s. Its tokens are computed again when they are needed.", name, self, error
+            )
             self.set_aside(name, str(error))
             return None
         except MemoryError as error:
-            logger.warning("%s of %r cannot be read (%s). It is computed again when needed.", name, self, error)
+            logger.warning(
+                "%s of %r cannot be read (%s). Its tokens are computed again when they are needed.", name, self, error
+            )
             return None
 
     def put(self, entry: Entry) -> None:
@@ -163,7 +168,7 @@ class ObjectStore(Store):
         return self._listing(key).longest(ids, self._ids_of)
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
-        """Yield the headers of all entries whose text begins so."""
+        """Yield the headers of all entries whose text begins with `text_prefix`."""
         prefix = as_string(text_prefix, "text_prefix")
         return self._headers(prefix)
 
@@ -199,7 +204,7 @@ class ObjectStore(Store):
             whole = bytes(self._bucket.get(path).bytes()) if num_bytes <= SMALL_BYTES else None
             contents = self._contents(path, num_bytes) if whole is None else read_contents(io.BytesIO(whole), num_bytes)
             if contents.header.name != name:
-                raise DamagedEntryError(f"it is the entry {contents.header.name}")
+                raise DamagedEntryError(f"the object holds another entry, {contents.header.name}")
             if whole is not None or (num_rows is not None and 2 * num_rows > len(contents.header.token_ids)):
                 num_rows = None
             chosen = {n: place for n, place in contents.places.items() if tensors is None or n in tensors}
@@ -232,7 +237,7 @@ class ObjectStore(Store):
             self._bucket.put(path, content)
 
     def _listing(self, start: str) -> Beginnings:
-        """Return the entries at a key, listed now or not long ago."""
+        """Return the entries at a key from a listing that is at most `LISTING_SECONDS` old."""
         with self._lock:
             listed_at, listing = self._listings.get(start, (-LISTING_SECONDS, None))
         if listing is None or time.monotonic() - listed_at > LISTING_SECONDS:
@@ -258,9 +263,9 @@ class ObjectStore(Store):
 
     @contextmanager
     def _reaching(self, failed: str) -> Iterator[None]:
-        """Turn obstore's errors into OSErrors that say what failed, and what to do.
+        """Turn obstore's errors into OSErrors that name the failed action and the next step.
 
-        In a forked process the threads that obstore sends requests on are missing, and it would wait for them forever.
+        A forked process lacks the threads on which obstore sends requests, and obstore would wait for them forever.
         """
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
@@ -271,7 +276,7 @@ class ObjectStore(Store):
             yield
         except BaseError as error:
             is_refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
-            advice = "Check the keys and what they may do" if is_refused else "Check the address and the network"
+            advice = "Check the keys and their permissions" if is_refused else "Check the address and the network"
             reason = str(error).split("\n", 1)[0]
             number = errno.EACCES if is_refused else errno.EIO
             raise OSError(number, f"{failed}: {reason}. {advice}", self.url) from error

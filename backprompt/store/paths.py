@@ -12,9 +12,9 @@ INDEX = "index.sqlite"
 FOLDERS = ("entries", "damaged", "writing")
 """The folders of a store. The first one distinguishes a store from other folders."""
 
-_ANOTHER_FOLDER = "Name a folder that is a store's, that is empty, or that can be made, such as prompts.bp"
+_ANOTHER_FOLDER = "Name a folder of a store, an empty folder, or a new one, such as prompts.bp"
 _MORE_SPACE = "Free some space, or choose another disk"
-_PERMISSION = "Choose a folder of your own, or see to it that you may write to this one"
+_PERMISSION = "Choose a folder of your own, or change the permissions of this one"
 _ADVICE = {
     errno.ENOENT: _ANOTHER_FOLDER,
     errno.ENOTDIR: _ANOTHER_FOLDER,
@@ -42,7 +42,7 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     given = os.fspath(path)
     if not isinstance(given, str):
         raise TypeError(f"The path of a store must be a str or a Path, not {type(given).__name__}.")
-    with explaining("This cannot be the folder of a store", given):
+    with explaining("This folder cannot be used for a store", given):
         if not given:
             raise OSError(errno.ENOENT, "the path is empty")
         try:
@@ -52,7 +52,7 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
             _check_can_be_made(folder)
             return folder
         except ValueError as error:  # a NUL, or half of a UTF-16 pair
-            raise OSError(errno.EINVAL, f"it is no path ({error})") from error
+            raise OSError(errno.EINVAL, f"the value is not a path ({error})") from error
         foreign = [name for name in names if not name.startswith((".", INDEX)) and name not in FOLDERS]
         if foreign and not (folder / FOLDERS[0]).is_dir():
             raise OSError(errno.EEXIST, f"it has other content, such as {min(foreign)!r}")
@@ -77,5 +77,5 @@ def explaining(what: str, path: str | Path) -> Iterator[None]:
 def explained(error: OSError, what: str, path: str | Path) -> OSError:
     """Return an error of the same kind with the failed action, the path, and advice."""
     number = error.errno or errno.EIO
-    advice = _ADVICE.get(number, "See whether the folder is there, and yours")
+    advice = _ADVICE.get(number, "Check that the folder exists and belongs to you")
     return OSError(number, f"{what}: {str(error.strerror or error).rstrip('.')}. {advice}", str(path))

@@ -13,8 +13,8 @@ An entry of T tokens has these tensors, with the same number of layers for keys 
 In a store of reduced precision (precision.py) floating-point tensors may be float16; with "int8", keys and values may
 be int8, each with its scales: "keys.0.scale", (kv_heads, T, 1), float32.
 
-Anything else is damage. An entry with the right shapes and wrong numbers cannot be detected: a store is as
-trustworthy as the permissions of its folder.
+An entry of any other form is damaged. An entry with the right shapes and wrong numbers cannot be detected: a store is
+only as trustworthy as the people who can write to its folder.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def check_header(header: Header) -> None:
 
     """
     if not (is_name(header.start) and is_name(header.end) and is_name(header.name)):
-        raise DamagedEntryError("its start or its end is no key")
+        raise DamagedEntryError("its start or its end is not a key")
     if not isinstance(header.behind, tuple) or not all(map(is_name, header.behind)):
-        raise DamagedEntryError("what it goes behind is no list of names")
+        raise DamagedEntryError("its field behind is not a list of names")
     if not _is_index(header.position):
         raise DamagedEntryError("its position is not a number from 0 to 2**63 - 1")
     if not isinstance(header.token_ids, tuple) or not header.token_ids or not all(map(_is_index, header.token_ids)):
@@ -91,7 +91,7 @@ def check_header(header: Header) -> None:
         raise DamagedEntryError("its text is not a string")
     words = (header.model, header.tokenizer, header.dtype)
     if not all(isinstance(word, str) and _WORDS.fullmatch(word) for word in words):
-        raise DamagedEntryError("its model, tokenizer or dtype is no name")
+        raise DamagedEntryError("its model, tokenizer or dtype is not a name")
     if type(header.error) is not float or not 0 <= header.error < math.inf:
         raise DamagedEntryError("its error is not a finite number of at least 0")
     _check_precision(header)
@@ -105,8 +105,8 @@ def check_tensors(
     Args:
         header: the header, already checked.
         found: the dtypes and shapes in the entry.
-        expected: those that the model computes for these tokens, for all tensors or for the requested ones; by default
-            those that any model may compute.
+        expected: the dtypes and shapes that the model computes for these tokens, for all tensors or for the requested
+            ones; by default those that any model may compute.
 
     Raises:
         DamagedEntryError: a tensor is missing or superfluous, or has another shape or dtype.
@@ -120,7 +120,7 @@ def check_tensors(
     _check_names(tensors, _names_of_any_model(tensors) if expected is None else frozenset(expected))
     for name in scales:
         if name.removesuffix(SCALE) not in tensors:
-            raise DamagedEntryError(f"there is a scale of no tensor: {abbreviated(str(name))}")
+            raise DamagedEntryError(f"a scale belongs to no tensor: {abbreviated(str(name))}")
     for name, spec in tensors.items():
         _check_shape(header, name, spec, None if expected is None else expected[name])
         _check_dtype(header, name, spec, None if expected is None else expected[name])
@@ -144,7 +144,7 @@ def _check_precision(header: Header) -> None:
     kinds = frozenset() if header.exactness == EXACT else IN_MODEL_DTYPE
     dtypes = header.dtypes
     if not isinstance(dtypes, Mapping) or dtypes.keys() != kinds or not COMPUTED_DTYPES.keys() >= _strings(dtypes):
-        raise DamagedEntryError("it does not say rightly what its tensors were before they were stored")
+        raise DamagedEntryError("the original dtypes of its tensors are missing or wrong")
 
 
 def _strings(dtypes: Mapping[str, str]) -> set[str]:
@@ -163,19 +163,21 @@ def _names_of_any_model(tensors: Mapping[str, TensorSpec]) -> frozenset[str]:
 def _check_names(found: Mapping[str, TensorSpec], expected: frozenset[str]) -> None:
     missing, extra = expected - found.keys() - _OPTIONAL, found.keys() - expected
     if missing:
-        raise DamagedEntryError(f"it lacks the tensor {abbreviated(min(missing))}")
+        raise DamagedEntryError(f"the entry lacks the tensor {abbreviated(min(missing))}")
     if extra:
-        raise DamagedEntryError(f"it has a tensor too many: {abbreviated(str(min(extra)))}")
+        raise DamagedEntryError(f"the entry has an unknown tensor: {abbreviated(str(min(extra)))}")
 
 
 def _check_shape(header: Header, name: str, spec: TensorSpec, expected: TensorSpec | None) -> None:
     if expected is not None and spec.shape != expected.shape:
         raise DamagedEntryError(
-            f"tensor {name!r} has the shape {spec.shape}, and the model computes {expected.shape} for its tokens"
+            f"tensor {name!r} has the shape {spec.shape}, but the model computes {expected.shape} for its tokens"
         )
     is_right = len(spec.shape) == len(AXES[kind_of(name)]) and min(spec.shape) >= 1
     if not is_right or spec.shape[token_axis(name)] != len(header.token_ids):
-        raise DamagedEntryError(f"tensor {name!r} has the shape {spec.shape}, of {len(header.token_ids)} tokens")
+        raise DamagedEntryError(
+            f"tensor {name!r} has the shape {spec.shape}, but the entry has {len(header.token_ids)} tokens"
+        )
 
 
 def _check_dtype(header: Header, name: str, spec: TensorSpec, expected: TensorSpec | None) -> None:
@@ -187,7 +189,7 @@ def _check_dtype(header: Header, name: str, spec: TensorSpec, expected: TensorSp
     else:
         computed = COMPUTED_DTYPES[header.dtypes[kind]] if header.dtypes else spec.dtype
         if expected is not None and computed != expected.dtype:
-            raise DamagedEntryError(f"tensor {name!r} was {computed}, and the model computes {expected.dtype}")
+            raise DamagedEntryError(f"tensor {name!r} was {computed}, but the model computes {expected.dtype}")
         is_right = computed in _FLOATS and spec.dtype in (computed, _stored_dtype(header, kind))
     if not is_right:
         raise DamagedEntryError(f"tensor {name!r} is {spec.dtype}")
@@ -195,7 +197,7 @@ def _check_dtype(header: Header, name: str, spec: TensorSpec, expected: TensorSp
 
 def _check_scale(header: Header, name: str, spec: TensorSpec, scale: TensorSpec | None) -> None:
     if (spec.dtype == torch.int8) != (scale is not None):
-        raise DamagedEntryError(f"the scale of tensor {name!r} is {'missing' if scale is None else 'one too many'}")
+        raise DamagedEntryError(f"the scale of tensor {name!r} is {'missing' if scale is None else 'superfluous'}")
     if scale is not None and scale != TensorSpec(torch.float32, (*spec.shape[:-1], 1)):
         raise DamagedEntryError(f"the scale of tensor {name!r} is {scale.dtype} of the shape {scale.shape}")
 

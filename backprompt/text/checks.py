@@ -23,7 +23,7 @@ def as_texts(texts: Any, function: str) -> list[Text]:
     if isinstance(texts, Text):
         return [texts]
     if isinstance(texts, str):
-        raise TextTypeError(f"{needed}, not the str {abbreviated(texts)}. Wrap it: Text(string, lm).")
+        raise TextTypeError(f"{needed}, not the str {abbreviated(texts)}. Wrap the string: Text(string, lm).")
     listed = as_list(texts, needed)
     return [as_text(text, f"texts[{idx}]") for idx, text in enumerate(listed)]
 

@@ -1,8 +1,8 @@
 """Engine: the requests of a bound text to its model, and the node's access to the modules that depend on it.
 
-A `Text` knows no model, no generation and no drawing. A text that is bound to an engine asks the engine. A factory
-makes an engine of a model and a tokenizer. The functions behind `text.generate`, `text.draw` and the like lie outside
-the node. The package's root registers the factory and the functions here by name; each is imported on its first call.
+A `Text` knows no model, no generation and no drawing; a bound text asks its engine. A factory makes an engine of a
+model and a tokenizer. The functions behind `text.generate`, `text.draw` and the like lie outside the node. The
+package's root registers the factory and the functions here by name; each is imported on its first call.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def as_engine(given: Any) -> Engine[Any]:
     """Return an engine; for a `(model, tokenizer)` tuple, return the engine that all such tuples share.
 
     Raises:
-        TextTypeError: the value is neither.
+        TextTypeError: the value is neither an engine nor such a tuple.
         All errors that the factory raises for the model and the tokenizer.
 
     """
@@ -158,7 +158,7 @@ def as_engine(given: Any) -> Engine[Any]:
         engine = outside(FACTORY)(*given)
         return engine
     raise TextTypeError(
-        "The model is given as an LM or a (model, tokenizer) tuple, not as "
+        "The model must be an LM or a (model, tokenizer) tuple, not "
         f"{type(given).__name__}: {abbreviated(given)}. backprompt.load(name) makes an LM."
     )
 

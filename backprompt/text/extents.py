@@ -16,7 +16,7 @@ class Join:
         left: the string of the run before the join.
         right: the segment after the join.
         split_tokens: the ids around the join if both sides are encoded apart; common ids at both ends are left out. For
-            a tokenizer that encodes no continuations, the ids of the left side only, from the first changed id on.
+            a tokenizer without continuations: the ids of the left side only, from the first changed id on.
         joined_tokens: the ids that replace them in the joined string.
 
     """
@@ -45,7 +45,8 @@ class Extent:
             segment next to them.
         replaced: the ids that the join with this segment changed: from `start` on, the ids of the text before this
             segment, encoded without the segment.
-        is_join_changed: whether the ids of this segment and the text before it differ from those of both apart.
+        is_join_changed: whether the ids of this segment, encoded together with the text before it, differ from the ids
+            of both encoded apart.
         num_special: the number of special tokens at the start of the segment; they belong to the text, branch or group
             that begins with this segment.
 

@@ -114,7 +114,7 @@ class Text(Questions):
         """Return a text of one segment made of token ids, which are never re-tokenized.
 
         Such a segment is a hard boundary: the text behind it is encoded as a continuation (no special tokens, no dummy
-        prefix space). Its string is the part that decoding it adds to the text before it.
+        prefix space). The string of the segment is what its ids add to the decoded text before.
 
         Raises:
             TextTypeError: an element is not an `int`.
@@ -148,7 +148,7 @@ class Text(Questions):
 
     def __radd__(self, other: Text | str) -> Text:
         if isinstance(other, int) and other == 0:
-            raise TextTypeError("sum() of texts needs a text to start from: sum(texts, Text('')).")
+            raise TextTypeError("sum() of texts needs a Text as its start: sum(texts, Text('')).")
         return _concatenate(_as_text(other, "+"), self)
 
     def join(self, texts: Iterable[Text | str]) -> Text:
@@ -194,13 +194,13 @@ class Text(Questions):
             (context + question.with_adapter("judge")).logits
 
         The text before and behind is not changed: `context` is computed once for questions under any adapter. The
-        adapter takes the place of those that parts of this text have. Tokens without an adapter of their own are
-        computed under the active adapters of the model. What is added behind a text (generated tokens, completions of
-        `classify`) is computed under the adapter of the text's last segment.
+        adapter replaces the adapters that parts of this text have. Tokens without an adapter of their own are computed
+        under the active adapters of the model. Tokens that are added behind a text (generated tokens, completions of
+        `classify`) are computed under the adapter of the text's last segment.
 
         Args:
-            name: the name of a LoRA that is loaded into the model (peft's `load_adapter`, or transformers'). Whether
-                the model has it shows on evaluation. None: no adapter.
+            name: the name of a LoRA that is loaded into the model (by `load_adapter` of peft or transformers). The name
+                is checked on evaluation. None: no adapter.
 
         Raises:
             TextTypeError: `name` is neither a `str` nor None.
@@ -237,7 +237,7 @@ class Text(Questions):
     def string(self) -> str:
         """The whole string, branches in written order.
 
-        A segment of token ids contributes the part that decoding it adds to the text before it.
+        A segment of token ids contributes what its ids add to the decoded text before.
         """
         parts = list(leaves(self._walk_segments()))
         strings = [part for part in parts if isinstance(part, str)]
@@ -290,7 +290,7 @@ class Text(Questions):
 
     @property
     def _is_nothing(self) -> bool:
-        """Whether joining this text changes nothing: an empty text may still turn off special tokens for the rest."""
+        """Whether joining this text changes nothing. An empty text may still turn off special tokens for the rest."""
         return self._num_segments == 0 and self._add_special_tokens
 
     def _plain(self) -> Text:
@@ -305,18 +305,18 @@ class Text(Questions):
 def sides(text: Text) -> tuple[Text, Text] | None:
     """Return the two texts that a text joins; None for a text of at most one segment.
 
-    Texts that are built on one text have it as their left side, and so can share the work on it.
+    Texts that are built on one text have this text as their left side, so they can share the work on it.
     """
     return None if text._left is None or text._right is None else (text._left, text._right)
 
 
 def note(text: Text, of: object, value: Any) -> None:
-    """Keep a value with a text for as long as the text lives, in place of an older one; `of` says whose value it is."""
+    """Keep a value with a text for as long as the text lives, in place of an older one; `of` is the value's owner."""
     text._noted, text._noted_by = value, of
 
 
 def noted(text: Text, of: object) -> Any:
-    """Return the value that was noted last, if it was noted by the same one; else None."""
+    """Return the value that was noted last, if its owner is the same; else None."""
     return text._noted if text._noted_by is of else None
 
 
@@ -346,7 +346,7 @@ def parallel(texts: Iterable[Text | str], *, positions: Positions = "shared") ->
 
     Args:
         texts: the branches. Empty branches are dropped, and a group of one branch becomes that branch.
-        positions: "shared": each branch starts where the group starts, so it does not depend on the others and is
+        positions: "shared": each branch starts where the group starts. So a branch does not depend on the others and is
             reused in any subset and order. The text behind the group starts after the longest branch (parallel context
             windows, Ratner et al. 2022, arXiv 2212.10947). `|` makes groups of this kind; such groups in `texts` are
             merged into the new group. "sequential": positions as if the branches stood one after the other.
@@ -355,7 +355,7 @@ def parallel(texts: Iterable[Text | str], *, positions: Positions = "shared") ->
         TextTypeError: an element is neither a `Text` nor a `str`.
         MixedModelsError: the texts belong to two different `LM` objects.
         ValueError: `positions` is unknown.
-        GroupError: groups are nested too deep.
+        GroupError: groups are nested too deeply.
 
     """
     as_choice(positions, "positions", POSITIONS)
@@ -404,8 +404,8 @@ def _common_lm(lm: Engine[Text] | None, text: Text) -> Engine[Text] | None:
     """Return the `LM` of a text that joins `text` with texts of `lm`."""
     if lm is not None and text._lm is not None and text._lm is not lm:
         raise MixedModelsError(
-            f"{text!r} and what it is joined with belong to two different LM objects, whose representations never mix. "
-            "Build both with one LM; a (model, tokenizer) tuple finds the same LM each time."
+            f"{text!r} and the text that it is joined with belong to two different LM objects, whose representations "
+            "never mix. Build both texts with one LM; a (model, tokenizer) tuple finds the same LM each time."
         )
     return text._lm if lm is None else lm
 

@@ -1,7 +1,7 @@
 """Questions that a text asks its model: tokens, representations, continuations, pictures.
 
-A text passes each question to its engine, or to a function that stands elsewhere under a name (engine.py), and imports
-none of them.
+A text passes each question to its engine, or to a function that is registered under a name (engine.py). A text imports
+no engine and no such function.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Questions:
     def entropies(self, *, temperature: float = 1.0) -> Tensor:
         """Return the entropy of the distribution that predicts each token, `(tokens,)`, nats.
 
-        Evaluates the text if need be. A row of the output head for each token is computed, and not kept; `lm.entropies`
-        takes many texts at a time. nan for a token without a prediction.
+        Evaluates the text if needed. For each token a row of the output head is computed and not kept. The entropy is
+        nan for a token without a prediction. `lm.entropies` takes many texts at a time.
 
         Args:
             temperature: divides the logits.
@@ -97,7 +97,7 @@ class Questions:
             without a prediction. See `lm.top_logprobs`, which takes many texts at a time.
 
         Raises:
-            ValueError: `k` is no int from 1 to the size of the vocabulary.
+            ValueError: `k` is not an int from 1 to the size of the vocabulary.
             All errors of `entropies`.
 
         """
@@ -128,8 +128,8 @@ class Questions:
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
             answer.option, answer.probabilities
 
-        The probabilities and errors are those of `classify.predict_proba(text, options)`, and its other options are
-        allowed, too: `aggregate="sum"` uses the probability of each whole option, not the mean over its tokens.
+        The probabilities and errors are those of `classify.predict_proba(text, options)`, whose other arguments are
+        also allowed: `aggregate="sum"` uses the probability of each whole option, not the mean over its tokens.
 
         Returns:
             A `SelectedText`.
@@ -143,7 +143,7 @@ class Questions:
 
             text.probability_of(Regex("(very )?(good|great)"))
 
-        Takes the other arguments of `classify.probability_of`, and has its errors.
+        The other arguments and the errors are those of `classify.probability_of`.
         """
         found: float = outside("probability_of")(self, language, **options)
         return found
@@ -163,9 +163,9 @@ class Questions:
             for piece in text.stream(max_new_tokens=100):
                 print(piece, end="", flush=True)
 
-        No piece contains a part of a stop string that is left out: a possible beginning of one is held back until the
-        next tokens decide. `Stream.text` is the continuation so far, a `GeneratedText`. Arguments and errors are those
-        of `backprompt.generate`.
+        No piece contains a part of a stop string that is left out: a possible beginning of a stop string is held back
+        until the next tokens decide. `Stream.text` is the continuation so far, a `GeneratedText`. Arguments and errors
+        are those of `backprompt.generate`.
         """
         found: TextStream = outside("stream")(
             self,
@@ -232,7 +232,7 @@ class Questions:
 
 
 def bound_engine(text: Questions, what: str) -> Engine[Any]:
-    """Return the engine of a text; `what` names the result that needs it.
+    """Return the engine of a text; `what` names the result that needs the engine.
 
     Raises:
         UnboundTextError: the text has no engine.
@@ -240,7 +240,7 @@ def bound_engine(text: Questions, what: str) -> Engine[Any]:
     """
     if text.lm is None:
         raise UnboundTextError(
-            f"{text!r} has no model, and {what} cannot be had without one. "
-            "Build it with Text(string, lm), or join it with a text that has an LM."
+            f"{text!r} has no model, so {what} cannot be computed. "
+            "Build the text with Text(string, lm), or join it with a text that has an LM."
         )
     return text.lm

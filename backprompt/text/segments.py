@@ -87,8 +87,8 @@ class Group:
         object.__setattr__(self, "depth", 1 + max(inner, default=0))
         if self.depth > MAX_DEPTH:
             raise GroupError(
-                f"Groups may be nested {MAX_DEPTH} deep, and this one is nested deeper. Write its branches "
-                "side by side (a | b | c is one group), or put segments behind it with +."
+                f"Groups may be nested {MAX_DEPTH} deep, but this group is nested deeper. Write its branches "
+                "side by side (a | b | c is one group), or put segments behind the group with +."
             )
 
 
@@ -98,7 +98,7 @@ def leaves(segments: Iterable[Segment]) -> Iterator[Leaf]:
 
 
 def marked_leaves(segments: Iterable[Segment]) -> Iterator[Leaf | Adapted]:
-    """Yield the same, each with its adapter."""
+    """Yield the strings and tuples of token ids, each with its adapter."""
     stack = [iter(segments)]
     while stack:
         segment = next(stack[-1], None)

@@ -2,9 +2,9 @@
 
     token id + (number of the adapter << 28)
 
-So a token under another adapter is another token for everything that looks at ids: the forest, keys, plans, stores. Ids
-are split again where a model, a tokenizer or a caller takes them. The number of an adapter is a hash of its content
-(model/adapters.py), the same in all processes. Number 0 is that of tokens without an adapter of their own.
+So the forest, keys, plans and stores treat a token under another adapter as another token. Ids are split again where a
+model, a tokenizer or a caller takes them. The number of an adapter is a hash of its content (model/adapters.py), the
+same in all processes. Tokens without an adapter of their own have the number 0.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ IntOrInts = TypeVar("IntOrInts", int, Ints)
 _BITS = 28
 
 MAX_EMBEDDINGS = 1 << _BITS
-"""The largest vocabulary of which tokens can be under adapters."""
+"""The largest vocabulary whose tokens can be under adapters."""
 
 NUMBER_BITS = 63 - _BITS
-"""The bits of an adapter's number: whole ids fit the signed 64 bits of arrays and of stores."""
+"""The bits of an adapter's number. An id with its adapter fits the signed 64 bits of arrays and of stores."""
 
 
 def under(number: int, token_ids: Iterable[int]) -> tuple[int, ...]:

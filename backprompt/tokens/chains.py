@@ -1,4 +1,4 @@
-"""Chains: adjacent segments of a text with no group between, which are encoded together, whatever their adapters."""
+"""Chains: adjacent segments of a text with no group between. They are encoded together, whatever their adapters."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Constraints: languages of strings, each said by its type, so that no string has to be guessed at.
+"""Constraints: languages of strings. The type of a constraint says how its string is to be read.
 
-A constraint is plain data: it knows no tokenizer and no library (matching.py does), compares by content, and travels to
-other processes.
+A constraint is plain data: it compares by content and can be sent to other processes. Only matching.py knows the
+tokenizer and the library that apply a constraint.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Regex:
 
         Regex(r"(yes|no), [1-9][0-9]{0,2} (cats|dogs)")
 
-    The syntax is that of Rust's `regex`, as llguidance takes it: no look-around and no backreferences; `.` is any
-    character but a line break; `\d`, `\w` and `\s` are those of Unicode, `(?i)` likewise.
+    The syntax is that of Rust's `regex`, as llguidance takes it, without look-around and backreferences. `.` is any
+    character except a line break. `\d`, `\w`, `\s` and `(?i)` follow Unicode.
 
     Args:
         pattern: the regular expression.
 
     Raises:
-        TextTypeError: the pattern is no string.
+        TextTypeError: the pattern is not a string.
 
     """
 
@@ -41,7 +41,7 @@ class Regex:
 
 @dataclass(frozen=True)
 class Grammar:
-    r"""All strings of a context-free grammar, which is written as llguidance's dialect of Lark.
+    r"""All strings of a context-free grammar, written in llguidance's dialect of Lark.
 
         Grammar('start: sum\nsum: /[0-9]+/ | sum "+" sum')
 
@@ -49,7 +49,7 @@ class Grammar:
         lark: the rules; `start` is the first of them (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
 
     Raises:
-        TextTypeError: the grammar is no string.
+        TextTypeError: the grammar is not a string.
 
     """
 
@@ -66,15 +66,17 @@ class JsonSchema:
         JsonSchema({"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]})
         JsonSchema(Person)  # a model of pydantic
 
-    Properties come in the order of the schema. Keywords that llguidance does not know are refused, and not ignored.
+    Properties come in the order of the schema. Keywords of JSON Schema that llguidance lacks, such as `not`, are
+    refused. Names that are no keywords, misspelt ones among them, are ignored, as JSON Schema has it.
 
     Args:
         schema: a JSON schema as a dict; a model or `TypeAdapter` of pydantic; or a type of Python that pydantic can
             describe, such as a dataclass, a `TypedDict` or `list[int]`.
-        compact: whether no white space stands between the parts of the JSON text. By default the model chooses it.
+        compact: True: no white space stands between the parts of the JSON text. False, the default: the model may
+            write white space there.
 
     Raises:
-        TextTypeError: `schema` is none of these, or a dict with something in it that JSON has not.
+        TextTypeError: `schema` is none of these, or a dict with a value that JSON does not have.
         MissingDependencyError: pydantic is not installed, and is needed for this type.
         ValueError: `compact` is neither True nor False.
 
@@ -96,7 +98,7 @@ def as_constraint(given: Any, name: str) -> Constraint:
     """Return a constraint; `name` names the argument in errors.
 
     Raises:
-        TextTypeError: the value is none.
+        TextTypeError: the value is not a constraint.
 
     """
     if isinstance(given, (Regex, JsonSchema, Grammar)):
@@ -104,7 +106,7 @@ def as_constraint(given: Any, name: str) -> Constraint:
     advice = "JsonSchema(...)" if isinstance(given, (Mapping, type)) else "Regex(...), JsonSchema(...) or Grammar(...)"
     raise TextTypeError(
         f"{name} must be a Regex, a JsonSchema or a Grammar, not {type(given).__name__}: {abbreviated(given)}. "
-        f"Say which it is: {advice} of it."
+        f"Wrap it: {advice}."
     )
 
 

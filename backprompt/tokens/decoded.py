@@ -2,8 +2,8 @@
 
 The string that a token adds depends on the tokens before it: decoders drop the space before the first token, bytes of
 several tokens make one character, and SentencePiece's byte tokens are decoded in runs. So a token is decoded together
-with as many earlier tokens as matter. The end of the string may be *open*: part of a character, or a run of byte
-tokens, which the next token may change.
+with the earlier tokens that its string depends on. The end of the string may be *open*: the next token may change part
+of a character, or a run of byte tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from backprompt.tokens.tokenizer import Speller, added
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's tokens for bytes that no other token covers
 
 _NUM_BEFORE = 8
-"""The number of prompt tokens in the first window, so that the prompt may end inside a character."""
+"""The number of prompt tokens in the first window, since the prompt may end inside a character."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from backprompt.warn import warn_caller
 
 
 def _no_adapters(name: str | None) -> int:
-    raise AdapterError(f"There is no model that could have the adapter {name!r}.")
+    raise AdapterError(f"The adapter {name!r} needs a model, and this encoder has none.")
 
 
 class Encoder:
@@ -65,10 +65,10 @@ class Encoder:
         self._add_special_tokens = add_special_tokens
         self._number_of_name = number_of
         self._encoded: WeakKeyDictionary[Text, TokenIds] = WeakKeyDictionary()  # for equal texts
-        self._mark = object()  # texts keep ids under it, and so do not keep the tokenizer alive
+        self._mark = object()  # texts keep ids under this mark, so they do not keep the tokenizer alive
 
     def encode(self, texts: Sequence[Text]) -> list[TokenIds]:
-        """Return the token ids of each text; texts not seen before are encoded together.
+        """Return the token ids of each text; texts that were not seen before are encoded together.
 
         Raises:
             JoinError: under `joins="error"`, tokens change where two segments of a text meet.
@@ -125,11 +125,11 @@ class Encoder:
         return [*extents[:-1], *(replace(last, stop=num_tokens) for last in extents[-1:])]
 
     def joins(self, text: Text) -> list[Join]:
-        """Return every join of a text at which joining changes tokens, from left to right."""
+        """Return every join of a text that changes tokens, from left to right."""
         return changed_joins(self.tokenizer, text)
 
     def string(self, text: Text) -> str:
-        """Return the text's string; a segment of token ids adds the part that it adds to the decoding so far."""
+        """Return the text's string; a segment of token ids adds what its ids add to the string decoded so far."""
         string = ""
         before: list[Leaf] = []
         all_leaves = leaves(text.segments)
@@ -231,7 +231,7 @@ class Encoder:
     def _special_ids(
         self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the special tokens before and behind a text; those behind it only if it has strings alone."""
+        """Return the special tokens before and behind a text; those behind it only if all its segments are strings."""
         segments = branch.segments
         if not (self._add_special_tokens and branch.add_special_tokens and _begins_with_string(segments)):
             return (), ()
@@ -243,9 +243,9 @@ class Encoder:
 
     def _warn_of_repeated(self, prefix: tuple[int, ...]) -> None:
         warn_caller(
-            f"A text begins with {self.tokenizer.decode(prefix)!r}, which the tokenizer puts before every string: it "
-            "stands there twice, as in the plain call. For a string that has its special tokens already, such as a "
-            "rendered chat template, write Text(string, lm, add_special_tokens=False)."
+            f"A text begins with {self.tokenizer.decode(prefix)!r}, which the tokenizer also puts before every string. "
+            "So it stands there twice, as in the plain call. If a string has its special tokens already, as a rendered "
+            "chat template does, write Text(string, lm, add_special_tokens=False)."
         )
 
     def _parts(
@@ -267,7 +267,7 @@ class Encoder:
         return tuple(parts)
 
     def _chains_to_encode(self, segments: Sequence[Segment], is_continuation: bool = False) -> Iterator[Chain]:
-        """Yield the chains of a text, and their beginnings up to each join behind which there are other adapters."""
+        """Yield the chains of a text, and their beginnings up to each join where the adapter changes."""
         for piece in pieces_of(segments, is_continuation):
             if isinstance(piece, MarkedChain):
                 yield piece.chain
@@ -277,7 +277,7 @@ class Encoder:
                 yield from self._chains_to_encode(branch.segments, piece.is_continuation and not branch.is_frozen)
 
     def _joins_of_adapters(self, leaves: Sequence[Marked]) -> range:
-        """Return the indices of leaves from the first one on that is under another adapter than the leaf before."""
+        """Return the indices of all leaves from the first one on that has another adapter than the leaf before."""
         numbers = list(map(self._number_of, leaves))
         changes = (idx for idx in range(1, len(numbers)) if numbers[idx] != numbers[idx - 1])
         return range(next(changes, len(numbers)), len(numbers))

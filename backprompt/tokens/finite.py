@@ -1,7 +1,7 @@
 """The strings of a finite language, one by one.
 
 llguidance walks the language byte by byte, with a tokenizer whose tokens are the bytes. So a constraint means the same
-strings here as where it constrains a continuation.
+strings here as it does for a continuation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_BYTES = 1_000
 def strings_of(constraint: Constraint, *, max_strings: int = MAX_STRINGS, max_bytes: int = MAX_BYTES) -> list[str]:
     """Return all strings of a finite language, in the order of their bytes.
 
-    The language is walked byte by byte, by the same rules by which it constrains a continuation.
+    The rules are those by which the constraint applies to a continuation.
 
     Args:
         constraint: the language.
@@ -37,7 +37,7 @@ def strings_of(constraint: Constraint, *, max_strings: int = MAX_STRINGS, max_by
     Raises:
         MissingDependencyError: llguidance is not installed.
         GenerationError: llguidance refuses the constraint.
-        ValueError: the language is not finite, or larger.
+        ValueError: the language is not finite, or exceeds one of the limits.
 
     """
     strings: list[str] = []
@@ -54,8 +54,8 @@ def strings_of(constraint: Constraint, *, max_strings: int = MAX_STRINGS, max_by
         strings += [path.decode()] if matcher.is_accepting() else []
         if len(strings) > max_strings or len(path) > max_bytes:
             raise ValueError(
-                f"Of {named(constraint)} there are more than {max_strings:,} strings, or one has more than "
-                f"{max_bytes:,} bytes, or there is no end of them. Give a finite and smaller language, such as "
+                f"The language of {named(constraint)} has more than {max_strings:,} strings, or a string of more than "
+                f"{max_bytes:,} bytes, or infinitely many strings. Give a finite and smaller language, such as "
                 "[0-9]{1,2} in place of [0-9]+."
             )
         waiting += [(path + bytes([byte]), matcher) for byte in reversed(np.flatnonzero(following).tolist())]

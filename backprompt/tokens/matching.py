@@ -1,8 +1,8 @@
 """Matching: the tokens with which a continuation may go on in the language of a constraint.
 
-llguidance (https://github.com/guidance-ai/llguidance) compiles languages and says which tokens may follow; besides this
-file, finite.py knows it. Where a language leaves one string only, it allows the tokens by which the tokenizer writes
-that string, and no others. The end of a continuation is decided here: an end token may follow where the language may
+llguidance (https://github.com/guidance-ai/llguidance) compiles languages and says which tokens may follow. Only this
+file and finite.py call llguidance. If a language leaves only one string, llguidance allows only the tokens by which the
+tokenizer writes that string. The end of a continuation is decided here: an end token may follow where the language may
 end.
 """
 
@@ -29,17 +29,17 @@ Allowed: TypeAlias = npt.NDArray[np.bool_]
 """Which tokens may follow, `(vocab,)`."""
 
 NUM_KEPT = 16
-"""The number of continuations of a text for which the allowed tokens are remembered, a bit a token."""
+"""The number of continuations of a text for which the allowed tokens are remembered, one bit for each token."""
 
 _SPECIAL = b"\xff"
-"""Begins the name of a special token in llguidance: no string in UTF-8 has this byte."""
+"""The first byte of a special token's name in llguidance: no string in UTF-8 has this byte."""
 
 
 class Vocabulary:
     """The tokens of a tokenizer, as llguidance takes them.
 
     Args:
-        tokenizer: of the vocabulary.
+        tokenizer: the tokenizer of the vocabulary.
 
     Raises:
         MissingDependencyError: llguidance is not installed.
@@ -51,8 +51,8 @@ class Vocabulary:
         library = guidance()
         if tokenizer.whole is None:
             raise TokenizerError(
-                "A constraint needs a tokenizer with a backend of the package tokenizers, as the fast tokenizers of "
-                "transformers have, to know the string of each token. This one is written in Python."
+                "A constraint needs the string of each token, which only a fast tokenizer of transformers gives "
+                "(one with a backend of the package tokenizers). This one is written in Python: load its fast version."
             )
         spelled = _spelled_tokens(tokenizer.whole)
         self.num_tokens = len(spelled)
@@ -64,21 +64,21 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PrivateTokenizer) -> Vocabulary:
-        """Return the vocabulary of a tokenizer, made once: that takes a second for 50,000 tokens."""
+        """Return the vocabulary of a tokenizer. It is made once, which takes a second for 50,000 tokens."""
         found = _vocabularies.get(tokenizer)
         if found is None:
             found = _vocabularies[tokenizer] = cls(tokenizer)
         return found
 
     def is_special(self, token_id: int) -> bool:
-        """Return whether an id stands for no string: that of a special token, or one that the tokenizer lacks."""
+        """Return whether an id stands for no string: an id of a special token, or one that the tokenizer lacks."""
         return token_id >= self.num_tokens or token_id in self._special_ids
 
     def language(self, constraint: Constraint) -> Language:
         """Return a constraint, compiled.
 
         Raises:
-            GenerationError: llguidance refuses it; the message has the reason.
+            GenerationError: llguidance refuses the constraint; the message has the reason.
 
         """
         return Language(constraint, self, compiled(constraint, self.tokenizer))
@@ -92,7 +92,7 @@ class Language:
     """A constraint compiled for a vocabulary.
 
     Attributes:
-        constraint: as it was given.
+        constraint: the constraint as given.
         vocabulary: the tokens.
         beginning: the matcher before the first token; only copies of it take tokens.
 
@@ -109,8 +109,8 @@ class Matching:
     Args:
         language: the language.
         num_tokens: the number of tokens that the model predicts.
-        end_ids: the tokens that end a text. One that stands for a string may end the text where the language ends with
-            that string.
+        end_ids: the tokens that end a text. An end token that stands for a string may end the text where the language
+            ends with that string.
 
     """
 
@@ -128,12 +128,13 @@ class Matching:
         """Raise GenerationError if no token may come first."""
         if not self.allowed(()).any():
             raise GenerationError(
-                f"With {named(self.language.constraint)} no token can come first: it has no string, none that this "
-                "tokenizer can write, or only the empty one and the model no end token."
+                f"With {named(self.language.constraint)} no token can come first: the language has no string, no "
+                "string that this tokenizer can write, or only the empty string while the model has no end token. Use "
+                "another constraint."
             )
 
     def allowed(self, completion: tuple[int, ...]) -> Allowed:
-        """Return which tokens may follow a continuation, `(vocab,)`; none may where it has left the language.
+        """Return which tokens may follow a continuation, `(vocab,)`; none if the continuation is outside the language.
 
         Only end tokens may follow an end token.
         """
@@ -146,14 +147,14 @@ class Matching:
 
     def is_over(self, completion: tuple[int, ...]) -> bool:
         """Return whether a continuation is in the language and nothing may follow, an end token included."""
-        if self._special_ends:  # one of them may follow
+        if self._special_ends:  # a special end token may follow
             return False
         return not self.allowed(completion).any() and self._go_to(completion) and bool(self._matcher.is_accepting())
 
     def forced(self, completion: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
-        """Return the tokens that follow a continuation with no other choice, and are followed by another token.
+        """Return the tokens that must follow a continuation, up to the first place where there is a choice.
 
-        End tokens are left out.
+        End tokens are left out, and a token behind which nothing may follow.
         """
         tokens: tuple[int, ...] = ()
         while len(tokens) < max_tokens:
@@ -192,7 +193,7 @@ class Matching:
         return allowed
 
     def _go_to(self, completion: tuple[int, ...]) -> bool:
-        """Let the matcher take a continuation in; return False if that is none of the language."""
+        """Let the matcher take a continuation in; return False if the continuation is outside the language."""
         num_common = len(self._taken)
         if completion[:num_common] != self._taken:
             pairs = enumerate(zip(completion, self._taken, strict=False))
@@ -207,7 +208,7 @@ class Matching:
         return len(self._taken) == len(completion)
 
     def _may_end_with(self, token_id: int) -> bool:
-        """Return whether the language may end with a token, which may follow."""
+        """Return whether the language may end with this token, which may follow."""
         self._matcher.consume_token(token_id)
         may_end = bool(self._matcher.is_accepting())
         self._matcher.rollback(1)
@@ -222,19 +223,19 @@ class Matching:
 class _Tokens:
     """The tokens of a tokenizer and its way of encoding, for llguidance; with an end token of its own.
 
-    llguidance's own reader of tokenizers takes every added token that looks like `<think>` for a special one.
+    llguidance's own reader of tokenizers treats every added token that looks like `<think>` as a special token.
 
     Args:
         spelled: the string of each token, in UTF-8; a token may be a part of a character.
-        special_ids: the tokens that stand for no string, but for their name in a grammar.
-        encoder: encodes strings within a text, the names of special tokens as ordinary characters.
+        special_ids: the tokens that stand for no string; a grammar refers to them by name.
+        encoder: encodes strings within a text; names of special tokens are encoded as ordinary characters.
 
     """
 
     bos_token_id = None
 
     def __init__(self, spelled: Sequence[bytes], special_ids: Collection[int], encoder: Backend) -> None:
-        self.eos_token_id = len(spelled)  # which tokens end a text is for its options to say
+        self.eos_token_id = len(spelled)  # the options of a text say which tokens end it
         named = [_SPECIAL + token if idx in special_ids else token for idx, token in enumerate(spelled)]
         self.tokens = [*named, _SPECIAL + b"<end>"]
         self.special_token_ids = [*special_ids, self.eos_token_id]
@@ -246,18 +247,18 @@ class _Tokens:
 
 
 def _spelled_tokens(backend: Backend) -> list[bytes]:
-    """Return the string of each token in UTF-8, by llguidance's knowledge of byte-level tokens and byte fallback.
+    """Return the string of each token in UTF-8, as llguidance reads byte-level tokens and byte fallback.
 
     Raises:
-        TokenizerError: llguidance does not know it.
+        TokenizerError: llguidance does not support the tokenizer.
 
     """
     try:
         reader = guidance().LLTokenizer(backend.to_str(), slices=[])
     except ValueError as error:
         raise TokenizerError(
-            f"llguidance cannot use this tokenizer for a constraint ({error}). It takes byte-level BPE, and "
-            "SentencePiece tokenizers with byte fallback."
+            f"llguidance cannot use this tokenizer for a constraint ({error}). Use a model with a byte-level BPE "
+            "tokenizer, or with a SentencePiece tokenizer that has byte fallback."
         ) from error
     known = set(backend.get_vocab(with_added_tokens=True).values())
     spelled = [reader.decode_bytes([token_id]) if token_id in known else b"" for token_id in range(1 + max(known))]
@@ -281,7 +282,7 @@ def compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
 
 
 def _grammar(constraint: Constraint, library: Any) -> str:
-    """Return a constraint as llguidance writes it."""
+    """Return a constraint in the form that llguidance takes."""
     found: str
     if isinstance(constraint, Regex):
         found = library.LLMatcher.grammar_from_regex(constraint.pattern)
@@ -304,7 +305,7 @@ def guidance() -> Any:
 
 
 def check_ends_here(failed: LLMatcher, constraint: Constraint) -> None:
-    """Raise GenerationError unless a matcher failed because nothing may follow, such as a language that is empty."""
+    """Raise GenerationError unless a matcher failed only because nothing may follow, as in an empty language."""
     reason = failed.get_error().strip().partition("\n")[0]
     if not reason.startswith("NoExtension"):
         raise GenerationError(f"llguidance gives up on {named(constraint)}: {reason}. Make the language simpler.")

@@ -58,7 +58,7 @@ class EncodesStrings(Protocol):
 
 
 class Speller:
-    """Decodes ids with a tokenizer of transformers and leaves out ids that the tokenizer lacks.
+    """Decodes ids with a tokenizer of transformers, and leaves out ids that the tokenizer lacks.
 
     A model may have more embeddings than its tokenizer has tokens. A `tokenizers` backend leaves such ids out by
     itself; tokenizers in Python decode them to arbitrary strings, or raise.
@@ -94,11 +94,11 @@ class Speller:
 def _copied(tokenizer: Any) -> Any:
     try:
         return copy.deepcopy(tokenizer)
-    except Exception as error:  # of the class's own code, or of what it holds
+    except Exception as error:  # from the class's own code, or from an object that it holds
         raise TokenizerError(
-            f"{type(tokenizer).__name__} cannot be copied ({type(error).__name__}: {error}), and texts are encoded "
-            "with a copy, which nobody changes meanwhile. It holds something like a module, a lock or an open file: "
-            "give its class a method __deepcopy__, or a __getstate__ that leaves this out."
+            f"{type(tokenizer).__name__} cannot be copied ({type(error).__name__}: {error}), but texts are encoded "
+            "with a private copy. The tokenizer probably holds a module, a lock or an open file: give its class a "
+            "method __deepcopy__, or a __getstate__ that leaves this object out."
         ) from error
 
 
@@ -106,7 +106,7 @@ class PrivateTokenizer:
     """A copy of `tokenizer` that no other code changes or locks.
 
     Attributes:
-        encodes_continuations: whether strings can be encoded as continuations of other text; tokenizers written in
+        encodes_continuations: whether strings can be encoded as continuations of other text. A tokenizer written in
             Python, without a `tokenizers` backend, cannot do so.
         whole: the copy of the backend, or None.
         continuing: the copy that encodes continuations, or None.
@@ -157,18 +157,19 @@ class PrivateTokenizer:
             return [tuple(encoding.ids) for encoding in backend.encode_batch_fast(strings, add_special_tokens=False)]
         if is_continuation:
             raise TokenizerError(
-                f"{type(self._original).__name__} has no `tokenizers` backend, so it encodes a text's strings from the "
-                "beginning on, as one string, and none behind token ids or a group, nor apart as joins='split' does, "
-                "nor a completion without a space before it. Use its fast version, end_of_prompt=' ', or give such a "
-                "string as ids: Text.from_tokens(tokenizer(string, add_special_tokens=False).input_ids, lm)."
+                f"{type(self._original).__name__} has no `tokenizers` backend, so it encodes only whole strings from "
+                "the beginning of a text. A string behind token ids or a group, a segment under joins='split', or a "
+                "completion without a space before it needs a tokenizer with a backend. Use the fast version of the "
+                "tokenizer, or end_of_prompt=' ', or give the string as ids: "
+                "Text.from_tokens(tokenizer(string, add_special_tokens=False).input_ids, lm)."
             )
         return [tuple(ids) for ids in self._call(list(strings))]
 
     def special_ids_around(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the special tokens before and behind a string with these ids (without special tokens).
 
-        A backend puts the same tokens around every string. Code in Python may look at the ids first: ByT5's appends no
-        second end token.
+        A backend puts the same tokens around every string. A tokenizer in Python may look at the ids first: ByT5's
+        tokenizer appends no second end token.
 
         Raises:
             TokenizerError: the tokenizer changes the string's own tokens.
@@ -203,21 +204,21 @@ class PrivateTokenizer:
         """
         for token_id in token_ids:
             if not 0 <= token_id < 1 << 32:
-                raise TokenIdError(f"No tokenizer has the token id {token_id}; ids count from 0.")
+                raise TokenIdError(f"{token_id} is not a token id. Token ids are whole numbers from 0 to 2**32 - 1.")
         return self._speller.decode(token_ids)
 
     @cached_property
     def added_tokens(self) -> tuple[str, ...]:
         """The strings that stand for one token and take no space behind them.
 
-        They are the special tokens, and added tokens that are no words, such as `<think>`. An added token that ends in
-        a letter or a digit is separated from the next word like any word.
+        These are the special tokens, and added tokens that are not words, such as `<think>`. An added token that ends
+        in a letter or a digit is separated from the next word like any word.
         """
         is_split = getattr(self._private, "split_special_tokens", False)
         special = self._private.all_special_tokens
         added: Iterable[str] = getattr(
             self._private, "get_added_vocab", tuple
-        )()  # the method of mistral_common has no strings
+        )()  # mistral_common's method returns no strings
         return tuple(
             token for token in added if token and (not is_split if token in special else not token[-1].isalnum())
         )
@@ -275,8 +276,8 @@ class PrivateTokenizer:
             if with_special[start : start + len(ids)] == ids:
                 return with_special[:start], with_special[start + len(ids) :]
         raise TokenizerError(
-            f"{type(self._original).__name__} changes a string's own tokens when it adds special ones, so texts cannot "
-            "be composed with it. Pass add_special_tokens=False to the LM and write the special tokens into the text."
+            f"{type(self._original).__name__} changes a string's own tokens when it adds special tokens, so it cannot "
+            "compose texts. Pass add_special_tokens=False to the LM, and write the special tokens into the text."
         )
 
 
@@ -379,7 +380,7 @@ def _sample_words(tokenizer: Any) -> list[str]:
 
 
 def _joined_for(tokenizer: Any, words: list[str]) -> list[str]:
-    """Return the words as one for BPE, which merges within it as within each, in half the time."""
+    """Return the words as one word for BPE: the merges are the same, and take half the time."""
     return ["".join(words)] if words and isinstance(tokenizer.backend_tokenizer.model, models.BPE) else words
 
 

@@ -40,11 +40,11 @@ class Trie:
         return self._ended(*self._descend(self._roots[chain.is_continuation], "", chain.leaves))
 
     def add_text(self, text: Text) -> TrieNode | None:
-        """Return the node behind a text that nothing stands before; None if the text has a group or adapters.
+        """Return the node behind a text that stands at the beginning; None if the text has a group or adapters.
 
-        Texts that are built on one text share the walk along it. They must live as long as the trie.
+        Texts that were built on one text share the walk along it. The texts must live as long as the trie.
         """
-        parts: list[tuple[Text, Text]] = []  # texts, each with what stands at its end, the last first
+        parts: list[tuple[Text, Text]] = []  # texts, each with its last part, the last text first
         first = text
         while id(first) not in self._nodes and (both := sides(first)) is not None:
             parts.append((first, both[1]))
@@ -66,7 +66,7 @@ class Trie:
 
     @property
     def strings(self) -> Iterator[str]:
-        """The strings that `encode` encodes, each once for each way."""
+        """The strings that `encode` encodes, each at most once as a beginning and once as a continuation."""
         return (piece.string for piece in self._pieces)
 
     def encode(self) -> None:
@@ -78,7 +78,7 @@ class Trie:
         return node.ids(self._pieces)
 
     def _descend(self, node: TrieNode, tail: str, leaves: Iterable[Leaf]) -> tuple[TrieNode, str]:
-        """Return the node behind leaves, and the tail of string there, adding what is new."""
+        """Return the node behind leaves, and the tail of string there; new nodes are added."""
         for leaf in leaves:
             child = node.children.get(leaf)
             if child is None:
@@ -90,7 +90,7 @@ class Trie:
         return node, tail
 
     def _ended(self, node: TrieNode, tail: str) -> TrieNode:
-        """Return a node at which a text ends, so that the tail of string there is encoded as well."""
+        """Return a node at which a text ends: the tail of string there is encoded, too."""
         if tail:
             self._pieces.add(_Piece(tail, node.is_continuation))
         return node
@@ -131,9 +131,9 @@ class _Pieces:
 class TrieNode:
     """The state after some segments: settled ids, and the tail of the string, whose tokens may still change.
 
-    The ids of the text up to here are those of its ancestors' `settled` (pieces, or given token ids), of its own, and
-    of the tail. A node holds only its addition to the tail of its parent, or the whole tail if it `begins_tail`. Whole
-    tails at every node of a long chain would take memory quadratic in its length.
+    The ids of the text up to here are those of the ancestors' `settled` (pieces, or given token ids), of the node's own
+    `settled`, and of the tail. A node holds only its addition to the tail of its parent, or the whole tail if the node
+    `begins_tail`. Whole tails at every node of a long chain would take memory quadratic in the length of the chain.
 
     Attributes:
         is_only_strings: whether no segment so far consists of token ids.
@@ -177,7 +177,7 @@ class TrieNode:
         return TrieNode(self, (piece,), longer[cut:], is_continuation=self.is_continuation)
 
     def tail(self) -> str:
-        """Return the string at the end of the text that ends here whose tokens may still change."""
+        """Return the last part of the text that ends here: the string whose tokens may still change."""
         parts: list[str] = []
         node: TrieNode | None = self
         while node is not None:

@@ -18,7 +18,7 @@ Seen: TypeAlias = "tuple[slice, ...]"
 
 @dataclass(frozen=True)
 class WrittenRun:
-    """Tokens that stand one behind the other, each of which sees those before it in the run.
+    """Consecutive tokens, each of which sees the tokens before it in the run.
 
     Attributes:
         start, stop: the tokens, counted in written order.
@@ -57,7 +57,7 @@ def positions_of(runs: Sequence[WrittenRun]) -> npt.NDArray[np.int64]:
 
 
 def visible_to(runs: Sequence[WrittenRun], rows: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """Return the tokens that some tokens of the text see, `(rows, tokens)`, each of them itself included."""
+    """Return the tokens that each of some tokens sees, itself included, `(rows, tokens)`."""
     visible = np.zeros((len(rows), runs[-1].stop), dtype=np.bool_)
     starts = [run.start for run in runs]
     for seen, row in zip(visible, rows, strict=True):

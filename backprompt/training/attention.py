@@ -2,7 +2,7 @@
 
 Token q sees token k if `k <= q < until[k]`, and within a window if their positions are near. The keys are cut at the
 edges of the trie. The tokens that see an edge are those of the edge, causally, and all of its descendants, which lie
-right behind it. So one causal call of a kernel for each edge does, without a mask, and the results are joined by
+right behind it. So one causal call of a kernel for each edge suffices, without a mask, and the results are joined by
 log-sum-exp. The backward makes the same calls: see `kernels.py`. On CUDA one call does a whole layer: see `flex.py`.
 """
 
@@ -30,7 +30,7 @@ Way: TypeAlias = Literal["flex", "fast"]
 """One call of FlexAttention, or calls of the device's fast pair of kernels."""
 
 ORDER: dict[str, tuple[Way, ...]] = {"cuda": ("flex", "fast")}
-"""The ways of a device in the order in which they are tried; where none agrees with the clear pair, that serves."""
+"""The ways of a device in the order in which they are tried. If none agrees with the clear pair, this pair is used."""
 ON_OTHERS: tuple[Way, ...] = ("fast",)
 """The order on other devices."""
 
@@ -43,8 +43,8 @@ class _Call:
     """The rows that see some of the keys.
 
     Attributes:
-        rows, keys: these.
-        is_first: whether no other call before this one has these rows.
+        rows, keys: the rows, and the keys that they see.
+        is_first: whether this is the first call with these rows.
         mask: additive, `(rows, keys)`; None if the call is causal from its first row on.
         blind: which rows see none of the keys, `(rows, 1)`; None if every row sees some.
 
@@ -61,7 +61,7 @@ class TrieAttention:
     """Attends over one trie, in each layer; masks are made once for all layers with the same window.
 
     Attributes:
-        name: the way in use, and why no faster one.
+        name: the way in use, and the reason why it is not a faster one.
 
     """
 
@@ -101,7 +101,7 @@ class TrieAttention:
         return in_calls
 
     def _in_one_call(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor | str:
-        """Return attention by FlexAttention, or why it does not serve."""
+        """Return attention by FlexAttention, or the reason why it is not used."""
         choice = choose(Kind.of(query, key, value, scoring))
         if choice.call is None:
             return choice.reason
@@ -202,7 +202,7 @@ class _Attend(torch.autograd.Function):
 
 
 def _grad_sinks(grad: Tensor, output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Return the gradient of the sinks: each takes weight from the output of its head."""
+    """Return the gradient of the sinks: each sink takes weight from the output of its head."""
     weights = torch.exp(sinks.to(lse.dtype) - lse)  # (tokens, heads)
     return -(weights * (grad.to(lse.dtype) * output).sum(dim=-1)).sum(dim=0).to(sinks.dtype)
 

@@ -1,9 +1,9 @@
 """A model's body over tries of tokens, with gradients: the user's parameters, our attention.
 
 Each trie has a private copy of the body, which shares all parameters. So gradients reach the user's parameters, and a
-layer that the backward computes again (gradient checkpointing) finds the attention of its own trie, whenever that is.
-The copy keeps the modes of the user's model: a model in training mode recomputes layers if it was told to. The
-caller's autocast holds.
+layer that the backward computes again (gradient checkpointing) always finds the attention of its own trie. The copy
+keeps the modes of the user's model: a model in training mode recomputes layers if gradient checkpointing is on. The
+caller's autocast applies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from backprompt.transfers import on_device
 
 _NAME = "backprompt-trie"
 _ATTRIBUTE = "_backprompt_call"
-"""Where the configurations of a private copy have its call."""
+"""The attribute of a private copy's configurations that holds the copy's call."""
 
 
 @dataclass(kw_only=True)
@@ -47,13 +47,13 @@ def hidden_states(model: nn.Module, trie: Trie, wanted: Ints, *, is_recomputed: 
         model: a causal LM that `skeleton.check_supported` allows.
         trie: its tokens go through the model's body.
         wanted: the tokens.
-        is_recomputed: whether the backward computes the whole call again, so that nothing of it is held until then.
+        is_recomputed: whether the backward computes the whole call again, so that no part of it is held until then.
 
     """
     if spread.is_spread(model):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is offloaded or spread over devices by accelerate, so gradients of its weights "
-            "have no one place. Load it onto one device, or score it without gradients."
+            f"{type(model).__name__} is offloaded or spread over devices by accelerate, so the gradients of its "
+            "weights have no common device. Load it onto one device, or score it without gradients."
         )
     device = spread.head_device(model)
     call = _Call(

@@ -1,9 +1,9 @@
 """Attention over a trie in one call a layer: torch's FlexAttention, with the interval test as its mask.
 
 Token q sees token k if `k <= q < until[k]`. A table names the blocks of 128 rows and 128 keys in which some row sees
-some key, and those in which every row sees every key. All other blocks are left out, and only the first kind asks the
-mask. torch compiles the call, for any number of tokens; it then has a backward. Before a kind of layer first goes this
-way, numbers and gradients on two small tries are compared with attention written out.
+some key, and the blocks in which every row sees every key. Other blocks are left out, and the mask is evaluated only in
+the first kind. torch compiles the call, for any number of tokens, with its backward. Before the first use for a kind
+of layer, numbers and gradients on two small tries are compared with attention written out.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class Kind:
 
 
 class NotCompiledError(RuntimeError):
-    """torch would run the call without compiling it, and hold the scores of all rows and keys."""
+    """torch would not compile the call, and so would hold the scores of all rows and keys."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The compiled call of a kind of layer; None with the reason where it does not serve."""
+    """The compiled call of a kind of layer; None, with the reason, if it cannot be used."""
 
     call: Call | None
     reason: str = ""
@@ -90,7 +90,9 @@ def attend_at_once(call: Call, query: Tensor, key: Tensor, value: Tensor, scorin
     try:
         output, lse = call(query[None], key[None], value[None], mask, scaling, softcap, scoring.sinks is not None)
     except Exception as error:
-        if type(error).__name__ == "FailOnRecompileLimitHit":  # no name that is there in all versions of torch
+        if (
+            type(error).__name__ == "FailOnRecompileLimitHit"
+        ):  # its class has no name that exists in all versions of torch
             raise NotCompiledError("torch has compiled it too often") from error
         raise
     if scoring.sinks is not None and lse is not None:
@@ -102,7 +104,7 @@ def attend_at_once(call: Call, query: Tensor, key: Tensor, value: Tensor, scorin
 
 
 def block_mask(trie: Trie, window: int | None, device: torch.device) -> Any:
-    """Return torch's `BlockMask` of a trie: `window` hides keys that many positions back, and farther."""
+    """Return torch's `BlockMask` of a trie: `window` hides keys at least that many positions back."""
     from torch.nn.attention.flex_attention import BlockMask  # torch alone takes long enough to import
 
     asking, whole = map(_table, _blocks(trie, window))
@@ -116,7 +118,7 @@ def block_mask(trie: Trie, window: int | None, device: torch.device) -> Any:
 
 
 def _table(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return how many key blocks each row block names, and which; `(1, 1, row blocks)` and one axis more."""
+    """Return the number of key blocks of each row block, `(1, 1, row blocks)`, and these blocks, with one more axis."""
     indices = np.argsort(~blocks, axis=1, kind="stable")  # those named, in order, and then the others
     num_named, named = (table[None, None].astype(np.int32) for table in (blocks.sum(axis=1), indices))
     return torch.from_numpy(num_named), torch.from_numpy(named)
@@ -135,13 +137,13 @@ def _sees(until: Tensor, positions: Tensor, first_seen: Tensor | None) -> Callab
 
 
 def _blocks(trie: Trie, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return which blocks ask the mask, and which see all of themselves, each `(row blocks, key blocks)`.
+    """Return the blocks that need the mask, and the blocks that are fully visible, each `(row blocks, key blocks)`.
 
-    Under a window the first may name blocks in which no row sees a key: the mask says so then.
+    Under a window the first may include blocks in which no row sees a key: the mask hides all keys there.
     """
     tokens, until, positions = np.arange(len(trie.until)), trie.until, trie.positions
     starts = np.arange(0, len(tokens), BLOCK)
-    stops = starts + BLOCK  # beyond the last token, so a block that is not whole never sees all of itself
+    stops = starts + BLOCK  # beyond the last token, so an incomplete block is never fully visible
     some = (tokens < stops[:, None]) & (until > starts[:, None])  # (row blocks, keys)
     every = (tokens <= starts[:, None]) & (until >= stops[:, None])
     if window is not None:
@@ -168,7 +170,7 @@ def run(
     if not wants_lse:
         output: Any = flex_attention(query, key, value, change, mask, 1.0, enable_gqa=True)
         return output, None
-    from torch.nn.attention.flex_attention import AuxRequest  # of torch 2.9
+    from torch.nn.attention.flex_attention import AuxRequest  # since torch 2.9
 
     request = AuxRequest(lse=True)
     output, more = flex_attention(query, key, value, change, mask, 1.0, enable_gqa=True, return_aux=request)
@@ -197,7 +199,7 @@ def choose(kind: Kind) -> Choice:
     with ThreadPoolExecutor(1) as pool:
         choice = pool.submit(_compared, kind).result()
     if choice.call is None:
-        logger.info("FlexAttention does not serve for %s: %s.", kind, choice.reason)
+        logger.info("FlexAttention is not used for %s: %s.", kind, choice.reason)
     return choice
 
 
@@ -206,7 +208,7 @@ def _compared(kind: Kind) -> Choice:
     try:
         gap = max(_largest_gap(call, kind, num_tokens) for num_tokens in (350, 100))
     except torch.OutOfMemoryError:
-        raise  # says nothing about the call, and the choice is kept
+        raise  # this error says nothing about the call, and the choice is kept
     except Exception as error:  # a compiler fails in many ways
         logger.debug("FlexAttention failed.", exc_info=True)
         reason = (str(error).splitlines() or [""])[0]

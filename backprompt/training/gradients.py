@@ -1,8 +1,8 @@
 """Scores of padded batches with an autograd graph behind them: each distinct token goes forward and backward once.
 
 Rows are sorted into a trie of their distinct tokens. The trie goes through the body of the user's model as one packed
-call, and the hidden states that predict wanted tokens through its head. Under a budget of tokens the rows are cut into
-several tries. The backward then computes each of them again, one after the other, so that no two are held at a time.
+call, and the hidden states that predict wanted tokens go through its head. Under a budget of tokens the rows are cut
+into several tries. The backward then computes the tries again, one after the other, so only one is held at a time.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Part:
 
     Attributes:
         trie: the tokens.
-        predictors: those of them that predict targets, `(predictors,)`.
-        row_of: which of the predictors predicts each target of the part, `(targets,)`.
+        predictors: the tokens that predict targets, `(predictors,)`.
+        row_of: for each target of the part, the index of its predictor, `(targets,)`.
         targets: the number of each target of the part among all targets of the batch, `(targets,)`.
 
     """
@@ -66,12 +66,12 @@ def parts_of(rows: PaddedRows, max_tokens: int | None) -> list[Part]:
 def distributions(
     model: nn.Module, rows: PaddedRows, asked: Asked, max_tokens: int | None
 ) -> tuple[Distributions, int]:
-    """Return what is asked for of a batch's targets, with gradients, and how many tokens went through the model.
+    """Return the requested results for a batch's targets, with gradients, and how many tokens went through the model.
 
     Args:
         model: a causal LM, adapters included, as the caller trains it.
         rows: the batch.
-        asked: what is read of each target.
+        asked: the results that are read for each target.
         max_tokens: the largest number of tokens in one call of the model's body; None for no limit.
 
     Raises:

@@ -1,6 +1,6 @@
-"""What the output head says of wanted tokens, with gradients, a slice of rows at a time.
+"""Results of the output head for wanted tokens, with gradients, a slice of rows at a time.
 
-Logits beyond `HELD_BYTES` are not held until the backward: their slices are computed again there.
+Logits beyond `HELD_BYTES` are not held until the backward: the backward computes their slices again.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ HELD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Wanted:
-    """Tokens, and which rows predict them.
+    """Tokens, and the rows that predict them.
 
     Attributes:
         row_of: the row that predicts each token, `(tokens,)`.
-        token_ids: of the tokens, `(tokens,)`.
-        asked: what is read of each.
+        token_ids: the ids of the tokens, `(tokens,)`.
+        asked: the results that are read for each token.
 
     """
 
@@ -45,7 +45,7 @@ class Wanted:
 
 
 class _Slice(NamedTuple):
-    """What is read of a slice of rows: `(pairs,)`, `(rows,)`, `(rows, k)`; None if not asked for."""
+    """The results of a slice of rows: `(pairs,)`, `(rows,)`, `(rows, k)`; None for results that are not requested."""
 
     logprobs: Tensor
     entropies: Tensor | None
@@ -56,7 +56,7 @@ class _Slice(NamedTuple):
 def read_distributions(
     logits_of: Callable[[Tensor], Tensor], hidden: Tensor, vocab_size: int, wanted: Wanted
 ) -> Distributions:
-    """Return what is asked for of wanted tokens; each distinct pair of a row and a token is read once.
+    """Return the requested results for wanted tokens; each distinct pair of a row and a token is read once.
 
     Args:
         logits_of: the head, `(rows, hidden)` -> `(rows, vocab)`.
@@ -94,9 +94,9 @@ def read_distributions(
 
 
 def _pairs(wanted: Wanted, vocab_size: int) -> tuple[Ints, Ints]:
-    """Return the distinct pairs of a row and a token, sorted, `(2, pairs)`, and which pair is which.
+    """Return the distinct pairs of a row and a token, sorted, `(2, pairs)`, and the index of each token's pairs.
 
-    The latter is `(tokens, 1 + k)`: the pair of the token itself, and those of the tokens given in its place.
+    The index is `(tokens, 1 + k)`: the pair of the token itself, and the pairs of the tokens given in its place.
     """
     ids = wanted.token_ids[:, None]
     if wanted.asked.given is not None:

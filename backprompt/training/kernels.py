@@ -118,7 +118,7 @@ def _efficient_cuda_backward(
     def by_group(given: Tensor) -> Tensor:
         return given.reshape(*groups, *given.shape[1:])
 
-    lse = torch.nn.functional.pad(lse.transpose(0, 1), (0, -rows % 32))  # whole blocks of rows, as the forward's
+    lse = torch.nn.functional.pad(lse.transpose(0, 1), (0, -rows % 32))  # whole blocks of rows, as in the forward
     no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
     grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
         by_group(grad.contiguous().transpose(0, 1)),
@@ -149,7 +149,7 @@ def clear_pair(softcap: float | None = None) -> Pair:
 
 
 def pair_for(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Pair:
-    """Return the pair for such tensors: the device's fast one where it serves and agrees with the clear one."""
+    """Return the pair for such tensors: the device's fast pair if it supports them and agrees with the clear pair."""
     if softcap is not None:
         return clear_pair(softcap)
     if key.shape[-1] != value.shape[-1]:
@@ -170,7 +170,7 @@ def choose_pair(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
     try:
         gap = _largest_gap(fast, device, dtype, heads, kv_heads, head_dim)
     except torch.OutOfMemoryError:
-        raise  # says nothing about the kernel, and the choice is cached
+        raise  # this error says nothing about the kernel, and the choice is cached
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return Pair(f"clear ({name} failed: {reason})", clear_kernel, clear_backward)
@@ -193,7 +193,7 @@ def _largest_gap(
     query, key, value = draw(heads, 70), draw(kv_heads, 40), draw(kv_heads, 40)
     grad = draw(heads, 70).transpose(0, 1)
     visible = torch.ones((70, 40), dtype=torch.bool, device=device).tril().triu(-30)
-    visible[:, 7] = True  # every row sees some
+    visible[:, 7] = True  # every row sees some key
     scaling = head_dim**-0.5
     gaps = []
     for is_causal, mask in ((True, None), (False, additive_mask(visible, dtype))):

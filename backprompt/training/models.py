@@ -1,7 +1,7 @@
 """The `LM` of a model that is being trained: made once, kept as long as the model, and empty between calls.
 
-The model itself keeps its `LM`, in an attribute that copies and pickles leave out. No table can: an `LM` holds its
-model, so a table of `LM`s would keep models alive, whatever its keys are.
+The model itself keeps its `LM`, in an attribute that copies and pickles leave out. A table of `LM`s would keep models
+alive, whatever its keys are, because an `LM` holds its model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
     """Return an `LM` as given, or that of a model.
 
     Raises:
-        TypeError: the value is neither.
+        TypeError: the value is neither an `LM` nor a model.
         ValueError: an `LM` is given together with `max_tokens_per_forward`.
         UnsupportedModelError: dropout is active in the model, or gradients would not reach other processes.
 
@@ -45,7 +45,7 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
     if isinstance(lm_or_model, LM):
         if max_tokens_per_forward is not None:
             raise ValueError(
-                "max_tokens_per_forward is for models. An LM has its own, given when it is made: "
+                "max_tokens_per_forward can be given with a model only. An LM gets this limit when it is made: "
                 "LM(model, tokenizer, max_tokens_per_forward=...)."
             )
         if requires_grad:
@@ -55,8 +55,8 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
         raise TypeError(f"lm_or_model must be an LM or a model of transformers, not {type(lm_or_model).__name__}.")
     if requires_grad and isinstance(lm_or_model, DistributedDataParallel):
         raise UnsupportedModelError(
-            "DistributedDataParallel averages gradients only behind a call of its own forward, which a shared pass "
-            "does not make. Give its .module, and average the gradients of the processes yourself."
+            "DistributedDataParallel averages gradients only after a call of its own forward, but a shared pass does "
+            "not make this call. Give its .module, and average the gradients of the processes yourself."
         )
     model = lm_or_model.module if isinstance(lm_or_model, DistributedDataParallel) else lm_or_model
     check_no_dropout(model)
@@ -79,14 +79,14 @@ def check_no_dropout(model: nn.Module) -> None:
         if module.training and (found := _randomness(module)) is not None:
             raise UnsupportedModelError(
                 f"Dropout is active: the model is in training mode, and its module {name or type(module).__name__!r} "
-                f"{found}. A trainer's own numbers are of random parts of the model then, which no shared pass can "
-                "reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in peft, attn_pdrop=0 and "
-                "the like in a configuration), or call model.eval() for this call."
+                f"{found}. The trainer's own numbers then come from random parts of the model, which a shared pass "
+                "cannot reproduce. Set dropout to 0 (disable_dropout=True in trl, lora_dropout=0 in peft, attn_pdrop=0 "
+                "and the like in a configuration), or call model.eval() for this call."
             )
 
 
 def _randomness(module: nn.Module) -> str | None:
-    """Return what a module does at random in training, for messages; None if it does nothing.
+    """Return the random operation of a module in training, for messages; None if there is none.
 
     Many layers of transformers have no module for dropout, but a number in an attribute: `attention_dropout`,
     `residual_dropout`, `resid_pdrop`, `layerdrop`. Routers of experts have `router_jitter_noise`.
@@ -103,10 +103,11 @@ def _randomness(module: nn.Module) -> str | None:
 
 
 def goes_as_with_gradients(model: nn.Module) -> bool:
-    """Return whether a model is run without gradients as with them: under autocast, and with half-precision weights.
+    """Return whether a call without gradients runs the model as a call with gradients does.
 
-    There two ways to compute the same differ by rounding that a policy's ratio to its old self would show. Only an
-    `LM` runs a model that is offloaded or spread over devices, and shuts autocast out.
+    This is the case under autocast, and with half-precision weights. There, two ways of computing the same numbers
+    differ by rounding, and the ratio of a policy to its old self would show the difference. A model that is offloaded
+    or spread over devices always runs through its `LM`, which shuts autocast out.
     """
     model = unwrap(model)
     if is_spread(model):
@@ -116,7 +117,7 @@ def goes_as_with_gradients(model: nn.Module) -> bool:
 
 
 class _Kept:
-    """What a model keeps: its `LM`. Copies and pickles of it are empty."""
+    """Holds the `LM` of a model in the model's attribute. Copies and pickles of the holder are empty."""
 
     def __init__(self, lm: LM | None = None) -> None:
         self.lm = lm
@@ -132,7 +133,7 @@ class _Kept:
 
 
 def _own_lm(model: nn.Module) -> LM:
-    """Return the `LM` that a model keeps, made if need be."""
+    """Return the `LM` that a model keeps; it is made if there is none."""
     kept = vars(model).get(_ATTRIBUTE)
     lm: LM | None = None if kept is None else kept.lm
     if lm is None or lm.session.model is not model:  # a shallow copy of a model has the attributes of the original
@@ -142,7 +143,7 @@ def _own_lm(model: nn.Module) -> LM:
 
 
 class NoTokenizer:
-    """Stands in for the tokenizer where only ids are computed with: knows no string, and shows ids as numbers.
+    """Stands in for the tokenizer if only ids are needed: it knows no string, and shows ids as numbers.
 
     Attributes:
         vocab_size: larger than any id, so that each is shown.

@@ -1,4 +1,4 @@
-"""The results of a batch of rows, in the shape of the trainer, and the account of the tokens that they took."""
+"""The results of a batch of rows, in the shape of the trainer, and the account of the batch's tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ class Account:
 
     Attributes:
         tokens_given: the real tokens of all rows.
-        tokens_distinct: the distinct ones among them: a token is the same where all tokens before it are the same, too.
-        tokens_forwarded: those that went through the model, tokens that were forwarded again included. The last token
-            of a row predicts nothing that is wanted; it is not forwarded unless another row goes on behind it.
+        tokens_distinct: the distinct tokens among them: two tokens are the same if all tokens before them are the same,
+            too.
+        tokens_forwarded: the tokens that went through the model, with repeats. The last token of a row predicts no
+            wanted token, so it is not forwarded unless another row continues behind it.
 
     """
 
@@ -28,17 +29,17 @@ class Account:
 class RowScores:
     """The scores of the last columns of a batch, float32, on the device of `input_ids`.
 
-    All are 0 where the mask says padding, and for the first real token of a row, which nothing predicts. They are not
-    nan there: a loss multiplies by its mask, and nan times 0 is nan, in the loss and in its gradient.
+    All scores are 0 at padding, and for the first real token of a row, which has no prediction. They are not nan there:
+    a loss multiplies by its mask, and nan times 0 is nan, in the loss and in its gradient.
 
     Attributes:
         logprobs: log-probabilities of the tokens, nats, `(rows, kept)`.
-        entropies: of the distributions that predict the tokens, nats, `(rows, kept)`; None if not asked for.
-        top_logprobs, top_ids: the most probable tokens in the place of each token, in falling order, and their
-            log-probabilities, `(rows, kept, k)`; None if not asked for. Equal ones may stand in any order.
+        entropies: entropies of the distributions that predict the tokens, nats, `(rows, kept)`; None if not requested.
+        top_logprobs, top_ids: log-probabilities and ids of the most probable tokens in the place of each token, in
+            falling order, `(rows, kept, k)`; None if not requested. Tokens of equal probability stand in any order.
         given_logprobs: log-probabilities of given tokens in the place of each token, `(rows, kept, k)`; None if not
-            asked for.
-        account: of the tokens.
+            requested.
+        account: the account of the tokens.
 
     """
 

@@ -1,12 +1,12 @@
-"""Padded rows: a batch of token ids as trainers have it, and the tokens of it that are to be scored.
+"""Padded rows: a batch of token ids as trainers have it, and its tokens that are to be scored.
 
     columns      0    1    2    3    4    5    6        the last `num_kept` = 4 columns are kept
     row 0        .    .   17    5 |  8    9    .        tokens 17 5 8 9, first column 2; targets 8 and 9
     row 1       17    5    6    2 |  8    .    .        tokens 17 5 6 2 8;               target 8
     row 2        .    .    .    . |  .    .    .        no tokens, no targets
 
-Keeps the real tokens of all rows as one flat array, row behind row, in the host's memory. A *target* is a real token in
-a kept column with a real token before it in its row: the token before the target predicts the target. Results of
+The real tokens of all rows are kept as one flat array, row behind row, in the host's memory. A *target* is a real token
+in a kept column with a real token before it in its row: the token before the target predicts the target. Results of
 targets are flat, too, and are scattered to `(rows, kept)` on the trainer's device.
 """
 
@@ -38,8 +38,8 @@ class PaddedRows:
         offsets: where the tokens of each row start, and the end of the last row, `(rows + 1,)`.
         first_columns: the column of each row's first real token, `(rows,)`; 0 for a row without one.
         num_columns: the width of the batch.
-        num_kept: how many of the last columns are scored.
-        device: where the batch lies, and its results.
+        num_kept: the number of last columns that are scored.
+        device: the device of the batch and of its results.
 
     """
 
@@ -65,9 +65,9 @@ class PaddedRows:
             num_embeddings: real token ids must be below this number.
 
         Raises:
-            TypeError: a value is no tensor, or `input_ids` are no integers.
+            TypeError: a value is not a tensor, or `input_ids` are not integers.
             ValueError: the shapes or devices do not agree, the mask has other values than 0 and 1, or 0 between ones,
-                or there are less than `logits_to_keep` columns.
+                or there are fewer than `logits_to_keep` columns.
             TokenIdError: the model has no such token id.
 
         """
@@ -88,7 +88,7 @@ class PaddedRows:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows, those without tokens included."""
+        """The number of rows, including rows without tokens."""
         return len(self.first_columns)
 
     @property
@@ -105,12 +105,12 @@ class PaddedRows:
 
     @cached_property
     def targets(self) -> Ints:
-        """Where the targets are among `token_ids`, row behind row, `(targets,)`; the token before predicts each."""
+        """The index of each target in `token_ids`, row behind row, `(targets,)`; the token before predicts it."""
         return ranges(self.offsets[:-1] + self.starts, self.offsets[1:])
 
     @cached_property
     def places(self) -> Ints:
-        """Where the results of the targets are in a flattened `(rows, kept)`, `(targets,)`."""
+        """The index of each target's results in a flattened `(rows, kept)`, `(targets,)`."""
         num_before = self.num_columns - self.num_kept
         rows = np.repeat(np.arange(self.num_rows), self.lengths - self.starts)
         columns = self.first_columns[rows] + self.targets - self.offsets[rows]
@@ -126,14 +126,14 @@ class PaddedRows:
         return np.split(self.token_ids, self.offsets[1:-1]) if self.num_rows else []
 
     def of_targets(self, values: Tensor, name: str) -> Tensor:
-        """Return, of values for all kept columns, those of the targets, `(targets, ...)`.
+        """Return the values of the targets, `(targets, ...)`, from values for all kept columns.
 
         Args:
             values: `(rows, kept, ...)`.
-            name: of the argument, for errors.
+            name: the name of the argument, for errors.
 
         Raises:
-            ValueError: the shape is another one.
+            ValueError: the shape is wrong.
 
         """
         needed = (self.num_rows, self.num_kept)
@@ -151,7 +151,7 @@ class PaddedRows:
             values: `(targets, ...)`, on any device.
 
         Returns:
-            `(rows, kept, ...)`, 0 wherever no target is.
+            `(rows, kept, ...)`, 0 in places without a target.
 
         """
         values = values.to(self.device)
@@ -161,7 +161,7 @@ class PaddedRows:
 
 
 def _check_batch(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raise for tensors that are no batch; reads no element of them."""
+    """Raise for tensors that are not a batch, without reading their elements."""
     for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
         if not isinstance(given, Tensor) and not (given is None and name == "attention_mask"):
             raise TypeError(f"{name} must be a tensor (rows, columns), not {type(given).__name__}.")
@@ -177,7 +177,7 @@ def _check_batch(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, and input_ids {tuple(input_ids.shape)}; both "
-            "must have one shape (rows, columns). For a prompt and completions that are masked apart: "
+            "must have the same shape (rows, columns). For separate masks of a prompt and its completions: "
             "torch.cat([prompt_mask, completion_mask], dim=1)."
         )
     if attention_mask.device != input_ids.device:
@@ -188,7 +188,7 @@ def _check_batch(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 
 
 def _on_host(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Return ids, and which of them are real, in the host's memory; a device is waited for once.
+    """Return ids, and which of them are real, in the host's memory; the host waits for the device once.
 
     Raises:
         ValueError: the mask has other values than 0 and 1.
@@ -204,7 +204,7 @@ def _on_host(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Ints, np
         row, column = np.argwhere(found[2] == 0)[0].tolist()
         raise ValueError(
             f"attention_mask has {attention_mask[row, column].item()} in row {row}, column {column}; it must have 1 "
-            "for real tokens and 0 for padding. Of an additive mask give (mask == 0)."
+            "for real tokens and 0 for padding. For an additive mask, give (mask == 0)."
         )
     return found[0], found[1] != 0
 

@@ -1,7 +1,8 @@
 """Scores of padded batches without gradients: each distinct token is forwarded once, each distinct row scored once.
 
-The rows go to the evaluator as tuples of ids; no `Text` is built. At temperature 1, log-probabilities alone are read as
-`LM.token_logprobs` reads them, from the scores that the forest keeps. All else is read from the distributions.
+The rows go to the evaluator as tuples of ids; no `Text` is built. If only log-probabilities at temperature 1 are
+requested, they are read from the scores that the forest keeps, as by `LM.token_logprobs`. All other results are read
+from the distributions.
 """
 
 from __future__ import annotations
@@ -45,40 +46,40 @@ def token_logprobs(
         scores = token_logprobs(model, input_ids, attention_mask, logits_to_keep=completion_ids.size(1))
         scores.logprobs  # (rows, logits_to_keep)
 
-    Column j of the results is of `input_ids[:, -kept + j]`, given the tokens before it in its row. Rows with a common
-    beginning, such as completions of one prompt, share the work for it, in any order and with padding on either side.
-    Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's first real
-    token. An `LM` computes in the dtype of the weights, and shuts autocast out. A model under the caller's autocast, or
-    with weights in half precision, computes to the bit what it does with gradients.
+    Column j of the results belongs to `input_ids[:, -kept + j]`, given the tokens before it in its row. Rows with a
+    common beginning, such as completions of one prompt, share the work for it, in any order and with padding on either
+    side. Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's first
+    real token. An `LM` computes in the dtype of the weights, and shuts autocast out. For a model under the caller's
+    autocast, or with weights in half precision, the numbers equal those with gradients to the bit.
 
     With `requires_grad=True` the results have an autograd graph behind them, down to the model's own parameters. Each
     distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, and
     recomputes its layers in the backward if gradient checkpointing is on.
 
     Args:
-        lm_or_model: an `LM`, which keeps what it computes for later calls, within its budget; or a causal LM of
-            transformers, adapters included, for which nothing is kept between calls.
+        lm_or_model: an `LM`, which keeps its results for later calls, within its budget; or a causal LM of
+            transformers, adapters included, whose results are not kept between calls.
         input_ids: `(rows, columns)`, integers; any number where the mask is 0.
         attention_mask: `(rows, columns)`, 1 for real tokens and 0 for padding; None for no padding. The real tokens of
             a row stand together.
-        logits_to_keep: how many of the last columns are scored; None for all.
+        logits_to_keep: the number of last columns that are scored; None for all columns.
         temperature: divides the logits.
         entropy: whether to return entropies, at the temperature.
-        top_k: how many of the most probable tokens to return, with their log-probabilities; None for none.
-        token_ids: other tokens to score in the place of each token, `(rows, kept, k)`; any number at padding. None for
-            none.
-        requires_grad: whether the results have a graph, see above.
+        top_k: the number of most probable tokens to return, with their log-probabilities; None: no such tokens.
+        token_ids: other tokens to score in the place of each token, `(rows, kept, k)`; any number at padding. None: no
+            other tokens.
+        requires_grad: whether the results have an autograd graph, see above.
         max_tokens_per_forward: for a model, the largest number of tokens in one packed pass; see `LM`. With gradients
-            None means no limit. Under a limit a batch goes through the model in parts, which the backward computes
-            again, one after the other; beginnings that several parts share are forwarded for each.
+            None means no limit. Under a limit a batch goes through the model in parts, and the backward computes the
+            parts again, one after the other; beginnings that several parts share are forwarded for each part.
 
     Raises:
         TypeError, ValueError: a value is not as described; the message names it.
         TokenIdError: the model has no such token id.
         TextTooLongError: a row has more tokens than the model has positions.
         UnsupportedModelError: the model cannot be evaluated exactly, or dropout is active in it.
-        NonFiniteError: the model returned NaN or infinity. With gradients, and in half precision, such numbers
-            are returned, but for those of the probe before a model's first call.
+        NonFiniteError: the model returned NaN or infinity. With gradients, and in half precision, such numbers are
+            returned without an error, except in the probe before a model's first call.
 
     """
     as_bool(requires_grad, "requires_grad")
@@ -97,7 +98,7 @@ def token_logprobs(
                     check_packed(session.evaluator.executor.levels, "Gradients")
                 goes_through_lm = session.evaluator.executor.levels is not None
             rows = PaddedRows.of(input_ids, attention_mask, logits_to_keep, session.limits.model.num_embeddings)
-            if not goes_through_lm:  # an LM looks itself
+            if not goes_through_lm:  # an LM checks this itself
                 session.limits.model.check_placeholders(rows.token_ids.tolist())
             check_lengths(session.limits, rows)
             asked = Asked(
@@ -128,8 +129,8 @@ def _scores_of_model(
     """Return the scores by the user's own model, in its own modes and the caller's surroundings."""
     if requires_grad and not torch.is_grad_enabled():
         raise ValueError(
-            "requires_grad=True makes a graph, and the call stands under torch.no_grad() or torch.inference_mode(). "
-            "Leave that context, or give requires_grad=torch.is_grad_enabled()."
+            "requires_grad=True makes an autograd graph, but the call stands under torch.no_grad() or "
+            "torch.inference_mode(). Leave that context, or give requires_grad=torch.is_grad_enabled()."
         )
     with torch.set_grad_enabled(requires_grad):
         found, num_forwarded = distributions(model, rows, asked, max_tokens)
@@ -152,7 +153,7 @@ def _scattered(rows: PaddedRows, values: Tensor | None) -> Tensor | None:
 
 
 def _read(session: Session, texts: Sequence[tuple[int, ...]], starts: Sequence[int], asked: Asked) -> Distributions:
-    """Return what is asked for of the tokens of each row from a start on, row behind row."""
+    """Return the requested results for the tokens of each row from a start on, row behind row."""
     if asked.is_plain:
         session.counters.tokens_requested += sum(map(len, texts))
         scored = session.evaluator.scoring.token_scores(texts, starts, [None] * len(texts))
@@ -162,7 +163,7 @@ def _read(session: Session, texts: Sequence[tuple[int, ...]], starts: Sequence[i
 
 
 def check_lengths(limits: TextLimits, rows: PaddedRows, num_unused: int = 1) -> None:
-    """Raise TextTooLongError for the first row that does not fit; `num_unused`: its last tokens take no position."""
+    """Raise TextTooLongError for the first row that does not fit; its last `num_unused` tokens take no position."""
     if limits.model.max_tokens is None:
         return
     for row in (rows.lengths - num_unused > limits.model.max_tokens).nonzero()[0].tolist():
@@ -174,7 +175,7 @@ def _given(session: Session, rows: PaddedRows, token_ids: Tensor) -> Tensor:
     """Return the given tokens of each target, `(targets, k)`, on the model's device.
 
     Raises:
-        TypeError, ValueError: the tokens are no integers, or of another shape.
+        TypeError, ValueError: the tokens are not integers, or have another shape.
         TokenIdError: the model's head has no such token.
 
     """

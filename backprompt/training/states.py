@@ -1,6 +1,6 @@
 """Final hidden states of padded batches, each distinct token forwarded and sent backward once, in the trainer's shape.
 
-For code that has a head of its own: everything that a model computes behind its body can go on from here.
+This is for code with a head of its own, which continues from the hidden states.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class RowStates:
     """The final hidden states of a batch, on the device of `input_ids`.
 
     Attributes:
-        hidden: what the model's body returns as `last_hidden_state`, `(rows, columns, hidden)`; 0 at padding.
-        account: of the tokens.
+        hidden: the `last_hidden_state` of the model's body, `(rows, columns, hidden)`; 0 at padding.
+        account: the account of the tokens.
 
     """
 
@@ -39,8 +39,8 @@ class RowStates:
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> RowStates:
     """Return the final hidden states of a padded batch, with each distinct token forwarded once.
 
-    Where gradients are on, the states have a graph behind them, down to the model's own parameters, and each distinct
-    token goes backward once. The model runs in its own mode and under the caller's autocast.
+    If gradients are on, the states have an autograd graph down to the model's own parameters, and each distinct token
+    goes backward once. The model runs in its own mode and under the caller's autocast.
 
     Args:
         model: a causal LM of transformers, adapters included.
@@ -75,14 +75,14 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
 
 
 def _zeros(causal: nn.Module, rows: PaddedRows) -> Tensor:
-    """Return the states of a batch of padding, which has a graph where gradients are on."""
+    """Return the states of a batch without real tokens; they have a graph if gradients are on."""
     shape = (rows.num_rows, rows.num_columns, skeleton.hidden_size(causal))
     dtype = skeleton.head_dtype(causal)
     return torch.zeros(shape, dtype=dtype, device=rows.device, requires_grad=torch.is_grad_enabled())
 
 
 def _places(rows: PaddedRows) -> Ints:
-    """Return where each real token is in a flattened `(rows, columns)`, row behind row."""
+    """Return the index of each real token in a flattened `(rows, columns)`, row behind row."""
     numbers = np.repeat(np.arange(rows.num_rows), rows.lengths)
     columns = rows.first_columns[numbers] + np.arange(len(numbers)) - rows.offsets[numbers]
     places: Ints = numbers * rows.num_columns + columns

@@ -31,7 +31,7 @@ class Trie:
     Attributes:
         token_ids, positions: of each token, `(tokens,)`.
         until: the token behind the last descendant of each token, `(tokens,)`.
-        nodes: which tokens each row consists of, one array a row, in the order of the rows given.
+        nodes: the tokens of each row, one array for each row, in the order of the given rows.
 
     """
 
@@ -62,7 +62,7 @@ class Trie:
 
     @cached_property
     def edges(self) -> list[slice]:
-        """The runs of tokens of which each but the last has one child, the next; depth first."""
+        """The runs of tokens in which each token except the last has one child, the next token; depth first."""
         goes_on = (np.diff(self.positions) == 1) & (np.diff(self.until) == 0)
         cuts = [0, *(np.flatnonzero(~goes_on) + 1).tolist(), len(self.token_ids)]
         return [slice(start, stop) for start, stop in pairwise(cuts) if start < stop]
