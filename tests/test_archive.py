@@ -262,7 +262,7 @@ def test_an_index_that_is_wrong_gives_no_wrong_numbers(model, tokenizer, tmp_pat
         lm = LM(model, tokenizer, store=store)
         assert_equals_plain(model, [Text.from_tokens(other, lm)])
         assert lm.stats.tokens_loaded == 0
-    assert "names another entry" in caplog.text
+    assert "names a wrong entry" in caplog.text
 
 
 def test_what_is_loaded_stays_within_the_budget(model, tokenizer):

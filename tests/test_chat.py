@@ -251,7 +251,7 @@ def test_the_last_message_goes_on(lm):
     text = chat(lm, begun, continue_final_message=True)
     assert text.string == lm.tokenizer.apply_chat_template(begun, tokenize=False, continue_final_message=True)
     assert text.segments[-1] == "<assistant>It is on"
-    with pytest.raises(TokenizerError, match="continue_final_message goes on with the last one"):
+    with pytest.raises(TokenizerError, match="continue_final_message continues the last one"):
         chat(lm, begun, continue_final_message=True, add_generation_prompt=True)
     documents = Text("mat", lm) | "sofa"
     grouped = chat(lm, [*MESSAGES, {"role": "assistant", "content": "a " + documents}], continue_final_message=True)

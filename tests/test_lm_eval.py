@@ -348,7 +348,7 @@ def test_where_no_cuda_is_the_default_of_the_command_line_is_not_taken_literally
     ("make", "error", "message"),
     [
         (lambda lm: BackpromptLM("nowhere", peft="x", revision="y"), TypeError, "no argument 'peft', 'revision'"),
-        (lambda lm: BackpromptLM(lm, dtype="float16", memory_bytes=3), TypeError, "memory_bytes, dtype must be given"),
+        (lambda lm: BackpromptLM(lm, dtype="float16", memory_bytes=3), TypeError, "give memory_bytes, dtype to the LM"),
         (lambda lm: BackpromptLM(lm.model), TypeError, "not GPT2LMHeadModel"),
         (lambda lm: BackpromptLM("nowhere"), ModelLoadError, "nowhere"),
         (lambda lm: BackpromptLM("nowhere", rolling_as_hf="yes"), ValueError, "rolling_as_hf must be True or False"),

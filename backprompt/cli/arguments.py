@@ -78,7 +78,9 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="each prompt is a user's message, and the model's reply is next"
     )
     group.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it")
-    group.add_argument("--input-format", choices=FORMATS, help="by default by the extension; JSONL for -")
+    group.add_argument(
+        "--input-format", choices=FORMATS, help="the format of the rows (default: by the extension; JSONL for -)"
+    )
     group.add_argument(
         "--encoding",
         type=_encoding,
@@ -90,8 +92,12 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
     """Add the arguments of `load`."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=is_required, metavar="NAME", help="a hub id such as gpt2, or a folder")
-    group.add_argument("--device", help="cuda, mps, cpu ... (default: the first of these that is available)")
+    group.add_argument(
+        "--model", required=is_required, metavar="NAME", help="the model: a hub id such as gpt2, or a folder"
+    )
+    group.add_argument(
+        "--device", help="the model's device: cuda, mps, cpu ... (default: the first of these that is available)"
+    )
     group.add_argument(
         "--dtype",
         choices=DTYPES,

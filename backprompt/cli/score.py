@@ -42,8 +42,8 @@ def add(commands: Any) -> None:
         """Compute the probability of each completion behind each prompt. Parts that prompts share are computed once.
 
         Each row of the input becomes one of the output, with the fields "prediction" (the most probable completion),
-        "probability" (its own) and "probabilities" (of all completions, or of the --top ones, the most probable
-        first); in CSV the last is JSON.""",
+        "probability" (its own) and "probabilities" (of all completions, or of the --top ones, the most probable first);
+        in CSV "probabilities" is JSON.""",
         run=run,
         examples=(
             "backprompt score prompts.jsonl --completions labels.txt --model gpt2 -o out.jsonl",
@@ -58,7 +58,8 @@ def add(commands: Any) -> None:
         "--completions",
         required=True,
         metavar="FILE",
-        help="a file, one a line, or a JSON list of strings in a file .json; or a list here: negative,positive",
+        help="the completions: a file, one a line, or a JSON list of strings in a file .json; or a list here: "
+        "negative,positive",
     )
     group.add_argument(
         "--prior",

@@ -43,14 +43,14 @@ def add(commands: Any) -> None:
         type=positive,
         default=128,
         metavar="N",
-        help="the most requests in progress at once; more are refused (128)",
+        help="the largest number of requests in progress; more are refused (128)",
     )
     group.add_argument(
         "--max-tokens",
         type=positive,
         default=65_536,
         metavar="N",
-        help="the most tokens of a request, including those to generate (65536)",
+        help="the largest number of tokens of a request, including those to generate (65536)",
     )
     group.add_argument(
         "--max-body-bytes",

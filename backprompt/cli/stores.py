@@ -68,7 +68,7 @@ def add(commands: Any) -> None:
 def _add(parts: Any, name: str, summary: str, run: Any, example: str) -> argparse.ArgumentParser:
     description = f"{summary[0].upper()}{summary[1:]}."
     parser = add_command(parts, name, summary, description, run=run, examples=(example,))
-    parser.add_argument("path", metavar="FOLDER", help="of the store")
+    parser.add_argument("path", metavar="FOLDER", help="the folder of the store")
     parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
     return parser
 

@@ -83,7 +83,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSONL or CSV; - for standard output, which is the default",
     )
-    group.add_argument("--format", choices=FORMATS, help="by default by the extension; JSONL for -")
+    group.add_argument(
+        "--format", choices=FORMATS, help="the format of the rows (default: by the extension; JSONL for -)"
+    )
     mode = group.add_mutually_exclusive_group()
     mode.add_argument(
         "--resume",
