@@ -378,6 +378,7 @@ def test_public_names():
         "log_probs",
         "predict",
         "predict_proba",
+        "probability_of",
         "token_logprobs",
     ]
     for name in ("log_probs", "predict", "predict_proba", "token_logprobs", "Example"):

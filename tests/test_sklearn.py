@@ -373,7 +373,7 @@ def test_what_the_pickling_check_was_for(lm):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"lm": "gpt2"}, TypeError, r"an LM or a \(model, tokenizer\) tuple, not as str"),
+        ({"lm": "gpt2"}, TypeError, r"an LM or a \(model, tokenizer\) tuple, not str"),
         ({"template": 3}, TypeError, "template must be a str"),
         ({"template": "Review: {review}"}, ValueError, "unknown field {review}"),
         ({"template": "Review: {text} {}"}, ValueError, "unknown field {}"),
