@@ -161,7 +161,7 @@ def test_an_interrupted_beam_search_keeps_nothing_pinned(lm, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 2, "n": 3}, r"2 beams give no 3 continuations.*num_beams=3"),
+        ({"num_beams": 2, "n": 3}, r"2 beams cannot give 3 continuations.*num_beams=3"),
         ({"num_beams": 2, "do_sample": True}, r"beam search .* not beam sample"),
         ({"num_beams": 2, "prompt_lookup_num_tokens": 3}, r"looks ahead for one continuation"),
     ],

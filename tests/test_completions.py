@@ -103,7 +103,7 @@ def test_a_discount_scores_the_ids_that_stand_behind_each_prompt(lm):
         expected.append(predict_proba(prompt, completions, lm, log_marg_probs_completions=marginals, **options))
     np.testing.assert_allclose(predict_proba(prompts, completions, lm, discount_completions=-0.5), expected, atol=1e-9)
     given_ = {"discount_completions": -0.5, "log_marg_probs_completions": token_logprobs(completions, lm)}
-    with pytest.raises(ValueError, match=r"none stands before 'mat' behind prompts\[1\]"):
+    with pytest.raises(ValueError, match=r"no space stands before 'mat' behind prompts\[1\]"):
         predict_proba(prompts, completions, lm, **given_)
     found = predict_proba(prompts[::2], completions, lm, **given_)
     np.testing.assert_allclose(found, expected[::2], atol=1e-9)

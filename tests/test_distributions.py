@@ -106,7 +106,8 @@ def test_a_text_asks_for_itself(tokenizer):
     lm = LM(model_of("llama"), tokenizer)
     text = Text("The cat sat", lm)
     of_many = lm.entropies([text, text + " on"], temperature=2.0).split()[0]
-    torch.testing.assert_close(text.entropies(temperature=2.0), of_many, rtol=0, atol=0, equal_nan=True)
+    alone = text.entropies(temperature=2.0)
+    torch.testing.assert_close(alone, of_many, rtol=1e-6, atol=0, equal_nan=True)  # the head rounds by its rows
     top = lm.top_logprobs([text], 3)
     logprobs, token_ids = text.top_logprobs(3)
     assert torch.equal(logprobs[1:], top.logprobs[1:])

@@ -287,7 +287,7 @@ def test_evaluation_goes_on_without_a_store_that_fails(fault, failing, model, to
     assert reader.stats.tokens_computed > 0
     read = [record for record in caplog.records if "cannot be read" in record.message]
     assert len(read) == 1
-    assert "Evaluation goes on without it" in read[0].message
+    assert "Evaluation goes on without this entry" in read[0].message
 
 
 def test_a_store_that_cannot_be_written_to_is_said_once(failing, model, tokenizer, caplog):

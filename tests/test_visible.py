@@ -64,7 +64,7 @@ SNIPPETS = [
 HOSTILE = st.lists(st.sampled_from(SNIPPETS) | st.text(max_size=3), min_size=1, max_size=6).map("".join)
 ENCODABLE = HOSTILE.filter(lambda text: not any(map(is_surrogate, text)))
 
-COLOURS = re.compile(r"\x1b\[(0|38;5;16;48;5;\d+)m")
+COLOURS = re.compile(r"\x1b\[(0|38;5;\d+;48;5;\d+)m")
 
 
 def is_surrogate(character: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Protocol, runtime_checkable
 
 from backprompt.evaluation.evaluator import Evaluator
@@ -214,9 +215,8 @@ class Run:
                 {end: score for _, end, score in inserted},
             )
         rows = zip(self.live, found.rows, strict=True)
-        choose_next(
-            [(live.decoding, row) for live, row in rows if isinstance(live.decoding, TextDecoding)], found.logits
-        )
+        texts = [(live.decoding, row) for live, row in rows if isinstance(live.decoding, TextDecoding)]
+        choose_next(sorted(texts, key=itemgetter(1)), found.logits)  # rows in their order are not copied
 
     def _grow(self, evaluator: Evaluator) -> list[tuple[Live, Completion]]:
         """Forward the continuations after which logits are wanted; return those that were not held before."""
