@@ -20,7 +20,7 @@ from benchmarks.suites.cappr import cases, duel
 from crews import crew_lm
 from tiny_models import build
 
-WAITING = {"training_gpu": ["training_gpu"], "workers": ["workers", "simulation"]}
+WAITING = {"training_gpu": ["training_gpu"]}
 """Suites that may not have run yet, on a GPU or on a quiet machine, and the markers of their tables."""
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results.json"
 
