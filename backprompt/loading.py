@@ -53,8 +53,8 @@ def load(
         device: "cuda", "mps", "cpu" ...; by default the first of these that is available.
         dtype: the dtype of the weights; by default float32 on the CPU and the checkpoint's own elsewhere. The old name
             of transformers, `torch_dtype`, is the same.
-        weights: quantizes the linear layers, except the output head, after loading, with torchao (`pip install
-            torchao`). "int8" quantizes their weights to 8 bits. "int8-dynamic" quantizes their inputs as well: faster
+        weights: quantizes the linear layers, except the output head, after loading, with torchao, which must be
+            installed. "int8" quantizes their weights to 8 bits. "int8-dynamic" quantizes their inputs as well: faster
             on the CPU and less exact, as packed passes and plain calls differ by the rounding of inputs. All else has
             `dtype`.
         show_progress_bar: False hides the bars of transformers; by default the setting of transformers decides.
