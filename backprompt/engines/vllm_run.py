@@ -44,6 +44,7 @@ class VllmRun:
 
     def __init__(self, requests: Requests, decoding: Decoding, prompts: Sequence[tuple[int, ...]]) -> None:
         self._requests = requests
+        self.decoding = decoding
         self._texts: list[TextDecoding] = []
         self._live: dict[Request, TextDecoding] = {}
         num_samples: Counter[tuple[int, ...]] = Counter()
@@ -55,9 +56,9 @@ class VllmRun:
             self._texts.append(text)
             self._live[requests.add(ids, sampling_params(decoding, text.rules.processors, len(ids), seed))] = text
 
-    def found(self) -> list[list[Found]]:
+    def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the one continuation of each text so far."""
-        return [text.found(1) for text in self._texts]
+        return [text.found(num_each) for text in self._texts]
 
     def step(self) -> bool:
         """Let vLLM go on; return whether any text goes on."""

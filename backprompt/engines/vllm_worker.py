@@ -10,19 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from backprompt.engines.continuing import Continuing
 from backprompt.engines.remote import Question
-from backprompt.engines.travel import Answer, PackedFound, PackedIds
+from backprompt.engines.travel import Answer, PackedIds
 from backprompt.engines.vllm_requests import Requests, imported_vllm
 from backprompt.engines.vllm_run import VllmRun
 from backprompt.engines.vllm_scores import Scoring
-from backprompt.engines.worker import Description, Grown, behind_of, wanted_of
+from backprompt.engines.worker import Description, behind_of, wanted_of
 from backprompt.errors import UnsupportedModelError
 from backprompt.evaluation.distributions import Asked
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.partition import Ints
 from backprompt.generation.decoding import Decoding, Recipe
-from backprompt.generation.found import Found
 from backprompt.session.stats import Stats
 from backprompt.tokens.graph import with_more
 from backprompt.tokens.tokenizer import PrivateTokenizer
@@ -77,7 +77,7 @@ class VllmCrew:
         return getattr(self._worker, question.method)(*question.arguments)
 
 
-class VllmWorker:
+class VllmWorker(Continuing):
     """Answers for texts with a vLLM engine; see the module.
 
     Args:
@@ -87,13 +87,13 @@ class VllmWorker:
     """
 
     def __init__(self, llm: Any, description: Description) -> None:
+        super().__init__()
         self._llm = llm
         self._description = description
         self._skeleton = description.skeleton()
         self._tokenizer = PrivateTokenizer(description.tokenizer)
         self._requests = Requests(llm)
         self._scoring = Scoring(self._requests, llm.llm_engine.vllm_config.cache_config.block_size)
-        self._streams: dict[str, VllmRun] = {}
         self._num_requested = 0
         max_logprobs = llm.model_config.max_logprobs
         self._max_top_k = description.vocab_size if max_logprobs == -1 else max_logprobs
@@ -158,33 +158,6 @@ class VllmWorker:
         return Answer.of(scored.lengths, token_logprobs=scored.scores.logprobs)
 
     # Continuations
-
-    def generate(self, prompts: PackedIds, recipe: Recipe) -> PackedFound:
-        """Continue texts to their ends."""
-        run = self._run(prompts, recipe)
-        try:
-            while run.step():
-                pass
-        finally:
-            run.close()
-        return PackedFound.of(run.found())
-
-    def grow(self, prompt: PackedIds, name: str, recipe: Recipe, num_known: int) -> Grown:
-        """Go on with a stream until it has more than `num_known` tokens."""
-        run = self._streams.get(name) or self._run(prompt, recipe)
-        self._streams[name] = run
-        is_going_on = True
-        while is_going_on and len(run.found()[0][0].choices) <= num_known:
-            is_going_on = run.step()
-        if not is_going_on:
-            self.end_stream(name)
-        ((found,),) = run.found()
-        return Grown(Found(found.choices[num_known:], found.finish_reason, found.cut), is_going_on)
-
-    def end_stream(self, name: str) -> None:
-        """Stop a stream."""
-        if (run := self._streams.pop(name, None)) is not None:
-            run.close()
 
     def decoding(self, recipe: Recipe) -> Decoding:
         """Return options of a generation, for the model."""

@@ -8,7 +8,6 @@ successor is asked again and knows nothing of the first time.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from backprompt.engines.travel import Answer, PackedFound, PackedIds, PackedTensor, text_of
+from backprompt.engines.continuing import Continuing
+from backprompt.engines.travel import Answer, PackedIds, PackedTensor, text_of
 from backprompt.evaluation.behind import Behind
 from backprompt.evaluation.distributions import Asked
 from backprompt.evaluation.lookup import Piece
@@ -25,7 +25,6 @@ from backprompt.evaluation.reading import Wanted
 from backprompt.forest.fan import Shape
 from backprompt.forest.partition import Ints
 from backprompt.generation.decoding import Recipe
-from backprompt.generation.found import Found
 from backprompt.generation.generate import refused_ids
 from backprompt.generation.run import Run
 from backprompt.inspection.explain import explain
@@ -44,9 +43,6 @@ from backprompt.text.node import Text
 
 Source: TypeAlias = "str | Path | Callable[[], LM | tuple[Any, Any]]"
 """A name for `backprompt.load`, or a function that returns an `LM`, or a model and its tokenizer."""
-
-MAX_STREAMS = 64
-"""The largest number of streams that a worker keeps; an older stream that is continued later begins anew."""
 
 
 @dataclass(frozen=True)
@@ -123,15 +119,7 @@ class Description:
         return model.eval()
 
 
-@dataclass(frozen=True)
-class Grown:
-    """A stream: the tokens that the driver does not know yet, and whether more follow."""
-
-    found: Found
-    is_going_on: bool
-
-
-class Worker:
+class Worker(Continuing):
     """Answers for texts; see the module.
 
     Args:
@@ -140,8 +128,8 @@ class Worker:
     """
 
     def __init__(self, maker: Maker) -> None:
+        super().__init__()
         self._maker = maker
-        self._streams: OrderedDict[str, Run] = OrderedDict()
         self._pins: dict[str, Pin] = {}
 
     @cached_property
@@ -246,37 +234,6 @@ class Worker:
     def explain(self, texts: PackedIds, analyze: bool) -> Explanation:
         """Return the cost of evaluating texts here."""
         return explain(self._texts(texts), analyze=analyze)
-
-    # Continuations
-
-    def generate(self, prompts: PackedIds, recipe: Recipe) -> PackedFound:
-        """Continue texts to their ends; return all continuations of each."""
-        run = self._run(prompts, recipe)
-        try:
-            while run.step():
-                pass
-        finally:
-            run.close()
-        return PackedFound.of(run.found(run.decoding.num_beams))
-
-    def grow(self, prompt: PackedIds, name: str, recipe: Recipe, num_known: int) -> Grown:
-        """Go on with a stream until it has more than `num_known` tokens; an unknown stream begins anew."""
-        run = self._streams.pop(name, None) or self._run(prompt, recipe)
-        self._streams[name] = run
-        while len(self._streams) > MAX_STREAMS:
-            self._streams.popitem(last=False)[1].close()
-        is_going_on = True
-        while is_going_on and len(run.found()[0][0].choices) <= num_known:
-            is_going_on = run.step()
-        if not is_going_on:
-            self.end_stream(name)
-        ((found,),) = run.found()
-        return Grown(Found(found.choices[num_known:], found.finish_reason, found.cut), is_going_on)
-
-    def end_stream(self, name: str) -> None:
-        """Stop a stream."""
-        if (run := self._streams.pop(name, None)) is not None:
-            run.close()
 
     # The LM as a whole
 
