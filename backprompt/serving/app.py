@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -90,25 +91,17 @@ class _Server:
 
     async def stream(self, request: Request, body: CompletionBody | ChatBody, kind: Kind) -> Response:
         """Return an answer in pieces. What goes wrong before the first piece is told by the status."""
-        place = self.queue.place()
-        found: AsyncGenerator[Piece, None] | None = None
-        try:
-            self._check_name(body)
-            place.__enter__()
-        except Exception as error:
-            return _refused(refusal_of(error))
-        try:
-            asked = await _unless_gone(request, in_thread(partial(kind.ask, self.lm, body, self.limits)))
-            found = pieces(self.lm, asked, body)
-            first = await _unless_gone(request, _next(found))
-        except BaseException as error:
-            place.__exit__(None, None, None)
-            if found is not None:
-                await found.aclose()
-            if not isinstance(error, Exception):
-                raise
-            return _refused(refusal_of(error))
-        return _Events(events(self.lm, found, first, asked, kind, body, self.name), found, place)
+        async with AsyncExitStack() as held:
+            try:
+                self._check_name(body)
+                held.enter_context(self.queue.place())
+                asked = await _unless_gone(request, in_thread(partial(kind.ask, self.lm, body, self.limits)))
+                found = await held.enter_async_context(aclosing(pieces(self.lm, asked, body)))
+                first = await _unless_gone(request, _next(found))
+            except Exception as error:
+                return _refused(refusal_of(error))
+            sent = events(self.lm, found, first, asked, kind, body, self.name)
+            return _Events(sent, held.pop_all())
 
     def _check_name(self, body: Body) -> None:
         if body.model is not None and body.model != self.name:
@@ -117,19 +110,16 @@ class _Server:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events; when they end, however they end, the streams behind them are closed."""
+    """Server-sent events; when they end, however they end, what is held for them is let go of."""
 
-    def __init__(self, sent: AsyncGenerator[bytes, None], found: AsyncGenerator[Piece, None], place: Any) -> None:
+    def __init__(self, sent: AsyncGenerator[bytes, None], held: AsyncExitStack) -> None:
         super().__init__(sent, media_type="text/event-stream")
-        self._found, self._place = found, place
+        self._held = held
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events."""
-        try:
+        async with self._held:
             await super().__call__(scope, receive, send)
-        finally:
-            self._place.__exit__(None, None, None)
-            await self._found.aclose()
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
