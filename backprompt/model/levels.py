@@ -182,7 +182,7 @@ class Levels:
             UnsupportedModelError: the model's cache is not a `DynamicCache`, or lacks the snapshot.
 
         """
-        if self.form.empty is None or self.form.name not in KEYS_VALUES_NAMES:
+        if self.form.empty is None or self.form.name not in KEYS_VALUES_NAMES or not self.form.rows:
             raise UnsupportedModelError(
                 f"{model_name} has a cache of its own form, which past_key_values() cannot make. Read logits and "
                 "log-probabilities from the text, or continue the text with text.generate(...)."
