@@ -82,7 +82,7 @@ class NumberedRows:
             self.write(np.array(list(scores), dtype=np.int64), values)
 
     def note_unpredicted(self, numbers: Iterable[int]) -> None:
-        """Note that nothing predicts the tokens of these rows."""
+        """Note that no row predicts the tokens of these rows."""
         for block, rows, _ in self.by_block(np.array(sorted(numbers), dtype=np.int64)):
             block.note_unpredicted(rows)
 

@@ -206,7 +206,7 @@ class Reading:
     def _add_spans(self, predictions: Predictions) -> None:
         """Add the wanted tokens of spans that have no score yet.
 
-        The first token of a span is predicted by the end of the parent, and by nothing behind the root or a junction.
+        The first token of a span is predicted by the end of the parent, and by no row behind the root or a junction.
         Such a token may have been scored before it was forwarded.
         """
         wanted = list(self._first_rows.items())

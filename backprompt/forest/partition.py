@@ -10,7 +10,7 @@ once more, or fetched if that is cheaper:
     two parts               |a b c     a b d e |   a b d f     x y|   tokens: 5 + 6, three of them computed twice
 
 The cost of a token is that of the linear layers and that of attention to the tokens before it (`Rates`). All arrays are
-flat: the input of the cut (`cut`) is two numbers for each text. Nothing here knows of workers.
+flat: the input of the cut (`cut`) is two numbers for each text. This module knows nothing of workers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Rates:
         return self.computing(lengths) - self.computing(shared) + behind * (self.linear + self.attention * lengths)
 
     def fetching(self, num_tokens: Ints) -> Floats:
-        """Return the cost of fetching the first so many tokens of a text; infinite where nothing can be fetched."""
+        """Return the cost of fetching this number of first tokens of a text; infinite if they cannot be fetched."""
         rate = np.inf if self.fetch is None else self.fetch
         return np.multiply(num_tokens, rate, out=np.zeros(num_tokens.shape), where=num_tokens > 0)
 

@@ -293,7 +293,7 @@ def _take_in(end: Span, token_id: int, held: _Held, room: dict[int, int]) -> Non
 
 
 def takes_tokens_in(span: Span) -> bool:
-    """Whether a span may grow in place: it holds its rows, and nothing else refers to its end."""
+    """Whether a span may grow in place: it holds its rows, and no other text, child or store refers to its end."""
     return not (span.children or span.is_end or span.is_stored or span.error) and span.is_held(with_keys_values=True)
 
 

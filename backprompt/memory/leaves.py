@@ -29,7 +29,7 @@ Ranking: TypeAlias = "Callable[[Kind, Span], Rank]"
 _NO_USES: Mapping[Span, int] = MappingProxyType({})
 
 MIN_NOTED = 1000
-"""The least number of noted spans, or of stale entries, at which everything is forgotten or stale entries removed."""
+"""The least number of noted spans, or of stale entries, at which all leaves are forgotten, or stale entries removed."""
 
 
 Leaf: TypeAlias = "tuple[float, int, int, Kind, Span]"
