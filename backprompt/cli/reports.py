@@ -67,7 +67,7 @@ def _add_draw(commands: Any) -> None:
     parser = add_command(
         commands,
         "draw",
-        "a picture of what prompts share",
+        "a picture of the parts that prompts share",
         """Draw prompts as a tree of their parts, with shared parts drawn once. Strings are cut where strings with the
         same beginning diverge. With --model the boxes show tokens, and joins that change tokens are marked. With --run
         the prompts are evaluated, and colours distinguish computed parts from parts that were read from a store.""",
@@ -241,6 +241,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
         tolerance=arguments.tolerance,
         show_progress_bar=shows_progress(arguments),
     )
-    named = names_of(rows, completions)
+    num_each = len(completions or [""])  # the segment tells which completion
+
+    def named(text_idx: int) -> str:
+        return _line(rows[text_idx // num_each])
+
     print(as_json(found.to_dict(), allow_nan=True) if arguments.json else found.in_lines(named))
     return 1 if arguments.fail_on_drift and not found.passed else 0

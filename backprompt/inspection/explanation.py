@@ -223,7 +223,7 @@ class Explanation:
             ("bytes allowed", _bytes(self.budget_bytes), ""),
             (
                 "seconds",
-                "unknown until something was computed" if self.seconds is None else f"{self.seconds:.3g}",
+                "unknown before the first pass" if self.seconds is None else f"{self.seconds:.3g}",
                 f"{done.seconds:.3g}" if done else "",
             ),
         ]
@@ -246,7 +246,7 @@ class Explanation:
         saved = "" if self.seconds_saved is None else f", about {self.seconds_saved:.2g} s less"
         if not computed:
             calls = "Plain calls" if not self.num_groups else "One text after the other"
-            yield f"Nothing is forwarded: all of it is there. {calls} would forward {plain:,} tokens{saved}."
+            yield f"No token is forwarded, because all of them are held. {calls} would forward {plain:,} tokens{saved}."
         elif computed < plain:
             what = "one text" if self.num_texts == 1 else f"{self.num_texts:,} texts together"
             yield (
@@ -259,9 +259,9 @@ class Explanation:
                 others = f"; sharing saves the other {num_shared:,}" if num_shared else ""
                 yield f"Of the tokens saved, {num_held:,} are held already{others}."
         elif self.num_texts == 1 and not self.num_groups:
-            yield f"One text of which nothing is held forwards {plain:,} tokens, as its plain call does."
+            yield f"One text without held tokens forwards {plain:,} tokens, as its plain call does."
         elif self.num_texts == 1:
-            yield f"One text of which nothing is held forwards {plain:,} tokens, each of its branches once."
+            yield f"One text without held tokens forwards {plain:,} tokens, each of its branches once."
         if self.divergence is not None and self.tokens_shared:
             yield self._where_sharing_stops(self.divergence, named)
 
@@ -270,7 +270,9 @@ class Explanation:
         common = common if at.token_idx else "No token is common to all texts"
         if at.cause == "end":
             return f"{common}: {named(0)} or {named(at.text_idx)} is no longer than that."
-        because = ", because what follows in one of them changed the tokens at the join" if at.cause == "join" else ""
+        because = (
+            ", because the next segment of one of them changed the tokens at the join" if at.cause == "join" else ""
+        )
         return (
             f"{common}: {named(at.text_idx)} parts from {named(0)} at token {at.token_idx:,}, in segment "
             f"{at.segment_idx} ({at.segment}){because}."
@@ -288,8 +290,8 @@ class Explanation:
         """Return a line for each of the first missing segments with a known reason, and counts of the others."""
         if not self.misses:
             return []
-        tense = "was" if self.actual is not None else "is"
-        lines = ["", f"What {tense} not there, and why:"]
+        tense = "were" if self.actual is not None else "are"
+        lines = ["", f"Segments that {tense} missing, and why:"]
         explained = [miss for miss in self.misses if miss.reason != "never computed"]
         first = dict.fromkeys(explained[:MAX_SHOWN])
         for miss in first:
