@@ -224,7 +224,7 @@ class Computation:
                 is_stuck = len(waiting) == num_waiting
 
     def _compute_some(self, waiting: dict[Span, None], request: Request, bar: GrowingBar, *, is_stuck: bool) -> None:
-        """Compute the missing spans of the texts that there is room for, or of the first; these wait no more."""
+        """Compute the missing spans of the texts that there is room for, or of the first; `waiting` loses them."""
         asked = list(waiting)[: 1 if is_stuck else None]
         group = self._bring_back(asked, request)
         for end in group:

@@ -40,7 +40,7 @@ class PredictingRows:
     def __init__(self) -> None:
         self._bounds: dict[Span, tuple[int, int]] = {}  # the wanted rows of each span
         self._lengths: dict[Span, int] = {}  # of the same spans, before any was split
-        self._runs: list[tuple[Span | None, int, int]] = []  # of all wanted tokens in order: who predicts them
+        self._runs: list[tuple[Span | None, int, int]] = []  # of all wanted tokens in order: the rows that predict them
         self._text_runs = [0]  # where the runs of each text start
         self._numbers: dict[Span, int] = {}  # of the first wanted row of each span, once all texts are added
 

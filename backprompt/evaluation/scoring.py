@@ -124,7 +124,7 @@ class Scoring:
         return self.mixed(prompts, itertools.repeat(None))[1]
 
     def mixed(self, asked: Sequence[Wanted | Behind], known: Iterable[Span | None]) -> tuple[list[Span], ScoredTexts]:
-        """Evaluate texts, and completions behind prompts, in one go.
+        """Evaluate texts, and completions behind prompts, together.
 
         Args:
             asked: texts with their wanted tokens, and prompts with completions.
@@ -276,7 +276,7 @@ class _Waiting:
         return self._last_of.keys()
 
     def take(self, ends: Iterable[Span]) -> list[int]:
-        """Return the items that end here, in order; they wait no more."""
+        """Return the items that end here, in order, and remove them."""
         found: list[int] = []
         for end in ends:
             idx = self._last_of.pop(end)

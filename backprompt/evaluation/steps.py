@@ -103,9 +103,9 @@ class Steps:
         scores = TokenScores.of([tokens[token] for token in in_order], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
         if not forwarded.is_finite:
-            return None  # the other way finds out which text is to blame
+            return None  # an ordinary evaluation finds the text to blame
         counters = computation.counters
-        computation.note_work(forwarded.work)  # before the spans go on: snapshots lie at their ends
+        computation.note_work(forwarded.work)  # before the spans grow: snapshots lie at their ends
         counters.steps[forwarded.way] += 1
         counters.tokens_computed += len(tokens)
         counters.seconds += time.perf_counter() - started
@@ -140,7 +140,7 @@ class Steps:
             if takes_tokens_in(end) and end not in parting and end not in of_others:
                 growing[end] = token_id
             elif token_id in end.children or FAN in end.children or not end.is_held(with_keys_values=True):
-                return None  # the other way finds the token there, or unfolds the fan
+                return None  # an ordinary evaluation finds the token there, or unfolds the fan
         return growing
 
     def _next_step(self, ends: Collection[Span]) -> _NextStep:

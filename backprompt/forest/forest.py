@@ -290,7 +290,7 @@ class Forest:
         return spans
 
     def held_spans(self) -> Iterator[Span]:
-        """Yield the spans that hold something in either pool, in the order of `spans`.
+        """Yield the spans with rows in either pool, in the order of `spans`.
 
         All ancestors of such a span have rows, so the search stops at a span without rows.
         """

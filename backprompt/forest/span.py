@@ -80,7 +80,7 @@ class RowsBlock(Protocol):
     """A block of tensors, which this module never reads. A block knows the spans that hold rows of it."""
 
     def take(self, span: Span, num_rows: int) -> None:
-        """Note that a span holds rows of the block, and that so many more rows are held than before."""
+        """Note that a span holds rows of the block, and how many more rows are held than before."""
 
     def release(self, span: Span, num_rows: int) -> None:
         """Note that a span no longer holds its rows of the block."""

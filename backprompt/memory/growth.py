@@ -218,7 +218,7 @@ class Growth:
         return buffer if keys_values.num_rows == states.num_rows == buffer.num_rows else None
 
     def _make_room(self, spans: Sequence[tuple[Span, int]]) -> list[Block]:
-        """Copy the rows of spans into one buffer, each with room for so many tokens and some more rows."""
+        """Copy the rows of spans into one buffer, each with room for this many tokens and some more rows."""
         if not spans:
             return []
         num_rows = 0
