@@ -30,14 +30,16 @@ class Drawing(graphviz.Digraph):  # type: ignore[misc]  # graphviz has no types
         """
         format, engine = format or self.format, engine or self.engine
         needs_dot = any(value for name, value in options.items() if name != "quiet")
-        data = None if needs_dot else _laid_out(self.source, format, engine)
+        data, missing = None, None
+        if not needs_dot:
+            try:
+                data = _laid_out(self.source, format, engine)
+            except ImportError as error:
+                missing = error
         if data is not None:
             return data if encoding is None else data.decode(encoding)
         if shutil.which("dot") is None:
-            raise DrawingError(
-                "No program to lay out the picture is installed: neither pygraphviz nor Graphviz's `dot`. "
-                "Install one: pip install pygraphviz."
-            )
+            raise DrawingError(_how_to_install(missing)) from missing
         piped: bytes | str = super().pipe(format, engine=engine, encoding=encoding, **options)
         return piped
 
@@ -82,12 +84,15 @@ _LAYOUT_LOCK = ForkableLock()
 watch_store(_LAYOUT_LOCK)
 
 
-def _laid_out(source: str, format: str, engine: str) -> bytes | None:
-    """Return the picture of DOT source, laid out by the Graphviz inside pygraphviz; None without pygraphviz."""
-    try:
-        import pygraphviz
-    except ImportError:
-        return None
+def _laid_out(source: str, format: str, engine: str) -> bytes:
+    """Return the picture of DOT source, laid out by the Graphviz inside pygraphviz.
+
+    Raises:
+        ImportError: pygraphviz is not installed, or a library that it needs is not.
+
+    """
+    import pygraphviz
+
     with _LAYOUT_LOCK:
         try:
             data = pygraphviz.AGraph(string=source).draw(format=format, prog=engine)
@@ -97,3 +102,15 @@ def _laid_out(source: str, format: str, engine: str) -> bytes | None:
                 '"svg", "png" and "pdf".'
             ) from error
     return bytes(data)
+
+
+def _how_to_install(error: ImportError | None) -> str:
+    if error is None or isinstance(error, ModuleNotFoundError):
+        return (
+            "No program to lay out the picture is installed: neither pygraphviz nor Graphviz's `dot`. "
+            "Install one: pip install pygraphviz."
+        )
+    return (
+        f"pygraphviz is installed, but it cannot be loaded ({error}), and there is no Graphviz `dot`. Install the "
+        "library that it misses (Debian has libgobject in libglib2.0-0), or Graphviz."
+    )

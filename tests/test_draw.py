@@ -353,6 +353,14 @@ def test_without_pygraphviz_a_dot_on_the_path_serves(monkeypatch: pytest.MonkeyP
     assert Text("a").draw().pipe("svg") == b"drawn by dot ['-Kdot', '-Tsvg']\n"
 
 
+def test_a_library_that_pygraphviz_misses_is_named(monkeypatch: pytest.MonkeyPatch, no_programs: Path) -> None:
+    (no_programs / "pygraphviz.py").write_text("raise ImportError('libgobject-2.0.so.0: cannot open')")
+    monkeypatch.delitem(sys.modules, "pygraphviz", raising=False)
+    monkeypatch.syspath_prepend(no_programs)
+    with pytest.raises(DrawingError, match=r"cannot be loaded \(libgobject-2.0.so.0: cannot open\)"):
+        Text("a").draw().pipe("svg")
+
+
 def test_nothing_to_draw_and_bad_numbers() -> None:
     assert "nothing to draw" in said(draw([]))
     assert "nothing to draw" in said(Text("").draw())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import random
@@ -1096,3 +1097,21 @@ def test_three_processes_of_fifteen_threads(tmp_path):
     with DiskStore(tmp_path / "store") as store:
         assert list(store.verify()) == []
         assert list((store.path / "damaged").iterdir()) == []
+
+
+def test_an_index_that_nobody_closed_is_closed_with_its_store(tmp_path, monkeypatch):
+    """Python 3.13 warns about connections that are let go open."""
+    closed, plain = [], sqlite3.connect
+
+    class Noted(sqlite3.Connection):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr(sqlite3, "connect", partial(plain, factory=Noted))
+    store = DiskStore(tmp_path / "s")
+    store.put(make_entry(1))
+    before = len(closed)
+    del store
+    gc.collect()
+    assert len(closed) == before + 1

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 from backprompt.store.base import Header, Match, num_common
 from backprompt.store.paths import explaining
@@ -112,10 +113,11 @@ class Index:
     def __init__(self, connection: sqlite3.Connection, file: Path | None) -> None:
         self._connection = connection
         self._file = file
-        self._until = math.inf  # in this thread's processor time
+        self._deadline = _Deadline()
         self.is_finished = True
-        connection.set_progress_handler(self._is_late, _STEPS_A_CHECK)
+        connection.set_progress_handler(self._deadline.is_over, _STEPS_A_CHECK)
         _harden(connection)
+        finalize(self, connection.close)  # where nobody closes the index
 
     @classmethod
     def open(cls, file: Path) -> Index:
@@ -275,21 +277,33 @@ class Index:
         self, statement: str, given: Sequence[Any] | dict[str, Any] = (), seconds: float = _LOOKUP_SECONDS
     ) -> list[Any]:
         """Return all rows of the answer."""
-        self._until = time.thread_time() + seconds
+        self._deadline.set(seconds)
         try:
             return self._connection.execute(statement, given).fetchall()
         except UnicodeDecodeError as error:  # a message of SQLite that quotes bytes of the file
             raise DamagedIndexError(str(error)) from error
         finally:
-            self._until = math.inf
-
-    def _is_late(self) -> bool:
-        return time.thread_time() > self._until
+            self._deadline.set(math.inf)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with _translated(self._file), self._connection:
             yield
+
+
+class _Deadline:
+    """The end of the time for a query, in the processor time of the thread that asks it."""
+
+    def __init__(self) -> None:
+        self._until = math.inf
+
+    def set(self, seconds: float) -> None:
+        """Let the time end in this many seconds."""
+        self._until = time.thread_time() + seconds
+
+    def is_over(self) -> bool:
+        """Return whether the time has ended."""
+        return time.thread_time() > self._until
 
 
 @cache
