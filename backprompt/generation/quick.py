@@ -12,9 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as kinds
+
+MAX_SHARE_POSSIBLE = 1 / 8
+"""The largest share of scores above -inf at which these are sorted by themselves."""
 
 
 def quickly_processed(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
@@ -43,7 +47,7 @@ def _top_k(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    ascending = torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+    ascending = torch.from_numpy(_ascending(scores.numpy()))
     if not bool(ascending[:, -1].isfinite().all()):
         found: Tensor = processor(ids, scores)
         return found
@@ -60,6 +64,23 @@ def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
         tied = is_tied[:, 0].nonzero()[:, 0]
         kept[tied] = processor(ids, scores[tied])
     return kept
+
+
+def _ascending(scores: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the scores of each row in rising order; behind top-k most are -inf, and only the others are sorted."""
+    is_possible = scores != -np.inf
+    if np.count_nonzero(is_possible) > MAX_SHARE_POSSIBLE * scores.size:
+        return np.sort(scores, axis=-1)
+    num_rows, vocab = scores.shape
+    places = np.flatnonzero(is_possible)
+    starts = np.searchsorted(places, np.arange(num_rows + 1) * vocab)
+    nums_possible = np.diff(starts)
+    possible = np.full((num_rows, nums_possible.max()), -np.inf, dtype=scores.dtype)
+    possible[places // vocab, np.arange(len(places)) - np.repeat(starts[:-1], nums_possible)] = scores.take(places)
+    possible.sort(axis=-1)
+    ascending = np.full_like(scores, -np.inf)
+    ascending[:, vocab - possible.shape[1] :] = possible
+    return ascending
 
 
 def _without_ends(processor: Any, _: Tensor, scores: Tensor) -> Tensor:
