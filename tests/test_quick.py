@@ -8,7 +8,7 @@ import torch
 from transformers.generation import logits_process as kinds
 
 from backprompt.generation.choosing import is_quick_the_same
-from backprompt.generation.quick import _ascending, first_of_largest, quickly_processed
+from backprompt.generation.quick import first_of_largest, in_rising_order, quickly_processed
 
 VOCAB = 3000
 IDS = torch.zeros((1, 7), dtype=torch.long)
@@ -58,7 +58,7 @@ def test_possible_scores_alone_are_sorted(num_possible):
     scores[::2, num_possible:] = scores[1::2, num_possible // 2 :] = -math.inf
     if num_possible:
         scores[0, 0], scores[2, 0] = math.nan, math.inf
-    np.testing.assert_array_equal(_ascending(scores.numpy()), np.sort(scores.numpy(), axis=-1))
+    np.testing.assert_array_equal(in_rising_order(scores.numpy()), np.sort(scores.numpy(), axis=-1))
 
 
 def test_one_processor_after_the_other():

@@ -49,7 +49,7 @@ def _top_k(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    ascending = torch.from_numpy(_ascending(scores.numpy()))
+    ascending = torch.from_numpy(in_rising_order(scores.numpy()))
     if not bool(ascending[:, -1].isfinite().all()):
         found: Tensor = processor(ids, scores)
         return found
@@ -83,7 +83,7 @@ def _kth_largest(scores: Scores, k: int) -> Scores:
     return np.partition(scores, -k, axis=-1)[:, -k, None]
 
 
-def _ascending(scores: Scores) -> Scores:
+def in_rising_order(scores: Scores) -> Scores:
     """Return the scores of each row in rising order; behind top-k most are -inf, and only the others are sorted."""
     is_possible = scores != -np.inf
     if not _are_few(is_possible):
