@@ -27,12 +27,12 @@ from backprompt.forking import ForkableLock, watch_lm
 from backprompt.progress import showing
 from backprompt.session.distributions import Entropies, TopLogprobs, entropies, top_logprobs
 from backprompt.session.options import Options, check_options
-from backprompt.session.representation import ModelRepr, Pin, pinned, save
+from backprompt.session.representation import ModelRepr, Pin, pinned, result, save
 from backprompt.session.session import Session
 from backprompt.session.stats import Stats, stats_of
 from backprompt.session.text_scores import next_token_logprobs, token_scores
 from backprompt.store import Store
-from backprompt.text.engine import Engine
+from backprompt.text.engine import Engine, Result
 from backprompt.text.extents import Extent, Join
 from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
@@ -41,7 +41,7 @@ from backprompt.tokens.joins import Joins
 from backprompt.visible import abbreviated
 
 _ASKED_BY_TEXTS = frozenset(
-    {"extents", "joins", "look_up", "pin", "representation", "save", "session", "string", "tokens"}
+    {"extents", "joins", "look_up", "pin", "representation", "result", "save", "session", "string", "tokens"}
 )
 """Names of the protocol `Engine`, and the session: text.tokens, text.pin() and the like are the public ways."""
 
@@ -201,6 +201,10 @@ class LM(Engine[Text], Asynchronous):
     def representation(self, text: Text) -> ModelRepr:
         """Return the representation of a text, as `evaluate` does; for a held text no evaluation is counted."""
         return ModelRepr(self._session, self._session.read(text))
+
+    def result(self, text: Text, name: Result) -> torch.Tensor:
+        """Return a result of a text's representation; for a held text the lock is taken once."""
+        return result(self._session, text, name)
 
     def token_logprobs(
         self,
@@ -411,8 +415,7 @@ class LM(Engine[Text], Asynchronous):
         `refresh` is needed only after changes that the quick check before each evaluation cannot see: writes through
         `.data` to a few elements, settings of modules that are neither parameters nor buffers, single merges replaced
         within the tokenizer, or files that are rewritten in place while weights are mapped from them. Refresh after
-        such
-        a change and before evaluating: with a store, results computed in between are stored as those of the old
+        such a change and before evaluating: with a store, results computed in between are stored as those of the old
         weights. Without an earlier use of `fingerprint` no hash exists to compare with, and all results are dropped.
 
         Args:

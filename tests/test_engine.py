@@ -35,6 +35,9 @@ class Recorder:
     def representation(self, text):
         return self._called("representation", text)
 
+    def result(self, text, name):
+        return self._called(name, text)
+
     def evaluate(self, texts):
         return [self._called("evaluate", text) for text in texts]
 
@@ -55,10 +58,12 @@ def test_a_text_asks_any_engine():
     text = Text("a", engine) + Text.from_tokens([1], engine)
     assert (text.string, text.tokens, text.joins()) == ("string", "tokens", "joins")
     assert (text.model_repr, text(), text.pin()) == ("representation", "representation", "pin")
+    assert (text.logits, text.token_logprobs) == ("logits", "token_logprobs")
     text.save()
     assert [name for name, asked in engine.calls if asked is text] == [name for name, _ in engine.calls]
     assert [name for name, _ in engine.calls] == [
-        *("string", "tokens", "joins", "representation", "representation", "pin", "save")
+        *("string", "tokens", "joins", "representation", "representation", "pin"),
+        *("logits", "token_logprobs", "save"),
     ]
     with bp.eager():
         built = text + "b"

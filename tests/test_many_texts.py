@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from backprompt import LM, Text
 from backprompt.classify import log_probs
 from backprompt.model.weights import WeightsMonitor
+from backprompt.session.sharing import Line
 from backprompt.tokens.tokenizer import PrivateTokenizer
 from comparing import assert_close
 from operations import Operations
@@ -180,27 +181,28 @@ def test_nothing_is_read_twice():
     assert all(a[1:].equal(b[1:]) for a, b in zip(first, lm.token_logprobs(texts), strict=True))
 
 
-def test_a_property_of_a_computed_text_takes_one_look_and_hardly_a_launch(monkeypatch):
+def test_a_property_of_a_computed_text_takes_one_hold_one_look_and_hardly_a_launch(monkeypatch):
     """Tokens need no look at the weights."""
     lm = LM(MODEL, TOKENIZER)
     text = Text("The cat sat", lm)
     expected = text.logits, text.token_logprobs, text.tokens
     looks = Counter()
-    for of_type in (WeightsMonitor, PrivateTokenizer):
+    for of_type, name in ((WeightsMonitor, "has_changed"), (PrivateTokenizer, "has_changed"), (Line, "leave")):
+        plain = getattr(of_type, name)
 
-        def counted(self, of_type=of_type, look=of_type.has_changed):
+        def counted(self, *given, of_type=of_type, plain=plain):
             looks[of_type] += 1
-            return look(self)
+            return plain(self, *given)
 
-        monkeypatch.setattr(of_type, "has_changed", counted)
+        monkeypatch.setattr(of_type, name, counted)
     for name, before, num_looks, max_operations in (
         ("logits", expected[0], 1, 12),
-        ("token_logprobs", expected[1], 1, 16),
+        ("token_logprobs", expected[1], 1, 12),
         ("tokens", expected[2], 0, 0),
     ):
         looks.clear()
         with Operations(lm.session.evaluator.executor) as operations:
             found = getattr(text, name)
         assert (found == before) if name == "tokens" else torch.equal(found.nan_to_num(), before.nan_to_num())
-        assert looks == Counter({WeightsMonitor: num_looks, PrivateTokenizer: 1})
+        assert looks == Counter({WeightsMonitor: num_looks, PrivateTokenizer: 1, Line: 1})
         assert operations.num <= max_operations, name

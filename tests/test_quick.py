@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as kinds
 
 from backprompt.generation.choosing import is_quick_the_same
-from backprompt.generation.quick import first_of_largest, quickly_processed
+from backprompt.generation.quick import first_of_largest, in_rising_order, quickly_processed
 
 VOCAB = 3000
 IDS = torch.zeros((1, 7), dtype=torch.long)
@@ -49,6 +50,15 @@ def test_scores_are_those_of_transformers(kind, dtype):
         found = quickly_processed(processor, IDS, scores.clone())
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), (type(processor), vars(processor))
     assert torch.equal(first_of_largest(scores), scores.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("num_possible", [0, 1, 3, VOCAB // 8, VOCAB])
+def test_possible_scores_alone_are_sorted(num_possible):
+    scores = scores_of("any", torch.float32)
+    scores[::2, num_possible:] = scores[1::2, num_possible // 2 :] = -math.inf
+    if num_possible:
+        scores[0, 0], scores[2, 0] = math.nan, math.inf
+    np.testing.assert_array_equal(in_rising_order(scores.numpy()), np.sort(scores.numpy(), axis=-1))
 
 
 def test_one_processor_after_the_other():

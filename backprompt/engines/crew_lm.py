@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+from torch import Tensor
+
 from backprompt.engines.explanation import PlacedExplanation
 from backprompt.engines.remote import Crew, RemoteSession
 from backprompt.engines.representation import RemoteBatch, RemotePin, RemoteRepr
@@ -17,6 +19,7 @@ from backprompt.generation.decoding import Decoding
 from backprompt.lm import LM
 from backprompt.progress import showing
 from backprompt.session.stats import Stats
+from backprompt.text.engine import Result
 from backprompt.text.node import Text
 
 
@@ -110,6 +113,11 @@ class CrewLM(LM):
         """Return the representation of a text, as `evaluate` does."""
         (found,) = self.evaluate([text])
         return cast(RemoteRepr, found)
+
+    def result(self, text: Text, name: Result) -> Tensor:
+        """Return a result of the representation of a text."""
+        found: Tensor = getattr(self.representation(text), name)
+        return found
 
     def save(self, text: Text) -> None:
         """Write a text's representation to the store of its worker; see `Text.save`."""

@@ -9,12 +9,19 @@ same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as kinds
+
+Scores: TypeAlias = "npt.NDArray[Any]"
+"""Scores, `(rows, vocab)`."""
+
+MAX_SHARE_SORTED_ALONE = 1 / 8
+"""The largest share of scores that are picked out to be sorted by themselves."""
 
 
 def quickly_processed(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
@@ -34,16 +41,15 @@ def first_of_largest(scores: Tensor) -> Tensor:
 
 
 def _top_k(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    num_kept = min(processor.top_k, scores.shape[1])
-    largest = np.partition(scores.numpy(), -num_kept, axis=-1)[:, -num_kept:]
-    if not np.isfinite(largest.max(axis=-1)).all():  # nan is neither more nor less than a score
+    if not bool(scores.amax(dim=-1).isfinite().all()):  # nan is neither more nor less than a score
         found: Tensor = processor(ids, scores)
         return found
-    return _not_below(scores, torch.from_numpy(largest[:, :1]), processor.filter_value)
+    borders = _kth_largest(scores.numpy(), min(processor.top_k, scores.shape[1]))
+    return _not_below(scores, torch.from_numpy(borders), processor.filter_value)
 
 
 def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    ascending = torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+    ascending = torch.from_numpy(in_rising_order(scores.numpy()))
     if not bool(ascending[:, -1].isfinite().all()):
         found: Tensor = processor(ids, scores)
         return found
@@ -60,6 +66,48 @@ def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
         tied = is_tied[:, 0].nonzero()[:, 0]
         kept[tied] = processor(ids, scores[tied])
     return kept
+
+
+def _kth_largest(scores: Scores, k: int) -> Scores:
+    """Return the k-th largest score of each row, `(rows, 1)`; no score may be NaN.
+
+    The k-th largest of the maxima of groups of scores is at most as large: the few scores from there on are sorted.
+    """
+    num_groups = 4 * k
+    num_grouped = scores.shape[1] // num_groups * num_groups
+    if num_grouped:
+        maxima = scores[:, :num_grouped].reshape(len(scores), -1, num_groups).max(axis=1)
+        is_large = scores >= np.partition(maxima, -k, axis=-1)[:, -k, None]
+        if _are_few(is_large):
+            return _sorted_alone(scores, is_large)[:, -k, None]
+    return np.partition(scores, -k, axis=-1)[:, -k, None]
+
+
+def in_rising_order(scores: Scores) -> Scores:
+    """Return the scores of each row in rising order; behind top-k most are -inf, and only the others are sorted."""
+    is_possible = scores != -np.inf
+    if not _are_few(is_possible):
+        return np.sort(scores, axis=-1)
+    possible = _sorted_alone(scores, is_possible)
+    ascending = np.full_like(scores, -np.inf)
+    ascending[:, scores.shape[1] - possible.shape[1] :] = possible
+    return ascending
+
+
+def _are_few(are_chosen: npt.NDArray[np.bool_]) -> bool:
+    return bool(np.count_nonzero(are_chosen) <= MAX_SHARE_SORTED_ALONE * are_chosen.size)
+
+
+def _sorted_alone(scores: Scores, are_chosen: npt.NDArray[np.bool_]) -> Scores:
+    """Return the chosen scores of each row in rising order, behind -inf in rows with fewer than others have."""
+    num_rows, vocab = scores.shape
+    places = np.flatnonzero(are_chosen)
+    starts = np.searchsorted(places, np.arange(num_rows + 1) * vocab)
+    nums = np.diff(starts)
+    found = np.full((num_rows, nums.max()), -np.inf, dtype=scores.dtype)
+    found[places // vocab, np.arange(len(places)) - np.repeat(starts[:-1], nums)] = scores.take(places)
+    found.sort(axis=-1)
+    return found
 
 
 def _without_ends(processor: Any, _: Tensor, scores: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ class States(Block):
 
     def is_scored(self, start: int, stop: int) -> bool:
         """Return whether all tokens of the rows `start..stop` have a log-probability."""
-        return bool(self.has_logprobs.numpy()[start:stop].all())
+        return bool(np.count_nonzero(self.has_logprobs.numpy()[start:stop]) == stop - start)
 
     def write_scores(self, rows: npt.NDArray[np.int64], logprobs: Tensor, is_argmax: Tensor) -> None:
         """Write log-probabilities of rows' tokens; `rows`: the rows' indices."""
@@ -351,8 +351,11 @@ def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
 def gather(rows: Iterable[BlockRows[Any]], name: str) -> Tensor:
     """Return the tensor `name` of rows of several blocks as one new tensor."""
     axis = token_axis(name)
-    parts = [part.block.tensors[name].narrow(axis, part.start, part.stop - part.start) for part in rows]
-    return torch.cat(parts, dim=axis)
+    parts = [(part.block.tensors[name], part.start, part.stop - part.start) for part in rows]
+    if len(parts) == 1:
+        ((tensor, start, num_rows),) = parts
+        return torch.narrow_copy(tensor, axis, start, num_rows)
+    return torch.cat([tensor.narrow(axis, start, num_rows) for tensor, start, num_rows in parts], dim=axis)
 
 
 def gather_each(rows: Sequence[BlockRows[Any]]) -> Iterator[tuple[str, Tensor]]:

@@ -27,6 +27,7 @@ from backprompt.session.evaluated import Evaluated
 from backprompt.session.limits import check_has_last_token
 from backprompt.session.session import Session
 from backprompt.session.spans import Bounds, bounds_of
+from backprompt.text.engine import Result
 from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenGraph, flat
@@ -95,14 +96,9 @@ class ModelRepr:
             GroupError: the text ends in a group, so no single last token predicts the next one.
 
         """
-        check_has_last_token(f"This text of {self.num_tokens} tokens", self._evaluated.token_ids)
         with self._session.exclusive():
             self._check_evaluator(self._session.evaluator)
-            pooled = self._evaluated.evaluator.readout.pooled_logits(self._evaluated.end)
-            if pooled is not None:  # even if the text's states were dropped
-                return pooled
-            with self._held() as (evaluator, text):
-                return evaluator.readout.last_logits(text.end, partial(self._read_ahead, "logits"))
+            return self._logits()
 
     @property
     def token_logprobs(self) -> Tensor:
@@ -114,12 +110,7 @@ class ModelRepr:
         """
         with self._session.exclusive():
             self._check_evaluator(self._session.evaluator)
-            if self._evaluated.is_computed:
-                scored = self._evaluated.evaluator.readout.scored_logprobs(self._evaluated.inserted)
-                if scored is not None:  # nothing is computed, so nothing has to be held for it
-                    return scored
-            with self._held() as (evaluator, text):
-                return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
+            return self._token_logprobs()
 
     @property
     def hidden_states(self) -> Tensor:
@@ -215,6 +206,22 @@ class ModelRepr:
         with self._held(with_keys_values=True) as (evaluator, text):
             return evaluator.executor.dynamic_cache(evaluator.readout.keys_values(text.end), snapshot_of(text.end))
 
+    def _logits(self) -> Tensor:
+        pooled = self._evaluated.evaluator.readout.pooled_logits(self._evaluated.end)
+        if pooled is not None:  # even if the text's states were dropped
+            return pooled
+        check_has_last_token(f"This text of {self.num_tokens} tokens", self._evaluated.token_ids)
+        with self._held() as (evaluator, text):
+            return evaluator.readout.last_logits(text.end, partial(self._read_ahead, "logits"))
+
+    def _token_logprobs(self) -> Tensor:
+        if self._evaluated.is_computed:
+            scored = self._evaluated.evaluator.readout.scored_logprobs(self._evaluated.inserted)
+            if scored is not None:  # nothing is computed, so nothing has to be held for it
+                return scored
+        with self._held() as (evaluator, text):
+            return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
+
     @contextmanager
     def _held(self, *, with_keys_values: bool = False) -> Iterator[tuple[Evaluator, Inserted]]:
         """Hold the lock and the text in the evaluator, which computes a dropped text again."""
@@ -240,6 +247,17 @@ class ModelRepr:
         """Return the texts to compute `what` for along with this one; called only before a computation."""
         self._check_current()
         return self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
+
+
+def result(session: Session, text: Text, name: Result) -> Tensor:
+    """Return a result of a text; for a held text the lock is taken once."""
+    with session.exclusive():
+        found = session.held(text)
+        if found is not None:
+            held = ModelRepr(session, found)
+            return held._logits() if name == "logits" else held._token_logprobs()
+    computed = ModelRepr(session, session.evaluated([text], begins=False)[0])
+    return computed.logits if name == "logits" else computed.token_logprobs
 
 
 def check_current(model_repr: ModelRepr) -> None:

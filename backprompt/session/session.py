@@ -313,17 +313,22 @@ class Session(TextSession):
         return self.answer(TextsCall(alone, needed, answer))
 
     def read(self, text: Text) -> Evaluated:
-        """Return a text for a look at its results, evaluated if it is not held.
-
-        A look at held results requests no tokens, and takes half as long as an evaluation.
-        """
+        """Return a text for a look at its results, evaluated if it is not held."""
         with self.exclusive():
-            evaluator = self.current()
-            found = self._evaluated.get(text)
-            if found is not None and found.is_computed:
-                evaluator.memory.touch([found.end])
-                return found
-        return self.evaluated([text], begins=False)[0]
+            found = self.held(text)
+        return self.evaluated([text], begins=False)[0] if found is None else found
+
+    def held(self, text: Text) -> Evaluated | None:
+        """Return a text for a look at its results if they are held; the lock must be held.
+
+        Such a look requests no tokens, and takes half as long as an evaluation.
+        """
+        evaluator = self.current()
+        found = self._evaluated.get(text)
+        if found is None or not found.is_computed:
+            return None
+        evaluator.memory.touch([found.end])
+        return found
 
     def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
         """Return the ends of texts that were evaluated and whose states are still held; the lock must be held."""

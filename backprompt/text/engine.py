@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from backprompt.errors import TextTypeError
 from backprompt.text.extents import Join
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 AnyText = TypeVar("AnyText", contravariant=True)
+
+Result: TypeAlias = Literal["logits", "token_logprobs"]
+"""The results that a text asks for by themselves."""
 
 FACTORY = "engine"
 """The registered name of the factory that makes an engine of a model and a tokenizer."""
@@ -132,6 +135,9 @@ class Engine(Protocol[AnyText]):
 
     def representation(self, text: AnyText) -> Representation:
         """Return the representation of a text, computing it if it is not held."""
+
+    def result(self, text: AnyText, name: Result) -> Tensor:
+        """Return a result of the representation of a text."""
 
     def evaluate(self, texts: Iterable[AnyText]) -> Sequence[Representation]:
         """Compute the missing representations, all together."""

@@ -57,7 +57,7 @@ class Questions:
             GroupError: the text ends in a group, so it has no last token.
 
         """
-        return self.model_repr.logits
+        return bound_engine(self, "a representation").result(self, "logits")
 
     @property
     def token_logprobs(self) -> Tensor:
@@ -66,7 +66,7 @@ class Questions:
         In float64 for a model in float64, else in float32. nan for the first token, and for the first token behind a
         group; -inf for a token of probability 0.
         """
-        return self.model_repr.token_logprobs
+        return bound_engine(self, "a representation").result(self, "token_logprobs")
 
     def entropies(self, *, temperature: float = 1.0) -> Tensor:
         """Return the entropy of the distribution that predicts each token, `(tokens,)`, nats.

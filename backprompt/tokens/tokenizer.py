@@ -128,7 +128,7 @@ class PrivateTokenizer:
         self._speller = Speller(self._private)
         words = _sample_words(tokenizer)
         self._state = _quick_state(tokenizer, words)
-        self._looked_at = _joined_for(tokenizer, words)
+        self._looked_at = _to_look_at(tokenizer, words)
         self._seen = _quick_state(tokenizer, self._looked_at)
         self.whole: Backend | None = None
         self._backend: Backend | None = None
@@ -379,9 +379,15 @@ def _sample_words(tokenizer: Any) -> list[str]:
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
 
 
-def _joined_for(tokenizer: Any, words: list[str]) -> list[str]:
-    """Return the words as one word for BPE: the merges are the same, and take half the time."""
-    return ["".join(words)] if words and isinstance(tokenizer.backend_tokenizer.model, models.BPE) else words
+def _to_look_at(tokenizer: Any, words: list[str]) -> list[str]:
+    """Return the part of the words that a look encodes: for BPE the words with merged tokens, as one word.
+
+    The merges of this one word are those within its words. A word without a merge is encoded anew only by a new token,
+    which changes the size of the vocabulary.
+    """
+    if not words or not isinstance(model := tokenizer.backend_tokenizer.model, models.BPE):
+        return words
+    return ["".join([word for word in words if len(model.tokenize(word)) < len(word)] or words)]
 
 
 def _quick_state(tokenizer: Any, words: list[str]) -> tuple[object, ...]:
