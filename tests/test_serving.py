@@ -155,11 +155,18 @@ def test_streams_are_the_same_text(client, reference):
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == PROMPT + greedy(reference).completion
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == 6
-    texts = ["", "", "", ""]
-    for chunk in complete(client, [PROMPT, "Question: What is"], stream=True, n=2, temperature=0.9, seed=1):
-        texts[chunk.choices[0].index] += chunk.choices[0].text
-    assert texts[0] == greedy(reference, do_sample=True, temperature=0.9, seed=1, top_k=0).completion
-    assert texts[1] == greedy(reference, do_sample=True, temperature=0.9, seed=2, top_k=0).completion
+
+
+def test_streams_give_the_samples_of_whole_answers(client, reference):
+    ids = list(Text(PROMPT, reference).tokens)
+    for prompt, n in [([PROMPT, "Question: What is", PROMPT], 2), ([ids, ids], 1)]:
+        options = {"n": n, "temperature": 0.9, "seed": 1}
+        whole = [choice.text for choice in complete(client, prompt, **options).choices]
+        texts = [""] * len(whole)
+        for chunk in complete(client, prompt, stream=True, **options):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == whole
+        assert len(set(texts)) == len(texts)
 
 
 def test_an_event_is_one_line_for_every_client(address):
