@@ -169,6 +169,26 @@ def test_streams_give_the_samples_of_whole_answers(client, reference):
         assert len(set(texts)) == len(texts)
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_null_means_the_default(address, path):
+    """Also for names of OpenAI that this server takes with their neutral values only."""
+    names = ["n", "temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "logprobs", "stream", "user", "model"]
+    names += ["stream_options", "best_of", "suffix", "frequency_penalty", "presence_penalty", "logit_bias"]
+    names += ["response_format", "guided_regex", "guided_json"]
+    names += ["echo"] if path == "completions" else ["max_completion_tokens", "top_logprobs", "tools", "tool_choice"]
+    body = {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": "The cat?"}]}
+    nulls = dict.fromkeys(names)
+
+    def answered(**options):
+        found = httpx.post(f"{address}/v1/{path}", json={**body, **options}, headers={"Authorization": "Bearer secret"})
+        assert found.status_code == 200, found.text
+        return found
+
+    assert answered(**{**nulls, "seed": 7}).json()["choices"] == answered(seed=7).json()["choices"]
+    streamed = {"stream": True, "stream_options": {"include_usage": None}, "max_tokens": 3}
+    assert "usage" not in answered(**{**nulls, **streamed}).text
+
+
 def test_an_event_is_one_line_for_every_client(address):
     prompt = "a\u2028b\x85c\x0bd 日本"
     body = {"prompt": prompt, "max_tokens": 0, "echo": True, "stream": True}
@@ -358,6 +378,8 @@ def test_models_and_health(client, address):
         ({"prompt": "word " * 60}, "128"),
         ({"max_tokens": 0}, "nothing to answer"),
         ({"stream": True, "prompt": "word " * 60}, "128"),
+        ({"prompt": None}, "prompt: Field required"),
+        ({"nonsense": None}, "nonsense is no field"),
     ],
 )
 def test_requests_that_cannot_be_answered(client, address, options, message):
@@ -367,6 +389,36 @@ def test_requests_that_cannot_be_answered(client, address, options, message):
     assert re.search(message, found.json()["error"]["message"]), found.text
     assert found.json()["error"]["type"] == "invalid_request_error"
     wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": }', "The body is no JSON: Expecting value at character 11."),
+        (b'{"prompt": "a"', "The body is no JSON: Expecting ',' delimiter at character 14."),
+        (b'{"prompt": "\xff"}', "The body cannot be read. Send JSON in UTF-8."),
+        (b"[1]", "Send an object of JSON, as Content-Type: application/json."),
+        (b"", "Send an object of JSON, as Content-Type: application/json."),
+    ],
+)
+def test_bodies_that_cannot_be_read(address, content, message):
+    headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+    found = httpx.post(f"{address}/v1/completions", content=content, headers=headers)
+    assert (found.status_code, found.json()["error"]["message"]) == (400, message)
+    assert found.json()["error"]["param"] is None
+
+
+def test_a_conversation_without_a_content(client):
+    user, options = {"role": "user", "content": "The cat?"}, {"model": "tiny", "max_tokens": 4, "temperature": 0}
+
+    def answer(content):
+        messages = [user, {"role": "assistant", "content": content}, user]
+        return client.chat.completions.create(messages=messages, **options)
+
+    assert answer(None).usage.prompt_tokens == answer("").usage.prompt_tokens < answer("None").usage.prompt_tokens
+    assert answer(None).choices[0].message.content == answer("").choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\] has the role 'user', and null as content"):
+        client.chat.completions.create(messages=[{**user, "content": None}], **options)
 
 
 def test_what_is_not_there(client, address):
@@ -381,6 +433,10 @@ def test_keys(address):
         found = httpx.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
         assert found.status_code == 401
         assert found.json()["error"]["code"] == "invalid_api_key"
+    for scheme, status in [("bearer", 200), ("BEARER", 200), ("Basic", 401), ("Bearer2", 401)]:
+        found = httpx.get(f"{address}/v1/models", headers={"Authorization": f"{scheme} secret"})
+        assert found.status_code == status
+    assert httpx.get(f"{address}/v1/models", headers={"Authorization": "secret"}).status_code == 401
     assert httpx.post(f"{address}/v1/completions", content=b"x" * 30_000).status_code == 401
 
 

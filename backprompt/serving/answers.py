@@ -80,7 +80,7 @@ def asked_of_completion(lm: LM, body: CompletionBody, limits: Limits) -> Asked:
 
 def asked_of_chat(lm: LM, body: ChatBody, limits: Limits) -> Asked:
     """Return what a request for a turn of a conversation asks for: by default as many tokens as there is room for."""
-    prompt = chat(lm, body.messages)
+    prompt = chat(lm, body.conversation)
     num_tokens = body.max_completion_tokens or body.max_tokens
     if num_tokens is None:
         (token_ids,) = lm.session.prompt_ids([prompt])
