@@ -1,11 +1,13 @@
 """A model behind HTTP: the real client of OpenAI and lm-evaluation-harness get what the library gives."""
 
+import asyncio
 import contextlib
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ import httpx
 import openai
 import pydantic
 
+import backprompt.serving.app
 from backprompt import LM, JsonSchema, Regex, Text, chat, classify
 from backprompt.cli import main
 from backprompt.serving.answers import completion
@@ -450,6 +453,70 @@ def test_limits_of_a_request(client, address):
     in_chunks = iter([b"x" * 10_000] * 3)  # without a content-length
     found = httpx.post(f"{address}/v1/completions", content=in_chunks, headers={"Authorization": "Bearer secret"})
     assert found.status_code == 413
+
+
+@pytest.fixture
+def slow_address(lm):
+    """The address of a server that waits for clients for a moment only."""
+    with served(make_app(lm, "tiny", limits=Limits(client_seconds=0.3)), client_seconds=0.3) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def connected(address):
+    """Yield a socket that is connected to a server, and that takes little before it is read."""
+    url = httpx.URL(address)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect((url.host, url.port))
+        yield connection
+
+
+def trickle(address, head, more):
+    """Send `more` byte by byte while the server listens; return its answer."""
+    with connected(address) as connection:
+        connection.sendall(head)
+        with contextlib.suppress(ConnectionError):
+            for byte in more:
+                connection.sendall(bytes([byte]))
+                assert httpx.get(f"{address}/health").json()["requests"] == 0  # others are served
+        found = bytearray()
+        with contextlib.suppress(ConnectionError):
+            while chunk := connection.recv(4096):
+                found += chunk
+        return bytes(found)
+
+
+def test_a_body_that_comes_slowly_is_refused(slow_address):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n"
+    found = trickle(slow_address, head, b"x" * 400)
+    assert found.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in found.lower()
+    assert json.loads(found.split(b"\r\n\r\n")[1])["error"]["code"] == "body_too_slow"
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"])
+def test_a_head_that_comes_slowly_is_given_up(slow_address, before):
+    """The first head of a connection, and a later one."""
+    found = trickle(slow_address, before + b"GET /health HTTP/1.1\r\n", b"Long: " + b"x" * 400)
+    assert found.count(b"HTTP/1.1 200 ") == bool(before)
+
+
+def test_a_client_that_reads_slowly_is_given_up(lm, slow_address, monkeypatch):
+    async def endless(*_):
+        while True:
+            await asyncio.sleep(0)
+            yield b"data: " + b"x" * 10_000 + b"\n\n"
+
+    monkeypatch.setattr(backprompt.serving.app, "events", endless)
+    body = json.dumps({"prompt": PROMPT, "stream": True, "max_tokens": 50}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: "
+    with connected(slow_address) as connection:
+        connection.sendall(head + str(len(body)).encode() + b"\r\n\r\n" + body)
+        wait_until(lambda: httpx.get(f"{slow_address}/health").json()["requests"] == 1)
+        wait_until(lambda: httpx.get(f"{slow_address}/health").json()["requests"] == 0)
+        wait_until(lambda: not lm.session.evaluator.holders.ends())
 
 
 def test_requests_beyond_the_queue_are_refused(model):

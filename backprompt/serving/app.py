@@ -38,7 +38,7 @@ def make_app(lm: LM, name: str, *, api_key: str | None = None, limits: Limits | 
     """
     server = _Server(lm, name, Limits() if limits is None else limits)
     app = FastAPI(title="backprompt", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(BodyLimit, max_bytes=server.limits.max_body_bytes)
+    app.add_middleware(BodyLimit, limits=server.limits)
     if api_key is not None:
         app.add_middleware(KeyCheck, api_key=api_key)  # the last one added is asked first
     app.add_exception_handler(RequestValidationError, _invalid)
