@@ -496,7 +496,9 @@ def test_a_changed_tokenizer_is_noticed():
         (Regex("("), r"(?s)llguidance refuses the constraint Regex.*unclosed group"),
         (Regex("a(?=b)"), r"(?s)refuses.*look-around"),
         (JsonSchema({"type": "foo"}), r"Invalid type: foo"),
-        (JsonSchema({"not": {"type": "string"}}), r'Unimplemented keys: \["not"\]'),
+        (JsonSchema({"not": {}, "contains": {}}), r"keywords (not, contains|contains, not) are not supported. Leave"),
+        (JsonSchema({"oneOf": [{"minimum": 3}, {"maximum": 5}]}), r"exclude each other.*Write anyOf in its place"),
+        (JsonSchema({"type": "string", "format": "card"}), r"Unknown format: card. Leave the format out, or write a"),
         (Grammar("begin: 'a'"), r"llguidance refuses the constraint Grammar"),
         (Regex("[a&&b]"), r"no token can come first: the language has no string"),
         (Regex(""), r"no token can come first"),
@@ -692,6 +694,7 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
     ("language", "options", "error", "message"),
     [
         (Regex("a*"), {}, ValueError, r"infinitely many strings"),
+        (Regex(" ?(a|b)"), {}, ValueError, r"' a' and 'a' have the same token ids.*With end_of_prompt=''.*' \?'"),
         (Regex("(a|b)?"), {}, ValueError, r"has the empty string"),
         (Regex("[a&&b]"), {}, ValueError, r"no string, or only the empty one"),
         (Regex("a"), {"with_end_token": True}, ValueError, r"has no end token"),
@@ -703,6 +706,12 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
 def test_languages_without_a_probability(lm, language, options, error, message):
     with pytest.raises(error, match=message):
         Text("The film was", lm).probability_of(language, **options)
+
+
+def test_an_optional_space_counts_as_it_is_written(lm, model):
+    prompt = Text("The film was", lm)
+    found = prompt.probability_of(Regex(" ?(a|b)"), end_of_prompt="")
+    assert found == pytest.approx(probability(model, lm, prompt, [" a", " b", "a", "b"]), rel=1e-4)
 
 
 def test_select_takes_a_finite_constraint(lm):

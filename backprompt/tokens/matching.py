@@ -8,6 +8,7 @@ end.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -318,8 +319,23 @@ def compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
     library = guidance()
     matcher: LLMatcher = library.LLMatcher(tokenizer, _grammar(constraint, library), log_level=0)
     if matcher.is_error():
-        raise GenerationError(f"llguidance refuses {named(constraint)}: {matcher.get_error().strip()}")
+        raise GenerationError(f"llguidance refuses {named(constraint)}: {_in_our_words(matcher.get_error().strip())}")
     return matcher
+
+
+def _in_our_words(reason: str) -> str:
+    """Return why llguidance refuses a constraint, and what to write where its own advice is about its own options."""
+    if reason.startswith("oneOf constraints are not supported"):
+        return (
+            "oneOf is supported only where its schemas exclude each other, as those of different types do. Write anyOf "
+            "in its place; then a value may be valid under several of the schemas."
+        )
+    if unknown := re.fullmatch(r"Unimplemented keys: \[(.*)\]", reason):
+        keywords = unknown[1].replace('"', "")
+        return f"the keywords {keywords} are not supported. Leave them out, and check them on the finished value."
+    if reason.startswith("Unknown format:"):
+        return f"{reason}. Leave the format out, or write a pattern in its place."
+    return reason
 
 
 def _grammar(constraint: Constraint, library: Any) -> str:
