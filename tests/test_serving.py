@@ -468,7 +468,7 @@ def connected(address):
     url = httpx.URL(address)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(60)
+        connection.settimeout(5)
         connection.connect((url.host, url.port))
         yield connection
 
