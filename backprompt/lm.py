@@ -25,6 +25,7 @@ from backprompt.evaluation.lookup import Piece
 from backprompt.evaluation.scores import TokenScores
 from backprompt.forking import ForkableLock, watch_lm
 from backprompt.progress import showing
+from backprompt.session.attention import ReadsAttention
 from backprompt.session.distributions import Entropies, TopLogprobs, entropies, top_logprobs
 from backprompt.session.options import Options, check_options
 from backprompt.session.representation import ModelRepr, Pin, pinned, result, save
@@ -46,7 +47,7 @@ _ASKED_BY_TEXTS = frozenset(
 """Names of the protocol `Engine`, and the session: text.tokens, text.pin() and the like are the public ways."""
 
 
-class LM(Engine[Text], Asynchronous):
+class LM(Engine[Text], Asynchronous, ReadsAttention):
     """A causal language model of transformers with its tokenizer; starts with an empty cache.
 
     The model is left unchanged: evaluation runs on a private copy that shares its weights, in eval mode, without

@@ -156,6 +156,9 @@ class EngineContract:
                 return list(stream), stream.text.tokens
 
         assert pieces(engine) == pieces(plain)
+        options = {"max_new_tokens": 8, "seed": 5, "temperature": 1.2}
+        samples = [text.completion for text in Text(PROMPTS[0], plain).generate(n=3, **options)]
+        assert ["".join(Text(PROMPTS[0], engine).stream(sample_idx=idx, **options)) for idx in range(3)] == samples
         stopped = Text(PROMPTS[1], engine).stream(max_new_tokens=8)
         next(stopped)
         stopped.close()

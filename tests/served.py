@@ -5,13 +5,15 @@ import threading
 
 import uvicorn
 
+from backprompt.serving.connections import limited_connection
 from waiting import wait_until
 
 
 @contextlib.contextmanager
-def served(app):
+def served(app, client_seconds=60):
     """Yield the address of a server; at the end it answers what is in work, and stops."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+    connection = limited_connection(client_seconds)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=connection, log_level="warning", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -384,3 +384,70 @@ def test_a_window_hides_keys(models, tokenizer):
     found = text_of(LM(models["mistral_sliding"], tokenizer)).model_repr.attention(rows=-1)
     assert not found[..., :-SLIDING_WINDOW].any()
     assert bool((found[..., -SLIDING_WINDOW:] > 0).all())
+
+
+# Many texts
+
+
+def several(lm):
+    """Texts of several lengths, with common beginnings, a group, and one twice."""
+    beginning = Text.from_tokens(tuple(range(3, 15)), lm)
+    group = parallel([Text.from_tokens(ids, lm) for ids in ((20, 21), (22,), (23, 24, 25))])
+    texts = [beginning + Text.from_tokens(ids, lm) for ids in ((30, 31, 32), (30, 31, 33, 34), (50,))]
+    return [*texts, Text.from_tokens((7, 8, 9), lm), beginning + group + Text.from_tokens((40, 41), lm), texts[0]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_of_many_texts_is_that_of_each(family, tokenizer):
+    model = build(family)
+    texts, alone = several(LM(model, tokenizer)), several(LM(model, tokenizer))
+    if family not in GROUP_FAMILIES:
+        texts, alone = texts[:4], alone[:4]
+    lm = texts[0].lm
+    for options in ({}, {"layers": 0, "heads": [3, 1], "rows": [-1, 0]}, {"rows": -1}):
+        for own, other in zip(lm.attention(texts, **options), alone, strict=True):
+            assert_close(own, other.model_repr.attention(**options), atol=1e-6)
+    spans = [[slice(0, 2), slice(2, None)] for _ in texts]
+    for own, other in zip(lm.attention(texts, rows=-2, over=spans), alone, strict=True):
+        assert_close(own, other.model_repr.attention(rows=-2, over=spans[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("max_tokens", "num_passes"), [(None, 1), (64, 2), (20, 4), (1, 10)])
+def test_the_rows_of_many_texts_share_passes(model, tokenizer, max_tokens, num_passes):
+    """Texts of 15, 16, 13, 3 and 20 tokens, two rows each; together they take as many tokens as a pass may have."""
+    lm = LM(model, tokenizer, max_tokens_per_forward=max_tokens)
+    texts = several(lm)
+    evaluate(texts)
+    before = lm.stats
+    found = lm.attention(texts, rows=[-1, -2])
+    done = lm.stats - before
+    assert (done.model_calls, done.tokens_computed) == (num_passes, 10)  # two rows of five texts
+    before = lm.stats
+    found[0].zero_()
+    again = lm.attention(iter(texts), rows=iter([-1, -2]))
+    assert (lm.stats - before).model_calls == 0
+    assert_close(again[0], again[5], atol=0)
+    assert_close(found[5], again[5], atol=0)
+    assert again[0].sum() > 0
+
+
+def test_many_texts_that_do_not_fit_into_the_memory(model, tokenizer):
+    texts = [Text.from_tokens(tuple(range(idx, idx + 30)), LM(model, tokenizer)) for idx in range(3, 43)]
+    lm = LM(model, tokenizer, memory_bytes="60 kB", max_tokens_per_forward=64)
+    own = [Text.from_tokens(text.tokens, lm) for text in texts]
+    for found, text in zip(lm.attention(own, rows=-1), texts, strict=True):
+        assert_close(found, text.model_repr.attention(rows=-1), atol=1e-6)
+
+
+def test_many_texts_with_errors(model, tokenizer):
+    lm = LM(model, tokenizer)
+    texts = several(lm)
+    assert lm.attention([]) == []
+    with pytest.raises(ValueError, match="over has spans for 1 texts, but there are 6"):
+        lm.attention(texts, over=[[slice(0, 1)]])
+    with pytest.raises(ValueError, match="rows"):
+        lm.attention(texts, rows=3)  # one text has three tokens
+    with pytest.raises(ValueError, match="heads must be ints"):
+        lm.attention(texts, heads=9)
+    with pytest.raises(TextTypeError):
+        lm.attention(["a"])

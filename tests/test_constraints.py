@@ -5,6 +5,7 @@ knows neither our matching nor forced tokens.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import regex
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 from transformers import ByT5Tokenizer, LogitsProcessor, LogitsProcessorList
 
 import backprompt
@@ -39,11 +41,13 @@ from backprompt import (
 )
 from backprompt.generation import decoding
 from backprompt.tokens.finite import strings_of
+from backprompt.tokens.matching import Matching, Vocabulary
+from backprompt.tokens.tokenizer import PrivateTokenizer
 from comparing import assert_close
 from crews import crew_lm, plain_lm
 from reference import generated_by_transformers, plain_logits, plain_token_logprobs
 from tiny_models import FAMILIES, build
-from tiny_tokenizers import TOKENIZERS, byte_level_bpe, unigram
+from tiny_tokenizers import TOKENIZERS, byte_level_bpe, unigram, word_piece
 
 PROMPTS = ["The cat sat on the mat.", "Question: What is 12 + 34? Answer:", "Hello there."]
 FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
@@ -394,23 +398,68 @@ def test_more_embeddings_than_tokens(tokenizer):
 
 # Tokenizers
 
+FAMILIES_OF_TOKENS = {**TOKENIZERS, "word_piece": word_piece}
+PARTS = ["the", " the", "cats?", "(a|bc|n)", " (two|th|ending)", "[a-e]", " ?", "東?", "X", "(is|was)", "\\.", "n't"]
 
-@pytest.mark.parametrize("name", ["byte_level_bpe", "llama3_bpe", "sentencepiece_bpe"])
+
+@functools.cache
+def tokenizer_of(name):
+    return FAMILIES_OF_TOKENS[name]()
+
+
+@functools.cache
+def vocabulary_of(name):
+    return Vocabulary(PrivateTokenizer(tokenizer_of(name)))
+
+
+@pytest.mark.parametrize("name", FAMILIES_OF_TOKENS)
 def test_families_of_tokenizers(name, model):
     """The string that the tokens add to the prompt's is in the language, whatever the tokens are made of."""
-    lm = LM(model, TOKENIZERS[name]())
+    lm = LM(model, FAMILIES_OF_TOKENS[name]())
     text = Text("The cat sat", lm)
-    for pattern in (" the (cat|dog)", "the end", "東é[a-z]{3} ?\n", "  two  spaces", "[a-z東]{4}"):
+    patterns = [" the (cat|dog)", "the end", "[a-z東]{4}", "cats( and more){2}"]
+    if name not in ("unigram", "word_piece"):  # which have no token for some of these characters
+        patterns += ["東é[a-z]{3} ?\n", "  two  spaces"]
+    for pattern in patterns:
         for options in ({}, {"do_sample": True, "seed": 1}, {"num_beams": 2}):
             found = text.generate(max_new_tokens=40, constraint=Regex(pattern), **options)
             assert found.finish_reason == "constraint"
             assert regex.fullmatch(pattern, found.completion), (pattern, found.completion)
 
 
+@pytest.mark.parametrize("name", FAMILIES_OF_TOKENS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), parts=st.lists(st.sampled_from(PARTS), min_size=1, max_size=4))
+def test_allowed_tokens_spell_the_language_and_none_is_missed_at_a_dead_end(name, data, parts):
+    """A random walk along a finite language: strings by the decoder of transformers, behind a prompt."""
+    private, strings = tokenizer_of(name), strings_of(Regex("".join(parts)))
+    before = private.encode("the cat", add_special_tokens=False)
+    matching = Matching(vocabulary_of(name).language(Regex("".join(parts))), 320, [])
+    completion = ()
+
+    def spelled(token_ids):
+        string = private.decode([*before, *token_ids], clean_up_tokenization_spaces=False)
+        return string[len("the cat") :].rstrip("\N{REPLACEMENT CHARACTER}")
+
+    def is_possible(token_id):
+        return any(string.startswith(spelled((*completion, token_id))) for string in strings)
+
+    while (allowed := np.flatnonzero(matching.allowed(completion)).tolist()) and len(completion) < 20:
+        assert all(map(is_possible, allowed))
+        completion += (data.draw(st.sampled_from(allowed)),)
+    if not allowed and not matching.is_over(completion):
+        others = set(range(len(private))) - set(private.all_special_ids)
+        assert not any(map(is_possible, others)), (parts, spelled(completion))
+
+
 def test_tokenizers_that_the_library_cannot_take(model):
-    text = Text("The cat", LM(model, unigram()))
-    with pytest.raises(TokenizerError, match=r"(?s)llguidance cannot use.*Metaspace.*byte-level BPE"):
+    made = unigram()
+    made.backend_tokenizer.decoder = decoders.BPEDecoder()
+    text = Text("The cat", LM(model, made))
+    with pytest.raises(TokenizerError, match=r"(?s)llguidance cannot use.*BPEDecoder.*byte-level BPE"):
         text.generate(max_new_tokens=3, constraint=SENTENCE)
+    with pytest.raises(GenerationError, match=r"no token for the next character"):
+        Text("The cat", LM(model, unigram())).generate(max_new_tokens=5, constraint=Regex("a€"))
     with pytest.raises(TokenizerError, match=r"backend of the package tokenizers"):
         Text("The cat", LM(build("gpt2", vocab_size=400), ByT5Tokenizer())).generate(
             max_new_tokens=3, constraint=SENTENCE
@@ -447,7 +496,9 @@ def test_a_changed_tokenizer_is_noticed():
         (Regex("("), r"(?s)llguidance refuses the constraint Regex.*unclosed group"),
         (Regex("a(?=b)"), r"(?s)refuses.*look-around"),
         (JsonSchema({"type": "foo"}), r"Invalid type: foo"),
-        (JsonSchema({"not": {"type": "string"}}), r'Unimplemented keys: \["not"\]'),
+        (JsonSchema({"not": {}, "contains": {}}), r"keywords (not, contains|contains, not) are not supported. Leave"),
+        (JsonSchema({"oneOf": [{"minimum": 3}, {"maximum": 5}]}), r"exclude each other.*Write anyOf in its place"),
+        (JsonSchema({"type": "string", "format": "card"}), r"Unknown format: card. Leave the format out, or write a"),
         (Grammar("begin: 'a'"), r"llguidance refuses the constraint Grammar"),
         (Regex("[a&&b]"), r"no token can come first: the language has no string"),
         (Regex(""), r"no token can come first"),
@@ -643,6 +694,7 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
     ("language", "options", "error", "message"),
     [
         (Regex("a*"), {}, ValueError, r"infinitely many strings"),
+        (Regex(" ?(a|b)"), {}, ValueError, r"' a' and 'a' have the same token ids.*With end_of_prompt=''.*' \?'"),
         (Regex("(a|b)?"), {}, ValueError, r"has the empty string"),
         (Regex("[a&&b]"), {}, ValueError, r"no string, or only the empty one"),
         (Regex("a"), {"with_end_token": True}, ValueError, r"has no end token"),
@@ -654,6 +706,12 @@ def test_what_begins_alike_is_counted_once_unless_it_ends(tokenizer):
 def test_languages_without_a_probability(lm, language, options, error, message):
     with pytest.raises(error, match=message):
         Text("The film was", lm).probability_of(language, **options)
+
+
+def test_an_optional_space_counts_as_it_is_written(lm, model):
+    prompt = Text("The film was", lm)
+    found = prompt.probability_of(Regex(" ?(a|b)"), end_of_prompt="")
+    assert found == pytest.approx(probability(model, lm, prompt, [" a", " b", "a", "b"]), rel=1e-4)
 
 
 def test_select_takes_a_finite_constraint(lm):

@@ -1,11 +1,13 @@
 """A model behind HTTP: the real client of OpenAI and lm-evaluation-harness get what the library gives."""
 
+import asyncio
 import contextlib
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ import httpx
 import openai
 import pydantic
 
+import backprompt.serving.app
 from backprompt import LM, JsonSchema, Regex, Text, chat, classify
 from backprompt.cli import main
 from backprompt.serving.answers import completion
@@ -155,11 +158,38 @@ def test_streams_are_the_same_text(client, reference):
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == PROMPT + greedy(reference).completion
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == 6
-    texts = ["", "", "", ""]
-    for chunk in complete(client, [PROMPT, "Question: What is"], stream=True, n=2, temperature=0.9, seed=1):
-        texts[chunk.choices[0].index] += chunk.choices[0].text
-    assert texts[0] == greedy(reference, do_sample=True, temperature=0.9, seed=1, top_k=0).completion
-    assert texts[1] == greedy(reference, do_sample=True, temperature=0.9, seed=2, top_k=0).completion
+
+
+def test_streams_give_the_samples_of_whole_answers(client, reference):
+    ids = list(Text(PROMPT, reference).tokens)
+    for prompt, n in [([PROMPT, "Question: What is", PROMPT], 2), ([ids, ids], 1)]:
+        options = {"n": n, "temperature": 0.9, "seed": 1}
+        whole = [choice.text for choice in complete(client, prompt, **options).choices]
+        texts = [""] * len(whole)
+        for chunk in complete(client, prompt, stream=True, **options):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == whole
+        assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_null_means_the_default(address, path):
+    """Also for names of OpenAI that this server takes with their neutral values only."""
+    names = ["n", "temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "logprobs", "stream", "user", "model"]
+    names += ["stream_options", "best_of", "suffix", "frequency_penalty", "presence_penalty", "logit_bias"]
+    names += ["response_format", "guided_regex", "guided_json"]
+    names += ["echo"] if path == "completions" else ["max_completion_tokens", "top_logprobs", "tools", "tool_choice"]
+    body = {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": "The cat?"}]}
+    nulls = dict.fromkeys(names)
+
+    def answered(**options):
+        found = httpx.post(f"{address}/v1/{path}", json={**body, **options}, headers={"Authorization": "Bearer secret"})
+        assert found.status_code == 200, found.text
+        return found
+
+    assert answered(**{**nulls, "seed": 7}).json()["choices"] == answered(seed=7).json()["choices"]
+    streamed = {"stream": True, "stream_options": {"include_usage": None}, "max_tokens": 3}
+    assert "usage" not in answered(**{**nulls, **streamed}).text
 
 
 def test_an_event_is_one_line_for_every_client(address):
@@ -337,7 +367,7 @@ def test_models_and_health(client, address):
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, r"schema: Field required"),
         ({"response_format": {"type": "text", "strict": True}}, "strict is no field"),
         ({"response_format": schema_format({"type": "foo"})}, "(?s)llguidance refuses.*Invalid type: foo"),
-        ({"response_format": schema_format({"not": {}}), "stream": True}, r'Unimplemented keys: \["not"\]'),
+        ({"response_format": schema_format({"not": {}}), "stream": True}, "the keywords not are not supported"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format and guided_regex"),
         ({"guided_regex": "("}, "unclosed group"),
         ({"guided_json": "{}"}, "guided_json"),
@@ -351,6 +381,8 @@ def test_models_and_health(client, address):
         ({"prompt": "word " * 60}, "128"),
         ({"max_tokens": 0}, "nothing to answer"),
         ({"stream": True, "prompt": "word " * 60}, "128"),
+        ({"prompt": None}, "prompt: Field required"),
+        ({"nonsense": None}, "nonsense is no field"),
     ],
 )
 def test_requests_that_cannot_be_answered(client, address, options, message):
@@ -360,6 +392,36 @@ def test_requests_that_cannot_be_answered(client, address, options, message):
     assert re.search(message, found.json()["error"]["message"]), found.text
     assert found.json()["error"]["type"] == "invalid_request_error"
     wait_until(lambda: httpx.get(f"{address}/health").json()["requests"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": }', "The body is no JSON: Expecting value at character 11."),
+        (b'{"prompt": "a"', "The body is no JSON: Expecting ',' delimiter at character 14."),
+        (b'{"prompt": "\xff"}', "The body cannot be read. Send JSON in UTF-8."),
+        (b"[1]", "Send an object of JSON, as Content-Type: application/json."),
+        (b"", "Send an object of JSON, as Content-Type: application/json."),
+    ],
+)
+def test_bodies_that_cannot_be_read(address, content, message):
+    headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+    found = httpx.post(f"{address}/v1/completions", content=content, headers=headers)
+    assert (found.status_code, found.json()["error"]["message"]) == (400, message)
+    assert found.json()["error"]["param"] is None
+
+
+def test_a_conversation_without_a_content(client):
+    user, options = {"role": "user", "content": "The cat?"}, {"model": "tiny", "max_tokens": 4, "temperature": 0}
+
+    def answer(content):
+        messages = [user, {"role": "assistant", "content": content}, user]
+        return client.chat.completions.create(messages=messages, **options)
+
+    assert answer(None).usage.prompt_tokens == answer("").usage.prompt_tokens < answer("None").usage.prompt_tokens
+    assert answer(None).choices[0].message.content == answer("").choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\] has the role 'user', and null as content"):
+        client.chat.completions.create(messages=[{**user, "content": None}], **options)
 
 
 def test_what_is_not_there(client, address):
@@ -374,6 +436,10 @@ def test_keys(address):
         found = httpx.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
         assert found.status_code == 401
         assert found.json()["error"]["code"] == "invalid_api_key"
+    for scheme, status in [("bearer", 200), ("BEARER", 200), ("Basic", 401), ("Bearer2", 401)]:
+        found = httpx.get(f"{address}/v1/models", headers={"Authorization": f"{scheme} secret"})
+        assert found.status_code == status
+    assert httpx.get(f"{address}/v1/models", headers={"Authorization": "secret"}).status_code == 401
     assert httpx.post(f"{address}/v1/completions", content=b"x" * 30_000).status_code == 401
 
 
@@ -387,6 +453,70 @@ def test_limits_of_a_request(client, address):
     in_chunks = iter([b"x" * 10_000] * 3)  # without a content-length
     found = httpx.post(f"{address}/v1/completions", content=in_chunks, headers={"Authorization": "Bearer secret"})
     assert found.status_code == 413
+
+
+@pytest.fixture
+def slow_address(lm):
+    """The address of a server that waits for clients for a moment only."""
+    with served(make_app(lm, "tiny", limits=Limits(client_seconds=0.3)), client_seconds=0.3) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def connected(address):
+    """Yield a socket that is connected to a server, and that takes little before it is read."""
+    url = httpx.URL(address)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(5)
+        connection.connect((url.host, url.port))
+        yield connection
+
+
+def trickle(address, head, more):
+    """Send `more` byte by byte while the server listens; return its answer."""
+    with connected(address) as connection:
+        connection.sendall(head)
+        with contextlib.suppress(ConnectionError):
+            for byte in more:
+                connection.sendall(bytes([byte]))
+                assert httpx.get(f"{address}/health").json()["requests"] == 0  # others are served
+        found = bytearray()
+        with contextlib.suppress(ConnectionError):
+            while chunk := connection.recv(4096):
+                found += chunk
+        return bytes(found)
+
+
+def test_a_body_that_comes_slowly_is_refused(slow_address):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n"
+    found = trickle(slow_address, head, b"x" * 400)
+    assert found.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in found.lower()
+    assert json.loads(found.split(b"\r\n\r\n")[1])["error"]["code"] == "body_too_slow"
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"])
+def test_a_head_that_comes_slowly_is_given_up(slow_address, before):
+    """The first head of a connection, and a later one."""
+    found = trickle(slow_address, before + b"GET /health HTTP/1.1\r\n", b"Long: " + b"x" * 400)
+    assert found.count(b"HTTP/1.1 200 ") == bool(before)
+
+
+def test_a_client_that_reads_slowly_is_given_up(lm, slow_address, monkeypatch):
+    async def endless(*_):
+        while True:
+            await asyncio.sleep(0)
+            yield b"data: " + b"x" * 10_000 + b"\n\n"
+
+    monkeypatch.setattr(backprompt.serving.app, "events", endless)
+    body = json.dumps({"prompt": PROMPT, "stream": True, "max_tokens": 50}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: "
+    with connected(slow_address) as connection:
+        connection.sendall(head + str(len(body)).encode() + b"\r\n\r\n" + body)
+        wait_until(lambda: httpx.get(f"{slow_address}/health").json()["requests"] == 1)
+        wait_until(lambda: httpx.get(f"{slow_address}/health").json()["requests"] == 0)
+        wait_until(lambda: not lm.session.evaluator.holders.ends())
 
 
 def test_requests_beyond_the_queue_are_refused(model):

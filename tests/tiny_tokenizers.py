@@ -1,4 +1,4 @@
-"""Small tokenizers of four kinds, trained on the lines below; all ids are below MAX_VOCAB_SIZE.
+"""Small tokenizers of five kinds, trained on the lines below; all ids are below MAX_VOCAB_SIZE.
 
 Training has no chance in it, so a name means the same tokenizer in every process. Each call builds a new
 object: a test may change one without another noticing.
@@ -7,6 +7,7 @@ object: a test may change one without another noticing.
     llama3_bpe          Llama 3    puts <|begin_of_text|> in front
     sentencepiece_bpe   Llama 2    puts <s> and a dummy space in front; unknown characters become bytes
     unigram             T5         a dummy space in front, </s> at the end; unknown characters become <unk>
+    word_piece          BERT       a space before each word; upper case and unknown words become [UNK]
 """
 
 import json
@@ -92,6 +93,18 @@ def unigram() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """As BERT: the longest pieces of each word; the spaces between words are not written as tokens."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_word_piece_json()),
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
         clean_up_tokenization_spaces=False,
     )
 
@@ -197,6 +210,19 @@ def _unigram_json() -> str:
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", special_tokens.index("</s>"))]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return tokenizer.to_str()
+
+
+@cache
+def _word_piece_json() -> str:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=MAX_VOCAB_SIZE, special_tokens=["[UNK]", "[CLS]", "[SEP]", "[PAD]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(TRAINING_LINES, trainer)
     return tokenizer.to_str()
 
 

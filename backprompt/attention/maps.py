@@ -8,6 +8,7 @@ weights take little memory if their layer was not requested, or if they are summ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -150,6 +151,41 @@ class MapAttention:
             if not -num_heads <= head < num_heads:
                 raise ValueError(f"heads must be ints from {-num_heads} to {num_heads - 1}, not {head}.")
         return [head % num_heads for head in self._chosen.heads]
+
+
+class PackedMaps:
+    """The attention of rows of several texts in one call, a `PreparedAttention`: each text's rows see their own text.
+
+    Args:
+        parts: the texts' attention, text behind text; all have the same chosen layers.
+        num_rows: the number of rows of each.
+
+    """
+
+    def __init__(self, parts: Sequence[MapAttention], num_rows: Sequence[int]) -> None:
+        self._parts = parts
+        self._num_rows = list(num_rows)
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Return attention over the texts, `(rows, heads, value_dim)`; see `MapAttention.attend`.
+
+        Raises:
+            EnoughSeen: this was the last chosen layer, and the call may stop here.
+            ValueError: the layer does not have the chosen heads.
+
+        """
+        queries = torch.split(query, self._num_rows, dim=1)
+        outputs = []
+        for part, own in zip(self._parts, queries, strict=True):
+            with suppress(EnoughSeen):
+                outputs.append(part.attend(layer_idx, own, key, value, scoring))
+        if not outputs:
+            raise EnoughSeen
+        return torch.cat(outputs)
+
+    def advance(self, rows: Sequence[int] | None = None) -> None:
+        """Raise: a map has only one step."""
+        raise AssertionError(rows)
 
 
 def _softmax(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:

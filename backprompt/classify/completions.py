@@ -133,7 +133,7 @@ def encoded(lm: LM, behind: Sequence[tuple[EndOfPrompt, tuple[str, ...], int]]) 
 
     Raises:
         TokenizerError: see `completion_ids`.
-        ValueError: a completion has no tokens, or two completions of a prompt have the same.
+        ValueError: a completion has no tokens, or two of a prompt have the same, as " a" and "a" do with "auto".
 
     """
     distinct = {(end, id(strings), adapter): (end, strings) for end, strings, adapter in behind}
@@ -179,6 +179,12 @@ def _check_different(completions: EncodedCompletions) -> None:
     for completion, token_ids in zip(completions.strings, completions.token_ids, strict=True):
         other = with_ids.setdefault(token_ids, completion)
         if other != completion:
+            if len({space_before(string, completions.end) + string for string in (completion, other)}) == 1:
+                raise ValueError(
+                    f"The completions {other!r} and {completion!r} have the same token ids, {list(token_ids)}: "
+                    "end_of_prompt='auto' puts a space before a completion that has none. With end_of_prompt='' "
+                    "completions count as they are written; or leave one out, such as the ' ?' of a Regex."
+                )
             raise ValueError(
                 f"The completions {other!a} and {completion!a} have the same token ids, {list(token_ids)}, so the "
                 "model cannot tell them apart: the tokenizer writes both in one form, or has no tokens for their "

@@ -47,7 +47,8 @@ def probability_of(
         MissingDependencyError: llguidance is not installed.
         GenerationError: llguidance refuses the language.
         ValueError: the language is not finite, has more strings or none, or has the empty string, with which every
-            continuation begins; or `with_end_token` is set and the model has no end token.
+            continuation begins; has a string with and without a space before it, which "auto" makes one; or
+            `with_end_token` is set and the model has no end token.
         See `log_probs`.
 
     """

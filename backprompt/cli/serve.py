@@ -59,6 +59,13 @@ def add(commands: Any) -> None:
         metavar="N",
         help="the largest body of a request, in bytes (4194304)",
     )
+    group.add_argument(
+        "--client-seconds",
+        type=positive,
+        default=60,
+        metavar="SECONDS",
+        help="the longest time for a client to send a request, and to take what was sent to it (60)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,10 +81,18 @@ def run(arguments: argparse.Namespace) -> int:
         raise MissingDependencyError(f"Serving needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
     from backprompt.serving import app, limits, server
 
-    limit = limits.Limits(arguments.max_body_bytes, arguments.max_tokens, arguments.max_requests)
+    limit = limits.Limits(
+        arguments.max_body_bytes, arguments.max_tokens, arguments.max_requests, arguments.client_seconds
+    )
     name = arguments.name or arguments.model
     served = app.make_app(load_model(arguments), name, api_key=api_key, limits=limit)
     if api_key is None and arguments.host not in ("127.0.0.1", "::1", "localhost"):
         say(f"warning: anybody who can reach {arguments.host} may send requests, because no --api-key is given.")
-    server.serve(served, arguments.host, arguments.port, lambda address: say(f"{name} is served at {address}/v1"))
+    server.serve(
+        served,
+        arguments.host,
+        arguments.port,
+        lambda address: say(f"{name} is served at {address}/v1"),
+        client_seconds=limit.client_seconds,
+    )
     return 0

@@ -7,20 +7,20 @@ matter. The held rows stay unchanged.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from backprompt.attention.maps import Chosen, MapAttention, Sight
+from backprompt.attention.maps import Chosen, MapAttention, PackedMaps, Sight
 from backprompt.evaluation.computation import Computation
 from backprompt.forest.span import Inserted, Span
 from backprompt.memory.blocks import gather, keys_values_of, layer_names
 from backprompt.model.in_flight import Work
 from backprompt.model.levels import check_packed
 from backprompt.tokens.graph import TokenIds, flat
-from backprompt.tokens.written import WrittenRun, positions_of, visible_to, written_runs
+from backprompt.tokens.written import positions_of, visible_to, written_runs
 
 
 class AttentionMaps:
@@ -52,37 +52,65 @@ class AttentionMaps:
         found = self._pool.get((token_ids, chosen))
         return None if found is None else found.clone()
 
-    def read(self, text: Inserted, chosen: Chosen) -> Tensor:
-        """Return weights of a text whose keys and values are held, `(layers, heads, rows, keys or spans)`."""
-        runs = written_runs(text.token_ids)
-        spans = self._computation.forest.in_order(text)
-        at_once = self._computation.max_tokens
-        parts = [
-            self._read_rows(text, chosen, runs, spans, chosen.rows[start : start + at_once])
-            for start in range(0, len(chosen.rows), at_once)
-        ]
-        weights = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-        self._pool.put((text.token_ids, chosen), weights)
-        return weights
+    @property
+    def max_rows(self) -> int:
+        """The largest number of rows that are forwarded together."""
+        return self._computation.max_tokens
 
-    def _read_rows(
-        self, text: Inserted, chosen: Chosen, runs: Sequence[WrittenRun], spans: Sequence[Span], rows: Sequence[int]
-    ) -> Tensor:
-        """Return the weights of some rows, which are forwarded together."""
+    def read(self, texts: Sequence[Inserted], chosen: Sequence[Chosen]) -> list[Tensor]:
+        """Return weights of texts whose keys and values are held, each `(layers, heads, rows, keys or spans)`.
+
+        The same layers are chosen for all texts. Rows of all texts are forwarded together.
+        """
+        parts: list[list[Tensor]] = [[] for _ in texts]
+        for rows_of in self._passes(chosen):
+            for (idx, _), weights in zip(rows_of, self._read_pass(texts, chosen, rows_of), strict=True):
+                parts[idx].append(weights)
+        found = [torch.cat(own, dim=2) if len(own) > 1 else own[0] for own in parts]
+        for text, own, weights in zip(texts, chosen, found, strict=True):
+            self._pool.put((text.token_ids, own), weights)
+        return found
+
+    def _passes(self, chosen: Sequence[Chosen]) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
+        """Yield the rows of each pass: numbers of texts, and rows of them."""
+        rows_of: list[tuple[int, tuple[int, ...]]] = []
+        room = self.max_rows
+        for idx, own in enumerate(chosen):
+            rows = own.rows
+            while rows:
+                rows_of.append((idx, rows[:room]))
+                rows, room = rows[room:], room - len(rows[:room])
+                if not room:
+                    yield rows_of
+                    rows_of, room = [], self.max_rows
+        if rows_of:
+            yield rows_of
+
+    def _read_pass(
+        self, texts: Sequence[Inserted], chosen: Sequence[Chosen], rows_of: Sequence[tuple[int, tuple[int, ...]]]
+    ) -> list[Tensor]:
+        """Return the weights of rows that are forwarded together, text by text."""
         started = time.perf_counter()
         counters, executor = self._computation.counters, self._computation.executor
-        ids, positions = flat(text.token_ids), positions_of(runs)
-        own_positions = positions[list(rows)]
-        sight = Sight(visible_to(runs, rows), own_positions, positions)
-        attention = MapAttention(
-            partial(_keys_values, spans), sight, chosen, executor.device, may_stop=executor.may_stop
-        )
+        ids: list[int] = []
+        positions: list[int] = []
+        parts: list[MapAttention] = []
+        for idx, rows in rows_of:
+            text = texts[idx]
+            runs, spans = written_runs(text.token_ids), self._computation.forest.in_order(text)
+            flat_ids, all_positions = flat(text.token_ids), positions_of(runs)
+            own_positions = all_positions[list(rows)]
+            sight = Sight(visible_to(runs, rows), own_positions, all_positions)
+            ids += [flat_ids[row] for row in rows]
+            positions += own_positions.tolist()
+            keys_values = partial(_keys_values, spans)
+            parts.append(MapAttention(keys_values, sight, chosen[idx], executor.device, may_stop=executor.may_stop))
         with self._computation.blaming_weights():
-            executor.observe([ids[row] for row in rows], own_positions.tolist(), attention)
-        counters.tokens_requested += len(rows)
-        counters.note_pass(Work(num_again=len(rows)))
+            executor.observe(ids, positions, PackedMaps(parts, [len(rows) for _, rows in rows_of]))
+        counters.tokens_requested += len(ids)
+        counters.note_pass(Work(num_again=len(ids)))
         counters.seconds += time.perf_counter() - started
-        return attention.weights
+        return [part.weights for part in parts]
 
 
 def _keys_values(spans: Sequence[Span], layer_idx: int) -> tuple[Tensor, Tensor]:

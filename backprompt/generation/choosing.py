@@ -318,5 +318,5 @@ def check_best(best: Sequence[float], *, is_drawn: bool) -> None:
         raise GenerationError(
             f"The options of generate turn scores into {what}. Leave out the options that exclude tokens or "
             "change their scores, one by one, to find the cause. A constraint excludes every token that it does "
-            "not allow."
+            "not allow, and leaves none where the tokenizer has no token for the next character."
         )

@@ -73,6 +73,7 @@ class Recipe:
         seed: the seed of sampling.
         given: fields of `GenerationConfig`.
         constraints: the constraint of each text; empty without constraints.
+        first_sample: see `Decoding`.
 
     """
 
@@ -83,6 +84,7 @@ class Recipe:
     seed: int
     given: Mapping[str, Any]
     constraints: tuple[Constraint | None, ...] = ()
+    first_sample: int = 0
 
     def part(self, indices: Sequence[int]) -> Recipe:
         """Return the recipe for some of the texts."""
@@ -104,6 +106,7 @@ class Recipe:
             given=self.given,
             refused=refused,
             constraints=Constraints.of(self.constraints, private),
+            first_sample=self.first_sample,
         )
 
 
@@ -121,6 +124,7 @@ class Decoding:
         refused: returns the ids that must not be chosen, because a text with one of them cannot be evaluated. Called
             for each text after its evaluation, when the probe has found these ids.
         constraints: those of the texts, in their order.
+        first_sample: the number of the first sample of each text.
 
     Attributes:
         end_ids: the tokens that end a text.
@@ -141,6 +145,7 @@ class Decoding:
         given: Mapping[str, Any],
         refused: Callable[[], frozenset[int]] = frozenset,
         constraints: Constraints = UNCONSTRAINED,
+        first_sample: int = 0,
     ) -> None:
         self.model = model
         self._constraints = constraints
@@ -150,6 +155,7 @@ class Decoding:
         self.stops = stops
         own_seed = secrets.randbits(63) if seed is None else seed
         self._seed = as_int(own_seed, "seed", at_least=0, error=GenerationError)
+        self._first_sample = as_int(first_sample, "sample_idx", at_least=0, error=GenerationError)
         self._given = dict(given)
         self._config = config_of(model, given)
         self.is_sampling = bool(self._config.do_sample)
@@ -181,6 +187,7 @@ class Decoding:
             self._seed,
             self._given,
             self._constraints.given,
+            self._first_sample,
         )
 
     def repeated(self, num_each: int) -> Decoding:
@@ -261,7 +268,8 @@ class Decoding:
 
     def generator(self, prompt_ids: Sequence[int], sample_idx: int, device: torch.device) -> torch.Generator:
         """Return the random number generator of one sample of a text."""
-        digest = hashlib.sha256(repr((self._seed, sample_idx, tuple(prompt_ids))).encode()).digest()
+        drawn = (self._seed, self._first_sample + sample_idx, tuple(prompt_ids))
+        digest = hashlib.sha256(repr(drawn).encode()).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 

@@ -128,6 +128,7 @@ def _decoding(
     seed: int | None,
     constraints: Constraints,
     given: Mapping[str, Any],
+    first_sample: int = 0,
 ) -> Decoding:
     return Decoding(
         lm.session.causal_lm,
@@ -138,6 +139,7 @@ def _decoding(
         given=given,
         refused=refused_ids(lm),
         constraints=constraints,
+        first_sample=first_sample,
     )
 
 
@@ -159,13 +161,14 @@ def stream(
     include_stop: bool = False,
     seed: int | None = None,
     constraint: Constraint | None = None,
+    sample_idx: int = 0,
     **generation_config: Any,
 ) -> Stream:
     """Return an iterator over the strings that the model adds to a text; see `Text.stream`."""
     lm = bound_lm(prompt, "a continuation")
     stops = StopStrings(stop, lm.tokenizer, include_stop=include_stop)
     constraints = constraints_of(lm, constraint, 1)
-    decoding = _decoding(lm, stops, max_new_tokens, seed, constraints, generation_config)
+    decoding = _decoding(lm, stops, max_new_tokens, seed, constraints, generation_config, sample_idx)
     return Stream(lm, prompt, decoding)
 
 

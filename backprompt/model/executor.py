@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from backprompt.attention.base import ForestAttention, PreparedAttention, StandingAttention
 from backprompt.attention.by_device import AttentionByDevice, CopiesByDevice
 from backprompt.attention.choice import attention_for, copies_for
-from backprompt.attention.maps import EnoughSeen, MapAttention
+from backprompt.attention.maps import EnoughSeen, PackedMaps
 from backprompt.errors import NonFiniteError
 from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
@@ -286,8 +286,8 @@ class Executor:
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 
-    def observe(self, token_ids: Sequence[int], positions: Sequence[int], attention: MapAttention) -> None:
-        """Forward tokens of one text once more, behind their held keys, up to the last layer that is observed."""
+    def observe(self, token_ids: Sequence[int], positions: Sequence[int], attention: PackedMaps) -> None:
+        """Forward tokens of texts once more, behind their held keys, up to the last layer that is observed."""
         ids = np.array(token_ids, dtype=np.int64)
         with suppress(EnoughSeen), self._adapted.under(number_of(ids)):
             self.run(_inputs(ids, positions, self._input_device), attention, max(positions))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from backprompt.serving.limits import Limits
 from backprompt.serving.refusals import Refusal
 from backprompt.serving.spelling import Offsets, Spelling, bytes_named
 from backprompt.text.node import Text
-from backprompt.tokens.graph import num_positions
+from backprompt.tokens.graph import TokenIds, num_positions
 
 FINISH = {
     "eos": "stop",
@@ -44,6 +45,7 @@ class Asked:
     Attributes:
         prompts: the texts to continue.
         num_prompt_tokens: of each.
+        first_samples: of each, the number of the first sample among those of equal prompts.
         max_new_tokens: how many tokens to add to each.
         options: of `generate`.
 
@@ -51,6 +53,7 @@ class Asked:
 
     prompts: Sequence[Text]
     num_prompt_tokens: Sequence[int]
+    first_samples: Sequence[int]
     max_new_tokens: int
     options: Mapping[str, Any]
 
@@ -77,7 +80,7 @@ def asked_of_completion(lm: LM, body: CompletionBody, limits: Limits) -> Asked:
 
 def asked_of_chat(lm: LM, body: ChatBody, limits: Limits) -> Asked:
     """Return what a request for a turn of a conversation asks for: by default as many tokens as there is room for."""
-    prompt = chat(lm, body.messages)
+    prompt = chat(lm, body.conversation)
     num_tokens = body.max_completion_tokens or body.max_tokens
     if num_tokens is None:
         (token_ids,) = lm.session.prompt_ids([prompt])
@@ -89,9 +92,15 @@ def asked_of_chat(lm: LM, body: ChatBody, limits: Limits) -> Asked:
 
 def _asked(lm: LM, prompts: Sequence[Text], body: Sampled, max_new_tokens: int, limits: Limits) -> Asked:
     options = body.options()
-    nums = [len(token_ids) for token_ids in lm.session.prompt_ids(prompts)]
+    prompt_ids = lm.session.prompt_ids(prompts)
+    nums = [len(token_ids) for token_ids in prompt_ids]
     limits.check_tokens(body.n * (sum(nums) + len(nums) * max_new_tokens))
-    return Asked(prompts, nums, max_new_tokens, options)
+    num_samples: Counter[TokenIds] = Counter()
+    first_samples = []
+    for token_ids in prompt_ids:
+        first_samples.append(num_samples[token_ids])
+        num_samples[token_ids] += body.n
+    return Asked(prompts, nums, first_samples, max_new_tokens, options)
 
 
 def completion(lm: LM, body: CompletionBody, limits: Limits, name: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def make_app(lm: LM, name: str, *, api_key: str | None = None, limits: Limits | 
     """
     server = _Server(lm, name, Limits() if limits is None else limits)
     app = FastAPI(title="backprompt", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(BodyLimit, max_bytes=server.limits.max_body_bytes)
+    app.add_middleware(BodyLimit, limits=server.limits)
     if api_key is not None:
         app.add_middleware(KeyCheck, api_key=api_key)  # the last one added is asked first
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -156,15 +156,19 @@ async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, (str, int)))
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "json_invalid":
+        message, param = f"The body is no JSON: {first['ctx']['error']} at character {first['loc'][1]}.", ""
+    elif first["type"] == "extra_forbidden":
         message = f"{param} is no field that this server knows. Leave it out."
     else:
-        message = f"{param}: {first['msg']}." if param else f"The body cannot be read: {first['msg']}."
+        message = f"{param}: {first['msg']}." if param else "Send an object of JSON, as Content-Type: application/json."
     return _refused(Refusal(message, param=param or None))
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
-    """Answer a request for another path or with another method."""
+    """Answer a request for another path, with another method, or with a body of other bytes than JSON's."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:
+        return _refused(Refusal("The body cannot be read. Send JSON in UTF-8."))
     message = f"{request.method} {request.url.path}: {error.detail}. See /v1/models, /v1/completions, "
     return _refused(Refusal(f"{message}/v1/chat/completions and /v1/score.", error.status_code))

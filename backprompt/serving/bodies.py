@@ -1,19 +1,32 @@
 """The bodies of requests: the fields that are understood, with OpenAI's names and defaults.
 
 A field that is not there is refused by name. A field that is there for compatibility must have its neutral value.
+`null` means the default of a field, as in OpenAI's API.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from backprompt.serving.constraints import Constrained
 from backprompt.serving.refusals import Refusal
 
 
-class Body(BaseModel):
+class Fields(BaseModel):
+    """Fields of a request; `null` stands for the default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
+
+
+class Body(Fields):
     """A request's body."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
@@ -22,7 +35,7 @@ class Body(BaseModel):
     user: str | None = None  # OpenAI's name for a client's own users; not used
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     """What a stream tells besides its text."""
 
     model_config = ConfigDict(extra="forbid")
@@ -105,6 +118,24 @@ class ChatBody(Sampled):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages. The assistant's may have said nothing: `null`, which templates would write as a word.
+
+        Raises:
+            Refusal: the content of another message is `null`.
+
+        """
+        for idx, message in enumerate(self.messages):
+            role = message.get("role")
+            if role != "assistant" and message.get("content", "") is None:
+                raise Refusal(
+                    f"messages[{idx}] has the role {role!r}, and null as content. Give a string; only what the "
+                    "assistant said may be null.",
+                    param="messages",
+                )
+        return [{**one, "content": ""} if one.get("content", "") is None else one for one in self.messages]
 
     @property
     def num_top(self) -> int | None:

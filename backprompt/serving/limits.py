@@ -1,7 +1,8 @@
-"""Limits: how much a request may ask for, and how many requests are in work at a time."""
+"""Limits: how much a request may ask for, how long it may take to arrive, and how many are in work."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ class Limits:
         max_body_bytes: the largest body of a request.
         max_tokens: the largest number of tokens of a request: those of its prompts, and those that it may generate.
         max_requests: the largest number of requests in work; others are refused until one is done.
+        client_seconds: the longest time for a client to send the head of a request, to send the body, and to take what
+            was sent to it.
 
     """
 
     max_body_bytes: int = 4 << 20
     max_tokens: int = 65_536
     max_requests: int = 128
+    client_seconds: float = 60
 
     def check_tokens(self, num_tokens: int) -> None:
         """Raise Refusal for a request of more tokens than are allowed."""
@@ -72,36 +76,58 @@ class Queue:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies beyond a size, whether they say their size or not."""
+    """ASGI middleware that refuses bodies beyond a size, whether they say their size or not, and slow ones."""
 
-    def __init__(self, app: Any, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: Any, limits: Limits) -> None:
+        self._app, self._limits = app, limits
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refused = Refusal(
-            f"The body has more than the {self._max_bytes:,} bytes that this server takes. Send several requests.",
-            413,
-            code="body_too_large",
-        )
+        seconds = self._limits.client_seconds
+        try:
+            body = await asyncio.wait_for(self._body(scope, receive), seconds)
+        except asyncio.TimeoutError:
+            slow = Refusal(f"The body did not arrive within {seconds:g} seconds.", 408, code="body_too_slow")
+            await _last_answer(slow)(scope, receive, send)
+        except Refusal as refusal:
+            await _last_answer(refusal)(scope, receive, send)
+        else:
+            if body is not None:
+                await self._app(scope, _replaying(body, receive), send)
+
+    async def _body(self, scope: Any, receive: Any) -> bytes | None:
+        """Return the body; None if the client has gone.
+
+        Raises:
+            Refusal: the body is too large.
+
+        """
+        max_bytes = self._limits.max_body_bytes
         given = dict(scope["headers"]).get(b"content-length", b"0")
-        chunks: list[bytes] = []
-        num_bytes, is_whole = 0, False
-        is_too_large = given.isdigit() and int(given) > self._max_bytes
-        while not (is_whole or is_too_large):
+        num_bytes, chunks = int(given) if given.isdigit() else 0, [b""]
+        is_whole = False
+        while not is_whole and num_bytes <= max_bytes:
             message = await receive()
             if message["type"] != "http.request":
-                return
+                return None
             chunks.append(message.get("body", b""))
-            num_bytes += len(chunks[-1])
-            is_whole, is_too_large = not message.get("more_body", False), num_bytes > self._max_bytes
-        if is_too_large:
-            await JSONResponse(refused.body, refused.status)(scope, receive, send)
-            return
-        await self._app(scope, _replaying(b"".join(chunks), receive), send)
+            num_bytes = sum(map(len, chunks))
+            is_whole = not message.get("more_body", False)
+        if num_bytes > max_bytes:
+            raise Refusal(
+                f"The body has more than the {max_bytes:,} bytes that this server takes. Send several requests.",
+                413,
+                code="body_too_large",
+            )
+        return b"".join(chunks)
+
+
+def _last_answer(refusal: Refusal) -> JSONResponse:
+    """Return the answer to a body that is not read to its end, so no other request can follow."""
+    return JSONResponse(refusal.body, refusal.status, {"Connection": "close"})
 
 
 def _replaying(body: bytes, receive: Any) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import uvicorn
 
 from backprompt.errors import CommandError
+from backprompt.serving.connections import limited_connection
 
 
-def serve(app: Any, host: str, port: int, on_start: Callable[[str], object]) -> None:
+def serve(app: Any, host: str, port: int, on_start: Callable[[str], object], *, client_seconds: float) -> None:
     """Answer requests until SIGINT or SIGTERM comes; those in work are answered first. A second signal ends all.
 
     Args:
@@ -19,12 +20,14 @@ def serve(app: Any, host: str, port: int, on_start: Callable[[str], object]) -> 
         host: the address to listen at.
         port: the port to listen at; 0 for any free one.
         on_start: called with the server's address as soon as the socket listens.
+        client_seconds: see `Limits`.
 
     Raises:
         CommandError: the address cannot be listened at.
 
     """
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
+    connection = limited_connection(client_seconds)
+    config = uvicorn.Config(app, host=host, port=port, http=connection, log_level="warning", access_log=False)
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         listening = socket.socket(infos[0][0], socket.SOCK_STREAM)

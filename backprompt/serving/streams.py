@@ -61,11 +61,11 @@ async def pieces(lm: LM, asked: Asked, body: CompletionBody | ChatBody) -> Async
     is_echoed = isinstance(body, CompletionBody) and body.echo
     streams = [
         (
-            lm.astream(prompt, max_new_tokens=asked.max_new_tokens, **_options_of(asked, sample_idx)),
+            lm.astream(prompt, max_new_tokens=asked.max_new_tokens, sample_idx=sample_idx, **asked.options),
             None if body.num_top is None else ToldTokens(lm, prompt, body.num_top, is_echoed=is_echoed),
         )
-        for prompt in asked.prompts
-        for sample_idx in range(body.n)
+        for prompt, first_sample in zip(asked.prompts, asked.first_samples, strict=True)
+        for sample_idx in range(first_sample, first_sample + body.n)
     ]
     tasks = [asyncio.create_task(_read(*stream, idx, queue)) for idx, stream in enumerate(streams)]
     try:
@@ -95,14 +95,6 @@ async def _read(
             await queue.put(Piece(idx, "", FINISH[text.finish_reason], len(text.completion_tokens), logprobs))
     except Exception as error:
         await queue.put(error)
-
-
-def _options_of(asked: Asked, sample_idx: int) -> dict[str, Any]:
-    """Return the options of one sample: each has a seed of its own."""
-    options = dict(asked.options)
-    if sample_idx and options.get("seed") is not None:
-        options["seed"] += sample_idx
-    return options
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ use, for this text and, reading ahead, for the texts that were evaluated togethe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from backprompt.session.spans import Bounds, bounds_of
 from backprompt.text.engine import Result
 from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
-from backprompt.tokens.graph import TokenGraph, flat
+from backprompt.tokens.graph import TokenGraph, TokenIds, flat
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -168,21 +168,8 @@ class ModelRepr:
             ValueError: a layer, head, row or span with such an index does not exist, or none is chosen.
 
         """
-        with self._session.exclusive():
-            self._check_evaluator(self._session.evaluator)
-            maps = self._evaluated.evaluator.attention_maps
-            chosen = Chosen(
-                as_indices(layers, "layers", maps.num_layers()),
-                None if heads is None else as_indices(heads, "heads"),
-                as_indices(rows, "rows", self.num_tokens),
-                None if over is None else bounds_of(over, self.num_tokens),
-            )
-            pooled = maps.pooled(self._evaluated.token_ids, chosen)
-            if pooled is not None:
-                return pooled
-            self._check_current()
-            with self._held(with_keys_values=True) as (_, text):
-                return maps.read(text, chosen)
+        (weights,) = attention_of(self._session, [self], layers, heads, rows, [over])
+        return weights
 
     def past_key_values(self) -> DynamicCache:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
@@ -258,6 +245,53 @@ def result(session: Session, text: Text, name: Result) -> Tensor:
             return held._logits() if name == "logits" else held._token_logprobs()
     computed = ModelRepr(session, session.evaluated([text], begins=False)[0])
     return computed.logits if name == "logits" else computed.token_logprobs
+
+
+def attention_of(
+    session: Session,
+    reprs: Sequence[ModelRepr],
+    layers: int | slice | Iterable[int] | None,
+    heads: int | Iterable[int] | None,
+    rows: int | slice | Iterable[int] | None,
+    over: Sequence[Iterable[Bounds] | None],
+) -> list[Tensor]:
+    """Return attention weights of representations of one session; see `LM.attention`."""
+    with session.exclusive():
+        for model_repr in reprs:
+            model_repr._check_evaluator(session.evaluator)
+        maps = session.evaluator.attention_maps
+        chosen_layers = as_indices(layers, "layers", maps.num_layers())
+        chosen_heads = None if heads is None else as_indices(heads, "heads")
+        rows = list(rows) if isinstance(rows, Iterable) else rows
+        asked: list[tuple[TokenIds, Chosen]] = []
+        for model_repr, own in zip(reprs, over, strict=True):
+            num_tokens = model_repr.num_tokens
+            spans = None if own is None else bounds_of(own, num_tokens)
+            chosen = Chosen(chosen_layers, chosen_heads, as_indices(rows, "rows", num_tokens), spans)
+            asked.append((model_repr._evaluated.token_ids, chosen))
+        found = {key: weights for key in asked if (weights := maps.pooled(*key)) is not None}
+        missing = {key: model_repr for key, model_repr in zip(asked, reprs, strict=True) if key not in found}
+        for keys in _held_together(list(missing), maps.max_rows):
+            with ExitStack() as held:
+                missing[keys[0]]._check_current()
+                texts = [held.enter_context(missing[key]._held(with_keys_values=True))[1] for key in keys]
+                found.update(zip(keys, maps.read(texts, [chosen for _, chosen in keys]), strict=True))
+        firsts = dict(zip(reversed(asked), range(len(asked) - 1, -1, -1), strict=True))
+        return [found[key] if idx == firsts[key] else found[key].clone() for idx, key in enumerate(asked)]
+
+
+def _held_together(
+    asked: Sequence[tuple[TokenIds, Chosen]], max_tokens: int
+) -> Iterator[Sequence[tuple[TokenIds, Chosen]]]:
+    """Yield texts that are held at the same time: together as many tokens as a pass has, or one text."""
+    start, num_tokens = 0, 0
+    for idx, (token_ids, _) in enumerate(asked):
+        num_tokens += len(token_ids)
+        if num_tokens > max_tokens and idx > start:
+            yield asked[start:idx]
+            start, num_tokens = idx, len(token_ids)
+    if asked:
+        yield asked[start:]
 
 
 def check_current(model_repr: ModelRepr) -> None:

@@ -156,6 +156,7 @@ class Questions:
         include_stop: bool = False,
         seed: int | None = None,
         constraint: Any = None,
+        sample_idx: int = 0,
         **generation_config: Any,
     ) -> TextStream:
         """Return a `Stream`, an iterator over the strings that the model adds, each as soon as it is final.
@@ -165,7 +166,8 @@ class Questions:
 
         No piece contains a part of a stop string that is left out: a possible beginning of a stop string is held back
         until the next tokens decide. `Stream.text` is the continuation so far, a `GeneratedText`. Arguments and errors
-        are those of `backprompt.generate`.
+        are those of `backprompt.generate`. With a seed, `sample_idx` is the number of the sample among those that
+        `generate` returns for `n`.
         """
         found: TextStream = outside("stream")(
             self,
@@ -174,6 +176,7 @@ class Questions:
             include_stop=include_stop,
             seed=seed,
             constraint=constraint,
+            sample_idx=sample_idx,
             **generation_config,
         )
         return found

@@ -8,6 +8,7 @@ end.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 from backprompt.errors import GenerationError, MissingDependencyError, TokenizerError
 from backprompt.tokens.constraints import Constraint, Grammar, JsonSchema, Regex
@@ -225,6 +227,9 @@ class _Tokens:
 
     llguidance's own reader of tokenizers treats every added token that looks like `<think>` as a special token.
 
+    llguidance must be able to write every string. So a byte without a token has one here, behind the end token. It is
+    in no text: the masks are cut off before.
+
     Args:
         spelled: the string of each token, in UTF-8; a token may be a part of a character.
         special_ids: the tokens that stand for no string; a grammar refers to them by name.
@@ -237,33 +242,70 @@ class _Tokens:
     def __init__(self, spelled: Sequence[bytes], special_ids: Collection[int], encoder: Backend) -> None:
         self.eos_token_id = len(spelled)  # the options of a text say which tokens end it
         named = [_SPECIAL + token if idx in special_ids else token for idx, token in enumerate(spelled)]
-        self.tokens = [*named, _SPECIAL + b"<end>"]
+        known = {token for idx, token in enumerate(spelled) if idx not in special_ids}
+        no_tokens = [byte for byte in map(bytes, ([idx] for idx in range(256))) if byte not in known]
+        self.tokens = [*named, _SPECIAL + b"<end>", *no_tokens]
         self.special_token_ids = [*special_ids, self.eos_token_id]
         self._encoder = encoder
+        self._ids = {token: idx for idx, token in enumerate(self.tokens) if token}
+        self._longest = max(map(len, self._ids))
 
     def __call__(self, string: str) -> list[int]:
         ids: list[int] = self._encoder.encode(string, add_special_tokens=False).ids
-        return ids
+        is_exact = b"".join(self.tokens[idx] for idx in ids) == string.encode()
+        return ids if is_exact else self._split(string.encode())
+
+    def _split(self, string: bytes) -> list[int]:
+        """Return the fewest tokens that spell a string which the tokenizer would change; bytes where there are none."""
+        best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]  # without a token, tokens, start, id
+        for stop in range(1, len(string) + 1):
+            ends = [(start, self._ids.get(string[start:stop])) for start in range(max(0, stop - self._longest), stop)]
+            best.append(
+                min(
+                    (best[start][0] + (idx > self.eos_token_id), best[start][1] + 1, start, idx)
+                    for start, idx in ends
+                    if idx is not None
+                )
+            )
+        found, stop = [], len(string)
+        while stop:
+            found.append(best[stop][3])
+            stop = best[stop][2]
+        return found[::-1]
 
 
 def _spelled_tokens(backend: Backend) -> list[bytes]:
-    """Return the string of each token in UTF-8, as llguidance reads byte-level tokens and byte fallback.
+    """Return the string of each token behind others, in UTF-8.
 
     Raises:
         TokenizerError: llguidance does not support the tokenizer.
 
     """
+    if isinstance(backend.decoder, (decoders.Metaspace, decoders.WordPiece)):
+        return _decoded_alone(backend)
     try:
         reader = guidance().LLTokenizer(backend.to_str(), slices=[])
     except ValueError as error:
         raise TokenizerError(
-            f"llguidance cannot use this tokenizer for a constraint ({error}). Use a model with a byte-level BPE "
-            "tokenizer, or with a SentencePiece tokenizer that has byte fallback."
+            f"llguidance cannot use this tokenizer for a constraint ({error}). Use a model with a byte-level BPE, "
+            "SentencePiece or WordPiece tokenizer."
         ) from error
     known = set(backend.get_vocab(with_added_tokens=True).values())
     spelled = [reader.decode_bytes([token_id]) if token_id in known else b"" for token_id in range(1 + max(known))]
     for token_id, token in backend.get_added_tokens_decoder().items():
         spelled[token_id] = token.content.encode()
+    return spelled
+
+
+def _decoded_alone(backend: Backend) -> list[bytes]:
+    """Return the string of each token for a decoder of whole characters that looks at one token at a time.
+
+    Only the first token of all is decoded in another way; so each is decoded behind another one.
+    """
+    tokens = backend.get_vocab(with_added_tokens=True)
+    spelled = [b""] * (1 + max(tokens.values()))
+    for token, token_id in tokens.items():
+        spelled[token_id] = backend.decoder.decode(["a", token]).removeprefix("a").encode()
     return spelled
 
 
@@ -277,8 +319,23 @@ def compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
     library = guidance()
     matcher: LLMatcher = library.LLMatcher(tokenizer, _grammar(constraint, library), log_level=0)
     if matcher.is_error():
-        raise GenerationError(f"llguidance refuses {named(constraint)}: {matcher.get_error().strip()}")
+        raise GenerationError(f"llguidance refuses {named(constraint)}: {_in_our_words(matcher.get_error().strip())}")
     return matcher
+
+
+def _in_our_words(reason: str) -> str:
+    """Return why llguidance refuses a constraint, and what to write where its own advice is about its own options."""
+    if reason.startswith("oneOf constraints are not supported"):
+        return (
+            "oneOf is supported only where its schemas exclude each other, as those of different types do. Write anyOf "
+            "in its place; then a value may be valid under several of the schemas."
+        )
+    if unknown := re.fullmatch(r"Unimplemented keys: \[(.*)\]", reason):
+        keywords = unknown[1].replace('"', "")
+        return f"the keywords {keywords} are not supported. Leave them out, and check them on the finished value."
+    if reason.startswith("Unknown format:"):
+        return f"{reason}. Leave the format out, or write a pattern in its place."
+    return reason
 
 
 def _grammar(constraint: Constraint, library: Any) -> str:
