@@ -415,9 +415,9 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
 
         `refresh` is needed only after changes that the quick check before each evaluation cannot see: writes through
         `.data` to a few elements, settings of modules that are neither parameters nor buffers, single merges replaced
-        within the tokenizer, or files that are rewritten in place while weights are mapped from them. Refresh after
-        such a change and before evaluating: with a store, results computed in between are stored as those of the old
-        weights. Without an earlier use of `fingerprint` no hash exists to compare with, and all results are dropped.
+        within the tokenizer, or files rewritten in place while weights are mapped from them. Refresh before evaluating:
+        with a store, results computed in between are stored as those of the old weights. Without an earlier use of
+        `fingerprint` no hash exists to compare with, and all results are dropped.
 
         Args:
             compare: False drops all results at once, without reading the weights, because they surely changed, as after
