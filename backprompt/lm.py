@@ -66,11 +66,11 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
         host_memory_bytes: a second budget, in host memory: results beyond the first budget move there instead, and back
             on demand. By default a quarter of the free host memory, and 0 for a model that lies in host memory itself.
         pin_memory: take page-locked host memory for the second budget, for faster transfers; for models on CUDA.
-        max_tokens_per_forward: the largest number of tokens in one packed pass; by default chosen by device: on
-            CUDA as many as fit a share of the free memory, from 2,048 to 32,768.
+        max_tokens_per_forward: the largest number of tokens in one packed pass; by default chosen by device: on CUDA as
+            many as fit a share of the free memory, from 2,048 to 32,768.
         store: a store of representations, the path of its folder, created if missing, or a URL such as
-            "s3://bucket/prompts" (see `ObjectStore`). Stored results are not computed again; new
-            results are stored according to the store's `persist` ("always" for a path and a URL).
+            "s3://bucket/prompts" (see `ObjectStore`). Stored results are not computed again; new results are stored
+            according to the store's `persist` ("always" for a path and a URL).
         beyond_trained_length: allow texts that are longer than a rotary model was trained for.
         pack_weights: on the CPU, hold a second copy of the weights of all linear layers, in the order in which they are
             multiplied. The copy takes as many bytes as those weights (`lm.stats.packed_weight_bytes`; 494 MB for GPT-2)
