@@ -75,9 +75,8 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
         pack_weights: on the CPU, hold a second copy of the weights of all linear layers, in the order in which they are
             multiplied. The copy takes as many bytes as those weights (`lm.stats.packed_weight_bytes`; 494 MB for GPT-2)
             and makes passes faster, above all passes of few tokens, as in generation. For weights in float32 or
-            bfloat16. On CUDA the weight of the output head is copied without this option, if the model is in half
-            precision, the size of the vocabulary is not a multiple of 8, and the copy takes at most a third of the
-            model's bytes.
+            bfloat16. On CUDA the output head's weight is copied without this option, if the model is in half precision,
+            its vocabulary is no multiple of 8, and the copy takes at most a third of its bytes.
     Raises:
         ValueError, TypeError: an option has an invalid value.
         UnsupportedModelError: the model cannot be evaluated exactly, or its weights cannot be packed; the message names
