@@ -47,7 +47,7 @@ if hasattr(os, "register_at_fork"):  # missing on Windows, which has no fork
 
 async def in_thread(work: Callable[[], Result], *, on_cancel: Callable[[], object] | None = None) -> Result:
     """Do `work` in a thread and return its result; `on_cancel`: done in a thread if the task is cancelled."""
-    asked = Cancellation()
+    asked = Cancellation(id(asyncio.current_task()))
     context = copy_context()
     context.run(cancellation.set, asked)
     try:

@@ -31,17 +31,27 @@ MAX_SECONDS_TO_GIVE_WAY = 1.0
 class Cancellation:
     """Tells the calls of a task that nobody waits for them any more.
 
+    Args:
+        task: identifies the task.
+
     Attributes:
         is_set: whether the task was cancelled. Any thread may set it at any time.
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, task: int = 0) -> None:
+        self.task = task
         self.is_set = False
 
 
 cancellation: ContextVar[Cancellation | None] = ContextVar("cancellation", default=None)
 """The cancellation of the task for which a thread works."""
+
+
+def caller() -> tuple[str, int]:
+    """Return what identifies the task for which this thread works, or this thread."""
+    asked = cancellation.get()
+    return ("thread", threading.get_ident()) if asked is None else ("task", asked.task)
 
 
 class Call(ABC, Generic[Answer]):
