@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import Protocol, runtime_checkable
 
 from backprompt.evaluation.evaluator import Evaluator
+from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scores import TokenScore
 from backprompt.forest.span import Span
 from backprompt.generation.advance import Advance, advance
@@ -27,6 +28,7 @@ from backprompt.generation.lookahead import MAX_PROPOSALS
 from backprompt.lm import LM
 from backprompt.progress import progress_bar, showing
 from backprompt.session.sharing import Call
+from backprompt.session.together import Needed, TextsCall
 from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenIds, flat, with_more
@@ -259,12 +261,28 @@ class Run:
         texts = [(live.decoding, row) for live, row in rows if isinstance(live.decoding, TextDecoding)]
         choose_next(sorted(texts, key=itemgetter(1)), found.logits)  # rows in their order are not copied
 
+    def _not_held(self) -> list[tuple[Live, Completion]]:
+        """Return the continuations after which logits are wanted and that are not held."""
+        held = [(live, live.ends) for live in self.live]
+        return [(live, ids) for live, ends in held for ids in live.decoding.ahead if ids not in ends]
+
+    def needed_ahead(self, evaluator: Evaluator) -> Needed | None:
+        """Return the texts that the next step finds computed if they are computed along with others' now."""
+        if self.is_advancing or evaluator.archive is not None or not self.may_step(evaluator):
+            return None  # a store gets continuations when they end
+        wanted = self._not_held()
+        parts = [live.beginning_of(ids) for live, ids in wanted]
+        if not all(end.is_held(with_keys_values=True) for end, _ in parts):
+            return None
+        with evaluator.computation.extended(parts) as ends:
+            texts = [with_more(live.prompt_ids, live.forwarded(ids)) for live, ids in wanted]
+        prompts = self.to_begin(evaluator)
+        items = [Wanted(ids, len(ids)) for ids in (*texts, *prompts)]
+        return Needed(items, [*ends, *(None for _ in prompts)]) if items else None
+
     def _grow(self, evaluator: Evaluator) -> list[tuple[Live, Completion]]:
         """Forward the continuations after which logits are wanted; return those that were not held before."""
-        grown: list[tuple[Live, Completion]] = []
-        for live in self.live:
-            held = live.ends
-            grown += [(live, ids) for ids in live.decoding.ahead if ids not in held]
+        grown = self._not_held()
         if grown:
             ends = evaluator.continuations.grow(
                 [live.beginning_of(ids) for live, ids in grown],
@@ -379,9 +397,16 @@ class _Step(Call["bool | None"]):
         """Do the rest of the step, or all of it; see `Run.decide`."""
         return self.run.decide(self.found if self.is_answered else None)
 
+    def ahead(self) -> Sequence[TextsCall[None]]:
+        """Return a call for the texts of the step."""
+        session = self.run.lm.session
+        return [TextsCall(lambda: None, lambda: self.run.needed_ahead(session.current()))]
+
     @staticmethod
     def together(evaluator: Evaluator, calls: Sequence[_Step]) -> None:
-        """Do steps of several runs together; beams and proposals are left to their own threads."""
+        """Do steps of several runs together; each thread chooses among beams and proposals itself."""
+        if any(call.run.next_tokens() is None for call in calls):  # else they may go in place
+            TextsCall.together(evaluator, [ahead for call in calls for ahead in call.ahead()])
         steps: list[_Step] = []
         tokens_of: dict[Run, list[Choice]] = {}
         num_texts = 0

@@ -164,6 +164,8 @@ class Session(TextSession):
 
     def answer_together(self, calls: Sequence[Call[Any]]) -> None:
         """Answer calls, all calls of a kind together. If that fails, each call is left to its own thread."""
+        if len({call.together for call in calls}) > 1:
+            calls = [*(ahead for call in calls for ahead in call.ahead()), *calls]
         for together in dict.fromkeys(call.together for call in calls):
             own = [call for call in calls if call.together is together]
             num_requested = self.counters.tokens_requested

@@ -78,6 +78,10 @@ class Call(ABC, Generic[Answer]):
     def finish(self) -> Answer:
         """Return the answer, made of `found` if the call `is_answered`; in its own thread, which holds the lock."""
 
+    def ahead(self) -> Sequence[Call[Any]]:
+        """Return calls of other kinds whose answers this call will find computed; the lock is held."""
+        return ()
+
     @property
     def may_join(self) -> bool:
         """Whether any thread may answer the call along with others."""
