@@ -197,6 +197,147 @@ class Run:
             self._evaluator = evaluator
         return self._evaluator is evaluator
 
+    def close(self) -> None:
+        """End the live texts, and begin no more texts."""
+
+
+@runtime_checkable
+class ContinuesTexts(Protocol):
+    """An `LM` that continues texts in a way of its own."""
+
+    def running(self, texts: Sequence[Text], decoding: Decoding, *, is_stream: bool) -> Running:
+        """Return texts to be continued, checked, with nothing computed; `is_stream`: a step adds few tokens."""
+
+
+def running(lm: LM, texts: Sequence[Text], decoding: Decoding, *, is_stream: bool = False) -> Running:
+    """Return texts to be continued, checked, with nothing computed."""
+    if isinstance(lm, ContinuesTexts):
+        return lm.running(texts, decoding, is_stream=is_stream)
+    return Run(lm, texts, decoding)
+
+
+@dataclass(eq=False)
+class Run:
+    """Texts that are being continued. Each `step` decides at least one token for every live text.
+
+    Args:
+        lm: the `LM` of all texts.
+        texts: the texts to continue. A text that is listed several times is sampled several times.
+        decoding: the options.
+        prompts: the ids of the texts, where they are checked already; then the texts may be left out.
+
+    """
+
+    lm: LM
+    texts: Sequence[Text]
+    decoding: Decoding
+    prompts: Sequence[TokenIds] = ()
+    _decodings: list[TextDecoding | BeamDecoding] = field(init=False)
+    live: list[Live] = field(init=False, default_factory=list)
+    is_advancing: bool = field(init=False, default=False)  # in a pass with others that is not finished yet
+    num_steps: int = field(init=False, default=0)
+    _num_begun: int = field(init=False, default=0)
+    _stop_of_begun: int = field(init=False, default=0)  # of those that the step in progress begins
+    _may_begin: bool = field(init=False, default=True)  # whether there may be room for waiting texts
+    _evaluator: Evaluator | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.prompts = self.prompts or self.lm.session.ids_to_continue(self.texts, self.decoding.max_new_tokens)
+        num_samples: Counter[tuple[int, ...]] = Counter()
+        self._decodings = []
+        for idx, ids in enumerate(map(flat, self.prompts)):
+            matching = self.decoding.matching(idx)
+            if self.decoding.num_beams > 1:
+                self._decodings.append(BeamDecoding(self.decoding, plain(ids), matching))
+            else:
+                self._decodings.append(TextDecoding(self.decoding, plain(ids), num_samples[ids], matching))
+            num_samples[ids] += 1
+
+    @property
+    def num_tokens_done(self) -> int:
+        """The number of tokens decided on; a finished text counts with all tokens that were asked for."""
+        num_finished = self._num_begun - len(self.live)
+        return num_finished * self.decoding.max_new_tokens + sum(live.decoding.num_new for live in self.live)
+
+    @property
+    def ends(self) -> set[Span]:
+        """The ends of the held parts of growing texts."""
+        return {end for live in self.live for end in live.ends.values()}
+
+    @property
+    def prompts_to_hold(self) -> Sequence[TokenIds]:
+        """The prompts of the texts of the next step: the live ones, and one at least."""
+        stop = max(self._stop_of_begun, self._num_begun + (not self.live))
+        return [*(live.prompt_ids for live in self.live), *self.prompts[self._num_begun : stop]]
+
+    @property
+    def num_new(self) -> int:
+        """The largest number of tokens that are held for one text behind its prompt."""
+        decoding = self.decoding
+        return decoding.max_new_tokens * decoding.num_beams + MAX_PROPOSALS * decoding.num_lookup_tokens
+
+    @property
+    def max_texts(self) -> int:
+        """The largest number of texts of the next step: the live ones, and those that may begin."""
+        return min(MAX_LIVE_TEXTS, len(self.live) + len(self.prompts) - self._num_begun)
+
+    def found(self, num_each: int = 1) -> list[list[Found]]:
+        """Return the best continuations of each text so far; with beams, up to `num_each`."""
+        return [decoding.found(num_each) for decoding in self._decodings]
+
+    def results(self, num_each: int = 1) -> list[list[GeneratedText]]:
+        """Return the continuations of `found` as texts."""
+        return as_texts(self.lm, self.texts, self.found(num_each), self.decoding)
+
+    def step(self) -> bool:
+        """Decide the next tokens of every live text; return whether any text goes on or waits."""
+        session = self.lm.session
+        with session.room.stepping(self):
+            while (is_going_on := session.answer(_Step(self))) is None:
+                session.room.wait(self)
+        return is_going_on
+
+    def decide(self, found: Advance | None) -> bool | None:
+        """Do a step, by what was `found` for it along with other steps; the lock must be held.
+
+        Returns:
+            Whether any text goes on or waits; None if there is no room for the step yet.
+
+        """
+        session = self.lm.session
+        may_wait = not session.is_nested
+        with session.growing(self._evaluator) as evaluator:
+            self.begin_with(evaluator)
+            if not session.room.admit(self, evaluator, may_wait=may_wait):
+                return None
+            try:
+                if found is None or found.num_steps != self.num_steps:  # another thread has taken the step
+                    self._forget_grown()
+                    tokens = self.next_tokens()
+                    found = None if tokens is None else advance(evaluator, [(self, tokens)])[0]
+                self.num_steps += 1
+                if found is not None:
+                    self._go_on(evaluator, found)
+                else:
+                    grown = self._grow(evaluator)
+                    self._admit(evaluator)
+                    self._choose(evaluator)
+                    self._settle(evaluator, grown)
+            except BaseException:  # the evaluator ends the live texts once it has recovered
+                evaluator.continuations.abandoned.append(self.live[:])
+                self.live.clear()
+                session.room.leave(self)
+                raise
+            self._end(evaluator, [live for live in self.live if live.decoding.is_finished])
+        return bool(self.live) or self._num_begun < len(self.prompts)
+
+    def begin_with(self, evaluator: Evaluator) -> bool:
+        """Let an evaluator continue the texts, from the first step on; return whether that is so."""
+        if self._evaluator is None:
+            evaluator.continuations.let_grow(self, self.live)
+            self._evaluator = evaluator
+        return self._evaluator is evaluator
+
     def may_step(self, evaluator: Evaluator) -> bool:
         """Return whether the next step may be done along with those of others now."""
         return self.begin_with(evaluator) and self.lm.session.room.admit(self, evaluator, may_wait=True)
@@ -227,6 +368,11 @@ class Run:
             return None
         tokens = [token for live in self.live if (token := live.next_token) is not None]
         return tokens if len(tokens) == len(self.live) else None
+
+    def not_held(self) -> list[tuple[Live, Completion]]:
+        """Return the continuations after which logits are wanted and that are not held."""
+        held = [(live, live.ends) for live in self.live]
+        return [(live, ids) for live, ends in held for ids in live.decoding.ahead if ids not in ends]
 
     def to_begin(self, evaluator: Evaluator) -> Sequence[TokenIds]:
         """Return the waiting texts that begin now."""
@@ -261,28 +407,9 @@ class Run:
         texts = [(live.decoding, row) for live, row in rows if isinstance(live.decoding, TextDecoding)]
         choose_next(sorted(texts, key=itemgetter(1)), found.logits)  # rows in their order are not copied
 
-    def _not_held(self) -> list[tuple[Live, Completion]]:
-        """Return the continuations after which logits are wanted and that are not held."""
-        held = [(live, live.ends) for live in self.live]
-        return [(live, ids) for live, ends in held for ids in live.decoding.ahead if ids not in ends]
-
-    def needed_ahead(self, evaluator: Evaluator) -> Needed | None:
-        """Return the texts that the next step finds computed if they are computed along with others' now."""
-        if self.is_advancing or evaluator.archive is not None or not self.may_step(evaluator):
-            return None  # a store gets continuations when they end
-        wanted = self._not_held()
-        parts = [live.beginning_of(ids) for live, ids in wanted]
-        if not all(end.is_held(with_keys_values=True) for end, _ in parts):
-            return None
-        with evaluator.computation.extended(parts) as ends:
-            texts = [with_more(live.prompt_ids, live.forwarded(ids)) for live, ids in wanted]
-        prompts = self.to_begin(evaluator)
-        items = [Wanted(ids, len(ids)) for ids in (*texts, *prompts)]
-        return Needed(items, [*ends, *(None for _ in prompts)]) if items else None
-
     def _grow(self, evaluator: Evaluator) -> list[tuple[Live, Completion]]:
         """Forward the continuations after which logits are wanted; return those that were not held before."""
-        grown = self._not_held()
+        grown = self.not_held()
         if grown:
             ends = evaluator.continuations.grow(
                 [live.beginning_of(ids) for live, ids in grown],
@@ -400,7 +527,27 @@ class _Step(Call["bool | None"]):
     def ahead(self) -> Sequence[TextsCall[None]]:
         """Return a call for the texts of the step."""
         session = self.run.lm.session
-        return [TextsCall(lambda: None, lambda: self.run.needed_ahead(session.current()))]
+        return [TextsCall(lambda: None, lambda: self._needed(session.current()))]
+
+    def _needed(self, evaluator: Evaluator) -> Needed | None:
+        """Return the texts that the step finds computed if they are computed along with those of others now."""
+        run = self.run
+        if run.is_advancing or evaluator.archive is not None or not self._may_go_on(evaluator):
+            return None  # a store gets continuations when they end
+        wanted = run.not_held()
+        parts = [live.beginning_of(ids) for live, ids in wanted]
+        if not all(end.is_held(with_keys_values=True) for end, _ in parts):
+            return None
+        with evaluator.computation.extended(parts) as ends:
+            texts = [with_more(live.prompt_ids, live.forwarded(ids)) for live, ids in wanted]
+        prompts = run.to_begin(evaluator)
+        items = [Wanted(ids, len(ids)) for ids in (*texts, *prompts)]
+        return Needed(items, [*ends, *(None for _ in prompts)]) if items else None
+
+    def _may_go_on(self, evaluator: Evaluator) -> bool:
+        """Return whether the step may be done along with those of others now."""
+        run = self.run
+        return run.begin_with(evaluator) and run.lm.session.room.admit(run, evaluator, may_wait=True)
 
     @staticmethod
     def together(evaluator: Evaluator, calls: Sequence[_Step]) -> None:
@@ -412,7 +559,7 @@ class _Step(Call["bool | None"]):
         num_texts = 0
         for call in calls:
             run = call.run
-            may_advance = run not in tokens_of and not run.is_advancing and run.may_step(evaluator)
+            may_advance = run not in tokens_of and not run.is_advancing and call._may_go_on(evaluator)
             tokens = run.next_tokens() if may_advance else None
             num_texts += 0 if tokens is None else run.max_texts
             if steps and num_texts > MAX_LIVE_TEXTS:  # all logits are there at once; the rest go on waiting

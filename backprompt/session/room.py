@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.session.sharing import caller, cancellation
@@ -48,7 +48,7 @@ class Generation(Protocol):
 class _Rest:
     """The caller of the last step of a generation, and the time of its end."""
 
-    caller: object
+    caller: ref[Any]
     since: float
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import ref
 
 if TYPE_CHECKING:
     from backprompt.evaluation.evaluator import Evaluator
@@ -32,14 +33,14 @@ class Cancellation:
     """Tells the calls of a task that nobody waits for them any more.
 
     Args:
-        task: identifies the task.
+        task: the task.
 
     Attributes:
         is_set: whether the task was cancelled. Any thread may set it at any time.
 
     """
 
-    def __init__(self, task: int = 0) -> None:
+    def __init__(self, task: ref[Any] | None = None) -> None:
         self.task = task
         self.is_set = False
 
@@ -48,10 +49,10 @@ cancellation: ContextVar[Cancellation | None] = ContextVar("cancellation", defau
 """The cancellation of the task for which a thread works."""
 
 
-def caller() -> tuple[str, int]:
-    """Return what identifies the task for which this thread works, or this thread."""
+def caller() -> ref[Any]:
+    """Return the task for which this thread works, or this thread."""
     asked = cancellation.get()
-    return ("thread", threading.get_ident()) if asked is None else ("task", asked.task)
+    return ref(threading.current_thread()) if asked is None or asked.task is None else asked.task
 
 
 class Call(ABC, Generic[Answer]):
