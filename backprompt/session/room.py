@@ -99,8 +99,7 @@ class Room:
 
     def note_freed(self) -> None:
         """Note that a generation holds less than before."""
-        if self._waiting:
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     @contextmanager
     def stepping(self, generation: Generation) -> Iterator[None]:
