@@ -119,13 +119,24 @@ def test_a_pass_that_does_not_fit_the_budget_is_computed_in_parts(model, memory_
     assert not lm.session.evaluator.holders.ends()
 
 
-def test_a_store_gets_continuations_when_they_end(model, tmp_path):
-    """So their steps are not forwarded along with texts, which are stored at once."""
+def test_a_store_gets_continuations_when_they_end(model, tmp_path, monkeypatch):
+    """So their steps are not forwarded along with texts, which are offered to it at once."""
     lm = LM(model, byte_level_bpe(), store=tmp_path / "prompts.bp")
     own = runs_with(lm, {})(PROMPT)
+    archive = lm.session.evaluator.archive
+    offered, plain = [], archive.save_new
+
+    def save_new(spans):
+        offered.extend(spans := list(spans))
+        plain(spans)
+
+    monkeypatch.setattr(archive, "save_new", save_new)
     for idx in range(3):
         text = Text(f"The cat {idx}", lm)
         found = all_at_once(lm, [own.step, lambda text=text: lm.token_logprobs([text])[0]])
         assert_close(found[1], plain_token_logprobs(model, text.tokens))
-    (live,) = own.live
-    assert not live.tip.is_stored
+    (prompt,) = own.prompts
+    assert offered
+    assert not any(span.position >= len(prompt) for span in offered)
+    own.close()
+    assert any(span.position >= len(prompt) for span in offered)

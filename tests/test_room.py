@@ -230,24 +230,37 @@ def test_a_generation_that_waits_may_be_closed(watched, monkeypatch):
 
 
 def test_a_generation_that_waits_may_be_cancelled(watched, monkeypatch):
+    """Also behind another one that waits."""
     monkeypatch.setattr(room, "IDLE_SECONDS", 60)
     monkeypatch.setattr(room, "MAX_SECONDS_TO_WAIT", 0.01)
+    begun, ended, wait = [], [], room.Room.wait
+
+    def noting(self, generation):
+        begun.append(generation)
+        wait(self, generation)
+        ended.append(generation)
+
+    monkeypatch.setattr(room.Room, "wait", noting)
     seen = watched(40)
-    held = Text("The cat", seen.lm).stream(max_new_tokens=NEW)
+    held, first = (prompt.stream(max_new_tokens=NEW) for prompt in prompts_for(seen.lm, 2))
     step_in_thread(held)
-    waiting = seen.lm.session.room
 
     async def main():
         task = asyncio.create_task(seen.lm.agenerate(Text("A dog", seen.lm), max_new_tokens=NEW))
-        while not waiting.is_awaited:
+        while len(set(begun)) < 2:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(main())
-    wait_until(lambda: not waiting.is_awaited)
-    assert len(list(held)) > 0
+    with ThreadPoolExecutor() as threads:
+        pieces = threads.submit(list, first)
+        wait_until(lambda: begun)
+        asyncio.run(main())
+        wait_until(lambda: len(set(ended)) == 2, 10)
+        held.close()
+        assert "".join(pieces.result(60)) == first.text.completion
+    wait_until(lambda: not seen.lm.session.room.is_awaited)
 
 
 def test_a_generation_within_a_call_does_not_wait(watched, model, monkeypatch):
