@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -79,11 +80,13 @@ def _measure(path: Path, suites: list[Suite], pythons: dict[PeerProgram, Path | 
     results = _read(path)
     say = partial(print, flush=True)
     for suite in suites:
+        started = time.monotonic()
         measured = suite.measure(say, pythons[suite.peer] if suite.peer is not None else None)
         if measured is not None:
             suite.keep(results, measured.rows)
             results["machines"][suite.name] = measured.machine
             _write(path, results)  # a suite that is done is kept
+        say(f"{suite.name}: {(time.monotonic() - started) / 60:.1f} minutes\n")
 
 
 def _read(path: Path) -> Results:

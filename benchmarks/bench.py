@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from backprompt import LM, evaluate
 from benchmarks import workloads
-from benchmarks.contenders import RIVALS, Rival, Scores, compose, encode, with_backprompt
+from benchmarks.contenders import RIVALS, Rival, Scores, compose_all, encode, with_backprompt
 from benchmarks.measure import Spread, dense_seconds, matmul_seconds, peak_bytes_of, seconds_of
 from benchmarks.workloads import Workload
 
@@ -54,17 +54,14 @@ class Bench:
         self.tokenizer: PreTrainedTokenizerFast = workloads.make_tokenizer()
         self.lm = LM(self.model, self.tokenizer)
         warm_up = workloads.two_choices()
-        self.run(warm_up, self.completion_lengths(warm_up))
+        self.run(warm_up)
         few = encode(self.tokenizer, workloads.classes(2, 4))
         for rival in RIVALS:
             rival.run(self.model, few)
 
-    def completion_lengths(self, workload: Workload) -> list[list[int]]:
-        return [[len(ids) for ids in prompt.completions] for prompt in encode(self.tokenizer, workload)]
-
-    def run(self, workload: Workload, lengths: list[list[int]]) -> Scores:
+    def run(self, workload: Workload) -> Scores:
         self.lm.clear()
-        return with_backprompt(self.lm, workload, lengths)
+        return with_backprompt(self.lm, workload)
 
     def measure(self, suite: str, workload: Workload, rivals: tuple[Rival, ...], num_rounds: int) -> Line:
         """Measure one workload of the suite of that name.
@@ -73,14 +70,14 @@ class Bench:
             AssertionError: a rival's numbers differ, or a join changed tokens, so the work would not be the same.
 
         """
-        lengths, encoded = self.completion_lengths(workload), encode(self.tokenizer, workload)
-        texts = [text for prompt in workload.prompts for text in compose(self.lm, prompt)]
+        encoded = encode(self.tokenizer, workload)
+        texts = compose_all(self.lm, workload)
         expected_ids = [prompt.ids + completion for prompt in encoded for completion in prompt.completions]
         self.lm.session.encoder.encode(texts)  # all together: one at a time takes long
         assert [text.tokens for text in texts] == expected_ids, f"{workload.name}: joins change tokens"
 
         before, pass_sizes = self.lm.stats, []
-        scores = self._run_noting_pass_sizes(workload, lengths, pass_sizes)
+        scores = self._run_noting_pass_sizes(workload, pass_sizes)
         done = self.lm.stats - before
         line = Line(
             suite=suite,
@@ -99,8 +96,8 @@ class Bench:
         for round_idx in range(num_rounds):
             fresh = workload.with_fresh_prefix(f"Control {round_idx}. ")
             for name, seconds_spent in {
-                "backprompt": lambda: seconds_of(lambda: self.run(workload, lengths)),
-                "control": lambda fresh=fresh: seconds_of(lambda: self.run(fresh, lengths)),
+                "backprompt": lambda: seconds_of(lambda: self.run(workload)),
+                "control": lambda fresh=fresh: seconds_of(lambda: self.run(fresh)),
                 "matrix products": lambda: matmul_seconds(self.lm, pass_sizes, done.logit_rows, rows),
                 "dense forward": lambda: dense_seconds(self.model, done.tokens_computed, done.logit_rows, rows),
             }.items():
@@ -113,7 +110,7 @@ class Bench:
         line.fraction_of_dense_forward = Spread.of_ratios(seconds["dense forward"], ours)
         line.seconds = {name: Spread.of(values) for name, values in seconds.items()}
         self.lm.clear()  # otherwise held rows would not count as growth
-        line.peak_bytes["backprompt"] = peak_bytes_of(lambda: self.run(workload, lengths))
+        line.peak_bytes["backprompt"] = peak_bytes_of(lambda: self.run(workload))
         for rival in rivals:
             if line.seconds[rival.name].lowest < 5 * SLOW_SECONDS:
                 line.peak_bytes[rival.name] = peak_bytes_of(lambda rival=rival: rival.run(self.model, encoded))
@@ -136,19 +133,19 @@ class Bench:
 
     def _seconds_again(self, workload: Workload) -> float:
         """Seconds to evaluate all texts of the workload once more, when all are cached: the best of five."""
-        texts = [text for prompt in workload.prompts for text in compose(self.lm, prompt)]
+        texts = compose_all(self.lm, workload)
         evaluate(texts)
         before = self.lm.stats
         seconds = min(seconds_of(lambda: evaluate(texts)) for _ in range(5))
         assert (self.lm.stats - before).tokens_computed == 0
         return seconds
 
-    def _run_noting_pass_sizes(self, workload: Workload, lengths: list[list[int]], pass_sizes: list[int]) -> Scores:
+    def _run_noting_pass_sizes(self, workload: Workload, pass_sizes: list[int]) -> Scores:
         executor = self.lm.session.evaluator.executor
         forward = executor.forward
         executor.forward = lambda pass_: pass_sizes.append(pass_.num_tokens) or forward(pass_)  # type: ignore
         try:
-            return self.run(workload, lengths)
+            return self.run(workload)
         finally:
             del executor.forward
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from backprompt import LM, Text, evaluate
+from backprompt import LM, Text
 from benchmarks.plots import Contender, Look
 from benchmarks.workloads import Prompt, Workload
 
@@ -62,39 +62,25 @@ def encode(tokenizer: PreTrainedTokenizerFast, workload: Workload) -> list[Encod
 
 # backprompt
 
-HELD_TOKENS = 8192
-"""With GPT-2's 77 kB a token, what is held stays near what the rivals hold: prompts are done some at a time."""
 
-
-def compose(lm: LM, prompt: Prompt) -> list[Text]:
+def compose(lm: LM, prompt: Prompt) -> tuple[Text, list[Text]]:
+    """The prompt, and the prompt before each of its completions."""
     text = Text("", lm)
     for part in prompt.parts:
         text = text + part
-    return [text + completion for completion in prompt.completions]
+    return text, [text + completion for completion in prompt.completions]
 
 
-def with_backprompt(lm: LM, workload: Workload, completion_lengths: list[list[int]]) -> Scores:
-    """Compose, evaluate and score; composing, encoding and planning are on the clock."""
-    scores: Scores = []
-    for first, last in _chunks([sum(lengths) for lengths in completion_lengths]):
-        texts = [text for prompt in workload.prompts[first:last] for text in compose(lm, prompt)]
-        lengths = [length for prompt in completion_lengths[first:last] for length in prompt]
-        starts = [found.num_tokens - length for found, length in zip(evaluate(texts), lengths, strict=True)]
-        scores += [logprobs.tolist() for logprobs in lm.token_logprobs(texts, starts)]
-        if last < len(workload.prompts):
-            lm.clear()
-    return scores
+def compose_all(lm: LM, workload: Workload) -> list[Text]:
+    return [text for prompt in workload.prompts for text in compose(lm, prompt)[1]]
 
 
-def _chunks(sizes: list[int]) -> Iterator[tuple[int, int]]:
-    """Cut a list into ranges whose sizes sum to at most `HELD_TOKENS` each."""
-    first, held = 0, 0
-    for idx, size in enumerate(sizes):
-        if held + size > HELD_TOKENS and idx > first:
-            yield first, idx
-            first, held = idx, 0
-        held += size
-    yield first, len(sizes)
+def with_backprompt(lm: LM, workload: Workload) -> Scores:
+    """Compose and score in one call; composing, encoding and planning are on the clock."""
+    composed = [compose(lm, prompt) for prompt in workload.prompts]
+    texts = [text for _, completed in composed for text in completed]
+    starts = [prompt for prompt, completed in composed for _ in completed]
+    return [logprobs.tolist() for logprobs in lm.token_logprobs(texts, starts)]
 
 
 # Rivals

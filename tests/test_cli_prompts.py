@@ -97,6 +97,8 @@ def test_a_template_over_columns_and_completions_in_a_list(score, lm):
         (["--column", "review", "--encoding", "utf-16"], "reviews.csv is not utf-16"),
         (["--column", "review", "--search", "best-first", "--top", "1"], "leave --top and --no-normalize out"),
         (["--colum", "review"], "unrecognized arguments: --colum review. Did you mean '--column'?"),
+        (["--column", "review", "--delimiter", ";;"], "';;' is not a character that separates values"),
+        (["--input-format", "jsonl", "--delimiter", ";"], "--delimiter is for CSV"),
         (["--column", "review", "--joins", "exakt"], "Did you mean 'exact'?"),
     ],
 )
@@ -190,12 +192,79 @@ def test_a_command_that_is_misspelt(run):
     assert "Did you mean 'score'?" in run("scroe")[2]
 
 
-def test_reports_count_lines_from_1(run, model):
-    options = ["--column", "review", "--completions", "bad,good", "--model", model, "--device", "cpu"]
-    code, printed, _ = run("verify", "reviews.csv", *options)
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_reports_count_lines_from_1(run, model, more):
+    options = ["reviews.csv", "--column", "review", "--model", model, "--device", "cpu"]
+    with_completions = [*options, "--completions", "bad,good"]
+    for arguments in (["verify", *options], ["explain", *options], ["verify", *with_completions]):
+        code, printed, _ = run(*arguments, *more)
+        assert code == 0
+        assert "texts[" not in printed
+    for arguments in (options, with_completions):
+        assert "line 4, segment" in run("verify", *arguments)[1]
+
+
+@pytest.mark.parametrize(
+    ("completions", "parts"),
+    [([], "line 5 parts from line 2"), (["--completions", "c,d"], "line 5 with 'c' parts from line 2 with 'c'")],
+)
+def test_explain_says_which_lines_part(run, model, completions, parts):
+    Path("prompts.csv").write_text("prompt\na b\na b c\n\na x\n")
+    arguments = ["explain", "prompts.csv", "--model", model, "--device", "cpu", *completions]
+    assert f"in common: {parts} at token" in run(*arguments)[1].replace("\n", " ")
+    assert f"in common: {parts} at token" in " ".join(json.loads(run(*arguments, "--json")[1])["sentences"])
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("auto", ["a b", "a c", "a b", "a  c"]),
+        ("space", ["a b", "a  c", "a  b", "a   c"]),
+        ("nothing", ["ab", "a c", "a b", "a  c"]),
+    ],
+)
+@pytest.mark.parametrize("has_model", [False, True])
+def test_completions_of_reports_stand_where_scores_have_them(run, model, monkeypatch, end, expected, has_model):
+    drawn, draw = [], backprompt.draw
+
+    def recorded(texts, **options):
+        drawn.extend(text.string for text in texts)
+        return draw(texts, **options)
+
+    monkeypatch.setattr("backprompt.draw", recorded)
+    Path("prompts.jsonl").write_text('"a"\n"a "\n')
+    Path("labels.json").write_text('["b", " c"]')
+    of_model = ["--model", model, "--device", "cpu"] if has_model else []
+    arguments = ["--completions", "labels.json", "--end-of-prompt", end, "-o", "tree.gv", *of_model]
+    assert run("draw", "prompts.jsonl", *arguments)[0] == 0
+    assert drawn == expected
+
+
+def test_no_space_follows_a_special_token(run, model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("backprompt.draw", lambda texts, **options: drawn.extend(texts))
+    Path("prompts.jsonl").write_text('"a<|endoftext|>"\n')
+    run("draw", "prompts.jsonl", "--completions", "b,c", "-o", "tree.gv", "--model", model, "--device", "cpu")
+    assert [text.string for text in drawn] == ["a<|endoftext|>b", "a<|endoftext|>c"]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_another_delimiter(score, run, model, delimiter):
+    Path("reviews.csv").write_text(f"id{delimiter}review\n0{delimiter}dull\n1{delimiter}great, really\n")
+    Path("commas.csv").write_text(f"id{delimiter}review\n1{delimiter}great, really\n")
+    hint = f"The file seems to be separated by {delimiter!r}: --delimiter {delimiter!r}."
+    for arguments in (["--column", "review"], ["--template", "{review}"], []):
+        assert hint in score("--completions", "bad,good", *arguments)[2]
+    values = run("score", "commas.csv", "--completions", "bad,good", "--model", model)[2]
+    assert f"line 2 of commas.csv has 2 values for the 1 column of the header. {hint}" in values
+    code, rows, _ = score("--completions", "bad,good", "--column", "review", "--delimiter", repr(delimiter)[1:-1])
     assert code == 0
-    assert "line 4, segment" in printed
-    assert "texts[" not in printed
+    assert [(row["id"], row["review"]) for row in rows] == [("0", "dull"), ("1", "great, really")]
+
+
+def test_no_hint_where_a_column_has_such_a_name(score):
+    Path("reviews.csv").write_text("a;b\n \n")
+    assert "separated by" not in score("--completions", "bad,good", "--column", "a;b")[2]
 
 
 def test_a_store_that_stores_nothing_says_why(score, run):

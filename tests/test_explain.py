@@ -61,7 +61,7 @@ def test_the_figures_of_a_tree(model, tokenizer):
     assert explained.tokens_to_compute == explained.forward_passes == 0
     assert explained.misses == ()
     assert explained.times_fewer == float("inf")
-    assert explained.sentences[0].startswith("Nothing is forwarded")
+    assert explained.sentences[0].startswith("No token is forwarded")
 
 
 def test_nothing_changes(model, tokenizer):
@@ -153,7 +153,7 @@ def test_seconds_are_those_of_this_lm(model, tokenizer):
     lm = LM(model, tokenizer)
     texts = questions(lm)
     assert explain(texts).seconds is explain(texts).seconds_saved is None
-    assert "unknown until something was computed" in str(explain(texts))
+    assert "unknown before the first pass" in str(explain(texts))
     evaluate(texts[0])
     lm.session.counters.seconds = 0.5 * lm.session.counters.tokens_computed
     explained = explain(texts)
@@ -182,7 +182,7 @@ def test_nothing_is_shared(model, tokenizer):
     assert explained.divergence == Divergence(1, 0, "'The cat'", 0, "token")
     alone = explain(Text("12 cats", lm))
     assert alone.divergence is None
-    assert alone.sentences == ["One text of which nothing is held forwards 4 tokens, as its plain call does."]
+    assert alone.sentences == ["One text without held tokens forwards 4 tokens, as its plain call does."]
 
 
 def test_what_is_held_is_not_shared(model, tokenizer):
@@ -260,7 +260,7 @@ def test_where_a_join_changes_a_token(model):
     assert num_common < len(context.tokens)
     explained = explain([one, other])
     assert explained.divergence == Divergence(1, 1, "'y'", num_common, "join")
-    assert "because what follows in one of them changed the tokens at the join" in str(explained)
+    assert "because the next segment of one of them changed the tokens at the join" in str(explained)
 
 
 # Why something is not there
@@ -366,7 +366,7 @@ def test_account_as_text_html_rich_and_json(model, tokenizer, capsys):
     assert printed.splitlines()[0].split() == ["expected", "actual"]
     row = next(line for line in printed.splitlines() if line.startswith("tokens to compute"))
     assert row.split()[-2:] == [str(explained.tokens_to_compute), str(explained.actual.tokens_computed)]
-    assert "What was not there, and why:" in printed
+    assert "Segments that were missing, and why:" in printed
     page = explained._repr_html_()
     assert "&lt;wasn" in page
     assert "<wasn" not in page

@@ -82,6 +82,8 @@ def test_load_passes_its_options_on(checkpoint):
         ({"model_kwargs": {"dtype": "float32"}}, TypeError, "model_kwargs has 'dtype', which is an argument of load"),
         ({"model_kwargs": {"joins": "split"}}, TypeError, "model_kwargs has 'joins'"),
         ({"revision": "a", "model_kwargs": {"revision": "a"}}, TypeError, "model_kwargs has 'revision'"),
+        ({"quantization_config": 3}, TypeError, "quantization_config must be a configuration of transformers.*not 3"),
+        ({"model_kwargs": {"quantization_config": "int8"}}, TypeError, "or its dict, not 'int8'"),
         ({"name": "./no/such/folder"}, ModelLoadError, "'./no/such/folder': there is no such folder"),
         ({"name": __file__}, ModelLoadError, "is a file. Give the folder"),
         ({"name": None}, TypeError, "name must be a hub id or the path of a model's folder, not None"),

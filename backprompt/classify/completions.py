@@ -81,9 +81,9 @@ def check_end_of_prompt(given: object) -> None:
     as_choice(given, "end_of_prompt", ENDS_OF_PROMPT, advice=" Write other separators at the end of the prompt.")
 
 
-def ends_behind(lm: LM, prompts: Sequence[tuple[Text, EndOfPrompt]]) -> list[EndOfPrompt]:
+def ends_behind(lm: LM | None, prompts: Sequence[tuple[Text, EndOfPrompt]]) -> list[EndOfPrompt]:
     """Return the effective `end_of_prompt` of each prompt; "auto" stays where a space may follow the prompt."""
-    added_tokens = lm.session.added_tokens
+    added_tokens = () if lm is None else lm.session.added_tokens
     return [end if end != "auto" or _takes_a_space(prompt, added_tokens) else "" for prompt, end in prompts]
 
 

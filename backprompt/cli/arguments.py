@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import backprompt
 from backprompt.cli.input import Input, decoded
-from backprompt.cli.prompts import Template, check_chat
+from backprompt.cli.prompts import Template, check_chat, unescaped
 from backprompt.cli.rows import FORMATS, PIPE, check_is_there, format_of
 from backprompt.errors import CommandError
 from backprompt.progress import Bar, is_terminal
@@ -25,11 +25,13 @@ from backprompt.tokens.joins import JOINS
 from backprompt.visible import visible
 
 if TYPE_CHECKING:
+    from backprompt.classify.completions import EndOfPrompt
     from backprompt.lm import LM
 
 _HELP_WIDTH = 100
 WEIGHTS = ("int8", "int8-dynamic")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+ENDS_OF_PROMPT: dict[str, EndOfPrompt] = {"auto": "auto", "space": " ", "nothing": ""}
 PROGRESS_HELP = "show no progress bar; no bar shows anyway unless standard error is a terminal"
 
 
@@ -82,10 +84,27 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--input-format", choices=FORMATS, help="the format of the rows (default: by the extension; JSONL for -)"
     )
     group.add_argument(
+        "--delimiter",
+        type=_delimiter,
+        metavar="CHARACTER",
+        help="the character between values of CSV, such as ';', or '\\t' for a tab (default: a comma)",
+    )
+    group.add_argument(
         "--encoding",
         type=_encoding,
         metavar="NAME",
         help="encoding of the input and of completions, such as cp1252 (default: UTF-8)",
+    )
+
+
+def add_end_of_prompt(group: Any) -> None:
+    """Add the argument for the string between a prompt and a completion."""
+    group.add_argument(
+        "--end-of-prompt",
+        choices=tuple(ENDS_OF_PROMPT),
+        default="auto",
+        help="the string between prompt and completion; auto: a space where neither has one, nothing behind white "
+        "space and special tokens (default: %(default)s)",
     )
 
 
@@ -179,7 +198,7 @@ def _status(path: str, pipe: Any) -> os.stat_result | None:
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of the model and the input that results depend on, by name."""
-    names = ("model", "device", "dtype", "weights", "joins", "column", "chat", "system", "encoding")
+    names = ("model", "device", "dtype", "weights", "joins", "column", "chat", "system", "encoding", "delimiter")
     template = None if arguments.template is None else [list(piece) for piece in arguments.template.pieces]
     return {name: getattr(arguments, name) or None for name in names} | {"template": template}
 
@@ -206,7 +225,16 @@ def read_input(arguments: argparse.Namespace) -> Input:
     check_chat(arguments)
     check_is_there(arguments.input)
     format = format_of(arguments.input, arguments.input_format, "--input-format")
-    return Input(arguments.input, format, arguments.column, arguments.template, arguments.encoding)
+    if arguments.delimiter is not None and format != "csv":
+        raise CommandError("--delimiter is for CSV: leave it out for JSONL, or add --input-format csv.")
+    return Input(
+        arguments.input,
+        format,
+        arguments.column,
+        arguments.template,
+        arguments.encoding,
+        arguments.delimiter or ",",
+    )
 
 
 def read_completions(given: str, encoding: str | None = None) -> list[str]:
@@ -261,6 +289,14 @@ def _encoding(given: str) -> str:
     except LookupError as error:
         raise argparse.ArgumentTypeError(f"{given} is not an encoding of text") from error
     return given
+
+
+def _delimiter(given: str) -> str:
+    r"""Return the character between values: a type of argparse; \t is a tab."""
+    character = unescaped(given)
+    if len(character) != 1 or character in '"\r\n':
+        raise argparse.ArgumentTypeError(f"{given!r} is not a character that separates values")
+    return character
 
 
 def finite(given: str) -> float:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ PROMPT_FIELDS = ("prompt", "prompts", "parts")
 """The fields that may hold a prompt if no field is named: a string, or a list of strings that `+` joins."""
 
 _MAX_CSV_FIELD = 2**31 - 1  # csv's own limit is 131,072 characters
+_OTHER_DELIMITERS = (";", "\t", "|")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -36,6 +37,7 @@ class Input:
         field: the field or column that holds the prompt; by default the one of `PROMPT_FIELDS` that the row has.
         template: makes the prompt of several fields instead.
         encoding: the encoding of the text; by default UTF-8.
+        delimiter: the character between values of CSV.
 
     """
 
@@ -44,6 +46,7 @@ class Input:
     field: str | None = None
     template: Template | None = None
     encoding: str | None = None
+    delimiter: str = ","
 
     @property
     def is_file(self) -> bool:
@@ -119,9 +122,10 @@ class Input:
 
     def _csv_rows(self, file: Iterable[bytes]) -> Iterator[Row]:
         csv.field_size_limit(_MAX_CSV_FIELD)
-        reader = csv.reader(self._csv_lines(file), strict=True)
+        reader = csv.reader(self._csv_lines(file), delimiter=self.delimiter, strict=True)
         try:
             names = next(reader, [])
+            hint = _delimiter_hint(names)
             repeated = [name for idx, name in enumerate(names) if name in names[:idx]]
             if repeated:
                 raise CommandError(f"{self.name} has two columns called {repeated[0]!r}. Rename one.")
@@ -132,9 +136,13 @@ class Input:
                 if len(values) != len(names):
                     num_values = counted(len(values), "value")
                     num_columns = counted(len(names), "column")
-                    raise CommandError(f"{where} has {num_values} for the {num_columns} of the header.")
+                    raise CommandError(f"{where} has {num_values} for the {num_columns} of the header.{hint}")
                 fields = dict(zip(names, values, strict=True))
-                yield Row(where, self._parts(fields, where), fields)
+                try:
+                    parts = self._parts(fields, where)
+                except CommandError as error:
+                    raise CommandError(f"{error}{hint}") from error
+                yield Row(where, parts, fields)
         except csv.Error as error:
             raise CommandError(f"line {reader.line_num} of {self.name} is not CSV: {error}.") from error
 
@@ -186,6 +194,15 @@ def decoded(data: bytes, where: str, *, may_have_mark: bool = True) -> str:
             "\\u0000."
         )
     return text
+
+
+def _delimiter_hint(names: Sequence[str]) -> str:
+    """Return advice for a header of one column that seems to be several with another delimiter; "" for others."""
+    found = [character for character in _OTHER_DELIMITERS if len(names) == 1 and character in names[0]]
+    if not found:
+        return ""
+    delimiter = repr(found[0])
+    return f" The file seems to be separated by {delimiter}: --delimiter {delimiter}."
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

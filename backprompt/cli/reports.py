@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import backprompt
 from backprompt.cli.arguments import (
+    ENDS_OF_PROMPT,
     add_command,
+    add_end_of_prompt,
     add_input_arguments,
     add_model_arguments,
     check_model_arguments,
@@ -25,10 +28,13 @@ from backprompt.cli.rows import PIPE, Row, as_json
 from backprompt.cli.stream import positive
 from backprompt.errors import CommandError
 from backprompt.text.node import Text
+from backprompt.visible import beginning
 
 if TYPE_CHECKING:
+    from backprompt.inspection.explanation import Named
     from backprompt.lm import LM
 
+_SHOWN_CHARACTERS = 20
 PICTURES = ("svg", "png", "pdf", "gv", "dot")
 
 
@@ -61,7 +67,7 @@ def _add_draw(commands: Any) -> None:
     parser = add_command(
         commands,
         "draw",
-        "a picture of what prompts share",
+        "a picture of the parts that prompts share",
         """Draw prompts as a tree of their parts, with shared parts drawn once. Strings are cut where strings with the
         same beginning diverge. With --model the boxes show tokens, and joins that change tokens are marked. With --run
         the prompts are evaluated, and colours distinguish computed parts from parts that were read from a store.""",
@@ -130,8 +136,9 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--completions",
         metavar="FILE",
-        help="completions to put behind each prompt, after a space: a file, or a list with commas",
+        help="completions to put behind each prompt: a file, or a list with commas",
     )
+    add_end_of_prompt(parser)
 
 
 def make_texts(
@@ -141,7 +148,31 @@ def make_texts(
     prompts = texts_of(rows, lm, arguments)
     if completions is None:
         return prompts
-    return [prompt + f" {completion}" for prompt in prompts for completion in completions]
+    from backprompt.classify.completions import ends_behind, space_before
+
+    end = ENDS_OF_PROMPT[arguments.end_of_prompt]
+    ends = ends_behind(lm, [(prompt, end) for prompt in prompts])
+    return [
+        prompt + (space_before(completion, end) + completion)
+        for prompt, end in zip(prompts, ends, strict=True)
+        for completion in completions
+    ]
+
+
+def names_of(rows: Sequence[Row], completions: Sequence[str] | None) -> Named:
+    """Return names for the texts of rows: the line of the input, counted from 1, and the completion if there is one."""
+
+    def named(text_idx: int) -> str:
+        if completions is None:
+            return _line(rows[text_idx])
+        row_idx, completion_idx = divmod(text_idx, len(completions))
+        return f"{_line(rows[row_idx])} with {beginning(completions[completion_idx], _SHOWN_CHARACTERS)!r}"
+
+    return named
+
+
+def _line(row: Row) -> str:
+    return row.where.partition(" of ")[0]
 
 
 def read_all(arguments: argparse.Namespace) -> tuple[list[Row], list[str] | None]:
@@ -162,11 +193,12 @@ def run_explain(arguments: argparse.Namespace) -> int:
     """Print the account."""
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
+    named = names_of(rows, completions)
     explained = backprompt.explain(make_texts(arguments, rows, completions, lm), analyze=arguments.is_run)
     if arguments.json:
-        print(as_json(explained.to_dict()))
+        print(as_json(explained.to_dict(named)))
     else:
-        explained.show()
+        explained.show(named)
     return 0
 
 
@@ -209,10 +241,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
         tolerance=arguments.tolerance,
         show_progress_bar=shows_progress(arguments),
     )
+    num_each = len(completions or [""])  # the segment tells which completion
 
     def named(text_idx: int) -> str:
-        """Return the line of a text in the input, counted from 1."""
-        return rows[text_idx // len(completions or [""])].where.partition(" of ")[0]
+        return _line(rows[text_idx // num_each])
 
     print(as_json(found.to_dict(), allow_nan=True) if arguments.json else found.in_lines(named))
     return 1 if arguments.fail_on_drift and not found.passed else 0

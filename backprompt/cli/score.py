@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import backprompt
 from backprompt.cli.arguments import (
+    ENDS_OF_PROMPT,
     add_command,
+    add_end_of_prompt,
     add_input_arguments,
     add_model_arguments,
     finite,
@@ -22,14 +24,12 @@ from backprompt.errors import CommandError
 from backprompt.text.node import Text
 
 if TYPE_CHECKING:
-    from backprompt.classify.completions import EndOfPrompt
     from backprompt.lm import LM
 
 AGGREGATES = ("mean", "sum")
 """The aggregates of `backprompt.classify`, repeated because that package imports torch."""
 SEARCHES = ("exhaustive", "best-first")
 
-ENDS_OF_PROMPT: dict[str, EndOfPrompt] = {"auto": "auto", "space": " ", "nothing": ""}
 NEW_FIELDS = ("prediction", "probability", "probabilities")
 
 
@@ -87,13 +87,7 @@ def add(commands: Any) -> None:
         metavar="TEXT",
         help='divide by the probability of a completion behind this prompt, such as "N/A"',
     )
-    group.add_argument(
-        "--end-of-prompt",
-        choices=tuple(ENDS_OF_PROMPT),
-        default="auto",
-        help="the string between prompt and completion; auto: a space where neither has one, nothing behind white "
-        "space and special tokens (default: %(default)s)",
-    )
+    add_end_of_prompt(group)
     group.add_argument(
         "--search",
         choices=SEARCHES,

@@ -49,7 +49,7 @@ class Archive:
     Args:
         store: the store.
         root: returns the root of all keys; called at first use, because it hashes the model's weights.
-        has_changed: whether the weights differ from those of the root. If they do, nothing is stored.
+        has_changed: whether the weights differ from those of the root. If they do, no row is stored.
         decode: from token ids to text.
 
     """
@@ -100,7 +100,7 @@ class Archive:
         return Loaded(served, num_tokens)
 
     def num_stored(self, span: Span) -> int:
-        """Return the number of a span's first tokens that are in the store's index; loads nothing."""
+        """Return the number of a span's first tokens that are in the store's index; no row is loaded."""
         if not self._can_read:
             return 0
         try:

@@ -1,7 +1,7 @@
 """Attention maps of held texts: the requested rows are forwarded once more, behind the keys that are held.
 
 Maps are kept in a pool by the token ids of their text, so equal texts share them and an eviction of rows does not
-matter. Nothing is written to the rows that are held.
+matter. The held rows stay unchanged.
 """
 
 from __future__ import annotations

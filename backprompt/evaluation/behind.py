@@ -1,7 +1,8 @@
 """Completions behind prompts, as they stand in the forest: as a fan where possible, else as texts.
 
-A fan needs a prompt without anything behind it, and several completions or one that several prompts of the call share.
-A store rules fans out, because it knows only spans. All else is computed as texts, so that no token is computed twice.
+A fan needs a prompt without other texts behind it, and several completions or one that several prompts of the call
+share. With a store there are no fans, because it knows only spans. All other completions are computed as texts, so that
+no token is computed twice.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Keeps the forest of spans, the executor that forwards them, the tiers of memory with their rows, the pools of results
 that were read off them, and the holders of texts. All of these belong to one state of the model's weights: if the
-weights change during the work, everything is forgotten.
+weights change during the work, all results are forgotten.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Request:
 
 @dataclass(slots=True)
 class _Empty:
-    """The spans that hold nothing, with bounds for their number and their tokens."""
+    """The spans without rows, with bounds for their number and their tokens."""
 
     num_spans: int = 0
     num_tokens: int = 0
@@ -93,7 +93,7 @@ class _Empty:
         return self.num_spans > MAX_EMPTY_SPANS or self.num_tokens > MAX_EMPTY_TOKENS
 
     def add(self, spans: Iterable[Span]) -> None:
-        """Count spans that may hold nothing any more."""
+        """Count spans that may have lost their rows."""
         for span in spans:
             self.num_spans += 1
             self.num_tokens += len(span.token_ids)
@@ -186,7 +186,7 @@ class Computation:
         )
 
     def extended(self, texts: Iterable[tuple[Span, tuple[int, ...]]]) -> AbstractContextManager[list[Span]]:
-        """Yield the ends of texts that go on behind spans of the forest; they count as the ends of no texts."""
+        """Yield the ends of texts that continue spans of the forest; they do not count as ends of texts."""
         return self._in_forest(self.forest.extend(end, end.stop, more) for end, more in texts)
 
     @contextmanager
@@ -224,7 +224,7 @@ class Computation:
                 is_stuck = len(waiting) == num_waiting
 
     def _compute_some(self, waiting: dict[Span, None], request: Request, bar: GrowingBar, *, is_stuck: bool) -> None:
-        """Compute the missing spans of the texts that there is room for, or of the first; these wait no more."""
+        """Compute the missing spans of the texts that there is room for, or of the first; `waiting` loses them."""
         asked = list(waiting)[: 1 if is_stuck else None]
         group = self._bring_back(asked, request)
         for end in group:
@@ -366,8 +366,8 @@ class Computation:
     def recover(self) -> None:
         """Restore a consistent state after any error: "Failures" in docs/design/evaluation.md.
 
-        If the forest is whole, all computed spans are kept, and spans still to be computed leave it. Else everything is
-        forgotten.
+        If the forest is whole, all computed spans are kept, and spans still to be computed leave it. Else all results
+        are forgotten.
         """
         self.holders.stop_using()
         self.executor.abandon()
@@ -381,7 +381,7 @@ class Computation:
         self.make_room()
 
     def clear(self) -> None:
-        """Forget everything computed, pinned texts and graphs of steps included."""
+        """Forget all results, those of pinned texts and graphs of steps included."""
         self.holders.unpin_all()
         self.executor.forget_graphs()
         self._forget()
@@ -416,8 +416,8 @@ class Computation:
     def check_unchanged(self) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.
 
-        The work since then may mix states of the weights, so everything is forgotten: weights may change back
-        unnoticed.
+        The work since then may mix states of the weights, so all results are forgotten: weights may change
+        back unnoticed.
         """
         if self.counters.work != self._checked_work:
             self._raise_if_changed()

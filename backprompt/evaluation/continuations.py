@@ -1,4 +1,4 @@
-"""Continuations: texts that are begun, grow a token at a time, go on or not, and end.
+"""Continuations: texts that are begun, grow a token at a time, and end.
 
 Keeps the abandoned texts that have not been ended yet, and the buffers in which texts grow (memory/growth.py). The ends
 of a live text are kept by its generation alone, and read from there when they are wanted (holders.py).
@@ -41,7 +41,7 @@ class Continuations:
         self.abandoned: deque[Sequence[Growing]] = deque()
 
     def let_grow(self, owner: object, texts: Sequence[Growing]) -> None:
-        """Hold the current ends of these texts, whatever they become, for as long as their owner lives."""
+        """Hold the ends of these texts, also those of later steps, for as long as their owner lives."""
         self._computation.holders.let_grow(owner, texts)
         # A dropped stream gives no notice: the next `end_abandoned` ends its texts.
         finalize(owner, self.abandoned.append, texts).atexit = False
@@ -70,7 +70,7 @@ class Continuations:
         The new tokens are not stored until the growth ends.
 
         Args:
-            parts: for each text the span behind which it goes on, and the ids from there.
+            parts: for each text the span that it continues, and the ids from there.
             whole: returns all ids of each text, for texts whose results another thread has dropped.
 
         """

@@ -31,7 +31,7 @@ from backprompt.transfers import on_device
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 NO_TOKEN = -1
-"""Stands among the ids of most probable tokens where nothing predicts a token."""
+"""Stands among the ids of most probable tokens where no row predicts a token."""
 
 
 @dataclass(frozen=True)

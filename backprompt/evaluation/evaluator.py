@@ -1,4 +1,4 @@
-"""The evaluator: everything computed with one state of a model's weights, and the parts that do the work.
+"""The evaluator: all results of one state of a model's weights, and the parts that compute them.
 
 Keeps the computation (inserting, computing, evicting), and above it scoring, reading out and continuations. When the
 weights change, the `LM` drops its evaluator with all these parts, and makes a new one.
@@ -39,7 +39,7 @@ class Evaluator:
         readout: logits, hidden states, keys and values.
         attention_maps: weights of attention.
         continuations: texts that grow.
-        is_closed: whether everything was forgotten for good.
+        is_closed: whether all results were forgotten for good.
 
     """
 
@@ -60,7 +60,7 @@ class Evaluator:
         self.is_closed = False
 
     def sketch(self, texts: Iterable[TokenIds], asides: Iterable[Aside] = ()) -> Sketch:
-        """Return the held parts of texts, in a forest of their own; changes, loads and forwards nothing."""
+        """Return the held parts of texts, in a forest of their own; no row is changed, loaded or forwarded."""
         return Sketch(self.forest, texts, self.archive, asides)
 
     def evaluate(self, texts: Sequence[TokenIds]) -> list[Span]:
@@ -159,7 +159,7 @@ class Evaluator:
         return grown + num_bytes
 
     def close(self) -> None:
-        """Forget everything for good, so that no remaining reference to the evaluator keeps copies of weights alive."""
+        """Forget all results for good, so that no reference to the evaluator keeps copies of weights alive."""
         self.is_closed = True
         self.computation.clear()
         self.executor.close()

@@ -75,7 +75,7 @@ class Holders:
         self._pins.clear()
 
     def let_grow(self, owner: object, texts: Sequence[Growing]) -> None:
-        """Hold the current ends of these texts, whatever they become, for as long as their owner lives."""
+        """Hold the ends of these texts, also those of later steps, for as long as their owner lives."""
         self._growing[owner] = texts
 
     @contextmanager

@@ -86,7 +86,7 @@ class Pools:
         self.leaves.retain(spans)
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop all results."""
         self.logits.clear()
         self.attention.clear()
         self.candidates.clear()

@@ -1,6 +1,6 @@
 """Predicting rows: which rows of spans predict the wanted tokens of texts, each distinct row with a number.
 
-A row is known by its span and its place there, so the numbers hold before anything is computed, and after rows were
+A row is known by its span and its place there, so the numbers hold before the row is computed, and after rows were
 dropped and computed again. A span may be split meanwhile. The span then becomes its lower part, so its rows are found
 from its end upwards.
 """
@@ -40,7 +40,7 @@ class PredictingRows:
     def __init__(self) -> None:
         self._bounds: dict[Span, tuple[int, int]] = {}  # the wanted rows of each span
         self._lengths: dict[Span, int] = {}  # of the same spans, before any was split
-        self._runs: list[tuple[Span | None, int, int]] = []  # of all wanted tokens in order: who predicts them
+        self._runs: list[tuple[Span | None, int, int]] = []  # of all wanted tokens in order: the rows that predict them
         self._text_runs = [0]  # where the runs of each text start
         self._numbers: dict[Span, int] = {}  # of the first wanted row of each span, once all texts are added
 
@@ -57,7 +57,7 @@ class PredictingRows:
         self._text_runs.append(len(self._runs))
 
     def _add_last(self, span: Span) -> None:
-        """Add a token that the last row of a span predicts; behind the root or a junction nothing predicts it."""
+        """Add a token that the last row of a span predicts; behind the root or a junction no row predicts it."""
         num_tokens = len(span.token_ids)
         if num_tokens:
             self._add_run(span, num_tokens - 1, num_tokens)

@@ -82,7 +82,7 @@ class NumberedRows:
             self.write(np.array(list(scores), dtype=np.int64), values)
 
     def note_unpredicted(self, numbers: Iterable[int]) -> None:
-        """Note that nothing predicts the tokens of these rows."""
+        """Note that no row predicts the tokens of these rows."""
         for block, rows, _ in self.by_block(np.array(sorted(numbers), dtype=np.int64)):
             block.note_unpredicted(rows)
 
@@ -125,7 +125,7 @@ class Predictions:
     def __init__(self, rows: NumberedRows) -> None:
         self._rows = rows
         self._known_rows: list[tuple[Ints, Ints, Ints]] = []  # rows that predict, token ids, numbers
-        self._branched: dict[Span, list[int]] = {}  # numbers of first tokens, by what they continue
+        self._branched: dict[Span, list[int]] = {}  # numbers of first tokens, by the span that they continue
         self._candidates: list[tuple[int, int, int]] = []  # the row, the id, the number
 
     def add_inner(self, token_ids: Iterable[int], numbers: Ints) -> None:

@@ -54,7 +54,9 @@ class Reading:
         self._first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
         self._fans: dict[Fan, Ints] = {}  # with the number of the score of each row, then of each leaf
         self._candidates: dict[tuple[Span, int], int] = {}  # their numbers
-        self._held: list[tuple[Span, int]] = []  # candidates that were forwarded: what they follow, their number
+        self._held: list[
+            tuple[Span, int]
+        ] = []  # candidates that were forwarded: the span that they follow, their number
         self._missing: dict[int, tuple[Span, int]] = {}  # candidates to be scored, by their number
         self._known: dict[int, TokenScore] = {}  # candidates that were scored before, by their number
         self._num_candidates = 0  # with leaves; their numbers are -1, -2, ...
@@ -206,7 +208,7 @@ class Reading:
     def _add_spans(self, predictions: Predictions) -> None:
         """Add the wanted tokens of spans that have no score yet.
 
-        The first token of a span is predicted by the end of the parent, and by nothing behind the root or a junction.
+        The first token of a span is predicted by the end of the parent, and by no row behind the root or a junction.
         Such a token may have been scored before it was forwarded.
         """
         wanted = list(self._first_rows.items())

@@ -1,6 +1,6 @@
 """Scoring: log-probabilities of texts' tokens, and of tokens that may follow texts, each computed once.
 
-Keeps nothing of its own: the scores of forwarded tokens lie with their spans' states, those of candidates in their
+No score is kept here: the scores of forwarded tokens lie with their spans' states, those of candidates in their
 pool. A text's last token needs no row of its own to be scored, so it is scored as a candidate behind the others. The
 scores of all texts of a call are read with one gather, into one tensor.
 """
@@ -59,7 +59,7 @@ class ScoredTexts:
 def split_to_score(token_ids: TokenIds, start: int) -> tuple[TokenIds, int] | None:
     """Return the part of a text to forward when it is scored from `start` on, and its last token, not forwarded.
 
-    The last token is None if all tokens are forwarded: nothing is scored, or no single token stands before the last
+    The last token is None if all tokens are forwarded: no token is scored, or no single token stands before the last
     one.
     """
     return without_last(token_ids) if start < len(token_ids) else None
@@ -124,7 +124,7 @@ class Scoring:
         return self.mixed(prompts, itertools.repeat(None))[1]
 
     def mixed(self, asked: Sequence[Wanted | Behind], known: Iterable[Span | None]) -> tuple[list[Span], ScoredTexts]:
-        """Evaluate texts, and completions behind prompts, in one go.
+        """Evaluate texts, and completions behind prompts, together.
 
         Args:
             asked: texts with their wanted tokens, and prompts with completions.
@@ -276,7 +276,7 @@ class _Waiting:
         return self._last_of.keys()
 
     def take(self, ends: Iterable[Span]) -> list[int]:
-        """Return the items that end here, in order; they wait no more."""
+        """Return the items that end here, in order, and remove them."""
         found: list[int] = []
         for end in ends:
             idx = self._last_of.pop(end)

@@ -1,4 +1,4 @@
-"""Keys of spans by content: a key names everything up to a span's last token, under one root.
+"""Keys of spans by content: a key names all tokens up to a span's last one, under one root.
 
 A key is computed once and kept with its span (`Span.key`).
 """
@@ -43,7 +43,7 @@ class SpanKeys:
         return self._root
 
     def key_of(self, span: Span) -> bytes:
-        """Return the key of everything up to the span's last token."""
+        """Return the key of all tokens up to the span's last one."""
         if span.parent is None:
             return self.root.key
         for part in span.closure(known=_Keyed()):

@@ -1,9 +1,9 @@
 """Steps of a generation in place: one token more for each of several texts, whose last spans take the tokens in.
 
 Most steps of a generation are like the step before: the same texts, known only to this generation, each one token
-longer. Such a step inserts nothing into the forest and plans nothing: the plan of the last step (forest/steps.py) and
-its attention go on by one, and the new rows go into the room behind those of their texts (memory/growth.py). A step
-that cannot go this way goes the way of all evaluations (continuations.py).
+longer. Such a step inserts no span into the forest, and makes no plan. The plan of the last step (forest/steps.py) and
+its attention advance by one token, and the new rows go into the room behind those of their texts (memory/growth.py).
+Any other step is an ordinary evaluation (continuations.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
 from backprompt.model.in_flight import Forwarded
 
 Token: TypeAlias = "tuple[Span, int]"
-"""The last span of a text, and the token with which the text goes on."""
+"""The last span of a text, and the token that continues it."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Steps:
     def extend(self, owners: Collection[object], tokens: Mapping[Token, TokenScore]) -> Stepped | None:
         """Forward a token behind each of several texts, and let the texts take it in.
 
-        A text whose last span cannot take a token in goes on with a new span.
+        A text whose last span cannot take a token in gets a new span.
 
         Args:
             owners: the owners of the texts, as given to `Holders.let_grow`.
-            tokens: the score of each token. A text may go on in several ways.
+            tokens: the score of each token. A text may have several continuations.
 
         Returns:
-            None if this is not possible for all of them; then nothing has changed.
+            None if this is not possible for all of them; then no text has changed.
 
         """
         computation, forest = self._computation, self._computation.forest
@@ -103,9 +103,9 @@ class Steps:
         scores = TokenScores.of([tokens[token] for token in in_order], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
         if not forwarded.is_finite:
-            return None  # the other way finds out which text is to blame
+            return None  # an ordinary evaluation finds the text to blame
         counters = computation.counters
-        computation.note_work(forwarded.work)  # before the spans go on: snapshots lie at their ends
+        computation.note_work(forwarded.work)  # before the spans grow: snapshots lie at their ends
         counters.steps[forwarded.way] += 1
         counters.tokens_computed += len(tokens)
         counters.seconds += time.perf_counter() - started
@@ -127,7 +127,7 @@ class Steps:
             self._computation.forest.next_step = None
 
     def _growing(self, owners: Collection[object], tokens: Collection[Token]) -> dict[Span, int] | None:
-        """Return the spans that take a token in, each with its token; None if some text cannot go on this way."""
+        """Return the spans that take a token in, each with its token; None if this is not possible for some text."""
         computation = self._computation
         if not tokens or len(tokens) > computation.max_tokens:
             return None
@@ -140,7 +140,7 @@ class Steps:
             if takes_tokens_in(end) and end not in parting and end not in of_others:
                 growing[end] = token_id
             elif token_id in end.children or FAN in end.children or not end.is_held(with_keys_values=True):
-                return None  # the other way finds the token there, or unfolds the fan
+                return None  # an ordinary evaluation finds the token there, or unfolds the fan
         return growing
 
     def _next_step(self, ends: Collection[Span]) -> _NextStep:

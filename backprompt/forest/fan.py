@@ -222,7 +222,7 @@ class Fan(Span):
         return positions
 
     def unfolded(self) -> list[Span]:
-        """Return new spans for the rows, depth first. The spans hold nothing, and no span has them as children yet."""
+        """Return new spans for the rows, depth first. The spans have no rows, and no span has them as children yet."""
         spans: list[Span] = []
         for piece in self.shape.pieces():
             parent = self.parent if piece.parent_idx is None else spans[piece.parent_idx]

@@ -56,7 +56,7 @@ class Forest:
         self._is_stamped = True  # whether `evaluation` was used
 
     def begin_evaluation(self) -> None:
-        """Begin a new evaluation, unless the latest one has computed or loaded nothing: then the latest one continues.
+        """Begin a new evaluation; but if the latest one has computed and loaded no token, the latest one continues.
 
         So an evaluation is counted once, even if several parts of it call this method.
         """
@@ -144,7 +144,7 @@ class Forest:
         return junction
 
     def num_computed(self, token_ids: Sequence[int]) -> int:
-        """Return the number of first ids of `token_ids` whose keys and values are held; changes nothing."""
+        """Return the number of first ids of `token_ids` whose keys and values are held; no span is changed."""
         ids = tuple(token_ids)
         span, num_matched = self.root, 0
         while num_matched < len(ids):
@@ -172,7 +172,7 @@ class Forest:
         return fan
 
     def unfold(self, parent: Span) -> None:
-        """Replace the fan behind a span, if there is one, by ordinary spans with the same rows; nothing is copied."""
+        """Replace the fan behind a span, if there is one, by ordinary spans with the same rows; no row is copied."""
         fan = parent.children.get(FAN)
         if not isinstance(fan, Fan):
             return
@@ -250,7 +250,7 @@ class Forest:
         return span
 
     def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
-        """Remove spans that hold nothing, until at most `max_spans` of them with `max_tokens` tokens are left.
+        """Remove spans without rows, until at most `max_spans` of them with `max_tokens` tokens are left.
 
         All spans that were never computed are removed. Of the others, the least recently used are removed first. A span
         is removed after its children.
@@ -290,16 +290,16 @@ class Forest:
         return spans
 
     def held_spans(self) -> Iterator[Span]:
-        """Yield the spans that hold something in either pool, in the order of `spans`.
+        """Yield the spans with rows in either pool, in the order of `spans`.
 
-        All ancestors of such a span hold something, so the search stops at a span that holds nothing.
+        All ancestors of such a span have rows, so the search stops at a span without rows.
         """
         spans = depth_first(self.root, lambda span: (child for child in span.children.values() if not child.is_empty))
         next(spans)
         return spans
 
     def count_empty(self) -> tuple[int, int]:
-        """Return the number of spans that hold nothing, and the number of their tokens."""
+        """Return the number of spans without rows, and the number of their tokens."""
         num_spans = num_tokens = 0
         stack = [self.root]
         while stack:

@@ -10,7 +10,7 @@ once more, or fetched if that is cheaper:
     two parts               |a b c     a b d e |   a b d f     x y|   tokens: 5 + 6, three of them computed twice
 
 The cost of a token is that of the linear layers and that of attention to the tokens before it (`Rates`). All arrays are
-flat: the input of the cut (`cut`) is two numbers for each text. Nothing here knows of workers.
+flat: the input of the cut (`cut`) is two numbers for each text. This module knows nothing of workers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EVEN = 0.05
 
 @dataclass(frozen=True)
 class Rates:
-    """The cost of tokens, in any one unit, such as seconds.
+    """The costs of tokens, all in one unit, such as seconds.
 
     Attributes:
         linear: a token's linear layers.
@@ -68,7 +68,7 @@ class Rates:
         return self.computing(lengths) - self.computing(shared) + behind * (self.linear + self.attention * lengths)
 
     def fetching(self, num_tokens: Ints) -> Floats:
-        """Return the cost of fetching the first so many tokens of a text; infinite where nothing can be fetched."""
+        """Return the cost of fetching this number of first tokens of a text; infinite if they cannot be fetched."""
         rate = np.inf if self.fetch is None else self.fetch
         return np.multiply(num_tokens, rate, out=np.zeros(num_tokens.shape), where=num_tokens > 0)
 
@@ -87,7 +87,7 @@ class Partition:
         num_distinct: the distinct tokens of all texts.
         least_cost: a lower bound for the cost of the slowest part: an equal share of all distinct tokens, or the text
             with the largest cost.
-        least_tokens: a lower bound for the tokens that any cut into so many parts computes and fetches in all.
+        least_tokens: a lower bound for the tokens that any cut into this many parts computes and fetches in all.
 
     """
 
@@ -199,9 +199,9 @@ def cut(
     Args:
         lengths: tokens of each text, in forest order, `(texts,)`.
         shared: tokens that each text shares with the text before it, `(texts,)`; 0 for the first.
-        num_parts: at most so many parts.
-        max_tokens: at most so many tokens are computed in each part.
-        rates: what tokens cost.
+        num_parts: at most this many parts.
+        max_tokens: at most this many tokens are computed in each part.
+        rates: the costs of tokens.
         order: the index of each text; None: the texts are numbered in forest order.
         behind: the number of tokens that are computed behind each text, and attend to it, `(texts,)`.
 
@@ -263,7 +263,7 @@ class _Forest:
         return np.array(starts[::-1], dtype=np.int64)
 
     def least_cost(self, num_parts: int) -> float:
-        """Return a lower bound for the cost of the slowest of at most so many parts.
+        """Return a lower bound for the cost of the slowest of at most this many parts.
 
         A text costs its own tokens and its beginning. All parts together cost the distinct tokens, and one beginning
         for each part except the first; an equal share of this sum is the bound.
@@ -275,7 +275,7 @@ class _Forest:
         return max(alone, float((together / np.arange(1, len(together) + 1)).min()))
 
     def enough(self, num_parts: int) -> float:
-        """Return a cost for which `cut` needs at most so many parts: each then adds an equal share or more."""
+        """Return a cost for which `cut` needs at most this many parts: each then adds an equal share or more."""
         return float(self.added[-1] / num_parts + self.beginning.max() + np.diff(self.added).max())
 
     def costs(self, starts: Ints) -> Floats:
@@ -293,7 +293,7 @@ class _Forest:
 
 
 def _into(forest: _Forest, num_parts: int) -> Ints:
-    """Return the starts of at most so many parts: the slowest is as fast as possible, and tokens are few."""
+    """Return the starts of at most this many parts: the slowest is as fast as possible, and tokens are few."""
     if not len(forest.shared):
         return np.zeros(1, dtype=np.int64)
     candidates = [starts for slack in SLACKS for starts in _bisected(forest, num_parts, slack)]
@@ -306,7 +306,7 @@ def _into(forest: _Forest, num_parts: int) -> Ints:
 
 
 def _bisected(forest: _Forest, num_parts: int, slack: float) -> list[Ints]:
-    """Return the cuts into at most so many parts that a bisection over the cost of the slowest part finds."""
+    """Return the cuts into at most this many parts that a bisection over the cost of the slowest part finds."""
     low, high = forest.least_cost(num_parts), forest.enough(num_parts)
     if not (starts := forest.cut(low, slack, num_parts))[0]:
         return [starts]

@@ -22,7 +22,7 @@ def missing_spans(ends: Iterable[Span], *, with_keys_values: bool = False) -> li
     These are the ends and ancestors without states, and the spans whose keys and values are needed but no longer held.
     `with_keys_values`: the ends must hold keys and values, too.
 
-    Texts that share nothing keep the given order. Of several children of one span, the child with the most tokens to
+    Texts without common tokens keep the given order. Of several children of one span, the child with the most tokens to
     compute comes first: it joins the causal run of its parent, and the small children lie side by side behind it.
     """
     wanted: dict[Span, None] = {}  # the ends and all their ancestors

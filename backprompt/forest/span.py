@@ -80,7 +80,7 @@ class RowsBlock(Protocol):
     """A block of tensors, which this module never reads. A block knows the spans that hold rows of it."""
 
     def take(self, span: Span, num_rows: int) -> None:
-        """Note that a span holds rows of the block, and that so many more rows are held than before."""
+        """Note that a span holds rows of the block, and how many more rows are held than before."""
 
     def release(self, span: Span, num_rows: int) -> None:
         """Note that a span no longer holds its rows of the block."""
@@ -148,13 +148,13 @@ class Span:
         host_keys_values, host_states: their places in the second pool (memory/host.py); never in both pools.
         keys_values_below, ...: for each of these four places, the number of spans (children, and junctions behind
             groups) that hold the same kind of data in the same pool and need this span for it.
-        was_computed: whether the span was ever computed, even if it holds nothing now.
+        was_computed: whether the span was ever computed, even if it has no rows now.
         computed_in, loaded_in: the number of the evaluation that last forwarded it, or read it from a store; or 0.
         is_end: whether a text in use ends here; then this object must keep its end.
         credit, last_used: the order of eviction: see memory/eviction.py.
-        is_stored: whether a store has everything up to its end.
+        is_stored: whether a store has all tokens up to its end.
         error: the error from storage at reduced precision, if read back from such a store; see store/.
-        key: the name of everything up to its end (keys.py); None before the first use.
+        key: the name of all tokens up to its end (keys.py); None before the first use.
 
     """
 
@@ -278,7 +278,7 @@ class Span:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the span holds nothing, neither on the device nor in the second pool."""
+        """Whether the span has no rows, neither on the device nor in the second pool."""
         return not self.is_held(in_host=True)
 
     def rows_in(self, kind: Kind, pool: Pool) -> Rows | None:

@@ -81,7 +81,7 @@ def later(pass_: Pass, num_steps: int) -> Pass:
 
 
 def kept(pass_: Pass, rows: Sequence[int]) -> Pass:
-    """Return the plan of a step in which only some of the texts go on; `rows`: theirs, which ascend."""
+    """Return the plan of a step that continues only some of the texts; `rows`: theirs, which ascend."""
     places = places_of(rows, len(pass_.spans))
     segments = (segment for segment in pass_.segments if places[segment.start] < places[segment.stop])
     spans = tuple(pass_.spans[row] for row in rows)

@@ -1,8 +1,8 @@
 """Beam search of one text: the rules of transformers, over branches of the forest.
 
 Scores, penalties and the end of the search are transformers' own functions, called in the order of its `_beam_search`.
-Only the source of the logits is ours: beams are continuations of one text, so beams with a common beginning share its
-spans, and a beam that falls behind is a branch to discard. Ids and scores are reordered with the beams, as in
+Only the logits come from elsewhere. Beams are continuations of one text, so beams with a common beginning share its
+spans, and a discarded beam is a branch that is dropped. Ids and scores are reordered with the beams, as in
 transformers; keys and values are not.
 """
 
@@ -208,7 +208,7 @@ class BeamDecoding:
             self.is_finished |= not any(row.any() for row in map(self._matching.allowed, self.beams))
 
     def needed(self) -> set[Completion]:
-        """Return the continuations to keep: beams to go on with and finished ones, each without its last token."""
+        """Return the continuations to keep: live beams and finished ones, each without its last token."""
         going_on = [] if self.is_finished else self.ahead
         return {ids[:-1] for ids in (*going_on, *self._hypotheses)}
 

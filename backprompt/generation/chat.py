@@ -77,8 +77,8 @@ def chat(
             its segments. A `GeneratedText` stands for its completion, with the ids that were generated.
         add_generation_prompt: whether to add the beginning of the model's turn; by default unless the last message is
             the assistant's or is continued.
-        continue_final_message: whether the last message is left open, for the model to go on with it. A string names
-            the field to go on with, as for `apply_chat_template`.
+        continue_final_message: whether the last message is left open, for the model to continue. A string names
+            the field to continue, as for `apply_chat_template`.
         **template_options: other options of the template, such as `tools`.
 
     Raises:
@@ -311,7 +311,7 @@ class _Conversation:
     def _found(self, idx: int, numbers: Sequence[int]) -> list[_Place] | None:
         """Return the places of some texts of a content, or None if the template does not write them as they are.
 
-        A placeholder stands for each text. The template must write all else as with their strings.
+        A placeholder stands for each text. The template must write the other parts as it does with the texts' strings.
         """
         if not numbers:
             return []

@@ -1,8 +1,8 @@
 """The choice of the next tokens of many texts at once, from the rows of one tensor of scores.
 
-The processors of transformers are called in their order, each for as many rows at once as it treats alike: `_LOOKS_AT`
-gives the other inputs of a kind of processor, besides a row of scores. A kind that is not named there may look at
-anything, so it is called for the rows of one text at a time. The masks of all constraints are applied together. Each
+The processors of transformers are called in their order, each for all rows at once that it treats alike. `_LOOKS_AT`
+names the inputs of a kind of processor besides a row of scores. A kind that is not named there may have any input, so
+it is called for the rows of one text at a time. The masks of all constraints are applied together. Each
 text has its own random numbers, those that `torch.multinomial` draws for its row alone. One transfer reads the results
 of all texts, and all are checked before a token is added to any text.
 """
@@ -30,7 +30,7 @@ from backprompt.logprobs import log_softmax
 from backprompt.tokens.matching import Allowed
 
 NOISE_BYTES = 4 << 20
-"""The number of random numbers made at a time: so many stay in the processor's cache."""
+"""The number of random numbers made at a time, which fit the processor's cache."""
 
 MAX_SHARE_PICKED = 1 / 8
 """The largest share of the numbers of rows that are picked out to be computed alone."""

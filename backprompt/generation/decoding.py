@@ -1,8 +1,8 @@
-"""The rules for choosing tokens and ending texts, those of transformers' `generate`; and the tokens added to a text.
+"""The rules of transformers' `generate` for choosing tokens and ending texts; and the tokens added to a text.
 
-Configuration, logits processors and stopping criteria are those of transformers; each text has processors and criteria
-of its own, so texts of different lengths never meet in a padded batch, and the choice for one does not depend on the
-others. Besides this file, choosing.py, which calls the processors, and beams.py know transformers' generation.
+Configuration, logits processors and stopping criteria are those of transformers. Each text has processors and criteria
+of its own. So texts of different lengths are never padded, and the choice for one does not depend on the others.
+Besides this file, choosing.py, which calls the processors, and beams.py know transformers' generation.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Decoding:
         max_new_tokens: the largest number of tokens to add.
         stops: strings that end a text with the token that completes one of them.
         seed: the seed of sampling. The same text with the same options, seed and sample has the same continuation,
-            whatever else is generated with it; by default each run has a seed of its own.
+            also beside other texts; by default each run has a seed of its own.
         given: fields of `GenerationConfig`.
         refused: returns the ids that must not be chosen, because a text with one of them cannot be evaluated. Called
             for each text after its evaluation, when the probe has found these ids.

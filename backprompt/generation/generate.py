@@ -57,17 +57,17 @@ def generate(
 ) -> GeneratedText | list[GeneratedText] | list[list[GeneratedText]]:
     r"""Let the model continue texts, all together.
 
-    Decoding is greedy unless sampling is asked for, by `do_sample=True` or a field for sampling (`temperature`,
-    `top_p`, ...). The rules are those of transformers: other options come from the model's `generation_config`.
+    Decoding is greedy, unless `do_sample=True` or a field for sampling (`temperature`, `top_p`, ...) asks for sampling.
+    The rules are those of transformers. Options that are not given come from the model's `generation_config`.
 
     Args:
-        texts: a text or many of one `LM`, whatever they share; a text may have groups, but not end in one.
+        texts: a text or many of one `LM`, with or without common parts; a text may have groups, but not end in one.
         max_new_tokens: the largest number of tokens to add to each text.
         n: the number of samples of each text; by default one.
-        stop: a string or strings; a text ends with the first one that is generated. Strings in the prompt do not count:
-            to end with "\n\n" behind a prompt that ends in "\n", both line breaks must be generated. If one character
-            completes several stop strings, the longest counts. (transformers' `stop_strings` searches the prompt, too,
-            and the text keeps the token that completes a stop string.)
+        stop: a string or strings; a text ends with the first one that is generated. Characters of the prompt do not
+            count: behind a prompt that ends in "\n", the stop string "\n\n" needs two generated line breaks. If one
+            character completes several stop strings, the longest counts. (transformers' `stop_strings` searches the
+            prompt, too, and the text keeps the token that completes a stop string.)
         include_stop: keep the stop string, which is otherwise left out of the text and its completion.
         seed: the seed of sampling. A text's samples depend on the seed, its ids, the options and the number of the
             sample (among equal ids in the call), not on other texts. By default each call has a seed of its own.
@@ -87,7 +87,7 @@ def generate(
         MissingDependencyError: there is a constraint, and llguidance is not installed.
         TokenizerError: there is a constraint, and llguidance does not know what the tokenizer's tokens stand for.
         GroupError: a text ends in a group, so there is no last token to continue.
-        The errors of `evaluate`. All errors above are raised before anything is computed.
+        The errors of `evaluate`. All errors above are raised before any token is computed.
         GenerationError, during generation: the options exclude every token that may follow, or make scores NaN.
         NonFiniteError, during generation: the model returned NaN or infinity; the message names the text.
         StaleRepresentationError: the model's weights change meanwhile.
@@ -142,7 +142,7 @@ def _decoding(
 
 
 def refused_ids(lm: LM) -> Callable[[], frozenset[int]]:
-    """Return a function that returns the ids with which no text can be evaluated, as far as they are known by then."""
+    """Return a function that returns the ids that no text may have, as far as they are known when it is called."""
 
     def found() -> frozenset[int]:
         limits = lm.session.limits.model

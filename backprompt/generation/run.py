@@ -1,7 +1,7 @@
 """A run: texts that are continued together, each step one packed pass of one token per text.
 
 Keeps the live texts, with the spans of their continuations, and the waiting texts. Finished texts leave the batch and
-waiting texts take their place; nothing is padded, and samples of one prompt share its spans.
+waiting texts take their place. No text is padded, and samples of one prompt share its spans.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ MAX_LIVE_TEXTS = 256
 
 
 class Running(Protocol):
-    """Texts that are being continued, wherever that is done; see `Run`."""
+    """Texts that are being continued, in this process or in others; see `Run`."""
 
     prompts: Sequence[TokenIds]
     decoding: Decoding
 
     @property
     def num_tokens_done(self) -> int:
-        """The number of tokens decided on; a finished text counts with all tokens that were asked for."""
+        """The number of chosen tokens; a finished text counts with all tokens that were requested."""
 
     def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the best continuations of each text so far; with beams, up to `num_each`."""
@@ -54,7 +54,7 @@ class Running(Protocol):
         """Return the continuations of `found` as texts."""
 
     def step(self) -> bool:
-        """Go on; return whether any text goes on or waits."""
+        """Do a step; return whether any text is unfinished or waits."""
 
     def close(self) -> None:
         """End the live texts, and begin no more texts."""
@@ -149,7 +149,7 @@ class Run:
         return as_texts(self.lm, self.texts, self.found(num_each), self.decoding)
 
     def step(self) -> bool:
-        """Decide the next tokens of every live text; return whether any text goes on or waits."""
+        """Choose the next tokens of every live text; return whether any text is unfinished or waits."""
         session = self.lm.session
         with session.room.stepping(self):
             while (is_going_on := session.answer(_Step(self))) is None:
@@ -160,7 +160,7 @@ class Run:
         """Do a step, by what was `found` for it along with other steps; the lock must be held.
 
         Returns:
-            Whether any text goes on or waits; None if there is no room for the step yet.
+            Whether any text is unfinished or waits; None if there is no room for the step yet.
 
         """
         session = self.lm.session
@@ -218,7 +218,7 @@ class Run:
             self._evaluator.continuations.end(list(ends))
 
     def next_tokens(self) -> list[Choice] | None:
-        """Return the next token of every live text; None where one has several continuations, or nothing is left."""
+        """Return the next token of every live text; None if one has several continuations, or no text is live."""
         if self.decoding.num_beams > 1 or not (self.live or self._num_begun < len(self.prompts)):
             return None
         tokens = [token for live in self.live if (token := live.next_token) is not None]
@@ -319,7 +319,7 @@ class Run:
         choose([live.decoding for live in self.live], rows, logits)
 
     def _settle(self, evaluator: Evaluator, grown: Sequence[tuple[Live, Completion]]) -> None:
-        """Note the scores of forwarded tokens, and drop continuations that are not needed to go on."""
+        """Note the scores of forwarded tokens, and drop continuations that are no longer needed."""
         held = {live: live.ends for live in self.live}
         scores = {held[live][ids]: score for live, ids in grown if (score := live.decoding.score_of(ids)) is not None}
         dropped: list[Span] = []

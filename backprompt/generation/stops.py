@@ -71,7 +71,7 @@ class StopStrings:
     """Stop strings of continuations.
 
     Args:
-        given: a string or strings; None or no strings end nothing.
+        given: a string or strings; without any, no continuation ends.
         tokenizer: a tokenizer of transformers.
         include_stop: whether the stop string stays, which is otherwise cut off. The string behind it is cut off.
         is_behind_prompt: whether a continuation is decoded behind its prompt. In a continuation decoded by itself,

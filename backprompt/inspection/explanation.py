@@ -6,13 +6,18 @@ import html
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from backprompt.inspection.missing import Miss, Reason
 from backprompt.visible import counted, visible
+
+Named: TypeAlias = Callable[[int], str]
+"""A name for the text with an index, in sentences."""
+
+BY_INDEX: Named = "texts[{}]".format
 
 MAX_SHOWN = 12
 """The printed account names at most this many missing segments."""
@@ -129,36 +134,51 @@ class Explanation:
     @property
     def sentences(self) -> list[str]:
         """The meaning of the numbers: whether sharing pays, where sharing stops, and which texts do not fit."""
-        return [*self._gain(), *self._warnings()]
+        return self._sentences(BY_INDEX)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all figures as dicts, lists, strings and numbers, such as JSON takes."""
+    def _sentences(self, named: Named) -> list[str]:
+        return [*self._gain(named), *self._warnings()]
+
+    def to_dict(self, named: Named = BY_INDEX) -> dict[str, Any]:
+        """Return all figures as dicts, lists, strings and numbers, such as JSON takes; `named` names texts by index."""
         return {
             **asdict(self),
             "pass_tokens": list(self.pass_tokens),
             "misses": [asdict(miss) for miss in self.misses],
             "forward_passes": self.forward_passes,
             "exceeds_budget": self.exceeds_budget,
-            "sentences": self.sentences,
+            "sentences": self._sentences(named),
         }
 
     def __str__(self) -> str:
+        return self.in_lines()
+
+    def in_lines(self, named: Named = BY_INDEX) -> str:
+        """Return the table and the sentences as plain text; `named` names texts by index."""
         rows = [("", "expected", "actual"), *self._rows()]
         columns = range(3 if self.actual is not None else 2)
         widths = [max(len(row[column]) for row in rows) for column in columns]
         lines = ["  ".join(_aligned(row[column], widths[column], column) for column in columns) for row in rows]
-        return "\n".join(line.rstrip() for line in [*lines, "", *self._said()])
+        return "\n".join(line.rstrip() for line in [*lines, "", *self._said(named)])
 
-    def show(self) -> None:
-        """Print the cost: as a table of rich if rich is installed and the output is a terminal, else as plain text."""
+    def show(self, named: Named = BY_INDEX) -> None:
+        """Print the cost: as a table of rich if rich is installed and the output is a terminal, else as plain text.
+
+        Args:
+            named: names texts by index; by default `texts[0]` and so on.
+
+        """
         if sys.stdout.isatty() and find_spec("rich") is not None:
             from rich import print as print_rich
 
-            print_rich(self)
+            print_rich(self._in_rich(named))
         else:
-            print(self)
+            print(self.in_lines(named))
 
     def __rich__(self) -> Any:
+        return self._in_rich(BY_INDEX)
+
+    def _in_rich(self, named: Named) -> Any:
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text as RichText
@@ -170,17 +190,17 @@ class Explanation:
             column.justify = "right"
         for row in self._rows():
             table.add_row(*row[: len(table.columns)])
-        return Group(table, *map(RichText, self._said()))
+        return Group(table, *map(RichText, self._said(named)))
 
     def _repr_html_(self) -> str:
         head = ["", "expected", "actual"][: 2 if self.actual is None else 3]
         rows = "".join(f"<tr>{_cells(row[: len(head)], 'td')}</tr>" for row in self._rows())
-        lines = "<br>".join(html.escape(line) for line in self._said())
+        lines = "<br>".join(html.escape(line) for line in self._said(BY_INDEX))
         return f"<table><thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{rows}</tbody></table><p>{lines}</p>"
 
-    def _said(self) -> list[str]:
+    def _said(self, named: Named) -> list[str]:
         """Return the lines below the table, which quote texts, and a store's own descriptions."""
-        return [visible(line) for line in [*self.sentences, *self._missing_lines()]]
+        return [visible(line) for line in [*self._sentences(named), *self._missing_lines(named)]]
 
     def _rows(self) -> list[tuple[str, str, str]]:
         """Return each figure's name, its expected and its actual value; "" for a value that is missing."""
@@ -203,7 +223,7 @@ class Explanation:
             ("bytes allowed", _bytes(self.budget_bytes), ""),
             (
                 "seconds",
-                "unknown until something was computed" if self.seconds is None else f"{self.seconds:.3g}",
+                "unknown before the first pass" if self.seconds is None else f"{self.seconds:.3g}",
                 f"{done.seconds:.3g}" if done else "",
             ),
         ]
@@ -216,7 +236,7 @@ class Explanation:
         }
         return [row for row in rows if optional.get(row[0], True)]
 
-    def _gain(self) -> Iterator[str]:
+    def _gain(self, named: Named) -> Iterator[str]:
         plain, computed = self.tokens_requested, self.tokens_to_compute
         if self.num_texts > 1 and not self.tokens_shared:
             if self.tokens_distinct == plain:
@@ -226,7 +246,7 @@ class Explanation:
         saved = "" if self.seconds_saved is None else f", about {self.seconds_saved:.2g} s less"
         if not computed:
             calls = "Plain calls" if not self.num_groups else "One text after the other"
-            yield f"Nothing is forwarded: all of it is there. {calls} would forward {plain:,} tokens{saved}."
+            yield f"No token is forwarded, because all of them are held. {calls} would forward {plain:,} tokens{saved}."
         elif computed < plain:
             what = "one text" if self.num_texts == 1 else f"{self.num_texts:,} texts together"
             yield (
@@ -239,20 +259,22 @@ class Explanation:
                 others = f"; sharing saves the other {num_shared:,}" if num_shared else ""
                 yield f"Of the tokens saved, {num_held:,} are held already{others}."
         elif self.num_texts == 1 and not self.num_groups:
-            yield f"One text of which nothing is held forwards {plain:,} tokens, as its plain call does."
+            yield f"One text without held tokens forwards {plain:,} tokens, as its plain call does."
         elif self.num_texts == 1:
-            yield f"One text of which nothing is held forwards {plain:,} tokens, each of its branches once."
+            yield f"One text without held tokens forwards {plain:,} tokens, each of its branches once."
         if self.divergence is not None and self.tokens_shared:
-            yield self._where_sharing_stops(self.divergence)
+            yield self._where_sharing_stops(self.divergence, named)
 
-    def _where_sharing_stops(self, at: Divergence) -> str:
+    def _where_sharing_stops(self, at: Divergence, named: Named) -> str:
         common = f"All texts have their first {counted(at.token_idx, 'token')} in common"
         common = common if at.token_idx else "No token is common to all texts"
         if at.cause == "end":
-            return f"{common}: texts[0] or texts[{at.text_idx}] is no longer than that."
-        because = ", because what follows in one of them changed the tokens at the join" if at.cause == "join" else ""
+            return f"{common}: {named(0)} or {named(at.text_idx)} is no longer than that."
+        because = (
+            ", because the next segment of one of them changed the tokens at the join" if at.cause == "join" else ""
+        )
         return (
-            f"{common}: texts[{at.text_idx}] parts from texts[0] at token {at.token_idx:,}, in segment "
+            f"{common}: {named(at.text_idx)} parts from {named(0)} at token {at.token_idx:,}, in segment "
             f"{at.segment_idx} ({at.segment}){because}."
         )
 
@@ -264,23 +286,23 @@ class Explanation:
                 "the LM more: LM(..., memory_bytes=...)."
             )
 
-    def _missing_lines(self) -> list[str]:
+    def _missing_lines(self, named: Named) -> list[str]:
         """Return a line for each of the first missing segments with a known reason, and counts of the others."""
         if not self.misses:
             return []
-        tense = "was" if self.actual is not None else "is"
-        lines = ["", f"What {tense} not there, and why:"]
+        tense = "were" if self.actual is not None else "are"
+        lines = ["", f"Segments that {tense} missing, and why:"]
         explained = [miss for miss in self.misses if miss.reason != "never computed"]
-        named = dict.fromkeys(explained[:MAX_SHOWN])
-        for miss in named:
+        first = dict.fromkeys(explained[:MAX_SHOWN])
+        for miss in first:
             shared = f" (in {miss.num_texts} texts)" if miss.num_texts > 1 else ""
             lines.append(
-                f"  texts[{miss.text_idx}], segment {miss.segment_idx} {miss.segment}{shared}, {miss.num_missing} of "
+                f"  {named(miss.text_idx)}, segment {miss.segment_idx} {miss.segment}{shared}, {miss.num_missing} of "
                 f"{miss.stop - miss.start} tokens: {miss.why}"
             )
-        unnamed = Counter(miss.reason for miss in self.misses if miss not in named)
-        more = " more" if named else ""
-        lines += [f"  {count:,}{more} segments: {_REASONS[reason]}" for reason, count in unnamed.items()]
+        others = Counter(miss.reason for miss in self.misses if miss not in first)
+        more = " more" if first else ""
+        lines += [f"  {count:,}{more} segments: {_REASONS[reason]}" for reason, count in others.items()]
         return lines
 
 

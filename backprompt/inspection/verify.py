@@ -9,7 +9,7 @@ import html
 import math
 import random
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from backprompt.arguments import as_bool, as_int, as_number
 from backprompt.bound import one_lm
 from backprompt.errors import DriftError, GroupError
 from backprompt.inspection.costs import Cost, check_against, cost_of
+from backprompt.inspection.explanation import BY_INDEX, Named
 from backprompt.inspection.gaps import Gaps, gaps_of
 from backprompt.inspection.missing import shown_segment
 from backprompt.model import skeleton
@@ -151,7 +152,7 @@ class Verification:
     def __str__(self) -> str:
         return self.in_lines()
 
-    def in_lines(self, named: Callable[[int], str] = "texts[{}]".format, width: int = 80) -> str:
+    def in_lines(self, named: Named = BY_INDEX, width: int = 80) -> str:
         """Return the sentences and the table in lines of at most `width` characters; `named` names texts by index."""
         rows = [_SHORT_HEAD, *self._rows(named)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
@@ -197,7 +198,7 @@ class Verification:
         if self.stored_error:
             yield f"Some results came from a store in fewer bits, with a relative error of {self.stored_error:.2g}."
 
-    def _rows(self, named: Callable[[int], str] = "texts[{}]".format) -> list[tuple[str, ...]]:
+    def _rows(self, named: Named = BY_INDEX) -> list[tuple[str, ...]]:
         """Return a row for each of the segments with the largest gaps."""
         worst = sorted(self.nodes, key=lambda node: node.gap, reverse=True)[:MAX_SHOWN]
         return [

@@ -106,7 +106,7 @@ class Block(ABC):
         self.watch: Watch | None = None
 
     def take(self, span: Span, num_rows: int) -> None:
-        """Note that a span holds rows of the block, and that so many more rows are held than before."""
+        """Note that a span holds rows of the block, and how many more rows are held than before."""
         self.num_held += num_rows
         if span not in self.spans:
             self.spans[span] = None

@@ -218,7 +218,7 @@ class Growth:
         return buffer if keys_values.num_rows == states.num_rows == buffer.num_rows else None
 
     def _make_room(self, spans: Sequence[tuple[Span, int]]) -> list[Block]:
-        """Copy the rows of spans into one buffer, each with room for so many tokens and some more rows."""
+        """Copy the rows of spans into one buffer, each with room for this many tokens and some more rows."""
         if not spans:
             return []
         num_rows = 0
@@ -293,7 +293,7 @@ def _take_in(end: Span, token_id: int, held: _Held, room: dict[int, int]) -> Non
 
 
 def takes_tokens_in(span: Span) -> bool:
-    """Whether a span may grow in place: it holds its rows, and nothing else refers to its end."""
+    """Whether a span may grow in place: it holds its rows, and no other text, child or store refers to its end."""
     return not (span.children or span.is_end or span.is_stored or span.error) and span.is_held(with_keys_values=True)
 
 

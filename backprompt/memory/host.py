@@ -94,7 +94,7 @@ class HostMemory(Tier):
     def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys_values: bool) -> Fetch:
         """Choose the rows to move back for the texts that end here, for as many texts as fit the device together.
 
-        Changes nothing. The rows of these texts, with those that are on the device already but without `pinned` spans,
+        No row is moved. The rows of these texts, with those that are on the device already but without `pinned` spans,
         take at most `max_bytes` and a span, unless they belong to a single text.
         """
         coming: dict[Kind, list[Span]] = {kind: [] for kind in KINDS}

@@ -6,7 +6,7 @@ entry that is taken is compared with its span. So no eviction walks over the for
 becomes a leaf, when its span is used, and when it is evicted.
 
 The leaves are unknown until the first eviction, after an error, and if many spans were used since an eviction. Then all
-spans that hold something must be given once.
+spans with rows must be given once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Ranking: TypeAlias = "Callable[[Kind, Span], Rank]"
 _NO_USES: Mapping[Span, int] = MappingProxyType({})
 
 MIN_NOTED = 1000
-"""The least number of noted spans, or of stale entries, at which everything is forgotten or stale entries removed."""
+"""The least number of noted spans, or of stale entries, at which all leaves are forgotten, or stale entries removed."""
 
 
 Leaf: TypeAlias = "tuple[float, int, int, Kind, Span]"
@@ -104,7 +104,7 @@ class Leaves:
         self._later, self.spared = {}, NOTHING_SPARED
 
     def begin(self, spans: Iterable[Span]) -> None:
-        """Find the leaves among all spans that hold something."""
+        """Find the leaves among all spans with rows."""
         self.forget()
         self._noted = dict.fromkeys(spans)
         self._max_noted = max(MIN_NOTED, len(self._noted))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from backprompt.errors import ModelLoadError
 
@@ -52,7 +53,8 @@ def pretrained_options(
         taken: names that `model_kwargs` must not have.
 
     Raises:
-        TypeError: `model_kwargs` is not a mapping of names, or has an argument that is given otherwise.
+        TypeError: `model_kwargs` is not a mapping of names, or has an argument that is given otherwise; or
+            `quantization_config` is not a configuration.
         ValueError: a value is not of the kind that transformers needs.
 
     """
@@ -73,6 +75,12 @@ def pretrained_options(
     for name in ("revision", "code_revision", "subfolder"):
         if name in options and not (isinstance(options[name], str) and options[name]):
             raise ValueError(f"{name} must be a string that is not empty, not {options[name]!r}.")
+    config = options.get("quantization_config")
+    if config is not None and not isinstance(config, (dict, QuantizationConfigMixin)):
+        raise TypeError(
+            "quantization_config must be a configuration of transformers, such as TorchAoConfig(...), or its dict, "
+            f"not {config!r}."
+        )
     needing = next((name for name in ("device_map", "quantization_config") if name in options), None)
     if needing is not None and find_spec("accelerate") is None:
         raise ImportError(f"{needing}= needs accelerate, which is not installed: pip install accelerate.")

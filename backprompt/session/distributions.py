@@ -1,6 +1,6 @@
 """Distributions that predict texts' tokens: entropies and most probable tokens, flat for many texts.
 
-Keeps nothing: evaluation/distributions.py reads the rows. Trainers' rows of ids come the same way, without texts.
+No result is kept: evaluation/distributions.py reads the rows. Trainers pass rows of ids in place of texts.
 """
 
 from __future__ import annotations

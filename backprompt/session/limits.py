@@ -142,6 +142,6 @@ def check_has_last_token(text: Text | str, token_ids: TokenIds) -> None:
     if ends_in_group(token_ids):
         shown = text if isinstance(text, str) else repr(text)
         raise GroupError(
-            f"{shown} ends in a group, so it has no single last token to predict the next one from. Add a segment "
+            f"{shown} ends in a group, so no single last token predicts the next one. Add a segment "
             "behind the group: text + '...'."
         )

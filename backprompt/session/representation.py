@@ -199,7 +199,7 @@ class ModelRepr:
         The cache covers every token of the text: `model(new_ids, past_key_values=...)` takes the ids after it,
         `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. New ids are required: given only the text's
         own ids, `generate` forwards them a second time. To generate directly behind the text, take the cache of all
-        tokens but the last: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which computes nothing new.
+        tokens but the last: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which forwards no token.
 
         Raises:
             GroupError: the text has groups or frozen segments, whose positions a cache of transformers cannot express.

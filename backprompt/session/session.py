@@ -3,9 +3,9 @@
     texts --Encoder--> token ids --Forest, plan--> passes --Executor--> blocks of rows --> ModelRepr
 
 An `LM` has one session and hands it to the modules that work with texts: representations, generation, pictures,
-classification. The session keeps the lock that guards everything in it, the current evaluator and encoder, the
-fingerprint of their weights and tokenizer, and the counters of work. Changed weights or a changed tokenizer mean
-another evaluator, another encoder and another fingerprint in the same session.
+classification. The session keeps the lock that guards all of it, the current evaluator and encoder, the fingerprint of
+their weights and tokenizer, and the counters of work. When the weights or the tokenizer change, the session makes
+another evaluator, encoder and fingerprint.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Session(TextSession):
         options: checked options.
 
     Attributes:
-        line: the lock that guards everything here, and who waits for it; see `exclusive`.
+        line: the lock that guards all of the session, and the threads that wait for it; see `exclusive`.
         store: the store of representations, or None.
         counters: the work that was done since the session began.
         fingerprint: names the weights and the tokenizer of the evaluator and the encoder.
@@ -232,7 +232,7 @@ class Session(TextSession):
             yield evaluator
 
     def clear(self) -> None:
-        """Drop everything that was computed; see `LM.clear`."""
+        """Drop all results; see `LM.clear`."""
         with self.exclusive():
             self.evaluator.continuations.end_abandoned()
             self.evaluator.computation.clear()
@@ -403,7 +403,7 @@ class Session(TextSession):
 
 
 def _decoded(tokenizer: PrivateTokenizer, token_ids: Sequence[int]) -> str:
-    """Return the string of ids, whatever adapters they are under."""
+    """Return the string of ids, under any adapters."""
     return tokenizer.decode(plain(token_ids))
 
 

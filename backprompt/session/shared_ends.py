@@ -66,7 +66,7 @@ def scores_if_fine(session: TextSession, behind: Sequence[Behind]) -> TokenScore
 
 
 def _nums_own(prompt: TokenIds, starts: Sequence[TokenIds | Text | int]) -> list[int]:
-    """Return the number of a prompt's tokens scored from each start; nothing if a start is not its beginning."""
+    """Return the number of a prompt's tokens scored from each start; none if a start is not its beginning."""
     num_of: dict[int, int] = {}  # by identity: one start is that of many texts
     for start in starts:
         if id(start) not in num_of:

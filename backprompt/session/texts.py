@@ -1,4 +1,4 @@
-"""TextSession: texts and their token ids, wherever results are computed.
+"""TextSession: texts and their token ids, independent of the place where results are computed.
 
 A session knows a tokenizer, the limits of a model, and the ids of texts. Subclasses decide where results are computed:
 a `Session` computes them itself; others send the ids elsewhere. Functions for scores need only `scoring` and
@@ -198,7 +198,7 @@ class TextSession(ABC):
         return encoded
 
     def check(self, texts: Iterable[Text]) -> None:
-        """Raise the errors of `evaluate` for texts that cannot be evaluated; computes nothing."""
+        """Raise the errors of `evaluate` for texts that cannot be evaluated; no token is computed."""
         texts = self.own_texts(texts)
         with self.exclusive():
             self.current()

@@ -31,7 +31,7 @@ def summary(lines: list[Line]) -> str:
     headings = [
         "seconds",
         "tokens in all strings",
-        "distinct",
+        "computed",
         BACKPROMPT.name,
         *(rival.heading for rival in SCORING_RIVALS),
     ]
