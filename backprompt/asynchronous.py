@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
 from typing import Any, Protocol, TypeVar
+from weakref import ref
 
 from torch import Tensor
 
@@ -47,7 +48,8 @@ if hasattr(os, "register_at_fork"):  # missing on Windows, which has no fork
 
 async def in_thread(work: Callable[[], Result], *, on_cancel: Callable[[], object] | None = None) -> Result:
     """Do `work` in a thread and return its result; `on_cancel`: done in a thread if the task is cancelled."""
-    asked = Cancellation()
+    task = asyncio.current_task()
+    asked = Cancellation(None if task is None else ref(task))
     context = copy_context()
     context.run(cancellation.set, asked)
     try:

@@ -17,6 +17,7 @@ from backprompt.evaluation.holders import PinnedText
 from backprompt.evaluation.lookup import Aside, Sketch
 from backprompt.evaluation.readout import Readout
 from backprompt.evaluation.scoring import Scoring
+from backprompt.forest.forest import Forest
 from backprompt.forest.span import Span
 from backprompt.tokens.graph import TokenIds
 
@@ -141,6 +142,21 @@ class Evaluator:
     def num_bytes_to_hold(self, ends: Collection[Span]) -> int:
         """Return the bytes of all rows that these texts and the pinned texts need."""
         return self.computation.num_bytes_of([*self.holders.pinned_ends(), *ends])
+
+    def num_bytes_to_grow(self, prompts: Sequence[TokenIds], num_new: int) -> int:
+        """Return the bytes that prompts and the pinned texts need if the prompts grow by `num_new` tokens in all.
+
+        Where even the sum over all texts fits the budget, this is the sum; else common beginnings count once.
+        """
+        texts = [*prompts, *(pin.token_ids for pin in self.holders.pins)]
+        grown = num_new * self.computation.token_bytes + len(prompts) * self.executor.snapshot_bytes
+        apart = sum(map(len, texts)) * self.computation.token_bytes + 2 * len(texts) * self.executor.snapshot_bytes
+        if grown + apart <= self.memory.max_bytes:
+            return grown + apart
+        forest = Forest()
+        num_bytes = self.computation.num_bytes_of(list(map(forest.insert, texts)))
+        forest.clear()  # spans refer to each other
+        return grown + num_bytes
 
     def close(self) -> None:
         """Forget all results for good, so that no reference to the evaluator keeps copies of weights alive."""

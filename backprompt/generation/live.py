@@ -81,6 +81,12 @@ class Live:
         if self.tip is not None and self.tip.stop != self._stop:
             self.tip, self._stop = NOWHERE, NOWHERE.stop
 
+    def let_go(self) -> None:
+        """Hold nothing: the continuations are computed again by their ids."""
+        self._ends = dict.fromkeys(self._ends, NOWHERE)
+        if self.tip is not None:
+            self.tip, self._stop = NOWHERE, NOWHERE.stop
+
     def beginning_of(self, completion: Completion) -> tuple[Span, Completion]:
         """Return the end of the longest held beginning of a continuation, and the ids to forward behind it."""
         ends = self.ends

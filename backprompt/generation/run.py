@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import Protocol, runtime_checkable
 
 from backprompt.evaluation.evaluator import Evaluator
+from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scores import TokenScore
 from backprompt.forest.span import Span
 from backprompt.generation.advance import Advance, advance
@@ -27,6 +28,7 @@ from backprompt.generation.lookahead import MAX_PROPOSALS
 from backprompt.lm import LM
 from backprompt.progress import progress_bar, showing
 from backprompt.session.sharing import Call
+from backprompt.session.together import Needed, TextsCall
 from backprompt.text.node import Text
 from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenIds, flat, with_more
@@ -94,6 +96,7 @@ class Run:
     is_advancing: bool = field(init=False, default=False)  # in a pass with others that is not finished yet
     num_steps: int = field(init=False, default=0)
     _num_begun: int = field(init=False, default=0)
+    _stop_of_begun: int = field(init=False, default=0)  # of those that the step in progress begins
     _may_begin: bool = field(init=False, default=True)  # whether there may be room for waiting texts
     _evaluator: Evaluator | None = field(init=False, default=None)
 
@@ -121,6 +124,18 @@ class Run:
         return {end for live in self.live for end in live.ends.values()}
 
     @property
+    def prompts_to_hold(self) -> Sequence[TokenIds]:
+        """The prompts of the texts of the next step: the live ones, and one at least."""
+        stop = max(self._stop_of_begun, self._num_begun + (not self.live))
+        return [*(live.prompt_ids for live in self.live), *self.prompts[self._num_begun : stop]]
+
+    @property
+    def num_new(self) -> int:
+        """The largest number of tokens that are held for one text behind its prompt."""
+        decoding = self.decoding
+        return decoding.max_new_tokens * decoding.num_beams + MAX_PROPOSALS * decoding.num_lookup_tokens
+
+    @property
     def max_texts(self) -> int:
         """The largest number of texts of the next step: the live ones, and those that may begin."""
         return min(MAX_LIVE_TEXTS, len(self.live) + len(self.prompts) - self._num_begun)
@@ -135,12 +150,25 @@ class Run:
 
     def step(self) -> bool:
         """Choose the next tokens of every live text; return whether any text is unfinished or waits."""
-        return self.lm.session.answer(_Step(self))
+        session = self.lm.session
+        with session.room.stepping(self):
+            while (is_going_on := session.answer(_Step(self))) is None:
+                session.room.wait(self)
+        return is_going_on
 
-    def decide(self, found: Advance | None) -> bool:
-        """Do a step, by what was `found` for it along with other steps; the lock must be held."""
-        with self.lm.session.growing(self._evaluator) as evaluator:
+    def decide(self, found: Advance | None) -> bool | None:
+        """Do a step, by what was `found` for it along with other steps; the lock must be held.
+
+        Returns:
+            Whether any text is unfinished or waits; None if there is no room for the step yet.
+
+        """
+        session = self.lm.session
+        may_wait = not session.is_nested
+        with session.growing(self._evaluator) as evaluator:
             self.begin_with(evaluator)
+            if not session.room.admit(self, evaluator, may_wait=may_wait):
+                return None
             try:
                 if found is None or found.num_steps != self.num_steps:  # another thread has taken the step
                     self._forget_grown()
@@ -157,6 +185,7 @@ class Run:
             except BaseException:  # the evaluator ends the live texts once it has recovered
                 evaluator.continuations.abandoned.append(self.live[:])
                 self.live.clear()
+                session.room.leave(self)
                 raise
             self._end(evaluator, [live for live in self.live if live.decoding.is_finished])
         return bool(self.live) or self._num_begun < len(self.prompts)
@@ -177,6 +206,16 @@ class Run:
             self.num_steps += 1
             if self._evaluator is not None:
                 self._end(self._evaluator, self.live)
+            self.lm.session.room.leave(self)
+
+    def let_go(self) -> None:
+        """Hold nothing until the next step, which computes the dropped parts of live texts again; the lock is held."""
+        ends = self.ends
+        self.num_steps += 1  # a step that was found went on behind these ends
+        for live in self.live:
+            live.let_go()
+        if self._evaluator is not None:
+            self._evaluator.continuations.end(list(ends))
 
     def next_tokens(self) -> list[Choice] | None:
         """Return the next token of every live text; None if one has several continuations, or no text is live."""
@@ -185,10 +224,15 @@ class Run:
         tokens = [token for live in self.live if (token := live.next_token) is not None]
         return tokens if len(tokens) == len(self.live) else None
 
+    def not_held(self) -> list[tuple[Live, Completion]]:
+        """Return the continuations after which logits are wanted and that are not held."""
+        held = [(live, live.ends) for live in self.live]
+        return [(live, ids) for live, ends in held for ids in live.decoding.ahead if ids not in ends]
+
     def to_begin(self, evaluator: Evaluator) -> Sequence[TokenIds]:
         """Return the waiting texts that begin now."""
         is_full = not self._may_begin or self._num_begun == len(self.prompts)
-        return [] if is_full else self.prompts[self._num_begun : self._stop_of_begun(evaluator)]
+        return [] if is_full else self._next_prompts(evaluator)
 
     def _forget_grown(self) -> None:
         """Look up anew what an unfinished step has added to: see `Live.forget_grown`."""
@@ -220,10 +264,7 @@ class Run:
 
     def _grow(self, evaluator: Evaluator) -> list[tuple[Live, Completion]]:
         """Forward the continuations after which logits are wanted; return those that were not held before."""
-        grown: list[tuple[Live, Completion]] = []
-        for live in self.live:
-            held = live.ends
-            grown += [(live, ids) for ids in live.decoding.ahead if ids not in held]
+        grown = self.not_held()
         if grown:
             ends = evaluator.continuations.grow(
                 [live.beginning_of(ids) for live, ids in grown],
@@ -239,8 +280,7 @@ class Run:
     def _admit(self, evaluator: Evaluator) -> None:
         """Begin as many of the waiting texts as there is room for."""
         if self._num_begun < len(self.prompts):
-            prompts = self.prompts[self._num_begun : self._stop_of_begun(evaluator)]
-            self._note_begun(evaluator.continuations.begin(prompts))
+            self._note_begun(evaluator.continuations.begin(self._next_prompts(evaluator)))
 
     def _note_begun(self, ends: Sequence[Span]) -> None:
         """Make the next waiting texts live; `ends` are the ends of their prompts."""
@@ -250,22 +290,23 @@ class Run:
         self._num_begun += len(ends)
         self._may_begin = False  # until a text is finished
 
-    def _stop_of_begun(self, evaluator: Evaluator) -> int:
-        """Return the end of the waiting texts that there is room for: at least one more if no text is live."""
-        first, stop = self._num_begun, self._num_begun
-        num_new = self.decoding.max_new_tokens * self.decoding.num_beams
-        num_new += MAX_PROPOSALS * self.decoding.num_lookup_tokens
-        num_bytes = evaluator.num_bytes_to_hold([end for live in self.live for end in live.ends.values()])
-        num_bytes += len(self.live) * num_new * evaluator.executor.token_bytes
+    def _next_prompts(self, evaluator: Evaluator) -> Sequence[TokenIds]:
+        """Return the waiting texts that there is room for: at least one if no text is live, as it was admitted."""
+        room, executor = self.lm.session.room, evaluator.executor
+        first = self._num_begun
+        self._stop_of_begun = stop = min(len(self.prompts), first + (not self.live))
         max_live = max(1, MAX_LIVE_TEXTS // self.decoding.num_beams)
-        while stop < len(self.prompts) and len(self.live) + stop - first < max_live:
+        max_stop = min(len(self.prompts), first + max_live - len(self.live))
+        num_bytes = room.num_bytes(evaluator)
+        while stop < max_stop and not room.is_awaited:
             is_sample = stop > first and self.prompts[stop] == self.prompts[stop - 1]
-            num_bytes += (num_new + (0 if is_sample else len(self.prompts[stop]))) * evaluator.executor.token_bytes
-            num_bytes += evaluator.executor.snapshot_bytes
-            if num_bytes > evaluator.memory.max_bytes and (stop > first or self.live):
+            num_bytes += (self.num_new + (0 if is_sample else len(self.prompts[stop]))) * executor.token_bytes
+            num_bytes += executor.snapshot_bytes
+            if num_bytes > evaluator.memory.max_bytes:
                 break
             stop += 1
-        return stop
+        self._stop_of_begun = stop
+        return self.prompts[first:stop]
 
     def _choose(self, evaluator: Evaluator) -> None:
         """Choose the next tokens of all live texts by the logits that they want."""
@@ -293,9 +334,13 @@ class Run:
         if not finished:
             return
         self._may_begin = True
-        ended = dict.fromkeys(finished)
+        room, ended = self.lm.session.room, dict.fromkeys(finished)
         self.live[:] = [live for live in self.live if live not in ended]  # in place: see `step`
         evaluator.continuations.end([end for live in ended for end in live.ends.values()])
+        if self.live:
+            room.note_freed()
+        else:
+            room.leave(self)
 
 
 def as_texts(
@@ -323,26 +368,53 @@ def run_with_bar(run: Running, show: bool | None) -> None:
         run.close()
 
 
-class _Step(Call[bool]):
+class _Step(Call["bool | None"]):
     """A step of a run, which other threads may do along with steps of their own runs."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
 
-    def finish(self) -> bool:
-        """Do the rest of the step, or all of it; return whether any text is unfinished or waits."""
+    def finish(self) -> bool | None:
+        """Do the rest of the step, or all of it; see `Run.decide`."""
         return self.run.decide(self.found if self.is_answered else None)
+
+    def ahead(self) -> Sequence[TextsCall[None]]:
+        """Return a call for the texts of the step."""
+        session = self.run.lm.session
+        return [TextsCall(lambda: None, lambda: self._needed(session.current()))]
+
+    def _needed(self, evaluator: Evaluator) -> Needed | None:
+        """Return the texts that the step finds computed if they are computed along with those of others now."""
+        run = self.run
+        if run.is_advancing or evaluator.archive is not None or not self._may_go_on(evaluator):
+            return None  # a store gets continuations when they end
+        wanted = run.not_held()
+        parts = [live.beginning_of(ids) for live, ids in wanted]
+        if not all(end.is_held(with_keys_values=True) for end, _ in parts):
+            return None
+        with evaluator.computation.extended(parts) as ends:
+            texts = [with_more(live.prompt_ids, live.forwarded(ids)) for live, ids in wanted]
+        prompts = run.to_begin(evaluator)
+        items = [Wanted(ids, len(ids)) for ids in (*texts, *prompts)]
+        return Needed(items, [*ends, *(None for _ in prompts)]) if items else None
+
+    def _may_go_on(self, evaluator: Evaluator) -> bool:
+        """Return whether the step may be done along with those of others now."""
+        run = self.run
+        return run.begin_with(evaluator) and run.lm.session.room.admit(run, evaluator, may_wait=True)
 
     @staticmethod
     def together(evaluator: Evaluator, calls: Sequence[_Step]) -> None:
-        """Do steps of several runs together; beams and proposals are left to their own threads."""
+        """Do steps of several runs together; each thread chooses among beams and proposals itself."""
+        if any(call.run.next_tokens() is None for call in calls):  # else they may go in place
+            TextsCall.together(evaluator, [ahead for call in calls for ahead in call.ahead()])
         steps: list[_Step] = []
         tokens_of: dict[Run, list[Choice]] = {}
         num_texts = 0
         for call in calls:
             run = call.run
-            may_advance = run not in tokens_of and not run.is_advancing and run.begin_with(evaluator)
+            may_advance = run not in tokens_of and not run.is_advancing and call._may_go_on(evaluator)
             tokens = run.next_tokens() if may_advance else None
             num_texts += 0 if tokens is None else run.max_texts
             if steps and num_texts > MAX_LIVE_TEXTS:  # all logits are there at once; the rest go on waiting

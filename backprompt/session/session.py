@@ -45,6 +45,7 @@ from backprompt.session.fingerprint import Fingerprint
 from backprompt.session.limits import TextLimits
 from backprompt.session.options import Options, check_can_pin
 from backprompt.session.probes import Probes
+from backprompt.session.room import Room
 from backprompt.session.sharing import Answer, Call, Line
 from backprompt.session.texts import TextSession
 from backprompt.session.together import Found, Needed, TextsCall
@@ -88,6 +89,7 @@ class Session(TextSession):
             check_can_pin(head_device(causal_lm))
         self._budgets = Budgets.of(options, causal_lm)
         self.line = Line()
+        self.room = Room(self.line.lock)
         self._depth = 0  # of `exclusive`
         self._forking_process = os.getpid()
         self._has_failed = False  # since the evaluator last recovered
@@ -162,6 +164,8 @@ class Session(TextSession):
 
     def answer_together(self, calls: Sequence[Call[Any]]) -> None:
         """Answer calls, all calls of a kind together. If that fails, each call is left to its own thread."""
+        if len({call.together for call in calls}) > 1:
+            calls = [*(ahead for call in calls for ahead in call.ahead()), *calls]
         for together in dict.fromkeys(call.together for call in calls):
             own = [call for call in calls if call.together is together]
             num_requested = self.counters.tokens_requested
@@ -176,6 +180,11 @@ class Session(TextSession):
             else:
                 for call in own:
                     call.is_answered = call.found is not None
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the call that finishes now is part of another one; the lock must be held."""
+        return self._depth > 1
 
     def current(self, *, with_weights: bool = True, with_numbers: bool = True) -> Evaluator:
         """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held.
@@ -246,6 +255,7 @@ class Session(TextSession):
         """Release the lock."""
         if os.getpid() != self._forking_process:
             self.line.forget_others()
+            self.room.forget()
         self.line.lock.release()
 
     # Results
@@ -390,6 +400,7 @@ class Session(TextSession):
             self._probes.pass_on(self.fingerprint, old, fingerprint, evaluator.computation)
         encoder = _make_encoder(self.options, fingerprint.tokenizer, evaluator)
         self.evaluator.close()
+        self.room.forget()
         self._evaluated = WeakKeyDictionary()
         self.encoder = encoder
         self.fingerprint = fingerprint

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import ref
 
 if TYPE_CHECKING:
     from backprompt.evaluation.evaluator import Evaluator
@@ -31,17 +32,27 @@ MAX_SECONDS_TO_GIVE_WAY = 1.0
 class Cancellation:
     """Tells the calls of a task that nobody waits for them any more.
 
+    Args:
+        task: the task.
+
     Attributes:
         is_set: whether the task was cancelled. Any thread may set it at any time.
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, task: ref[Any] | None = None) -> None:
+        self.task = task
         self.is_set = False
 
 
 cancellation: ContextVar[Cancellation | None] = ContextVar("cancellation", default=None)
 """The cancellation of the task for which a thread works."""
+
+
+def caller() -> ref[Any]:
+    """Return the task for which this thread works, or this thread."""
+    asked = cancellation.get()
+    return ref(threading.current_thread()) if asked is None or asked.task is None else asked.task
 
 
 class Call(ABC, Generic[Answer]):
@@ -67,6 +78,10 @@ class Call(ABC, Generic[Answer]):
     @abstractmethod
     def finish(self) -> Answer:
         """Return the answer, made of `found` if the call `is_answered`; in its own thread, which holds the lock."""
+
+    def ahead(self) -> Sequence[Call[Any]]:
+        """Return calls of other kinds whose answers this call will find computed; the lock is held."""
+        return ()
 
     @property
     def may_join(self) -> bool:
