@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from backprompt.engines.layout import Part
-from backprompt.inspection.explanation import Actual, Explanation
+from backprompt.inspection.explanation import Actual, Explanation, Named
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,8 @@ class PlacedExplanation(Explanation):
             ),
         )
 
-    @property
-    def sentences(self) -> list[str]:
-        """The meaning of the numbers, and the work of each worker."""
-        return [*super().sentences, *map(_sentence, self.parts)]
+    def _sentences(self, named: Named) -> list[str]:
+        return [*super()._sentences(named), *map(_sentence, self.parts)]
 
 
 def _sentence(part: PlacedPart) -> str:
