@@ -19,7 +19,7 @@ INSTALL_DEMO_MODEL := $(BIN)/python -m pip install --disable-pip-version-check -
 # Touched when it holds the demo model and what the examples need.
 DEMO_INSTALLED := $(VENV)/.installed-demo
 
-# Touched when it holds what the benchmarks' plots need.
+# Touched when it holds the demo model and what the benchmarks need.
 BENCH_INSTALLED := $(VENV)/.installed-bench
 # Touched when it holds what the documentation is made with.
 DOCS_INSTALLED := $(VENV)/.installed-docs
@@ -52,6 +52,7 @@ bench: $(BENCH_INSTALLED) ## measure: over an hour on two cores, with nothing el
 $(BENCH_INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(INSTALL_DEMO_MODEL)
 	touch $@
 
 docs: $(DOCS_INSTALLED) ## make the documentation, into build/docs/index.html; warnings are errors
