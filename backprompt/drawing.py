@@ -111,6 +111,6 @@ def _how_to_install(error: ImportError | None) -> str:
             "Install one: pip install pygraphviz."
         )
     return (
-        f"pygraphviz is installed, but it cannot be loaded ({error}), and there is no Graphviz `dot`. Install Graphviz, "
-        "which brings what is missing: apt install graphviz, for example."
+        f"pygraphviz is installed, but it cannot be loaded ({error}), and there is no Graphviz `dot`. Install "
+        "Graphviz, which brings what is missing: apt install graphviz, for example."
     )
