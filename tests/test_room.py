@@ -263,6 +263,39 @@ def test_a_generation_that_waits_may_be_cancelled(watched, monkeypatch):
     wait_until(lambda: not seen.lm.session.room.is_awaited)
 
 
+def test_a_thread_that_answers_for_another_one_keeps_the_room_of_its_stream(watched, monkeypatch, let_go):
+    """Only a caller that waits asks for no steps of the streams that it has read."""
+    monkeypatch.setattr(room, "IDLE_SECONDS", 60)
+    seen = watched(40)
+    held, other = (prompt.stream(max_new_tokens=NEW) for prompt in prompts_for(seen.lm, 2))
+    held.run.step()
+    line = seen.lm.session.line
+    with ThreadPoolExecutor() as threads:
+        with line.lock:
+            pieces = threads.submit(list, other)
+            wait_until(lambda: line.places)
+            seen.lm.token_logprobs([Text("A dog", seen.lm)])
+        wait_until(lambda: seen.lm.session.room.is_awaited)
+        assert not let_go
+        held.close()
+        assert "".join(pieces.result(60)) == other.text.completion
+
+
+def test_a_generation_whose_step_was_interrupted_does_not_wait(watched, monkeypatch):
+    """Another thread may ask for its room after the interrupt; those that came later would wait for it forever."""
+    monkeypatch.setattr(room, "IDLE_SECONDS", 60)
+    seen = watched(40)
+    held, interrupted = (prompt.stream(max_new_tokens=NEW) for prompt in prompts_for(seen.lm, 2))
+    step_in_thread(held)
+    session = seen.lm.session
+    with session.exclusive():
+        with session.room.stepping(interrupted.run):
+            assert not session.room.admit(interrupted.run, session.current(), may_wait=True)
+            assert session.room.is_awaited
+        assert not session.room.admit(interrupted.run, session.current(), may_wait=True)
+        assert not session.room.is_awaited
+
+
 def test_a_generation_within_a_call_does_not_wait(watched, model, monkeypatch):
     """The thread has the lock, so no other generation could go on."""
     monkeypatch.setattr(room, "IDLE_SECONDS", 60)
