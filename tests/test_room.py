@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from backprompt import LM, Text, evaluate, generate
 from backprompt.generation import run
+from backprompt.generation.decoding import Decoding
+from backprompt.generation.stops import StopStrings
 from backprompt.session import room
 from reference import plain_greedy
 from threads import within
@@ -111,6 +113,22 @@ def test_texts_of_several_calls_begin_when_there_is_room(watched, model):
         for text, prompt in zip(texts, prompts, strict=True):
             assert text.completion_tokens == plain_greedy(model, prompt.tokens, NEW)
     assert seen.peak <= 70
+
+
+def test_texts_begin_where_another_generation_has_ended(watched):
+    """Not only where one of their own call is finished."""
+    seen = watched(100)
+    other = Text("The cat sat on", seen.lm).stream(max_new_tokens=60)
+    other.run.step()
+    stops = StopStrings(None, seen.lm.tokenizer)
+    decoding = Decoding(seen.lm.session.causal_lm, seen.lm.tokenizer, max_new_tokens=20, stops=stops, seed=0, given={})
+    several = run.Run(seen.lm, prompts_for(seen.lm, 3, "A"), decoding)
+    several.step()
+    assert len(several.live) == 1
+    other.close()
+    several.step()
+    assert len(several.live) > 1
+    several.close()
 
 
 def test_common_beginnings_count_once(watched, let_go):

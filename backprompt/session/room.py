@@ -59,9 +59,13 @@ class Room:
     Args:
         lock: that of the session; held by the callers of all methods but `stepping` and `wait`.
 
+    Attributes:
+        num_freed: how many times a generation has held or asked for less than before.
+
     """
 
     def __init__(self, lock: threading.RLock) -> None:
+        self.num_freed = 0
         self._changed = threading.Condition(lock)
         self._holding: WeakSet[Generation] = WeakSet()
         self._waiting: dict[Generation, None] = {}
@@ -103,6 +107,7 @@ class Room:
 
     def note_freed(self) -> None:
         """Note that a generation holds less than before."""
+        self.num_freed += 1
         self._changed.notify_all()
 
     @contextmanager
