@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from backprompt import LM, StaleRepresentationError, Text, TextTypeError, UnsupportedModelError, evaluate, parallel
 from backprompt.attention import maps
+from backprompt.model.executor import Executor
 from backprompt.model.in_flight import InFlight
 from comparing import assert_close
 from devices import DEVICE
@@ -431,12 +432,21 @@ def test_the_rows_of_many_texts_share_passes(model, tokenizer, max_tokens, num_p
     assert again[0].sum() > 0
 
 
-def test_many_texts_that_do_not_fit_into_the_memory(model, tokenizer):
+@pytest.mark.parametrize("max_tokens", [None, 64])
+def test_many_texts_that_do_not_fit_into_the_memory(model, tokenizer, max_tokens, monkeypatch):
     texts = [Text.from_tokens(tuple(range(idx, idx + 30)), LM(model, tokenizer)) for idx in range(3, 43)]
-    lm = LM(model, tokenizer, memory_bytes="60 kB", max_tokens_per_forward=64)
+    lm = LM(model, tokenizer, memory_bytes="60 kB", max_tokens_per_forward=max_tokens)
     own = [Text.from_tokens(text.tokens, lm) for text in texts]
+    held, observe = [], Executor.observe
+
+    def noting(self, *args):
+        held.append(lm.stats.bytes_held)
+        observe(self, *args)
+
+    monkeypatch.setattr(Executor, "observe", noting)
     for found, text in zip(lm.attention(own, rows=-1), texts, strict=True):
         assert_close(found, text.model_repr.attention(rows=-1), atol=1e-6)
+    assert max(held) <= 60_000
 
 
 def test_many_texts_with_errors(model, tokenizer):

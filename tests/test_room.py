@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from backprompt import LM, Text, evaluate, generate
 from backprompt.generation import run
+from backprompt.generation.decoding import Decoding
+from backprompt.generation.stops import StopStrings
 from backprompt.session import room
 from reference import plain_greedy
 from threads import within
@@ -111,6 +113,22 @@ def test_texts_of_several_calls_begin_when_there_is_room(watched, model):
         for text, prompt in zip(texts, prompts, strict=True):
             assert text.completion_tokens == plain_greedy(model, prompt.tokens, NEW)
     assert seen.peak <= 70
+
+
+def test_texts_begin_where_another_generation_has_ended(watched):
+    """Not only where one of their own call is finished."""
+    seen = watched(100)
+    other = Text("The cat sat on", seen.lm).stream(max_new_tokens=60)
+    other.run.step()
+    stops = StopStrings(None, seen.lm.tokenizer)
+    decoding = Decoding(seen.lm.session.causal_lm, seen.lm.tokenizer, max_new_tokens=20, stops=stops, seed=0, given={})
+    several = run.Run(seen.lm, prompts_for(seen.lm, 3, "A"), decoding)
+    several.step()
+    assert len(several.live) == 1
+    other.close()
+    several.step()
+    assert len(several.live) > 1
+    several.close()
 
 
 def test_common_beginnings_count_once(watched, let_go):
@@ -261,6 +279,39 @@ def test_a_generation_that_waits_may_be_cancelled(watched, monkeypatch):
         held.close()
         assert "".join(pieces.result(60)) == first.text.completion
     wait_until(lambda: not seen.lm.session.room.is_awaited)
+
+
+def test_a_thread_that_answers_for_another_one_keeps_the_room_of_its_stream(watched, monkeypatch, let_go):
+    """Only a caller that waits asks for no steps of the streams that it has read."""
+    monkeypatch.setattr(room, "IDLE_SECONDS", 60)
+    seen = watched(40)
+    held, other = (prompt.stream(max_new_tokens=NEW) for prompt in prompts_for(seen.lm, 2))
+    held.run.step()
+    line = seen.lm.session.line
+    with ThreadPoolExecutor() as threads:
+        with line.lock:
+            pieces = threads.submit(list, other)
+            wait_until(lambda: line.places)
+            seen.lm.token_logprobs([Text("A dog", seen.lm)])
+        wait_until(lambda: seen.lm.session.room.is_awaited)
+        assert not let_go
+        held.close()
+        assert "".join(pieces.result(60)) == other.text.completion
+
+
+def test_a_generation_whose_step_was_interrupted_does_not_wait(watched, monkeypatch):
+    """Another thread may ask for its room after the interrupt; those that came later would wait for it forever."""
+    monkeypatch.setattr(room, "IDLE_SECONDS", 60)
+    seen = watched(40)
+    held, interrupted = (prompt.stream(max_new_tokens=NEW) for prompt in prompts_for(seen.lm, 2))
+    step_in_thread(held)
+    session = seen.lm.session
+    with session.exclusive():
+        with session.room.stepping(interrupted.run):
+            assert not session.room.admit(interrupted.run, session.current(), may_wait=True)
+            assert session.room.is_awaited
+        assert not session.room.admit(interrupted.run, session.current(), may_wait=True)
+        assert not session.room.is_awaited
 
 
 def test_a_generation_within_a_call_does_not_wait(watched, model, monkeypatch):

@@ -28,7 +28,7 @@ from backprompt.cli import main
 from backprompt.serving.answers import completion
 from backprompt.serving.app import make_app
 from backprompt.serving.bodies import CompletionBody
-from backprompt.serving.limits import Limits
+from backprompt.serving.limits import BodyLimit, Limits
 from backprompt.serving.spelling import bytes_named
 from backprompt.session.sharing import cancellation
 from reference import plain_greedy
@@ -349,6 +349,28 @@ def test_scores(client, reference):
     for own, rows in zip(found["data"], expected, strict=True):
         assert own["logprobs"] == pytest.approx([sum(row) for row in rows], abs=1e-4)
         assert [len(row) for row in own["token_logprobs"]] == [len(row) for row in rows]
+
+
+def test_a_body_in_many_parts_is_counted_once():
+    """A client that sends a byte at a time costs the server no more than others do."""
+    counted, seen = [], []
+
+    class Part(bytes):
+        def __len__(self):
+            counted.append(self)
+            return super().__len__()
+
+    parts = iter([{"body": Part(b"x"), "more_body": idx < 49} for idx in range(50)])
+
+    async def receive():
+        return {"type": "http.request", **next(parts)}
+
+    async def app(scope, receive, send):
+        seen.append((await receive())["body"])
+
+    asyncio.run(BodyLimit(app, Limits())({"type": "http", "headers": []}, receive, None))
+    assert seen == [b"x" * 50]
+    assert len(counted) == 50
 
 
 def test_models_and_health(client, address):

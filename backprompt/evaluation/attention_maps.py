@@ -57,6 +57,13 @@ class AttentionMaps:
         """The largest number of rows that are forwarded together."""
         return self._computation.max_tokens
 
+    @property
+    def max_held_tokens(self) -> int:
+        """The largest number of tokens of texts that are held at the same time: a pass of rows, within the budget."""
+        computation = self._computation
+        free = computation.memory.max_bytes - computation.num_bytes_of(computation.holders.ends())
+        return min(self.max_rows, free // computation.token_bytes)
+
     def read(self, texts: Sequence[Inserted], chosen: Sequence[Chosen]) -> list[Tensor]:
         """Return weights of texts whose keys and values are held, each `(layers, heads, rows, keys or spans)`.
 

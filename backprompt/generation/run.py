@@ -97,7 +97,8 @@ class Run:
     num_steps: int = field(init=False, default=0)
     _num_begun: int = field(init=False, default=0)
     _stop_of_begun: int = field(init=False, default=0)  # of those that the step in progress begins
-    _may_begin: bool = field(init=False, default=True)  # whether there may be room for waiting texts
+    _planned_at: int = field(init=False, default=-1)  # `Room.num_freed` when the step in progress looked for room
+    _begun_at: int = field(init=False, default=-1)  # the same for the step before
     _evaluator: Evaluator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -231,7 +232,7 @@ class Run:
 
     def to_begin(self, evaluator: Evaluator) -> Sequence[TokenIds]:
         """Return the waiting texts that begin now."""
-        is_full = not self._may_begin or self._num_begun == len(self.prompts)
+        is_full = self._begun_at == self.lm.session.room.num_freed or self._num_begun == len(self.prompts)
         return [] if is_full else self._next_prompts(evaluator)
 
     def _forget_grown(self) -> None:
@@ -288,7 +289,7 @@ class Run:
             Live(self.prompts[idx], self._decodings[idx], end) for idx, end in enumerate(ends, self._num_begun)
         ]
         self._num_begun += len(ends)
-        self._may_begin = False  # until a text is finished
+        self._begun_at = self._planned_at
 
     def _next_prompts(self, evaluator: Evaluator) -> Sequence[TokenIds]:
         """Return the waiting texts that there is room for: at least one if no text is live, as it was admitted."""
@@ -297,7 +298,7 @@ class Run:
         self._stop_of_begun = stop = min(len(self.prompts), first + (not self.live))
         max_live = max(1, MAX_LIVE_TEXTS // self.decoding.num_beams)
         max_stop = min(len(self.prompts), first + max_live - len(self.live))
-        num_bytes = room.num_bytes(evaluator)
+        self._planned_at, num_bytes = room.num_freed, room.num_bytes(evaluator)
         while stop < max_stop and not room.is_awaited:
             is_sample = stop > first and self.prompts[stop] == self.prompts[stop - 1]
             num_bytes += (self.num_new + (0 if is_sample else len(self.prompts[stop]))) * executor.token_bytes
@@ -333,7 +334,6 @@ class Run:
     def _end(self, evaluator: Evaluator, finished: Sequence[Live]) -> None:
         if not finished:
             return
-        self._may_begin = True
         room, ended = self.lm.session.room, dict.fromkeys(finished)
         self.live[:] = [live for live in self.live if live not in ended]  # in place: see `step`
         evaluator.continuations.end([end for live in ended for end in live.ends.values()])

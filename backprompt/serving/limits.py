@@ -107,16 +107,17 @@ class BodyLimit:
         """
         max_bytes = self._limits.max_body_bytes
         given = dict(scope["headers"]).get(b"content-length", b"0")
-        num_bytes, chunks = int(given) if given.isdigit() else 0, [b""]
+        announced, num_bytes = int(given) if given.isdigit() else 0, 0
+        chunks: list[bytes] = []
         is_whole = False
-        while not is_whole and num_bytes <= max_bytes:
+        while not is_whole and max(announced, num_bytes) <= max_bytes:
             message = await receive()
             if message["type"] != "http.request":
                 return None
             chunks.append(message.get("body", b""))
-            num_bytes = sum(map(len, chunks))
+            num_bytes += len(chunks[-1])
             is_whole = not message.get("more_body", False)
-        if num_bytes > max_bytes:
+        if max(announced, num_bytes) > max_bytes:
             raise Refusal(
                 f"The body has more than the {max_bytes:,} bytes that this server takes. Send several requests.",
                 413,

@@ -37,7 +37,7 @@ class ReadsAttention:
             lm.attention(texts, -1, rows=-1, over=lm.extents(texts))  # of each last token, by segment
 
         The chosen rows of many texts are forwarded in one pass. Texts that share a pass have together at most as many
-        tokens as a pass may have. Equal texts are read once.
+        tokens as a pass may have, and fit the budget together. Equal texts are read once.
 
         Args:
             texts: texts of this `LM`.

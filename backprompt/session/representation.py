@@ -271,7 +271,7 @@ def attention_of(
             asked.append((model_repr._evaluated.token_ids, chosen))
         found = {key: weights for key in asked if (weights := maps.pooled(*key)) is not None}
         missing = {key: model_repr for key, model_repr in zip(asked, reprs, strict=True) if key not in found}
-        for keys in _held_together(list(missing), maps.max_rows):
+        for keys in _held_together(list(missing), maps.max_held_tokens):
             with ExitStack() as held:
                 missing[keys[0]]._check_current()
                 texts = [held.enter_context(missing[key]._held(with_keys_values=True))[1] for key in keys]
@@ -283,7 +283,7 @@ def attention_of(
 def _held_together(
     asked: Sequence[tuple[TokenIds, Chosen]], max_tokens: int
 ) -> Iterator[Sequence[tuple[TokenIds, Chosen]]]:
-    """Yield texts that are held at the same time: together as many tokens as a pass has, or one text."""
+    """Yield texts that are held at the same time: at most `max_tokens` tokens together, or one text."""
     start, num_tokens = 0, 0
     for idx, (token_ids, _) in enumerate(asked):
         num_tokens += len(token_ids)

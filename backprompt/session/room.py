@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -45,11 +46,11 @@ class Generation(Protocol):
 
 
 @dataclass(frozen=True)
-class _Rest:
-    """The caller of the last step of a generation, and the time of its end."""
+class _LastStep:
+    """The caller of the last step of a generation, and the time of its end; None during the step."""
 
     caller: ref[Any]
-    since: float
+    ended: float | None = None
 
 
 class Room:
@@ -58,13 +59,17 @@ class Room:
     Args:
         lock: that of the session; held by the callers of all methods but `stepping` and `wait`.
 
+    Attributes:
+        num_freed: how many times a generation has held or asked for less than before.
+
     """
 
     def __init__(self, lock: threading.RLock) -> None:
+        self.num_freed = 0
         self._changed = threading.Condition(lock)
         self._holding: WeakSet[Generation] = WeakSet()
         self._waiting: dict[Generation, None] = {}
-        self._rests: WeakKeyDictionary[Generation, _Rest | None] = WeakKeyDictionary()  # None during a step
+        self._steps: WeakKeyDictionary[Generation, _LastStep] = WeakKeyDictionary()
 
     @property
     def is_awaited(self) -> bool:
@@ -78,14 +83,17 @@ class Room:
         return evaluator.num_bytes_to_grow(prompts, sum(len(own) * num_new for own, num_new in held))
 
     def admit(self, generation: Generation, evaluator: Evaluator, *, may_wait: bool) -> bool:
-        """Return whether a generation may take its next step; if so, it has room until it leaves.
+        """Return whether a generation may take its next step; if so, it has room until it leaves; else it waits.
 
-        A generation that does not fit the budget by itself has room when no other one has.
+        A generation that does not fit the budget by itself has room when no other one has. Any thread may ask, also for
+        a step that was interrupted meanwhile; such a generation does not wait.
         """
         if generation in self._holding or not generation.prompts_to_hold:
             return True
         if may_wait and not (self._is_next(generation) and self._makes_room(generation, evaluator)):
             self._waiting[generation] = None
+            if self._steps[generation].ended is not None:
+                self._stop_waiting(generation)
             return False
         self._holding.add(generation)
         self._stop_waiting(generation)
@@ -99,16 +107,18 @@ class Room:
 
     def note_freed(self) -> None:
         """Note that a generation holds less than before."""
+        self.num_freed += 1
         self._changed.notify_all()
 
     @contextmanager
     def stepping(self, generation: Generation) -> Iterator[None]:
         """Note that a step of a generation is asked for as long as the context lasts."""
-        self._rests[generation] = None
+        here = caller()
+        self._steps[generation] = _LastStep(here)
         try:
             yield
         finally:
-            self._rests[generation] = _Rest(caller(), time.monotonic())
+            self._steps[generation] = _LastStep(here, time.monotonic())
             if generation in self._waiting:
                 with self._changed:
                     self._stop_waiting(generation)
@@ -139,28 +149,27 @@ class Room:
 
     def _makes_room(self, generation: Generation, evaluator: Evaluator) -> bool:
         """Let others go until a generation fits; return False if it does not."""
+        asker = self._steps[generation].caller
         while self._holding and self.num_bytes(evaluator, generation) > evaluator.memory.max_bytes:
-            if not self._let_one_go():
+            if not self._let_one_go(asker):
                 return False
         return True
 
-    def _let_one_go(self) -> bool:
+    def _let_one_go(self, asker: ref[Any]) -> bool:
         """Let the generation give its room up whose step is longest ago; return False if all take steps.
 
-        The caller is here, so it asks for no step of the others that it reads.
+        The asker waits, so it asks for no step of the others that it reads.
         """
-        now, here = time.monotonic(), caller()
-        rests = [
-            (rest, generation) for generation in self._holding if (rest := self._rests.get(generation)) is not None
-        ]
+        now = time.monotonic()
         idle = [
-            (rest.since, generation)
-            for rest, generation in rests
-            if rest.caller == here or now - rest.since >= IDLE_SECONDS
+            (step.ended, generation)
+            for generation in self._holding
+            if (step := self._steps[generation]).ended is not None
+            and (step.caller == asker or now - step.ended >= IDLE_SECONDS)
         ]
         if not idle:
             return False
-        _, generation = min(idle, key=lambda pair: pair[0])
+        _, generation = min(idle, key=itemgetter(0))
         self._holding.discard(generation)
         generation.let_go()
         return True
