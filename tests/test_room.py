@@ -13,6 +13,7 @@ from backprompt.generation import run
 from backprompt.generation.decoding import Decoding
 from backprompt.generation.stops import StopStrings
 from backprompt.session import room
+from backprompt.store import DiskStore
 from reference import plain_greedy
 from threads import within
 from tiny_models import build
@@ -327,3 +328,21 @@ def test_a_generation_within_a_call_does_not_wait(watched, model, monkeypatch):
             return prompt.generate(max_new_tokens=NEW).completion_tokens
 
     assert within(30, nested) == plain_greedy(model, prompt.tokens, NEW)
+
+
+def test_texts_that_let_go_are_stored_once_they_end(model, tmp_path, let_go):
+    budget = 50 * TOKEN_BYTES
+    with DiskStore(tmp_path / "s") as store:
+        lm = LM(model, byte_level_bpe(), memory_bytes=budget, store=store)
+        streams = [prompt.stream(max_new_tokens=NEW) for prompt in prompts_for(lm, 3)]
+        for stream in streams:
+            stream.run.step()
+        num_stored = store.stats().num_entries
+        for _ in range(NEW - 4):  # longer than the shortest run that is stored
+            for stream in streams:
+                stream.run.step()
+        assert let_go
+        assert store.stats().num_entries == num_stored
+        for stream in streams:
+            list(stream)
+        assert store.stats().num_entries > num_stored

@@ -104,14 +104,20 @@ class Continuations:
         memory.add(self.growth.absorb(list(dict.fromkeys(grown)), held))
         memory.note(grown)
 
-    def end(self, ends: Sequence[Span]) -> None:
-        """Finish grown texts that have no holder any more: from now on they are like all other texts."""
+    def end(self, ends: Sequence[Span], *, are_stored: bool = True) -> None:
+        """Finish grown texts that have no holder any more: from now on they are like all other texts.
+
+        Args:
+            ends: those of the texts.
+            are_stored: whether a store gets the texts; not those that will be longer.
+
+        """
         for end in ends:
             end.is_end = True
         archive = self._computation.archive
         for end in dict.fromkeys(ends):
             self._computation.memory.add(self.growth.finish(end))
-            if archive is not None and end.is_held(with_keys_values=True):
+            if are_stored and archive is not None and end.is_held(with_keys_values=True):
                 archive.save_new([end])
         self.steps.end(ends)
         self._computation.make_room()

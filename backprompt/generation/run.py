@@ -216,7 +216,7 @@ class Run:
         for live in self.live:
             live.let_go()
         if self._evaluator is not None:
-            self._evaluator.continuations.end(list(ends))
+            self._evaluator.continuations.end(list(ends), are_stored=False)
 
     def next_tokens(self) -> list[Choice] | None:
         """Return the next token of every live text; None if one has several continuations, or no text is live."""
@@ -407,7 +407,7 @@ class _Step(Call["bool | None"]):
     @staticmethod
     def together(evaluator: Evaluator, calls: Sequence[_Step]) -> None:
         """Do steps of several runs together; each thread chooses among beams and proposals itself."""
-        if any(call.run.next_tokens() is None for call in calls):  # else they may go in place
+        if any(call.run.next_tokens() is None and call._may_go_on(evaluator) for call in calls):  # else in place
             TextsCall.together(evaluator, [ahead for call in calls for ahead in call.ahead()])
         steps: list[_Step] = []
         tokens_of: dict[Run, list[Choice]] = {}

@@ -127,6 +127,7 @@ class Room:
         """Wait until a generation that was not admitted may be, or its task was cancelled."""
         asked = cancellation.get()
         with self._changed:
+            self._steps[generation] = _LastStep(caller())  # another thread may have ended a step of the same generation
             while generation in self._waiting and not (asked is not None and asked.is_set):
                 is_next = self._is_next(generation)
                 self._changed.wait(min(IDLE_SECONDS, MAX_SECONDS_TO_WAIT) if is_next else MAX_SECONDS_TO_WAIT)

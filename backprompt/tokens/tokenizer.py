@@ -382,8 +382,7 @@ def _sample_words(tokenizer: Any) -> list[str]:
 def _to_look_at(tokenizer: Any, words: list[str]) -> list[str]:
     """Return the part of the words that a look encodes: for BPE the words with merged tokens, as one word.
 
-    The merges of this one word are those within its words. A word without a merge is encoded anew only by a new token,
-    which changes the size of the vocabulary.
+    A word without a merge is encoded in another way only by a new token, which changes the size of the vocabulary.
     """
     if not words or not isinstance(model := tokenizer.backend_tokenizer.model, models.BPE):
         return words
