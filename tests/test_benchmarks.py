@@ -156,7 +156,7 @@ def test_adding_a_suite_is_adding_its_file(
     monkeypatch.setattr("sys.argv", ["benchmarks", "--only", "toy", "--results", str(path)])
     monkeypatch.setattr(command, "draw_plots", lambda results, folder: None)  # matplotlib is not there in tests
     command.main()
-    assert capsys.readouterr().out == "measuring\n"
+    assert capsys.readouterr().out == "measuring\ntoy: 0.0 minutes\n\n"
     results = json.loads(path.read_text(encoding="utf-8"))
     assert results == {"machines": {"toy": {"processor": "an abacus"}}, "lines": [], "toy": [{"seconds": 12.5}]}
     tables = report.tables_of(results)
