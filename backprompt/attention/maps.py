@@ -113,7 +113,9 @@ class MapAttention:
         return torch.stack([self._kept[layer] for layer in self._chosen.layers])
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        """Return attention over the text, `(rows, heads, value_dim)`; `key` and `value` of the rows are held already.
+        """Return attention over the text, `(rows, heads, value_dim)`.
+
+        `key` and `value` are not read: the rows' keys and values are held already.
 
         Raises:
             EnoughSeen: this was the last chosen layer, and the call may stop here.

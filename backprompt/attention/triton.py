@@ -56,7 +56,7 @@ class TritonAttention:
         return PreparedTriton(self, pass_, num_steps)
 
     def standing(self, num_rows: int) -> StandingTriton:
-        """Return the attention of captured steps of so many rows; see `ForestAttention.standing`."""
+        """Return the attention of captured steps with `num_rows` rows; see `ForestAttention.standing`."""
         return StandingTriton(self, num_rows)
 
     def launch_or_refusal(
@@ -182,7 +182,7 @@ def _kind_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Has
 
 
 class OneLaunch:
-    """The launches of one pass, or of several of the same shape one after the other.
+    """The launches of one pass, or of several passes of the same shape, one after the other.
 
     Args:
         segments: the segments of the pass.
@@ -219,7 +219,7 @@ class OneLaunch:
         return sum(tables.numbers.nbytes for tables in self.tables.values()) + sum(partial)
 
     def load(self, segments: Segments) -> bool:
-        """Go on to another pass; return False if there is no room for it: then this object cannot be used any more.
+        """Set another pass; return False if there is no room for it. Then this object cannot be used any more.
 
         The blocks of the pass are not kept alive here: other objects keep them during the step.
         """

@@ -97,7 +97,7 @@ def _fused_class(module: nn.Module, parameter: Tensor) -> type[nn.Module] | None
 
 @lru_cache(maxsize=256)
 def _subclass(kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """Return a class that differs in `forward`, as long as the forward of `kind` is not changed."""
+    """Return a subclass with another `forward`, which is used as long as the forward of `kind` is not changed."""
     plain = kind.forward
 
     def checked(self: Any, *args: Any, **keywords: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Private copies of the user's model: all of its weights, none of its modes.
+"""Private copies of the user's model, which share its weights but not its modes (training, configuration).
 
 `copy.deepcopy` with a memo that maps every parameter to itself takes milliseconds and shares all weights. The copy
 is in eval mode, unless it is trained, and has a configuration of its own. So the user's model never sees the switched
