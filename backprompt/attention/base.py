@@ -46,7 +46,7 @@ class PreparedAttention(Protocol):
         ...
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
-        """Go on to the next step of a generation: each row of a segment that `grows` also sees the next key.
+        """Advance to the next step of a generation: each row of a segment that `grows` also sees the next key.
 
         `rows`: the rows that stay, in order; None if all rows stay.
         """

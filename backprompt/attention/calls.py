@@ -141,7 +141,7 @@ class PreparedCalls:
         self._prepared: dict[tuple[int | None, int, torch.dtype], list[_Masked]] = {}
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
-        """Go on to the next step; see `PreparedAttention.advance`."""
+        """Advance to the next step; see `PreparedAttention.advance`."""
         self._num_done += 1
         self._steps_left -= 1
         self._positions = None

@@ -28,7 +28,7 @@ class Copies(Protocol):
 
 
 class PlainCopies:
-    """Copies made by torch: four operations a layer."""
+    """Copies made by torch: four operations for each layer."""
 
     def __init__(self) -> None:
         self._extremes: list[Tensor] = []

@@ -1,8 +1,8 @@
 """Launches of Triton's kernels that take the host little time.
 
 Triton examines each argument of a launch in Python, to find the compiled kernel. That takes longer than a layer of a
-small model takes on the device. So compiled kernels are kept here, by everything on which they depend, and called with
-addresses instead of tensors.
+small model takes on the device. So compiled kernels are kept here, by all properties on which they depend, and called
+with addresses instead of tensors.
 """
 
 from __future__ import annotations

@@ -159,8 +159,8 @@ class PackedMaps:
     """The attention of rows of several texts in one call, a `PreparedAttention`: each text's rows see their own text.
 
     Args:
-        parts: the texts' attention, text behind text; all have the same chosen layers.
-        num_rows: the number of rows of each.
+        parts: the attention of each text; all have the same chosen layers.
+        num_rows: the number of rows of each text. In the call, the rows of the texts follow each other in this order.
 
     """
 

@@ -1,4 +1,4 @@
-"""The copies of copies.py in one launch a layer, with a kernel in Triton.
+"""The copies of copies.py in one launch for each layer, with a kernel in Triton.
 
 The kernel reads queries, keys and values once each. torch takes two passes over queries and keys for their extremes,
 and two more launches for the copies.

@@ -1,4 +1,4 @@
-"""Completions behind prompts, as they stand in the forest: as a fan where possible, else as texts.
+"""Completions behind prompts in the forest: those of a prompt are a fan where possible, else texts.
 
 A fan needs a prompt without other texts behind it, and several completions or one that several prompts of the call
 share. With a store there are no fans, because it knows only spans. All other completions are computed as texts, so that

@@ -237,7 +237,7 @@ class Computation:
         uses = last_uses(passes)
         for pass_idx, spans in enumerate(passes):
             needed = {parent for span in spans for parent in span.parents}
-            if is_stuck:  # otherwise one pass may drop what another computed of the group
+            if is_stuck:  # otherwise one pass may drop rows that another has computed for the group
                 needed |= on_the_way(group)
             self._make_room_for(Spared((needed,), uses, pass_idx), request)
             if is_cut_off(spans):
@@ -366,8 +366,8 @@ class Computation:
     def recover(self) -> None:
         """Restore a consistent state after any error: "Failures" in docs/design/evaluation.md.
 
-        If the forest is whole, all computed spans are kept, and spans still to be computed leave it. Else all results
-        are forgotten.
+        If the forest is whole, all computed spans are kept, and spans that were never computed leave it. Else all
+        results are forgotten.
         """
         self.holders.stop_using()
         self.executor.abandon()

@@ -1,4 +1,4 @@
-"""The counts of the work that is done, which `LM.stats` shows."""
+"""The counts of the work done, which `LM.stats` shows."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Distributions:
-    """The results for all wanted tokens, text behind text; None for a result that was not requested.
+    """The results for all wanted tokens, one text after the other; None for a result that was not requested.
 
     Log-probabilities and entropies are in nats, float64 for a model in float64 and else float32, and nan where no row
     predicts the token.
@@ -108,7 +108,7 @@ def distributions(computation: Computation, wanted: Sequence[Wanted], asked: Ask
 
 
 def _token_ids(wanted: Sequence[Wanted]) -> Ints:
-    """Return the ids of all wanted tokens, text behind text."""
+    """Return the ids of all wanted tokens, one text after the other."""
     parts = [part for text in wanted for part in (flat(text.token_ids)[text.start :], text.candidates)]
     return plain_array(np.array([token_id for part in parts for token_id in part], dtype=np.int64))
 

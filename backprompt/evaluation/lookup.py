@@ -242,7 +242,7 @@ def _mark_of_all(span: Span, kind: Kind) -> _Mark | None:
 
 
 def positions_of(held: Forest, runs: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Return a position at which each run of token ids is held, behind any tokens; leave out runs held nowhere."""
+    """Return, for each run of token ids that is held behind whichever tokens, a position at which it is held."""
     by_first: dict[int, list[tuple[int, ...]]] = {}
     for run in dict.fromkeys(runs):
         by_first.setdefault(run[0], []).append(run)

@@ -123,7 +123,7 @@ class Reading:
         return predictions
 
     def _add_tokens(self, fan: Fan, numbers: Ints, predictions: Predictions) -> None:
-        """Add the tokens of a fan to what must be computed, without leaves that were scored before."""
+        """Add the tokens of a fan to the predictions to compute, without leaves that were scored before."""
         shape, parents = fan.shape, fan.shape.scores.parents
         assert fan.parent is not None
         predicting = np.where(parents < 0, self.rows.last_of(fan.parent), parents + self.rows.first_of(fan))

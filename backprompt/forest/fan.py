@@ -39,7 +39,7 @@ class Piece(NamedTuple):
         start, stop: the rows.
         depth: the number of rows on the way to its first row.
         parent_idx: the piece that it continues; None for the prompt.
-        is_end: whether the last token of a completion stands behind this piece.
+        is_end: whether the last token of a completion comes right behind this piece.
 
     """
 
@@ -59,7 +59,7 @@ class Rows:
         depths: the number of rows on the way to each row.
         until: the row after the last descendant of each row.
         parents: the row that each row continues; -1 is the prompt's last token.
-        ends: the rows behind which the last token of a completion stands, ascending.
+        ends: the rows right behind which the last token of a completion comes, ascending.
 
     """
 

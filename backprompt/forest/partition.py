@@ -1,9 +1,9 @@
 """Cuts a forest of token ids into parts for several workers, so that the slowest part is as fast as possible.
 
-Texts are put into *forest order*: texts with a common beginning stand together. In this order a text adds the tokens
-behind the beginning that it shares with the text before it. A part is a run of texts in forest order. Its cost is the
-tokens that its texts add, and the beginning that its first text shares with the text before. This beginning is computed
-once more, or fetched if that is cheaper:
+Texts are put into *forest order*, in which texts with a common beginning are neighbours. In this order a text adds the
+tokens behind the beginning that it shares with the text before it. A part is a run of texts in forest order. It costs
+the tokens that its texts add, and the beginning that its first text shares with the text before. This beginning is
+computed once more, or fetched if that is cheaper:
 
     texts in forest order    a b c     a b d e     a b d f     x y
     shared with the one before   0           2           3       0

@@ -256,7 +256,7 @@ class _Layout:
     def _is_tree(self, idx: int, end: int) -> bool:
         """Return whether these spans are one tree in depth-first order.
 
-        Spans that a junction needs are moved forward, and may stand between a span and its child.
+        Spans that a junction needs are moved forward, and may lie between a span and its child.
         """
         above = [self.spans[idx]]
         for span in self.spans[idx + 1 : end]:

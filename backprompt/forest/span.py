@@ -17,7 +17,7 @@ Inserting a text splits a span if the text would otherwise have no end.
 Splitting a span keeps the object as the *lower* part (a new span becomes the upper part), so references to the end of a
 text stay valid.
 
-A *junction* stands where a group of branches ends: a span without tokens that has several parents, namely the span
+A *junction* marks the end of a group of branches. It is a span without tokens that has several parents: the span
 before the group and the ends of its branches. Branches are spans like all others: a shared branch is a child of the
 span before the group, a frozen branch is a child of the root, and a sequential branch is a child at a later position.
 

@@ -3,8 +3,8 @@
 Each step of a generation leaves one span of one token for each text, and one block with the rows of all these spans.
 Attention to a thousand such spans would take a thousand calls for each layer. So after each step the new spans absorb
 their parents, and their rows are copied behind the parents' rows in a buffer with free room. A span at which another
-text in use ends is never absorbed. Texts that outgrow their room at the same step move to one buffer together. Each
-text gets free room there for an eighth of its rows, at least for 16. So one call for each layer can attend to the new
+text in use ends is never absorbed. Texts that outgrow their room at the same step move to one buffer together. The free
+room of each text there is an eighth of its rows, but at least 16 rows. So one call for each layer can attend to the new
 rows of all of them.
 
     prompt -- " the" -- " cat"        step 3        prompt -- " the cat"

@@ -7,7 +7,7 @@ differ in the number of texts and the number of tokens, show the kind of each te
   Each token has a row, as in the keys and values of packed models (memory/blocks.py).
 - *states*: no axis grows. Examples are recurrent and convolution states, which sum up all tokens so far. The states of
   a text side by side, as bytes, are its *snapshot* (memory/snapshots.py).
-- *counters*: whole numbers that go up by one for each token. Everything else in a cache is constant.
+- *counters*: whole numbers that go up by one for each token. All other values in a cache are constant.
 
 A cache for a batch is built of these parts. Layers that keep a sliding window of keys are replaced by layers that keep
 all keys; the model's mask hides the keys outside the window.

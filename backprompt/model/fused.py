@@ -52,7 +52,7 @@ def fuse(body: nn.Module, device_types: Collection[str] = ("cuda",)) -> int:
 
     Args:
         body: a private copy of a model; must be called in `plain_surroundings`.
-        device_types: the types of devices on which the kernels serve. Triton's interpreter computes on the CPU.
+        device_types: the types of devices on which the kernels are used. Triton's interpreter computes on the CPU.
 
     """
     num_fused = 0

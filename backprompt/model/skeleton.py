@@ -196,7 +196,7 @@ class _GivenHiddenStates(nn.Module):
 
 @dataclass
 class _DecoderOutput(ModelOutput):
-    """A decoder's output with nothing but hidden states; any other field that a model reads is None."""
+    """A decoder's output with hidden states only; any other field that a model reads is None."""
 
     last_hidden_state: Tensor
 

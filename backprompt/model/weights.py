@@ -248,7 +248,7 @@ def _pointers(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def content_hash(model: nn.Module) -> str:
-    """Return the SHA-256, as hex, of everything that decides a model's results.
+    """Return the SHA-256, as hex, of all data that decides a model's results.
 
     Every weight is read once, on as many threads as torch has: hashing releases the interpreter lock.
     """
