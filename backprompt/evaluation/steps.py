@@ -119,7 +119,7 @@ class Steps:
         return stepped
 
     def end(self, ends: Iterable[Span]) -> None:
-        """Forget the plan of the next step if all its texts have ended, or if the budget is exceeded: it holds rows."""
+        """Forget the next step's plan, which keeps rows alive, if all its texts ended or the budget is exceeded."""
         step = self._computation.forest.next_step
         if self._computation.memory.is_exceeded() or (
             isinstance(step, _NextStep) and set(ends).issuperset(step.plan.ends)

@@ -274,7 +274,7 @@ class _Forest:
         return max(alone, float((together / np.arange(1, len(together) + 1)).min()))
 
     def enough(self, num_parts: int) -> float:
-        """Return a cost limit for which `cut` needs at most this many parts: each part then adds an equal share."""
+        """Return a cost limit for which `cut` needs at most `num_parts` parts: each adds at least an equal share."""
         return float(self.added[-1] / num_parts + self.beginning.max() + np.diff(self.added).max())
 
     def costs(self, starts: Ints) -> Floats:

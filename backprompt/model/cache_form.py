@@ -5,8 +5,8 @@ differ in the number of texts and the number of tokens, show the kind of each te
 
 - *rows*: one axis grows with the tokens. Examples are keys and values, compressed ones, and the keys of an indexer.
   Each token has a row, as in the keys and values of packed models (memory/blocks.py).
-- *states*: no axis grows. Examples are recurrent and convolution states, which sum up all tokens so far. The states of
-  a text side by side, as bytes, are its *snapshot* (memory/snapshots.py).
+- *states*: no axis grows. Examples are recurrent and convolution states, each of which represents all tokens so far.
+  The states of a text side by side, as bytes, are its *snapshot* (memory/snapshots.py).
 - *counters*: whole numbers that go up by one for each token. All other values in a cache are constant.
 
 A cache for a batch is built of these parts. Layers that keep a sliding window of keys are replaced by layers that keep
@@ -93,7 +93,7 @@ class RowTensor:
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor of a cache that sums up all tokens so far.
+    """A tensor of a cache that represents all tokens so far.
 
     Attributes:
         path: its place.

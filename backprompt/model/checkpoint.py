@@ -11,7 +11,7 @@ it. A wrong hash would find wrong numbers in a store, so the weights are hashed 
 - The check covers a sample of each parameter, all buffers, the configuration and the settings of modules. So the check
   tells apart two models that have the same name in two disk images, and finds a damaged entry.
 - The weights must be unchanged since they were loaded, and callers must know that. So an `LM` looks the hash up only
-  before any other code, its user's included, has got the model from it.
+  while no other code, not even its user's, has got the model from it.
 """
 
 from __future__ import annotations

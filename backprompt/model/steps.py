@@ -91,7 +91,7 @@ class CapturedSteps:
         place: see `Place`.
         refusal: the reason why there are no graphs; None if there may be graphs.
         max_bytes: the memory that graphs may take. If a graph exceeds it, all graphs are dropped, and steps with as
-            many rows are no longer recorded.
+            many rows or more are no longer recorded.
 
     Attributes:
         graphs: see above.
