@@ -46,7 +46,7 @@ class PreparedAttention(Protocol):
         ...
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
-        """Go on to the next step of a generation: each row of a segment that `grows` also sees the next key.
+        """Advance to the next step of a generation: each row of a segment that `grows` also sees the next key.
 
         `rows`: the rows that stay, in order; None if all rows stay.
         """
@@ -54,13 +54,13 @@ class PreparedAttention(Protocol):
 
 
 class CannotStandError(Exception):
-    """A layer for which a `StandingAttention` does not serve."""
+    """A step cannot be recorded in a graph, or a `StandingAttention` cannot be used for a layer."""
 
 
 class StandingAttention(Protocol):
-    """Attention of steps with the same number of rows, from tables at addresses that stay: a graph can replay it.
+    """Attention of steps with the same number of rows. Its tables stay at their addresses, so a graph can replay it.
 
-    A step may have fewer rows; the other rows see nothing.
+    A step may have fewer rows; the other rows see no keys.
     """
 
     @property
@@ -76,7 +76,7 @@ class StandingAttention(Protocol):
         """Return attention over the forest; see `PreparedAttention.attend`.
 
         Raises:
-            CannotStandError: this layer is attended to in another way.
+            CannotStandError: this layer needs another way of attending.
 
         """
         ...
@@ -98,10 +98,10 @@ class ForestAttention(Protocol):
     def prepare(self, pass_: Pass, num_steps: int = 1) -> PreparedAttention:
         """Return the attention of a pass, with the data that all layers share. Release it after the pass.
 
-        `num_steps`: how many steps of a generation it may serve, one after the other; see `advance`.
+        `num_steps`: the number of consecutive steps of a generation for which it can be used; see `advance`.
         """
         ...
 
     def standing(self, num_rows: int) -> StandingAttention | None:
-        """Return the attention of captured steps of so many rows; None if this way of attending has none."""
+        """Return the attention of captured steps with `num_rows` rows; None if this way of attending has none."""
         ...

@@ -59,7 +59,7 @@ class PreparedByDevice:
         return prepared.attend(layer_idx, query, key, value, scoring)
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
-        """Go on to the next step; see `PreparedAttention.advance`."""
+        """Advance to the next step; see `PreparedAttention.advance`."""
         self._steps.append(None if rows is None else list(rows))
         for prepared in self._prepared.values():
             prepared.advance(rows)

@@ -107,7 +107,7 @@ class _Masked:
             keys += 1
 
     def keep(self, rows: Sequence[int], places: Sequence[int]) -> None:
-        """Go on with some rows of the pass; see `steps.places_of`."""
+        """Keep only these rows of the pass; `places`: see `steps.places_of`."""
         call = self.call
         self.call = replace(call, rows=slice(places[call.rows.start], places[call.rows.stop]))
         if call.is_own:
@@ -141,7 +141,7 @@ class PreparedCalls:
         self._prepared: dict[tuple[int | None, int, torch.dtype], list[_Masked]] = {}
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
-        """Go on to the next step; see `PreparedAttention.advance`."""
+        """Advance to the next step; see `PreparedAttention.advance`."""
         self._num_done += 1
         self._steps_left -= 1
         self._positions = None
@@ -241,7 +241,7 @@ def _visible_tree(until: Ints) -> npt.NDArray[np.bool_]:
 
 
 def _visible_own(call: Call, positions: Ints) -> npt.NDArray[np.bool_]:
-    """Return which rows of a segment see which rows of it."""
+    """Return which rows of a segment see which of the segment's own rows."""
     (segment,) = call.segments
     row_idx = np.arange(call.rows.start, call.rows.stop)[:, None]
     visible: npt.NDArray[np.bool_] = np.arange(call.keys.start, call.keys.stop) <= row_idx

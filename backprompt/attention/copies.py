@@ -1,7 +1,7 @@
 """The keys and values of a pass as its block holds them, and whether queries and keys are finite.
 
-A model's key may be a view of a tensor of queries, keys and values; a copy keeps only the key. torch's attention gives
-numbers for some rows whose scores are NaN, so queries and keys are checked.
+A model's key may be a view of a tensor of queries, keys and values; a copy keeps only the key. torch's attention
+returns finite numbers for some rows whose scores are NaN, so queries and keys are checked.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ class Copies(Protocol):
     """The copies of one pass, made layer by layer. Shapes are those of `PreparedAttention.attend`."""
 
     def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return contiguous copies of keys and values, with storage of their own; note whether all is finite."""
+        """Return contiguous copies of keys and values in storage of their own.
+
+        Queries and keys are checked for NaN and infinity; see `are_finite`.
+        """
         ...
 
     def are_finite(self) -> Tensor:
-        """Return whether all queries and keys so far are finite, `()`, on their device; there were some."""
+        """Return whether all queries and keys so far are finite, `()`, on their device; `of` must have been called."""
         ...
 
 
 class PlainCopies:
-    """Copies made by torch: four operations a layer."""
+    """Copies made by torch: four operations for each layer."""
 
     def __init__(self) -> None:
         self._extremes: list[Tensor] = []

@@ -21,8 +21,8 @@ from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COL
 from backprompt.transfers import copy_to
 
 ADDRESS_COLUMNS = 4
-"""Columns of the table of addresses: the first key and the first value of a layer in bytes, the stride between heads in
-numbers; one is spare."""
+"""Columns of the table of addresses: the addresses of a layer's first key and first value, the stride between heads in
+elements; one is spare."""
 
 ROOM_FOR_BLOCKS = 8
 """The smallest number of blocks that fit tables with room."""
@@ -35,7 +35,7 @@ class Addressed(Protocol):
     """Keys and values of computed rows, with their addresses."""
 
     def addresses(self) -> Sequence[tuple[int, int, int]]:
-        """Return, for each layer, the addresses of keys and values and the stride between their heads in numbers."""
+        """Return for each layer the addresses of keys and of values, and the stride between their heads in elements."""
         ...
 
 
@@ -67,7 +67,7 @@ class Room:
     def for_steps(cls, segments: Segments, work: Work, cut: Cut) -> Room:
         """Return the room for the steps of a generation that begin with this one.
 
-        Programs and joins have room for all steps of so many rows; pieces and blocks for twice as many as now.
+        Programs and joins have room for any step with this number of rows, pieces and blocks for twice as many as now.
         """
         num_rows = len(segments.positions)
         pieces = max(ROOM_FOR_PIECES, _power_of_two(2 * len(work.pieces)))
@@ -77,7 +77,7 @@ class Room:
         return cls(num_rows, blocks, programs, tiles, pieces, programs)
 
     def holds(self, other: Room) -> bool:
-        """Return whether tables of another size fit, for the same rows."""
+        """Return whether the tables of another pass fit, with the same number of rows."""
         return (
             self.rows == other.rows
             and self.blocks >= other.blocks
@@ -94,7 +94,7 @@ class DeviceTables:
 
     Attributes:
         room: the number of entries that fit.
-        numbers: all tables, one behind the other, in 4 bytes each.
+        numbers: all tables, one behind the other, as numbers of 4 bytes.
         sizes: the size of each table, in the order of the properties.
 
     """
@@ -105,7 +105,7 @@ class DeviceTables:
 
     @classmethod
     def of(cls, segments: Segments, work: Work, device: torch.device, room: Room | None = None) -> DeviceTables:
-        """Return the tables of a pass on the device: one copy from pinned memory, without waiting for it."""
+        """Return the tables of a pass on the device, by one copy from pinned memory; the host does not wait for it."""
         room = Room.of(segments, work) if room is None else room
         numbers, sizes = _laid_out(segments, work, room)
         made = cls(room, torch.empty(sum(sizes), dtype=torch.int32, device=device), sizes)
@@ -113,7 +113,7 @@ class DeviceTables:
         return made
 
     def load(self, segments: Segments, work: Work) -> bool:
-        """Go on to another pass with so many rows, at the same addresses; False if there is no room for it."""
+        """Set another pass with the same number of rows, at the same addresses; return False if there is no room."""
         if not self.room.holds(Room.of(segments, work)):
             return False
         numbers, sizes = _laid_out(segments, work, self.room)
@@ -158,7 +158,7 @@ class DeviceTables:
 
 
 def _laid_out(segments: Segments, work: Work, room: Room) -> tuple[NDArray[np.int32], tuple[int, ...]]:
-    """Return all tables as one array, without the room behind the last, and the size of each with its room."""
+    """Return all tables as one array, and the size of each with its room; the room of the last table is left out."""
     unused = np.zeros((room.programs - len(work.programs), PROGRAM_COLUMNS), dtype=np.int32)
     unused[:, 4] = -1
     parts: list[NDArray[Any]] = [

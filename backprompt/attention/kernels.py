@@ -24,12 +24,12 @@ class Kernel(Protocol):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, is_causal: bool, mask: Tensor | None
     ) -> KernelOutput:
-        """Attend `query` to `key` and `value`."""
+        """Return the attention of `query` to `key` and `value`, and the log-sum-exp of the scores."""
         ...
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where `visible` (rows, keys) and -inf elsewhere; see `aligned`."""
+    """Return a mask of 0 where `visible`, `(rows, keys)`, is true and -inf elsewhere; its rows are `aligned`."""
     rows, keys = visible.shape
     mask = torch.zeros((rows, -(-keys // 16) * 16), dtype=dtype, device=visible.device)[:, :keys]
     return mask.masked_fill_(~visible, -math.inf)
@@ -120,7 +120,7 @@ FAST_KERNELS: dict[str, tuple[str, Kernel]] = {
 
 @dataclass(frozen=True)
 class ChosenKernel:
-    """The kernel in use and its name; for the clear kernel the name says why."""
+    """The kernel in use and its name; the name of the clear kernel gives the reason why it is used."""
 
     name: str
     kernel: Callable[..., KernelOutput]

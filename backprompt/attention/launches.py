@@ -1,8 +1,8 @@
-"""Launches of kernels of Triton with little work of the host.
+"""Launches of Triton's kernels that take the host little time.
 
 Triton examines each argument of a launch in Python, to find the compiled kernel. That takes longer than a layer of a
-small model takes on the device. So compiled kernels are kept here, by everything on which they depend, and called with
-addresses instead of tensors.
+small model takes on the device. So compiled kernels are kept here, by all properties on which they depend, and called
+with addresses instead of tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2])
 class Launcher:
     """A kernel with its constants.
 
-    In each launch tensors must have the same device and dtypes; for another device or dtype, make another launcher.
+    The tensors of all launches must have the same device and dtypes; another device or dtype needs another launcher.
 
     Args:
         kernel: its arguments are tensors, then whole numbers, then numbers that Triton does not specialise on, then
@@ -42,7 +42,7 @@ class Launcher:
     def launch(
         self, num_programs: int, tensors: Sequence[Tensor], sizes: Sequence[int] = (), others: Sequence[float] = ()
     ) -> None:
-        """Launch so many programs on the device that is current."""
+        """Launch `num_programs` programs on the current device."""
         addresses = [tensor.data_ptr() for tensor in tensors]
         kind = *[address % 16 for address in addresses], *[_kind_of(size) for size in sizes]
         compiled = self._compiled.get(kind)

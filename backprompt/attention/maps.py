@@ -113,7 +113,9 @@ class MapAttention:
         return torch.stack([self._kept[layer] for layer in self._chosen.layers])
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        """Return attention over the text, `(rows, heads, value_dim)`; `key` and `value` of the rows are held already.
+        """Return attention over the text, `(rows, heads, value_dim)`.
+
+        `key` and `value` are not read: the rows' keys and values are held already.
 
         Raises:
             EnoughSeen: this was the last chosen layer, and the call may stop here.
@@ -157,8 +159,8 @@ class PackedMaps:
     """The attention of rows of several texts in one call, a `PreparedAttention`: each text's rows see their own text.
 
     Args:
-        parts: the texts' attention, text behind text; all have the same chosen layers.
-        num_rows: the number of rows of each.
+        parts: the attention of each text; all have the same chosen layers.
+        num_rows: the number of rows of each text. In the call, the rows of the texts follow each other in this order.
 
     """
 

@@ -63,7 +63,7 @@ class Launch:
 def launch_for(shape: Shape, segments: Segments) -> Launch:
     """Return the way of launching that takes the least time, estimated by numbers of pieces.
 
-    A tile of many rows is wasted if each segment has few rows, as in a step of generation.
+    A tile of many rows wastes work if each segment has few rows, as in a step of generation.
     """
     many, few = (Launch(tile) for tile in tiles_for(shape.head_dim, shape.dtype.itemsize))
     if len(segments.positions) * shape.group <= FEW_ROWS:

@@ -41,7 +41,7 @@ _TILES: dict[int, dict[int, tuple[Tile, Tile]]] = {
 }
 
 LARGEST_HEAD = 256
-"""The largest heads with a tile: the kernel keeps a row of sums for each row of a tile."""
+"""The largest size of heads for which there is a tile: the kernel keeps a row of sums for each row of a tile."""
 
 FEW_ROWS = 256
 """The largest number of rows of queries for the tile for few rows: its programs are shorter, and more of them run."""
@@ -50,7 +50,7 @@ COST_OF_FEW = 1.1
 """The time of a piece of keys with the tile for few rows, relative to the time with the other tile."""
 
 PROGRAMS_A_PROCESSOR = 4
-"""Programs that a multiprocessor runs at once, for the number of programs that share few rows."""
+"""The assumed number of programs that a multiprocessor runs at once. It decides how many programs share few rows."""
 
 LEAST_PIECES = 4
 """The smallest number of pieces of keys for which a separate program is worth the join."""

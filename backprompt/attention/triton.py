@@ -1,9 +1,9 @@
-"""Attention over a whole packed forest in one launch a layer, with a kernel in Triton.
+"""Attention over a whole packed forest in one launch for each layer, with a kernel in Triton.
 
 The kernel reads keys and values in place, through a table of addresses, in any number of blocks. The tables (tables.py)
-of all layers are made once a pass and go to the device in one copy. A second small kernel joins partial results where
-several programs share the rows of a tile. The heads of a group are rows of one tile, so keys are read once a head of
-keys.
+of all layers are made once for each pass and go to the device in one copy. A second small kernel joins partial results
+where several programs share the rows of a tile. All query heads that share a head of keys are rows of one tile, so each
+head of keys is read once.
 
 The kernel is compared with the clear kernel once for each device, dtype, shape of heads, tile and kind of scoring. If
 the comparison fails, or the kernel does not support a layer (keys and values of different sizes, float64), the calls of
@@ -37,11 +37,11 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 class TritonAttention:
-    """A `ForestAttention` that makes one launch a layer, or two where programs share rows.
+    """A `ForestAttention` that makes one launch for each layer, or two where programs share rows.
 
     Args:
         launch: the way of launching; by default the tile of tiles.py for the heads and the number of rows.
-        device_types: the types of devices on which the kernel serves. Triton's interpreter computes on the CPU.
+        device_types: the types of devices on which the kernel is used. Triton's interpreter computes on the CPU.
 
     """
 
@@ -56,7 +56,7 @@ class TritonAttention:
         return PreparedTriton(self, pass_, num_steps)
 
     def standing(self, num_rows: int) -> StandingTriton:
-        """Return the attention of captured steps of so many rows; see `ForestAttention.standing`."""
+        """Return the attention of captured steps with `num_rows` rows; see `ForestAttention.standing`."""
         return StandingTriton(self, num_rows)
 
     def launch_or_refusal(
@@ -108,7 +108,7 @@ class PreparedTriton:
         return self._segments
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
-        """Go on to the next step; see `PreparedAttention.advance`."""
+        """Advance to the next step; see `PreparedAttention.advance`."""
         self._forest = None
         self._segments = self.segments.next_step(rows)
         self._calls.advance(rows)
@@ -146,7 +146,7 @@ class StandingTriton:
         return 0 if self._forest is None else self._forest.num_bytes
 
     def load(self, prepared: PreparedAttention) -> bool:
-        """Go on to the step that an attention is prepared for; see `StandingAttention.load`."""
+        """Set the step for which an attention is prepared; see `StandingAttention.load`."""
         assert isinstance(prepared, PreparedTriton), prepared
         segments = prepared.segments.padded(self._num_rows)
         if self._forest is None:
@@ -167,7 +167,7 @@ class StandingTriton:
 
 
 def _kind_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Hashable:
-    """Return everything on which a layer's launches depend, except the way of launching; equal in most layers."""
+    """Return all properties on which a layer's launches depend, except the way of launching; equal in most layers."""
     return (
         query.device,
         query.dtype,
@@ -182,7 +182,7 @@ def _kind_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Has
 
 
 class OneLaunch:
-    """The launches of one pass, or of several of the same shape one after the other.
+    """The launches of one pass, or of several passes of the same shape, one after the other.
 
     Args:
         segments: the segments of the pass.
@@ -219,7 +219,7 @@ class OneLaunch:
         return sum(tables.numbers.nbytes for tables in self.tables.values()) + sum(partial)
 
     def load(self, segments: Segments) -> bool:
-        """Go on to another pass; return False if there is no room for it: then this object cannot be used any more.
+        """Set another pass; return False if there is no room for it. Then this object cannot be used any more.
 
         The blocks of the pass are not kept alive here: other objects keep them during the step.
         """

@@ -1,4 +1,4 @@
-"""The copies of copies.py in one launch a layer, with a kernel in Triton.
+"""The copies of copies.py in one launch for each layer, with a kernel in Triton.
 
 The kernel reads queries, keys and values once each. torch takes two passes over queries and keys for their extremes,
 and two more launches for the copies.
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 PROGRAM_NUMBERS = 4096
-"""About the number of elements that a program copies."""
+"""The approximate number of elements that a program copies."""
 
 
 class TritonCopies:
@@ -88,7 +88,7 @@ def _copied(query: Tensor, key: Tensor, value: Tensor, flag: Tensor) -> tuple[Te
 def launcher(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> tuple[Launcher, int]:
-    """Return the launcher for tensors of a kind, and the tokens that a program copies."""
+    """Return the launcher for tensors of a kind, and the number of tokens that a program copies."""
     padded = 1 << (head_dim - 1).bit_length()
     tokens = max(1, PROGRAM_NUMBERS // padded)
     constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PADDED_DIM": padded, "TOKENS": tokens}

@@ -1,7 +1,7 @@
 """The kernels of the one-launch attention, in Triton; triton.py launches them.
 
 Arguments that change from pass to pass are not specialised, so a model needs a handful of compilations, however many
-shapes its passes have. The columns of the tables are those of tables.py and triton.py.
+shapes its passes have. The columns of the tables are described in tables.py and device_tables.py.
 """
 
 # The language of kernels has no types for Python's checkers. `from __future__ import annotations` would hide

@@ -73,8 +73,8 @@ class Archive:
     ) -> Loaded:
         """Load the stored rows of the spans on the way to `ends`, and count them; spans may be split.
 
-        Loading ends after `room` bytes and one span; but at least one text gets all its stored rows. An entry of
-        another layout than `layout` is damaged.
+        Loading ends once more than `room` bytes are loaded, but at least one text gets all its stored rows. An entry
+        with another layout than `layout` counts as damaged.
         """
         finder, reader = Finder(self._store, self._keys), Reader(self._store, layout)
         num_tokens = 0
@@ -94,7 +94,7 @@ class Archive:
             try:
                 served = visit.serve(ends, with_keys_values=with_keys_values)
                 for span in visit.absent:
-                    span.is_stored = False  # or no longer stored
+                    span.is_stored = False  # perhaps it was, and others have deleted the entry
             except OSError as error:
                 self._note_unreadable(error)
         return Loaded(served, num_tokens)

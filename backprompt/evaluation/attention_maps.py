@@ -1,7 +1,7 @@
 """Attention maps of held texts: the requested rows are forwarded once more, behind the keys that are held.
 
-Maps are kept in a pool by the token ids of their text, so equal texts share them and an eviction of rows does not
-matter. The held rows stay unchanged.
+Maps are kept in a pool by the token ids of their text. So equal texts share maps, and maps outlive an eviction of rows.
+The held rows stay unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from backprompt.tokens.written import positions_of, visible_to, written_runs
 
 
 class AttentionMaps:
-    """Reads attention maps off held texts.
+    """Reads the attention maps of held texts.
 
     Args:
         computation: the computation of their spans.
@@ -39,7 +39,7 @@ class AttentionMaps:
         """Return the number of layers that attend.
 
         Raises:
-            UnsupportedModelError: the model goes by levels, so its attention cannot be read.
+            UnsupportedModelError: passes of the model go by levels, so its attention cannot be read.
 
         """
         executor = self._computation.executor
@@ -48,7 +48,7 @@ class AttentionMaps:
         return executor.layout.num_layers
 
     def pooled(self, token_ids: TokenIds, chosen: Chosen) -> Tensor | None:
-        """Return a copy of weights that were computed and are still held."""
+        """Return a copy of attention weights that were computed and are still in the pool, or None."""
         found = self._pool.get((token_ids, chosen))
         return None if found is None else found.clone()
 
@@ -65,7 +65,7 @@ class AttentionMaps:
         return min(self.max_rows, free // computation.token_bytes)
 
     def read(self, texts: Sequence[Inserted], chosen: Sequence[Chosen]) -> list[Tensor]:
-        """Return weights of texts whose keys and values are held, each `(layers, heads, rows, keys or spans)`.
+        """Return the attention weights of each text, `(layers, heads, rows, keys or spans)`; keys and values are held.
 
         The same layers are chosen for all texts. Rows of all texts are forwarded together.
         """
@@ -79,7 +79,7 @@ class AttentionMaps:
         return found
 
     def _passes(self, chosen: Sequence[Chosen]) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-        """Yield the rows of each pass: numbers of texts, and rows of them."""
+        """Yield the rows of each pass, as pairs: the index of a text, and the rows of this text."""
         rows_of: list[tuple[int, tuple[int, ...]]] = []
         room = self.max_rows
         for idx, own in enumerate(chosen):
@@ -121,7 +121,7 @@ class AttentionMaps:
 
 
 def _keys_values(spans: Sequence[Span], layer_idx: int) -> tuple[Tensor, Tensor]:
-    """Return a copy of a layer's keys and values of spans, one behind the other."""
+    """Return a layer's keys and values of spans, concatenated into new tensors."""
     keys, values = layer_names(layer_idx)
     rows = [keys_values_of(span) for span in spans]
     return gather(rows, keys), gather(rows, values)

@@ -1,4 +1,4 @@
-"""Completions behind prompts, as they stand in the forest: as a fan where possible, else as texts.
+"""Completions behind prompts in the forest: those of a prompt are a fan where possible, else texts.
 
 A fan needs a prompt without other texts behind it, and several completions or one that several prompts of the call
 share. With a store there are no fans, because it knows only spans. All other completions are computed as texts, so that
@@ -22,7 +22,7 @@ FANS_IN_A_PASS = 4
 
 
 class Behind(NamedTuple):
-    """A prompt, completions to score behind it, and the number of the prompt's last tokens to score before."""
+    """A prompt, completions to score behind it, and how many of the prompt's own last tokens are scored as well."""
 
     prompt: TokenIds
     shape: Shape
@@ -45,7 +45,7 @@ class Behind(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Completions in the forest: a fan, or texts whose scores in this order are those of the completions.
+    """Completions in the forest: a fan, or texts that together, in this order, give the completions' scores.
 
     Attributes:
         items: the fan, or the texts.
@@ -57,7 +57,7 @@ class Placed(NamedTuple):
     ends: Sequence[Span]
 
     def behind(self, behind: Behind, end: Span) -> Placed:
-        """Return these with the tokens of the prompt that are scored before them; the prompt ends at `end`."""
+        """Return these items behind one for the prompt's own tokens to score, if any; the prompt ends at `end`."""
         if not behind.num_own:
             return self
         own = Wanted(behind.prompt, len(behind.prompt) - behind.num_own)

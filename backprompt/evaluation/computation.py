@@ -64,8 +64,8 @@ class Request:
         is_step: whether this is a step of a generation: part of the evaluation that began the generation, without
             reading from the store or writing to it.
         before_eviction: called before an eviction over the budget, to read off results while their states are held.
-        arrived: a list that takes the texts' ends when their states have come; ends that hold states at the beginning
-            are left out.
+        arrived: a list to which each text's end is added once its states have come; ends that hold their states at the
+            beginning are left out.
 
     """
 
@@ -82,7 +82,7 @@ class Request:
 
 @dataclass(slots=True)
 class _Empty:
-    """The spans without rows, with bounds for their number and their tokens."""
+    """Upper bounds for the number of spans without rows, and for the number of their tokens."""
 
     num_spans: int = 0
     num_tokens: int = 0
@@ -179,14 +179,14 @@ class Computation:
     def inserted(
         self, texts: Iterable[TokenIds], known: Iterable[Span | None] | None = None, *, are_ends: bool = True
     ) -> AbstractContextManager[list[Span]]:
-        """Yield the ends of texts in the forest; `known`: the ends that are there; `are_ends`: see `Forest.insert`."""
+        """Yield the ends of texts in the forest; `known`: each text's end, or None; `are_ends`: see `Forest.insert`."""
         return self._in_forest(
             self.forest.insert(_checked(token_ids, self.executor), is_end=are_ends) if end is None else end
             for token_ids, end in zip(texts, itertools.repeat(None) if known is None else known, strict=False)
         )
 
     def extended(self, texts: Iterable[tuple[Span, tuple[int, ...]]]) -> AbstractContextManager[list[Span]]:
-        """Yield the ends of texts that continue spans of the forest; they do not count as ends of texts."""
+        """Yield the ends of texts that continue spans of the forest; the ends are not marked as `is_end`."""
         return self._in_forest(self.forest.extend(end, end.stop, more) for end, more in texts)
 
     @contextmanager
@@ -215,7 +215,7 @@ class Computation:
         waiting = dict.fromkeys(end for end in ends if not end.is_held(with_keys_values=request.with_keys_values))
         if waiting and not request.is_step:
             self.forest.begin_evaluation()
-        is_stuck = False  # if stuck, one text alone goes on
+        is_stuck = False  # whether the last round finished no text: then the next round takes one text alone
         with GrowingBar("evaluating", "tokens") as bar:
             while waiting:
                 num_waiting = len(waiting)
@@ -224,7 +224,7 @@ class Computation:
                 is_stuck = len(waiting) == num_waiting
 
     def _compute_some(self, waiting: dict[Span, None], request: Request, bar: GrowingBar, *, is_stuck: bool) -> None:
-        """Compute the missing spans of the texts that there is room for, or of the first; `waiting` loses them."""
+        """Compute the texts that there is room for, or only the first; remove finished texts from `waiting`."""
         asked = list(waiting)[: 1 if is_stuck else None]
         group = self._bring_back(asked, request)
         for end in group:
@@ -237,7 +237,7 @@ class Computation:
         uses = last_uses(passes)
         for pass_idx, spans in enumerate(passes):
             needed = {parent for span in spans for parent in span.parents}
-            if is_stuck:  # otherwise one pass may drop what another computed of the group
+            if is_stuck:  # otherwise one pass may drop rows that another has computed for the group
                 needed |= on_the_way(group)
             self._make_room_for(Spared((needed,), uses, pass_idx), request)
             if is_cut_off(spans):
@@ -253,10 +253,10 @@ class Computation:
         self._make_room_for(NOTHING_SPARED, request)
 
     def _bring_back(self, ends: Sequence[Span], request: Request) -> Sequence[Span]:
-        """Fetch and load the rows that the second pool and the store have of the way to `ends`.
+        """Fetch the rows that the texts need from the second pool, and load rows from the store.
 
-        Returns the ends of the texts that there was room for, at least one, in the order of `ends`, in which a sketch
-        plans, too. Their missing spans are to be forwarded.
+        Returns the ends of the texts that there was room for, at least one, in the order of `ends`. A sketch plans in
+        this order, too. The spans that are still missing must be forwarded.
         """
         archive = None if request.is_step else self.archive
         served = ends
@@ -329,7 +329,7 @@ class Computation:
     def note_work(self, work: Work) -> None:
         """Count a pass, and keep the snapshots that it has restored.
 
-        Rows of pinned texts stay, so these get no snapshots over the budget.
+        Rows of pinned texts are never evicted, so pinned spans get snapshots only within the budget.
         """
         self.counters.note_pass(work)
         if not work.restored:
@@ -366,8 +366,8 @@ class Computation:
     def recover(self) -> None:
         """Restore a consistent state after any error: "Failures" in docs/design/evaluation.md.
 
-        If the forest is whole, all computed spans are kept, and spans still to be computed leave it. Else all results
-        are forgotten.
+        If the forest is whole, all computed spans are kept, and spans that were never computed leave it. Else all
+        results are forgotten.
         """
         self.holders.stop_using()
         self.executor.abandon()

@@ -1,7 +1,7 @@
 """Continuations: texts that are begun, grow a token at a time, and end.
 
 Keeps the abandoned texts that have not been ended yet, and the buffers in which texts grow (memory/growth.py). The ends
-of a live text are kept by its generation alone, and read from there when they are wanted (holders.py).
+of a live text are kept by its generation alone, and are read from there when they are needed (holders.py).
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class Continuations:
         return ends
 
     def settle(self, grown: Sequence[Span], dropped: Sequence[Span], scores: Mapping[Span, TokenScore]) -> None:
-        """Go on with some of the held texts.
+        """Choose which of the grown texts stay.
 
         Args:
             grown: ends that `grow` returned last and that stay held; they absorb their parents.
-            dropped: ends that are not needed any more. An end is forgotten if it has no children, no other holder and
-                ends no text.
+            dropped: ends that are no longer needed. Such a span leaves the forest if it has no children and no other
+                holder, and no text in use ends there.
             scores: the scores of the last tokens of some grown texts.
 
         """
@@ -108,8 +108,8 @@ class Continuations:
         """Finish grown texts that have no holder any more: from now on they are like all other texts.
 
         Args:
-            ends: those of the texts.
-            are_stored: whether a store gets the texts; not those that will be longer.
+            ends: the ends of the texts.
+            are_stored: whether the texts are written to a store; False for texts that will grow further later.
 
         """
         for end in ends:

@@ -1,4 +1,4 @@
-"""The counts of the work that is done, which `LM.stats` shows."""
+"""The counts of the work done, which `LM.stats` shows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Counters:
         return self.forward_passes, self.logit_rows
 
     def note_pass(self, work: Work) -> None:
-        """Count a pass, without its own tokens."""
+        """Count a pass and the tokens that it computed again; the caller counts the tokens of its spans."""
         self.forward_passes += 1
         self.model_calls += work.num_calls
         self.tokens_computed += work.num_again

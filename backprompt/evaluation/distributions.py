@@ -1,4 +1,4 @@
-"""Distributions: results of the output head's rows for wanted tokens, beyond the scores that the forest keeps.
+"""Distributions: results for wanted tokens, read from rows of logits, beyond the scores that the forest keeps.
 
 A wanted token is predicted by one row: that of the token before it, which many texts may share. Each distinct row goes
 through the head once, in slices, and all requested results are read from its slice: log-probabilities at a
@@ -31,7 +31,7 @@ from backprompt.transfers import on_device
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 NO_TOKEN = -1
-"""Stands among the ids of most probable tokens where no row predicts a token."""
+"""The id given for the most probable tokens of a place that no row predicts."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Distributions:
-    """The results for all wanted tokens, text behind text; None for a result that was not requested.
+    """The results for all wanted tokens, one text after the other; None for a result that was not requested.
 
-    Log-probabilities and entropies are in nats, float64 for a model in float64 and else float32, and nan where nothing
+    Log-probabilities and entropies are in nats, float64 for a model in float64 and else float32, and nan where no row
     predicts the token.
 
     Attributes:
         logprobs: of the tokens themselves, `(tokens,)`.
         entropies: of the distributions that predict the tokens, `(tokens,)`.
-        top_logprobs, top_ids: of the most probable tokens there, in falling order, `(tokens, k)`; equal ones in any
-            order.
+        top_logprobs, top_ids: of the most probable tokens in each token's place, in falling order, `(tokens, k)`; equal
+            ones in any order.
         given_logprobs: of the given tokens, `(tokens, k)`.
 
     """
@@ -108,7 +108,7 @@ def distributions(computation: Computation, wanted: Sequence[Wanted], asked: Ask
 
 
 def _token_ids(wanted: Sequence[Wanted]) -> Ints:
-    """Return the ids of all wanted tokens, text behind text."""
+    """Return the ids of all wanted tokens, one text after the other."""
     parts = [part for text in wanted for part in (flat(text.token_ids)[text.start :], text.candidates)]
     return plain_array(np.array([token_id for part in parts for token_id in part], dtype=np.int64))
 
@@ -217,7 +217,7 @@ class _Found:
         return self._by_row[ranges(starts, stops)], np.repeat(np.arange(len(numbers)), stops - starts)
 
     def _raise_for(self, held: NumberedRows, spans: Sequence[Span], number: int) -> None:
-        """Raise the error of a row, by its number among those held."""
+        """Raise the error of the row with this number in `held`."""
         executor = self._computation.executor
         for span in spans:
             row = number - held.first_of(span)

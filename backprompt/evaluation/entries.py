@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """Rows `first..first + num_tokens` of an entry are said to be a beginning of a span."""
+    """A find in the index: rows `first..first + num_tokens` of an entry should be the first rows of a span."""
 
     name: str
     first: int
@@ -77,7 +77,7 @@ class Finder:
 
 
 class Reader:
-    """Reads from the store, and keeps the last entry read of each kind, or its beginning."""
+    """Reads from the store, and keeps the entry, or beginning of an entry, that was read last for each kind of data."""
 
     def __init__(self, store: Store, layout: Layout) -> None:
         self._store = store
@@ -87,7 +87,7 @@ class Reader:
         ] = {}  # spans of one entry come one after the other
 
     def read(self, kind: Kind, found: Found, root: Root) -> Read | None:
-        """Return these rows as a block; None if the entry is gone, damaged or another one."""
+        """Return these rows as a block; None if the entry is gone, is damaged, or is not the one that was found."""
         entry = self._entry(found, kind, root)
         if entry is None:
             return None
@@ -122,7 +122,7 @@ class Reader:
         return {name: self._rows(entry, name, found) for name in names}
 
     def _rows(self, entry: Entry, name: str, found: Found) -> torch.Tensor:
-        """Return rows of a tensor on the device where a block has them, in storage of their own."""
+        """Return rows of a tensor in storage of their own, on the device on which a block has this tensor."""
         device = self._layout.rows[name].device
         axis = token_axis(name)
         parts = {
@@ -135,7 +135,7 @@ class Reader:
         return rows if is_own else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device).copy_(rows)
 
     def _entry(self, found: Found, kind: Kind, root: Root) -> Entry | None:
-        """Return the entry with the rows that were found, or more: twice as many as last time."""
+        """Return the entry with at least the rows that were found; if read again, up to twice as many as before."""
         place, num_rows = (found.name, found.start), found.first + found.num_tokens
         last_place, entry = self._last.get(kind, (None, None))
         if last_place != place:
@@ -161,7 +161,7 @@ class Reader:
         return entry
 
     def _check(self, entry: Entry, found: Found, kind: Kind, root: Root) -> None:
-        """Raise DamagedEntryError for an entry that contradicts its name, or is not one of this model."""
+        """Raise DamagedEntryError for an entry that contradicts its name or does not belong to this model."""
         header = entry.header
         check_header(header)
         if header.name != found.name:
@@ -214,7 +214,7 @@ def root_of(header: Header) -> Root:
 
 
 def is_sound(header: Header) -> bool:
-    """Return whether an entry may have this header."""
+    """Return whether a header is valid."""
     try:
         check_header(header)
     except DamagedEntryError:

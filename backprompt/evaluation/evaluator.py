@@ -30,7 +30,7 @@ class Evaluator:
         executor: runs passes and the output head.
         memory: the device's tier.
         host: the second pool.
-        pools: of results that no block holds.
+        pools: the pools of results that no block holds.
         archive: the connection of the forest with a store, if there is one.
         holders: the pins, growing texts and uses that hold texts.
         max_tokens_per_forward: the largest number of tokens in a packed pass.

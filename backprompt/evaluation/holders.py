@@ -49,7 +49,7 @@ class Holders:
         return held.union(*self._in_use.values())
 
     def others(self, owners: Collection[object]) -> set[Span]:
-        """Return the ends of the texts of other owners that grow; nearly always there are none."""
+        """Return the ends of the growing texts of all other owners; nearly always there are none."""
         theirs = (texts for other, texts in self._growing.items() if other not in owners)
         return {end for texts in theirs for text in texts for end in text.ends.values()}
 

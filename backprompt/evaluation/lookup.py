@@ -22,7 +22,7 @@ from backprompt.forest.span import Inserted, Junction, Kind, Span, child_key
 from backprompt.tokens.graph import TokenIds, common_length
 
 Where: TypeAlias = Literal["memory", "host", "disk", "evicted", "absent"]
-"""Places: the device's memory, the second pool, the store; computed once and dropped, or unknown."""
+"""The place of rows: the device's memory, the second pool, the store; or none, for rows dropped or never computed."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Mark:
-    """A mark on a span of a sketch, in place of rows that lie somewhere."""
+    """A mark on a span of a sketch: it names the place of the real rows, and stands for them."""
 
     where: Where
     block = None
@@ -58,13 +58,13 @@ _MEMORY, _HOST, _DISK = _Mark("memory"), _Mark("host"), _Mark("disk")
 
 @dataclass(frozen=True)
 class _Reached:
-    """The first `num_tokens` of a span in the inspected forest, and all its parents."""
+    """A place in the inspected forest: behind the first `num_tokens` tokens of a span."""
 
     span: Span
     num_tokens: int
 
     def next(self, position: int, token_id: int) -> _Reached | None:
-        """Return the place right before the next token, in the span that has it; None if no span does."""
+        """Return this place as the one right before the next token, in that token's span; None if no span has it."""
         if self.num_tokens == len(self.span.token_ids):
             child = self.span.children.get(child_key(self.span, position, token_id))
             return None if child is None else _Reached(child, 0)
@@ -74,7 +74,7 @@ class _Reached:
 
 @dataclass(frozen=True)
 class Aside:
-    """The tokens that a text would have without a join, from one of its own tokens on."""
+    """The tokens that a text would have from index `token_idx` on if a join had not changed them."""
 
     text_idx: int
     token_idx: int
@@ -242,7 +242,7 @@ def _mark_of_all(span: Span, kind: Kind) -> _Mark | None:
 
 
 def positions_of(held: Forest, runs: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Return a position at which each run of token ids is held, behind any tokens; leave out runs held nowhere."""
+    """Return, for each run of token ids that is held behind whichever tokens, a position at which it is held."""
     by_first: dict[int, list[tuple[int, ...]]] = {}
     for run in dict.fromkeys(runs):
         by_first.setdefault(run[0], []).append(run)

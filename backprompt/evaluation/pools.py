@@ -62,7 +62,7 @@ class Pools:
         return self.logits.num_bytes + self.attention.num_bytes + self.candidates.num_bytes + self.leaves.num_bytes
 
     def unfold(self, fan: Fan, spans: Sequence[Span]) -> None:
-        """Let the scores of a fan's leaves be found as candidates behind the spans that take its place."""
+        """Turn the scores of a fan's leaves into scores of candidates behind the spans that take the fan's place."""
         found = self.leaves.take(fan)
         if found is None:
             return
@@ -79,7 +79,7 @@ class Pools:
             self.candidates.put(end, scores)
 
     def retain(self, spans: Container[Span]) -> None:
-        """Drop the results behind all other spans, which the results would keep alive."""
+        """Drop the results behind all spans but these; the results would keep the other spans alive."""
         self.logits.retain(spans)
         self.attention.recount()
         self.candidates.retain(spans)
@@ -109,7 +109,7 @@ class TensorPool(Generic[Key]):
         self._tensors: OrderedDict[Key, Tensor] = OrderedDict()
 
     def get(self, key: Key) -> Tensor | None:
-        """Return the tensor that was left here under a key, or None. Do not write to it."""
+        """Return the tensor that is kept under a key, or None. The caller must not write to it."""
         tensor = self._tensors.get(key)
         if tensor is not None:
             self._tensors.move_to_end(key)
@@ -143,11 +143,11 @@ class TensorPool(Generic[Key]):
 
 
 class CandidatePool:
-    """Scores of tokens that may follow a text and were scored but not forwarded; the latest used ones.
+    """The most recently used scores of candidates: tokens that may follow a text and were scored but not forwarded.
 
-    The scores have a bound of bytes of their own. They lie in dicts of numbers, which Python's collector does not walk
-    through: the log-probabilities of a text by token id, and the one token that is the text's argmax, where it is
-    known.
+    The scores have a bound of bytes of their own. They lie in dicts of numbers, which Python's garbage collector does
+    not walk through. There is one dict for each text, with log-probabilities by token id, and one dict with the argmax
+    of each text, where it is known.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -210,7 +210,7 @@ class LeafScores(NamedTuple):
 
 
 class LeafPool:
-    """Scores of the leaves of fans: the latest used ones, under a bound of bytes of their own."""
+    """The most recently used scores of the leaves of fans, under a bound of bytes of their own."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -233,7 +233,7 @@ class LeafPool:
             self.take(next(iter(self._scores)))
 
     def take(self, fan: Fan) -> LeafScores | None:
-        """Return the scores of a fan's leaves, if they are here, and keep them no longer."""
+        """Remove the scores of a fan's leaves and return them; None if they are not here."""
         found = self._scores.pop(fan, None)
         self.num_bytes -= 0 if found is None else found.num_bytes
         return found

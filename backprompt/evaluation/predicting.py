@@ -1,6 +1,6 @@
 """Predicting rows: which rows of spans predict the wanted tokens of texts, each distinct row with a number.
 
-A row is known by its span and its place there, so the numbers hold before the row is computed, and after rows were
+A row is known by its span and its place there. So its number is valid before the row is computed, and after the row was
 dropped and computed again. A span may be split meanwhile. The span then becomes its lower part, so its rows are found
 from its end upwards.
 """
@@ -23,7 +23,7 @@ Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 
 class Piece(NamedTuple):
-    """Wanted rows `start..stop` of a span as it is now; the first of them has this number."""
+    """Wanted rows `start..stop` of a span as it is now, and the number of the first of them."""
 
     span: Span
     start: int
@@ -45,7 +45,7 @@ class PredictingRows:
         self._numbers: dict[Span, int] = {}  # of the first wanted row of each span, once all texts are added
 
     def add(self, forest: Forest, end: Span, token_ids: TokenIds, start: int, num_candidates: int) -> None:
-        """Want the tokens from `start` on of the text that ends here, and `num_candidates` tokens behind it."""
+        """Add the wanted tokens of the text that ends here: those from `start` on, and `num_candidates` behind it."""
         for span, first_row in spans_from(forest, end, token_ids, start):
             num_tokens = len(span.token_ids)
             if first_row == 0:
@@ -72,7 +72,7 @@ class PredictingRows:
             self._runs.append((span, first, stop))
 
     def spans_of(self, text_idx: int) -> Sequence[Span]:
-        """Return the spans whose rows predict the wanted tokens of a text; some may be there twice."""
+        """Return the spans whose rows predict the wanted tokens of a text; a span may occur twice."""
         runs = self._runs[self._text_runs[text_idx] : self._text_runs[text_idx + 1]]
         return [span for span, _, _ in runs if span is not None]
 
@@ -82,7 +82,7 @@ class PredictingRows:
         return sum(stop - first for first, stop in self._bounds.values())
 
     def numbers(self) -> Ints:
-        """Return the number of the row that predicts each wanted token, `(tokens,)`; -1 where none does."""
+        """Return, for each wanted token, the number of the row that predicts it, `(tokens,)`; -1 if no row does."""
         self._number_spans()
         starts, stops = [], []
         for span, first, stop in self._runs:

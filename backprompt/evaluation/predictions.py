@@ -1,8 +1,8 @@
 """Predictions: which rows of hidden states predict the tokens to be scored, and where the scores go.
 
-The rows of several blocks are numbered as if the blocks lay one behind the other (`NumberedRows`), so all of one
-scoring is a few flat arrays, however many texts it is of. A forwarded token's score lies in the block of its span's
-states. The score of a *candidate*, a token that may follow a text and is not forwarded, has a negative number.
+The rows of several blocks are numbered as if the blocks lay one behind the other (`NumberedRows`). So a scoring is a
+few flat arrays, whatever the number of its texts. A forwarded token's score lies in the block of its span's states. The
+score of a *candidate*, a token that may follow a text and is not forwarded, has a negative number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 
 class NumberedRows:
-    """The rows of several blocks of states, numbered in the order in which the blocks were first asked for."""
+    """The rows of several blocks of states, numbered block after block, in the order of the first use of each block."""
 
     def __init__(self) -> None:
         self.num_rows = 0
@@ -53,7 +53,7 @@ class NumberedRows:
         return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)
 
     def by_block(self, numbers: Ints) -> Iterator[tuple[States, Ints, slice]]:
-        """Yield, for ascending row numbers, each block with its rows among them, and where these stand."""
+        """Yield, for ascending row numbers: each block, its rows among them, and their slice of `numbers`."""
         blocks, firsts = list(self._first), np.fromiter(self._first.values(), dtype=np.int64)
         bounds = [*np.searchsorted(numbers, firsts).tolist(), len(numbers)]
         for block, first, start, stop in zip(blocks, firsts.tolist(), bounds[:-1], bounds[1:], strict=True):
@@ -66,7 +66,7 @@ class NumberedRows:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def write(self, numbers: Ints, scores: TokenScores) -> None:
-        """Write the scores of the tokens of distinct rows to where they are held; those of candidates are left out."""
+        """Write the scores of the rows with these distinct numbers into their blocks; candidates are left out."""
         order = np.argsort(numbers)[np.count_nonzero(numbers < 0) :]
         if not len(order):
             return
@@ -87,7 +87,7 @@ class NumberedRows:
             block.note_unpredicted(rows)
 
     def scores(self, numbers: Ints, candidates: TokenScores) -> TokenScores:
-        """Return the scores at these numbers, in their order; those of candidates are -1, -2, ..."""
+        """Return the scores with these numbers, in their order; the numbers of candidates are -1, -2, ..."""
         blocks = [TokenScores(block.logprobs, block.is_argmax) for block in self._first]
         together = TokenScores.concatenated([*blocks, candidates])
         return together.at(np.where(numbers < 0, self.num_rows - 1 - numbers, numbers))
@@ -99,9 +99,9 @@ class Targets:
 
     Attributes:
         rows: the numbers of the rows, ascending, `(rows,)`.
-        row_idx: by which of them each token is scored, ascending, `(tokens,)`.
+        row_idx: for each token, the index in `rows` of the row that predicts it, ascending, `(tokens,)`.
         token_ids: the ids of the tokens, `(tokens,)`.
-        numbers: where the scores go, `(tokens,)`; negative for candidates.
+        numbers: the number of each token's score, `(tokens,)`; negative for candidates.
 
     """
 
@@ -129,7 +129,7 @@ class Predictions:
         self._candidates: list[tuple[int, int, int]] = []  # the row, the id, the number
 
     def add_inner(self, token_ids: Iterable[int], numbers: Ints) -> None:
-        """Add tokens that stand behind another one of their span."""
+        """Add tokens that are not the first of their span, so that the row before each predicts it."""
         self.add(numbers - 1, np.fromiter(token_ids, dtype=np.int64, count=len(numbers)), numbers)
 
     def add(self, predicting: Ints, token_ids: Ints, numbers: Ints) -> None:
@@ -145,7 +145,7 @@ class Predictions:
         self._candidates.append((self._rows.last_of(end), token_id, number))
 
     def slices(self, rows_in_a_slice: int) -> list[Targets]:
-        """Return all tokens without a score, a number of rows at a time."""
+        """Return all tokens without a score, in slices of `rows_in_a_slice` rows."""
         predicting, token_ids, numbers = self._all()
         rows, row_idx = np.unique(predicting, return_inverse=True)
         order = np.argsort(row_idx, kind="stable")
@@ -202,6 +202,6 @@ def held_child(end: Span, token_id: int) -> Span | None:
 
 
 def slices(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """Yield a number of the items at a time."""
+    """Yield the items in lists of `size` items; the last list may be shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

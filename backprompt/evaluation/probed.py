@@ -1,4 +1,4 @@
-"""The findings of the probe about a model, so that other numbers in the same parts need not be probed again."""
+"""The findings of the probe about a model, so that the same model with other weights need not be probed again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Probed(NamedTuple):
         return cls(executor.layout, executor.token_bytes, executor.limits.placeholders, levels)
 
     def hand_to(self, executor: Executor) -> None:
-        """Let an executor of a model with the same parts know."""
+        """Hand the findings to the executor of a model with the same parts."""
         if self.levels is not None:
             executor.go_by_levels(Levels(executor.own_body(), *self.levels))
         executor.know_rows(self.layout, self.token_bytes)

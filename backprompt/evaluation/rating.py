@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rated:
-    """Tokens that were scored: their scores, and whether a distribution scored each, `(tokens,)`, on the device."""
+    """The scores of tokens, and whether the row behind each score is a distribution, `(tokens,)`, on the device."""
 
     scores: TokenScores
     is_usable: Tensor
@@ -53,7 +53,7 @@ class Rated:
 Rate: TypeAlias = "Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]"
 """Returns the log-probabilities of tokens, whether each is the argmax of its row, and whether each row is usable.
 
-From logits `(rows, vocab)`, the row of each token and its id, `(tokens,)`, on one device.
+The arguments are logits, `(rows, vocab)`, and the row and the id of each token, `(tokens,)` each, all on one device.
 """
 
 
@@ -86,7 +86,7 @@ def rate_by_torch(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tens
 def rate_for(device_type: str, dtype: torch.dtype, *, is_aligned: bool) -> Rate:
     """Return the way of rating for a type of devices and a dtype of logits.
 
-    `is_aligned`: the number of columns is a multiple of 16. The kernel is compiled, and compared, for either.
+    `is_aligned`: whether the number of columns is a multiple of 16. The kernel is compiled and compared for each case.
     """
     if device_type != "cuda" or dtype == torch.float64:
         return rate_by_torch

@@ -1,8 +1,8 @@
 """The kernels that rate tokens, in Triton; rating_triton.py launches them.
 
 The first kernel reads each logit once. A lane of a block keeps results for its columns; the lanes of a row are joined
-at the row's end. The numbers of columns and their alignment are a model's own, and nothing else is specialised on, so a
-model needs one compilation of each kernel.
+at the row's end. The kernels are specialised only on sizes of rows and on alignments, which are the same for all logits
+of a model. So a model needs one compilation of each kernel.
 """
 
 import triton

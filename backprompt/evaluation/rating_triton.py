@@ -16,12 +16,12 @@ from backprompt.evaluation.rating_kernels import rows_kernel, tokens_kernel
 from backprompt.logprobs import rated
 
 COLUMNS = 4096
-"""The logits of a row that a program reads at a time."""
+"""The number of logits of a row that a program reads at a time."""
 
 TOKENS = 256
 
 TOLERANCE = 4
-"""The kernel's allowed distance from float64's log-probabilities (1 and more), in float32's units in the last place."""
+"""The allowed distance from log-probabilities in float64, in float32's units in the last place, at least that of 1."""
 
 
 def rate(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +67,8 @@ def reason_against(device: torch.device, dtype: torch.dtype, is_aligned: bool) -
 def _largest_gap(device: torch.device, dtype: torch.dtype, num_columns: int) -> float:
     """Return the largest gap in units of the last place; infinity if a flag differs.
 
-    Rows with ties, with -inf, with NaN, with +inf, and of -inf throughout; two blocks of columns and a part of one.
+    The case has rows with ties, with -inf, with NaN, with +inf, and of -inf throughout. Its columns are two blocks and
+    a part of a third.
     """
     drawn = torch.randn((7, num_columns), generator=torch.Generator().manual_seed(0)) * 3
     drawn[1, 5000] = drawn[1, 70] = drawn[1, 4166] = 20.0

@@ -36,11 +36,11 @@ class Reading:
     """Reads scores of held texts.
 
     Args:
-        forest: of the texts' spans.
-        pools: of candidates and leaves that were scored before.
+        forest: the forest of the texts' spans.
+        pools: the pools with the scores of candidates and leaves that were scored before.
 
     Attributes:
-        rows: those in which scores of forwarded tokens lie.
+        rows: the rows in which the scores of forwarded tokens lie.
 
     """
 
@@ -102,12 +102,12 @@ class Reading:
             self._starts, self._stops = [], []
 
     def add_ahead(self, text: Inserted) -> None:
-        """Let a text be scored without being read."""
+        """Add a text whose missing scores are computed along with the others, but not returned."""
         for span, _ in spans_from(self._forest, text.end, text.token_ids, 0):
             self._want(span, 0)
 
     def predictions(self) -> Predictions:
-        """Return the scores to compute; scores that are known elsewhere are written to their rows."""
+        """Return the scores to compute. Scores of forwarded tokens that a pool knows are written to their rows."""
         self._logprobs = np.full(self._num_candidates, np.nan)
         self._are_argmax = np.zeros(self._num_candidates, dtype=bool)
         for number, score in self._known.items():
@@ -123,7 +123,7 @@ class Reading:
         return predictions
 
     def _add_tokens(self, fan: Fan, numbers: Ints, predictions: Predictions) -> None:
-        """Add the tokens of a fan to what must be computed, without leaves that were scored before."""
+        """Add the tokens of a fan to the predictions to compute, without leaves that were scored before."""
         shape, parents = fan.shape, fan.shape.scores.parents
         assert fan.parent is not None
         predicting = np.where(parents < 0, self.rows.last_of(fan.parent), parents + self.rows.first_of(fan))
@@ -158,7 +158,7 @@ class Reading:
                 self._pools.candidates.put(end, [(token_id, score)])
 
     def keep_leaves(self) -> None:
-        """Keep the scores of all leaves in their pool; all of them are there."""
+        """Put the scores of all leaves into their pool; all of them must have been computed."""
         for fan in self._fans:
             leaves = self._leaves_of(fan)
             self._pools.leaves.put(fan, LeafScores(self._logprobs[leaves].copy(), self._are_argmax[leaves].copy()))

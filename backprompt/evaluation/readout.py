@@ -28,7 +28,7 @@ class Readout:
     """Reads results off held texts.
 
     Args:
-        computation: of their spans.
+        computation: the computation of their spans.
         scoring: computes their log-probabilities.
 
     """
@@ -54,7 +54,7 @@ class Readout:
         return gather_hidden(list(map(_last_row, ends)))
 
     def logits_after(self, ends: Sequence[Span], hidden: Tensor) -> list[Tensor]:
-        """Return the logits by the final hidden state behind each text, `(texts, hidden)`; see `next_logits`."""
+        """Return the logits from the final hidden state behind each text, `(texts, hidden)`; see `next_logits`."""
         executor = self._computation.executor
         found: list[Tensor] = []
         for first, rows in enumerate(torch.split(hidden, executor.rows_in_a_slice)):

@@ -33,7 +33,7 @@ class ScoredTexts:
 
     Attributes:
         scores: of each text its wanted tokens in written order, then its candidates.
-        lengths: how many each text has.
+        lengths: the number of scores of each text.
 
     """
 
@@ -42,7 +42,7 @@ class ScoredTexts:
 
     @classmethod
     def in_order(cls, parts: Sequence[tuple[Sequence[int], ScoredTexts]]) -> ScoredTexts:
-        """Return the texts of several parts, each with the numbers of its texts, in the order of these numbers."""
+        """Return the texts of several parts, each given with the indices of its texts, in the order of the indices."""
         if len(parts) == 1:
             return parts[0][1]  # all texts, and each part is in order
         order = np.argsort([idx for idxs, _ in parts for idx in idxs])
@@ -59,8 +59,7 @@ class ScoredTexts:
 def split_to_score(token_ids: TokenIds, start: int) -> tuple[TokenIds, int] | None:
     """Return the part of a text to forward when it is scored from `start` on, and its last token, not forwarded.
 
-    The last token is None if all tokens are forwarded: no token is scored, or no single token stands before the last
-    one.
+    Return None if all tokens are forwarded: no token is scored, or no single token stands before the last one.
     """
     return without_last(token_ids) if start < len(token_ids) else None
 
@@ -83,7 +82,7 @@ class Scoring:
     """Scores texts.
 
     Args:
-        computation: of their spans.
+        computation: the computation of their spans.
 
     """
 
@@ -179,7 +178,8 @@ class Scoring:
     def read(self, items: Sequence[Wanted | Fan], ends: Sequence[Span], ahead: Iterable[Inserted] = ()) -> ScoredTexts:
         """Return the wanted scores of held texts and fans; missing scores are computed.
 
-        Each row that predicts several tokens is computed once, and none that predicts only tokens before the starts.
+        A row that predicts several tokens is computed once. A row that predicts only tokens before the starts is not
+        computed.
 
         Args:
             items: the texts and fans.
@@ -203,7 +203,7 @@ class Scoring:
         return ScoredTexts(reading.scores(executor.logprob_dtype, executor.device), lengths)
 
     def note_last(self, scores: Mapping[Span, TokenScore]) -> None:
-        """Keep new scores of computed spans' last tokens that were computed elsewhere."""
+        """Keep the scores, computed elsewhere, of the last tokens of computed spans that have no score yet."""
         rows = NumberedRows()
         by_row = {rows.last_of(end): score for end, score in scores.items()}
         are_scored = rows.are_scored()
@@ -261,7 +261,7 @@ class Scoring:
 
 
 class _Waiting:
-    """The items that wait for their ends' states; without an object an item, which the collector would walk through."""
+    """The items that wait for their ends' states. An object for each item would slow the garbage collector."""
 
     def __init__(self, ends: Sequence[Span]) -> None:
         self._last_of: dict[Span, int] = {}

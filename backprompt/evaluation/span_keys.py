@@ -14,7 +14,7 @@ from backprompt.forest.span import Junction, Span
 
 @dataclass(frozen=True)
 class Root:
-    """The base of all keys, and the names that it stands for."""
+    """The base of all keys, and the names that are hashed into it."""
 
     key: bytes
     model: str

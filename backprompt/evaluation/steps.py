@@ -35,9 +35,9 @@ class Stepped:
     """The texts of a step in the order of its rows.
 
     Attributes:
-        tokens: each text as it was given.
-        ends: the last span of each text, which has the token now.
-        hidden: the final hidden state behind each, `(texts, hidden)`.
+        tokens: the last span and the new token of each text, as given.
+        ends: the last span of each text now, with the new token.
+        hidden: the final hidden state behind each text, `(texts, hidden)`.
 
     """
 
@@ -48,7 +48,7 @@ class Stepped:
 
 @dataclass
 class _NextStep:
-    """The plan of the next step and its attention, and the number of steps that they serve."""
+    """The plan of the next step and its attention, and the number of steps for which both can still be used."""
 
     plan: StepPlan
     attention: PreparedAttention
@@ -78,7 +78,7 @@ class Steps:
             tokens: the score of each token. A text may have several continuations.
 
         Returns:
-            None if this is not possible for all of them; then no text has changed.
+            The texts after the step. None if the step is not possible for all of them; then no text has changed.
 
         """
         computation, forest = self._computation, self._computation.forest
@@ -119,7 +119,7 @@ class Steps:
         return stepped
 
     def end(self, ends: Iterable[Span]) -> None:
-        """Forget the plan of texts that have ended, or that keeps rows in memory while there is too little."""
+        """Forget the next step's plan, which keeps rows alive, if all its texts ended or the budget is exceeded."""
         step = self._computation.forest.next_step
         if self._computation.memory.is_exceeded() or (
             isinstance(step, _NextStep) and set(ends).issuperset(step.plan.ends)
@@ -144,7 +144,7 @@ class Steps:
         return growing
 
     def _next_step(self, ends: Collection[Span]) -> _NextStep:
-        """Return the next step of texts of which all take a token in: the one after the last, or a new one."""
+        """Return the next step of texts that all take a token in: the step after the last one, or a new plan."""
         step = self._computation.forest.next_step
         if isinstance(step, _NextStep) and step.num_left:
             rows = step.plan.rows_of(ends)
@@ -158,7 +158,7 @@ class Steps:
         return self._planned([(end, 0) for end in ends], self._growth.num_steps(ends))
 
     def _mixed_step(self, tokens: Iterable[Token], growing: Collection[Span]) -> _NextStep:
-        """Return a step after which there are other spans, so that the step after it is planned anew."""
+        """Return a step that adds spans; so the step after it is planned anew."""
         self._make_room(growing)
         return self._planned(tokens, 1)
 

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
         start, stop: the rows.
         depth: the number of rows on the way to its first row.
         parent_idx: the piece that it continues; None for the prompt.
-        is_end: whether the last token of a completion stands behind this piece.
+        is_end: whether the last token of a completion comes right behind this piece.
 
     """
 
@@ -52,14 +52,14 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a shape, depth first; the first token with the most rows comes first.
+    """The rows of a shape, depth first; of the first tokens, the one with the most tokens behind it comes first.
 
     Attributes:
         token_ids: the token of each row.
         depths: the number of rows on the way to each row.
         until: the row after the last descendant of each row.
-        parents: the row before each row; -1 is the prompt's last token.
-        ends: the rows behind which the last token of a completion stands, ascending.
+        parents: the row that each row continues; -1 is the prompt's last token.
+        ends: the rows right behind which the last token of a completion comes, ascending.
 
     """
 
@@ -72,13 +72,12 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The sources of the scores of a shape's completions. Tokens are those of the rows first, then the leaves.
+    """The sources of the scores of a shape's completions.
 
     Attributes:
-        token_ids: the rows' tokens and the leaves' tokens, `(rows + leaves,)`.
-        parents: the row that predicts each of them; -1 is the prompt's last token, `(rows + leaves,)`.
-        index: for each token of each completion, its place among these tokens, one completion behind the other,
-            `(scores,)`.
+        token_ids: the rows' tokens, followed by the leaves' tokens, `(rows + leaves,)`.
+        parents: the row that predicts each of these tokens; -1 is the prompt's last token, `(rows + leaves,)`.
+        index: the index in `token_ids` of each token of each completion, one completion after the other, `(scores,)`.
 
     """
 
@@ -129,7 +128,7 @@ class Shape:
         return self._layout[1]
 
     def ids_before(self, parent: int) -> tuple[int, ...]:
-        """Return the tokens of a completion up to a row; none for -1."""
+        """Return the tokens on the way to a row, its own token included; none for -1."""
         ids: list[int] = []
         while parent >= 0:
             ids.append(self.rows.token_ids[parent])
@@ -150,10 +149,10 @@ class Shape:
 
     @cached_property
     def _layout(self) -> tuple[Rows, Scores]:
-        """Lay out all tokens except the last ones, sorted by their ids: in this order a trie is walked depth first.
+        """Lay out the completions without their last tokens, sorted by their ids, which is a trie's depth-first order.
 
-        The first token with the most tokens behind it comes first, with these tokens: they join the prompt's causal
-        run.
+        The first token with the most tokens behind it comes first, together with these tokens, because they join the
+        prompt's causal run.
         """
         token_ids: list[int] = []
         depths: list[int] = []
@@ -222,7 +221,7 @@ class Fan(Span):
         return positions
 
     def unfolded(self) -> list[Span]:
-        """Return new spans for the rows, depth first. The spans have no rows, and no span has them as children yet."""
+        """Return new spans for the shape's rows, depth first. They hold no data, and their parents do not know them."""
         spans: list[Span] = []
         for piece in self.shape.pieces():
             parent = self.parent if piece.parent_idx is None else spans[piece.parent_idx]

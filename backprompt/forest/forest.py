@@ -1,7 +1,7 @@
 """The forest of token spans (span.py): inserting texts, splitting spans, forgetting spans. Pure Python, no tensors.
 
-The forest keeps all spans, which are found from one root, the number of the latest evaluation, and whether a change of
-several steps was interrupted.
+The forest keeps three things: the root from which all spans are found, the number of the latest evaluation, and whether
+a change of several steps was interrupted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Forest:
         on_unfold: called with each fan that unfolds, and with the spans that take its place.
 
     Attributes:
-        root: the empty span that texts begin behind.
+        root: the empty span behind which texts begin.
         evaluation: the number of the latest evaluation, counted from 1.
         is_whole: False during a change of several steps, and permanently after an error has interrupted such a change:
             then the forest cannot be trusted, and must be cleared with `clear`.
@@ -56,7 +56,7 @@ class Forest:
         self._is_stamped = True  # whether `evaluation` was used
 
     def begin_evaluation(self) -> None:
-        """Begin a new evaluation; but if the latest one has computed and loaded no token, the latest one continues.
+        """Begin a new evaluation. If the latest one has neither computed nor loaded a token, it continues instead.
 
         So an evaluation is counted once, even if several parts of it call this method.
         """
@@ -84,8 +84,8 @@ class Forest:
     def insert(self, token_ids: TokenIds | Sequence[int], *, is_end: bool = True) -> Span:
         """Return the span that ends exactly where `token_ids` end, splitting and adding spans as needed.
 
-        If the token ids end in a group, the span is a junction. `is_end` False: the caller forgets the span before
-        `absorb` is called for its child.
+        If the token ids end in a group, the span is a junction. With `is_end` False, a child may absorb the span later;
+        the caller must drop its reference before.
         """
         if isinstance(token_ids, TokenGraph):
             end, _ = fold(token_ids, self.root, self.extend, self._join)
@@ -95,7 +95,7 @@ class Forest:
         return end
 
     def in_order(self, text: Inserted) -> list[Span]:
-        """Return the spans of a text in written order, with repeats of repeated branches and without junctions."""
+        """Return the spans of a text in written order, a repeated branch repeatedly; junctions are left out."""
         if not isinstance(text.token_ids, TokenGraph):
             return text.end.path()
         spans: list[Span] = []
@@ -144,7 +144,10 @@ class Forest:
         return junction
 
     def num_computed(self, token_ids: Sequence[int]) -> int:
-        """Return the number of first ids of `token_ids` whose keys and values are held; no span is changed."""
+        """Return the length of the longest beginning of `token_ids` whose keys and values are held.
+
+        No span is split, but fans on the way unfold.
+        """
         ids = tuple(token_ids)
         span, num_matched = self.root, 0
         while num_matched < len(ids):
@@ -161,7 +164,10 @@ class Forest:
         return num_matched
 
     def fan(self, end: Span, shape: Shape) -> Fan | None:
-        """Return the fan of a shape behind a text; None if there is no such fan."""
+        """Return the fan of a shape behind a text; None if other spans or another fan are behind the text.
+
+        If there are no spans behind the text, the fan is added.
+        """
         fan = end.children.get(FAN)
         if isinstance(fan, Fan):
             return fan if fan.shape.completions == shape.completions else None
@@ -233,7 +239,7 @@ class Forest:
             span.place(keys_values=keys_values, states=states)
 
     def discard(self, span: Span, held: Container[Span]) -> Span:
-        """Remove a span without children at which no text ends, and such ancestors up to the first span that stays.
+        """Remove a span without children at which no text ends, then its ancestors up to the first span that stays.
 
         A span stays if it has children, is among `held`, or ends a text. A span may be discarded more than once.
         Returns the first span that stays.
@@ -250,7 +256,7 @@ class Forest:
         return span
 
     def prune(self, max_spans: int = 0, max_tokens: int = 0) -> None:
-        """Remove spans without rows, until at most `max_spans` of them with `max_tokens` tokens are left.
+        """Remove spans without rows, until at most `max_spans` of them, with at most `max_tokens` tokens, are left.
 
         All spans that were never computed are removed. Of the others, the least recently used are removed first. A span
         is removed after its children.
@@ -313,7 +319,9 @@ class Forest:
 
 
 def depth_first(root: Span, continuations: Callable[[Span], Iterable[Span]]) -> Iterator[Span]:
-    """Yield spans from the root on, each after its parents; parents of a junction that are still missing come early.
+    """Yield spans from the root on, each after its parents.
+
+    Parents of a junction that were not reached before are moved forward, right before the junction.
 
     Args:
         root: the first span.

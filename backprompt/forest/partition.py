@@ -1,9 +1,9 @@
 """Cuts a forest of token ids into parts for several workers, so that the slowest part is as fast as possible.
 
-Texts are put into *forest order*: texts with a common beginning stand together. In this order a text adds the tokens
-behind the beginning that it shares with the text before it. A part is a run of texts in forest order. Its cost is the
-tokens that its texts add, and the beginning that its first text shares with the text before. This beginning is computed
-once more, or fetched if that is cheaper:
+Texts are put into *forest order*, in which texts with a common beginning are neighbours. In this order a text adds the
+tokens behind the beginning that it shares with the text before it. A part is a run of texts in forest order. It costs
+the tokens that its texts add, and the beginning that its first text shares with the text before. This beginning is
+computed once more, or fetched if that is cheaper:
 
     texts in forest order    a b c     a b d e     a b d f     x y
     shared with the one before   0           2           3       0
@@ -28,7 +28,7 @@ Floats: TypeAlias = "npt.NDArray[np.float64]"
 
 # The number of tokens that are compared at once for neighbours; a few arrays of this size are alive at a time.
 COMPARED_AT_ONCE = 1 << 22
-# The shares of a part by which a cut may move forward to a place where texts share less. The best of them is taken.
+# The shares of a part's cost by which a cut may move forward to a place where texts share less. All are tried.
 SLACKS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.25)
 # Steps of the bisection for the cost of the slowest part: a cost is found to a millionth of its first bounds.
 BISECTIONS = 20
@@ -64,11 +64,11 @@ class Rates:
         return num_tokens * (self.linear + self.attention * (num_tokens - 1) / 2)
 
     def added(self, lengths: Ints, shared: Ints, behind: Ints | int) -> Floats:
-        """Return the cost that texts add to the beginnings that they share, tokens behind them included; see `cut`."""
+        """Return the cost of each text beyond the beginning that it shares, tokens behind it included; see `cut`."""
         return self.computing(lengths) - self.computing(shared) + behind * (self.linear + self.attention * lengths)
 
     def fetching(self, num_tokens: Ints) -> Floats:
-        """Return the cost of fetching this number of first tokens of a text; infinite if they cannot be fetched."""
+        """Return the cost of fetching the first `num_tokens` tokens of a text; infinite if fetching is impossible."""
         rate = np.inf if self.fetch is None else self.fetch
         return np.multiply(num_tokens, rate, out=np.zeros(num_tokens.shape), where=num_tokens > 0)
 
@@ -79,8 +79,8 @@ class Partition:
 
     Attributes:
         order: the index of each text, in forest order, `(texts,)`.
-        starts: the place in `order` at which each part begins, and the number of texts, `(parts + 1,)`.
-        costs: of each part, in the unit of the rates, `(parts,)`.
+        starts: the index in `order` at which each part begins, and at the end the number of texts, `(parts + 1,)`.
+        costs: the cost of each part, in the unit of the rates, `(parts,)`.
         imbalance: how much less the fastest part costs than the slowest, as a share of the slowest.
         num_tokens: the tokens that each part computes, `(parts,)`.
         num_fetched: the tokens that each part fetches, all of them at the beginning of its first text, `(parts,)`.
@@ -116,7 +116,7 @@ def partition(
 ) -> Partition:
     """Cut texts, as token ids, into at most `num_parts` parts, or into parts of at most `max_tokens` tokens each.
 
-    There are fewer parts than `num_parts` where more would not make the slowest part faster.
+    There are fewer than `num_parts` parts if more of them would not make the slowest part faster.
 
     Raises:
         ValueError: none or both of `num_parts` and `max_tokens` are given, one of them is less than 1, or a single text
@@ -139,10 +139,10 @@ def flattened(texts: Sequence[Sequence[int] | Ints]) -> tuple[npt.NDArray[np.int
 
 
 def forest_order(ids: npt.NDArray[np.integer], offsets: Ints) -> tuple[Ints, Ints]:
-    """Return the indices of texts in forest order, and how many tokens each shares with the one before it.
+    """Return the indices of texts in forest order, and how many tokens each shares with the text before it.
 
-    The order is that of the sorted ids, a beginning before the texts that it begins. Sorting takes eight bytes a token
-    beside the ids, and some 150 bytes a text.
+    The order is that of the sorted ids; a text that is a beginning of others comes before them. Sorting takes eight
+    bytes for each token besides the ids, and some 150 bytes for each text.
     """
     # Unsigned numbers with the highest byte first are ordered as their bytes are.
     digits = ids.astype(">u4").view(np.uint8).data
@@ -229,10 +229,10 @@ def cut(
 
 
 class _Forest:
-    """The costs of runs of texts: sums of the costs that texts add, and the cost of a run that begins with a text.
+    """The costs of runs of texts in forest order, from running sums of the costs that texts add.
 
-    The run `start..stop` costs `added[stop] - saved[start]`. `saved` never falls: a text shares at most the text before
-    it, so its beginning costs at most that text's beginning and the tokens that that text adds.
+    The run `start..stop` costs `added[stop] - saved[start]`. `saved` never falls: the beginning that a text shares is
+    at most the whole text before it. So it costs at most that text's own beginning and the tokens which that text adds.
     """
 
     def __init__(self, lengths: Ints, shared: Ints, behind: Ints | int, rates: Rates) -> None:
@@ -247,9 +247,8 @@ class _Forest:
         """Return the starts of parts within a cost limit; the first is 0 if `num_parts` parts hold all texts.
 
         From the last text to the first, each part begins as early as the limit allows. No cut has fewer parts, because
-        a text with all texts before it needs at least as many parts as the text before needs. With a `slack` a part
-        begins up to that share of the cost later, at the place where texts share least. A text above the limit is a
-        part of its own.
+        more texts never need fewer parts. With a `slack` a part begins up to that share of the cost later, at the place
+        where texts share least. A text above the limit is a part of its own.
         """
         starts = [len(self.shared)]
         while starts[-1] and len(starts) <= num_parts:
@@ -275,7 +274,7 @@ class _Forest:
         return max(alone, float((together / np.arange(1, len(together) + 1)).min()))
 
     def enough(self, num_parts: int) -> float:
-        """Return a cost for which `cut` needs at most this many parts: each then adds an equal share or more."""
+        """Return a cost limit for which `cut` needs at most `num_parts` parts: each adds at least an equal share."""
         return float(self.added[-1] / num_parts + self.beginning.max() + np.diff(self.added).max())
 
     def costs(self, starts: Ints) -> Floats:

@@ -85,7 +85,7 @@ def num_tokens_of(spans: Iterable[Span]) -> int:
 
 
 def last_uses(passes: Sequence[Sequence[Span]]) -> dict[Span, int]:
-    """Return the index of the last pass that attends to a span, for each such span."""
+    """Return, for each span to which a pass attends, the index of the last such pass."""
     last_uses: dict[Span, int] = {}
     for pass_idx, spans in enumerate(passes):
         stack = [parent for span in spans for parent in span.parents]

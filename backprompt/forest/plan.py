@@ -20,8 +20,8 @@ Partial results of one row are joined by their log-sum-exp, which is exact.
 Rows behind a junction descend from several spans. So the rows that see a branch's keys may lie in several slices, each
 with its own count of those keys: each slice has a segment.
 
-Segments do not depend on the model, but the kernel calls (`Pass.calls`) do. A sliding window hides keys. Small
-neighbours share a call under a mask if that is cheaper, and the fixed cost of a call in products depends on the heads.
+Segments do not depend on the model, but the kernel calls (`Pass.calls`) do. A sliding window hides keys. Calls with
+keys near each other are merged under a mask if that is cheaper, and this depends on the model's heads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ SMALL_TOKENS = 32
 """Causal runs and tiles up to this many tokens share a tile with their neighbours: a separate call costs more."""
 
 CALL_MULTIPLICATIONS = 1_500_000
-"""The fixed cost of a kernel call, in multiplications of a query and a key: about 65 us on two cores."""
+"""The fixed cost of a kernel call, in multiplications of two numbers (a query and a key take heads times head_dim of
+them): about 65 us on two cores."""
 
 WINDOW_CHUNK_ROWS = 512
 """Under a sliding window a long causal run is computed in chunks of this many rows, so that its mask stays small."""
@@ -54,7 +55,7 @@ class KeySegment:
         start, stop: the rows.
         block: the block that holds the keys; None for the pass itself.
         key_start, key_stop: the keys.
-        key_position: the position of the first key; except in tiles, the other keys have the next positions.
+        key_position: the position of the first key; the other keys follow at consecutive positions, except in tiles.
         times: how often each key counts: the number of equal branches.
         visible_until: for a tile, the row at which the last descendant of each key's span ends: row q sees key k if
             `k <= q < visible_until[k - key_start]`. None for a causal run, and for keys outside the rows, which every
@@ -134,7 +135,7 @@ class Pass:
 
     Attributes:
         spans: spans with tokens, depth first.
-        segments: own segments first, in the order of the rows, each row in exactly one.
+        segments: first the own segments, in the order of the rows, each row in exactly one; then the cross segments.
 
     """
 
@@ -242,7 +243,7 @@ class _Layout:
                 self.subtree_ends[parent_idx] = max(self.subtree_ends[parent_idx], self.subtree_ends[idx])
 
     def end_of_tile(self, idx: int, tile_tokens: int) -> int:
-        """Return the idx after the sibling subtrees from `idx` on that fit into one tile together; `idx` if none."""
+        """Return the idx after the sibling subtrees from `idx` on that fit into one tile; `idx` if none fits."""
         parent = self.spans[idx].parent
         end = idx
         while end < len(self.spans) and self.spans[end].parent is parent:
@@ -255,7 +256,7 @@ class _Layout:
     def _is_tree(self, idx: int, end: int) -> bool:
         """Return whether these spans are one tree in depth-first order.
 
-        Spans that a junction needs are moved forward, and may stand between a span and its child.
+        Spans that a junction needs are moved forward, and may lie between a span and its child.
         """
         above = [self.spans[idx]]
         for span in self.spans[idx + 1 : end]:
@@ -394,7 +395,7 @@ def _merge_calls(calls: Sequence[Call], pairs_a_call: int) -> list[Call]:
 
 
 class _Merged:
-    """A call that takes in others: its rows and keys so far, and the pairs that separate calls are worth."""
+    """A call that takes in others: its rows and keys so far, and the cost of separate calls, in pairs."""
 
     def __init__(self, first: Call) -> None:
         self._calls = [first]

@@ -17,7 +17,7 @@ Inserting a text splits a span if the text would otherwise have no end.
 Splitting a span keeps the object as the *lower* part (a new span becomes the upper part), so references to the end of a
 text stay valid.
 
-A *junction* stands where a group of branches ends: a span without tokens that has several parents, namely the span
+A *junction* marks the end of a group of branches. It is a span without tokens that has several parents: the span
 before the group and the ends of its branches. Branches are spans like all others: a shared branch is a child of the
 span before the group, a frozen branch is a child of the root, and a sequential branch is a child at a later position.
 
@@ -80,7 +80,7 @@ class RowsBlock(Protocol):
     """A block of tensors, which this module never reads. A block knows the spans that hold rows of it."""
 
     def take(self, span: Span, num_rows: int) -> None:
-        """Note that a span holds rows of the block, and how many more rows are held than before."""
+        """Note that a span holds rows of the block. `num_rows`: the increase in the number of held rows."""
 
     def release(self, span: Span, num_rows: int) -> None:
         """Note that a span no longer holds its rows of the block."""
@@ -128,7 +128,7 @@ _SLOTS: Mapping[tuple[Kind, Pool], str] = {
 """The attributes of a `Span` that give the place of each kind of data. Only the methods of `Span` set them."""
 
 _BELOW: Mapping[str, str] = {slot: f"{slot}_below" for slot in _SLOTS.values()}
-"""The attributes that count the spans right behind a span which hold the same kind of data in the same pool."""
+"""For each of these attributes, the one that counts the spans right behind that hold the same data in the same pool."""
 
 _NEEDS = {
     (kind, pool): attrgetter(slot, _BELOW[slot], _SLOTS["keys_values", pool]) for (kind, pool), slot in _SLOTS.items()
@@ -136,7 +136,7 @@ _NEEDS = {
 """For each kind of data in each pool: its place, the number of spans that need it, the place of keys and values."""
 
 NO_CHILDREN: Mapping[ChildKey, Span] = MappingProxyType({})
-"""The children of spans without children, which most spans are: a dict for each would be one more object to collect."""
+"""The children of a span without children. Most spans have none, and a dict each would slow the garbage collector."""
 
 
 class Span:
@@ -150,7 +150,7 @@ class Span:
             groups) that hold the same kind of data in the same pool and need this span for it.
         was_computed: whether the span was ever computed, even if it has no rows now.
         computed_in, loaded_in: the number of the evaluation that last forwarded it, or read it from a store; or 0.
-        is_end: whether a text in use ends here; then this object must keep its end.
+        is_end: whether a text in use ends here; if so, this object must keep its end.
         credit, last_used: the order of eviction: see memory/eviction.py.
         is_stored: whether a store has all tokens up to its end.
         error: the error from storage at reduced precision, if read back from such a store; see store/.
@@ -328,7 +328,7 @@ class Span:
                 self.let_go(kind, pool)
 
     def _put(self, slot: str, rows: Rows) -> None:
-        """Set one of the places; the block and the parents learn of it."""
+        """Set one of the places, and tell the block and the parents."""
         before: Rows | None = getattr(self, slot)
         setattr(self, slot, rows)
         num_before = 0
@@ -342,7 +342,7 @@ class Span:
             rows.block.take(self, rows.stop - rows.start - num_before)
 
     def _count_below(self, slot: str, change: int) -> None:
-        """Let the parents count one more span, or one less, that holds what this span holds there."""
+        """Add `change` to the number of spans, counted by each parent, that hold this data and need the parent."""
         below = _BELOW[slot]
         for parent in self.parents:
             setattr(parent, below, getattr(parent, below) + change)
@@ -410,8 +410,8 @@ class Junction(Span):
     """The place where the branches of a group end: see the top of this file.
 
     Attributes:
-        branches: the end of each branch, and whether the branch is frozen, so that it continues the root and not the
-            junction's parent; and the number of equal branches.
+        branches: the number of equal branches, by their end and by whether they are frozen. A frozen branch continues
+            the root, not the junction's parent.
 
     """
 

@@ -23,12 +23,12 @@ class StepPlan:
     """The plan of the next step of texts that grow together, and of the steps after it.
 
     Args:
-        to_come: a span for the next token of each text, behind the last span of the text. These spans are not in the
-            forest: if the last span takes its token in, they only stand for the tokens.
+        to_come: a span for the next token of each text, with the last span of the text as its parent. These spans are
+            not in the forest. If the last span takes the token in itself, the given span only stands for the token.
         tile_tokens: see `plan_pass`.
 
     Attributes:
-        pass_: the plan of the next step, with the segments of the first.
+        pass_: the plan of the next step, but with the segments of the first step; see `later`.
         ends: the last spans of the texts, in the order of the rows.
 
     """
@@ -52,7 +52,7 @@ class StepPlan:
         return [row for row, end in enumerate(self.ends) if end in ends]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, which ascend."""
+        """Keep only these rows, in ascending order; the other texts have ended."""
         self.ends, self._chains = [self.ends[row] for row in rows], [self._chains[row] for row in rows]
         self.pass_ = kept(self.pass_, rows)
         self._rows = [self._rows[row] for row in rows]
@@ -61,7 +61,7 @@ class StepPlan:
         self._rows_above = [noted[span] for span in self._above]
 
     def is_current(self) -> bool:
-        """Return whether all keys lie where the plan says."""
+        """Return whether all keys and values still lie where the plan noted them."""
         is_above = all(map(is_, map(_KEYS_VALUES, self._above), self._rows_above))
         return is_above and all(map(is_, map(_KEYS_VALUES, self.ends), self._rows))
 
@@ -71,17 +71,17 @@ class StepPlan:
             span.token_ids, span.position = (token_id,), end.stop
 
     def advance(self) -> None:
-        """Note that the ends have taken their tokens in: plan the step after this one."""
+        """Note the new places of the ends' rows, once the ends have taken their tokens in."""
         self._rows = list(map(_KEYS_VALUES, self.ends))
 
 
 def later(pass_: Pass, num_steps: int) -> Pass:
-    """Return the plan of a later step of texts that are planned together. Its spans are those of the given plan."""
+    """Return the plan of the step `num_steps` after this one. Its spans are those of the given plan."""
     return Pass(pass_.spans, tuple(_later(segment, num_steps) for segment in pass_.segments))
 
 
 def kept(pass_: Pass, rows: Sequence[int]) -> Pass:
-    """Return the plan of a step that continues only some of the texts; `rows`: theirs, which ascend."""
+    """Return the plan of a step that continues only some of the texts; `rows`: their rows, in ascending order."""
     places = places_of(rows, len(pass_.spans))
     segments = (segment for segment in pass_.segments if places[segment.start] < places[segment.stop])
     spans = tuple(pass_.spans[row] for row in rows)
@@ -89,7 +89,7 @@ def kept(pass_: Pass, rows: Sequence[int]) -> Pass:
 
 
 def places_of(rows: Iterable[int], num_rows: int) -> list[int]:
-    """Return for each row of a pass, and for its end, how many of the kept `rows` lie before."""
+    """Return, for each row of a pass and for the end of the pass, the number of kept `rows` before it."""
     kept_rows = set(rows)
     return [0, *accumulate(row in kept_rows for row in range(num_rows))]
 
@@ -103,7 +103,7 @@ def _later(segment: KeySegment, num_steps: int) -> KeySegment:
 def _moved(
     segment: KeySegment, places: Sequence[int], spans_before: Sequence[Span], spans: Sequence[Span]
 ) -> KeySegment:
-    """Return a segment where some rows are left out; no row of the pass sees another."""
+    """Return a segment without the rows that are left out. In a step no row sees another row."""
     start, stop = places[segment.start], places[segment.stop]
     if not segment.is_own:
         return replace(segment, start=start, stop=stop)

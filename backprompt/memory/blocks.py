@@ -68,8 +68,8 @@ class Watch:
     """Changes of a tier's blocks, which the tier processes from time to time.
 
     Attributes:
-        takers: spans that have begun to hold rows.
-        loose: blocks in use with rows that no span holds any more.
+        takers: spans that have begun to hold rows of a block.
+        loose: blocks in use that also have rows that no span holds any more.
 
     """
 
@@ -84,7 +84,7 @@ class Block(ABC):
         tensors: the tensors by their names in a store.
         row_bytes: bytes of a row.
         spans: the spans that hold rows of the block.
-        num_held: the number of rows that they hold.
+        num_held: the number of rows that these spans hold.
         watch: the watch of the tier that counts the block.
 
     """
@@ -106,7 +106,7 @@ class Block(ABC):
         self.watch: Watch | None = None
 
     def take(self, span: Span, num_rows: int) -> None:
-        """Note that a span holds rows of the block, and how many more rows are held than before."""
+        """Note that a span holds rows of the block. `num_rows`: the increase in the number of held rows."""
         self.num_held += num_rows
         if span not in self.spans:
             self.spans[span] = None
@@ -154,12 +154,12 @@ class Block(ABC):
         return self.tensor_bytes < SMALL_TENSOR_BYTES
 
     def keep(self, pieces: Sequence[slice]) -> None:
-        """Keep only these rows, in this order. Each tensor is copied and the old tensor freed before the next."""
+        """Keep only these rows, in this order. Tensors are copied one by one, and each old tensor is freed at once."""
         for name, tensor in self.tensors.items():
             self.tensors[name] = _picked(tensor, pieces, self.token_axis)
 
     def append(self, others: Sequence[Self]) -> None:
-        """Copy the rows of other blocks of the same kind and place behind this block's own rows, in order."""
+        """Append the rows of other blocks, in order. The blocks have this block's kind and location."""
         for name, tensor in self.tensors.items():
             self.tensors[name] = _side_by_side([tensor, *(other.tensors[name] for other in others)], self.token_axis)
 
@@ -230,9 +230,9 @@ class KeysValues(Block):
         return [self.tensors[name] for idx in range(self.num_layers) for name in layer_names(idx)]
 
     def addresses(self) -> list[tuple[int, int, int]]:
-        """Return, for each layer, the addresses of the first key and value and the stride between heads, in numbers.
+        """Return for each layer the addresses of its keys and of its values, and the stride between heads in elements.
 
-        The rows of a head lie side by side. The addresses are valid until the block changes or moves.
+        The rows of a head are contiguous. The addresses are valid until the block changes or moves.
         """
         tensors = self.in_order()
         return [
@@ -242,7 +242,7 @@ class KeysValues(Block):
 
 
 class States(Block):
-    """The source of logits and log-probabilities of rows."""
+    """Final hidden states of rows, from which logits are computed, and the log-probabilities computed so far."""
 
     token_axis = 0
     first_name = "hidden"
@@ -293,14 +293,14 @@ class States(Block):
         return bool(np.count_nonzero(self.has_logprobs.numpy()[start:stop]) == stop - start)
 
     def write_scores(self, rows: npt.NDArray[np.int64], logprobs: Tensor, is_argmax: Tensor) -> None:
-        """Write log-probabilities of rows' tokens; `rows`: the rows' indices."""
+        """Write `logprobs` and `is_argmax` of the rows with the indices `rows`; all three are `(rows,)`."""
         indices = on_device(rows, self.logprobs.device)
         self.logprobs[indices] = logprobs
         self.is_argmax[indices] = is_argmax
         self.has_logprobs.numpy()[rows] = True
 
     def note_unpredicted(self, rows: npt.NDArray[np.int64]) -> None:
-        """Note that these rows' tokens have no prediction, so their log-probabilities are NaN; see `write_scores`."""
+        """Set the log-probabilities of rows whose tokens no row predicts to NaN; see `write_scores`."""
         self.logprobs[on_device(rows, self.logprobs.device)] = torch.nan
         self.has_logprobs.numpy()[rows] = True
 
@@ -310,7 +310,7 @@ BlockType = TypeVar("BlockType", bound=Block)
 
 @dataclass(frozen=True, slots=True)
 class BlockRows(Generic[BlockType]):
-    """Rows `start..stop` of a block: the reference of a computed span."""
+    """Rows `start..stop` of a block, without row `stop`: the place of a computed span's data."""
 
     block: BlockType
     start: int
@@ -327,7 +327,7 @@ class BlockRows(Generic[BlockType]):
         return BlockRows(self.block, self.start, middle), BlockRows(self.block, middle, self.stop)
 
     def with_next(self, others: BlockRows[BlockType]) -> BlockRows[BlockType] | None:
-        """Return these rows and others as one range if the others directly follow these; without copying."""
+        """Return these rows and others as one range, without copying; None if the others do not directly follow."""
         is_next = self.block is others.block and self.stop == others.start
         return BlockRows(self.block, self.start, others.stop) if is_next else None
 
@@ -337,7 +337,10 @@ class BlockRows(Generic[BlockType]):
 
 
 def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
-    """Copy rows into blocks, each to its start row there. Rows between the same two blocks take one copy per tensor."""
+    """Copy each range of rows into its target block, from the given row on.
+
+    All ranges with the same source and the same target take one copy per tensor.
+    """
     by_blocks: dict[tuple[Block, Block], list[tuple[int, int, int]]] = {}
     for rows, target, start in copies:
         by_blocks.setdefault((rows.block, target), []).append((rows.start, rows.stop - rows.start, start))
@@ -349,7 +352,7 @@ def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
 
 
 def gather(rows: Iterable[BlockRows[Any]], name: str) -> Tensor:
-    """Return the tensor `name` of rows of several blocks as one new tensor."""
+    """Return the tensor `name` of rows of several blocks, concatenated along the tokens into a new tensor."""
     axis = token_axis(name)
     parts = [(part.block.tensors[name], part.start, part.stop - part.start) for part in rows]
     if len(parts) == 1:
@@ -359,7 +362,7 @@ def gather(rows: Iterable[BlockRows[Any]], name: str) -> Tensor:
 
 
 def gather_each(rows: Sequence[BlockRows[Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of each tensor of the blocks, and the tensor of all given rows as one new tensor."""
+    """Yield the name of each tensor of the blocks, with the result of `gather` for it."""
     yield from ((name, gather(rows, name)) for name in rows[0].block.tensors)
 
 

@@ -45,7 +45,7 @@ def default_max_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are free on a device now; bytes that torch keeps there unused count as free."""
+    """Return the bytes that are free on a device now; bytes that torch has reserved but does not use count as free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,7 +1,7 @@
 """Blocks that are counted while they live: running totals of their bytes and of the number of small ones.
 
-A weak reference to each block is kept with its counted numbers. The reference of a freed block goes to a queue, and the
-numbers of the queue are subtracted before a total is read.
+Each block is known by a weak reference, which is kept with the block's numbers. When a block is freed, its reference
+goes to a queue. The numbers of the queued blocks are subtracted before a total is read.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Eviction: the spans that leave the device when its byte budget is exceeded, and their order.
 
 Leaves are evicted before their parents (tier.py). Among leaves the order is GreedyDual-Size (Cao and Irani 1997,
-"Cost-Aware WWW Proxy Caching Algorithms"): on use, a span gets the credit `level + cost a byte`; the lowest credit is
-evicted first, and the level rises to it. The cost of a token is that of its linear layers and of attention to earlier
-tokens, so of two spans last used at the same time the span at the later position stays. States save the same cost in
-far fewer bytes (in GPT-2 a 25th), so they outlive their keys and values by that ratio. In the end states are evicted,
-too: otherwise old states would push out keys and values in use. Among equals the most recently used span stays.
+"Cost-Aware WWW Proxy Caching Algorithms"). On use, a span gets the credit `level + cost per byte`. The span of lowest
+credit is evicted first, and the level rises to this credit. The cost of a token is that of its linear layers and of its
+attention to earlier tokens. So of two spans last used at the same time, the span at the later position stays. States
+save the same cost in far fewer bytes (in GPT-2 a 25th), so they outlive their keys and values by that ratio. In the end
+states are evicted, too: otherwise old states would push out keys and values in use. Of spans with the same credit, the
+most recently used span stays.
 
 Evicted rows move to the second pool (host.py), which evicts its own rows in the same order. Pinned texts, and the spans
 that the next pass attends to, are never evicted. The spans that a later pass of the same evaluation attends to are
-evicted last, starting with those of the latest pass. Such spans are fetched or computed again.
+evicted last, starting with those of the latest pass. If such a span is evicted, it is fetched or computed again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class GreedyDual:
 
     Args:
         hidden_size: the hidden size of the model.
+
+    Attributes:
+        times_smaller: the ratio of a token's bytes to those of its states; see `Layout.times_smaller`.
 
     """
 
@@ -61,7 +65,7 @@ class GreedyDual:
         self._level = max(self._level, credit)
 
     def _cost(self, span: Span) -> float:
-        """Return the cost of computing a token of the span, in units of its linear layers.
+        """Return the cost of computing a token of the span, relative to the cost of its linear layers alone.
 
         Multiplications in each layer: 12 hidden^2 in a token's linear layers, 2 hidden for each token before it.
         """
@@ -87,12 +91,12 @@ class Memory(Tier):
         self.host.note(spans)
 
     def forget(self) -> None:
-        """Forget the spans, in both pools: they have left the forest."""
+        """Forget the spans, in both pools, because they have left the forest."""
         super().forget()
         self.host.forget()
 
     def end_plan(self) -> None:
-        """Note that no pass will attend to the spans that were to be evicted last, in both pools."""
+        """End a plan of passes, in both pools: the spans that its passes attended to are no longer evicted last."""
         super().end_plan()
         self.host.end_plan()
 
@@ -101,7 +105,7 @@ class Memory(Tier):
     ) -> Collection[Span]:
         """Evict rows until the budget holds or no evictable row is left; join small blocks if there are many.
 
-        After an error, blocks may be partly cut, so the forest is no longer whole.
+        An error may leave a block partly cut. Then the forest is no longer whole.
 
         Args:
             forest: all spans.

@@ -1,10 +1,11 @@
 """Texts that grow one token at a time: their spans stay few, and their rows stay side by side.
 
-Each step of a generation leaves one span of one token for each text, its row among those of all texts. Attention to a
-thousand such spans would take a thousand calls for each layer. So after each step the new spans absorb their parents,
-and their rows are copied behind the parents' rows in a buffer with free room. A span at which another text in use ends
-is never absorbed. Texts that outgrow their room at the same step move to one buffer together, each with room for an
-eighth more, or 16 rows. So one call for each layer can attend to the new rows of all of them.
+Each step of a generation leaves one span of one token for each text, and one block with the rows of all these spans.
+Attention to a thousand such spans would take a thousand calls for each layer. So after each step the new spans absorb
+their parents, and their rows are copied behind the parents' rows in a buffer with free room. A span at which another
+text in use ends is never absorbed. Texts that outgrow their room at the same step move to one buffer together. The free
+room of each text there is an eighth of its rows, but at least 16 rows. So one call for each layer can attend to the new
+rows of all of them.
 
     prompt -- " the" -- " cat"        step 3        prompt -- " the cat"
 """
@@ -33,10 +34,10 @@ ROWS_AT_A_TIME = 16
 
 @dataclass
 class _Buffer:
-    """A buffer: the states beside its keys and values, and its free room.
+    """A block of keys and values with free room behind each text: the states that belong to it, and its free room.
 
-    `room` maps the row behind each text's rows to the end of the text's room. It is valid while the buffer has
-    `num_rows` rows: a buffer that was made smaller has no room.
+    `room` maps the row right behind each text's rows to the end of the text's free room. It is valid while the buffer
+    has `num_rows` rows: a buffer that was made smaller has no room.
     """
 
     states: ref[States]
@@ -63,11 +64,11 @@ class _Held(NamedTuple):
 
 @dataclass(frozen=True)
 class NewRows:
-    """The rows of the tokens that spans take in.
+    """The rows of the tokens that are added to spans, one token to each.
 
     Attributes:
         rows: the row of each token in the blocks.
-        keys_values, states: the rows of a pass.
+        keys_values, states: the blocks that the pass has left.
         are_placed: whether keys, values and hidden states lie at their target already.
 
     """
@@ -116,7 +117,7 @@ class Growth:
         self._mixed.update({rows.block for span in spans for rows in _Held.of(span)})
 
     def absorb(self, spans: Sequence[Span], held: Container[Span]) -> list[Block]:
-        """Let spans absorb their parents where no other text uses these; return the new blocks.
+        """Let spans absorb their parents where no other text uses the parents; return the new blocks.
 
         Args:
             spans: the spans that absorb.
@@ -143,11 +144,11 @@ class Growth:
         return made
 
     def make_room(self, ends: Iterable[Span]) -> list[Block]:
-        """Make room behind spans that have none for one more token, all in one buffer; return the new blocks."""
+        """Make room for one more token behind the spans that have none, in one new buffer; return the new blocks."""
         return self._make_room([(end, 1) for end in ends if not self._has_room(end, 1)])
 
     def num_steps(self, ends: Iterable[Span]) -> int:
-        """Return for how many steps these spans have room to take in a token each."""
+        """Return the number of steps for which there is room behind every span, one token a step."""
         found: dict[object, _Buffer | None] = {}
         num_steps = sys.maxsize
         for end in ends:
@@ -161,14 +162,14 @@ class Growth:
         return max(0, num_steps)
 
     def places(self, ends: Sequence[Span]) -> Places:
-        """Return where the next rows of spans go for which there is room."""
+        """Return the places of the next rows of spans; there must be room behind each span."""
         idx_of: dict[tuple[KeysValues, States], int] = {}
         block_idx = [idx_of.setdefault((keys_values_of(end).block, states_of(end).block), len(idx_of)) for end in ends]
         target_rows = [keys_values_of(end).stop for end in ends]
         return Places(list(idx_of), np.array(block_idx), np.array(target_rows))
 
     def extend(self, ends: Sequence[Span], token_ids: Sequence[int], new: NewRows) -> None:
-        """Let spans take in a token each, for which they have room.
+        """Add a token to each span; there must be room behind each span.
 
         Args:
             ends: the spans.
@@ -190,13 +191,13 @@ class Growth:
                     _take_in(ends[idx], token_ids[idx], held[idx], room)
 
     def release(self, span: Span) -> list[Block]:
-        """Free the room behind a span that several texts continue from now on; return new blocks."""
+        """Free the room behind a span that several texts continue from now on; return the new blocks."""
         return self._move_out(span)
 
     def finish(self, span: Span) -> list[Block]:
-        """Free the room behind a grown text: the text will not grow any more.
+        """Free the room behind a text that will not grow any more; return the new blocks.
 
-        Other texts may have split it meanwhile, so all its ancestors are checked.
+        Other texts may have split the text meanwhile, so all its spans are checked.
         """
         return [block for part in span.path() for block in self._move_out(part)]
 
@@ -211,14 +212,14 @@ class Growth:
         )
 
     def _buffer_of(self, keys_values: KeysValues, states: States) -> _Buffer | None:
-        """Return the buffer that these blocks are, if they still are one."""
+        """Return the buffer that consists of these two blocks; None if they are no buffer, or no longer one."""
         buffer = self._buffers.get(keys_values)
         if buffer is None or buffer.states() is not states:
             return None
         return buffer if keys_values.num_rows == states.num_rows == buffer.num_rows else None
 
     def _make_room(self, spans: Sequence[tuple[Span, int]]) -> list[Block]:
-        """Copy the rows of spans into one buffer, each with room for this many tokens and some more rows."""
+        """Copy the rows of spans into one new buffer, with room behind each for the given number of tokens and more."""
         if not spans:
             return []
         num_rows = 0
@@ -281,7 +282,7 @@ class Growth:
 
 
 def _take_in(end: Span, token_id: int, held: _Held, room: dict[int, int]) -> None:
-    """Let a span take in a token whose rows lie behind its own, `held`; `room`: the room of its buffer."""
+    """Add to a span a token whose rows lie right behind the span's own rows, `held`; `room`: see `_Buffer`."""
     keys_values, states = held
     room[keys_values.stop + 1] = room.pop(keys_values.stop)
     end.token_ids = (*end.token_ids, token_id)
@@ -298,7 +299,7 @@ def takes_tokens_in(span: Span) -> bool:
 
 
 def _absorbable(span: Span, held: Container[Span]) -> Span | None:
-    """Return a span's parent if no text ends there, it has no other child, and its rows can be absorbed; or None."""
+    """Return a span's parent if the span may absorb it: no text ends there, and it has no other child; else None."""
     upper = span.parent
     if (
         upper is None

@@ -29,7 +29,7 @@ class Fetch:
     """A plan to move rows back to the device.
 
     Attributes:
-        served: the ends of the texts that need no more rows from this pool after the move.
+        served: the ends of the texts that need no other rows of this pool once these have moved.
         spans: the spans of each kind of data, each after its parents.
         num_bytes: the bytes of the rows.
 
@@ -41,7 +41,7 @@ class Fetch:
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens of the spans that move in whole or in part."""
+        """The number of tokens of the spans that have rows in the plan."""
         return sum(len(span.token_ids) for span in {span for spans in self.spans.values() for span in spans})
 
 
@@ -94,8 +94,8 @@ class HostMemory(Tier):
     def plan_fetch(self, ends: Sequence[Span], max_bytes: int, pinned: Set[Span], *, with_keys_values: bool) -> Fetch:
         """Choose the rows to move back for the texts that end here, for as many texts as fit the device together.
 
-        No row is moved. The rows of these texts, with those that are on the device already but without `pinned` spans,
-        take at most `max_bytes` and a span, unless they belong to a single text.
+        No row is moved. The chosen rows and the rows of these texts that are on the device already, `pinned` spans left
+        out, exceed `max_bytes` by at most one span, unless they belong to a single text.
         """
         coming: dict[Kind, list[Span]] = {kind: [] for kind in KINDS}
         num_bytes = 0
@@ -129,8 +129,8 @@ class HostMemory(Tier):
     def _refuse(self, forest: Forest, dropped: Mapping[Kind, SpanRows]) -> None:
         """Drop rows that cannot fit, and their descendants' rows.
 
-        A row cannot fit if it exceeds the budget together with its ancestors' rows here, even if all other rows are
-        evicted. All rows can fit if the longest text that has come here would fit alone.
+        Rows cannot fit if they exceed the budget together with their ancestors' rows here, even with all other rows
+        evicted. While the longest text that has come here would fit alone, all rows can fit.
         """
         self._longest = max(self._longest, *(span.stop for rows in dropped.values() for span in rows))
         kinds = [kind for kind, rows in dropped.items() if self._longest * _token_bytes(rows) > self.max_bytes]

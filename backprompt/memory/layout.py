@@ -53,7 +53,7 @@ class Layout:
 
     @property
     def times_smaller(self) -> float:
-        """The ratio of a token's bytes, keys and values included, to those of its states."""
+        """The ratio of the bytes of all of a token's rows to the bytes of its states alone."""
         num_bytes = {name: math.prod(row.sizes) * row.dtype.itemsize for name, row in self.rows.items()}
         return sum(num_bytes.values()) / sum(num_bytes[name] for name in STATE_TENSORS)
 

@@ -1,12 +1,12 @@
 """The leaves of a tier: the rows that can be evicted next, in the order of eviction.
 
 Rows can be evicted if no other rows of the tier need them (`Span.is_free`). A heap keeps such rows by rank. The heap
-may lag behind the forest: spans that were used or computed are noted, and examined before the next row is taken; and an
-entry that is taken is compared with its span. So no eviction walks over the forest: a row is examined only when it
-becomes a leaf, when its span is used, and when it is evicted.
+may lag behind the forest: spans that were used or computed are noted, and are examined at the beginning of the next
+eviction. An entry taken from the heap is first compared with its span. So no eviction walks over the forest: rows are
+examined only when they become leaves, when their span is used, and when they are evicted.
 
-The leaves are unknown until the first eviction, after an error, and if many spans were used since an eviction. Then all
-spans with rows must be given once.
+The leaves are unknown before the first eviction, after an error, and when many spans were used since the last eviction.
+Then `begin` must get all spans with rows once.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing import TypeAlias
 from backprompt.forest.span import Kind, Pool, Span
 
 Rank: TypeAlias = "tuple[float, int]"
-"""The leaf of lowest rank is evicted first; among equals, the leaf that was known first."""
+"""The credit of a span and its last use. The leaf of lowest rank is evicted first; of equals, the one found first."""
 
 Ranking: TypeAlias = "Callable[[Kind, Span], Rank]"
 
 _NO_USES: Mapping[Span, int] = MappingProxyType({})
 
 MIN_NOTED = 1000
-"""The least number of noted spans, or of stale entries, at which all leaves are forgotten, or stale entries removed."""
+"""Up to this number of noted spans, leaves are never forgotten; up to this number of entries, none is sorted out."""
 
 
 Leaf: TypeAlias = "tuple[float, int, int, Kind, Span]"
-"""The rank of a span's rows of one kind, two numbers that order equal ranks, the kind, and the span."""
+"""Rows of a span: credit and last use (their rank), a running number that orders equal ranks, their kind, the span."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Leaves:
 
     Attributes:
         pool, rank: as given.
-        spared: the spans that stay or go last in the present eviction, or the latest.
-        highest: the highest rank, without the last use, of a leaf that was taken in turn.
+        spared: the spans that stay or are evicted last, in the present or the latest eviction.
+        highest: the highest credit of a leaf that was taken in order of rank; leaves evicted last do not count.
 
     """
 
@@ -117,7 +117,7 @@ class Leaves:
                 self.forget()
 
     def end_plan(self) -> None:
-        """Treat the leaves that the passes of a plan attended to like all others."""
+        """End a plan: from now on the leaves that its passes attended to are treated like all others."""
         self._spare(NOTHING_SPARED)
 
     def begin_eviction(self, spared: Spared) -> None:
@@ -132,7 +132,7 @@ class Leaves:
             self._sort_out()
 
     def take(self) -> Leaf | None:
-        """Return the leaf of lowest rank, which must be evicted then; None if there is none.
+        """Return the leaf of lowest rank, which the caller must evict; None if no leaf is left.
 
         Leaves to which later passes attend come last, starting with those of the latest pass.
         """
@@ -155,18 +155,18 @@ class Leaves:
         return self._take_later()
 
     def offer(self, kind: Kind, span: Span) -> None:
-        """Add a row if it is a leaf."""
+        """Add a span's rows of one kind if they are a leaf."""
         if span.is_free(kind, self.pool):
             heappush(self._heap, (*self.rank(kind, span), next(self._numbers), kind, span))
 
     def end_eviction(self) -> None:
-        """Let the leaves that stayed be taken again."""
+        """Put the leaves that stayed back into the heap, for later evictions."""
         for leaf in self._aside:
             heappush(self._heap, leaf)
         self._aside = []
 
     def _spare(self, spared: Spared) -> None:
-        """Treat the leaves to which no later pass attends any more like all others."""
+        """Set the spared spans; leaves to which no later pass attends any more go back into the heap."""
         is_same_plan = spared.last_uses is self.spared.last_uses
         self.spared = spared
         for last_use in [use for use in self._later if use < spared.next_pass or not is_same_plan]:

@@ -15,7 +15,7 @@ class Location:
 
     Attributes:
         device, is_pinned: see above.
-        device_of: the devices of tensors of blocks that lie on another one, by name.
+        device_of: the devices of those tensors of a block that lie on another device, by the tensors' names.
 
     """
 

@@ -26,10 +26,10 @@ class Places:
     target_rows: npt.NDArray[np.int64]
 
     def addresses(self) -> npt.NDArray[np.int64]:
-        """Return where the tensors of each block lie.
+        """Return the addresses of the tensors of each block.
 
-        For keys and values of each layer in turn, then the hidden states, the address of the first number and the
-        stride between heads in numbers, `(blocks, tensors, 2)`.
+        For the keys and the values of each layer in turn, then for the hidden states: the address of the first element,
+        and the stride between heads in elements, `(blocks, tensors, 2)`.
         """
         return np.array([_addresses(*blocks) for blocks in self.blocks], dtype=np.int64)
 

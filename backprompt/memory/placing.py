@@ -1,6 +1,7 @@
 """New keys, values and hidden states go to their places in one launch, with a kernel in Triton.
 
-The kernel reads where tensors lie from tables, so a captured graph can replay the launch after a buffer has moved.
+The kernel reads the addresses of tensors from tables, so a captured graph can replay the launch after a buffer has
+moved.
 """
 
 # The language of kernels has no types for Python's checkers: see attention/triton_kernels.py.
@@ -12,11 +13,11 @@ import triton
 import triton.language as tl
 
 SOURCE_COLUMNS = 4
-"""Columns of a source: the address of the first number, the stride between heads in numbers, the number of heads, the
-numbers of a row of a head. All tensors have their rows side by side."""
+"""Columns of a source: the address of the first element, the stride between heads in elements, the number of heads, the
+number of elements in a row of a head. The rows of a head are contiguous in all tensors."""
 
 NUMBERS = 1024
-"""The numbers that a program copies at once."""
+"""The number of elements that a program copies at once."""
 
 
 @triton.jit
@@ -31,9 +32,9 @@ def place_kernel(
     SOURCE_COLUMNS: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):
-    """Copy a row of a tensor to its place, and note in `is_finite` if it is not finite; such numbers become zeros.
+    """Copy a row of a tensor to its place. NaN and infinity become zeros there, and `is_finite` becomes 0.
 
-    Rows that do not attend to NaN or infinity may still be spoiled by them.
+    In a key or value, such numbers could spoil even the rows that do not attend to it.
     """
     tensor = tl.program_id(0) % num_tensors
     row = tl.program_id(0) // num_tensors
@@ -64,7 +65,7 @@ def place(like: Any, is_finite: Any, sources: Any, targets: Any, rows: Any) -> N
 
     Args:
         like: any tensor with the dtype of all others.
-        is_finite: `()`, int32; becomes 0 if a row is not finite, and stays as it is if all are.
+        is_finite: `()`, int32; set to 0 if a row is not finite, else unchanged.
         sources: `(tensors, SOURCE_COLUMNS)`.
         targets: `(blocks, tensors, 2)`, flat: the address and the stride between heads.
         rows: the block and the row there of each row, `(2, rows)`; block -1 for a row that is not copied.

@@ -1,10 +1,10 @@
 """Blocks of rows with snapshots: the recurrent and convolution states of a model behind some of the rows.
 
-A snapshot is a tensor of bytes, the states of all layers side by side (model/cache_form.py knows their form). It stands
-for all tokens up to its row. A block keeps the snapshots of the last rows of spans, by row. So a snapshot moves with
+A snapshot is a tensor of bytes, the states of all layers side by side (model/cache_form.py knows their form). It covers
+all tokens up to its row. A block keeps the snapshots of the last rows of spans, by row. So a snapshot moves with
 its row when a span is split, evicted, moved to the second pool or back, or copied to a buffer in which it grows. If a
-span was split because a text ends within it, the last row of the upper part has no snapshot. Its snapshot is computed
-again from the last one before.
+span was split because a text ends within it, the last row of the upper part has no snapshot. This snapshot is computed
+again from the last snapshot before it.
 
 Snapshots never change, so blocks share them.
 """
@@ -74,7 +74,7 @@ class KeysValuesAndSnapshots(KeysValues):
     def copy_rows_to(self, other: Self, sources: Tensor | None, targets: Tensor) -> None:
         """Copy the rows `sources` to the rows `targets` of another block of the same kind, or of this block.
 
-        The last snapshot of a text that grows by a row is not copied.
+        A copied snapshot takes the place of the snapshot right before its target: a growing text keeps only its latest.
         """
         super().copy_rows_to(other, sources, targets)
         rows = range(self.num_rows) if sources is None else sources.tolist()
@@ -97,7 +97,7 @@ class KeysValuesAndSnapshots(KeysValues):
 
 
 def snapshot_bytes_of(block: Block) -> int:
-    """Return the bytes of a snapshot of a block, 0 if it has none."""
+    """Return the bytes of one snapshot of a block, 0 if the block has none."""
     snapshots = block.snapshots if isinstance(block, KeysValuesAndSnapshots) else {}
     return next((snapshot.nbytes for snapshot in snapshots.values()), 0)
 
@@ -111,7 +111,7 @@ def snapshot_of(span: Span) -> Tensor | None:
 
 
 def keep_snapshot(span: Span, snapshot: Tensor) -> KeysValues:
-    """Let a span that holds its keys and values have a snapshot; return its block, which grows by the snapshot."""
+    """Add a snapshot to a span that holds its keys and values; return the span's block, which grows by these bytes."""
     block, stop = keys_values_of(span).block, keys_values_of(span).stop
     assert isinstance(block, KeysValuesAndSnapshots), block
     block.snapshots[stop - 1] = snapshot

@@ -18,7 +18,7 @@ SpanRows: TypeAlias = "dict[Span, BlockRows[Any]]"
 
 
 def compact(rows: Mapping[Span, BlockRows[Any]]) -> SpanRows:
-    """Remove all other rows from the blocks of these rows; return the new places of the spans' rows."""
+    """Remove all rows but these from their blocks; return the new places of the spans' rows that have moved."""
     compacted = {}
     for block, group in _by_block(rows).items():
         if sum(part.stop - part.start for part in group.values()) < block.num_rows:

@@ -17,7 +17,7 @@ from backprompt.memory.leaves import Leaves, Ranking, Spared
 from backprompt.memory.span_rows import SpanRows, compact, joined
 
 MAX_SMALL_BLOCKS = 128
-"""The largest number of small blocks: a long series of evaluations of few tokens would leave two blocks each."""
+"""The largest number of small blocks. Without a limit, each evaluation of a few tokens would leave two more."""
 
 
 class Tier:
@@ -53,14 +53,17 @@ class Tier:
         return list(self._blocks)
 
     def add(self, blocks: Iterable[Block | None]) -> None:
-        """Count these blocks while they live; spans hold their rows already."""
+        """Count these blocks while they live; the spans must hold the blocks' rows already."""
         for block in blocks:
             if block is not None:
                 self._count(block)
                 self._leaves.note(block.spans)
 
     def note(self, spans: Iterable[Span]) -> None:
-        """Note spans with other rows, without rows behind them, or with another rank, and the spans noted by blocks."""
+        """Note spans that hold other rows than before, have become leaves, or have another rank.
+
+        The spans that blocks have noted meanwhile (`Watch.takers`) are noted, too.
+        """
         self._leaves.note(spans)
         self._leaves.note(self._watch.takers)
         self._watch.takers.clear()
@@ -74,21 +77,21 @@ class Tier:
         self._leaves.forget()
 
     def end_plan(self) -> None:
-        """Note that no pass will attend to the spans that were to be evicted last."""
+        """End a plan of passes: the spans that its passes attended to are no longer evicted last."""
         self._leaves.end_plan()
 
     def forget(self) -> None:
-        """Forget the spans: they have left the forest."""
+        """Forget the spans, because they have left the forest."""
         self._leaves.forget()
         self._watch.takers.clear()
 
     def held(self, kind: Kind, spans: Iterable[Span]) -> SpanRows:
-        """Return the rows of the spans that have any here."""
+        """Return the rows in this tier by span; spans without rows here are left out."""
         found = {span: rows for span in spans if (rows := span.rows_in(kind, self._pool)) is not None}
         return cast("SpanRows", found)
 
     def hold(self, kind: Kind, rows: Mapping[Span, BlockRows[Any]]) -> None:
-        """Let spans refer to rows here."""
+        """Let spans refer to these rows of this tier."""
         for span, part in rows.items():
             span.move(kind, part, self._pool)
 

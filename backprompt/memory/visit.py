@@ -1,4 +1,4 @@
-"""Visits: the search below the device's memory (host.py, evaluation/archive.py) for data that texts need.
+"""Visits: the search for data that texts need, in the second pool (host.py) or a store (evaluation/archive.py).
 
 Texts are served one after the other. First come the states on the way to a text's end, which suffice to read results.
 If the end's states are missing (or do not suffice), the keys and values on the way follow: tokens that are still
@@ -16,7 +16,8 @@ class Visit:
     """One search for the data of several texts.
 
     Args:
-        room: the bytes that may be brought. `bring` subtracts its bytes, and the result may be negative once.
+        room: the bytes that may be brought. `bring` subtracts the bytes that it brings. Once `room` is negative, the
+            visit ends, but at least one text is served.
         bring: called once for each kind of data of each span, parents first; returns whether the span holds that data,
             or will hold it.
 
@@ -47,7 +48,7 @@ class Visit:
         return [span for has in self._has.values() for span, is_there in has.items() if not is_there]
 
     def _may_hold(self, kind: Kind, span: Span) -> bool:
-        """Whether the span's parents hold such data, and the span has states if its keys and values are asked for."""
+        """Whether the span's parents hold such data and, for keys and values, the span holds or gets its states."""
         if kind == "keys_values" and not (span.is_held() or self._has["states"].get(span)):
             return False
         parents = [parent for parent in span.parents if parent.parent is not None]

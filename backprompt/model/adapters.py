@@ -1,6 +1,6 @@
 """Adapters by segment: LoRAs that are on for some tokens of a pass and off for the others.
 
-A pass has tokens under several adapters. Each linear layer multiplies all rows by its own weights once, and then adds
+A pass may have tokens under several adapters. Each linear layer multiplies all rows by its own weights once, then adds
 the product of each adapter to the rows of this adapter. The adapters are those that peft, or transformers'
 `load_adapter`, has put into the model. Tokens without an adapter of their own are under the model's active adapters, as
 in the plain call.
@@ -52,7 +52,7 @@ class SegmentAdapters:
         self._reason: str | None = None
 
     def number_of(self, name: str | None) -> int:
-        """Return the number of an adapter; None: of no adapter.
+        """Return the number of an adapter; the name None stands for no adapter.
 
         Raises:
             AdapterError: the model has no adapter of this name, or the adapter cannot apply to some tokens only.
@@ -96,7 +96,7 @@ class SegmentAdapters:
         return number
 
     def _check(self, name: str | None, layers: Sequence[tuple[str, Layer]]) -> None:
-        """Raise AdapterError unless tokens can be under an adapter, and others under the active ones."""
+        """Raise AdapterError unless some tokens can be under this adapter while others are under the active ones."""
         known = sorted({own for _, layer in layers for own in adapters_in(layer)})
         if name is not None and name not in known:
             has = f"it has {', '.join(map(repr, known))}" if known else "it has none"
@@ -174,7 +174,7 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 @dataclass
 class _Group:
-    """The rows of a pass under one adapter; `name`: see `AdaptedRows`."""
+    """The rows of a pass under one adapter, or under the active ones; `name`: of the adapter, None for no adapter."""
 
     name: str | None
     rows: Tensor

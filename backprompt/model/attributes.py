@@ -1,4 +1,4 @@
-"""One attribute of all modules of a model at one moment, by identity."""
+"""A monitor of one attribute of all modules of a model; its values are compared by identity."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class AttributeMonitor:
     """Notices if an attribute of a module has become another object, or if a module has gained the attribute.
 
     Args:
-        tables: the modules' own attributes.
-        name: the name of the attribute. A look is quickest if no module has it, which is the usual case.
+        tables: each module's own attributes, `vars(module)`.
+        name: the name of the attribute. A check is quickest if no module has the attribute, which is the usual case.
 
     """
 
@@ -24,7 +24,7 @@ class AttributeMonitor:
         self._values = self._read()
 
     def has_changed(self) -> bool:
-        """Return whether a module has another object under this name than at construction."""
+        """Return whether the attribute of a module is another object than at construction."""
         if self._is_nowhere:
             return self._is_somewhere()
         return not all(map(operator.is_, self._read(), self._values))

@@ -79,7 +79,10 @@ def _values_of(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def describe_forwards(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the modules whose `forward` was replaced, and the code in its place, equal in all processes."""
+    """Return the names of modules whose `forward` was replaced, each with a description of the replacement.
+
+    The descriptions are the same in all processes.
+    """
     replaced = ((name, replaced_forward(module)) for name, module in model.named_modules())
     return [(name, _described(forward)) for name, forward in replaced if forward is not None]
 

@@ -3,11 +3,11 @@
 A cache is any object of tensors: a `DynamicCache`, a class of the model's own file, a list. Three small calls, which
 differ in the number of texts and the number of tokens, show the kind of each tensor in it:
 
-- *rows*: one axis grows with the tokens. Examples are keys and values, compressed ones, and the keys of an indexer. A
-  token has a row each, as in the keys and values of packed models (memory/blocks.py).
-- *states*: no axis grows. Recurrent and convolution states: one of them stands for all tokens so far. The states of a
-  text side by side, as bytes, are its *snapshot* (memory/snapshots.py).
-- *counters*: whole numbers that go up by one for each token. Everything else in a cache is constant.
+- *rows*: one axis grows with the tokens. Examples are keys and values, compressed ones, and the keys of an indexer.
+  Each token has a row, as in the keys and values of packed models (memory/blocks.py).
+- *states*: no axis grows. Examples are recurrent and convolution states, each of which represents all tokens so far.
+  The states of a text side by side, as bytes, are its *snapshot* (memory/snapshots.py).
+- *counters*: whole numbers that go up by one for each token. All other values in a cache are constant.
 
 A cache for a batch is built of these parts. Layers that keep a sliding window of keys are replaced by layers that keep
 all keys; the model's mask hides the keys outside the window.
@@ -84,7 +84,7 @@ class RowTensor:
         return rows.reshape(*rows.shape[:3], -1)
 
     def from_rows(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the cache's tensor; `sizes`: of its axes without the batch's and the tokens', in their order."""
+        """Return the cache's tensor; `sizes`: the sizes of its axes in order, those of batch and tokens left out."""
         if (self.batch_axis, self.token_axis, self.num_axes, self.num_each) == (0, 2, 4, 1):
             return rows
         rows = rows.reshape(-1, rows.shape[2], *sizes)
@@ -93,7 +93,7 @@ class RowTensor:
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor of a cache that stands for all tokens so far.
+    """A tensor of a cache that represents all tokens so far.
 
     Attributes:
         path: its place.
@@ -133,11 +133,11 @@ class CacheForm:
     Attributes:
         name: the name under which `forward` takes the cache, and under which its output has it.
         rows, states: the tensors, see the top of this file.
-        sizes: for each of `rows`, the sizes of its axes without the batch's and the tokens'.
+        sizes: for each of `rows`, the sizes of its axes, those of batch and tokens left out.
         counters: whole numbers, by place, with their values for no tokens.
         tensor_counters: the same for numbers that lie in a tensor.
         template: a cache without rows and states.
-        empty: the cache with which a text begins, which is copied; None if the model makes its own.
+        empty: an empty cache, a copy of which begins each text; None if the model makes its own.
         snapshot_bytes: the bytes of a snapshot.
 
     """
@@ -189,7 +189,7 @@ class CacheForm:
         return torch.cat([form.as_bytes(_tensor(values, form.path)) for form in self.states], dim=1)
 
     def kinds_of_states(self) -> list[tuple[StateTensor, ...]]:
-        """Return the states by their name: the convolution states of all layers, the recurrent states of all."""
+        """Return the states by kind, such as all layers' convolution states and all layers' recurrent states."""
         kinds: dict[object, list[StateTensor]] = {}
         for form in self.states:
             name = next((part for part in reversed(form.path) if isinstance(part, str)), None)
@@ -198,7 +198,7 @@ class CacheForm:
 
 
 class Body:
-    """A model's body in its own way: with its own attention, and with the cache that its `forward` takes.
+    """A model's body with its own attention, called with the cache that its `forward` takes.
 
     Args:
         body: the model without its head.
@@ -220,7 +220,7 @@ class Body:
     def call(self, token_ids: Sequence[Sequence[int]], cache: object, num_before: int = 0) -> tuple[Tensor, object]:
         """Forward tokens behind a cache; return final hidden states, `(texts, tokens, hidden)`, and the cache.
 
-        The given cache, which has `num_before` tokens, cannot be used afterwards. None: the texts begin here.
+        The given cache has `num_before` tokens, and cannot be used afterwards. Without a cache, the texts begin here.
         """
         assert self.name is not None
         ids = torch.tensor(token_ids, device=self._device)
@@ -249,7 +249,7 @@ class Body:
         ]
         form = _form_of(self.name, empty, *caches)
         if form.states:
-            form.snapshots_of(cache)  # a window has as many keys as there are tokens while the tokens are few
+            form.snapshots_of(cache)  # raises if a state grows while tokens are few, as a window of keys does
         return form
 
 

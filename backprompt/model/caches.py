@@ -19,7 +19,7 @@ Form = list[tuple[int, int, int]]
 
 
 def form_of_cache(model: nn.Module, device: torch.device) -> Form | None:
-    """Return the form of the cache that a plain call on one token makes; None if it holds other things than keys."""
+    """Return the form of the cache that a plain call on one token makes; None if it holds no keys and values."""
     placeholders = limits_of(model).placeholders
     usual = next(token_id for token_id in range(len(placeholders) + 1) if token_id not in placeholders)
     ids = torch.tensor([[usual]], device=device)

@@ -8,10 +8,10 @@ it. A wrong hash would find wrong numbers in a store, so the weights are hashed 
   requested dtype, and the versions of the libraries that load and hash. If files have changed since, or their times may
   not show a later write, there is no name.
 - The files must decide every weight: no adapter, no quantizer, no code beyond transformers, nothing missing.
-- The check covers a sample of each parameter, all buffers, the configuration and the settings of modules. The check
-  distinguishes models under one name in two disk images, and finds a damaged entry.
-- The weights must be unchanged since they were loaded, and callers must know that. So an `LM` asks for the hash only
-  while nobody else, not even its user, has got the model from it.
+- The check covers a sample of each parameter, all buffers, the configuration and the settings of modules. So the check
+  tells apart two models that have the same name in two disk images, and finds a damaged entry.
+- The weights must be unchanged since they were loaded, and callers must know that. So an `LM` looks the hash up only
+  while no other code, not even its user's, has got the model from it.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ takes longer to make them than a small model takes to fill them.
 """
 
 DEVICE_HEAD_SLICE_BYTES = 128 << 20
-"""The same on devices other than the CPU, where each slice costs launches. Scores take four times as much on top."""
+"""The same limit on other devices, where each slice costs launches. Scoring takes four times as many bytes besides."""
 
 _names = itertools.count()
 
@@ -161,7 +161,7 @@ class Executor:
         _register(self._name, self)
 
     def _take(self, body: nn.Module) -> None:
-        """Use a private copy of the decoder from now on, and make the copy of the head."""
+        """Use `body`, a private copy of the decoder, from now on, and make a copy of the head."""
         self._body, self._head = body, skeleton.make_head(self._model)
         with plain_surroundings(self.device):
             if not spread.is_spread(self._model):
@@ -293,7 +293,7 @@ class Executor:
             self.run(_inputs(ids, positions, self._input_device), attention, max(positions))
 
     def abandon(self) -> None:
-        """Forget the pass in flight after an error at its very end: the pass refers to rows."""
+        """Forget the pass in flight, which keeps rows alive; an error at the very end of a pass may leave it here."""
         self._in_flight = None
 
     def forget_graphs(self) -> None:
@@ -308,7 +308,7 @@ class Executor:
 
         Args:
             inputs: token ids and positions, `(2, tokens)`.
-            attention: attends.
+            attention: the attention of the pass.
             max_position: the largest of the positions.
 
         """

@@ -57,7 +57,7 @@ def keep_weights(private: nn.Module) -> None:
     """Keep a private copy from changing the weights that it shares with the user's model.
 
     RWKV divides weights in its first call in eval mode, and then divides hidden states between layers, so that these
-    stay within float16's range. The user's model may do so. A private copy that runs first divides neither.
+    stay within float16's range. The user's model may do so. If a private copy runs first, it divides neither.
     """
     for module in _modules(private):
         if getattr(module, "layers_are_rescaled", True) is False:
@@ -100,10 +100,10 @@ def padding_id(decoder: nn.Module) -> int | None:
 
 
 def mixing_layers(decoder: PreTrainedModel) -> list[str]:
-    """Return the classes of layers that keep a state of all tokens before, found by the layers of their cache.
+    """Return the classes of layers that keep a state of all earlier tokens, found by class names and by their cache.
 
     A comparison of numbers may miss such layers: small weights mix tokens by less than the comparison shows, and keys
-    may be compressed in blocks longer than its texts.
+    may be compressed in blocks that are longer than the compared texts.
     """
     compressors = {type(module).__name__ for module in decoder.modules() if _is_compressor(module)}
     if compressors or not _caches_states(decoder.config):

@@ -52,7 +52,7 @@ def fuse(body: nn.Module, device_types: Collection[str] = ("cuda",)) -> int:
 
     Args:
         body: a private copy of a model; must be called in `plain_surroundings`.
-        device_types: the types of devices on which the kernels serve. Triton's interpreter computes on the CPU.
+        device_types: the types of devices on which the kernels are used. Triton's interpreter computes on the CPU.
 
     """
     num_fused = 0
@@ -97,7 +97,7 @@ def _fused_class(module: nn.Module, parameter: Tensor) -> type[nn.Module] | None
 
 @lru_cache(maxsize=256)
 def _subclass(kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """Return a class that differs in `forward`, as long as the forward of `kind` is not changed."""
+    """Return a subclass with another `forward`, which is used as long as the forward of `kind` is not changed."""
     plain = kind.forward
 
     def checked(self: Any, *args: Any, **keywords: Any) -> Any:

@@ -157,9 +157,9 @@ class InFlight(Masks):
     """The tensors and markers of one forward call, collected layer by layer.
 
     Attributes:
-        attention: attends.
+        attention: the attention of the pass.
         copies: copies keys and values, and looks for numbers that are not finite.
-        keys, values: those of each layer.
+        keys, values: the keys and values of each layer so far.
 
     """
 
@@ -224,7 +224,7 @@ class Forwarded:
         hidden: the final hidden states, `(tokens, hidden)`.
         are_finite: whether all numbers are finite, `()`.
         are_placed: whether keys, values and hidden states were copied to their places, see `Executor.step`.
-        way: the way of a step.
+        way: the way in which a step was computed.
         work: the additional work.
 
     """

@@ -2,8 +2,8 @@
 
 `quantize` gives a model torchao's tensors, with a scale for each output of a layer. There are two ways:
 
-- "int8": only weights are quantized. Products are of float32: for each product the integers are converted to float32,
-  multiplied by oneDNN, and dropped. Results differ from torchao's by the rounding of float32.
+- "int8": only weights are quantized. Products are computed in float32: for each product the integers are converted to
+  float32, multiplied by oneDNN, and dropped. Results differ from torchao's by the rounding of float32.
 - "int8-dynamic": inputs are quantized as well, with a scale for each row. oneDNN's kernels for int8 read a packed copy
   of the integers. They get the integers that torchao computes, so the sums are the same.
 
@@ -147,7 +147,7 @@ def _kind_for(weight: Any) -> type[Int8Linear] | None:
 def failure_of_int8() -> str | None:
     """Try a tiny case of the kernels for int8 inputs; return why they are not used, or None.
 
-    Some processors add pairs of products in 16 bits; the largest integers show that.
+    Some processors add pairs of products in 16 bits. With the largest integers, which the case has, that is too few.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.device("cpu"):
@@ -168,7 +168,7 @@ def failure_of_int8() -> str | None:
 
 
 def dynamic_product(rows: Tensor, packed: _Packed) -> Tensor:
-    """Return the product of rows and packed weights, the rows rounded to torchao's integers; row by row."""
+    """Return the product of rows and packed weights; each row is rounded to the integers that torchao computes."""
     size = rows.abs().amax(dim=-1, keepdim=True).div_(_STEPS).clamp_(min=_LEAST_SCALE)
     integers = (rows * size.reciprocal()).round_().add_(_ZERO).clamp_(max=2 * _ZERO - 1).to(torch.uint8)
     multiply: Any = torch.ops.onednn.qlinear_pointwise

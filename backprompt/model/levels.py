@@ -47,7 +47,7 @@ Snapshots of spans that others continue come first.
 """
 
 SHARE_FOR_SNAPSHOTS = 0.25
-"""This share."""
+"""The share of the free bytes in `MAX_SNAPSHOT_BYTES`."""
 
 Pieces = tuple["BlockRows[KeysValues]", ...]
 """The rows of keys and values of a text from its first token on."""
@@ -117,7 +117,7 @@ class _NoAttention:
         raise AssertionError(layer_idx)
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
-        """Go on to the next step."""
+        """Do nothing: each step is forwarded by levels."""
 
 
 NO_ATTENTION = _NoAttention()
@@ -131,7 +131,7 @@ class Way:
         takes_several: whether a call with several tokens sees all of the cache, as a call with one token does.
         takes_batches: whether a call takes several texts with a token each.
         takes_positions: whether a call is given the positions of the tokens.
-        counts_positions: whether a call without positions counts them as given positions would.
+        counts_positions: whether a call behind a cache gives the same without positions as with them.
         why_not_packed: the reason why passes go by levels, for messages.
 
     """
@@ -340,7 +340,7 @@ class _LevelsOfPass:
         return self._levels.built([run.pieces_before() for run in runs], snapshots)
 
     def _take_snapshots(self) -> None:
-        """Note the states of the last call before its cache is dropped."""
+        """Hand the states in the last call's cache to its runs, before the cache is dropped."""
         if self._form.states and self._of_cache:
             for run, snapshot in zip(self._of_cache, self._form.snapshots_of(self._cache), strict=True):
                 run.snapshot = snapshot
@@ -387,7 +387,7 @@ def _has_snapshot(span: Span) -> bool:
 
 
 def _joined(pieces: Iterable[BlockRows[KeysValues]]) -> Pieces:
-    """Return rows with those that directly follow each other as one range."""
+    """Return ranges of rows, where ranges that directly follow each other are joined to one."""
     found: list[BlockRows[KeysValues]] = []
     for piece in pieces:
         both = found[-1].with_next(piece) if found else None
@@ -399,7 +399,7 @@ def _joined(pieces: Iterable[BlockRows[KeysValues]]) -> Pieces:
 
 
 def _first_rows(pieces: Pieces, num_rows: int) -> Pieces:
-    """Return the first rows."""
+    """Return the first `num_rows` rows."""
     found: list[BlockRows[KeysValues]] = []
     for piece in pieces:
         num_own = min(num_rows, piece.stop - piece.start)
@@ -410,7 +410,7 @@ def _first_rows(pieces: Pieces, num_rows: int) -> Pieces:
 
 
 def _gathered(texts: Sequence[Pieces], name: str) -> Tensor:
-    """Return a tensor of the rows of several texts of one length, `(texts, heads, tokens, size)`."""
+    """Return the rows of the tensor `name` of several texts of one length, `(texts, heads, tokens, size)`."""
     distinct = list(dict.fromkeys(texts))
     found = {
         pieces: torch.cat([piece.block.tensors[name][:, piece.start : piece.stop] for piece in pieces], dim=1)

@@ -1,9 +1,9 @@
 """The way by levels for a model that cannot be packed: the form of its cache, and the calls that may continue it.
 
 The probe (probe.py) compares the results with plain calls afterwards. In low precision this comparison is too coarse to
-tell whether a call with several tokens sees all of a cache: some models use their states for single tokens only. So
-keys, values and states are made larger here, one kind at a time. If several tokens see the larger numbers, their hidden
-states change as they do when the same tokens are forwarded one at a time.
+tell whether a call with several tokens sees all of a cache. (Some models use their states for single tokens only.) So
+keys and values, and each kind of states, are made larger here in turn. If a call with several tokens sees the larger
+numbers, its hidden states change as they do when the same tokens are forwarded one at a time.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def ways_by_levels(
 
 
 def _takes_several(body: Body, form: CacheForm, token_ids: Sequence[int]) -> bool:
-    """Return whether several tokens behind a cache give the same as one at a time, for any numbers in the cache."""
+    """Return whether several tokens behind a cache give the same as one at a time, with larger numbers in the cache."""
     before, after = list(token_ids[:_NUM_BEFORE]), list(token_ids[_NUM_BEFORE:])
     _, cache = body.call([before], form.begun())
     rows = [tensor.clone() for tensor in form.rows_of(cache, _NUM_BEFORE)]
@@ -115,7 +115,7 @@ def _takes_batches(body: Body, form: CacheForm, token_ids: Sequence[int]) -> boo
 
 
 def _counts_positions(body: Body, form: CacheForm, token_ids: Sequence[int]) -> bool:
-    """Return whether a call behind a cache without positions counts them as given positions would."""
+    """Return whether a call behind a cache gives the same without positions as with them."""
     before, after = list(token_ids[:_NUM_BEFORE]), list(token_ids[_NUM_BEFORE:])
     takes_positions = body.takes_positions
     try:

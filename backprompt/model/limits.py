@@ -1,4 +1,4 @@
-"""The limits that a model sets for texts: ids that it embeds and scores, and numbers of positions or of tokens."""
+"""The limits that a model sets for texts: the ids that it embeds and scores, and the number of positions or tokens."""
 
 from __future__ import annotations
 

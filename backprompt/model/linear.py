@@ -1,4 +1,4 @@
-"""Linear layers on the CPU through oneDNN, where that is faster: the only file that knows how they are multiplied.
+"""Linear layers on the CPU through oneDNN, where oneDNN is faster: the only file that knows how they are multiplied.
 
 torch multiplies float32 matrices with MKL. In measurements oneDNN, a part of torch, was two to four times faster, with
 unpacked weights or with *packed* weights: copied once into the order in which oneDNN's kernels read them. The
@@ -109,14 +109,15 @@ class TrainedLinear(nn.Module):
 def _trained_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `rows @ weight.T + bias`, with gradients.
 
-    The operation returns a view for more than two axes, and a view that a Function returns must not be written to.
+    For more than two axes the operation returns a view. A view that a Function returns must not be written to, so the
+    Function gets two axes.
     """
     product: Tensor = _TrainedProduct.apply(rows.reshape(-1, rows.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return product.view(*rows.shape[:-1], -1)
 
 
 class _TrainedProduct(torch.autograd.Function):
-    """`_product` for `(rows, inputs)`, and the two products of its backward."""
+    """`product` for `(rows, inputs)`, and the two products of its backward."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -229,7 +230,7 @@ def training_failure() -> str | None:
 
 @lru_cache
 def is_faster() -> bool:
-    """Return whether oneDNN is faster with unpacked weights, in both orders, for few rows and for more.
+    """Return whether oneDNN is faster with unpacked weights, plain and transposed, for few rows and for more.
 
     One thread is measured by its own time on the processor, so that other work on the machine does not matter.
     """

@@ -1,4 +1,4 @@
-"""The meaning of a model's mask: causal, or causal within a window, at the last position of a call; nothing else.
+"""The meaning of a model's mask at the last position of a call: causal, causal within a window, or unknown.
 
 Masks are functions of positions in transformers. If possible, they are called with positions on the CPU, to avoid
 waiting for a GPU.
@@ -36,7 +36,7 @@ class Unknown(NamedTuple):
 
 
 class Mask:
-    """A mask as a pass found it, and the positions at which it means the same.
+    """A mask with its meaning in one pass, and the last positions for which the meaning is the same.
 
     Args:
         mask_function: transformers' function of batch, head, positions of queries and of keys.

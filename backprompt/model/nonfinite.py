@@ -1,4 +1,4 @@
-"""Errors for outputs that are not finite: a text with such outputs, and the cause if weights or dtype show it."""
+"""Errors for outputs that are not finite. They name the text, and the cause if the weights or the dtype show it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from backprompt.model.linear import Linears, is_plain
 DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 ALIGNED = 8
-"""Vocabularies with a multiple of this size have fast kernels."""
+"""Vocabularies whose size is a multiple of this number have fast kernels."""
 
 PADDED = 64
 """The number of rows of the copy is a multiple of this number."""

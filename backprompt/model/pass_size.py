@@ -8,7 +8,7 @@ from torch import nn
 from backprompt.memory.budget import free_bytes
 
 TOKENS = {"cpu": 1024, "mps": 2048}
-"""Larger passes cost activation memory and gain nothing: on the CPU, packs of 512 to 1,024 tokens measured best."""
+"""Larger passes take more activation memory and are no faster: on the CPU 512 to 1,024 tokens measured best."""
 
 CUDA_TOKENS = range(2048, 32768 + 1)
 """On CUDA a pass costs launches and a synchronisation, so few large passes serve best, as far as memory allows."""
@@ -17,7 +17,10 @@ CUDA_SHARE = 1 / 16
 """The share of the free memory of a CUDA device that the activations of a pass may take."""
 
 LIVE_ACTIVATIONS = 4
-"""Inputs and outputs of the widest layer that are alive at a time, as multiples: gate, up, their product, residuals."""
+"""The activations that are alive at a time, as multiples of the widest layer's input and output together.
+
+Examples are a gate, the numbers that it gates, their product, and residuals.
+"""
 
 
 def tokens_per_forward(body: nn.Module, device: torch.device) -> int:

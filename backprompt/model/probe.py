@@ -1,7 +1,7 @@
 """The probe: before a model is used, the results of a small packed tree are compared with those of its plain calls.
 
-The probe catches what the configuration does not show: layers that mix tokens outside attention (state-space layers,
-convolutions), norms outside the body, unusual heads. The tree has 16 tokens,
+The probe finds faults that the configuration does not show: layers that mix tokens outside attention (state-space
+layers, convolutions), norms outside the body, unusual heads. The tree has 16 tokens,
 
     a a a a --+-- b b b --+-- c c
               |           +-- d d

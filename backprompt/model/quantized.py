@@ -1,8 +1,8 @@
 """Quantized weights: the tensors that hold their numbers, and the layers that cannot share a pass.
 
 A quantized weight is one parameter made of several tensors: integers, scales, zero points. torchao and quanto wrap
-these in a tensor that can be flattened, and bitsandbytes hangs a state with scales on the parameter. Everything that
-names, watches or hashes weights goes through `numbers_of`, so that a changed scale is a changed weight.
+these in a tensor that can be flattened, and bitsandbytes attaches a state with scales to the parameter. All code that
+names, watches or hashes weights uses `numbers_of`, so that a changed scale is a changed weight.
 
 Some layers quantize their *inputs* row by row. They compute each row by itself, but may round numbers that differ in
 the last bit to different integers. So their model is compared with its plain call by the tolerances of bfloat16. Layers

@@ -1,4 +1,4 @@
-"""The recording of work on a device: Python launches the work once, and from then on a graph launches it as a whole."""
+"""Recordings of work on a device: Python launches the work once, and from then on a graph launches it as a whole."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Recording:
     """Recorded work.
 
     Attributes:
-        plain: the results of the work when it was not recorded; None after the comparison.
+        plain: the results of the first run, which was not recorded; None after the comparison with a replay.
         output: the tensors that `replay` fills.
         replay: does the work.
         num_bytes: the memory that the recording took, in addition to the memory of earlier recordings.

@@ -1,4 +1,4 @@
-"""Private copies of the user's model: all of its weights, none of its modes.
+"""Private copies of the user's model, which share its weights but not its modes (training, configuration).
 
 `copy.deepcopy` with a memo that maps every parameter to itself takes milliseconds and shares all weights. The copy
 is in eval mode, unless it is trained, and has a configuration of its own. So the user's model never sees the switched
@@ -196,7 +196,7 @@ class _GivenHiddenStates(nn.Module):
 
 @dataclass
 class _DecoderOutput(ModelOutput):
-    """A decoder's output with nothing but hidden states; any other field that a model reads is None."""
+    """A decoder's output with hidden states only; any other field that a model reads is None."""
 
     last_hidden_state: Tensor
 

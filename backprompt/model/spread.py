@@ -4,7 +4,7 @@ A hook of accelerate moves the inputs of a module to the module's device. A weig
 numbers (on the `meta` device) in its module. Before the module's forward, the hook puts the numbers there, from a map
 in host memory or on disk, and takes them away afterwards. accelerate itself is not imported.
 
-Hooks run in private copies of a model as in the model. Maps of offloaded weights are shared with the copies.
+Hooks run in private copies as they do in the model itself. Maps of offloaded weights are shared with the copies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backprompt.errors import UnsupportedModelError
 from backprompt.model.quantized import numbers_of
 
 HOOK = "_hf_hook"
-"""Where a module has its hook of accelerate."""
+"""The attribute under which a module has its hook of accelerate."""
 _ALIGN, _SEQUENCE = "AlignDevicesHook", "SequentialHook"
 _PREFIXED, _LOADER = "PrefixedDataset", "OffloadedWeightsLoader"
 _MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
@@ -45,8 +45,8 @@ class Offloaded:
 
     Attributes:
         module: the module.
-        name: the name there.
-        like: the tensor there, without numbers.
+        name: the weight's name in the module.
+        like: the tensor in the module, without numbers.
 
     """
 
@@ -116,7 +116,7 @@ def check_spread(model: nn.Module, decoder: nn.Module) -> None:
 
 
 def offloaded(model: nn.Module) -> list[Offloaded]:
-    """Return the weights and buffers that lie elsewhere."""
+    """Return the weights and buffers whose numbers lie elsewhere than in their modules."""
     found: list[Offloaded] = []
     known: set[tuple[int, str]] = set()
     for module in model.modules():
@@ -182,7 +182,7 @@ def shared_with_copies(model: nn.Module) -> dict[int, Any]:
 
 
 def forget_movers(private: nn.Module) -> None:
-    """Let the methods that move a model move this copy."""
+    """Restore the methods that move a model, so that they move this copy and not the user's model."""
     for name in _MOVERS:
         vars(private).pop(name, None)
 

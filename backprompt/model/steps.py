@@ -5,10 +5,10 @@ of them at once. There is a graph for each *bucket*, a number of rows. If a step
 nothing. All data that changes from step to step lies in tensors at fixed addresses: ids and positions, the tables of
 attention (`StandingAttention`), and the places to which the graph copies the new rows.
 
-A graph is valid as long as Python would take the same way through the model: the addresses of the weights and the
-meaning of the masks are unchanged. A graph is dropped when it is no longer valid, or when its tables have no room for a
-step; it is recorded again after some more steps. A model that cannot be recorded takes all steps without graphs, and
-the log gives the reason.
+A graph is valid as long as Python would take the same way through the model, with the same addresses of weights and the
+same meaning of masks. A graph is dropped when it is no longer valid, or when its tables have no room for a step. After
+some more steps it is recorded again. A model that cannot be recorded takes all steps without graphs, and the log gives
+the reason.
 """
 
 from __future__ import annotations
@@ -85,18 +85,19 @@ class CapturedSteps:
     """The graphs of a model, by bucket.
 
     Args:
-        attention: attends.
+        attention: the attention of the model, which makes the attention of steps.
         weights: all tensors that the model's body reads.
         record: records graphs.
         place: see `Place`.
         refusal: the reason why there are no graphs; None if there may be graphs.
-        max_bytes: the memory that graphs may take. A graph that takes too much is dropped with all others, and steps of
-            so many rows are not recorded any more.
+        max_bytes: the memory that graphs may take. If a graph exceeds it, all graphs are dropped, and steps with as
+            many rows or more are no longer recorded.
 
     Attributes:
         graphs: see above.
-        counts: how many steps were "replayed" or "eager", how many graphs were "recorded" or "left".
-        refusal: see above; a model that turns out not to be recordable has one from then on.
+        counts: the numbers of steps that were "replayed" or "eager", and of graphs that were "recorded" or "left"
+            (dropped).
+        refusal: see above; set once a recording has failed.
 
     """
 
@@ -217,11 +218,11 @@ class CapturedSteps:
 
 
 class Graph:
-    """A graph of steps of so many rows, and the tensors that it reads.
+    """A graph for the steps of one bucket, and the tensors that it reads.
 
     Args:
         num_rows: the bucket.
-        standing: attends.
+        standing: the attention of the steps.
         addresses: the addresses of the weights.
         device: their device.
         place: see `Place`.
@@ -272,9 +273,9 @@ class Graph:
         return None if self._standing.load(prepared) else "the tables have no room for the step"
 
     def record(self, run: Run, record: Recorder, max_position: int) -> None:
-        """Record the run of the model's body, and the copy of new rows to their places; `load` comes before and after.
+        """Record the run of the model's body, and the copy of new rows to their places.
 
-        No row is copied to its place yet.
+        `load` must be called before, and again after. The recording itself copies no row to its place.
         """
         rows = self._numbers[: 5 * self._num_rows].view(5, self._num_rows)
         num_tensors = (len(self._numbers) - rows.numel()) // (2 * MAX_BLOCKS)

@@ -1,10 +1,10 @@
 """A monitor that notices changed weights, and a hash that names weights by content.
 
-Before each evaluation a quick look compares, for every parameter and buffer, identity, `data_ptr`, `_version` and a
-strided sample of the content, and the module tree with the state of its adapters, its configurations and replaced
-methods. `.data` writes bump no version; the sample sees those that touch many elements, as merging an adapter does. The
-quick look misses `.data` writes to a few elements; `LM.refresh()` finds them by hashing everything. Tensors made in
-inference mode have no versions, so the quick look sums all of their bytes.
+Before each evaluation a quick look compares the identity, `data_ptr`, `_version` and a strided sample of the content of
+each parameter and buffer. It also compares the module tree, the state of adapters, configurations and replaced methods.
+A write through `.data` keeps the version. The sample shows such writes if they touch many elements, as merging an
+adapter does. The quick look misses `.data` writes to a few elements; `LM.refresh()` finds them by hashing all weights.
+Tensors made in inference mode have no versions, so the quick look sums all of their bytes.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class WeightsMonitor:
         )
 
     def has_moved(self) -> bool:
-        """Return whether `has_changed` is true for other reasons than numbers; comparing these waits for a device."""
+        """Return whether parts, versions or adapters have changed. No number is read, so no device is waited for."""
         return (
             self.parts.have_changed()
             or _versions(self._versioned) != self._versions
@@ -180,8 +180,8 @@ class _Tables:
 class _Sample:
     """Some elements of each tensor, as bytes.
 
-    The memory of the CPU is read by numpy: torch takes eight times as long for so many small tensors. The arrays keep
-    the tensors' memory alive; a tensor whose memory is exchanged or resized must be noticed before a look at them.
+    Tensors on the CPU are read by numpy: torch takes eight times as long for so many small tensors. The arrays keep the
+    tensors' memory alive. So callers must first check that no tensor has got other or resized memory.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -200,7 +200,7 @@ class _Sample:
         return b"".join([np.concatenate(arrays).tobytes() for arrays in self._arrays])
 
     def _take_elsewhere(self) -> list[Tensor]:
-        """Return the bytes that lie elsewhere, one tensor a device: each comparison waits for its device."""
+        """Return the bytes that numpy cannot read, one tensor for each device: each comparison waits for its device."""
         by_device: dict[torch.device, list[Tensor]] = {}
         for views in self._views:
             by_device.setdefault(views[0].device, []).append(torch.cat(views).view(torch.uint8))
@@ -208,7 +208,7 @@ class _Sample:
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By their bytes."""
+"""The integer types, by their bytes."""
 
 
 def _is_plain(view: Tensor) -> bool:
@@ -248,7 +248,7 @@ def _pointers(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def content_hash(model: nn.Module) -> str:
-    """Return the SHA-256, as hex, of everything that decides a model's results.
+    """Return the SHA-256, as hex, of all data that decides a model's results.
 
     Every weight is read once, on as many threads as torch has: hashing releases the interpreter lock.
     """
@@ -318,7 +318,7 @@ def _portions(tensors: Iterable[Tensor], elsewhere: Mapping[int, Offloaded]) -> 
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Return a view without a state of its own that shows later writes."""
+    """Return a tensor's numbers as a plain view, which shows later writes."""
     if not is_special(tensor):
         return tensor.detach()
     with torch._C.DisableTorchFunctionSubclass():
