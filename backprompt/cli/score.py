@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace, completions: list[str], options: dict[str, Any]) -> int:
-    """Find the most probable completions of all of the input, without the probabilities of all."""
+    """Find the most probable completion behind each prompt, without the probabilities of all completions."""
     if arguments.top is not None or arguments.no_normalize:
         raise CommandError(
             "--search best-first finds the most probable completion and no probabilities: leave --top and "
