@@ -168,7 +168,7 @@ def _compared(arguments: argparse.Namespace, completions: Sequence[str], options
 def _result(completions: Sequence[str], probabilities: Sequence[float], num_kept: int) -> dict[str, Any]:
     order = sorted(range(len(completions)), key=lambda idx: -probabilities[idx])[
         :num_kept
-    ]  # stable: the first of equals
+    ]  # a stable sort: of equal completions the first is first
     ranked = {completions[idx]: probabilities[idx] for idx in order}
     best = next(iter(ranked))
     return {"prediction": best, "probability": ranked[best], "probabilities": ranked}

@@ -35,7 +35,7 @@ FEW_TOKENS = 512
 MAX_RUNS = 100_000
 """The largest number of remembered runs; beyond it, all runs are forgotten."""
 
-_BEHIND = b"\xff\xff\xff\xff"  # no token id: stands behind a text and all that begins with the text
+_BEHIND = b"\xff\xff\xff\xff"  # no token id: a key that ends in it sorts behind all texts with that beginning
 _NOBODY = -1
 
 

@@ -117,7 +117,7 @@ def _describe(llm: Any, tokenizer: Any, options: Options) -> Description:
     """Return a description of vLLM's model."""
     found = llm.model_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(found.hf_config, dtype=torch.float32)  # that of log-probabilities
+        model = AutoModelForCausalLM.from_config(found.hf_config, dtype=torch.float32)  # the dtype of log-probabilities
     config = found.try_get_generation_config()
     max_tokens = found.max_model_len - 1
     return Description(

@@ -96,7 +96,8 @@ class Description:
     Attributes:
         maker: how the `LM` was made, in words.
         tokenizer: the tokenizer of the `LM`.
-        model_class, config, generation_config, dtype: those of the model; `skeleton` makes one without weights of them.
+        model_class, config, generation_config, dtype: those of the model. `skeleton` makes a model without weights from
+            them.
         limits, vocab_size, options: see `Session`.
 
     """

@@ -62,7 +62,7 @@ class TrieAttention:
     """Attends over one trie, in each layer; masks are made once for all layers with the same window.
 
     Attributes:
-        name: the way in use, and the reason why it is not a faster one.
+        name: the way in use, and the reason why no faster way is used.
 
     """
 

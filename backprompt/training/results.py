@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Account:
-    """The tokens of a batch.
+    """The numbers of tokens of a batch.
 
     Attributes:
         tokens_given: the real tokens of all rows.
@@ -39,7 +39,7 @@ class RowScores:
             falling order, `(rows, kept, k)`; None if not requested. Tokens of equal probability stand in any order.
         given_logprobs: log-probabilities of given tokens at each token's position, `(rows, kept, k)`; None if not
             requested.
-        account: the account of the tokens.
+        account: the numbers of tokens.
 
     """
 

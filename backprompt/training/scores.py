@@ -153,7 +153,7 @@ def _scattered(rows: PaddedRows, values: Tensor | None) -> Tensor | None:
 
 
 def _read(session: Session, texts: Sequence[tuple[int, ...]], starts: Sequence[int], asked: Asked) -> Distributions:
-    """Return the requested results for the tokens of each row from a start on, row behind row."""
+    """Return the requested results for the tokens of each row from its start on, row after row."""
     if asked.is_plain:
         session.counters.tokens_requested += sum(map(len, texts))
         scored = session.evaluator.scoring.token_scores(texts, starts, [None] * len(texts))
